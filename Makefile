@@ -1,0 +1,62 @@
+# The environment is .venv, made once with PYTHON and pinned by constraints.txt. A stamp in it marks
+# what is up to date, so that a target does again only what a changed file asks for.
+PYTHON ?= python3
+BIN := .venv/bin
+ENVIRONMENT := .venv/.environment
+BUILD := .venv/.build
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+export CXX  # the compiler that was checked is the one that builds
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo demo-quick test bench lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: $(ENVIRONMENT) ## make the environment in .venv (PYTHON=python3.12 chooses another Python)
+
+build: $(BUILD) ## compile the kernels and install pyfused into .venv, editable (CXX=clang++ chooses another compiler)
+
+demo: $(BUILD) ## train three models with torch's losses and with pyfused's, and compare
+	$(BIN)/python examples/demo.py
+
+demo-quick: $(BUILD) ## the same, cut to less than a minute
+	$(BIN)/python examples/demo.py --quick
+
+test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(BUILD) ## time torch and pyfused side by side (PYTEST_ARGS as above)
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+lint: $(ENVIRONMENT) ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove what was built and cached; .venv stays
+	rm -rf build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info pyfused/*.so $(BUILD)
+	find pyfused kernels tests examples benchmarks -name __pycache__ -exec rm -rf {} +
+
+# What is missing is said in one line, before anything is downloaded.
+$(ENVIRONMENT): constraints.txt
+	@command -v $(PYTHON) >/dev/null $(call need,Python 3.10 or later: there is no $(PYTHON))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		$(call need,Python 3.10 or later: $(PYTHON) is $$($(PYTHON) --version 2>&1))
+	@command -v $(firstword $(CXX)) >/dev/null $(call need,a C++17 compiler: there is no $(CXX))
+	@echo '#include <string_view>' | $(COMPILE) \
+		$(call need,a C++17 compiler: $(CXX) is $$($(CXX) --version | head -n 1))
+	@echo '#include <Python.h>' | $(COMPILE) -I$(HEADERS) \
+		$(call need,the headers of Python: there is no Python.h in $(HEADERS))
+	$(PYTHON) -m venv .venv
+	$(PIP) install --requirement constraints.txt
+	@touch $@
+
+need = || { echo "pyfused needs $(1)"; exit 1; }
+COMPILE = $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null
+HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
+
+$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp)
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pyfused
+	@touch $@
