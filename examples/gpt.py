@@ -1,0 +1,236 @@
+"""Train a small GPT on the Python standard library's source text, with torch's loss and pyfused's.
+
+    python examples/gpt.py                            both, and the difference between them
+    python examples/gpt.py --implementation pyfused   pyfused alone
+
+A vocabulary of 32,000 entries and 1,024 tokens a step give logits of 131 MB in float32, and the
+loss reads and writes several times that: it takes a large part of each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from common import largest_difference, peak_memory
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+VOCABULARY = 32_000
+BATCH, CONTEXT = 8, 128
+LAYERS, HEADS, WIDTH = 4, 4, 128
+STEPS, EVALUATE_EVERY = 300, 20
+IMPLEMENTATIONS = {"torch": "torch.nn.functional", "pyfused": "pyfused.functional"}
+
+# Sums in another order round differently, and each step of AdamW builds on the last.
+TOLERANCE = 1e-3
+
+
+class Block(nn.Module):
+    def __init__(self, relu: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.relu = relu
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        attention = scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.project(attention.transpose(1, 2).flatten(2))
+        return x + self.down(self.relu(self.up(self.mlp_norm(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocabulary: int, relu: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block(relu) for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+def tokenise() -> dict[str, Any]:
+    """Train the tokenizer and turn the text into tokens, every tenth file held out."""
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idlelib", "encodings", "pydoc_data"}
+    left_out |= {"site-packages", "dist-packages"}
+    files = sorted(library.rglob("*.py"))
+    texts = [
+        file.read_text("utf-8", "replace")
+        for file in files
+        if left_out.isdisjoint(file.relative_to(library).parts)
+    ]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, VOCABULARY, show_progress=False)
+    tokens = [
+        torch.tensor(encoding.ids, dtype=torch.long) for encoding in tokenizer.encode_batch(texts)
+    ]
+    held_out = torch.cat(tokens[::10])
+    del tokens[::10]
+    return {
+        "training": torch.cat(tokens),
+        "held_out": held_out,
+        "vocabulary": tokenizer.get_vocab_size(),
+    }
+
+
+def load(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        torch.save(tokenise(), path)
+    return torch.load(path)
+
+
+def sample(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    starts = torch.randint(len(tokens) - CONTEXT, (BATCH, 1), generator=generator)
+    windows = tokens[starts + torch.arange(CONTEXT + 1)]
+    return windows[:, :-1], windows[:, 1:]
+
+
+@dataclasses.dataclass
+class Step:
+    loss: float
+    held_out_loss: float | None
+    loss_ms: float
+    step_ms: float
+    peak_mib: float | None
+
+
+def train(functional: ModuleType, path: Path, steps: int) -> Iterator[Step]:
+    """Yield the measurements of each step."""
+    clock: list[float] = []
+
+    def tick(*_: Tensor) -> None:
+        clock.append(time.perf_counter())
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    text = load(path)
+    model = GPT(text["vocabulary"], relu=functional.relu)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    held_out = [sample(text["held_out"], generator) for _ in range(4)]
+
+    for step in range(1, steps + 1):
+        inputs, targets = sample(text["training"], generator)
+
+        clock.clear()
+        tick()
+        optimizer.zero_grad()
+        logits = model(inputs).flatten(0, 1)
+        # The loss takes the time from here until the gradient of the logits is ready.
+        logits.register_hook(tick)
+        tick()
+        loss = functional.cross_entropy(logits, targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        tick()
+
+        started, loss_started, loss_stopped, stopped = clock
+        held_out_loss = None
+        if step % EVALUATE_EVERY == 0:
+            with torch.no_grad():
+                losses = [
+                    functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+                    for x, y in held_out
+                ]
+            held_out_loss = torch.stack(losses).mean().item()
+        yield Step(
+            loss=loss.item(),
+            held_out_loss=held_out_loss,
+            loss_ms=1e3 * (loss_stopped - loss_started),
+            step_ms=1e3 * (stopped - started),
+            peak_mib=peak_memory(),
+        )
+
+
+def train_in_a_process(implementation: str, path: Path, steps: int) -> Iterator[Step]:
+    """As train, in a process of its own, so that its peak memory is its own too."""
+    command = [sys.executable, __file__, "--worker", "--implementation", implementation]
+    command += ["--tokens", str(path), "--steps", str(steps)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        for _ in range(steps):
+            worker.stdin.write("step\n")
+            answer = worker.stdout.readline()
+            if not answer:
+                sys.exit(f"training with {implementation} stopped: see its error above")
+            yield Step(**json.loads(answer))
+
+
+def work(implementation: str, path: Path, steps: int) -> None:
+    """Take one step for each line read: workers that wait for each other do not share the cores."""
+    functional = importlib.import_module(IMPLEMENTATIONS[implementation])
+    training = train(functional, path, steps)
+    for _ in sys.stdin:
+        print(json.dumps(dataclasses.asdict(next(training))), flush=True)
+
+
+def run(names: Sequence[str], path: Path, steps: int) -> None:
+    runs: dict[str, list[Step]] = {name: [] for name in names}
+    text = load(path)
+    print(f"{len(text['training']):,} tokens out of a vocabulary of {text['vocabulary']:,}")
+    turns = zip(*(train_in_a_process(name, path, steps) for name in names), strict=True)
+    for number, turn in enumerate(turns, start=1):
+        for name, step in zip(names, turn, strict=True):
+            runs[name].append(step)
+            if step.held_out_loss is not None:
+                losses = f"loss {step.loss:.4f}  held out {step.held_out_loss:.4f}"
+                print(f"{name:<8} step {number:>4}  {losses}", flush=True)
+
+    for name, taken in runs.items():
+        loss_ms = statistics.median(step.loss_ms for step in taken)
+        step_ms = statistics.median(step.step_ms for step in taken)
+        print(f"{name:<8} loss {loss_ms:.1f} ms of a step of {step_ms:.1f} ms", end="")
+        print(f", peak memory {taken[-1].peak_mib:,.0f} MiB" if taken[-1].peak_mib else "")
+    if len(names) == 2:
+        difference = largest_difference(*([step.loss for step in runs[name]] for name in names))
+        print(f"largest difference between the loss curves: {difference:.1e} of the largest loss")
+        if difference > TOLERANCE:
+            sys.exit(f"the loss curves differ by more than the tolerance, {TOLERANCE:.0e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: both, in turn")
+    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--tokens", type=Path, help="keep the tokenised text in this file")
+    parser.add_argument(
+        "--worker", action="store_true", help="take a step for each line read, print it as JSON"
+    )
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.implementation, arguments.tokens, arguments.steps)
+        return
+    names = [arguments.implementation] if arguments.implementation else list(IMPLEMENTATIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        run(names, arguments.tokens or Path(folder, "tokens.pt"), arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
