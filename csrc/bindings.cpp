@@ -1,0 +1,143 @@
+// The Python face of the kernels: addresses, strides and sizes in, nothing out but what they wrote.
+// Compiled once for each instruction set, by the cpu_*.cpp files, which name the module.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "activation.h"
+#include "cross_entropy.h"
+#include "memory.h"
+#include "pointwise_loss.h"
+
+namespace {
+
+using namespace pyfused;
+
+template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
+
+// ---- one kernel for each element type -----------------------------------------------------------
+
+enum class DType { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+template <class Body> auto with_dtype(int dtype, const Body& body) {
+  switch (DType(dtype)) {
+    case DType::float32: return body(float{});
+    case DType::float64: return body(double{});
+    case DType::bfloat16: return body(bfloat16{});
+    case DType::float16: return body(float16{});
+  }
+  throw std::invalid_argument("dtype: expected 0 to 3");
+}
+
+// ---- cross-entropy ------------------------------------------------------------------------------
+
+using ViewTuple = std::array<int64_t, 4>;  // address; strides of outer, inner, class
+
+template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), v[1], v[2], v[3]}; }
+
+int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
+                          int64_t target, const ViewTuple& probabilities, int64_t weight,
+                          int64_t ignore_index, double smoothing, int reduction, int64_t upstream,
+                          int64_t loss, const ViewTuple& grad_logits,
+                          const ViewTuple& grad_probabilities, int threads) {
+  return with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulate<T>;
+    const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
+    prefer_huge_pages(pointer<void>(grad_logits[0]), grad_logits[0] ? bytes : 0);
+    prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
+    return cross_entropy(CrossEntropy<T>{
+        sizes[0], sizes[1], sizes[2], view<const T>(logits), pointer<const int64_t>(target),
+        view<const T>(probabilities), pointer<const A>(weight), ignore_index, A(smoothing),
+        Reduction(reduction), pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_logits),
+        view<T>(grad_probabilities), threads});
+  });
+}
+
+// ---- pointwise losses and activations -----------------------------------------------------------
+
+using OperandTuple = std::array<int64_t, 2>;  // address; step
+
+template <class T> Operand<T> operand(const OperandTuple& o) {
+  return {pointer<const T>(o[0]), o[1]};
+}
+
+template <class Formula>
+void run_pointwise_loss(int dtype, int64_t n, const OperandTuple& input, const OperandTuple& target,
+                        const OperandTuple& weight, double denominator, const OperandTuple& upstream,
+                        int64_t each, int64_t reduced, int64_t grad_input, int64_t grad_target,
+                        int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    for (const int64_t output : {each, grad_input, grad_target}) {
+      prefer_huge_pages(pointer<void>(output), output ? size_t(n) * sizeof(T) : 0);
+    }
+    pointwise_loss<Formula>(PointwiseLoss<T>{
+        n, operand<T>(input), operand<T>(target), operand<T>(weight), denominator, operand<T>(upstream),
+        pointer<T>(each), pointer<Accumulate<T>>(reduced), pointer<T>(grad_input),
+        pointer<T>(grad_target), threads});
+  });
+}
+
+template <class Formula>
+void run_activation(int dtype, int64_t n, int64_t input, int64_t output, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (input != output) prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
+    activation<Formula>(pointer<const T>(input), pointer<T>(output), n, threads);
+  });
+}
+
+template <class Formula>
+void run_activation_backward(int dtype, int64_t n, const OperandTuple& grad_output, int64_t output,
+                             int64_t grad_input, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
+    activation_backward<Formula>(pointer<const T>(grad_output[0]), grad_output[1],
+                                 pointer<const T>(output), pointer<T>(grad_input), n, threads);
+  });
+}
+
+// ---- what this CPU can run ----------------------------------------------------------------------
+
+// Asked of the module built for the least of the instruction sets, before another one is loaded.
+bool runs_here([[maybe_unused]] const std::string& isa) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (isa == "x86-64-v2") return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  if (isa == "x86-64-v3") return v3;
+  if (isa == "x86-64-v4") {
+    return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  }
+  return false;
+#elif defined(_M_X64)
+  return isa == "x86-64-v2";
+#else
+  return isa == "generic";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(PYFUSED_MODULE, m) {
+  namespace py = pybind11;
+  const py::call_guard<py::gil_scoped_release> unlocked;
+
+  m.def("runs_here", &runs_here);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+
+  m.def("cross_entropy", &run_cross_entropy, unlocked);
+  m.def("squared_error", &run_pointwise_loss<SquaredError>, unlocked);
+  m.def("relu", &run_activation<Relu>, unlocked);
+  m.def("relu_backward", &run_activation_backward<Relu>, unlocked);
+}

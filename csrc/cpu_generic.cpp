@@ -1,0 +1,2 @@
+#define PYFUSED_MODULE _cpu_generic
+#include "bindings.cpp"

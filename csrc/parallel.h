@@ -1,0 +1,39 @@
+// The only place that decides how work is spread over threads.
+//
+// A kernel names fixed blocks whose bounds do not depend on the number of threads, keeps one partial
+// result a block, and adds the partials up in order: the result has the same bits for any count.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define PYFUSED_HAS_FORK 1
+#endif
+
+namespace pyfused {
+
+#ifdef PYFUSED_HAS_FORK
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs: it works alone.
+inline bool forked = false;
+inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#else
+constexpr bool forked = false;
+#endif
+
+template <class Body> void parallel_for(int64_t blocks, int threads, const Body& body) {
+  if (threads > blocks) threads = int(blocks);
+#ifdef _OPENMP
+  if (threads > 1 && !forked && !omp_in_parallel()) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) body(block);
+    return;
+  }
+#endif
+  for (int64_t block = 0; block < blocks; ++block) body(block);
+}
+
+}  // namespace pyfused

@@ -1,0 +1,197 @@
+// Element types and elementary functions, written as plain scalar code that compilers vectorise.
+//
+// Every kernel reads an element type T, computes in Accumulate<T> and rounds once when it writes.
+//
+//   function        range                         largest error
+//   exp_nonpositive [-87.33, 0] (double: [-708, 0])  1 ULP; 0 below the range, NaN for NaN
+//   log_positive    [1, largest finite]           1 ULP; NaN for NaN
+//   load, store     every value of the type       load is exact, store rounds to nearest even
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__)
+#define PYFUSED_RESTRICT __restrict__
+#define PYFUSED_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define PYFUSED_RESTRICT __restrict
+#define PYFUSED_INLINE __forceinline
+#else
+#define PYFUSED_RESTRICT
+#define PYFUSED_INLINE inline
+#endif
+
+// Tells the compiler that the loop's iterations are independent and its float reductions may be
+// reordered. Without OpenMP the loop is correct as it stands.
+#define PYFUSED_PRAGMA(text) _Pragma(#text)
+#if defined(_OPENMP) && !defined(_MSC_VER)
+#define PYFUSED_SIMD(...) PYFUSED_PRAGMA(omp simd __VA_ARGS__)
+#else
+#define PYFUSED_SIMD(...)
+#endif
+
+namespace pyfused {
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+template <class T> struct AccumulateType { using type = float; };
+template <> struct AccumulateType<double> { using type = double; };
+template <class T> using Accumulate = typename AccumulateType<T>::type;
+
+// Buffers hold whole vectors: 64 bytes is the widest register of any ISA built here.
+constexpr int64_t kVectorBytes = 64;
+template <class A> constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
+template <class A> constexpr int64_t whole_vectors(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+template <class To, class From> PYFUSED_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- element types ------------------------------------------------------------------------------
+
+PYFUSED_INLINE float widen(float x) { return x; }
+PYFUSED_INLINE double widen(double x) { return x; }
+PYFUSED_INLINE float widen(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+PYFUSED_INLINE float widen(float16 x) {
+  // Placing the exponent by a multiplication makes subnormal halves come out right by themselves.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x70000000u : finite;
+  return bit_cast<float>(value | uint32_t(x.bits & 0x8000) << 16);
+}
+
+template <class T> PYFUSED_INLINE T narrow(Accumulate<T> x);
+template <> PYFUSED_INLINE float narrow<float>(float x) { return x; }
+template <> PYFUSED_INLINE double narrow<double>(double x) { return x; }
+template <> PYFUSED_INLINE bfloat16 narrow<bfloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return {uint16_t(x != x ? 0x7fc0u : rounded)};
+}
+template <> PYFUSED_INLINE float16 narrow<float16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  // Below 2^-14 the result is subnormal: adding 0.5 aligns its last bit with that of a float.
+  const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? small : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return {uint16_t(sign | half)};
+}
+
+template <class T>
+PYFUSED_INLINE void load(const T* PYFUSED_RESTRICT from, Accumulate<T>* PYFUSED_RESTRICT to,
+                         int64_t n) {
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+template <class T>
+PYFUSED_INLINE void store(const Accumulate<T>* PYFUSED_RESTRICT from, T* PYFUSED_RESTRICT to,
+                          int64_t n) {
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(from[i]);
+}
+
+#ifdef __F16C__
+// Compilers do not turn the scalar conversions into these two instructions by themselves.
+PYFUSED_INLINE void load(const float16* PYFUSED_RESTRICT from, float* PYFUSED_RESTRICT to,
+                         int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+  }
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+
+PYFUSED_INLINE void store(const float* PYFUSED_RESTRICT from, float16* PYFUSED_RESTRICT to,
+                          int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+  for (; i < n; ++i) to[i] = narrow<float16>(from[i]);
+}
+#endif
+
+// ---- elementary functions -----------------------------------------------------------------------
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, with a minimax polynomial for exp(r).
+// Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves n in the low bits of the sum.
+
+PYFUSED_INLINE float exp_nonpositive(float x) {
+  constexpr float kRound = 0x1.8p23f;
+  x = -104.0f > x ? -104.0f : x;
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.38143183e-3f;
+  p = p * r + 8.36885128e-3f;
+  p = p * r + 4.16684011e-2f;
+  p = p * r + 1.66665195e-1f;
+  p = p * r + 4.99999934e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127;
+  return p * bit_cast<float>((exponent > 0 ? exponent : 0) << 23);
+}
+
+PYFUSED_INLINE double exp_nonpositive(double x) {
+  constexpr double kRound = 0x1.8p52;
+  x = -746.0 > x ? -746.0 : x;
+  const double shifted = x * 1.4426950408889634 + kRound;
+  const double n = shifted - kRound;
+  const double r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
+  double p = 2.082952690990506e-09;
+  p = p * r + 2.5112669132722643e-08;
+  p = p * r + 2.7557569101588205e-07;
+  p = p * r + 2.755723296538863e-06;
+  p = p * r + 2.4801586949222232e-05;
+  p = p * r + 0.00019841269898397378;
+  p = p * r + 0.0013888888889096167;
+  p = p * r + 0.008333333333316146;
+  p = p * r + 0.04166666666666617;
+  p = p * r + 0.16666666666666685;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023;
+  return p * bit_cast<double>((exponent > 0 ? exponent : 0) << 52);
+}
+
+// log(x) = e ln 2 + log(1 + t), with x = 2^e (1 + t) and 1 + t in [sqrt(1/2), sqrt(2)).
+PYFUSED_INLINE float log_positive(float x) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  const int32_t bits = bit_cast<int32_t>(x) - kSqrtHalf;
+  const float e = float(bits >> 23);
+  const float t = bit_cast<float>((bits & 0x007fffff) + kSqrtHalf) - 1.0f;
+  float p = -7.63442963e-2f;
+  p = p * t + 1.27615512e-1f;
+  p = p * t + -1.31601945e-1f;
+  p = p * t + 1.42017618e-1f;
+  p = p * t + -1.66233569e-1f;
+  p = p * t + 2.00012267e-1f;
+  p = p * t + -2.50008225e-1f;
+  p = p * t + 3.33333313e-1f;
+  const float square = t * t;
+  const float low = p * (square * t) + e * -2.12194440e-4f - 0.5f * square;
+  const float value = low + t + e * 0.693359375f;
+  return x != x ? x : value;
+}
+
+PYFUSED_INLINE double log_positive(double x) { return std::log(x); }
+
+}  // namespace pyfused

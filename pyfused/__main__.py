@@ -1,0 +1,59 @@
+"""What a bug report needs: ``python -m pyfused``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+
+import pyfused
+from pyfused import functional
+from pyfused.backends import cpu
+
+
+def installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def built() -> list[str]:
+    return [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
+
+
+def openmp() -> str:
+    """Whether the kernels share torch's threads: two runtimes in a process are two pools."""
+    if not cpu.native.openmp:
+        return "no, the kernels run on one thread"
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return "yes"
+    names = {Path(line.split(maxsplit=5)[-1]).name for line in maps.read_text().splitlines()}
+    runtimes = sorted(name for name in names if name.startswith(("libgomp", "libomp", "libiomp")))
+    pool = "torch's own pool" if len(runtimes) == 1 else "a pool beside torch's"
+    return f"yes, {pool} ({', '.join(runtimes)})"
+
+
+def report() -> dict[str, str]:
+    return {
+        "pyfused": pyfused.__version__,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "triton": installed("triton"),
+        "ISAs built": ", ".join(built()),
+        "ISAs supported": ", ".join(cpu.supported),
+        "ISA chosen": cpu.capability,
+        "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
+        "OpenMP": openmp(),
+        **dict.fromkeys(functional.__all__, "cpu: C++ kernels; other devices: torch's operators"),
+    }
+
+
+if __name__ == "__main__":
+    for key, value in report().items():
+        print(f"{key:<24}{value}")

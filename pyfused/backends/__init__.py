@@ -1,0 +1,1 @@
+"""One module per kind of device, each a set of kernels that take and return tensors."""

@@ -1,0 +1,280 @@
+"""The C++ kernels: the one place where tensors become addresses and strides.
+
+The extension is built once for each instruction set. The best one that this CPU runs is loaded at
+import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def load(isa: str) -> ModuleType:
+    """The extension module built for the instruction set ``isa``.
+
+    Raises:
+        ImportError: It was not built, or does not load.
+    """
+    name = "pyfused._cpu_" + isa.replace("-", "_")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"pyfused's compiled module {name} cannot be loaded ({error}). The installation is "
+            "broken or was never built: run 'pip install --force-reinstall pyfused', or "
+            "'pip install .' in a checkout, with a C++17 compiler at hand.",
+            name=name,
+        ) from error
+
+
+def _choose() -> str:
+    asked = os.environ.get("PYFUSED_CPU_CAPABILITY")
+    if not asked:
+        return supported[-1]
+    if asked not in supported:
+        raise ImportError(
+            f"PYFUSED_CPU_CAPABILITY: expected one of {', '.join(supported)}, which is what this "
+            f"CPU runs, got {asked!r}"
+        )
+    return asked
+
+
+# The module for the least instruction set says which of the others are safe to load.
+supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
+capability = _choose()
+native = load(capability)
+
+
+# ---- tensors as the kernels see them --------------------------------------------------------------
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+_NO_VIEW = (0, 0, 0, 0)
+_NO_OPERAND = (0, 0)
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Strides of (N, C, d1, ..., dk) as outer and inner positions and classes, None if none fit."""
+    stride = tensor.stride()
+    if tensor.dim() == 1:
+        return 0, 0, stride[0]
+    if tensor.dim() == 2:
+        return 0, stride[0], stride[1]
+    inner, size = 0, 1
+    for length, step in zip(reversed(tensor.shape[2:]), reversed(stride[2:]), strict=True):
+        if length == 1:
+            continue
+        if size == 1:
+            inner = step
+        elif step != inner * size:
+            return None
+        size *= length
+    return stride[0], inner, stride[1]
+
+
+def _viewed(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """The tensor, copied once if its strides do not fit a view, and its view."""
+    strides = _strides(tensor)
+    if strides is None:
+        tensor = tensor.contiguous()
+        strides = _strides(tensor)
+        assert strides is not None
+    return tensor, (tensor.data_ptr(), *strides)
+
+
+def _empty_viewed(like: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """A new tensor laid out as ``like`` where that fits a view, and its view."""
+    empty = torch.empty_like(like)
+    if _strides(empty) is None:
+        empty = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return _viewed(empty)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The tensor in the order of ``like``, copied once if it is in another, and its operand."""
+    if tensor.stride() == like.stride():
+        return tensor, (tensor.data_ptr(), 1)
+    if not any(tensor.stride()):
+        return tensor, (tensor.data_ptr(), 0)
+    tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return tensor, (tensor.data_ptr(), 1)
+
+
+# ---- kernels --------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    grad_output: Tensor | None = None,
+    *,
+    want_loss: bool,
+    want_grad_input: bool,
+    want_grad_target: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """Loss, gradient of the input and gradient of the target, each where wanted.
+
+    Args:
+        input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk), of a dtype in ``DTYPES``.
+        target: int64 class indices, or probabilities of the input's shape and dtype.
+        weight: (C), or None.
+        grad_output: The loss's gradient, of the loss's shape; None stands for ones.
+
+    Returns:
+        The loss is in the accumulation dtype. The last item is the first position, counted along
+        the flattened target, whose class index is out of range, with nothing computed, or -1.
+    """
+    accumulate = _accumulate_dtype(input.dtype)
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    outer = input.shape[0] if input.dim() > 2 else 1
+    inner = input.numel() // max(outer * classes, 1)
+
+    logits, logits_view = _viewed(input)
+    if target.dtype is torch.int64:
+        indices, probabilities_view = target.contiguous(), _NO_VIEW
+    else:
+        indices = None
+        target, probabilities_view = _viewed(target)
+    if weight is not None:
+        weight = weight.to(accumulate).contiguous()
+    if grad_output is not None:
+        grad_output = grad_output.to(accumulate).contiguous()
+    loss = grad_input = grad_target = None
+    grad_input_view = grad_target_view = _NO_VIEW
+    if want_loss:
+        shape = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
+        loss = torch.empty(shape if reduction == "none" else (), dtype=accumulate)
+    if want_grad_input:
+        grad_input, grad_input_view = _empty_viewed(logits)
+    if want_grad_target:
+        grad_target, grad_target_view = _empty_viewed(target)
+    out_of_range = native.cross_entropy(
+        DTYPES[input.dtype],
+        (outer, inner, classes),
+        logits_view,
+        _address(indices),
+        probabilities_view,
+        _address(weight),
+        ignore_index,
+        max(label_smoothing, 0.0),
+        _REDUCTIONS[reduction],
+        _address(grad_output),
+        _address(loss),
+        grad_input_view,
+        grad_target_view,
+        torch.get_num_threads(),
+    )
+    return loss, grad_input, grad_target, out_of_range
+
+
+def pointwise_loss(
+    formula: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    denominator: float,
+    grad_output: Tensor | None = None,
+    *,
+    want_each: bool,
+    want_reduced: bool,
+    want_grad_input: bool,
+    want_grad_target: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, gradient of the input and gradient of the target, each where wanted.
+
+    Args:
+        formula: The kernel's name: ``"squared_error"``.
+        input, target, weight: Of one shape and one dtype in ``DTYPES``; weight may be None.
+        denominator: What the sum of the losses and the gradients are divided by.
+        grad_output: The loss's gradient, of the input's shape; None stands for ones.
+
+    Returns:
+        The loss is one per element in the input's dtype, or one sum in the accumulation dtype.
+    """
+    order = target if is_dense(target) and not is_dense(input) else _dense(input)
+    input, input_operand = _operand(input, order)
+    target, target_operand = _operand(target, order)
+    weight_operand = upstream = _NO_OPERAND
+    if weight is not None:
+        weight, weight_operand = _operand(weight, order)
+    if grad_output is not None:
+        grad_output, upstream = _operand(grad_output, order)
+    each = torch.empty_like(order) if want_each else None
+    reduced = torch.empty((), dtype=_accumulate_dtype(input.dtype)) if want_reduced else None
+    grad_input = torch.empty_like(order) if want_grad_input else None
+    grad_target = torch.empty_like(order) if want_grad_target else None
+    getattr(native, formula)(
+        DTYPES[input.dtype],
+        input.numel(),
+        input_operand,
+        target_operand,
+        weight_operand,
+        denominator,
+        upstream,
+        _address(each),
+        _address(reduced),
+        _address(grad_input),
+        _address(grad_target),
+        torch.get_num_threads(),
+    )
+    return each if want_each else reduced, grad_input, grad_target
+
+
+def activation(formula: str, input: Tensor, *, inplace: bool = False) -> Tensor:
+    """``formula`` of each element, in the input's layout; ``inplace`` needs a dense input."""
+    input = _dense(input)
+    output = input if inplace else torch.empty_like(input)
+    getattr(native, formula)(
+        DTYPES[input.dtype],
+        input.numel(),
+        input.data_ptr(),
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def activation_backward(formula: str, grad_output: Tensor, output: Tensor) -> Tensor:
+    """The input's gradient, from the dense output that ``activation`` returned."""
+    grad_output, upstream = _operand(grad_output, output)
+    grad_input = torch.empty_like(output)
+    getattr(native, f"{formula}_backward")(
+        DTYPES[output.dtype],
+        output.numel(),
+        upstream,
+        output.data_ptr(),
+        grad_input.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_input

@@ -1,0 +1,109 @@
+"""Every argument error and its wording; the types are the ones that torch raises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
+def _reduction(value: Any) -> None:
+    if value not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
+    _tensor("input", input)
+    _tensor("target", target)
+    _reduction(reduction)
+    if input.dim() == 0:
+        raise RuntimeError("input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()")
+    if label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {label_smoothing}")
+    if target.is_floating_point() and target.dim() == input.dim():
+        expected = input.shape
+        if ignore_index >= 0:
+            raise RuntimeError(
+                "ignore_index: expected none (a negative number) with class probabilities as "
+                f"target, got {ignore_index}"
+            )
+    else:
+        expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(
+                "target: expected class indices of dtype torch.int64 or torch.uint8, or class "
+                f"probabilities of the input's shape {tuple(input.shape)}, got {target.dtype} of "
+                f"shape {tuple(target.shape)}"
+            )
+    if target.shape != expected:
+        mismatch = target.dim() and input.dim() > 1 and target.shape[0] != input.shape[0]
+        raise (ValueError if mismatch else RuntimeError)(
+            f"target: expected shape {tuple(expected)} for an input of shape "
+            f"{tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    if weight is not None:
+        classes = input.shape[0 if input.dim() == 1 else 1]
+        if weight.shape != (classes,):
+            raise RuntimeError(
+                f"weight: expected shape ({classes},), one for each class, got "
+                f"{tuple(weight.shape)}"
+            )
+        same = weight.dtype is input.dtype or torch.is_autocast_enabled(input.device.type)
+        if not target.is_floating_point() and not same:
+            raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
+
+
+def target_out_of_range(
+    input: Tensor, target: Tensor, ignore_index: int, position: int
+) -> IndexError:
+    """The error for the class index at ``position``, counted along the flattened target."""
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
+    return IndexError(
+        f"target: expected class indices in [0, {classes}) or ignore_index = {ignore_index}, got "
+        f"{target[index].item()} at position {index}"
+    )
+
+
+def class_indices(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    """Raises for the first class index out of range, as the kernel finds it."""
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if not target.is_floating_point() and wrong.any():
+        raise target_out_of_range(input, target, ignore_index, int(wrong.flatten().nonzero()[0]))
+
+
+def mse_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
+    _tensor("input", input)
+    _tensor("target", target)
+    _reduction(reduction)
+    pairs = zip(reversed(input.shape), reversed(target.shape), strict=False)
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        raise RuntimeError(
+            f"target: expected a shape that broadcasts with the input's {tuple(input.shape)}, got "
+            f"{tuple(target.shape)}"
+        )
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(
+            f"weight: expected the input's shape {tuple(input.shape)}, got {tuple(weight.shape)}"
+        )
+
+
+def relu(input: Tensor) -> None:
+    _tensor("input", input)

@@ -1,0 +1,161 @@
+"""Fused counterparts of ``torch.nn.functional``: same names, arguments, results and errors.
+
+A call that the fused kernels do not take (second derivatives, forward-mode AD, ``torch.func``,
+tensor subclasses, other devices and dtypes, sizes at which ATen is faster) goes to torch's own
+operator.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as _legacy
+from torch.nn import functional as F
+
+from pyfused import checks
+from pyfused.ops import activation as _activation
+from pyfused.ops import cross_entropy as _cross_entropy
+from pyfused.ops import pointwise_loss as _pointwise_loss
+from pyfused.ops.dispatch import reason_for_torch
+
+__all__ = ["cross_entropy", "mse_loss", "relu"]
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy between logits and class indices or class probabilities.
+
+    With ``lse`` the log-sum-exp of a row of logits and ``q`` its target distribution, smoothed by
+    ``label_smoothing`` and weighted by ``weight``, the loss of the row is
+    ``sum_c q_c * (lse - input_c)``, as defined by :func:`torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: Logits, of shape (C), (N, C) or (N, C, d1, ..., dk); float32, float64, bfloat16 or
+            float16.
+        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
+            int64 or uint8; or class probabilities of the input's shape and a floating dtype.
+        weight: One factor for each class, of shape (C); of the input's dtype for class indices.
+        size_average: Deprecated, see ``reduction``.
+        ignore_index: The class index of rows that count for nothing: their loss and gradient are
+            zero, and the mean is over the others.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by the weight
+            of the targets that count, or by the number of rows with class probabilities.
+        label_smoothing: The share, 0.0 to 1.0, of the target that is spread over all classes.
+
+    Returns:
+        The loss in nats, of the input's dtype, or float32 under autocast: a scalar, or of the shape
+        of class indices for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        IndexError: A class index is out of range; the message names it and its position.
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    options = ignore_index, reduction, label_smoothing
+    if reason_for_torch("cross_entropy", input, target, weight) is None:
+        return _cross_entropy.fused(input, target, weight, *options)
+    try:
+        return F.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        checks.cross_entropy(input, target, weight, *options)
+        checks.class_indices(input, target, ignore_index)
+        raise
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Squared difference between input and target, element by element.
+
+    The loss of an element is ``weight * (input - target) ** 2``, as defined by
+    :func:`torch.nn.functional.mse_loss`.
+
+    Args:
+        input: Predictions, of any shape; float32, float64, bfloat16 or float16.
+        target: Ground truth, of a shape that broadcasts with the input's; a difference in shape is
+            warned of. Differing dtypes are promoted.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements, or by the sum of ``weight``.
+        weight: One factor for each element, of the input's shape.
+
+    Returns:
+        The loss in the squared unit of the input, of the promoted dtype, or float32 under autocast:
+        a scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    if reason_for_torch("mse_loss", input, target, weight) is None:
+        checks.mse_loss(input, target, weight, reduction)
+        if target.shape != input.shape:
+            warnings.warn(
+                f"Using a target size ({target.shape}) that is different to the input size "
+                f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
+                "Please ensure they have the same size.",
+                stacklevel=2,
+            )
+        return _pointwise_loss.fused(
+            _pointwise_loss.SQUARED_ERROR, input, target, weight, reduction
+        )
+    try:
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        checks.mse_loss(input, target, weight, reduction)
+        raise
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """The larger of each element and zero; NaN passes.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: ``inplace``, and the input is a leaf that requires grad, or overlaps itself.
+        TypeError: ``input`` is no tensor.
+    """
+    if reason_for_torch("relu", input) is None and not (
+        inplace and _activation.better_in_torch(input)
+    ):
+        return _activation.fused(_activation.RELU, input, inplace)
+    try:
+        return F.relu(input, inplace=inplace)
+    except TypeError:
+        checks.relu(input)
+        raise

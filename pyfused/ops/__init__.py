@@ -1,0 +1,1 @@
+"""The operators: for each family its autograd function and the choice of a backend."""

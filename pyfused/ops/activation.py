@@ -1,0 +1,59 @@
+"""Activations as one autograd function over the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfused.backends import cpu
+
+
+class Formula(NamedTuple):
+    """An activation: its kernel's name, and its gradient from the output in torch's own terms."""
+
+    kernel: str
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+RELU = Formula("relu", lambda grad_output, output: torch.threshold_backward(grad_output, output, 0))
+
+
+def better_in_torch(input: Tensor) -> bool:
+    """Whether torch's own operator is to overwrite ``input``.
+
+    It has the errors for what must not be overwritten, takes any strides, and there is no new
+    memory for a kernel to save unless a gradient follows.
+    """
+    wants_grad = torch.is_grad_enabled() and input.requires_grad
+    return not wants_grad or input.is_leaf or input._is_view() or not cpu.is_dense(input)
+
+
+def fused(formula: Formula, input: Tensor, inplace: bool) -> Tensor:
+    """The activation of a tensor that the kernels take."""
+    if torch.is_grad_enabled() and input.requires_grad:
+        output: Tensor = Activation.apply(formula, input, inplace)
+        return output
+    return cpu.activation(formula.kernel, input)
+
+
+class Activation(torch.autograd.Function):
+    """Saves the output alone, so that the input's memory can go or be the output's."""
+
+    @staticmethod
+    def forward(ctx: Any, formula: Formula, input: Tensor, inplace: bool) -> Tensor:
+        output = cpu.activation(formula.kernel, input, inplace=inplace)
+        if inplace:
+            ctx.mark_dirty(input)
+        ctx.formula = formula
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, ctx.formula.gradient(grad_output, output), None
+        return None, cpu.activation_backward(ctx.formula.kernel, grad_output, output), None

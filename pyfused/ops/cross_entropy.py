@@ -1,0 +1,132 @@
+"""Cross-entropy as an autograd function over the fused kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfused import checks
+from pyfused.backends import cpu
+from pyfused.ops.gradients import autocast_dtype, differentiate, scale
+
+
+def fused(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """``functional.cross_entropy`` on tensors that the kernels take."""
+    checks.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    dtype = autocast_dtype(input.dtype)
+    if target.is_floating_point():
+        dtype = promoted = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = promoted = torch.promote_types(dtype, weight.dtype)
+        if promoted is not input.dtype or target.dtype is not input.dtype:
+            input, target = input.to(promoted), target.to(promoted)
+    elif target.dtype is not torch.int64:
+        target = target.to(torch.int64)
+    options = ignore_index, reduction, label_smoothing
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        loss: Tensor = CrossEntropy.apply(input, target, weight, *options)
+    else:
+        loss, _ = evaluate(input, target, weight, *options)
+    return loss if loss.dtype is dtype else loss.to(dtype)
+
+
+def evaluate(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    want_grad_input: bool = False,
+    want_grad_target: bool = False,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The loss in the accumulation dtype, and the gradients for an upstream gradient of ones."""
+    loss, grad_input, grad_target, out_of_range = cpu.cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        want_loss=True,
+        want_grad_input=want_grad_input,
+        want_grad_target=want_grad_target,
+    )
+    if out_of_range >= 0:
+        raise checks.target_out_of_range(input, target, ignore_index, out_of_range)
+    assert loss is not None
+    return loss, (grad_input, grad_target)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The gradients are computed by the forward pass, while each row of logits is in cache.
+
+    Except where the upstream gradient is needed first: one that differs from row to row, or one
+    that keeps float16 gradients from underflowing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ) -> Tensor:
+        ctx.options = ignore_index, reduction, label_smoothing
+        ctx.save_for_backward(input, target, weight)
+        now = reduction != "none" and input.dtype is not torch.float16
+        loss, gradients = evaluate(
+            input,
+            target,
+            weight,
+            *ctx.options,
+            want_grad_input=now and ctx.needs_input_grad[0],
+            want_grad_target=now and ctx.needs_input_grad[1],
+        )
+        ctx.gradients = gradients if now else None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(ctx, grad_output)
+        elif ctx.gradients is None:
+            gradients = cpu.cross_entropy(
+                *ctx.saved_tensors,
+                *ctx.options,
+                grad_output,
+                want_loss=False,
+                want_grad_input=ctx.needs_input_grad[0],
+                want_grad_target=ctx.needs_input_grad[1],
+            )[1:3]
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+            scale(gradients, grad_output)
+        return *gradients, None, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, target, weight = ctx.saved_tensors
+    ignore_index, reduction, label_smoothing = ctx.options
+    loss = F.cross_entropy(
+        input.to(grad_output.dtype),
+        target if target.dtype is torch.int64 else target.to(grad_output.dtype),
+        None if weight is None else weight.to(grad_output.dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return differentiate(loss, (input, target), ctx.needs_input_grad, grad_output)
