@@ -48,8 +48,9 @@ $(ENVIRONMENT): constraints.txt
 		$(call need,a C++17 compiler: $(CXX) is $$($(CXX) --version | head -n 1))
 	@echo '#include <Python.h>' | $(COMPILE) -I$(HEADERS) \
 		$(call need,the headers of Python: there is no Python.h in $(HEADERS))
-	$(PYTHON) -m venv .venv
-	$(PIP) install --requirement constraints.txt
+	@echo 'Installing the development environment into .venv: minutes, once'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --requirement constraints.txt
 	@touch $@
 
 need = || { echo "pyfused needs $(1)"; exit 1; }
@@ -57,6 +58,7 @@ COMPILE = $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null
 HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
 $(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp)
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	@echo 'Compiling the kernels: a minute at most'
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pyfused
 	@touch $@

@@ -1,0 +1,52 @@
+"""`python -m pyfused`: what a bug report needs."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyfused
+from pyfused import __main__ as main
+from pyfused.backends import cpu
+
+
+def run(**environment: str) -> dict[str, str]:
+    output = subprocess.run(
+        [sys.executable, "-m", "pyfused"],
+        env=environment,
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout
+    return {line[:24].strip(): line[24:] for line in output.splitlines()}
+
+
+def test_the_report_names_what_a_bug_report_needs() -> None:
+    report = run()
+    assert report["pyfused"] == pyfused.__version__
+    assert report["python"] == platform.python_version()
+    assert report["torch"].startswith(f"{torch.__version__}, ")
+    assert report["ISAs built"] == ", ".join(cpu.ISAS)
+    assert report["ISAs supported"] == ", ".join(cpu.supported)
+    assert report["ISA chosen"] == cpu.supported[-1]
+    for op in pyfused.functional.__all__:
+        assert report[op].startswith("cpu: C++ kernels")
+
+
+@pytest.mark.parametrize("isa", cpu.supported)
+def test_the_report_names_the_isa_that_was_asked_for(isa: str) -> None:
+    report = run(PYFUSED_CPU_CAPABILITY=isa)
+    assert report["PYFUSED_CPU_CAPABILITY"] == report["ISA chosen"] == isa
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what a process has mapped")
+def test_the_kernels_run_in_the_pool_of_torch() -> None:
+    assert run()["OpenMP"].startswith("yes, torch's own pool (libgomp")
+
+
+def test_a_package_that_is_absent_is_said_to_be() -> None:
+    assert main.installed("no-such-package") == "not installed"

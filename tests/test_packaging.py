@@ -1,0 +1,234 @@
+"""What users get: an sdist and a wheel, built for real, installed and imported outside the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+import zipfile
+from collections.abc import Sequence
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import pyfused
+from pyfused.backends import cpu
+
+ROOT = Path(__file__).parents[1]
+MODULES = [f"pyfused._cpu_{isa.replace('-', '_')}" for isa in cpu.ISAS]
+
+# One worker builds, once, where pytest-xdist runs the tests side by side.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+
+
+def run(
+    *arguments: str | Path, folder: Path, path: Sequence[Path] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python in `folder`, with the modules in `path` before all others."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+# ---- the sdist and the wheel ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the sdist and the wheel built from it, in a world without torch."""
+    folder = tmp_path_factory.mktemp("packaging")
+    tree, dist = folder / "tree", folder / "dist"
+    (folder / "torch.py").write_text("raise ImportError('the build may not need torch')")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "*.pyd")
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    built = run(
+        "-m", "build", "--no-isolation", "--outdir", dist, tree, folder=folder, path=[folder]
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return dist
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> zipfile.ZipFile:
+    (path,) = dist.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def test_the_sdist_holds_what_a_build_needs_on_any_platform(dist: Path) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        files = {name.partition("/")[2] for name in sdist.getnames()}
+    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("csrc/*.[ch]*")}
+    assert files >= sources | {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("pyfused/**/*.py")}
+    kernels = {f"pyfused/kernels/{file.name}" for file in ROOT.glob("kernels/*.py")}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    modules = {module.replace(".", "/") + suffix for module in MODULES}
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert files == sources | kernels | modules | {"pyfused/py.typed"}
+
+
+def test_the_metadata_agrees_with_the_package(metadata: Message, wheel: zipfile.ZipFile) -> None:
+    assert metadata["Version"] == pyfused.__version__
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+    assert "torch>=2.11" in metadata.get_all("Requires-Dist", [])
+
+
+def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {
+        pin.name: str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()
+    }
+    for asked in map(Requirement, metadata.get_all("Requires-Dist", [])):
+        assert asked.name == "pyfused" or asked.specifier.contains(pinned[asked.name])
+
+
+# ---- the installed wheel -------------------------------------------------------------------------
+
+RELU = """
+import torch
+from pyfused.backends import cpu
+output = cpu.activation("relu", torch.tensor([-1.0, 2.0]))
+print(cpu.capability, cpu.native.__file__, output.tolist())
+"""
+
+
+@pytest.fixture
+def site(dist: Path, tmp_path: Path) -> Path:
+    """A folder into which the wheel was installed."""
+    (wheel,) = dist.glob("*.whl")
+    pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
+    installed = run(*pip, folder=tmp_path)
+    assert installed.returncode == 0, installed.stderr
+    return tmp_path
+
+
+def run_installed(
+    *arguments: str, site: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python without .pth files: the editable install of the tree would come to the rescue."""
+    path = [site, *(Path(sysconfig.get_path(lib)) for lib in ("purelib", "platlib"))]
+    return run("-S", *arguments, folder=site, path=path, **environment)
+
+
+@pytest.mark.parametrize("isa", cpu.supported)
+def test_the_installed_wheel_runs_each_isa(site: Path, isa: str) -> None:
+    result = run_installed("-c", RELU, site=site, PYFUSED_CPU_CAPABILITY=isa)
+    capability, file, values = result.stdout.split(maxsplit=2)
+    assert (capability, values.strip()) == (isa, "[0.0, 2.0]"), result.stderr
+    assert Path(file).is_relative_to(site)
+
+
+def test_an_unknown_isa_is_an_error_that_names_the_known(site: Path) -> None:
+    result = run_installed("-c", RELU, site=site, PYFUSED_CPU_CAPABILITY="x86-64-v9")
+    assert "ImportError: PYFUSED_CPU_CAPABILITY: expected one of " in result.stderr
+    assert ", ".join(cpu.supported) in result.stderr
+    assert "'x86-64-v9'" in result.stderr
+
+
+@pytest.mark.skipif(len(cpu.ISAS) == 1, reason="one instruction set serves all CPUs of this kind")
+def test_an_isa_that_the_cpu_lacks_is_an_error_and_is_not_loaded(site: Path) -> None:
+    least, most = MODULES[0], MODULES[-1]
+    older_cpu = f"""
+import sys, types
+sys.modules[{least!r}] = module = types.ModuleType({least!r})
+module.runs_here = lambda isa: isa == {cpu.ISAS[0]!r}
+try:
+    import pyfused
+finally:
+    print({most!r} in sys.modules)
+"""
+    result = run_installed("-c", older_cpu, site=site, PYFUSED_CPU_CAPABILITY=cpu.ISAS[-1])
+    assert result.stdout == "False\n"
+    assert f"expected one of {cpu.ISAS[0]}, which" in result.stderr
+    assert f"got '{cpu.ISAS[-1]}'" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("-c", "import pyfused"), ("-m", "pyfused")])
+def test_an_installation_without_its_modules_says_what_to_do(
+    site: Path, arguments: tuple[str, str]
+) -> None:
+    for module in MODULES:
+        (file,) = site.glob(module.replace(".", "/") + ".*")
+        file.unlink()
+    result = run_installed(*arguments, site=site)
+    assert result.returncode == 1
+    assert "pip install --force-reinstall pyfused" in result.stderr.splitlines()[-1]
+
+
+# ---- the build -----------------------------------------------------------------------------------
+
+STUB = """
+#include <Python.h>
+#include "stub.h"
+#define INIT_(name) PyInit_##name
+#define INIT(name) INIT_(name)
+PyMODINIT_FUNC INIT(PYFUSED_MODULE)() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "stub"};
+  return PyModule_Create(&module);
+}
+"""
+
+
+@pytest.fixture
+def stub_tree(tmp_path: Path) -> Path:
+    """The tree with next to nothing to compile."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "pyfused").mkdir()
+    for file in (*ROOT.glob("csrc/cpu_*.cpp"), ROOT / "setup.py"):
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    (tmp_path / "csrc/bindings.cpp").write_text(STUB)
+    (tmp_path / "csrc/stub.h").touch()
+    return tmp_path
+
+
+def build(tree: Path) -> str:
+    result = run("setup.py", "build_ext", "--inplace", folder=tree, CFLAGS="", CXXFLAGS="")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_a_build_compiles_what_changed_and_no_more(stub_tree: Path) -> None:
+    def compiled_after(changed: str | None) -> set[str]:
+        if changed:
+            later = time.time() + 5
+            os.utime(stub_tree / changed, (later, later))
+        return set(re.findall(r"building '(\S+)' extension", build(stub_tree)))
+
+    last = MODULES[-1].removeprefix("pyfused._")
+    assert compiled_after(None) == set(MODULES)
+    assert compiled_after(None) == set()
+    assert compiled_after(f"csrc/{last}.cpp") == {MODULES[-1]}
+    assert compiled_after("csrc/stub.h") == set(MODULES)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the flags of GCC and Clang")
+def test_the_flags_suit_any_cpu_and_keep_nan_and_infinity(stub_tree: Path) -> None:
+    commands = build(stub_tree)
+    assert "-ffp-contract=fast" in commands
+    for flag in ("-march=native", "-mtune=native", "-ffast-math", "-ffinite-math-only"):
+        assert flag not in commands
