@@ -20,7 +20,7 @@ from torch import Tensor
 
 import pyfused.nn
 
-EPOCHS = 20
+EPOCHS, BATCH = 20, 50
 # Each step builds on the rounding of all the steps before it.
 TOLERANCE = 1e-4
 
@@ -50,7 +50,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(64):
+        for batch in torch.randperm(len(images), generator=generator).split(BATCH):
             optimizer.zero_grad()
             loss = criterion(model(images[batch]), labels[batch])
             loss.backward()

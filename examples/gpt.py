@@ -151,7 +151,7 @@ def train(functional: ModuleType, path: Path, steps: int) -> Iterator[Step]:
 
         started, loss_started, loss_stopped, stopped = clock
         held_out_loss = None
-        if step % EVALUATE_EVERY == 0:
+        if step % EVALUATE_EVERY == 0 or step == steps:
             with torch.no_grad():
                 losses = [
                     functional.cross_entropy(model(x).flatten(0, 1), y.flatten())

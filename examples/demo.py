@@ -1,0 +1,310 @@
+"""Train every example with torch and with pyfused, side by side; print and draw how they compare.
+
+    python examples/demo.py
+    python examples/demo.py --quick
+
+Exits with 1 where the loss curves of an example differ by more than its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import digits
+import gpt
+import regression
+import torch
+from common import largest_difference
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import pyfused.nn
+
+MODULES = {"torch": torch.nn, "pyfused": pyfused.nn}
+# From Okabe and Ito's palette, which every kind of colour vision tells apart.
+COLOURS = {"torch": "#56B4E9", "pyfused": "#D55E00"}
+
+T = TypeVar("T")
+
+
+@dataclass
+class Row:
+    """One line of the table: a value for each implementation."""
+
+    label: str
+    values: dict[str, float]
+    form: str
+    ratio: bool = False
+
+
+@dataclass
+class Job:
+    """One example as trained by each implementation."""
+
+    title: str
+    losses: dict[str, list[float]]
+    tolerance: float
+    rows: list[Row]
+
+    @property
+    def difference(self) -> float:
+        return largest_difference(*self.losses.values())
+
+    @property
+    def equal(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+def timed(losses: Iterator[float]) -> Iterator[tuple[float, float]]:
+    """Yield each step's loss and the milliseconds that the step took."""
+    started = time.perf_counter()
+    for loss in losses:
+        yield loss, 1e3 * (time.perf_counter() - started)
+        started = time.perf_counter()
+
+
+def take_turns(
+    title: str, runs: dict[str, Iterator[T]], steps: int, progress: Progress
+) -> dict[str, list[T]]:
+    """Step the runs alternately: whatever else the machine does then slows all of them alike."""
+    bars = {name: progress.add_task(f"{title}, {name}", total=steps) for name in runs}
+    taken: dict[str, list[T]] = {name: [] for name in runs}
+    for turn in zip(*runs.values(), strict=True):
+        for name, step in zip(runs, turn, strict=True):
+            taken[name].append(step)
+            progress.advance(bars[name])
+    return taken
+
+
+def small_job(
+    title: str,
+    runs: dict[str, Iterator[float]],
+    steps: int,
+    tolerance: float,
+    progress: Progress,
+) -> Job:
+    taken = take_turns(title, {name: timed(run) for name, run in runs.items()}, steps, progress)
+    losses = {name: [loss for loss, _ in run] for name, run in taken.items()}
+    step_ms = {name: statistics.median(ms for _, ms in run) for name, run in taken.items()}
+    return Job(title, losses, tolerance, [Row("whole step", step_ms, "{:.3f} ms", ratio=True)])
+
+
+def train_digits(epochs: int, progress: Progress) -> Job:
+    images, test_images, labels, test_labels = digits.load()
+    models = {name: digits.build(nn) for name, nn in MODULES.items()}
+    runs = {
+        name: digits.train(models[name], nn.CrossEntropyLoss(), images, labels, epochs)
+        for name, nn in MODULES.items()
+    }
+    steps = epochs * math.ceil(len(images) / digits.BATCH)
+    job = small_job("Digits", runs, steps, digits.TOLERANCE, progress)
+    accuracy = {
+        name: digits.accuracy(model, test_images, test_labels) for name, model in models.items()
+    }
+    job.rows.append(Row("test accuracy", accuracy, "{:.2%}"))
+    return job
+
+
+def train_diabetes(steps: int, progress: Progress) -> Job:
+    patients, test_patients, targets, test_targets = regression.load_diabetes()
+    models = {name: regression.build(nn, inputs=10) for name, nn in MODULES.items()}
+    runs = {
+        name: regression.train(models[name], nn.MSELoss(), patients, targets, steps)
+        for name, nn in MODULES.items()
+    }
+    job = small_job("Diabetes", runs, steps, regression.TOLERANCE, progress)
+    explained = {
+        name: regression.variance_explained(model, test_patients, test_targets)
+        for name, model in models.items()
+    }
+    job.rows.append(Row("test R squared", explained, "{:.4f}"))
+    return job
+
+
+def train_sum(steps: int, progress: Progress) -> Job:
+    models = {name: regression.build(nn, inputs=2) for name, nn in MODULES.items()}
+    inputs, targets = regression.SUM_INPUTS, regression.SUM_TARGETS
+    runs = {
+        name: regression.train(models[name], nn.MSELoss(), inputs, targets, steps)
+        for name, nn in MODULES.items()
+    }
+    job = small_job("Sum of two", runs, steps, regression.TOLERANCE, progress)
+    for (first, second), (target,) in zip(inputs.tolist(), targets.tolist(), strict=True):
+        row = torch.tensor([first, second])
+        predictions = {name: model(row).item() for name, model in models.items()}
+        job.rows.append(Row(f"{first:g} + {second:g} = {target:g}", predictions, "{:.4f}"))
+    return job
+
+
+def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.Step]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder, "tokens.pt")
+        bar = progress.add_task("GPT, tokenizer", total=None)
+        vocabulary = gpt.load(tokens)["vocabulary"]
+        progress.update(bar, total=1, completed=1)
+        runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in MODULES}
+        taken = take_turns("GPT", runs, steps, progress)
+
+    losses = {name: [step.loss for step in run] for name, run in taken.items()}
+    entries = dict.fromkeys(taken, vocabulary)
+    job = Job("GPT", losses, gpt.TOLERANCE, [Row("vocabulary", entries, "{:,}")])
+    held_out = {
+        name: [step.held_out_loss for step in run if step.held_out_loss is not None][-1]
+        for name, run in taken.items()
+    }
+    job.rows.append(Row("held-out loss", held_out, "{:.4f}"))
+    for label, attribute in {"the loss alone": "loss_ms", "whole step": "step_ms"}.items():
+        times = {
+            name: statistics.median(getattr(step, attribute) for step in run)
+            for name, run in taken.items()
+        }
+        job.rows.append(Row(label, times, "{:.1f} ms", ratio=True))
+    peaks = {name: run[-1].peak_mib for name, run in taken.items()}
+    known = {name: peak for name, peak in peaks.items() if peak is not None}
+    if len(known) == len(peaks):
+        job.rows.append(Row("peak memory", known, "{:,.0f} MiB", ratio=True))
+    return job, taken
+
+
+def tabulate(jobs: list[Job]) -> Table:
+    caption = "ratio: torch / pyfused; equal: the largest difference between the loss curves"
+    table = Table("", *MODULES, "ratio", "equal", caption=caption)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for job in jobs:
+        steps = len(job.losses["torch"])
+        table.add_row(f"[bold]{job.title}[/], {steps:,} steps")
+        last = [f"{losses[-1]:.6f}" for losses in job.losses.values()]
+        verdict = "[green]yes[/]" if job.equal else "[bold red]NO[/]"
+        table.add_row("last loss", *last, "", f"{verdict}, {job.difference:.0e}")
+        for row in job.rows:
+            values = [row.form.format(row.values[name]) for name in MODULES]
+            ratio = f"{row.values['torch'] / row.values['pyfused']:.2f}x" if row.ratio else ""
+            table.add_row(row.label, *values, ratio)
+        table.add_section()
+    return table
+
+
+def draw_curves(axes: Axes, job: Job, loss: str) -> None:
+    # A broad line under a thin one: where they agree, both are seen.
+    for (name, losses), width in zip(job.losses.items(), (5, 1.2), strict=True):
+        steps = range(1, len(losses) + 1)
+        axes.plot(steps, losses, color=COLOURS[name], linewidth=width, label=name)
+    axes.set(title=f"{job.title}, training loss", xlabel="step", ylabel=loss)
+
+
+def draw_bars(axes: Axes, groups: dict[str, dict[str, list[float]]], form: str) -> None:
+    """Draw the medians as bars, and as a line on each the middle half of the values."""
+    ratios = []
+    for place, group in enumerate(groups.values()):
+        medians = []
+        for offset, (name, values) in zip((-0.2, 0.2), group.items(), strict=True):
+            low, median, high = statistics.quantiles(values, n=4)
+            label = name if place == 0 else None
+            axes.bar(place + offset, median, 0.4, color=COLOURS[name], label=label)
+            axes.plot([place + offset] * 2, [low, high], color="black")
+            axes.annotate(
+                form.format(median),
+                (place + offset, high),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+            )
+            medians.append(median)
+        ratios.append(medians[0] / medians[1])
+    labels = [f"{title}\nratio {ratio:.1f}" for title, ratio in zip(groups, ratios, strict=True)]
+    axes.set_xticks(range(len(groups)), labels)
+    axes.set_xlim(-0.75, len(groups) - 0.25)
+    axes.margins(y=0.12)
+
+
+def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic([["gpt", "gpt", "digits"], ["time", "memory", "diabetes"]])
+    versions = f"torch {torch.__version__} and pyfused {pyfused.__version__}"
+    figure.suptitle(f"{versions}, from the same seeds, on {torch.get_num_threads()} CPU threads")
+    digits_job, diabetes_job, _, gpt_job = jobs
+
+    draw_curves(panels["gpt"], gpt_job, "cross-entropy (nats per token)")
+    for (name, run), size in zip(gpt_steps.items(), (11, 5), strict=True):
+        held_out = {n: step.held_out_loss for n, step in enumerate(run, 1) if step.held_out_loss}
+        panels["gpt"].plot(
+            list(held_out),
+            list(held_out.values()),
+            "o",
+            color=COLOURS[name],
+            markersize=size,
+            markeredgecolor="black",
+            label=f"{name}, held-out loss",
+        )
+    draw_curves(panels["digits"], digits_job, "cross-entropy (nats per image)")
+    panels["digits"].set_yscale("log")
+    draw_curves(panels["diabetes"], diabetes_job, "mean squared error (target variances)")
+
+    times = {
+        "the loss alone": {name: [s.loss_ms for s in run] for name, run in gpt_steps.items()},
+        "whole step": {name: [s.step_ms for s in run] for name, run in gpt_steps.items()},
+    }
+    draw_bars(panels["time"], times, "{:.0f}")
+    panels["time"].set(title="GPT, time per step", ylabel="milliseconds (median and middle half)")
+    peaks = {name: [run[-1].peak_mib or 0.0] * 2 for name, run in gpt_steps.items()}
+    if all(map(all, peaks.values())):
+        draw_bars(panels["memory"], {"the process at its peak": peaks}, "{:,.0f}")
+        panels["memory"].set(title="GPT, memory", ylabel="MiB")
+    else:
+        panels.pop("memory").remove()
+
+    for axes in panels.values():
+        axes.legend()
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer steps: less than a minute")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo", "pyfused-demo.png"),
+        help="where the picture goes (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+
+    console = Console()
+    columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as p:
+        jobs = [
+            train_digits(5 if arguments.quick else digits.EPOCHS, p),
+            train_diabetes(regression.STEPS, p),
+            train_sum(regression.STEPS, p),
+        ]
+        gpt_job, gpt_steps = train_gpt(40 if arguments.quick else gpt.STEPS, p)
+        jobs.append(gpt_job)
+
+    console.print(tabulate(jobs))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(jobs, gpt_steps).savefig(arguments.output, dpi=150)
+    console.print(f"drawn in {arguments.output}")
+
+    different = [job.title for job in jobs if not job.equal]
+    if different:
+        sys.exit(f"the loss curves differ by more than the tolerance: {', '.join(different)}")
+
+
+if __name__ == "__main__":
+    main()
