@@ -6,11 +6,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
     """The largest difference between two loss curves, as a share of the largest loss."""
-    pairs = zip(losses, others, strict=True)
-    return max(abs(loss - other) for loss, other in pairs) / max(losses)
+    first, second = torch.tensor([losses, others], dtype=torch.float64)
+    return ((first - second).abs().max() / first.abs().max()).item()
+
+
+def require_equal(losses: Sequence[float], others: Sequence[float], tolerance: float) -> None:
+    """End the program where two loss curves differ by more than the tolerance, or are NaN."""
+    difference = largest_difference(losses, others)
+    print(f"largest difference between the loss curves: {difference:.1e} of the largest loss")
+    if not difference <= tolerance:
+        sys.exit(f"the loss curves differ by more than the tolerance, {tolerance:.0e}")
 
 
 def peak_memory() -> float | None:

@@ -8,12 +8,11 @@ Both start from the same seed, so the losses must agree, step by step, within ro
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from common import largest_difference
+from common import require_equal
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -76,11 +75,7 @@ def main() -> None:
         correct = accuracy(model, test_images, test_labels)
         print(f"{nn.__name__:<10}  last loss {losses[-1]:.6f}  test accuracy {correct:.2%}")
         curves.append(losses)
-
-    difference = largest_difference(*curves)
-    print(f"largest difference between the loss curves: {difference:.1e} of the largest loss")
-    if difference > TOLERANCE:
-        sys.exit(f"the loss curves differ by more than the tolerance, {TOLERANCE:.0e}")
+    require_equal(*curves, TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from common import largest_difference, peak_memory
+from common import peak_memory, require_equal
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -206,13 +206,10 @@ def run(names: Sequence[str], path: Path, steps: int) -> None:
     for name, taken in runs.items():
         loss_ms = statistics.median(step.loss_ms for step in taken)
         step_ms = statistics.median(step.step_ms for step in taken)
-        print(f"{name:<8} loss {loss_ms:.1f} ms of a step of {step_ms:.1f} ms", end="")
-        print(f", peak memory {taken[-1].peak_mib:,.0f} MiB" if taken[-1].peak_mib else "")
-    if len(names) == 2:
-        difference = largest_difference(*([step.loss for step in runs[name]] for name in names))
-        print(f"largest difference between the loss curves: {difference:.1e} of the largest loss")
-        if difference > TOLERANCE:
-            sys.exit(f"the loss curves differ by more than the tolerance, {TOLERANCE:.0e}")
+        peak = f"{taken[-1].peak_mib:,.0f} MiB" if taken[-1].peak_mib else "not known"
+        print(f"{name:<8} loss {loss_ms:.1f} ms, step {step_ms:.1f} ms, peak memory {peak}")
+    if len(runs) == 2:
+        require_equal(*([step.loss for step in taken] for taken in runs.values()), TOLERANCE)
 
 
 def main() -> None:

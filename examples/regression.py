@@ -10,12 +10,11 @@ seed, so the losses must agree, step by step, within rounding.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from common import largest_difference
+from common import require_equal
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -68,13 +67,6 @@ def variance_explained(model: torch.nn.Module, inputs: Tensor, targets: Tensor) 
     return 1 - ((model(inputs) - targets).square().mean() / targets.var(correction=0)).item()
 
 
-def compare(curves: list[list[float]]) -> None:
-    difference = largest_difference(*curves)
-    print(f"largest difference between the loss curves: {difference:.1e} of the largest loss\n")
-    if difference > TOLERANCE:
-        sys.exit(f"the loss curves differ by more than the tolerance, {TOLERANCE:.0e}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
@@ -89,9 +81,9 @@ def main() -> None:
         explained = variance_explained(model, test_patients, test_targets)
         print(f"{nn.__name__:<10}  last loss {losses[-1]:.6f}  test R squared {explained:.4f}")
         curves.append(losses)
-    compare(curves)
+    require_equal(*curves, TOLERANCE)
 
-    print("The sum of two numbers")
+    print("\nThe sum of two numbers")
     curves = []
     for nn in (torch.nn, pyfused.nn):
         model = build(nn, inputs=2)
@@ -102,7 +94,7 @@ def main() -> None:
         for *row, target, prediction in rows.tolist():
             print(f"  {row!s:<10}  {target:>6.1f}  {prediction:>10.4f}")
         curves.append(losses)
-    compare(curves)
+    require_equal(*curves, TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -63,13 +63,16 @@ def test_digits_learns_with_equal_losses(
     assert float(accuracies[1].rstrip("%")) > 80
 
 
-def test_digits_fails_where_the_losses_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    class HalfTheLoss(torch.nn.CrossEntropyLoss):
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_digits_fails_where_the_losses_differ(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WrongLoss(torch.nn.CrossEntropyLoss):
         def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return super().forward(input, target) / 2
+            return factor * super().forward(input, target)
 
     monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "1"])
-    monkeypatch.setattr(pyfused.nn, "CrossEntropyLoss", HalfTheLoss)
+    monkeypatch.setattr(pyfused.nn, "CrossEntropyLoss", WrongLoss)
     with pytest.raises(SystemExit, match="differ by more than the tolerance"):
         example("digits").main()
 
