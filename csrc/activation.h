@@ -19,44 +19,43 @@ struct Relu {
   }
 };
 
-constexpr int64_t kActivationBlock = 16384;
+constexpr int64_t kActivationBlock = 1 << 14;  // elements a thread takes at a time
+constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
 
-template <class Body> void for_blocks(int64_t n, int threads, const Body& body) {
-  parallel_for((n + kActivationBlock - 1) / kActivationBlock, threads, [&](int64_t block) {
-    const int64_t first = block * kActivationBlock;
-    body(first, std::min(kActivationBlock, n - first));
+template <class T, class Value>
+void map(T* output, int64_t n, int threads, const Value& value) {
+  const int64_t blocks = (n + kActivationBlock - 1) / kActivationBlock;
+  parallel_for(blocks, threads, [=](int64_t block) {
+    const int64_t end = std::min(n, (block + 1) * kActivationBlock);
+    for (int64_t first = block * kActivationBlock; first < end; first += kActivationChunk) {
+      const int64_t count = std::min(kActivationChunk, end - first);
+      alignas(kVectorBytes) Accumulate<T> buffer[kActivationChunk];
+      Accumulate<T>* const out = staged(output + first, buffer);
+      PYFUSED_SIMD()
+      for (int64_t i = 0; i < count; ++i) out[i] = value(first + i);
+      store(out, output + first, count);
+    }
   });
 }
 
 // The output may be the input itself.
 template <class Formula, class T>
 void activation(const T* input, T* output, int64_t n, int threads) {
-  for_blocks(n, threads, [=](int64_t first, int64_t count) {
-    PYFUSED_SIMD()
-    for (int64_t i = first; i < first + count; ++i) {
-      output[i] = narrow<T>(Formula::forward(widen(input[i])));
-    }
-  });
+  map(output, n, threads, [=](int64_t i) { return Formula::forward(widen(input[i])); });
 }
 
 // A grad_output of step 0 is one element that stands for all.
 template <class Formula, class T>
 void activation_backward(const T* grad_output, int64_t step, const T* output, T* grad_input,
                          int64_t n, int threads) {
-  for_blocks(n, threads, [=](int64_t first, int64_t count) {
-    const auto run = [=](auto upstream) {
-      PYFUSED_SIMD()
-      for (int64_t i = first; i < first + count; ++i) {
-        grad_input[i] = narrow<T>(Formula::backward(upstream(i), widen(output[i])));
-      }
-    };
-    if (step == 0) {
-      const Accumulate<T> constant = widen(*grad_output);
-      run([=](int64_t) { return constant; });
-    } else {
-      run([=](int64_t i) { return widen(grad_output[i]); });
-    }
-  });
+  const Accumulate<T> first = widen(*grad_output);
+  if (step == 0) {
+    map(grad_input, n, threads,
+        [=](int64_t i) { return Formula::backward(first, widen(output[i])); });
+  } else {
+    map(grad_input, n, threads,
+        [=](int64_t i) { return Formula::backward(widen(grad_output[i]), widen(output[i])); });
+  }
 }
 
 }  // namespace pyfused

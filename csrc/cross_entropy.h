@@ -19,6 +19,7 @@
 #include <limits>
 #include <vector>
 
+#include "memory.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -67,6 +68,7 @@ template <class T> struct CrossEntropy {
 template <class T> struct Scaled : CrossEntropy<T> {
   using A = Accumulate<T>;
   A normalizer;
+  bool streams;  // gradients too large to stay in cache are written past it
   A scale(int64_t position) const {
     if (!this->upstream) return normalizer;
     return normalizer * this->upstream[this->reduction == Reduction::none ? position : 0];
@@ -85,20 +87,21 @@ constexpr int64_t kChunk = 1024;  // classes at a time: the buffers of a chunk s
 
 template <class T> class Row {
   using A = Accumulate<T>;
+  static constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
  public:
   Row(const Scaled<T>& ce, int64_t position)
-      : ce(ce), position(position), logits(ce.at(ce.logits, position)),
-        spike(ce.spike(position)), mass(spike) {}
+      : ce(ce), position(position), logits(ce.at(ce.logits, position)) {}
 
   // Returns the loss; writes the gradients that are wanted.
   double run() {
-    if (ce.ignored(position)) return ignore();
-    find_normalizer();
-    double loss = 0;
-    if (ce.dense()) {
-      loss = dense_loss();
+    if (ce.ignored(position)) {
+      if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
+      return 0;
     }
+    spike = mass = ce.spike(position);
+    find_normalizer();
+    double loss = ce.dense() ? dense_loss() : 0;
     if (ce.target) {
       loss += spike * (log_sum + double(max - widen(logits[ce.target[position]])));
     }
@@ -111,67 +114,94 @@ template <class T> class Row {
   const Scaled<T>& ce;
   const int64_t position;
   const T* const logits;
-  const A spike;
-  A mass;  // sum_c q_c
-  A max = -std::numeric_limits<A>::infinity();
+  A spike, mass;  // mass: sum_c q_c
+  A max = kLowest;
   double sum = 0, log_sum = 0;  // of exp(x - max)
-  alignas(kVectorBytes) A x[kChunk];
   alignas(kVectorBytes) A q[kChunk];
+  alignas(kVectorBytes) A buffer[kChunk];
 
+  // Where a chunk's gradient is computed; the padding of the last vector has no place in `grad`.
+  A* staged_chunk(T* grad, int64_t first, int64_t padded) {
+    return first + padded <= ce.classes ? staged(grad + first, buffer) : buffer;
+  }
+
+  // Calls body(first, x, n) on whole vectors of logits; the last one is padded with -inf.
   template <class Body> void for_chunks(const Body& body) {
     for (int64_t first = 0; first < ce.classes; first += kChunk) {
       const int64_t n = std::min(kChunk, ce.classes - first);
-      load(logits + first, x, n);
-      for (int64_t i = n; i < whole_vectors<A>(n); ++i) x[i] = -std::numeric_limits<A>::infinity();
-      body(first, n, whole_vectors<A>(n));
+      const int64_t whole = n / kLanes<A> * kLanes<A>;
+      if (whole) body(first, logits + first, whole);
+      if (whole == n) continue;
+      alignas(kVectorBytes) A tail[kLanes<A>];
+      std::fill_n(tail, kLanes<A>, kLowest);
+      load(logits + first + whole, tail, n - whole);
+      body(first + whole, static_cast<const A*>(tail), kLanes<A>);
     }
   }
 
-  double ignore() {
-    if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
-    return 0;
-  }
-
+  // One read of the row: a chunk is summed against the largest logit so far, and once more in the
+  // rare case that it holds a larger one.
   void find_normalizer() {
-    for_chunks([&](int64_t, int64_t, int64_t padded) {
-      const A previous = max;
-      A high = max;
-      PYFUSED_SIMD(reduction(max : high))
-      for (int64_t i = 0; i < padded; ++i) high = x[i] > high ? x[i] : high;
-      max = high;
-      // While all is -inf the pivot is 0, so that a NaN is the only way to a NaN.
-      const A pivot = max == -std::numeric_limits<A>::infinity() ? A(0) : max;
-      A part = 0;
-      PYFUSED_SIMD(reduction(+ : part))
-      for (int64_t i = 0; i < padded; ++i) part += exp_nonpositive(x[i] - pivot);
-      sum = sum * exp_nonpositive(previous - pivot) + part;
+    for_chunks([&](int64_t, auto* x, int64_t n) {
+      A high = max, part = 0;
+      if (max != kLowest) {
+        const A pivot = max;
+        PYFUSED_SIMD(reduction(+ : part) reduction(max : high))
+        for (int64_t i = 0; i < n; ++i) {
+          const A logit = widen(x[i]);
+          high = logit > high ? logit : high;
+          part += exp_nonpositive(logit - pivot);
+        }
+      } else {
+        PYFUSED_SIMD(reduction(max : high))
+        for (int64_t i = 0; i < n; ++i) high = widen(x[i]) > high ? widen(x[i]) : high;
+      }
+      if (high > max || max == kLowest) {
+        // While all is -inf the pivot is 0, so that a NaN is the only way to a NaN.
+        const A pivot = high == kLowest ? A(0) : high;
+        sum *= exp_nonpositive(max - pivot);
+        max = high;
+        part = 0;
+        PYFUSED_SIMD(reduction(+ : part))
+        for (int64_t i = 0; i < n; ++i) part += exp_nonpositive(widen(x[i]) - pivot);
+      }
+      sum += part;
     });
-    if (max == -std::numeric_limits<A>::infinity()) sum = std::numeric_limits<double>::quiet_NaN();
+    if (max == kLowest) sum = std::numeric_limits<double>::quiet_NaN();
     log_sum = std::log(sum);
   }
 
   // q of a chunk but for the spike; the padding holds zeros.
-  void load_aim(int64_t first, int64_t n, int64_t padded) {
+  void load_aim(int64_t first, int64_t padded) {
     const A keep = ce.keep(), uniform = ce.uniform();
+    const int64_t n = std::min(padded, ce.classes - first);
     std::fill_n(q, padded, A(0));
     if (!ce.target) {
-      const T* y = ce.at(ce.probabilities, position) + first * ce.probabilities.classes;
-      for (int64_t i = 0; i < n; ++i) q[i] = widen(y[i * ce.probabilities.classes]);
+      const int64_t stride = ce.probabilities.classes;
+      const T* const y = ce.at(ce.probabilities, position) + first * stride;
+      if (stride == 1) {
+        load(y, q, n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) q[i] = widen(y[i * stride]);
+      }
     }
-    for (int64_t i = 0; i < n; ++i) {
-      q[i] = aim(ce.weight ? ce.weight[first + i] : A(1), q[i], keep, uniform);
+    if (ce.weight) {
+      for (int64_t i = 0; i < n; ++i) q[i] = aim(ce.weight[first + i], q[i], keep, uniform);
+    } else {
+      for (int64_t i = 0; i < n; ++i) q[i] = aim(A(1), q[i], keep, uniform);
     }
   }
 
   double dense_loss() {
     double loss = 0, aimed = spike;
-    const A log_sum = A(this->log_sum);
-    for_chunks([&](int64_t first, int64_t n, int64_t padded) {
-      load_aim(first, n, padded);
+    const A high = max, log_sum = A(this->log_sum);
+    for_chunks([&](int64_t first, auto* x, int64_t padded) {
+      load_aim(first, padded);
+      const int64_t n = std::min(padded, ce.classes - first);  // 0 * inf is no part of the loss
       A part = 0, part_aimed = 0;
       PYFUSED_SIMD(reduction(+ : part, part_aimed))
       for (int64_t i = 0; i < n; ++i) {
-        part += q[i] * ((max - x[i]) + log_sum);
+        part += q[i] * ((high - widen(x[i])) + log_sum);
         part_aimed += q[i];
       }
       loss += part;
@@ -183,31 +213,35 @@ template <class T> class Row {
 
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
-    const A scale = ce.scale(position);
+    const A high = max, scale = ce.scale(position);
     const A factor = A(mass * scale / sum);
-    const bool dense = ce.dense();
-    for_chunks([&](int64_t first, int64_t n, int64_t padded) {
+    for_chunks([&](int64_t first, auto* x, int64_t padded) {
+      A* const out = staged_chunk(grad, first, padded);
       PYFUSED_SIMD()
-      for (int64_t i = 0; i < padded; ++i) x[i] = exp_nonpositive(x[i] - max) * factor;
-      if (dense) {
-        load_aim(first, n, padded);
-        PYFUSED_SIMD()
-        for (int64_t i = 0; i < padded; ++i) x[i] -= q[i] * scale;
+      for (int64_t i = 0; i < padded; ++i) out[i] = exp_nonpositive(widen(x[i]) - high) * factor;
+      if (ce.dense()) {
+        load_aim(first, padded);
+        for (int64_t i = 0; i < padded; ++i) out[i] -= q[i] * scale;
       }
       const int64_t hit = ce.target ? ce.target[position] - first : -1;
-      if (hit >= 0 && hit < n) x[hit] -= spike * scale;
-      store(x, grad + first, n);
+      if (hit >= 0 && hit < padded) out[hit] -= spike * scale;
+      store(out, grad + first, std::min(padded, ce.classes - first));
     });
   }
 
   void write_probability_gradient() {
     T* const grad = ce.at(ce.grad_probabilities, position);
     const int64_t stride = ce.grad_probabilities.classes;
-    const A factor = ce.keep() * ce.scale(position), log_sum = A(this->log_sum);
-    for_chunks([&](int64_t first, int64_t n, int64_t) {
-      for (int64_t i = 0; i < n; ++i) {
-        const A weight = ce.weight ? ce.weight[first + i] : A(1);
-        grad[(first + i) * stride] = narrow<T>(factor * weight * ((max - x[i]) + log_sum));
+    const A factor = ce.keep() * ce.scale(position), high = max, log_sum = A(this->log_sum);
+    for_chunks([&](int64_t first, auto* x, int64_t padded) {
+      const int64_t n = std::min(padded, ce.classes - first);
+      A* const out = stride == 1 ? staged_chunk(grad, first, padded) : buffer;
+      for (int64_t i = 0; i < n; ++i) out[i] = factor * ((high - widen(x[i])) + log_sum);
+      for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.weight[first + i];
+      if (stride == 1) {
+        store(out, grad + first, n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) grad[(first + i) * stride] = narrow<T>(out[i]);
       }
     });
   }
@@ -285,7 +319,7 @@ template <class T> class Columns {
   void store_tile(const Tile& tile, const View<T>& view, int64_t c, int64_t k) const {
     if (side_by_side(view)) {
       T* to = ce.at(view, first) + c * view.classes;
-      for (int64_t i = 0; i < k; ++i) store(tile[i], to + i * view.classes, n);
+      for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, ce.streams);
     } else {
       for (int64_t b = 0; b < n; ++b) {
         T* to = ce.at(view, first + b) + c * view.classes;
@@ -450,7 +484,8 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   if (census.out_of_range >= 0) return census.out_of_range;
   const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
   const double denominator = mean ? census.denominator : 1;
-  const Scaled<T> scaled{ce, A(1 / denominator)};
+  const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
+  const Scaled<T> scaled{ce, A(1 / denominator), bytes >= kStreamBytes};
 
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);

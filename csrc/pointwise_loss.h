@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "memory.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -43,55 +44,91 @@ template <class T> struct PointwiseLoss {
 constexpr int64_t kLossChunk = 512;      // elements at a time, in L1, and summed in Accumulate<T>
 constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time, summed in double
 
-template <class T>
-PYFUSED_INLINE void load(const Operand<T>& operand, int64_t first, Accumulate<T>* to, int64_t n) {
-  if (operand.data && operand.step) {
-    load(operand.data + first, to, n);
-  } else {
-    std::fill_n(to, n, operand.data ? widen(*operand.data) : Accumulate<T>(1));
-  }
-}
-
-template <class Formula, class T>
-double pointwise_chunk(const PointwiseLoss<T>& p, int64_t first, int64_t n) {
+// The loss and the gradients of one chunk, with weight(i) and upstream(i) inlined.
+template <class Formula, class T, class Weight, class Upstream>
+PYFUSED_INLINE Accumulate<T> pointwise_chunk(const PointwiseLoss<T>& p, const T* x, const T* t,
+                                             int64_t first, int64_t n, bool streams,
+                                             const Weight& weight, const Upstream& upstream) {
   using A = Accumulate<T>;
-  alignas(kVectorBytes) A x[kLossChunk], t[kLossChunk], w[kLossChunk], out[kLossChunk];
-  load(p.input, first, x, n);
-  load(p.target, first, t, n);
-  if (p.weight.data) load(p.weight, first, w, n);
+  alignas(kVectorBytes) A buffer[kLossChunk];
+  const auto into = [&](T* output) { return streams ? buffer : staged(output + first, buffer); };
   A sum = 0;
-  if (p.each || p.reduced) {
-    for (int64_t i = 0; i < n; ++i) out[i] = Formula::value(x[i], t[i]);
-    for (int64_t i = 0; p.weight.data && i < n; ++i) out[i] *= w[i];
-    if (p.each) store(out, p.each + first, n);
+  if (p.reduced && p.grad_input) {  // the common case takes one loop
+    A* const out = into(p.grad_input);
     PYFUSED_SIMD(reduction(+ : sum))
-    for (int64_t i = 0; i < n; ++i) sum += out[i];
+    for (int64_t i = 0; i < n; ++i) {
+      sum += weight(i) * Formula::value(widen(x[i]), widen(t[i]));
+      out[i] = upstream(i) * Formula::input_gradient(widen(x[i]), widen(t[i]));
+    }
+    write(out, p.grad_input + first, n, streams);
+  } else if (p.reduced) {
+    PYFUSED_SIMD(reduction(+ : sum))
+    for (int64_t i = 0; i < n; ++i) sum += weight(i) * Formula::value(widen(x[i]), widen(t[i]));
+  } else if (p.grad_input) {
+    A* const out = into(p.grad_input);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = upstream(i) * Formula::input_gradient(widen(x[i]), widen(t[i]));
+    }
+    write(out, p.grad_input + first, n, streams);
   }
-  if (!p.grad_input && !p.grad_target) return sum;
-
-  alignas(kVectorBytes) A u[kLossChunk];
-  load(p.upstream, first, u, n);
-  const A scale = A(1 / p.denominator);
-  for (int64_t i = 0; i < n; ++i) u[i] *= scale;
-  for (int64_t i = 0; p.weight.data && i < n; ++i) u[i] *= w[i];
-  if (p.grad_input) {
-    for (int64_t i = 0; i < n; ++i) out[i] = u[i] * Formula::input_gradient(x[i], t[i]);
-    store(out, p.grad_input + first, n);
+  if (p.each) {
+    A* const out = into(p.each);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) out[i] = weight(i) * Formula::value(widen(x[i]), widen(t[i]));
+    write(out, p.each + first, n, streams);
   }
   if (p.grad_target) {
-    for (int64_t i = 0; i < n; ++i) out[i] = u[i] * Formula::target_gradient(x[i], t[i]);
-    store(out, p.grad_target + first, n);
+    A* const out = into(p.grad_target);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = upstream(i) * Formula::target_gradient(widen(x[i]), widen(t[i]));
+    }
+    write(out, p.grad_target + first, n, streams);
   }
   return sum;
 }
 
+// The operand's elements from `first` on; an operand of step 0 fills the buffer.
+template <class T>
+const T* elements(const Operand<T>& operand, int64_t first, int64_t n, T* buffer) {
+  if (operand.step) return operand.data + first;
+  std::fill_n(buffer, n, *operand.data);
+  return buffer;
+}
+
+template <class Formula, class T>
+double pointwise_chunk(const PointwiseLoss<T>& p, int64_t first, int64_t n, bool streams) {
+  using A = Accumulate<T>;
+  alignas(kVectorBytes) T x_fill[kLossChunk], t_fill[kLossChunk], fill[kLossChunk];
+  const T* const x = elements(p.input, first, n, x_fill);
+  const T* const t = elements(p.target, first, n, t_fill);
+  const A scale = A(1 / p.denominator);
+  if (!p.weight.data && !p.upstream.step) {
+    const A upstream = p.upstream.data ? scale * widen(*p.upstream.data) : scale;
+    return pointwise_chunk<Formula>(
+        p, x, t, first, n, streams, [](int64_t) { return A(1); },
+        [=](int64_t) { return upstream; });
+  }
+  alignas(kVectorBytes) A weight[kLossChunk], upstream[kLossChunk];
+  std::fill_n(weight, n, A(1));
+  std::fill_n(upstream, n, A(1));
+  if (p.weight.data) load(elements(p.weight, first, n, fill), weight, n);
+  if (p.upstream.data) load(elements(p.upstream, first, n, fill), upstream, n);
+  for (int64_t i = 0; i < n; ++i) upstream[i] *= scale * weight[i];
+  return pointwise_chunk<Formula>(
+      p, x, t, first, n, streams, [&](int64_t i) { return weight[i]; },
+      [&](int64_t i) { return upstream[i]; });
+}
+
 template <class Formula, class T> void pointwise_loss(const PointwiseLoss<T>& p) {
   const int64_t blocks = (p.n + kLossBlock - 1) / kLossBlock;
+  const bool streams = size_t(p.n) * sizeof(T) >= kStreamBytes;
   std::vector<double> partial(blocks);
   parallel_for(blocks, p.threads, [&](int64_t block) {
     const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
     for (int64_t first = block * kLossBlock; first < end; first += kLossChunk) {
-      partial[block] += pointwise_chunk<Formula>(p, first, std::min(kLossChunk, end - first));
+      partial[block] += pointwise_chunk<Formula>(p, first, std::min(kLossChunk, end - first), streams);
     }
   });
   if (!p.reduced) return;

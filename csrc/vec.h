@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -103,8 +104,15 @@ PYFUSED_INLINE void load(const T* PYFUSED_RESTRICT from, Accumulate<T>* PYFUSED_
 template <class T>
 PYFUSED_INLINE void store(const Accumulate<T>* PYFUSED_RESTRICT from, T* PYFUSED_RESTRICT to,
                           int64_t n) {
+  if (static_cast<const void*>(from) == to) return;  // staged there
   PYFUSED_SIMD()
   for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(from[i]);
+}
+
+// Where a kernel puts n results on their way to `to`: right there if no rounding is left to do.
+template <class T> PYFUSED_INLINE Accumulate<T>* staged(T* to, Accumulate<T>* buffer) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) return to;
+  return buffer;
 }
 
 #ifdef __F16C__
