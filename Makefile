@@ -50,7 +50,7 @@ $(ENVIRONMENT): constraints.txt
 		$(call need,the headers of Python: there is no Python.h in $(HEADERS))
 	@echo 'Installing the development environment into .venv: minutes, once'
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install --requirement constraints.txt
+	@$(PIP) install --no-compile --requirement constraints.txt  # Python compiles what it imports
 	@touch $@
 
 need = || { echo "pyfused needs $(1)"; exit 1; }
