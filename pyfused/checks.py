@@ -51,7 +51,8 @@ def cross_entropy(
                 f"probabilities of the input's shape {tuple(input.shape)}, got {target.dtype} of "
                 f"shape {tuple(target.shape)}"
             )
-    if target.shape != expected:
+    lone = input.dim() == 1 and target.shape == (1,) != input.shape  # as good as a scalar
+    if target.shape != expected and not lone:
         mismatch = target.dim() and input.dim() > 1 and target.shape[0] != input.shape[0]
         raise (ValueError if mismatch else RuntimeError)(
             f"target: expected shape {tuple(expected)} for an input of shape "

@@ -187,7 +187,7 @@ def cross_entropy(
         probabilities_view,
         _address(weight),
         ignore_index,
-        max(label_smoothing, 0.0),
+        label_smoothing if label_smoothing > 0.0 else 0.0,
         _REDUCTIONS[reduction],
         _address(grad_output),
         _address(loss),

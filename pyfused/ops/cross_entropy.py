@@ -30,8 +30,9 @@ def fused(
             dtype = promoted = torch.promote_types(dtype, weight.dtype)
         if promoted is not input.dtype or target.dtype is not input.dtype:
             input, target = input.to(promoted), target.to(promoted)
-    elif target.dtype is not torch.int64:
+    else:
         target = target.to(torch.int64)
+        target = target.reshape(()) if input.dim() == 1 else target
     options = ignore_index, reduction, label_smoothing
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         loss: Tensor = CrossEntropy.apply(input, target, weight, *options)

@@ -27,13 +27,14 @@ def fused(
     formula: Formula, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
 ) -> Tensor:
     """The loss of tensors that the kernels take and whose shapes broadcast."""
-    dtype = torch.result_type(input, target)
+    dtype = torch.promote_types(input.dtype, target.dtype)
     denominator = 1.0
-    if weight is not None:
+    if weight is None:
+        dtype = autocast_dtype(dtype)
+    else:
         dtype = torch.promote_types(dtype, weight.dtype)
         if reduction == "mean":
             denominator = weight.sum(dtype=torch.float64).item()
-    dtype = autocast_dtype(dtype)
     input, target = torch.broadcast_tensors(input.to(dtype), target.to(dtype))
     if weight is not None:
         weight = weight.to(dtype).expand(input.shape)

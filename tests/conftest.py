@@ -1,0 +1,105 @@
+"""Fixtures and settings that every test file shares."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+import pyfused
+from pyfused import ops
+from pyfused.backends import cpu
+
+KERNELS = ("cross_entropy", "squared_error", "relu", "relu_backward")
+
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, max_examples=150
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thresholds: small inputs go to torch, as they do for users")
+    config.addinivalue_line("markers", "large: minutes or gigabytes; run with PYFUSED_TEST_LARGE=1")
+    # Parallel regions of tiny tensors cost more than the tests, most of all on busy cores;
+    # test_threads.py holds every other number of threads to the very bits of this one.
+    torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("large") and os.environ.get("PYFUSED_TEST_LARGE") != "1":
+        pytest.skip("large: set PYFUSED_TEST_LARGE=1 to run it")
+
+
+@pytest.fixture(autouse=True)
+def fused(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every size takes the kernels: the measured thresholds would hand tiny tensors to torch."""
+    measured = request.node.get_closest_marker("thresholds")
+    with contextlib.nullcontext() if measured else ops.fused_always():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(20)
+
+
+class KernelCalls(Counter[str]):
+    """How often each kernel ran, and the arguments of its last call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self[name] += 1
+            self.last[name] = (function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return counted
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
+    """Counts kernel calls: a test that compares torch with torch would pass without any."""
+    calls = KernelCalls()
+    for name in KERNELS:
+        monkeypatch.setattr(cpu.native, name, calls.record(name, getattr(cpu.native, name)))
+    return calls
+
+
+@pytest.fixture(params=cpu.supported)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test once with each instruction set that this CPU can run."""
+    monkeypatch.setattr(cpu, "native", cpu.load(request.param))
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["index", "probabilities"])
+def target_kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["none", "mean", "sum"])
+def reduction(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pytest_report_header() -> str:
+    return f"pyfused {getattr(pyfused, '__version__', '?')}: ISA {', '.join(cpu.supported)}"

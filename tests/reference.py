@@ -1,0 +1,101 @@
+"""What the operators compute, as runnable lines: the specification the tests hold them to.
+
+`cross_entropy`, `mse_loss` and `relu` are written in torch and evaluated in float64, with gradients
+from autograd. Where float64 itself is under test, the `extended_*` functions give value and
+gradients in NumPy's long double from the closed forms.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Extended = npt.NDArray[np.longdouble]
+
+
+def reduce(loss: Tensor, reduction: str, denominator: Tensor | float) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / denominator
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """-sum_c weight_c q_c log softmax(input)_c, where q is the smoothed target."""
+    class_dim = min(input.dim() - 1, 1)
+    logits = input.double().movedim(class_dim, -1)
+    classes = logits.shape[-1]
+    weight = logits.new_ones(classes) if weight is None else weight.double()
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+
+    if target.is_floating_point():
+        hard, counted = target.double().movedim(class_dim, -1), None
+        denominator = logits.numel() / classes
+    else:
+        counted = target != ignore_index
+        index = target.long().where(counted, 0)
+        hard = torch.nn.functional.one_hot(index, classes)
+        denominator = (weight[index] * counted).sum()
+
+    q = (1 - label_smoothing) * hard + label_smoothing / classes
+    loss = -(weight * q * log_p).sum(-1)
+    return reduce(loss if counted is None else loss.where(counted, 0), reduction, denominator)
+
+
+def mse_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    squares = (input.double() - target.double()) ** 2
+    if weight is None:
+        return reduce(squares, reduction, squares.numel())
+    return reduce(squares * weight.double(), reduction, weight.double().sum())
+
+
+def relu(input: Tensor) -> Tensor:
+    return torch.where(input > 0, input, 0).double()
+
+
+def extended_cross_entropy(
+    logits: Extended,
+    q: Extended,
+    weight: Extended,
+    denominator: Extended | float,
+    grad_output: Extended,
+) -> tuple[Extended, Extended]:
+    """Losses of the rows of (N, C) and the gradient, each divided by the denominator.
+
+    With W = sum_c weight_c q_c:  d loss / d logits_c = softmax_c W - weight_c q_c
+    """
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    weighted = weight * q
+    loss = -(weighted * log_p).sum(-1) / denominator
+    gradient = np.exp(log_p) * weighted.sum(-1, keepdims=True) - weighted
+    return loss, gradient * grad_output[..., None] / denominator
+
+
+def extended_mse_loss(
+    input: Extended,
+    target: Extended,
+    weight: Extended,
+    denominator: Extended | float,
+    grad_output: Extended,
+) -> tuple[Extended, Extended]:
+    """Losses of the elements and the gradient to the input, each divided by the denominator."""
+    difference = input - target
+    return (
+        weight * difference**2 / denominator,
+        2 * weight * difference * grad_output / denominator,
+    )
+
+
+def extended(x: Tensor) -> Extended:
+    return x.detach().double().numpy().astype(np.longdouble)

@@ -1,0 +1,246 @@
+"""The error against a more exact reference is at most torch's own, plus one rounding.
+
+`compare.assert_as_accurate` is that sentence in code: for float32 and the half precisions the
+reference is float64, for float64 it is NumPy's long double. Inputs are full-scale: standard normal,
+confident (every logit at +-30), extreme (+-1e4), and close together but far from zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from compare import FLOATS, assert_as_accurate, evaluate, exactly
+from conftest import KernelCalls
+from torch import Tensor
+
+from pyfused.functional import cross_entropy, mse_loss
+
+# Both sides of every vector, tile and chunk, and vocabularies in use.
+CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129]
+MANY_CLASSES = [1000, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 5000]
+VOCABULARIES = [32000, 50257, 128256, 200000]
+POSITIONS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129]
+
+LOGITS = {
+    "normal": lambda shape: torch.randn(shape),
+    "confident": lambda shape: 30.0 * torch.randn(shape).sign(),
+    "extreme": lambda shape: 1e4 * torch.randn(shape).sign(),
+    "far_from_zero": lambda shape: 1e4 + 8 * torch.randn(shape).round(decimals=1),
+}
+by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+by_logits = pytest.mark.parametrize("kind", LOGITS)
+
+
+def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, targets: str) -> tuple[Any, ...]:
+    logits = LOGITS[kind](shape).to(dtype).requires_grad_()
+    if targets == "probabilities":
+        return logits, torch.randn(shape).softmax(1).to(dtype)
+    return logits, torch.randint(shape[1], (shape[0], *shape[2:]))
+
+
+def check_against_float64(logits: Tensor, target: Tensor, **options: Any) -> None:
+    got = evaluate(cross_entropy, logits, target, **options)
+    torchs = evaluate(F.cross_entropy, logits, target, **options)
+    exact = evaluate(reference.cross_entropy, logits, target, convert=exactly, **options)
+    assert_as_accurate(got.value, torchs.value, exact.value)
+    for ours, theirs, best in zip(got.gradients, torchs.gradients, exact.gradients, strict=True):
+        assert_as_accurate(ours, theirs, best)
+
+
+# (target, weighted, smoothing, reduction): every pair of them; gradcheck goes through the product.
+OPTIONS = [
+    ("index", False, 0.0, "mean"),
+    ("index", True, 0.1, "none"),
+    ("index", True, 0.0, "sum"),
+    ("index", False, 0.1, "mean"),
+    ("probabilities", False, 0.0, "sum"),
+    ("probabilities", True, 0.1, "mean"),
+    ("probabilities", False, 0.1, "none"),
+]
+
+
+def check_options(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check = check_against_long_double if dtype == torch.float64 else check_against_float64
+    for targets, weighted, smoothing, reduction in OPTIONS:
+        logits, target = make(kind, shape, dtype, targets)
+        weight = torch.rand(shape[1]).to(dtype) if weighted else None
+        options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+        check(logits, target, **options)
+
+
+def check_against_long_double(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
+    """float64 (N, C) judged by the closed forms in long double."""
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction}
+    got = evaluate(cross_entropy, logits, target, weight, **options)
+    torchs = evaluate(F.cross_entropy, logits, target, weight, **options)
+    rows, classes = logits.shape
+    index = not target.is_floating_point()
+    hard = F.one_hot(target, classes).double() if index else target
+    smoothing = np.longdouble(label_smoothing)
+    q = (1 - smoothing) * reference.extended(hard) + smoothing / classes
+    w = reference.extended(torch.ones(classes) if weight is None else weight)
+    denominator: Any = np.longdouble(1)
+    if reduction == "mean":
+        denominator = w[target.numpy()].sum() if index else np.longdouble(rows)
+    upstream = torch.randn(got.value.shape, generator=torch.Generator().manual_seed(5))
+    loss, gradient = reference.extended_cross_entropy(
+        reference.extended(logits), q, w, denominator, reference.extended(upstream)
+    )
+    loss = loss if reduction == "none" else loss.sum()
+    assert_as_accurate_extended(got.value, torchs.value, loss)
+    assert_as_accurate_extended(got.gradients[0], torchs.gradients[0], gradient)
+
+
+def assert_as_accurate_extended(got: Tensor, torchs: Tensor, exact: Any) -> None:
+    """As `assert_as_accurate`, with the differences taken in long double."""
+    assert got.dtype == torchs.dtype == torch.float64
+    error = np.abs(reference.extended(got) - exact).max()
+    torchs_error = np.abs(reference.extended(torchs) - exact).max()
+    allowed = torchs_error + np.spacing(np.abs(exact).max().astype(np.float64))
+    assert error <= allowed, f"worst {error:.3e}, torch's {torchs_error:.3e}"
+
+
+def skip_unless_judged(dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps:
+        pytest.skip("this platform's long double is no wider than float64")
+
+
+@by_dtype
+@by_logits
+@pytest.mark.parametrize("classes", CLASSES, ids="C{}".format)
+def test_cross_entropy_few_classes(
+    classes: int, kind: str, dtype: torch.dtype, isa: str, kernel_calls: KernelCalls
+) -> None:
+    skip_unless_judged(dtype)
+    check_options(kind, (65, classes), dtype)
+    assert kernel_calls["cross_entropy"] >= len(OPTIONS)
+
+
+@by_dtype
+@by_logits
+@pytest.mark.parametrize("classes", MANY_CLASSES, ids="C{}".format)
+def test_cross_entropy_many_classes(
+    classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
+) -> None:
+    skip_unless_judged(dtype)
+    check_options(kind, (5, classes), dtype)
+    assert kernel_calls["cross_entropy"] >= len(OPTIONS)
+
+
+@by_dtype
+@by_logits
+@pytest.mark.parametrize("classes", VOCABULARIES, ids="C{}".format)
+def test_cross_entropy_vocabularies(
+    classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
+) -> None:
+    skip_unless_judged(dtype)
+    check = check_against_long_double if dtype == torch.float64 else check_against_float64
+    for targets, smoothing, reduction in (
+        ("index", 0.0, "none"),
+        ("index", 0.1, "mean"),
+        ("probabilities", 0.0, "mean"),
+    ):
+        logits, target = make(kind, (2, classes), dtype, targets)
+        check(logits, target, weight=None, label_smoothing=smoothing, reduction=reduction)
+    assert kernel_calls["cross_entropy"] >= 3
+
+
+@by_logits
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+)
+@pytest.mark.parametrize("classes", [1, 2, 3, 21, 33, 130], ids="C{}".format)
+def test_cross_entropy_with_classes_outside(
+    classes: int, dtype: torch.dtype, kind: str, isa: str
+) -> None:
+    for positions in POSITIONS:
+        for targets, smoothing, reduction in (
+            ("index", 0.0, "mean"),
+            ("index", 0.1, "none"),
+            ("probabilities", 0.0, "sum"),
+        ):
+            logits, target = make(kind, (2, classes, positions), dtype, targets)
+            options = {"label_smoothing": smoothing, "reduction": reduction}
+            check_against_float64(logits, target, **options)
+
+
+@by_dtype
+@by_logits
+def test_gradient_to_probabilities(dtype: torch.dtype, kind: str) -> None:
+    if dtype == torch.float64:
+        pytest.skip("float64 against float64 says nothing; gradcheck covers it")
+    for classes in (1, 3, 17, 33, 129, 1025):
+        logits, target = make(kind, (9, classes), dtype, "probabilities")
+        for reduction in ("none", "mean", "sum"):
+            check_against_float64(logits, target.requires_grad_(), reduction=reduction)
+
+
+@pytest.mark.parametrize("classes", [10, 65, 1000, 32000], ids="C{}".format)
+@by_logits
+def test_small_probabilities_keep_their_relative_precision(kind: str, classes: int) -> None:
+    """Elements far below the largest one hide in an absolute error; here each counts by itself."""
+    logits, target = make(kind, (9, classes), torch.float32, "index")
+    got = evaluate(cross_entropy, logits, target, reduction="sum").gradients[0].double()
+    torchs = evaluate(F.cross_entropy, logits, target, reduction="sum").gradients[0].double()
+    exact = evaluate(reference.cross_entropy, logits, target, convert=exactly, reduction="sum")
+    best = exact.gradients[0]
+    judged = (best.abs() > torch.finfo(torch.float32).tiny) & ~F.one_hot(target, classes).bool()
+    if not judged.any():
+        assert kind == "extreme"
+        return
+    error = ((got - best) / best)[judged].abs().max()
+    torchs_error = ((torchs - best) / best)[judged].abs().max()
+    # exp, its argument, the sum, the factor and the product are each rounded once.
+    assert error <= torchs_error + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("size", [1, 2, 7, 9, 31, 33, 65, 1000, 4097, 100_001])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_mse_loss(size: int, dtype: torch.dtype, weighted: bool, isa: str) -> None:
+    skip_unless_judged(dtype)
+    for scale in (1.0, 1e4) if dtype != torch.float16 else (1.0,):
+        input = (scale * torch.randn(size)).to(dtype).requires_grad_()
+        target = (scale * torch.randn(size)).to(dtype).requires_grad_()
+        weight = torch.rand(size).to(dtype) if weighted else None
+        for reduction in ("none", "mean", "sum"):
+            check_mse_loss(input, target, weight, reduction)
+
+
+def check_mse_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
+    options = {"weight": weight, "reduction": reduction}
+    got = evaluate(mse_loss, input, target, **options)
+    torchs = evaluate(F.mse_loss, input, target, **options)
+    if input.dtype != torch.float64:
+        exact = evaluate(reference.mse_loss, input, target, convert=exactly, **options)
+        assert_as_accurate(got.value, torchs.value, exact.value)
+        for ours, theirs, best in zip(
+            got.gradients, torchs.gradients, exact.gradients, strict=True
+        ):
+            assert_as_accurate(ours, theirs, best)
+        return
+    w = reference.extended(torch.ones_like(input) if weight is None else weight)
+    upstream = torch.randn(got.value.shape, generator=torch.Generator().manual_seed(5))
+    denominator = w.sum() if reduction == "mean" else np.longdouble(1)
+    loss, gradient = reference.extended_mse_loss(
+        reference.extended(input),
+        reference.extended(target),
+        w,
+        denominator,
+        reference.extended(upstream),
+    )
+    value = loss if reduction == "none" else loss.sum()
+    assert_as_accurate_extended(got.value, torchs.value, value)
+    assert_as_accurate_extended(got.gradients[0], torchs.gradients[0], gradient)
+    assert_as_accurate_extended(got.gradients[1], torchs.gradients[1], -gradient)

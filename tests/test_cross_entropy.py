@@ -1,0 +1,402 @@
+"""cross_entropy means what torch's means: values, shapes, dtypes, NaN and infinities."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from compare import FLOATS, assert_matches_torch, evaluate, exactly
+from conftest import KernelCalls
+
+from pyfused.functional import cross_entropy
+
+INF, NAN = float("inf"), float("nan")
+SHAPES = [(5,), (6, 5), (3, 5, 4), (2, 5, 3, 4), (2, 3, 2, 1, 5)]
+
+
+def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Logits that require a gradient, and a target of the given kind for them."""
+    class_dim = min(len(shape) - 1, 1)
+    logits = torch.randn(shape, dtype=dtype) * 4
+    if kind == "probabilities":
+        target = torch.randn(shape, dtype=dtype).softmax(class_dim)
+    else:
+        target = torch.randint(shape[class_dim], shape[:class_dim] + shape[class_dim + 1 :])
+    return logits.requires_grad_(), target
+
+
+def test_the_reference_is_torch_in_float64(target_kind: str, reduction: str) -> None:
+    for shape, smoothing in product(SHAPES, (0.0, 0.1, 1.0)):
+        logits, target = problem(shape, target_kind, torch.float64)
+        options: dict[str, Any] = {
+            "weight": torch.rand(logits.size(min(logits.dim() - 1, 1)), dtype=torch.float64),
+            "reduction": reduction,
+            "label_smoothing": smoothing,
+        }
+        if target_kind == "index":
+            options["ignore_index"] = 1
+        spec = evaluate(reference.cross_entropy, logits, target, **options)
+        torchs = evaluate(F.cross_entropy, logits, target, **options)
+        torch.testing.assert_close(spec.value, torchs.value, equal_nan=True)
+        torch.testing.assert_close(spec.gradients, torchs.gradients)
+
+
+@pytest.mark.parametrize(("probability", "loss"), [(0.6, 0.5108), (0.1, 2.3026)])
+def test_one_hot_target_gives_minus_log_of_its_probability(probability: float, loss: float) -> None:
+    assert -np.log(probability) == pytest.approx(loss, abs=5e-5)
+    logits = torch.tensor(np.log([[probability, 1 - probability]]), dtype=torch.float32)
+    for target in (torch.tensor([0]), torch.tensor([[1.0, 0.0]])):
+        assert cross_entropy(logits, target).item() == pytest.approx(-np.log(probability), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0], ids=lambda s: f"smoothing{s}")
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_options_and_shapes_against_torch(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    smoothing: float,
+    weighted: bool,
+    target_kind: str,
+    reduction: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    logits, target = problem(shape, target_kind, dtype)
+    classes = logits.size(min(logits.dim() - 1, 1))
+    weight = torch.rand(classes).to(dtype) if weighted else None
+    assert_matches_torch(
+        cross_entropy,
+        F.cross_entropy,
+        logits,
+        target,
+        weight,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+    assert kernel_calls["cross_entropy"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradient_to_a_probability_target(
+    shape: tuple[int, ...], reduction: str, kernel_calls: KernelCalls
+) -> None:
+    for logits_require, weighted, smoothing in product((True, False), (True, False), (0.0, 0.2)):
+        logits, target = problem(shape, "probabilities")
+        logits.requires_grad_(logits_require)
+        weight = torch.rand(logits.size(min(logits.dim() - 1, 1))) if weighted else None
+        assert_matches_torch(
+            cross_entropy,
+            F.cross_entropy,
+            logits,
+            target.requires_grad_(),
+            weight,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+    assert kernel_calls["cross_entropy"] >= 8
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 0, 2, 4, 7, 2**40, -(2**40)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["", "smoothing"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction: str) -> None:
+    for shape in SHAPES[1:]:
+        logits, target = problem(shape, "index")
+        target[torch.rand(target.shape) < 0.3] = ignored
+        weight = torch.rand(shape[1]) if weighted else None
+        got = assert_matches_torch(
+            cross_entropy,
+            F.cross_entropy,
+            logits,
+            target,
+            weight,
+            ignore_index=ignored,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+        rows = got.gradients[0].movedim(1, -1)[target == ignored]
+        assert torch.equal(rows, torch.zeros_like(rows))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["", "smoothing"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_but_ignored_targets(
+    shape: tuple[int, ...], smoothing: float, reduction: str
+) -> None:
+    logits, target = problem(shape, "index")
+    got = evaluate(
+        cross_entropy,
+        logits,
+        torch.full_like(target, -100),
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+    expected = torch.full_like(got.value, NAN if reduction == "mean" else 0.0)
+    torch.testing.assert_close(got.value, expected, equal_nan=True)
+    # torch's gradient of the mean over nothing is 0 too, unless smoothing makes it NaN.
+    assert torch.equal(got.gradients[0], torch.zeros(shape))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+def test_an_ignored_row_stays_out_of_the_gradient_whatever_it_holds(
+    bad: float, reduction: str
+) -> None:
+    """The one documented difference: torch multiplies its NaN probabilities by zero, giving NaN."""
+    logits, target = problem((4, 5), "index")
+    target[1] = -100
+    with torch.no_grad():
+        logits[1] = bad
+    got = evaluate(cross_entropy, logits, target, reduction=reduction)
+    kept = [0, 2, 3]
+    without = evaluate(
+        F.cross_entropy, logits.detach()[kept].requires_grad_(), target[kept], reduction=reduction
+    )
+    assert torch.equal(got.gradients[0][1], torch.zeros(5))
+    assert bool(got.value.isfinite().all())
+    if reduction != "none":
+        torch.testing.assert_close(got.value, without.value)
+        torch.testing.assert_close(got.gradients[0][kept], without.gradients[0])
+
+
+SPECIAL_ROWS = {
+    "one_minus_infinity": [-INF, 0.5, 1.0, -2.0, 3.0],
+    "only_one_finite": [-INF, 0.5, -INF, -INF, -INF],
+    "all_minus_infinity": [-INF] * 5,
+    "one_infinity": [0.5, INF, 1.0, -2.0, 3.0],
+    "two_infinities": [INF, INF, 1.0, -2.0, 3.0],
+    "both_infinities": [INF, -INF, 1.0, -2.0, 3.0],
+    "one_nan": [0.5, NAN, 1.0, -2.0, 3.0],
+    "nan_and_infinities": [INF, NAN, -INF, -2.0, 3.0],
+    "all_nan": [NAN] * 5,
+    "largest": [3e38, -3e38, 0.0, 1.0, 3e38],
+    "equal": [7.0] * 5,
+}
+
+
+@pytest.mark.parametrize("row", SPECIAL_ROWS.values(), ids=SPECIAL_ROWS.keys())
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_special_values_come_out_as_torchs(
+    row: list[float], dtype: torch.dtype, reduction: str
+) -> None:
+    for padding in (0, 3, 12, 60):  # short of, across and beyond a vector
+        logits = torch.zeros(5, padding + 5)
+        logits[:, padding:] = torch.tensor(row)
+        logits, target = logits.to(dtype).requires_grad_(), torch.arange(5) + padding
+        options = {"reduction": reduction}
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
+        logits = logits.detach().T[None].contiguous().requires_grad_()  # classes not innermost
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target[None], **options)
+
+
+@pytest.mark.parametrize("row", SPECIAL_ROWS.values(), ids=SPECIAL_ROWS.keys())
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["", "smoothing"])
+def test_special_values_with_smoothing_weights_and_probabilities(
+    row: list[float], smoothing: float, target_kind: str, reduction: str
+) -> None:
+    logits = torch.tensor([row] * 5).requires_grad_()
+    target = torch.eye(5) if target_kind == "probabilities" else torch.arange(5)
+    for weight in (None, torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])):
+        assert_matches_torch(
+            cross_entropy,
+            F.cross_entropy,
+            logits,
+            target,
+            weight,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 0.0, -1.0, 5.0], ids=str)
+def test_unusual_probabilities_and_weights(value: float, reduction: str) -> None:
+    for smoothing in (0.0, 0.1):
+        logits, target = problem((4, 5), "probabilities")
+        target[1, 2] = value
+        weight = torch.ones(5)
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_matches_torch(
+            cross_entropy, F.cross_entropy, logits, target.requires_grad_(), weight, **options
+        )
+        weight[2] = value
+        for kind in ("index", "probabilities"):
+            logits, target = problem((4, 5), kind)
+            assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, weight, **options)
+
+
+def test_weights_all_zero(reduction: str, target_kind: str) -> None:
+    logits, target = problem((4, 5), target_kind)
+    assert_matches_torch(
+        cross_entropy, F.cross_entropy, logits, target, torch.zeros(5), reduction=reduction
+    )
+
+
+EMPTY = [(0, 5), (0, 0), (0, 5, 3), (4, 5, 0), (4, 5, 0, 2)]
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["", "smoothing"])
+def test_no_rows(
+    shape: tuple[int, ...], smoothing: float, target_kind: str, reduction: str
+) -> None:
+    logits = torch.empty(shape, requires_grad=True)
+    index_shape = (shape[0], *shape[2:])
+    index = target_kind == "index"
+    target = torch.empty(index_shape, dtype=torch.int64) if index else torch.empty(shape)
+    assert_matches_torch(
+        cross_entropy,
+        F.cross_entropy,
+        logits,
+        target,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0,), (4, 0, 3)], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["", "smoothing"])
+def test_no_classes(shape: tuple[int, ...], smoothing: float, reduction: str) -> None:
+    logits = torch.empty(shape, requires_grad=True)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    assert_matches_torch(cross_entropy, F.cross_entropy, logits, torch.empty(shape), **options)
+    if len(shape) < 3:  # beyond, torch cannot tell ignored targets from a mismatch
+        ignored = torch.full(shape[:-1], -100)
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, ignored, **options)
+        with pytest.raises(IndexError):
+            cross_entropy(logits, torch.zeros_like(ignored), **options)
+
+
+def test_one_sample_without_a_batch(reduction: str) -> None:
+    """Its target may have one element; torch then computes the loss but fails in backward."""
+    logits = torch.randn(5, requires_grad=True)
+    got = assert_matches_torch(
+        cross_entropy, F.cross_entropy, logits, torch.tensor(3), reduction=reduction
+    )
+    one = torch.tensor([3])
+    theirs = F.cross_entropy(logits, one, reduction=reduction)
+    value = cross_entropy(logits, one, reduction=reduction)
+    assert value.shape == theirs.shape
+    torch.testing.assert_close(value.view(()), got.value)
+
+
+@pytest.mark.parametrize("ignored", [-100, 3, 255, 300])
+def test_uint8_targets(ignored: int, reduction: str, kernel_calls: KernelCalls) -> None:
+    logits = torch.randn(6, 200, requires_grad=True)
+    target = torch.tensor([0, 3, 199, 128, 3, 127], dtype=torch.uint8)
+    if ignored == 255:
+        target[2] = 255
+    assert_matches_torch(
+        cross_entropy,
+        F.cross_entropy,
+        logits,
+        target,
+        ignore_index=ignored,
+        reduction=reduction,
+    )
+    assert kernel_calls["cross_entropy"]
+
+
+@pytest.mark.parametrize("smoothing", [-1.0, -0.1, -0.0, NAN, True, False, 0, 1], ids=str)
+def test_smoothing_at_and_beyond_its_lower_end(smoothing: float, target_kind: str) -> None:
+    logits, target = problem((4, 5), target_kind)
+    assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("target_dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("logits_dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_probabilities_of_another_dtype_promote(
+    logits_dtype: torch.dtype, target_dtype: torch.dtype, reduction: str
+) -> None:
+    logits, target = problem((4, 5), "probabilities")
+    for smoothing, weight in ((0.0, None), (0.1, None), (0.1, torch.rand(5))):
+        assert_matches_torch(
+            cross_entropy,
+            F.cross_entropy,
+            logits.detach().to(logits_dtype).requires_grad_(),
+            target.to(target_dtype).requires_grad_(),
+            weight,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+
+
+@pytest.mark.parametrize(
+    "weight_dtype", [*FLOATS, torch.int64, torch.bool], ids=lambda dtype: str(dtype)[6:]
+)
+def test_weights_of_another_dtype_with_probabilities(weight_dtype: torch.dtype) -> None:
+    logits, target = problem((4, 5), "probabilities")
+    weight = torch.tensor([1, 0, 1, 2, 3]).to(weight_dtype)
+    for smoothing in (0.0, 0.1):
+        assert_matches_torch(
+            cross_entropy, F.cross_entropy, logits, target, weight, label_smoothing=smoothing
+        )
+
+
+def test_gradient_to_the_weight_is_torchs_behaviour(target_kind: str, reduction: str) -> None:
+    """A weight that requires a gradient gets what torch gives: a gradient or its error."""
+    logits, target = problem((4, 5), target_kind)
+    weight = torch.rand(5, requires_grad=True)
+    options = {"reduction": reduction}
+    try:
+        evaluate(F.cross_entropy, logits, target, weight, **options)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            evaluate(cross_entropy, logits, target, weight, **options)
+    else:
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, weight, **options)
+
+
+LEGACY = [(a, b) for a in (None, True, False) for b in (None, True, False) if (a, b) != (None,) * 2]
+
+
+@pytest.mark.parametrize(("size_average", "reduce"), LEGACY)
+def test_size_average_and_reduce_warn_and_work(
+    size_average: bool | None, reduce: bool | None, target_kind: str
+) -> None:
+    logits, target = problem((4, 5), target_kind)
+    options = {"size_average": size_average, "reduce": reduce, "reduction": "no longer read"}
+    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+        got = cross_entropy(logits, target, **options)
+    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+        torch.testing.assert_close(got, F.cross_entropy(logits, target, **options))
+
+
+def test_the_arguments_by_position() -> None:
+    logits, target = problem((6, 5), "index")
+    weight = torch.rand(5)
+    args = (logits, target, weight, None, 2, None, "sum", 0.3)
+    assert_matches_torch(cross_entropy, F.cross_entropy, *args)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_autocast_gives_torchs_dtypes(
+    autocast: torch.dtype, dtype: torch.dtype, target_kind: str, kernel_calls: KernelCalls
+) -> None:
+    logits, target = problem((4, 5), target_kind)
+    logits = logits.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=autocast):
+        got = evaluate(cross_entropy, logits, target)
+        expected = evaluate(F.cross_entropy, logits, target)
+    assert got.value.dtype == expected.value.dtype
+    assert got.gradients[0].dtype == dtype
+    exact = evaluate(reference.cross_entropy, logits, target, convert=exactly)
+    torch.testing.assert_close(got.value, exact.value.to(got.value.dtype))
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(got.gradients[0], exact.gradients[0].to(dtype), **tolerance)
+    assert kernel_calls["cross_entropy"]
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3), (64, 10), (8, 1000), (2, 3, 40)], ids=str)
+def test_where_small_inputs_may_go_to_torch(
+    shape: tuple[int, ...], target_kind: str, reduction: str
+) -> None:
+    logits, target = problem(shape, target_kind)
+    assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, reduction=reduction)
