@@ -1,0 +1,510 @@
+"""How the operators live within autograd: graphs kept, shared, interrupted, transformed, resumed.
+
+Most tests run for each of CASES: a call of every operator in each way that takes a path of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import Operator
+from conftest import KernelCalls
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from pyfused import functional as fused
+
+# torch compiles its own forward-mode decompositions with torch.jit when they are first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
+PROBABILITIES = torch.linspace(-2, 2, 30).reshape(6, 5).softmax(1)
+OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
+WEIGHT = torch.linspace(0.5, 2, 30).reshape(6, 5)
+
+
+@dataclass
+class Case:
+    """`run(pyfused.functional or torch.nn.functional, x)` for an x of shape (6, 5)."""
+
+    run: Callable[[Any, Tensor], Tensor]
+
+    def ours(self, x: Tensor) -> Tensor:
+        return self.run(fused, x)
+
+    def torchs(self, x: Tensor) -> Tensor:
+        return self.run(F, x)
+
+
+def cases() -> dict[str, Case]:
+    made: dict[str, Case] = {"relu": Case(lambda f, x: f.relu(x))}
+    made["relu_inplace"] = Case(lambda f, x: f.relu(x * 1, inplace=True))
+    for r in ("none", "mean", "sum"):
+        made |= {
+            f"index_{r}": Case(lambda f, x, r=r: f.cross_entropy(x, CLASSES, reduction=r)),
+            f"smoothed_{r}": Case(
+                lambda f, x, r=r: f.cross_entropy(
+                    x, CLASSES, WEIGHT[0], reduction=r, label_smoothing=0.1
+                )
+            ),
+            f"probabilities_{r}": Case(
+                lambda f, x, r=r: f.cross_entropy(x, PROBABILITIES, reduction=r)
+            ),
+            f"to_probabilities_{r}": Case(lambda f, x, r=r: f.cross_entropy(OTHER, x, reduction=r)),
+            f"mse_{r}": Case(lambda f, x, r=r: f.mse_loss(x, OTHER, reduction=r)),
+            f"mse_weighted_{r}": Case(
+                lambda f, x, r=r: f.mse_loss(OTHER, x, reduction=r, weight=WEIGHT)
+            ),
+        }
+    return made
+
+
+CASES = cases()
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(6, 5, requires_grad=True)
+
+
+def gradient(operator: Operator, x: Tensor, upstream: Tensor | None = None) -> Tensor:
+    value = operator(x)
+    upstream = torch.ones_like(value) if upstream is None else upstream.expand(value.shape)
+    return torch.autograd.grad(value, x, upstream)[0]
+
+
+close = torch.testing.assert_close
+
+
+# ---- the upstream gradient ----------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("upstream", [0.0, 1.0, -2.5, float("nan"), float("inf")], ids=str)
+def test_a_scalar_for_all(case: Case, upstream: float, x: Tensor) -> None:
+    """expand() makes it a tensor without strides where the loss is not reduced."""
+    got = gradient(case.ours, x, torch.tensor(upstream))
+    expected = gradient(case.torchs, x, torch.tensor(upstream))
+    if not torch.isfinite(torch.tensor(upstream)):
+        # 0 * inf: what is not finite in one may be NaN or inf in the other, but nothing else.
+        assert torch.equal(got.isfinite() & (got != 0), expected.isfinite() & (expected != 0))
+        return
+    close(got, expected)
+
+
+@every_case
+@pytest.mark.parametrize("layout", ["random", "strided", "transposed", "expanded_rows"])
+def test_one_for_each_element(case: Case, layout: str, x: Tensor) -> None:
+    shape = case.torchs(x).shape
+    upstream = torch.randn((2, *shape))[0]
+    if layout == "strided":
+        upstream = torch.randn((*shape, 3))[..., 1]
+    elif layout == "transposed":
+        upstream = torch.randn(shape[::-1]).permute(tuple(range(len(shape)))[::-1])
+    elif layout == "expanded_rows" and len(shape) == 2:
+        upstream = torch.randn(shape[1]).expand(shape)
+    close(gradient(case.ours, x, upstream), gradient(case.torchs, x, upstream))
+
+
+@every_case
+def test_through_a_sum(case: Case, x: Tensor) -> None:
+    case.ours(x).sum().backward()
+    assert x.grad is not None
+    close(x.grad, gradient(case.torchs, x))
+
+
+@every_case
+def test_within_a_larger_graph(case: Case, x: Tensor) -> None:
+    close(
+        gradient(lambda x: case.ours(x.tanh()).sigmoid().sum(), x),
+        gradient(lambda x: case.torchs(x.tanh()).sigmoid().sum(), x),
+    )
+
+
+# ---- the same graph, more than once -------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_backward_twice_through_a_kept_graph(case: Case, upstream: float, x: Tensor) -> None:
+    value = case.ours(x)
+    given = torch.full_like(value, upstream)
+    gradients = []
+    for _ in range(3):
+        (got,) = torch.autograd.grad(value, x, given, retain_graph=True)
+        gradients.append(got.clone())
+        got.fill_(float("nan"))  # whoever holds a gradient may write into it
+    expected = gradient(case.torchs, x, given)
+    for got in gradients:
+        close(got, expected)
+
+
+@every_case
+def test_different_upstreams_through_a_kept_graph(case: Case, x: Tensor) -> None:
+    value = case.ours(x)
+    for scale in (1.0, -0.5, 1.0):
+        upstream = torch.full_like(value, scale)
+        (got,) = torch.autograd.grad(value, x, upstream, retain_graph=True)
+        close(got, gradient(case.torchs, x, upstream))
+
+
+@every_case
+def test_backward_twice_without_keeping_the_graph_is_torchs_error(case: Case, x: Tensor) -> None:
+    value = case.ours(x).sum()
+    value.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
+
+
+@every_case
+def test_the_upstream_gradient_is_left_as_it_was(case: Case, x: Tensor) -> None:
+    value = case.ours(x)
+    upstream = torch.randn_like(value)
+    before = upstream.clone()
+    torch.autograd.grad(value, x, upstream)
+    assert torch.equal(upstream, before)
+
+
+@every_case
+def test_accumulation_into_grad(case: Case, x: Tensor) -> None:
+    for _ in range(3):
+        case.ours(x).sum().backward()
+    assert x.grad is not None
+    close(x.grad, 3 * gradient(case.torchs, x))
+
+
+@every_case
+def test_the_same_input_twice_in_a_graph(case: Case, x: Tensor) -> None:
+    close(
+        gradient(lambda x: case.ours(x).sum() * case.ours(x).sum(), x),
+        gradient(lambda x: case.torchs(x).sum() * case.torchs(x).sum(), x),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("order", ["input_first", "target_first"])
+@pytest.mark.parametrize("operator", ["cross_entropy", "mse_loss"])
+def test_one_backward_for_each_of_two_inputs(operator: str, order: str, reduction: str) -> None:
+    """Asked for one input's gradient and then, through the kept graph, for the other's."""
+    wanted = {}
+    for functional in (fused, F):
+        torch.manual_seed(3)
+        inputs = {"input": torch.randn(6, 5), "target": torch.rand(6, 5)}
+        for tensor in inputs.values():
+            tensor.requires_grad_()
+        value = getattr(functional, operator)(**inputs, reduction=reduction).sum()
+        names = list(inputs) if order == "input_first" else list(inputs)[::-1]
+        wanted[functional] = {
+            name: torch.autograd.grad(value, inputs[name], retain_graph=True)[0] for name in names
+        }
+    close(wanted[fused], wanted[F])
+
+
+# ---- no graph -----------------------------------------------------------------------------------
+
+
+@every_case
+def test_no_gradient_wanted(case: Case, x: Tensor, kernel_calls: KernelCalls) -> None:
+    value = case.ours(x.detach())
+    assert not value.requires_grad
+    assert kernel_calls.total() <= 1  # torch may take the in-place one
+    with torch.no_grad():
+        assert not case.ours(x).requires_grad
+    close(value, case.torchs(x.detach()))
+
+
+@every_case
+def test_inference_mode(case: Case, x: Tensor) -> None:
+    expected = case.torchs(x).detach()
+    with torch.inference_mode():
+        value = case.ours(x)
+        assert value.is_inference()
+        close(value.clone(), expected)
+        assert not case.ours(torch.ones(6, 5)).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("operator", ["cross_entropy", "mse_loss"])
+def test_an_inference_tensor_as_target(operator: str, reduction: str, x: Tensor) -> None:
+    """torch refuses to save one for backward; ours may, with torch's error, or gets it right."""
+    with torch.inference_mode():
+        target = torch.rand(6, 5)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        getattr(F, operator)(x, target, reduction=reduction)
+    try:
+        value = getattr(fused, operator)(x, target, reduction=reduction).sum()
+    except RuntimeError as error:
+        assert "Inference tensors cannot be saved for backward" in str(error)  # noqa: PT017
+    else:
+        normal = target.clone()
+        expected = gradient(lambda x: getattr(F, operator)(x, normal, reduction=reduction), x)
+        close(torch.autograd.grad(value, x)[0], expected)
+
+
+@every_case
+def test_nothing_is_kept_alive_once_the_graph_is_gone(case: Case) -> None:
+    source = torch.randn(6, 5, requires_grad=True)
+    hidden = source * 2
+    memory = weakref.ref(hidden.untyped_storage())
+    value = case.ours(hidden).sum()
+    value.backward()
+    del hidden, value
+    gc.collect()
+    assert memory() is None
+
+
+# ---- inputs are only read, and a change to them never gives a wrong number ----------------------
+
+
+@every_case
+def test_inputs_are_not_changed(case: Case, x: Tensor) -> None:
+    constants = (CLASSES, PROBABILITIES, OTHER, WEIGHT, x.detach())
+    before = [constant.clone() for constant in constants]
+    versions = [constant._version for constant in constants]
+    case.ours(x).sum().backward()
+    assert [constant._version for constant in constants] == versions
+    for constant, copy in zip(constants, before, strict=True):
+        assert torch.equal(constant, copy)
+
+
+def gradient_or_version_error(value: Tensor, x: Tensor, upstream: float) -> Tensor | None:
+    try:
+        return torch.autograd.grad(value, x, torch.tensor(upstream))[0]
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+        return None
+
+
+@every_case
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_input_overwritten_before_backward(case: Case, upstream: float, x: Tensor) -> None:
+    hidden = x * 1
+    value = case.ours(hidden).sum()
+    expected = upstream * gradient(case.torchs, x)
+    with torch.no_grad():
+        hidden.fill_(7.0)
+    got = gradient_or_version_error(value, x, upstream)
+    if got is not None:
+        close(got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("overwritten", ["target", "weight"])
+@pytest.mark.parametrize("operator", ["index", "probabilities", "mse"])
+def test_another_argument_overwritten_before_backward(
+    operator: str, overwritten: str, reduction: str, x: Tensor
+) -> None:
+    constants = {
+        "index": {"target": CLASSES.clone(), "weight": WEIGHT[0].clone()},
+        "probabilities": {"target": PROBABILITIES.clone(), "weight": WEIGHT[0].clone()},
+        "mse": {"target": OTHER.clone(), "weight": WEIGHT.clone()},
+    }[operator]
+    name = "mse_loss" if operator == "mse" else "cross_entropy"
+    value = getattr(fused, name)(x, **constants, reduction=reduction).sum()
+    expected = gradient(lambda x: getattr(F, name)(x, **constants, reduction=reduction).sum(), x)
+    constants[overwritten].zero_()
+    got = gradient_or_version_error(value, x, 2.0)
+    if got is not None:
+        close(got, 2 * expected)
+
+
+def test_output_of_relu_overwritten_before_backward_is_torchs_error(x: Tensor) -> None:
+    y = fused.relu(x)
+    with torch.no_grad():
+        y.fill_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@every_case
+def test_value_overwritten_after_the_call(case: Case, x: Tensor) -> None:
+    value = case.ours(x)
+    doubled = value * 2
+    if not value.dim() == 2:  # relu alone keeps its output
+        with torch.no_grad():
+            value.zero_()
+    close(
+        torch.autograd.grad(doubled.sum(), x)[0],
+        2 * gradient(case.torchs, x),
+    )
+
+
+# ---- hooks, checkpoints, anomalies --------------------------------------------------------------
+
+
+@every_case
+def test_hooks_see_and_change_the_gradient(case: Case, x: Tensor) -> None:
+    def tripled(operator: Operator) -> Tensor:
+        hidden = x * 1
+        hidden.register_hook(lambda grad: grad * 3)
+        return torch.autograd.grad(operator(hidden).sum(), x)[0]
+
+    close(tripled(case.ours), 3 * gradient(case.torchs, x))
+    close(tripled(case.ours), tripled(case.torchs))
+
+
+@every_case
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpoint(case: Case, reentrant: bool, x: Tensor) -> None:
+    def wrapped(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: case.ours(x.tanh()), x, use_reentrant=reentrant)
+
+    value = wrapped(x).sum()
+    value.backward()
+    assert x.grad is not None
+    close(x.grad, gradient(lambda x: case.torchs(x.tanh()), x))
+
+
+@every_case
+def test_saved_tensors_hooks(case: Case, x: Tensor) -> None:
+    """What is saved may be moved away and brought back, as save_on_cpu does."""
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.detach().clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index].clone()):
+        value = case.ours(x)
+    expected = gradient(case.torchs, x)
+    for _ in range(2):
+        (got,) = torch.autograd.grad(value, x, torch.ones_like(value), retain_graph=True)
+        close(got, expected)
+    with torch.autograd.graph.save_on_cpu():
+        close(gradient(case.ours, x), expected)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_anomaly_mode(case: Case, x: Tensor) -> None:
+    with torch.autograd.detect_anomaly():
+        close(gradient(case.ours, x), gradient(case.torchs, x))
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            gradient(case.ours, x, torch.tensor(float("nan")))
+
+
+# ---- what is torch's own definition -------------------------------------------------------------
+
+
+@every_case
+def test_double_backward(case: Case, x: Tensor) -> None:
+    def penalty(operator: Operator) -> Tensor:
+        value = operator(x)
+        upstream = torch.linspace(1, 2, value.numel()).view_as(value).requires_grad_()
+        (first,) = torch.autograd.grad(value, x, upstream, create_graph=True)
+        assert first.requires_grad
+        inputs = (x, upstream)
+        second = torch.autograd.grad(first.square().sum(), inputs, allow_unused=True)
+        return torch.stack([g.sum() if g is not None else torch.zeros(()) for g in second])
+
+    close(penalty(case.ours), penalty(case.torchs))
+
+
+@every_case
+def test_third_derivative(case: Case, x: Tensor) -> None:
+    def third(operator: Operator) -> Tensor:
+        value = operator(x.square()).sum()
+        for _ in range(2):
+            (value,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=True)
+            value = value.square().sum()
+        return torch.autograd.grad(value, x)[0]
+
+    close(third(case.ours), third(case.torchs), rtol=1e-4, atol=1e-4)
+
+
+@every_case
+def test_forward_mode(case: Case, x: Tensor) -> None:
+    tangent = torch.randn(6, 5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), tangent)
+        got = forward_ad.unpack_dual(case.ours(dual)).tangent
+        expected = forward_ad.unpack_dual(case.torchs(dual)).tangent
+        plain = case.ours(torch.ones(6, 5))
+    close(got, expected)
+    close(plain, case.torchs(torch.ones(6, 5)))
+
+
+@every_case
+def test_torch_func(case: Case, x: Tensor) -> None:
+    x = x.detach()
+    tangent = torch.randn(6, 5)
+
+    def total(operator: Operator) -> Callable[[Tensor], Tensor]:
+        return lambda x: operator(x).sum()
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
+        close(transform(total(case.ours))(x), transform(total(case.torchs))(x))
+    close(
+        torch.func.jvp(case.ours, (x,), (tangent,)), torch.func.jvp(case.torchs, (x,), (tangent,))
+    )
+    close(torch.func.vjp(case.ours, x)[0], torch.func.vjp(case.torchs, x)[0])
+
+
+@every_case
+def test_vmap(case: Case) -> None:
+    batch = torch.randn(3, 6, 5)
+    close(torch.vmap(case.ours)(batch), torch.vmap(case.torchs)(batch))
+    per_sample = torch.vmap(torch.func.grad(lambda x: case.ours(x).sum()))(batch)
+    close(per_sample, torch.vmap(torch.func.grad(lambda x: case.torchs(x).sum()))(batch))
+
+
+@every_case
+def test_batched_gradients(case: Case, x: Tensor) -> None:
+    """is_grads_batched runs backward itself under vmap."""
+
+    def jacobian(operator: Operator) -> Tensor:
+        value = operator(x)
+        upstreams = torch.randn((4, *value.shape), generator=torch.Generator().manual_seed(1))
+        return torch.autograd.grad(value, x, upstreams, is_grads_batched=True)[0]
+
+    close(jacobian(case.ours), jacobian(case.torchs))
+
+
+@every_case
+def test_functional_jacobian_and_hessian(case: Case, x: Tensor) -> None:
+    for vectorize in (False, True):
+        options: dict[str, Any] = {"vectorize": vectorize}
+        jacobian = torch.autograd.functional.jacobian
+        close(jacobian(case.ours, x, **options), jacobian(case.torchs, x, **options))
+        hessian = torch.autograd.functional.hessian
+        close(
+            hessian(lambda x: case.ours(x).sum(), x, **options),
+            hessian(lambda x: case.torchs(x).sum(), x, **options),
+        )
+
+
+# ---- several threads of Python ------------------------------------------------------------------
+
+
+@every_case
+def test_several_python_threads_at_once(case: Case) -> None:
+    inputs = [torch.randn(6, 5) for _ in range(8)]
+    expected = [gradient(case.torchs, x.clone().requires_grad_()) for x in inputs]
+
+    def work(x: Tensor) -> list[Tensor]:
+        return [gradient(case.ours, x.clone().requires_grad_()) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for got, wanted in zip(pool.map(work, inputs), expected, strict=True):
+            for one in got:
+                close(one, wanted)
+
+
+@pytest.fixture(autouse=True)
+def constants_stay_constant() -> Iterator[None]:
+    constants = (CLASSES, PROBABILITIES, OTHER, WEIGHT)
+    before = [constant.clone() for constant in constants]
+    yield
+    for constant, copy in zip(constants, before, strict=True):
+        assert torch.equal(constant, copy)
