@@ -330,7 +330,7 @@ def test_output_of_relu_overwritten_before_backward_is_torchs_error(x: Tensor) -
 def test_value_overwritten_after_the_call(case: Case, x: Tensor) -> None:
     value = case.ours(x)
     doubled = value * 2
-    if not value.dim() == 2:  # relu alone keeps its output
+    if value.dim() < 2:  # the others are relu's, which backward reads
         with torch.no_grad():
             value.zero_()
     close(

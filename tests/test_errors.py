@@ -1,0 +1,291 @@
+"""Bad input raises what torch raises, naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyfused import functional as fused
+
+X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+P = X.softmax(1)
+K, KY = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
+
+
+def indices(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+# name: (call, words that the message has to hold: the argument, what it expects, what it got)
+Wrong = dict[str, tuple[Callable[[Any], Any], list[str]]]
+
+CROSS_ENTROPY: Wrong = {
+    "fewer_targets": (lambda f: f.cross_entropy(X, Y[:3]), ["target", "4", "3"]),
+    "more_targets": (lambda f: f.cross_entropy(X[:3], Y), ["target", "3", "4"]),
+    "target_2d": (lambda f: f.cross_entropy(X, Y[:, None]), ["target", "(4,)", "(4, 1)"]),
+    "target_0d": (lambda f: f.cross_entropy(X, Y[0]), ["target", "(4,)", "()"]),
+    "indices_in_the_inputs_shape": (
+        lambda f: f.cross_entropy(X, torch.zeros(4, 5, dtype=torch.int64)),
+        ["target", "(4,)", "(4, 5)"],
+    ),
+    "unbatched_with_two_targets": (lambda f: f.cross_entropy(X[0], Y[:2]), ["target", "(2,)"]),
+    "positions": (lambda f: f.cross_entropy(K, KY[:, :3]), ["target", "(2, 4)", "(2, 3)"]),
+    "positions_missing": (lambda f: f.cross_entropy(K, KY[:, 0]), ["target", "(2, 4)", "(2,)"]),
+    "batch_of_positions": (lambda f: f.cross_entropy(K, KY[:1]), ["target", "(2, 4)", "(1, 4)"]),
+    "probabilities_for_fewer_classes": (
+        lambda f: f.cross_entropy(X, P[:, :4]),
+        ["target", "(4, 5)", "(4, 4)"],
+    ),
+    "probabilities_for_fewer_rows": (
+        lambda f: f.cross_entropy(X, P[:3]),
+        ["target", "(4, 5)", "(3, 5)"],
+    ),
+    "probabilities_for_one_row": (lambda f: f.cross_entropy(X, P[0]), ["target", "(5,)"]),
+    "float_indices": (lambda f: f.cross_entropy(X, Y.float()), ["target", "int64", "float32"]),
+    "int32_indices": (lambda f: f.cross_entropy(X, Y.int()), ["target", "int64", "int32"]),
+    "int8_indices": (lambda f: f.cross_entropy(X, Y.to(torch.int8)), ["target", "int64", "int8"]),
+    "bool_indices": (lambda f: f.cross_entropy(X, Y.bool()), ["target", "int64", "bool"]),
+    "complex_target": (lambda f: f.cross_entropy(X, P.cfloat()), ["target", "complex64"]),
+    "weight_too_short": (
+        lambda f: f.cross_entropy(X, Y, torch.ones(4)),
+        ["weight", "(5,)", "(4,)"],
+    ),
+    "weight_too_short_for_probabilities": (
+        lambda f: f.cross_entropy(X, P, torch.ones(4)),
+        ["weight", "(5,)", "(4,)"],
+    ),
+    "weight_2d": (lambda f: f.cross_entropy(X, Y, torch.ones(1, 5)), ["weight", "(5,)", "(1, 5)"]),
+    "weight_0d": (lambda f: f.cross_entropy(X, Y, torch.ones(())), ["weight", "(5,)", "()"]),
+    "weight_float64": (
+        lambda f: f.cross_entropy(X, Y, torch.ones(5).double()),
+        ["weight", "float32", "float64"],
+    ),
+    "weight_float32_for_bfloat16": (
+        lambda f: f.cross_entropy(X.bfloat16(), Y, torch.ones(5)),
+        ["weight", "bfloat16", "float32"],
+    ),
+    "weight_int64": (
+        lambda f: f.cross_entropy(X, Y, torch.ones(5).long()),
+        ["weight", "float32", "int64"],
+    ),
+    "weight_a_list": (lambda f: f.cross_entropy(X, Y, [1.0] * 5), ["weight", "Tensor", "list"]),
+    "reduction_unknown": (
+        lambda f: f.cross_entropy(X, Y, reduction="avg"),
+        ["reduction", "none", "mean", "sum", "avg"],
+    ),
+    "reduction_none": (
+        lambda f: f.cross_entropy(X, Y, reduction=None),
+        ["reduction", "none", "mean", "sum", "None"],
+    ),
+    "smoothing_above_1": (
+        lambda f: f.cross_entropy(X, Y, label_smoothing=1.1),
+        ["label_smoothing", "0.0", "1.0", "1.1"],
+    ),
+    "smoothing_above_1_for_probabilities": (
+        lambda f: f.cross_entropy(X, P, label_smoothing=1.1),
+        ["label_smoothing", "0.0", "1.0", "1.1"],
+    ),
+    "smoothing_text": (
+        lambda f: f.cross_entropy(X, Y, label_smoothing="a"),
+        ["label_smoothing", "float", "str"],
+    ),
+    "smoothing_none": (
+        lambda f: f.cross_entropy(X, Y, label_smoothing=None),
+        ["label_smoothing", "float", "NoneType"],
+    ),
+    "ignore_index_with_probabilities": (
+        lambda f: f.cross_entropy(X, P, ignore_index=1),
+        ["ignore_index", "target", "1"],
+    ),
+    "ignore_index_a_fraction": (
+        lambda f: f.cross_entropy(X, Y, ignore_index=1.5),
+        ["ignore_index", "int", "float"],
+    ),
+    "ignore_index_none": (
+        lambda f: f.cross_entropy(X, Y, ignore_index=None),
+        ["ignore_index", "int", "NoneType"],
+    ),
+    "input_a_list": (lambda f: f.cross_entropy([1.0], Y), ["input", "Tensor", "list"]),
+    "input_numpy": (lambda f: f.cross_entropy(np.ones((4, 5)), Y), ["input", "Tensor", "ndarray"]),
+    "target_a_list": (lambda f: f.cross_entropy(X, [0, 1]), ["target", "Tensor", "list"]),
+    "target_none": (lambda f: f.cross_entropy(X, None), ["target", "Tensor", "NoneType"]),
+    "input_0d": (lambda f: f.cross_entropy(torch.tensor(1.0), Y[0]), ["input", "()"]),
+    "input_int64": (lambda f: f.cross_entropy(X.long(), Y), ["Long"]),
+    "input_complex": (lambda f: f.cross_entropy(X.cfloat(), Y), ["Complex"]),
+    "no_target": (lambda f: f.cross_entropy(X), ["target"]),
+    "unknown_argument": (lambda f: f.cross_entropy(X, Y, weights=None), ["weights"]),
+}
+BOUNDS: Wrong = {
+    "beyond": (
+        lambda f: f.cross_entropy(X, indices(0, 1, 5, 2)),
+        ["target", "[0, 5)", "5", "(2,)"],
+    ),
+    "negative": (
+        lambda f: f.cross_entropy(X, indices(0, -1, 4, 2)),
+        ["target", "[0, 5)", "-1", "(1,)"],
+    ),
+    "last": (lambda f: f.cross_entropy(X, indices(0, 1, 4, 7)), ["[0, 5)", "7", "(3,)"]),
+    "first_of_several": (
+        lambda f: f.cross_entropy(X, indices(0, 9, 8, -3)),
+        ["[0, 5)", "9", "(1,)"],
+    ),
+    "far": (lambda f: f.cross_entropy(X, indices(0, 2**62, 0, 0)), [str(2**62), "(1,)"]),
+    "low": (lambda f: f.cross_entropy(X, indices(0, -(2**63), 0, 0)), [str(-(2**63)), "(1,)"]),
+    "not_the_ignored": (
+        lambda f: f.cross_entropy(X, indices(-100, -1, -100, 0), ignore_index=-1),
+        ["-100", "(0,)", "ignore_index", "-1"],
+    ),
+    "unbatched": (lambda f: f.cross_entropy(X[0], torch.tensor(5)), ["[0, 5)", "5"]),
+    "positions": (
+        lambda f: f.cross_entropy(K, torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0]])),
+        ["[0, 3)", "3", "(1, 2)"],
+    ),
+    "two_dimensions": (
+        lambda f: f.cross_entropy(K[..., None], torch.tensor([[0] * 4, [0, 0, 0, 3]])[..., None]),
+        ["[0, 3)", "3", "(1, 3, 0)"],
+    ),
+    "smoothed": (
+        lambda f: f.cross_entropy(X, indices(0, 1, 5, 2), label_smoothing=0.1),
+        ["[0, 5)", "5", "(2,)"],
+    ),
+    "weighted": (
+        lambda f: f.cross_entropy(X, indices(0, 1, 5, 2), torch.ones(5)),
+        ["[0, 5)", "5", "(2,)"],
+    ),
+    "uint8": (
+        lambda f: f.cross_entropy(X, indices(0, 1, 255, 2).to(torch.uint8)),
+        ["[0, 5)", "255", "(2,)"],
+    ),
+    "strided": (
+        lambda f: f.cross_entropy(X, indices(0, 9, 1, 9, 5, 9, 2, 9)[::2]),
+        ["[0, 5)", "5", "(2,)"],
+    ),
+}
+OTHERS: Wrong = {
+    "mse_shapes": (lambda f: f.mse_loss(X, X[:3]), ["target", "(4, 5)", "(3, 5)"]),
+    "mse_weight_shape": (
+        lambda f: f.mse_loss(X, X, weight=torch.ones(5)),
+        ["weight", "(4, 5)", "(5,)"],
+    ),
+    "mse_reduction": (
+        lambda f: f.mse_loss(X, X, reduction="avg"),
+        ["reduction", "none", "mean", "sum", "avg"],
+    ),
+    "mse_reduction_weighted": (
+        lambda f: f.mse_loss(X, X, reduction="avg", weight=X),
+        ["reduction", "none", "mean", "sum", "avg"],
+    ),
+    "mse_integers": (lambda f: f.mse_loss(X.long(), X.long()), ["Long"]),
+    "mse_complex": (lambda f: f.mse_loss(X.cfloat(), X.cfloat()), ["Complex"]),
+    "mse_no_target": (lambda f: f.mse_loss(X), ["target"]),
+    "relu_list": (lambda f: f.relu([1.0]), ["input", "Tensor", "list"]),
+    "relu_number": (lambda f: f.relu(1.0), ["input", "Tensor", "float"]),
+    "relu_none": (lambda f: f.relu(None), ["input", "Tensor", "NoneType"]),
+    "relu_numpy": (lambda f: f.relu(np.ones(3)), ["input", "Tensor", "ndarray"]),
+    "relu_bool": (lambda f: f.relu(X.bool()), ["relu"]),
+    "relu_complex": (lambda f: f.relu(X.cfloat()), ["complex"]),
+    "relu_inplace_leaf": (
+        lambda f: f.relu(torch.ones(3, requires_grad=True), inplace=True),
+        ["leaf"],
+    ),
+    "relu_inplace_expanded": (
+        lambda f: f.relu(torch.ones(1).expand(3), inplace=True),
+        ["single memory location"],
+    ),
+    "relu_inplace_view_of_leaf": (
+        lambda f: f.relu(torch.ones(3, requires_grad=True)[:2], inplace=True),
+        ["leaf"],
+    ),
+}
+
+
+def parametrize(wrong: Wrong) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("call", "words"), wrong.values(), ids=wrong.keys())
+
+
+def error(call: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as raised:  # noqa: PT011 the caller looks at the type
+        call()
+    return raised.value
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+@parametrize(CROSS_ENTROPY | BOUNDS | OTHERS)
+def test_type_of_torch_and_a_message_that_helps(
+    call: Callable[[Any], Any], words: list[str]
+) -> None:
+    ours, theirs = error(lambda: call(fused)), error(lambda: call(F))
+    assert isinstance(ours, type(theirs)), ours
+    missing = [word for word in words if word not in str(ours)]
+    assert not missing, f"{missing} missing in: {ours}"
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "got"),
+    [
+        (([1.0], X), "input", "list"),
+        ((X, [1.0]), "target", "list"),
+        ((X, None), "target", "NoneType"),
+        ((X, 1.0), "target", "float"),
+        ((X.numpy(), X), "input", "ndarray"),
+        ((X, X.numpy()), "target", "ndarray"),
+    ],
+)
+def test_mse_loss_of_what_is_no_tensor(args: tuple[Any, Any], name: str, got: str) -> None:
+    """A TypeError here; torch's is an accident: AttributeError for a list, TypeError for NumPy."""
+    raised = error(lambda: fused.mse_loss(*args))
+    assert isinstance(raised, TypeError)
+    assert name in str(raised)
+    assert got in str(raised)
+
+
+@parametrize(BOUNDS)
+def test_out_of_range_while_no_gradient_is_wanted(
+    call: Callable[[Any], Any], words: list[str]
+) -> None:
+    assert not X.requires_grad
+    for reduction in (torch.no_grad, torch.enable_grad):
+        with reduction():
+            assert isinstance(error(lambda: call(fused)), IndexError)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_an_out_of_range_target_leaves_nothing_behind(reduction: str) -> None:
+    """No value, no gradient, no change to what was passed in."""
+    logits = torch.randn(100, 7, requires_grad=True)
+    target = torch.zeros(100, dtype=torch.int64)
+    target[99] = 7
+    weight = torch.ones(7)
+    tensors = (logits, target, weight)
+    before = [t.detach().clone() for t in tensors]
+    versions = [t._version for t in tensors]
+    for smoothing in (0.0, 0.1):
+        with pytest.raises(IndexError):
+            fused.cross_entropy(
+                logits, target, weight, reduction=reduction, label_smoothing=smoothing
+            )
+    assert logits.grad is None
+    assert [t._version for t in tensors] == versions
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_the_next_call_after_an_error_is_right() -> None:
+    with pytest.raises(IndexError):
+        fused.cross_entropy(X, indices(0, 1, 2, 5))
+    torch.testing.assert_close(fused.cross_entropy(X, Y), F.cross_entropy(X, Y))
+
+
+@pytest.mark.thresholds
+@parametrize(CROSS_ENTROPY | BOUNDS)
+def test_errors_are_the_same_where_torch_takes_the_call(
+    call: Callable[[Any], Any], words: list[str]
+) -> None:
+    raised = error(lambda: call(fused))
+    assert not [word for word in words if word not in str(raised)], raised

@@ -1,0 +1,141 @@
+"""The modules are torch's modules with another forward."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import KernelCalls
+from torch import Tensor, nn
+
+import pyfused
+from pyfused import functional as fused_functional
+from pyfused import nn as fused
+
+W = torch.linspace(0.5, 1.5, 5)
+MODULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cross_entropy": ("CrossEntropyLoss", {}),
+    "cross_entropy_options": (
+        "CrossEntropyLoss",
+        {"weight": W, "ignore_index": 2, "reduction": "none", "label_smoothing": 0.1},
+    ),
+    "mse": ("MSELoss", {}),
+    "mse_sum": ("MSELoss", {"reduction": "sum"}),
+    "relu": ("ReLU", {}),
+    "relu_inplace": ("ReLU", {"inplace": True}),
+}
+every_module = pytest.mark.parametrize(("name", "options"), MODULES.values(), ids=MODULES.keys())
+
+
+def pair(name: str, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    return getattr(fused, name)(**options), getattr(nn, name)(**options)
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, nn.ReLU):
+        return module(x * 1)
+    if isinstance(module, nn.CrossEntropyLoss):
+        return module(x, torch.tensor([0, 1, 2, 3, 4, 2]))
+    return module(x, torch.linspace(-1, 1, 30).view(6, 5))
+
+
+@every_module
+def test_value_and_gradient(name: str, options: dict[str, Any], kernel_calls: KernelCalls) -> None:
+    ours, theirs = pair(name, options)
+    x = torch.randn(6, 5, requires_grad=True)
+    got, expected = call(ours, x), call(theirs, x)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, x, upstream), torch.autograd.grad(expected, x, upstream)
+    )
+    assert kernel_calls.total() > 0
+
+
+@every_module
+def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) -> None:
+    ours, theirs = pair(name, options)
+    assert isinstance(ours, type(theirs))
+    assert repr(ours) == repr(theirs)
+    assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
+    parameters = [inspect.signature(module.forward).parameters for module in (ours, theirs)]
+    assert list(parameters[0]) == list(parameters[1])
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mse_loss", "relu"])
+def test_functional_signatures_are_torchs(name: str) -> None:
+    ours = inspect.signature(getattr(fused_functional, name)).parameters
+    theirs = inspect.signature(getattr(nn.functional, name)).parameters
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
+
+
+@every_module
+@pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save"])
+def test_copies(name: str, options: dict[str, Any], through: str) -> None:
+    ours, _ = pair(name, options)
+    if through == "deepcopy":
+        again = copy.deepcopy(ours)
+    elif through == "pickle":
+        again = pickle.loads(pickle.dumps(ours))
+    else:
+        file = io.BytesIO()
+        torch.save(ours, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    x = torch.randn(6, 5)
+    assert type(again) is type(ours)
+    assert torch.equal(call(again, x), call(ours, x))
+
+
+def test_weight_moves_with_the_module() -> None:
+    ours = fused.CrossEntropyLoss(weight=W).double()
+    assert ours.weight is not None
+    assert ours.weight.dtype == torch.float64
+    x, target = torch.randn(6, 5, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)
+    torch.testing.assert_close(ours(x, target), nn.functional.cross_entropy(x, target, W.double()))
+
+
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "MSELoss"])
+def test_legacy_arguments(name: str) -> None:
+    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+        module = getattr(fused, name)(size_average=False)
+    assert module.reduction == "sum"
+
+
+def test_training_step_equals_torchs() -> None:
+    def train(package: Any) -> tuple[list[float], list[Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 16), package.ReLU(inplace=True), nn.Linear(16, 3))
+        criterion = package.CrossEntropyLoss(label_smoothing=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        x, y = torch.randn(64, 5), torch.randint(3, (64,))
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, list(model.parameters())
+
+    (ours, parameters), (theirs, expected) = train(fused), train(nn)
+    assert ours[-1] < ours[0]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    torch.testing.assert_close(parameters, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_public_names() -> None:
+    assert pyfused.functional is fused_functional
+    assert pyfused.nn is fused
+    assert {"CrossEntropyLoss", "MSELoss", "ReLU"} <= set(fused.__all__)
+    assert {"cross_entropy", "mse_loss", "relu"} <= set(fused_functional.__all__)

@@ -1,0 +1,170 @@
+"""Strides change where values lie, never what comes out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import FLOATS, assert_matches_torch, evaluate
+from conftest import KernelCalls
+from layouts import LAYOUTS, SAME_VALUES, Layout
+from torch import Tensor
+
+from pyfused.functional import cross_entropy, mse_loss, relu
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+SHAPES = [(5,), (7, 5), (70, 3), (3, 130), (2, 5, 3), (2, 3, 70), (3, 4, 2, 5), (2, 3, 2, 1, 5)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def logits_and_target(shape: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor]:
+    class_dim = min(len(shape) - 1, 1)
+    logits = torch.randn(shape) * 3
+    if kind == "probabilities":
+        return logits, torch.randn(shape).softmax(class_dim)
+    target = torch.randint(shape[class_dim], shape[:class_dim] + shape[class_dim + 1 :])
+    if target.dim():
+        target.view(-1)[0] = -100
+    return logits, target
+
+
+@every_shape
+@every_layout
+def test_logits(
+    layout: Layout,
+    shape: tuple[int, ...],
+    target_kind: str,
+    reduction: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    logits, target = logits_and_target(shape, target_kind)
+    logits = layout(logits).requires_grad_()
+    for smoothing in (0.0, 0.1):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
+    assert kernel_calls["cross_entropy"] >= 2
+
+
+@every_shape
+@every_layout
+def test_target(layout: Layout, shape: tuple[int, ...], target_kind: str, reduction: str) -> None:
+    logits, target = logits_and_target(shape, target_kind)
+    target = layout(target)
+    if target_kind == "probabilities":
+        target.requires_grad_()
+    logits.requires_grad_()
+    assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, reduction=reduction)
+
+
+@every_layout
+def test_logits_and_probabilities_laid_out_differently(layout: Layout, reduction: str) -> None:
+    for other in LAYOUTS.values():
+        logits, target = logits_and_target((3, 4, 2, 5), "probabilities")
+        logits, target = layout(logits).requires_grad_(), other(target).requires_grad_()
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, reduction=reduction)
+
+
+@pytest.mark.parametrize("layout", ["every_second", "misaligned", "one_element_expanded"])
+def test_class_weights(layout: str, target_kind: str, reduction: str) -> None:
+    for shape in ((7, 5), (2, 5, 3), (3, 130)):
+        logits, target = logits_and_target(shape, target_kind)
+        weight = LAYOUTS[layout](torch.rand(shape[1]))
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        logits.requires_grad_()
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, weight, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+@every_layout
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 70), (3, 4, 2, 5)], ids=str)
+def test_mse_loss(
+    layout: Layout, shape: tuple[int, ...], reduction: str, kernel_calls: KernelCalls
+) -> None:
+    for other in LAYOUTS.values():
+        input = layout(torch.randn(shape)).requires_grad_()
+        target = other(torch.randn(shape)).requires_grad_()
+        assert_matches_torch(mse_loss, F.mse_loss, input, target, reduction=reduction)
+        weight = other(torch.rand(shape))
+        options = {"weight": weight, "reduction": reduction}
+        assert_matches_torch(mse_loss, F.mse_loss, input, target.detach(), **options)
+        assert_matches_torch(mse_loss, F.mse_loss, target, input, **options)
+    assert kernel_calls["squared_error"] >= 3 * len(LAYOUTS)
+
+
+@every_shape
+@every_layout
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_relu(
+    layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, kernel_calls: KernelCalls
+) -> None:
+    x = layout(torch.randn(shape).to(dtype)).requires_grad_()
+    got, expected = evaluate(relu, x), evaluate(F.relu, x)
+    assert torch.equal(got.value, expected.value)
+    assert torch.equal(got.gradients[0], expected.gradients[0])
+    assert kernel_calls["relu"] == 1
+
+
+@every_layout
+def test_upstream_gradients(layout: Layout) -> None:
+    """The gradient from above has strides of its own."""
+    x, other = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
+    upstream = layout(torch.randn(7, 5))
+    per_row = upstream[:, 0] if upstream.stride(0) else upstream[0, :1].expand(7)
+    target = torch.randint(5, (7,))
+    for ours, torchs, above in (
+        (relu(x), F.relu(x), upstream),
+        (mse_loss(x, other, reduction="none"), (x - other) ** 2, upstream),
+        (
+            cross_entropy(x, target, reduction="none"),
+            F.cross_entropy(x, target, reduction="none"),
+            per_row,
+        ),
+    ):
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, x, above), torch.autograd.grad(torchs, x, above)
+        )
+
+
+@pytest.mark.parametrize("layout", SAME_VALUES.values(), ids=SAME_VALUES.keys())
+@every_shape
+def test_a_view_that_works_on_torchs_result_works_on_ours(
+    layout: Layout, shape: tuple[int, ...]
+) -> None:
+    """Where torch returns contiguous memory, `.view(-1)` has to go on working."""
+    x, y = layout(torch.randn(shape)), layout(torch.randn(shape))
+    _, target = logits_and_target(shape, "index")
+    for functional in ("relu", "mse_loss", "cross_entropy"):
+        args = {
+            "relu": (x,),
+            "mse_loss": (x, y, None, None, "none"),
+            "cross_entropy": (x, target, None, None, -100, None, "none"),
+        }[functional]
+        ours = {"relu": relu, "mse_loss": mse_loss, "cross_entropy": cross_entropy}[functional]
+        theirs = getattr(F, functional)(*args)
+        if theirs.is_contiguous():
+            assert ours(*args).is_contiguous()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "classes_innermost", "transposed"])
+def test_relu_keeps_the_layout_of_dense_memory(layout: str) -> None:
+    x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))
+    assert relu(x).stride() == F.relu(x).stride() == x.stride()
+
+
+def test_memory_is_not_read_or_written_beyond_the_view() -> None:
+    """NaN all around a view: nothing of it in the results, and all of it still there."""
+    memory = torch.full((9, 40), float("nan"))
+    view = memory[2:7, 3:20]
+    view.copy_(torch.randn(5, 17))
+    logits = view.detach().requires_grad_()
+    target = torch.randint(17, (5,))
+    for value in (
+        cross_entropy(logits, target),
+        cross_entropy(logits.T[None], torch.randint(17, (1, 5))),
+        mse_loss(logits, torch.zeros(5, 17)),
+        relu(logits).sum(),
+    ):
+        assert bool(value.isfinite())
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert bool(gradient.isfinite().all())
+    assert int(memory.isnan().sum()) == 9 * 40 - 5 * 17
