@@ -67,6 +67,7 @@ template <class T> struct CrossEntropy {
 // their loss to one partial sum.
 template <class T> struct Scaled : CrossEntropy<T> {
   using A = Accumulate<T>;
+  double uniform_mass;  // uniform * sum_c weight_c
   A normalizer;
   bool streams;  // gradients too large to stay in cache are written past it
   A scale(int64_t position) const {
@@ -99,12 +100,8 @@ template <class T> class Row {
       if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
       return 0;
     }
-    spike = mass = ce.spike(position);
     find_normalizer();
-    double loss = ce.dense() ? dense_loss() : 0;
-    if (ce.target) {
-      loss += spike * (log_sum + double(max - widen(logits[ce.target[position]])));
-    }
+    const double loss = ce.dense() ? dense_loss() : sparse_loss();
     if (ce.grad_logits.data) write_gradient();
     if (ce.grad_probabilities.data) write_probability_gradient();
     return loss;
@@ -114,7 +111,7 @@ template <class T> class Row {
   const Scaled<T>& ce;
   const int64_t position;
   const T* const logits;
-  A spike, mass;  // mass: sum_c q_c
+  A mass;  // sum_c q_c
   A max = kLowest;
   double sum = 0, log_sum = 0;  // of exp(x - max)
   alignas(kVectorBytes) A q[kChunk];
@@ -130,7 +127,13 @@ template <class T> class Row {
     for (int64_t first = 0; first < ce.classes; first += kChunk) {
       const int64_t n = std::min(kChunk, ce.classes - first);
       const int64_t whole = n / kLanes<A> * kLanes<A>;
-      if (whole) body(first, logits + first, whole);
+      if constexpr (kWidensInBulk<T>) {
+        alignas(kVectorBytes) A wide[kChunk];
+        load(logits + first, wide, whole);
+        if (whole) body(first, static_cast<const A*>(wide), whole);
+      } else {
+        if (whole) body(first, logits + first, whole);
+      }
       if (whole == n) continue;
       alignas(kVectorBytes) A tail[kLanes<A>];
       std::fill_n(tail, kLanes<A>, kLowest);
@@ -171,29 +174,31 @@ template <class T> class Row {
     log_sum = std::log(sum);
   }
 
-  // q of a chunk but for the spike; the padding holds zeros.
+  // q of a chunk; the padding holds zeros.
   void load_aim(int64_t first, int64_t padded) {
     const A keep = ce.keep(), uniform = ce.uniform();
     const int64_t n = std::min(padded, ce.classes - first);
     std::fill_n(q, padded, A(0));
     if (!ce.target) {
       const int64_t stride = ce.probabilities.classes;
-      const T* const y = ce.at(ce.probabilities, position) + first * stride;
-      if (stride == 1) {
-        load(y, q, n);
-      } else {
-        for (int64_t i = 0; i < n; ++i) q[i] = widen(y[i * stride]);
-      }
+      load(ce.at(ce.probabilities, position) + first * stride, stride, q, n);
     }
     if (ce.weight) {
       for (int64_t i = 0; i < n; ++i) q[i] = aim(ce.weight[first + i], q[i], keep, uniform);
     } else {
       for (int64_t i = 0; i < n; ++i) q[i] = aim(A(1), q[i], keep, uniform);
     }
+    const int64_t hit = ce.target ? ce.target[position] - first : -1;
+    if (hit >= 0 && hit < n) q[hit] += ce.spike(position);
+  }
+
+  double sparse_loss() {
+    mass = ce.spike(position);
+    return mass * (log_sum + double(max - widen(logits[ce.target[position]])));
   }
 
   double dense_loss() {
-    double loss = 0, aimed = spike;
+    double loss = 0, aimed = 0;
     const A high = max, log_sum = A(this->log_sum);
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       load_aim(first, padded);
@@ -207,26 +212,34 @@ template <class T> class Row {
       loss += part;
       aimed += part_aimed;
     });
-    mass = A(aimed);
+    mass = ce.target ? A(ce.uniform_mass + ce.spike(position)) : A(aimed);
     return loss;
   }
 
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
-    const A high = max, scale = ce.scale(position);
-    const A factor = A(mass * scale / sum);
+    const A high = max, scale = ce.scale(position), share = A(mass / sum);
+    if (ce.dense()) {
+      for_chunks([&](int64_t first, auto* x, int64_t padded) {
+        A* const out = staged_chunk(grad, first, padded);
+        load_aim(first, padded);
+        PYFUSED_SIMD()
+        for (int64_t i = 0; i < padded; ++i) {
+          out[i] = (exp_nonpositive(widen(x[i]) - high) * share - q[i]) * scale;
+        }
+        store(out, grad + first, std::min(padded, ce.classes - first));
+      });
+      return;
+    }
+    const A factor = share * scale;
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       A* const out = staged_chunk(grad, first, padded);
       PYFUSED_SIMD()
       for (int64_t i = 0; i < padded; ++i) out[i] = exp_nonpositive(widen(x[i]) - high) * factor;
-      if (ce.dense()) {
-        load_aim(first, padded);
-        for (int64_t i = 0; i < padded; ++i) out[i] -= q[i] * scale;
-      }
-      const int64_t hit = ce.target ? ce.target[position] - first : -1;
-      if (hit >= 0 && hit < padded) out[hit] -= spike * scale;
       store(out, grad + first, std::min(padded, ce.classes - first));
     });
+    const int64_t hit = ce.target[position];
+    grad[hit] = narrow<T>((exp_nonpositive(widen(logits[hit]) - high) * share - mass) * scale);
   }
 
   void write_probability_gradient() {
@@ -238,19 +251,15 @@ template <class T> class Row {
       A* const out = stride == 1 ? staged_chunk(grad, first, padded) : buffer;
       for (int64_t i = 0; i < n; ++i) out[i] = factor * ((high - widen(x[i])) + log_sum);
       for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.weight[first + i];
-      if (stride == 1) {
-        store(out, grad + first, n);
-      } else {
-        for (int64_t i = 0; i < n; ++i) grad[(first + i) * stride] = narrow<T>(out[i]);
-      }
+      store(out, grad + first * stride, stride, n);
     });
   }
 };
 
 // ---- columns: positions lie side by side or classes are few, vectors run along positions --------
 
-constexpr int64_t kColumns = 64;      // positions at a time
-constexpr int64_t kColumnClasses = 32;  // classes at a time: a tile stays in L1
+constexpr int64_t kColumns = 32;          // positions at a time
+constexpr int64_t kColumnClasses = 128;  // classes at a time: a tile stays in L1
 
 template <class T> class Columns {
   using A = Accumulate<T>;
@@ -267,21 +276,18 @@ template <class T> class Columns {
       hit[b] = live && ce.target ? ce.target[first + b] : -1;
       scale[b] = live ? ce.scale(first + b) : A(0);
       spike[b] = live ? ce.spike(first + b) : A(0);
-      mass[b] = spike[b];
-      loss[b] = 0;
     }
     find_normalizer();
-    if (ce.dense()) add_dense_loss();
-    if (ce.target) add_target_loss();
+    ce.dense() ? find_dense_loss() : find_sparse_loss();
     if (ce.grad_logits.data) write_gradient();
     if (ce.grad_probabilities.data) write_probability_gradient();
-    double total = 0;
+    Sum total;
     for (int64_t b = 0; b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
-      total += loss[b];
+      total.add(loss[b]);
     }
     if (ce.loss && ce.reduction == Reduction::none) std::copy_n(loss, n, ce.loss + first);
-    return total;
+    return total.value();
   }
 
  private:
@@ -308,9 +314,15 @@ template <class T> class Columns {
       const T* from = ce.at(view, first) + c * view.classes;
       for (int64_t i = 0; i < k; ++i) load(from + i * view.classes, tile[i], n);
     } else {
+      [[maybe_unused]] alignas(kVectorBytes) A line[kColumnClasses];
       for (int64_t b = 0; b < n; ++b) {
-        const T* from = ce.at(view, first + b) + c * view.classes;
-        for (int64_t i = 0; i < k; ++i) tile[i][b] = widen(from[i * view.classes]);
+        const T* const from = ce.at(view, first + b) + c * view.classes;
+        if constexpr (std::is_same_v<T, A>) {
+          for (int64_t i = 0; i < k; ++i) tile[i][b] = from[i * view.classes];
+        } else {
+          load(from, view.classes, line, k);
+          for (int64_t i = 0; i < k; ++i) tile[i][b] = line[i];
+        }
       }
     }
     for (int64_t i = 0; n < kColumns && i < k; ++i) std::fill(tile[i] + n, tile[i] + kColumns, A(0));
@@ -321,9 +333,15 @@ template <class T> class Columns {
       T* to = ce.at(view, first) + c * view.classes;
       for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, ce.streams);
     } else {
+      [[maybe_unused]] alignas(kVectorBytes) A line[kColumnClasses];
       for (int64_t b = 0; b < n; ++b) {
-        T* to = ce.at(view, first + b) + c * view.classes;
-        for (int64_t i = 0; i < k; ++i) to[i * view.classes] = narrow<T>(tile[i][b]);
+        T* const to = ce.at(view, first + b) + c * view.classes;
+        if constexpr (std::is_same_v<T, A>) {
+          for (int64_t i = 0; i < k; ++i) to[i * view.classes] = tile[i][b];
+        } else {
+          for (int64_t i = 0; i < k; ++i) line[i] = tile[i][b];
+          store(line, to, view.classes, k);
+        }
       }
     }
   }
@@ -337,6 +355,11 @@ template <class T> class Columns {
     }
   }
   bool loaded = false;  // a row that fits one tile is read once
+
+  // Sums are taken in groups of a few classes, so that rounding errors grow with neither.
+  template <class Body> static void for_groups(int64_t k, const Body& body) {
+    for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
+  }
 
   void find_normalizer() {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
@@ -354,9 +377,13 @@ template <class T> class Columns {
         pivot[b] = pivot[b] == lowest ? A(0) : pivot[b];
         sum[b] *= exp_nonpositive(previous - pivot[b]);
       }
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) sum[b] += exp_nonpositive(x[i][b] - pivot[b]);
-      }
+      for_groups(k, [&](int64_t begin, int64_t end) {
+        alignas(kVectorBytes) A part[kColumns] = {};
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) part[b] += exp_nonpositive(x[i][b] - pivot[b]);
+        }
+        for (int64_t b = 0; b < kColumns; ++b) sum[b] += part[b];
+      });
     });
     for (int64_t b = 0; b < kColumns; ++b) {
       sum[b] = max[b] == lowest ? std::numeric_limits<A>::quiet_NaN() : sum[b];
@@ -364,7 +391,6 @@ template <class T> class Columns {
     }
   }
 
-  // q of a tile but for the spike.
   void load_aim(int64_t c, int64_t k) {
     const A keep = ce.keep(), uniform = ce.uniform();
     if (!ce.target) load_tile(ce.probabilities, c, k, q);
@@ -374,45 +400,61 @@ template <class T> class Columns {
         q[i][b] = aim(weight, ce.target ? A(0) : q[i][b], keep, uniform);
       }
     }
+    for_hits(c, k, [&](int64_t i, int64_t b) { q[i][b] += spike[b]; });
   }
 
-  void add_dense_loss() {
+  // Calls body(class in the tile, position in the block) for the targets within the tile.
+  template <class Body> void for_hits(int64_t c, int64_t k, const Body& body) {
+    for (int64_t b = 0; ce.target && b < n; ++b) {
+      if (hit[b] >= c && hit[b] < c + k) body(hit[b] - c, b);
+    }
+  }
+
+  void find_dense_loss() {
+    std::fill_n(loss, kColumns, A(0));
+    std::fill_n(mass, kColumns, A(0));
     for_tiles([&](int64_t c, int64_t k) {
       load_aim(c, k);
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) {
-          loss[b] += q[i][b] * ((max[b] - x[i][b]) + log_sum[b]);
-          mass[b] += q[i][b];
+      for_groups(k, [&](int64_t begin, int64_t end) {
+        alignas(kVectorBytes) A part[kColumns] = {}, aimed[kColumns] = {};
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) {
+            part[b] += q[i][b] * ((max[b] - x[i][b]) + log_sum[b]);
+            aimed[b] += q[i][b];
+          }
         }
-      }
+        for (int64_t b = 0; b < kColumns; ++b) {
+          loss[b] += part[b];
+          mass[b] += aimed[b];
+        }
+      });
     });
+    for (int64_t b = 0; ce.target && b < n; ++b) mass[b] = A(ce.uniform_mass + spike[b]);
   }
 
-  void add_target_loss() {
-    for (int64_t b = 0; b < n; ++b) {
+  void find_sparse_loss() {
+    for (int64_t b = 0; b < kColumns; ++b) {
+      mass[b] = spike[b];
+      loss[b] = 0;
       if (hit[b] < 0) continue;
       const A logit = widen(ce.at(ce.logits, first + b)[hit[b] * ce.logits.classes]);
-      loss[b] += spike[b] * (log_sum[b] + (max[b] - logit));
+      loss[b] = spike[b] * (log_sum[b] + (max[b] - logit));
     }
   }
 
   void write_gradient() {
-    alignas(kVectorBytes) A factor[kColumns];
-    for (int64_t b = 0; b < kColumns; ++b) factor[b] = mass[b] * scale[b] / sum[b];
+    const bool dense = ce.dense();
+    alignas(kVectorBytes) A share[kColumns];
+    for (int64_t b = 0; b < kColumns; ++b) share[b] = mass[b] / sum[b];
     for_tiles([&](int64_t c, int64_t k) {
+      if (dense) load_aim(c, k);
       for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) {
-          x[i][b] = exp_nonpositive(x[i][b] - max[b]) * factor[b];
-        }
+        for (int64_t b = 0; b < kColumns; ++b) x[i][b] = exp_nonpositive(x[i][b] - max[b]) * share[b];
+        for (int64_t b = 0; dense && b < kColumns; ++b) x[i][b] -= q[i][b];
       }
-      if (ce.dense()) {
-        load_aim(c, k);
-        for (int64_t i = 0; i < k; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) x[i][b] -= q[i][b] * scale[b];
-        }
-      }
-      for (int64_t b = 0; ce.target && b < n; ++b) {
-        if (hit[b] >= c && hit[b] < c + k) x[hit[b] - c][b] -= spike[b] * scale[b];
+      if (!dense) for_hits(c, k, [&](int64_t i, int64_t b) { x[i][b] -= spike[b]; });
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t b = 0; b < kColumns; ++b) x[i][b] *= scale[b];
       }
       for (int64_t b = 0; any_ignored && b < n; ++b) {
         if (!ce.ignored(first + b)) continue;
@@ -485,7 +527,10 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
   const double denominator = mean ? census.denominator : 1;
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
-  const Scaled<T> scaled{ce, A(1 / denominator), bytes >= kStreamBytes};
+  Sum weights;
+  for (int64_t c = 0; ce.weight && c < ce.classes; ++c) weights.add(ce.weight[c]);
+  const double uniform_mass = ce.uniform() * (ce.weight ? weights.value() : double(ce.classes));
+  const Scaled<T> scaled{ce, uniform_mass, A(1 / denominator), bytes >= kStreamBytes};
 
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
@@ -498,17 +543,15 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
       partial[block] = Columns<T>(scaled, first).run();
       return;
     }
+    Sum sum;
     for (int64_t i = first; i < std::min(ce.positions(), first + size); ++i) {
       const double loss = Row<T>(scaled, i).run();
       if (ce.loss && each) ce.loss[i] = A(loss);
-      partial[block] += loss;
+      sum.add(loss);
     }
+    partial[block] = sum.value();
   });
-  if (ce.loss && !each) {
-    double total = 0;
-    for (const double part : partial) total += part;
-    *ce.loss = A(total / denominator);
-  }
+  if (ce.loss && !each) *ce.loss = A(total(partial) / denominator);
   return -1;
 }
 

@@ -4,7 +4,9 @@
 // result a block, and adds the partials up in order: the result has the same bits for any count.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -34,6 +36,26 @@ template <class Body> void parallel_for(int64_t blocks, int threads, const Body&
   }
 #endif
   for (int64_t block = 0; block < blocks; ++block) body(block);
+}
+
+// A sum that carries its rounding error along (Neumaier's variant of Kahan's).
+class Sum {
+ public:
+  void add(double x) {
+    const double next = sum + x;
+    error += std::abs(sum) >= std::abs(x) ? (sum - next) + x : (x - next) + sum;
+    sum = next;
+  }
+  double value() const { return std::isfinite(error) ? sum + error : sum; }
+
+ private:
+  double sum = 0, error = 0;
+};
+
+inline double total(const std::vector<double>& partial) {
+  Sum sum;
+  for (const double part : partial) sum.add(part);
+  return sum.value();
 }
 
 }  // namespace pyfused

@@ -45,7 +45,7 @@ template <class T> struct PointwiseLoss {
   int threads;
 };
 
-constexpr int64_t kLossChunk = 512;      // elements at a time, in L1, and summed in Accumulate<T>
+constexpr int64_t kLossChunk = 256;      // elements at a time, in L1, and summed in Accumulate<T>
 constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time, summed in double
 
 // The loss and the gradients of one chunk, with weight(i) and upstream(i) inlined.
@@ -131,14 +131,13 @@ template <class Formula, class T> void pointwise_loss(const PointwiseLoss<T>& p)
   std::vector<double> partial(blocks);
   parallel_for(blocks, p.threads, [&](int64_t block) {
     const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
+    Sum sum;
     for (int64_t first = block * kLossBlock; first < end; first += kLossChunk) {
-      partial[block] += pointwise_chunk<Formula>(p, first, std::min(kLossChunk, end - first), streams);
+      sum.add(pointwise_chunk<Formula>(p, first, std::min(kLossChunk, end - first), streams));
     }
+    partial[block] = sum.value();
   });
-  if (!p.reduced) return;
-  double total = 0;
-  for (const double part : partial) total += part;
-  *p.reduced = Accumulate<T>(total / p.denominator);
+  if (p.reduced) *p.reduced = Accumulate<T>(total(partial) / p.denominator);
 }
 
 }  // namespace pyfused

@@ -115,8 +115,13 @@ template <class T> PYFUSED_INLINE Accumulate<T>* staged(T* to, Accumulate<T>* bu
   return buffer;
 }
 
+// Whether load() widens faster than the scalar widen() does inside a loop.
+template <class T> constexpr bool kWidensInBulk = false;
+
 #ifdef __F16C__
 // Compilers do not turn the scalar conversions into these two instructions by themselves.
+template <> inline constexpr bool kWidensInBulk<float16> = true;
+
 PYFUSED_INLINE void load(const float16* PYFUSED_RESTRICT from, float* PYFUSED_RESTRICT to,
                          int64_t n) {
   int64_t i = 0;
@@ -137,6 +142,18 @@ PYFUSED_INLINE void store(const float* PYFUSED_RESTRICT from, float16* PYFUSED_R
   for (; i < n; ++i) to[i] = narrow<float16>(from[i]);
 }
 #endif
+
+template <class T>
+PYFUSED_INLINE void load(const T* from, int64_t stride, Accumulate<T>* to, int64_t n) {
+  if (stride == 1) return load(from, to, n);
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i * stride]);
+}
+
+template <class T>
+PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int64_t n) {
+  if (stride == 1) return store(from, to, n);
+  for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<T>(from[i]);
+}
 
 // ---- elementary functions -----------------------------------------------------------------------
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, with a minimax polynomial for exp(r).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ def _reduction(value: Any) -> None:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
 
 
+def _number(name: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -32,33 +38,22 @@ def cross_entropy(
     _tensor("input", input)
     _tensor("target", target)
     _reduction(reduction)
+    _number("ignore_index", ignore_index, Integral, "an int")
+    _number("label_smoothing", label_smoothing, Real, "a float")
     if input.dim() == 0:
         raise RuntimeError("input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()")
     if label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {label_smoothing}")
-    if target.is_floating_point() and target.dim() == input.dim():
-        expected = input.shape
+    if target.shape == input.shape and target.is_floating_point():
         if ignore_index >= 0:
             raise RuntimeError(
                 "ignore_index: expected none (a negative number) with class probabilities as "
                 f"target, got {ignore_index}"
             )
     else:
-        expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
-        if target.dtype not in (torch.int64, torch.uint8):
-            raise RuntimeError(
-                "target: expected class indices of dtype torch.int64 or torch.uint8, or class "
-                f"probabilities of the input's shape {tuple(input.shape)}, got {target.dtype} of "
-                f"shape {tuple(target.shape)}"
-            )
-    lone = input.dim() == 1 and target.shape == (1,) != input.shape  # as good as a scalar
-    if target.shape != expected and not lone:
-        mismatch = target.dim() and input.dim() > 1 and target.shape[0] != input.shape[0]
-        raise (ValueError if mismatch else RuntimeError)(
-            f"target: expected shape {tuple(expected)} for an input of shape "
-            f"{tuple(input.shape)}, got {tuple(target.shape)}"
-        )
+        _class_index_target(input, target)
     if weight is not None:
+        _tensor("weight", weight)
         classes = input.shape[0 if input.dim() == 1 else 1]
         if weight.shape != (classes,):
             raise RuntimeError(
@@ -68,6 +63,23 @@ def cross_entropy(
         same = weight.dtype is input.dtype or torch.is_autocast_enabled(input.device.type)
         if not target.is_floating_point() and not same:
             raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
+
+
+def _class_index_target(input: Tensor, target: Tensor) -> None:
+    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
+    lone = input.dim() == 1 and target.shape == (1,) != input.shape  # as good as a scalar
+    if target.shape != expected and not lone:
+        batch = (*expected[:1], 1)[0], (*target.shape[:1], 1)[0]
+        raise (ValueError if batch[0] != batch[1] else RuntimeError)(
+            f"target: expected class indices of shape {tuple(expected)} or class probabilities of "
+            f"the input's shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            "target: expected class indices of dtype torch.int64 or torch.uint8, or class "
+            f"probabilities of the input's shape {tuple(input.shape)}, got {target.dtype} of shape "
+            f"{tuple(target.shape)}"
+        )
 
 
 def target_out_of_range(

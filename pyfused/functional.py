@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 from torch.nn import _reduction as _legacy
 from torch.nn import functional as F
@@ -130,7 +129,7 @@ def mse_loss(
             _pointwise_loss.SQUARED_ERROR, input, target, weight, reduction
         )
     try:
-        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     except (AttributeError, RuntimeError, TypeError, ValueError):
         checks.mse_loss(input, target, weight, reduction)
         raise

@@ -57,7 +57,7 @@ capability = _choose()
 native = load(capability)
 
 
-# ---- tensors as the kernels see them --------------------------------------------------------------
+# ---- tensors as the kernels see them -------------------------------------------------------------
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,7 +127,7 @@ def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return tensor, (tensor.data_ptr(), 1)
 
 
-# ---- kernels --------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 def cross_entropy(
@@ -187,7 +187,7 @@ def cross_entropy(
         probabilities_view,
         _address(weight),
         ignore_index,
-        label_smoothing if label_smoothing > 0.0 else 0.0,
+        max(0.0, label_smoothing),
         _REDUCTIONS[reduction],
         _address(grad_output),
         _address(loss),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import cpu
+from pyfused.ops.gradients import first_order
 
 
 class Formula(NamedTuple):
@@ -18,7 +19,9 @@ class Formula(NamedTuple):
     gradient: Callable[[Tensor, Tensor], Tensor]
 
 
-RELU = Formula("relu", lambda grad_output, output: torch.threshold_backward(grad_output, output, 0))
+RELU = Formula(
+    "relu", lambda grad_output, output: torch.ops.aten.threshold_backward(grad_output, output, 0)
+)
 
 
 def better_in_torch(input: Tensor) -> bool:
@@ -54,6 +57,6 @@ class Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (output,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if not first_order(grad_output):
             return None, ctx.formula.gradient(grad_output, output), None
         return None, cpu.activation_backward(ctx.formula.kernel, grad_output, output), None

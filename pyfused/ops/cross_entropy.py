@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import cpu
-from pyfused.ops.gradients import autocast_dtype, differentiate, scale
+from pyfused.ops.gradients import autocast_dtype, differentiate, first_order, scale
 
 
 def fused(
@@ -23,16 +23,15 @@ def fused(
 ) -> Tensor:
     """``functional.cross_entropy`` on tensors that the kernels take."""
     checks.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    dtype = autocast_dtype(input.dtype)
     if target.is_floating_point():
-        dtype = promoted = torch.promote_types(dtype, target.dtype)
+        common = torch.promote_types(input.dtype, target.dtype)
         if weight is not None:
-            dtype = promoted = torch.promote_types(dtype, weight.dtype)
-        if promoted is not input.dtype or target.dtype is not input.dtype:
-            input, target = input.to(promoted), target.to(promoted)
+            common = torch.promote_types(common, weight.dtype)
+        input, target = input.to(common), target.to(common)
     else:
         target = target.to(torch.int64)
         target = target.reshape(()) if input.dim() == 1 else target
+    dtype = autocast_dtype(input.dtype)
     options = ignore_index, reduction, label_smoothing
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         loss: Tensor = CrossEntropy.apply(input, target, weight, *options)
@@ -89,26 +88,23 @@ class CrossEntropy(torch.autograd.Function):
         ctx.options = ignore_index, reduction, label_smoothing
         ctx.save_for_backward(input, target, weight)
         now = reduction != "none" and input.dtype is not torch.float16
-        loss, gradients = evaluate(
-            input,
-            target,
-            weight,
-            *ctx.options,
-            want_grad_input=now and ctx.needs_input_grad[0],
-            want_grad_target=now and ctx.needs_input_grad[1],
-        )
+        wanted = (now and need for need in ctx.needs_input_grad[:2])
+        loss, gradients = evaluate(input, target, weight, *ctx.options, *wanted)
         ctx.gradients = gradients if now else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if not first_order(grad_output):
             gradients = _differentiable_gradients(ctx, grad_output)
         elif ctx.gradients is None:
+            input, target, weight = ctx.saved_tensors
             gradients = cpu.cross_entropy(
-                *ctx.saved_tensors,
+                input,
+                target,
+                weight,
                 *ctx.options,
-                grad_output,
+                grad_output=grad_output,
                 want_loss=False,
                 want_grad_input=ctx.needs_input_grad[0],
                 want_grad_target=ctx.needs_input_grad[1],
@@ -122,12 +118,16 @@ class CrossEntropy(torch.autograd.Function):
 def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, target, weight = ctx.saved_tensors
     ignore_index, reduction, label_smoothing = ctx.options
-    loss = F.cross_entropy(
-        input.to(grad_output.dtype),
-        target if target.dtype is torch.int64 else target.to(grad_output.dtype),
-        None if weight is None else weight.to(grad_output.dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    return differentiate(loss, (input, target), ctx.needs_input_grad, grad_output)
+    dtype = grad_output.dtype
+
+    def definition(input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            input.to(dtype),
+            target.to(dtype) if target.is_floating_point() else target,
+            None if weight is None else weight.to(dtype),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    return differentiate(definition, (input, target), ctx.needs_input_grad[:2], grad_output)

@@ -34,6 +34,7 @@ def reason_for_torch(
         or (target is not None and _unsupported("target", target, op == "cross_entropy"))
         or (weight is not None and _unsupported("weight", weight))
         or (weight is not None and weight.requires_grad and "weight requires grad")
+        or (op == "cross_entropy" and input.shape[1:2] == (1,) and "one class")
         or None
     )
 
@@ -61,6 +62,6 @@ def _unsupported(name: str, tensor: Tensor, indices: bool = False) -> str | None
         return f"{name} has layout {tensor.layout}"
     if tensor.dtype not in cpu.DTYPES and not (indices and tensor.dtype in _INDEX_DTYPES):
         return f"{name} has dtype {tensor.dtype}"
-    if tensor.is_neg():
-        return f"{name} is lazily negated"
+    if tensor.is_neg() or tensor._is_zerotensor():
+        return f"{name} is lazy"
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,18 @@ def autocast_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that torch computes a loss in: CPU autocast widens the half precisions."""
     halves = (torch.bfloat16, torch.float16)
     return torch.float32 if dtype in halves and torch.is_autocast_enabled("cpu") else dtype
+
+
+def first_order(grad_output: Tensor) -> bool:
+    """Whether the kernels take a backward pass: not differentiated itself, nor under vmap."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and type(grad_output) is Tensor
+        and grad_output.layout is torch.strided
+        and not grad_output.is_neg()
+        and not grad_output._is_zerotensor()
+    )
 
 
 def scale(gradients: tuple[Tensor | None, ...], grad_output: Tensor) -> None:
@@ -21,13 +35,21 @@ def scale(gradients: tuple[Tensor | None, ...], grad_output: Tensor) -> None:
 
 
 def differentiate(
-    loss: Tensor, inputs: tuple[Tensor, ...], wanted: tuple[bool, ...], grad_output: Tensor
+    definition: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grad_output: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the wanted inputs, themselves differentiable; None for the others."""
-    pairs = zip(inputs, wanted, strict=False)
+    """The gradients of torch's own definition, themselves differentiable; None where not wanted."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        loss = definition(*inputs)
     found = iter(
         torch.autograd.grad(
-            loss, [input for input, want in pairs if want], grad_output, create_graph=True
+            loss,
+            [input for input, want in zip(inputs, wanted, strict=True) if want],
+            grad_output,
+            create_graph=create_graph,
         )
     )
-    return tuple(next(found) if want else None for _, want in zip(inputs, wanted, strict=False))
+    return tuple(next(found) if want else None for want in wanted)

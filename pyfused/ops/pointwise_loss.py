@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused.backends import cpu
-from pyfused.ops.gradients import autocast_dtype, differentiate, scale
+from pyfused.ops.gradients import autocast_dtype, differentiate, first_order, scale
 
 
 class Formula(NamedTuple):
@@ -109,12 +109,15 @@ class PointwiseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:3]
-        if torch.is_grad_enabled():
+        if not first_order(grad_output):
             input, target, weight = ctx.saved_tensors
-            loss = ctx.formula.definition(input, target) / ctx.denominator
-            loss = loss if weight is None else loss * weight
-            upstream = grad_output.expand_as(loss)
-            gradients = differentiate(loss, (input, target), wanted, upstream)
+
+            def definition(input: Tensor, target: Tensor) -> Tensor:
+                loss: Tensor = ctx.formula.definition(input, target) / ctx.denominator
+                return loss if weight is None else loss * weight
+
+            upstream = grad_output.expand_as(input)
+            gradients = differentiate(definition, (input, target), wanted, upstream)
         elif ctx.gradients is None:
             input, target, weight = ctx.saved_tensors
             gradients = cpu.pointwise_loss(
