@@ -38,6 +38,12 @@ void map(T* output, int64_t n, int threads, const Value& value) {
   });
 }
 
+// x *= factor: what is left to do for a gradient that was computed before its upstream was known.
+template <class T> void scale(T* x, double factor, int64_t n, int threads) {
+  const Accumulate<T> a = Accumulate<T>(factor);
+  map(x, n, threads, [=](int64_t i) { return a * widen(x[i]); });
+}
+
 // The output may be the input itself.
 template <class Formula, class T>
 void activation(const T* input, T* output, int64_t n, int threads) {

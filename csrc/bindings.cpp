@@ -101,6 +101,12 @@ void run_activation_backward(int dtype, int64_t n, const OperandTuple& grad_outp
   });
 }
 
+void run_scale(int dtype, int64_t n, int64_t data, double factor, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    scale(pointer<decltype(element)>(data), factor, n, threads);
+  });
+}
+
 // ---- what this CPU can run ----------------------------------------------------------------------
 
 // Asked of the module built for the least of the instruction sets, before another one is loaded.
@@ -140,4 +146,5 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   m.def("squared_error", &run_pointwise_loss<SquaredError>, unlocked);
   m.def("relu", &run_activation<Relu>, unlocked);
   m.def("relu_backward", &run_activation_backward<Relu>, unlocked);
+  m.def("scale", &run_scale, unlocked);
 }

@@ -20,12 +20,15 @@
 #if defined(__GNUC__)
 #define PYFUSED_RESTRICT __restrict__
 #define PYFUSED_INLINE inline __attribute__((always_inline))
+#define PYFUSED_NOINLINE __attribute__((noinline))
 #elif defined(_MSC_VER)
 #define PYFUSED_RESTRICT __restrict
 #define PYFUSED_INLINE __forceinline
+#define PYFUSED_NOINLINE __declspec(noinline)
 #else
 #define PYFUSED_RESTRICT
 #define PYFUSED_INLINE inline
+#define PYFUSED_NOINLINE
 #endif
 
 // Tells the compiler that the loop's iterations are independent and its float reductions may be

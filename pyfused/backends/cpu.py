@@ -278,3 +278,10 @@ def activation_backward(formula: str, grad_output: Tensor, output: Tensor) -> Te
         torch.get_num_threads(),
     )
     return grad_input
+
+
+def scale_(tensor: Tensor, factor: float) -> None:
+    """Multiplies a dense tensor in place."""
+    native.scale(
+        DTYPES[tensor.dtype], tensor.numel(), tensor.data_ptr(), factor, torch.get_num_threads()
+    )

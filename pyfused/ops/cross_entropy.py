@@ -104,7 +104,7 @@ class CrossEntropy(torch.autograd.Function):
                 target,
                 weight,
                 *ctx.options,
-                grad_output=grad_output,
+                grad_output,
                 want_loss=False,
                 want_grad_input=ctx.needs_input_grad[0],
                 want_grad_target=ctx.needs_input_grad[1],

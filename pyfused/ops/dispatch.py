@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -9,9 +11,38 @@ from torch.nn import Parameter
 
 from pyfused.backends import cpu
 
-# Below this many elements ATen's operator is the faster one: the call costs more than the work.
-# Measured as forward + backward; an autograd.Function alone costs what ATen needs for them.
-ATEN_BELOW = {"cross_entropy": 1, "mse_loss": 1, "relu": 1}
+# Sizes at which ATen's operator is the faster one: rows of (classes up to, elements below). Small
+# calls cost more than their work, an autograd.Function alone as much as all of ATen's. Between 16
+# and some 500 classes ATen's softmax fills its vectors as well as the kernels do, and float16 takes a
+# second pass in the backward; there the kernels pay once outputs are too large for recycled memory.
+# Measured as forward + backward, 2 threads, x86-64-v4; the last row is for all further classes.
+_ANY = math.inf
+ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
+    "cross_entropy": {
+        torch.float32: (
+            (15, 1 << 12),
+            (24, 1 << 16),
+            (64, 1 << 19),
+            (511, 1 << 18),
+            (_ANY, 1 << 16),
+        ),
+        torch.float64: ((24, 1 << 13), (127, 1 << 16), (511, 1 << 17), (_ANY, 1 << 16)),
+        torch.bfloat16: ((24, 1 << 12), (127, 1 << 22), (511, 1 << 19), (_ANY, 1 << 17)),
+        torch.float16: ((24, 1 << 13), (_ANY, 1 << 23)),
+    },
+    "mse_loss": {
+        torch.float32: ((_ANY, 1 << 16),),
+        torch.float64: ((_ANY, 1 << 15),),
+        torch.bfloat16: ((_ANY, 1 << 14),),
+        torch.float16: ((_ANY, 1 << 18),),
+    },
+    "relu": {
+        torch.float32: ((_ANY, 1 << 23),),
+        torch.float64: ((_ANY, 1 << 21),),
+        torch.bfloat16: ((_ANY, 1 << 17),),
+        torch.float16: ((_ANY, 1 << 24),),
+    },
+}
 
 _PLAIN = (Tensor, Parameter)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
@@ -26,8 +57,8 @@ def reason_for_torch(
     """
     if type(input) not in _PLAIN:
         return f"input is a {type(input).__name__}"
-    if input.numel() < ATEN_BELOW[op]:
-        return f"fewer than {ATEN_BELOW[op]} elements"
+    if aten_is_faster(op, input):
+        return "ATen is faster at this size"
     return (
         _active_mode()
         or _unsupported("input", input)
@@ -37,6 +68,18 @@ def reason_for_torch(
         or (op == "cross_entropy" and input.shape[1:2] == (1,) and "one class")
         or None
     )
+
+
+def aten_is_faster(op: str, input: Tensor) -> bool:
+    """Whether ``ATEN_BELOW`` gives a call of this size to ATen; one without elements always is."""
+    elements = input.numel()
+    if elements == 0:
+        return True
+    classes = input.shape[min(1, input.dim() - 1)] if input.dim() else 1
+    for most, below in ATEN_BELOW[op].get(input.dtype, ()):
+        if classes <= most:
+            return elements < below
+    return False
 
 
 def _active_mode() -> str | None:

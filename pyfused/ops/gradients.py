@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyfused.backends import cpu
+
 
 def autocast_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that torch computes a loss in: CPU autocast widens the half precisions."""
@@ -26,12 +28,12 @@ def first_order(grad_output: Tensor) -> bool:
     )
 
 
-def scale(gradients: tuple[Tensor | None, ...], grad_output: Tensor) -> None:
+def scale(gradients: Sequence[Tensor | None], grad_output: Tensor) -> None:
     """Multiplies gradients that nobody else holds by a scalar upstream gradient."""
-    if grad_output.item() != 1.0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(grad_output)
+    factor = grad_output.item()
+    for gradient in gradients:
+        if gradient is not None and factor != 1.0:
+            cpu.scale_(gradient, factor)
 
 
 def differentiate(
