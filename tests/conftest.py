@@ -19,7 +19,7 @@ from pyfused.backends import cpu
 KERNELS = ("cross_entropy", "squared_error", "relu", "relu_backward")
 
 hypothesis.settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, database=None, max_examples=150
+    "repeatable", deadline=None, derandomize=True, database=None, max_examples=400
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -34,7 +34,7 @@ def cross_entropy(
     logits = input.double().movedim(class_dim, -1)
     classes = logits.shape[-1]
     weight = logits.new_ones(classes) if weight is None else weight.double()
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    log_p = logits.log_softmax(-1)
 
     if target.is_floating_point():
         hard, counted = target.double().movedim(class_dim, -1), None
@@ -42,7 +42,7 @@ def cross_entropy(
     else:
         counted = target != ignore_index
         index = target.long().where(counted, 0)
-        hard = torch.nn.functional.one_hot(index, classes)
+        hard = torch.nn.functional.one_hot(index, classes).double()
         denominator = (weight[index] * counted).sum()
 
     q = (1 - label_smoothing) * hard + label_smoothing / classes

@@ -1,0 +1,152 @@
+"""More than 2**31 elements, where a 32-bit index or offset would wrap around.
+
+Most of it costs little: memory that was never written takes none (`numpy.zeros` maps pages that
+the first write makes real), and an expanded tensor has more elements than memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KernelCalls
+from torch import Tensor
+
+from pyfused.functional import cross_entropy, mse_loss, relu
+
+WRAP = 2**31
+
+
+def available_gib() -> float:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return 0.0
+
+
+def needs_gib(amount: float) -> pytest.MarkDecorator:
+    available = available_gib()
+    return pytest.mark.skipif(
+        available < amount, reason=f"needs {amount} GiB of memory, {available:.1f} are available"
+    )
+
+
+def unwritten(elements: int) -> Tensor:
+    """bfloat16 zeros that take address space but, until written to, no memory."""
+    try:
+        memory = np.zeros(elements, dtype=np.int16)
+    except MemoryError:
+        pytest.skip("needs 4 GiB of address space")
+    return torch.from_numpy(memory).view(torch.bfloat16)
+
+
+def far_apart(values: Tensor) -> Tensor:
+    """The rows of `values`, the last of them more than 2**31 elements after the first."""
+    rows, length = values.shape
+    step = WRAP // (rows - 1) + 40
+    memory = unwritten((rows - 1) * step + length)
+    view = memory.as_strided((rows, length), (step, 1))
+    view.copy_(values)
+    return view
+
+
+def columns_far_apart(values: Tensor) -> Tensor:
+    return far_apart(values.T.contiguous()).T
+
+
+@pytest.mark.parametrize("layout", [far_apart, columns_far_apart])
+@pytest.mark.parametrize("shape", [(3, 200), (5, 10)], ids=["rows", "columns"])
+def test_cross_entropy_of_logits_with_distant_rows(
+    layout: Callable[[Tensor], Tensor], shape: tuple[int, int], kernel_calls: KernelCalls
+) -> None:
+    values = torch.randn(shape).bfloat16()
+    target = torch.arange(shape[0])
+    logits = layout(values)
+    assert max(logits.stride()) * (max(shape) - 1) > WRAP or logits.stride(0) > WRAP // shape[0]
+    got = cross_entropy(logits, target, reduction="none")
+    assert torch.equal(got, cross_entropy(values, target, reduction="none"))
+    probabilities = torch.rand(shape).bfloat16()
+    got = cross_entropy(values, layout(probabilities))
+    assert torch.equal(got, cross_entropy(values, probabilities))
+    assert kernel_calls["cross_entropy"] == 4
+
+
+def test_relu_and_mse_loss_of_distant_rows() -> None:
+    values, others = torch.randn(3, 20).bfloat16(), torch.randn(3, 20).bfloat16()
+    view = far_apart(values)
+    assert torch.equal(relu(view), F.relu(values))
+    assert torch.equal(mse_loss(view, others), mse_loss(values, others))
+    assert torch.equal(mse_loss(others, view), mse_loss(others, values))
+
+
+@needs_gib(6)
+def test_relu_in_place() -> None:
+    memory = unwritten(WRAP + 1000)
+    ends = [memory[:1000], memory[WRAP - 500 : WRAP + 500], memory[-500:]]
+    for end in ends:
+        end.copy_(torch.randn(len(end)).bfloat16())
+    expected = [F.relu(end) for end in ends]
+    relu(memory, inplace=True)
+    for end, wanted in zip(ends, expected, strict=True):
+        assert torch.equal(end, wanted)
+
+
+def test_cross_entropy_of_more_logits_than_2_31() -> None:
+    """Rows that share their memory, so that 4 GiB of logits take none."""
+    classes = 65536
+    rows = WRAP // classes + 3
+    row = torch.randn(classes).bfloat16()
+    target = torch.full((rows,), 7)
+    target[-1] = 65535
+    with torch.no_grad():
+        got = cross_entropy(row.expand(rows, classes), target, reduction="none")
+        expected = cross_entropy(row.expand(2, classes), torch.tensor([7, 65535]), reduction="none")
+    assert torch.equal(got[:-1], expected[:1].expand(rows - 1))
+    assert torch.equal(got[-1], expected[1])
+
+
+@pytest.mark.large
+@needs_gib(14)
+def test_relu_forward_and_backward(kernel_calls: KernelCalls) -> None:
+    x = torch.full((WRAP + 1000,), -1.0, dtype=torch.bfloat16)
+    x[-3:] = torch.tensor([1.0, -2.0, 3.0])
+    x.requires_grad_()
+    y = relu(x)
+    assert y[-3:].tolist() == [1.0, 0.0, 3.0]
+    (gradient,) = torch.autograd.grad(y, x, torch.ones((), dtype=torch.bfloat16).expand(y.shape))
+    assert gradient[-3:].tolist() == [1.0, 0.0, 1.0]
+    assert int(gradient.count_nonzero()) == 2
+    assert kernel_calls["relu"] == kernel_calls["relu_backward"] == 1
+
+
+@pytest.mark.large
+@needs_gib(10)
+@pytest.mark.parametrize("classes", [40, 65536], ids=["columns", "rows"])
+def test_cross_entropy_gradient(classes: int, kernel_calls: KernelCalls) -> None:
+    rows = WRAP // classes + 3
+    logits = unwritten(rows * classes).view(rows, classes)
+    with torch.no_grad():
+        logits[-1] = torch.randn(classes).bfloat16()
+    last = logits[-1:].clone().requires_grad_()
+    target = torch.full((rows,), 3)
+    loss = cross_entropy(logits.requires_grad_(), target, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad(cross_entropy(last, target[:1], reduction="sum"), last)
+    assert torch.equal(gradient[-1:], expected)
+    assert gradient[-2, 3] < 0 < gradient[-2, 4]
+    assert kernel_calls["cross_entropy"] == 2
+
+
+@pytest.mark.large
+@needs_gib(10)
+def test_mse_loss_sum() -> None:
+    x = torch.ones((), dtype=torch.bfloat16).expand(WRAP + 1024)
+    zeros = unwritten(WRAP + 1024)
+    zeros[-1] = 3.0
+    assert mse_loss(x, zeros).item() == pytest.approx(1.0)
+    got = mse_loss(x.float()[:1].expand(WRAP + 1024), torch.zeros(1).expand(WRAP + 1024))
+    assert got.item() == pytest.approx(1.0)

@@ -1,0 +1,159 @@
+"""Processes: a forked child computes on after its parent has, and so does a spawned one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pyfused import ops
+from pyfused.backends import cpu
+from pyfused.functional import cross_entropy, mse_loss, relu
+
+SECONDS = 60  # far beyond what it takes, so that only a hang is cut short
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+# Python warns of a fork beside threads from 3.12 on, which is just what is tried here.
+ignore_fork_warning = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def compute(seed: int = 0) -> list[Any]:
+    """Losses and gradients large enough to be shared out among threads, as plain numbers.
+
+    Nothing here is large for torch's own kernels: they hang in a forked child of a parent that
+    has used several threads, which is why DataLoader sets its workers to one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, 1000, generator=generator).requires_grad_()
+    other = torch.randn(600, 1000, generator=generator)
+    target = torch.arange(600)
+    with ops.fused_always():
+        values = [
+            cross_entropy(x, target),
+            cross_entropy(x, target, reduction="sum") * 0.5,
+            mse_loss(x, other) * 2.0,
+            relu(x),
+        ]
+    upstreams = [torch.ones(()).expand(value.shape) for value in values]
+    gradients = [
+        torch.autograd.grad(value, x, upstream)[0]
+        for value, upstream in zip(values, upstreams, strict=True)
+    ]
+    return [tensor.view(-1)[::50_001].tolist() for tensor in (*values, *gradients)]
+
+
+def send(pipe: Connection, seed: int) -> None:
+    pipe.send(compute(seed))
+
+
+def in_child(method: str, seed: int = 0) -> list[Any]:
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=send, args=(sender, seed))
+    child.start()
+    sender.close()  # so that a child that dies is seen as the end of the file
+    try:
+        assert receiver.poll(SECONDS), "the child hangs"
+        return receiver.recv()
+    finally:
+        child.terminate()
+        child.join()
+
+
+@forks
+@ignore_fork_warning
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_fork_after_use(count: int, threads: Any) -> None:
+    threads(count)
+    expected = compute()
+    for _ in range(2):
+        assert in_child("fork") == expected
+    assert compute() == expected
+
+
+def test_spawn(threads: Any) -> None:
+    threads(2)
+    assert in_child("spawn") == compute()
+
+
+class Losses(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(compute(index)[-1])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@ignore_fork_warning
+def test_data_loader_workers(method: str, threads: Any) -> None:
+    if method == "fork" and not hasattr(os, "fork"):
+        pytest.skip("this platform has no fork")
+    threads(2)
+    expected = torch.tensor([compute(index)[-1] for index in range(6)])
+    loader = DataLoader(
+        Losses(), num_workers=2, multiprocessing_context=method, timeout=SECONDS, batch_size=2
+    )
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", cpu.supported)
+def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
+    code = (
+        "import torch; from pyfused.backends import cpu; from pyfused.functional import relu;"
+        "print(cpu.capability, cpu.native.__name__, relu(torch.arange(-3.0, 3)).sum().item())"
+    )
+    done = python(code, PYFUSED_CPU_CAPABILITY=isa)
+    assert done.returncode == 0, done.stderr
+    capability, module, total = done.stdout.split()
+    assert capability == isa
+    assert module.endswith(isa.replace("-", "_"))
+    assert float(total) == 3.0
+
+
+@pytest.mark.parametrize("asked", ["x86-64-v9", "avx2", "x86-64-v3 "])
+def test_an_instruction_set_that_does_not_exist(asked: str) -> None:
+    done = python("import pyfused.functional", PYFUSED_CPU_CAPABILITY=asked)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    for word in ("ImportError", "PYFUSED_CPU_CAPABILITY", repr(asked), *cpu.supported):
+        assert word in last
+
+
+@forks
+def test_fork_before_use() -> None:
+    """The parent has computed nothing when it forks: its child may use threads like anyone."""
+    done = python(
+        "import os, torch; from pyfused.functional import relu; torch.set_num_threads(2)\n"
+        "child = os.fork()\n"
+        "if child: raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "assert relu(-torch.ones(2**20)).count_nonzero() == 0; os._exit(17)"
+    )
+    assert done.returncode == 17, done.stderr
+
+
+def test_the_best_instruction_set_is_the_default() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYFUSED_CPU_CAPABILITY"}
+    code = "from pyfused.backends import cpu; print(cpu.capability == cpu.supported[-1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
