@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.backends import CrossEntropyOptions
+
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -30,13 +32,12 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
+    options: CrossEntropyOptions,
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
     _tensor("input", input)
     _tensor("target", target)
+    ignore_index, reduction, label_smoothing = options
     _reduction(reduction)
     _number("ignore_index", ignore_index, Integral, "an int")
     _number("label_smoothing", label_smoothing, Real, "a float")

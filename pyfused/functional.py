@@ -14,6 +14,7 @@ from torch.nn import _reduction as _legacy
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.backends import CrossEntropyOptions
 from pyfused.ops import activation as _activation
 from pyfused.ops import cross_entropy as _cross_entropy
 from pyfused.ops import pointwise_loss as _pointwise_loss
@@ -64,20 +65,13 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
-    options = ignore_index, reduction, label_smoothing
+    options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
     if reason_for_torch("cross_entropy", input, target, weight) is None:
-        return _cross_entropy.fused(input, target, weight, *options)
+        return _cross_entropy.fused(input, target, weight, options)
     try:
-        return F.cross_entropy(
-            input,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        return F.cross_entropy(input, target, weight, **options._asdict())
     except (IndexError, RuntimeError, TypeError, ValueError):
-        checks.cross_entropy(input, target, weight, *options)
+        checks.cross_entropy(input, target, weight, options)
         checks.class_indices(input, target, ignore_index)
         raise
 

@@ -14,6 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pyfused import checks
+from pyfused.backends import CrossEntropyOptions, Want
+
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)
 
@@ -130,20 +133,18 @@ def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
+    options: CrossEntropyOptions,
+    want: Want,
     grad_output: Tensor | None = None,
-    *,
-    want_loss: bool,
-    want_grad_input: bool,
-    want_grad_target: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """Loss, gradient of the input and gradient of the target, each where wanted.
+) -> tuple[Tensor | None, Gradients]:
+    """Loss, and gradients of input and target, each where wanted.
 
     Args:
         input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk), of a dtype in ``DTYPES``.
@@ -152,32 +153,35 @@ def cross_entropy(
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
 
     Returns:
-        The loss is in the accumulation dtype. The last item is the first position, counted along
-        the flattened target, whose class index is out of range, with nothing computed, or -1.
+        The loss is in the accumulation dtype.
+
+    Raises:
+        IndexError: A class index is out of range. Nothing has been computed then.
     """
     accumulate = _accumulate_dtype(input.dtype)
     classes = input.shape[0 if input.dim() == 1 else 1]
     outer = input.shape[0] if input.dim() > 2 else 1
-    inner = input.numel() // max(outer * classes, 1)
+    inner = input.numel() // (outer * classes)
 
     logits, logits_view = _viewed(input)
+    indices, probabilities_view = None, _NO_VIEW
     if target.dtype is torch.int64:
-        indices, probabilities_view = target.contiguous(), _NO_VIEW
+        indices = target.contiguous()
     else:
-        indices = None
         target, probabilities_view = _viewed(target)
     if weight is not None:
         weight = weight.to(accumulate).contiguous()
     if grad_output is not None:
         grad_output = grad_output.to(accumulate).contiguous()
+
     loss = grad_input = grad_target = None
     grad_input_view = grad_target_view = _NO_VIEW
-    if want_loss:
-        shape = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
-        loss = torch.empty(shape if reduction == "none" else (), dtype=accumulate)
-    if want_grad_input:
+    if want.loss:
+        rows = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
+        loss = torch.empty(rows if options.reduction == "none" else (), dtype=accumulate)
+    if want.grad_input:
         grad_input, grad_input_view = _empty_viewed(logits)
-    if want_grad_target:
+    if want.grad_target:
         grad_target, grad_target_view = _empty_viewed(target)
     out_of_range = native.cross_entropy(
         DTYPES[input.dtype],
@@ -186,16 +190,18 @@ def cross_entropy(
         _address(indices),
         probabilities_view,
         _address(weight),
-        ignore_index,
-        max(0.0, label_smoothing),
-        _REDUCTIONS[reduction],
+        options.ignore_index,
+        max(0.0, options.label_smoothing),
+        _REDUCTIONS[options.reduction],
         _address(grad_output),
         _address(loss),
         grad_input_view,
         grad_target_view,
         torch.get_num_threads(),
     )
-    return loss, grad_input, grad_target, out_of_range
+    if out_of_range >= 0:
+        raise checks.target_out_of_range(input, target, options.ignore_index, out_of_range)
+    return loss, (grad_input, grad_target)
 
 
 def pointwise_loss(
@@ -203,15 +209,12 @@ def pointwise_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    reduction: str,
     denominator: float,
+    want: Want,
     grad_output: Tensor | None = None,
-    *,
-    want_each: bool,
-    want_reduced: bool,
-    want_grad_input: bool,
-    want_grad_target: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Loss, gradient of the input and gradient of the target, each where wanted.
+) -> tuple[Tensor | None, Gradients]:
+    """Loss, and gradients of input and target, each where wanted.
 
     Args:
         formula: The kernel's name: ``"squared_error"``.
@@ -230,10 +233,13 @@ def pointwise_loss(
         weight, weight_operand = _operand(weight, order)
     if grad_output is not None:
         grad_output, upstream = _operand(grad_output, order)
-    each = torch.empty_like(order) if want_each else None
-    reduced = torch.empty((), dtype=_accumulate_dtype(input.dtype)) if want_reduced else None
-    grad_input = torch.empty_like(order) if want_grad_input else None
-    grad_target = torch.empty_like(order) if want_grad_target else None
+    each = reduced = None
+    if want.loss and reduction == "none":
+        each = torch.empty_like(order)
+    elif want.loss:
+        reduced = torch.empty((), dtype=_accumulate_dtype(input.dtype))
+    grad_input = torch.empty_like(order) if want.grad_input else None
+    grad_target = torch.empty_like(order) if want.grad_target else None
     getattr(native, formula)(
         DTYPES[input.dtype],
         input.numel(),
@@ -248,7 +254,7 @@ def pointwise_loss(
         _address(grad_target),
         torch.get_num_threads(),
     )
-    return each if want_each else reduced, grad_input, grad_target
+    return reduced if each is None else each, (grad_input, grad_target)
 
 
 def activation(formula: str, input: Tensor, *, inplace: bool = False) -> Tensor:

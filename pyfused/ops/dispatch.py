@@ -13,8 +13,8 @@ from pyfused.backends import cpu
 
 # Sizes at which ATen's operator is the faster one: rows of (classes up to, elements below). Small
 # calls cost more than their work, an autograd.Function alone as much as all of ATen's. Between 16
-# and some 500 classes ATen's softmax fills its vectors as well as the kernels do, and float16 takes a
-# second pass in the backward; there the kernels pay once outputs are too large for recycled memory.
+# and some 500 classes ATen's softmax fills its vectors as well as the kernels do, and float16 takes
+# a second pass in the backward; there the kernels pay once outputs outgrow recycled memory.
 # Measured as forward + backward, 2 threads, x86-64-v4; the last row is for all further classes.
 _ANY = math.inf
 ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {

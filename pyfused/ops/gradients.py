@@ -16,6 +16,14 @@ def autocast_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in halves and torch.is_autocast_enabled("cpu") else dtype
 
 
+def gradients_ahead(reduction: str, input: Tensor) -> bool:
+    """Whether a loss's forward pass computes the gradients, which a scalar then only scales.
+
+    Not for float16: without the upstream gradient, which GradScaler makes large, it underflows.
+    """
+    return reduction != "none" and input.dtype is not torch.float16
+
+
 def first_order(grad_output: Tensor) -> bool:
     """Whether the kernels take a backward pass: not differentiated itself, nor under vmap."""
     return (

@@ -1,4 +1,4 @@
-"""Pointwise losses as one autograd function over the fused kernels."""
+"""Pointwise losses: one autograd function over the fused kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfused.backends import cpu
-from pyfused.ops.gradients import autocast_dtype, differentiate, first_order, scale
+from pyfused.backends import Want, cpu
+from pyfused.ops.gradients import autocast_dtype, differentiate, first_order, gradients_ahead, scale
 
 
 class Formula(NamedTuple):
@@ -40,37 +40,13 @@ def fused(
         weight = weight.to(dtype).expand(input.shape)
     elif reduction == "mean":
         denominator = float(input.numel())
+    options = weight, reduction, denominator
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss: Tensor = PointwiseLoss.apply(formula, input, target, weight, reduction, denominator)
+        loss: Tensor | None = PointwiseLoss.apply(formula, input, target, *options)
     else:
-        loss, _ = evaluate(formula, input, target, weight, reduction, denominator)
-    return loss
-
-
-def evaluate(
-    formula: Formula,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    denominator: float,
-    want_grad_input: bool = False,
-    want_grad_target: bool = False,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """The loss in the input's dtype, and the gradients for an upstream gradient of one."""
-    loss, *gradients = cpu.pointwise_loss(
-        formula.kernel,
-        input,
-        target,
-        weight,
-        denominator,
-        want_each=reduction == "none",
-        want_reduced=reduction != "none",
-        want_grad_input=want_grad_input,
-        want_grad_target=want_grad_target,
-    )
+        loss, _ = cpu.pointwise_loss(formula.kernel, input, target, *options, Want())
     assert loss is not None
-    return loss.to(input.dtype), (gradients[0], gradients[1])
+    return loss.to(dtype)
 
 
 class PointwiseLoss(torch.autograd.Function):
@@ -89,50 +65,47 @@ class PointwiseLoss(torch.autograd.Function):
         weight: Tensor | None,
         reduction: str,
         denominator: float,
-    ) -> Tensor:
-        ctx.formula, ctx.denominator = formula, denominator
+    ) -> Tensor | None:
+        ctx.formula, ctx.reduction, ctx.denominator = formula, reduction, denominator
         ctx.save_for_backward(input, target, weight)
-        now = reduction != "none" and input.dtype is not torch.float16
-        loss, gradients = evaluate(
-            formula,
-            input,
-            target,
-            weight,
-            reduction,
-            denominator,
-            want_grad_input=now and ctx.needs_input_grad[1],
-            want_grad_target=now and ctx.needs_input_grad[2],
+        now = gradients_ahead(reduction, input)
+        want = Want(True, now and ctx.needs_input_grad[1], now and ctx.needs_input_grad[2])
+        loss, gradients = cpu.pointwise_loss(
+            formula.kernel, input, target, weight, reduction, denominator, want
         )
         ctx.gradients = gradients if now else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:3]
-        if not first_order(grad_output):
+        if first_order(grad_output) and ctx.gradients is not None:
+            gradients, ctx.gradients = ctx.gradients, None
+            scale(gradients, grad_output)
+        elif first_order(grad_output):
             input, target, weight = ctx.saved_tensors
-
-            def definition(input: Tensor, target: Tensor) -> Tensor:
-                loss: Tensor = ctx.formula.definition(input, target) / ctx.denominator
-                return loss if weight is None else loss * weight
-
+            want = Want(False, *ctx.needs_input_grad[1:3])
             upstream = grad_output.expand_as(input)
-            gradients = differentiate(definition, (input, target), wanted, upstream)
-        elif ctx.gradients is None:
-            input, target, weight = ctx.saved_tensors
-            gradients = cpu.pointwise_loss(
+            _, gradients = cpu.pointwise_loss(
                 ctx.formula.kernel,
                 input,
                 target,
                 weight,
+                ctx.reduction,
                 ctx.denominator,
-                grad_output.expand_as(input),
-                want_each=False,
-                want_reduced=False,
-                want_grad_input=wanted[0],
-                want_grad_target=wanted[1],
-            )[1:]
+                want,
+                upstream,
+            )
         else:
-            gradients, ctx.gradients = ctx.gradients, None
-            scale(gradients, grad_output)
+            gradients = _differentiable_gradients(ctx, grad_output)
         return None, *gradients, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, target, weight = ctx.saved_tensors
+
+    def definition(input: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = ctx.formula.definition(input, target) / ctx.denominator
+        return loss if weight is None else loss * weight
+
+    upstream = grad_output.expand_as(input)
+    return differentiate(definition, (input, target), ctx.needs_input_grad[1:3], upstream)

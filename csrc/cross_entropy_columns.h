@@ -1,0 +1,235 @@
+// Cross-entropy of a block of positions: vectors run along positions, which lie side by side in a
+// (N, C, d1, ..., dk) tensor, or have so few classes that they are transposed on the way.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "cross_entropy_terms.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace pyfused {
+
+constexpr int64_t kColumns = 32;          // positions at a time
+constexpr int64_t kColumnClasses = 128;  // classes at a time: a tile stays in L1
+
+template <class T> class Columns {
+  using A = Accumulate<T>;
+  using Tile = A[kColumnClasses][kColumns];
+
+ public:
+  Columns(const Scaled<T>& ce, int64_t first)
+      : ce(ce), first(first), n(std::min(kColumns, ce.positions() - first)) {}
+
+  double run() {
+    for (int64_t b = 0; b < kColumns; ++b) {
+      const bool live = b < n && !ce.ignored(first + b);
+      any_ignored |= b < n && !live;
+      hit[b] = live && ce.target ? ce.target[first + b] : -1;
+      scale[b] = live ? ce.scale(first + b) : A(0);
+      spike[b] = live ? ce.spike(first + b) : A(0);
+    }
+    find_normalizer();
+    ce.dense() ? find_dense_loss() : find_sparse_loss();
+    if (ce.grad_logits.data) write_gradient();
+    if (ce.grad_probabilities.data) write_probability_gradient();
+    Sum total;
+    for (int64_t b = 0; b < n; ++b) {
+      if (ce.ignored(first + b)) loss[b] = 0;
+      total.add(loss[b]);
+    }
+    if (ce.loss && ce.reduction == Reduction::none) std::copy_n(loss, n, ce.loss + first);
+    return total.value();
+  }
+
+ private:
+  const Scaled<T>& ce;
+  const int64_t first, n;
+  bool any_ignored = false;
+  int64_t hit[kColumns];
+  alignas(kVectorBytes) A scale[kColumns];
+  alignas(kVectorBytes) A spike[kColumns];
+  alignas(kVectorBytes) A mass[kColumns];
+  alignas(kVectorBytes) A loss[kColumns];
+  alignas(kVectorBytes) A max[kColumns];
+  alignas(kVectorBytes) A sum[kColumns];
+  alignas(kVectorBytes) A log_sum[kColumns];
+  alignas(kVectorBytes) Tile x;
+  alignas(kVectorBytes) Tile q;
+
+  template <class U> bool side_by_side(const View<U>& view) const {
+    return view.inner == 1 && first % ce.inner + n <= ce.inner;
+  }
+
+  void load_tile(const View<const T>& view, int64_t c, int64_t k, Tile& tile) const {
+    if (side_by_side(view)) {
+      const T* from = ce.at(view, first) + c * view.classes;
+      for (int64_t i = 0; i < k; ++i) load(from + i * view.classes, tile[i], n);
+    } else {
+      [[maybe_unused]] alignas(kVectorBytes) A line[kColumnClasses];
+      for (int64_t b = 0; b < n; ++b) {
+        const T* const from = ce.at(view, first + b) + c * view.classes;
+        if constexpr (std::is_same_v<T, A>) {
+          for (int64_t i = 0; i < k; ++i) tile[i][b] = from[i * view.classes];
+        } else {
+          load(from, view.classes, line, k);
+          for (int64_t i = 0; i < k; ++i) tile[i][b] = line[i];
+        }
+      }
+    }
+    for (int64_t i = 0; n < kColumns && i < k; ++i) std::fill(tile[i] + n, tile[i] + kColumns, A(0));
+  }
+
+  void store_tile(const Tile& tile, const View<T>& view, int64_t c, int64_t k) const {
+    if (side_by_side(view)) {
+      T* to = ce.at(view, first) + c * view.classes;
+      for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, ce.streams);
+    } else {
+      [[maybe_unused]] alignas(kVectorBytes) A line[kColumnClasses];
+      for (int64_t b = 0; b < n; ++b) {
+        T* const to = ce.at(view, first + b) + c * view.classes;
+        if constexpr (std::is_same_v<T, A>) {
+          for (int64_t i = 0; i < k; ++i) to[i * view.classes] = tile[i][b];
+        } else {
+          for (int64_t i = 0; i < k; ++i) line[i] = tile[i][b];
+          store(line, to, view.classes, k);
+        }
+      }
+    }
+  }
+
+  template <class Body> void for_tiles(const Body& body) {
+    for (int64_t c = 0; c < ce.classes; c += kColumnClasses) {
+      const int64_t k = std::min(kColumnClasses, ce.classes - c);
+      if (ce.classes > kColumnClasses || !loaded) load_tile(ce.logits, c, k, x);
+      loaded = true;
+      body(c, k);
+    }
+  }
+  bool loaded = false;  // a row that fits one tile is read once
+
+  // Sums are taken in groups of a few classes, so that rounding errors grow with neither.
+  template <class Body> static void for_groups(int64_t k, const Body& body) {
+    for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
+  }
+
+  void find_normalizer() {
+    constexpr A lowest = -std::numeric_limits<A>::infinity();
+    std::fill_n(max, kColumns, lowest);
+    std::fill_n(sum, kColumns, A(0));
+    alignas(kVectorBytes) A pivot[kColumns];
+    for_tiles([&](int64_t, int64_t k) {
+      for (int64_t b = 0; b < kColumns; ++b) pivot[b] = max[b];
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t b = 0; b < kColumns; ++b) pivot[b] = x[i][b] > pivot[b] ? x[i][b] : pivot[b];
+      }
+      for (int64_t b = 0; b < kColumns; ++b) {
+        const A previous = max[b];
+        max[b] = pivot[b];
+        pivot[b] = pivot[b] == lowest ? A(0) : pivot[b];
+        sum[b] *= exp_nonpositive(previous - pivot[b]);
+      }
+      for_groups(k, [&](int64_t begin, int64_t end) {
+        alignas(kVectorBytes) A part[kColumns] = {};
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) part[b] += exp_nonpositive(x[i][b] - pivot[b]);
+        }
+        for (int64_t b = 0; b < kColumns; ++b) sum[b] += part[b];
+      });
+    });
+    for (int64_t b = 0; b < kColumns; ++b) {
+      sum[b] = max[b] == lowest ? std::numeric_limits<A>::quiet_NaN() : sum[b];
+      log_sum[b] = log_positive(sum[b]);
+    }
+  }
+
+  void load_aim(int64_t c, int64_t k) {
+    const A keep = ce.keep(), uniform = ce.uniform();
+    if (!ce.target) load_tile(ce.probabilities, c, k, q);
+    for (int64_t i = 0; i < k; ++i) {
+      const A weight = ce.weight ? ce.weight[c + i] : A(1);
+      for (int64_t b = 0; b < kColumns; ++b) {
+        q[i][b] = aim(weight, ce.target ? A(0) : q[i][b], keep, uniform);
+      }
+    }
+    for_hits(c, k, [&](int64_t i, int64_t b) { q[i][b] += spike[b]; });
+  }
+
+  // Calls body(class in the tile, position in the block) for the targets within the tile.
+  template <class Body> void for_hits(int64_t c, int64_t k, const Body& body) {
+    for (int64_t b = 0; ce.target && b < n; ++b) {
+      if (hit[b] >= c && hit[b] < c + k) body(hit[b] - c, b);
+    }
+  }
+
+  void find_dense_loss() {
+    std::fill_n(loss, kColumns, A(0));
+    std::fill_n(mass, kColumns, A(0));
+    for_tiles([&](int64_t c, int64_t k) {
+      load_aim(c, k);
+      for_groups(k, [&](int64_t begin, int64_t end) {
+        alignas(kVectorBytes) A part[kColumns] = {}, aimed[kColumns] = {};
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) {
+            part[b] += q[i][b] * ((max[b] - x[i][b]) + log_sum[b]);
+            aimed[b] += q[i][b];
+          }
+        }
+        for (int64_t b = 0; b < kColumns; ++b) {
+          loss[b] += part[b];
+          mass[b] += aimed[b];
+        }
+      });
+    });
+    for (int64_t b = 0; ce.target && b < n; ++b) mass[b] = A(ce.uniform_mass + spike[b]);
+  }
+
+  void find_sparse_loss() {
+    for (int64_t b = 0; b < kColumns; ++b) {
+      mass[b] = spike[b];
+      loss[b] = 0;
+      if (hit[b] < 0) continue;
+      const A logit = widen(ce.at(ce.logits, first + b)[hit[b] * ce.logits.classes]);
+      loss[b] = spike[b] * (log_sum[b] + (max[b] - logit));
+    }
+  }
+
+  void write_gradient() {
+    const bool dense = ce.dense();
+    alignas(kVectorBytes) A share[kColumns];
+    for (int64_t b = 0; b < kColumns; ++b) share[b] = mass[b] / sum[b];
+    for_tiles([&](int64_t c, int64_t k) {
+      if (dense) load_aim(c, k);
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t b = 0; b < kColumns; ++b) x[i][b] = exp_nonpositive(x[i][b] - max[b]) * share[b];
+        for (int64_t b = 0; dense && b < kColumns; ++b) x[i][b] -= q[i][b];
+      }
+      if (!dense) for_hits(c, k, [&](int64_t i, int64_t b) { x[i][b] -= spike[b]; });
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t b = 0; b < kColumns; ++b) x[i][b] *= scale[b];
+      }
+      for (int64_t b = 0; any_ignored && b < n; ++b) {
+        if (!ce.ignored(first + b)) continue;
+        for (int64_t i = 0; i < k; ++i) x[i][b] = 0;
+      }
+      store_tile(x, ce.grad_logits, c, k);
+    });
+    loaded = false;
+  }
+
+  void write_probability_gradient() {
+    const A keep = ce.keep();
+    for_tiles([&](int64_t c, int64_t k) {
+      for (int64_t i = 0; i < k; ++i) {
+        const A weight = ce.weight ? ce.weight[c + i] : A(1);
+        for (int64_t b = 0; b < kColumns; ++b) {
+          q[i][b] = keep * scale[b] * weight * ((max[b] - x[i][b]) + log_sum[b]);
+        }
+      }
+      store_tile(q, ce.grad_probabilities, c, k);
+    });
+  }
+};
+
+}  // namespace pyfused

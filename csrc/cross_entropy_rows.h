@@ -1,0 +1,192 @@
+// Cross-entropy of one position whose classes lie side by side: vectors run along the classes.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "cross_entropy_terms.h"
+
+namespace pyfused {
+
+// From this many classes on a row fills enough vectors of its own; below, positions share vectors.
+constexpr int64_t kRowClasses = 128;
+constexpr int64_t kChunk = 1024;  // classes at a time: the buffers of a chunk stay in L1
+
+template <class T> class Row {
+  using A = Accumulate<T>;
+  static constexpr A kLowest = -std::numeric_limits<A>::infinity();
+
+ public:
+  Row(const Scaled<T>& ce, int64_t position)
+      : ce(ce), position(position), logits(ce.at(ce.logits, position)) {}
+
+  // Returns the loss; writes the gradients that are wanted.
+  double run() {
+    if (ce.ignored(position)) {
+      if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
+      return 0;
+    }
+    find_normalizer();
+    const double loss = ce.dense() ? dense_loss() : sparse_loss();
+    if (ce.grad_logits.data) write_gradient();
+    if (ce.grad_probabilities.data) write_probability_gradient();
+    return loss;
+  }
+
+ private:
+  const Scaled<T>& ce;
+  const int64_t position;
+  const T* const logits;
+  A mass;  // sum_c q_c
+  A max = kLowest;
+  double sum = 0, log_sum = 0;  // of exp(x - max)
+  alignas(kVectorBytes) A q[kChunk];
+  alignas(kVectorBytes) A buffer[kChunk];
+
+  // Where a chunk's gradient is computed; the padding of the last vector has no place in `grad`.
+  A* staged_chunk(T* grad, int64_t first, int64_t padded) {
+    return first + padded <= ce.classes ? staged(grad + first, buffer) : buffer;
+  }
+
+  // Calls body(first, x, n) on whole vectors of logits; the last one is padded with -inf.
+  template <class Body> void for_chunks(const Body& body) {
+    for (int64_t first = 0; first < ce.classes; first += kChunk) {
+      const int64_t n = std::min(kChunk, ce.classes - first);
+      const int64_t whole = n / kLanes<A> * kLanes<A>;
+      if constexpr (kWidensInBulk<T>) {
+        alignas(kVectorBytes) A wide[kChunk];
+        load(logits + first, wide, whole);
+        if (whole) body(first, static_cast<const A*>(wide), whole);
+      } else {
+        if (whole) body(first, logits + first, whole);
+      }
+      if (whole == n) continue;
+      alignas(kVectorBytes) A tail[kLanes<A>];
+      std::fill_n(tail, kLanes<A>, kLowest);
+      load(logits + first + whole, tail, n - whole);
+      body(first + whole, static_cast<const A*>(tail), kLanes<A>);
+    }
+  }
+
+  // One read of the row: a chunk is summed against the largest logit so far, and once more in the
+  // rare case that it holds a larger one.
+  void find_normalizer() {
+    for_chunks([&](int64_t, auto* x, int64_t n) {
+      A high = max, part = 0;
+      if (max != kLowest) {
+        const A pivot = max;
+        PYFUSED_SIMD(reduction(+ : part) reduction(max : high))
+        for (int64_t i = 0; i < n; ++i) {
+          const A logit = widen(x[i]);
+          high = logit > high ? logit : high;
+          part += exp_nonpositive(logit - pivot);
+        }
+      } else {
+        PYFUSED_SIMD(reduction(max : high))
+        for (int64_t i = 0; i < n; ++i) high = widen(x[i]) > high ? widen(x[i]) : high;
+      }
+      if (high > max || max == kLowest) {
+        // While all is -inf the pivot is 0, so that a NaN is the only way to a NaN.
+        const A pivot = high == kLowest ? A(0) : high;
+        sum *= exp_nonpositive(max - pivot);
+        max = high;
+        part = 0;
+        PYFUSED_SIMD(reduction(+ : part))
+        for (int64_t i = 0; i < n; ++i) part += exp_nonpositive(widen(x[i]) - pivot);
+      }
+      sum += part;
+    });
+    if (max == kLowest) sum = std::numeric_limits<double>::quiet_NaN();
+    log_sum = std::log(sum);
+  }
+
+  // q of a chunk; the padding holds zeros.
+  void load_aim(int64_t first, int64_t padded) {
+    const A keep = ce.keep(), uniform = ce.uniform();
+    const int64_t n = std::min(padded, ce.classes - first);
+    std::fill_n(q, padded, A(0));
+    if (!ce.target) {
+      const int64_t stride = ce.probabilities.classes;
+      load(ce.at(ce.probabilities, position) + first * stride, stride, q, n);
+    }
+    if (ce.weight) {
+      for (int64_t i = 0; i < n; ++i) q[i] = aim(ce.weight[first + i], q[i], keep, uniform);
+    } else {
+      for (int64_t i = 0; i < n; ++i) q[i] = aim(A(1), q[i], keep, uniform);
+    }
+    const int64_t hit = ce.target ? ce.target[position] - first : -1;
+    if (hit >= 0 && hit < n) q[hit] += ce.spike(position);
+  }
+
+  double sparse_loss() {
+    mass = ce.spike(position);
+    return mass * (log_sum + double(max - widen(logits[ce.target[position]])));
+  }
+
+  double dense_loss() {
+    double loss = 0, aimed = 0;
+    const A high = max, log_sum = A(this->log_sum);
+    for_chunks([&](int64_t first, auto* x, int64_t padded) {
+      load_aim(first, padded);
+      const int64_t n = std::min(padded, ce.classes - first);  // 0 * inf is no part of the loss
+      A part = 0, part_aimed = 0;
+      PYFUSED_SIMD(reduction(+ : part, part_aimed))
+      for (int64_t i = 0; i < n; ++i) {
+        part += q[i] * ((high - widen(x[i])) + log_sum);
+        part_aimed += q[i];
+      }
+      loss += part;
+      aimed += part_aimed;
+    });
+    mass = ce.target ? A(ce.uniform_mass + ce.spike(position)) : A(aimed);
+    return loss;
+  }
+
+  // Inlined, this loop is one that GCC 12 leaves scalar for double (13 times slower).
+  template <class U>
+  PYFUSED_NOINLINE static void scaled_exp(const U* x, A* out, int64_t padded, A pivot, A factor) {
+    const int64_t n = padded / kLanes<A> * kLanes<A>;
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(widen(x[i]) - pivot) * factor;
+  }
+
+  void write_gradient() {
+    T* const grad = ce.at(ce.grad_logits, position);
+    const A high = max, scale = ce.scale(position), share = A(mass / sum);
+    if (ce.dense()) {
+      for_chunks([&](int64_t first, auto* x, int64_t padded) {
+        A* const out = staged_chunk(grad, first, padded);
+        load_aim(first, padded);
+        PYFUSED_SIMD()
+        for (int64_t i = 0; i < padded; ++i) {
+          out[i] = (exp_nonpositive(widen(x[i]) - high) * share - q[i]) * scale;
+        }
+        store(out, grad + first, std::min(padded, ce.classes - first));
+      });
+      return;
+    }
+    const A factor = share * scale;
+    for_chunks([&](int64_t first, auto* x, int64_t padded) {
+      A* const out = staged_chunk(grad, first, padded);
+      scaled_exp(x, out, padded, high, factor);
+      store(out, grad + first, std::min(padded, ce.classes - first));
+    });
+    const int64_t hit = ce.target[position];
+    grad[hit] = narrow<T>((exp_nonpositive(widen(logits[hit]) - high) * share - mass) * scale);
+  }
+
+  void write_probability_gradient() {
+    T* const grad = ce.at(ce.grad_probabilities, position);
+    const int64_t stride = ce.grad_probabilities.classes;
+    const A factor = ce.keep() * ce.scale(position), high = max, log_sum = A(this->log_sum);
+    for_chunks([&](int64_t first, auto* x, int64_t padded) {
+      const int64_t n = std::min(padded, ce.classes - first);
+      A* const out = stride == 1 ? staged_chunk(grad, first, padded) : buffer;
+      for (int64_t i = 0; i < n; ++i) out[i] = factor * ((high - widen(x[i])) + log_sum);
+      for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.weight[first + i];
+      store(out, grad + first * stride, stride, n);
+    });
+  }
+};
+
+}  // namespace pyfused

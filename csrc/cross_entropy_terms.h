@@ -1,0 +1,80 @@
+// What cross-entropy computes, and the arguments it computes it from.
+//
+//   lse     = log sum_c exp(x_c) = max + log sum_c exp(x_c - max)
+//   q_c     = weight_c (keep y_c + uniform) + spike [c = target]          what the row aims at
+//   loss    = sum_c q_c (lse - x_c)
+//   dloss/dx_c = p_c sum_k q_k - q_c,    p_c = exp(x_c - lse)
+//   dloss/dy_c = keep weight_c (lse - x_c)
+//
+//   class index:    keep = 0,             uniform = smoothing / C,  spike = (1 - smoothing) weight_t
+//   probabilities:  keep = 1 - smoothing, uniform = smoothing / C,  spike = 0
+//
+// torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
+//
+// Shapes: x is (N, C, d1, ..., dk); a position is one (n, i1, ..., ik) and owns C logits. Bytes: the
+// logits are read once from memory and the gradient written once; what is read again is in cache.
+#pragma once
+
+#include <cstdint>
+
+#include "vec.h"
+
+namespace pyfused {
+
+enum class Reduction { none = 0, mean = 1, sum = 2 };
+
+// Strides of a tensor seen as (outer, inner) positions x classes.
+template <class T> struct View {
+  T* data;
+  int64_t outer, inner, classes;
+};
+
+template <class T> struct CrossEntropy {
+  using A = Accumulate<T>;
+  int64_t outer, inner, classes;
+  View<const T> logits;
+  const int64_t* target;        // one class index a position, or null:
+  View<const T> probabilities;  // one distribution a position
+  const A* weight;              // one a class, or null for ones
+  int64_t ignore_index;
+  A smoothing;
+  Reduction reduction;
+  const A* upstream;  // the loss's gradient: one a position for none, else one; null for ones
+  A* loss;            // one a position for none, else one; null where not wanted
+  View<T> grad_logits;         // data is null where not wanted
+  View<T> grad_probabilities;  // likewise
+  int threads;
+
+  int64_t positions() const { return outer * inner; }
+  bool dense() const { return target == nullptr || smoothing > 0; }
+  A keep() const { return target ? A(0) : A(1) - smoothing; }
+  A uniform() const { return smoothing / A(classes); }
+  bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
+  A spike(int64_t position) const {
+    if (!target) return A(0);
+    return (A(1) - smoothing) * (weight ? weight[target[position]] : A(1));
+  }
+  template <class U> U* at(const View<U>& view, int64_t position) const {
+    const int64_t o = outer == 1 ? 0 : position / inner;  // a division costs as much as a vector
+    return view.data + o * view.outer + (position - o * inner) * view.inner;
+  }
+};
+
+// The rows of one block, whatever the layout, scale their gradient by upstream * normalizer and add
+// their loss to one partial sum.
+template <class T> struct Scaled : CrossEntropy<T> {
+  using A = Accumulate<T>;
+  double uniform_mass;  // uniform * sum_c weight_c
+  A normalizer;
+  bool streams;  // gradients too large to stay in cache are written past it
+  A scale(int64_t position) const {
+    if (!this->upstream) return normalizer;
+    return normalizer * this->upstream[this->reduction == Reduction::none ? position : 0];
+  }
+};
+
+template <class A> PYFUSED_INLINE A aim(A weight, A probability, A keep, A uniform) {
+  return weight * (keep * probability + uniform);
+}
+
+}  // namespace pyfused
