@@ -1,0 +1,170 @@
+"""What is measured: the cases, one a line, and their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import pyfused.functional
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+M = 1 << 20
+MODES = "forward", "forward+backward"
+# What pyfused is compared with: a name for the reports, and where the operators are found.
+PEERS = {"torch": F}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator. The shape of cross_entropy's logits is (N, C, d1, ..., dk)."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = F32
+    weight: bool = False
+    smoothing: float = 0.0
+    probabilities: bool = False
+    ignored: float = 0.0  # the share of the targets
+    reduction: str = "mean"
+    headline: bool = False  # in the README's table, and run by `-m quick`
+
+    @property
+    def name(self) -> str:
+        options = {
+            "weight": self.weight,
+            f"smoothing {self.smoothing}": self.smoothing,
+            "probability target": self.probabilities,
+            f"{self.ignored:.0%} ignored": self.ignored,
+            f"reduction {self.reduction}": self.reduction != "mean",
+        }
+        shape = ", ".join(_count(size) for size in self.shape)
+        dtype = str(self.dtype).removeprefix("torch.")
+        chosen = [f"{self.op} ({shape}) {dtype}", *(name for name, on in options.items() if on)]
+        return ", ".join(chosen)
+
+
+def _count(size: int) -> str:
+    return f"{size // M} M" if size >= M and size % M == 0 else str(size)
+
+
+CASES = (
+    Case("cross_entropy", (1024, 32000), headline=True),
+    Case("cross_entropy", (1024, 32000), BF16, headline=True),
+    Case("cross_entropy", (1024, 32000), ignored=0.5),
+    Case("cross_entropy", (8192, 1000), headline=True),
+    Case("cross_entropy", (8192, 1000), BF16),
+    Case("cross_entropy", (8192, 1000), weight=True, smoothing=0.1),
+    Case("cross_entropy", (8192, 1000), probabilities=True, headline=True),
+    Case("cross_entropy", (8192, 1000), reduction="none"),
+    Case("cross_entropy", (256, 1000)),
+    Case("cross_entropy", (65536, 10), headline=True),
+    Case("cross_entropy", (64, 10)),
+    Case("cross_entropy", (8, 21, 256, 256), headline=True),
+    Case("mse_loss", (100,)),
+    Case("mse_loss", (M,)),
+    Case("mse_loss", (32 * M,), headline=True),
+    Case("mse_loss", (32 * M,), BF16),
+    Case("relu", (100,)),
+    Case("relu", (M,)),
+    Case("relu", (M,), BF16),
+    Case("relu", (32 * M,), headline=True),
+    Case("relu", (32 * M,), BF16),
+)
+
+
+@dataclass
+class Arguments:
+    input: Tensor
+    others: tuple[Tensor, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    upstream: Tensor | None = None  # the gradient of a result that is no scalar
+
+    def to(self, dtype: torch.dtype) -> Arguments:
+        """The same values in another dtype, on a leaf of its own."""
+
+        def convert(value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if floating else value
+
+        return Arguments(
+            self.input.detach().to(dtype).requires_grad_(),
+            tuple(map(convert, self.others)),
+            {name: convert(value) for name, value in self.options.items()},
+            convert(self.upstream),
+        )
+
+
+def draw(case: Case) -> Arguments:
+    """Arguments of full scale, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(case.dtype)
+
+    input = normal(*case.shape).requires_grad_()
+    if case.op == "relu":
+        return Arguments(input, upstream=normal(*case.shape))
+    upstream = None
+    if case.op == "mse_loss":
+        others, shape = (normal(*case.shape),), case.shape
+        options: dict[str, Any] = {}
+    else:
+        classes, shape = case.shape[1], case.shape[:1] + case.shape[2:]
+        options = {"label_smoothing": case.smoothing}
+        if case.weight:
+            options["weight"] = normal(classes).abs()
+        if case.probabilities:
+            others = (normal(*case.shape).softmax(1),)
+        else:
+            indices = torch.randint(classes, shape, generator=generator)
+            ignored = torch.rand(shape, generator=generator) < case.ignored
+            others = (indices.masked_fill(ignored, -100),)
+    if case.reduction == "none":
+        upstream = normal(*shape)
+    return Arguments(input, others, options | {"reduction": case.reduction}, upstream)
+
+
+def step(operators: Any, case: Case, arguments: Arguments, mode: str) -> Callable[[], None]:
+    """One call as a user makes it; with a gradient in new memory, where the mode has a backward."""
+    function, a = getattr(operators, case.op), arguments
+    constant = a.input.detach()
+
+    def forward() -> None:
+        function(constant, *a.others, **a.options)
+
+    def forward_and_backward() -> None:
+        a.input.grad = None
+        function(a.input, *a.others, **a.options).backward(a.upstream)
+
+    return forward if mode == "forward" else forward_and_backward
+
+
+def assert_right(case: Case, arguments: Arguments) -> None:
+    """Value and gradient are torch's, bit for bit or within a rounding of a wider torch."""
+    wide = arguments.to(F64 if arguments.input.numel() <= 8 * M else F32)
+    exact = _evaluate(F, case.op, wide)
+    native = _evaluate(F, case.op, arguments)
+    for got, torchs, expected in zip(
+        _evaluate(pyfused.functional, case.op, arguments), native, exact, strict=True
+    ):
+        assert got.dtype == torchs.dtype
+        if not torch.equal(got, torchs):
+            scale = expected.abs().max().item()
+            rtol = max(1e-5, 2 * torch.finfo(got.dtype).eps)
+            torch.testing.assert_close(
+                got.to(expected.dtype), expected, rtol=rtol, atol=1e-6 * scale
+            )
+
+
+def _evaluate(operators: Any, op: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    a = arguments
+    a.input.grad = None
+    value = getattr(operators, op)(a.input, *a.others, **a.options)
+    value.backward(a.upstream)
+    assert a.input.grad is not None
+    return value.detach(), a.input.grad

@@ -1,0 +1,52 @@
+"""What pytest-benchmark writes and prints: ratios, and of the machine what explains them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from typing import Any
+
+import cpuinfo
+import pytest
+import torch
+from measure import settle_allocator
+from report import markdown
+
+from pyfused.backends import cpu
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: the headline cases, less than a minute")
+    config.option.benchmark_quiet = True  # its table has the times of pyfused alone
+    config.option.randomly_reorganize = False  # both modes of a case share their arguments
+    settle_allocator()
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    found = cpuinfo.get_cpu_info()
+    brand = found.get("brand_raw") or found["arch"]
+    return {
+        "cpu": re.sub(r"\((R|TM)\)| CPU| @.*", "", brand).strip(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": cpu.capability,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Keep the file small, and free of the names of hosts and folders."""
+    output_json["commit_info"] = {key: output_json["commit_info"][key] for key in ("id", "dirty")}
+    for benchmark in output_json["benchmarks"]:
+        del benchmark["stats"]["data"], benchmark["params"], benchmark["param"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    properties = [dict(r.user_properties) for r in terminalreporter.getreports("passed")]
+    rows = [found["row"] for found in properties if "row" in found]
+    if rows:
+        terminalreporter.section("torch's time divided by pyfused's")
+        terminalreporter.write_line(markdown(rows))
