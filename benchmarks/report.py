@@ -1,7 +1,7 @@
 """Write what `pytest benchmarks --benchmark-json FILE` found as a table and a picture.
 
-    python benchmarks/report.py FILE
-    python benchmarks/report.py FILE --readme README.md
+    python benchmarks/report.py FILE...
+    python benchmarks/report.py FILE... --readme README.md
 
 They go to a folder named after the machine; --readme also puts the headline cases' table between
 the markers in that file.
@@ -31,7 +31,17 @@ STYLES = {
 }
 
 
-def load(found: dict[str, Any]) -> list[Row]:
+def load(files: Sequence[Path]) -> dict[str, Any]:
+    """What the files found; runs in several pieces, on one machine, are taken as one."""
+    first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    for other in others:
+        if other["machine_info"] != first["machine_info"]:
+            sys.exit("the files come from different machines")
+        first["benchmarks"] += other["benchmarks"]
+    return first
+
+
+def rows_of(found: dict[str, Any]) -> list[Row]:
     rows = []
     for benchmark in found["benchmarks"]:
         fields = dict(benchmark["extra_info"])
@@ -90,23 +100,23 @@ def draw_peer(axes: Axes, rows: Sequence[Row], cases: Sequence[str], peer: str) 
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(cases)), cases)
     axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set_xlabel(f"{peer}'s time divided by pyfused's: median and middle half of the rounds")
+    axes.set_xlabel(f"time of {peer} / time of pyfused")
     axes.grid(axis="x", alpha=0.3)
     for place in range(0, len(cases), 2):
         axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.04, linewidth=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 
 
 def picture(found: dict[str, Any], rows: Sequence[Row]) -> Figure:
     cases = list(dict.fromkeys(row.case for row in rows))
     peers = list(rows[0].peers)
-    size = (8 * len(peers), 1.8 + 0.36 * len(cases))
+    size = (8 * len(peers), 2 + 0.36 * len(cases))
     figure = Figure(figsize=size, layout="constrained")
     for axes, peer in zip(figure.subplots(1, len(peers), squeeze=False)[0], peers, strict=True):
         draw_peer(axes, rows, cases, peer)
-    figure.suptitle("How many times faster pyfused is\n", fontsize=13)
-    figure.text(0.5, 1 - 0.55 / size[1], machine(found), ha="center", fontsize=8)
+    title = "How many times faster pyfused is: median of the rounds, and their middle half"
+    figure.suptitle(f"{title}\n{machine(found)}", fontsize=10)
     return figure
 
 
@@ -119,15 +129,13 @@ def fill(readme: Path, table: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, help="what pytest-benchmark wrote")
+    parser.add_argument("json", type=Path, nargs="+", help="what pytest-benchmark wrote")
     parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     arguments = parser.parse_args()
 
-    found = json.loads(arguments.json.read_text(encoding="utf-8"))
-    rows = load(found)
-    if not rows:
-        sys.exit(f"{arguments.json} has no benchmarks")
+    found = load(arguments.json)
+    rows = rows_of(found)
     folder = arguments.results / slug(found)
     folder.mkdir(parents=True, exist_ok=True)
     caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio.\n"

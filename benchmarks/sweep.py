@@ -11,6 +11,7 @@ where one does.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import pyfused.functional
-from pyfused.ops.dispatch import aten_is_faster
+from pyfused.ops.dispatch import ATEN_BELOW, aten_is_faster
 
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M)
@@ -49,25 +50,38 @@ class Finding:
     ratio: Quartiles
 
 
-def shapes(op: str) -> Iterator[tuple[int, ...]]:
+def shapes(op: str, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
     """From one element to 32 M; for cross_entropy from one class to 262,144, and K dimensions."""
-    if op != "cross_entropy":
+    if op == "cross_entropy":
+        yield 1, 1
+        yield 4096, 1
+        for classes in CLASSES:
+            yield 1, classes
+            yield from ((n // classes, classes) for n in LOGITS if n >= 2 * classes)
+        yield from IMAGES
+    else:
         yield from ((elements,) for elements in ELEMENTS)
-        return
-    yield 1, 1
-    yield 4096, 1
-    for classes in CLASSES:
-        yield 1, classes
-        yield from ((n // classes, classes) for n in LOGITS if n >= 2 * classes)
-    yield from IMAGES
+    yield from handovers(op, dtype)
+
+
+def handovers(op: str, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
+    """The smallest calls that the kernels take: those that have the least to win."""
+    fewest = 2
+    for most, below in ATEN_BELOW[op][dtype]:
+        if op == "cross_entropy":
+            for classes in (fewest, min(most, 2 * fewest)):
+                yield math.ceil(below / classes), int(classes)
+            fewest = int(min(most + 1, below))
+        else:
+            yield (below,)
 
 
 def points(ops: Sequence[str], dtypes: Sequence[str], threads: Sequence[int]) -> list[Point]:
     found = [
         Point(Case(op, shape, DTYPES[dtype]), count)
         for op in ops
-        for shape in shapes(op)
         for dtype in dtypes
+        for shape in dict.fromkeys(shapes(op, DTYPES[dtype]))
         for count in threads
     ]
     random.Random(0).shuffle(found)  # a noisy minute spoils no one operator
