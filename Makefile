@@ -24,7 +24,7 @@ demo-quick: $(BUILD) ## the same, cut to less than a minute
 	$(BIN)/python examples/demo.py --quick
 
 test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: $(BUILD) ## time torch and pyfused side by side (PYTEST_ARGS as above)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)

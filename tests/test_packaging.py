@@ -25,8 +25,7 @@ from pyfused.backends import cpu
 ROOT = Path(__file__).parents[1]
 MODULES = [f"pyfused._cpu_{isa.replace('-', '_')}" for isa in cpu.ISAS]
 
-# One worker builds, once, where pytest-xdist runs the tests side by side.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 
 def run(
