@@ -15,7 +15,7 @@ Quartiles = tuple[float, float, float]
 
 # A batch of calls is long beside the timer's own cost, some 50 ns, and short beside a time slice.
 BATCH_SECONDS = 1e-3
-FEWEST_ROUNDS, MOST_ROUNDS = 15, 200
+FEWEST_ROUNDS, MOST_ROUNDS = 19, 200
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--op", nargs="+", choices=ops, default=ops)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=0.08, help="per case, default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.08, help="a case, default: %(default)s")
     parser.add_argument("--tolerance", type=float, default=0.95, help="default: %(default)s")
     parser.add_argument(
         "--rows", type=int, default=20, help="how many to print, default: %(default)s"

@@ -16,7 +16,7 @@ import pyfused.functional
 
 SECONDS = 1.5
 # In a virtual machine the host may have to find memory too, the first times that it is touched.
-WARM_UP = 3
+WARM_UP = 5
 
 
 @lru_cache(maxsize=1)
