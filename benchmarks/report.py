@@ -44,13 +44,10 @@ def load(files: Sequence[Path]) -> dict[str, Any]:
 def rows_of(found: dict[str, Any]) -> list[Row]:
     rows = []
     for benchmark in found["benchmarks"]:
-        fields = dict(benchmark["extra_info"])
-        peers = {
-            name: Peer(peer["ms"], tuple(peer["ratio"]))
-            for name, peer in fields.pop("peers").items()
-        }
-        rows.append(Row(**fields, peers=peers))
-    return rows
+        fields = benchmark["extra_info"]
+        peers = {name: Peer(**peer) for name, peer in fields["peers"].items()}
+        rows.append(Row(**fields | {"peers": peers}))
+    return sorted(rows, key=lambda row: row.case.split()[0])
 
 
 def markdown(rows: Sequence[Row]) -> str:
