@@ -81,7 +81,7 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
     }
     partial[block] = sum.value();
   });
-  if (ce.loss && !each) *ce.loss = A(total(partial) / denominator);
+  if (ce.loss && !each) *ce.loss = A(total(partial.data(), blocks) / denominator);
   return -1;
 }
 

@@ -24,23 +24,23 @@ template <class T> class Columns {
 
   double run() {
     for (int64_t b = 0; b < kColumns; ++b) {
-      const bool live = b < n && !ce.ignored(first + b);
-      any_ignored |= b < n && !live;
-      hit[b] = live && ce.target ? ce.target[first + b] : -1;
-      scale[b] = live ? ce.scale(first + b) : A(0);
-      spike[b] = live ? ce.spike(first + b) : A(0);
+      hit[b] = ce.target && b < n ? ce.target[first + b] : -1;
+      any_ignored |= hit[b] == ce.ignore_index && b < n && ce.target;
     }
+    for (int64_t b = 0; any_ignored && b < n; ++b) {
+      if (ce.ignored(first + b)) hit[b] = -1;
+    }
+    for (int64_t b = 0; b < kColumns; ++b) scale[b] = b < n ? ce.scale(first + b) : A(0);
+    for (int64_t b = 0; b < kColumns; ++b) spike[b] = hit[b] < 0 ? A(0) : ce.spike(first + b);
     find_normalizer();
     ce.dense() ? find_dense_loss() : find_sparse_loss();
     if (ce.grad_logits.data) write_gradient();
     if (ce.grad_probabilities.data) write_probability_gradient();
-    Sum total;
-    for (int64_t b = 0; b < n; ++b) {
+    for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
-      total.add(loss[b]);
     }
     if (ce.loss && ce.reduction == Reduction::none) std::copy_n(loss, n, ce.loss + first);
-    return total.value();
+    return total(loss, n);
   }
 
  private:
@@ -55,6 +55,7 @@ template <class T> class Columns {
   alignas(kVectorBytes) A max[kColumns];
   alignas(kVectorBytes) A sum[kColumns];
   alignas(kVectorBytes) A log_sum[kColumns];
+  alignas(kVectorBytes) A aimed_logit[kColumns];  // the target's
   alignas(kVectorBytes) Tile x;
   alignas(kVectorBytes) Tile q;
 
@@ -119,7 +120,9 @@ template <class T> class Columns {
     std::fill_n(max, kColumns, lowest);
     std::fill_n(sum, kColumns, A(0));
     alignas(kVectorBytes) A pivot[kColumns];
-    for_tiles([&](int64_t, int64_t k) {
+    std::fill_n(aimed_logit, kColumns, A(0));
+    for_tiles([&](int64_t c, int64_t k) {
+      for_hits(c, k, [&](int64_t i, int64_t b) { aimed_logit[b] = x[i][b]; });
       for (int64_t b = 0; b < kColumns; ++b) pivot[b] = max[b];
       for (int64_t i = 0; i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) pivot[b] = x[i][b] > pivot[b] ? x[i][b] : pivot[b];
@@ -188,10 +191,7 @@ template <class T> class Columns {
   void find_sparse_loss() {
     for (int64_t b = 0; b < kColumns; ++b) {
       mass[b] = spike[b];
-      loss[b] = 0;
-      if (hit[b] < 0) continue;
-      const A logit = widen(ce.at(ce.logits, first + b)[hit[b] * ce.logits.classes]);
-      loss[b] = spike[b] * (log_sum[b] + (max[b] - logit));
+      loss[b] = spike[b] * (log_sum[b] + (max[b] - aimed_logit[b]));
     }
   }
 

@@ -52,19 +52,14 @@ template <class T> class Row {
   template <class Body> void for_chunks(const Body& body) {
     for (int64_t first = 0; first < ce.classes; first += kChunk) {
       const int64_t n = std::min(kChunk, ce.classes - first);
-      const int64_t whole = n / kLanes<A> * kLanes<A>;
-      if constexpr (kWidensInBulk<T>) {
-        alignas(kVectorBytes) A wide[kChunk];
-        load(logits + first, wide, whole);
-        if (whole) body(first, static_cast<const A*>(wide), whole);
-      } else {
-        if (whole) body(first, logits + first, whole);
-      }
-      if (whole == n) continue;
-      alignas(kVectorBytes) A tail[kLanes<A>];
-      std::fill_n(tail, kLanes<A>, kLowest);
-      load(logits + first + whole, tail, n - whole);
-      body(first + whole, static_cast<const A*>(tail), kLanes<A>);
+      const int64_t direct = kWidensInBulk<T> ? 0 : n / kLanes<A> * kLanes<A>;
+      if (direct) body(first, logits + first, direct);
+      if (direct == n) continue;
+      alignas(kVectorBytes) A wide[kWidensInBulk<T> ? kChunk : kLanes<A>];
+      const int64_t rest = n - direct, padded = whole_vectors<A>(rest);
+      load(logits + first + direct, wide, rest);
+      std::fill(wide + rest, wide + padded, kLowest);
+      body(first + direct, static_cast<const A*>(wide), padded);
     }
   }
 

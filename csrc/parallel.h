@@ -52,10 +52,17 @@ class Sum {
   double sum = 0, error = 0;
 };
 
-inline double total(const std::vector<double>& partial) {
+inline double total(const double* parts, int64_t n) {
   Sum sum;
-  for (const double part : partial) sum.add(part);
+  for (int64_t i = 0; i < n; ++i) sum.add(parts[i]);
   return sum.value();
+}
+
+// A double has bits to spare for the rounding errors of floats.
+inline double total(const float* parts, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += parts[i];
+  return sum;
 }
 
 }  // namespace pyfused

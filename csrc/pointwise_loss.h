@@ -15,14 +15,14 @@
 
 namespace pyfused {
 
-// torch: F.mse_loss(x, t). The gradients are u df/dx and u df/dt, in an order that does not overflow.
+// torch: F.mse_loss(x, t). The gradients come divided by the denominator, before they can overflow.
 struct SquaredError {
   template <class A> static PYFUSED_INLINE A value(A x, A t) { return (x - t) * (x - t); }
-  template <class A> static PYFUSED_INLINE A input_gradient(A x, A t, A u) {
-    return 2 * u * (x - t);
+  template <class A> static PYFUSED_INLINE A input_gradient(A x, A t, A scale) {
+    return 2 * scale * (x - t);
   }
-  template <class A> static PYFUSED_INLINE A target_gradient(A x, A t, A u) {
-    return 2 * u * (t - x);
+  template <class A> static PYFUSED_INLINE A target_gradient(A x, A t, A scale) {
+    return 2 * scale * (t - x);
   }
 };
 
@@ -54,6 +54,7 @@ PYFUSED_INLINE Accumulate<T> pointwise_chunk(const PointwiseLoss<T>& p, const T*
                                              int64_t first, int64_t n, bool streams,
                                              const Weight& weight, const Upstream& upstream) {
   using A = Accumulate<T>;
+  const A scale = A(1 / p.denominator);
   alignas(kVectorBytes) A buffer[kLossChunk];
   const auto into = [&](T* output) { return streams ? buffer : staged(output + first, buffer); };
   A sum = 0;
@@ -62,7 +63,7 @@ PYFUSED_INLINE Accumulate<T> pointwise_chunk(const PointwiseLoss<T>& p, const T*
     PYFUSED_SIMD(reduction(+ : sum))
     for (int64_t i = 0; i < n; ++i) {
       sum += weight(i) * Formula::value(widen(x[i]), widen(t[i]));
-      out[i] = Formula::input_gradient(widen(x[i]), widen(t[i]), upstream(i));
+      out[i] = Formula::input_gradient(widen(x[i]), widen(t[i]), scale) * upstream(i);
     }
     write(out, p.grad_input + first, n, streams);
   } else if (p.reduced) {
@@ -72,7 +73,7 @@ PYFUSED_INLINE Accumulate<T> pointwise_chunk(const PointwiseLoss<T>& p, const T*
     A* const out = into(p.grad_input);
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) {
-      out[i] = Formula::input_gradient(widen(x[i]), widen(t[i]), upstream(i));
+      out[i] = Formula::input_gradient(widen(x[i]), widen(t[i]), scale) * upstream(i);
     }
     write(out, p.grad_input + first, n, streams);
   }
@@ -86,7 +87,7 @@ PYFUSED_INLINE Accumulate<T> pointwise_chunk(const PointwiseLoss<T>& p, const T*
     A* const out = into(p.grad_target);
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) {
-      out[i] = Formula::target_gradient(widen(x[i]), widen(t[i]), upstream(i));
+      out[i] = Formula::target_gradient(widen(x[i]), widen(t[i]), scale) * upstream(i);
     }
     write(out, p.grad_target + first, n, streams);
   }
@@ -107,9 +108,8 @@ double pointwise_chunk(const PointwiseLoss<T>& p, int64_t first, int64_t n, bool
   alignas(kVectorBytes) T x_fill[kLossChunk], t_fill[kLossChunk], fill[kLossChunk];
   const T* const x = elements(p.input, first, n, x_fill);
   const T* const t = elements(p.target, first, n, t_fill);
-  const A scale = A(1 / p.denominator);
   if (!p.weight.data && !p.upstream.step) {
-    const A upstream = p.upstream.data ? scale * widen(*p.upstream.data) : scale;
+    const A upstream = p.upstream.data ? widen(*p.upstream.data) : A(1);
     return pointwise_chunk<Formula>(
         p, x, t, first, n, streams, [](int64_t) { return A(1); },
         [=](int64_t) { return upstream; });
@@ -119,7 +119,7 @@ double pointwise_chunk(const PointwiseLoss<T>& p, int64_t first, int64_t n, bool
   std::fill_n(upstream, n, A(1));
   if (p.weight.data) load(elements(p.weight, first, n, fill), weight, n);
   if (p.upstream.data) load(elements(p.upstream, first, n, fill), upstream, n);
-  for (int64_t i = 0; i < n; ++i) upstream[i] *= scale * weight[i];
+  for (int64_t i = 0; i < n; ++i) upstream[i] *= weight[i];
   return pointwise_chunk<Formula>(
       p, x, t, first, n, streams, [&](int64_t i) { return weight[i]; },
       [&](int64_t i) { return upstream[i]; });
@@ -137,7 +137,7 @@ template <class Formula, class T> void pointwise_loss(const PointwiseLoss<T>& p)
     }
     partial[block] = sum.value();
   });
-  if (p.reduced) *p.reduced = Accumulate<T>(total(partial) / p.denominator);
+  if (p.reduced) *p.reduced = Accumulate<T>(total(partial.data(), blocks) / p.denominator);
 }
 
 }  // namespace pyfused

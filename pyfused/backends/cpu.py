@@ -232,7 +232,7 @@ def pointwise_loss(
     if weight is not None:
         weight, weight_operand = _operand(weight, order)
     if grad_output is not None:
-        grad_output, upstream = _operand(grad_output, order)
+        grad_output, upstream = _operand(grad_output.to(input.dtype), order)
     each = reduced = None
     if want.loss and reduction == "none":
         each = torch.empty_like(order)

@@ -29,6 +29,7 @@ def first_order(grad_output: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad_output)
         and type(grad_output) is Tensor
         and grad_output.layout is torch.strided
         and not grad_output.is_neg()
