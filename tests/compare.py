@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from reference import Extended, extended
 from torch import Tensor
 
 Operator = Callable[..., Tensor]
@@ -40,9 +43,13 @@ def evaluate(
     value = operator(*args, **kwargs)
     if not leaves:
         return Outcome(value, [])
-    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(5))
-    gradients = torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+    upstream = evaluate_upstream(value.shape).to(value.dtype)
+    gradients = torch.autograd.grad(value, leaves, upstream)
     return Outcome(value.detach(), list(gradients))
+
+
+def evaluate_upstream(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
 def widen(x: Tensor) -> Tensor:
@@ -79,30 +86,54 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
     torch.testing.assert_close(got, wide.to(got.dtype), equal_nan=True, **tolerance)
 
 
-def rounding(exact: Tensor, dtype: torch.dtype) -> float:
-    """The distance between neighbours in `dtype` at the largest magnitude: one rounding of it."""
-    largest = exact.abs().max().clamp_min(torch.finfo(dtype).tiny)
-    return 2.0 ** math.floor(math.log2(largest.item())) * torch.finfo(dtype).eps
+def rounding(largest: float, dtype: torch.dtype) -> float:
+    """The distance between neighbours in `dtype` at a magnitude: what one rounding may cost."""
+    info = torch.finfo(dtype)
+    return 2.0 ** math.floor(math.log2(max(largest, info.tiny))) * info.eps
 
 
-def assert_as_accurate(got: Tensor, torchs: Tensor, exact: Tensor) -> None:
-    """The worst error is no more than torch's worst, plus one rounding of the result's dtype.
+class Errors:
+    """The worst errors of ours and of torch's results over several calls.
 
-    Where the exact value does not fit the dtype, both must say so alike.
+    They count in roundings of the result's dtype at its largest magnitude, and are kept apart for
+    each kind of result: for a value, say, and a gradient.
     """
-    assert got.dtype == torchs.dtype
-    assert got.shape == torchs.shape == exact.shape
-    fits = exact.abs() <= torch.finfo(got.dtype).max
-    assert torch.equal(got[~fits], torchs[~fits])
-    exact = exact[fits].double()
-    if not exact.numel():
-        return
-    error = (got[fits].double() - exact).abs()
-    # In float16 torch gives NaN for more than 65504 smoothed classes: that excuses nothing.
-    torchs_error = (torchs[fits].double() - exact).abs().nan_to_num(nan=0.0).max().item()
-    allowed = torchs_error + rounding(exact, got.dtype)
-    worst = int(error.argmax())
-    assert bool((error <= allowed).all()), (
-        f"element {worst}: {got[fits][worst].item()!r} is {error[worst].item():.3e} from "
-        f"{exact[worst].item()!r}, allowed {allowed:.3e} (torch's worst error {torchs_error:.3e})"
-    )
+
+    def __init__(self) -> None:
+        self.ours: dict[str, float] = defaultdict(float)
+        self.torchs: dict[str, float] = defaultdict(float)
+        self.where: dict[str, str] = {}
+
+    def add(self, result: str, got: Tensor, torchs: Tensor, exact: Tensor | Extended) -> None:
+        """Where the exact value does not fit the dtype, both must say so alike."""
+        assert got.dtype == torchs.dtype
+        exact = extended(exact) if isinstance(exact, Tensor) else exact
+        assert got.shape == torchs.shape == exact.shape
+        fits = np.abs(exact) <= torch.finfo(got.dtype).max
+        ours, theirs = extended(got), extended(torchs)
+        assert np.array_equal(ours[~fits], theirs[~fits])
+        if not fits.any():
+            return
+        unit = rounding(float(np.abs(exact[fits]).max()), got.dtype)
+        error = np.abs(ours - exact)[fits] / unit
+        torchs_error = np.abs(theirs - exact)[fits] / unit
+        # torch gives NaN for more than 65504 smoothed classes in float16: that excuses nothing.
+        self.torchs[result] = max(self.torchs[result], np.nan_to_num(torchs_error).max())
+        if not error.max() <= self.ours[result]:  # a NaN is the worst of all
+            worst = int(np.argmax(error))
+            self.ours[result] = float(error[worst])
+            self.where[result] = f"{ours[fits][worst]!r} for {exact[fits][worst]!r}"
+
+    def check(self) -> None:
+        """None of ours is worse than the worst of torch's, plus one rounding."""
+        for result, error in self.ours.items():
+            assert error <= self.torchs[result] + 1, (
+                f"{result} is {error:.2f} roundings off ({self.where[result]}), "
+                f"torch's at most {self.torchs[result]:.2f}"
+            )
+
+
+def assert_as_accurate(got: Tensor, torchs: Tensor, exact: Tensor | Extended) -> None:
+    errors = Errors()
+    errors.add("result", got, torchs, exact)
+    errors.check()
