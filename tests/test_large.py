@@ -1,7 +1,8 @@
-"""More than 2**31 elements, where a 32-bit index or offset would wrap around.
+"""Outputs that leave the cache, and more elements than a 32-bit index or offset can count.
 
-Most of it costs little: memory that was never written takes none (`numpy.zeros` maps pages that
-the first write makes real), and an expanded tensor has more elements than memory.
+Most of what has 2**31 elements costs little: memory that was never written takes none
+(`numpy.zeros` maps pages that the first write makes real), and an expanded tensor has more elements
+than memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import widen
 from conftest import KernelCalls
 from torch import Tensor
 
@@ -56,6 +58,38 @@ def far_apart(values: Tensor) -> Tensor:
 
 def columns_far_apart(values: Tensor) -> Tensor:
     return far_apart(values.T.contiguous()).T
+
+
+BEYOND_CACHE = 17 * 2**20  # bytes: from 16 MiB on, kernels store past the cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_outputs_that_leave_the_cache(dtype: torch.dtype, isa: str) -> None:
+    """Rows of an odd length, so that no two start alike within a cache line."""
+    rows, length = 129, BEYOND_CACHE // dtype.itemsize // 129 | 1
+    x, y = torch.randn(2, rows, length).to(dtype)
+    x.requires_grad_()
+    target = torch.randint(3, (rows // 3, length))
+    for ours, torchs in (
+        (lambda: relu(x), lambda: F.relu(x)),
+        (lambda: mse_loss(x, y), lambda: F.mse_loss(widen(x), widen(y))),
+        (
+            lambda: mse_loss(x, y, reduction="none"),
+            lambda: F.mse_loss(widen(x), widen(y), reduction="none"),
+        ),
+        (
+            lambda: cross_entropy(x.view(-1, 3, length), target, reduction="sum"),
+            lambda: F.cross_entropy(widen(x).view(-1, 3, length), target, reduction="sum"),
+        ),
+    ):
+        got, expected = ours(), torchs()
+        upstream = torch.full_like(got, 0.5)
+        (gradient,) = torch.autograd.grad(got, x, upstream)
+        (wanted,) = torch.autograd.grad(expected, x, upstream.to(expected.dtype))
+        eps = torch.finfo(dtype).eps
+        close = torch.testing.assert_close
+        close(got, expected.to(dtype), rtol=max(4 * eps, 1e-5), atol=8 * eps)
+        close(gradient, wanted, rtol=4 * eps, atol=8 * eps)
 
 
 @pytest.mark.parametrize("layout", [far_apart, columns_far_apart])
