@@ -50,7 +50,7 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
     return cross_entropy(CrossEntropy<T>{
         sizes[0], sizes[1], sizes[2], view<const T>(logits), pointer<const int64_t>(target),
-        view<const T>(probabilities), pointer<const A>(weight), ignore_index, A(smoothing),
+        view<const T>(probabilities), pointer<const A>(weight), ignore_index, smoothing,
         Reduction(reduction), pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_logits),
         view<T>(grad_probabilities), threads});
   });

@@ -60,7 +60,7 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   Sum weights;
   for (int64_t c = 0; ce.weight && c < ce.classes; ++c) weights.add(ce.weight[c]);
   const double uniform_mass = ce.uniform() * (ce.weight ? weights.value() : double(ce.classes));
-  const Scaled<T> scaled{ce, uniform_mass, A(1 / denominator), bytes >= kStreamBytes};
+  const Scaled<T> scaled{ce, uniform_mass, denominator, bytes >= kStreamBytes};
 
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
@@ -81,7 +81,7 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
     }
     partial[block] = sum.value();
   });
-  if (ce.loss && !each) *ce.loss = A(total(partial.data(), blocks) / denominator);
+  if (ce.loss && !each) *ce.loss = A(total<T>(partial.data(), blocks) / denominator);
   return -1;
 }
 

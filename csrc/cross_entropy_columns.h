@@ -17,6 +17,7 @@ constexpr int64_t kColumnClasses = 128;  // classes at a time: a tile stays in L
 template <class T> class Columns {
   using A = Accumulate<T>;
   using Tile = A[kColumnClasses][kColumns];
+  using Lanes = double[kColumns];
 
  public:
   Columns(const Scaled<T>& ce, int64_t first)
@@ -30,8 +31,10 @@ template <class T> class Columns {
     for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) hit[b] = -1;
     }
-    for (int64_t b = 0; b < kColumns; ++b) scale[b] = b < n ? ce.scale(first + b) : A(0);
-    for (int64_t b = 0; b < kColumns; ++b) spike[b] = hit[b] < 0 ? A(0) : ce.spike(first + b);
+    for (int64_t b = 0; b < kColumns; ++b) {
+      scale[b] = b < n ? ce.scale(first + b) : 0;
+      spike[b] = hit[b] < 0 ? 0 : ce.spike(first + b);
+    }
     find_normalizer();
     ce.dense() ? find_dense_loss() : find_sparse_loss();
     if (ce.grad_logits.data) write_gradient();
@@ -39,8 +42,10 @@ template <class T> class Columns {
     for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
     }
-    if (ce.loss && ce.reduction == Reduction::none) std::copy_n(loss, n, ce.loss + first);
-    return total(loss, n);
+    for (int64_t b = 0; ce.loss && ce.reduction == Reduction::none && b < n; ++b) {
+      ce.loss[first + b] = A(loss[b]);
+    }
+    return total<T>(loss, n);
   }
 
  private:
@@ -48,14 +53,14 @@ template <class T> class Columns {
   const int64_t first, n;
   bool any_ignored = false;
   int64_t hit[kColumns];
-  alignas(kVectorBytes) A scale[kColumns];
-  alignas(kVectorBytes) A spike[kColumns];
-  alignas(kVectorBytes) A mass[kColumns];
-  alignas(kVectorBytes) A loss[kColumns];
+  alignas(kVectorBytes) Lanes scale;
+  alignas(kVectorBytes) Lanes spike;
+  alignas(kVectorBytes) Lanes mass;
+  alignas(kVectorBytes) Lanes loss;
+  alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
+  alignas(kVectorBytes) Lanes log_sum;
   alignas(kVectorBytes) A max[kColumns];
-  alignas(kVectorBytes) A sum[kColumns];
-  alignas(kVectorBytes) A log_sum[kColumns];
-  alignas(kVectorBytes) A aimed_logit[kColumns];  // the target's
+  alignas(kVectorBytes) A hit_logit[kColumns];
   alignas(kVectorBytes) Tile x;
   alignas(kVectorBytes) Tile q;
 
@@ -118,11 +123,11 @@ template <class T> class Columns {
   void find_normalizer() {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
     std::fill_n(max, kColumns, lowest);
-    std::fill_n(sum, kColumns, A(0));
+    std::fill_n(sum, kColumns, 0.0);
     alignas(kVectorBytes) A pivot[kColumns];
-    std::fill_n(aimed_logit, kColumns, A(0));
+    std::fill_n(hit_logit, kColumns, A(0));
     for_tiles([&](int64_t c, int64_t k) {
-      for_hits(c, k, [&](int64_t i, int64_t b) { aimed_logit[b] = x[i][b]; });
+      for_hits(c, k, [&](int64_t i, int64_t b) { hit_logit[b] = x[i][b]; });
       for (int64_t b = 0; b < kColumns; ++b) pivot[b] = max[b];
       for (int64_t i = 0; i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) pivot[b] = x[i][b] > pivot[b] ? x[i][b] : pivot[b];
@@ -131,24 +136,24 @@ template <class T> class Columns {
         const A previous = max[b];
         max[b] = pivot[b];
         pivot[b] = pivot[b] == lowest ? A(0) : pivot[b];
-        sum[b] *= exp_nonpositive(previous - pivot[b]);
+        sum[b] *= double(exp_nonpositive(previous - pivot[b]));
       }
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns] = {};
         for (int64_t i = begin; i < end; ++i) {
           for (int64_t b = 0; b < kColumns; ++b) part[b] += exp_nonpositive(x[i][b] - pivot[b]);
         }
-        for (int64_t b = 0; b < kColumns; ++b) sum[b] += part[b];
+        for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
       });
     });
     for (int64_t b = 0; b < kColumns; ++b) {
-      sum[b] = max[b] == lowest ? std::numeric_limits<A>::quiet_NaN() : sum[b];
+      sum[b] = max[b] == lowest ? std::numeric_limits<double>::quiet_NaN() : sum[b];
       log_sum[b] = log_positive(sum[b]);
     }
   }
 
   void load_aim(int64_t c, int64_t k) {
-    const A keep = ce.keep(), uniform = ce.uniform();
+    const A keep = A(ce.keep()), uniform = A(ce.uniform());
     if (!ce.target) load_tile(ce.probabilities, c, k, q);
     for (int64_t i = 0; i < k; ++i) {
       const A weight = ce.weight ? ce.weight[c + i] : A(1);
@@ -156,7 +161,7 @@ template <class T> class Columns {
         q[i][b] = aim(weight, ce.target ? A(0) : q[i][b], keep, uniform);
       }
     }
-    for_hits(c, k, [&](int64_t i, int64_t b) { q[i][b] += spike[b]; });
+    for_hits(c, k, [&](int64_t i, int64_t b) { q[i][b] = A(ce.hit_aim(first + b)); });
   }
 
   // Calls body(class in the tile, position in the block) for the targets within the tile.
@@ -167,48 +172,56 @@ template <class T> class Columns {
   }
 
   void find_dense_loss() {
-    std::fill_n(loss, kColumns, A(0));
-    std::fill_n(mass, kColumns, A(0));
+    std::fill_n(loss, kColumns, 0.0);
+    std::fill_n(mass, kColumns, 0.0);
     for_tiles([&](int64_t c, int64_t k) {
       load_aim(c, k);
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns] = {}, aimed[kColumns] = {};
         for (int64_t i = begin; i < end; ++i) {
           for (int64_t b = 0; b < kColumns; ++b) {
-            part[b] += q[i][b] * ((max[b] - x[i][b]) + log_sum[b]);
+            part[b] += q[i][b] * (max[b] - x[i][b]);
             aimed[b] += q[i][b];
           }
         }
         for (int64_t b = 0; b < kColumns; ++b) {
-          loss[b] += part[b];
-          mass[b] += aimed[b];
+          loss[b] += double(part[b]);
+          mass[b] += double(aimed[b]);
         }
       });
     });
-    for (int64_t b = 0; ce.target && b < n; ++b) mass[b] = A(ce.uniform_mass + spike[b]);
+    for (int64_t b = 0; ce.target && b < kColumns; ++b) mass[b] = ce.uniform_mass + spike[b];
+    for (int64_t b = 0; b < kColumns; ++b) loss[b] += mass[b] * log_sum[b];
   }
 
   void find_sparse_loss() {
     for (int64_t b = 0; b < kColumns; ++b) {
       mass[b] = spike[b];
-      loss[b] = spike[b] * (log_sum[b] + (max[b] - aimed_logit[b]));
+      loss[b] = spike[b] * (log_sum[b] + double(max[b] - hit_logit[b]));
     }
   }
 
   void write_gradient() {
-    const bool dense = ce.dense();
-    alignas(kVectorBytes) A share[kColumns];
-    for (int64_t b = 0; b < kColumns; ++b) share[b] = mass[b] / sum[b];
+    alignas(kVectorBytes) A factor[kColumns], dense[kColumns];
+    alignas(kVectorBytes) Lanes at_hit;
+    for (int64_t b = 0; b < kColumns; ++b) {
+      factor[b] = A(mass[b] * scale[b] / sum[b]);
+      dense[b] = A(scale[b]);
+      at_hit[b] = double(exp_nonpositive(hit_logit[b] - max[b])) / sum[b] * mass[b];
+    }
     for_tiles([&](int64_t c, int64_t k) {
-      if (dense) load_aim(c, k);
+      if (ce.dense()) load_aim(c, k);
       for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) x[i][b] = exp_nonpositive(x[i][b] - max[b]) * share[b];
-        for (int64_t b = 0; dense && b < kColumns; ++b) x[i][b] -= q[i][b];
+        for (int64_t b = 0; b < kColumns; ++b) {
+          x[i][b] = exp_nonpositive(x[i][b] - max[b]) * factor[b];
+        }
       }
-      if (!dense) for_hits(c, k, [&](int64_t i, int64_t b) { x[i][b] -= spike[b]; });
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) x[i][b] *= scale[b];
+      for (int64_t i = 0; ce.dense() && i < k; ++i) {
+        for (int64_t b = 0; b < kColumns; ++b) x[i][b] -= q[i][b] * dense[b];
       }
+      for_hits(c, k, [&](int64_t i, int64_t b) {
+        x[i][b] = A((at_hit[b] - ce.hit_aim(first + b)) * scale[b]);
+      });
       for (int64_t b = 0; any_ignored && b < n; ++b) {
         if (!ce.ignored(first + b)) continue;
         for (int64_t i = 0; i < k; ++i) x[i][b] = 0;
@@ -219,12 +232,16 @@ template <class T> class Columns {
   }
 
   void write_probability_gradient() {
-    const A keep = ce.keep();
+    alignas(kVectorBytes) A factor[kColumns], low[kColumns];
+    for (int64_t b = 0; b < kColumns; ++b) {
+      factor[b] = A(ce.keep() * scale[b]);
+      low[b] = A(log_sum[b]);
+    }
     for_tiles([&](int64_t c, int64_t k) {
       for (int64_t i = 0; i < k; ++i) {
         const A weight = ce.weight ? ce.weight[c + i] : A(1);
         for (int64_t b = 0; b < kColumns; ++b) {
-          q[i][b] = keep * scale[b] * weight * ((max[b] - x[i][b]) + log_sum[b]);
+          q[i][b] = factor[b] * weight * ((max[b] - x[i][b]) + low[b]);
         }
       }
       store_tile(q, ce.grad_probabilities, c, k);

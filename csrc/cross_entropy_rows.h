@@ -37,7 +37,7 @@ template <class T> class Row {
   const Scaled<T>& ce;
   const int64_t position;
   const T* const logits;
-  A mass;  // sum_c q_c
+  double mass;  // sum_c q_c
   A max = kLowest;
   double sum = 0, log_sum = 0;  // of exp(x - max)
   alignas(kVectorBytes) A q[kChunk];
@@ -97,7 +97,7 @@ template <class T> class Row {
 
   // q of a chunk; the padding holds zeros.
   void load_aim(int64_t first, int64_t padded) {
-    const A keep = ce.keep(), uniform = ce.uniform();
+    const A keep = A(ce.keep()), uniform = A(ce.uniform());
     const int64_t n = std::min(padded, ce.classes - first);
     std::fill_n(q, padded, A(0));
     if (!ce.target) {
@@ -110,7 +110,7 @@ template <class T> class Row {
       for (int64_t i = 0; i < n; ++i) q[i] = aim(A(1), q[i], keep, uniform);
     }
     const int64_t hit = ce.target ? ce.target[position] - first : -1;
-    if (hit >= 0 && hit < n) q[hit] += ce.spike(position);
+    if (hit >= 0 && hit < n) q[hit] = A(ce.hit_aim(position));
   }
 
   double sparse_loss() {
@@ -120,60 +120,60 @@ template <class T> class Row {
 
   double dense_loss() {
     double loss = 0, aimed = 0;
-    const A high = max, log_sum = A(this->log_sum);
+    const A high = max;
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       load_aim(first, padded);
       const int64_t n = std::min(padded, ce.classes - first);  // 0 * inf is no part of the loss
       A part = 0, part_aimed = 0;
       PYFUSED_SIMD(reduction(+ : part, part_aimed))
       for (int64_t i = 0; i < n; ++i) {
-        part += q[i] * ((high - widen(x[i])) + log_sum);
+        part += q[i] * (high - widen(x[i]));
         part_aimed += q[i];
       }
       loss += part;
       aimed += part_aimed;
     });
-    mass = ce.target ? A(ce.uniform_mass + ce.spike(position)) : A(aimed);
-    return loss;
+    mass = ce.target ? ce.uniform_mass + ce.spike(position) : aimed;
+    return loss + mass * log_sum;
   }
 
-  // Inlined, this loop is one that GCC 12 leaves scalar for double (13 times slower).
-  template <class U>
-  PYFUSED_NOINLINE static void scaled_exp(const U* x, A* out, int64_t padded, A pivot, A factor) {
+  // exp(x - pivot) factor, less q scale where Dense. Inlined, this loop is one that GCC 12 leaves scalar
+  // for double (13 times slower).
+  template <bool Dense, class U>
+  PYFUSED_NOINLINE static void gradient(const U* x, const A* q, A* out, int64_t padded, A pivot,
+                                        A factor, A scale) {
     const int64_t n = padded / kLanes<A> * kLanes<A>;
     PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(widen(x[i]) - pivot) * factor;
+    for (int64_t i = 0; i < n; ++i) {
+      const A p = exp_nonpositive(widen(x[i]) - pivot) * factor;
+      out[i] = Dense ? p - q[i] * scale : p;
+    }
   }
 
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
-    const A high = max, scale = ce.scale(position), share = A(mass / sum);
-    if (ce.dense()) {
-      for_chunks([&](int64_t first, auto* x, int64_t padded) {
-        A* const out = staged_chunk(grad, first, padded);
-        load_aim(first, padded);
-        PYFUSED_SIMD()
-        for (int64_t i = 0; i < padded; ++i) {
-          out[i] = (exp_nonpositive(widen(x[i]) - high) * share - q[i]) * scale;
-        }
-        store(out, grad + first, std::min(padded, ce.classes - first));
-      });
-      return;
-    }
-    const A factor = share * scale;
+    const double scale = ce.scale(position);
+    const A high = max, factor = A(mass * scale / sum);
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       A* const out = staged_chunk(grad, first, padded);
-      scaled_exp(x, out, padded, high, factor);
+      if (ce.dense()) {
+        load_aim(first, padded);
+        gradient<true>(x, q, out, padded, high, factor, A(scale));
+      } else {
+        gradient<false>(x, q, out, padded, high, factor, A(scale));
+      }
       store(out, grad + first, std::min(padded, ce.classes - first));
     });
+    if (!ce.target) return;
     const int64_t hit = ce.target[position];
-    grad[hit] = narrow<T>((exp_nonpositive(widen(logits[hit]) - high) * share - mass) * scale);
+    const double p = double(exp_nonpositive(widen(logits[hit]) - high)) / sum;
+    grad[hit] = narrow<T>(A((p * mass - ce.hit_aim(position)) * scale));
   }
 
   void write_probability_gradient() {
     T* const grad = ce.at(ce.grad_probabilities, position);
     const int64_t stride = ce.grad_probabilities.classes;
-    const A factor = ce.keep() * ce.scale(position), high = max, log_sum = A(this->log_sum);
+    const A factor = A(ce.keep() * ce.scale(position)), high = max, log_sum = A(this->log_sum);
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       const int64_t n = std::min(padded, ce.classes - first);
       A* const out = stride == 1 ? staged_chunk(grad, first, padded) : buffer;

@@ -37,7 +37,7 @@ template <class T> struct CrossEntropy {
   View<const T> probabilities;  // one distribution a position
   const A* weight;              // one a class, or null for ones
   int64_t ignore_index;
-  A smoothing;
+  double smoothing;
   Reduction reduction;
   const A* upstream;  // the loss's gradient: one a position for none, else one; null for ones
   A* loss;            // one a position for none, else one; null where not wanted
@@ -47,12 +47,15 @@ template <class T> struct CrossEntropy {
 
   int64_t positions() const { return outer * inner; }
   bool dense() const { return target == nullptr || smoothing > 0; }
-  A keep() const { return target ? A(0) : A(1) - smoothing; }
-  A uniform() const { return smoothing / A(classes); }
+  double keep() const { return target ? 0 : 1 - smoothing; }
+  double uniform() const { return smoothing / double(classes); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
-  A spike(int64_t position) const {
-    if (!target) return A(0);
-    return (A(1) - smoothing) * (weight ? weight[target[position]] : A(1));
+  double spike(int64_t position) const {
+    return weight ? (1 - smoothing) * double(weight[target[position]]) : 1 - smoothing;
+  }
+  double hit_aim(int64_t position) const {  // q at the target
+    const double one = weight ? double(weight[target[position]]) : 1;
+    return uniform() * one + spike(position);
   }
   template <class U> U* at(const View<U>& view, int64_t position) const {
     const int64_t o = outer == 1 ? 0 : position / inner;  // a division costs as much as a vector
@@ -60,16 +63,16 @@ template <class T> struct CrossEntropy {
   }
 };
 
-// The rows of one block, whatever the layout, scale their gradient by upstream * normalizer and add
-// their loss to one partial sum.
+// With what is summed up over the batch first. The few numbers of a row are doubles, so that only its
+// vectors are rounded to A.
 template <class T> struct Scaled : CrossEntropy<T> {
-  using A = Accumulate<T>;
   double uniform_mass;  // uniform * sum_c weight_c
-  A normalizer;
+  double denominator;
   bool streams;  // gradients too large to stay in cache are written past it
-  A scale(int64_t position) const {
-    if (!this->upstream) return normalizer;
-    return normalizer * this->upstream[this->reduction == Reduction::none ? position : 0];
+  double scale(int64_t position) const {
+    if (!this->upstream) return 1 / denominator;
+    const bool each = this->reduction == Reduction::none;
+    return double(this->upstream[each ? position : 0]) / denominator;
   }
 };
 

@@ -6,7 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <vector>
+#include <type_traits>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -52,17 +52,18 @@ class Sum {
   double sum = 0, error = 0;
 };
 
-inline double total(const double* parts, int64_t n) {
-  Sum sum;
-  for (int64_t i = 0; i < n; ++i) sum.add(parts[i]);
-  return sum.value();
-}
-
-// A double has bits to spare for the rounding errors of floats.
-inline double total(const float* parts, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += parts[i];
-  return sum;
+// The sum of what was computed from elements of type T. A double has bits to spare for the rounding
+// errors of narrower types.
+template <class T> double total(const double* parts, int64_t n) {
+  if constexpr (std::is_same_v<T, double>) {
+    Sum sum;
+    for (int64_t i = 0; i < n; ++i) sum.add(parts[i]);
+    return sum.value();
+  } else {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += parts[i];
+    return sum;
+  }
 }
 
 }  // namespace pyfused

@@ -137,7 +137,7 @@ template <class Formula, class T> void pointwise_loss(const PointwiseLoss<T>& p)
     }
     partial[block] = sum.value();
   });
-  if (p.reduced) *p.reduced = Accumulate<T>(total(partial.data(), blocks) / p.denominator);
+  if (p.reduced) *p.reduced = Accumulate<T>(total<T>(partial.data(), blocks) / p.denominator);
 }
 
 }  // namespace pyfused
