@@ -15,7 +15,7 @@ help: ## list the targets
 
 setup: $(ENVIRONMENT) ## make the environment in .venv (PYTHON=python3.12 chooses another Python)
 
-build: $(BUILD) ## compile the kernels and install pyfused into .venv, editable (CXX=clang++ chooses another compiler)
+build: $(BUILD) ## compile the kernels (CXX=g++-13 chooses another compiler)
 
 demo: $(BUILD) ## train three models with torch's losses and with pyfused's, and compare
 	$(BIN)/python examples/demo.py

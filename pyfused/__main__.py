@@ -32,8 +32,10 @@ def openmp() -> str:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return "yes"
-    names = {Path(line.split(maxsplit=5)[-1]).name for line in maps.read_text().splitlines()}
-    runtimes = sorted(name for name in names if name.startswith(("libgomp", "libomp", "libiomp")))
+    files = {Path(line.split(maxsplit=5)[-1]) for line in maps.read_text().splitlines()}
+    runtimes = [
+        file.name for file in files if file.name.startswith(("libgomp", "libomp", "libiomp"))
+    ]
     pool = "torch's own pool" if len(runtimes) == 1 else "a pool beside torch's"
     return f"yes, {pool} ({', '.join(runtimes)})"
 
