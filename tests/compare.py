@@ -104,8 +104,18 @@ class Errors:
         self.torchs: dict[str, float] = defaultdict(float)
         self.where: dict[str, str] = {}
 
-    def add(self, result: str, got: Tensor, torchs: Tensor, exact: Tensor | Extended) -> None:
-        """Where the exact value does not fit the dtype, both must say so alike."""
+    def add(
+        self,
+        result: str,
+        got: Tensor,
+        torchs: Tensor,
+        exact: Tensor | Extended,
+        term: float = 0.0,
+    ) -> None:
+        """`term` is the largest of what is added up to the result, where that may cancel.
+
+        Where the exact value does not fit the dtype, both must say so alike.
+        """
         assert got.dtype == torchs.dtype
         exact = extended(exact) if isinstance(exact, Tensor) else exact
         assert got.shape == torchs.shape == exact.shape
@@ -114,7 +124,7 @@ class Errors:
         assert np.array_equal(ours[~fits], theirs[~fits])
         if not fits.any():
             return
-        unit = rounding(float(np.abs(exact[fits]).max()), got.dtype)
+        unit = rounding(max(float(np.abs(exact[fits]).max()), term), got.dtype)
         error = np.abs(ours - exact)[fits] / unit
         torchs_error = np.abs(theirs - exact)[fits] / unit
         # torch gives NaN for more than 65504 smoothed classes in float16: that excuses nothing.
