@@ -36,17 +36,19 @@ template <class T> Census count_targets(const CrossEntropy<T>& ce) {
       if (!ce.ignored(i) && outside) part.out_of_range = i;
     }
     if (wrong || !ce.weight) return;
-    part.denominator = 0;
+    Sum weights;
     for (int64_t i = block * kBlock; i < end; ++i) {
-      if (!ce.ignored(i)) part.denominator += ce.weight[ce.target[i]];
+      if (!ce.ignored(i)) weights.add(double(ce.weight[ce.target[i]]));
     }
+    part.denominator = weights.value();
   });
-  Census all{0, -1};
+  Sum denominator;
+  int64_t out_of_range = -1;
   for (const Census& part : parts) {
-    all.denominator += part.denominator;
-    if (all.out_of_range < 0) all.out_of_range = part.out_of_range;
+    denominator.add(part.denominator);
+    if (out_of_range < 0) out_of_range = part.out_of_range;
   }
-  return all;
+  return {denominator.value(), out_of_range};
 }
 
 // Returns the first position whose target is out of range, with nothing written, or -1.

@@ -152,16 +152,16 @@ template <class T> class Columns {
     }
   }
 
+  // q / level of a tile, but for the spike.
   void load_aim(int64_t c, int64_t k) {
-    const A keep = A(ce.keep()), uniform = A(ce.uniform());
+    const A slope = ce.slope(), offset = ce.offset();
     if (!ce.target) load_tile(ce.probabilities, c, k, q);
     for (int64_t i = 0; i < k; ++i) {
       const A weight = ce.weight ? ce.weight[c + i] : A(1);
       for (int64_t b = 0; b < kColumns; ++b) {
-        q[i][b] = aim(weight, ce.target ? A(0) : q[i][b], keep, uniform);
+        q[i][b] = aim(weight, ce.target ? A(0) : q[i][b], slope, offset);
       }
     }
-    for_hits(c, k, [&](int64_t i, int64_t b) { q[i][b] = A(ce.hit_aim(first + b)); });
   }
 
   // Calls body(class in the tile, position in the block) for the targets within the tile.
@@ -190,8 +190,11 @@ template <class T> class Columns {
         }
       });
     });
-    for (int64_t b = 0; ce.target && b < kColumns; ++b) mass[b] = ce.uniform_mass + spike[b];
-    for (int64_t b = 0; b < kColumns; ++b) loss[b] += mass[b] * log_sum[b];
+    for (int64_t b = 0; b < kColumns; ++b) {
+      mass[b] = ce.target ? ce.uniform_mass + spike[b] : ce.level() * mass[b];
+      loss[b] = ce.level() * loss[b] + mass[b] * log_sum[b];
+      if (ce.target) loss[b] += spike[b] * double(max[b] - hit_logit[b]);
+    }
   }
 
   void find_sparse_loss() {
@@ -202,11 +205,11 @@ template <class T> class Columns {
   }
 
   void write_gradient() {
-    alignas(kVectorBytes) A factor[kColumns], dense[kColumns];
+    alignas(kVectorBytes) A factor[kColumns], level[kColumns];
     alignas(kVectorBytes) Lanes at_hit;
     for (int64_t b = 0; b < kColumns; ++b) {
       factor[b] = A(mass[b] * scale[b] / sum[b]);
-      dense[b] = A(scale[b]);
+      level[b] = A(ce.level() * scale[b]);
       at_hit[b] = double(exp_nonpositive(hit_logit[b] - max[b])) / sum[b] * mass[b];
     }
     for_tiles([&](int64_t c, int64_t k) {
@@ -217,7 +220,7 @@ template <class T> class Columns {
         }
       }
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) x[i][b] -= q[i][b] * dense[b];
+        for (int64_t b = 0; b < kColumns; ++b) x[i][b] -= q[i][b] * level[b];
       }
       for_hits(c, k, [&](int64_t i, int64_t b) {
         x[i][b] = A((at_hit[b] - ce.hit_aim(first + b)) * scale[b]);
@@ -234,7 +237,7 @@ template <class T> class Columns {
   void write_probability_gradient() {
     alignas(kVectorBytes) A factor[kColumns], low[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(ce.keep() * scale[b]);
+      factor[b] = A(ce.level() * ce.slope() * scale[b]);
       low[b] = A(log_sum[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {

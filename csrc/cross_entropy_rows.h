@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cross_entropy_terms.h"
+#include "parallel.h"
 
 namespace pyfused {
 
@@ -95,9 +96,9 @@ template <class T> class Row {
     log_sum = std::log(sum);
   }
 
-  // q of a chunk; the padding holds zeros.
+  // q / level of a chunk, but for the spike; the padding holds zeros.
   void load_aim(int64_t first, int64_t padded) {
-    const A keep = A(ce.keep()), uniform = A(ce.uniform());
+    const A slope = ce.slope(), offset = ce.offset();
     const int64_t n = std::min(padded, ce.classes - first);
     std::fill_n(q, padded, A(0));
     if (!ce.target) {
@@ -105,62 +106,58 @@ template <class T> class Row {
       load(ce.at(ce.probabilities, position) + first * stride, stride, q, n);
     }
     if (ce.weight) {
-      for (int64_t i = 0; i < n; ++i) q[i] = aim(ce.weight[first + i], q[i], keep, uniform);
+      for (int64_t i = 0; i < n; ++i) q[i] = aim(ce.weight[first + i], q[i], slope, offset);
     } else {
-      for (int64_t i = 0; i < n; ++i) q[i] = aim(A(1), q[i], keep, uniform);
+      for (int64_t i = 0; i < n; ++i) q[i] = aim(A(1), q[i], slope, offset);
     }
-    const int64_t hit = ce.target ? ce.target[position] - first : -1;
-    if (hit >= 0 && hit < n) q[hit] = A(ce.hit_aim(position));
+  }
+
+  double spike_loss() {
+    return ce.spike(position) * double(max - widen(logits[ce.target[position]]));
   }
 
   double sparse_loss() {
     mass = ce.spike(position);
-    return mass * (log_sum + double(max - widen(logits[ce.target[position]])));
+    return spike_loss() + mass * log_sum;
   }
 
   double dense_loss() {
-    double loss = 0, aimed = 0;
+    Sum loss, aimed;
     const A high = max;
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       load_aim(first, padded);
       const int64_t n = std::min(padded, ce.classes - first);  // 0 * inf is no part of the loss
-      A part = 0, part_aimed = 0;
-      PYFUSED_SIMD(reduction(+ : part, part_aimed))
-      for (int64_t i = 0; i < n; ++i) {
-        part += q[i] * (high - widen(x[i]));
-        part_aimed += q[i];
-      }
-      loss += part;
-      aimed += part_aimed;
+      add_terms<A>(loss, n, [=](int64_t i) { return q[i] * (high - widen(x[i])); });
+      if (!ce.target) add_terms<A>(aimed, n, [=](int64_t i) { return q[i]; });
     });
-    mass = ce.target ? ce.uniform_mass + ce.spike(position) : aimed;
-    return loss + mass * log_sum;
+    mass = ce.target ? ce.uniform_mass + ce.spike(position) : ce.level() * aimed.value();
+    return ce.level() * loss.value() + (ce.target ? spike_loss() : 0) + mass * log_sum;
   }
 
-  // exp(x - pivot) factor, less q scale where Dense. Inlined, this loop is one that GCC 12 leaves scalar
+  // exp(x - pivot) factor, less q level where Dense. Inlined, this loop is one that GCC 12 leaves scalar
   // for double (13 times slower).
   template <bool Dense, class U>
   PYFUSED_NOINLINE static void gradient(const U* x, const A* q, A* out, int64_t padded, A pivot,
-                                        A factor, A scale) {
+                                        A factor, A level) {
     const int64_t n = padded / kLanes<A> * kLanes<A>;
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) {
       const A p = exp_nonpositive(widen(x[i]) - pivot) * factor;
-      out[i] = Dense ? p - q[i] * scale : p;
+      out[i] = Dense ? p - q[i] * level : p;
     }
   }
 
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
     const double scale = ce.scale(position);
-    const A high = max, factor = A(mass * scale / sum);
+    const A high = max, factor = A(mass * scale / sum), level = A(ce.level() * scale);
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       A* const out = staged_chunk(grad, first, padded);
       if (ce.dense()) {
         load_aim(first, padded);
-        gradient<true>(x, q, out, padded, high, factor, A(scale));
+        gradient<true>(x, q, out, padded, high, factor, level);
       } else {
-        gradient<false>(x, q, out, padded, high, factor, A(scale));
+        gradient<false>(x, q, out, padded, high, factor, level);
       }
       store(out, grad + first, std::min(padded, ce.classes - first));
     });
@@ -173,7 +170,7 @@ template <class T> class Row {
   void write_probability_gradient() {
     T* const grad = ce.at(ce.grad_probabilities, position);
     const int64_t stride = ce.grad_probabilities.classes;
-    const A factor = A(ce.keep() * ce.scale(position)), high = max, log_sum = A(this->log_sum);
+    const A factor = A(ce.level() * ce.slope() * ce.scale(position)), high = max, log_sum = A(this->log_sum);
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       const int64_t n = std::min(padded, ce.classes - first);
       A* const out = stride == 1 ? staged_chunk(grad, first, padded) : buffer;

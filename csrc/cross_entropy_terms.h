@@ -1,13 +1,16 @@
 // What cross-entropy computes, and the arguments it computes it from.
 //
 //   lse     = log sum_c exp(x_c) = max + log sum_c exp(x_c - max)
-//   q_c     = weight_c (keep y_c + uniform) + spike [c = target]          what the row aims at
+//   q_c     = level weight_c (slope y_c + offset) + spike [c = target]     what the row aims at
 //   loss    = sum_c q_c (lse - x_c)
 //   dloss/dx_c = p_c sum_k q_k - q_c,    p_c = exp(x_c - lse)
-//   dloss/dy_c = keep weight_c (lse - x_c)
+//   dloss/dy_c = level slope weight_c (lse - x_c)
 //
-//   class index:    keep = 0,             uniform = smoothing / C,  spike = (1 - smoothing) weight_t
-//   probabilities:  keep = 1 - smoothing, uniform = smoothing / C,  spike = 0
+//   class index:    level = smoothing / C,  slope = 0,  offset = 1,  spike = (1 - smoothing) weight_t
+//   probabilities:  level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  spike = 0
+//   (smoothing 1:   level = 1 / C,          slope = 0,  offset = 1)
+//
+// The level is applied to sums, in double: rounded to a float it would bias all of them alike.
 //
 // torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
 //
@@ -47,8 +50,11 @@ template <class T> struct CrossEntropy {
 
   int64_t positions() const { return outer * inner; }
   bool dense() const { return target == nullptr || smoothing > 0; }
-  double keep() const { return target ? 0 : 1 - smoothing; }
   double uniform() const { return smoothing / double(classes); }
+  bool follows_probabilities() const { return !target && smoothing < 1; }
+  double level() const { return follows_probabilities() ? 1 - smoothing : uniform(); }
+  A slope() const { return A(follows_probabilities()); }
+  A offset() const { return follows_probabilities() ? A(uniform() / level()) : A(1); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
   double spike(int64_t position) const {
     return weight ? (1 - smoothing) * double(weight[target[position]]) : 1 - smoothing;
@@ -76,8 +82,9 @@ template <class T> struct Scaled : CrossEntropy<T> {
   }
 };
 
-template <class A> PYFUSED_INLINE A aim(A weight, A probability, A keep, A uniform) {
-  return weight * (keep * probability + uniform);
+// What q_c is but for its level and its spike.
+template <class A> PYFUSED_INLINE A aim(A weight, A probability, A slope, A offset) {
+  return weight * (slope * probability + offset);
 }
 
 }  // namespace pyfused

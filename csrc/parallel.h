@@ -4,9 +4,12 @@
 // result a block, and adds the partials up in order: the result has the same bits for any count.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+
+#include "vec.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -51,6 +54,23 @@ class Sum {
  private:
   double sum = 0, error = 0;
 };
+
+// Adds term(0) + ... + term(n - 1) to a sum: few at a time in A, so that rounding errors do not grow
+// with n, and these parts with their error carried along.
+template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n, const Term& term) {
+  constexpr int64_t kGroup = 8 * kLanes<A>;
+  const int64_t whole = n / kLanes<A> * kLanes<A>;
+  for (int64_t first = 0; first < whole; first += kGroup) {
+    const int64_t end = std::min(whole, first + kGroup);
+    A part = 0;
+    PYFUSED_SIMD(reduction(+ : part))
+    for (int64_t i = first; i < end; ++i) part += term(i);
+    sum.add(double(part));
+  }
+  double tail = 0;
+  for (int64_t i = whole; i < n; ++i) tail += double(term(i));
+  sum.add(tail);
+}
 
 // The sum of what was computed from elements of type T. A double has bits to spare for the rounding
 // errors of narrower types.

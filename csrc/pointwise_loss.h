@@ -45,30 +45,29 @@ template <class T> struct PointwiseLoss {
   int threads;
 };
 
-constexpr int64_t kLossChunk = 256;      // elements at a time, in L1, and summed in Accumulate<T>
-constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time, summed in double
+constexpr int64_t kLossChunk = 512;      // elements at a time, in L1
+constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time
 
 // The loss and the gradients of one chunk, with weight(i) and upstream(i) inlined.
 template <class Formula, class T, class Weight, class Upstream>
-PYFUSED_INLINE Accumulate<T> pointwise_chunk(const PointwiseLoss<T>& p, const T* x, const T* t,
-                                             int64_t first, int64_t n, bool streams,
-                                             const Weight& weight, const Upstream& upstream) {
+PYFUSED_INLINE void pointwise_chunk(const PointwiseLoss<T>& p, Sum& sum, const T* x, const T* t,
+                                    int64_t first, int64_t n, bool streams, const Weight& weight,
+                                    const Upstream& upstream) {
   using A = Accumulate<T>;
   const A scale = A(1 / p.denominator);
   alignas(kVectorBytes) A buffer[kLossChunk];
   const auto into = [&](T* output) { return streams ? buffer : staged(output + first, buffer); };
-  A sum = 0;
   if (p.reduced && p.grad_input) {  // the common case takes one loop
     A* const out = into(p.grad_input);
-    PYFUSED_SIMD(reduction(+ : sum))
-    for (int64_t i = 0; i < n; ++i) {
-      sum += weight(i) * Formula::value(widen(x[i]), widen(t[i]));
+    add_terms<A>(sum, n, [&](int64_t i) {
       out[i] = Formula::input_gradient(widen(x[i]), widen(t[i]), scale) * upstream(i);
-    }
+      return weight(i) * Formula::value(widen(x[i]), widen(t[i]));
+    });
     write(out, p.grad_input + first, n, streams);
   } else if (p.reduced) {
-    PYFUSED_SIMD(reduction(+ : sum))
-    for (int64_t i = 0; i < n; ++i) sum += weight(i) * Formula::value(widen(x[i]), widen(t[i]));
+    add_terms<A>(sum, n, [&](int64_t i) {
+      return weight(i) * Formula::value(widen(x[i]), widen(t[i]));
+    });
   } else if (p.grad_input) {
     A* const out = into(p.grad_input);
     PYFUSED_SIMD()
@@ -91,7 +90,6 @@ PYFUSED_INLINE Accumulate<T> pointwise_chunk(const PointwiseLoss<T>& p, const T*
     }
     write(out, p.grad_target + first, n, streams);
   }
-  return sum;
 }
 
 // The operand's elements from `first` on; an operand of step 0 fills the buffer.
@@ -103,7 +101,7 @@ const T* elements(const Operand<T>& operand, int64_t first, int64_t n, T* buffer
 }
 
 template <class Formula, class T>
-double pointwise_chunk(const PointwiseLoss<T>& p, int64_t first, int64_t n, bool streams) {
+void pointwise_chunk(const PointwiseLoss<T>& p, Sum& sum, int64_t first, int64_t n, bool streams) {
   using A = Accumulate<T>;
   alignas(kVectorBytes) T x_fill[kLossChunk], t_fill[kLossChunk], fill[kLossChunk];
   const T* const x = elements(p.input, first, n, x_fill);
@@ -111,7 +109,7 @@ double pointwise_chunk(const PointwiseLoss<T>& p, int64_t first, int64_t n, bool
   if (!p.weight.data && !p.upstream.step) {
     const A upstream = p.upstream.data ? widen(*p.upstream.data) : A(1);
     return pointwise_chunk<Formula>(
-        p, x, t, first, n, streams, [](int64_t) { return A(1); },
+        p, sum, x, t, first, n, streams, [](int64_t) { return A(1); },
         [=](int64_t) { return upstream; });
   }
   alignas(kVectorBytes) A weight[kLossChunk], upstream[kLossChunk];
@@ -120,8 +118,8 @@ double pointwise_chunk(const PointwiseLoss<T>& p, int64_t first, int64_t n, bool
   if (p.weight.data) load(elements(p.weight, first, n, fill), weight, n);
   if (p.upstream.data) load(elements(p.upstream, first, n, fill), upstream, n);
   for (int64_t i = 0; i < n; ++i) upstream[i] *= weight[i];
-  return pointwise_chunk<Formula>(
-      p, x, t, first, n, streams, [&](int64_t i) { return weight[i]; },
+  pointwise_chunk<Formula>(
+      p, sum, x, t, first, n, streams, [&](int64_t i) { return weight[i]; },
       [&](int64_t i) { return upstream[i]; });
 }
 
@@ -133,7 +131,7 @@ template <class Formula, class T> void pointwise_loss(const PointwiseLoss<T>& p)
     const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
     Sum sum;
     for (int64_t first = block * kLossBlock; first < end; first += kLossChunk) {
-      sum.add(pointwise_chunk<Formula>(p, first, std::min(kLossChunk, end - first), streams));
+      pointwise_chunk<Formula>(p, sum, first, std::min(kLossChunk, end - first), streams);
     }
     partial[block] = sum.value();
   });
