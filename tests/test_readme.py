@@ -1,0 +1,50 @@
+"""Every Python block of the documents runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+FLAGS = re.MULTILINE | re.DOTALL
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "benchmarks/README.md"]
+BLOCKS = [
+    pytest.param(code, id=f"{page}-{number}")
+    for page in PAGES
+    for number, code in enumerate(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), FLAGS)
+    )
+]
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("code", BLOCKS)
+def test_block_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+COMMANDS = sorted(
+    {
+        line.partition("#")[0].strip()
+        for page in PAGES
+        for block in re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text("utf-8"), FLAGS)
+        for line in block.splitlines()
+        if re.match(r"([A-Z_]+=\S+ )*make ", line)
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_make_knows_the_command(command: str) -> None:
+    """The targets themselves are what CI runs."""
+    dry = command.replace("make ", "make --dry-run ")
+    subprocess.run(dry, shell=True, check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8"))
+    assert all((ROOT / page).parent.joinpath(link).exists() for link in links)
