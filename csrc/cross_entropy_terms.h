@@ -61,7 +61,7 @@ template <class T> struct CrossEntropy {
   }
   double hit_aim(int64_t position) const {  // q at the target
     const double one = weight ? double(weight[target[position]]) : 1;
-    return uniform() * one + spike(position);
+    return smoothing > 0 ? uniform() * one + spike(position) : spike(position);  // 0 * inf is NaN
   }
   template <class U> U* at(const View<U>& view, int64_t position) const {
     const int64_t o = outer == 1 ? 0 : position / inner;  // a division costs as much as a vector

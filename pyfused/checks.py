@@ -69,7 +69,7 @@ def cross_entropy(
 def _class_index_target(input: Tensor, target: Tensor) -> None:
     expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
     lone = input.dim() == 1 and target.shape == (1,) != input.shape  # as good as a scalar
-    if target.shape != expected and not lone:
+    if target.shape not in (expected, input.shape) and not lone:
         batch = (*expected[:1], 1)[0], (*target.shape[:1], 1)[0]
         raise (ValueError if batch[0] != batch[1] else RuntimeError)(
             f"target: expected class indices of shape {tuple(expected)} or class probabilities of "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 from torch.nn import _reduction as _legacy
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from pyfused.backends import CrossEntropyOptions
 from pyfused.ops import activation as _activation
 from pyfused.ops import cross_entropy as _cross_entropy
 from pyfused.ops import pointwise_loss as _pointwise_loss
-from pyfused.ops.dispatch import reason_for_torch
+from pyfused.ops.dispatch import SMALL, reason_for_torch
 
 __all__ = ["cross_entropy", "mse_loss", "relu"]
 
@@ -65,12 +66,15 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
-    options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
     if reason_for_torch("cross_entropy", input, target, weight) is None:
+        options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
         return _cross_entropy.fused(input, target, weight, options)
     try:
-        return F.cross_entropy(input, target, weight, **options._asdict())
+        return F.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     except (IndexError, RuntimeError, TypeError, ValueError):
+        options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
         checks.cross_entropy(input, target, weight, options)
         checks.class_indices(input, target, ignore_index)
         raise
@@ -123,7 +127,7 @@ def mse_loss(
             _pointwise_loss.SQUARED_ERROR, input, target, weight, reduction
         )
     try:
-        return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
+        return F.mse_loss(input, target, None, None, reduction, weight)  # type: ignore[call-arg]
     except (AttributeError, RuntimeError, TypeError, ValueError):
         checks.mse_loss(input, target, weight, reduction)
         raise
@@ -143,9 +147,10 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         RuntimeError: ``inplace``, and the input is a leaf that requires grad, or overlaps itself.
         TypeError: ``input`` is no tensor.
     """
-    if reason_for_torch("relu", input) is None and not (
-        inplace and _activation.better_in_torch(input)
-    ):
+    reason = reason_for_torch("relu", input)
+    if reason is SMALL:
+        return torch.relu_(input) if inplace else torch.relu(input)
+    if reason is None and not (inplace and _activation.better_in_torch(input)):
         return _activation.fused(_activation.RELU, input, inplace)
     try:
         return F.relu(input, inplace=inplace)

@@ -44,6 +44,13 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     },
 }
 
+# Most calls with small tensors need not look further. A call without elements is one of them.
+_ALWAYS_BELOW = {
+    op: min(below for rows in dtypes.values() for _, below in rows)
+    for op, dtypes in ATEN_BELOW.items()
+}
+
+SMALL = "ATen is faster at this size"
 _PLAIN = (Tensor, Parameter)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 
@@ -58,7 +65,7 @@ def reason_for_torch(
     if type(input) not in _PLAIN:
         return f"input is a {type(input).__name__}"
     if aten_is_faster(op, input):
-        return "ATen is faster at this size"
+        return SMALL
     return (
         _active_mode()
         or _unsupported("input", input)
@@ -73,7 +80,7 @@ def reason_for_torch(
 def aten_is_faster(op: str, input: Tensor) -> bool:
     """Whether ``ATEN_BELOW`` gives a call of this size to ATen; one without elements always is."""
     elements = input.numel()
-    if elements == 0:
+    if elements < _ALWAYS_BELOW[op]:
         return True
     classes = input.shape[min(1, input.dim() - 1)] if input.dim() else 1
     for most, below in ATEN_BELOW[op].get(input.dtype, ()):
