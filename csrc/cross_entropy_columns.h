@@ -36,7 +36,13 @@ template <class T> class Columns {
       spike[b] = hit[b] < 0 ? 0 : ce.spike(first + b);
     }
     find_normalizer();
-    ce.dense() ? find_dense_loss() : find_sparse_loss();
+    if (ce.dense()) {
+      find_dense_loss(false);
+      // An infinite weight times no distance is NaN, times their sum it is not.
+      if (std::any_of(loss, loss + n, [](double l) { return std::isnan(l); })) find_dense_loss(true);
+    } else {
+      find_sparse_loss();
+    }
     if (ce.grad_logits.data) write_gradient();
     if (ce.grad_probabilities.data) write_probability_gradient();
     for (int64_t b = 0; any_ignored && b < n; ++b) {
@@ -171,7 +177,10 @@ template <class T> class Columns {
     }
   }
 
-  void find_dense_loss() {
+  // sum_c q_c (lse - x_c); with log_sum outside of the sum, or shifted into it.
+  void find_dense_loss(bool shifted) {
+    alignas(kVectorBytes) A shift[kColumns];
+    for (int64_t b = 0; b < kColumns; ++b) shift[b] = shifted ? A(log_sum[b]) : A(0);
     std::fill_n(loss, kColumns, 0.0);
     std::fill_n(mass, kColumns, 0.0);
     for_tiles([&](int64_t c, int64_t k) {
@@ -180,7 +189,7 @@ template <class T> class Columns {
         alignas(kVectorBytes) A part[kColumns] = {}, aimed[kColumns] = {};
         for (int64_t i = begin; i < end; ++i) {
           for (int64_t b = 0; b < kColumns; ++b) {
-            part[b] += q[i][b] * (max[b] - x[i][b]);
+            part[b] += q[i][b] * ((max[b] - x[i][b]) + shift[b]);
             aimed[b] += q[i][b];
           }
         }
@@ -192,8 +201,9 @@ template <class T> class Columns {
     });
     for (int64_t b = 0; b < kColumns; ++b) {
       mass[b] = ce.target ? ce.uniform_mass + spike[b] : ce.level() * mass[b];
-      loss[b] = ce.level() * loss[b] + mass[b] * log_sum[b];
-      if (ce.target) loss[b] += spike[b] * double(max[b] - hit_logit[b]);
+      loss[b] *= ce.level();
+      if (!shifted) loss[b] += mass[b] * log_sum[b];
+      if (ce.target) loss[b] += spike[b] * (double(max[b] - hit_logit[b]) + double(shift[b]));
     }
   }
 

@@ -28,7 +28,14 @@ template <class T> class Row {
       return 0;
     }
     find_normalizer();
-    const double loss = ce.dense() ? dense_loss() : sparse_loss();
+    double loss;
+    if (ce.dense()) {
+      loss = dense_loss(0);
+      if (std::isnan(loss)) loss = dense_loss(log_sum);  // an infinite weight times no distance
+    } else {
+      mass = ce.spike(position);
+      loss = spike_loss(log_sum);
+    }
     if (ce.grad_logits.data) write_gradient();
     if (ce.grad_probabilities.data) write_probability_gradient();
     return loss;
@@ -112,26 +119,24 @@ template <class T> class Row {
     }
   }
 
-  double spike_loss() {
-    return ce.spike(position) * double(max - widen(logits[ce.target[position]]));
-  }
-
-  double sparse_loss() {
-    mass = ce.spike(position);
-    return spike_loss() + mass * log_sum;
-  }
-
-  double dense_loss() {
+  // sum_c q_c (lse - x_c), with shift + rest = log_sum: a shift of 0 takes log_sum out of the sum.
+  double dense_loss(double shift) {
     Sum loss, aimed;
-    const A high = max;
+    const A high = max, low = A(shift);
     for_chunks([&](int64_t first, auto* x, int64_t padded) {
       load_aim(first, padded);
       const int64_t n = std::min(padded, ce.classes - first);  // 0 * inf is no part of the loss
-      add_terms<A>(loss, n, [=](int64_t i) { return q[i] * (high - widen(x[i])); });
+      add_terms<A>(loss, n, [=](int64_t i) { return q[i] * ((high - widen(x[i])) + low); });
       if (!ce.target) add_terms<A>(aimed, n, [=](int64_t i) { return q[i]; });
     });
     mass = ce.target ? ce.uniform_mass + ce.spike(position) : ce.level() * aimed.value();
-    return ce.level() * loss.value() + (ce.target ? spike_loss() : 0) + mass * log_sum;
+    const double rest = shift == 0 ? mass * log_sum : 0;
+    return ce.level() * loss.value() + (ce.target ? spike_loss(shift) : 0) + rest;
+  }
+
+  double spike_loss(double shift) const {
+    const A logit = widen(logits[ce.target[position]]);
+    return ce.spike(position) * (double(max - logit) + shift);
   }
 
   // exp(x - pivot) factor, less q level where Dense. Inlined, this loop is one that GCC 12 leaves scalar

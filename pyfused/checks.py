@@ -68,18 +68,20 @@ def cross_entropy(
 
 def _class_index_target(input: Tensor, target: Tensor) -> None:
     expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
-    lone = input.dim() == 1 and target.shape == (1,) != input.shape  # as good as a scalar
-    if target.shape not in (expected, input.shape) and not lone:
-        batch = (*expected[:1], 1)[0], (*target.shape[:1], 1)[0]
-        raise (ValueError if batch[0] != batch[1] else RuntimeError)(
+    lone = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
+    if target.shape == input.shape or (
+        target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or lone)
+    ):
+        raise RuntimeError(
+            "target: expected class indices of dtype torch.int64 or torch.uint8 and shape "
+            f"{tuple(expected)}, or class probabilities of a floating dtype and the input's shape "
+            f"{tuple(input.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if target.shape != expected and not lone:
+        batches = (*expected[:1], 1)[0], (*target.shape[:1], 1)[0]
+        raise (ValueError if batches[0] != batches[1] else RuntimeError)(
             f"target: expected class indices of shape {tuple(expected)} or class probabilities of "
             f"the input's shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
-        )
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(
-            "target: expected class indices of dtype torch.int64 or torch.uint8, or class "
-            f"probabilities of the input's shape {tuple(input.shape)}, got {target.dtype} of shape "
-            f"{tuple(target.shape)}"
         )
 
 
