@@ -130,7 +130,7 @@ class Errors:
         error = np.abs(ours - exact)[fits] / unit
         torchs_error = np.abs(theirs - exact)[fits] / unit
         # torch gives NaN for more than 65504 smoothed classes in float16: that excuses nothing.
-        self.torchs[result] = max(self.torchs[result], np.nan_to_num(torchs_error).max())
+        self.torchs[result] = max(self.torchs[result], np.nan_to_num(torchs_error, posinf=0).max())
         if not error.max() <= self.ours[result]:  # a NaN is the worst of all
             worst = int(np.argmax(error))
             self.ours[result] = float(error[worst])
