@@ -22,18 +22,24 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float32: (
             (15, 1 << 12),
             (24, 1 << 16),
-            (64, 1 << 19),
-            (511, 1 << 18),
-            (_ANY, 1 << 16),
+            (64, 1 << 20),
+            (511, 1 << 19),
+            (_ANY, 1 << 17),
         ),
-        torch.float64: ((24, 1 << 13), (127, 1 << 16), (511, 1 << 17), (_ANY, 1 << 16)),
-        torch.bfloat16: ((24, 1 << 12), (127, 1 << 22), (511, 1 << 19), (_ANY, 1 << 17)),
+        torch.float64: ((24, 1 << 13), (_ANY, 1 << 17)),
+        torch.bfloat16: ((24, 1 << 12), (127, 1 << 22), (511, 1 << 20), (_ANY, 1 << 18)),
         torch.float16: ((24, 1 << 13), (_ANY, 1 << 23)),
     },
+    "cross_entropy_kdim": {  # (N, C, d1, ..., dk), for which ATen has vectors along the positions too
+        torch.float32: ((4, 1 << 22), (_ANY, 1 << 18)),
+        torch.float64: ((4, 1 << 21), (_ANY, 1 << 17)),
+        torch.bfloat16: ((_ANY, 1 << 17),),
+        torch.float16: ((_ANY, 1 << 17),),
+    },
     "mse_loss": {
-        torch.float32: ((_ANY, 1 << 16),),
-        torch.float64: ((_ANY, 1 << 15),),
-        torch.bfloat16: ((_ANY, 1 << 14),),
+        torch.float32: ((_ANY, 1 << 17),),
+        torch.float64: ((_ANY, 1 << 16),),
+        torch.bfloat16: ((_ANY, 1 << 15),),
         torch.float16: ((_ANY, 1 << 18),),
     },
     "relu": {
@@ -82,6 +88,8 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
     elements = input.numel()
     if elements < _ALWAYS_BELOW[op]:
         return True
+    if op == "cross_entropy" and input.dim() > 2:
+        op = "cross_entropy_kdim"
     classes = input.shape[min(1, input.dim() - 1)] if input.dim() else 1
     for most, below in ATEN_BELOW[op].get(input.dtype, ()):
         if classes <= most:
