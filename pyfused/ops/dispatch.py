@@ -30,7 +30,8 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((24, 1 << 12), (127, 1 << 22), (511, 1 << 20), (_ANY, 1 << 18)),
         torch.float16: ((24, 1 << 13), (_ANY, 1 << 23)),
     },
-    "cross_entropy_kdim": {  # (N, C, d1, ..., dk), for which ATen has vectors along the positions too
+    # (N, C, d1, ..., dk): ATen, too, has vectors along the positions there.
+    "cross_entropy_kdim": {
         torch.float32: ((4, 1 << 22), (_ANY, 1 << 18)),
         torch.float64: ((4, 1 << 21), (_ANY, 1 << 17)),
         torch.bfloat16: ((_ANY, 1 << 17),),
