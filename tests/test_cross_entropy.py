@@ -196,6 +196,23 @@ def test_special_values_come_out_as_torchs(
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, target[None], **options)
 
 
+@pytest.mark.parametrize("classes", [5, 130, 1025, 3000], ids="C{}".format)
+@pytest.mark.parametrize("order", ["ascending", "descending", "peak"])
+def test_the_largest_logit_may_come_anywhere(classes: int, order: str, target_kind: str) -> None:
+    """A sum that was begun against a smaller maximum has to be brought to the larger one."""
+    row = torch.linspace(-3, 3, classes)
+    row = {"ascending": row, "descending": -row, "peak": 9 * (row.abs() < 0.01) - row.abs()}[order]
+    logits = torch.stack([row, 20 * row, -row]).requires_grad_()
+    target = torch.tensor([0, classes // 2, classes - 1])
+    if target_kind == "probabilities":
+        target = torch.rand(3, classes).softmax(1)
+    assert_matches_torch(cross_entropy, F.cross_entropy, logits, target)
+    assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, label_smoothing=0.1)
+    outside = logits.detach().T[None].contiguous().requires_grad_()
+    target = target[None] if target_kind == "index" else target.T[None]
+    assert_matches_torch(cross_entropy, F.cross_entropy, outside, target)
+
+
 @pytest.mark.parametrize("row", SPECIAL_ROWS.values(), ids=SPECIAL_ROWS.keys())
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["", "smoothing"])
 def test_special_values_with_smoothing_weights_and_probabilities(
