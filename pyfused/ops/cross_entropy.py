@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import CrossEntropyOptions, Want, cpu
-from pyfused.ops.gradients import autocast_dtype, differentiate, first_order, gradients_ahead, scale
+from pyfused.ops.gradients import (
+    Gradients,
+    autocast_dtype,
+    backward,
+    differentiate,
+    gradients_ahead,
+)
 
 
 def fused(
@@ -58,20 +64,17 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if first_order(grad_output) and ctx.gradients is not None:
-            gradients, ctx.gradients = ctx.gradients, None
-            scale(gradients, grad_output)
-        elif first_order(grad_output):
-            input, target, weight = ctx.saved_tensors
-            want = Want(False, *ctx.needs_input_grad[:2])
-            _, gradients = cpu.cross_entropy(input, target, weight, ctx.options, want, grad_output)
-        else:
-            gradients = _differentiable_gradients(ctx, grad_output)
-        return *gradients, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        return *backward(ctx, grad_output, _kernel, _definition), None, None
 
 
-def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
+    want = Want(False, *ctx.needs_input_grad[:2])
+    input, target, weight = ctx.saved_tensors
+    return cpu.cross_entropy(input, target, weight, ctx.options, want, grad_output)[1]
+
+
+def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     input, target, weight = ctx.saved_tensors
     dtype = grad_output.dtype
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +38,27 @@ def first_order(grad_output: Tensor) -> bool:
     )
 
 
-def scale(gradients: Sequence[Tensor | None], grad_output: Tensor) -> None:
-    """Multiplies gradients that nobody else holds by a scalar upstream gradient."""
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[[Any, Tensor], Gradients]
+
+
+def backward(ctx: Any, grad_output: Tensor, kernel: Backward, definition: Backward) -> Gradients:
+    """A loss's gradients: those computed ahead, the kernel's, or those of torch's definition.
+
+    Gradients computed ahead are handed over, so that nobody else holds them, and are gone for a
+    second backward pass.
+    """
+    if not first_order(grad_output):
+        return definition(ctx, grad_output)
+    if ctx.gradients is None:
+        return kernel(ctx, grad_output)
+    gradients: Gradients = ctx.gradients
+    ctx.gradients = None
     factor = grad_output.item()
     for gradient in gradients:
         if gradient is not None and factor != 1.0:
             cpu.scale_(gradient, factor)
+    return gradients
 
 
 def differentiate(
@@ -50,7 +66,7 @@ def differentiate(
     inputs: Sequence[Tensor],
     wanted: Sequence[bool],
     grad_output: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> Gradients:
     """The gradients of torch's own definition, themselves differentiable; None where not wanted."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

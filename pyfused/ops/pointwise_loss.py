@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused.backends import Want, cpu
-from pyfused.ops.gradients import autocast_dtype, differentiate, first_order, gradients_ahead, scale
+from pyfused.ops.gradients import (
+    Gradients,
+    autocast_dtype,
+    backward,
+    differentiate,
+    gradients_ahead,
+)
 
 
 class Formula(NamedTuple):
@@ -77,30 +83,19 @@ class PointwiseLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if first_order(grad_output) and ctx.gradients is not None:
-            gradients, ctx.gradients = ctx.gradients, None
-            scale(gradients, grad_output)
-        elif first_order(grad_output):
-            input, target, weight = ctx.saved_tensors
-            want = Want(False, *ctx.needs_input_grad[1:3])
-            upstream = grad_output.expand_as(input)
-            _, gradients = cpu.pointwise_loss(
-                ctx.formula.kernel,
-                input,
-                target,
-                weight,
-                ctx.reduction,
-                ctx.denominator,
-                want,
-                upstream,
-            )
-        else:
-            gradients = _differentiable_gradients(ctx, grad_output)
-        return None, *gradients, None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        return None, *backward(ctx, grad_output, _kernel, _definition), None, None, None
 
 
-def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
+    want = Want(False, *ctx.needs_input_grad[1:3])
+    input, target, weight = ctx.saved_tensors
+    options = weight, ctx.reduction, ctx.denominator
+    upstream = grad_output.expand_as(input)
+    return cpu.pointwise_loss(ctx.formula.kernel, input, target, *options, want, upstream)[1]
+
+
+def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     input, target, weight = ctx.saved_tensors
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
