@@ -26,8 +26,10 @@ demo-quick: $(BUILD) ## the same, cut to less than a minute
 test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-bench: $(BUILD) ## time torch and pyfused side by side (PYTEST_ARGS as above)
-	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+bench: $(BUILD) ## time torch and pyfused side by side, and write benchmarks/results/
+	@mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-json .benchmarks/bench.json $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/report.py .benchmarks/bench.json --readme README.md
 
 lint: $(ENVIRONMENT) ## check style, format and types
 	$(BIN)/ruff check
