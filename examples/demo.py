@@ -197,12 +197,15 @@ def tabulate(jobs: list[Job]) -> Table:
     return table
 
 
-def draw_curves(axes: Axes, job: Job, loss: str) -> None:
+def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
+    """Draw the mean of each window of steps."""
     # A broad line under a thin one: where they agree, both are seen.
     for (name, losses), width in zip(job.losses.items(), (5, 1.2), strict=True):
-        steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=COLOURS[name], linewidth=width, label=name)
-    axes.set(title=f"{job.title}, training loss", xlabel="step", ylabel=loss)
+        steps = range(window, len(losses) + 1, window)
+        means = [statistics.fmean(losses[step - window : step]) for step in steps]
+        axes.plot(steps, means, color=COLOURS[name], linewidth=width, label=name)
+    xlabel = "step" if window == 1 else f"step (means of {window})"
+    axes.set(title=f"{job.title}, training loss", xlabel=xlabel, ylabel=loss)
 
 
 def draw_bars(axes: Axes, groups: dict[str, dict[str, list[float]]], form: str) -> None:
@@ -249,7 +252,7 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
             markeredgecolor="black",
             label=f"{name}, held-out loss",
         )
-    draw_curves(panels["digits"], digits_job, "cross-entropy (nats per image)")
+    draw_curves(panels["digits"], digits_job, "cross-entropy (nats per image)", window=20)
     panels["digits"].set_yscale("log")
     draw_curves(panels["diabetes"], diabetes_job, "mean squared error (target variances)")
 
@@ -293,7 +296,7 @@ def main() -> None:
             train_diabetes(regression.STEPS, p),
             train_sum(regression.STEPS, p),
         ]
-        gpt_job, gpt_steps = train_gpt(40 if arguments.quick else gpt.STEPS, p)
+        gpt_job, gpt_steps = train_gpt(30 if arguments.quick else gpt.STEPS, p)
         jobs.append(gpt_job)
 
     console.print(tabulate(jobs))
