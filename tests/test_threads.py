@@ -111,7 +111,7 @@ def test_the_gil_is_released_within(kernel: str, monkeypatch: pytest.MonkeyPatch
         sys.setswitchinterval(1000.0)
         try:
             start.set()
-            for _ in range(500):
+            for _ in range(50):
                 result = run(*args, **kwargs)
                 if progress:
                     break
