@@ -7,8 +7,8 @@ than memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,10 +24,13 @@ WRAP = 2**31
 
 
 def available_gib() -> float:
+    """Memory that can be had without swapping, caches included; 0 where that is unknown."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, ValueError, OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
         return 0.0
+    fields = dict(line.split(":") for line in lines)
+    return int(fields["MemAvailable"].split()[0]) / 2**20
 
 
 def needs_gib(amount: float) -> pytest.MarkDecorator:
@@ -170,5 +173,3 @@ def test_mse_loss_sum() -> None:
     zeros = unwritten(WRAP + 1024)
     zeros[-1] = 3.0
     assert mse_loss(x, zeros).item() == pytest.approx(1.0)
-    got = mse_loss(x.float()[:1].expand(WRAP + 1024), torch.zeros(1).expand(WRAP + 1024))
-    assert got.item() == pytest.approx(1.0)
