@@ -21,7 +21,7 @@ COMMON = {
 OPENMP = {"unix": "-fopenmp", "msvc": "/openmp"}
 
 # Feature by feature: GCC before 11 and Clang before 12 do not know -march=x86-64-v3. These are the
-# features that `runs_here` in bindings.cpp asks the CPU for, and F16C, which is older than AVX2.
+# features that `runs_here` in bindings.cpp asks the CPU for.
 V2 = "-msse4.2 -mpopcnt"
 V3 = f"{V2} -mavx2 -mfma -mf16c -mbmi -mbmi2"
 V4 = f"{V3} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512"

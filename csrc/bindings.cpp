@@ -6,6 +6,10 @@
 #include <array>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include "activation.h"
 #include "cross_entropy.h"
 #include "memory.h"
@@ -113,8 +117,10 @@ void run_scale(int dtype, int64_t n, int64_t data, double factor, int threads) {
 bool runs_here([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (isa == "x86-64-v2") return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  unsigned eax, ebx, ecx = 0, edx;  // F16C has no name in older compilers
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && (ecx & bit_F16C);
   if (isa == "x86-64-v3") return v3;
   if (isa == "x86-64-v4") {
     return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

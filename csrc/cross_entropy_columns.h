@@ -152,10 +152,7 @@ template <class T> class Columns {
         for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
       });
     });
-    for (int64_t b = 0; b < kColumns; ++b) {
-      sum[b] = max[b] == lowest ? std::numeric_limits<double>::quiet_NaN() : sum[b];
-      log_sum[b] = log_positive(sum[b]);
-    }
+    for (int64_t b = 0; b < kColumns; ++b) log_sum[b] = log_positive(sum[b]);
   }
 
   // q / level of a tile, but for the spike.

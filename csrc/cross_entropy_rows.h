@@ -99,7 +99,6 @@ template <class T> class Row {
       }
       sum += part;
     });
-    if (max == kLowest) sum = std::numeric_limits<double>::quiet_NaN();
     log_sum = std::log(sum);
   }
 
