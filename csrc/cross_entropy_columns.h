@@ -43,8 +43,8 @@ template <class T> class Columns {
     } else {
       find_sparse_loss();
     }
-    if (ce.grad_logits.data) write_gradient();
     if (ce.grad_probabilities.data) write_probability_gradient();
+    if (ce.grad_logits.data) write_gradient();
     for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
     }
@@ -69,6 +69,7 @@ template <class T> class Columns {
   alignas(kVectorBytes) A hit_logit[kColumns];
   alignas(kVectorBytes) Tile x;
   alignas(kVectorBytes) Tile q;
+  alignas(kVectorBytes) Tile e;  // exp(x - max)
 
   template <class U> bool side_by_side(const View<U>& view) const {
     return view.inner == 1 && first % ce.inner + n <= ce.inner;
@@ -147,7 +148,10 @@ template <class T> class Columns {
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns] = {};
         for (int64_t i = begin; i < end; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) part[b] += exp_nonpositive(x[i][b] - pivot[b]);
+          for (int64_t b = 0; b < kColumns; ++b) {
+            e[i][b] = exp_nonpositive(x[i][b] - pivot[b]);
+            part[b] += e[i][b];
+          }
         }
         for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
       });
@@ -221,24 +225,26 @@ template <class T> class Columns {
     }
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_aim(c, k);
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) {
-          x[i][b] = exp_nonpositive(x[i][b] - max[b]) * factor[b];
+      if (ce.classes > kColumnClasses) {
+        for (int64_t i = 0; i < k; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) e[i][b] = exp_nonpositive(x[i][b] - max[b]);
         }
       }
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t b = 0; b < kColumns; ++b) e[i][b] *= factor[b];
+      }
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) x[i][b] -= q[i][b] * level[b];
+        for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= q[i][b] * level[b];
       }
       for_hits(c, k, [&](int64_t i, int64_t b) {
-        x[i][b] = A((at_hit[b] - ce.hit_aim(first + b)) * scale[b]);
+        e[i][b] = A((at_hit[b] - ce.hit_aim(first + b)) * scale[b]);
       });
       for (int64_t b = 0; any_ignored && b < n; ++b) {
         if (!ce.ignored(first + b)) continue;
-        for (int64_t i = 0; i < k; ++i) x[i][b] = 0;
+        for (int64_t i = 0; i < k; ++i) e[i][b] = 0;
       }
-      store_tile(x, ce.grad_logits, c, k);
+      store_tile(e, ce.grad_logits, c, k);
     });
-    loaded = false;
   }
 
   void write_probability_gradient() {

@@ -74,11 +74,16 @@ template <class T> struct CrossEntropy {
 template <class T> struct Scaled : CrossEntropy<T> {
   double uniform_mass;  // uniform * sum_c weight_c
   double denominator;
-  bool streams;  // gradients too large to stay in cache are written past it
+  double common;  // the scale of all positions; a division for each costs as much as an exponential
+  bool streams;   // gradients too large to stay in cache are written past it
+
+  Scaled(const CrossEntropy<T>& ce, double uniform_mass, double denominator, bool streams)
+      : CrossEntropy<T>(ce), uniform_mass(uniform_mass), denominator(denominator),
+        common((ce.upstream ? double(*ce.upstream) : 1) / denominator), streams(streams) {}
+
   double scale(int64_t position) const {
-    if (!this->upstream) return 1 / denominator;
-    const bool each = this->reduction == Reduction::none;
-    return double(this->upstream[each ? position : 0]) / denominator;
+    const bool each = this->upstream && this->reduction == Reduction::none;
+    return each ? double(this->upstream[position]) / denominator : common;
   }
 };
 

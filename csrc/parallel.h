@@ -81,6 +81,7 @@ template <class T> double total(const double* parts, int64_t n) {
     return sum.value();
   } else {
     double sum = 0;
+    PYFUSED_SIMD(reduction(+ : sum))
     for (int64_t i = 0; i < n; ++i) sum += parts[i];
     return sum;
   }
