@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 
 class Want(NamedTuple):
@@ -19,3 +21,38 @@ class CrossEntropyOptions(NamedTuple):
     ignore_index: int
     reduction: str
     label_smoothing: float
+
+
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+class Backend(Protocol):
+    """The functions of a module of this package. `cpu.py` says what they take and return."""
+
+    def cross_entropy(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: CrossEntropyOptions,
+        want: Want,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]: ...
+
+    def pointwise_loss(
+        self,
+        formula: str,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: str,
+        denominator: float | Tensor,
+        want: Want,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]: ...
+
+    def activation(self, formula: str, input: Tensor, *, inplace: bool = False) -> Tensor: ...
+
+    def activation_backward(self, formula: str, grad_output: Tensor, output: Tensor) -> Tensor: ...
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> None: ...

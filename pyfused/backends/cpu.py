@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Want
+from pyfused.backends import CrossEntropyOptions, Gradients, Want
+from pyfused.backends.layout import (
+    accumulate_dtype,
+    dense,
+    empty_viewed,
+    is_dense,
+    loss_shape,
+    positions,
+    viewed,
+)
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)
@@ -63,61 +72,12 @@ native = load(capability)
 # ---- tensors as the kernels see them -------------------------------------------------------------
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0)
-
-
-def _strides(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Strides of (N, C, d1, ..., dk) as outer and inner positions and classes, None if none fit."""
-    stride = tensor.stride()
-    if tensor.dim() == 1:
-        return 0, 0, stride[0]
-    if tensor.dim() == 2:
-        return 0, stride[0], stride[1]
-    inner, size = 0, 1
-    for length, step in zip(reversed(tensor.shape[2:]), reversed(stride[2:]), strict=True):
-        if length == 1:
-            continue
-        if size == 1:
-            inner = step
-        elif step != inner * size:
-            return None
-        size *= length
-    return stride[0], inner, stride[1]
-
-
-def _viewed(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """The tensor, copied once if its strides do not fit a view, and its view."""
-    strides = _strides(tensor)
-    if strides is None:
-        tensor = tensor.contiguous()
-        strides = _strides(tensor)
-        assert strides is not None
-    return tensor, (tensor.data_ptr(), *strides)
-
-
-def _empty_viewed(like: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """A new tensor laid out as ``like`` where that fits a view, and its view."""
-    empty = torch.empty_like(like)
-    if _strides(empty) is None:
-        empty = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return _viewed(empty)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if is_dense(tensor) else tensor.contiguous()
 
 
 def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -131,9 +91,6 @@ def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-
-
-Gradients = tuple[Tensor | None, Tensor | None]
 
 
 def cross_entropy(
@@ -158,17 +115,14 @@ def cross_entropy(
     Raises:
         IndexError: A class index is out of range. Nothing has been computed then.
     """
-    accumulate = _accumulate_dtype(input.dtype)
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    outer = input.shape[0] if input.dim() > 2 else 1
-    inner = input.numel() // (outer * classes)
-
-    logits, logits_view = _viewed(input)
+    accumulate = accumulate_dtype(input.dtype)
+    logits, logits_strides = viewed(input)
     indices, probabilities_view = None, _NO_VIEW
     if target.dtype is torch.int64:
         indices = target.contiguous()
     else:
-        target, probabilities_view = _viewed(target)
+        target, strides = viewed(target)
+        probabilities_view = (target.data_ptr(), *strides)
     if weight is not None:
         weight = weight.to(accumulate).contiguous()
     if grad_output is not None:
@@ -177,16 +131,17 @@ def cross_entropy(
     loss = grad_input = grad_target = None
     grad_input_view = grad_target_view = _NO_VIEW
     if want.loss:
-        rows = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
-        loss = torch.empty(rows if options.reduction == "none" else (), dtype=accumulate)
+        loss = torch.empty(loss_shape(input, options.reduction), dtype=accumulate)
     if want.grad_input:
-        grad_input, grad_input_view = _empty_viewed(logits)
+        grad_input, strides = empty_viewed(logits)
+        grad_input_view = (grad_input.data_ptr(), *strides)
     if want.grad_target:
-        grad_target, grad_target_view = _empty_viewed(target)
+        grad_target, strides = empty_viewed(target)
+        grad_target_view = (grad_target.data_ptr(), *strides)
     out_of_range = native.cross_entropy(
         DTYPES[input.dtype],
-        (outer, inner, classes),
-        logits_view,
+        positions(input),
+        (logits.data_ptr(), *logits_strides),
         _address(indices),
         probabilities_view,
         _address(weight),
@@ -210,7 +165,7 @@ def pointwise_loss(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    denominator: float,
+    denominator: float | Tensor,
     want: Want,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
@@ -225,7 +180,7 @@ def pointwise_loss(
     Returns:
         The loss is one per element in the input's dtype, or one sum in the accumulation dtype.
     """
-    order = target if is_dense(target) and not is_dense(input) else _dense(input)
+    order = target if is_dense(target) and not is_dense(input) else dense(input)
     input, input_operand = _operand(input, order)
     target, target_operand = _operand(target, order)
     weight_operand = upstream = _NO_OPERAND
@@ -237,7 +192,7 @@ def pointwise_loss(
     if want.loss and reduction == "none":
         each = torch.empty_like(order)
     elif want.loss:
-        reduced = torch.empty((), dtype=_accumulate_dtype(input.dtype))
+        reduced = torch.empty((), dtype=accumulate_dtype(input.dtype))
     grad_input = torch.empty_like(order) if want.grad_input else None
     grad_target = torch.empty_like(order) if want.grad_target else None
     getattr(native, formula)(
@@ -246,7 +201,7 @@ def pointwise_loss(
         input_operand,
         target_operand,
         weight_operand,
-        denominator,
+        float(denominator),
         upstream,
         _address(each),
         _address(reduced),
@@ -259,7 +214,7 @@ def pointwise_loss(
 
 def activation(formula: str, input: Tensor, *, inplace: bool = False) -> Tensor:
     """``formula`` of each element, in the input's layout; ``inplace`` needs a dense input."""
-    input = _dense(input)
+    input = dense(input)
     output = input if inplace else torch.empty_like(input)
     getattr(native, formula)(
         DTYPES[input.dtype],
@@ -286,8 +241,9 @@ def activation_backward(formula: str, grad_output: Tensor, output: Tensor) -> Te
     return grad_input
 
 
-def scale_(tensor: Tensor, factor: float) -> None:
-    """Multiplies a dense tensor in place."""
-    native.scale(
-        DTYPES[tensor.dtype], tensor.numel(), tensor.data_ptr(), factor, torch.get_num_threads()
-    )
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiplies a dense tensor in place by a tensor of one element."""
+    if (number := factor.item()) != 1.0:
+        native.scale(
+            DTYPES[tensor.dtype], tensor.numel(), tensor.data_ptr(), number, torch.get_num_threads()
+        )

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfused.backends import cpu
+from pyfused.backends import Backend
+from pyfused.backends.layout import is_dense
+from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import first_order
 
 
@@ -31,26 +33,30 @@ def better_in_torch(input: Tensor) -> bool:
     memory for a kernel to save unless a gradient follows.
     """
     wants_grad = torch.is_grad_enabled() and input.requires_grad
-    return not wants_grad or input.is_leaf or input._is_view() or not cpu.is_dense(input)
+    return not wants_grad or input.is_leaf or input._is_view() or not is_dense(input)
 
 
 def fused(formula: Formula, input: Tensor, inplace: bool) -> Tensor:
     """The activation of a tensor that the kernels take."""
+    backend = backend_of(input)
     if torch.is_grad_enabled() and input.requires_grad:
-        output: Tensor = Activation.apply(formula, input, inplace)
-        return output
-    return cpu.activation(formula.kernel, input)
+        output: Tensor = Activation.apply(backend, formula, input, inplace)
+    else:
+        output = backend.activation(formula.kernel, input)
+    return output
 
 
 class Activation(torch.autograd.Function):
     """Saves the output alone, so that the input's memory can go or be the output's."""
 
     @staticmethod
-    def forward(ctx: Any, formula: Formula, input: Tensor, inplace: bool) -> Tensor:
-        output = cpu.activation(formula.kernel, input, inplace=inplace)
+    def forward(
+        ctx: Any, backend: Backend, formula: Formula, input: Tensor, inplace: bool
+    ) -> Tensor:
+        output: Tensor = backend.activation(formula.kernel, input, inplace=inplace)
         if inplace:
             ctx.mark_dirty(input)
-        ctx.formula = formula
+        ctx.backend, ctx.formula = backend, formula
         ctx.save_for_backward(output)
         return output
 
@@ -58,5 +64,7 @@ class Activation(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (output,) = ctx.saved_tensors
         if not first_order(grad_output):
-            return None, ctx.formula.gradient(grad_output, output), None
-        return None, cpu.activation_backward(ctx.formula.kernel, grad_output, output), None
+            gradient = ctx.formula.gradient(grad_output, output)
+        else:
+            gradient = ctx.backend.activation_backward(ctx.formula.kernel, grad_output, output)
+        return None, None, gradient, None

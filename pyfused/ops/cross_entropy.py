@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Want, cpu
+from pyfused.backends import Backend, CrossEntropyOptions, Want
+from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import (
     Gradients,
     autocast_dtype,
@@ -32,12 +33,13 @@ def fused(
     else:
         target = target.to(torch.int64)
         target = target.reshape(()) if input.dim() == 1 else target
+    backend = backend_of(input)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss: Tensor | None = CrossEntropy.apply(input, target, weight, options)
+        loss: Tensor | None = CrossEntropy.apply(backend, input, target, weight, options)
     else:
-        loss, _ = cpu.cross_entropy(input, target, weight, options, Want())
+        loss, _ = backend.cross_entropy(input, target, weight, options, Want())
     assert loss is not None
-    return loss.to(autocast_dtype(input.dtype))
+    return loss.to(autocast_dtype(input.dtype, input.device))
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -50,28 +52,32 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: Backend,
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
         options: CrossEntropyOptions,
     ) -> Tensor | None:
-        ctx.options = options
+        ctx.backend, ctx.options = backend, options
         ctx.save_for_backward(input, target, weight)
         now = gradients_ahead(options.reduction, input)
-        want = Want(True, now and ctx.needs_input_grad[0], now and ctx.needs_input_grad[1])
-        loss, gradients = cpu.cross_entropy(input, target, weight, options, want)
+        want = Want(True, now and ctx.needs_input_grad[1], now and ctx.needs_input_grad[2])
+        loss, gradients = backend.cross_entropy(input, target, weight, options, want)
         ctx.gradients = gradients if now else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        return *backward(ctx, grad_output, _kernel, _definition), None, None
+        return None, *backward(ctx, grad_output, _kernel, _definition), None, None
 
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    want = Want(False, *ctx.needs_input_grad[:2])
+    want = Want(False, *ctx.needs_input_grad[1:3])
     input, target, weight = ctx.saved_tensors
-    return cpu.cross_entropy(input, target, weight, ctx.options, want, grad_output)[1]
+    found: tuple[Tensor | None, Gradients] = ctx.backend.cross_entropy(
+        input, target, weight, ctx.options, want, grad_output
+    )
+    return found[1]
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -86,4 +92,4 @@ def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
             **ctx.options._asdict(),
         )
 
-    return differentiate(definition, (input, target), ctx.needs_input_grad[:2], grad_output)
+    return differentiate(definition, (input, target), ctx.needs_input_grad[1:3], grad_output)

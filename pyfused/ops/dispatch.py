@@ -1,15 +1,27 @@
-"""Which calls the fused kernels take, and which are torch's own."""
+"""Which calls the fused kernels take, on which backend, and which are torch's own.
+
+CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environment variable
+``PYFUSED_BACKEND`` names one of them for all: ``cpu``, ``triton`` (on CPU tensors too, where
+``TRITON_INTERPRET=1``) or ``torch``, at any size. What no kernel takes stays torch's.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from functools import cache
+from importlib import util
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from pyfused.backends import cpu
+from pyfused.backends import Backend, cpu
+
+FORCED = os.environ.get("PYFUSED_BACKEND") or None
+if FORCED not in (None, "cpu", "triton", "torch"):
+    raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
 
 # Sizes at which ATen's operator is the faster one: rows of (classes up to, elements below). Small
 # calls cost more than their work, an autograd.Function alone as much as all of ATen's. Between 16
@@ -51,6 +63,10 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     },
 }
 
+# The same for GPUs, in elements. Not measured yet: a launch from Python takes some 10 us, and so
+# does an autograd.Function; in that time a GPU gets through about this much.
+ATEN_BELOW_ON_GPU = {"cross_entropy": 1 << 16, "mse_loss": 1 << 20, "relu": 1 << 22}
+
 # Most calls with small tensors need not look further. A call without elements is one of them.
 _ALWAYS_BELOW = {
     op: min(below for rows in dtypes.values() for _, below in rows)
@@ -67,7 +83,10 @@ def reason_for_torch(
 ) -> str | None:
     """Why torch's own operator takes a call, None where a fused kernel does.
 
-    Fused is first-order reverse mode on plain dense CPU tensors of the kernels' dtypes.
+    Fused is first-order reverse mode on plain dense CPU and GPU tensors of the kernels' dtypes.
+
+    Raises:
+        RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
     if type(input) not in _PLAIN:
         return f"input is a {type(input).__name__}"
@@ -75,9 +94,9 @@ def reason_for_torch(
         return SMALL
     return (
         _active_mode()
-        or _unsupported("input", input)
-        or (target is not None and _unsupported("target", target, op == "cross_entropy"))
-        or (weight is not None and _unsupported("weight", weight))
+        or _unsupported("input", input, input)
+        or (target is not None and _unsupported("target", target, input, op == "cross_entropy"))
+        or (weight is not None and _unsupported("weight", weight, input))
         or (weight is not None and weight.requires_grad and "weight requires grad")
         or (op == "cross_entropy" and input.shape[1:2] == (1,) and "one class")
         or None
@@ -85,10 +104,14 @@ def reason_for_torch(
 
 
 def aten_is_faster(op: str, input: Tensor) -> bool:
-    """Whether ``ATEN_BELOW`` gives a call of this size to ATen; one without elements always is."""
+    """Whether a table gives a call of this size to ATen; one without elements always is."""
     elements = input.numel()
     if elements < _ALWAYS_BELOW[op]:
-        return True
+        return elements == 0 or FORCED is None
+    if FORCED is not None:
+        return False
+    if not input.is_cpu:
+        return elements < ATEN_BELOW_ON_GPU[op]
     if op == "cross_entropy" and input.dim() > 2:
         op = "cross_entropy_kdim"
     classes = input.shape[min(1, input.dim() - 1)] if input.dim() else 1
@@ -112,11 +135,50 @@ def _active_mode() -> str | None:
     return None
 
 
-def _unsupported(name: str, tensor: Tensor, indices: bool = False) -> str | None:
+def backend_of(input: Tensor) -> Backend:
+    """The kernels for a tensor that ``reason_for_torch`` has nothing against."""
+    if input.is_cpu and FORCED != "triton":
+        return cpu
+    from pyfused.backends import triton  # not before a GPU tensor asks for it
+
+    return triton
+
+
+def _off_cpu(name: str, tensor: Tensor, input: Tensor) -> str | None:
+    """What is against a tensor that is not, or not simply, one for the C++ kernels."""
+    if FORCED == "torch":
+        return "PYFUSED_BACKEND is torch"
+    if tensor.device != input.device or not (tensor.is_cpu or tensor.is_cuda):
+        return f"{name} is on {tensor.device}"
+    if tensor.is_cpu and FORCED != "triton":
+        return None
+    if FORCED == "cpu":
+        raise RuntimeError(f"PYFUSED_BACKEND: cpu cannot run on {tensor.device}")
+    missing = without_triton(tensor.device)
+    if missing and FORCED == "triton":
+        raise RuntimeError(f"PYFUSED_BACKEND: triton cannot run on {tensor.device}: {missing}")
+    return missing
+
+
+@cache
+def without_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device, None where they can."""
+    if util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "that takes TRITON_INTERPRET=1"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton compiles for compute capability 8.0 and later"
+    return None
+
+
+def _unsupported(name: str, tensor: Tensor, input: Tensor, indices: bool = False) -> str | None:
     if type(tensor) not in _PLAIN:
         return f"{name} is a {type(tensor).__name__}"
-    if not tensor.is_cpu:
-        return f"{name} is on {tensor.device}"
+    simple = tensor.is_cpu and input.is_cpu and FORCED is None
+    if not simple and (reason := _off_cpu(name, tensor, input)):
+        return reason
     if tensor.layout is not torch.strided:
         return f"{name} has layout {tensor.layout}"
     if tensor.dtype not in cpu.DTYPES and not (indices and tensor.dtype in _INDEX_DTYPES):

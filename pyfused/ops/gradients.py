@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.backends import cpu
 
-
-def autocast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that torch computes a loss in: CPU autocast widens the half precisions."""
+def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that torch computes a loss in: autocast widens the half precisions."""
     halves = (torch.bfloat16, torch.float16)
-    return torch.float32 if dtype in halves and torch.is_autocast_enabled("cpu") else dtype
+    return torch.float32 if dtype in halves and torch.is_autocast_enabled(device.type) else dtype
 
 
 def gradients_ahead(reduction: str, input: Tensor) -> bool:
@@ -54,10 +52,9 @@ def backward(ctx: Any, grad_output: Tensor, kernel: Backward, definition: Backwa
         return kernel(ctx, grad_output)
     gradients: Gradients = ctx.gradients
     ctx.gradients = None
-    factor = grad_output.item()
     for gradient in gradients:
-        if gradient is not None and factor != 1.0:
-            cpu.scale_(gradient, factor)
+        if gradient is not None:
+            ctx.backend.scale_(gradient, grad_output)
     return gradients
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfused.backends import Want, cpu
+from pyfused.backends import Backend, Want
+from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import (
     Gradients,
     autocast_dtype,
@@ -34,23 +35,24 @@ def fused(
 ) -> Tensor:
     """The loss of tensors that the kernels take and whose shapes broadcast."""
     dtype = torch.promote_types(input.dtype, target.dtype)
-    denominator = 1.0
+    denominator: float | Tensor = 1.0
     if weight is None:
-        dtype = autocast_dtype(dtype)
+        dtype = autocast_dtype(dtype, input.device)
     else:
         dtype = torch.promote_types(dtype, weight.dtype)
         if reduction == "mean":
-            denominator = weight.sum(dtype=torch.float64).item()
+            denominator = weight.sum(dtype=torch.float64)
     input, target = torch.broadcast_tensors(input.to(dtype), target.to(dtype))
     if weight is not None:
         weight = weight.to(dtype).expand(input.shape)
     elif reduction == "mean":
         denominator = float(input.numel())
+    backend = backend_of(input)
     options = weight, reduction, denominator
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss: Tensor | None = PointwiseLoss.apply(formula, input, target, *options)
+        loss: Tensor | None = PointwiseLoss.apply(backend, formula, input, target, *options)
     else:
-        loss, _ = cpu.pointwise_loss(formula.kernel, input, target, *options, Want())
+        loss, _ = backend.pointwise_loss(formula.kernel, input, target, *options, Want())
     assert loss is not None
     return loss.to(dtype)
 
@@ -65,18 +67,20 @@ class PointwiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: Backend,
         formula: Formula,
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
         reduction: str,
-        denominator: float,
+        denominator: float | Tensor,
     ) -> Tensor | None:
-        ctx.formula, ctx.reduction, ctx.denominator = formula, reduction, denominator
+        ctx.backend, ctx.formula = backend, formula
+        ctx.reduction, ctx.denominator = reduction, denominator
         ctx.save_for_backward(input, target, weight)
         now = gradients_ahead(reduction, input)
-        want = Want(True, now and ctx.needs_input_grad[1], now and ctx.needs_input_grad[2])
-        loss, gradients = cpu.pointwise_loss(
+        want = Want(True, now and ctx.needs_input_grad[2], now and ctx.needs_input_grad[3])
+        loss, gradients = backend.pointwise_loss(
             formula.kernel, input, target, weight, reduction, denominator, want
         )
         ctx.gradients = gradients if now else None
@@ -84,23 +88,27 @@ class PointwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        return None, *backward(ctx, grad_output, _kernel, _definition), None, None, None
+        return None, None, *backward(ctx, grad_output, _kernel, _definition), None, None, None
 
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    want = Want(False, *ctx.needs_input_grad[1:3])
+    want = Want(False, *ctx.needs_input_grad[2:4])
     input, target, weight = ctx.saved_tensors
     options = weight, ctx.reduction, ctx.denominator
     upstream = grad_output.expand_as(input)
-    return cpu.pointwise_loss(ctx.formula.kernel, input, target, *options, want, upstream)[1]
+    found: tuple[Tensor | None, Gradients] = ctx.backend.pointwise_loss(
+        ctx.formula.kernel, input, target, *options, want, upstream
+    )
+    return found[1]
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     input, target, weight = ctx.saved_tensors
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
-        loss: Tensor = ctx.formula.definition(input, target) / ctx.denominator
+        each: Tensor = ctx.formula.definition(input, target)
+        loss: Tensor = (each / ctx.denominator).to(each.dtype)
         return loss if weight is None else loss * weight
 
     upstream = grad_output.expand_as(input)
-    return differentiate(definition, (input, target), ctx.needs_input_grad[1:3], upstream)
+    return differentiate(definition, (input, target), ctx.needs_input_grad[2:4], upstream)

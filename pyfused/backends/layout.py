@@ -1,0 +1,72 @@
+"""Tensors as the kernels of every backend see them: strides that fit, or one copy that does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Strides = tuple[int, int, int]  # from one outer position to the next, one inner one, one class
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in, whatever is read and written."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def positions(input: Tensor) -> tuple[int, int, int]:
+    """The sizes of (N, C, d1, ..., dk) as outer and inner positions and classes."""
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    outer = input.shape[0] if input.dim() > 2 else 1
+    return outer, input.numel() // (outer * classes), classes
+
+
+def loss_shape(input: Tensor, reduction: str) -> torch.Size:
+    """The shape of the loss of logits (N, C, d1, ..., dk)."""
+    if reduction != "none":
+        return torch.Size()
+    return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
+
+
+def strides_of(tensor: Tensor) -> Strides | None:
+    """Strides of (N, C, d1, ..., dk), None if the inner positions have no single one."""
+    stride = tensor.stride()
+    if tensor.dim() == 1:
+        return 0, 0, stride[0]
+    if tensor.dim() == 2:
+        return 0, stride[0], stride[1]
+    inner, size = 0, 1
+    for length, step in zip(reversed(tensor.shape[2:]), reversed(stride[2:]), strict=True):
+        if length == 1:
+            continue
+        if size == 1:
+            inner = step
+        elif step != inner * size:
+            return None
+        size *= length
+    return stride[0], inner, stride[1]
+
+
+def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
+    """The tensor, copied once if its strides do not fit, and its strides."""
+    strides = strides_of(tensor)
+    if strides is None:
+        tensor = tensor.contiguous()
+        strides = strides_of(tensor)
+        assert strides is not None
+    return tensor, strides
+
+
+def empty_viewed(like: Tensor) -> tuple[Tensor, Strides]:
+    """A new tensor laid out as ``like`` where that fits, and its strides."""
+    empty = torch.empty_like(like)
+    if strides_of(empty) is None:
+        empty = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return viewed(empty)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()
+
+
+def dense(tensor: Tensor) -> Tensor:
+    return tensor if is_dense(tensor) else tensor.contiguous()

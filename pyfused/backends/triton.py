@@ -1,0 +1,153 @@
+"""The Triton kernels for GPU tensors: the functions of ``cpu.py``, imported when a tensor asks.
+
+Nothing here waits for the GPU: no value of a tensor decides what is launched, so that calls can be
+captured in CUDA graphs. A class index out of range is no error but a loss of NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfused import kernels as native  # type: ignore[attr-defined]
+from pyfused.backends import CrossEntropyOptions, Gradients, Want
+from pyfused.backends.layout import (
+    accumulate_dtype,
+    dense,
+    empty_viewed,
+    is_dense,
+    loss_shape,
+    positions,
+    viewed,
+)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: CrossEntropyOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """Loss, and gradients of input and target, each where wanted; see ``cpu.cross_entropy``.
+
+    A class index out of range makes the loss of its position NaN and its gradient zero.
+    """
+    accumulate = accumulate_dtype(input.dtype)
+    indices = probabilities = None
+    if target.dtype is torch.int64:
+        indices = target.contiguous()
+    else:
+        probabilities = viewed(target)
+    loss = grad_input = grad_target = None
+    if want.loss:
+        shape = loss_shape(input, options.reduction)
+        loss = torch.empty(shape, dtype=accumulate, device=input.device)
+    logits = viewed(input)
+    if want.grad_input:
+        grad_input = empty_viewed(logits[0])
+    if want.grad_target:
+        assert probabilities is not None
+        grad_target = empty_viewed(probabilities[0])
+    with torch.cuda.device_of(input):
+        native.cross_entropy(
+            positions(input),
+            logits,
+            indices,
+            probabilities,
+            None if weight is None else weight.to(accumulate).contiguous(),
+            options,
+            None if grad_output is None else grad_output.to(accumulate).contiguous(),
+            loss,
+            grad_input,
+            grad_target,
+        )
+    return loss, (
+        None if grad_input is None else grad_input[0],
+        None if grad_target is None else grad_target[0],
+    )
+
+
+Operands = list[tuple[Tensor, int, int] | None]
+
+
+def _operands(order: Tensor, tensors: list[Tensor | None]) -> tuple[int | None, Operands]:
+    """Tensors as rows x columns, in the order in memory of ``order``, which is dense.
+
+    Returns:
+        The number of columns, None where one row will do; and each tensor with its two strides,
+        copied if it takes more than two.
+    """
+    stride = order.stride()
+    if all(tensor is None or tensor.stride() == stride for tensor in tensors):
+        return None, [tensor if tensor is None else (tensor, 0, 1) for tensor in tensors]
+    given = [tensor for tensor in tensors if tensor is not None]
+    groups: list[tuple[int, list[int]]] = []  # a size, and each tensor's stride
+    for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
+        size, strides = order.shape[dim], [tensor.stride(dim) for tensor in given]
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == [step * size for step in strides]:
+            size *= groups.pop()[0]
+        groups.append((size, strides))
+    if len(groups) > 2:
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and tensor.stride() != stride:
+                tensors[i] = torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)
+        return _operands(order, tensors)
+    (columns, inner), (_, outer) = groups[-1], groups[0]
+    steps = iter(zip(outer, inner, strict=True))
+    operands = [tensor if tensor is None else (tensor, *next(steps)) for tensor in tensors]
+    return (columns if len(groups) == 2 else None), operands
+
+
+def pointwise_loss(
+    formula: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    denominator: float | Tensor,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """Loss, and gradients of input and target, each where wanted; see ``cpu.pointwise_loss``."""
+    order = target if is_dense(target) and not is_dense(input) else dense(input)
+    columns, operands = _operands(order, [input, target, weight, grad_output])
+    each = loss = None
+    if want.loss and reduction == "none":
+        each = torch.empty_like(order)
+    elif want.loss:
+        loss = torch.empty((), dtype=accumulate_dtype(input.dtype), device=input.device)
+    grad_input = torch.empty_like(order) if want.grad_input else None
+    grad_target = torch.empty_like(order) if want.grad_target else None
+    with torch.cuda.device_of(input):
+        getattr(native, formula)(
+            columns, operands, denominator, each, loss, grad_input, grad_target
+        )
+    return loss if each is None else each, (grad_input, grad_target)
+
+
+def activation(formula: str, input: Tensor, *, inplace: bool = False) -> Tensor:
+    """``formula`` of each element; ``inplace`` needs a dense input."""
+    output = input if inplace else torch.empty_like(input)
+    columns, operands = _operands(output, [input])
+    with torch.cuda.device_of(input):
+        getattr(native, formula)(columns, operands, output)
+    return output
+
+
+def activation_backward(formula: str, grad_output: Tensor, output: Tensor) -> Tensor:
+    """The input's gradient, from the dense output that ``activation`` returned."""
+    grad_input = torch.empty_like(output)
+    columns, operands = _operands(output, [grad_output, output])
+    with torch.cuda.device_of(output):
+        getattr(native, f"{formula}_backward")(columns, operands, grad_input)
+    return grad_input
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiplies a dense tensor in place by a tensor of one element, which only the GPU reads."""
+    with torch.cuda.device_of(tensor):
+        native.scale(tensor, factor)
