@@ -1,1 +1,16 @@
-"""Triton kernels for GPUs, installed as pyfused.kernels, imported once a GPU tensor asks."""
+"""Triton kernels for GPUs, installed as pyfused.kernels, imported once a GPU tensor asks.
+
+The names are those of the C++ module: what `pyfused/backends/triton.py` launches.
+"""
+
+from functools import partial
+
+from . import activation, pointwise_loss
+from .activation import scale
+from .cross_entropy import cross_entropy
+
+__all__ = ["cross_entropy", "relu", "relu_backward", "scale", "squared_error"]
+
+squared_error = partial(pointwise_loss.pointwise_loss, pointwise_loss.SQUARED_ERROR)
+relu = partial(activation.activation, activation.relu)
+relu_backward = partial(activation.activation, activation.relu_backward)

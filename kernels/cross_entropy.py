@@ -1,0 +1,490 @@
+"""Cross-entropy of logits and class indices or class probabilities, with its gradients.
+
+    lse     = log sum_c exp(x_c) = pivot + log sum_c exp(x_c - pivot),   pivot = max_c x_c
+    q_c     = level weight_c (slope y_c + offset) + spike [c = target]     what the row aims at
+    loss    = sum_c q_c (lse - x_c)
+    dloss/dx_c = p_c sum_k q_k - q_c,    p_c = exp(x_c - lse)
+    dloss/dy_c = level slope weight_c (lse - x_c)
+
+    class index:   level = smoothing / C,  slope = 0,  offset = 1,  spike = (1 - smoothing) weight_t
+    probabilities: level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  spike = 0
+    (smoothing 1:  level = 1 / C,          slope = 0,  offset = 1)
+
+Shapes: x is (N, C, d1, ..., dk), seen as outer and inner positions x classes.
+Bytes: logits are read once where a tile holds all classes, else twice, and each gradient that is
+wanted is written once. Where positions are few and classes many, several programs share a position.
+
+A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero: a
+GPU cannot raise without a wait, and an assertion in a kernel would take the whole context down.
+
+torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .arithmetic import exp_nonpositive, sum_parts
+
+
+class View(NamedTuple):
+    """A tensor's memory, and its strides."""
+
+    data: Any
+    outer: int
+    inner: int
+    classes: int
+
+
+class Inputs(NamedTuple):
+    logits: View
+    target: Any  # one class index a position, or None for
+    probabilities: View | None  # one distribution a position
+    weight: Any  # one a class, or None for ones
+    upstream: Any  # the loss's gradient, None for ones
+    upstream_step: int  # 1: one a position, 0: one for all
+    denominator: Any  # of one element, None for 1
+    ignore_index: int
+    inner: int
+    classes: int
+
+
+class Outputs(NamedTuple):
+    """None where not wanted."""
+
+    loss: Any  # its parts: one a position and split where `each`, else one a program
+    grad_logits: View | None
+    grad_probabilities: View | None
+
+
+class Scalars(NamedTuple):
+    level: Any
+    offset: Any
+    share: Any  # of the target's own class: 1 - smoothing
+    scale: Any  # of the gradients, beside upstream / denominator
+
+
+class Positions(NamedTuple):
+    """Those of one program, what they aim at and what their gradients are multiplied by."""
+
+    outer: Any
+    inner: Any
+    flat: Any
+    present: Any
+    live: Any  # neither ignored nor out of range
+    wrong: Any  # out of range
+    hit: Any
+    spike: Any
+    scale: Any
+
+
+class Sums(NamedTuple):
+    """Over the classes of each position."""
+
+    high: Any  # the largest logit
+    total: Any  # of exp(x - pivot)
+    aimed: Any  # of q / level, but for the spike
+
+
+@triton.jit
+def pick(inputs, scalars, program, A: tl.constexpr, POSITIONS: tl.constexpr):
+    """The positions of a program. Those that count for nothing are not read further."""
+    blocks = tl.cdiv(inputs.inner, POSITIONS)
+    outer = (program // blocks).to(tl.int64)
+    inner = (program % blocks).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
+    present = inner < inputs.inner
+    flat = outer * inputs.inner + inner
+    hit = tl.full([POSITIONS], -1, tl.int64)
+    spike = tl.zeros([POSITIONS], A)
+    live = present
+    wrong = hit >= 0
+    if inputs.target is not None:
+        hit = tl.load(inputs.target + flat, mask=present, other=0)
+        counts = present & (hit != inputs.ignore_index)
+        live = counts & (hit >= 0) & (hit < inputs.classes)
+        wrong = counts & (live == 0)
+        spike += tl.full([], scalars.share, A)
+        if inputs.weight is not None:
+            spike *= tl.load(inputs.weight + hit, mask=live, other=0.0)
+    scale = tl.zeros([POSITIONS], A) + tl.full([], scalars.scale, A)
+    if inputs.denominator is not None:
+        scale /= tl.load(inputs.denominator).to(A)
+    if inputs.upstream is not None:
+        scale *= tl.load(inputs.upstream + flat * inputs.upstream_step, mask=present, other=0.0)
+    return Positions(outer, inner, flat, present, live, wrong, hit, spike, scale)
+
+
+@triton.jit
+def place(view, at, c):
+    """Pointers to positions x classes."""
+    rows = view.data + at.outer * view.outer + at.inner * view.inner
+    return rows[:, None] + (c * view.classes)[None, :]
+
+
+@triton.jit
+def read_logits(inputs, at, c, last, A: tl.constexpr):
+    mask = at.live[:, None] & (c < last)[None, :]
+    return tl.load(place(inputs.logits, at, c), mask=mask, other=-float("inf")).to(A)
+
+
+@triton.jit
+def read_aim(inputs, scalars, at, c, last, A: tl.constexpr, SLOPE: tl.constexpr):
+    """q / level but for the spike."""
+    mask = at.live[:, None] & (c < last)[None, :]
+    aim = tl.where(mask, tl.full([], scalars.offset, A), 0.0)
+    if inputs.probabilities is not None:
+        y = tl.load(place(inputs.probabilities, at, c), mask=mask, other=0.0)
+        aim += y.to(A) * SLOPE
+    if inputs.weight is not None:
+        aim *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
+    return aim
+
+
+@triton.jit
+def pivot_of(high):
+    """While all is -inf the pivot is 0, so that a NaN is the only way to a NaN."""
+    return tl.where(high == -float("inf"), 0.0, high)
+
+
+@triton.jit
+def add_logits(sums, x):
+    """Takes a chunk of logits into the largest one and the sum of exponentials."""
+    high = tl.maximum(sums.high, tl.max(x, 1))
+    pivot = pivot_of(high)
+    total = sums.total * exp_nonpositive(sums.high - pivot)
+    total += tl.sum(exp_nonpositive(x - pivot[:, None]), 1)
+    return Sums(high, total, sums.aimed)
+
+
+@triton.jit
+def no_sums(A: tl.constexpr, POSITIONS: tl.constexpr):
+    nothing = tl.zeros([POSITIONS], A)
+    return Sums(nothing - float("inf"), nothing, nothing)
+
+
+@triton.jit
+def sum_classes(
+    inputs,
+    scalars,
+    at,
+    first,
+    last,
+    A: tl.constexpr,
+    INDEX: tl.constexpr,
+    SLOPE: tl.constexpr,
+    DENSE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """The first of two reads: sums over classes first to last."""
+    sums = no_sums(A, POSITIONS)
+    for start in range(first, last, CLASSES):
+        c = start + tl.arange(0, CLASSES).to(INDEX)
+        sums = add_logits(sums, read_logits(inputs, at, c, last, A))
+        if DENSE:
+            aim = read_aim(inputs, scalars, at, c, last, A, SLOPE)
+            sums = Sums(sums.high, sums.total, sums.aimed + tl.sum(aim, 1))
+    return sums
+
+
+@triton.jit
+def spike_loss(inputs, at, sums, A: tl.constexpr):
+    """The target's own term of the loss."""
+    rows = inputs.logits.data + at.outer * inputs.logits.outer + at.inner * inputs.logits.inner
+    x = tl.load(rows + at.hit * inputs.logits.classes, mask=at.live, other=0.0).to(A)
+    return at.spike * ((pivot_of(sums.high) - x) + tl.log(sums.total))
+
+
+@triton.jit
+def finish(
+    inputs, outputs, scalars, at, sums, x, aim, c, last, A: tl.constexpr, SLOPE: tl.constexpr
+):
+    """Writes the gradients of a tile, and returns its part of the dense terms of the loss."""
+    pivot = pivot_of(sums.high)[:, None]
+    log_total = tl.log(sums.total)[:, None]
+    level = tl.full([], scalars.level, A)
+    mass = at.spike
+    loss = tl.zeros_like(at.spike)
+    if aim is not None:
+        mass += level * sums.aimed
+        counts = at.live[:, None] & (c < last)[None, :]
+        loss = level * tl.sum(tl.where(counts, aim * ((pivot - x) + log_total), 0.0), 1)
+    mask = at.present[:, None] & (c < last)[None, :]
+    if outputs.grad_logits is not None:
+        gradient = exp_nonpositive(x - pivot) * (mass * at.scale / sums.total)[:, None]
+        if aim is not None:
+            gradient -= aim * (level * at.scale)[:, None]
+        if inputs.target is not None:
+            spike = (at.spike * at.scale)[:, None]
+            gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
+        gradient = tl.where(at.live[:, None], gradient, 0.0)
+        tl.store(place(outputs.grad_logits, at, c), gradient, mask=mask)
+    if outputs.grad_probabilities is not None:
+        gradient = ((pivot - x) + log_total) * (level * SLOPE * at.scale)[:, None]
+        if inputs.weight is not None:
+            gradient *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
+        tl.store(place(outputs.grad_probabilities, at, c), gradient, mask=mask)
+    return loss
+
+
+@triton.jit
+def store_loss(outputs, at, loss, part, splits, EACH: tl.constexpr):
+    if outputs.loss is not None:
+        loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))
+        if EACH:
+            tl.store(outputs.loss + at.flat * splits + part, loss, mask=at.present)
+        else:
+            tl.store(outputs.loss + tl.program_id(0), tl.sum(loss))
+
+
+@triton.jit
+def one_read_kernel(
+    inputs,
+    outputs,
+    level: tl.float64,
+    offset: tl.float64,
+    share: tl.float64,
+    scale: tl.float64,
+    A: tl.constexpr,
+    INDEX: tl.constexpr,
+    SLOPE: tl.constexpr,
+    DENSE: tl.constexpr,
+    EACH: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Positions whose classes fit a tile."""
+    scalars = Scalars(level, offset, share, scale)
+    at = pick(inputs, scalars, tl.program_id(0), A, POSITIONS)
+    c = tl.arange(0, CLASSES).to(INDEX)
+    x = read_logits(inputs, at, c, inputs.classes, A)
+    sums = add_logits(no_sums(A, POSITIONS), x)
+    aim = None
+    if DENSE:
+        aim = read_aim(inputs, scalars, at, c, inputs.classes, A, SLOPE)
+        sums = Sums(sums.high, sums.total, tl.sum(aim, 1))
+    loss = finish(inputs, outputs, scalars, at, sums, x, aim, c, inputs.classes, A, SLOPE)
+    if inputs.target is not None:
+        loss += spike_loss(inputs, at, sums, A)
+    store_loss(outputs, at, loss, 0, 1, EACH)
+
+
+class Shares(NamedTuple):
+    """Which classes each program takes, where several share a position."""
+
+    splits: int
+    length: int
+    sums: Any  # three planes of positions x splits
+    plane: int
+
+
+@triton.jit
+def split_kernel(
+    inputs,
+    shares,
+    offset: tl.float64,
+    A: tl.constexpr,
+    INDEX: tl.constexpr,
+    SLOPE: tl.constexpr,
+    DENSE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """The first read of positions that several programs share: the sums over one share."""
+    scalars = Scalars(offset, offset, offset, offset)
+    at = pick(inputs, scalars, tl.program_id(0) // shares.splits, A, POSITIONS)
+    part = tl.program_id(0) % shares.splits
+    first = part * shares.length
+    last = tl.minimum(first + shares.length, inputs.classes)
+    sums = sum_classes(inputs, scalars, at, first, last, A, INDEX, SLOPE, DENSE, POSITIONS, CLASSES)
+    out = shares.sums + at.flat * shares.splits + part
+    tl.store(out, sums.high, mask=at.present)
+    tl.store(out + shares.plane, sums.total, mask=at.present)
+    tl.store(out + 2 * shares.plane, sums.aimed, mask=at.present)
+
+
+@triton.jit
+def merge(shares, at, SPLITS: tl.constexpr):
+    """The sums of all shares, taken together in the same way by each program."""
+    part = tl.arange(0, SPLITS)[None, :]
+    mask = at.present[:, None] & (part < shares.splits)
+    place = shares.sums + (at.flat * shares.splits)[:, None] + part
+    high = tl.load(place, mask=mask, other=-float("inf"))
+    total = tl.load(place + shares.plane, mask=mask, other=0.0)
+    aimed = tl.load(place + 2 * shares.plane, mask=mask, other=0.0)
+    highest = tl.max(high, 1)
+    total *= exp_nonpositive(high - pivot_of(highest)[:, None])
+    return Sums(highest, tl.sum(total, 1), tl.sum(aimed, 1))
+
+
+@triton.jit
+def two_read_kernel(
+    inputs,
+    outputs,
+    shares,
+    level: tl.float64,
+    offset: tl.float64,
+    share: tl.float64,
+    scale: tl.float64,
+    A: tl.constexpr,
+    INDEX: tl.constexpr,
+    SLOPE: tl.constexpr,
+    DENSE: tl.constexpr,
+    EACH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Positions whose classes no tile holds; of each one share, where programs share them."""
+    scalars = Scalars(level, offset, share, scale)
+    at = pick(inputs, scalars, tl.program_id(0) // shares.splits, A, POSITIONS)
+    part = tl.program_id(0) % shares.splits
+    first = part * shares.length
+    last = tl.minimum(first + shares.length, inputs.classes)
+    if shares.sums is None:
+        sums = sum_classes(
+            inputs, scalars, at, first, last, A, INDEX, SLOPE, DENSE, POSITIONS, CLASSES
+        )
+    else:
+        sums = merge(shares, at, SPLITS)
+    loss = tl.zeros([POSITIONS], A)
+    if DENSE or outputs.grad_logits is not None:
+        for start in range(first, last, CLASSES):
+            c = start + tl.arange(0, CLASSES).to(INDEX)
+            x = read_logits(inputs, at, c, last, A)
+            aim = None
+            if DENSE:
+                aim = read_aim(inputs, scalars, at, c, last, A, SLOPE)
+            loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, A, SLOPE)
+    if inputs.target is not None:
+        loss += tl.where(part == 0, spike_loss(inputs, at, sums, A), 0.0)
+    store_loss(outputs, at, loss, part, shares.splits, EACH)
+
+
+@triton.jit
+def count_kernel(target, weight, out, n, blocks, ignore_index, classes, BLOCK: tl.constexpr):
+    """The weight of the targets that count, blocks of them by turns: what a mean divides by."""
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        hit = tl.load(target + i, mask=i < n, other=-1)
+        live = (i < n) & (hit != ignore_index) & (hit >= 0) & (hit < classes)
+        if weight is None:
+            lanes += tl.where(live, 1.0, 0.0)
+        else:
+            lanes += tl.load(weight + hit, mask=live, other=0.0).to(tl.float64)
+    tl.store(out + tl.program_id(0), tl.sum(lanes))
+
+
+def count(
+    target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, classes: int
+) -> torch.Tensor:
+    """The denominator of a mean, on the device: one float64."""
+    n = target.numel()
+    blocks = triton.cdiv(n, launch.COUNT.block)
+    parts = torch.empty(
+        min(blocks, launch.MOST_COUNTERS), dtype=torch.float64, device=target.device
+    )
+    count_kernel[(parts.numel(),)](
+        target,
+        weight,
+        parts,
+        n,
+        blocks,
+        ignore_index,
+        classes,
+        BLOCK=launch.COUNT.block,
+        **launch.options(launch.COUNT.threads),
+    )
+    return parts if parts.numel() == 1 else sum_parts(parts, parts.new_empty(()))
+
+
+def cross_entropy(
+    sizes: tuple[int, int, int],
+    logits: tuple[torch.Tensor, tuple[int, int, int]],
+    target: torch.Tensor | None,
+    probabilities: tuple[torch.Tensor, tuple[int, int, int]] | None,
+    weight: torch.Tensor | None,
+    options: Any,
+    upstream: torch.Tensor | None,
+    loss: torch.Tensor | None,
+    grad_logits: tuple[torch.Tensor, tuple[int, int, int]] | None,
+    grad_probabilities: tuple[torch.Tensor, tuple[int, int, int]] | None,
+) -> None:
+    """Launches what the outputs that are not None take."""
+    (outer, inner, classes), x = sizes, logits[0]
+    positions, each = outer * inner, options.reduction == "none"
+    denominator = None
+    if options.reduction == "mean" and target is not None:
+        denominator = count(target, weight, options.ignore_index, classes)
+    views = [
+        v and View(v[0], *v[1]) for v in (logits, probabilities, grad_logits, grad_probabilities)
+    ]
+    inputs = Inputs(
+        views[0],
+        target,
+        views[1],
+        weight,
+        upstream,
+        int(each),
+        denominator,
+        options.ignore_index,
+        inner,
+        classes,
+    )
+    smoothing = max(0.0, options.label_smoothing)
+    follows = target is None and smoothing < 1
+    level = 1 - smoothing if follows else smoothing / classes
+    scale = 1 / positions if options.reduction == "mean" and target is None else 1.0
+    offset = smoothing / classes / level if follows else 1.0
+
+    columns = inner > 1 and views[0].inner < views[0].classes
+    tile = launch.tile(x.element_size(), inner, classes, columns)
+    splits = launch.splits(positions, classes)
+    length = -(-classes // splits // tile.classes) * tile.classes
+    splits = triton.cdiv(classes, length) if splits > 1 else 1
+    programs = outer * triton.cdiv(inner, tile.positions) * splits
+    shape = positions * splits if each else programs
+    parts = loss
+    if loss is not None and not (each and splits == 1):
+        parts = torch.empty(shape, dtype=loss.dtype, device=x.device)
+    constants = {
+        "A": launch.accumulate_type(x.dtype),
+        "INDEX": launch.index_type(*(classes * view.classes for view in views if view)),
+        "SLOPE": float(follows),
+        "DENSE": target is None or smoothing > 0,
+        "POSITIONS": tile.positions,
+        "CLASSES": tile.classes,
+        **launch.options(tile.threads),
+    }
+    outputs = Outputs(parts, *views[2:])
+    scalars = level, offset, 1 - smoothing, scale
+    grid = (programs,)
+    if tile.classes >= classes:
+        one_read_kernel[grid](inputs, outputs, *scalars, EACH=each, **constants)
+    else:
+        shares = Shares(splits, length, None, positions * splits)
+        if splits > 1:
+            sums = torch.empty(
+                (3, positions * splits),
+                dtype=torch.float64 if x.dtype is torch.float64 else torch.float32,
+                device=x.device,
+            )
+            shares = shares._replace(sums=sums)
+            split_kernel[grid](inputs, shares, offset, **constants)
+        two_read_kernel[grid](
+            inputs,
+            outputs,
+            shares,
+            *scalars,
+            EACH=each,
+            SPLITS=triton.next_power_of_2(splits),
+            **constants,
+        )
+    if parts is not loss:
+        sum_parts(parts, loss, denominator, scale)

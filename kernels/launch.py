@@ -1,0 +1,142 @@
+"""Block sizes and threads, as tables: data, so that nobody waits for a search at a first call.
+
+Nothing here has been measured yet: the reasons are arithmetic. `make gpu-compile` shows that no row
+spills registers, `make gpu-check` measures them on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
+
+ANY = math.inf
+
+
+class Elements(NamedTuple):
+    """Elements that a program takes at a time, and its threads."""
+
+    block: int
+    threads: int
+
+
+# Element by element, by bytes of an element. 16 elements a lane: in float32 four loads of 16 bytes
+# of each operand are under way at once, in half precision two; no lane holds over 64 registers.
+POINTWISE = {2: Elements(2048, 128), 4: Elements(2048, 128), 8: Elements(1024, 128)}
+# Programs of a kernel that sums, or that may have nothing to do: some waves on any GPU of today,
+# and so few partial sums that they are added up in a microsecond or two.
+MOST_PROGRAMS = 4096
+# Adding up partial sums: so many a program.
+SUM = Elements(4096, 256)
+# Counting targets, 8 bytes each: 8 loads of 16 bytes a lane; at most so many programs by turns.
+COUNT = Elements(4096, 256)
+MOST_COUNTERS = 256
+
+
+class Row(NamedTuple):
+    """How cross-entropy takes inputs of up to `most` classes."""
+
+    most: float
+    elements: int  # a program holds at a time
+    positions: int  # at least, of these, so that lanes lie along positions
+    threads: int
+
+
+# Classes side by side, by bytes of an element. Up to the last row but one, a row of logits is held
+# in registers: at 32 a lane (16 in float64) the logits take half of what a lane has when a
+# multiprocessor is full of threads. Few classes share a program, so that it has enough to do.
+# Beyond, a row is read twice, in chunks of 16 elements a lane: two to four loads of 16 bytes.
+CLASSES_INNER = {
+    2: (
+        Row(1024, 2048, 1, 128),
+        Row(4096, 4096, 1, 128),
+        Row(8192, 8192, 1, 256),
+        Row(16384, 16384, 1, 512),
+        Row(32768, 32768, 1, 1024),
+        Row(ANY, 8192, 1, 512),
+    ),
+    8: (
+        Row(1024, 1024, 1, 64),
+        Row(2048, 2048, 1, 128),
+        Row(4096, 4096, 1, 256),
+        Row(8192, 8192, 1, 512),
+        Row(16384, 16384, 1, 1024),
+        Row(ANY, 4096, 1, 512),
+    ),
+}
+CLASSES_INNER[4] = CLASSES_INNER[2]
+
+# Positions side by side, (N, C, d1, ..., dk): 32 of them are 64 to 256 bytes in a row of memory.
+POSITIONS_INNER = {
+    2: (Row(32, 4096, 64, 128), Row(128, 8192, 64, 256), Row(ANY, 4096, 64, 256)),
+    4: (Row(32, 2048, 32, 128), Row(256, 8192, 32, 256), Row(ANY, 4096, 64, 256)),
+    8: (Row(32, 1024, 32, 128), Row(128, 4096, 32, 256), Row(ANY, 2048, 32, 256)),
+}
+
+
+class Split(NamedTuple):
+    """When the classes of a position are spread over programs, and over how many."""
+
+    positions: int  # below so many programs, multiprocessors would stand idle
+    classes: int  # a program has at least so many: two kernels have to pay
+    programs: int  # to aim at: some for each multiprocessor
+
+
+SPLIT = Split(positions=128, classes=16384, programs=512)
+
+
+class Tile(NamedTuple):
+    """What a program of cross-entropy takes at a time."""
+
+    positions: int
+    classes: int
+    threads: int
+
+
+def tile(itemsize: int, inner: int, classes: int, positions_inner: bool) -> Tile:
+    """From the tables, cut to inputs that are smaller."""
+    table = POSITIONS_INNER if positions_inner else CLASSES_INNER
+    row = next(row for row in table[itemsize] if classes <= row.most)
+    padded = triton.next_power_of_2(classes)
+    positions = max(row.positions, row.elements // padded)
+    positions = min(positions, triton.next_power_of_2(inner))
+    return Tile(positions, min(padded, max(1, row.elements // positions)), row.threads)
+
+
+def splits(positions: int, classes: int) -> int:
+    """Over how many programs the classes of each position are spread."""
+    if positions >= SPLIT.positions or classes < 2 * SPLIT.classes:
+        return 1
+    return max(1, min(classes // SPLIT.classes, SPLIT.programs // positions))
+
+
+def options(threads: int) -> dict[str, Any]:
+    """What Triton is told of every launch; products may become part of additions, as in C++."""
+    return {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
+
+
+@functools.cache
+def _warp_size() -> int:
+    """32 on NVIDIA's GPUs, 32 or 64 on AMD's."""
+    return 32 if knobs.runtime.interpret else int(driver.active.get_current_target().warp_size)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def accumulate_type(dtype: torch.dtype) -> tl.dtype:
+    """The same, for Triton."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def index_type(*reaches: int) -> tl.dtype:
+    """What holds any of these offsets, and the block that the last of them may lie in."""
+    return tl.int32 if max(reaches) < 2**31 - 2**20 else tl.int64
