@@ -105,6 +105,25 @@ def class_indices(input: Tensor, target: Tensor, ignore_index: int) -> None:
         raise target_out_of_range(input, target, ignore_index, int(wrong.flatten().nonzero()[0]))
 
 
+def overwritable(input: Tensor) -> None:
+    """That nobody but autograd's next node can miss what a tensor held."""
+    base = input._base if input._base is not None else input
+    if base.is_leaf:
+        what = "a leaf" if base is input else "a view of a leaf"
+        raise RuntimeError(
+            f"inplace: expected False for an input that is {what}, whose values outlive the call, "
+            "got True"
+        )
+    reach = 0  # how far the dimensions inside the current one stretch
+    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise RuntimeError(
+                "inplace: expected False for an input with elements that share memory, got True "
+                f"with strides {input.stride()}"
+            )
+        reach += stride * (size - 1)
+
+
 def mse_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
     _tensor("input", input)
     _tensor("target", target)

@@ -33,6 +33,8 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
     """Cross-entropy between logits and class indices or class probabilities.
 
@@ -53,6 +55,11 @@ def cross_entropy(
         reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by the weight
             of the targets that count, or by the number of rows with class probabilities.
         label_smoothing: The share, 0.0 to 1.0, of the target that is spread over all classes.
+        inplace: Let the gradient take the memory of ``input``, which saves as much as the logits
+            take. What ``input`` holds afterwards is of no use, and autograd refuses to take it for
+            another gradient. There is one backward pass then, without ``create_graph``. torch has
+            no such argument; without a gradient, or where torch's operator is the one that runs,
+            nothing is overwritten.
 
     Returns:
         The loss in nats, of the input's dtype, or float32 under autocast: a scalar, or of the shape
@@ -60,15 +67,19 @@ def cross_entropy(
 
     Raises:
         IndexError: A class index is out of range; the message names it and its position.
-        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
-            argument, what was expected and what was got.
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit, or ``inplace`` with an
+            ``input`` that is a leaf or overlaps itself; the message names the argument, what was
+            expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
-    if reason_for_torch("cross_entropy", input, target, weight) is None:
+    reason = reason_for_torch("cross_entropy", input, target, weight)
+    if inplace and (reason is None or reason is SMALL):
+        _cross_entropy.give_up(input)
+    if reason is None:
         options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
-        return _cross_entropy.fused(input, target, weight, options)
+        return _cross_entropy.fused(input, target, weight, options, inplace)
     try:
         return F.cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing

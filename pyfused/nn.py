@@ -11,7 +11,27 @@ __all__ = ["CrossEntropyLoss", "MSELoss", "ReLU"]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`."""
+    """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
+
+    Its arguments are torch's, and one by name: ``inplace`` lets the gradient take the memory of the
+    logits.
+    """
+
+    inplace = False  # of a module that was torch's, too
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -21,6 +41,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            inplace=self.inplace,
         )
 
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,12 +58,20 @@ def test_value_and_gradient(name: str, options: dict[str, Any], kernel_calls: Ke
     assert kernel_calls.total() > 0
 
 
+def signature(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    """Name, default and kind of the parameters that torch has too: `inplace` alone is by name."""
+    parameters = inspect.signature(function).parameters.values()
+    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert by_name in ([], ["inplace"])
+    return [(p.name, p.default, p.kind) for p in parameters if p.name not in by_name]
+
+
 @every_module
 def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) -> None:
     ours, theirs = pair(name, options)
     assert isinstance(ours, type(theirs))
     assert repr(ours) == repr(theirs)
-    assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
+    assert signature(type(ours)) == signature(type(theirs))
     parameters = [inspect.signature(module.forward).parameters for module in (ours, theirs)]
     assert list(parameters[0]) == list(parameters[1])
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -72,11 +81,7 @@ def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "mse_loss", "relu"])
 def test_functional_signatures_are_torchs(name: str) -> None:
-    ours = inspect.signature(getattr(fused_functional, name)).parameters
-    theirs = inspect.signature(getattr(nn.functional, name)).parameters
-    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
-        (p.name, p.default, p.kind) for p in theirs.values()
-    ]
+    assert signature(getattr(fused_functional, name)) == signature(getattr(nn.functional, name))
 
 
 @every_module

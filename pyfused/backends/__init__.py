@@ -13,6 +13,7 @@ class Want(NamedTuple):
     loss: bool = True
     grad_input: bool = False
     grad_target: bool = False
+    inplace: bool = False  # grad_input takes the input's memory
 
 
 class CrossEntropyOptions(NamedTuple):

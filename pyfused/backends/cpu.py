@@ -133,7 +133,9 @@ def cross_entropy(
     if want.loss:
         loss = torch.empty(loss_shape(input, options.reduction), dtype=accumulate)
     if want.grad_input:
-        grad_input, strides = empty_viewed(logits)
+        grad_input, strides = (
+            (logits.detach(), logits_strides) if want.inplace else empty_viewed(logits)
+        )
         grad_input_view = (grad_input.data_ptr(), *strides)
     if want.grad_target:
         grad_target, strides = empty_viewed(target)

@@ -1,0 +1,192 @@
+"""cross_entropy(inplace=True): the gradient takes the logits' memory, or the call is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import KernelCalls
+from torch import Tensor
+
+import pyfused
+from pyfused.functional import cross_entropy
+
+SHAPES = [(5,), (70, 10), (6, 127), (6, 128), (3, 2049), (2, 4097), (2, 3, 5, 7), (2, 130, 40)]
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def logits_of(leaf: Tensor) -> Tensor:
+    """Logits in memory of their own, that a node made."""
+    return leaf * 1
+
+
+def backward(
+    leaf: Tensor, target: Tensor, *, inplace: bool, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits, and their gradient on its way to the node that made them, and at the leaf."""
+    logits = logits_of(leaf)
+    seen: list[Tensor] = []
+    logits.register_hook(seen.append)
+    loss = cross_entropy(logits, target, inplace=inplace, **options)
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.linspace(1, 2, loss.numel()).view_as(loss))
+    return logits, seen[0], gradient
+
+
+def target_for(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
+    if kind == "probabilities":
+        return torch.randn(shape).softmax(min(1, len(shape) - 1)).to(dtype)
+    classes = shape[min(1, len(shape) - 1)]
+    target = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    if target.dim():
+        target.view(-1)[0] = -100
+    return target
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gradient_takes_the_logits_memory(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    smoothing: float,
+    reduction: str,
+    target_kind: str,
+    isa: str,
+) -> None:
+    leaf = (torch.randn(shape) * 3).to(dtype).requires_grad_()
+    target = target_for(shape, target_kind, dtype)
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+    _, apart, expected = backward(leaf, target, inplace=False, **options)
+    logits, taken, got = backward(leaf, target, inplace=True, **options)
+    assert taken.data_ptr() == logits.data_ptr() != apart.data_ptr()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(20, 10), (4, 300), (2, 5, 6)], ids=str)
+def test_both_gradients(shape: tuple[int, ...]) -> None:
+    """The target's is computed from the logits, before the logits' own overwrites them."""
+    leaf = torch.randn(shape, requires_grad=True)
+    target = torch.randn(shape).softmax(1).requires_grad_()
+    weight = torch.rand(shape[1])
+    gradients = []
+    for inplace in (False, True):
+        loss = cross_entropy(logits_of(leaf), target, weight, inplace=inplace)
+        gradients.append(torch.autograd.grad(loss, (leaf, target)))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
+@pytest.mark.parametrize("shape", [(20, 10), (4, 300)], ids=str)
+def test_infinite_weights_look_at_the_logits_twice(shape: tuple[int, ...]) -> None:
+    leaf = torch.randn(shape, requires_grad=True)
+    target = torch.randint(shape[1], shape[:1])
+    weight = torch.ones(shape[1])
+    weight[3] = torch.inf
+    options: dict[str, Any] = {"weight": weight, "label_smoothing": 0.1}
+    _, _, expected = backward(leaf, target, inplace=False, **options)
+    _, _, got = backward(leaf, target, inplace=True, **options)
+    torch.testing.assert_close(got, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_slice_is_overwritten_where_it_lies() -> None:
+    leaf = torch.randn(6, 40, requires_grad=True)
+    whole = logits_of(leaf)
+    before = whole.detach().clone()
+    cross_entropy(whole[:, 8:24], torch.randint(16, (6,)), inplace=True).backward()
+    assert torch.equal(whole[:, :8], before[:, :8])
+    assert torch.equal(whole[:, 24:], before[:, 24:])
+    assert torch.equal(whole[:, 8:24], leaf.grad[:, 8:24])
+
+
+def test_without_a_gradient_nothing_is_overwritten() -> None:
+    logits = torch.randn(6, 300)
+    before, version = logits.clone(), logits._version
+    cross_entropy(logits, torch.randint(300, (6,)), inplace=True)
+    with torch.no_grad():
+        cross_entropy(logits.requires_grad_(), torch.randint(300, (6,)), inplace=True)
+    assert torch.equal(logits, before)
+    assert logits._version == version
+
+
+def test_a_wrong_target_overwrites_nothing() -> None:
+    logits = logits_of(torch.randn(6, 300, requires_grad=True))
+    before = logits.detach().clone()
+    with pytest.raises(IndexError, match="target"):
+        cross_entropy(logits, torch.full((6,), 300), inplace=True)
+    assert torch.equal(logits, before)
+
+
+def overlapping(leaf: Tensor) -> Tensor:
+    return logits_of(leaf).view(-1).as_strided((5, 8), (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda leaf: leaf, "a leaf,"),
+        (lambda leaf: leaf.view(10, 6), "a view of a leaf,"),
+        (lambda leaf: logits_of(leaf)[:1].expand(6, 10), "share memory"),
+        (overlapping, "share memory"),
+    ],
+    ids=["leaf", "view of a leaf", "expanded", "overlapping"],
+)
+def test_what_must_not_be_overwritten(make: Any, what: str) -> None:
+    leaf = torch.randn(6, 10, requires_grad=True)
+    before = leaf.detach().clone()
+    input = make(leaf)
+    with pytest.raises(RuntimeError, match=f"inplace: expected False.*{what}"):
+        cross_entropy(input, torch.zeros(len(input), dtype=torch.int64), inplace=True)
+    assert torch.equal(leaf, before)
+
+
+@pytest.mark.thresholds
+def test_refused_at_every_size() -> None:
+    """Not only where a kernel runs: a program that is wrong should not wait for large inputs."""
+    leaf = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        cross_entropy(leaf, torch.tensor([0, 1]), inplace=True)
+    exponential = leaf.exp()
+    loss = cross_entropy(exponential, torch.tensor([0, 1]), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autograd_notices_who_else_needs_the_logits(reduction: str) -> None:
+    leaf = torch.randn(6, 10, requires_grad=True)
+    target = torch.randint(10, (6,))
+    loss = cross_entropy(leaf.exp(), target, reduction=reduction, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+    logits = logits_of(leaf)
+    square = logits * logits
+    loss = cross_entropy(logits, target, reduction=reduction, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss.sum() + square.sum()).backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_backward_pass(reduction: str, kernel_calls: KernelCalls) -> None:
+    leaf = torch.randn(6, 10, requires_grad=True)
+    target = torch.randint(10, (6,))
+    loss = cross_entropy(logits_of(leaf), target, reduction=reduction, inplace=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace: expected False.*second backward pass"):
+        loss.backward()
+    assert kernel_calls["cross_entropy"] > 0
+
+
+def test_no_second_derivative() -> None:
+    leaf = torch.randn(6, 10, requires_grad=True)
+    loss = cross_entropy(logits_of(leaf), torch.randint(10, (6,)), inplace=True)
+    with pytest.raises(RuntimeError, match="inplace: expected False for create_graph=True"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_as_a_module() -> None:
+    leaf = torch.randn(6, 10, requires_grad=True)
+    logits = logits_of(leaf)
+    loss = pyfused.nn.CrossEntropyLoss(reduction="sum", inplace=True)
+    loss(logits, torch.randint(10, (6,))).backward()
+    assert torch.equal(logits, leaf.grad)
