@@ -4,7 +4,7 @@
 same names, arguments, results and errors.
 """
 
-from pyfused import functional, nn
+from pyfused import functional, memory, nn
 
-__all__ = ["__version__", "functional", "nn"]
+__all__ = ["__version__", "functional", "memory", "nn"]
 __version__ = "0.1.0"
