@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export CXX  # the compiler that was checked is the one that builds
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test bench lint clean
+.PHONY: help setup build demo demo-quick test bench bench-quick lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -26,10 +26,25 @@ demo-quick: $(BUILD) ## the same, cut to less than a minute
 test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-bench: $(BUILD) ## time torch and pyfused side by side, and write benchmarks/results/
+# Once with the allocator as it comes, and once with one that keeps its pages.
+KEPT_PAGES = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=42949672960 \
+	MALLOC_TOP_PAD_=1073741824
+BENCH = $(BIN)/python -m pytest benchmarks --benchmark-json .benchmarks
+
+bench: $(BUILD) ## time torch and pyfused side by side, and write benchmarks/results/ (20 minutes)
 	@mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks --benchmark-json .benchmarks/bench.json $(PYTEST_ARGS)
-	$(BIN)/python benchmarks/report.py .benchmarks/bench.json --readme README.md
+	$(BENCH)/bench.json
+	$(KEPT_PAGES) $(BENCH)/kept.json
+	$(BIN)/python benchmarks/report.py .benchmarks/bench.json .benchmarks/kept.json --readme README.md
+
+bench-quick: $(BUILD) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
+	@mkdir -p .benchmarks
+	$(BENCH)/quick.json $(BENCH_ARGS)
+	$(KEPT_PAGES) $(BENCH)/quick-kept.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py .benchmarks/quick.json .benchmarks/quick-kept.json \
+		--results .benchmarks
+
+BENCH_ARGS ?= -m quick
 
 lint: $(ENVIRONMENT) ## check style, format and types
 	$(BIN)/ruff check

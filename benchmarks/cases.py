@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +17,20 @@ import pyfused.functional
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 M = 1 << 20
 MODES = "forward", "forward+backward"
-# What pyfused is compared with: a name for the reports, and where the operators are found.
-PEERS = {"torch": F}
+
+
+class Compiled:
+    """torch's operators, each compiled by itself, as Inductor does by default."""
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        setattr(self, op, torch.compile(getattr(F, op)))
+        return getattr(self, op)
+
+
+# What pyfused is compared with: a name for the reports, and where its operators are. Where the
+# allocator keeps its pages, the kernels alone are compared.
+KEEPS_PAGES = "MALLOC_MMAP_THRESHOLD_" in os.environ
+PEERS = {"torch, kept pages": F} if KEEPS_PAGES else {"torch": F, "torch.compile": Compiled()}
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,9 @@ class Case:
     probabilities: bool = False
     ignored: float = 0.0  # the share of the targets
     reduction: str = "mean"
+    autocast: bool = False
     headline: bool = False  # in the README's table, and run by `-m quick`
+    curve: str = ""  # a point of the picture of time against "elements" or "classes"
 
     @property
     def name(self) -> str:
@@ -41,11 +57,24 @@ class Case:
             "probability target": self.probabilities,
             f"{self.ignored:.0%} ignored": self.ignored,
             f"reduction {self.reduction}": self.reduction != "mean",
+            "autocast": self.autocast,
         }
         shape = ", ".join(_count(size) for size in self.shape)
         dtype = str(self.dtype).removeprefix("torch.")
         chosen = [f"{self.op} ({shape}) {dtype}", *(name for name, on in options.items() if on)]
         return ", ".join(chosen)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def traffic(self, mode: str) -> int:
+        """How many tensors of the input's size must at least be read or written."""
+        backward = mode != "forward"
+        if self.op == "relu":
+            return 5 if backward else 2
+        read = 1 + (self.op == "mse_loss" or self.probabilities)
+        return read + backward
 
 
 def _count(size: int) -> str:
@@ -55,7 +84,9 @@ def _count(size: int) -> str:
 CASES = (
     Case("cross_entropy", (1024, 32000), headline=True),
     Case("cross_entropy", (1024, 32000), BF16, headline=True),
+    Case("cross_entropy", (1024, 32000), BF16, autocast=True),
     Case("cross_entropy", (1024, 32000), ignored=0.5),
+    Case("cross_entropy", (1024, 128256)),
     Case("cross_entropy", (8192, 1000), headline=True),
     Case("cross_entropy", (8192, 1000), BF16),
     Case("cross_entropy", (8192, 1000), weight=True, smoothing=0.1),
@@ -74,6 +105,13 @@ CASES = (
     Case("relu", (M,), BF16),
     Case("relu", (32 * M,), headline=True),
     Case("relu", (32 * M,), BF16),
+)
+
+SIZES = (*(1 << k for k in range(10, 28, 2)), 100 * 10**6)
+CURVES = (
+    *(Case("cross_entropy", (n // 1000 or 1, 1000), curve="elements") for n in SIZES),
+    *(Case(op, (n,), curve="elements") for op in ("mse_loss", "relu") for n in SIZES),
+    *(Case("cross_entropy", ((1 << 24) >> k, 1 << k), curve="classes") for k in range(1, 19)),
 )
 
 
@@ -129,9 +167,14 @@ def draw(case: Case) -> Arguments:
     return Arguments(input, others, options | {"reduction": case.reduction}, upstream)
 
 
+def operator(operators: Any, case: Case) -> Callable[..., Tensor]:
+    function: Callable[..., Tensor] = getattr(operators, case.op)
+    return torch.autocast("cpu", torch.bfloat16)(function) if case.autocast else function
+
+
 def step(operators: Any, case: Case, arguments: Arguments, mode: str) -> Callable[[], None]:
     """One call as a user makes it; with a gradient in new memory, where the mode has a backward."""
-    function, a = getattr(operators, case.op), arguments
+    function, a = operator(operators, case), arguments
     constant = a.input.detach()
 
     def forward() -> None:
@@ -147,11 +190,10 @@ def step(operators: Any, case: Case, arguments: Arguments, mode: str) -> Callabl
 def assert_right(case: Case, arguments: Arguments) -> None:
     """Value and gradient are torch's, bit for bit or within a rounding of a wider torch."""
     wide = arguments.to(F64 if arguments.input.numel() <= 8 * M else F32)
-    exact = _evaluate(F, case.op, wide)
-    native = _evaluate(F, case.op, arguments)
-    for got, torchs, expected in zip(
-        _evaluate(pyfused.functional, case.op, arguments), native, exact, strict=True
-    ):
+    exact = _evaluate(getattr(F, case.op), wide)
+    native = _evaluate(operator(F, case), arguments)
+    ours = _evaluate(operator(pyfused.functional, case), arguments)
+    for got, torchs, expected in zip(ours, native, exact, strict=True):
         assert got.dtype == torchs.dtype
         if not torch.equal(got, torchs):
             scale = expected.abs().max().item()
@@ -161,10 +203,10 @@ def assert_right(case: Case, arguments: Arguments) -> None:
             )
 
 
-def _evaluate(operators: Any, op: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
+def _evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
     a = arguments
     a.input.grad = None
-    value = getattr(operators, op)(a.input, *a.others, **a.options)
+    value = function(a.input, *a.others, **a.options)
     value.backward(a.upstream)
     assert a.input.grad is not None
     return value.detach(), a.input.grad

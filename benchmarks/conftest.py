@@ -10,17 +10,24 @@ from typing import Any
 import cpuinfo
 import pytest
 import torch
+from cases import KEEPS_PAGES
 from measure import settle_allocator
 from report import markdown
 
 from pyfused.backends import cpu
 
+MEMORY = pytest.StashKey[list[dict[str, object]]]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: the headline cases, less than a minute")
+    # Inductor's own, when it is imported.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
     config.option.benchmark_quiet = True  # its table has the times of pyfused alone
     config.option.randomly_reorganize = False  # both modes of a case share their arguments
-    settle_allocator()
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers beside what is timed
+    if not KEEPS_PAGES:
+        settle_allocator()
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
@@ -34,11 +41,13 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "compiler": cpu.native.compiler,
     }
 
 
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Keep the file small, and free of the names of hosts and folders."""
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Add the memory, and keep the file small and free of the names of hosts and folders."""
+    output_json["memory"] = config.stash.get(MEMORY, [])
     output_json["commit_info"] = {key: output_json["commit_info"][key] for key in ("id", "dirty")}
     for benchmark in output_json["benchmarks"]:
         del benchmark["stats"]["data"], benchmark["params"], benchmark["param"]

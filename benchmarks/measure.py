@@ -20,9 +20,10 @@ FEWEST_ROUNDS, MOST_ROUNDS = 19, 200
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer did: milliseconds per call, and its time divided by pyfused's, round by round."""
+    """How a peer did: milliseconds per call, beside pyfused's, and their ratio round by round."""
 
     ms: float
+    pyfused_ms: float
     ratio: Quartiles
 
 
@@ -31,11 +32,14 @@ class Row:
     """What one benchmark found. Times are medians."""
 
     case: str
+    op: str
     mode: str
     headline: bool
+    curve: str
+    elements: int
+    classes: int
     rounds: int
     calls_per_round: int
-    pyfused_ms: float
     peers: dict[str, Peer]
 
 

@@ -1,4 +1,4 @@
-"""Write what `pytest benchmarks --benchmark-json FILE` found as a table and a picture.
+"""Write what `pytest benchmarks --benchmark-json FILE` found as tables and pictures.
 
     python benchmarks/report.py FILE...
     python benchmarks/report.py FILE... --readme README.md
@@ -17,51 +17,58 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+import pictures
 from measure import Peer, Row
 
 RESULTS = Path(__file__).parent / "results"
+KEY = """\
+- torch: eager, with the allocator as it comes, as a user has it.
+- torch.compile: the operator alone, by Inductor's defaults; pyfused beside it is eager.
+- torch, kept pages: eager, both in a process whose allocator keeps the pages of freed tensors.
+- copy: reading and writing as many bytes as the case must move at least, in warm memory. Its time
+  divided by pyfused's is the share of the memory's speed that pyfused reaches, with kept pages.
+"""
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
-# From Okabe and Ito's palette, which every kind of colour vision tells apart.
-STYLES = {
-    "forward+backward": {"color": "#D55E00", "marker": "o"},
-    "forward": {"color": "#0072B2", "marker": "D"},
-}
 
 
 def load(files: Sequence[Path]) -> dict[str, Any]:
-    """What the files found; runs in several pieces, on one machine, are taken as one."""
+    """What the files found; the runs of one machine are taken as one."""
     first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     for other in others:
         if other["machine_info"] != first["machine_info"]:
             sys.exit("the files come from different machines")
         first["benchmarks"] += other["benchmarks"]
+        first["memory"] += other["memory"]
     return first
 
 
 def rows_of(found: dict[str, Any]) -> list[Row]:
-    rows = []
+    """One row for each case and mode, with the peers of every run."""
+    rows: dict[tuple[str, str, str], Row] = {}
     for benchmark in found["benchmarks"]:
         fields = benchmark["extra_info"]
-        peers = {name: Peer(**peer) for name, peer in fields["peers"].items()}
-        rows.append(Row(**fields | {"peers": peers}))
-    return sorted(rows, key=lambda row: row.case.split()[0])
+        row = Row(**fields | {"peers": {n: Peer(**peer) for n, peer in fields["peers"].items()}})
+        rows.setdefault((row.case, row.mode, row.curve), row).peers.update(row.peers)
+    return sorted(rows.values(), key=lambda row: row.case.split()[0])
+
+
+def peers_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.peers))
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    peers = list(rows[0].peers)
-    columns = [column for name in peers for column in (f"{name}, ms", f"{name} / pyfused")]
-    lines = [
-        f"| case | mode | pyfused, ms | {' | '.join(columns)} |",
-        f"| --- | --- | ---: |{' ---: |' * len(columns)}",
-    ]
+    """A table of ratios, beside the times of pyfused and of the first peer."""
+    peers = peers_of(rows)
+    first = peers[0]
+    columns = ["case", "mode", "pyfused, ms", f"{first}, ms", *(f"{n} / pyfused" for n in peers)]
+    lines = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
     for row in rows:
-        cells = [row.case, row.mode, f"{row.pyfused_ms:.3g}"]
+        known = row.peers.get(first)
+        cells = [row.case, row.mode]
+        cells += [f"{known.pyfused_ms:.3g}", f"{known.ms:.3g}"] if known else ["", ""]
         for name in peers:
-            low, median, high = row.peers[name].ratio
-            cells += [f"{row.peers[name].ms:.3g}", f"{median:.2f} ({low:.2f} to {high:.2f})"]
+            peer = row.peers.get(name)
+            cells.append("{1:.2f} ({0:.2f} to {2:.2f})".format(*peer.ratio) if peer else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -70,51 +77,14 @@ def machine(found: dict[str, Any]) -> str:
     info, date = found["machine_info"], found["datetime"][:10]
     return (
         f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, {info['isa']}, "
-        f"torch {info['torch']}, Python {info['python']}, {info['system']}, {date}"
+        f"{info['compiler']}, torch {info['torch']}, Python {info['python']}, {info['system']}, "
+        f"{date}"
     )
 
 
 def slug(found: dict[str, Any]) -> str:
     info = found["machine_info"]
     return re.sub(r"[^a-z0-9]+", "-", f"{info['cpu']} {info['cores']} cores".lower()).strip("-")
-
-
-def draw_peer(axes: Axes, rows: Sequence[Row], cases: Sequence[str], peer: str) -> None:
-    for (mode, style), offset in zip(STYLES.items(), (-0.17, 0.17), strict=True):
-        for row in rows:
-            if row.mode != mode:
-                continue
-            low, median, high = row.peers[peer].ratio
-            place = cases.index(row.case) + offset
-            spread = [[median - low], [high - median]]
-            axes.errorbar(median, place, xerr=spread, markersize=6, capsize=3, **style)
-        axes.errorbar([], [], xerr=[], markersize=6, capsize=3, label=mode, **style)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(left=min(0.7, axes.get_xlim()[0]))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(cases)), cases)
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set_xlabel(f"time of {peer} / time of pyfused")
-    axes.grid(axis="x", alpha=0.3)
-    for place in range(0, len(cases), 2):
-        axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.04, linewidth=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-
-
-def picture(found: dict[str, Any], rows: Sequence[Row]) -> Figure:
-    cases = list(dict.fromkeys(row.case for row in rows))
-    peers = list(rows[0].peers)
-    size = (8 * len(peers), 2 + 0.36 * len(cases))
-    figure = Figure(figsize=size, layout="constrained")
-    for axes, peer in zip(figure.subplots(1, len(peers), squeeze=False)[0], peers, strict=True):
-        draw_peer(axes, rows, cases, peer)
-    title = "How many times faster pyfused is: median of the rounds, and their middle half"
-    figure.suptitle(f"{title}\n{machine(found)}", fontsize=10)
-    return figure
 
 
 def fill(readme: Path, table: str) -> None:
@@ -133,16 +103,25 @@ def main() -> None:
 
     found = load(arguments.json)
     rows = rows_of(found)
+    cases, points = ([row for row in rows if bool(row.curve) is curve] for curve in (False, True))
     folder = arguments.results / slug(found)
     folder.mkdir(parents=True, exist_ok=True)
     caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio.\n"
-    (folder / "table.md").write_text(f"{caption}\n{markdown(rows)}\n", encoding="utf-8")
+    tables = [caption, markdown(cases), f"\n{KEY}"]
+    (folder / "table.md").write_text("\n".join(tables), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    picture(found, rows).savefig(folder / "ratios.png", dpi=150)
+    drawn = {"ratios": pictures.ratios(cases, peers_of(cases))}
+    if points:
+        drawn["scaling"] = pictures.scaling(points)
+    if found["memory"]:
+        drawn["memory"] = pictures.memory(found["memory"])
+    for name, (figure, title) in drawn.items():
+        figure.suptitle(f"{title}\n{machine(found)}", fontsize=10)
+        figure.savefig(folder / f"{name}.png", dpi=150)
     if arguments.readme:
-        headline = [row for row in rows if row.headline and row.mode == "forward+backward"]
+        headline = [row for row in cases if row.headline and row.mode == "forward+backward"]
         fill(arguments.readme, f"{caption}\n{markdown(headline)}\n")
-    print(markdown(rows), f"written to {folder}", sep="\n\n")
+    print(markdown(cases), f"written to {folder}", sep="\n\n")
 
 
 if __name__ == "__main__":

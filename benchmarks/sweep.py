@@ -18,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from cases import BF16, F16, F32, F64, MODES, PEERS, Case, M, draw, step
+from cases import BF16, F16, F32, F64, MODES, Case, M, draw, step
 from measure import Quartiles, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.ops.dispatch import ATEN_BELOW, aten_is_faster
@@ -91,9 +92,7 @@ def points(ops: Sequence[str], dtypes: Sequence[str], threads: Sequence[int]) ->
 def measure(point: Point, seconds: float) -> Finding:
     torch.set_num_threads(point.threads)
     arguments = draw(point.case)
-    steps = [
-        step(o, point.case, arguments, MODES[-1]) for o in (PEERS["torch"], pyfused.functional)
-    ]
+    steps = [step(o, point.case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
     rounds, calls = plan(steps, seconds, fewest=4)
     times: tuple[list[float], list[float]] = [], []
     for turn in range(rounds):

@@ -8,29 +8,57 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 
 import pytest
-from cases import CASES, MODES, PEERS, Arguments, Case, assert_right, draw, step
+import torch
+from cases import (
+    CASES,
+    CURVES,
+    KEEPS_PAGES,
+    MODES,
+    PEERS,
+    Arguments,
+    Case,
+    assert_right,
+    draw,
+    step,
+)
 from measure import Peer, Row, plan, ratios, repeat, timed
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import pyfused.functional
 
-SECONDS = 1.5
+SECONDS = {"": 1.5, "elements": 0.5, "classes": 0.5}
 # In a virtual machine the host may have to find memory too, the first times that it is touched.
 WARM_UP = 5
 
 
 @lru_cache(maxsize=1)
 def checked(case: Case) -> Arguments:
+    torch.compiler.reset()  # or a compiled operator would become one for all shapes
     arguments = draw(case)
     assert_right(case, arguments)
     return arguments
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, id=c.name, marks=[pytest.mark.quick] if c.headline else []) for c in CASES],
-)
+def copying(arguments: Arguments) -> Callable[[], None]:
+    """The memory's own speed: reads the input and writes as much, in memory that is warm."""
+    source, destination = arguments.input.detach(), torch.empty_like(arguments.input)
+    return lambda: destination.copy_(source)
+
+
+def parameters() -> list[object]:
+    return [
+        pytest.param(case, mode, id=f"{case.name} {mode}", marks=marks(case, mode))
+        for case in (*CASES, *CURVES)
+        for mode in MODES
+        if mode == MODES[-1] or not case.curve
+    ]
+
+
+def marks(case: Case, mode: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.quick] if case.headline and mode == MODES[-1] else []
+
+
+@pytest.mark.parametrize(("case", "mode"), parameters())
 def test_speed(
     benchmark: BenchmarkFixture,
     record_property: Callable[[str, object], None],
@@ -39,9 +67,15 @@ def test_speed(
 ) -> None:
     arguments = checked(case)
     ours = step(pyfused.functional, case, arguments, mode)
-    peers = {name: step(operators, case, arguments, mode) for name, operators in PEERS.items()}
+    peers = {
+        name: step(operators, case, arguments, mode)
+        for name, operators in PEERS.items()
+        if not (case.curve and name == "torch.compile")
+    }
+    if KEEPS_PAGES:
+        peers["copy"] = copying(arguments)
     times: dict[str, list[float]] = {name: [] for name in peers}
-    rounds, calls = plan([ours, *peers.values()], SECONDS)
+    rounds, calls = plan([ours, *peers.values()], SECONDS[case.curve])
 
     def time_the_peers() -> None:
         for name, peer in peers.items():
@@ -55,17 +89,27 @@ def test_speed(
     )
     if benchmark.stats is None:  # --benchmark-disable
         return
-    pyfused_times = benchmark.stats.stats.data
-    times = {name: all_[WARM_UP:] for name, all_ in times.items()}
-    ms = {name: 1e3 * statistics.median(all_) / calls for name, all_ in times.items()}
+    if KEEPS_PAGES:  # a copy reads and writes the input's size once
+        times["copy"] = [time * case.traffic(mode) / 2 for time in times["copy"]]
     row = Row(
         case=case.name,
+        op=case.op,
         mode=mode,
         headline=case.headline,
+        curve=case.curve,
+        elements=case.elements,
+        classes=case.shape[1] if case.op == "cross_entropy" else 1,
         rounds=rounds,
         calls_per_round=calls,
-        pyfused_ms=1e3 * statistics.median(pyfused_times) / calls,
-        peers={name: Peer(ms[name], ratios(times[name], pyfused_times)) for name in peers},
+        peers={
+            name: compared(times[name][WARM_UP:], benchmark.stats.stats.data, calls)
+            for name in peers
+        },
     )
     benchmark.extra_info.update(asdict(row))
     record_property("row", row)
+
+
+def compared(theirs: list[float], ours: list[float], calls: int) -> Peer:
+    ms, pyfused_ms = (1e3 * statistics.median(times) / calls for times in (theirs, ours))
+    return Peer(ms, pyfused_ms, ratios(theirs, ours))

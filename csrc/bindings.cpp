@@ -148,6 +148,14 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   m.attr("openmp") = false;
 #endif
 
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#elif defined(__GNUC__)
+  m.attr("compiler") = "GCC " __VERSION__;
+#else
+  m.attr("compiler") = "MSVC";
+#endif
+
   m.def("cross_entropy", &run_cross_entropy, unlocked);
   m.def("squared_error", &run_pointwise_loss<SquaredError>, unlocked);
   m.def("relu", &run_activation<Relu>, unlocked);
