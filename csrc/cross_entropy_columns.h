@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cross_entropy_terms.h"
+#include "exponentials.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -148,10 +149,8 @@ template <class T> class Columns {
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns] = {};
         for (int64_t i = begin; i < end; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) {
-            e[i][b] = exp_nonpositive(x[i][b] - pivot[b]);
-            part[b] += e[i][b];
-          }
+          exponentials(x[i], pivot, e[i], kColumns);
+          for (int64_t b = 0; b < kColumns; ++b) part[b] += e[i][b];
         }
         for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
       });
@@ -226,9 +225,7 @@ template <class T> class Columns {
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_aim(c, k);
       if (ce.classes > kColumnClasses) {
-        for (int64_t i = 0; i < k; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) e[i][b] = exp_nonpositive(x[i][b] - max[b]);
-        }
+        for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
       }
       for (int64_t i = 0; i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] *= factor[b];

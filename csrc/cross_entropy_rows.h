@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cross_entropy_terms.h"
+#include "exponentials.h"
 #include "parallel.h"
 
 namespace pyfused {
@@ -87,21 +88,6 @@ template <class T> class Row {
     });
   }
 
-  // The sum of exp(x - pivot), each kept in `e` where Keeps; raises `highest` to the largest logit.
-  template <bool Keeps, class U>
-  static A sum_exponentials(const U* x, A* e, int64_t padded, A pivot, A& highest) {
-    A high = highest, sum = 0;
-    PYFUSED_SIMD(reduction(+ : sum) reduction(max : high))
-    for (int64_t i = 0; i < padded; ++i) {
-      const A logit = widen(x[i]), value = exp_nonpositive(logit - pivot);
-      high = logit > high ? logit : high;
-      if (Keeps) e[i] = value;
-      sum += value;
-    }
-    highest = high;
-    return sum;
-  }
-
   // One read of the row: a part is summed against the largest logit so far, and once more in the
   // rare case that it holds a larger one.
   template <bool Keeps> void read() {
@@ -176,39 +162,31 @@ template <class T> class Row {
     return ce.target ? ce.spike(position) * (double(max - hit_logit) + shift) : 0;
   }
 
-  // e factor, less q level where Dense.
-  template <bool Dense, class E>
-  PYFUSED_NOINLINE static void gradient(const E& e, const A* q, A* out, int64_t padded, A factor,
-                                        A level) {
-    PYFUSED_SIMD()
-    for (int64_t i = 0; i < padded; ++i) out[i] = Dense ? e(i) * factor - q[i] * level : e(i) * factor;
-  }
-
   // p_c sum_k q_k - q_c
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
     const double scale = ce.scale(position), factor = mass * scale / sum;
     const A high = max, level = A(ce.level() * scale);
-    const auto write_part = [&](int64_t first, int64_t n, A factor, const auto& e) {
-      const int64_t padded = whole_vectors<A>(n);
-      A* const out = n == padded ? staged(grad + first, buffer) : buffer;
-      if (ce.dense()) {
-        gradient<true>(e, aim_at(first, n), out, padded, factor, level);
-      } else {
-        gradient<false>(e, nullptr, out, padded, factor, level);
-      }
-      store(out, grad + first, n);
+    const auto staged_part = [&](int64_t first, int64_t n) {
+      return n == whole_vectors<A>(n) ? staged(grad + first, buffer) : buffer;
     };
     if (keeps) {
       for_parts([&](int64_t part, int64_t first, int64_t n) {
+        A* const out = staged_part(first, n);
         const A* const e = kept + first;
+        const A* const q = ce.dense() ? aim_at(first, n) : nullptr;
         const A rescaled = A(factor * double(exp_nonpositive(pivots[part] - high)));
-        write_part(first, n, rescaled, [=](int64_t i) { return e[i]; });
+        PYFUSED_SIMD()
+        for (int64_t i = 0; i < n; ++i) out[i] = q ? e[i] * rescaled - q[i] * level : e[i] * rescaled;
+        store(out, grad + first, n);
       });
     } else {
       for_logits([&](int64_t, int64_t first, auto* x, int64_t n) {
-        const auto e = [=](int64_t i) { return exp_nonpositive(widen(x[i]) - high); };
-        write_part(first, n, A(factor), e);
+        A* const out = staged_part(first, n);
+        scaled_exponentials(x, out, whole_vectors<A>(n), high, A(factor));
+        const A* const q = ce.dense() ? aim_at(first, n) : nullptr;
+        for (int64_t i = 0; q && i < n; ++i) out[i] -= q[i] * level;
+        store(out, grad + first, n);
       });
     }
     if (!ce.target) return;
