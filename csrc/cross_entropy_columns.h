@@ -18,6 +18,7 @@ constexpr int64_t kColumnClasses = 128;  // classes at a time: a tile stays in L
 template <class T> class Columns {
   using A = Accumulate<T>;
   using Tile = A[kColumnClasses][kColumns];
+  using Line = T[kColumns];
   using Lanes = double[kColumns];
 
  public:
@@ -71,44 +72,45 @@ template <class T> class Columns {
   alignas(kVectorBytes) Tile x;
   alignas(kVectorBytes) Tile q;
   alignas(kVectorBytes) Tile e;  // exp(x - max)
+  alignas(kVectorBytes) Line narrow_tile[kColumnClasses];
 
   template <class U> bool side_by_side(const View<U>& view) const {
     return view.inner == 1 && first % ce.inner + n <= ce.inner;
   }
 
-  void load_tile(const View<const T>& view, int64_t c, int64_t k, Tile& tile) const {
+  // Where a tile is turned, position by position: itself, or one of T.
+  Line* turning(Tile& tile) {
+    if constexpr (std::is_same_v<T, A>) return tile;
+    return narrow_tile;
+  }
+
+  void load_tile(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
     if (side_by_side(view)) {
       const T* from = ce.at(view, first) + c * view.classes;
       for (int64_t i = 0; i < k; ++i) load(from + i * view.classes, tile[i], n);
     } else {
-      [[maybe_unused]] alignas(kVectorBytes) A line[kColumnClasses];
+      Line* const turned = turning(tile);
       for (int64_t b = 0; b < n; ++b) {
         const T* const from = ce.at(view, first + b) + c * view.classes;
-        if constexpr (std::is_same_v<T, A>) {
-          for (int64_t i = 0; i < k; ++i) tile[i][b] = from[i * view.classes];
-        } else {
-          load(from, view.classes, line, k);
-          for (int64_t i = 0; i < k; ++i) tile[i][b] = line[i];
-        }
+        for (int64_t i = 0; i < k; ++i) turned[i][b] = from[i * view.classes];
+      }
+      if constexpr (!std::is_same_v<T, A>) {
+        for (int64_t i = 0; i < k; ++i) load(turned[i], tile[i], n);
       }
     }
     for (int64_t i = 0; n < kColumns && i < k; ++i) std::fill(tile[i] + n, tile[i] + kColumns, A(0));
   }
 
-  void store_tile(const Tile& tile, const View<T>& view, int64_t c, int64_t k) const {
+  void store_tile(Tile& tile, const View<T>& view, int64_t c, int64_t k) {
     if (side_by_side(view)) {
       T* to = ce.at(view, first) + c * view.classes;
       for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, ce.streams);
     } else {
-      [[maybe_unused]] alignas(kVectorBytes) A line[kColumnClasses];
+      Line* const turned = turning(tile);
+      for (int64_t i = 0; i < k; ++i) store(tile[i], turned[i], n);
       for (int64_t b = 0; b < n; ++b) {
         T* const to = ce.at(view, first + b) + c * view.classes;
-        if constexpr (std::is_same_v<T, A>) {
-          for (int64_t i = 0; i < k; ++i) to[i * view.classes] = tile[i][b];
-        } else {
-          for (int64_t i = 0; i < k; ++i) line[i] = tile[i][b];
-          store(line, to, view.classes, k);
-        }
+        for (int64_t i = 0; i < k; ++i) to[i * view.classes] = turned[i][b];
       }
     }
   }
