@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
+from torch import relu as _aten_relu
+from torch import relu_ as _aten_relu_
 from torch.nn import _reduction as _legacy
-from torch.nn import functional as F
+
+# By name: pyfused.patch puts other functions into torch and torch.nn.functional.
+from torch.nn.functional import cross_entropy as _torch_cross_entropy
+from torch.nn.functional import mse_loss as _torch_mse_loss
+from torch.nn.functional import relu as _torch_relu
+from torch.overrides import has_torch_function_unary
 
 from pyfused import checks
 from pyfused.backends import CrossEntropyOptions
 from pyfused.ops import activation as _activation
 from pyfused.ops import cross_entropy as _cross_entropy
 from pyfused.ops import pointwise_loss as _pointwise_loss
-from pyfused.ops.dispatch import SMALL, reason_for_torch
+from pyfused.ops.dispatch import SMALL, reason_for_torch, say_once
 
 __all__ = ["cross_entropy", "mse_loss", "relu"]
 
@@ -80,8 +86,10 @@ def cross_entropy(
     if reason is None:
         options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
         return _cross_entropy.fused(input, target, weight, options, inplace)
+    if reason is not SMALL:
+        say_once("cross_entropy", reason)
     try:
-        return F.cross_entropy(
+        return _torch_cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
     except (IndexError, RuntimeError, TypeError, ValueError):
@@ -125,7 +133,8 @@ def mse_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
-    if reason_for_torch("mse_loss", input, target, weight) is None:
+    reason = reason_for_torch("mse_loss", input, target, weight)
+    if reason is None:
         checks.mse_loss(input, target, weight, reduction)
         if target.shape != input.shape:
             warnings.warn(
@@ -137,8 +146,10 @@ def mse_loss(
         return _pointwise_loss.fused(
             _pointwise_loss.SQUARED_ERROR, input, target, weight, reduction
         )
+    if reason is not SMALL:
+        say_once("mse_loss", reason)
     try:
-        return F.mse_loss(input, target, None, None, reduction, weight)  # type: ignore[call-arg]
+        return _torch_mse_loss(input, target, None, None, reduction, weight)  # type: ignore[call-arg]
     except (AttributeError, RuntimeError, TypeError, ValueError):
         checks.mse_loss(input, target, weight, reduction)
         raise
@@ -158,13 +169,15 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         RuntimeError: ``inplace``, and the input is a leaf that requires grad, or overlaps itself.
         TypeError: ``input`` is no tensor.
     """
-    reason = reason_for_torch("relu", input)
-    if reason is SMALL:
-        return torch.relu_(input) if inplace else torch.relu(input)
-    if reason is None and not (inplace and _activation.better_in_torch(input)):
+    reason = reason_for_torch("relu", input, None, None, inplace)
+    if reason is None:
         return _activation.fused(_activation.RELU, input, inplace)
+    if reason is not SMALL:
+        say_once("relu", reason)
+        if has_torch_function_unary(input):
+            return _torch_relu(input, inplace=inplace)
     try:
-        return F.relu(input, inplace=inplace)
+        return _aten_relu_(input) if inplace else _aten_relu(input)
     except TypeError:
         checks.relu(input)
         raise

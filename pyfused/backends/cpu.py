@@ -23,6 +23,7 @@ from pyfused.backends.layout import (
     is_dense,
     loss_shape,
     positions,
+    strides_of,
     viewed,
 )
 
@@ -78,6 +79,13 @@ def _address(tensor: Tensor | None) -> int:
 
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0)
+
+
+def takes_rows(logits: Tensor) -> bool:
+    """Whether the kernel's vectors are along the classes of a row, and not along positions."""
+    views = [strides_of(tensor) for tensor in (logits, empty_viewed(logits)[0])]
+    enough = positions(logits)[2] >= native.row_classes
+    return enough and all(view is not None and view[2] == 1 for view in views)
 
 
 def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend
-from pyfused.backends.layout import is_dense
 from pyfused.ops.dispatch import backend_of
-from pyfused.ops.gradients import first_order
+from pyfused.ops.gradients import second_order
 
 
 class Formula(NamedTuple):
@@ -24,16 +23,6 @@ class Formula(NamedTuple):
 RELU = Formula(
     "relu", lambda grad_output, output: torch.ops.aten.threshold_backward(grad_output, output, 0)
 )
-
-
-def better_in_torch(input: Tensor) -> bool:
-    """Whether torch's own operator is to overwrite ``input``.
-
-    It has the errors for what must not be overwritten, takes any strides, and there is no new
-    memory for a kernel to save unless a gradient follows.
-    """
-    wants_grad = torch.is_grad_enabled() and input.requires_grad
-    return not wants_grad or input.is_leaf or input._is_view() or not is_dense(input)
 
 
 def fused(formula: Formula, input: Tensor, inplace: bool) -> Tensor:
@@ -63,7 +52,7 @@ class Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (output,) = ctx.saved_tensors
-        if not first_order(grad_output):
+        if second_order(ctx.formula.kernel, grad_output):
             gradient = ctx.formula.gradient(grad_output, output)
         else:
             gradient = ctx.backend.activation_backward(ctx.formula.kernel, grad_output, output)

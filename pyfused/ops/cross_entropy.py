@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy  # by name: pyfused.patch replaces it there
 
 from pyfused import checks
-from pyfused.backends import Backend, CrossEntropyOptions, Want
+from pyfused.backends import Backend, CrossEntropyOptions, Want, cpu
+from pyfused.backends.layout import accumulate_dtype, empty_viewed, loss_shape, viewed
 from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import (
     Gradients,
@@ -19,6 +21,8 @@ from pyfused.ops.gradients import (
     differentiate,
     gradients_ahead,
 )
+
+Saved = tuple[Tensor, Tensor, Tensor | None]
 
 
 def fused(
@@ -39,8 +43,10 @@ def fused(
         target = target.to(torch.int64)
         target = target.reshape(()) if input.dim() == 1 else target
     backend = backend_of(input)
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss: Tensor | None = CrossEntropy.apply(backend, input, target, weight, options, inplace)
+    if torch.compiler.is_compiling():
+        loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
+    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        loss = CrossEntropy.apply(backend, input, target, weight, options, inplace)
     else:
         loss, _ = backend.cross_entropy(input, target, weight, options, Want())
     assert loss is not None
@@ -49,7 +55,8 @@ def fused(
 
 def give_up(input: Tensor) -> None:
     """Marks logits whose gradient may overwrite them as changed, for whoever saved them before."""
-    if torch.is_grad_enabled() and input.requires_grad:
+    compiling = torch.compiler.is_compiling()  # whose gradient has memory of its own
+    if torch.is_grad_enabled() and input.requires_grad and not compiling:
         checks.overwritable(input)
         increment_version(input)
 
@@ -82,22 +89,28 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        return None, *backward(ctx, grad_output, _kernel, _definition), None, None, None
+        return (
+            None,
+            *backward("cross_entropy", ctx, grad_output, _kernel, _definition),
+            None,
+            None,
+            None,
+        )
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def _saved(ctx: Any) -> Saved:
     if ctx.overwritten:
         raise RuntimeError(
             "inplace: expected False for create_graph=True or a second backward pass, got True, "
             "and the gradient has taken the logits' memory"
         )
-    saved: tuple[Tensor, Tensor, Tensor | None] = ctx.saved_tensors
+    saved: Saved = ctx.saved_tensors
     return saved
 
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
     input, target, weight = _saved(ctx)
-    want = Want(False, *ctx.needs_input_grad[1:3], ctx.inplace)
+    want = Want(False, *ctx.needs_input_grad[1:3], inplace=ctx.inplace)
     if ctx.inplace:
         increment_version(input)
         ctx.overwritten = True
@@ -108,15 +121,91 @@ def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    input, target, weight = _saved(ctx)
+    return _of_definition(_saved(ctx), ctx.options, ctx.needs_input_grad[1:3], grad_output)
+
+
+def _of_definition(
+    saved: Saved, options: CrossEntropyOptions, wanted: Sequence[bool], grad_output: Tensor
+) -> Gradients:
+    input, target, weight = saved
     dtype = grad_output.dtype
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(
+        return cross_entropy(
             input.to(dtype),
             target.to(dtype) if target.is_floating_point() else target,
             None if weight is None else weight.to(dtype),
-            **ctx.options._asdict(),
+            **options._asdict(),
         )
 
-    return differentiate(definition, (input, target), ctx.needs_input_grad[1:3], grad_output)
+    return differentiate(definition, (input, target), wanted, grad_output)
+
+
+# ---- custom operators, which only a compiler sees ------------------------------------------------
+
+# The gradient is computed by the backward pass: a custom operator may not hand over what it saved,
+# and to scale a copy of it is as many bytes as to read the logits again.
+_ARGUMENTS = (
+    "Tensor input, Tensor target, Tensor? weight, "
+    "int ignore_index, str reduction, float label_smoothing"
+)
+torch.library.define("pyfused::cross_entropy", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "pyfused::cross_entropy_backward",
+    f"(Tensor grad_output, {_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor)",
+)
+
+
+def _loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    loss, _ = cpu.cross_entropy(input, target, weight, CrossEntropyOptions(*options), Want())
+    assert loss is not None
+    return loss
+
+
+def _gradients(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> Gradients:
+    want = Want(False, *options[-1])
+    arguments = input, target, weight, CrossEntropyOptions(*options[:-1])
+    _, gradients = cpu.cross_entropy(*arguments, want, grad_output)
+    return tuple(input.new_empty(0) if g is None else g for g in gradients)
+
+
+def _fake_loss(input: Tensor, _target: Tensor, _weight: Tensor | None, *options: Any) -> Tensor:
+    shape = loss_shape(input, CrossEntropyOptions(*options).reduction)
+    return input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
+
+
+def _fake_gradients(
+    _grad_output: Tensor, input: Tensor, target: Tensor, _weight: Tensor | None, *options: Any
+) -> Gradients:
+    return tuple(
+        empty_viewed(viewed(of)[0])[0] if want else input.new_empty(0)
+        for of, want in zip((input, target), options[-1], strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    input, target, weight, *options = inputs
+    ctx.options = CrossEntropyOptions(*options)
+    ctx.save_for_backward(input, target, weight)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
+    wanted = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled():
+        gradients = _of_definition(ctx.saved_tensors, ctx.options, wanted, grad_output)
+    else:
+        operator = torch.ops.pyfused.cross_entropy_backward
+        gradients = operator(grad_output, *ctx.saved_tensors, *ctx.options, wanted)
+    given = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return *given, *[None] * 4
+
+
+for _name, _kernels, _fake in (
+    ("pyfused::cross_entropy", _loss, _fake_loss),
+    ("pyfused::cross_entropy_backward", _gradients, _fake_gradients),
+):
+    torch.library.impl(_name, "cpu", _kernels)
+    torch.library.register_fake(_name, _fake)
+torch.library.register_autograd("pyfused::cross_entropy", _backward, setup_context=_save)

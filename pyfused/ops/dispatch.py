@@ -7,6 +7,7 @@ CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environ
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from functools import cache
@@ -15,9 +16,11 @@ from importlib import util
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pyfused.backends import Backend, cpu
+from pyfused.backends.layout import is_dense
 
 FORCED = os.environ.get("PYFUSED_BACKEND") or None
 if FORCED not in (None, "cpu", "triton", "torch"):
@@ -73,13 +76,24 @@ _ALWAYS_BELOW = {
     for op, dtypes in ATEN_BELOW.items()
 }
 
+# Elements below which a compiled call is left to Inductor, on top of a custom operator's own cost.
+# An operator that is not here always is: to Inductor a custom operator is a wall, and it fuses
+# these with what comes before and after.
+COMPILED_BELOW = {"cross_entropy": 1 << 18}
+
 SMALL = "ATen is faster at this size"
 _PLAIN = (Tensor, Parameter)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
+_log = logging.getLogger("pyfused")
+_said: set[tuple[str, str]] = set()
 
 
 def reason_for_torch(
-    op: str, input: Tensor, target: Tensor | None = None, weight: Tensor | None = None
+    op: str,
+    input: Tensor,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    inplace: bool = False,
 ) -> str | None:
     """Why torch's own operator takes a call, None where a fused kernel does.
 
@@ -88,24 +102,37 @@ def reason_for_torch(
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
+    compiling = is_dynamo_compiling()  # first: comparing sizes would make a graph depend on them
     if type(input) not in _PLAIN:
-        return f"input is a {type(input).__name__}"
-    if aten_is_faster(op, input):
+        compiling = _is_traced(input)
+        if not compiling:
+            return f"input is a {type(input).__name__}"
+    if not compiling and aten_is_faster(op, input):
         return SMALL
     return (
-        _active_mode()
+        (_left_to_compiler(op, input) if compiling else _active_mode())
         or _unsupported("input", input, input)
         or (target is not None and _unsupported("target", target, input, op == "cross_entropy"))
         or (weight is not None and _unsupported("weight", weight, input))
         or (weight is not None and weight.requires_grad and "weight requires grad")
         or (op == "cross_entropy" and input.shape[1:2] == (1,) and "one class")
+        or (inplace and _overwritten_by_torch(input) and "overwriting saves no memory to a kernel")
         or None
     )
+
+
+def say_once(op: str, reason: str) -> None:
+    """Tells the logger, at level INFO, why an operator falls back to torch's."""
+    if not is_dynamo_compiling() and _log.isEnabledFor(logging.INFO) and (op, reason) not in _said:
+        _said.add((op, reason))
+        _log.info("%s: torch: %s", op, reason)
 
 
 def aten_is_faster(op: str, input: Tensor) -> bool:
     """Whether a table gives a call of this size to ATen; one without elements always is."""
     elements = input.numel()
+    if type(elements) is not int:  # a tensor, to torch.jit.trace
+        return False
     if elements < _ALWAYS_BELOW[op]:
         return elements == 0 or FORCED is None
     if FORCED is not None:
@@ -121,9 +148,24 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
     return False
 
 
+def _left_to_compiler(op: str, input: Tensor) -> str | None:
+    if torch.compiler.is_exporting():
+        return "torch.export: a program of torch's operators runs without pyfused"
+    if not input.is_cpu or FORCED == "triton":
+        return "torch.compile: Inductor writes Triton kernels, too"
+    if op not in COMPILED_BELOW:
+        return "torch.compile: Inductor fuses it with its neighbours"
+    # Imported by the compiler in any case, and slow to import.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if statically_known_true(input.numel() < COMPILED_BELOW[op]):
+        return "torch.compile: Inductor is faster at this size"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    return None
+
+
 def _active_mode() -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if torch._C._are_functorch_transforms_active():
@@ -173,8 +215,29 @@ def without_triton(device: torch.device) -> str | None:
     return None
 
 
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether the compiler calls, with its own stand-in for a plain tensor, what it does not read.
+
+    So it does with functions that it knows as torch's, which is how it came to know those that
+    pyfused.patch had put there.
+    """
+    stands_in = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
+    return stands_in and torch.compiler.is_compiling()
+
+
+def _overwritten_by_torch(input: Tensor) -> bool:
+    """Whether torch's own operator is to overwrite ``input``.
+
+    It has the errors for what must not be overwritten, takes any strides, and there is no new
+    memory for a kernel to save unless a gradient follows.
+    """
+    wants_grad = torch.is_grad_enabled() and input.requires_grad
+    return not wants_grad or input.is_leaf or input._is_view() or not is_dense(input)
+
+
 def _unsupported(name: str, tensor: Tensor, input: Tensor, indices: bool = False) -> str | None:
-    if type(tensor) not in _PLAIN:
+    compiling = is_dynamo_compiling() or _is_traced(tensor)
+    if type(tensor) not in _PLAIN and not compiling:
         return f"{name} is a {type(tensor).__name__}"
     simple = tensor.is_cpu and input.is_cpu and FORCED is None
     if not simple and (reason := _off_cpu(name, tensor, input)):
@@ -183,6 +246,7 @@ def _unsupported(name: str, tensor: Tensor, input: Tensor, indices: bool = False
         return f"{name} has layout {tensor.layout}"
     if tensor.dtype not in cpu.DTYPES and not (indices and tensor.dtype in _INDEX_DTYPES):
         return f"{name} has dtype {tensor.dtype}"
-    if tensor.is_neg() or tensor._is_zerotensor():
+    # The dispatcher makes a lazy tensor whole on the way to a compiler's custom operator.
+    if not compiling and (tensor.is_neg() or tensor._is_zerotensor()):
         return f"{name} is lazy"
     return None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.ops.dispatch import say_once
+
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that torch computes a loss in: autocast widens the half precisions."""
@@ -23,30 +25,34 @@ def gradients_ahead(reduction: str, input: Tensor) -> bool:
     return reduction != "none" and input.dtype is not torch.float16
 
 
-def first_order(grad_output: Tensor) -> bool:
-    """Whether the kernels take a backward pass: not differentiated itself, nor under vmap."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(grad_output)
-        and type(grad_output) is Tensor
-        and grad_output.layout is torch.strided
-        and not grad_output.is_neg()
-        and not grad_output._is_zerotensor()
+def second_order(op: str, grad_output: Tensor) -> bool:
+    """Whether a backward pass is for torch's definition: differentiated itself, or under vmap."""
+    reason = (
+        (torch.is_grad_enabled() and "create_graph")
+        or (torch._C._are_functorch_transforms_active() and "torch.func")
+        or (torch._C._functorch.is_legacy_batchedtensor(grad_output) and "is_grads_batched")
+        or (type(grad_output) is not Tensor and f"gradient is a {type(grad_output).__name__}")
+        or (grad_output.layout is not torch.strided and f"gradient is {grad_output.layout}")
+        or ((grad_output.is_neg() or grad_output._is_zerotensor()) and "gradient is lazy")
     )
+    if reason:
+        say_once(f"backward of {op}", reason)
+    return bool(reason)
 
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[[Any, Tensor], Gradients]
 
 
-def backward(ctx: Any, grad_output: Tensor, kernel: Backward, definition: Backward) -> Gradients:
+def backward(
+    op: str, ctx: Any, grad_output: Tensor, kernel: Backward, definition: Backward
+) -> Gradients:
     """A loss's gradients: those computed ahead, the kernel's, or those of torch's definition.
 
     Gradients computed ahead are handed over, so that nobody else holds them, and are gone for a
     second backward pass.
     """
-    if not first_order(grad_output):
+    if second_order(op, grad_output):
         return definition(ctx, grad_output)
     if ctx.gradients is None:
         return kernel(ctx, grad_output)
