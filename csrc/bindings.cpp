@@ -142,6 +142,7 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
 
   m.def("runs_here", &runs_here);
+  m.attr("row_classes") = kRowClasses;
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

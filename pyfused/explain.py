@@ -1,0 +1,66 @@
+"""Says which way a call would go, and why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from pyfused import functional
+from pyfused.backends import cpu
+from pyfused.ops.dispatch import reason_for_torch
+
+
+class Explanation(NamedTuple):
+    """The way of a call: in fields, and as ``str`` in words.
+
+    Attributes:
+        op: The operator's name in :mod:`pyfused.functional`.
+        backend: ``"torch"``, or the kernels' kind of device: ``"cpu"``.
+        reason: Why it is torch's operator, or what the kernel makes of the arguments.
+        isa: The instruction set of the kernel, None with torch.
+        threads: The most threads that the kernel uses, None with torch.
+    """
+
+    op: str
+    backend: str
+    reason: str
+    isa: str | None = None
+    threads: int | None = None
+
+    def __str__(self) -> str:
+        if self.backend == "torch":
+            return f"{self.op}: torch: {self.reason}"
+        return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {self.threads} threads"
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Says which backend a call of an operator takes, and why, without making the call.
+
+    It is asked of the code that decides for the call itself, so the two agree: here and now, with
+    the modes that are active and the number of threads that is set. A fused call's gradient is
+    fused, too; under ``create_graph`` it is torch's, which only the backward pass can know.
+
+    Args:
+        op: ``"cross_entropy"``, ``"mse_loss"`` or ``"relu"``; or a function of that name, torch's
+            or pyfused's.
+        args, kwargs: The call's arguments.
+
+    Raises:
+        ValueError: There is no such operator.
+        TypeError: The operator does not take these arguments.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in functional.__all__:
+        raise ValueError(f"op: expected one of {', '.join(functional.__all__)}, got {name}")
+    call = inspect.signature(getattr(functional, name)).bind(*args, **kwargs).arguments
+    decisive = {key: call[key] for key in ("input", "target", "weight", "inplace") if key in call}
+    reason = reason_for_torch(name, **decisive)
+    if reason is not None:
+        return Explanation(name, "torch", reason)
+    words = "element by element"
+    if name == "cross_entropy":
+        words = "rows in L2" if cpu.takes_rows(call["input"]) else "positions side by side"
+    return Explanation(name, "cpu", words, cpu.capability, torch.get_num_threads())
