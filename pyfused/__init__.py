@@ -1,10 +1,33 @@
 """Losses and activations for PyTorch whose forward and backward are fused.
 
 ``pyfused.functional`` mirrors ``torch.nn.functional`` and ``pyfused.nn`` mirrors ``torch.nn``: the
-same names, arguments, results and errors.
+same names, arguments, results and errors. :func:`convert` makes the modules of a model pyfused's,
+:func:`patch` makes calls of torch's functions take pyfused's, and :func:`explain` says which way a
+call goes.
 """
 
-from pyfused import functional, memory, nn
+import sys
 
-__all__ = ["__version__", "functional", "memory", "nn"]
+try:
+    from pyfused import functional, memory, nn
+    from pyfused.convert import convert, revert
+    from pyfused.explain import explain
+    from pyfused.patch import patch, unpatch
+except ImportError as error:
+    # `python -m pyfused` is asked when something is wrong: one line says what.
+    if sys.argv[:1] == ["-m"] and "pyfused" in sys.orig_argv:
+        raise SystemExit(f"pyfused: {error}") from None
+    raise
+
+__all__ = [
+    "__version__",
+    "convert",
+    "explain",
+    "functional",
+    "memory",
+    "nn",
+    "patch",
+    "revert",
+    "unpatch",
+]
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
-"""What a bug report needs: ``python -m pyfused``."""
+"""What a bug report needs, ``python -m pyfused``; and ``python -m pyfused run script.py``."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from importlib import metadata, util
@@ -12,6 +13,7 @@ import torch
 import pyfused
 from pyfused import functional
 from pyfused.backends import cpu
+from pyfused.run import run
 
 
 def installed(package: str) -> str:
@@ -41,6 +43,7 @@ def openmp() -> str:
 
 
 def report() -> dict[str, str]:
+    """Print what a bug report needs."""
     return {
         "pyfused": pyfused.__version__,
         "platform": platform.platform(),
@@ -56,6 +59,19 @@ def report() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m pyfused", description=report.__doc__)
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("run", help="run a script under pyfused.patch(), and count")
+    command.add_argument("script")
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options.script, options.arguments)
+        return
     for key, value in report().items():
         print(f"{key:<24}{value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -110,7 +110,8 @@ def _saved(ctx: Any) -> Saved:
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
     input, target, weight = _saved(ctx)
-    want = Want(False, *ctx.needs_input_grad[1:3], inplace=ctx.inplace)
+    wanted = ctx.needs_input_grad
+    want = Want(False, wanted[1], wanted[2], ctx.inplace)
     if ctx.inplace:
         increment_version(input)
         ctx.overwritten = True

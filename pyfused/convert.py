@@ -1,0 +1,129 @@
+"""Makes the modules of a model pyfused's, and torch's again."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Module
+
+from pyfused import nn
+
+_FUSED: dict[type[Module], type[Module]] = {
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
+}
+_TORCHS = {fused: torchs for torchs, fused in _FUSED.items()}
+_MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
+
+
+class Left(NamedTuple):
+    """A module that :func:`convert` left alone."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+class Conversion(NamedTuple):
+    """What :func:`convert` did: the names of the modules swapped, and those left, with reasons."""
+
+    swapped: tuple[str, ...]
+    left: tuple[Left, ...]
+
+    def __str__(self) -> str:
+        lines = [f"pyfused's now: {', '.join(self.swapped) or 'none'}"]
+        lines += [f"left alone: {name} ({kind}): {reason}" for name, kind, reason in self.left]
+        return "\n".join(lines)
+
+
+def convert(model: Module) -> Conversion:
+    """Makes every CrossEntropyLoss, MSELoss and ReLU module of a model pyfused's, in place.
+
+    The module objects stay the same ones and only change their class: hooks, buffers, device,
+    training flag and names are kept, and so is every reference to them. Subclasses are left alone.
+
+    Args:
+        model: Any module; its submodules are swapped, and itself where it is one of the three.
+
+    Returns:
+        The names of the modules that were swapped (``"."`` is the model itself), and those that
+        were left although they are losses or activations of these kinds, with the reasons.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is compiled or wrapped by FSDP; nothing has been changed.
+    """
+    modules = _modules(model)
+    swapped, left = [], []
+    for name, module in modules:
+        reason = _reason_to_leave(module)
+        if reason:
+            left.append(Left(name, type(module).__qualname__, reason))
+        elif type(module) in _FUSED:
+            swapped.append((name, module))
+    for _, module in swapped:
+        if type(module) in _FUSED:  # one that has several names is swapped once
+            module.__class__ = _FUSED[type(module)]
+            setattr(module, _MARK, True)
+    return Conversion(tuple(name for name, _ in swapped), tuple(left))
+
+
+def revert(model: Module) -> tuple[str, ...]:
+    """Makes the modules that :func:`convert` swapped torch's again, in place, and no others.
+
+    Args:
+        model: The converted model, a copy of it, or one loaded from a file.
+
+    Returns:
+        The names of the modules that are torch's again.
+
+    Raises:
+        TypeError, ValueError: As in :func:`convert`.
+    """
+    converted = [(name, module) for name, module in _modules(model) if _MARK in vars(module)]
+    for _, module in converted:
+        if _MARK in vars(module):
+            delattr(module, _MARK)
+            module.__class__ = _TORCHS[type(module)]
+    return tuple(name for name, _ in converted)
+
+
+def _modules(model: Any) -> list[tuple[str, Module]]:
+    """Every module under every name that it has."""
+    if not isinstance(model, Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    modules = [(name or ".", m) for name, m in model.named_modules(remove_duplicate=False)]
+    for name, module in modules:
+        wrapper = _wrapper(module)
+        if wrapper:
+            raise ValueError(
+                f"model: expected one that is not {wrapper} yet, got {type(module).__name__} at "
+                f"{name!r}. Convert or revert the model first, and wrap it then."
+            )
+    return modules
+
+
+def _wrapper(module: Module) -> str | None:
+    """Whoever wrapped the module has looked at its classes, and goes by what was there then."""
+    if module._compiled_call_impl is not None:
+        return "compiled"
+    dynamo, fsdp = map(sys.modules.get, ("torch._dynamo", "torch.distributed.fsdp"))
+    if dynamo and isinstance(module, dynamo.OptimizedModule):
+        return "compiled"
+    if fsdp and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+        return "sharded by FSDP"
+    return None
+
+
+def _reason_to_leave(module: Module) -> str | None:
+    if type(module) in _TORCHS:
+        return "is pyfused's already"
+    for torchs in _FUSED:
+        if type(module) is torchs and "forward" in vars(module):
+            return "its forward was replaced"
+        if type(module) is not torchs and isinstance(module, torchs):
+            return f"is a subclass of torch.nn.{torchs.__name__}"
+        if getattr(module, "original_name", None) == torchs.__name__:
+            return "is compiled by torch.jit"
+    return None
