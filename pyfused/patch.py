@@ -61,26 +61,32 @@ _SITES = (
 
 def _redirect(site: Site) -> Callable[..., Any]:
     """A function that calls pyfused's, with torch's name, documentation and errors."""
-    torchs, fused = site.torchs, getattr(functional, site.name)
-    only_tensors = site.owner is not F  # torch.relu has no inplace
+    name, torchs = site.name, site.torchs
+    only_input = site.owner is not F  # torch.relu has no inplace
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Subclasses and modes know torch's functions by their identity. A compiler's own mode does
-        # not care.
+        # Subclasses and modes know torch's functions by their identity; the compiler's do not care.
         overridden = has_torch_function(args) or (
             kwargs and has_torch_function((*kwargs.values(),))
         )
         if overridden and not is_compiling():
             return handle_torch_function(torchs, (*args, *kwargs.values()), *args, **kwargs)
-        if only_tensors and len(args) != 1:
-            return torchs(*args, **kwargs)
-        try:
-            return fused(*args, **kwargs)
-        except _ERRORS:
-            pass
+        if not only_input or len(args) + len(kwargs) == 1:
+            try:
+                return getattr(functional, name)(*args, **kwargs)
+            except _ERRORS:
+                pass
         return torchs(*args, **kwargs)  # for torch's own error
 
-    return functools.update_wrapper(call, torchs)
+    functools.update_wrapper(call, torchs)
+    # Not torch's address: models that hold the function are pickled by it, and the compiler keeps
+    # what it made of torch's functions, on disk and by address.
+    call.__module__, call.__qualname__ = __name__, site.path.replace(".", "_")
+    globals()[call.__qualname__] = call
+    return call
+
+
+_REDIRECTS = {site: _redirect(site) for site in _SITES}
 
 
 # ---- who wants the sites replaced ----------------------------------------------------------------
@@ -88,7 +94,7 @@ def _redirect(site: Site) -> Callable[..., Any]:
 _lock = threading.RLock()
 _calls: set[Patch] = set()  # by a call of patch(), until unpatch()
 _blocks = 0  # entered and not left, in all threads together
-_put: dict[Site, Callable[..., Any]] = {}
+_installed = False
 
 
 class Patch:
@@ -190,7 +196,8 @@ def unpatch() -> None:
 
 
 def _install() -> None:
-    if _put:
+    global _installed
+    if _installed:
         return
     for site in _SITES:
         if not site.is_torchs():
@@ -201,26 +208,27 @@ def _install() -> None:
     table = _compilers_table()
     if table:
         table()  # before the names are pyfused's
-    for site in _SITES:
-        _put[site] = _redirect(site)
-        site.put(_put[site])
+    for site, redirect in _REDIRECTS.items():
+        site.put(redirect)
+    _installed = True
 
 
 def _remove_unless_wanted() -> None:
-    if _calls or _blocks or not _put:
+    global _installed
+    if _calls or _blocks or not _installed:
         return
-    for site, function in _put.items():
-        if site.now() is not function:
+    for site, redirect in _REDIRECTS.items():
+        if site.now() is not redirect:
             raise RuntimeError(
                 f"unpatch: expected pyfused's function at {site.path}, got "
                 f"{_describe(site.now())}. Undo that patch first."
             )
-    table = _compilers_table()
-    if table and not table().keys().isdisjoint(_put.values()):
-        table.cache_clear()  # learnt while the names were pyfused's
-    for site in _put:
+    for site in _SITES:
         site.put_back()
-    _put.clear()
+    _installed = False
+    table = _compilers_table()
+    if table and not table().keys().isdisjoint(_REDIRECTS.values()):
+        table.cache_clear()  # learnt while the names were pyfused's
 
 
 def _describe(function: Any) -> str:

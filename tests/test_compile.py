@@ -1,0 +1,319 @@
+"""torch.compile: one graph, with pyfused's operator where it is the faster one; torch.export."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import Outcome, evaluate
+from conftest import KernelCalls
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+import pyfused
+from pyfused import functional as fused
+from pyfused.ops import dispatch
+
+# torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+N, C = 12, 7
+INDICES = torch.arange(N) % C
+PROBABILITIES = torch.linspace(-2, 2, N * C).view(N, C).softmax(1)
+IMAGES = torch.ones(N, 3, dtype=torch.int64)
+WEIGHT = torch.linspace(0.5, 1.5, C)
+close = torch.testing.assert_close
+
+Call = Callable[[Any, Tensor], Tensor]
+CALLS: dict[str, Call] = {
+    "mean": lambda f, x: f.cross_entropy(x, INDICES[: len(x)]),
+    "sum": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], reduction="sum"),
+    "none": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], reduction="none"),
+    "weight": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], WEIGHT, label_smoothing=0.1),
+    "ignored": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], ignore_index=2),
+    "probabilities": lambda f, x: f.cross_entropy(x, PROBABILITIES[: len(x)]),
+    "kdim": lambda f, x: f.cross_entropy(x.unsqueeze(2).repeat(1, 1, 3), IMAGES[: len(x)]),
+    "strided": lambda f, x: f.cross_entropy((x * 1).t().contiguous().t(), INDICES[: len(x)]),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size takes the operator: the measured table would leave small ones to Inductor."""
+    monkeypatch.setitem(dispatch.COMPILED_BELOW, "cross_entropy", 0)
+    torch.compiler.reset()
+
+
+class Graphs:
+    """A backend that keeps the operators of the graphs that it is given, forward and backward."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.operators: set[str] = set()
+        self.backend = aot_autograd(fw_compiler=self.compile)
+
+    def compile(self, graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        self.count += 1
+        self.operators |= {str(n.target) for n in graph.graph.nodes if n.op == "call_function"}
+        return make_boxed_func(graph.forward)
+
+    def of_pyfused(self) -> set[str]:
+        return {name for name in self.operators if name.startswith("pyfused.")}
+
+
+BOTH = {"pyfused.cross_entropy.default", "pyfused.cross_entropy_backward.default"}
+
+
+def assert_same(got: Outcome, expected: Outcome) -> None:
+    close(got.value, expected.value)
+    close(got.gradients, expected.gradients)
+
+
+# ---- one graph ----------------------------------------------------------------------------------
+
+
+@every_call
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_forward_and_backward_take_the_operator(
+    call: Call, dynamic: bool, kernel_calls: KernelCalls
+) -> None:
+    graphs = Graphs()
+    compiled = torch.compile(
+        lambda x: call(fused, x * 2), fullgraph=True, dynamic=dynamic, backend=graphs.backend
+    )
+    for rows in (N, N - 3):
+        x = torch.randn(rows, C, requires_grad=True)
+        assert_same(evaluate(compiled, x), evaluate(lambda x: call(F, x * 2), x))
+    assert graphs.of_pyfused() == BOTH
+    assert kernel_calls["cross_entropy"] == 4
+
+
+def test_sizes_of_a_dynamic_graph_are_not_compared_with_a_table() -> None:
+    dispatch.COMPILED_BELOW["cross_entropy"] = 50
+    graphs = Graphs()
+    options = {"fullgraph": True, "dynamic": True, "backend": graphs.backend}
+    compiled = torch.compile(fused.cross_entropy, **options)
+    for rows in (4, 5, 11, 12):  # on both sides of 50 elements
+        x = torch.randn(rows, C)
+        close(compiled(x, INDICES[:rows]), F.cross_entropy(x, INDICES[:rows]))
+    assert graphs.count == 1
+
+
+def test_a_gradient_to_probabilities() -> None:
+    x, target = torch.randn(N, C, requires_grad=True), PROBABILITIES.clone().requires_grad_()
+    compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
+    assert_same(evaluate(compiled, x, target), evaluate(F.cross_entropy, x, target))
+    only_target = evaluate(compiled, x.detach(), target)
+    assert_same(only_target, evaluate(F.cross_entropy, x.detach(), target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
+    x = torch.randn(N, C, dtype=dtype, requires_grad=True)
+    assert_same(evaluate(compiled, x, INDICES), evaluate(F.cross_entropy, x, INDICES))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    def step(functional: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.cross_entropy(x, INDICES)
+
+    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend="aot_eager")
+    x = torch.randn(N, C, dtype=dtype)
+    got, expected = compiled(x), step(F, x)
+    assert got.dtype == expected.dtype == torch.float32
+    close(got, expected)
+
+
+def test_a_second_derivative_where_the_compiler_leaves_autograd_alone() -> None:
+    compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="eager")
+    x = torch.randn(N, C, requires_grad=True)
+
+    def second(operator: Callable[..., Tensor]) -> Tensor:
+        (first,) = torch.autograd.grad(operator(x, INDICES), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    close(second(compiled), second(F.cross_entropy))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacrev])
+def test_function_transforms_take_torchs(transform: Any) -> None:
+    def step(functional: Any, x: Tensor) -> Tensor:
+        loss = lambda x: functional.cross_entropy(x, INDICES)  # noqa: E731
+        return transform(loss)(x if transform is not torch.func.vmap else x.expand(2, N, C))
+
+    graphs = Graphs()
+    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend=graphs.backend)
+    x = torch.randn(N, C)
+    close(compiled(x), step(F, x))
+    assert not graphs.of_pyfused()
+
+
+def test_a_lazily_negated_input() -> None:
+    z = torch.randn(N, C, dtype=torch.complex64)
+    compiled = torch.compile(
+        lambda z: fused.cross_entropy(z.conj().imag, INDICES), fullgraph=True, backend="aot_eager"
+    )
+    close(compiled(z), F.cross_entropy(-z.imag, INDICES))
+
+
+@pytest.mark.parametrize("op", ["mse_loss", "relu"])
+def test_what_inductor_fuses_with_its_neighbours_is_left_to_it(op: str) -> None:
+    graphs = Graphs()
+    rest = [torch.zeros(N, C)] if op == "mse_loss" else []
+    function = getattr(fused, op)
+    compiled = torch.compile(lambda x: function(x, *rest), fullgraph=True, backend=graphs.backend)
+    x = torch.randn(N, C, requires_grad=True)
+    assert_same(evaluate(compiled, x), evaluate(lambda x: getattr(F, op)(x, *rest), x))
+    assert not graphs.of_pyfused()
+
+
+@pytest.mark.thresholds
+def test_a_small_loss_is_left_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    graphs = Graphs()
+    compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend=graphs.backend)
+    compiled(torch.randn(N, C), INDICES)
+    assert not graphs.of_pyfused()
+
+
+def test_inductor() -> None:
+    def step(functional: Any, x: Tensor) -> Tensor:
+        return functional.cross_entropy(x.view(-1, C) * 2, INDICES, label_smoothing=0.1)
+
+    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True)
+    x = torch.randn(N * C, requires_grad=True)
+    assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x), x))
+
+
+# ---- the operator -------------------------------------------------------------------------------
+
+
+IMAGE_TARGET = torch.ones(2, 4, 3, dtype=torch.int64)
+LAST = torch.channels_last
+SAMPLES: dict[str, tuple[Tensor, Tensor, Tensor | None, str, float]] = {
+    "indices": (torch.randn(N, C), INDICES, None, "mean", 0.0),
+    "lone": (torch.randn(C), torch.tensor(2), None, "none", 0.0),
+    "weight": (torch.randn(N, C), INDICES, WEIGHT, "sum", 0.1),
+    "probabilities": (torch.randn(N, C), PROBABILITIES, WEIGHT, "none", 0.1),
+    "images": (torch.randn(2, C, 4, 3), IMAGE_TARGET, None, "none", 0.0),
+    "channels_last": (torch.randn(2, C, 4, 3).to(memory_format=LAST), IMAGE_TARGET, None, "sum", 0),
+    "permuted": (torch.randn(3, 4, 2, C).permute(2, 3, 1, 0), IMAGE_TARGET, None, "mean", 0.0),
+    "half": (torch.randn(N, C).half(), INDICES, None, "mean", 0.1),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
+def test_opcheck(sample: tuple[Any, ...]) -> None:
+    input, target, weight, *options = sample
+    arguments = (target, weight, -100, *options)
+    forward, backward = torch.ops.pyfused.cross_entropy, torch.ops.pyfused.cross_entropy_backward
+    torch.library.opcheck(forward.default, (input.clone().requires_grad_(), *arguments))
+    upstream = torch.rand_like(forward(input, *arguments))
+    wanted = [True, target.is_floating_point()]
+    torch.library.opcheck(backward.default, (upstream, input, *arguments, wanted))
+
+
+def test_an_index_out_of_range_is_found_in_a_compiled_call() -> None:
+    compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(IndexError, match=r"got 9 at position \(0,\)"):
+        compiled(torch.randn(N, C), torch.full((N,), 9))
+
+
+# ---- patched code -------------------------------------------------------------------------------
+
+
+def patched_step(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x.relu(), target) + torch.relu(x).sum() + F.mse_loss(x, F.relu(x))
+
+
+def operators_of_patched_step() -> set[str]:
+    graphs = Graphs()
+    torch.compiler.reset()
+    for rows in (5, 6, 7):
+        x, target = torch.randn(rows, 4, requires_grad=True), torch.ones(rows).long()
+        compiled = torch.compile(patched_step, fullgraph=True, backend=graphs.backend)
+        assert_same(evaluate(compiled, x, target), evaluate(patched_step, x, target))
+    return graphs.of_pyfused()
+
+
+def test_patched_code() -> None:
+    with pyfused.patch():
+        assert operators_of_patched_step() == BOTH
+    assert not operators_of_patched_step()
+
+
+def test_code_patched_before_the_compiler_is_imported() -> None:
+    """torch.compile knows torch's functions by name, and learns these names at its first use."""
+    code = """
+import sys, torch, pyfused
+assert "torch._dynamo" not in sys.modules
+with pyfused.patch():
+    import test_compile as test
+    test.dispatch.COMPILED_BELOW["cross_entropy"] = 0
+    assert test.operators_of_patched_step() == test.BOTH
+assert not test.operators_of_patched_step()
+"""
+    options = ("-W", "error", "-W", "ignore::DeprecationWarning")
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---- export -------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(C, C), pyfused.nn.ReLU())
+        self.criterion = pyfused.nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.criterion(self.net(x), target)
+
+
+def torchs_loss(model: Model, x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.relu(model.net[0](x)), target, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_an_exported_program_needs_no_pyfused(strict: bool) -> None:
+    model, rows = Model(), torch.export.Dim("rows")
+    exported = torch.export.export(
+        model,
+        (torch.randn(N, C), INDICES),
+        dynamic_shapes=({0: rows}, {0: rows}),
+        strict=strict,
+    )
+    assert "pyfused" not in exported.graph_module.code
+    for count in (2, 10):
+        x, target = torch.randn(count, C), INDICES[:count]
+        close(exported.module()(x, target), torchs_loss(model, x, target))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
+    model = Model()
+    x = torch.randn(N, C)
+    exported = torch.export.export(model, (x, INDICES))
+    package = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "model.pt2")
+    )
+    close(torch._inductor.aoti_load_package(package)(x, INDICES), torchs_loss(model, x, INDICES))
