@@ -33,7 +33,8 @@ class Explanation(NamedTuple):
     def __str__(self) -> str:
         if self.backend == "torch":
             return f"{self.op}: torch: {self.reason}"
-        return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {self.threads} threads"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -1,10 +1,12 @@
-"""`python -m pyfused`: what a bug report needs."""
+"""`python -m pyfused`: what a bug report needs; and a script run under patch()."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +52,46 @@ def test_the_kernels_run_in_the_pool_of_torch() -> None:
 
 def test_a_package_that_is_absent_is_said_to_be() -> None:
     assert main.installed("no-such-package") == "not installed"
+
+
+# ---- python -m pyfused run script.py -------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch, torch.nn.functional as F, helper
+assert __name__ == "__main__" and helper
+x, target = torch.randn(4, 8), torch.zeros(4).long()
+for _ in range(3):
+    torch.nn.CrossEntropyLoss()(x, target)
+F.relu(torch.zeros(1 << 23))
+try:
+    F.mse_loss(x)
+except TypeError:
+    pass
+print(*sys.argv[1:])
+sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize("code", ["0", "'a message'", "1 // 0"])
+def test_a_script_runs_patched_and_its_calls_are_counted(code: str, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").touch()
+    (tmp_path / "train.py").write_text(SCRIPT.format(code=code))
+    script = str(tmp_path / "train.py")
+    plain, counted = (
+        subprocess.run(
+            [sys.executable, *how, script, "--steps", "5"],
+            text=True,
+            capture_output=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for how in ((), ("-m", "pyfused", "run"))
+    )
+    assert counted.returncode == plain.returncode
+    assert counted.stdout == plain.stdout == "--steps 5\n"
+    summary = [
+        "pyfused: calls and the paths they took",
+        "        3  cross_entropy: torch: ATen is faster at this size",
+        f"        1  relu: cpu {cpu.supported[-1]}, element by element, 1 thread",
+    ]
+    assert "\n".join(summary) in counted.stderr

@@ -1,0 +1,223 @@
+"""convert() swaps exactly torch's three classes, in place, and revert() undoes it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KernelCalls
+from torch import Tensor, nn
+
+import pyfused
+
+
+class MyReLU(nn.ReLU):
+    """A subclass, which may do anything."""
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation = nn.ReLU(inplace=True)
+        self.layers = nn.Sequential(
+            nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5), MyReLU(), self.activation
+        )
+        self.criterion = nn.CrossEntropyLoss(torch.linspace(0.5, 1.5, 5), label_smoothing=0.1)
+        self.other = nn.MSELoss(reduction="sum")
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        output = self.layers(x)
+        return self.criterion(output, target) + self.other(output, x)
+
+
+X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+SWAPPED = ("activation", "layers.1", "layers.4", "criterion", "other")
+
+
+def types(model: nn.Module) -> list[type[nn.Module]]:
+    return [type(module) for module in model.modules()]
+
+
+def test_what_is_swapped_and_what_is_left(kernel_calls: KernelCalls) -> None:
+    model = Net()
+    expected = model(X, TARGET)
+    modules = list(model.modules())
+    report = pyfused.convert(model)
+    assert report.swapped == SWAPPED
+    assert report.left == (("layers.3", "MyReLU", "is a subclass of torch.nn.ReLU"),)
+    assert "layers.3 (MyReLU): is a subclass of torch.nn.ReLU" in str(report)
+    assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
+    for name in SWAPPED:
+        assert type(model.get_submodule(name)).__module__ == "pyfused.nn"
+    torch.testing.assert_close(model(X, TARGET), expected)
+    assert kernel_calls == {"relu": 2, "cross_entropy": 1, "squared_error": 1}
+
+
+def test_everything_else_is_kept() -> None:
+    model, seen = Net().double().eval(), []
+    model.criterion.register_forward_hook(lambda *_: seen.append("hook"))
+    model.criterion.note = "mine"
+    before = [dict(vars(module)) for module in model.modules()]
+    names = [name for name, _ in model.named_modules()]
+    description, state = repr(model), copy.deepcopy(model.state_dict())
+    pyfused.convert(model)
+    assert repr(model) == description
+    assert [name for name, _ in model.named_modules()] == names
+    assert not model.criterion.training
+    assert model.criterion.weight.dtype == torch.float64
+    model.load_state_dict(state)
+    Net().double().load_state_dict(model.state_dict())
+    model(X.double(), TARGET)
+    assert seen == ["hook"]
+    pyfused.revert(model)
+    for module, was in zip(model.modules(), before, strict=True):
+        assert vars(module).keys() == was.keys()
+        assert all(vars(module)[key] is value for key, value in was.items())
+
+
+def test_revert_undoes_convert_and_nothing_else() -> None:
+    model = Net()
+    model.mine = pyfused.nn.ReLU()
+    before = types(model)
+    report = pyfused.convert(model)
+    assert ("mine", "ReLU", "is pyfused's already") in report.left
+    assert pyfused.revert(model) == report.swapped
+    assert types(model) == before
+    assert pyfused.revert(model) == ()
+
+
+def test_converting_twice_changes_nothing() -> None:
+    model = Net()
+    pyfused.convert(model)
+    before = types(model)
+    report = pyfused.convert(model)
+    assert report.swapped == ()
+    assert {name for name, *_ in report.left} == {*SWAPPED, "layers.3"}
+    assert types(model) == before
+    assert pyfused.revert(model) == SWAPPED
+
+
+def test_the_model_itself() -> None:
+    criterion = nn.CrossEntropyLoss()
+    assert pyfused.convert(criterion).swapped == (".",)
+    assert type(criterion) is pyfused.nn.CrossEntropyLoss
+    pyfused.revert(criterion)
+    assert type(criterion) is nn.CrossEntropyLoss
+    assert str(pyfused.convert(nn.Linear(2, 2))) == "pyfused's now: none"
+
+
+def test_a_module_whose_forward_was_replaced() -> None:
+    model = nn.Sequential(nn.ReLU())
+    model[0].forward = torch.sigmoid
+    (left,) = pyfused.convert(model).left
+    assert left.reason == "its forward was replaced"
+    assert torch.equal(model(X), torch.sigmoid(X))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module() -> None:
+    model = nn.Sequential(torch.jit.script(nn.ReLU()), nn.ReLU())
+    report = pyfused.convert(model)
+    assert report.swapped == ("1",)
+    assert report.left[0].reason == "is compiled by torch.jit"
+
+
+@pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save", "weights_only"])
+def test_copies_are_converted_and_can_be_reverted(through: str) -> None:
+    model = Net()
+    pyfused.convert(model)
+    if through == "deepcopy":
+        again = copy.deepcopy(model)
+    elif through == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        classes = [*types(model), set]
+        with torch.serialization.safe_globals(classes):
+            again = torch.load(file, weights_only=through == "weights_only")
+    assert types(again) == types(model)
+    assert torch.equal(again(X, TARGET), model(X, TARGET))
+    pyfused.revert(again)
+    assert types(again) == types(Net())
+    assert type(model.activation) is pyfused.nn.ReLU
+
+
+def test_a_file_loaded_where_pyfused_is_missing_names_it(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ReLU())
+    pyfused.convert(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys; sys.modules['pyfused'] = None; import torch; "
+    code += "torch.load(sys.argv[1], weights_only=False)"
+    command = [sys.executable, "-c", code, tmp_path / "model.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError")
+    assert "pyfused" in last
+
+
+# ---- what cannot be converted -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [torch.randn, None, "model", nn.ReLU, torch.ones(2)], ids=repr)
+def test_what_is_no_module(wrong: Any) -> None:
+    for function in (pyfused.convert, pyfused.revert):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
+            function(wrong)
+
+
+@pytest.mark.parametrize("where", ["whole", "part", "in place"])
+def test_a_compiled_model_is_left_as_it_was(where: str) -> None:
+    model: Any = Net()
+    if where == "whole":
+        model = torch.compile(model, backend="eager")
+    elif where == "part":
+        model.layers = torch.compile(model.layers, backend="eager")
+    else:
+        model.layers.compile(backend="eager")
+    before = types(model)
+    name = "'.'" if where == "whole" else "'layers'"
+    for function in (pyfused.convert, pyfused.revert):
+        with pytest.raises(ValueError, match=f"one that is not compiled yet, got .* at {name}"):
+            function(model)
+    assert types(model) == before
+
+
+def test_a_model_is_converted_before_it_is_compiled() -> None:
+    model = Net()
+    pyfused.convert(model)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(X, TARGET), model(X, TARGET))
+
+
+def test_a_sharded_model_is_left_as_it_was(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = Net()
+        fully_shard(model.layers, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        before = types(model)
+        with pytest.raises(ValueError, match=r"not sharded by FSDP yet, got FSDP.* at 'layers'"):
+            pyfused.convert(model)
+        assert types(model) == before
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_importing_pyfused_did_not_import_what_a_wrapped_model_needs() -> None:
+    code = "import sys, pyfused, torch; pyfused.convert(torch.nn.ReLU());"
+    code += "sys.exit(any(m in sys.modules for m in ('torch._dynamo', 'torch.distributed.fsdp')))"
+    environment = {**os.environ, "PYTHONWARNINGS": ""}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

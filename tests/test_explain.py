@@ -1,0 +1,167 @@
+"""explain() says what a call does, and the logger says where one falls back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KernelCalls
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import pyfused
+from pyfused import functional as fused
+from pyfused.backends import cpu
+from pyfused.ops import dispatch
+
+X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+
+GRAD = torch.ones(5, requires_grad=True)
+
+
+class Mine(Tensor):
+    """Propagates through torch's operators."""
+
+
+# op, arguments, options, and the reason; None where a kernel takes the call.
+CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
+    "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
+    "mse_loss": ("mse_loss", (X, X), {}, None),
+    "relu": ("relu", (X,), {}, None),
+    "empty": ("relu", (X[:0],), {}, dispatch.SMALL),
+    "inplace": ("relu", (X.clone(),), {"inplace": True}, "overwriting saves no memory to a kernel"),
+    "inplace of a result": ("relu", (X.clone().requires_grad_() * 1, True), {}, None),
+    "integers": ("relu", (TARGET,), {}, "input has dtype torch.int64"),
+    "sparse": ("relu", (X.to_sparse(),), {}, "input has layout torch.sparse_coo"),
+    "meta": ("mse_loss", (X.to("meta"), X.to("meta")), {}, "input is on meta"),
+    "target": ("mse_loss", (X, TARGET[:, None]), {}, "target has dtype torch.int64"),
+    "weight": ("cross_entropy", (X, X.softmax(1)), {"weight": GRAD}, "weight requires grad"),
+    "one class": ("cross_entropy", (X[:, :1], TARGET * 0), {}, "one class"),
+    "subclass": ("relu", (X.as_subclass(Mine),), {}, "input is a Mine"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("op", "args", "kwargs", "reason"), CALLS.values(), ids=CALLS.keys())
+def test_what_is_said_is_what_is_done(
+    op: str, args: Any, kwargs: Any, reason: str | None, kernel_calls: KernelCalls
+) -> None:
+    said = pyfused.explain(op, *args, **kwargs)
+    assert not kernel_calls
+    with contextlib.suppress(RuntimeError):  # torch's own, of a weight that requires grad
+        getattr(fused, op)(*args, **kwargs)
+    assert kernel_calls.total() == (reason is None)
+    assert said.op == op
+    if reason:
+        assert said == (op, "torch", reason, None, None)
+        assert str(said) == f"{op}: torch: {reason}"
+    else:
+        assert (said.backend, said.isa, said.threads) == ("cpu", cpu.capability, 1)
+        assert str(said).startswith(f"{op}: cpu {cpu.capability}, ")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_modes_that_are_active() -> None:
+    def reason() -> str:
+        return pyfused.explain("relu", X).reason
+
+    said = []
+    torch.func.vmap(lambda x: (said.append(reason()), x)[1])(X)
+    torch.jit.trace(lambda x: (said.append(reason()), x)[1], X, check_trace=False)
+    with forward_ad.dual_level():
+        said.append(reason())
+    with torch.device("cpu"):
+        said.append(reason())
+    assert said == [
+        "torch.func",
+        "torch.jit.trace",
+        "forward-mode AD",
+        "a torch dispatch or function mode",
+    ]
+
+
+@pytest.mark.thresholds
+def test_sizes() -> None:
+    assert pyfused.explain("relu", X).reason == "ATen is faster at this size"
+    assert pyfused.explain("relu", torch.empty(1 << 24)).backend == "cpu"
+
+
+def test_layouts() -> None:
+    def words(logits: Tensor) -> str:
+        target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
+        return pyfused.explain(F.cross_entropy, logits, target).reason
+
+    assert words(torch.zeros(4, 128)) == "rows in L2"
+    assert words(torch.zeros(4, 127)) == "positions side by side"
+    assert words(torch.zeros(128, 4).t()) == "positions side by side"
+    assert words(torch.zeros(2, 200, 3, 3)) == "positions side by side"
+    assert words(torch.zeros(2, 200, 3, 3).to(memory_format=torch.channels_last)) == "rows in L2"
+    assert words(torch.zeros(2, 3, 200, 4).permute(0, 2, 3, 1)) == "positions side by side"
+
+
+def test_threads(threads: Callable[[int], None]) -> None:
+    threads(2)
+    assert pyfused.explain("relu", X).threads == 2
+
+
+@pytest.mark.parametrize("op", ["gelu", len, F.nll_loss, 3], ids=str)
+def test_an_operator_that_does_not_exist(op: Any) -> None:
+    with pytest.raises(ValueError, match="op: expected one of cross_entropy, mse_loss, relu, got"):
+        pyfused.explain(op, X)
+
+
+def test_arguments_that_the_operator_does_not_take() -> None:
+    with pytest.raises(TypeError, match="missing a required argument: 'target'"):
+        pyfused.explain("cross_entropy", X)
+
+
+# ---- the logger ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+
+
+def fall_back() -> None:
+    for _ in range(3):
+        fused.relu(TARGET)
+        fused.mse_loss(X.to("meta"), X.to("meta"))
+        x = X.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(fused.cross_entropy(x, TARGET), x, create_graph=True)
+        gradient.sum().backward()
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_a_line_for_each_fall_back(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pyfused"):
+        fall_back()
+    assert [record.getMessage() for record in caplog.records] == [
+        "relu: torch: input has dtype torch.int64",
+        "mse_loss: torch: input is on meta",
+        "backward of cross_entropy: torch: create_graph",
+    ]
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_nothing_is_said_unless_asked_for(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fall_back()
+    fused.relu(X)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.thresholds
+@pytest.mark.usefixtures("nothing_said")
+def test_what_aten_does_faster_is_no_fall_back(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "pyfused"):
+        fused.relu(X)
+        fused.cross_entropy(X, TARGET)
+    assert not caplog.records

@@ -1,0 +1,346 @@
+"""patch() replaces torch's functions for all who look them up, and unpatch() puts them back."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KernelCalls
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import pyfused
+
+OWNERS = (
+    (F, "cross_entropy"),
+    (F, "mse_loss"),
+    (F, "relu"),
+    (torch, "relu"),
+    (torch.Tensor, "relu"),
+)
+
+
+def standing() -> list[Any]:
+    return [getattr(owner, name) for owner, name in OWNERS]
+
+
+TORCHS = standing()
+X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def patched() -> bool:
+    """All names or none."""
+    same = [now is then for now, then in zip(standing(), TORCHS, strict=True)]
+    assert all(same) or not any(same)
+    return not any(same)
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    yield
+    assert not patched()
+    assert "relu" not in vars(torch.Tensor)
+
+
+# ---- what is patched ----------------------------------------------------------------------------
+
+
+def test_functions_methods_and_torchs_own_modules(kernel_calls: KernelCalls) -> None:
+    def results() -> list[Tensor]:
+        x = X.clone().requires_grad_()
+        values = [
+            F.cross_entropy(x, TARGET, label_smoothing=0.1),
+            nn.functional.mse_loss(x, X * 2, reduction="none"),
+            F.relu(x),
+            torch.relu(x),
+            torch.relu(input=x),
+            x.relu(),
+            nn.CrossEntropyLoss(ignore_index=1)(x, TARGET),
+            nn.MSELoss()(x, X * 2),
+            nn.ReLU()(x),
+            nn.Sequential(nn.ReLU(inplace=True))(x * 1),
+        ]
+        return [v.detach() for v in values] + [torch.autograd.grad(v.sum(), x)[0] for v in values]
+
+    expected = results()
+    assert not kernel_calls
+    with pyfused.patch():
+        got = results()
+    torch.testing.assert_close(got, expected)
+    assert {k: kernel_calls[k] for k in ("cross_entropy", "squared_error", "relu")} == {
+        "cross_entropy": 2,
+        "squared_error": 3,
+        "relu": 6,
+    }
+    results()
+    assert kernel_calls["relu"] == 6
+
+
+def test_torchs_names_and_documentation() -> None:
+    with pyfused.patch():
+        for now, then in zip(standing(), TORCHS, strict=True):
+            assert now.__name__ == then.__name__
+            assert now.__doc__ == then.__doc__
+
+
+WRONG = {
+    "missing": lambda: F.cross_entropy(X),
+    "unknown": lambda: F.mse_loss(X, X, factor=2),
+    "shape": lambda: F.cross_entropy(X, TARGET[:4]),
+    "range": lambda: F.cross_entropy(X, TARGET + 1),
+    "reduction": lambda: F.mse_loss(X, X, reduction="most"),
+    "no tensor": lambda: F.mse_loss(X, 1.0),
+    "relu of a list": lambda: F.relu([1.0]),
+    "relu has no inplace": lambda: torch.relu(X, True),
+    "nor by name": lambda: torch.relu(X, inplace=True),
+    "nor as a method": lambda: X.relu(True),
+    "leaf": lambda: F.relu(X.clone().requires_grad_(), inplace=True),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments_are_torchs_own_error(call: Any) -> None:
+    with pytest.raises(Exception) as expected:  # noqa: PT011
+        call()
+    with pyfused.patch(), pytest.raises(type(expected.value)) as got:
+        call()
+    assert type(got.value) is type(expected.value)
+    assert str(got.value) == str(expected.value)
+    assert got.value.__context__ is None
+
+
+def test_subclasses_and_modes_see_torchs_functions() -> None:
+    class Recording(Tensor):
+        seen: list[Any] = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            cls.seen.append(func)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            Recording.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with pyfused.patch():
+        F.relu(X.as_subclass(Recording))
+        F.cross_entropy(X, target=TARGET, weight=torch.ones(5).as_subclass(Recording))
+        with Mode():
+            torch.relu(X)
+    assert Recording.seen == [F.relu, F.cross_entropy, torch.relu]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracers() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.mse_loss(F.relu(x), torch.relu(x) + 1)
+
+    with pyfused.patch():
+        traced, symbolic = torch.jit.trace(Net(), (X,)), torch.fx.symbolic_trace(Net())
+        jvp = torch.func.jvp(Net(), (X,), (X,))
+    torch.testing.assert_close(traced(X * 2), Net()(X * 2))
+    torch.testing.assert_close(symbolic(X * 2), Net()(X * 2))
+    torch.testing.assert_close(jvp, torch.func.jvp(Net(), (X,), (X,)))
+    assert {n.target for n in symbolic.graph.nodes if n.op == "call_function"} >= {F.relu}
+
+
+def test_a_model_that_holds_a_patched_function_can_be_saved() -> None:
+    with pyfused.patch():
+        layer = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True, activation="relu").eval()
+        inside = pickle.dumps(layer)
+    x = torch.randn(2, 3, 4)
+    for data in (inside, pickle.dumps(layer)):
+        torch.testing.assert_close(pickle.loads(data)(x), layer(x))
+
+
+def test_whoever_looked_before_keeps_torchs(kernel_calls: KernelCalls) -> None:
+    looked = F.relu
+    with pyfused.patch():
+        looked(X.clone().requires_grad_()[:2])
+    assert kernel_calls.total() == 1  # by way of torch.relu, which F.relu looks up
+
+
+# ---- how long it lasts --------------------------------------------------------------------------
+
+
+def test_a_call_lasts_until_unpatch() -> None:
+    pyfused.patch()
+    assert patched()
+    pyfused.patch()
+    pyfused.unpatch()
+    assert not patched()
+
+
+def test_blocks_nest() -> None:
+    with pyfused.patch():
+        with pyfused.patch(), pyfused.patch():
+            assert patched()
+        assert patched()
+    assert not patched()
+
+
+def test_a_block_within_a_call_and_a_call_within_a_block() -> None:
+    pyfused.patch()
+    with pyfused.patch():
+        pass
+    assert patched()
+    pyfused.unpatch()
+    with pyfused.patch():
+        pyfused.patch()
+    assert patched()
+    with pyfused.patch():
+        pyfused.unpatch()
+        assert patched()
+
+
+def test_a_block_that_raises() -> None:
+    with pytest.raises(KeyError), pyfused.patch():
+        raise KeyError
+
+
+def test_what_patch_returns_can_be_entered_again() -> None:
+    again = pyfused.patch()
+    for _ in range(2):
+        with again, again:
+            assert patched()
+        assert not patched()
+
+
+@pytest.mark.parametrize("decorator", [pyfused.patch, lambda f: pyfused.patch()(f)], ids=["", "()"])
+def test_a_decorated_function(decorator: Any) -> None:
+    @decorator
+    def step(more: int) -> bool:
+        """What it does."""
+        return step(more - 1) if more else patched()
+
+    assert not patched()
+    assert step(2)
+    assert not patched()
+    assert (step.__name__, step.__doc__) == ("step", "What it does.")
+
+
+def test_several_threads() -> None:
+    """Each that wants it has it, however the others come and go."""
+    barrier = threading.Barrier(4)
+
+    def work(_: int) -> int:
+        barrier.wait()
+        count = 0
+        for _ in range(200):
+            with pyfused.patch():
+                count += patched()
+        return count
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(work, range(4))) == [200] * 4
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_threads_that_train_at_once(kernel_calls: KernelCalls) -> None:
+    def train(seed: int) -> list[float]:
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5))
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(X), TARGET)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    expected = [train(seed) for seed in range(6)]
+    with pyfused.patch(), ThreadPoolExecutor(3) as pool:
+        for got, wanted in zip(pool.map(train, range(6)), expected, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-4)
+    assert kernel_calls["cross_entropy"] == 60
+
+
+# ---- bad use ------------------------------------------------------------------------------------
+
+
+def test_unpatch_without_patch() -> None:
+    with pytest.raises(RuntimeError, match=r"expected a call of patch\(\) before, got none"):
+        pyfused.unpatch()
+    with (
+        pyfused.patch(),
+        pytest.raises(RuntimeError, match=r"got 'with patch.*ends with its block"),
+    ):
+        pyfused.unpatch()
+
+
+def test_someone_elses_patch_is_not_patched_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(*args: Any, **kwargs: Any) -> Tensor:
+        return X
+
+    for owner, name in OWNERS:
+        before = standing()
+        with monkeypatch.context() as context:
+            context.setattr(owner, name, theirs, raising=False)
+            for use in (pyfused.patch, lambda: pyfused.patch(len)([])):
+                with pytest.raises(RuntimeError, match=rf"torch's own function at \S*{name}, got"):
+                    use()
+            assert getattr(owner, name) is theirs
+        if owner is torch.Tensor and "relu" in vars(torch.Tensor):
+            del torch.Tensor.relu  # put back by monkeypatch, where it was inherited
+        assert standing() == before
+
+
+def test_someone_elses_patch_over_ours_is_not_undone() -> None:
+    pyfused.patch()
+    ours, F.relu = F.relu, len
+    with pytest.raises(
+        RuntimeError, match=r"pyfused's function at torch\.nn\.functional\.relu, got len"
+    ):
+        pyfused.unpatch()
+    assert F.relu is len
+    F.relu = ours
+    pyfused.unpatch()
+
+
+def test_a_patch_that_was_there_before_pyfused() -> None:
+    code = """
+import functools, torch
+original = torch.nn.functional.mse_loss
+torch.nn.functional.mse_loss = functools.wraps(original)(lambda *a, **k: original(*a, **k))
+import pyfused
+pyfused.patch()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "torch's own function at torch.nn.functional.mse_loss, got" in done.stderr
+
+
+def test_what_cannot_be_decorated() -> None:
+    async def coroutine() -> None: ...
+
+    def generator() -> Iterator[int]:
+        yield 1
+
+    for function in (coroutine, generator):
+        with pytest.raises(TypeError, match=r"Use 'with pyfused\.patch\(\):'"):
+            pyfused.patch(function)
+    with pytest.raises(TypeError, match="function: expected a function, got int"):
+        pyfused.patch(3)
