@@ -7,8 +7,8 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterable
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -59,10 +59,15 @@ _SITES = (
 )
 
 
+def _parameters(module: ModuleType, name: str) -> Iterable[str]:
+    return inspect.signature(getattr(module, name)).parameters
+
+
 def _redirect(site: Site) -> Callable[..., Any]:
     """A function that calls pyfused's, with torch's name, documentation and errors."""
     name, torchs = site.name, site.torchs
     only_input = site.owner is not F  # torch.relu has no inplace
+    extra = set(_parameters(functional, name)) - set(_parameters(F, name))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Subclasses and modes know torch's functions by their identity; the compiler's do not care.
@@ -71,12 +76,13 @@ def _redirect(site: Site) -> Callable[..., Any]:
         )
         if overridden and not is_compiling():
             return handle_torch_function(torchs, (*args, *kwargs.values()), *args, **kwargs)
-        if not only_input or len(args) + len(kwargs) == 1:
-            try:
-                return getattr(functional, name)(*args, **kwargs)
-            except _ERRORS:
-                pass
-        return torchs(*args, **kwargs)  # for torch's own error
+        if (only_input and len(args) + len(kwargs) != 1) or not extra.isdisjoint(kwargs):
+            return torchs(*args, **kwargs)
+        try:
+            return getattr(functional, name)(*args, **kwargs)
+        except _ERRORS:
+            pass
+        return torchs(*args, **kwargs)  # raises torch's own error
 
     functools.update_wrapper(call, torchs)
     # Not torch's address: models that hold the function are pickled by it, and the compiler keeps

@@ -102,6 +102,7 @@ WRONG = {
     "relu has no inplace": lambda: torch.relu(X, True),
     "nor by name": lambda: torch.relu(X, inplace=True),
     "nor as a method": lambda: X.relu(True),
+    "inplace is pyfused's alone": lambda: F.cross_entropy(X, TARGET, inplace=True),
     "leaf": lambda: F.relu(X.clone().requires_grad_(), inplace=True),
 }
 
@@ -148,7 +149,7 @@ def test_subclasses_and_modes_see_torchs_functions() -> None:
 def test_tracers() -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return F.mse_loss(F.relu(x), torch.relu(x) + 1)
+            return F.cross_entropy(F.relu(x) + torch.relu(x), TARGET)
 
     with pyfused.patch():
         traced, symbolic = torch.jit.trace(Net(), (X,)), torch.fx.symbolic_trace(Net())
