@@ -1,0 +1,128 @@
+"""Two processes train like one: DistributedDataParallel, FSDP2 and DTensor over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import fused_always
+from torch import Tensor, nn
+
+import pyfused
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
+STEPS, ROWS, CLASSES = 4, 8, 6
+
+
+def build() -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda: torch.randn(ROWS, 5, generator=generator)  # noqa: E731
+    return [(x := draw(), (x.abs().sum(1) * 10).long() % CLASSES) for _ in range(STEPS)]
+
+
+def train(model: nn.Module, criterion: nn.Module, part: slice) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for x, target in batches():
+        optimizer.zero_grad()
+        loss = criterion(model(x[part]), target[part])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def in_one_process() -> list[float]:
+    return train(build(), nn.CrossEntropyLoss(), slice(None))
+
+
+def dtensor_losses(mesh: Any) -> list[float]:
+    """torch's path, by way of DTensor's own rules."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    x, target = batches()[0]
+    logits = torch.cat([x, x], 1)
+    found = []
+    for placement in (Shard(0), Replicate()):
+        leaf = distribute_tensor(logits, mesh, [placement]).requires_grad_()
+        targets = distribute_tensor(target, mesh, [placement])
+        assert "DTensor" in pyfused.explain("cross_entropy", leaf, targets).reason
+        loss = pyfused.functional.cross_entropy(leaf, targets) + pyfused.functional.relu(leaf).sum()
+        loss.backward()
+        found += [loss.full_tensor().item(), leaf.grad.full_tensor().norm().item()]
+    return found
+
+
+def rank_of_two(rank: int, folder: str, pipe: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    part = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    results: dict[str, Any] = {}
+    with fused_always(), pyfused.patch():
+        criterion = nn.CrossEntropyLoss()
+        results["DDP"] = train(DistributedDataParallel(build()), criterion, part)
+        sharded = build()
+        pyfused.convert(sharded)
+        results["FSDP2"] = train(fully_shard(sharded, mesh=mesh), criterion, part)
+        results["backend"] = pyfused.explain(F.cross_entropy, *batches()[0]).backend
+        results["DTensor"] = dtensor_losses(mesh)
+    dist.barrier()
+    dist.destroy_process_group()
+    pipe.send(results)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    folder = str(tmp_path_factory.mktemp("store"))
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    children = [
+        context.Process(target=rank_of_two, args=(rank, folder, pipes[rank][1]))
+        for rank in range(2)
+    ]
+    for child in children:
+        child.start()
+    for _, sender in pipes:
+        sender.close()  # so that a child that dies is seen as the end of the file
+    try:
+        assert all(receiver.poll(SECONDS) for receiver, _ in pipes), "a process hangs"
+        return [receiver.recv() for receiver, _ in pipes]
+    finally:
+        for child in children:
+            child.terminate()
+            child.join()
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_two_processes_train_like_one(wrapper: str, ranks: list[dict[str, Any]]) -> None:
+    halves = zip(*(found[wrapper] for found in ranks), strict=True)
+    assert [sum(half) / 2 for half in halves] == pytest.approx(in_one_process(), rel=1e-4)
+    assert all(found["backend"] == "cpu" for found in ranks)
+
+
+def test_dtensors_take_torchs_operator(ranks: list[dict[str, Any]]) -> None:
+    x, target = batches()[0]
+    logits = torch.cat([x, x], 1).requires_grad_()
+    loss = F.cross_entropy(logits, target) + logits.relu().sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    for found in ranks:
+        assert found["DTensor"] == pytest.approx([loss.item(), gradient.norm().item()] * 2)

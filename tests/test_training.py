@@ -1,0 +1,141 @@
+"""What training loops use around a loss, with pyfused in it and patched in: the same results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KernelCalls
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pyfused
+from pyfused.backends import cpu
+
+X = torch.linspace(-2, 2, 24 * 5).view(24, 5)
+TARGET = torch.arange(24) % 3
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def plain(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), target)
+
+
+def autocast(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return nn.functional.cross_entropy(model(x), target)
+
+
+def checkpointed(reentrant: bool) -> Loss:
+    def loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        output = checkpoint(model, x, use_reentrant=reentrant)
+        return checkpoint(F.cross_entropy, output, target, use_reentrant=reentrant)
+
+    return loss
+
+
+def functional_call(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    parameters = dict(model.named_parameters())
+    return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), target)
+
+
+def offloaded(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return plain(model, x, target)
+
+
+def anomaly(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        return plain(model, x, target)
+
+
+LOSSES: dict[str, Loss] = {
+    "plain": plain,
+    "autocast": autocast,
+    "checkpoint": checkpointed(False),
+    "reentrant checkpoint": checkpointed(True),
+    "functional_call": functional_call,
+    "save_on_cpu": offloaded,
+    "anomaly": anomaly,
+}
+
+
+def train(loss_of: Loss, scaled: bool) -> list[float]:
+    """Four steps, each of two batches whose gradients are added up, clipped and unscaled."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0, enabled=scaled)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            loss = loss_of(model, X[half], TARGET[half]) / 2
+            scaler.scale(loss).backward()
+            losses.append(loss.item())
+        scaler.unscale_(optimizer)
+        losses.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        scaler.step(optimizer)
+        scaler.update()
+    with torch.inference_mode():
+        losses.append(loss_of(model, X, TARGET).item() if loss_of is plain else 0.0)
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "GradScaler"])
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES.keys())
+def test_patched_training(loss_of: Loss, scaled: bool, kernel_calls: KernelCalls) -> None:
+    expected = train(loss_of, scaled)
+    assert not kernel_calls
+    with pyfused.patch():
+        got = train(loss_of, scaled)
+    assert got == pytest.approx(expected, rel=2e-2 if loss_of is autocast else 1e-4)
+    assert kernel_calls["cross_entropy"] >= 8
+    assert kernel_calls["relu"] >= 8
+
+
+def test_autocast_makes_no_float32_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gets the half-precision logits themselves; torch casts them first."""
+    seen: list[tuple[torch.dtype, int]] = []
+    kernel = cpu.cross_entropy
+
+    def spy(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((input.dtype, input.data_ptr()))
+        return kernel(input, *args, **kwargs)
+
+    monkeypatch.setattr(cpu, "cross_entropy", spy)
+    logits = torch.randn(24, 3, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), pyfused.patch():
+        loss = F.cross_entropy(logits, TARGET)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+    assert seen == [(torch.bfloat16, logits.data_ptr())]
+
+
+# ---- what importing costs ------------------------------------------------------------------------
+
+LOADED = """
+import sys, torch
+before = set(sys.modules)
+import pyfused
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_an_import_loads_pyfused_and_nothing_else() -> None:
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {name.partition(".")[0] for name in done.stdout.split()} == {"pyfused"}
+    assert "triton" not in done.stdout
+    assert (done.stderr, "pyfused.functional" in done.stdout) == ("", True)
