@@ -4,14 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.environment
 BUILD := .venv/.build
+EXTRAS := .venv/.extras
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export CXX  # the compiler that was checked is the one that builds
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test bench bench-quick lint clean
+.PHONY: help setup build demo demo-quick test test-integrations bench bench-quick docs lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
 setup: $(ENVIRONMENT) ## make the environment in .venv (PYTHON=python3.12 chooses another Python)
 
@@ -25,6 +26,9 @@ demo-quick: $(BUILD) ## the same, cut to less than a minute
 
 test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
+	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
 # Once with the allocator as it comes, and once with one that keeps its pages.
 KEPT_PAGES = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=42949672960 \
@@ -46,13 +50,16 @@ bench-quick: $(BUILD) ## the headline cases (BENCH_ARGS="-k relu" chooses others
 
 BENCH_ARGS ?= -m quick
 
+docs: $(BUILD) $(EXTRAS) ## write the documentation to site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(ENVIRONMENT) ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 clean: ## remove what was built and cached; .venv stays
-	rm -rf build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info pyfused/*.so $(BUILD)
+	rm -rf build dist demo site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info pyfused/*.so $(BUILD)
 	find pyfused kernels tests examples benchmarks -name __pycache__ -exec rm -rf {} +
 
 # What is missing is said in one line, before anything is downloaded.
@@ -68,6 +75,12 @@ $(ENVIRONMENT): constraints.txt
 	@echo 'Installing the development environment into .venv: minutes, once'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install --no-compile --requirement constraints.txt  # Python compiles what it imports
+	@touch $@
+
+# What only two targets need stays out of the environment until one of them asks.
+$(EXTRAS): $(ENVIRONMENT) constraints-extras.txt
+	@echo 'Installing what documentation and integrations need into .venv: minutes, once'
+	@$(PIP) install --no-compile --requirement constraints-extras.txt --constraint constraints.txt
 	@touch $@
 
 need = || { echo "pyfused needs $(1)"; exit 1; }

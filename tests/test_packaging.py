@@ -97,7 +97,8 @@ def test_the_metadata_agrees_with_the_package(metadata: Message, wheel: zipfile.
 
 
 def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    files = ("constraints.txt", "constraints-extras.txt")
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     pinned = {
         pin.name: str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()
