@@ -3,52 +3,183 @@
     python benchmarks/compiled.py
     python benchmarks/compiled.py --only cross_entropy --seconds 10
 
-The rows of `mse_loss` and `relu` are of operators made here: pyfused leaves the two to Inductor, and
-these rows are the reason (`COMPILED_BELOW` in pyfused/ops/dispatch.py).
+pyfused leaves `mse_loss` and `relu` to Inductor, and small cross-entropies (`COMPILED_BELOW` in
+pyfused/ops/dispatch.py). The rows marked "if it were" are the reason: they force an operator there.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from cases import BF16, Arguments, Case, M, draw
+from cases import BF16, M
 from measure import Step, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyfused import functional as fused
 from pyfused.backends import Want, cpu
-from pyfused.ops.dispatch import COMPILED_BELOW
 
-Operator = Callable[..., Tensor]
+# ---- operators that pyfused does not have -------------------------------------------------------
 
 
-def mse_of(input: Tensor, target: Tensor, want: Want, upstream: Tensor | None = None) -> Any:
+@torch.library.custom_op("walled::relu", mutates_args=())
+def walled_relu(input: Tensor) -> Tensor:
+    return cpu.activation("relu", input)
+
+
+@torch.library.custom_op("walled::relu_backward", mutates_args=())
+def walled_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    return cpu.activation_backward("relu", grad_output, output)
+
+
+@torch.library.custom_op("walled::mse_loss", mutates_args=())
+def walled_mse_loss(input: Tensor, target: Tensor) -> Tensor:
+    return _squared_error(input, target, Want())[0]
+
+
+@torch.library.custom_op("walled::mse_loss_backward", mutates_args=())
+def walled_mse_loss_backward(grad_output: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    return _squared_error(input, target, Want(False, True), grad_output.expand_as(input))[1][0]
+
+
+def _squared_error(input: Tensor, target: Tensor, *want: Any) -> Any:
     size = float(input.numel())
-    return cpu.pointwise_loss(
-        "squared_error", input, target, None, "mean", size, want, upstream
-    )
+    return cpu.pointwise_loss("squared_error", input, target, None, "mean", size, *want)
 
 
-def define(name: str, forward: Operator, backward: Operator, shape: Operator, save: Any) -> None:
-    """A custom operator `walled::name` as cross-entropy's is, with one gradient."""
-    signature = "(Tensor input, Tensor target) -> Tensor" if name == "mse_loss" else "(Tensor input) -> Tensor"
-    torch.library.define(f"walled::{name}", signature)
-    torch.library.define(f"walled::{name}_backward", "(Tensor upstream, Tensor[] saved) -> Tensor")
-    for operator, kernel, fake in (
-        (f"walled::{name}", forward, shape),
-        (f"walled::{name}_backward", backward, lambda _, saved: torch.empty_like(saved[0])),
-    ):
-        torch.library.impl(operator, "cpu", kernel)
-        torch.library.register_fake(operator, fake)
-    gradient = getattr(torch.ops.walled, f"{name}_backward")
-    torch.library.register_autograd(
-        f"walled::{name}",
-        lambda ctx, upstream: (gradient(upstream, list(ctx.saved_tensors)), *[None] * (len(ctx.saved_tensors) - 1)),
-        setup_context=save,
-    )
+walled_relu.register_fake(torch.empty_like)
+walled_relu_backward.register_fake(lambda _, output: torch.empty_like(output))
+walled_mse_loss.register_fake(lambda input, _: input.new_empty(()))
+walled_mse_loss_backward.register_fake(lambda _, input, __: torch.empty_like(input))
+walled_relu.register_autograd(
+    lambda ctx, grad_output: walled_relu_backward(grad_output, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),  # noqa: ARG005
+)
+walled_mse_loss.register_autograd(
+    lambda ctx, grad_output: (walled_mse_loss_backward(grad_output, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),  # noqa: ARG005
+)
+
+
+def walled_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    return torch.ops.pyfused.cross_entropy(input, target, None, -100, "mean", 0.0)
+
+
+# ---- the cases ----------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    before: Callable[[Tensor], Tensor] | None = None  # what the compiler could fuse the loss with
+    walled: Callable[..., Tensor] | None = None
+
+
+CASES = (
+    Case("cross_entropy (1024, 32000)", "cross_entropy", (1024, 32000)),
+    Case("cross_entropy (1024, 32000) bfloat16", "cross_entropy", (1024, 32000), BF16),
+    Case(
+        "cross_entropy (1024, 32000) of bfloat16.float()",
+        "cross_entropy",
+        (1024, 32000),
+        BF16,
+        Tensor.float,
+    ),
+    Case("cross_entropy (8192, 1000)", "cross_entropy", (8192, 1000)),
+    Case("cross_entropy (65536, 10)", "cross_entropy", (65536, 10)),
+    Case("cross_entropy (8, 21, 256, 256)", "cross_entropy", (8, 21, 256, 256)),
+    Case("cross_entropy (1024, 1000)", "cross_entropy", (1024, 1000)),
+    Case(
+        "if it were: cross_entropy (64, 1000)",
+        "cross_entropy",
+        (64, 1000),
+        walled=walled_cross_entropy,
+    ),
+    Case("if it were: mse_loss (1 M)", "mse_loss", (M,), walled=walled_mse_loss),
+    Case("if it were: mse_loss (32 M)", "mse_loss", (32 * M,), walled=walled_mse_loss),
+    Case(
+        "if it were: mse_loss (32 M) of 2 x + 1",
+        "mse_loss",
+        (32 * M,),
+        before=lambda x: 2 * x + 1,
+        walled=walled_mse_loss,
+    ),
+    Case("if it were: relu (32 M)", "relu", (32 * M,), walled=walled_relu),
+    Case(
+        "if it were: relu (32 M) of 2 x + 1",
+        "relu",
+        (32 * M,),
+        before=lambda x: 2 * x + 1,
+        walled=walled_relu,
+    ),
+)
+
+
+def steps(case: Case, mode: str) -> tuple[Step, Step]:
+    """A call of torch's and of pyfused's operator, each compiled, on the same arguments."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(case.shape, generator=generator).to(case.dtype).requires_grad_()
+    rest: tuple[Tensor, ...] = ()
+    if case.op == "cross_entropy":
+        rest = (torch.randint(case.shape[1], (case.shape[:1] + case.shape[2:])),)
+    elif case.op == "mse_loss":
+        rest = (torch.randn(case.shape, generator=generator),)
+    upstream = torch.randn(case.shape, generator=generator) if case.op == "relu" else None
+    before = case.before or (lambda x: x)
+
+    def step(operator: Callable[..., Tensor]) -> Step:
+        compiled = torch.compile(
+            lambda input, *rest: operator(before(input), *rest), fullgraph=True, dynamic=False
+        )
+
+        def forward() -> None:
+            with torch.no_grad():
+                compiled(input, *rest)
+
+        def forward_and_backward() -> None:
+            input.grad = None
+            compiled(input, *rest).backward(upstream)
+
+        return forward if mode == "forward" else forward_and_backward
+
+    return step(getattr(F, case.op)), step(case.walled or getattr(fused, case.op))
+
+
+def measure(case: Case, mode: str, seconds: float) -> list[str]:
+    torch.compiler.reset()
+    pair = steps(case, mode)
+    rounds, calls = plan(pair, seconds)
+    times: tuple[list[float], list[float]] = [], []
+    for turn in range(rounds):
+        for index in (0, 1) if turn % 2 else (1, 0):
+            times[index].append(timed(pair[index], calls))
+    ms = [f"{1e3 * quartiles(all_)[1] / calls:.3f}" for all_ in times]
+    low, median, high = ratios(*times)
+    return [case.name, mode, *ms, f"{median:.2f} ({low:.2f} to {high:.2f})"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=5, help="a case, default: %(default)s")
+    options = parser.parse_args()
+    settle_allocator()
+    table = Table("case", "mode", title="compiled by torch.compile, fullgraph=True")
+    for name in ("torch, ms", "pyfused, ms", "torch / pyfused"):
+        table.add_column(name, justify="right")
+    for case in CASES:
+        if options.only in case.name:
+            for mode in ("forward", "forward+backward"):
+                table.add_row(*measure(case, mode, options.seconds))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
