@@ -51,7 +51,7 @@ bench-quick: $(BUILD) ## the headline cases (BENCH_ARGS="-k relu" chooses others
 BENCH_ARGS ?= -m quick
 
 docs: $(BUILD) $(EXTRAS) ## write the documentation to site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
 lint: $(ENVIRONMENT) ## check style, format and types
 	$(BIN)/ruff check

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "benchmarks/README.md"]
+PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md"))]
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")
     for page in PAGES
@@ -18,6 +21,12 @@ BLOCKS = [
         re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), FLAGS)
     )
 ]
+
+
+@pytest.fixture(autouse=True)
+def quiet_afterwards() -> Iterator[None]:
+    yield
+    logging.getLogger("pyfused").setLevel(logging.NOTSET)
 
 
 @pytest.mark.thresholds
