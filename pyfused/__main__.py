@@ -43,7 +43,6 @@ def openmp() -> str:
 
 
 def report() -> dict[str, str]:
-    """Print what a bug report needs."""
     return {
         "pyfused": pyfused.__version__,
         "platform": platform.platform(),
@@ -60,7 +59,9 @@ def report() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m pyfused", description=report.__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m pyfused", description="Print what a bug report needs."
+    )
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("run", help="run a script under pyfused.patch(), and count")
     command.add_argument("script")

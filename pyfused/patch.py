@@ -80,9 +80,10 @@ def _redirect(site: Site) -> Callable[..., Any]:
             return torchs(*args, **kwargs)
         try:
             return getattr(functional, name)(*args, **kwargs)
-        except _ERRORS:
-            pass
-        return torchs(*args, **kwargs)  # raises torch's own error
+        except _ERRORS as error:
+            ours = error
+        torchs(*args, **kwargs)  # raises torch's own error, if it is one of the arguments
+        raise ours
 
     functools.update_wrapper(call, torchs)
     # Not torch's address: models that hold the function are pickled by it, and the compiler keeps

@@ -107,6 +107,15 @@ def test_sizes_of_a_dynamic_graph_are_not_compared_with_a_table() -> None:
     assert graphs.count == 1
 
 
+def test_a_compiled_gradient_has_memory_of_its_own() -> None:
+    def step(x: Tensor) -> Tensor:
+        return fused.cross_entropy(x * 2, INDICES, inplace=True)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    x = torch.randn(N, C, requires_grad=True)
+    assert_same(evaluate(compiled, x), evaluate(lambda x: F.cross_entropy(x * 2, INDICES), x))
+
+
 def test_a_gradient_to_probabilities() -> None:
     x, target = torch.randn(N, C, requires_grad=True), PROBABILITIES.clone().requires_grad_()
     compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")

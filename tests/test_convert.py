@@ -168,7 +168,11 @@ def test_a_file_loaded_where_pyfused_is_missing_names_it(tmp_path: Path) -> None
 # ---- what cannot be converted -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [torch.randn, None, "model", nn.ReLU, torch.ones(2)], ids=repr)
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.randn, None, "model", nn.ReLU, torch.ones(2)],
+    ids=["function", "None", "str", "class", "tensor"],
+)
 def test_what_is_no_module(wrong: Any) -> None:
     for function in (pyfused.convert, pyfused.revert):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):

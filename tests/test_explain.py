@@ -109,7 +109,9 @@ def test_threads(threads: Callable[[int], None]) -> None:
     assert pyfused.explain("relu", X).threads == 2
 
 
-@pytest.mark.parametrize("op", ["gelu", len, F.nll_loss, 3], ids=str)
+@pytest.mark.parametrize(
+    "op", ["gelu", len, F.nll_loss, 3], ids=["name", "builtin", "function", "number"]
+)
 def test_an_operator_that_does_not_exist(op: Any) -> None:
     with pytest.raises(ValueError, match="op: expected one of cross_entropy, mse_loss, relu, got"):
         pyfused.explain(op, X)

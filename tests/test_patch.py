@@ -118,6 +118,15 @@ def test_wrong_arguments_are_torchs_own_error(call: Any) -> None:
     assert got.value.__context__ is None
 
 
+def test_an_error_that_torch_does_not_have_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("of pyfused alone")
+
+    monkeypatch.setattr(pyfused.functional, "relu", fails)
+    with pyfused.patch(), pytest.raises(RuntimeError, match="of pyfused alone"):
+        F.relu(X)
+
+
 def test_subclasses_and_modes_see_torchs_functions() -> None:
     class Recording(Tensor):
         seen: list[Any] = []  # noqa: RUF012

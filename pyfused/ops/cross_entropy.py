@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import cross_entropy  # by name: pyfused.patch replaces it there
 
 from pyfused import checks
 from pyfused.backends import Backend, CrossEntropyOptions, Want, cpu
 from pyfused.backends.layout import accumulate_dtype, empty_viewed, loss_shape, viewed
-from pyfused.ops.dispatch import backend_of
+from pyfused.ops.dispatch import backend_of, is_traced
 from pyfused.ops.gradients import (
     Gradients,
     autocast_dtype,
@@ -43,7 +44,7 @@ def fused(
         target = target.to(torch.int64)
         target = target.reshape(()) if input.dim() == 1 else target
     backend = backend_of(input)
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling() or is_traced(input):
         loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
     elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         loss = CrossEntropy.apply(backend, input, target, weight, options, inplace)
@@ -55,7 +56,7 @@ def fused(
 
 def give_up(input: Tensor) -> None:
     """Marks logits whose gradient may overwrite them as changed, for whoever saved them before."""
-    compiling = torch.compiler.is_compiling()  # whose gradient has memory of its own
+    compiling = is_dynamo_compiling()  # whose gradient has memory of its own
     if torch.is_grad_enabled() and input.requires_grad and not compiling:
         checks.overwritable(input)
         increment_version(input)
