@@ -10,7 +10,7 @@ import torch
 
 from pyfused import functional
 from pyfused.backends import cpu
-from pyfused.ops.dispatch import reason_for_torch
+from pyfused.ops.dispatch import backend_of, reason_for_torch
 
 
 class Explanation(NamedTuple):
@@ -18,10 +18,10 @@ class Explanation(NamedTuple):
 
     Attributes:
         op: The operator's name in :mod:`pyfused.functional`.
-        backend: ``"torch"``, or the kernels' kind of device: ``"cpu"``.
+        backend: ``"torch"``, or whose kernels: ``"cpu"`` or ``"triton"``.
         reason: Why it is torch's operator, or what the kernel makes of the arguments.
-        isa: The instruction set of the kernel, None with torch.
-        threads: The most threads that the kernel uses, None with torch.
+        isa: The instruction set of a CPU kernel.
+        threads: The most threads that a CPU kernel uses.
     """
 
     op: str
@@ -31,8 +31,8 @@ class Explanation(NamedTuple):
     threads: int | None = None
 
     def __str__(self) -> str:
-        if self.backend == "torch":
-            return f"{self.op}: torch: {self.reason}"
+        if self.backend != "cpu":
+            return f"{self.op}: {self.backend}: {self.reason}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
@@ -57,11 +57,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if name not in functional.__all__:
         raise ValueError(f"op: expected one of {', '.join(functional.__all__)}, got {name}")
     call = inspect.signature(getattr(functional, name)).bind(*args, **kwargs).arguments
-    decisive = {key: call[key] for key in ("input", "target", "weight", "inplace") if key in call}
-    reason = reason_for_torch(name, **decisive)
+    keys = ("input", "inplace") if name == "relu" else ("input", "target", "weight")
+    reason = reason_for_torch(name, **{key: call[key] for key in keys if key in call})
     if reason is not None:
         return Explanation(name, "torch", reason)
+    input = call["input"]
+    if backend_of(input) is not cpu:
+        return Explanation(name, "triton", f"kernels on {input.device}")
     words = "element by element"
     if name == "cross_entropy":
-        words = "rows in L2" if cpu.takes_rows(call["input"]) else "positions side by side"
+        words = "rows in L2" if cpu.takes_rows(input) else "positions side by side"
     return Explanation(name, "cpu", words, cpu.capability, torch.get_num_threads())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ class Mine(Tensor):
 # op, arguments, options, and the reason; None where a kernel takes the call.
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
+    "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
     "mse_loss": ("mse_loss", (X, X), {}, None),
     "relu": ("relu", (X,), {}, None),
     "empty": ("relu", (X[:0],), {}, dispatch.SMALL),
@@ -83,6 +85,14 @@ def test_the_modes_that_are_active() -> None:
         "forward-mode AD",
         "a torch dispatch or function mode",
     ]
+
+
+def test_kernels_of_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("pyfused.explain")
+    monkeypatch.setattr(module, "backend_of", lambda _: None)
+    said = pyfused.explain("relu", X)
+    assert said == ("relu", "triton", "kernels on cpu", None, None)
+    assert str(said) == "relu: triton: kernels on cpu"
 
 
 @pytest.mark.thresholds
