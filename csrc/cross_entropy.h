@@ -66,13 +66,17 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
 
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
-  const int64_t size = rows ? std::max<int64_t>(1, 16384 / ce.classes) : kColumns;
+  using Tall = Columns<T, 32, 128>;
+  using Wide = Columns<T, 128, kFewClasses>;
+  const bool wide = ce.classes <= kFewClasses;
+  const int64_t columns = wide ? Wide::kPositions : Tall::kPositions;
+  const int64_t size = rows ? std::max<int64_t>(1, 16384 / ce.classes) : columns;
   const int64_t blocks = (ce.positions() + size - 1) / size;
   std::vector<double> partial(blocks);
   parallel_for(blocks, ce.threads, [&](int64_t block) {
     const int64_t first = block * size;
     if (!rows) {
-      partial[block] = Columns<T>(scaled, first).run();
+      partial[block] = wide ? Wide(scaled, first).run() : Tall(scaled, first).run();
       return;
     }
     Sum sum;

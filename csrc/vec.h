@@ -21,6 +21,7 @@
 #define PYFUSED_RESTRICT __restrict__
 #define PYFUSED_INLINE inline __attribute__((always_inline))
 #define PYFUSED_NOINLINE __attribute__((noinline))
+#define PYFUSED_PREFETCH(address) __builtin_prefetch(address)
 #elif defined(_MSC_VER)
 #define PYFUSED_RESTRICT __restrict
 #define PYFUSED_INLINE __forceinline
@@ -29,6 +30,9 @@
 #define PYFUSED_RESTRICT
 #define PYFUSED_INLINE inline
 #define PYFUSED_NOINLINE
+#endif
+#ifndef PYFUSED_PREFETCH
+#define PYFUSED_PREFETCH(address)
 #endif
 
 // Tells the compiler that the loop's iterations are independent and its float reductions may be
