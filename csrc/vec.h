@@ -179,7 +179,7 @@ PYFUSED_INLINE float exp_nonpositive(float x) {
   p = p * r + 4.99999934e-1f;
   p = p * (r * r) + r + 1.0f;
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127;
-  return p * bit_cast<float>((exponent > 0 ? exponent : 0) << 23);
+  return p * bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23);
 }
 
 PYFUSED_INLINE double exp_nonpositive(double x) {
@@ -201,7 +201,7 @@ PYFUSED_INLINE double exp_nonpositive(double x) {
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
   const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023;
-  return p * bit_cast<double>((exponent > 0 ? exponent : 0) << 52);
+  return p * bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52);
 }
 
 // log(x) = e ln 2 + log(1 + t), with x = 2^e (1 + t) and 1 + t in [sqrt(1/2), sqrt(2)).
