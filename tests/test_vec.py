@@ -1,0 +1,241 @@
+"""csrc/vec.h and exponentials.h, on each instruction set, against what rounds correctly."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from setuptools import Distribution, Extension
+
+from pyfused.backends import cpu
+
+from distutils.core import run_setup  # isort: skip  # setuptools brings it where Python does not
+
+ROOT = Path(__file__).parents[1]
+CHUNK = 1 << 20  # inputs at a time
+STRIDE = 31  # of the float32 inputs: an odd one meets every pattern of the last bits
+SIGN, INFINITY = 1 << 31, 0x7F80_0000  # as bits of a float32
+
+Reference = Callable[[np.ndarray], np.ndarray]
+
+
+class Vec:
+    """tests/vec.cpp, compiled for one instruction set."""
+
+    def __init__(self, path: str) -> None:
+        self.library = ctypes.CDLL(path)
+
+    def __call__(self, name: str, x: np.ndarray, to: type, piece: int | None = None) -> np.ndarray:
+        """``name`` of each element, ``piece`` of them at a time, or all at once."""
+        x, result = np.ascontiguousarray(x), np.empty(x.shape, to)
+        addresses = (ctypes.c_void_p(array.ctypes.data) for array in (x, result))
+        sizes = (ctypes.c_int64(size) for size in (x.size, piece or x.size))
+        getattr(self.library, name)(*addresses, *sizes)
+        return result
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Builds as setup.py builds the kernels: it chooses the compiler and the flags."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        kernels: Distribution = run_setup("setup.py", stop_after="init")
+        kernels.ext_modules = [
+            Extension(module.name.rpartition(".")[2], ["tests/vec.cpp"], include_dirs=["csrc"])
+            for module in kernels.ext_modules
+        ]
+        build = kernels.get_command_obj("build_ext")
+        build.build_lib = build.build_temp = str(tmp_path_factory.mktemp("vec"))
+        build.parallel = 1  # they share a source file, and so an object file
+        build.ensure_finalized()
+        build.run()
+    return {isa: build.get_ext_fullpath(f"_cpu_{isa.replace('-', '_')}") for isa in cpu.ISAS}
+
+
+@pytest.fixture(params=cpu.supported)
+def vec(request: pytest.FixtureRequest, paths: dict[str, str]) -> Vec:
+    return Vec(paths[request.param])
+
+
+def floats(bits: np.ndarray | list[int]) -> np.ndarray:
+    return np.asarray(bits, np.uint32).view(np.float32)
+
+
+# ---- exp and log ---------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """The figures of the headers: the largest error is the one of the worst instruction set."""
+
+    name: str
+    reference: Reference
+    low: float
+    high: float
+    max_ulp: float
+    growth: float = 0.0  # of the largest error, with |x|
+    least: float = 0.0  # the least result with a ULP of its own: below, errors count in that one
+
+    @property
+    def dtype(self) -> type:
+        return np.float32 if self.name.endswith("32") else np.float64
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FLOAT32 = [
+    Row("exp_float32", np.exp, -87.33, -0.0, 1.01),
+    Row("exponentials_float32", np.exp, -87.33, -0.0, 1.9, growth=1 / 30),
+    Row("log_float32", np.log, 1.0, 2.0**60, 0.87),
+]
+FLOAT64 = [
+    Row("exp_float64", np.exp, -708.0, -0.0, 1.0),
+    Row("log_float64", np.log, 1.0, 2.0**60, 1.5, least=1.0),
+]
+
+
+def every_float32(row: Row, stride: int) -> Iterator[np.ndarray]:
+    """All of the range, or each stride-th, in chunks; the bits of one sign are in order."""
+    first, last = sorted(int(np.float32(end).view(np.uint32)) for end in (row.low, row.high))
+    for chunk in range(first, last + 1, stride * CHUNK):
+        stop = min(last + 1, chunk + stride * CHUNK)
+        yield floats(np.arange(chunk, stop, stride, dtype=np.uint32))
+
+
+def edges(row: Row) -> np.ndarray:
+    """Where something changes: at each exponent, where the n of 2^n steps, and beyond the ends."""
+    powers = np.exp2(np.arange(-1074.0, 61.0, 0.5))
+    multiples = np.arange(2100.0) * np.log(2.0) / 2
+    after_one = 1 + np.exp2(-np.arange(1.0, 53.0))
+    magnitudes = np.concatenate([[row.low, row.high], powers, multiples, after_one])
+    down, up = row.dtype(-np.inf), row.dtype(np.inf)
+    x = np.copysign(magnitudes, row.low).astype(row.dtype)
+    below, above = np.nextafter(x, down), np.nextafter(x, up)
+    x = np.concatenate([x, below, above, np.nextafter(below, down), np.nextafter(above, up)])
+    beyond = np.nextafter(row.dtype(row.low), down), np.nextafter(row.dtype(row.high), up)
+    return x[(x >= beyond[0]) & (x <= beyond[1])]
+
+
+def draws(row: Row) -> np.ndarray:
+    """Float64 inputs evenly spread, and evenly over their exponents."""
+    random = np.random.default_rng(20)
+    ends = np.maximum(np.abs([row.low, row.high]), 2.0**-60)
+    magnitudes = np.exp2(random.uniform(*np.sort(np.log2(ends)), 500_000))
+    evenly = random.uniform(row.low, row.high, 500_000)
+    return np.concatenate([evenly, np.copysign(magnitudes, row.low)])
+
+
+def largest_error(row: Row, vec: Vec, x: np.ndarray, piece: int | None = None) -> float:
+    """In ULP, less its growth. The reference has so many more bits that it is as good as exact."""
+    exact = row.reference(x.astype(np.float64 if row.dtype is np.float32 else np.longdouble))
+    exponents = np.frexp(np.maximum(np.abs(exact), row.least))[1]
+    ulps = np.ldexp(exact.dtype.type(1), exponents - np.finfo(row.dtype).nmant - 1)
+    errors = np.abs(vec(row.name, x, row.dtype, piece) - exact) / ulps
+    return float(np.max(errors - row.growth * np.abs(x)))
+
+
+@pytest.mark.parametrize("row", FLOAT32 + FLOAT64, ids=str)
+def test_error_within_the_range(row: Row, vec: Vec) -> None:
+    if row in FLOAT64 and np.finfo(np.longdouble).nmant <= 52:
+        pytest.skip("no reference: long double is double here")
+    chunks = every_float32(row, STRIDE) if row in FLOAT32 else [draws(row)]
+    assert max(largest_error(row, vec, x) for x in chunks) <= row.max_ulp
+    for piece in (None, 1):
+        assert largest_error(row, vec, edges(row), piece) <= row.max_ulp
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("row", FLOAT32, ids=str)
+def test_error_for_every_float32(row: Row, vec: Vec) -> None:
+    assert max(largest_error(row, vec, x) for x in every_float32(row, 1)) <= row.max_ulp
+
+
+@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
+@pytest.mark.parametrize("row", [*FLOAT32[:2], FLOAT64[0]], ids=str)
+def test_exp_below_its_range_and_of_special_values(row: Row, piece: int | None, vec: Vec) -> None:
+    low, dtype = row.low, row.dtype
+
+    def exp(x: np.ndarray) -> np.ndarray:
+        return vec(row.name, x, dtype, piece)
+
+    info = np.finfo(dtype)
+    ones = np.array([-0.0, 0.0, -info.smallest_subnormal, -info.tiny, -info.eps / 4], dtype)
+    assert np.array_equal(exp(ones), np.ones_like(ones))
+    below = np.linspace(low * 1.2, low, 10_001, dtype=dtype)
+    assert (np.diff(exp(below)) >= 0).all()
+    zeros = np.array([low * 1.2, low * 1.3, -1e4, -1e9, -1e30, info.min, -np.inf], dtype)
+    assert np.array_equal(exp(zeros), np.zeros_like(zeros))
+
+
+@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
+def test_log_of_one_is_zero_and_nan_stays(piece: int | None, vec: Vec) -> None:
+    nans = floats([0x7FC0_0000, 0xFFC0_0000, 0x7FFF_FFFF, 0xFFFF_FFFF, 0x7FC0_0001] * 7)
+    for row in FLOAT32 + FLOAT64:
+        assert np.isnan(vec(row.name, nans.astype(row.dtype), row.dtype, piece)).all()
+    for row in (FLOAT32[2], FLOAT64[1]):
+        assert not vec(row.name, np.ones(35, row.dtype), row.dtype, piece).any()
+
+
+# ---- bfloat16 and float16 ------------------------------------------------------------------------
+
+HALVES = np.arange(1 << 16, dtype=np.uint16)
+WIDE = {
+    "bfloat16": floats(HALVES.astype(np.uint32) << 16),
+    "float16": HALVES.view(np.float16).astype(np.float32),
+}
+INFINITE = {"bfloat16": 0x7F80, "float16": 0x7C00}
+of_each_half = pytest.mark.parametrize("half", list(WIDE))
+
+
+@of_each_half
+@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
+def test_load_is_exact(half: str, piece: int | None, vec: Vec) -> None:
+    got, expected = vec(f"load_{half}", HALVES, np.float32, piece), WIDE[half]
+    nan = np.isnan(expected)
+    assert np.isnan(got[nan]).all()
+    assert np.array_equal(got[~nan].view(np.uint32), expected[~nan].view(np.uint32))
+
+
+def midpoints(half: str) -> np.ndarray:
+    """Between each positive number and the next: at the k-th of them, k and k + 1 are as near.
+
+    What comes after the largest number is the next power of two, where infinity begins.
+    """
+    values = WIDE[half][: INFINITE[half]].astype(np.float64)
+    values = np.append(values, 2 * values[-1] - values[-2])
+    return ((values[:-1] + values[1:]) / 2).astype(np.float32)
+
+
+def nearest_even(x: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """The bits of the number nearest to x, of two the even one."""
+    magnitude = np.abs(x)
+    below = np.searchsorted(middle, magnitude)
+    tie = middle[np.minimum(below, len(middle) - 1)] == magnitude
+    sign = np.signbit(x).astype(np.uint16) << 15
+    return (below + (tie & (below % 2 == 1))).astype(np.uint16) | sign
+
+
+@of_each_half
+def test_store_rounds_to_nearest_even(half: str, vec: Vec) -> None:
+    middle = midpoints(half)
+    bits = middle.view(np.uint32)
+    near = np.concatenate([bits, bits - 1, bits + 1, WIDE[half][: len(middle) + 1].view(np.uint32)])
+    dense = np.arange(0, INFINITY + 1, 1009, dtype=np.uint32)
+    for magnitude in (near, np.append(dense, np.uint32(INFINITY))):
+        for x in (floats(magnitude), floats(magnitude | SIGN)):
+            expected = nearest_even(x, middle)
+            for piece in (None, 1):
+                assert np.array_equal(vec(f"store_{half}", x, np.uint16, piece), expected)
+
+
+@of_each_half
+@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
+def test_store_keeps_nan(half: str, piece: int | None, vec: Vec) -> None:
+    """Whatever its payload: one in the low bits only would round away, and leave infinity."""
+    payloads = [1, 2, 0xFFF, 0x1000, 0xFFFF, 0x1_0000, 0x3F_FFFF, 0x40_0000, 0x7F_FFFF]
+    x = floats([sign | INFINITY | payload for sign in (0, SIGN) for payload in payloads])
+    assert np.isnan(WIDE[half][vec(f"store_{half}", x, np.uint16, piece)]).all()
