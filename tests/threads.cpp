@@ -1,0 +1,154 @@
+// Races: the kernels on several threads, and called by several threads at once, for ThreadSanitizer,
+// with the bits of one thread as the result to expect.
+//
+// ThreadSanitizer does not see the barriers within libgomp and would call every parallel loop a race.
+// So this program links no libgomp: what GCC makes of the loops calls the functions below.
+#include <cstdio>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "activation.h"
+#include "cross_entropy.h"
+#include "pointwise_loss.h"
+
+// ---- OpenMP -------------------------------------------------------------------------------------
+
+namespace {
+thread_local int team_size = 1, team_member = 0;
+}
+
+int omp_get_num_threads() noexcept { return team_size; }
+int omp_get_thread_num() noexcept { return team_member; }
+int omp_in_parallel() noexcept { return team_size > 1; }
+
+extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  const auto work = [=](int member) {
+    team_size = int(threads);
+    team_member = member;
+    body(data);
+    team_size = 1;
+    team_member = 0;
+  };
+  std::vector<std::thread> others;
+  for (int member = 1; member < int(threads); ++member) others.emplace_back(work, member);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
+// ---- the kernels --------------------------------------------------------------------------------
+
+namespace {
+
+using namespace pyfused;
+
+template <class T> std::vector<T> numbers(size_t n, unsigned seed) {
+  std::vector<T> values(n);
+  for (T& value : values) {
+    seed = seed * 1664525u + 1013904223u;
+    value = narrow<T>(Accumulate<T>(seed >> 8) / (1 << 22) - 2);
+  }
+  return values;
+}
+
+template <class T> void append(std::string& bytes, const std::vector<T>& values) {
+  bytes.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+struct Shape {
+  int64_t outer, inner, classes;
+  bool classes_together;
+  template <class T> View<T> view(T* data) const {
+    return classes_together ? View<T>{data, inner * classes, classes, 1}
+                            : View<T>{data, inner * classes, 1, inner};
+  }
+};
+
+// Rows; columns that lie side by side, or are transposed; more targets than one block counts.
+constexpr Shape kShapes[] = {
+    {1, 150, 300, true}, {1, 50, 2100, true}, {3, 130, 11, false}, {1, 17000, 3, true}};
+
+template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape, int threads) {
+  using A = Accumulate<T>;
+  const int64_t positions = shape.outer * shape.inner, n = positions * shape.classes;
+  const std::vector<T> logits = numbers<T>(n, 1), probabilities = numbers<T>(n, 2);
+  const std::vector<A> weight = numbers<A>(shape.classes, 3), upstream = numbers<A>(positions, 4);
+  std::vector<int64_t> target(positions);
+  for (int64_t i = 0; i < positions; ++i) target[i] = i % 7 ? i * 31 % shape.classes : -100;
+  for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
+    for (const bool dense : {false, true}) {
+      std::vector<T> grad_logits(n), grad_probabilities(dense ? n : 0);
+      std::vector<A> loss(reduction == Reduction::none ? positions : 1);
+      T* const none = nullptr;
+      cross_entropy(CrossEntropy<T>{
+          shape.outer, shape.inner, shape.classes, shape.view(logits.data()),
+          dense ? nullptr : target.data(), shape.view(dense ? probabilities.data() : none),
+          weight.data(), -100, reduction == Reduction::mean ? 0.1 : 0.0, reduction,
+          upstream.data(), loss.data(), shape.view(grad_logits.data()),
+          shape.view(dense ? grad_probabilities.data() : none), threads});
+      append(bytes, loss);
+      append(bytes, grad_logits);
+      append(bytes, grad_probabilities);
+    }
+  }
+  target[positions / 2] = target[positions - 1] = shape.classes;
+  const int64_t wrong = cross_entropy(CrossEntropy<T>{
+      shape.outer, shape.inner, shape.classes, shape.view(logits.data()), target.data(), {},
+      nullptr, -100, 0, Reduction::sum, nullptr, nullptr, {}, {}, threads});
+  append(bytes, std::vector<int64_t>{wrong});
+}
+
+template <class T> void run_pointwise(std::string& bytes, int threads) {
+  using A = Accumulate<T>;
+  constexpr int64_t n = 70003;  // no multiple of a block
+  const std::vector<T> x = numbers<T>(n, 5), t = numbers<T>(n, 6), weight = numbers<T>(n, 7);
+  for (const bool each : {false, true}) {
+    std::vector<T> losses(each ? n : 0), grad_input(n), grad_target(n);
+    std::vector<A> reduced(1);
+    pointwise_loss<SquaredError>(PointwiseLoss<T>{
+        n, {x.data(), 1}, {t.data(), 1}, {each ? weight.data() : nullptr, 1}, each ? 1.0 : n,
+        {weight.data(), each}, each ? losses.data() : nullptr, each ? nullptr : reduced.data(),
+        grad_input.data(), grad_target.data(), threads});
+    append(bytes, losses);
+    append(bytes, reduced);
+    append(bytes, grad_input);
+    append(bytes, grad_target);
+  }
+  std::vector<T> output(n), grad(n);
+  activation<Relu>(x.data(), output.data(), n, threads);
+  activation_backward<Relu>(t.data(), 1, output.data(), grad.data(), n, threads);
+  scale(grad.data(), 0.3, n, threads);
+  append(bytes, output);
+  append(bytes, grad);
+}
+
+std::string results(int threads) {
+  std::string bytes;
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    for (const Shape& shape : kShapes) run_cross_entropy<T>(bytes, shape, threads);
+    run_pointwise<T>(bytes, threads);
+  };
+  run(float{});
+  run(double{});
+  run(bfloat16{});
+  run(float16{});
+  return bytes;
+}
+
+}  // namespace
+
+int main() {
+  const std::string expected = results(1);
+  bool same = true;
+  for (const int threads : {2, 5}) same &= results(threads) == expected;
+
+  std::vector<std::string> at_once(3);
+  std::vector<std::thread> callers;
+  for (std::string& bytes : at_once) callers.emplace_back([&] { bytes = results(2); });
+  for (std::thread& caller : callers) caller.join();
+  for (const std::string& bytes : at_once) same &= bytes == expected;
+
+  std::printf("%zu bytes of results, %s\n", expected.size(), same ? "the same" : "NOT the same");
+  return same ? 0 : 1;
+}
