@@ -139,7 +139,7 @@ def cross_entropy(
     loss = grad_input = grad_target = None
     grad_input_view = grad_target_view = _NO_VIEW
     if want.loss:
-        loss = torch.empty(loss_shape(input, options.reduction), dtype=accumulate)
+        loss = input.new_empty(loss_shape(input, options.reduction), dtype=accumulate)
     if want.grad_input:
         grad_input, strides = (
             (logits.detach(), logits_strides) if want.inplace else empty_viewed(logits)
@@ -202,7 +202,7 @@ def pointwise_loss(
     if want.loss and reduction == "none":
         each = torch.empty_like(order)
     elif want.loss:
-        reduced = torch.empty((), dtype=accumulate_dtype(input.dtype))
+        reduced = input.new_empty((), dtype=accumulate_dtype(input.dtype))
     grad_input = torch.empty_like(order) if want.grad_input else None
     grad_target = torch.empty_like(order) if want.grad_target else None
     getattr(native, formula)(

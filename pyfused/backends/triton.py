@@ -43,10 +43,10 @@ def cross_entropy(
     loss = grad_input = grad_target = None
     if want.loss:
         shape = loss_shape(input, options.reduction)
-        loss = torch.empty(shape, dtype=accumulate, device=input.device)
+        loss = input.new_empty(shape, dtype=accumulate)
     logits = viewed(input)
     if want.grad_input:
-        grad_input = empty_viewed(logits[0])
+        grad_input = logits if want.inplace else empty_viewed(logits[0])
     if want.grad_target:
         assert probabilities is not None
         grad_target = empty_viewed(probabilities[0])
@@ -64,7 +64,7 @@ def cross_entropy(
             grad_target,
         )
     return loss, (
-        None if grad_input is None else grad_input[0],
+        None if grad_input is None else grad_input[0].detach(),
         None if grad_target is None else grad_target[0],
     )
 
@@ -96,6 +96,7 @@ def _operands(order: Tensor, tensors: list[Tensor | None]) -> tuple[int | None, 
             if tensor is not None and tensor.stride() != stride:
                 tensors[i] = torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)
         return _operands(order, tensors)
+    groups = groups or [(1, [0] * len(given))]
     (columns, inner), (_, outer) = groups[-1], groups[0]
     steps = iter(zip(outer, inner, strict=True))
     operands = [tensor if tensor is None else (tensor, *next(steps)) for tensor in tensors]
@@ -119,7 +120,7 @@ def pointwise_loss(
     if want.loss and reduction == "none":
         each = torch.empty_like(order)
     elif want.loss:
-        loss = torch.empty((), dtype=accumulate_dtype(input.dtype), device=input.device)
+        loss = input.new_empty((), dtype=accumulate_dtype(input.dtype))
     grad_input = torch.empty_like(order) if want.grad_input else None
     grad_target = torch.empty_like(order) if want.grad_target else None
     with torch.cuda.device_of(input):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 from pyfused.backends import Backend, cpu
 from pyfused.backends.layout import is_dense
@@ -184,9 +185,17 @@ def _active_mode() -> str | None:
         return "torch.func"
     if forward_ad._current_level >= 0:
         return "forward-mode AD"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack() or (
+        torch._C._len_torch_function_stack() and _function_mode()
+    ):
         return "a torch dispatch or function mode"
     return None
+
+
+def _function_mode() -> bool:
+    """Whether a function mode is active, other than the one of ``torch.set_default_device``."""
+    active = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in active)
 
 
 def backend_of(input: Tensor) -> Backend:
