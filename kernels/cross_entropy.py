@@ -193,16 +193,30 @@ def sum_classes(
 
 
 @triton.jit
-def spike_loss(inputs, at, sums, A: tl.constexpr):
-    """The target's own term of the loss."""
+def spike_loss(inputs, at, sums, first, last, A: tl.constexpr):
+    """The target's own term of the loss, where the target is in classes first to last."""
+    if inputs.target is None:
+        return tl.zeros_like(at.spike)
+    own = at.live & (at.hit >= first) & (at.hit < last)
     rows = inputs.logits.data + at.outer * inputs.logits.outer + at.inner * inputs.logits.inner
-    x = tl.load(rows + at.hit * inputs.logits.classes, mask=at.live, other=0.0).to(A)
-    return at.spike * ((pivot_of(sums.high) - x) + tl.log(sums.total))
+    x = tl.load(rows + at.hit * inputs.logits.classes, mask=own, other=0.0).to(A)
+    return tl.where(own, at.spike * ((pivot_of(sums.high) - x) + tl.log(sums.total)), 0.0)
 
 
 @triton.jit
 def finish(
-    inputs, outputs, scalars, at, sums, x, aim, c, last, A: tl.constexpr, SLOPE: tl.constexpr
+    inputs,
+    outputs,
+    scalars,
+    at,
+    sums,
+    x,
+    aim,
+    c,
+    last,
+    A: tl.constexpr,
+    SLOPE: tl.constexpr,
+    INPLACE: tl.constexpr,
 ):
     """Writes the gradients of a tile, and returns its part of the dense terms of the loss."""
     pivot = pivot_of(sums.high)[:, None]
@@ -223,6 +237,8 @@ def finish(
             spike = (at.spike * at.scale)[:, None]
             gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
         gradient = tl.where(at.live[:, None], gradient, 0.0)
+        if INPLACE:
+            tl.debug_barrier()  # no thread is to read a logit that another has overwritten
         tl.store(place(outputs.grad_logits, at, c), gradient, mask=mask)
     if outputs.grad_probabilities is not None:
         gradient = ((pivot - x) + log_total) * (level * SLOPE * at.scale)[:, None]
@@ -255,6 +271,7 @@ def one_read_kernel(
     SLOPE: tl.constexpr,
     DENSE: tl.constexpr,
     EACH: tl.constexpr,
+    INPLACE: tl.constexpr,
     POSITIONS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
@@ -268,9 +285,9 @@ def one_read_kernel(
     if DENSE:
         aim = read_aim(inputs, scalars, at, c, inputs.classes, A, SLOPE)
         sums = Sums(sums.high, sums.total, tl.sum(aim, 1))
-    loss = finish(inputs, outputs, scalars, at, sums, x, aim, c, inputs.classes, A, SLOPE)
-    if inputs.target is not None:
-        loss += spike_loss(inputs, at, sums, A)
+    last = inputs.classes
+    loss = spike_loss(inputs, at, sums, 0, last, A)
+    loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, A, SLOPE, INPLACE)
     store_loss(outputs, at, loss, 0, 1, EACH)
 
 
@@ -336,6 +353,7 @@ def two_read_kernel(
     SLOPE: tl.constexpr,
     DENSE: tl.constexpr,
     EACH: tl.constexpr,
+    INPLACE: tl.constexpr,
     SPLITS: tl.constexpr,
     POSITIONS: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -352,7 +370,7 @@ def two_read_kernel(
         )
     else:
         sums = merge(shares, at, SPLITS)
-    loss = tl.zeros([POSITIONS], A)
+    loss = spike_loss(inputs, at, sums, first, last, A)
     if DENSE or outputs.grad_logits is not None:
         for start in range(first, last, CLASSES):
             c = start + tl.arange(0, CLASSES).to(INDEX)
@@ -360,9 +378,7 @@ def two_read_kernel(
             aim = None
             if DENSE:
                 aim = read_aim(inputs, scalars, at, c, last, A, SLOPE)
-            loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, A, SLOPE)
-    if inputs.target is not None:
-        loss += tl.where(part == 0, spike_loss(inputs, at, sums, A), 0.0)
+            loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, A, SLOPE, INPLACE)
     store_loss(outputs, at, loss, part, shares.splits, EACH)
 
 
@@ -416,7 +432,7 @@ def cross_entropy(
     grad_logits: tuple[torch.Tensor, tuple[int, int, int]] | None,
     grad_probabilities: tuple[torch.Tensor, tuple[int, int, int]] | None,
 ) -> None:
-    """Launches what the outputs that are not None take."""
+    """Launches what the outputs that are not None take; grad_logits may be the logits."""
     (outer, inner, classes), x = sizes, logits[0]
     positions, each = outer * inner, options.reduction == "none"
     denominator = None
@@ -444,7 +460,8 @@ def cross_entropy(
     offset = smoothing / classes / level if follows else 1.0
 
     columns = inner > 1 and views[0].inner < views[0].classes
-    tile = launch.tile(x.element_size(), inner, classes, columns)
+    dense = target is None or smoothing > 0
+    tile = launch.tile(x.element_size(), inner, classes, columns, dense)
     splits = launch.splits(positions, classes)
     length = -(-classes // splits // tile.classes) * tile.classes
     splits = triton.cdiv(classes, length) if splits > 1 else 1
@@ -457,16 +474,16 @@ def cross_entropy(
         "A": launch.accumulate_type(x.dtype),
         "INDEX": launch.index_type(*(classes * view.classes for view in views if view)),
         "SLOPE": float(follows),
-        "DENSE": target is None or smoothing > 0,
+        "DENSE": dense,
         "POSITIONS": tile.positions,
         "CLASSES": tile.classes,
         **launch.options(tile.threads),
     }
-    outputs = Outputs(parts, *views[2:])
+    outputs, inplace = Outputs(parts, *views[2:]), grad_logits is logits
     scalars = level, offset, 1 - smoothing, scale
     grid = (programs,)
     if tile.classes >= classes:
-        one_read_kernel[grid](inputs, outputs, *scalars, EACH=each, **constants)
+        one_read_kernel[grid](inputs, outputs, *scalars, EACH=each, INPLACE=inplace, **constants)
     else:
         shares = Shares(splits, length, None, positions * splits)
         if splits > 1:
@@ -483,6 +500,7 @@ def cross_entropy(
             shares,
             *scalars,
             EACH=each,
+            INPLACE=inplace,
             SPLITS=triton.next_power_of_2(splits),
             **constants,
         )

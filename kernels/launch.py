@@ -26,16 +26,16 @@ class Elements(NamedTuple):
     threads: int
 
 
-# Element by element, by bytes of an element. 16 elements a lane: in float32 four loads of 16 bytes
-# of each operand are under way at once, in half precision two; no lane holds over 64 registers.
-POINTWISE = {2: Elements(2048, 128), 4: Elements(2048, 128), 8: Elements(1024, 128)}
+# Element by element, by bytes of an element: of each operand two loads of 16 bytes a lane, in
+# float64 as many. Twice as many, and a weighted loss spills on one target.
+POINTWISE = {2: Elements(2048, 128), 4: Elements(1024, 128), 8: Elements(512, 128)}
 # Programs of a kernel that sums, or that may have nothing to do: some waves on any GPU of today,
 # and so few partial sums that they are added up in a microsecond or two.
 MOST_PROGRAMS = 4096
 # Adding up partial sums: so many a program.
 SUM = Elements(4096, 256)
-# Counting targets, 8 bytes each: 8 loads of 16 bytes a lane; at most so many programs by turns.
-COUNT = Elements(4096, 256)
+# Counting targets, 8 bytes each: two loads of 16 bytes a lane, at most so many programs by turns.
+COUNT = Elements(1024, 256)
 MOST_COUNTERS = 256
 
 
@@ -48,10 +48,10 @@ class Row(NamedTuple):
     threads: int
 
 
-# Classes side by side, by bytes of an element. Up to the last row but one, a row of logits is held
-# in registers: at 32 a lane (16 in float64) the logits take half of what a lane has when a
-# multiprocessor is full of threads. Few classes share a program, so that it has enough to do.
-# Beyond, a row is read twice, in chunks of 16 elements a lane: two to four loads of 16 bytes.
+# Classes side by side, class indices without smoothing, by bytes of an element. Up to the last row
+# but one a row of logits is held in registers, 32 of them a lane (16 in float64). Few classes share
+# a program, so that it has enough to do. Beyond, a row is read twice, in chunks of 16 elements a
+# lane: two to four loads of 16 bytes under way.
 CLASSES_INNER = {
     2: (
         Row(1024, 2048, 1, 128),
@@ -62,21 +62,39 @@ CLASSES_INNER = {
         Row(ANY, 8192, 1, 512),
     ),
     8: (
-        Row(1024, 1024, 1, 64),
+        Row(1024, 1024, 1, 128),
         Row(2048, 2048, 1, 128),
         Row(4096, 4096, 1, 256),
         Row(8192, 8192, 1, 512),
-        Row(16384, 16384, 1, 1024),
-        Row(ANY, 4096, 1, 512),
+        Row(ANY, 2048, 1, 256),
     ),
 }
 CLASSES_INNER[4] = CLASSES_INNER[2]
 
-# Positions side by side, (N, C, d1, ..., dk): 32 of them are 64 to 256 bytes in a row of memory.
+# The same with probabilities or smoothing: weights and probabilities take registers too, so that a
+# lane holds half as many logits. Rows of 16384 would spill.
+DENSE_CLASSES_INNER = {
+    2: (
+        Row(1024, 2048, 1, 128),
+        Row(4096, 4096, 1, 256),
+        Row(8192, 8192, 1, 512),
+        Row(ANY, 4096, 1, 512),
+    ),
+    8: (
+        Row(1024, 1024, 1, 128),
+        Row(2048, 2048, 1, 256),
+        Row(4096, 4096, 1, 512),
+        Row(ANY, 2048, 1, 256),
+    ),
+}
+DENSE_CLASSES_INNER[4] = DENSE_CLASSES_INNER[2]
+
+# Positions side by side, (N, C, d1, ..., dk): rows of memory of 64 to 256 bytes, and 8 to 16
+# elements a lane, since masks of two dimensions take registers as well.
 POSITIONS_INNER = {
-    2: (Row(32, 4096, 64, 128), Row(128, 8192, 64, 256), Row(ANY, 4096, 64, 256)),
-    4: (Row(32, 2048, 32, 128), Row(256, 8192, 32, 256), Row(ANY, 4096, 64, 256)),
-    8: (Row(32, 1024, 32, 128), Row(128, 4096, 32, 256), Row(ANY, 2048, 32, 256)),
+    2: (Row(32, 2048, 64, 128), Row(128, 4096, 32, 512), Row(ANY, 2048, 64, 256)),
+    4: (Row(32, 2048, 32, 128), Row(256, 8192, 32, 512), Row(ANY, 1024, 32, 128)),
+    8: (Row(32, 1024, 32, 128), Row(128, 4096, 32, 512), Row(ANY, 1024, 32, 256)),
 }
 
 
@@ -99,9 +117,10 @@ class Tile(NamedTuple):
     threads: int
 
 
-def tile(itemsize: int, inner: int, classes: int, positions_inner: bool) -> Tile:
+def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, dense: bool) -> Tile:
     """From the tables, cut to inputs that are smaller."""
-    table = POSITIONS_INNER if positions_inner else CLASSES_INNER
+    table = DENSE_CLASSES_INNER if dense else CLASSES_INNER
+    table = POSITIONS_INNER if positions_inner else table
     row = next(row for row in table[itemsize] if classes <= row.most)
     padded = triton.next_power_of_2(classes)
     positions = max(row.positions, row.elements // padded)
