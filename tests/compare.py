@@ -43,13 +43,13 @@ def evaluate(
     value = operator(*args, **kwargs)
     if not leaves:
         return Outcome(value, [])
-    upstream = evaluate_upstream(value.shape).to(value.dtype)
+    upstream = evaluate_upstream(value.shape).to(value)
     gradients = torch.autograd.grad(value, leaves, upstream)
     return Outcome(value.detach(), list(gradients))
 
 
 def evaluate_upstream(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), device="cpu")
 
 
 def widen(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import interpreter
 import pytest
 import torch
 
@@ -16,6 +17,10 @@ import pyfused
 from pyfused.backends import cpu
 from pyfused.ops import dispatch
 
+if device := os.environ.get("PYFUSED_TEST_DEVICE"):
+    torch.set_default_device(device)
+collect_ignore = interpreter.NOT_SHARED if interpreter.ON else []
+backend = dispatch.backend_of(torch.empty(0))  # the one under test
 KERNELS = ("cross_entropy", "squared_error", "relu", "relu_backward")
 
 hypothesis.settings.register_profile(
@@ -27,13 +32,24 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "thresholds: small inputs go to torch, as they do for users")
+    config.addinivalue_line("markers", "cpu: what only the C++ kernels do, or torch on CPUs")
     config.addinivalue_line("markers", "large: minutes or gigabytes; run with PYFUSED_TEST_LARGE=1")
+    if interpreter.ON:
+        config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
     # Parallel regions of tiny tensors cost more than the tests, most of all on busy cores;
     # test_threads.py holds every other number of threads to the very bits of this one.
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if interpreter.ON:
+        items[:], rest = interpreter.sample(items)
+        config.hook.pytest_deselected(items=rest)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cpu") and backend is not cpu:
+        pytest.skip("cpu: holds for the C++ kernels alone")
     if item.get_closest_marker("large") and os.environ.get("PYFUSED_TEST_LARGE") != "1":
         pytest.skip("large: set PYFUSED_TEST_LARGE=1 to run it")
 
@@ -82,14 +98,16 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls: a test that compares torch with torch would pass without any."""
     calls = KernelCalls()
     for name in KERNELS:
-        monkeypatch.setattr(cpu.native, name, calls.record(name, getattr(cpu.native, name)))
+        kernel = getattr(backend.native, name)
+        monkeypatch.setattr(backend.native, name, calls.record(name, kernel))
     return calls
 
 
-@pytest.fixture(params=cpu.supported)
+@pytest.fixture(params=cpu.supported if backend is cpu else ["triton"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test once with each instruction set that this CPU can run."""
-    monkeypatch.setattr(cpu, "native", cpu.load(request.param))
+    if backend is cpu:
+        monkeypatch.setattr(cpu, "native", cpu.load(request.param))
     return request.param
 
 
@@ -112,4 +130,5 @@ def reduction(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_report_header() -> str:
-    return f"pyfused {getattr(pyfused, '__version__', '?')}: ISA {', '.join(cpu.supported)}"
+    kernels = f"ISA {', '.join(cpu.supported)}" if backend is cpu else "Triton"
+    return f"pyfused {getattr(pyfused, '__version__', '?')}: {kernels}"

@@ -98,4 +98,4 @@ def extended_mse_loss(
 
 
 def extended(x: Tensor) -> Extended:
-    return x.detach().double().numpy().astype(np.longdouble)
+    return x.detach().double().cpu().numpy().astype(np.longdouble)

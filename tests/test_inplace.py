@@ -109,6 +109,7 @@ def test_without_a_gradient_nothing_is_overwritten() -> None:
     assert logits._version == version
 
 
+@pytest.mark.cpu
 def test_a_wrong_target_overwrites_nothing() -> None:
     logits = logits_of(torch.randn(6, 300, requires_grad=True))
     before = logits.detach().clone()

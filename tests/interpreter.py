@@ -1,0 +1,72 @@
+"""The Triton kernels on CPU tensors, interpreted: PYFUSED_BACKEND=triton TRITON_INTERPRET=1.
+
+The same tests hold for them. The interpreter takes milliseconds for each program of a kernel, so
+that tiles are small here: a few elements make several blocks, by turns, in every layout.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from pyfused.ops import dispatch
+
+ON = dispatch.FORCED == "triton"
+# What the kernels have no part in: the C++ kernels' threads and processes, and what is slow.
+NOT_SHARED = [
+    "test_accuracy.py",
+    "gpu",
+    "test_errors.py",
+    "test_gpu_check.py",
+    "test_examples.py",
+    "test_large.py",
+    "test_main.py",
+    "test_memory.py",
+    "test_modules.py",
+    "test_packaging.py",
+    "test_processes.py",
+    "test_properties.py",
+    "test_readme.py",
+    "test_threads.py",
+    "test_torch_paths.py",
+]
+
+
+def use_small_tiles() -> None:
+    from pyfused.kernels import launch
+
+    any_ = launch.ANY
+    launch.POINTWISE = dict.fromkeys((2, 4, 8), launch.Elements(32, 32))
+    launch.MOST_PROGRAMS = 3
+    launch.SUM = launch.Elements(8, 32)
+    launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
+    classes = launch.Row(4, 8, 1, 32), launch.Row(64, 64, 1, 32), launch.Row(any_, 64, 1, 32)
+    launch.CLASSES_INNER = launch.DENSE_CLASSES_INNER = dict.fromkeys((2, 4, 8), classes)
+    positions = launch.Row(8, 32, 4, 32), launch.Row(any_, 128, 8, 32)
+    launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), positions)
+    launch.SPLIT = launch.Split(positions=4, classes=64, programs=12)
+
+
+if ON:
+    use_small_tiles()
+    np.seterr(all="ignore")  # NaN and infinities are the kernels' business, as on a GPU
+
+
+# Beyond the interpreter: it knows one thread, and takes a minute for a check of this size.
+NOT_INTERPRETED = ("several_python_threads", "1023", "1025", "2049")
+
+
+def sample(items: list[pytest.Item], most: int = 12) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Of each test function so many cases, always the same ones, and the others."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    possible = [i for i in items if not any(word in i.nodeid for word in NOT_INTERPRETED)]
+    for item in sorted(possible, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        cases[item.nodeid.partition("[")[0]].append(item)
+    if os.environ.get("PYFUSED_TEST_LARGE") == "1":
+        most = len(items)
+    chosen = {id(item) for several in cases.values() for item in several[:most]}
+    return [i for i in items if id(i) in chosen], [i for i in items if id(i) not in chosen]
