@@ -1,0 +1,298 @@
+"""Compile every kernel in every row of the launch tables, ahead of time and without a GPU.
+
+    python tests/gpu/ahead.py                       # what `make gpu-compile` runs
+    python tests/gpu/ahead.py --targets sm_90 --match "cross_entropy bfloat16"
+
+The backend is called as users call it, but with tensors without memory and a driver that compiles
+for a GPU that is not there: what is compiled is what would be launched. Exits with 1 where a kernel
+spills registers, or where one for contiguous bfloat16 or float32 has no loads of 128 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from pyfused.backends import CrossEntropyOptions, Want
+from pyfused.backends import triton as backend
+from pyfused.kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+VECTORS = (torch.bfloat16, torch.float32)  # loads of 128 bits are asked of these
+# Kernels that read next to nothing, in cases of these words.
+READ_LITTLE = {"sum_kernel": "", "count_kernel": "", "two_read_kernel": "2x262144 forward"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the backend on tensors without memory."""
+
+    name: str
+    dtype: torch.dtype
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one kernel."""
+
+    target: str
+    case: str
+    kernel: str
+    warps: int
+    registers: int
+    spills: int  # bytes of stack, or registers on AMD
+    shared: int  # bytes
+    load: int  # bits, the widest of a lane
+    store: int
+    wrong: str = ""
+
+
+# ---- the calls ----------------------------------------------------------------------------------
+
+
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Case:
+    x = empty(dtype, *shape)
+    indices = empty(torch.int64, shape[0], *shape[2:])
+    weight = empty(dtype, shape[1])
+    options = CrossEntropyOptions(-100, "mean", 0.1 if "smoothing" in kind else 0.0)
+    upstream = None
+    if "upstream" in kind:
+        options, upstream = options._replace(reduction="none"), empty(dtype, *indices.shape)
+    target = x if "probabilities" in kind else indices
+    want = Want("upstream" not in kind, "forward" not in kind, target is x)
+    arguments = (x, target, weight if "weight" in kind else None, options, want, upstream)
+    name = f"cross_entropy {str(dtype)[6:]} {'x'.join(map(str, shape))} {kind}".strip()
+    return Case(name, dtype, lambda: backend.cross_entropy(*arguments))
+
+
+def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
+    kinds = ("", "forward", "upstream")
+    dense = ("weight smoothing", "probabilities weight smoothing")
+    size = dtype.itemsize
+    sparse_rows, dense_rows = launch.CLASSES_INNER[size], launch.DENSE_CLASSES_INNER[size]
+    for row, kind in (*product(sparse_rows, kinds), *product(dense_rows, dense)):
+        classes = 128_256 if row.most == launch.ANY else int(row.most)
+        yield cross_entropy_case((4096, classes), dtype, kind)
+    for kind in (*kinds, *dense):
+        yield cross_entropy_case((4096, 16), dtype, kind)
+        yield cross_entropy_case((2, 262_144), dtype, kind)  # several programs a position
+    for row, kind in product(launch.POSITIONS_INNER[size], (*kinds, *dense)):
+        classes = 1000 if row.most == launch.ANY else int(row.most)
+        yield cross_entropy_case((8, classes, 4096), dtype, kind)
+
+
+def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
+    n = 1 << 24
+    x, rows, total = empty(dtype, n), empty(dtype, 4096, 4096), empty(torch.float64)
+    row = empty(dtype, 4096).expand(4096, 4096)
+    formula, name = "squared_error", f"mse_loss {str(dtype)[6:]}"
+    ahead, after = Want(True, True, True), Want(False, True, True)
+    calls: dict[str, Callable[[], object]] = {
+        f"{name} forward": lambda: backend.pointwise_loss(formula, x, x, None, "sum", 1.0, Want()),
+        f"{name}": lambda: backend.pointwise_loss(formula, x, x, None, "mean", 1.0 * n, ahead),
+        f"{name} weight": lambda: backend.pointwise_loss(formula, x, x, x, "mean", total, ahead),
+        f"{name} none": lambda: backend.pointwise_loss(formula, x, x, None, "none", 1.0, Want()),
+        f"{name} upstream": lambda: backend.pointwise_loss(
+            formula, x, x, None, "none", 1.0, after, x
+        ),
+        f"{name} broadcast": lambda: backend.pointwise_loss(
+            formula, rows, row, None, "mean", 1.0 * n, ahead
+        ),
+        f"relu {str(dtype)[6:]}": lambda: backend.activation("relu", x),
+        f"relu {str(dtype)[6:]} backward": lambda: backend.activation_backward("relu", x, x),
+        f"scale {str(dtype)[6:]}": lambda: backend.scale_(x, total),
+    }
+    for case, run in calls.items():
+        yield Case(case, dtype, run)
+
+
+def all_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield from pointwise_cases(dtype)
+        yield from cross_entropy_cases(dtype)
+
+
+# ---- compiling ----------------------------------------------------------------------------------
+
+
+class Driver:
+    """Tells Triton of a GPU that is not there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)
+
+    def get_current_stream(self, _: object) -> int:
+        return 0
+
+
+class Recorder:
+    """While entered, kernels are compiled for a target where they would be launched."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.launched: list[tuple[str, Any]] = []
+
+    def __enter__(self) -> list[tuple[str, Any]]:
+        self.run = JITFunction.run
+        run, launched = self.run, self.launched
+
+        def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            found = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+            launched.append((kernel.fn.__name__, found))
+
+        JITFunction.run = compile_only
+        driver.set_active(Driver(self.target))
+        launch._warp_size.cache_clear()
+        return launched
+
+    def __exit__(self, *_: object) -> None:
+        JITFunction.run = self.run
+        driver.set_active(None)  # the next to ask finds the real one
+        launch._warp_size.cache_clear()
+
+
+def compile_cases(target: str, names: Sequence[str]) -> list[Compiled]:
+    """What the kernels of some cases come to; one that several cases launch is told of once."""
+    found, seen = [], set()
+    for case in all_cases():
+        if case.name not in names:
+            continue
+        with Recorder(TARGETS[target]) as launched:
+            case.run()
+        for name, kernel in launched:
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                found.append(inspect(target, case, name, kernel))
+    return found
+
+
+# ---- looking at what came out -------------------------------------------------------------------
+
+
+def widest(pattern: str, assembly: str) -> int:
+    """The most bits in any instruction, from the pattern's groups: a count, and bits or words."""
+    widths = [int(count or 1) * int(bits or 32) for count, bits in re.findall(pattern, assembly)]
+    return max(widths, default=0)
+
+
+def on_nvidia(kernel: Any) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [tool, "-res-usage", cubin], check=True, text=True, capture_output=True
+        ).stdout
+    used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+    access = r"\b{}\.global(?:\.\w+?)*?(?:\.v(\d))?\.[bfsu](\d+)"
+    return {
+        "registers": used["REG"],
+        "spills": used["STACK"] + used["LOCAL"],
+        "load": widest(access.format("ld"), kernel.asm["ptx"]),
+        "store": widest(access.format("st"), kernel.asm["ptx"]),
+    }
+
+
+def on_amd(kernel: Any) -> dict[str, int]:
+    assembly = kernel.asm["amdgcn"]
+    used = {key: int(n) for key, n in re.findall(r"\.([vs]gpr\w*count):\s+(\d+)", assembly)}
+    access = r"\b(?:global|buffer|flat)_{}_dword(?:x(\d))?()\b"
+    return {
+        "registers": used["vgpr_count"],
+        "spills": used["vgpr_spill_count"] + used["sgpr_spill_count"],
+        "load": widest(access.format("load"), assembly),
+        "store": widest(access.format("store"), assembly),
+    }
+
+
+def inspect(target: str, case: Case, name: str, kernel: Any) -> Compiled:
+    found = (on_amd if "amdgcn" in kernel.asm else on_nvidia)(kernel)
+    wrong = []
+    if found["spills"]:
+        wrong.append("spills")
+    little = name in READ_LITTLE and READ_LITTLE[name] in case.name
+    if case.dtype in VECTORS and not little and found["load"] < 128:
+        wrong.append("narrow loads")
+    metadata = kernel.metadata
+    return Compiled(
+        target=target,
+        case=case.name,
+        kernel=name,
+        warps=metadata.num_warps,
+        shared=metadata.shared,
+        wrong=", ".join(wrong),
+        **found,
+    )
+
+
+def show(found: Sequence[Compiled]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("target", "case", "kernel", title=f"Triton {triton.__version__}")
+    for column in ("warps", "registers", "spills", "shared", "load", "store"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for c in found:
+        numbers = c.warps, c.registers, c.spills, c.shared, c.load, c.store
+        table.add_row(c.target, c.case, c.kernel, *map(str, numbers), c.wrong)
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--match", default="", help="only cases whose name holds these words")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+
+    words = arguments.match.split()
+    names = [case.name for case in all_cases() if all(word in case.name for word in words)]
+    pieces = [(t, names[i::8]) for t in arguments.targets for i in range(8)]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        found = [c for piece in pool.map(compile_cases, *zip(*pieces, strict=True)) for c in piece]
+    found.sort(key=lambda c: (arguments.targets.index(c.target), c.case, c.kernel))
+    show(found)
+    wrong = [c for c in found if c.wrong]
+    print(f"{len(found)} kernels, {len(wrong)} of them not as they should be")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
