@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export CXX  # the compiler that was checked is the one that builds
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-integrations bench bench-quick docs lint sanitize clean
+.PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-check bench \
+	bench-quick docs lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +27,15 @@ demo-quick: $(BUILD) ## the same, cut to less than a minute
 
 test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none chosen
+
+INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
+
+gpu-compile: $(BUILD) ## compile the GPU kernels for each target, without a GPU
+	$(BIN)/python tests/gpu/ahead.py $(AHEAD_ARGS)
+
+gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it is (OUT=folder)
+	@$(PYTHON) benchmarks/gpu_check.py $(or $(OUT),$(error gpu-check needs OUT=folder))
 
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name

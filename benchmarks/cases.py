@@ -137,12 +137,13 @@ class Arguments:
         )
 
 
-def draw(case: Case) -> Arguments:
+def draw(case: Case, device: str = "cpu") -> Arguments:
     """Arguments of full scale, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+    here: dict[str, Any] = {"generator": generator, "device": device}
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(case.dtype)
+        return torch.randn(shape, **here).to(case.dtype)
 
     input = normal(*case.shape).requires_grad_()
     if case.op == "relu":
@@ -159,8 +160,8 @@ def draw(case: Case) -> Arguments:
         if case.probabilities:
             others = (normal(*case.shape).softmax(1),)
         else:
-            indices = torch.randint(classes, shape, generator=generator)
-            ignored = torch.rand(shape, generator=generator) < case.ignored
+            indices = torch.randint(classes, shape, **here)
+            ignored = torch.rand(shape, **here) < case.ignored
             others = (indices.masked_fill(ignored, -100),)
     if case.reduction == "none":
         upstream = normal(*shape)

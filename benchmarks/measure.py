@@ -41,6 +41,7 @@ class Row:
     rounds: int
     calls_per_round: int
     peers: dict[str, Peer]
+    peak_gradients: float | None = None  # memory beyond what was there, in gradients of the input
 
 
 def settle_allocator() -> None:

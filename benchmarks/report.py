@@ -28,6 +28,12 @@ KEY = """\
 - copy: reading and writing as many bytes as the case must move at least, in warm memory. Its time
   divided by pyfused's is the share of the memory's speed that pyfused reaches, with kept pages.
 """
+GPU_KEY = """\
+- torch: eager. torch.compile: the operator alone, by Inductor's defaults.
+- copy: a copy of as many bytes as the case must move at least. Its time divided by pyfused's is the
+  share of the copy's bandwidth that pyfused reaches.
+- peak: the most memory that a call takes beyond what was there, in gradients of the input.
+"""
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
 
 
@@ -61,6 +67,8 @@ def markdown(rows: Sequence[Row]) -> str:
     peers = peers_of(rows)
     first = peers[0]
     columns = ["case", "mode", "pyfused, ms", f"{first}, ms", *(f"{n} / pyfused" for n in peers)]
+    peaks = any(row.peak_gradients is not None for row in rows)
+    columns += ["peak, gradients"] if peaks else []
     lines = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
     for row in rows:
         known = row.peers.get(first)
@@ -69,12 +77,20 @@ def markdown(rows: Sequence[Row]) -> str:
         for name in peers:
             peer = row.peers.get(name)
             cells.append("{1:.2f} ({0:.2f} to {2:.2f})".format(*peer.ratio) if peer else "")
+        if peaks:
+            cells.append("" if row.peak_gradients is None else f"{row.peak_gradients:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def machine(found: dict[str, Any]) -> str:
     info, date = found["machine_info"], found["datetime"][:10]
+    if "gpu" in info:
+        return (
+            f"{info['gpu']}, driver {info['driver']}, torch {info['torch']}, Triton "
+            f"{info['triton']}, Liger {info['liger']}, Python {info['python']}, {info['system']}, "
+            f"{date}"
+        )
     return (
         f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, {info['isa']}, "
         f"{info['compiler']}, torch {info['torch']}, Python {info['python']}, {info['system']}, "
@@ -84,7 +100,8 @@ def machine(found: dict[str, Any]) -> str:
 
 def slug(found: dict[str, Any]) -> str:
     info = found["machine_info"]
-    return re.sub(r"[^a-z0-9]+", "-", f"{info['cpu']} {info['cores']} cores".lower()).strip("-")
+    name = info.get("gpu") or f"{info['cpu']} {info['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def fill(readme: Path, table: str) -> None:
@@ -107,7 +124,8 @@ def main() -> None:
     folder = arguments.results / slug(found)
     folder.mkdir(parents=True, exist_ok=True)
     caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio.\n"
-    tables = [caption, markdown(cases), f"\n{KEY}"]
+    key = GPU_KEY if "gpu" in found["machine_info"] else KEY
+    tables = [caption, markdown(cases), f"\n{key}"]
     (folder / "table.md").write_text("\n".join(tables), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     drawn = {"ratios": pictures.ratios(cases, peers_of(cases))}

@@ -42,6 +42,12 @@ def openmp() -> str:
     return f"yes, {pool} ({', '.join(runtimes)})"
 
 
+def on_gpus() -> str:
+    if util.find_spec("triton") is None:
+        return "torch's operators, as Triton is not installed"
+    return "Triton kernels; other devices: torch's operators"
+
+
 def report() -> dict[str, str]:
     return {
         "pyfused": pyfused.__version__,
@@ -54,7 +60,8 @@ def report() -> dict[str, str]:
         "ISA chosen": cpu.capability,
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "OpenMP": openmp(),
-        **dict.fromkeys(functional.__all__, "cpu: C++ kernels; other devices: torch's operators"),
+        "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
+        **dict.fromkeys(functional.__all__, f"cpu: C++ kernels; GPUs: {on_gpus()}"),
     }
 
 

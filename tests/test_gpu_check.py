@@ -1,0 +1,158 @@
+"""`make gpu-check` and its benchmarks, as far as they go without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+import gpu_check  # noqa: E402
+import report  # noqa: E402
+from cases import BF16, Case  # noqa: E402
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def test_it_says_in_one_line_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == "gpu-check needs a GPU: torch sees no GPU"
+    assert not (tmp_path / "out").exists()
+
+
+@no_gpu
+def test_make_passes_its_words_on(tmp_path: Path) -> None:
+    made = subprocess.run(
+        ["make", "gpu-check", f"OUT={tmp_path}", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert made.returncode
+    assert made.stderr.splitlines()[0] == "gpu-check needs a GPU: torch sees no GPU"
+
+
+def test_steps_name_files_that_exist(tmp_path: Path) -> None:
+    steps = gpu_check.steps(tmp_path)
+    assert [step.name for step in steps][:3] == ["build", "gpu tests", "benchmarks"]
+    for step in steps:
+        for word in map(str, step.command):
+            if word.startswith(str(ROOT)):
+                assert Path(word.partition("::")[0]).exists()
+
+
+def test_a_failing_and_an_endless_step_are_told_of(tmp_path: Path) -> None:
+    fail = gpu_check.Step("fail", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
+    sleep = gpu_check.Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 0.1)
+    assert gpu_check.run(fail, tmp_path, 60, {}).startswith("failed (3)")
+    assert (tmp_path / "fail.log").read_text() == "why\n"
+    assert gpu_check.run(sleep, tmp_path, 60, {}).startswith("out of time")
+
+
+def test_the_tests_for_a_gpu_are_skipped_without_one() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", ROOT / "tests/gpu/test_cuda.py"]
+    if not torch.cuda.is_available():
+        ran = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+        assert ran.returncode == 0, ran.stdout
+        assert " skipped" in ran.stdout.splitlines()[-1]
+        assert "passed" not in ran.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the benchmarks find on a CPU, in the form that they have on a GPU."""
+    monkeypatch.setattr(gpu, "SECONDS", 0.01)
+    monkeypatch.setattr(gpu, "CALLS", 2)
+    monkeypatch.setattr(gpu, "SMALL", 1000)
+    peers = {"torch": torch.nn.functional, "torch.compile": torch.nn.functional}
+    monkeypatch.setattr(gpu, "peers_of", lambda case: peers)
+    file = tmp_path / "gpu.json"
+    cases = (
+        Case("cross_entropy", (64, 32_000), BF16, headline=True),
+        Case("mse_loss", (5000,), headline=True),
+        Case("relu", (100,)),
+    )
+    gpu.run(cases, "cpu", 60, lambda found: file.write_text(json.dumps(found)))
+    return file
+
+
+def test_a_rehearsal_has_a_row_for_each_case_and_mode(rehearsed: Path) -> None:
+    found = json.loads(rehearsed.read_text())
+    assert found["left_out"] == []
+    rows = report.rows_of(found)
+    assert [(row.op, row.mode) for row in rows] == [
+        ("cross_entropy", "forward"),
+        ("cross_entropy", "forward+backward"),
+        ("mse_loss", "forward"),
+        ("mse_loss", "forward+backward"),
+        ("relu", "forward+backward"),
+    ]
+    assert all(("copy" in row.peers) == (row.elements >= 1000) for row in rows)
+
+
+def test_a_case_that_fails_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("not torch's value")
+
+    monkeypatch.setattr(gpu, "assert_right", fail)
+    saved: list[Any] = []
+    gpu.run((Case("relu", (100,)),), "cpu", 60, saved.append)
+    assert saved[-1]["left_out"] == ["relu (100) float32: AssertionError: not torch's value"]
+    gpu.run((Case("relu", (100,)),), "cpu", -1, saved.append)
+    assert saved[-1]["left_out"] == ["relu (100) float32: out of time"]
+
+
+def test_the_report_is_that_of_cpus(
+    rehearsed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["report.py", str(rehearsed), "--results", str(tmp_path / "results")]
+    )
+    report.main()
+    (folder,) = (tmp_path / "results").iterdir()
+    assert {file.name for file in folder.iterdir()} == {"table.md", "results.json", "ratios.png"}
+    table = (folder / "table.md").read_text()
+    assert "copy / pyfused" in table
+    assert "driver" in table
+
+
+def test_goals_count_the_cases_that_reach_them(rehearsed: Path) -> None:
+    found = json.loads(rehearsed.read_text())
+    for benchmark in found["benchmarks"]:
+        row = benchmark["extra_info"]
+        row["peak_gradients"] = 1.0
+        for name, peer in row["peers"].items():
+            peer["ratio"] = [0.7, 0.8 if row["op"] == "mse_loss" else 1.2, 2.0]
+            assert name in ("torch", "torch.compile", "copy")
+    rehearsed.write_text(json.dumps(found))
+    lines = gpu_check.goals(rehearsed)
+    assert lines == [
+        (
+            "- mse_loss and relu, share of the copy's bandwidth: "
+            "0 of 1 cases reach 0.9, the worst 0.80"
+        ),
+        "- cross_entropy, share of the copy's bandwidth: 1 of 1 cases reach 0.85, the worst 1.20",
+        "- times as fast as torch.compile: 2 of 3 cases reach 1.0, the worst 0.80",
+        "- times as fast as Liger: not measured",
+        (
+            "- times as fast as eager torch from 32000 classes on: "
+            "0 of 1 cases reach 3.0, the worst 1.20"
+        ),
+        "- peak memory beyond the inputs, in gradients: 1.00 (to reach: 1)",
+    ]
