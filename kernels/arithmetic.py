@@ -75,7 +75,7 @@ def sum_parts(
     n, block = parts.numel(), launch.SUM.block
     options = launch.options(launch.SUM.threads)
     while out.numel() == 1 and n > block:
-        sums = torch.empty(triton.cdiv(n, block), dtype=torch.float64, device=parts.device)
+        sums = parts.new_empty(triton.cdiv(n, block), dtype=torch.float64)
         sum_kernel[(sums.numel(),)](parts, sums, None, 1.0, block, n, BLOCK=block, **options)
         parts, n = sums, sums.numel()
     length = n // out.numel()

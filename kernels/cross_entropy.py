@@ -304,7 +304,10 @@ class Shares(NamedTuple):
 def split_kernel(
     inputs,
     shares,
+    level: tl.float64,
     offset: tl.float64,
+    share: tl.float64,
+    scale: tl.float64,
     A: tl.constexpr,
     INDEX: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -313,7 +316,7 @@ def split_kernel(
     CLASSES: tl.constexpr,
 ):
     """The first read of positions that several programs share: the sums over one share."""
-    scalars = Scalars(offset, offset, offset, offset)
+    scalars = Scalars(level, offset, share, scale)
     at = pick(inputs, scalars, tl.program_id(0) // shares.splits, A, POSITIONS)
     part = tl.program_id(0) % shares.splits
     first = part * shares.length
@@ -403,9 +406,7 @@ def count(
     """The denominator of a mean, on the device: one float64."""
     n = target.numel()
     blocks = triton.cdiv(n, launch.COUNT.block)
-    parts = torch.empty(
-        min(blocks, launch.MOST_COUNTERS), dtype=torch.float64, device=target.device
-    )
+    parts = target.new_empty(min(blocks, launch.MOST_COUNTERS), dtype=torch.float64)
     count_kernel[(parts.numel(),)](
         target,
         weight,
@@ -420,89 +421,99 @@ def count(
     return parts if parts.numel() == 1 else sum_parts(parts, parts.new_empty(()))
 
 
+def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, float]:
+    """Level, offset and share of the equations above; follows: the aim is that of probabilities."""
+    uniform = smoothing / classes
+    if follows:
+        return 1 - smoothing, uniform / (1 - smoothing), 0.0
+    return uniform, 1.0, 1 - smoothing
+
+
+def run(
+    inputs: Inputs,
+    outputs: Outputs,
+    shares: Shares,
+    scalars: tuple[float, ...],
+    programs: int,
+    constants: dict[str, Any],
+    choices: dict[str, Any],
+) -> None:
+    """Launches one kernel that reads once, or one or two that read twice."""
+    grid = (programs,)
+    if constants["CLASSES"] >= inputs.classes:
+        one_read_kernel[grid](inputs, outputs, *scalars, **choices, **constants)
+        return
+    if shares.splits > 1:
+        x = inputs.logits.data
+        dtype = launch.accumulate_dtype(x.dtype)
+        shares = shares._replace(sums=x.new_empty((3, shares.plane), dtype=dtype))
+        split_kernel[grid](inputs, shares, *scalars, **constants)
+    powers = triton.next_power_of_2(shares.splits)
+    two_read_kernel[grid](inputs, outputs, shares, *scalars, SPLITS=powers, **choices, **constants)
+
+
+Viewed = tuple[torch.Tensor, tuple[int, int, int]]  # and its strides
+
+
 def cross_entropy(
     sizes: tuple[int, int, int],
-    logits: tuple[torch.Tensor, tuple[int, int, int]],
+    logits: Viewed,
     target: torch.Tensor | None,
-    probabilities: tuple[torch.Tensor, tuple[int, int, int]] | None,
+    probabilities: Viewed | None,
     weight: torch.Tensor | None,
     options: Any,
     upstream: torch.Tensor | None,
     loss: torch.Tensor | None,
-    grad_logits: tuple[torch.Tensor, tuple[int, int, int]] | None,
-    grad_probabilities: tuple[torch.Tensor, tuple[int, int, int]] | None,
+    grad_logits: Viewed | None,
+    grad_probabilities: Viewed | None,
 ) -> None:
-    """Launches what the outputs that are not None take; grad_logits may be the logits."""
+    """Computes the outputs that are not None; grad_logits may be the logits."""
     (outer, inner, classes), x = sizes, logits[0]
-    positions, each = outer * inner, options.reduction == "none"
-    denominator = None
-    if options.reduction == "mean" and target is not None:
+    positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
+    given = logits, probabilities, grad_logits, grad_probabilities
+    views = [viewed and View(viewed[0], *viewed[1]) for viewed in given]
+    denominator, scale = None, 1.0
+    if mean and target is None:
+        scale = 1 / positions
+    elif mean:
         denominator = count(target, weight, options.ignore_index, classes)
-    views = [
-        v and View(v[0], *v[1]) for v in (logits, probabilities, grad_logits, grad_probabilities)
-    ]
-    inputs = Inputs(
-        views[0],
-        target,
-        views[1],
-        weight,
-        upstream,
-        int(each),
-        denominator,
-        options.ignore_index,
-        inner,
-        classes,
-    )
-    smoothing = max(0.0, options.label_smoothing)
-    follows = target is None and smoothing < 1
-    level = 1 - smoothing if follows else smoothing / classes
-    scale = 1 / positions if options.reduction == "mean" and target is None else 1.0
-    offset = smoothing / classes / level if follows else 1.0
 
+    smoothing = max(0.0, options.label_smoothing)
+    follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
     columns = inner > 1 and views[0].inner < views[0].classes
-    dense = target is None or smoothing > 0
     tile = launch.tile(x.element_size(), inner, classes, columns, dense)
-    splits = launch.splits(positions, classes)
-    length = -(-classes // splits // tile.classes) * tile.classes
-    splits = triton.cdiv(classes, length) if splits > 1 else 1
+    splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
-    shape = positions * splits if each else programs
     parts = loss
     if loss is not None and not (each and splits == 1):
-        parts = torch.empty(shape, dtype=loss.dtype, device=x.device)
-    constants = {
-        "A": launch.accumulate_type(x.dtype),
-        "INDEX": launch.index_type(*(classes * view.classes for view in views if view)),
-        "SLOPE": float(follows),
-        "DENSE": dense,
-        "POSITIONS": tile.positions,
-        "CLASSES": tile.classes,
-        **launch.options(tile.threads),
-    }
-    outputs, inplace = Outputs(parts, *views[2:]), grad_logits is logits
-    scalars = level, offset, 1 - smoothing, scale
-    grid = (programs,)
-    if tile.classes >= classes:
-        one_read_kernel[grid](inputs, outputs, *scalars, EACH=each, INPLACE=inplace, **constants)
-    else:
-        shares = Shares(splits, length, None, positions * splits)
-        if splits > 1:
-            sums = torch.empty(
-                (3, positions * splits),
-                dtype=torch.float64 if x.dtype is torch.float64 else torch.float32,
-                device=x.device,
-            )
-            shares = shares._replace(sums=sums)
-            split_kernel[grid](inputs, shares, offset, **constants)
-        two_read_kernel[grid](
-            inputs,
-            outputs,
-            shares,
-            *scalars,
-            EACH=each,
-            INPLACE=inplace,
-            SPLITS=triton.next_power_of_2(splits),
-            **constants,
-        )
+        parts = loss.new_empty(positions * splits if each else programs)
+    run(
+        Inputs(
+            views[0],
+            target,
+            views[1],
+            weight,
+            upstream,
+            int(each),
+            denominator,
+            options.ignore_index,
+            inner,
+            classes,
+        ),
+        Outputs(parts, *views[2:]),
+        Shares(splits, length, None, positions * splits),
+        (*terms(smoothing, classes, follows), scale),
+        programs,
+        {
+            "A": launch.accumulate_type(x.dtype),
+            "INDEX": launch.index_type(*(classes * view.classes for view in views if view)),
+            "SLOPE": float(follows),
+            "DENSE": dense,
+            "POSITIONS": tile.positions,
+            "CLASSES": tile.classes,
+            **launch.options(tile.threads),
+        },
+        {"EACH": each, "INPLACE": grad_logits is logits},
+    )
     if parts is not loss:
         sum_parts(parts, loss, denominator, scale)

@@ -128,11 +128,13 @@ def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, dense: 
     return Tile(positions, min(padded, max(1, row.elements // positions)), row.threads)
 
 
-def splits(positions: int, classes: int) -> int:
-    """Over how many programs the classes of each position are spread."""
-    if positions >= SPLIT.positions or classes < 2 * SPLIT.classes:
-        return 1
-    return max(1, min(classes // SPLIT.classes, SPLIT.programs // positions))
+def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
+    """Over how many programs the classes of each position are spread, and how many each takes."""
+    if positions >= SPLIT.positions or classes < 2 * SPLIT.classes or classes <= chunk:
+        return 1, classes
+    wanted = min(classes // SPLIT.classes, max(1, SPLIT.programs // positions))
+    length = triton.cdiv(triton.cdiv(classes, wanted), chunk) * chunk
+    return triton.cdiv(classes, length), length
 
 
 def options(threads: int) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def pointwise_loss(
     parts = None
     if loss is not None:
         programs = min(blocks, launch.MOST_PROGRAMS)
-        parts = torch.empty(programs, dtype=loss.dtype, device=x.device)
+        parts = loss.new_empty(programs)
     pointwise_loss_kernel[(programs,)](
         Operands(*(o and Operand(*o) for o in operands), counted),
         Outputs(each, parts, grad_input, grad_target),

@@ -72,7 +72,8 @@ def cross_entropy(
         of class indices for ``"none"``. NaN for a mean over nothing.
 
     Raises:
-        IndexError: A class index is out of range; the message names it and its position.
+        IndexError: A class index is out of range; the message names it and its position. On a GPU,
+            which would have to be waited for, its loss is NaN and its gradient zero instead.
         RuntimeError, ValueError: Shapes, dtypes or options do not fit, or ``inplace`` with an
             ``input`` that is a leaf or overlaps itself; the message names the argument, what was
             expected and what was got.

@@ -89,14 +89,14 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     if "upstream" in kind:
         options, upstream = options._replace(reduction="none"), empty(dtype, *indices.shape)
     target = x if "probabilities" in kind else indices
-    want = Want("upstream" not in kind, "forward" not in kind, target is x)
+    want = Want("upstream" not in kind, "forward" not in kind, target is x, "inplace" in kind)
     arguments = (x, target, weight if "weight" in kind else None, options, want, upstream)
     name = f"cross_entropy {str(dtype)[6:]} {'x'.join(map(str, shape))} {kind}".strip()
     return Case(name, dtype, lambda: backend.cross_entropy(*arguments))
 
 
 def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
-    kinds = ("", "forward", "upstream")
+    kinds = ("", "forward", "upstream", "inplace")
     dense = ("weight smoothing", "probabilities weight smoothing")
     size = dtype.itemsize
     sparse_rows, dense_rows = launch.CLASSES_INNER[size], launch.DENSE_CLASSES_INNER[size]
