@@ -22,7 +22,16 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 530  # for all of it
 BENCHMARK_SECONDS = 210  # no case starts after these
 # The tests that hold for every backend, on CUDA tensors: see tests/README.md.
-SHARED = ("cross_entropy", "mse_loss", "relu", "strides", "gradcheck", "autograd", "inplace")
+SHARED = (
+    "test_cross_entropy.py",
+    "test_mse_loss.py",
+    "test_relu.py",
+    "test_strides.py",
+    "test_backends.py",
+    "test_inplace.py",
+    "test_gradcheck.py",
+    "test_autograd.py",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def steps(out: Path) -> list[Step]:
     python = sys.executable
     pip = ("-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation")
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
-    shared = [ROOT / f"tests/test_{name}.py" for name in SHARED]
+    shared = [ROOT / "tests" / name for name in SHARED]
     found = [
         Step("build", (python, *pip, "--target", out / "site", ROOT), 150, needed=True),
         Step("gpu tests", (*pytest, ROOT / "tests/gpu/test_cuda.py"), 120),

@@ -19,7 +19,7 @@ from pyfused.ops import dispatch
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
-collect_ignore = interpreter.NOT_SHARED if interpreter.ON else []
+collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = dispatch.backend_of(torch.empty(0))  # the one under test
 KERNELS = ("cross_entropy", "squared_error", "relu", "relu_backward")
 

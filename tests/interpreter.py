@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,24 +17,22 @@ import pytest
 from pyfused.ops import dispatch
 
 ON = dispatch.FORCED == "triton"
-# What the kernels have no part in: the C++ kernels' threads and processes, and what is slow.
-NOT_SHARED = [
-    "test_accuracy.py",
-    "gpu",
-    "test_errors.py",
-    "test_gpu_check.py",
-    "test_examples.py",
-    "test_large.py",
-    "test_main.py",
-    "test_memory.py",
-    "test_modules.py",
-    "test_packaging.py",
-    "test_processes.py",
-    "test_properties.py",
-    "test_readme.py",
-    "test_threads.py",
-    "test_torch_paths.py",
-]
+# The files whose tests hold for every backend, and those that are about something else.
+SHARED = (
+    "test_autograd.py",
+    "test_backends.py",
+    "test_cross_entropy.py",
+    "test_gradcheck.py",
+    "test_inplace.py",
+    "test_mse_loss.py",
+    "test_relu.py",
+    "test_strides.py",
+)
+OTHERS = sorted(
+    path.name
+    for path in Path(__file__).parent.iterdir()
+    if (path.name.startswith("test_") or path.is_dir()) and path.name not in SHARED
+)
 
 
 def use_small_tiles() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 
@@ -48,6 +49,7 @@ def test_make_passes_its_words_on(tmp_path: Path) -> None:
 
 def test_steps_name_files_that_exist(tmp_path: Path) -> None:
     steps = gpu_check.steps(tmp_path)
+    assert sorted(gpu_check.SHARED) == sorted(interpreter.SHARED)
     assert [step.name for step in steps][:3] == ["build", "gpu tests", "benchmarks"]
     for step in steps:
         for word in map(str, step.command):
