@@ -10,7 +10,7 @@ export CXX  # the compiler that was checked is the one that builds
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-check bench \
-	bench-quick docs lint sanitize clean
+	bench-quick bench-compare docs lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,10 @@ bench-quick: $(BUILD) ## the headline cases (BENCH_ARGS="-k relu" chooses others
 		--results .benchmarks
 
 BENCH_ARGS ?= -m quick
+
+bench-compare: $(BUILD) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
+	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
+	$(BIN)/python benchmarks/compare.py $(BASE) $(COMPARE_ARGS)
 
 docs: $(BUILD) $(EXTRAS) ## write the documentation to site/
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site

@@ -28,6 +28,7 @@ OPENMP = {"unix": "-fopenmp", "msvc": "/openmp"}
 V2 = "-msse4.2 -mpopcnt"
 V3 = f"{V2} -mavx2 -mfma -mf16c -mbmi -mbmi2"
 V4 = f"{V3} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512"
+V4 += " -Wno-uninitialized -Wno-maybe-uninitialized"  # of GCC's own AVX-512 headers
 X86_64 = {
     "x86_64_v2": {"unix": V2, "msvc": ""},
     "x86_64_v3": {"unix": V3, "msvc": "/arch:AVX2"},

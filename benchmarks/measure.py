@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ Quartiles = tuple[float, float, float]
 # A batch of calls is long beside the timer's own cost, some 50 ns, and short beside a time slice.
 BATCH_SECONDS = 1e-3
 FEWEST_ROUNDS, MOST_ROUNDS = 19, 200
+# What looks slow is measured again, for this many times longer.
+LONGER = (1, 3, 9)
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ def timed(step: Step, calls: int) -> float:
     return time.perf_counter() - started
 
 
-def plan(steps: Iterable[Step], seconds: float, fewest: int = FEWEST_ROUNDS) -> tuple[int, int]:
+def plan(
+    steps: Iterable[Any],
+    seconds: float,
+    fewest: int = FEWEST_ROUNDS,
+    clock: Callable[[Any, int], float] = timed,
+) -> tuple[int, int]:
     """How many rounds, and how many calls in each, fill the time."""
     once = []
     for step in steps:
-        step()
-        once.append(min(timed(step, 1) for _ in range(2)))
+        clock(step, 1)
+        once.append(min(clock(step, 1) for _ in range(2)))
     calls = max(1, math.ceil(BATCH_SECONDS / max(once)))
     rounds = round(seconds / (calls * sum(once)))
     return min(max(rounds, fewest), MOST_ROUNDS), calls

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from cases import BF16, F16, F32, F64, MODES, Case, M, draw, step
-from measure import Quartiles, plan, quartiles, ratios, settle_allocator, timed
+from measure import LONGER, Quartiles, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,8 +33,6 @@ ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M)
 CLASSES = (2, 10, 24, 64, 500, 1000, 32000, 262144)
 LOGITS = (1 << 12, 1 << 16, 1 << 19, 1 << 22, 1 << 24)
 IMAGES = ((1, 2, 16, 16), (2, 21, 32, 32), (4, 10, 64, 64), (2, 21, 256, 256), (1, 150, 256, 256))
-# Seconds for a case; where it looks slow, again for this many times longer.
-LONGER = (1, 3, 9)
 
 
 @dataclass(frozen=True)
