@@ -92,7 +92,7 @@ DENSE_CLASSES_INNER[4] = DENSE_CLASSES_INNER[2]
 # Positions side by side, (N, C, d1, ..., dk): rows of memory of 64 to 256 bytes, and 4 to 16
 # elements a lane, since masks of two dimensions take registers as well.
 POSITIONS_INNER = {
-    2: (Row(32, 2048, 64, 128), Row(128, 4096, 32, 512), Row(ANY, 1024, 64, 256)),
+    2: (Row(32, 2048, 64, 128), Row(128, 4096, 32, 512), Row(ANY, 1024, 32, 128)),
     4: (Row(32, 2048, 32, 128), Row(256, 8192, 32, 512), Row(ANY, 1024, 32, 128)),
     8: (Row(32, 1024, 32, 128), Row(128, 4096, 32, 512), Row(ANY, 1024, 32, 256)),
 }
