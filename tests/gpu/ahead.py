@@ -235,7 +235,7 @@ def on_amd(kernel: Any) -> dict[str, int]:
     access = r"\b(?:global|buffer|flat)_{}_dword(?:x(\d))?()\b"
     return {
         "registers": used["vgpr_count"],
-        "spills": used["vgpr_spill_count"] + used["sgpr_spill_count"],
+        "spills": used["vgpr_spill_count"],  # scalar ones go to vector registers, not to memory
         "load": widest(access.format("load"), assembly),
         "store": widest(access.format("store"), assembly),
     }
