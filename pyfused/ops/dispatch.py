@@ -57,11 +57,11 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float32: ((_ANY, 1 << 17),),
         torch.float64: ((_ANY, 1 << 16),),
         torch.bfloat16: ((_ANY, 1 << 15),),
-        torch.float16: ((_ANY, 1 << 18),),
+        torch.float16: ((_ANY, 1 << 20),),
     },
     "relu": {
         torch.float32: ((_ANY, 1 << 23),),
-        torch.float64: ((_ANY, 1 << 21),),
+        torch.float64: ((_ANY, 1 << 22),),
         torch.bfloat16: ((_ANY, 1 << 17),),
         torch.float16: ((_ANY, 1 << 24),),
     },
