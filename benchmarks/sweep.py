@@ -29,7 +29,7 @@ import pyfused.functional
 from pyfused.ops.dispatch import ATEN_BELOW, aten_is_faster
 
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
-ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M)
+ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M, 100 * 10**6)
 CLASSES = (2, 10, 24, 64, 500, 1000, 32000, 262144)
 LOGITS = (1 << 12, 1 << 16, 1 << 19, 1 << 22, 1 << 24)
 IMAGES = ((1, 2, 16, 16), (2, 21, 32, 32), (4, 10, 64, 64), (2, 21, 256, 256), (1, 150, 256, 256))
@@ -50,10 +50,11 @@ class Finding:
 
 
 def shapes(op: str, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
-    """From one element to 32 M; for cross_entropy from one class to 262,144, and K dimensions."""
+    """From one element to 100 million; for cross_entropy from one class to 262,144, and K dimensions."""
     if op == "cross_entropy":
         yield 1, 1
         yield 4096, 1
+        yield 100_000, 1000
         for classes in CLASSES:
             yield 1, classes
             yield from ((n // classes, classes) for n in LOGITS if n >= 2 * classes)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
@@ -77,14 +79,19 @@ def test_the_modes_that_are_active() -> None:
     torch.jit.trace(lambda x: (said.append(reason()), x)[1], X, check_trace=False)
     with forward_ad.dual_level():
         said.append(reason())
-    with torch.device("cpu"):
+    with BaseTorchFunctionMode():
+        said.append(reason())
+    with FlopCounterMode(display=False):
         said.append(reason())
     assert said == [
         "torch.func",
         "torch.jit.trace",
         "forward-mode AD",
         "a torch dispatch or function mode",
+        "a torch dispatch or function mode",
     ]
+    with torch.device("cpu"):  # a mode that concerns only new tensors
+        assert pyfused.explain("relu", X).backend == "cpu"
 
 
 def test_kernels_of_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:

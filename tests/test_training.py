@@ -136,6 +136,6 @@ print(*sorted(set(sys.modules) - before))
 def test_an_import_loads_pyfused_and_nothing_else() -> None:
     command = [sys.executable, "-c", LOADED]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert {name.partition(".")[0] for name in done.stdout.split()} == {"pyfused"}
-    assert "triton" not in done.stdout
+    loaded = {name for name in done.stdout.split() if not f"{name}.".startswith("pyfused.")}
+    assert loaded <= {"torch.utils._device"}
     assert (done.stderr, "pyfused.functional" in done.stdout) == ("", True)
