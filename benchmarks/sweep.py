@@ -50,7 +50,7 @@ class Finding:
 
 
 def shapes(op: str, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
-    """From one element to 100 million; for cross_entropy from one class to 262,144, and K dimensions."""
+    """From one element to 100 million; for cross_entropy to 262,144 classes, and K dimensions."""
     if op == "cross_entropy":
         yield 1, 1
         yield 4096, 1
