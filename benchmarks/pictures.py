@@ -71,7 +71,7 @@ def scaling(rows: Sequence[Row]) -> Titled:
         points = [row for row in rows if (row.op, row.curve) == (op, curve)]
         _draw_times(axes, sorted(points, key=lambda row: getattr(row, curve)), curve)
         axes.set_title(title, fontsize=10)
-    return figure, "Forward + backward, float32: median times, and the middle half of pyfused's"
+    return figure, "Forward + backward, float32: median times"
 
 
 def _draw_times(axes: Axes, rows: Sequence[Row], curve: str) -> None:
@@ -115,5 +115,5 @@ def memory(found: Sequence[dict[str, Any]]) -> Titled:
     axes.set_xlabel("peak memory beyond the arguments / memory of the input")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     return figure, "What a forward and backward pass takes at its peak"
