@@ -59,7 +59,7 @@ if ON:
 NOT_INTERPRETED = ("several_python_threads", "1023", "1025", "2049")
 
 
-def sample(items: list[pytest.Item], most: int = 12) -> tuple[list[pytest.Item], list[pytest.Item]]:
+def sample(items: list[pytest.Item], most: int = 10) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """Of each test function so many cases, always the same ones, and the others."""
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     possible = [i for i in items if not any(word in i.nodeid for word in NOT_INTERPRETED)]
