@@ -5,17 +5,23 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "parallel.h"
 #include "vec.h"
 
 namespace pyfused {
 
-// torch: F.relu(x). NaN and -0.0 pass, and so does the gradient where y is NaN.
+// torch: F.relu(x). NaN and -0.0 pass. The gradient passes where y is neither 0 nor -0, so with NaN: in
+// integers, because of a comparison AVX-512 makes a load that waits for it (1.16 times slower).
 struct Relu {
   template <class A> static PYFUSED_INLINE A forward(A x) { return x < 0 ? A(0) : x; }
   template <class A> static PYFUSED_INLINE A backward(A grad_output, A output) {
-    return output <= 0 ? A(0) : grad_output;
+    using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+    const Bits magnitude = bit_cast<Bits>(output) & std::numeric_limits<Bits>::max();
+    const Bits all_if_nonzero = -magnitude >> (8 * sizeof(A) - 1);
+    return bit_cast<A>(bit_cast<Bits>(grad_output) & all_if_nonzero);
   }
 };
 
