@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 import pyfused
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+    pytest.mark.skipif(
+        torch.__version__ < "2.12", reason="torch 2.11's DTensor lacks one of the redistributions"
+    ),
+]
 
 SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
 STEPS, ROWS, CLASSES = 4, 8, 6
-
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="torch 2.11's DTensor fails at one of the redistributions"
-)
 
 
 def build() -> nn.Module:
