@@ -37,7 +37,7 @@ template <class T> class Row {
       return 0;
     }
     if (ce.target) hit_logit = widen(logits[ce.target[position]]);
-    if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, kChunk, A(1));
+    if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, std::min(kChunk, ce.classes), A(1));
     keeps ? read<true>() : read<false>();
     double loss;
     if (ce.dense()) {
