@@ -7,6 +7,7 @@
 
 #include "cross_entropy_columns.h"
 #include "cross_entropy_rows.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace pyfused {
@@ -62,10 +63,13 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   Sum weights;
   for (int64_t c = 0; ce.weight && c < ce.classes; ++c) weights.add(ce.weight[c]);
   const double uniform_mass = ce.uniform() * (ce.weight ? weights.value() : double(ce.classes));
-  const Scaled<T> scaled(ce, uniform_mass, denominator, bytes >= kStreamBytes);
-
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
+  T* const grad = ce.grad_logits.data;
+  bool streams = bytes >= kStreamBytes;
+  if (streams && rows) streams = grad != ce.logits.data && has_pages(grad, bytes);
+  const Scaled<T> scaled(ce, uniform_mass, denominator, streams);
+
   using Tall = Columns<T, 32, 128>;
   using Wide = Columns<T, 128, kFewClasses>;
   const bool wide = ce.classes <= kFewClasses;

@@ -12,7 +12,7 @@
 namespace pyfused {
 
 // From this many classes on a row fills enough vectors of its own; below, positions share vectors.
-constexpr int64_t kRowClasses = 128;
+constexpr int64_t kRowClasses = 96;
 constexpr int64_t kChunk = 1024;  // classes at a time: the buffers of a chunk stay in L1
 
 // A row of up to so many classes keeps exp(x - max) for its gradient: with logits and gradient it fits
@@ -61,29 +61,25 @@ template <class T> class Row {
   A max = kLowest, hit_logit = 0;
   double sum = 0, log_sum = 0;  // of exp(x - max)
   double mass = 0;              // sum_c q_c
-  Sum aimed, distance;          // sum_c q_c / level, and times (max - x_c), but for the spike
+  Sum distance;                 // sum_c q_c / level (max - x_c), but for the spike
+  Sum aimed;                    // sum_c q_c / level of probabilities
   A pivots[kKept<T> / kChunk + 1];  // the largest logit when a part was read
   alignas(kVectorBytes) A kept[kKept<T>];  // exp(x - pivot)
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A buffer[kChunk];
 
-  // Calls body(part, first, n): a part is whole vectors, or what is left of the last one.
+  // Calls body(part, first, n) for the classes of each part.
   template <class Body> void for_parts(const Body& body) const {
-    for (int64_t part = 0, first = 0, n; first < ce.classes; ++part, first += n) {
-      n = std::min(kChunk, ce.classes - first);
-      if (n > kLanes<A>) n = n / kLanes<A> * kLanes<A>;
-      body(part, first, n);
+    for (int64_t part = 0, first = 0; first < ce.classes; ++part, first += kChunk) {
+      body(part, first, std::min(kChunk, ce.classes - first));
     }
   }
 
-  // The logits of a part in whole vectors, padded with -inf.
   template <class Body> void for_logits(const Body& body) const {
     for_parts([&](int64_t part, int64_t first, int64_t n) {
-      const int64_t padded = whole_vectors<A>(n);
-      if (!kWidensInBulk<T> && n == padded) return body(part, first, logits + first, n);
-      alignas(kVectorBytes) A wide[kWidensInBulk<T> ? kChunk : kLanes<A>];
+      if (!kWidensInBulk<T>) return body(part, first, logits + first, n);
+      alignas(kVectorBytes) A wide[kWidensInBulk<T> ? kChunk : 1];
       load(logits + first, wide, n);
-      std::fill(wide + n, wide + padded, kLowest);
       body(part, first, static_cast<const A*>(wide), n);
     });
   }
@@ -92,22 +88,20 @@ template <class T> class Row {
   // rare case that it holds a larger one.
   template <bool Keeps> void read() {
     for_logits([&](int64_t part, int64_t first, auto* x, int64_t n) {
-      const int64_t padded = whole_vectors<A>(n);
       A* const e = Keeps ? kept + first : nullptr;
       A high = max, terms = 0;
       if (max != kLowest) {
-        terms = sum_exponentials<Keeps>(x, e, padded, max, high);
+        terms = sum_exponentials<Keeps>(x, e, n, max, high);
       } else {
-        PYFUSED_SIMD(reduction(max : high))
-        for (int64_t i = 0; i < padded; ++i) high = widen(x[i]) > high ? widen(x[i]) : high;
+        high = largest(x, n, high);
       }
       if (high > max || max == kLowest) {
         // While all is -inf the pivot is 0, so that a NaN is the only way to a NaN.
         const A pivot = high == kLowest ? A(0) : high;
         sum *= exp_nonpositive(max - pivot);
-        if (part && ce.dense()) distance.add(double(high - max) * aimed.value());
+        if (part && ce.dense()) distance.add(double(high - max) * aimed_before(first));
         max = high;
-        terms = sum_exponentials<Keeps>(x, e, padded, pivot, high);
+        terms = sum_exponentials<Keeps>(x, e, n, pivot, high);
       }
       if (Keeps) pivots[part] = max;
       sum += terms;
@@ -116,21 +110,16 @@ template <class T> class Row {
     log_sum = std::log(sum);
   }
 
-  // q / level of a part, but for the spike; where it is padded, with anything.
+  // q / level of a part, but for the spike.
   const A* aim_at(int64_t first, int64_t n) {
     const A slope = ce.slope(), offset = ce.offset();
     const A* const weight = ce.weight ? ce.weight + first : nullptr;
-    const bool whole = n == whole_vectors<A>(n);
-    if (ce.target) {
-      if (!weight || whole) return weight ? weight : q;
-      std::copy_n(weight, n, q);
-      return q;
-    }
+    if (ce.target) return weight ? weight : q;
     const int64_t stride = ce.probabilities.classes;
     const T* const y = ce.at(ce.probabilities, position) + first * stride;
     const bool plain = !weight && slope == 1 && offset == 0;
     if constexpr (std::is_same_v<T, A>) {
-      if (plain && whole && stride == 1) return y;
+      if (plain && stride == 1) return y;
     }
     load(y, stride, q, n);
     for (int64_t i = 0; !plain && i < n; ++i) {
@@ -139,13 +128,22 @@ template <class T> class Row {
     return q;
   }
 
-  // Adds q / level and its product with max - x + shift; 0 * inf in the padding is no part of it.
+  // Adds q / level and its product with max - x + shift.
   template <class U>
   void add_distance(Sum& to, int64_t first, const U* x, int64_t n, A shift) {
     const A* const q = aim_at(first, n);
     const A high = max;
     add_terms<A>(to, n, [=](int64_t i) { return q[i] * ((high - widen(x[i])) + shift); });
-    if (shift == 0) add_terms<A>(aimed, n, [=](int64_t i) { return q[i]; });
+    if (shift == 0 && !ce.target) add_terms<A>(aimed, n, [=](int64_t i) { return q[i]; });
+  }
+
+  // sum of q_c / level over the classes read so far.
+  double aimed_before(int64_t first) const {
+    if (!ce.target) return aimed.value();
+    if (!ce.weight) return double(first);
+    Sum weights;
+    add_terms<A>(weights, first, [&](int64_t i) { return ce.weight[i]; });
+    return weights.value();
   }
 
   // sum_c q_c (lse - x_c) term by term: an infinite weight times no distance is NaN, times their sum
@@ -167,26 +165,26 @@ template <class T> class Row {
     T* const grad = ce.at(ce.grad_logits, position);
     const double scale = ce.scale(position), factor = mass * scale / sum;
     const A high = max, level = A(ce.level() * scale);
-    const auto staged_part = [&](int64_t first, int64_t n) {
-      return n == whole_vectors<A>(n) ? staged(grad + first, buffer) : buffer;
-    };
     if (keeps) {
       for_parts([&](int64_t part, int64_t first, int64_t n) {
-        A* const out = staged_part(first, n);
         const A* const e = kept + first;
-        const A* const q = ce.dense() ? aim_at(first, n) : nullptr;
         const A rescaled = A(factor * double(exp_nonpositive(pivots[part] - high)));
-        PYFUSED_SIMD()
-        for (int64_t i = 0; i < n; ++i) out[i] = q ? e[i] * rescaled - q[i] * level : e[i] * rescaled;
-        store(out, grad + first, n);
+        if (!ce.dense()) return scaled(e, rescaled, buffer, grad + first, n);
+        A* const wide = staged(grad + first, buffer);
+        const A* const q = aim_at(first, n);
+        for (int64_t i = 0; i < n; ++i) wide[i] = e[i] * rescaled - q[i] * level;
+        store(wide, grad + first, n);
       });
     } else {
       for_logits([&](int64_t, int64_t first, auto* x, int64_t n) {
-        A* const out = staged_part(first, n);
-        scaled_exponentials(x, out, whole_vectors<A>(n), high, A(factor));
-        const A* const q = ce.dense() ? aim_at(first, n) : nullptr;
-        for (int64_t i = 0; q && i < n; ++i) out[i] -= q[i] * level;
-        store(out, grad + first, n);
+        if (!ce.dense()) {
+          return scaled_exponentials(x, high, A(factor), buffer, grad + first, n, ce.streams);
+        }
+        A* const wide = staged(grad + first, buffer);
+        scaled_exponentials(x, high, A(factor), buffer, wide, n, false);
+        const A* const q = aim_at(first, n);
+        for (int64_t i = 0; i < n; ++i) wide[i] -= q[i] * level;
+        store(wide, grad + first, n);
       });
     }
     if (!ce.target) return;

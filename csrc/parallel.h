@@ -56,20 +56,21 @@ class Sum {
 };
 
 // Adds term(0) + ... + term(n - 1) to a sum: few at a time in A, so that rounding errors do not grow
-// with n, and these parts with their error carried along.
+// with n, and these parts in a double, or, fewer still, with their error carried along where A is one.
 template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n, const Term& term) {
-  constexpr int64_t kGroup = 8 * kLanes<A>;
+  constexpr bool kCarries = std::is_same_v<A, double>;
+  constexpr int64_t kGroup = (kCarries ? 4 : 8) * kLanes<A>;
   const int64_t whole = n / kLanes<A> * kLanes<A>;
+  double rest = 0;
   for (int64_t first = 0; first < whole; first += kGroup) {
     const int64_t end = std::min(whole, first + kGroup);
     A part = 0;
     PYFUSED_SIMD(reduction(+ : part))
     for (int64_t i = first; i < end; ++i) part += term(i);
-    sum.add(double(part));
+    kCarries ? sum.add(part) : void(rest += part);
   }
-  double tail = 0;
-  for (int64_t i = whole; i < n; ++i) tail += double(term(i));
-  sum.add(tail);
+  for (int64_t i = whole; i < n; ++i) rest += double(term(i));
+  sum.add(rest);
 }
 
 // The sum of what was computed from elements of type T. A double has bits to spare for the rounding

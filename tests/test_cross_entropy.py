@@ -213,6 +213,19 @@ def test_the_largest_logit_may_come_anywhere(classes: int, order: str, target_ki
     assert_matches_torch(cross_entropy, F.cross_entropy, outside, target)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("classes", [5000, 5008], ids="C{}".format)
+def test_a_large_gradient_in_new_and_in_used_memory(classes: int) -> None:
+    """It is written past the cache where its pages are there, and a row begins with a line."""
+    logits = torch.randn(840, classes, requires_grad=True)
+    target = torch.randint(classes, (840,))
+    expected = evaluate(F.cross_entropy, logits, target, convert=exactly)
+    for _ in range(3):
+        got = evaluate(cross_entropy, logits, target)
+        gradient = got.gradients[0].double()
+        torch.testing.assert_close(gradient, expected.gradients[0], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("row", SPECIAL_ROWS.values(), ids=SPECIAL_ROWS.keys())
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["", "smoothing"])
 def test_special_values_with_smoothing_weights_and_probabilities(

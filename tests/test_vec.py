@@ -210,26 +210,52 @@ def midpoints(half: str) -> np.ndarray:
     return ((values[:-1] + values[1:]) / 2).astype(np.float32)
 
 
-def nearest_even(x: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """The bits of the number nearest to x, of two the even one."""
+def nearest(x: np.ndarray, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bits of the number nearest to x: of two the one nearer to zero, and whether there are."""
     magnitude = np.abs(x)
     below = np.searchsorted(middle, magnitude)
     tie = middle[np.minimum(below, len(middle) - 1)] == magnitude
     sign = np.signbit(x).astype(np.uint16) << 15
-    return (below + (tie & (below % 2 == 1))).astype(np.uint16) | sign
+    return below.astype(np.uint16) | sign, tie
 
 
-@of_each_half
-def test_store_rounds_to_nearest_even(half: str, vec: Vec) -> None:
+def roundable(half: str) -> Iterator[np.ndarray]:
+    """Every number that is half-way, their neighbours, and some of all others."""
     middle = midpoints(half)
     bits = middle.view(np.uint32)
     near = np.concatenate([bits, bits - 1, bits + 1, WIDE[half][: len(middle) + 1].view(np.uint32)])
     dense = np.arange(0, INFINITY + 1, 1009, dtype=np.uint32)
     for magnitude in (near, np.append(dense, np.uint32(INFINITY))):
-        for x in (floats(magnitude), floats(magnitude | SIGN)):
-            expected = nearest_even(x, middle)
-            for piece in (None, 1):
-                assert np.array_equal(vec(f"store_{half}", x, np.uint16, piece), expected)
+        yield floats(magnitude)
+        yield floats(magnitude | SIGN)
+
+
+@of_each_half
+@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
+def test_store_rounds_to_nearest_even(half: str, piece: int | None, vec: Vec) -> None:
+    middle = midpoints(half)
+    for x in roundable(half):
+        below, tie = nearest(x, middle)
+        expected = below + (tie & (below % 2 == 1))
+        assert np.array_equal(vec(f"store_{half}", x, np.uint16, piece), expected)
+
+
+@of_each_half
+@pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
+def test_scaled_rounds_to_nearest(half: str, piece: int | None, vec: Vec) -> None:
+    middle = midpoints(half)
+    for x in roundable(half):
+        below, tie = nearest(x, middle)
+        got = vec(f"scaled_{half}", x, np.uint16, piece)
+        assert ((got == below) | (tie & (got == below + 1))).all()
+
+
+@of_each_half
+@pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
+def test_scaled_keeps_nan(half: str, piece: int | None, vec: Vec) -> None:
+    got = vec(f"scaled_{half}", WIDE[half], np.uint16, piece)
+    assert np.array_equal(np.isnan(WIDE[half][got]), np.isnan(WIDE[half]))
+    assert np.isnan(WIDE[half][vec(f"times_nan_{half}", WIDE[half], np.uint16, piece)]).all()
 
 
 @of_each_half

@@ -21,18 +21,27 @@ using namespace pyfused;
     for (int64_t i = 0; i < n; ++i) y[i] = function(x[i]);                                   \
   })
 
-// exponentials.h takes whole vectors only.
+// exponentials() takes as many elements as fill two vectors only.
 void exponentials_of(const float* x, float* y, int64_t n) {
-  constexpr int64_t kVector = kLanes<float>;
-  const float pivot[kVector] = {};
-  for (int64_t i = 0; i < n; i += kVector) {
-    float vector[kVector] = {};
-    const int64_t count = std::min(kVector, n - i);
-    std::copy_n(x + i, count, vector);
-    exponentials(vector, pivot, vector, kVector);
-    std::copy_n(vector, count, y + i);
+  constexpr int64_t kWhole = 2 * kLanes<float>;
+  const float pivot[kWhole] = {};
+  for (int64_t i = 0; i < n; i += kWhole) {
+    float whole[kWhole] = {};
+    const int64_t count = std::min(kWhole, n - i);
+    std::copy_n(x + i, count, whole);
+    exponentials(whole, pivot, whole, kWhole);
+    std::copy_n(whole, count, y + i);
   }
 }
+
+template <class Half, uint32_t factor> void scaled_by(const float* x, Half* y, int64_t n) {
+  constexpr int64_t kBuffer = 1024;
+  float buffer[kBuffer];
+  for (int64_t i = 0; i < n; i += kBuffer) {
+    scaled(x + i, bit_cast<float>(factor), buffer, y + i, std::min(kBuffer, n - i));
+  }
+}
+constexpr uint32_t kOne = 0x3f800000, kNaN = 0x7fffffff;  // the NaN that rounding would carry out of
 
 EACH_ELEMENT(exp_float32, float, exp_nonpositive)
 EACH_ELEMENT(exp_float64, double, exp_nonpositive)
@@ -43,3 +52,7 @@ EACH_PIECE(load_bfloat16, bfloat16, float, load)
 EACH_PIECE(load_float16, float16, float, load)
 EACH_PIECE(store_bfloat16, float, bfloat16, store)
 EACH_PIECE(store_float16, float, float16, store)
+EACH_PIECE(scaled_bfloat16, float, bfloat16, (scaled_by<bfloat16, kOne>))
+EACH_PIECE(scaled_float16, float, float16, (scaled_by<float16, kOne>))
+EACH_PIECE(times_nan_bfloat16, float, bfloat16, (scaled_by<bfloat16, kNaN>))
+EACH_PIECE(times_nan_float16, float, float16, (scaled_by<float16, kNaN>))

@@ -1,0 +1,83 @@
+// What exponentials.h does with AVX-512: two registers of floats at a time, and to and from memory as
+// many elements of any type.
+#pragma once
+
+#include <immintrin.h>
+
+#include <limits>
+
+#include "vec.h"
+
+namespace pyfused {
+
+struct Pair { __m512 low, high; };
+constexpr int64_t kPair = 2 * kLanes<float>;
+
+// The first n of a pair's elements, n < kPair.
+PYFUSED_INLINE __mmask32 first_of_pair(int64_t n) { return (__mmask32(1) << n) - 1; }
+
+// For each lane of 32 bits, the numbers of two elements of 16 bits, from `first` in steps of `step`.
+PYFUSED_INLINE __m512i elements_of_lanes(int32_t first, int32_t step) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_mullo_epi32(_mm512_set1_epi32(step), lane));
+}
+
+// ---- halves: a bfloat16 is the upper half of a float's bits ---------------------------------------
+
+PYFUSED_INLINE Pair widen(__m512i bits, bfloat16) {
+  constexpr __mmask32 kUpper = 0xaaaaaaaa;
+  const __m512i low = elements_of_lanes(0, 1 << 16), high = elements_of_lanes(16 << 16, 1 << 16);
+  return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, low, bits)),
+          _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, high, bits))};
+}
+PYFUSED_INLINE Pair widen(__m512i bits, float16) {
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(bits)),
+          _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1))};
+}
+
+// Rounds to nearest, ties away from zero: to even, and with an eye to NaN whose lower half is not
+// empty, costs as much as half an exponential.
+PYFUSED_INLINE __m512i narrow(Pair x, bfloat16) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = elements_of_lanes(3 << 16 | 1, 4 << 16 | 4);
+  return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x.low), half), upper,
+                                   _mm512_add_epi32(_mm512_castps_si512(x.high), half));
+}
+PYFUSED_INLINE __m512i narrow(Pair x, float16) {
+  const __m256i low = _mm512_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i high = _mm512_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// ---- load and store -----------------------------------------------------------------------------
+
+// The first n elements, and -inf in place of the others.
+PYFUSED_INLINE Pair load_pair(const float* x, int64_t n = kPair) {
+  if (n >= kPair) return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + kLanes<float>)};
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __mmask32 first = first_of_pair(n);
+  return {_mm512_mask_loadu_ps(lowest, __mmask16(first), x),
+          _mm512_mask_loadu_ps(lowest, __mmask16(first >> 16), x + kLanes<float>)};
+}
+template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n = kPair) {
+  if (n >= kPair) return widen(_mm512_loadu_si512(x), Half{});
+  const Half lowest = pyfused::narrow<Half>(-std::numeric_limits<float>::infinity());
+  return widen(_mm512_mask_loadu_epi16(_mm512_set1_epi16(lowest.bits), first_of_pair(n), x), Half{});
+}
+
+PYFUSED_INLINE void store_pair(Pair x, float* to, int64_t n = kPair) {
+  const __mmask32 first = n < kPair ? first_of_pair(n) : ~__mmask32(0);
+  _mm512_mask_storeu_ps(to, __mmask16(first), x.low);
+  _mm512_mask_storeu_ps(to + kLanes<float>, __mmask16(first >> 16), x.high);
+}
+template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to, int64_t n = kPair) {
+  _mm512_mask_storeu_epi16(to, n < kPair ? first_of_pair(n) : ~__mmask32(0), narrow(x, Half{}));
+}
+
+// Past the cache, to whole lines. Halves gain nothing by it: their exponentials take longer.
+PYFUSED_INLINE void stream_pair(Pair x, float* to) {
+  _mm512_stream_ps(to, x.low);
+  _mm512_stream_ps(to + kLanes<float>, x.high);
+}
+template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) { store_pair(x, to); }
+
+}  // namespace pyfused
