@@ -142,7 +142,8 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
 
   m.def("runs_here", &runs_here);
-  m.attr("row_classes") = kRowClasses;
+  m.attr("row_classes") = py::make_tuple(kRowClasses<float>, kRowClasses<double>,
+                                         kRowClasses<bfloat16>, kRowClasses<float16>);
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

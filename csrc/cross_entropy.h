@@ -63,7 +63,7 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   Sum weights;
   for (int64_t c = 0; ce.weight && c < ce.classes; ++c) weights.add(ce.weight[c]);
   const double uniform_mass = ce.uniform() * (ce.weight ? weights.value() : double(ce.classes));
-  const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses &&
+  const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses<T> &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
   T* const grad = ce.grad_logits.data;
   bool streams = bytes >= kStreamBytes;

@@ -9,6 +9,7 @@
 #include "exponentials.h"
 #include "memory.h"
 #include "parallel.h"
+#include "transpose.h"
 
 namespace pyfused {
 
@@ -29,17 +30,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
       : ce(ce), first(first), n(std::min(kColumns, ce.positions() - first)) {}
 
   double run() {
-    for (int64_t b = 0; b < kColumns; ++b) {
-      hit[b] = ce.target && b < n ? ce.target[first + b] : -1;
-      any_ignored |= hit[b] == ce.ignore_index && b < n && ce.target;
-    }
-    for (int64_t b = 0; any_ignored && b < n; ++b) {
-      if (ce.ignored(first + b)) hit[b] = -1;
-    }
-    for (int64_t b = 0; b < kColumns; ++b) {
-      scale[b] = b < n ? ce.scale(first + b) : 0;
-      spike[b] = hit[b] < 0 ? 0 : ce.spike(first + b);
-    }
+    find_targets();
     find_normalizer();
     if (ce.dense()) {
       find_dense_loss(false);
@@ -66,6 +57,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   int64_t hit[kColumns];
   alignas(kVectorBytes) Lanes scale;
   alignas(kVectorBytes) Lanes spike;
+  alignas(kVectorBytes) Lanes hit_aim;  // q at the target
   alignas(kVectorBytes) Lanes mass;
   alignas(kVectorBytes) Lanes loss;
   alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
@@ -77,11 +69,42 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   alignas(kVectorBytes) Tile e;  // exp(x - max)
   alignas(kVectorBytes) Line narrow_tile[kColumnClasses];
 
-  template <class U> bool side_by_side(const View<U>& view) const {
-    return view.inner == 1 && first % ce.inner + n <= ce.inner;
+  void find_targets() {
+    const bool each = ce.upstream && ce.reduction == Reduction::none;
+    std::fill_n(scale, kColumns, ce.common);
+    for (int64_t b = 0; each && b < n; ++b) scale[b] = ce.scale(first + b);
+    std::fill_n(hit, kColumns, -1);
+    int64_t ignored = 0;
+    for (int64_t b = 0; ce.target && b < n; ++b) {
+      hit[b] = ce.target[first + b];
+      ignored += hit[b] == ce.ignore_index;
+    }
+    any_ignored = ignored > 0;
+    for (int64_t b = 0; any_ignored && b < n; ++b) hit[b] = ce.ignored(first + b) ? -1 : hit[b];
+    if (!ce.weight) {
+      const double spiked = ce.spike(first), aimed = ce.hit_aim(first);  // the same for all
+      for (int64_t b = 0; b < kColumns; ++b) {
+        spike[b] = hit[b] < 0 ? 0 : spiked;
+        hit_aim[b] = hit[b] < 0 ? 0 : aimed;
+      }
+      return;
+    }
+    for (int64_t b = 0; b < kColumns; ++b) {
+      spike[b] = hit[b] < 0 ? 0 : ce.spike(first + b);
+      hit_aim[b] = hit[b] < 0 ? 0 : ce.hit_aim(first + b);
+    }
   }
 
-  // Where a tile is turned, position by position: itself, or one of T.
+  // Whether one stride leads from each position to the next.
+  bool evenly_spaced() const { return ce.outer == 1 || first % ce.inner + n <= ce.inner; }
+  template <class U> bool side_by_side(const View<U>& view) const {
+    return view.inner == 1 && evenly_spaced();
+  }
+  template <class U> bool transposes(const View<U>& view) const {
+    return kTransposes<T> && view.classes == 1 && evenly_spaced();
+  }
+
+  // Where a tile is turned, element by element: itself, or one of T.
   Line* turning(Tile& tile) {
     if constexpr (std::is_same_v<T, A>) return tile;
     return narrow_tile;
@@ -95,6 +118,10 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
         load(piece, tile[i], n);
         // Hardware follows a few streams, not one a class: 1.1 to 1.3 times faster.
         for (int64_t b = 0; b < n; b += kLanes<T>) PYFUSED_PREFETCH(piece + n + b);
+      }
+    } else if (transposes(view)) {
+      if constexpr (kTransposes<T>) {
+        load_transposed(ce.at(view, first) + c, view.inner, tile[0], kColumns, k, n);
       }
     } else {
       Line* const turned = turning(tile);
@@ -113,6 +140,10 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
     if (side_by_side(view)) {
       T* to = ce.at(view, first) + c * view.classes;
       for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, ce.streams);
+    } else if (transposes(view)) {
+      if constexpr (kTransposes<T>) {
+        store_transposed(tile[0], kColumns, ce.at(view, first) + c, view.inner, k, n);
+      }
     } else {
       Line* const turned = turning(tile);
       for (int64_t i = 0; i < k; ++i) store(tile[i], turned[i], n);
@@ -154,7 +185,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
         const A previous = max[b];
         max[b] = pivot[b];
         pivot[b] = pivot[b] == lowest ? A(0) : pivot[b];
-        sum[b] *= double(exp_nonpositive(previous - pivot[b]));
+        if (c > 0) sum[b] *= double(exp_nonpositive(previous - pivot[b]));
       }
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns] = {};
@@ -183,7 +214,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   // Calls body(class in the tile, position in the block) for the targets within the tile.
   template <class Body> void for_hits(int64_t c, int64_t k, const Body& body) {
     for (int64_t b = 0; ce.target && b < n; ++b) {
-      if (hit[b] >= c && hit[b] < c + k) body(hit[b] - c, b);
+      if (uint64_t(hit[b] - c) < uint64_t(k)) body(hit[b] - c, b);
     }
   }
 
@@ -225,12 +256,12 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   }
 
   void write_gradient() {
-    alignas(kVectorBytes) A factor[kColumns], level[kColumns];
-    alignas(kVectorBytes) Lanes at_hit;
+    alignas(kVectorBytes) A factor[kColumns], level[kColumns], at_hit[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
       factor[b] = A(mass[b] * scale[b] / sum[b]);
       level[b] = A(ce.level() * scale[b]);
-      at_hit[b] = double(exp_nonpositive(hit_logit[b] - max[b])) / sum[b] * mass[b];
+      const double p = double(exp_nonpositive(hit_logit[b] - max[b])) / sum[b];
+      at_hit[b] = A((p * mass[b] - hit_aim[b]) * scale[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_aim(c, k);
@@ -243,9 +274,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= q[i][b] * level[b];
       }
-      for_hits(c, k, [&](int64_t i, int64_t b) {
-        e[i][b] = A((at_hit[b] - ce.hit_aim(first + b)) * scale[b]);
-      });
+      for_hits(c, k, [&](int64_t i, int64_t b) { e[i][b] = at_hit[b]; });
       for (int64_t b = 0; any_ignored && b < n; ++b) {
         if (!ce.ignored(first + b)) continue;
         for (int64_t i = 0; i < k; ++i) e[i][b] = 0;

@@ -8,11 +8,13 @@
 #include "cross_entropy_terms.h"
 #include "exponentials.h"
 #include "parallel.h"
+#include "transpose.h"
 
 namespace pyfused {
 
-// From this many classes on a row fills enough vectors of its own; below, positions share vectors.
-constexpr int64_t kRowClasses = 96;
+// From this many classes on a row fills enough vectors of its own; below, positions share vectors, which
+// is the faster the faster a tile is transposed.
+template <class T> constexpr int64_t kRowClasses = kTransposes<T> ? 129 : 96;
 constexpr int64_t kChunk = 1024;  // classes at a time: the buffers of a chunk stay in L1
 
 // A row of up to so many classes keeps exp(x - max) for its gradient: with logits and gradient it fits

@@ -84,7 +84,7 @@ _NO_OPERAND = (0, 0)
 def takes_rows(logits: Tensor) -> bool:
     """Whether the kernel's vectors are along the classes of a row, and not along positions."""
     views = [strides_of(tensor) for tensor in (logits, empty_viewed(logits)[0])]
-    enough = positions(logits)[2] >= native.row_classes
+    enough = positions(logits)[2] >= native.row_classes[DTYPES[logits.dtype]]
     return enough and all(view is not None and view[2] == 1 for view in views)
 
 
