@@ -28,30 +28,23 @@ if FORCED not in (None, "cpu", "triton", "torch"):
     raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
 
 # Sizes at which ATen's operator is the faster one: rows of (classes up to, elements below). Small
-# calls cost more than their work, an autograd.Function alone as much as all of ATen's. Between 16
-# and some 500 classes ATen's softmax fills its vectors as well as the kernels do, and float16 takes
-# a second pass in the backward; there the kernels pay once outputs outgrow recycled memory.
-# Measured as forward + backward, 2 threads, x86-64-v4; the last row is for all further classes.
+# calls cost more than their work: an autograd.Function alone as much as all of ATen's. ATen's
+# softmax does well from 16 classes of 4 bytes on, or 32 of 2.
+# Measured as forward + backward, 1 and 2 threads, x86-64-v4; the last row is for all further classes.
 _ANY = math.inf
 ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     "cross_entropy": {
-        torch.float32: (
-            (15, 1 << 12),
-            (24, 1 << 16),
-            (64, 1 << 20),
-            (511, 1 << 19),
-            (_ANY, 1 << 17),
-        ),
-        torch.float64: ((24, 1 << 13), (_ANY, 1 << 17)),
-        torch.bfloat16: ((24, 1 << 12), (127, 1 << 22), (511, 1 << 20), (_ANY, 1 << 18)),
-        torch.float16: ((24, 1 << 13), (_ANY, 1 << 23)),
+        torch.float32: ((15, 1 << 12), (32, 1 << 16), (_ANY, 1 << 17)),
+        torch.float64: ((24, 1 << 13), (_ANY, 1 << 15)),
+        torch.bfloat16: ((24, 1 << 12), (_ANY, 1 << 17)),
+        torch.float16: ((24, 1 << 13), (128, 1 << 17), (_ANY, 1 << 18)),
     },
     # (N, C, d1, ..., dk): ATen, too, has vectors along the positions there.
     "cross_entropy_kdim": {
-        torch.float32: ((4, 1 << 22), (_ANY, 1 << 18)),
-        torch.float64: ((4, 1 << 21), (_ANY, 1 << 17)),
-        torch.bfloat16: ((_ANY, 1 << 17),),
-        torch.float16: ((_ANY, 1 << 17),),
+        torch.float32: ((_ANY, 1 << 17),),
+        torch.float64: ((4, 1 << 18), (_ANY, 1 << 17)),
+        torch.bfloat16: ((_ANY, 1 << 16),),
+        torch.float16: ((64, 1 << 17), (_ANY, 1 << 19)),
     },
     "mse_loss": {
         torch.float32: ((_ANY, 1 << 17),),
