@@ -1,14 +1,11 @@
-"""What the kernels of all families share: exponentials, reading operands, sums in a fixed order."""
+"""What the kernels of all families share: exponentials, and operands read by strides."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-
-from . import launch
 
 
 @triton.jit
@@ -48,36 +45,3 @@ def reach(columns: int | None, operands: Any) -> list[int]:
     if columns is None:
         return [n, *(n * column for _, _, column in given)]
     return [n, *(n // columns * row + columns * column for _, row, column in given)]
-
-
-@triton.jit
-def sum_kernel(parts, out, denominator, scale: tl.float64, length, n, BLOCK: tl.constexpr):
-    """out[k] = scale / denominator * sum(parts[k * length : (k + 1) * length]), in float64."""
-    first = tl.program_id(0).to(tl.int64) * length
-    last = tl.minimum(first + length, n)
-    lanes = tl.zeros([BLOCK], tl.float64)
-    for start in range(first, last, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        lanes += tl.load(parts + i, mask=i < last, other=0.0).to(tl.float64)
-    total = tl.sum(lanes) * tl.full([], scale, tl.float64)
-    if denominator is not None:
-        total /= tl.load(denominator)
-    tl.store(out + tl.program_id(0), total)
-
-
-def sum_parts(
-    parts: torch.Tensor,
-    out: torch.Tensor,
-    denominator: torch.Tensor | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """Adds up as many parts for each element of out, in the same order in every run."""
-    n, block = parts.numel(), launch.SUM.block
-    options = launch.options(launch.SUM.threads)
-    while out.numel() == 1 and n > block:
-        sums = parts.new_empty(triton.cdiv(n, block), dtype=torch.float64)
-        sum_kernel[(sums.numel(),)](parts, sums, None, 1.0, block, n, BLOCK=block, **options)
-        parts, n = sums, sums.numel()
-    length = n // out.numel()
-    sum_kernel[(out.numel(),)](parts, out, denominator, scale, length, n, BLOCK=block, **options)
-    return out

@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import exp_nonpositive, sum_parts
+from .arithmetic import exp_nonpositive
+from .sums import count, sum_parts
 
 
 class View(NamedTuple):
@@ -69,6 +70,19 @@ class Scalars(NamedTuple):
     scale: Any  # of the gradients, beside upstream / denominator
 
 
+class Constants(NamedTuple):
+    """What a kernel is compiled for, each wrapped in tl.constexpr."""
+
+    A: Any  # the type that is computed in
+    INDEX: Any  # that of offsets along the classes
+    SLOPE: Any
+    DENSE: Any  # every class is aimed at, not the target alone
+    EACH: Any  # one loss a position
+    INPLACE: Any  # grad_logits are the logits' memory
+    POSITIONS: Any  # of a program
+    CLASSES: Any  # of a tile
+
+
 class Positions(NamedTuple):
     """Those of one program, what they aim at and what their gradients are multiplied by."""
 
@@ -92,15 +106,16 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def pick(inputs, scalars, program, A: tl.constexpr, POSITIONS: tl.constexpr):
+def pick(inputs, scalars, program, constants):
     """The positions of a program. Those that count for nothing are not read further."""
-    blocks = tl.cdiv(inputs.inner, POSITIONS)
+    lanes = tl.arange(0, constants.POSITIONS)
+    blocks = (inputs.inner - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
     outer = (program // blocks).to(tl.int64)
-    inner = (program % blocks).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
+    inner = (program % blocks).to(tl.int64) * constants.POSITIONS + lanes
     present = inner < inputs.inner
     flat = outer * inputs.inner + inner
-    hit = tl.full([POSITIONS], -1, tl.int64)
-    spike = tl.zeros([POSITIONS], A)
+    hit = tl.full([constants.POSITIONS], -1, tl.int64)
+    spike = tl.zeros([constants.POSITIONS], constants.A)
     live = present
     wrong = hit >= 0
     if inputs.target is not None:
@@ -108,12 +123,12 @@ def pick(inputs, scalars, program, A: tl.constexpr, POSITIONS: tl.constexpr):
         counts = present & (hit != inputs.ignore_index)
         live = counts & (hit >= 0) & (hit < inputs.classes)
         wrong = counts & (live == 0)
-        spike += tl.full([], scalars.share, A)
+        spike += tl.full([], scalars.share, constants.A)
         if inputs.weight is not None:
             spike *= tl.load(inputs.weight + hit, mask=live, other=0.0)
-    scale = tl.zeros([POSITIONS], A) + tl.full([], scalars.scale, A)
+    scale = tl.full([], scalars.scale, constants.A) + tl.zeros_like(spike)
     if inputs.denominator is not None:
-        scale /= tl.load(inputs.denominator).to(A)
+        scale /= tl.load(inputs.denominator).to(constants.A)
     if inputs.upstream is not None:
         scale *= tl.load(inputs.upstream + flat * inputs.upstream_step, mask=present, other=0.0)
     return Positions(outer, inner, flat, present, live, wrong, hit, spike, scale)
@@ -127,19 +142,19 @@ def place(view, at, c):
 
 
 @triton.jit
-def read_logits(inputs, at, c, last, A: tl.constexpr):
+def read_logits(inputs, at, c, last, constants):
     mask = at.live[:, None] & (c < last)[None, :]
-    return tl.load(place(inputs.logits, at, c), mask=mask, other=-float("inf")).to(A)
+    return tl.load(place(inputs.logits, at, c), mask=mask, other=-float("inf")).to(constants.A)
 
 
 @triton.jit
-def read_aim(inputs, scalars, at, c, last, A: tl.constexpr, SLOPE: tl.constexpr):
+def read_aim(inputs, scalars, at, c, last, constants):
     """q / level but for the spike."""
     mask = at.live[:, None] & (c < last)[None, :]
-    aim = tl.where(mask, tl.full([], scalars.offset, A), 0.0)
+    aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
         y = tl.load(place(inputs.probabilities, at, c), mask=mask, other=0.0)
-        aim += y.to(A) * SLOPE
+        aim += y.to(constants.A) * constants.SLOPE
     if inputs.weight is not None:
         aim *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
     return aim
@@ -152,76 +167,55 @@ def pivot_of(high):
 
 
 @triton.jit
-def add_logits(sums, x):
-    """Takes a chunk of logits into the largest one and the sum of exponentials."""
-    high = tl.maximum(sums.high, tl.max(x, 1))
-    pivot = pivot_of(high)
-    total = sums.total * exp_nonpositive(sums.high - pivot)
-    total += tl.sum(exp_nonpositive(x - pivot[:, None]), 1)
-    return Sums(high, total, sums.aimed)
-
-
-@triton.jit
-def no_sums(A: tl.constexpr, POSITIONS: tl.constexpr):
-    nothing = tl.zeros([POSITIONS], A)
+def no_sums(constants):
+    nothing = tl.zeros([constants.POSITIONS], constants.A)
     return Sums(nothing - float("inf"), nothing, nothing)
 
 
 @triton.jit
-def sum_classes(
-    inputs,
-    scalars,
-    at,
-    first,
-    last,
-    A: tl.constexpr,
-    INDEX: tl.constexpr,
-    SLOPE: tl.constexpr,
-    DENSE: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):
+def add_classes(sums, x, aim):
+    """Takes a tile of logits, and of what they aim at, into the sums."""
+    high = tl.maximum(sums.high, tl.max(x, 1))
+    pivot = pivot_of(high)
+    total = sums.total * exp_nonpositive(sums.high - pivot)
+    total += tl.sum(exp_nonpositive(x - pivot[:, None]), 1)
+    aimed = sums.aimed
+    if aim is not None:
+        aimed += tl.sum(aim, 1)
+    return Sums(high, total, aimed)
+
+
+@triton.jit
+def sum_classes(inputs, scalars, at, first, last, constants):
     """The first of two reads: sums over classes first to last."""
-    sums = no_sums(A, POSITIONS)
-    for start in range(first, last, CLASSES):
-        c = start + tl.arange(0, CLASSES).to(INDEX)
-        sums = add_logits(sums, read_logits(inputs, at, c, last, A))
-        if DENSE:
-            aim = read_aim(inputs, scalars, at, c, last, A, SLOPE)
-            sums = Sums(sums.high, sums.total, sums.aimed + tl.sum(aim, 1))
+    sums = no_sums(constants)
+    for start in range(first, last, constants.CLASSES):
+        c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
+        x = read_logits(inputs, at, c, last, constants)
+        aim = None
+        if constants.DENSE:
+            aim = read_aim(inputs, scalars, at, c, last, constants)
+        sums = add_classes(sums, x, aim)
     return sums
 
 
 @triton.jit
-def spike_loss(inputs, at, sums, first, last, A: tl.constexpr):
+def spike_loss(inputs, at, sums, first, last, constants):
     """The target's own term of the loss, where the target is in classes first to last."""
     if inputs.target is None:
         return tl.zeros_like(at.spike)
     own = at.live & (at.hit >= first) & (at.hit < last)
     rows = inputs.logits.data + at.outer * inputs.logits.outer + at.inner * inputs.logits.inner
-    x = tl.load(rows + at.hit * inputs.logits.classes, mask=own, other=0.0).to(A)
+    x = tl.load(rows + at.hit * inputs.logits.classes, mask=own, other=0.0).to(constants.A)
     return tl.where(own, at.spike * ((pivot_of(sums.high) - x) + tl.log(sums.total)), 0.0)
 
 
 @triton.jit
-def finish(
-    inputs,
-    outputs,
-    scalars,
-    at,
-    sums,
-    x,
-    aim,
-    c,
-    last,
-    A: tl.constexpr,
-    SLOPE: tl.constexpr,
-    INPLACE: tl.constexpr,
-):
+def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     """Writes the gradients of a tile, and returns its part of the dense terms of the loss."""
     pivot = pivot_of(sums.high)[:, None]
     log_total = tl.log(sums.total)[:, None]
-    level = tl.full([], scalars.level, A)
+    level = tl.full([], scalars.level, constants.A)
     mass = at.spike
     loss = tl.zeros_like(at.spike)
     if aim is not None:
@@ -237,11 +231,11 @@ def finish(
             spike = (at.spike * at.scale)[:, None]
             gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
         gradient = tl.where(at.live[:, None], gradient, 0.0)
-        if INPLACE:
+        if constants.INPLACE:
             tl.debug_barrier()  # no thread is to read a logit that another has overwritten
         tl.store(place(outputs.grad_logits, at, c), gradient, mask=mask)
     if outputs.grad_probabilities is not None:
-        gradient = ((pivot - x) + log_total) * (level * SLOPE * at.scale)[:, None]
+        gradient = ((pivot - x) + log_total) * (level * constants.SLOPE * at.scale)[:, None]
         if inputs.weight is not None:
             gradient *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
         tl.store(place(outputs.grad_probabilities, at, c), gradient, mask=mask)
@@ -249,10 +243,10 @@ def finish(
 
 
 @triton.jit
-def store_loss(outputs, at, loss, part, splits, EACH: tl.constexpr):
+def store_loss(outputs, at, loss, part, splits, constants):
     if outputs.loss is not None:
         loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))
-        if EACH:
+        if constants.EACH:
             tl.store(outputs.loss + at.flat * splits + part, loss, mask=at.present)
         else:
             tl.store(outputs.loss + tl.program_id(0), tl.sum(loss))
@@ -266,29 +260,20 @@ def one_read_kernel(
     offset: tl.float64,
     share: tl.float64,
     scale: tl.float64,
-    A: tl.constexpr,
-    INDEX: tl.constexpr,
-    SLOPE: tl.constexpr,
-    DENSE: tl.constexpr,
-    EACH: tl.constexpr,
-    INPLACE: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    constants,
 ):
     """Positions whose classes fit a tile."""
-    scalars = Scalars(level, offset, share, scale)
-    at = pick(inputs, scalars, tl.program_id(0), A, POSITIONS)
-    c = tl.arange(0, CLASSES).to(INDEX)
-    x = read_logits(inputs, at, c, inputs.classes, A)
-    sums = add_logits(no_sums(A, POSITIONS), x)
+    scalars, last = Scalars(level, offset, share, scale), inputs.classes
+    at = pick(inputs, scalars, tl.program_id(0), constants)
+    c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
+    x = read_logits(inputs, at, c, last, constants)
     aim = None
-    if DENSE:
-        aim = read_aim(inputs, scalars, at, c, inputs.classes, A, SLOPE)
-        sums = Sums(sums.high, sums.total, tl.sum(aim, 1))
-    last = inputs.classes
-    loss = spike_loss(inputs, at, sums, 0, last, A)
-    loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, A, SLOPE, INPLACE)
-    store_loss(outputs, at, loss, 0, 1, EACH)
+    if constants.DENSE:
+        aim = read_aim(inputs, scalars, at, c, last, constants)
+    sums = add_classes(no_sums(constants), x, aim)
+    loss = spike_loss(inputs, at, sums, 0, last, constants)
+    loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
+    store_loss(outputs, at, loss, 0, 1, constants)
 
 
 class Shares(NamedTuple):
@@ -301,6 +286,16 @@ class Shares(NamedTuple):
 
 
 @triton.jit
+def own_share(inputs, shares, scalars, constants):
+    """The positions of a program, which share of their classes it has, and from where to where."""
+    program = tl.program_id(0)
+    at = pick(inputs, scalars, program // shares.splits, constants)
+    part = program % shares.splits
+    first = part.to(constants.INDEX) * shares.length
+    return at, part, first, tl.minimum(first + shares.length, inputs.classes)
+
+
+@triton.jit
 def split_kernel(
     inputs,
     shares,
@@ -308,20 +303,12 @@ def split_kernel(
     offset: tl.float64,
     share: tl.float64,
     scale: tl.float64,
-    A: tl.constexpr,
-    INDEX: tl.constexpr,
-    SLOPE: tl.constexpr,
-    DENSE: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    constants,
 ):
     """The first read of positions that several programs share: the sums over one share."""
     scalars = Scalars(level, offset, share, scale)
-    at = pick(inputs, scalars, tl.program_id(0) // shares.splits, A, POSITIONS)
-    part = tl.program_id(0) % shares.splits
-    first = part * shares.length
-    last = tl.minimum(first + shares.length, inputs.classes)
-    sums = sum_classes(inputs, scalars, at, first, last, A, INDEX, SLOPE, DENSE, POSITIONS, CLASSES)
+    at, part, first, last = own_share(inputs, shares, scalars, constants)
+    sums = sum_classes(inputs, scalars, at, first, last, constants)
     out = shares.sums + at.flat * shares.splits + part
     tl.store(out, sums.high, mask=at.present)
     tl.store(out + shares.plane, sums.total, mask=at.present)
@@ -333,10 +320,10 @@ def merge(shares, at, SPLITS: tl.constexpr):
     """The sums of all shares, taken together in the same way by each program."""
     part = tl.arange(0, SPLITS)[None, :]
     mask = at.present[:, None] & (part < shares.splits)
-    place = shares.sums + (at.flat * shares.splits)[:, None] + part
-    high = tl.load(place, mask=mask, other=-float("inf"))
-    total = tl.load(place + shares.plane, mask=mask, other=0.0)
-    aimed = tl.load(place + 2 * shares.plane, mask=mask, other=0.0)
+    given = shares.sums + (at.flat * shares.splits)[:, None] + part
+    high = tl.load(given, mask=mask, other=-float("inf"))
+    total = tl.load(given + shares.plane, mask=mask, other=0.0)
+    aimed = tl.load(given + 2 * shares.plane, mask=mask, other=0.0)
     highest = tl.max(high, 1)
     total *= exp_nonpositive(high - pivot_of(highest)[:, None])
     return Sums(highest, tl.sum(total, 1), tl.sum(aimed, 1))
@@ -351,74 +338,26 @@ def two_read_kernel(
     offset: tl.float64,
     share: tl.float64,
     scale: tl.float64,
-    A: tl.constexpr,
-    INDEX: tl.constexpr,
-    SLOPE: tl.constexpr,
-    DENSE: tl.constexpr,
-    EACH: tl.constexpr,
-    INPLACE: tl.constexpr,
+    constants,
     SPLITS: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    CLASSES: tl.constexpr,
 ):
     """Positions whose classes no tile holds; of each one share, where programs share them."""
     scalars = Scalars(level, offset, share, scale)
-    at = pick(inputs, scalars, tl.program_id(0) // shares.splits, A, POSITIONS)
-    part = tl.program_id(0) % shares.splits
-    first = part * shares.length
-    last = tl.minimum(first + shares.length, inputs.classes)
+    at, part, first, last = own_share(inputs, shares, scalars, constants)
     if shares.sums is None:
-        sums = sum_classes(
-            inputs, scalars, at, first, last, A, INDEX, SLOPE, DENSE, POSITIONS, CLASSES
-        )
+        sums = sum_classes(inputs, scalars, at, first, last, constants)
     else:
         sums = merge(shares, at, SPLITS)
-    loss = spike_loss(inputs, at, sums, first, last, A)
-    if DENSE or outputs.grad_logits is not None:
-        for start in range(first, last, CLASSES):
-            c = start + tl.arange(0, CLASSES).to(INDEX)
-            x = read_logits(inputs, at, c, last, A)
+    loss = spike_loss(inputs, at, sums, first, last, constants)
+    if constants.DENSE or outputs.grad_logits is not None:
+        for start in range(first, last, constants.CLASSES):
+            c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
+            x = read_logits(inputs, at, c, last, constants)
             aim = None
-            if DENSE:
-                aim = read_aim(inputs, scalars, at, c, last, A, SLOPE)
-            loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, A, SLOPE, INPLACE)
-    store_loss(outputs, at, loss, part, shares.splits, EACH)
-
-
-@triton.jit
-def count_kernel(target, weight, out, n, blocks, ignore_index, classes, BLOCK: tl.constexpr):
-    """The weight of the targets that count, blocks of them by turns: what a mean divides by."""
-    lanes = tl.zeros([BLOCK], tl.float64)
-    for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        hit = tl.load(target + i, mask=i < n, other=-1)
-        live = (i < n) & (hit != ignore_index) & (hit >= 0) & (hit < classes)
-        if weight is None:
-            lanes += tl.where(live, 1.0, 0.0)
-        else:
-            lanes += tl.load(weight + hit, mask=live, other=0.0).to(tl.float64)
-    tl.store(out + tl.program_id(0), tl.sum(lanes))
-
-
-def count(
-    target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, classes: int
-) -> torch.Tensor:
-    """The denominator of a mean, on the device: one float64."""
-    n = target.numel()
-    blocks = triton.cdiv(n, launch.COUNT.block)
-    parts = target.new_empty(min(blocks, launch.MOST_COUNTERS), dtype=torch.float64)
-    count_kernel[(parts.numel(),)](
-        target,
-        weight,
-        parts,
-        n,
-        blocks,
-        ignore_index,
-        classes,
-        BLOCK=launch.COUNT.block,
-        **launch.options(launch.COUNT.threads),
-    )
-    return parts if parts.numel() == 1 else sum_parts(parts, parts.new_empty(()))
+            if constants.DENSE:
+                aim = read_aim(inputs, scalars, at, c, last, constants)
+            loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
+    store_loss(outputs, at, loss, part, shares.splits, constants)
 
 
 def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, float]:
@@ -433,23 +372,23 @@ def run(
     inputs: Inputs,
     outputs: Outputs,
     shares: Shares,
-    scalars: tuple[float, ...],
+    scalars: Scalars,
+    constants: Constants,
     programs: int,
-    constants: dict[str, Any],
-    choices: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """Launches one kernel that reads once, or one or two that read twice."""
-    grid = (programs,)
-    if constants["CLASSES"] >= inputs.classes:
-        one_read_kernel[grid](inputs, outputs, *scalars, **choices, **constants)
+    grid, compiled = (programs,), Constants(*map(tl.constexpr, constants))
+    if inputs.classes <= constants.CLASSES:
+        one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
         return
     if shares.splits > 1:
         x = inputs.logits.data
         dtype = launch.accumulate_dtype(x.dtype)
         shares = shares._replace(sums=x.new_empty((3, shares.plane), dtype=dtype))
-        split_kernel[grid](inputs, shares, *scalars, **constants)
+        split_kernel[grid](inputs, shares, *scalars, compiled, **options)
     powers = triton.next_power_of_2(shares.splits)
-    two_read_kernel[grid](inputs, outputs, shares, *scalars, SPLITS=powers, **choices, **constants)
+    two_read_kernel[grid](inputs, outputs, shares, *scalars, compiled, SPLITS=powers, **options)
 
 
 Viewed = tuple[torch.Tensor, tuple[int, int, int]]  # and its strides
@@ -502,18 +441,19 @@ def cross_entropy(
         ),
         Outputs(parts, *views[2:]),
         Shares(splits, length, None, positions * splits),
-        (*terms(smoothing, classes, follows), scale),
+        Scalars(*terms(smoothing, classes, follows), scale),
+        Constants(
+            A=launch.accumulate_type(x.dtype),
+            INDEX=launch.index_type(classes, *(classes * view.classes for view in views if view)),
+            SLOPE=float(follows),
+            DENSE=dense,
+            EACH=each,
+            INPLACE=grad_logits is logits,
+            POSITIONS=tile.positions,
+            CLASSES=tile.classes,
+        ),
         programs,
-        {
-            "A": launch.accumulate_type(x.dtype),
-            "INDEX": launch.index_type(*(classes * view.classes for view in views if view)),
-            "SLOPE": float(follows),
-            "DENSE": dense,
-            "POSITIONS": tile.positions,
-            "CLASSES": tile.classes,
-            **launch.options(tile.threads),
-        },
-        {"EACH": each, "INPLACE": grad_logits is logits},
+        launch.options(tile.threads),
     )
     if parts is not loss:
         sum_parts(parts, loss, denominator, scale)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import Operand, reach, read, sum_parts
+from .arithmetic import Operand, reach, read
+from .sums import sum_parts
 
 
 @triton.jit
