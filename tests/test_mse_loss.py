@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from compare import FLOATS, assert_as_accurate, assert_matches_torch, evaluate, exactly
 from conftest import KernelCalls
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyfused.functional import mse_loss
+from pyfused.ops.pointwise_loss import result_dtype
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(), (1,), (7,), (8,), (3, 5), (2, 3, 17), (2, 1, 3, 2)]
@@ -277,6 +279,24 @@ def test_autocast_gives_torchs_dtypes(
         assert gradient.dtype == dtype
         tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
         torch.testing.assert_close(gradient, exact_gradient.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_result_dtypes_are_torchs(device: str, autocast: bool, reduction: str) -> None:
+    """Those of fake tensors, which need no device."""
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, autocast)
+    try:
+        for dtypes in product(FLOATS, FLOATS, (None, *FLOATS)):
+            with FakeTensorMode():
+                given = [
+                    dtype and torch.empty(2, 3, dtype=dtype, device=device) for dtype in dtypes
+                ]
+                expected = F.mse_loss(*given[:2], reduction=reduction, weight=given[2]).dtype
+            assert result_dtype(*dtypes, torch.device(device)) is expected, dtypes
+    finally:
+        torch.set_autocast_enabled(device, before)
 
 
 @pytest.mark.thresholds

@@ -34,19 +34,14 @@ def fused(
     formula: Formula, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
 ) -> Tensor:
     """The loss of tensors that the kernels take and whose shapes broadcast."""
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    denominator: float | Tensor = 1.0
-    if weight is None:
-        dtype = autocast_dtype(dtype, input.device)
-    else:
-        dtype = torch.promote_types(dtype, weight.dtype)
-        if reduction == "mean":
-            denominator = weight.sum(dtype=torch.float64)
+    factors = None if weight is None else weight.dtype
+    dtype = result_dtype(input.dtype, target.dtype, factors, input.device)
     input, target = torch.broadcast_tensors(input.to(dtype), target.to(dtype))
+    denominator: float | Tensor = 1.0
+    if reduction == "mean":
+        denominator = float(input.numel()) if weight is None else weight.sum(dtype=torch.float64)
     if weight is not None:
         weight = weight.to(dtype).expand(input.shape)
-    elif reduction == "mean":
-        denominator = float(input.numel())
     backend = backend_of(input)
     options = weight, reduction, denominator
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -55,6 +50,20 @@ def fused(
         loss, _ = backend.pointwise_loss(formula.kernel, input, target, *options, Want())
     assert loss is not None
     return loss.to(dtype)
+
+
+def result_dtype(
+    input: torch.dtype, target: torch.dtype, weight: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """What torch computes the loss in and returns.
+
+    Autocast widens torch's operator. A weighted loss is none, but is made of a power, and that is
+    widened on GPUs alone.
+    """
+    dtype = torch.promote_types(input, target)
+    if weight is None or device.type == "cuda":
+        dtype = autocast_dtype(dtype, device)
+    return dtype if weight is None else torch.promote_types(dtype, weight)
 
 
 class PointwiseLoss(torch.autograd.Function):
