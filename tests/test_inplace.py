@@ -77,6 +77,23 @@ def test_both_gradients(shape: tuple[int, ...]) -> None:
     assert torch.equal(gradients[0][1], gradients[1][1])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_logits_with_gaps_between_them(dtype: torch.dtype, reduction: str, isa: str) -> None:
+    """What lies there belongs to others, whatever the loss is multiplied by."""
+    target = torch.randint(20, (70,))
+    leaf = torch.randn(70, 33).to(dtype).requires_grad_()
+    found = []
+    for inplace in (False, True):
+        whole = logits_of(leaf)
+        loss = cross_entropy(whole[:, 2:22], target, reduction=reduction, inplace=inplace)
+        found.append(
+            torch.autograd.grad(loss, leaf, torch.linspace(3, 4, loss.numel()).view_as(loss))
+        )
+    assert torch.equal(whole[:, 22:], leaf[:, 22:])
+    assert torch.equal(whole[:, :2], leaf[:, :2])
+    torch.testing.assert_close(found[1], found[0], rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(20, 10), (4, 300)], ids=str)
 def test_infinite_weights_look_at_the_logits_twice(shape: tuple[int, ...]) -> None:
     leaf = torch.randn(shape, requires_grad=True)

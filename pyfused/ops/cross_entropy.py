@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy  # by name: pyfused.patch replaces
 
 from pyfused import checks
 from pyfused.backends import Backend, CrossEntropyOptions, Want, cpu
-from pyfused.backends.layout import accumulate_dtype, empty_viewed, loss_shape, viewed
+from pyfused.backends.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
 from pyfused.ops.dispatch import backend_of, is_traced
 from pyfused.ops.gradients import (
     Gradients,
@@ -66,7 +66,8 @@ class CrossEntropy(torch.autograd.Function):
     """The gradients are computed by the forward pass, while each row of logits is in cache.
 
     Except where the upstream gradient is needed first: one that differs from row to row, or one
-    that keeps float16 gradients from underflowing.
+    that keeps float16 gradients from underflowing. Or where the gradient could not be scaled by it
+    later, as it is to lie in memory with gaps.
     """
 
     @staticmethod
@@ -82,6 +83,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.backend, ctx.options, ctx.inplace = backend, options, inplace
         ctx.save_for_backward(input, target, weight)
         now = gradients_ahead(options.reduction, input)
+        now = now and (is_dense(input) or not inplace)
         want = Want(True, now and ctx.needs_input_grad[1], now and ctx.needs_input_grad[2], inplace)
         loss, gradients = backend.cross_entropy(input, target, weight, options, want)
         ctx.gradients = gradients if now else None
