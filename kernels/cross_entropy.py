@@ -79,6 +79,7 @@ class Constants(NamedTuple):
     DENSE: Any  # every class is aimed at, not the target alone
     EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
+    COLUMNS: Any  # positions lie side by side, rather than classes
     POSITIONS: Any  # of a program
     CLASSES: Any  # of a tile
 
@@ -91,6 +92,7 @@ class Positions(NamedTuple):
     flat: Any
     present: Any
     live: Any  # neither ignored nor out of range
+    read: Any  # those whose classes are
     wrong: Any  # out of range
     hit: Any
     spike: Any
@@ -107,7 +109,11 @@ class Sums(NamedTuple):
 
 @triton.jit
 def pick(inputs, scalars, program, constants):
-    """The positions of a program. Those that count for nothing are not read further."""
+    """The positions of a program.
+
+    Those that count for nothing are not read further, unless that would take apart what a thread
+    loads at once.
+    """
     lanes = tl.arange(0, constants.POSITIONS)
     blocks = (inputs.inner - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
     outer = (program // blocks).to(tl.int64)
@@ -131,7 +137,10 @@ def pick(inputs, scalars, program, constants):
         scale /= tl.load(inputs.denominator).to(constants.A)
     if inputs.upstream is not None:
         scale *= tl.load(inputs.upstream + flat * inputs.upstream_step, mask=present, other=0.0)
-    return Positions(outer, inner, flat, present, live, wrong, hit, spike, scale)
+    read = live
+    if constants.COLUMNS:
+        read = present
+    return Positions(outer, inner, flat, present, live, read, wrong, hit, spike, scale)
 
 
 @triton.jit
@@ -143,14 +152,14 @@ def place(view, at, c):
 
 @triton.jit
 def read_logits(inputs, at, c, last, constants):
-    mask = at.live[:, None] & (c < last)[None, :]
+    mask = at.read[:, None] & (c < last)[None, :]
     return tl.load(place(inputs.logits, at, c), mask=mask, other=-float("inf")).to(constants.A)
 
 
 @triton.jit
 def read_aim(inputs, scalars, at, c, last, constants):
     """q / level but for the spike."""
-    mask = at.live[:, None] & (c < last)[None, :]
+    mask = at.read[:, None] & (c < last)[None, :]
     aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
         y = tl.load(place(inputs.probabilities, at, c), mask=mask, other=0.0)
@@ -220,8 +229,8 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     loss = tl.zeros_like(at.spike)
     if aim is not None:
         mass += level * sums.aimed
-        counts = at.live[:, None] & (c < last)[None, :]
-        loss = level * tl.sum(tl.where(counts, aim * ((pivot - x) + log_total), 0.0), 1)
+        here = (c < last)[None, :]
+        loss = level * tl.sum(tl.where(here, aim * ((pivot - x) + log_total), 0.0), 1)
     mask = at.present[:, None] & (c < last)[None, :]
     if outputs.grad_logits is not None:
         gradient = exp_nonpositive(x - pivot) * (mass * at.scale / sums.total)[:, None]
@@ -449,6 +458,7 @@ def cross_entropy(
             DENSE=dense,
             EACH=each,
             INPLACE=grad_logits is logits,
+            COLUMNS=columns,
             POSITIONS=tile.positions,
             CLASSES=tile.classes,
         ),

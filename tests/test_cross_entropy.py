@@ -146,19 +146,23 @@ def test_nothing_but_ignored_targets(
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("columns", [False, True], ids=["", "rows_side_by_side"])
 def test_an_ignored_row_stays_out_of_the_gradient_whatever_it_holds(
-    bad: float, reduction: str
+    bad: float, smoothing: float, columns: bool, reduction: str
 ) -> None:
     """The one documented difference: torch multiplies its NaN probabilities by zero, giving NaN."""
     logits, target = problem((4, 5), "index")
+    if columns:
+        logits = logits.detach().T.contiguous().T.requires_grad_()
     target[1] = -100
     with torch.no_grad():
         logits[1] = bad
-    got = evaluate(cross_entropy, logits, target, reduction=reduction)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    got = evaluate(cross_entropy, logits, target, **options)
     kept = [0, 2, 3]
-    without = evaluate(
-        F.cross_entropy, logits.detach()[kept].requires_grad_(), target[kept], reduction=reduction
-    )
+    rest = logits.detach()[kept].requires_grad_()
+    without = evaluate(F.cross_entropy, rest, target[kept], **options)
     assert torch.equal(got.gradients[0][1], torch.zeros(5))
     assert bool(got.value.isfinite().all())
     if reduction != "none":
