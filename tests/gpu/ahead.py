@@ -5,7 +5,8 @@
 
 The backend is called as users call it, but with tensors without memory and a driver that compiles
 for a GPU that is not there: what is compiled is what would be launched. Exits with 1 where a kernel
-spills registers, or where one for contiguous bfloat16 or float32 has no loads of 128 bits.
+spills registers, or where the main loop of one for contiguous bfloat16 or float32 does not load
+most of its bits 128 at a time.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ class Compiled:
     registers: int
     spills: int  # bytes of stack, or registers on AMD
     shared: int  # bytes
-    load: int  # bits, the widest of a lane
-    store: int
+    load: int  # bits, the widest of a lane in the main loop
+    wide: int  # percentage of the bits that are loaded there 128 at a time
+    store: int  # bits
     wrong: str = ""
 
 
@@ -205,10 +207,33 @@ def compile_cases(target: str, names: Sequence[str]) -> list[Compiled]:
 # ---- looking at what came out -------------------------------------------------------------------
 
 
-def widest(pattern: str, assembly: str) -> int:
-    """The most bits in any instruction, from the pattern's groups: a count, and bits or words."""
-    widths = [int(count or 1) * int(bits or 32) for count, bits in re.findall(pattern, assembly)]
-    return max(widths, default=0)
+LABEL = re.compile(r"^([.$]L\w+):", re.MULTILINE)
+BRANCH = re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+([.$]L\w+)")
+
+
+def loops(assembly: str) -> list[str]:
+    """What lies between each label and the last branch back to it."""
+    starts = {label[1]: label.start() for label in LABEL.finditer(assembly)}
+    ends = {branch[1]: branch.end() for branch in BRANCH.finditer(assembly)}
+    return [assembly[starts[label] : end] for label, end in ends.items() if starts[label] < end]
+
+
+def widths(access: str, assembly: str) -> list[int]:
+    """The bits of every access: the pattern's groups are a count, and bits or a unit of so many."""
+    units = {"dword": 32, "short": 16, "byte": 8}
+    found = re.findall(access, assembly)
+    return [int(count or 1) * int(units.get(bits, bits)) for count, bits in found]
+
+
+def main_loops(load: str, assembly: str) -> dict[str, int]:
+    """Of the loops that load, the least: the widest load, and the percentage in 128 bits or more.
+
+    A kernel without any is one that reads once, and looked at as a whole.
+    """
+    loaded = [bits for bits in (widths(load, loop) for loop in loops(assembly)) if bits]
+    loaded = loaded or [widths(load, assembly)]
+    wide = [100 * sum(b for b in bits if b >= 128) // sum(bits) for bits in loaded]
+    return {"load": min(max(bits) for bits in loaded), "wide": min(wide)}
 
 
 def on_nvidia(kernel: Any) -> dict[str, int]:
@@ -224,20 +249,20 @@ def on_nvidia(kernel: Any) -> dict[str, int]:
     return {
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
-        "load": widest(access.format("ld"), kernel.asm["ptx"]),
-        "store": widest(access.format("st"), kernel.asm["ptx"]),
+        **main_loops(access.format("ld"), kernel.asm["ptx"]),
+        "store": max(widths(access.format("st"), kernel.asm["ptx"])),
     }
 
 
 def on_amd(kernel: Any) -> dict[str, int]:
     assembly = kernel.asm["amdgcn"]
     used = {key: int(n) for key, n in re.findall(r"\.([vs]gpr\w*count):\s+(\d+)", assembly)}
-    access = r"\b(?:global|buffer|flat)_{}_dword(?:x(\d))?()\b"
+    access = r"\b(?:global|buffer|flat)_{}_[us]?(?=(?:dwordx(\d))?)(dword|short|byte)"
     return {
         "registers": used["vgpr_count"],
         "spills": used["vgpr_spill_count"],  # scalar ones go to vector registers, not to memory
-        "load": widest(access.format("load"), assembly),
-        "store": widest(access.format("store"), assembly),
+        **main_loops(access.format("load"), assembly),
+        "store": max(widths(access.format("store"), assembly)),
     }
 
 
@@ -247,7 +272,7 @@ def inspect(target: str, case: Case, name: str, kernel: Any) -> Compiled:
     if found["spills"]:
         wrong.append("spills")
     little = name in READ_LITTLE and READ_LITTLE[name] in case.name
-    if case.dtype in VECTORS and not little and found["load"] < 128:
+    if case.dtype in VECTORS and not little and found["wide"] < 50:
         wrong.append("narrow loads")
     metadata = kernel.metadata
     return Compiled(
@@ -266,11 +291,11 @@ def show(found: Sequence[Compiled]) -> None:
     from rich.table import Table
 
     table = Table("target", "case", "kernel", title=f"Triton {triton.__version__}")
-    for column in ("warps", "registers", "spills", "shared", "load", "store"):
+    for column in ("warps", "registers", "spills", "shared", "load", "wide", "store"):
         table.add_column(column, justify="right")
     table.add_column("")
     for c in found:
-        numbers = c.warps, c.registers, c.spills, c.shared, c.load, c.store
+        numbers = c.warps, c.registers, c.spills, c.shared, c.load, c.wide, c.store
         table.add_row(c.target, c.case, c.kernel, *map(str, numbers), c.wrong)
     Console(width=None if sys.stdout.isatty() else 170).print(table)
 

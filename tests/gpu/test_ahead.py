@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 import ahead
+import triton
+import triton.language as tl
 
 from pyfused.kernels import launch
 
@@ -15,6 +17,7 @@ QUICK = (
     "cross_entropy bfloat16 4096x8192",
     "cross_entropy float32 4096x4096 weight smoothing",
     "cross_entropy bfloat16 2x262144",
+    "cross_entropy float32 8x1000x4096",
     "mse_loss float32",
     "relu bfloat16 backward",
 )
@@ -57,3 +60,28 @@ def test_a_spill_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_narrow_loads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     row = launch.Row(launch.ANY, 1024, 1, 128)
     assert "narrow loads" in [kernel.wrong for kernel in compile_with(monkeypatch, row, 1023)]
+
+
+@triton.jit
+def loop_kernel(
+    x: tl.tensor, out: tl.tensor, n: tl.tensor, step: tl.constexpr, block: tl.constexpr
+) -> None:
+    """Loads wide before its loop, and within if the step is 1."""
+    lanes = tl.arange(0, block)
+    total = tl.load(x + lanes)
+    for start in range(0, n, block):
+        total += tl.load(x + (start + lanes) * step)
+    tl.store(out + lanes, total)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(("step", "wrong"), [(1, ""), (3, "narrow loads")])
+def test_narrow_loads_in_a_loop_are_found(target: str, step: int, wrong: str) -> None:
+    x = ahead.empty(torch.float32, 1 << 20)
+    with ahead.Recorder(ahead.TARGETS[target]) as launched:
+        loop_kernel[(1,)](x, x, 1 << 18, step=step, block=1024, **launch.options(128))
+    case = ahead.Case("a loop", x.dtype, lambda: None)
+    found = ahead.inspect(target, case, *launched[0])
+    assert found.wrong == wrong
+    assert found.load == (32 if wrong else 128)
+    assert found.wide == (0 if wrong else 100)
