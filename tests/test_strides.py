@@ -10,10 +10,12 @@ from conftest import KernelCalls
 from layouts import LAYOUTS, SAME_VALUES, Layout
 from torch import Tensor
 
+from pyfused.backends import layout as layouts
 from pyfused.functional import cross_entropy, mse_loss, relu
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-SHAPES = [(5,), (7, 5), (70, 3), (3, 130), (2, 5, 3), (2, 3, 70), (3, 4, 2, 5), (2, 3, 2, 1, 5)]
+SHAPES = [(5,), (7, 5), (70, 3), (3, 130), (6, 5, 1), (2, 5, 3), (2, 3, 70), (3, 4, 2, 5)]
+SHAPES += [(7, 3, 1, 1), (2, 3, 2, 1, 5)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -43,6 +45,14 @@ def test_logits(
         options = {"reduction": reduction, "label_smoothing": smoothing}
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
     assert kernel_calls["cross_entropy"] >= 2
+
+
+def test_a_row_of_one_position_is_one_of_many() -> None:
+    """The kernels take several positions at a time, but of the same outer one."""
+    for shape in ((6, 5), (6, 5, 1), (6, 5, 1, 1)):
+        logits = torch.empty(shape)
+        assert layouts.positions(logits) == (1, 6, 5)
+        assert layouts.strides_of(logits) == (0, 5, 1)
 
 
 @every_shape
