@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ import ahead
 import triton
 import triton.language as tl
 
+from pyfused.backends import CrossEntropyOptions, Want
 from pyfused.kernels import launch
 
 QUICK = (
@@ -85,3 +89,16 @@ def test_narrow_loads_in_a_loop_are_found(target: str, step: int, wrong: str) ->
     assert found.wrong == wrong
     assert found.load == (32 if wrong else 128)
     assert found.wide == (0 if wrong else 100)
+
+
+@pytest.mark.parametrize("stride", [0, 1])
+def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["pyfused.kernels.cross_entropy"]
+    monkeypatch.setattr(module, "compiled_in", record := Mock(wraps=module.compiled_in))
+    x = ahead.empty(torch.float32, 2, 2**31 // 2 if stride else 2**31)
+    x = x.as_strided(x.shape, (2 * x.shape[1], 2 * stride))
+    options = CrossEntropyOptions(-100, "mean", 0.0)
+    with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
+        ahead.backend.cross_entropy(x, ahead.empty(torch.int64, 2), None, options, Want())
+    assert [name for name, _ in launched][1:3] == ["split_kernel", "two_read_kernel"]
+    assert record.call_args[0][0].INDEX is tl.int64
