@@ -223,6 +223,7 @@ def spike_loss(inputs, at, sums, first, last, constants):
 @triton.jit
 def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     """Writes the gradients of a tile, and returns its part of the dense terms of the loss."""
+    mask = at.present[:, None] & (c < last)[None, :]
     pivot = pivot_of(sums.high)[:, None]
     log_total = tl.log(sums.total)[:, None]
     level = tl.full([], scalars.level, constants.A)
@@ -230,9 +231,7 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     loss = tl.zeros_like(at.spike)
     if aim is not None:
         mass += level * sums.aimed
-        here = (c < last)[None, :]
-        loss = level * tl.sum(tl.where(here, aim * ((pivot - x) + log_total), 0.0), 1)
-    mask = at.present[:, None] & (c < last)[None, :]
+        loss = level * tl.sum(tl.where(mask, aim * ((pivot - x) + log_total), 0.0), 1)
     if outputs.grad_logits is not None:
         gradient = exp_nonpositive(x - pivot) * (mass * at.scale / sums.total)[:, None]
         if aim is not None:
