@@ -54,7 +54,7 @@ def activation_kernel(
     tl.store(out + i, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def scale_kernel(
     tensor, factor, n, blocks, A: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
 ):

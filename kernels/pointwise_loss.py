@@ -51,7 +51,7 @@ class Outputs(NamedTuple):
     grad_target: torch.Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def pointwise_loss_kernel(
     operands,
     outputs,
