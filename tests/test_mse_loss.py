@@ -143,7 +143,7 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line() -> None:
     caught = []
     for function in (mse_loss, F.mse_loss):
         with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", UserWarning)
             function(input, target)
         assert len(seen) == 1
         caught.append((seen[0].category, str(seen[0].message), seen[0].filename))
