@@ -23,7 +23,7 @@ def _reduction(value: Any) -> None:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
 
 
-def _number(name: str, value: Any, kind: type, expected: str) -> None:
+def _number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
@@ -39,8 +39,8 @@ def cross_entropy(
     _tensor("target", target)
     ignore_index, reduction, label_smoothing = options
     _reduction(reduction)
-    _number("ignore_index", ignore_index, Integral, "an int")
-    _number("label_smoothing", label_smoothing, Real, "a float")
+    _number("ignore_index", ignore_index, (int, Integral), "an int")
+    _number("label_smoothing", label_smoothing, (float, Real), "a float")
     if input.dim() == 0:
         raise RuntimeError("input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()")
     if label_smoothing > 1.0:
@@ -67,7 +67,7 @@ def cross_entropy(
 
 
 def _class_index_target(input: Tensor, target: Tensor) -> None:
-    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
+    expected = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
     lone = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
     if target.shape == input.shape or (
         target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or lone)

@@ -20,10 +20,10 @@ def positions(input: Tensor) -> tuple[int, int, int]:
     return outer, input.numel() // (outer * classes), classes
 
 
-def loss_shape(input: Tensor, reduction: str) -> torch.Size:
+def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
     """The shape of the loss of logits (N, C, d1, ..., dk)."""
     if reduction != "none":
-        return torch.Size()
+        return ()
     return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
 
 
@@ -59,9 +59,10 @@ def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
 def empty_viewed(like: Tensor) -> tuple[Tensor, Strides]:
     """A new tensor laid out as ``like`` where that fits, and its strides."""
     empty = torch.empty_like(like)
-    if strides_of(empty) is None:
-        empty = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return viewed(empty)
+    strides = strides_of(empty)
+    if strides is None:
+        return viewed(torch.empty_like(like, memory_format=torch.contiguous_format))
+    return empty, strides
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -41,7 +41,7 @@ def fused(
             common = torch.promote_types(common, weight.dtype)
         input, target = input.to(common), target.to(common)
     else:
-        target = target.to(torch.int64)
+        target = target if target.dtype is torch.int64 else target.to(torch.int64)
         target = target.reshape(()) if input.dim() == 1 else target
     backend = backend_of(input)
     if is_dynamo_compiling() or is_traced(input):
@@ -51,7 +51,8 @@ def fused(
     else:
         loss, _ = backend.cross_entropy(input, target, weight, options, Want())
     assert loss is not None
-    return loss.to(autocast_dtype(input.dtype, input.device))
+    dtype = autocast_dtype(input.dtype, input.device)
+    return loss if loss.dtype is dtype else loss.to(dtype)
 
 
 def give_up(input: Tensor) -> None:
