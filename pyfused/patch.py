@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
+from pyfused.ops.dispatch import compiler_traces
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -74,7 +74,7 @@ def _redirect(site: Site) -> Callable[..., Any]:
         overridden = has_torch_function(args) or (
             kwargs and has_torch_function((*kwargs.values(),))
         )
-        if overridden and not is_compiling():
+        if overridden and not compiler_traces():
             return handle_torch_function(torchs, (*args, *kwargs.values()), *args, **kwargs)
         if (only_input and len(args) + len(kwargs) != 1) or not extra.isdisjoint(kwargs):
             return torchs(*args, **kwargs)

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.compiler import is_compiling
-
 from pyfused import functional
 from pyfused.explain import explain
+from pyfused.ops.dispatch import compiler_traces
 from pyfused.patch import patch
 
 Paths = Counter[str]
@@ -24,7 +23,7 @@ def counted(op: str, paths: Paths) -> Callable[..., Any]:
     function = getattr(functional, op)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling():  # it is called while it is traced, and not when it runs
+        if compiler_traces():  # it is called while it is traced, and not when it runs
             return function(*args, **kwargs)
         try:
             path = str(explain(op, *args, **kwargs))

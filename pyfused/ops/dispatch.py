@@ -15,6 +15,7 @@ from importlib import util
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
@@ -124,7 +125,12 @@ def is_traced(tensor: Tensor) -> bool:
     pyfused.patch had put there.
     """
     stands_in = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
-    return stands_in and torch.compiler.is_compiling()
+    return stands_in and compiler_traces()
+
+
+def compiler_traces() -> bool:
+    """Whether this thread compiles; torch 2.12's ``is_compiling`` says so only within Dynamo."""
+    return is_dynamo_compiling() or TracingContext.try_get() is not None
 
 
 def say_once(op: str, reason: str) -> None:
