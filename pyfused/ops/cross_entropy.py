@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy  # by name: pyfused.patch replaces
 from pyfused import checks
 from pyfused.backends import Backend, CrossEntropyOptions, Want, cpu
 from pyfused.backends.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
+from pyfused.ops import inductor
 from pyfused.ops.dispatch import backend_of, is_traced
 from pyfused.ops.gradients import (
     Gradients,
@@ -177,6 +178,7 @@ def _gradients(
 
 
 def _fake_loss(input: Tensor, _target: Tensor, _weight: Tensor | None, *options: Any) -> Tensor:
+    inductor.register()
     shape = loss_shape(input, CrossEntropyOptions(*options).reduction)
     return input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
