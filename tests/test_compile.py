@@ -237,6 +237,8 @@ def test_opcheck(sample: tuple[Any, ...]) -> None:
     upstream = torch.rand_like(forward(input, *arguments))
     wanted = [True, target.is_floating_point()]
     torch.library.opcheck(backward.default, (upstream, input, *arguments, wanted))
+    both = torch.ops.pyfused.cross_entropy_ahead
+    torch.library.opcheck(both.default, (input, *arguments, wanted))
 
 
 @taken

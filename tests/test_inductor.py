@@ -1,4 +1,4 @@
-"""Logits made float32 within a compiled graph: Inductor writes no copy of them for the operator."""
+"""What is left of a compiled graph: no float32 copy of the logits, one operator of few classes."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ close = torch.testing.assert_close
 
 Step = Callable[[Any, Tensor], Any]
 Dtypes = list[torch.dtype]
+AHEAD, PAIR = (
+    ["pyfused.cross_entropy_ahead.default"],
+    ["pyfused.cross_entropy.default", "pyfused.cross_entropy_backward.default"],
+)
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
@@ -38,6 +42,9 @@ class Seen:
     """The dtypes of what a joint graph holds at last."""
 
     nodes: list[Any]
+
+    def operators(self) -> list[str]:
+        return [name for node in self.nodes if (name := str(node.target)).startswith("pyfused.")]
 
     def casts(self) -> Dtypes:
         return [n.args[1] for n in self.nodes if "convert_element_type" in str(n.target)]
@@ -78,6 +85,9 @@ def assert_same(outcomes: tuple[Outcome, Outcome]) -> None:
 
 def logits(dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (torch.randn(N, C) * 3).to(dtype).requires_grad_()
+
+
+# ---- logits made float32 -------------------------------------------------------------------------
 
 
 VIEWED: dict[str, Step] = {
@@ -159,7 +169,83 @@ def test_any_other_copy_is_left_alone(
     step: Step, before: torch.dtype, after: torch.dtype, seen: Seen
 ) -> None:
     assert_same(compiled_and_eager(step, logits(before)))
-    assert seen.given_to_operators() == [after, after]
+    assert set(seen.given_to_operators()) == {after}
+
+
+# ---- gradients computed ahead --------------------------------------------------------------------
+
+
+WEIGHT = torch.linspace(0.5, 1.5, C)
+MANY = inductor._FEW_CLASSES + 1
+MERGED: dict[str, Step] = {
+    "mean": lambda f, x: f.cross_entropy(x, INDICES),
+    "weighted_sum": lambda f, x: f.cross_entropy(
+        x, INDICES, WEIGHT.to(x.dtype), reduction="sum", ignore_index=2, label_smoothing=0.1
+    ),
+    "scaled": lambda f, x: f.cross_entropy(x * 2, INDICES) / 3 + x.square().sum(),
+    "kdim": lambda f, x: f.cross_entropy(x.view(3, 4, C).transpose(1, 2), INDICES.view(3, 4)),
+    "lone": lambda f, x: f.cross_entropy(x[3], INDICES[3]),
+    "probabilities": lambda f, x: f.cross_entropy(x, PROBABILITIES.to(x.dtype)),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("step", MERGED.values(), ids=MERGED.keys())
+def test_few_classes_take_one_operator(step: Step, dtype: torch.dtype, seen: Seen) -> None:
+    assert_same(compiled_and_eager(step, logits(dtype)))
+    assert seen.operators() == AHEAD
+
+
+def test_a_bfloat16_gradient_is_computed_ahead(seen: Seen) -> None:
+    x = logits(BF16)
+    got, _ = compiled_and_eager(MERGED["mean"], x)
+    expected = evaluate(lambda x: F.cross_entropy(x.float(), INDICES), x)
+    assert seen.operators() == AHEAD
+    close(got.value, expected.value.to(BF16))
+    close(got.gradients, expected.gradients)
+
+
+def test_a_gradient_to_probabilities_alone_and_with_the_logits(seen: Seen) -> None:
+    target = PROBABILITIES.clone().requires_grad_()
+    compiled = torch.compile(fused.cross_entropy, fullgraph=True)
+    for x in (logits(F32), logits(F32).detach()):
+        assert_same((evaluate(compiled, x, target), evaluate(F.cross_entropy, x, target)))
+        assert seen.operators() == AHEAD
+
+
+def test_a_graph_kept_for_a_second_backward(seen: Seen) -> None:
+    x = logits(F32)
+    compiled = torch.compile(MERGED["scaled"], fullgraph=True)
+    loss = compiled(fused, x)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert seen.operators() == AHEAD
+    close(first, torch.autograd.grad(MERGED["scaled"](F, x), x)[0])
+    assert torch.equal(first, second)
+
+
+PAIRS: dict[str, tuple[Step, tuple[int, int], torch.dtype]] = {
+    "many_classes": (lambda f, x: f.cross_entropy(x, INDICES), (N, MANY), F32),
+    "new_memory": (lambda f, x: f.cross_entropy(x, INDICES.repeat(100_000)), (N * 100_000, C), F32),
+    "float16_underflows": (lambda f, x: f.cross_entropy(x, INDICES), (N, C), torch.float16),
+    "none": (lambda f, x: f.cross_entropy(x, INDICES, reduction="none").sum(), (N, C), F32),
+}
+
+
+@pytest.mark.parametrize(("step", "shape", "dtype"), PAIRS.values(), ids=PAIRS.keys())
+def test_what_takes_two_operators(
+    step: Step, shape: tuple[int, int], dtype: torch.dtype, seen: Seen
+) -> None:
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    assert_same(compiled_and_eager(step, x))
+    assert seen.operators() == PAIR
+
+
+def test_a_number_of_rows_that_changes_takes_two_operators(seen: Seen) -> None:
+    assert_same(compiled_and_eager(MERGED["mean"], logits(F32), dynamic=True))
+    assert seen.operators() == PAIR
+
+
+# ---- without patterns ----------------------------------------------------------------------------
 
 
 def test_a_torch_without_such_patterns(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +260,7 @@ def test_a_torch_without_such_patterns(seen: Seen, monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(pattern_matcher, "register_graph_pattern")
     assert_same(compiled_and_eager(VIEWED["as_it_is"], logits()))
     assert seen.given_to_operators() == [torch.float32] * 2
+    assert seen.operators() == PAIR
 
 
 def test_patterns_are_for_inductor_alone(monkeypatch: pytest.MonkeyPatch) -> None:

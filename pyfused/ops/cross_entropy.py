@@ -149,8 +149,8 @@ def _of_definition(
 
 # ---- custom operators, which only a compiler sees ------------------------------------------------
 
-# The gradient is computed by the backward pass: a custom operator may not hand over what it saved,
-# and to scale a copy of it is as many bytes as to read the logits again.
+# The gradient is computed by the backward pass: a custom operator may not hand over what it saved.
+# Inductor may multiply what it saved in place, so inductor.py puts cross_entropy_ahead for the two.
 _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? weight, "
     "int ignore_index, str reduction, float label_smoothing"
@@ -159,6 +159,9 @@ torch.library.define("pyfused::cross_entropy", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
     "pyfused::cross_entropy_backward",
     f"(Tensor grad_output, {_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "pyfused::cross_entropy_ahead", f"({_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -174,7 +177,21 @@ def _gradients(
     want = Want(False, *options[-1])
     arguments = input, target, weight, CrossEntropyOptions(*options[:-1])
     _, gradients = cpu.cross_entropy(*arguments, want, grad_output)
-    return tuple(input.new_empty(0) if g is None else g for g in gradients)
+    return _filled(gradients, input)
+
+
+def _loss_and_gradients(
+    input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Tensor | None, ...]:
+    want = Want(True, *options[-1])
+    arguments = input, target, weight, CrossEntropyOptions(*options[:-1])
+    loss, gradients = cpu.cross_entropy(*arguments, want)
+    return loss, *_filled(gradients, input)
+
+
+def _filled(gradients: Gradients, input: Tensor) -> Gradients:
+    """An operator returns no None."""
+    return tuple(input.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _fake_loss(input: Tensor, _target: Tensor, _weight: Tensor | None, *options: Any) -> Tensor:
@@ -190,6 +207,10 @@ def _fake_gradients(
         empty_viewed(viewed(of)[0])[0] if want else input.new_empty(0)
         for of, want in zip((input, target), options[-1], strict=True)
     )
+
+
+def _fake_loss_and_gradients(input: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    return _fake_loss(input, *rest[:-1]), *_fake_gradients(input, input, *rest)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -212,6 +233,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
 for _name, _kernels, _fake in (
     ("pyfused::cross_entropy", _loss, _fake_loss),
     ("pyfused::cross_entropy_backward", _gradients, _fake_gradients),
+    ("pyfused::cross_entropy_ahead", _loss_and_gradients, _fake_loss_and_gradients),
 ):
     torch.library.impl(_name, "cpu", _kernels)
     torch.library.register_fake(_name, _fake)
