@@ -31,6 +31,7 @@ SHARED = (
     "test_inplace.py",
     "test_gradcheck.py",
     "test_autograd.py",
+    "test_derivatives.py",
 )
 
 

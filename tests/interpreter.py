@@ -22,6 +22,7 @@ SHARED = (
     "test_autograd.py",
     "test_backends.py",
     "test_cross_entropy.py",
+    "test_derivatives.py",
     "test_gradcheck.py",
     "test_inplace.py",
     "test_mse_loss.py",

@@ -1,0 +1,110 @@
+"""Derivatives that are torch's own definition: second ones, forward mode, `torch.func`, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from calls import Case, every_case
+from compare import Operator
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# torch compiles its own forward-mode decompositions with torch.jit when they are first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(6, 5, requires_grad=True)
+
+
+@every_case
+def test_double_backward(case: Case, x: Tensor) -> None:
+    def penalty(operator: Operator) -> Tensor:
+        value = operator(x)
+        upstream = torch.linspace(1, 2, value.numel()).view_as(value).requires_grad_()
+        (first,) = torch.autograd.grad(value, x, upstream, create_graph=True)
+        assert first.requires_grad
+        inputs = (x, upstream)
+        second = torch.autograd.grad(first.square().sum(), inputs, allow_unused=True)
+        return torch.stack([g.sum() if g is not None else torch.zeros(()) for g in second])
+
+    close(penalty(case.ours), penalty(case.torchs))
+
+
+@every_case
+def test_third_derivative(case: Case, x: Tensor) -> None:
+    def third(operator: Operator) -> Tensor:
+        value = operator(x.square()).sum()
+        for _ in range(2):
+            (value,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=True)
+            value = value.square().sum()
+        return torch.autograd.grad(value, x)[0]
+
+    close(third(case.ours), third(case.torchs), rtol=1e-4, atol=1e-4)
+
+
+@every_case
+def test_forward_mode(case: Case, x: Tensor) -> None:
+    tangent = torch.randn(6, 5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), tangent)
+        got = forward_ad.unpack_dual(case.ours(dual)).tangent
+        expected = forward_ad.unpack_dual(case.torchs(dual)).tangent
+        plain = case.ours(torch.ones(6, 5))
+    close(got, expected)
+    close(plain, case.torchs(torch.ones(6, 5)))
+
+
+@every_case
+def test_torch_func(case: Case, x: Tensor) -> None:
+    x = x.detach()
+    tangent = torch.randn(6, 5)
+
+    def total(operator: Operator) -> Callable[[Tensor], Tensor]:
+        return lambda x: operator(x).sum()
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
+        close(transform(total(case.ours))(x), transform(total(case.torchs))(x))
+    close(
+        torch.func.jvp(case.ours, (x,), (tangent,)), torch.func.jvp(case.torchs, (x,), (tangent,))
+    )
+    close(torch.func.vjp(case.ours, x)[0], torch.func.vjp(case.torchs, x)[0])
+
+
+@every_case
+def test_vmap(case: Case) -> None:
+    batch = torch.randn(3, 6, 5)
+    close(torch.vmap(case.ours)(batch), torch.vmap(case.torchs)(batch))
+    per_sample = torch.vmap(torch.func.grad(lambda x: case.ours(x).sum()))(batch)
+    close(per_sample, torch.vmap(torch.func.grad(lambda x: case.torchs(x).sum()))(batch))
+
+
+@every_case
+def test_batched_gradients(case: Case, x: Tensor) -> None:
+    """is_grads_batched runs backward itself under vmap."""
+
+    def jacobian(operator: Operator) -> Tensor:
+        value = operator(x)
+        upstreams = torch.randn((4, *value.shape), generator=torch.Generator().manual_seed(1))
+        return torch.autograd.grad(value, x, upstreams, is_grads_batched=True)[0]
+
+    close(jacobian(case.ours), jacobian(case.torchs))
+
+
+@every_case
+def test_functional_jacobian_and_hessian(case: Case, x: Tensor) -> None:
+    for vectorize in (False, True):
+        options: dict[str, Any] = {"vectorize": vectorize}
+        jacobian = torch.autograd.functional.jacobian
+        close(jacobian(case.ours, x, **options), jacobian(case.torchs, x, **options))
+        hessian = torch.autograd.functional.hessian
+        close(
+            hessian(lambda x: case.ours(x).sum(), x, **options),
+            hessian(lambda x: case.torchs(x).sum(), x, **options),
+        )
