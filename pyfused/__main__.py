@@ -55,6 +55,7 @@ def report() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": installed("triton"),
+        "compiler": cpu.native.compiler,
         "ISAs built": ", ".join(built()),
         "ISAs supported": ", ".join(cpu.supported),
         "ISA chosen": cpu.capability,
