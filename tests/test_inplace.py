@@ -184,6 +184,22 @@ def test_autograd_notices_who_else_needs_the_logits(reduction: str) -> None:
         (loss.sum() + square.sum()).backward()
 
 
+@pytest.mark.parametrize(
+    ("reduction", "dtype"), [("none", torch.float32), ("mean", torch.float16)], ids=str
+)
+def test_autograd_notices_who_saves_logits_that_a_backward_will_overwrite(
+    reduction: str, dtype: torch.dtype
+) -> None:
+    leaf = torch.randn(6, 10, dtype=dtype, requires_grad=True)
+    logits = logits_of(leaf)
+    target = torch.randint(10, (6,))
+    loss = cross_entropy(logits, target, reduction=reduction, inplace=True)
+    square = logits * logits
+    loss.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_one_backward_pass(reduction: str, kernel_calls: KernelCalls) -> None:
     leaf = torch.randn(6, 10, requires_grad=True)
