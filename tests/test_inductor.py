@@ -155,6 +155,7 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 LEFT: dict[str, tuple[Step, torch.dtype, torch.dtype]] = {
     "bfloat16_to_float64": (lambda f, x: f.cross_entropy(x.double(), INDICES), BF16, F64),
     "float32_to_float64": (lambda f, x: f.cross_entropy(x.double(), INDICES), F32, F64),
+    "float64_to_float32": (lambda f, x: f.cross_entropy(x.float(), INDICES), F64, F32),
     "probabilities": (lambda f, x: f.cross_entropy(x.float(), PROBABILITIES), BF16, F32),
     "rows_with_gaps": (
         lambda f, x: f.cross_entropy(x.view(3, 4, C)[:, :3].float().view(-1, C), INDICES[:9]),
@@ -194,6 +195,23 @@ MERGED: dict[str, Step] = {
 def test_few_classes_take_one_operator(step: Step, dtype: torch.dtype, seen: Seen) -> None:
     assert_same(compiled_and_eager(step, logits(dtype)))
     assert seen.operators() == AHEAD
+
+
+@pytest.mark.parametrize("other", [INDICES, INDICES.flip(0)], ids=["same", "other"])
+def test_each_of_two_losses_takes_one_operator(other: Tensor, seen: Seen) -> None:
+    def step(f: Any, x: Tensor) -> Tensor:
+        return f.cross_entropy(x, INDICES) + 3 * f.cross_entropy(x, other.clone())
+
+    assert_same(compiled_and_eager(step, logits(F32)))
+    assert seen.operators() == AHEAD * 2
+
+
+def test_a_loss_without_gradient_beside_one_with(seen: Seen) -> None:
+    def step(f: Any, x: Tensor) -> Tensor:
+        return f.cross_entropy(x, INDICES) + f.cross_entropy(x.detach(), INDICES.flip(0))
+
+    assert_same(compiled_and_eager(step, logits(F32)))
+    assert sorted(seen.operators()) == sorted([*AHEAD, PAIR[0]])
 
 
 def test_a_bfloat16_gradient_is_computed_ahead(seen: Seen) -> None:

@@ -95,10 +95,10 @@ def _compute_gradient_ahead(forward: Node) -> None:
     """Merges an operator and its backward, which would read the logits and exponentiate again."""
     input, reduction, graph = forward.args[0], forward.args[4], forward.graph
     operator = torch.ops.pyfused.cross_entropy_backward.default
-    backwards = [n for n in input.users if n.target is operator and n.args[1:7] == forward.args]
-    if len(backwards) != 1 or not _pays_ahead(input.meta["val"], reduction):
+    found = (n for n in input.users if n.target is operator and n.args[1:7] == forward.args)
+    backward = next(found, None)
+    if backward is None or not _pays_ahead(input.meta["val"], reduction):
         return
-    backward = backwards[0]
     grad_output, *arguments = backward.args
     with graph.inserting_before(forward):
         both = graph.call_function(torch.ops.pyfused.cross_entropy_ahead.default, tuple(arguments))
