@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from compare import Outcome, evaluate
 from torch import Tensor
-from torch._inductor import config
+from torch._inductor import config, metrics
 
 from pyfused import functional as fused
 from pyfused.ops import dispatch, inductor
@@ -122,6 +122,15 @@ def test_without_a_gradient(seen: Seen) -> None:
     assert_same(compiled_and_eager(VIEWED["as_it_is"], logits().detach()))
     assert seen.given_to_operators() == [torch.bfloat16]
     assert not seen.casts()
+
+
+def test_a_half_with_gaps_is_read_where_it_is(seen: Seen) -> None:
+    metrics.reset()
+    target = INDICES % 5
+    step = lambda f, x: f.cross_entropy(x[:, :5].float(), target)  # noqa: E731
+    assert_same(compiled_and_eager(step, logits().detach()))
+    assert seen.given_to_operators() == [torch.bfloat16]
+    assert metrics.generated_kernel_count == 0
 
 
 def test_two_losses_of_one_copy(seen: Seen) -> None:
