@@ -4,6 +4,7 @@
 // do not find, and masks for what a row leaves over; with these, whole rows take 1.2 to 1.6 times less.
 #pragma once
 
+#include "memory.h"
 #include "vec.h"
 
 #ifdef __AVX512F__
@@ -11,10 +12,6 @@
 #endif
 
 namespace pyfused {
-
-// How far ahead of a sum of exponentials memory is asked for. The hardware stops at every page, and
-// looks no further while a row in L1 is read again: 1.05 to 1.3 times faster.
-template <class T> constexpr int64_t kAhead = (1 << 14) / int64_t(sizeof(T));
 
 // The largest of x and `highest`; NaN is never the largest.
 template <class T, class A> A largest(const T* x, int64_t n, A highest) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "memory.h"
 #include "vec.h"
 
 #ifdef __AVX512F__
@@ -88,8 +89,12 @@ void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns
                      int64_t n) {
   for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, __mmask16 some) {
     Square rows;
+    const T* const corner = from + b * stride + c;
     for (int i = 0; i < kSquare; ++i) {
-      rows[i] = b + i < n ? load_row(from + (b + i) * stride + c, some) : _mm512_setzero_ps();
+      rows[i] = b + i < n ? load_row(corner + i * stride, some) : _mm512_setzero_ps();
+    }
+    if (classes > kSquare) {  // else several rows are in one line
+      for (int i = 0; i < kSquare; ++i) PYFUSED_PREFETCH(corner + i * stride + kAhead<T>);
     }
     transpose(rows);
     for (int i = 0; i < kSquare; ++i) {

@@ -31,7 +31,8 @@ if FORCED not in (None, "cpu", "triton", "torch"):
 # Sizes at which ATen's operator is the faster one: rows of (classes up to, elements below). Small
 # calls cost more than their work: an autograd.Function alone as much as all of ATen's. ATen's
 # softmax does well from 16 classes of 4 bytes on, or 32 of 2.
-# Measured as forward + backward, 1 and 2 threads, x86-64-v4; the last row is for all further classes.
+# Measured as forward + backward, 1 and 2 threads, x86-64-v4; the last row is for all further
+# classes.
 _ANY = math.inf
 ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     "cross_entropy": {
