@@ -212,10 +212,17 @@ BRANCH = re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+([.$]L\w+)")
 
 
 def loops(assembly: str) -> list[str]:
-    """What lies between each label and the last branch back to it."""
+    """What lies between each label and the last branch back to it.
+
+    A branch from behind the program's end is none: it returns from a block put out of the way.
+    """
     starts = {label[1]: label.start() for label in LABEL.finditer(assembly)}
-    ends = {branch[1]: branch.end() for branch in BRANCH.finditer(assembly)}
-    return [assembly[starts[label] : end] for label, end in ends.items() if starts[label] < end]
+    found = {}
+    for branch in BRANCH.finditer(assembly):
+        loop = assembly[starts[branch[1]] : branch.end()]
+        if loop and "s_endpgm" not in loop:
+            found[branch[1]] = loop
+    return list(found.values())
 
 
 def widths(access: str, assembly: str) -> list[int]:

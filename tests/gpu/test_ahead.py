@@ -96,6 +96,12 @@ def test_narrow_loads_in_a_loop_are_found(target: str, step: int, wrong: str) ->
     assert found.wide == (0 if wrong else 100)
 
 
+def test_a_branch_from_behind_the_end_is_no_loop() -> None:
+    loop = ".LBB0_1:\n\ts_cbranch_scc1 .LBB0_1"
+    aside = ".LBB0_2:\n\ts_endpgm\n.LBB0_3:\n\ts_branch .LBB0_2\n"
+    assert ahead.loops(f"{loop}\n{aside}") == [loop]
+
+
 @pytest.mark.parametrize("stride", [0, 1])
 def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["pyfused.kernels.cross_entropy"]
