@@ -333,9 +333,11 @@ def merge(shares, at, SPLITS: tl.constexpr):
     high = tl.load(given, mask=mask, other=-float("inf"))
     total = tl.load(given + shares.plane, mask=mask, other=0.0)
     aimed = tl.load(given + 2 * shares.plane, mask=mask, other=0.0)
-    highest = tl.max(high, 1)
+    nothing = tl.zeros_like(at.spike)
+    axis: tl.constexpr = None if high.shape[0] == 1 else 1
+    highest = nothing + tl.max(high, axis)
     total *= exp_nonpositive(high - pivot_of(highest)[:, None])
-    return Sums(highest, tl.sum(total, 1), tl.sum(aimed, 1))
+    return Sums(highest, nothing + tl.sum(total, axis), nothing + tl.sum(aimed, axis))
 
 
 @triton.jit
