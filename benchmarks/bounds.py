@@ -13,11 +13,12 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from cases import CASES, MODES, Arguments, Case, draw, step
-from measure import Quartiles, plan, quartiles, ratios, settle_allocator, timed
+from measure import Quartiles, Step, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -82,11 +83,12 @@ def measure(case: Case) -> tuple[list[float], list[Quartiles]]:
     steps = [step(o, case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
     steps.append(bare(case, arguments))
     rounds, calls = plan(steps, SECONDS)
-    times: list[list[float]] = [[] for _ in steps]
-    for turn in range(rounds):
-        for index in (0, 1, 2) if turn % 2 else (2, 1, 0):
-            arguments.input.grad = None
-            times[index].append(timed(steps[index], calls))
+
+    def fresh(call: Step) -> float:
+        arguments.input.grad = None
+        return timed(call, calls)
+
+    times = by_turns([partial(fresh, call) for call in steps], rounds)
     ms = [1e3 * quartiles(all_)[1] / calls for all_ in times]
     return ms, [ratios(times[0], times[1]), ratios(times[0], times[2])]
 

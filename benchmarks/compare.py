@@ -17,11 +17,11 @@ import sys
 import tarfile
 import tempfile
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from cases import CASES, MODES, Case, draw, step
-from measure import LONGER, Quartiles, plan, ratios, settle_allocator, timed
+from measure import LONGER, Quartiles, by_turns, plan, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -86,11 +86,8 @@ def extract(revision: str, folder: Path) -> Path:
 
 def measure(base: Side, head: Side, case: int, mode: str, seconds: float) -> Quartiles:
     rounds, calls = plan((base, head), seconds, clock=lambda s, calls: s.seconds(case, mode, calls))
-    times: dict[Side, list[float]] = {base: [], head: []}
-    for turn in range(rounds):
-        for side in (base, head) if turn % 2 else (head, base):
-            times[side].append(side.seconds(case, mode, calls))
-    return ratios(times[base], times[head])
+    clocks = [partial(side.seconds, case, mode, calls) for side in (base, head)]
+    return ratios(*by_turns(clocks, rounds))
 
 
 def examine(

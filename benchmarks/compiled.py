@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from cases import BF16, M
-from measure import Step, plan, quartiles, ratios, settle_allocator, timed
+from measure import Step, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -156,10 +157,7 @@ def measure(case: Case, mode: str, seconds: float) -> list[str]:
     torch.compiler.reset()
     pair = steps(case, mode)
     rounds, calls = plan(pair, seconds)
-    times: tuple[list[float], list[float]] = [], []
-    for turn in range(rounds):
-        for index in (0, 1) if turn % 2 else (1, 0):
-            times[index].append(timed(pair[index], calls))
+    times = by_turns([partial(timed, call, calls) for call in pair], rounds)
     ms = [f"{1e3 * quartiles(all_)[1] / calls:.3f}" for all_ in times]
     low, median, high = ratios(*times)
     return [case.name, mode, *ms, f"{median:.2f} ({low:.2f} to {high:.2f})"]

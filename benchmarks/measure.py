@@ -67,6 +67,16 @@ def timed(step: Step, calls: int) -> float:
     return time.perf_counter() - started
 
 
+def by_turns(clocks: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """The times of each: one after the other in each round, and in the next from the other end."""
+    times: list[list[float]] = [[] for _ in clocks]
+    order = range(len(clocks))
+    for turn in range(rounds):
+        for index in order if turn % 2 else reversed(order):
+            times[index].append(clocks[index]())
+    return times
+
+
 def plan(
     steps: Iterable[Any],
     seconds: float,

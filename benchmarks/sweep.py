@@ -16,10 +16,21 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from cases import BF16, F16, F32, F64, MODES, Case, M, draw, step
-from measure import LONGER, Quartiles, plan, quartiles, ratios, settle_allocator, timed
+from measure import (
+    LONGER,
+    Quartiles,
+    Step,
+    by_turns,
+    plan,
+    quartiles,
+    ratios,
+    settle_allocator,
+    timed,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -93,12 +104,12 @@ def measure(point: Point, seconds: float) -> Finding:
     arguments = draw(point.case)
     steps = [step(o, point.case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
     rounds, calls = plan(steps, seconds, fewest=4)
-    times: tuple[list[float], list[float]] = [], []
-    for turn in range(rounds):
-        order = (0, 1) if turn % 2 else (1, 0)
-        for index in order:
-            arguments.input.grad = None
-            times[index].append(timed(steps[index], calls))
+
+    def fresh(call: Step) -> float:
+        arguments.input.grad = None
+        return timed(call, calls)
+
+    times = by_turns([partial(fresh, call) for call in steps], rounds)
     torch_ms, pyfused_ms = (1e3 * quartiles(all_)[1] / calls for all_ in times)
     return Finding(point, torch_ms, pyfused_ms, ratios(*times))
 

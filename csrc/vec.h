@@ -58,9 +58,6 @@ template <class T> using Accumulate = typename AccumulateType<T>::type;
 // Buffers hold whole vectors: 64 bytes is the widest register of any ISA built here.
 constexpr int64_t kVectorBytes = 64;
 template <class A> constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
-template <class A> constexpr int64_t whole_vectors(int64_t n) {
-  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
 
 template <class To, class From> PYFUSED_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");

@@ -202,7 +202,7 @@ def sum_classes(inputs, scalars, at, first, last, constants):
     for start in range(first, last, constants.CLASSES):
         c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
         x = read_logits(inputs, at, c, last, constants)
-        aim = None
+        aim = None  # a function may not return it: so each kernel reads its tiles in full
         if constants.DENSE:
             aim = read_aim(inputs, scalars, at, c, last, constants)
         sums = add_classes(sums, x, aim)
