@@ -1,5 +1,5 @@
-// What exponentials.h does with AVX-512: two registers of floats at a time, and to and from memory as
-// many elements of any type.
+// What exponentials.h does with AVX-512: two or four registers of floats at a time, and to and from memory
+// as many elements of any type.
 #pragma once
 
 #include <immintrin.h>
@@ -10,8 +10,13 @@
 
 namespace pyfused {
 
-struct Pair { __m512 low, high; };
-constexpr int64_t kPair = 2 * kLanes<float>;
+// Two registers, or two pairs, as one. An operator is done for all of them before the next one is for any:
+// results take some cycles, in which the CPU needs others to work on.
+template <int N> struct Registers { Registers<N / 2> low, high; };
+template <> struct Registers<2> { __m512 low, high; };
+using Pair = Registers<2>;
+using Quad = Registers<4>;
+constexpr int64_t kPair = 2 * kLanes<float>, kQuad = 2 * kPair;
 
 // The first n of a pair's elements, n < kPair.
 PYFUSED_INLINE __mmask32 first_of_pair(int64_t n) { return (__mmask32(1) << n) - 1; }
@@ -21,6 +26,52 @@ PYFUSED_INLINE __m512i elements_of_lanes(int32_t first, int32_t step) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_mullo_epi32(_mm512_set1_epi32(step), lane));
 }
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+PYFUSED_INLINE Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
+
+template <int N> PYFUSED_INLINE Registers<N> operator+(Registers<N> x, Registers<N> y) {
+  return {x.low + y.low, x.high + y.high};
+}
+template <int N> PYFUSED_INLINE Registers<N> operator-(Registers<N> x, Registers<N> y) {
+  return {x.low - y.low, x.high - y.high};
+}
+template <int N> PYFUSED_INLINE Registers<N> operator*(Registers<N> x, Registers<N> y) {
+  return {x.low * y.low, x.high * y.high};
+}
+template <int N> PYFUSED_INLINE Registers<N> operator+(Registers<N> x, float y) {
+  return {x.low + y, x.high + y};
+}
+template <int N> PYFUSED_INLINE Registers<N> operator-(Registers<N> x, float y) {
+  return {x.low - y, x.high - y};
+}
+template <int N> PYFUSED_INLINE Registers<N> operator*(Registers<N> x, float y) {
+  return {x.low * y, x.high * y};
+}
+
+// Of a number and NaN, the second.
+PYFUSED_INLINE __m512 larger(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
+PYFUSED_INLINE __m512 larger(float x, __m512 y) { return larger(_mm512_set1_ps(x), y); }
+template <int N> PYFUSED_INLINE Registers<N> larger(Registers<N> x, Registers<N> y) {
+  return {larger(x.low, y.low), larger(x.high, y.high)};
+}
+template <int N> PYFUSED_INLINE Registers<N> larger(float x, Registers<N> y) {
+  return {larger(x, y.low), larger(x, y.high)};
+}
+
+PYFUSED_INLINE __m512 rounded(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+template <int N> PYFUSED_INLINE Registers<N> rounded(Registers<N> x) {
+  return {rounded(x.low), rounded(x.high)};
+}
+
+PYFUSED_INLINE __m512 times_power_of_2(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
+template <int N> PYFUSED_INLINE Registers<N> times_power_of_2(Registers<N> x, Registers<N> n) {
+  return {times_power_of_2(x.low, n.low), times_power_of_2(x.high, n.high)};
+}
+
+PYFUSED_INLINE float sum_of_lanes(Pair x) { return _mm512_reduce_add_ps(x.low + x.high); }
+PYFUSED_INLINE float largest_lane(Pair x) { return _mm512_reduce_max_ps(larger(x.low, x.high)); }
 
 // ---- halves: a bfloat16 is the upper half of a float's bits ---------------------------------------
 
@@ -41,6 +92,9 @@ PYFUSED_INLINE __m512i narrow(Pair x, bfloat16) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = elements_of_lanes(3 << 16 | 1, 4 << 16 | 4);
   return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x.low), half), upper,
                                    _mm512_add_epi32(_mm512_castps_si512(x.high), half));
+}
+PYFUSED_INLINE float roundable(float x) {
+  return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x;
 }
 PYFUSED_INLINE __m512i narrow(Pair x, float16) {
   const __m256i low = _mm512_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT);
@@ -64,6 +118,11 @@ template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n = k
   return widen(_mm512_mask_loadu_epi16(_mm512_set1_epi16(lowest.bits), first_of_pair(n), x), Half{});
 }
 
+template <class T> PYFUSED_INLINE void prefetch_quad(const T* x) {
+  for (int64_t k = 0; k < kQuad; k += kVectorBytes / int64_t(sizeof(T))) PYFUSED_PREFETCH(x + k);
+}
+template <class T> PYFUSED_INLINE Quad load_quad(const T* x) { return {load_pair(x), load_pair(x + kPair)}; }
+
 PYFUSED_INLINE void store_pair(Pair x, float* to, int64_t n = kPair) {
   const __mmask32 first = n < kPair ? first_of_pair(n) : ~__mmask32(0);
   _mm512_mask_storeu_ps(to, __mmask16(first), x.low);
@@ -78,6 +137,8 @@ PYFUSED_INLINE void stream_pair(Pair x, float* to) {
   _mm512_stream_ps(to, x.low);
   _mm512_stream_ps(to + kLanes<float>, x.high);
 }
-template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) { store_pair(x, to); }
+template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrow(x, Half{}));
+}
 
 }  // namespace pyfused

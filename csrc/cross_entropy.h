@@ -84,8 +84,13 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
       return;
     }
     Sum sum;
-    for (int64_t i = first; i < std::min(ce.positions(), first + size); ++i) {
-      const double loss = Row<T>(scaled, i).run();
+    const int64_t end = std::min(ce.positions(), first + size);
+    A peeked = Row<T>::peek(scaled, first);
+    for (int64_t i = first; i < end; ++i) {
+      Row<T> row(scaled, i);
+      row.read(peeked);
+      if (i + 1 < end) peeked = Row<T>::peek(scaled, i + 1);
+      const double loss = row.finish();
       if (ce.loss && each) ce.loss[i] = A(loss);
       sum.add(loss);
     }

@@ -185,7 +185,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
         const A previous = max[b];
         max[b] = pivot[b];
         pivot[b] = pivot[b] == lowest ? A(0) : pivot[b];
-        if (c > 0) sum[b] *= double(exp_nonpositive(previous - pivot[b]));
+        if (c > 0) sum[b] *= double(exp_shifted(previous - pivot[b]));
       }
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns] = {};
@@ -260,7 +260,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
     for (int64_t b = 0; b < kColumns; ++b) {
       factor[b] = A(mass[b] * scale[b] / sum[b]);
       level[b] = A(ce.level() * scale[b]);
-      const double p = double(exp_nonpositive(hit_logit[b] - max[b])) / sum[b];
+      const double p = double(exp_shifted(hit_logit[b] - max[b])) / sum[b];
       at_hit[b] = A((p * mass[b] - hit_aim[b]) * scale[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {

@@ -17,7 +17,7 @@ namespace pyfused {
 template <class T> constexpr int64_t kRowClasses = kTransposes<T> ? 129 : 96;
 constexpr int64_t kChunk = 1024;  // classes at a time: the buffers of a chunk stay in L1
 
-// A row of up to so many classes keeps exp(x - max) for its gradient: with logits and gradient it fits
+// A row of up to so many classes keeps exp(x - pivot) for its gradient: with logits and gradient it fits
 // in L1. That takes 1.1 to 1.2 times less time, and 1.2 to 1.4 times more from twice as many on, where
 // it is quicker to compute than to fetch.
 template <class T>
@@ -26,21 +26,38 @@ constexpr int64_t kKept = (1 << 15) / (2 * sizeof(T) + sizeof(Accumulate<T>)) / 
 template <class T> class Row {
   using A = Accumulate<T>;
   static constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  static constexpr double kMost = 1024;  // exp(7), about
 
  public:
   Row(const Scaled<T>& ce, int64_t position)
       : ce(ce), position(position), logits(ce.at(ce.logits, position)),
         keeps(ce.grad_logits.data && ce.classes <= kKept<T>) {}
 
+  // The largest logit of a row's first part. Asked of the next row before this one is finished, so that
+  // neither waits for a result: 1.1 times faster at 1,000 classes.
+  static A peek(const Scaled<T>& ce, int64_t position) {
+    if (ce.ignored(position)) return kLowest;
+    const T* const logits = ce.at(ce.logits, position);
+    const int64_t n = std::min(kChunk, ce.classes);
+    if (!kWidensInBulk<T>) return largest(logits, n, kLowest);
+    alignas(kVectorBytes) A wide[kWidensInBulk<T> ? kChunk : 1];
+    load(logits, wide, n);
+    return largest(wide, n, kLowest);
+  }
+
+  void read(A peeked) {
+    if (ce.ignored(position)) return;
+    if (ce.target) hit_logit = widen(logits[ce.target[position]]);
+    if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, std::min(kChunk, ce.classes), A(1));
+    keeps ? read<true>(peeked) : read<false>(peeked);
+  }
+
   // Returns the loss; writes the gradients that are wanted. The logits' gradient may take their place.
-  double run() {
+  double finish() {
     if (ce.ignored(position)) {
       if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
       return 0;
     }
-    if (ce.target) hit_logit = widen(logits[ce.target[position]]);
-    if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, std::min(kChunk, ce.classes), A(1));
-    keeps ? read<true>() : read<false>();
     double loss;
     if (ce.dense()) {
       mass = ce.target ? ce.uniform_mass + ce.spike(position) : ce.level() * aimed.value();
@@ -60,13 +77,13 @@ template <class T> class Row {
   const int64_t position;
   const T* const logits;
   const bool keeps;
-  A max = kLowest, hit_logit = 0;
-  double sum = 0, log_sum = 0;  // of exp(x - max)
+  A pivot = kLowest, hit_logit = 0;  // the largest logit, or less than it by up to 7
+  double sum = 0, log_sum = 0;  // of exp(x - pivot)
   double mass = 0;              // sum_c q_c
-  Sum distance;                 // sum_c q_c / level (max - x_c), but for the spike
+  Sum distance;                 // sum_c q_c / level (pivot - x_c), but for the spike
   Sum aimed;                    // sum_c q_c / level of probabilities
-  A pivots[kKept<T> / kChunk + 1];  // the largest logit when a part was read
-  alignas(kVectorBytes) A kept[kKept<T>];  // exp(x - pivot)
+  A pivots[kKept<T> / kChunk + 1];  // what the pivot was for each part
+  alignas(kVectorBytes) A kept[kKept<T>];  // exp(x - pivots)
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A buffer[kChunk];
 
@@ -86,26 +103,24 @@ template <class T> class Row {
     });
   }
 
-  // One read of the row: a part is summed against the largest logit so far, and once more in the
-  // rare case that it holds a larger one.
-  template <bool Keeps> void read() {
+  // One read of the row. A part is summed against the pivot so far; against its own largest logit in
+  // the rare case that it outweighs the parts before it.
+  template <bool Keeps> void read(A peeked) {
     for_logits([&](int64_t part, int64_t first, auto* x, int64_t n) {
       A* const e = Keeps ? kept + first : nullptr;
-      A high = max, terms = 0;
-      if (max != kLowest) {
-        terms = sum_exponentials<Keeps>(x, e, n, max, high);
-      } else {
-        high = largest(x, n, high);
+      T* const grad = Keeps ? ce.at(ce.grad_logits, position) + first : nullptr;
+      const auto sum_part = [&](A shift) { return sum_exponentials<Keeps>(x, shift, e, grad, n); };
+      A terms = part ? sum_part(pivot) : 0;
+      if (!part || !(terms <= std::min(8 * sum, kMost))) {
+        const A high = part ? largest(x, n, pivot) : peeked;
+        // While all is -inf the shift is 0, so that a NaN is the only way to a NaN.
+        const A shift = high == kLowest ? A(0) : high;
+        sum *= exp_shifted(pivot - shift);
+        if (part && ce.dense()) distance.add(double(high - pivot) * aimed_before(first));
+        pivot = high;
+        terms = sum_part(shift);
       }
-      if (high > max || max == kLowest) {
-        // While all is -inf the pivot is 0, so that a NaN is the only way to a NaN.
-        const A pivot = high == kLowest ? A(0) : high;
-        sum *= exp_nonpositive(max - pivot);
-        if (part && ce.dense()) distance.add(double(high - max) * aimed_before(first));
-        max = high;
-        terms = sum_exponentials<Keeps>(x, e, n, pivot, high);
-      }
-      if (Keeps) pivots[part] = max;
+      if (Keeps) pivots[part] = pivot;
       sum += terms;
       if (ce.dense()) add_distance(distance, first, x, n, 0);
     });
@@ -130,11 +145,11 @@ template <class T> class Row {
     return q;
   }
 
-  // Adds q / level and its product with max - x + shift.
+  // Adds q / level and its product with pivot - x + shift.
   template <class U>
   void add_distance(Sum& to, int64_t first, const U* x, int64_t n, A shift) {
     const A* const q = aim_at(first, n);
-    const A high = max;
+    const A high = pivot;
     add_terms<A>(to, n, [=](int64_t i) { return q[i] * ((high - widen(x[i])) + shift); });
     if (shift == 0 && !ce.target) add_terms<A>(aimed, n, [=](int64_t i) { return q[i]; });
   }
@@ -159,18 +174,19 @@ template <class T> class Row {
   }
 
   double spike_loss(double shift) const {
-    return ce.target ? ce.spike(position) * (double(max - hit_logit) + shift) : 0;
+    return ce.target ? ce.spike(position) * (double(pivot - hit_logit) + shift) : 0;
   }
 
   // p_c sum_k q_k - q_c
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
     const double scale = ce.scale(position), factor = mass * scale / sum;
-    const A high = max, level = A(ce.level() * scale);
+    const A high = pivot, level = A(ce.level() * scale);
     if (keeps) {
       for_parts([&](int64_t part, int64_t first, int64_t n) {
         const A* const e = kept + first;
-        const A rescaled = A(factor * double(exp_nonpositive(pivots[part] - high)));
+        const double rescale = pivots[part] == high ? 1 : exp_shifted(pivots[part] - high);
+        const A rescaled = A(factor * rescale);
         if (!ce.dense()) return scaled(e, rescaled, buffer, grad + first, n);
         A* const wide = staged(grad + first, buffer);
         const A* const q = aim_at(first, n);
@@ -190,7 +206,7 @@ template <class T> class Row {
       });
     }
     if (!ce.target) return;
-    const double p = double(exp_nonpositive(hit_logit - high)) / sum;
+    const double p = double(exp_shifted(hit_logit - high)) / sum;
     grad[ce.target[position]] = narrow<T>(A((p * mass - ce.hit_aim(position)) * scale));
   }
 
@@ -198,7 +214,7 @@ template <class T> class Row {
   void write_probability_gradient() {
     T* const grad = ce.at(ce.grad_probabilities, position);
     const int64_t stride = ce.grad_probabilities.classes;
-    const A factor = A(ce.level() * ce.slope() * ce.scale(position)), high = max, low = A(log_sum);
+    const A factor = A(ce.level() * ce.slope() * ce.scale(position)), high = pivot, low = A(log_sum);
     for_logits([&](int64_t, int64_t first, auto* x, int64_t n) {
       A* const out = stride == 1 ? staged(grad + first, buffer) : buffer;
       for (int64_t i = 0; i < n; ++i) out[i] = factor * ((high - widen(x[i])) + low);

@@ -3,7 +3,7 @@
 // Every kernel reads an element type T, computes in Accumulate<T> and rounds once when it writes.
 //
 //   function        range                            largest error
-//   exp_nonpositive [-87.33, 0] (double: [-708, 0])  1.01 ULP (double: 1); falls to 0 below
+//   exp_shifted     [-87.33, 7] (double: [-708, 7])  1.01 ULP (double: 1); falls to 0 below
 //   log_positive    [1, 2^60]                        0.87 ULP (double: 1.5, of 1 below e)
 //   load, store     every value of the type          load is exact, store rounds to nearest even
 //
@@ -167,7 +167,7 @@ PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int6
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, with a minimax polynomial for exp(r).
 // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves n in the low bits of the sum.
 
-PYFUSED_INLINE float exp_nonpositive(float x) {
+PYFUSED_INLINE float exp_shifted(float x) {
   constexpr float kRound = 0x1.8p23f;
   x = -104.0f > x ? -104.0f : x;
   const float shifted = x * 1.44269504f + kRound;
@@ -183,7 +183,7 @@ PYFUSED_INLINE float exp_nonpositive(float x) {
   return p * bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23);
 }
 
-PYFUSED_INLINE double exp_nonpositive(double x) {
+PYFUSED_INLINE double exp_shifted(double x) {
   constexpr double kRound = 0x1.8p52;
   x = -746.0 > x ? -746.0 : x;
   const double shifted = x * 1.4426950408889634 + kRound;
@@ -229,7 +229,7 @@ PYFUSED_INLINE float log_positive(float x) {
 // a number within 1e-6 of 1.
 PYFUSED_INLINE double log_positive(double x) {
   const double guess = double(log_positive(float(x)));
-  const double d = x * exp_nonpositive(-guess) - 1.0;
+  const double d = x * exp_shifted(-guess) - 1.0;
   return guess + (d - 0.5 * d * d);
 }
 

@@ -3,7 +3,7 @@
 `compare.Errors` is that sentence in code, over the calls that one test makes: for float32 and the
 half precisions the reference is float64, for float64 it is NumPy's long double. Inputs are
 full-scale: standard normal, confident (every logit at +-30), extreme (+-1e4), and close together
-but far from zero.
+but far from zero; long rows also with their largest logits last.
 """
 
 from __future__ import annotations
@@ -35,12 +35,19 @@ LOGITS = {
     "extreme": lambda shape: 1e4 * torch.randn(shape).sign(),
     "far_from_zero": lambda shape: 1e4 + 8 * torch.randn(shape).round(decimals=1),
 }
+LATE = {
+    "rising": lambda shape: torch.randn(shape) + torch.linspace(-20, 20, shape[1]),
+    "peaked": lambda shape: (
+        torch.randn(shape) + 9.0 * F.one_hot(torch.tensor(shape[1] - 5), shape[1])
+    ),
+}
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 by_logits = pytest.mark.parametrize("kind", LOGITS)
+by_logits_of_long_rows = pytest.mark.parametrize("kind", LOGITS | LATE)
 
 
 def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, targets: str) -> tuple[Any, ...]:
-    logits = LOGITS[kind](shape).to(dtype).requires_grad_()
+    logits = (LOGITS | LATE)[kind](shape).to(dtype).requires_grad_()
     if targets == "probabilities":
         return logits, torch.randn(shape).softmax(1).to(dtype)
     return logits, torch.randint(shape[1], (shape[0], *shape[2:]))
@@ -139,7 +146,7 @@ def test_cross_entropy_few_classes(
 
 
 @by_dtype
-@by_logits
+@by_logits_of_long_rows
 @pytest.mark.parametrize("classes", MANY_CLASSES, ids="C{}".format)
 def test_cross_entropy_many_classes(
     classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
@@ -150,7 +157,7 @@ def test_cross_entropy_many_classes(
 
 
 @by_dtype
-@by_logits
+@by_logits_of_long_rows
 @pytest.mark.parametrize("classes", VOCABULARIES, ids="C{}".format)
 def test_cross_entropy_vocabularies(
     classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
@@ -195,7 +202,7 @@ def test_gradient_to_probabilities(dtype: torch.dtype, kind: str) -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 65, 1000, 32000], ids="C{}".format)
-@by_logits
+@by_logits_of_long_rows
 def test_small_probabilities_keep_their_relative_precision(kind: str, classes: int) -> None:
     """Elements far below the largest one hide in an absolute error; here each counts by itself."""
     logits, target = make(kind, (9, classes), torch.float32, "index")

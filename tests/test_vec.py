@@ -87,14 +87,22 @@ class Row(NamedTuple):
         return self.name
 
 
+def third_of_exp(x: np.ndarray) -> np.ndarray:
+    return np.exp(x) * x.dtype.type(np.float32(1 / 3))
+
+
 FLOAT32 = [
     Row("exp_float32", np.exp, -87.33, -0.0, 1.01),
     Row("exponentials_float32", np.exp, -87.33, -0.0, 1.9, growth=1 / 30),
     Row("log_float32", np.log, 1.0, 2.0**60, 0.87),
+    Row("exp_float32", np.exp, 0.0, 7.0, 1.01),
+    Row("exponentials_float32", np.exp, 0.0, 7.0, 2.0, growth=1 / 30),
+    Row("third_of_exponentials_float32", third_of_exp, -85.0, -0.0, 3.2, growth=1 / 30),
 ]
 FLOAT64 = [
     Row("exp_float64", np.exp, -708.0, -0.0, 1.0),
     Row("log_float64", np.log, 1.0, 2.0**60, 1.5, least=1.0),
+    Row("exp_float64", np.exp, 0.0, 7.0, 1.0),
 ]
 
 
@@ -248,6 +256,20 @@ def test_scaled_rounds_to_nearest(half: str, piece: int | None, vec: Vec) -> Non
         below, tie = nearest(x, middle)
         got = vec(f"scaled_{half}", x, np.uint16, piece)
         assert ((got == below) | (tie & (got == below + 1))).all()
+
+
+@of_each_half
+@pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
+def test_exponentials_round_as_if_they_were_exact_or_nearly(
+    half: str, piece: int | None, vec: Vec
+) -> None:
+    numbers = WIDE[half][: INFINITE[half]].astype(np.float64)
+    x = np.linspace(max(-85, np.log(6 * numbers[1])), 7, 100_000, dtype=np.float32)
+    exact = third_of_exp(x.astype(np.float64))
+    below = np.searchsorted(numbers, exact) - 1
+    got = WIDE[half][vec(f"third_of_exponentials_{half}", x, np.uint16, piece)]
+    errors = np.abs(got - exact) / (numbers[below + 1] - numbers[below])
+    assert np.max(errors) <= 0.54
 
 
 @of_each_half

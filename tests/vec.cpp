@@ -41,13 +41,25 @@ template <class Half, uint32_t factor> void scaled_by(const float* x, Half* y, i
     scaled(x + i, bit_cast<float>(factor), buffer, y + i, std::min(kBuffer, n - i));
   }
 }
+constexpr float kThird = 0.333333333f;
+template <class T> void third_of_exponentials(const float* x, T* y, int64_t n) {
+  constexpr int64_t kBuffer = 1024;
+  float buffer[kBuffer];
+  for (int64_t i = 0; i < n; i += kBuffer) {
+    const int64_t count = std::min(kBuffer, n - i);
+    scaled_exponentials(x + i, 0.0f, kThird, buffer, y + i, count, false);
+  }
+}
 constexpr uint32_t kOne = 0x3f800000, kNaN = 0x7fffffff;  // the NaN that rounding would carry out of
 
-EACH_ELEMENT(exp_float32, float, exp_nonpositive)
-EACH_ELEMENT(exp_float64, double, exp_nonpositive)
+EACH_ELEMENT(exp_float32, float, exp_shifted)
+EACH_ELEMENT(exp_float64, double, exp_shifted)
 EACH_ELEMENT(log_float32, float, log_positive)
 EACH_ELEMENT(log_float64, double, log_positive)
 EACH_PIECE(exponentials_float32, float, float, exponentials_of)
+EACH_PIECE(third_of_exponentials_float32, float, float, third_of_exponentials)
+EACH_PIECE(third_of_exponentials_bfloat16, float, bfloat16, third_of_exponentials)
+EACH_PIECE(third_of_exponentials_float16, float, float16, third_of_exponentials)
 EACH_PIECE(load_bfloat16, bfloat16, float, load)
 EACH_PIECE(load_float16, float16, float, load)
 EACH_PIECE(store_bfloat16, float, bfloat16, store)
