@@ -1,24 +1,32 @@
-// What exponentials.h does with AVX-512: two or four registers of floats at a time, and to and from memory
-// as many elements of any type.
+// Two AVX-512 registers of floats.
 #pragma once
 
 #include <immintrin.h>
 
 #include <limits>
 
-#include "vec.h"
+#include "registers.h"
+
+#define PYFUSED_HAS_REGISTERS 1
 
 namespace pyfused {
 
-// Two registers, or two pairs, as one. An operator is done for all of them before the next one is for any:
-// results take some cycles, in which the CPU needs others to work on.
-template <int N> struct Registers { Registers<N / 2> low, high; };
 template <> struct Registers<2> { __m512 low, high; };
-using Pair = Registers<2>;
-using Quad = Registers<4>;
-constexpr int64_t kPair = 2 * kLanes<float>, kQuad = 2 * kPair;
 
-// The first n of a pair's elements, n < kPair.
+PYFUSED_INLINE __m512 larger(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
+PYFUSED_INLINE __m512 larger(float x, __m512 y) { return larger(_mm512_set1_ps(x), y); }
+PYFUSED_INLINE __m512 at_most(float x, __m512 y) {  // of integers, for which more units are free
+  const __m512i bits = _mm512_min_epi32(_mm512_castps_si512(_mm512_set1_ps(x)), _mm512_castps_si512(y));
+  return _mm512_castsi512_ps(bits);
+}
+PYFUSED_INLINE __m512 rounded(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+PYFUSED_INLINE __m512 times_power_of_2(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
+
+PYFUSED_INLINE Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
+PYFUSED_INLINE float sum_of_lanes(Pair x) { return _mm512_reduce_add_ps(x.low + x.high); }
+PYFUSED_INLINE float largest_lane(Pair x) { return _mm512_reduce_max_ps(larger(x.low, x.high)); }
+
+// The first n of a pair's elements, n < 32.
 PYFUSED_INLINE __mmask32 first_of_pair(int64_t n) { return (__mmask32(1) << n) - 1; }
 
 // For each lane of 32 bits, the numbers of two elements of 16 bits, from `first` in steps of `step`.
@@ -26,52 +34,6 @@ PYFUSED_INLINE __m512i elements_of_lanes(int32_t first, int32_t step) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_mullo_epi32(_mm512_set1_epi32(step), lane));
 }
-
-// ---- arithmetic ---------------------------------------------------------------------------------
-
-PYFUSED_INLINE Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
-
-template <int N> PYFUSED_INLINE Registers<N> operator+(Registers<N> x, Registers<N> y) {
-  return {x.low + y.low, x.high + y.high};
-}
-template <int N> PYFUSED_INLINE Registers<N> operator-(Registers<N> x, Registers<N> y) {
-  return {x.low - y.low, x.high - y.high};
-}
-template <int N> PYFUSED_INLINE Registers<N> operator*(Registers<N> x, Registers<N> y) {
-  return {x.low * y.low, x.high * y.high};
-}
-template <int N> PYFUSED_INLINE Registers<N> operator+(Registers<N> x, float y) {
-  return {x.low + y, x.high + y};
-}
-template <int N> PYFUSED_INLINE Registers<N> operator-(Registers<N> x, float y) {
-  return {x.low - y, x.high - y};
-}
-template <int N> PYFUSED_INLINE Registers<N> operator*(Registers<N> x, float y) {
-  return {x.low * y, x.high * y};
-}
-
-// Of a number and NaN, the second.
-PYFUSED_INLINE __m512 larger(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
-PYFUSED_INLINE __m512 larger(float x, __m512 y) { return larger(_mm512_set1_ps(x), y); }
-template <int N> PYFUSED_INLINE Registers<N> larger(Registers<N> x, Registers<N> y) {
-  return {larger(x.low, y.low), larger(x.high, y.high)};
-}
-template <int N> PYFUSED_INLINE Registers<N> larger(float x, Registers<N> y) {
-  return {larger(x, y.low), larger(x, y.high)};
-}
-
-PYFUSED_INLINE __m512 rounded(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
-template <int N> PYFUSED_INLINE Registers<N> rounded(Registers<N> x) {
-  return {rounded(x.low), rounded(x.high)};
-}
-
-PYFUSED_INLINE __m512 times_power_of_2(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
-template <int N> PYFUSED_INLINE Registers<N> times_power_of_2(Registers<N> x, Registers<N> n) {
-  return {times_power_of_2(x.low, n.low), times_power_of_2(x.high, n.high)};
-}
-
-PYFUSED_INLINE float sum_of_lanes(Pair x) { return _mm512_reduce_add_ps(x.low + x.high); }
-PYFUSED_INLINE float largest_lane(Pair x) { return _mm512_reduce_max_ps(larger(x.low, x.high)); }
 
 // ---- halves: a bfloat16 is the upper half of a float's bits ---------------------------------------
 
@@ -93,9 +55,6 @@ PYFUSED_INLINE __m512i narrow(Pair x, bfloat16) {
   return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x.low), half), upper,
                                    _mm512_add_epi32(_mm512_castps_si512(x.high), half));
 }
-PYFUSED_INLINE float roundable(float x) {
-  return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x;
-}
 PYFUSED_INLINE __m512i narrow(Pair x, float16) {
   const __m256i low = _mm512_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT);
   const __m256i high = _mm512_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT);
@@ -105,37 +64,32 @@ PYFUSED_INLINE __m512i narrow(Pair x, float16) {
 // ---- load and store -----------------------------------------------------------------------------
 
 // The first n elements, and -inf in place of the others.
-PYFUSED_INLINE Pair load_pair(const float* x, int64_t n = kPair) {
-  if (n >= kPair) return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + kLanes<float>)};
+PYFUSED_INLINE Pair load_pair(const float* x, int64_t n = 32) {
+  if (n >= 32) return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   const __mmask32 first = first_of_pair(n);
   return {_mm512_mask_loadu_ps(lowest, __mmask16(first), x),
-          _mm512_mask_loadu_ps(lowest, __mmask16(first >> 16), x + kLanes<float>)};
+          _mm512_mask_loadu_ps(lowest, __mmask16(first >> 16), x + 16)};
 }
-template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n = kPair) {
-  if (n >= kPair) return widen(_mm512_loadu_si512(x), Half{});
+template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n = 32) {
+  if (n >= 32) return widen(_mm512_loadu_si512(x), Half{});
   const Half lowest = pyfused::narrow<Half>(-std::numeric_limits<float>::infinity());
   return widen(_mm512_mask_loadu_epi16(_mm512_set1_epi16(lowest.bits), first_of_pair(n), x), Half{});
 }
 
-template <class T> PYFUSED_INLINE void prefetch_quad(const T* x) {
-  for (int64_t k = 0; k < kQuad; k += kVectorBytes / int64_t(sizeof(T))) PYFUSED_PREFETCH(x + k);
-}
-template <class T> PYFUSED_INLINE Quad load_quad(const T* x) { return {load_pair(x), load_pair(x + kPair)}; }
-
-PYFUSED_INLINE void store_pair(Pair x, float* to, int64_t n = kPair) {
-  const __mmask32 first = n < kPair ? first_of_pair(n) : ~__mmask32(0);
+PYFUSED_INLINE void store_pair(Pair x, float* to, int64_t n = 32) {
+  const __mmask32 first = n < 32 ? first_of_pair(n) : ~__mmask32(0);
   _mm512_mask_storeu_ps(to, __mmask16(first), x.low);
-  _mm512_mask_storeu_ps(to + kLanes<float>, __mmask16(first >> 16), x.high);
+  _mm512_mask_storeu_ps(to + 16, __mmask16(first >> 16), x.high);
 }
-template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to, int64_t n = kPair) {
-  _mm512_mask_storeu_epi16(to, n < kPair ? first_of_pair(n) : ~__mmask32(0), narrow(x, Half{}));
+template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to, int64_t n = 32) {
+  _mm512_mask_storeu_epi16(to, n < 32 ? first_of_pair(n) : ~__mmask32(0), narrow(x, Half{}));
 }
 
 // Past the cache, to whole lines. Halves gain nothing by it: their exponentials take longer.
 PYFUSED_INLINE void stream_pair(Pair x, float* to) {
   _mm512_stream_ps(to, x.low);
-  _mm512_stream_ps(to + kLanes<float>, x.high);
+  _mm512_stream_ps(to + 16, x.high);
 }
 template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrow(x, Half{}));

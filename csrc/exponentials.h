@@ -7,11 +7,8 @@
 #include <iterator>
 
 #include "memory.h"
+#include "registers.h"
 #include "vec.h"
-
-#ifdef __AVX512F__
-#include "avx512.h"
-#endif
 
 namespace pyfused {
 
@@ -22,13 +19,16 @@ template <class T, class A> A largest(const T* x, int64_t n, A highest) {
   return highest;
 }
 
-// The sum of exp(x - pivot), each kept in `e` where Keeps, on its way to `out`.
-template <bool Keeps, class T, class A, class Out>
+// The sum of exp(x - pivot), each kept in `e` where Keeps, on its way to `out`. Where x is Unbounded and
+// not less than the pivot + 88, exp(88) or more comes out, which no row is content with, or a NaN.
+constexpr float kTop = 88.0f;
+template <bool Keeps, bool Unbounded, class T, class A, class Out>
 A sum_exponentials(const T* x, A pivot, A* e, const Out* /* out */, int64_t n) {
   A sum = 0;
   PYFUSED_SIMD(reduction(+ : sum))
   for (int64_t i = 0; i < n; ++i) {
-    const A value = exp_shifted(widen(x[i]) - pivot);
+    const A shifted = widen(x[i]) - pivot;
+    const A value = exp_shifted(Unbounded && shifted > kTop ? A(kTop) : shifted);
     if (Keeps) e[i] = value;
     sum += value;
   }
@@ -60,7 +60,7 @@ PYFUSED_INLINE void exponentials(const A* x, const A* pivot, A* e, int64_t n) {
   for (int64_t i = 0; i < n; ++i) e[i] = exp_shifted(x[i] - pivot[i]);
 }
 
-#ifdef __AVX512F__
+#ifdef PYFUSED_HAS_REGISTERS
 // exp(r), |r| <= ln(2) / 2, by powers of r from the highest down, as exactly as what is rounded to T can
 // tell: to 2^-23.7, 2^-18.4 for float16, 2^-13.2 for bfloat16.
 template <class T> constexpr float kExp[] = {8.29031505e-3f, 4.18979302e-2f, 1.66676402e-1f,
@@ -92,23 +92,24 @@ template <class T> float largest(const T* x, int64_t n, float highest) {
 
 // Asks for the lines of `out` meanwhile, which the gradient waits for otherwise: 1.1 to 1.3 times faster,
 // if it does not look as far ahead in x as others do.
-template <bool Keeps, class T, class Out>
+template <bool Keeps, bool Unbounded, class T, class Out>
 float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_t n) {
   constexpr int64_t kAheadOfX = Keeps ? kAhead<T> / 2 : kAhead<T>;
+  const auto exps = [&](auto y) { return exp_floats<float>(Unbounded ? at_most(kTop, y - pivot) : y - pivot); };
   Pair sum = both(0);
-  const auto add = [&](Pair values, int64_t i) {
-    if (Keeps) store_pair(values, e + i);  // whole pairs: there is room
-    sum = sum + values;
-  };
   int64_t i = 0;
   for (; i + kQuad <= n; i += kQuad) {
     prefetch_quad(x + i + kAheadOfX);
     if (Keeps) prefetch_quad(out + i);
-    const Quad values = exp_floats<float>(load_quad(x + i) - pivot);
-    add(values.low, i);
-    add(values.high, i + kPair);
+    const Quad values = exps(load_quad(x + i));
+    if (Keeps) store_quad(values, e + i);
+    sum = sum + (values.low + values.high);
   }
-  for (; i < n; i += kPair) add(exp_floats<float>(load_pair(x + i, n - i) - pivot), i);
+  for (; i < n; i += kPair) {
+    const Pair values = exps(load_pair(x + i, n - i));
+    if (Keeps) store_pair(values, e + i);  // a whole one: there is room
+    sum = sum + values;
+  }
   return sum_of_lanes(sum);
 }
 
@@ -116,12 +117,10 @@ float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_
 template <class U, class F, class T>
 PYFUSED_INLINE void write_each(const U* x, const F& f, T* out, int64_t n, bool streams) {
   streams = streams && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-  const auto write = [&](Pair y, int64_t i) { streams ? stream_pair(y, out + i) : store_pair(y, out + i); };
   int64_t i = 0;
   for (; i + kQuad <= n; i += kQuad) {
     const Quad y = f(load_quad(x + i));
-    write(y.low, i);
-    write(y.high, i + kPair);
+    streams ? stream_quad(y, out + i) : store_quad(y, out + i);
   }
   for (; i < n; i += kPair) store_pair(f(load_pair(x + i, n - i)), out + i, n - i);
 }
@@ -146,9 +145,7 @@ template <class T> void scaled(const float* e, float factor, float*, T* out, int
 PYFUSED_INLINE void exponentials(const float* x, const float* pivot, float* e, int64_t n) {
   int64_t i = 0;
   for (; i + kQuad <= n; i += kQuad) {
-    const Quad y = exp_floats<float>(load_quad(x + i) - load_quad(pivot + i));
-    store_pair(y.low, e + i);
-    store_pair(y.high, e + i + kPair);
+    store_quad(exp_floats<float>(load_quad(x + i) - load_quad(pivot + i)), e + i);
   }
   for (; i < n; i += kPair) {
     store_pair(exp_floats<float>(load_pair(x + i) - load_pair(pivot + i)), e + i);

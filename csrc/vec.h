@@ -121,15 +121,8 @@ template <class T> PYFUSED_INLINE Accumulate<T>* staged(T* to, Accumulate<T>* bu
   return buffer;
 }
 
-// Whether load() widens faster than the scalar widen() does inside a loop.
-template <class T> constexpr bool kWidensInBulk = false;
-
 #ifdef __F16C__
 // Compilers do not turn the scalar conversions into these two instructions by themselves.
-#ifndef __AVX512F__  // avx512.h loads it
-template <> inline constexpr bool kWidensInBulk<float16> = true;
-#endif
-
 PYFUSED_INLINE void load(const float16* PYFUSED_RESTRICT from, float* PYFUSED_RESTRICT to,
                          int64_t n) {
   int64_t i = 0;

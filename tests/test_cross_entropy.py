@@ -217,6 +217,22 @@ def test_the_largest_logit_may_come_anywhere(classes: int, order: str, target_ki
     assert_matches_torch(cross_entropy, F.cross_entropy, outside, target)
 
 
+JUMPS = [5, 7, 10, 50, 87, 88, 89, 100, 130, 200, 300, 700, 750, 1500, 1e4, 1e9, 1e10, 1e30, 3e38]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_larger_logit_may_come_late(dtype: torch.dtype, isa: str) -> None:
+    """By more than exponents hold, too, if it is compared with what came before."""
+    logits = torch.randn(len(JUMPS), 3000, dtype=dtype)
+    logits[:, 2000:2500] += torch.tensor(JUMPS, dtype=dtype)[:, None]
+    logits.requires_grad_()
+    for first in (0, 2000):  # near the largest, and far below
+        target = torch.randint(first, first + 500, (len(JUMPS),))
+        for smoothing in (0.0, 0.1):
+            options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+            assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("classes", [5000, 5008], ids="C{}".format)
 def test_a_large_gradient_in_new_and_in_used_memory(classes: int) -> None:
