@@ -3,7 +3,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <limits>
 
 #include "registers.h"
@@ -49,6 +48,9 @@ PYFUSED_INLINE __m256 widen(__m128i bits, bfloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 PYFUSED_INLINE __m256 widen(__m128i bits, float16) { return _mm256_cvtph_ps(bits); }
+template <class Half> PYFUSED_INLINE Pair widen(__m256i bits, Half type) {
+  return {widen(_mm256_castsi256_si128(bits), type), widen(_mm256_extracti128_si256(bits, 1), type)};
+}
 
 // Rounds to nearest, ties away from zero, as avx512.h does.
 PYFUSED_INLINE __m256i narrow(Pair x, bfloat16) {
@@ -64,19 +66,36 @@ PYFUSED_INLINE __m256i narrow(Pair x, float16) {
 
 // ---- load and store -----------------------------------------------------------------------------
 
-PYFUSED_INLINE const __m128i* bits_of(const void* x) { return static_cast<const __m128i*>(x); }
+// Masks of the first n lanes: of 32 bits, counted from `from`, and of 16 bits.
+PYFUSED_INLINE __m256i first_lanes(int64_t n, int32_t from = 0) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n) - from), lane);
+}
+PYFUSED_INLINE __m256i first_halves(int64_t n) {
+  const __m256i lane = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(n)), lane);
+}
 
-// The first n elements, and -inf in place of the others.
 PYFUSED_INLINE Pair load_pair(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
 template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x) {
-  return {widen(_mm_loadu_si128(bits_of(x)), Half{}), widen(_mm_loadu_si128(bits_of(x + 8)), Half{})};
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), Half{});
 }
-template <class T> PYFUSED_INLINE Pair load_pair(const T* x, int64_t n) {
+
+// The first n elements, and -inf in place of the others.
+PYFUSED_INLINE Pair load_pair(const float* x, int64_t n) {
   if (n >= 16) return load_pair(x);
-  T some[16];
-  std::fill_n(some, 16, pyfused::narrow<T>(-std::numeric_limits<float>::infinity()));
-  std::copy_n(x, n, some);
-  return load_pair(some);
+  const __m256 lowest = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m256i low = first_lanes(n), high = first_lanes(n, 8);
+  return {_mm256_blendv_ps(lowest, _mm256_maskload_ps(x, low), _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(lowest, _mm256_maskload_ps(x + 8, high), _mm256_castsi256_ps(high))};
+}
+template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n) {
+  if (n >= 16) return load_pair(x);
+  const Half lowest = pyfused::narrow<Half>(-std::numeric_limits<float>::infinity());
+  const __m256i twos = _mm256_maskload_epi32(reinterpret_cast<const int*>(x), first_lanes(n / 2));
+  const __m256i last = _mm256_set1_epi16(int16_t(x[n - 1].bits));
+  const __m256i all = _mm256_blendv_epi8(last, twos, first_halves(n / 2 * 2));
+  return widen(_mm256_blendv_epi8(_mm256_set1_epi16(int16_t(lowest.bits)), all, first_halves(n)), Half{});
 }
 
 PYFUSED_INLINE void store_pair(Pair x, float* to) {
@@ -86,11 +105,19 @@ PYFUSED_INLINE void store_pair(Pair x, float* to) {
 template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(x, Half{}));
 }
-template <class T> PYFUSED_INLINE void store_pair(Pair x, T* to, int64_t n) {
+
+// The first n elements.
+PYFUSED_INLINE void store_pair(Pair x, float* to, int64_t n) {
+  _mm256_maskstore_ps(to, first_lanes(n), x.low);
+  _mm256_maskstore_ps(to + 8, first_lanes(n, 8), x.high);
+}
+template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to, int64_t n) {
   if (n >= 16) return store_pair(x, to);
-  T some[16];
-  store_pair(x, some);
-  std::copy_n(some, n, to);
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_lanes(n / 2), narrow(x, Half{}));
+  if (n % 2 == 0) return;
+  Half all[16];
+  store_pair(x, all);
+  to[n - 1] = all[n - 1];
 }
 
 // Past the cache, to whole lines.

@@ -74,27 +74,16 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   using Wide = Columns<T, 128, kFewClasses>;
   const bool wide = ce.classes <= kFewClasses;
   const int64_t columns = wide ? Wide::kPositions : Tall::kPositions;
-  const int64_t size = rows ? std::max<int64_t>(1, 16384 / ce.classes) : columns;
+  const int64_t size = rows ? std::max<int64_t>(1, kBlockLogits / ce.classes) : columns;
   const int64_t blocks = (ce.positions() + size - 1) / size;
   std::vector<double> partial(blocks);
   parallel_for(blocks, ce.threads, [&](int64_t block) {
     const int64_t first = block * size;
-    if (!rows) {
+    if (rows) {
+      partial[block] = run_rows(scaled, first, std::min(ce.positions(), first + size));
+    } else {
       partial[block] = wide ? Wide(scaled, first).run() : Tall(scaled, first).run();
-      return;
     }
-    Sum sum;
-    const int64_t end = std::min(ce.positions(), first + size);
-    A peeked = Row<T>::peek(scaled, first);
-    for (int64_t i = first; i < end; ++i) {
-      Row<T> row(scaled, i);
-      row.read(peeked);
-      if (i + 1 < end) peeked = Row<T>::peek(scaled, i + 1);
-      const double loss = row.finish();
-      if (ce.loss && each) ce.loss[i] = A(loss);
-      sum.add(loss);
-    }
-    partial[block] = sum.value();
   });
   if (ce.loss && !each) *ce.loss = A(total<T>(partial.data(), blocks) / denominator);
   return -1;
