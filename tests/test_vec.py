@@ -94,7 +94,6 @@ def third_of_exp(x: np.ndarray) -> np.ndarray:
 FLOAT32 = [
     Row("exp_float32", np.exp, -87.33, -0.0, 1.01),
     Row("exponentials_float32", np.exp, -87.33, -0.0, 1.9, growth=1 / 30),
-    Row("log_float32", np.log, 1.0, 2.0**60, 0.87),
     Row("exp_float32", np.exp, 0.0, 7.0, 1.01),
     Row("exponentials_float32", np.exp, 0.0, 7.0, 2.0, growth=1 / 30),
     Row("third_of_exponentials_float32", third_of_exp, -85.0, -0.0, 3.2, growth=1 / 30),
@@ -184,8 +183,8 @@ def test_log_of_one_is_zero_and_nan_stays(piece: int | None, vec: Vec) -> None:
     nans = floats([0x7FC0_0000, 0xFFC0_0000, 0x7FFF_FFFF, 0xFFFF_FFFF, 0x7FC0_0001] * 7)
     for row in FLOAT32 + FLOAT64:
         assert np.isnan(vec(row.name, nans.astype(row.dtype), row.dtype, piece)).all()
-    for row in (FLOAT32[2], FLOAT64[1]):
-        assert not vec(row.name, np.ones(35, row.dtype), row.dtype, piece).any()
+    log = FLOAT64[1]
+    assert not vec(log.name, np.ones(35), log.dtype, piece).any()
 
 
 # ---- bfloat16 and float16 ------------------------------------------------------------------------

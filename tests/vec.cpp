@@ -54,7 +54,6 @@ constexpr uint32_t kOne = 0x3f800000, kNaN = 0x7fffffff;  // the NaN that roundi
 
 EACH_ELEMENT(exp_float32, float, exp_shifted)
 EACH_ELEMENT(exp_float64, double, exp_shifted)
-EACH_ELEMENT(log_float32, float, log_positive)
 EACH_ELEMENT(log_float64, double, log_positive)
 EACH_PIECE(exponentials_float32, float, float, exponentials_of)
 EACH_PIECE(third_of_exponentials_float32, float, float, third_of_exponentials)
