@@ -36,17 +36,17 @@ if FORCED not in (None, "cpu", "triton", "torch"):
 _ANY = math.inf
 ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     "cross_entropy": {
-        torch.float32: ((15, 1 << 12), (32, 1 << 16), (_ANY, 1 << 17)),
+        torch.float32: ((15, 1 << 12), (32, 1 << 15), (_ANY, 1 << 16)),
         torch.float64: ((24, 1 << 13), (_ANY, 1 << 15)),
-        torch.bfloat16: ((24, 1 << 12), (_ANY, 1 << 17)),
-        torch.float16: ((24, 1 << 13), (128, 1 << 17), (_ANY, 1 << 18)),
+        torch.bfloat16: ((24, 1 << 12), (_ANY, 1 << 16)),
+        torch.float16: ((24, 1 << 12), (64, 1 << 16), (_ANY, 1 << 17)),
     },
     # (N, C, d1, ..., dk): ATen, too, has vectors along the positions there.
     "cross_entropy_kdim": {
-        torch.float32: ((_ANY, 1 << 17),),
-        torch.float64: ((4, 1 << 18), (_ANY, 1 << 17)),
+        torch.float32: ((_ANY, 1 << 16),),
+        torch.float64: ((_ANY, 1 << 15),),
         torch.bfloat16: ((_ANY, 1 << 16),),
-        torch.float16: ((64, 1 << 17), (_ANY, 1 << 19)),
+        torch.float16: ((64, 1 << 16), (_ANY, 1 << 18)),
     },
     "mse_loss": {
         torch.float32: ((_ANY, 1 << 17),),
