@@ -220,6 +220,7 @@ def test_the_largest_logit_may_come_anywhere(classes: int, order: str, target_ki
 JUMPS = [5, 7, 10, 50, 87, 88, 89, 100, 130, 200, 300, 700, 750, 1500, 1e4, 1e9, 1e10, 1e30, 3e38]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_larger_logit_may_come_late(smoothing: float, dtype: torch.dtype, isa: str) -> None:
