@@ -81,6 +81,7 @@ class Constants(NamedTuple):
     EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
     COLUMNS: Any  # positions lie side by side, rather than classes
+    UNIT: Any  # what lies side by side begins, and ends, at multiples of so many elements
     POSITIONS: Any  # of a program
     CLASSES: Any  # of a tile
 
@@ -109,6 +110,14 @@ class Sums(NamedTuple):
 
 
 @triton.jit
+def in_units(n, constants):
+    """The size or stride itself. Triton sees how wide it may load where it is a multiple of 16."""
+    if constants.UNIT == 1:
+        return n
+    return n // constants.UNIT * constants.UNIT
+
+
+@triton.jit
 def pick(inputs, scalars, program, constants):
     """The positions of a program.
 
@@ -119,8 +128,11 @@ def pick(inputs, scalars, program, constants):
     blocks = (inputs.inner - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
     outer = (program // blocks).to(tl.int64)
     inner = (program % blocks).to(tl.int64) * constants.POSITIONS + lanes
-    present = inner < inputs.inner
-    flat = outer * inputs.inner + inner
+    size = inputs.inner
+    if constants.COLUMNS:
+        size = in_units(size, constants)
+    present = inner < size
+    flat = outer * size + inner
     hit = tl.full([constants.POSITIONS], -1, tl.int64)
     spike = tl.zeros([constants.POSITIONS], constants.A)
     live = present
@@ -145,16 +157,21 @@ def pick(inputs, scalars, program, constants):
 
 
 @triton.jit
-def place(view, at, c):
+def place(view, at, c, constants):
     """Pointers to positions x classes."""
-    rows = view.data + at.outer * view.outer + at.inner * view.inner
+    rows = view.data + at.outer * in_units(view.outer, constants)
+    if constants.COLUMNS:
+        columns = c * in_units(view.classes, constants)
+        return (rows + at.inner * view.inner)[:, None] + columns[None, :]
+    rows += at.inner * in_units(view.inner, constants)
     return rows[:, None] + (c * view.classes)[None, :]
 
 
 @triton.jit
 def read_logits(inputs, at, c, last, constants):
     mask = at.read[:, None] & (c < last)[None, :]
-    return tl.load(place(inputs.logits, at, c), mask=mask, other=-float("inf")).to(constants.A)
+    pointers = place(inputs.logits, at, c, constants)
+    return tl.load(pointers, mask=mask, other=-float("inf")).to(constants.A)
 
 
 @triton.jit
@@ -163,7 +180,7 @@ def read_aim(inputs, scalars, at, c, last, constants):
     mask = at.read[:, None] & (c < last)[None, :]
     aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
-        y = tl.load(place(inputs.probabilities, at, c), mask=mask, other=0.0)
+        y = tl.load(place(inputs.probabilities, at, c, constants), mask=mask, other=0.0)
         aim += y.to(constants.A) * constants.SLOPE
     if inputs.weight is not None:
         aim *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
@@ -242,12 +259,12 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
         gradient = tl.where(at.live[:, None], gradient, 0.0)
         if constants.INPLACE:
             tl.debug_barrier()  # no thread is to read a logit that another has overwritten
-        tl.store(place(outputs.grad_logits, at, c), gradient, mask=mask)
+        tl.store(place(outputs.grad_logits, at, c, constants), gradient, mask=mask)
     if outputs.grad_probabilities is not None:
         gradient = ((pivot - x) + log_total) * (level * constants.SLOPE * at.scale)[:, None]
         if inputs.weight is not None:
             gradient *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
-        tl.store(place(outputs.grad_probabilities, at, c), gradient, mask=mask)
+        tl.store(place(outputs.grad_probabilities, at, c, constants), gradient, mask=mask)
     return loss
 
 
@@ -273,6 +290,8 @@ def one_read_kernel(
 ):
     """Positions whose classes fit a tile."""
     scalars, last = Scalars(level, offset, share, scale), inputs.classes
+    if not constants.COLUMNS:
+        last = in_units(last, constants)
     at = pick(inputs, scalars, tl.program_id(0), constants)
     c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
     x = read_logits(inputs, at, c, last, constants)
@@ -301,7 +320,10 @@ def own_share(inputs, shares, scalars, constants):
     at = pick(inputs, scalars, program // shares.splits, constants)
     part = program % shares.splits
     first = part.to(constants.INDEX) * shares.length
-    return at, part, first, tl.minimum(first + shares.length, inputs.classes)
+    last = tl.minimum(first + shares.length, inputs.classes)
+    if not constants.COLUMNS:
+        last = in_units(last, constants)
+    return at, part, first, last
 
 
 @triton.jit
@@ -467,6 +489,11 @@ def cross_entropy(
             EACH=each,
             INPLACE=grad_logits is logits,
             COLUMNS=columns,
+            UNIT=launch.unit(
+                inner if columns else classes,
+                *(view.outer for view in views if view),
+                *(view.classes if columns else view.inner for view in views if view),
+            ),
             POSITIONS=tile.positions,
             CLASSES=tile.classes,
         ),

@@ -158,6 +158,15 @@ def accumulate_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
+def unit(*lengths: int) -> int:
+    """What all of these are multiples of: 2, 4 or 8; 1 where Triton finds out by itself.
+
+    It looks whether a number is a multiple of 16, and else loads element by element.
+    """
+    common = math.gcd(16, *lengths)
+    return common if common < 16 else 1
+
+
 def index_type(*reaches: int) -> tl.dtype:
     """What holds any of these offsets, and the block that the last of them may lie in."""
     return tl.int32 if max(reaches) < 2**31 - 2**20 else tl.int64

@@ -111,6 +111,7 @@ def reason_for_torch(
         (_left_to_compiler(op, input) if compiling else _active_mode())
         or _unsupported("input", input, input)
         or (target is not None and _unsupported("target", target, input, op == "cross_entropy"))
+        or (target is not None and target.numel() == 0 and SMALL)  # it broadcasts: no elements
         or (weight is not None and _unsupported("weight", weight, input))
         or (weight is not None and weight.requires_grad and "weight requires grad")
         or (op == "cross_entropy" and input.shape[1:2] == (1,) and "one class")

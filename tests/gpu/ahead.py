@@ -107,6 +107,8 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield cross_entropy_case((4096, classes), dtype, kind)
     for kind in (*kinds, *dense):
         yield cross_entropy_case((4096, 16), dtype, kind)
+        yield cross_entropy_case((4096, 1000), dtype, kind)  # a multiple of 8, not of 16
+        yield cross_entropy_case((8, 21, 1000), dtype, kind)
         yield cross_entropy_case((2, 262_144), dtype, kind)  # several programs a position
     for row, kind in product(launch.POSITIONS_INNER[size], (*kinds, *dense)):
         classes = 1000 if row.most == launch.ANY else int(row.most)

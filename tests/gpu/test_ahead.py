@@ -20,8 +20,10 @@ from pyfused.kernels import launch
 QUICK = (
     "cross_entropy bfloat16 4096x8192",
     "cross_entropy float32 4096x4096 weight smoothing",
+    "cross_entropy bfloat16 4096x1000",
     "cross_entropy bfloat16 2x262144",
     "cross_entropy float32 8x1000x4096",
+    "cross_entropy float32 8x21x1000",
     "mse_loss float32",
     "relu bfloat16 backward",
 )
