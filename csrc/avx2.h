@@ -15,7 +15,7 @@ template <> struct Registers<2> { __m256 low, high; };
 
 PYFUSED_INLINE __m256 larger(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
 PYFUSED_INLINE __m256 larger(float x, __m256 y) { return larger(_mm256_set1_ps(x), y); }
-PYFUSED_INLINE __m256 at_most(float x, __m256 y) {  // of integers, for which more units are free
+PYFUSED_INLINE __m256 at_most(float x, __m256 y) {  // as integers, x > 0: more units are free for these
   const __m256i bits = _mm256_min_epi32(_mm256_castps_si256(_mm256_set1_ps(x)), _mm256_castps_si256(y));
   return _mm256_castsi256_ps(bits);
 }

@@ -15,7 +15,7 @@ template <> struct Registers<2> { __m512 low, high; };
 
 PYFUSED_INLINE __m512 larger(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
 PYFUSED_INLINE __m512 larger(float x, __m512 y) { return larger(_mm512_set1_ps(x), y); }
-PYFUSED_INLINE __m512 at_most(float x, __m512 y) {  // of integers, for which more units are free
+PYFUSED_INLINE __m512 at_most(float x, __m512 y) {  // as integers, x > 0: more units are free for these
   const __m512i bits = _mm512_min_epi32(_mm512_castps_si512(_mm512_set1_ps(x)), _mm512_castps_si512(y));
   return _mm512_castsi512_ps(bits);
 }

@@ -19,8 +19,8 @@ template <class T, class A> A largest(const T* x, int64_t n, A highest) {
   return highest;
 }
 
-// The sum of exp(x - pivot), each kept in `e` where Keeps, on its way to `out`. Where x is Unbounded and
-// not less than the pivot + 88, exp(88) or more comes out, which no row is content with, or a NaN.
+// The sum of exp(x - pivot), each kept in `e` where Keeps, on its way to `out`. Where an x is Unbounded
+// and exceeds the pivot by more than 88, the sum is as if it were 88: more than a row is content with.
 constexpr float kTop = 88.0f;
 template <bool Keeps, bool Unbounded, class T, class A, class Out>
 A sum_exponentials(const T* x, A pivot, A* e, const Out* /* out */, int64_t n) {
@@ -71,8 +71,8 @@ inline constexpr float kExp<float16>[] = {4.15035798e-2f, 1.67878997e-1f, 5.0003
 template <>
 inline constexpr float kExp<bfloat16>[] = {1.65178276e-1f, 5.04134497e-1f, 1.00019623f, 1.0f};
 
-// exp(x) factor, subnormal results too, to 2 + |x| / 30 ULP of a float. Every instruction here is some
-// 6% of a row's time; four registers at a time take 1.2 times less than two.
+// exp(x) factor, to 2 + |x| / 30 ULP of a float; falls to 0 below its range. Every instruction here is
+// some 6% of a row's time; four registers at a time take 1.2 times less than two.
 template <class T, class V> PYFUSED_INLINE V exp_floats(V x, float factor = 1) {
   x = larger(-104.0f, x);
   const V n = rounded(x * 1.44269504f);
@@ -95,18 +95,20 @@ template <class T> float largest(const T* x, int64_t n, float highest) {
 template <bool Keeps, bool Unbounded, class T, class Out>
 float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_t n) {
   constexpr int64_t kAheadOfX = Keeps ? kAhead<T> / 2 : kAhead<T>;
-  const auto exps = [&](auto y) { return exp_floats<float>(Unbounded ? at_most(kTop, y - pivot) : y - pivot); };
+  const auto exponentials = [&](auto y) {
+    return exp_floats<float>(Unbounded ? at_most(kTop, y - pivot) : y - pivot);
+  };
   Pair sum = both(0);
   int64_t i = 0;
   for (; i + kQuad <= n; i += kQuad) {
     prefetch_quad(x + i + kAheadOfX);
     if (Keeps) prefetch_quad(out + i);
-    const Quad values = exps(load_quad(x + i));
+    const Quad values = exponentials(load_quad(x + i));
     if (Keeps) store_quad(values, e + i);
     sum = sum + (values.low + values.high);
   }
   for (; i < n; i += kPair) {
-    const Pair values = exps(load_pair(x + i, n - i));
+    const Pair values = exponentials(load_pair(x + i, n - i));
     if (Keeps) store_pair(values, e + i);  // a whole one: there is room
     sum = sum + values;
   }

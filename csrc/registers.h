@@ -53,6 +53,7 @@ template <int N> PYFUSED_INLINE Registers<N> larger(Registers<N> x, Registers<N>
 template <int N> PYFUSED_INLINE Registers<N> larger(float x, Registers<N> y) {
   return {larger(x, y.low), larger(x, y.high)};
 }
+// Of a number and NaN, either.
 template <int N> PYFUSED_INLINE Registers<N> at_most(float x, Registers<N> y) {
   return {at_most(x, y.low), at_most(x, y.high)};
 }

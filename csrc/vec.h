@@ -213,7 +213,8 @@ PYFUSED_INLINE double log_positive(double x) {
   p = p * z + 0.285714286263992815;
   p = p * z + 0.399999999998984447;
   p = p * z + 0.666666666666666973;
-  const double value = e * 0.6931471803691238 + (t - (half - (s * (half + z * p) + e * 1.9082149292705877e-10)));
+  const double low = s * (half + z * p) + e * 1.9082149292705877e-10;
+  const double value = e * 0.6931471803691238 + (t - (half - low));
   return x != x ? x : value;
 }
 
