@@ -81,6 +81,19 @@ template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), Half{});
 }
 
+// The first n halves, n < 17: by twos, and where n is odd the last by itself. What follows is of no use.
+template <class Half> PYFUSED_INLINE __m256i load_halves(const Half* x, int64_t n) {
+  const __m256i twos = _mm256_maskload_epi32(reinterpret_cast<const int*>(x), first_lanes(n / 2));
+  return _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(x[n - 1].bits)), twos, first_halves(n / 2 * 2));
+}
+template <class Half> PYFUSED_INLINE void store_halves(__m256i bits, Half* to, int64_t n) {
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_lanes(n / 2), bits);
+  if (n % 2 == 0) return;
+  Half all[16];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(all), bits);
+  to[n - 1] = all[n - 1];
+}
+
 // The first n elements, and -inf in place of the others.
 PYFUSED_INLINE Pair load_pair(const float* x, int64_t n) {
   if (n >= 16) return load_pair(x);
@@ -92,10 +105,8 @@ PYFUSED_INLINE Pair load_pair(const float* x, int64_t n) {
 template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n) {
   if (n >= 16) return load_pair(x);
   const Half lowest = pyfused::narrow<Half>(-std::numeric_limits<float>::infinity());
-  const __m256i twos = _mm256_maskload_epi32(reinterpret_cast<const int*>(x), first_lanes(n / 2));
-  const __m256i last = _mm256_set1_epi16(int16_t(x[n - 1].bits));
-  const __m256i all = _mm256_blendv_epi8(last, twos, first_halves(n / 2 * 2));
-  return widen(_mm256_blendv_epi8(_mm256_set1_epi16(int16_t(lowest.bits)), all, first_halves(n)), Half{});
+  const __m256i rest = _mm256_set1_epi16(int16_t(lowest.bits));
+  return widen(_mm256_blendv_epi8(rest, load_halves(x, n), first_halves(n)), Half{});
 }
 
 PYFUSED_INLINE void store_pair(Pair x, float* to) {
@@ -112,12 +123,7 @@ PYFUSED_INLINE void store_pair(Pair x, float* to, int64_t n) {
   _mm256_maskstore_ps(to + 8, first_lanes(n, 8), x.high);
 }
 template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to, int64_t n) {
-  if (n >= 16) return store_pair(x, to);
-  _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_lanes(n / 2), narrow(x, Half{}));
-  if (n % 2 == 0) return;
-  Half all[16];
-  store_pair(x, all);
-  to[n - 1] = all[n - 1];
+  n >= 16 ? store_pair(x, to) : store_halves(narrow(x, Half{}), to, n);
 }
 
 // Past the cache, to whole lines.
@@ -127,6 +133,45 @@ PYFUSED_INLINE void stream_pair(Pair x, float* to) {
 }
 template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(x, Half{}));
+}
+
+// ---- rows of 8, for transpose.h -----------------------------------------------------------------
+
+using Register = __m256;
+struct Some { __m256i lanes; int64_t n; };  // of a row's elements
+
+PYFUSED_INLINE Some first_of_row(int64_t n) { return {first_lanes(n), n}; }
+
+PYFUSED_INLINE __m256 load_row(const float* x, Some some) { return _mm256_maskload_ps(x, some.lanes); }
+template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, Some some) {
+  return widen(_mm256_castsi256_si128(load_halves(x, some.n)), Half{});
+}
+
+PYFUSED_INLINE __m128i nearest(__m256 x, bfloat16) {  // as narrow() in vec.h
+  const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+PYFUSED_INLINE __m128i nearest(__m256 x, float16) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+PYFUSED_INLINE void store_row(__m256 x, float* to, Some some) { _mm256_maskstore_ps(to, some.lanes, x); }
+template <class Half> PYFUSED_INLINE void store_row(__m256 x, Half* to, Some some) {
+  store_halves(_mm256_castsi128_si256(nearest(x, Half{})), to, some.n);
+}
+
+// From both, by turns and within each 16 bytes: floats, and floats by twos.
+PYFUSED_INLINE __m256 low_floats(__m256 x, __m256 y) { return _mm256_unpacklo_ps(x, y); }
+PYFUSED_INLINE __m256 high_floats(__m256 x, __m256 y) { return _mm256_unpackhi_ps(x, y); }
+PYFUSED_INLINE __m256 low_twos(__m256 x, __m256 y) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+}
+PYFUSED_INLINE __m256 high_twos(__m256 x, __m256 y) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
 }
 
 }  // namespace pyfused

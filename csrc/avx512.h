@@ -86,13 +86,53 @@ template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to, int64_t n
   _mm512_mask_storeu_epi16(to, n < 32 ? first_of_pair(n) : ~__mmask32(0), narrow(x, Half{}));
 }
 
-// Past the cache, to whole lines. Halves gain nothing by it: their exponentials take longer.
+// Past the cache, to whole lines.
 PYFUSED_INLINE void stream_pair(Pair x, float* to) {
   _mm512_stream_ps(to, x.low);
   _mm512_stream_ps(to + 16, x.high);
 }
 template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrow(x, Half{}));
+}
+
+// ---- rows of 16, for transpose.h ----------------------------------------------------------------
+
+using Register = __m512;
+using Some = __mmask16;  // of a row's elements
+
+PYFUSED_INLINE Some first_of_row(int64_t n) { return Some((1u << n) - 1); }
+
+PYFUSED_INLINE __m512 load_row(const float* x, Some some) { return _mm512_maskz_loadu_ps(some, x); }
+PYFUSED_INLINE __m512 load_row(const bfloat16* x, Some some) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+PYFUSED_INLINE __m512 load_row(const float16* x, Some some) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, x));
+}
+
+PYFUSED_INLINE void store_row(__m512 x, float* to, Some some) { _mm512_mask_storeu_ps(to, some, x); }
+PYFUSED_INLINE void store_row(__m512 x, bfloat16* to, Some some) {  // as narrow() in vec.h
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_mask_storeu_epi16(to, some, _mm512_cvtepi32_epi16(kept));
+}
+PYFUSED_INLINE void store_row(__m512 x, float16* to, Some some) {
+  _mm256_mask_storeu_epi16(to, some, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// From both, by turns and within each 16 bytes: floats, and floats by twos.
+PYFUSED_INLINE __m512 low_floats(__m512 x, __m512 y) { return _mm512_unpacklo_ps(x, y); }
+PYFUSED_INLINE __m512 high_floats(__m512 x, __m512 y) { return _mm512_unpackhi_ps(x, y); }
+PYFUSED_INLINE __m512 low_twos(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+PYFUSED_INLINE __m512 high_twos(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
 }
 
 }  // namespace pyfused

@@ -1,5 +1,4 @@
 // Cross-entropy of one position whose classes lie side by side: vectors run along the classes.
-//
 #pragma once
 
 #include <algorithm>
@@ -153,8 +152,9 @@ template <class T> class Row {
   // sum_c q_c (lse - x_c). Where that is NaN it is added up term by term: an infinite weight times no
   // distance is NaN, times their sum it is not.
   double dense_loss() {
-    const double log_sum = std::log(sum), loss = ce.level() * distance.value() + mass * log_sum;
-    if (!std::isnan(loss + spike_loss(0))) return loss + spike_loss(0);
+    const double log_sum = std::log(sum);
+    const double loss = ce.level() * distance.value() + mass * log_sum + spike_loss(0);
+    if (!std::isnan(loss)) return loss;
     Sum terms;
     for_parts([&](int64_t, int64_t first, int64_t n) { add_distance(terms, first, n, A(log_sum)); });
     return ce.level() * terms.value() + spike_loss(log_sum);

@@ -1,5 +1,6 @@
 // Registers of floats by twos and fours, for exponentials.h. A file for each instruction set says what one
-// register does, and how two of them are read and written as elements of any type.
+// register does, how two of them are read and written as elements of any type, and what transpose.h
+// does with one.
 //
 // An operator is done for all registers before the next one is for any: a result takes some cycles, in
 // which the CPU needs others to work on, and it looks ahead to no more than some eight registers'
