@@ -79,9 +79,12 @@ SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
-CHECKED = cross_entropy mse_loss relu strides inplace properties threads errors large vec
+CHECKED = recycle cross_entropy mse_loss relu strides inplace properties threads errors large vec
 # Checked loops stay scalar: one sum of 240 equal terms strays further than that test allows vectors.
 SCALAR = --deselect 'tests/test_strides.py::test_mse_loss[sum-(3, 4, 2, 5)-one_element_expanded]'
+AFTER_FREE = import torch; from pyfused.backends import cpu; from pyfused.functional import relu; \
+	x = torch.ones(9 << 20); address = relu(x).data_ptr(); \
+	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), 1)
 OVERRUN = import torch; from pyfused.backends import cpu; x = torch.zeros(5); \
 	cpu.native.relu(0, 6, x.data_ptr(), x.data_ptr(), 1)
 
@@ -91,6 +94,8 @@ sanitize: $(ENVIRONMENT) ## find memory errors, undefined behaviour and races in
 	$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/temp --build-lib $(SANITIZE)/lib
 	@$(SANITIZED) -c '$(OVERRUN)' 2>&1 | grep -q heap-buffer-overflow \
 		|| { echo 'An overrun goes unnoticed: the kernels are not instrumented'; exit 1; }
+	@$(SANITIZED) -c '$(AFTER_FREE)' 2>&1 | grep -q use-after-poison \
+		|| { echo 'A use after free goes unnoticed: free blocks are not poisoned'; exit 1; }
 	$(SANITIZED) -m pytest -n 2 --dist loadfile $(SCALAR) $(CHECKED:%=$(CURDIR)/tests/test_%.py) \
 		$(PYTEST_ARGS)
 	$(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=thread -Icsrc -c tests/threads.cpp -o $(SANITIZE)/threads.o

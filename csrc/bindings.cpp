@@ -12,6 +12,7 @@
 
 #include "activation.h"
 #include "cross_entropy.h"
+#include "dlpack.h"
 #include "memory.h"
 #include "pointwise_loss.h"
 
@@ -111,6 +112,31 @@ void run_scale(int dtype, int64_t n, int64_t data, double factor, int threads) {
   });
 }
 
+// ---- outputs in recycled memory ------------------------------------------------------------------
+
+#ifdef PYFUSED_RECYCLES
+constexpr DLDataType kDLTypes[] = {{2, 32, 1}, {2, 64, 1}, {4, 16, 1}, {2, 16, 1}};  // by DType
+
+// A DLPack capsule, or None where there is no block to be had.
+pybind11::object recycled(int dtype, size_t bytes, std::vector<int64_t> shape,
+                          std::vector<int64_t> strides) {
+  DLManagedTensor* const made =
+      RecycledTensor::make(bytes, kDLTypes[dtype], std::move(shape), std::move(strides));
+  if (!made) return pybind11::none();
+  return pybind11::capsule(made, "dltensor", [](PyObject* capsule) {
+    // Whoever takes the tensor renames the capsule.
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* left = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    left->deleter(left);
+  });
+}
+
+std::array<uint64_t, 4> recycler_stats() {
+  const Recycler::Stats stats = Recycler::get().stats();
+  return {stats.in_use, stats.free, stats.hits, stats.misses};
+}
+#endif
+
 // ---- what this CPU can run ----------------------------------------------------------------------
 
 // Asked of the module built for the least of the instruction sets, before another one is loaded.
@@ -163,4 +189,11 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   m.def("relu", &run_activation<Relu>, unlocked);
   m.def("relu_backward", &run_activation_backward<Relu>, unlocked);
   m.def("scale", &run_scale, unlocked);
+
+#ifdef PYFUSED_RECYCLES
+  m.def("recycled", &recycled);
+  m.def("recycler_stats", &recycler_stats);
+  m.def("recycler_limit", [](size_t bytes) { Recycler::get().set_limit(bytes); });
+  m.def("recycler_release", [] { return Recycler::get().release(0); });
+#endif
 }

@@ -39,6 +39,7 @@ def resident(key):
 def measured(call):
     call()
     gc.collect()
+    pyfused.memory.release()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     call()

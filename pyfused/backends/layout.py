@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,12 +58,14 @@ def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
     return tensor, strides
 
 
-def empty_viewed(like: Tensor) -> tuple[Tensor, Strides]:
+def empty_viewed(
+    like: Tensor, empty_like: Callable[..., Tensor] = torch.empty_like
+) -> tuple[Tensor, Strides]:
     """A new tensor laid out as ``like`` where that fits, and its strides."""
-    empty = torch.empty_like(like)
+    empty = empty_like(like)
     strides = strides_of(empty)
     if strides is None:
-        return viewed(torch.empty_like(like, memory_format=torch.contiguous_format))
+        return viewed(empty_like(like, memory_format=torch.contiguous_format))
     return empty, strides
 
 

@@ -1,0 +1,422 @@
+"""Large outputs in memory that earlier ones have freed: tensors like any other."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyfused import memory
+from pyfused.backends import cpu
+from pyfused.functional import cross_entropy, mse_loss, relu
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not cpu.RECYCLES, reason="recycled on Linux alone"),
+]
+MIB = 1 << 20
+ELEMENTS = 9 * MIB  # of float32: more than RECYCLED_BYTES
+ROOM = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def empty_cache() -> Iterator[None]:
+    memory.recycle(limit=ROOM)
+    memory.release()
+    yield
+    gc.collect()
+    memory.recycle()
+    memory.release()
+
+
+def output(elements: int = ELEMENTS) -> Tensor:
+    return relu(torch.ones(elements))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+
+
+def test_the_next_output_takes_the_memory_of_the_last() -> None:
+    first = output()
+    address, before = first.data_ptr(), memory.stats()
+    assert before.in_use >= ELEMENTS * 4
+    del first
+    freed = memory.stats()
+    assert (freed.in_use, freed.free) == (before.in_use - 36 * MIB, 36 * MIB)
+    second = output()
+    assert second.data_ptr() == address
+    assert memory.stats() == before._replace(hits=before.hits + 1)
+
+
+@pytest.mark.parametrize(
+    ("factor", "fits"), [(1.0, True), (0.9, True), (0.85, False), (1.1, False)]
+)
+def test_a_block_serves_sizes_of_up_to_an_eighth_less(factor: float, fits: bool) -> None:
+    elements = 32 * MIB
+    del_me = output(elements)
+    del del_me
+    hits = memory.stats().hits
+    output(int(elements * factor))
+    assert memory.stats().hits == hits + fits
+
+
+def test_small_outputs_are_torchs() -> None:
+    before = memory.stats()
+    output(8 * MIB - 1)
+    assert memory.stats() == before
+    output(8 * MIB)
+    assert memory.stats().misses == before.misses + 1
+
+
+def test_the_block_freed_first_goes_first() -> None:
+    outputs = [output(n * ELEMENTS) for n in (1, 2, 3)]
+    memory.recycle(limit=4 * 36 * MIB)
+    while outputs:
+        outputs.pop()  # 3, 2, 1
+    assert memory.stats().free == 3 * 36 * MIB
+    hits = memory.stats().hits
+    output(3 * ELEMENTS)
+    assert memory.stats().hits == hits
+
+
+def test_what_exceeds_the_limit_is_given_back() -> None:
+    memory.recycle(limit=36 * MIB - 1)
+    output()
+    assert memory.stats().free == 0
+
+
+def test_release() -> None:
+    output()
+    assert memory.release() == 36 * MIB
+    assert memory.stats().free == 0
+    assert memory.release() == 0
+
+
+def test_off_and_on_again() -> None:
+    held = output()
+    output()
+    memory.recycle(False)
+    assert memory.stats()[1:3] == (0, 0)
+    before = memory.stats()
+    output()
+    assert memory.stats() == before
+    del held
+    assert memory.stats().in_use == before.in_use - 36 * MIB
+    assert memory.stats().free == 0
+    memory.recycle()
+    output()
+    assert memory.stats().free == 36 * MIB
+
+
+def test_pages_are_surrendered() -> None:
+    """Free blocks count as pages that the kernel may take without asking."""
+
+    def lazily_free() -> int:
+        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
+        return next(
+            int(line.split()[1]) << 10 for line in rollup.splitlines() if "LazyFree" in line
+        )
+
+    kept = output()
+    before = lazily_free()
+    del kept
+    assert lazily_free() - before > 30 * MIB
+
+
+def test_every_kind_of_output() -> None:
+    x = torch.randn(9 * MIB, requires_grad=True)
+    logits = torch.randn(9, 4, MIB, requires_grad=True)
+    calls = [
+        lambda: mse_loss(x, torch.zeros(()).expand_as(x), reduction="none"),
+        lambda: cross_entropy(logits, torch.zeros(9, MIB, dtype=torch.int64), reduction="none"),
+        lambda: torch.autograd.grad(mse_loss(x, torch.zeros(()).expand_as(x)), x)[0],
+        lambda: torch.autograd.grad(relu(x).sum(), x)[0],
+        lambda: torch.autograd.grad(
+            cross_entropy(logits, torch.zeros(9, MIB, dtype=torch.int64)), logits
+        )[0],
+    ]
+    for call in calls:
+        in_use, taken = memory.stats().in_use, sum(memory.stats()[3:])
+        result = call()
+        assert memory.stats().in_use > in_use
+        assert sum(memory.stats()[3:]) > taken
+        memory.recycle(False)
+        assert torch.equal(call(), result)
+        memory.recycle(limit=ROOM)
+        del result
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("dtype", list(cpu.DTYPES))
+def test_layout_and_dtype(layout: str, dtype: torch.dtype) -> None:
+    x = torch.randn(64, 8, 160, 160 if dtype.itemsize > 2 else 240).to(dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.transpose(0, 2) if layout == "transposed" else x[..., 1:] if layout == "sliced" else x
+    before = memory.stats()
+    y = relu(x)
+    assert memory.stats().misses == before.misses + 1
+    assert y.stride() == torch.empty_like(torch.relu(x)).stride()
+    assert y.dtype is dtype
+    assert torch.equal(y, torch.relu(x))
+    assert y.data_ptr() % 64 == 0
+
+
+# ---- tensors like any other ----------------------------------------------------------------------
+
+
+def test_a_plain_tensor() -> None:
+    y = output()
+    assert type(y) is Tensor
+    assert (y.is_leaf, y._is_view(), y._version, y.storage_offset()) == (True, False, 0, 0)
+    y.add_(1)
+    assert y._version == 1
+    assert y.untyped_storage().nbytes() == ELEMENTS * 4
+
+
+def test_a_change_in_place_is_noticed() -> None:
+    x = torch.ones(ELEMENTS, requires_grad=True)
+    y = relu(x)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_copies_and_files() -> None:
+    y = output()
+    y[5] = 7
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    for other in (copy.deepcopy(y), pickle.loads(pickle.dumps(y)), torch.load(file), y.clone()):
+        assert torch.equal(other, y)
+        assert other.data_ptr() != y.data_ptr()
+
+
+def test_numpy_keeps_the_memory() -> None:
+    y = output()
+    array, in_use = y.numpy(), memory.stats().in_use
+    del y
+    assert memory.stats().in_use == in_use
+    assert array[-1] == 1
+    del array
+    assert memory.stats().in_use == in_use - 36 * MIB
+
+
+def test_share_memory() -> None:
+    y, in_use = output(), memory.stats().in_use
+    y.share_memory_()
+    assert y.is_shared()
+    assert torch.equal(y, torch.ones(ELEMENTS))
+    assert memory.stats().in_use == in_use - 36 * MIB
+
+
+def test_views_keep_the_memory() -> None:
+    view, in_use = output()[3:5], memory.stats().in_use
+    output(2 * ELEMENTS)
+    assert memory.stats().in_use == in_use
+    assert view.tolist() == [1, 1]
+
+
+def test_resizing() -> None:
+    """What tensors from NumPy's arrays cannot do either."""
+    y = output()
+    assert y.resize_(10).tolist() == [1] * 10
+    with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
+        y.resize_(ELEMENTS + 1)
+    with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
+        y.untyped_storage().resize_(0)
+    y.data = torch.empty(0)  # which frees memory as well
+    assert memory.stats().in_use == 0
+
+
+def test_profiler_and_anomaly_mode() -> None:
+    x = torch.ones(ELEMENTS, requires_grad=True)
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        relu(x).sum().backward()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        relu(x).sum().backward()
+    assert profile.key_averages()
+    assert torch.equal(x.grad, torch.full((ELEMENTS,), 2.0))
+
+
+def test_gradients_are_kept_apart() -> None:
+    """A gradient that is still held is not another step's memory."""
+    x = torch.randn(ELEMENTS, requires_grad=True)
+    kept = []
+    for factor in (1.0, 2.0, 3.0):
+        x.grad = None
+        (relu(x) * factor).sum().backward()
+        kept.append(x.grad)
+    for factor, gradient in zip((1.0, 2.0, 3.0), kept, strict=True):
+        assert torch.equal(gradient, factor * (x > 0))
+
+
+# ---- threads and processes -----------------------------------------------------------------------
+
+
+def test_threads() -> None:
+    wrong = []
+
+    def work(value: float) -> None:
+        x = torch.full((ELEMENTS,), value)
+        for _ in range(12):
+            y = relu(x)
+            if not torch.equal(y, x):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(float(value),)) for value in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert memory.stats().in_use == 0
+    assert memory.stats().hits > 0
+
+
+def test_a_forked_child_starts_with_no_free_block() -> None:
+    done = python("""
+        import os, torch
+        from pyfused import memory
+        from pyfused.functional import relu
+        torch.set_num_threads(1)
+        x = torch.ones(9 << 20)
+        kept = relu(x); relu(x)
+        assert memory.stats().free == 36 << 20
+        child = os.fork()
+        if child:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+            assert memory.stats().free == 36 << 20
+            assert kept.sum() == 9 << 20
+        else:
+            assert memory.stats().free == 0
+            kept.add_(1); relu(x); del kept
+            assert memory.stats().free == 2 * 36 << 20
+            os._exit(17)
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tensors_outlive_the_interpreter() -> None:
+    done = python("""
+        import builtins, torch
+        from pyfused.functional import relu
+        builtins.kept = relu(torch.ones(9 << 20))
+        class Late:
+            def __init__(self): self.tensor = relu(torch.ones(9 << 20))
+            def __del__(self): self.tensor = None
+        builtins.late = Late()
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_memory_left() -> None:
+    """Free blocks go before an allocation fails; what fails then is torch's, with its error."""
+    done = python("""
+        import resource, torch
+        from pyfused import memory
+        from pyfused.functional import relu
+        torch.set_num_threads(1)
+        memory.recycle(limit=1 << 40)
+        x, larger = torch.ones(9 << 20), torch.ones(12 << 20)
+        relu(x)
+        assert memory.stats().free
+        mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (20 << 20), -1))
+        y = relu(larger)  # has room where the free block was
+        assert memory.stats().free == 0 and y.sum() == 12 << 20
+        try:
+            relu(larger)
+        except RuntimeError as error:
+            print(error)
+        del y
+        assert memory.stats().free == 0  # nothing is kept under a limit that would count it
+    """)
+    assert done.returncode == 0, done.stderr
+    assert "not enough memory" in done.stdout or "can't allocate memory" in done.stdout
+
+
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_training_fits_where_it_fits_without(asked: str) -> None:
+    """A limit of the address space that has room for one gradient, in either setting."""
+    done = python(
+        """
+        import resource, torch
+        from pyfused.functional import cross_entropy
+        torch.set_num_threads(1)
+        x = torch.randn(64, 1 << 18, requires_grad=True)
+        target = torch.zeros(64, dtype=torch.int64)
+        cross_entropy(x[:1], target[:1]).backward()
+        x.grad = None
+        mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (64 << 20) + (48 << 20), -1))
+        for _ in range(4):
+            x.grad = None
+            cross_entropy(x, target).backward()
+            x.grad = None
+            torch.empty(24 << 20).fill_(1)  # as large as what is there without a free block
+        print("ok")
+        """,
+        PYFUSED_RECYCLE=asked,
+    )
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_wrong_limits() -> None:
+    for limit, error in ((0, ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="limit: expected"):
+            memory.recycle(limit=limit)
+    with pytest.raises(ValueError, match="limit: expected none with enabled=False, got 5"):
+        memory.recycle(False, limit=5)
+    assert memory.stats().limit == ROOM
+
+
+@pytest.mark.parametrize(("asked", "limit"), [("0", 0), ("123456789", 123456789)])
+def test_the_environment(asked: str, limit: int) -> None:
+    code = "import pyfused; print(pyfused.memory.stats().limit)"
+    assert int(python(code, PYFUSED_RECYCLE=asked).stdout) == limit
+
+
+def test_a_wrong_environment() -> None:
+    done = python("import pyfused", PYFUSED_RECYCLE="yes")
+    assert "PYFUSED_RECYCLE: expected 0 or a number of bytes, got 'yes'" in done.stderr
+
+
+def test_the_default_is_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "_group_limits", list)
+    assert memory._default_limit() == machine // 4
+    monkeypatch.setattr(memory, "_group_limits", lambda: [1 << 20, 1 << 60])
+    assert memory._default_limit() == 1 << 18
+
+
+def test_a_strict_kernel_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_number", lambda _: 2)
+    assert memory._default_limit() == 0
