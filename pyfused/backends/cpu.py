@@ -86,8 +86,8 @@ _NO_OPERAND = (0, 0)
 
 
 # From this many bytes on, outputs come from recycled memory. glibc keeps smaller blocks by itself,
-# and to surrender their pages costs more than it saves: 0.7 to 1 times the speed at 2 to 31 MiB, 1.3
-# to 2 from here on.
+# and to surrender their pages costs more than it saves: 0.7 to 1 times the speed at 2 to 31 MiB,
+# 1.3 to 2 from here on.
 RECYCLED_BYTES = 32 << 20
 
 
