@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from cases import CASES, MODES, Arguments, Case, draw, step
-from measure import Quartiles, Step, by_turns, plan, quartiles, ratios, settle_allocator, timed
+from cases import CASES, MODES, Case, draw, step, training_step
+from measure import Quartiles, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -67,28 +66,14 @@ class Loss(torch.autograd.Function):
         return gradient
 
 
-def bare(case: Case, arguments: Arguments) -> Callable[[], None]:
-    function = Activation if case.op == "relu" else Loss
-
-    def forward_and_backward() -> None:
-        arguments.input.grad = None
-        function.apply(arguments.input).backward(arguments.upstream)
-
-    return forward_and_backward
-
-
 def measure(case: Case) -> tuple[list[float], list[Quartiles]]:
     """Milliseconds of torch, pyfused and the bound; torch's by pyfused's, and by the bound's."""
     arguments = draw(case)
     steps = [step(o, case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
-    steps.append(bare(case, arguments))
+    bound = Activation if case.op == "relu" else Loss
+    steps.append(training_step(lambda input, *_, **__: bound.apply(input), arguments))
     rounds, calls = plan(steps, SECONDS)
-
-    def fresh(call: Step) -> float:
-        arguments.input.grad = None
-        return timed(call, calls)
-
-    times = by_turns([partial(fresh, call) for call in steps], rounds)
+    times = by_turns([partial(timed, call, calls) for call in steps], rounds)
     ms = [1e3 * quartiles(all_)[1] / calls for all_ in times]
     return ms, [ratios(times[0], times[1]), ratios(times[0], times[2])]
 

@@ -10,7 +10,6 @@ from typing import Any
 import cpuinfo
 import pytest
 import torch
-from cases import KEEPS_PAGES
 from measure import settle_allocator
 from report import markdown
 
@@ -26,8 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # its table has the times of pyfused alone
     config.option.randomly_reorganize = False  # both modes of a case share their arguments
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers beside what is timed
-    if not KEEPS_PAGES:
-        settle_allocator()
+    settle_allocator()
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
