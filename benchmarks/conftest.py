@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 from typing import Any
 
-import cpuinfo
 import pytest
-import torch
 from measure import settle_allocator
-from report import markdown
-
-from pyfused.backends import cpu
+from report import machine_info, markdown
 
 MEMORY = pytest.StashKey[list[dict[str, object]]]()
 
@@ -29,18 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    found = cpuinfo.get_cpu_info()
-    brand = found.get("brand_raw") or found["arch"]
-    return {
-        "cpu": re.sub(r"\((R|TM)\)| CPU| @.*", "", brand).strip(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": cpu.capability,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "compiler": cpu.native.compiler,
-    }
+    return machine_info()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import pictures
+import torch
 from measure import Peer, Row
+
+from pyfused.backends import cpu
 
 RESULTS = Path(__file__).parent / "results"
 # Who stands in the README, and in the picture above it.
@@ -105,6 +111,21 @@ def allocators_markdown(found: Sequence[dict[str, Any]]) -> str:
     first = [f"{by[ways[0], case]['ms']:.3g} ms" for case in cases]
     rows = [[way, *(spread(by[way, case]["ratio"]) for case in cases)] for way in ways[1:]]
     return tabulated(["", *cases], [[ways[0], *first], *rows], names=1)
+
+
+def machine_info() -> dict[str, Any]:
+    found = cpuinfo.get_cpu_info()
+    brand = found.get("brand_raw") or found["arch"]
+    return {
+        "cpu": re.sub(r"\((R|TM)\)| CPU| @.*", "", brand).strip(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": cpu.capability,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiler": cpu.native.compiler,
+    }
 
 
 def machine(found: dict[str, Any]) -> str:

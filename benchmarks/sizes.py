@@ -23,9 +23,8 @@ from pathlib import Path
 
 import torch
 from cases import OPS, Case
-from conftest import pytest_benchmark_generate_machine_info
 from measure import LONGER, settle_allocator
-from report import machine
+from report import machine, machine_info
 from rich.progress import track
 from sweep import DTYPES, Point, drawn, measure
 
@@ -117,9 +116,9 @@ def banded(found: dict[int, int]) -> Rows:
 
 def written(table: dict[str, dict[torch.dtype, Rows]]) -> str:
     """The file with another table, and with what it was measured on."""
-    info = pytest_benchmark_generate_machine_info()
     now = datetime.now(timezone.utc).isoformat()
-    where = textwrap.fill(f"{machine({'machine_info': info, 'datetime': now})}.", 100)
+    found = {"machine_info": machine_info(), "datetime": now}
+    where = textwrap.fill(f"{machine(found)}.", 100)
     lines = []
     for key, dtypes in table.items():
         lines.append(f'    "{key}": {{\n')
