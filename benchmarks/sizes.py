@@ -38,7 +38,7 @@ FILE = Path(__file__).parents[1] / "pyfused/ops/sizes.py"
 MEASURED = re.compile(r'(?s)(?<=forward \+ backward on\n).*?(?=""")')
 TABLE = re.compile(r"(?s)(?<=\]\] = \{\n).*(?=\}\n\Z)")
 SMALLEST, LARGEST = 1 << 10, 1 << 24  # elements
-SECONDS = 0.08  # a measurement; what decides is measured again, for longer
+SECONDS = 0.06  # a measurement; what decides is measured again, for longer
 MARGIN = 0.03
 # Where an operator has classes, how many: each stands for those above the one before.
 CLASSES = {
@@ -60,12 +60,12 @@ def shape(key: str, classes: int, elements: int) -> tuple[int, ...]:
     return (2, classes, positions // 2) if key.endswith("_kdim") else (positions, classes)
 
 
-def sizes(classes: int) -> Iterator[int]:
-    """Powers of two from the largest down, of one position at least."""
+def sizes(classes: int, old: int) -> Iterator[int]:
+    """Powers of two from the largest down, of one position at least; every other one far from old."""
     elements = LARGEST
     while elements >= max(SMALLEST, classes):
         yield elements
-        elements //= 2
+        elements //= 4 if old and elements >= 32 * old else 2
 
 
 def below(rows: Rows, classes: int) -> int:
@@ -96,7 +96,7 @@ def faster(case: Case, threads: int) -> bool:
 def threshold(op: str, key: str, dtype: torch.dtype, classes: int, old: int) -> int:
     """From how many elements on the kernels take a call."""
     found = 2 * LARGEST
-    for elements in sizes(classes):
+    for elements in sizes(classes, old):
         case = Case(op, shape(key, classes, elements), dtype)
         if not kernels_keep(case, had=elements >= old):
             return found
