@@ -61,7 +61,7 @@ def shape(key: str, classes: int, elements: int) -> tuple[int, ...]:
 
 
 def sizes(classes: int, old: int) -> Iterator[int]:
-    """Powers of two from the largest down, of one position at least; every other one far from old."""
+    """Powers of two from the largest down to one position; every other one far from the old."""
     elements = LARGEST
     while elements >= max(SMALLEST, classes):
         yield elements
