@@ -1,7 +1,7 @@
 """Time a revision's pyfused and the working tree's, call beside call: what has a change moved?
 
     python benchmarks/compare.py main~3
-    python benchmarks/compare.py main -k relu --margin 0.9
+    python benchmarks/compare.py main -k relu '(256, 1000)' --margin 0.9
     python benchmarks/compare.py main --busy
 
 Each has a process of its own, and they take turns. Exits with 1 where the working tree is slower:
@@ -76,7 +76,7 @@ def verdict(ratio: Quartiles, margin: float) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="a git revision")
-    parser.add_argument("-k", default="", help="only the cases whose name has this in it")
+    parser.add_argument("-k", nargs="+", default=[""], help="only names with one of these in them")
     parser.add_argument("--margin", type=float, default=0.95, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.7, help="a case, default: %(default)s")
     parser.add_argument("--busy", action="store_true", help="beside other work, see load.py")
@@ -89,7 +89,7 @@ def main() -> None:
         (index, mode)
         for index, case in enumerate(CASES)
         for mode in MODES
-        if options.k in f"{case.name} {mode}"
+        if any(part in f"{case.name} {mode}" for part in options.k)
     ]
     shown = track(chosen, "Measuring", transient=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
