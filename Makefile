@@ -55,7 +55,7 @@ bench-compare: $(BUILD) ## time the kernels of a revision beside these: make ben
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/compare.py $(BASE) $(COMPARE_ARGS)
 
-sizes: $(BUILD) ## measure from which size on the kernels are faster, and write pyfused/ops/sizes.py
+sizes: $(BUILD) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (10 minutes)
 	$(BIN)/python benchmarks/sizes.py $(SIZES_ARGS)
 
 docs: $(BUILD) $(EXTRAS) ## write the documentation to site/

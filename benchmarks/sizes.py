@@ -162,6 +162,7 @@ def main() -> None:
         )
         if new[key][dtype] != before:
             print(f"{key} {name}: {before} becomes {new[key][dtype]}", flush=True)
+    torch.set_num_threads(THREADS[-1])  # as the file says
     if not options.dry_run:
         FILE.write_text(written(new), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", FILE], check=True)
