@@ -46,13 +46,13 @@ def copying(arguments: Arguments) -> Step:
 
 
 def parameters() -> list[object]:
-    """The curves are drawn for torch's allocator as it comes, and with kept pages."""
-    curves = CURVES if AS_IT_COMES or KEEPS_PAGES else ()
+    """All where there is something to draw; else what README.md and the table show of a setting."""
+    drawn = AS_IT_COMES or KEEPS_PAGES
     return [
         pytest.param(case, mode, id=f"{case.name} {mode}", marks=marks(case, mode))
-        for case in (*CASES, *curves)
+        for case in (*CASES, *(CURVES if drawn else ()))
         for mode in MODES
-        if mode == MODES[-1] or not case.curve
+        if mode == MODES[-1] or (drawn and not case.curve)
     ]
 
 
