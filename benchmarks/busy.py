@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import pyfused.functional
 
-SECONDS, FEWEST = 20, 100
+SECONDS, FEWEST = 10, 60
 SETTLE_SECONDS = 1  # until the load is there
 
 

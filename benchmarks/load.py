@@ -23,9 +23,9 @@ MEAN_SECONDS = 20e-3  # by the clock on the wall, of computing as of sleeping
 
 
 def work() -> None:
-    """Never returns."""
-    draw = random.Random(os.getpid())
-    while True:
+    """Until the process that asked for it is gone."""
+    draw, parent = random.Random(os.getpid()), os.getppid()
+    while os.getppid() == parent:
         until = time.perf_counter() + draw.expovariate(1 / MEAN_SECONDS)
         while time.perf_counter() < until:
             pass
@@ -53,6 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         work()
+        return
     with loaded():
         time.sleep(options.seconds)
 
