@@ -10,7 +10,7 @@ export CXX  # the compiler that was checked is the one that builds
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-compare docs lint sanitize clean
+	bench-quick bench-busy bench-compare sizes docs lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -40,29 +40,23 @@ gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
-# Once with the allocator as it comes, and once with one that keeps its pages.
-KEPT_PAGES = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=42949672960 \
-	MALLOC_TOP_PAD_=1073741824
-BENCH = $(BIN)/python -m pytest benchmarks --benchmark-json .benchmarks
-
-bench: $(BUILD) ## time torch and pyfused side by side, and write benchmarks/results/ (20 minutes)
-	@mkdir -p .benchmarks
-	$(BENCH)/bench.json
-	$(KEPT_PAGES) $(BENCH)/kept.json
-	$(BIN)/python benchmarks/report.py .benchmarks/bench.json .benchmarks/kept.json --readme README.md
+bench: $(BUILD) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes)
+	$(BIN)/python benchmarks/run.py
 
 bench-quick: $(BUILD) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
-	@mkdir -p .benchmarks
-	$(BENCH)/quick.json $(BENCH_ARGS)
-	$(KEPT_PAGES) $(BENCH)/quick-kept.json $(BENCH_ARGS)
-	$(BIN)/python benchmarks/report.py .benchmarks/quick.json .benchmarks/quick-kept.json \
-		--results .benchmarks
+	$(BIN)/python benchmarks/run.py --quick $(BENCH_ARGS)
 
 BENCH_ARGS ?= -m quick
+
+bench-busy: $(BUILD) ## the headline cases beside other work: medians and 90th percentiles (5 minutes)
+	$(BIN)/python benchmarks/busy.py
 
 bench-compare: $(BUILD) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/compare.py $(BASE) $(COMPARE_ARGS)
+
+sizes: $(BUILD) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (10 minutes)
+	$(BIN)/python benchmarks/sizes.py $(SIZES_ARGS)
 
 docs: $(BUILD) $(EXTRAS) ## write the documentation to site/
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site

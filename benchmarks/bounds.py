@@ -3,43 +3,34 @@
     python benchmarks/bounds.py
     python benchmarks/bounds.py relu '(1024, 32000)'
 
-It reads the input once and writes each output once, into memory as new as an operator's, with huge
-pages, and computes nothing; what else an operator has to read is left out. No kernel is faster:
-torch divided by it is what pyfused can reach at most.
+It reads the input once and writes each output once, into memory such as the kernels' outputs have,
+and computes nothing; what else an operator has to read is left out. No kernel is faster: torch
+divided by it is what pyfused can reach at most.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from cases import CASES, MODES, Arguments, Case, draw, step
-from measure import Quartiles, Step, by_turns, plan, quartiles, ratios, settle_allocator, timed
+from cases import CASES, MODES, Case, draw, step, training_step
+from measure import Quartiles, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 import pyfused.functional
+from pyfused.backends import cpu
 
 SECONDS = 1.5
-HUGE, FRESH = 1 << 21, 32 << 20  # as csrc/memory.h
-MADV_HUGEPAGE = 14
-_libc = ctypes.CDLL(None)
 
 
 def copied(source: Tensor) -> Tensor:
-    """A copy in new memory."""
-    copy = torch.empty_like(source)
-    size = copy.numel() * copy.element_size()
-    if size >= FRESH and hasattr(_libc, "madvise"):
-        first, last = -(-copy.data_ptr() // HUGE) * HUGE, (copy.data_ptr() + size) // HUGE * HUGE
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_HUGEPAGE)
-    return copy.copy_(source)
+    """A copy in memory such as the kernels' outputs have."""
+    return cpu.empty_like(source).copy_(source)
 
 
 class Activation(torch.autograd.Function):
@@ -67,28 +58,14 @@ class Loss(torch.autograd.Function):
         return gradient
 
 
-def bare(case: Case, arguments: Arguments) -> Callable[[], None]:
-    function = Activation if case.op == "relu" else Loss
-
-    def forward_and_backward() -> None:
-        arguments.input.grad = None
-        function.apply(arguments.input).backward(arguments.upstream)
-
-    return forward_and_backward
-
-
 def measure(case: Case) -> tuple[list[float], list[Quartiles]]:
     """Milliseconds of torch, pyfused and the bound; torch's by pyfused's, and by the bound's."""
     arguments = draw(case)
     steps = [step(o, case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
-    steps.append(bare(case, arguments))
+    bound = Activation if case.op == "relu" else Loss
+    steps.append(training_step(lambda input, *_, **__: bound.apply(input), arguments))
     rounds, calls = plan(steps, SECONDS)
-
-    def fresh(call: Step) -> float:
-        arguments.input.grad = None
-        return timed(call, calls)
-
-    times = by_turns([partial(fresh, call) for call in steps], rounds)
+    times = by_turns([partial(timed, call, calls) for call in steps], rounds)
     ms = [1e3 * quartiles(all_)[1] / calls for all_ in times]
     return ms, [ratios(times[0], times[1]), ratios(times[0], times[2])]
 

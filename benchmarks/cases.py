@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from measure import Step
+from settings import AS_IT_COMES, CURRENT, torch_in
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,10 +28,10 @@ class Compiled:
         return getattr(self, op)
 
 
-# What pyfused is compared with: a name for the reports, and where its operators are. Where the
-# allocator keeps its pages, the kernels alone are compared.
-KEEPS_PAGES = "MALLOC_MMAP_THRESHOLD_" in os.environ
-PEERS = {"torch, kept pages": F} if KEEPS_PAGES else {"torch": F, "torch.compile": Compiled()}
+# What pyfused is compared with: a name for the reports, and where its operators are.
+PEERS: dict[str, Any] = {torch_in(CURRENT): F}
+if AS_IT_COMES:
+    PEERS["torch.compile"] = Compiled()
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ CASES = (
     Case("relu", (32 * M,), BF16),
 )
 
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
 SIZES = (*(1 << k for k in range(10, 28, 2)), 100 * 10**6)
 CURVES = (
     *(Case("cross_entropy", (n // 1000 or 1, 1000), curve="elements") for n in SIZES),
@@ -173,19 +176,32 @@ def operator(operators: Any, case: Case) -> Callable[..., Tensor]:
     return torch.autocast("cpu", torch.bfloat16)(function) if case.autocast else function
 
 
-def step(operators: Any, case: Case, arguments: Arguments, mode: str) -> Callable[[], None]:
-    """One call as a user makes it; with a gradient in new memory, where the mode has a backward."""
+def step(operators: Any, case: Case, arguments: Arguments, mode: str) -> Step:
+    """One call as a user makes it, of one peer."""
     function, a = operator(operators, case), arguments
+    if mode != "forward":
+        return training_step(function, a)
     constant = a.input.detach()
 
     def forward() -> None:
         function(constant, *a.others, **a.options)
 
-    def forward_and_backward() -> None:
-        a.input.grad = None
-        function(a.input, *a.others, **a.options).backward(a.upstream)
+    return forward
 
-    return forward if mode == "forward" else forward_and_backward
+
+def training_step(function: Callable[..., Tensor], arguments: Arguments) -> Step:
+    """Forward and backward as in a loop: the last step's gradient is freed, a new one is made.
+
+    On a leaf of its own with the arguments' values, so that nobody frees the gradient of another.
+    """
+    a = arguments
+    leaf = a.input.detach().requires_grad_()
+
+    def forward_and_backward() -> None:
+        leaf.grad = None
+        function(leaf, *a.others, **a.options).backward(a.upstream)
+
+    return forward_and_backward
 
 
 def assert_right(case: Case, arguments: Arguments) -> None:
@@ -206,8 +222,6 @@ def assert_right(case: Case, arguments: Arguments) -> None:
 
 def _evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
     a = arguments
-    a.input.grad = None
     value = function(a.input, *a.others, **a.options)
-    value.backward(a.upstream)
-    assert a.input.grad is not None
-    return value.detach(), a.input.grad
+    (gradient,) = torch.autograd.grad(value, a.input, a.upstream)
+    return value.detach(), gradient

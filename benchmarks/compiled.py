@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from cases import BF16, M
+from cases import BF16, MODES, Arguments, M, training_step
 from measure import Step, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
@@ -144,11 +144,9 @@ def steps(case: Case, mode: str) -> tuple[Step, Step]:
             with torch.no_grad():
                 compiled(input, *rest)
 
-        def forward_and_backward() -> None:
-            input.grad = None
-            compiled(input, *rest).backward(upstream)
-
-        return forward if mode == "forward" else forward_and_backward
+        if mode == "forward":
+            return forward
+        return training_step(compiled, Arguments(input, rest, upstream=upstream))
 
     return step(getattr(F, case.op)), step(case.walled or getattr(fused, case.op))
 
@@ -174,7 +172,7 @@ def main() -> None:
         table.add_column(name, justify="right")
     for case in CASES:
         if options.only in case.name:
-            for mode in ("forward", "forward+backward"):
+            for mode in MODES:
                 table.add_row(*measure(case, mode, options.seconds))
     Console(width=120).print(table)
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 from typing import Any
 
-import cpuinfo
 import pytest
-import torch
-from cases import KEEPS_PAGES
 from measure import settle_allocator
-from report import markdown
-
-from pyfused.backends import cpu
+from report import machine_info, markdown
 
 MEMORY = pytest.StashKey[list[dict[str, object]]]()
 
@@ -26,23 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # its table has the times of pyfused alone
     config.option.randomly_reorganize = False  # both modes of a case share their arguments
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers beside what is timed
-    if not KEEPS_PAGES:
-        settle_allocator()
+    settle_allocator()
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    found = cpuinfo.get_cpu_info()
-    brand = found.get("brand_raw") or found["arch"]
-    return {
-        "cpu": re.sub(r"\((R|TM)\)| CPU| @.*", "", brand).strip(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": cpu.capability,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "compiler": cpu.native.compiler,
-    }
+    return machine_info()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

@@ -130,17 +130,15 @@ class Clock:
 
 
 def peak_gradients(call: Step, arguments: Arguments) -> float | None:
-    """The most memory that a call takes beyond what was there, in gradients of the input."""
+    """The most memory that a first call takes beyond what was there, in gradients of the input."""
     if not arguments.input.is_cuda:
         return None
-    arguments.input.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     size = arguments.input.numel() * arguments.input.element_size()
-    arguments.input.grad = None
     return (torch.cuda.max_memory_allocated() - before) / size
 
 
@@ -159,7 +157,6 @@ def measure(case: Case, mode: str, arguments: Arguments, clock: Clock) -> Row:
     calls = CALLS if small else 1
 
     def once(call: Step) -> float:
-        arguments.input.grad = None
         return clock.of_many(call, calls) if small else clock.of(call)
 
     for call in (*steps.values(), ours):
@@ -184,7 +181,7 @@ def measure(case: Case, mode: str, arguments: Arguments, clock: Clock) -> Row:
         rounds=len(mine),
         calls_per_round=calls,
         peers={n: Peer(median(t), median(mine), ratios(t, mine)) for n, t in times.items()},
-        peak_gradients=peak_gradients(ours, arguments),
+        peak_gradients=peak_gradients(step(pyfused.functional, case, arguments, mode), arguments),
     )
 
 

@@ -98,6 +98,10 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return low, median, high
 
 
+def ninth_decile(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=10)[-1]
+
+
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Quartiles:
     """The quartiles of the ratios within a round: what slows the machine then slows both."""
     return quartiles([their / our for their, our in zip(theirs, ours, strict=True)])

@@ -120,3 +120,22 @@ def memory(found: Sequence[dict[str, Any]]) -> Titled:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     return figure, "What a forward and backward pass takes at its peak"
+
+
+def allocators(found: Sequence[dict[str, Any]]) -> Titled:
+    """Milliseconds in each way to get memory, a panel for each case."""
+    cases = list(dict.fromkeys(entry["case"] for entry in found))
+    ways = list(dict.fromkeys(entry["way"] for entry in found))
+    figure = Figure(figsize=(2.5 + 2.6 * len(cases), 1.5 + 0.34 * len(ways)), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
+    for axes, case in zip(panels, cases, strict=True):
+        times = {entry["way"]: entry["ms"] for entry in found if entry["case"] == case}
+        colours = [IMPLEMENTATIONS[way.partition(",")[0]] for way in ways]
+        bars = axes.barh(ways, [times[way] for way in ways], color=colours)
+        axes.bar_label(bars, [f"{times[way]:.3g}" for way in ways], padding=3, fontsize=8)
+        axes.margins(x=0.2)
+        axes.set_title(case, fontsize=8)
+        axes.set_xlabel("milliseconds")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    return figure, "Forward + backward of large tensors, by where their memory comes from"

@@ -16,14 +16,13 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
-from cases import BF16, F16, F32, F64, MODES, Case, M, draw, step
+from cases import BF16, F16, F32, F64, MODES, OPS, Case, M, draw, step
 from measure import (
     LONGER,
     Quartiles,
-    Step,
     by_turns,
     plan,
     quartiles,
@@ -37,8 +36,10 @@ from rich.table import Table
 from torch.nn import functional as F
 
 import pyfused.functional
-from pyfused.ops.dispatch import ATEN_BELOW, aten_is_faster
+from pyfused.ops.dispatch import aten_is_faster
+from pyfused.ops.sizes import ATEN_BELOW
 
+drawn = lru_cache(maxsize=1)(draw)  # what is measured again is drawn once
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M, 100 * 10**6)
 CLASSES = (2, 10, 24, 64, 500, 1000, 32000, 262144)
@@ -101,15 +102,10 @@ def points(ops: Sequence[str], dtypes: Sequence[str], threads: Sequence[int]) ->
 
 def measure(point: Point, seconds: float) -> Finding:
     torch.set_num_threads(point.threads)
-    arguments = draw(point.case)
+    arguments = drawn(point.case)
     steps = [step(o, point.case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
     rounds, calls = plan(steps, seconds, fewest=4)
-
-    def fresh(call: Step) -> float:
-        arguments.input.grad = None
-        return timed(call, calls)
-
-    times = by_turns([partial(fresh, call) for call in steps], rounds)
+    times = by_turns([partial(timed, call, calls) for call in steps], rounds)
     torch_ms, pyfused_ms = (1e3 * quartiles(all_)[1] / calls for all_ in times)
     return Finding(point, torch_ms, pyfused_ms, ratios(*times))
 
@@ -146,8 +142,7 @@ def tabulate(findings: Sequence[Finding], tolerance: float) -> Table:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ops = ["cross_entropy", "mse_loss", "relu"]
-    parser.add_argument("--op", nargs="+", choices=ops, default=ops)
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=0.08, help="a case, default: %(default)s")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cases import KEEPS_PAGES, Case
+from cases import Case
 from conftest import MEMORY
 from memory import CASES, IMPLEMENTATIONS, measure
+from settings import AS_IT_COMES
 
 
-@pytest.mark.skipif(KEEPS_PAGES, reason="the allocator has nothing to do with it")
+@pytest.mark.skipif(not AS_IT_COMES, reason="measured with the allocator as it comes")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux has the peak")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -5,9 +5,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "vec.h"
 
@@ -29,12 +31,39 @@ inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = tru
 constexpr bool forked = false;
 #endif
 
+// A thread's own blocks. Whoever takes some moves `next`, on a cache line that nobody else writes to.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// What is taken at once is a 32nd of a share: an atomic operation waits until the stores before it have
+// left the core, and those past the cache are slow. One block at a time takes 1.07 times as long at
+// (8, 21, 256, 256), and with schedule(dynamic), which spreads neighbouring blocks, 1.2 times.
+constexpr int64_t kParts = 32;
+
+// Each thread works off its share, and then what is left of the others': nobody waits for all that a
+// thread had to do which was put aside. Beside one process that computes, on two cores, calls of some
+// milliseconds are 1.1 to 1.25 times as fast as with schedule(static); alone, 1 to 1.05 times.
 template <class Body> void parallel_for(int64_t blocks, int threads, const Body& body) {
   if (threads > blocks) threads = int(blocks);
 #ifdef _OPENMP
   if (threads > 1 && !forked && !omp_in_parallel()) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) body(block);
+    std::vector<Share> shares(threads);
+    for (int i = 0; i < threads; ++i) {
+      shares[i].next = blocks * i / threads;
+      shares[i].end = blocks * (i + 1) / threads;
+    }
+    const int64_t part = std::max<int64_t>(1, blocks / (kParts * threads));
+#pragma omp parallel num_threads(threads)
+    for (int i = 0; i < threads; ++i) {
+      Share& share = shares[(omp_get_thread_num() + i) % threads];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int64_t first = share.next.fetch_add(part, std::memory_order_relaxed);
+        const int64_t end = std::min(share.end, first + part);
+        for (int64_t block = first; block < end; ++block) body(block);
+      }
+    }
     return;
   }
 #endif

@@ -1,0 +1,87 @@
+"""Processes that take turns: builds, libraries or allocators that cannot be had in one.
+
+    python benchmarks/sides.py FOLDER pyfused
+
+is one of them, with the pyfused of a folder. It answers each line, a case's number, a mode and a
+number of calls, with the seconds that they took.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from cases import CASES, draw, step
+from measure import Step, repeat, settle_allocator, timed
+from torch.nn import functional as F
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 2  # calls before the first that counts: the first of all sets up
+# The threads of the one whose turn is over spin for about a millisecond before they sleep.
+HANDOVER_SECONDS = 3e-3
+
+
+class Side:
+    """A process with torch's operators, or with the pyfused of a folder."""
+
+    def __init__(
+        self, library: str, folder: Path = ROOT, environment: Mapping[str, str] = os.environ
+    ) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(folder), library],
+            env={**environment, "PYTHONPATH": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def seconds(self, case: int, mode: str, calls: int) -> float:
+        """The time of so many calls, after the others' threads have gone to sleep."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(case, mode, calls, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"the process {self.process.args} ended")
+        return float(answer)
+
+
+@contextmanager
+def ended_after(*sides: Side) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for side in sides:
+            side.process.terminate()
+            side.process.wait()
+
+
+def work(folder: Path, library: str) -> None:
+    import pyfused.functional
+
+    assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
+    settle_allocator()
+    operators = pyfused.functional if library == "pyfused" else F
+
+    @lru_cache(maxsize=1)
+    def prepared(index: int, mode: str) -> Step:
+        case = CASES[index]
+        one = step(operators, case, draw(case), mode)
+        repeat(one, WARM_UP)
+        return one
+
+    for line in sys.stdin:
+        index, mode, calls = line.split()
+        one = prepared(int(index), mode)
+        time.sleep(HANDOVER_SECONDS)
+        print(timed(one, int(calls)), flush=True)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2])
