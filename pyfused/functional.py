@@ -144,9 +144,7 @@ def mse_loss(
                 "Please ensure they have the same size.",
                 stacklevel=2,
             )
-        return _pointwise_loss.fused(
-            _pointwise_loss.SQUARED_ERROR, input, target, weight, reduction
-        )
+        return _pointwise_loss.fused(_pointwise_loss.MSE_LOSS, input, target, weight, reduction)
     if reason is not SMALL:
         say_once("mse_loss", reason)
     try:

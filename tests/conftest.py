@@ -21,7 +21,7 @@ if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = dispatch.backend_of(torch.empty(0))  # the one under test
-KERNELS = ("cross_entropy", "squared_error", "relu", "relu_backward")
+KERNELS = ("cross_entropy", "mse_loss", "relu", "relu_backward")
 
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, max_examples=400

@@ -98,7 +98,7 @@ def test_mse_loss(
         options = {"weight": weight, "reduction": reduction}
         assert_matches_torch(mse_loss, F.mse_loss, input, target.detach(), **options)
         assert_matches_torch(mse_loss, F.mse_loss, target, input, **options)
-    assert kernel_calls["squared_error"] >= 3 * len(LAYOUTS)
+    assert kernel_calls["mse_loss"] >= 3 * len(LAYOUTS)
 
 
 @every_shape

@@ -87,7 +87,7 @@ def call_ending_in(kernel: str) -> Tensor:
     x = torch.randn(4096, 1024)
     if kernel == "cross_entropy":
         return cross_entropy(x, torch.randint(1024, (4096,)))
-    if kernel == "squared_error":
+    if kernel == "mse_loss":
         return mse_loss(x, torch.randn(4096, 1024))
     if kernel == "relu":
         return relu(x)

@@ -86,7 +86,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(input, target, weight)
         now = gradients_ahead(options.reduction, input)
         now = now and (is_dense(input) or not inplace)
-        want = Want(True, now and ctx.needs_input_grad[1], now and ctx.needs_input_grad[2], inplace)
+        want = Want(True, ctx.needs_input_grad[1:3] if now else (), inplace)
         loss, gradients = backend.cross_entropy(input, target, weight, options, want)
         ctx.gradients = gradients if now else None
         ctx.overwritten = inplace and now
@@ -115,8 +115,7 @@ def _saved(ctx: Any) -> Saved:
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
     input, target, weight = _saved(ctx)
-    wanted = ctx.needs_input_grad
-    want = Want(False, wanted[1], wanted[2], ctx.inplace)
+    want = Want(False, ctx.needs_input_grad[1:3], ctx.inplace)
     if ctx.inplace:
         increment_version(input)
         ctx.overwritten = True
@@ -174,7 +173,7 @@ def _loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -
 def _gradients(
     grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> Gradients:
-    want = Want(False, *options[-1])
+    want = Want(False, tuple(options[-1]))
     arguments = input, target, weight, CrossEntropyOptions(*options[:-1])
     _, gradients = cpu.cross_entropy(*arguments, want, grad_output)
     return _filled(gradients, input)
@@ -183,7 +182,7 @@ def _gradients(
 def _loss_and_gradients(
     input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor | None, ...]:
-    want = Want(True, *options[-1])
+    want = Want(True, tuple(options[-1]))
     arguments = input, target, weight, CrossEntropyOptions(*options[:-1])
     loss, gradients = cpu.cross_entropy(*arguments, want)
     return loss, *_filled(gradients, input)

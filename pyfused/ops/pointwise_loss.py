@@ -27,7 +27,7 @@ class Formula(NamedTuple):
     definition: Callable[[Tensor, Tensor], Tensor]
 
 
-SQUARED_ERROR = Formula("squared_error", lambda x, t: mse_loss(x, t, reduction="none"))
+MSE_LOSS = Formula("mse_loss", lambda x, t: mse_loss(x, t, reduction="none"))
 
 
 def fused(
@@ -44,10 +44,11 @@ def fused(
         weight = weight.to(dtype).expand(input.shape)
     backend = backend_of(input)
     options = weight, reduction, denominator
+    operands = input, target
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss: Tensor | None = PointwiseLoss.apply(backend, formula, input, target, *options)
+        loss: Tensor | None = PointwiseLoss.apply(backend, formula, *operands, *options)
     else:
-        loss, _ = backend.pointwise_loss(formula.kernel, input, target, *options, Want())
+        loss, _ = backend.pointwise_loss(formula.kernel, operands, (), *options, Want())
     assert loss is not None
     return loss.to(dtype)
 
@@ -88,9 +89,9 @@ class PointwiseLoss(torch.autograd.Function):
         ctx.reduction, ctx.denominator = reduction, denominator
         ctx.save_for_backward(input, target, weight)
         now = gradients_ahead(reduction, input)
-        want = Want(True, now and ctx.needs_input_grad[2], now and ctx.needs_input_grad[3])
+        want = Want(True, ctx.needs_input_grad[2:4] if now else ())
         loss, gradients = backend.pointwise_loss(
-            formula.kernel, input, target, weight, reduction, denominator, want
+            formula.kernel, (input, target), (), weight, reduction, denominator, want
         )
         ctx.gradients = gradients if now else None
         return loss
@@ -102,12 +103,12 @@ class PointwiseLoss(torch.autograd.Function):
 
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    want = Want(False, *ctx.needs_input_grad[2:4])
+    want = Want(False, ctx.needs_input_grad[2:4])
     input, target, weight = ctx.saved_tensors
     options = weight, ctx.reduction, ctx.denominator
     upstream = grad_output.expand_as(input)
     found: tuple[Tensor | None, Gradients] = ctx.backend.pointwise_loss(
-        ctx.formula.kernel, input, target, *options, want, upstream
+        ctx.formula.kernel, (input, target), (), *options, want, upstream
     )
     return found[1]
 
