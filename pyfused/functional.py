@@ -7,25 +7,10 @@ operator.
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
-from torch import relu as _aten_relu
-from torch import relu_ as _aten_relu_
-from torch.nn import _reduction as _legacy
 
-# By name: pyfused.patch puts other functions into torch and torch.nn.functional.
-from torch.nn.functional import cross_entropy as _torch_cross_entropy
-from torch.nn.functional import mse_loss as _torch_mse_loss
-from torch.nn.functional import relu as _torch_relu
-from torch.overrides import has_torch_function_unary
-
-from pyfused import checks
-from pyfused.backends import CrossEntropyOptions
-from pyfused.ops import activation as _activation
-from pyfused.ops import cross_entropy as _cross_entropy
-from pyfused.ops import pointwise_loss as _pointwise_loss
-from pyfused.ops.dispatch import SMALL, reason_for_torch, say_once
+from pyfused.ops.dispatch import call
+from pyfused.ops.operators import CROSS_ENTROPY, MSE_LOSS, RELU
 
 __all__ = ["cross_entropy", "mse_loss", "relu"]
 
@@ -79,25 +64,11 @@ def cross_entropy(
             expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
-    reason = reason_for_torch("cross_entropy", input, target, weight)
-    if inplace and (reason is None or reason is SMALL):
-        _cross_entropy.give_up(input)
-    if reason is None:
-        options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
-        return _cross_entropy.fused(input, target, weight, options, inplace)
-    if reason is not SMALL:
-        say_once("cross_entropy", reason)
-    try:
-        return _torch_cross_entropy(
-            input, target, weight, None, ignore_index, None, reduction, label_smoothing
-        )
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
-        checks.cross_entropy(input, target, weight, options)
-        checks.class_indices(input, target, ignore_index)
-        raise
+    return call(
+        CROSS_ENTROPY,
+        (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
+        inplace,
+    )
 
 
 def mse_loss(
@@ -132,26 +103,7 @@ def mse_loss(
             was expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
-    reason = reason_for_torch("mse_loss", input, target, weight)
-    if reason is None:
-        checks.mse_loss(input, target, weight, reduction)
-        if target.shape != input.shape:
-            warnings.warn(
-                f"Using a target size ({target.shape}) that is different to the input size "
-                f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
-                "Please ensure they have the same size.",
-                stacklevel=2,
-            )
-        return _pointwise_loss.fused(_pointwise_loss.MSE_LOSS, input, target, weight, reduction)
-    if reason is not SMALL:
-        say_once("mse_loss", reason)
-    try:
-        return _torch_mse_loss(input, target, None, None, reduction, weight)  # type: ignore[call-arg]
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        checks.mse_loss(input, target, weight, reduction)
-        raise
+    return call(MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -168,15 +120,4 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         RuntimeError: ``inplace``, and the input is a leaf that requires grad, or overlaps itself.
         TypeError: ``input`` is no tensor.
     """
-    reason = reason_for_torch("relu", input, None, None, inplace)
-    if reason is None:
-        return _activation.fused(_activation.RELU, input, inplace)
-    if reason is not SMALL:
-        say_once("relu", reason)
-        if has_torch_function_unary(input):
-            return _torch_relu(input, inplace=inplace)
-    try:
-        return _aten_relu_(input) if inplace else _aten_relu(input)
-    except TypeError:
-        checks.relu(input)
-        raise
+    return call(RELU, (input,), inplace)

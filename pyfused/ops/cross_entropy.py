@@ -1,8 +1,9 @@
-"""Cross-entropy: an autograd function over the fused kernels."""
+"""Losses over classes: an autograd function over the fused kernels, and what compilers see."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,59 +13,68 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import cross_entropy  # by name: pyfused.patch replaces it there
 
 from pyfused import checks
-from pyfused.backends import Backend, CrossEntropyOptions, Want, cpu
+from pyfused.backends import Backend, CrossEntropyOptions, Gradients, Want, cpu
 from pyfused.backends.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
 from pyfused.ops import inductor
+from pyfused.ops.declaration import Arguments, Operator, reduction_of
 from pyfused.ops.dispatch import backend_of, is_traced
-from pyfused.ops.gradients import (
-    Gradients,
-    autocast_dtype,
-    backward,
-    differentiate,
-    gradients_ahead,
-)
+from pyfused.ops.gradients import autocast_dtype, backward, differentiate, gradients_ahead
 
 Saved = tuple[Tensor, Tensor, Tensor | None]
 
 
-def fused(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    inplace: bool,
-) -> Tensor:
-    """The loss of tensors that the kernels take."""
-    checks.cross_entropy(input, target, weight, options)
-    if target.is_floating_point():
-        common = torch.promote_types(input.dtype, target.dtype)
-        if weight is not None:
-            common = torch.promote_types(common, weight.dtype)
-        input, target = input.to(common), target.to(common)
-    else:
-        target = target if target.dtype is torch.int64 else target.to(torch.int64)
-        target = target.reshape(()) if input.dim() == 1 else target
-    backend = backend_of(input)
-    if is_dynamo_compiling() or is_traced(input):
-        loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
-    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss = CrossEntropy.apply(backend, input, target, weight, options, inplace)
-    else:
-        loss, _ = backend.cross_entropy(input, target, weight, options, Want())
-    assert loss is not None
-    dtype = autocast_dtype(input.dtype, input.device)
-    return loss if loss.dtype is dtype else loss.to(dtype)
+@dataclass(eq=False, kw_only=True)
+class CrossEntropy(Operator):
+    """A loss of each row of logits beside a class index, or beside probabilities of the classes."""
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
+        input, target, weight, options = self._read(arguments)
+        checks.reduction(options.reduction)
+        checks.cross_entropy(input, target, weight, options.ignore_index, options.label_smoothing)
+        if target.is_floating_point():
+            common = torch.promote_types(input.dtype, target.dtype)
+            if weight is not None:
+                common = torch.promote_types(common, weight.dtype)
+            input, target = input.to(common), target.to(common)
+        else:
+            target = target if target.dtype is torch.int64 else target.to(torch.int64)
+            target = target.reshape(()) if input.dim() == 1 else target
+        backend = backend_of(input)
+        if is_dynamo_compiling() or is_traced(input):
+            loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
+        elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+            loss = CrossEntropyFunction.apply(backend, input, target, weight, options, inplace)
+        else:
+            loss, _ = backend.cross_entropy(input, target, weight, options, Want())
+        assert loss is not None
+        dtype = autocast_dtype(input.dtype, input.device)
+        return loss if loss.dtype is dtype else loss.to(dtype)
+
+    def check(self, arguments: Arguments) -> None:
+        input, target, weight, options = self._read(arguments)
+        checks.reduction(options.reduction)
+        checks.cross_entropy(input, target, weight, options.ignore_index, options.label_smoothing)
+        checks.class_indices(input, target, options.ignore_index)
+
+    def _read(
+        self, arguments: Arguments
+    ) -> tuple[Tensor, Tensor, Tensor | None, CrossEntropyOptions]:
+        input, target, weight, size_average, ignore_index, reduce, reduction, smoothing = arguments
+        reduction = reduction_of(size_average, reduce, reduction)
+        return input, target, weight, CrossEntropyOptions(ignore_index, reduction, smoothing)
+
+    def give_up(self, input: Tensor) -> None:
+        """Marks logits whose gradient may overwrite them as changed, for whoever saved them."""
+        compiling = is_dynamo_compiling()  # whose gradient has memory of its own
+        if torch.is_grad_enabled() and input.requires_grad and not compiling:
+            checks.overwritable(input)
+            increment_version(input)
+
+    def manner(self, input: Tensor) -> str:
+        return "rows in L2" if cpu.takes_rows(input) else "positions side by side"
 
 
-def give_up(input: Tensor) -> None:
-    """Marks logits whose gradient may overwrite them as changed, for whoever saved them before."""
-    compiling = is_dynamo_compiling()  # whose gradient has memory of its own
-    if torch.is_grad_enabled() and input.requires_grad and not compiling:
-        checks.overwritable(input)
-        increment_version(input)
-
-
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropyFunction(torch.autograd.Function):
     """The gradients are computed by the forward pass, while each row of logits is in cache.
 
     Except where the upstream gradient is needed first: one that differs from row to row, or one

@@ -1,0 +1,147 @@
+"""What the tests know of each operator beyond its declaration: its definition, and what to try.
+
+A definition is the closed form in NumPy's long double: the value of each element and the gradient to
+each operand. The families' tests draw operands and options from here; a new operator is a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import Extended, extended
+from torch import Tensor
+
+from pyfused import functional as fused
+from pyfused.ops.activation import Activation
+from pyfused.ops.declaration import Operand
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An operator's definition, and the parameters to try, the first of them torch's defaults."""
+
+    define: Callable[..., tuple[Extended, ...]]
+    tried: tuple[dict[str, float], ...] = ({},)
+
+
+def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    return (input - target) ** 2, 2 * (input - target), 2 * (target - input)
+
+
+def relu(input: Extended) -> tuple[Extended, ...]:
+    return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
+
+
+SAMPLES = {
+    "mse_loss": Sample(mse_loss),
+    "relu": Sample(relu),
+}
+
+
+# ---- what the families' tests are parametrised by ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A pointwise loss, with the operands and parameters of one way of calling it."""
+
+    op: PointwiseLoss
+    operands: tuple[Operand, ...]
+    parameters: dict[str, float]
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.op.name, *self.further, *map(str, self.parameters.values())])
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.operands if o.optional)
+
+    @property
+    def kernel(self) -> str:
+        return "_".join([self.op.name, *self.further])
+
+    @property
+    def takes_weight(self) -> bool:
+        return self.op.weight_shape is not None
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.operands if o.differentiated)
+
+    @property
+    def ours(self) -> Callable[..., Tensor]:
+        return getattr(fused, self.op.name)
+
+    @property
+    def torchs(self) -> Callable[..., Tensor]:
+        return self.op.torchs
+
+    def draw(
+        self,
+        shapes: tuple[int, ...] | list[tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+        requiring: tuple[str, ...] | None = None,
+    ) -> dict[str, Tensor]:
+        """Operands by name, of one shape or a shape each; those differentiated are leaves."""
+        each = shapes if isinstance(shapes, list) else [shapes] * len(self.operands)
+        requiring = self.differentiated if requiring is None else requiring
+        return {
+            operand.name: draw(operand, shape, dtype).requires_grad_(operand.name in requiring)
+            for operand, shape in zip(self.operands, each, strict=False)
+        }
+
+    def exact(
+        self, given: dict[str, Tensor], reduction: str, upstream: Tensor
+    ) -> tuple[Extended, dict[str, Extended]]:
+        """The value, and the gradient to each operand, of tensors of one shape."""
+        wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
+        each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
+        weight = extended(given["weight"]) if "weight" in given else np.ones_like(each)
+        divisor = np.longdouble(1)
+        if reduction == "mean":
+            by_weight = self.op.denominators["mean"] is weight_or_elements
+            divisor = weight.sum() if by_weight else np.longdouble(each.size)
+        value = weight * each / divisor
+        factor = weight * extended(upstream) / divisor
+        found = {n: g * factor for n, g in zip(self.differentiated, gradients, strict=True)}
+        return value if reduction == "none" else value.sum(), found
+
+    def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)
+
+
+def draw(operand: Operand, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of full scale, or between the bounds that the operand declares."""
+    low, high = operand.low, operand.high
+    if math.isinf(low):
+        return (4 * torch.randn(shape)).to(dtype)
+    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(min=low + 1e-2).to(dtype)
+
+
+def losses() -> list[Loss]:
+    found = []
+    for op in OPERATORS.values():
+        if isinstance(op, PointwiseLoss):
+            always = tuple(o for o in op.variables if not o.optional)
+            for operands in dict.fromkeys((always, op.variables)):
+                found += [Loss(op, operands, tried) for tried in SAMPLES[op.name].tried]
+    return found
+
+
+LOSSES = losses()
+FIRST = [next(loss for loss in LOSSES if loss.op is op) for op in {loss.op: 0 for loss in LOSSES}]
+ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.id)
+each_loss_once = pytest.mark.parametrize("loss", FIRST, ids=lambda loss: loss.id)
+every_activation = pytest.mark.parametrize("op", ACTIVATIONS, ids=lambda op: op.name)
