@@ -204,9 +204,9 @@ def outcome_or_error(operator: Any, given: dict[str, Any], **options: Any) -> An
 def test_type_promotion(
     loss: Loss, dtype: torch.dtype, other: torch.dtype, swapped: bool, reduction: str
 ) -> None:
-    """torch's dtype or error; nearer to the exact value than torch where torch rounds on the way."""
+    """torch's dtype or error; nearer to the exact value than torch, which rounds on the way."""
     values = loss.draw((3, 5), torch.float64, requiring=())
-    dtypes = dict(zip(("target", "input") if swapped else ("input", "target"), (dtype, other)))
+    dtypes = dict(zip(("input", "target")[:: -1 if swapped else 1], (dtype, other), strict=True))
     given = {name: x.abs().to(dtypes.get(name, torch.float32)) for name, x in values.items()}
     for name, tensor in given.items():
         tensor.requires_grad_(tensor.is_floating_point() and name in loss.differentiated)

@@ -35,6 +35,8 @@ class Activation(Operator):
         super().__post_init__()
         self.aten = getattr(torch, self.name)
         self.aten_ = getattr(torch, f"{self.name}_")
+        if self.torchs_ is self.torchs:  # which knows no `inplace`
+            self.torchs_ = self.aten_
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         input, *numbers = arguments

@@ -142,7 +142,7 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     reason = reason or _unsupported(op.operands[0], input, input)
     for place, operand in op.others:
         tensor = arguments[place]
-        if reason is None and tensor is not None:
+        if reason is None and not (tensor is None and operand.optional):
             reason = _unsupported(operand, tensor, input)
     if reason is None and op.against is not None:
         reason = op.against(*arguments)
