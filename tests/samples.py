@@ -97,12 +97,15 @@ class Loss:
         shapes: tuple[int, ...] | list[tuple[int, ...]],
         dtype: torch.dtype = torch.float32,
         requiring: tuple[str, ...] | None = None,
+        scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """Operands by name, of one shape or a shape each; those differentiated are leaves."""
         each = shapes if isinstance(shapes, list) else [shapes] * len(self.operands)
         requiring = self.differentiated if requiring is None else requiring
         return {
-            operand.name: draw(operand, shape, dtype).requires_grad_(operand.name in requiring)
+            operand.name: draw(operand, shape, dtype, scale).requires_grad_(
+                operand.name in requiring
+            )
             for operand, shape in zip(self.operands, each, strict=False)
         }
 
@@ -126,11 +129,16 @@ class Loss:
         return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)
 
 
-def draw(operand: Operand, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def draw(
+    operand: Operand,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> Tensor:
     """Values of full scale, or between the bounds that the operand declares."""
     low, high = operand.low, operand.high
     if math.isinf(low):
-        return (4 * torch.randn(shape)).to(dtype)
+        return (4 * scale * torch.randn(shape)).to(dtype)
     return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(min=low + 1e-2).to(dtype)
 
 
