@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import CASES, MODES, Arguments, Case, draw, step
+from cases import ACTIVATIONS, CASES, MODES, Arguments, Case, draw, step
 from measure import Quartiles, Step, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
@@ -68,7 +68,7 @@ class Loss(torch.autograd.Function):
 
 
 def bare(case: Case, arguments: Arguments) -> Callable[[], None]:
-    function = Activation if case.op == "relu" else Loss
+    function = Activation if case.op in ACTIVATIONS else Loss
 
     def forward_and_backward() -> None:
         arguments.input.grad = None

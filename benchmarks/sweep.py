@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.ops.dispatch import ATEN_BELOW, aten_is_faster
+from pyfused.ops.operators import OPERATORS
 
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M, 100 * 10**6)
@@ -146,8 +147,7 @@ def tabulate(findings: Sequence[Finding], tolerance: float) -> Table:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ops = ["cross_entropy", "mse_loss", "relu"]
-    parser.add_argument("--op", nargs="+", choices=ops, default=ops)
+    parser.add_argument("--op", nargs="+", choices=list(OPERATORS), default=list(OPERATORS))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=0.08, help="a case, default: %(default)s")

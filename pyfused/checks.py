@@ -173,10 +173,42 @@ def same_shape(input: Tensor, target: Tensor, *_: Any) -> None:
         )
 
 
+def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:
+    same_shape(input, target)
+    if pos_weight is not None:
+        _expands("pos_weight", input.shape, pos_weight.shape)
+
+
+def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
+    """A variance for each element, or one for all along the last or any one dimension."""
+    _broadcasts("target", input.shape, target.shape)
+    if isinstance(var, float) or var.shape in (input.shape, input.shape[:-1]):
+        return
+    pairs = zip(input.shape, var.shape, strict=False)
+    if var.dim() != input.dim() or [b for a, b in pairs if a != b] != [1]:
+        raise ValueError(
+            f"var: expected the input's shape {tuple(input.shape)}, the same with one dimension of "
+            f"size 1 or without the last, or a float, got shape {tuple(var.shape)}"
+        )
+
+
+def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
+    _expands("weight", input.shape, weight.shape)
+
+
 def weight_of_inputs_shape(input: Tensor, weight: Tensor) -> None:
     if weight.shape != input.shape:
         raise ValueError(
             f"weight: expected the input's shape {tuple(input.shape)}, got {tuple(weight.shape)}"
+        )
+
+
+def _expands(name: str, input: torch.Size, other: torch.Size) -> None:
+    pairs = zip(reversed(input), reversed(other), strict=False)
+    if len(other) > len(input) or any(b not in (1, a) for a, b in pairs):
+        raise RuntimeError(
+            f"{name}: expected a shape that broadcasts to the input's {tuple(input)}, got "
+            f"{tuple(other)}"
         )
 
 

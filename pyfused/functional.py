@@ -10,9 +10,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyfused.ops.dispatch import call
-from pyfused.ops.operators import CROSS_ENTROPY, MSE_LOSS, RELU
+from pyfused.ops.operators import (
+    BINARY_CROSS_ENTROPY_WITH_LOGITS,
+    CROSS_ENTROPY,
+    GAUSSIAN_NLL_LOSS,
+    MSE_LOSS,
+    RELU,
+    SIGMOID,
+)
 
-__all__ = ["cross_entropy", "mse_loss", "relu"]
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "gaussian_nll_loss",
+    "mse_loss",
+    "relu",
+    "sigmoid",
+]
 
 
 def cross_entropy(
@@ -106,6 +120,84 @@ def mse_loss(
     return call(MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
 
 
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy between logits and probabilities of two classes, element by element.
+
+    With ``p = pos_weight``, the loss of an element is
+    ``weight * -(p * target * log_sigmoid(input) + (1 - target) * log_sigmoid(-input))``, as defined
+    by :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Args:
+        input: Logits, of any shape; float32, float64, bfloat16 or float16.
+        target: Probabilities of the positive class, 0.0 to 1.0, of the input's shape.
+        weight: One factor for each element, of a shape that broadcasts to the input's.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements, with or without ``weight``.
+        pos_weight: How much more the positive class counts, of a shape that broadcasts to the
+            input's.
+
+    Returns:
+        The loss in nats, of the target's dtype, or float32 under autocast: a scalar, or of the
+        input's shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit, or a weight requires grad; the
+            message names the argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(
+        BINARY_CROSS_ENTROPY_WITH_LOGITS,
+        (input, target, weight, size_average, reduce, reduction, pos_weight),
+    )
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood of targets drawn from Gaussian distributions, element by element.
+
+    With ``v = max(var, eps)``, the loss of an element is
+    ``(log(v) + (input - target) ** 2 / v) / 2``, as defined by
+    :func:`torch.nn.functional.gaussian_nll_loss`; the gradient to ``var`` is that to ``v``.
+
+    Args:
+        input: Expectations, of any shape; float32, float64, bfloat16 or float16.
+        target: Samples, of a shape that broadcasts with the input's. Differing dtypes are promoted.
+        var: Variances, in the squared unit of the input: of its shape, or of it without the last
+            dimension, or with a single dimension of size 1; or a float for all.
+        full: Add the constant ``log(2 * pi) / 2``.
+        eps: The least variance, for stability.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in nats, of the promoted dtype: a scalar, or of the broadcast shape for ``"none"``.
+        NaN for a mean over nothing.
+
+    Raises:
+        ValueError: A variance is negative (on a GPU, which would have to be waited for, it counts
+            as ``eps``), or its shape or the reduction does not fit.
+        RuntimeError: The target's shape does not fit.
+        TypeError: ``input`` or ``target`` is no tensor, or ``var`` neither that nor a float.
+    """
+    return call(GAUSSIAN_NLL_LOSS, (input, target, var, full, eps, reduction))
+
+
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """The larger of each element and zero; NaN passes.
 
@@ -121,3 +213,18 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(RELU, (input,), inplace)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """``1 / (1 + exp(-input))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype, between 0.0 and 1.0.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SIGMOID, (input,))

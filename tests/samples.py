@@ -43,13 +43,42 @@ def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
     return (input - target) ** 2, 2 * (input - target), 2 * (target - input)
 
 
+def binary_cross_entropy_with_logits(
+    input: Extended, target: Extended, pos_weight: Extended | float = 1.0
+) -> tuple[Extended, ...]:
+    softplus = np.log1p(np.exp(-abs(input))) + np.maximum(-input, 0)  # -log(sigmoid(input))
+    factor = 1 + (pos_weight - 1) * target
+    return (
+        (1 - target) * input + factor * softplus,
+        (1 - target) - factor * sigmoid(-input)[0],
+        (pos_weight - 1) * softplus - input,
+    )
+
+
+def gaussian_nll_loss(
+    input: Extended, target: Extended, var: Extended, full: bool = False, eps: float = 1e-6
+) -> tuple[Extended, ...]:
+    v, d = np.maximum(var, np.longdouble(eps)), input - target
+    constant = np.log(2 * np.longdouble(np.pi)) / 2 if full else 0
+    return (np.log(v) + d**2 / v) / 2 + constant, d / v, -d / v, (1 / v - (d / v) ** 2) / 2
+
+
+def sigmoid(input: Extended) -> tuple[Extended, ...]:
+    small = np.exp(-abs(input))
+    value = np.where(input < 0, small, 1) / (1 + small)
+    return value, small / (1 + small) ** 2
+
+
 def relu(input: Extended) -> tuple[Extended, ...]:
     return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
 
 
 SAMPLES = {
     "mse_loss": Sample(mse_loss),
+    "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits),
+    "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 0.5})),
     "relu": Sample(relu, rounds=False),
+    "sigmoid": Sample(sigmoid),
 }
 
 

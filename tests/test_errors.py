@@ -281,7 +281,15 @@ def test_what_is_no_tensor(op: Operator, wrong: Any, got: str) -> None:
         if operand.optional and wrong is None:
             continue
         given = {o.name: P for o in op.operands if not o.optional} | {operand.name: wrong}
-        raised = error(lambda given=given: getattr(fused, op.name)(**given))
+        try:
+            op.torchs(**given)
+        except Warning:  # NumPy's own, of a tensor subtracted from an array
+            continue
+        except Exception:
+            raised = error(lambda given=given: getattr(fused, op.name)(**given))
+        else:
+            getattr(fused, op.name)(**given)
+            continue
         assert isinstance(raised, TypeError), raised
         assert operand.name in str(raised)
         assert got in str(raised)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from itertools import product
 from typing import Any
@@ -330,10 +331,11 @@ def test_size_average_and_reduce_warn_and_work(
 
 @every_loss
 def test_the_arguments_by_position(loss: Loss) -> None:
-    named = loss.draw((6, 5)) | loss.parameters | {"reduction": "sum"}
+    defaults = {n: p.default for n, p in inspect.signature(loss.ours).parameters.items()}
+    named = defaults | loss.draw((6, 5)) | loss.parameters | {"reduction": "sum"}
     if loss.takes_weight:
         named["weight"] = loss.weight((6, 5))
-    arguments = [named.get(name) for name in loss.op.arguments]
+    arguments = [named[name] for name in loss.op.arguments]
     assert_matches_torch(loss.ours, loss.torchs, *arguments)
 
 

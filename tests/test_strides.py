@@ -113,7 +113,7 @@ def test_pointwise_losses(
         if loss.takes_weight:
             given["weight"] = other(loss.weight(shape))
             assert_matches_torch(loss.ours, loss.torchs, **given, **options)
-    assert kernel_calls[loss.kernel] >= 2 * len(LAYOUTS)
+    assert kernel_calls[loss.kernel] >= (1 + loss.takes_weight) * len(LAYOUTS)
 
 
 @every_activation
@@ -128,7 +128,7 @@ def test_activations(
     kernel_calls: KernelCalls,
 ) -> None:
     x = layout(torch.randn(shape).to(dtype)).requires_grad_()
-    assert_matches_torch(getattr(functional, op.name), op.torchs, x)
+    assert_matches_torch(getattr(functional, op.name), op.torchs, x, widened=False)
     assert kernel_calls[op.name] == 1
 
 

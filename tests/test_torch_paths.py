@@ -35,7 +35,10 @@ Call = Callable[[Any, Tensor], Tensor]
 
 
 def beside(loss: Loss, functional: Any, x: Tensor, **options: Any) -> Tensor:
-    given = {name: tensor.to(x.device) for name, tensor in BESIDE[loss.id].tensors.items()}
+    """Floats for tensors where they will do: torch looks at the values of these."""
+    others = {name: tensor.to(x.device) for name, tensor in BESIDE[loss.id].tensors.items()}
+    numbers = {operand.name: 0.7 for operand in loss.operands if operand.number}
+    given: dict[str, Any] = others | numbers
     given.pop("weight", None)
     return getattr(functional, loss.op.name)(x, **given, **loss.parameters, **options)
 

@@ -66,7 +66,7 @@ class Operator(ABC):
 
         torchs, torchs_: torch's function, whatever pyfused.patch puts in its place, and as it
             overwrites the input.
-        aten, aten_: The same on the shortest way for plain tensors.
+        aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
         arguments: The names of what the function takes, but for ``inplace``, in its order.
         others: The tensors but for the input, and where they stand among the arguments.
     """

@@ -20,6 +20,7 @@ from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.overrides import has_torch_function
 from torch.utils._device import DeviceContext
 
 from pyfused.backends import Backend, cpu
@@ -55,17 +56,42 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((_ANY, 1 << 15),),
         torch.float16: ((_ANY, 1 << 20),),
     },
+    "binary_cross_entropy_with_logits": {
+        torch.float32: ((_ANY, 1 << 14),),
+        torch.float64: ((_ANY, 1 << 13),),
+        torch.bfloat16: ((_ANY, 1 << 13),),
+        torch.float16: ((_ANY, 1 << 14),),
+    },
+    "gaussian_nll_loss": {
+        torch.float32: ((_ANY, 1 << 12),),
+        torch.float64: ((_ANY, 1 << 12),),
+        torch.bfloat16: ((_ANY, 1 << 12),),
+        torch.float16: ((_ANY, 1 << 12),),
+    },
     "relu": {
         torch.float32: ((_ANY, 1 << 23),),
         torch.float64: ((_ANY, 1 << 22),),
         torch.bfloat16: ((_ANY, 1 << 17),),
         torch.float16: ((_ANY, 1 << 24),),
     },
+    "sigmoid": {
+        torch.float32: ((_ANY, 1 << 18),),
+        torch.float64: ((_ANY, 1 << 17),),
+        torch.bfloat16: ((_ANY, 1 << 17),),
+        torch.float16: ((_ANY, 1 << 17),),
+    },
 }
 
 # The same for GPUs, in elements. Not measured yet: a launch from Python takes some 10 us, and so
 # does an autograd.Function; in that time a GPU gets through about this much.
-ATEN_BELOW_ON_GPU = {"cross_entropy": 1 << 16, "mse_loss": 1 << 20, "relu": 1 << 22}
+ATEN_BELOW_ON_GPU = {
+    "cross_entropy": 1 << 16,
+    "mse_loss": 1 << 20,
+    "binary_cross_entropy_with_logits": 1 << 18,
+    "gaussian_nll_loss": 1 << 17,
+    "relu": 1 << 22,
+    "sigmoid": 1 << 22,
+}
 
 # Most calls with small tensors need not look further.
 _ALWAYS_BELOW = {
@@ -110,11 +136,11 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         op.give_up(input)
     if reason is None:
         return op.fused(arguments, inplace)
-    if reason is SMALL:
-        torchs = op.aten_ if inplace else op.aten
-    else:
+    torchs = op.aten_ if inplace else op.aten
+    if reason is not SMALL:
         say_once(op.name, reason)
-        torchs = op.torchs_ if inplace else op.torchs
+        if has_torch_function(arguments):
+            torchs = op.torchs_ if inplace else op.torchs
     try:
         return torchs(*arguments)
     except _ERRORS:
