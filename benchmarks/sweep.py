@@ -37,8 +37,9 @@ from rich.table import Table
 from torch.nn import functional as F
 
 import pyfused.functional
-from pyfused.ops.dispatch import ATEN_BELOW, aten_is_faster
+from pyfused.ops.dispatch import aten_is_faster
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.sizes import ATEN_BELOW
 
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M, 100 * 10**6)

@@ -8,7 +8,6 @@ CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environ
 from __future__ import annotations
 
 import logging
-import math
 import os
 from functools import cache
 from importlib import util
@@ -25,64 +24,13 @@ from torch.utils._device import DeviceContext
 
 from pyfused.backends import Backend, cpu
 from pyfused.ops.declaration import Arguments, Operand, Operator
+from pyfused.ops.sizes import ATEN_BELOW
 
 FORCED = os.environ.get("PYFUSED_BACKEND") or None
 if FORCED not in (None, "cpu", "triton", "torch"):
     raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
 
-# Sizes at which ATen's operator is the faster one: rows of (classes up to, elements below). Small
-# calls cost more than their work: an autograd.Function alone as much as all of ATen's. ATen's
-# softmax does well from 16 classes of 4 bytes on, or 32 of 2.
-# Measured as forward + backward, 1 and 2 threads, x86-64-v4; the last row is for all further
-# classes.
-_ANY = math.inf
-ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
-    "cross_entropy": {
-        torch.float32: ((15, 1 << 12), (32, 1 << 15), (_ANY, 1 << 16)),
-        torch.float64: ((24, 1 << 13), (_ANY, 1 << 15)),
-        torch.bfloat16: ((24, 1 << 12), (_ANY, 1 << 16)),
-        torch.float16: ((24, 1 << 12), (64, 1 << 16), (_ANY, 1 << 17)),
-    },
-    # (N, C, d1, ..., dk): ATen, too, has vectors along the positions there.
-    "cross_entropy_kdim": {
-        torch.float32: ((_ANY, 1 << 16),),
-        torch.float64: ((_ANY, 1 << 15),),
-        torch.bfloat16: ((_ANY, 1 << 16),),
-        torch.float16: ((64, 1 << 16), (_ANY, 1 << 18)),
-    },
-    "mse_loss": {
-        torch.float32: ((_ANY, 1 << 17),),
-        torch.float64: ((_ANY, 1 << 16),),
-        torch.bfloat16: ((_ANY, 1 << 15),),
-        torch.float16: ((_ANY, 1 << 20),),
-    },
-    "binary_cross_entropy_with_logits": {
-        torch.float32: ((_ANY, 1 << 14),),
-        torch.float64: ((_ANY, 1 << 13),),
-        torch.bfloat16: ((_ANY, 1 << 13),),
-        torch.float16: ((_ANY, 1 << 14),),
-    },
-    "gaussian_nll_loss": {
-        torch.float32: ((_ANY, 1 << 12),),
-        torch.float64: ((_ANY, 1 << 12),),
-        torch.bfloat16: ((_ANY, 1 << 12),),
-        torch.float16: ((_ANY, 1 << 12),),
-    },
-    "relu": {
-        torch.float32: ((_ANY, 1 << 23),),
-        torch.float64: ((_ANY, 1 << 22),),
-        torch.bfloat16: ((_ANY, 1 << 17),),
-        torch.float16: ((_ANY, 1 << 24),),
-    },
-    "sigmoid": {
-        torch.float32: ((_ANY, 1 << 18),),
-        torch.float64: ((_ANY, 1 << 17),),
-        torch.bfloat16: ((_ANY, 1 << 17),),
-        torch.float16: ((_ANY, 1 << 17),),
-    },
-}
-
-# The same for GPUs, in elements. Not measured yet: a launch from Python takes some 10 us, and so
+# The table of sizes.py for GPUs. Not measured yet: a launch from Python takes some 10 us, and so
 # does an autograd.Function; in that time a GPU gets through about this much.
 ATEN_BELOW_ON_GPU = {
     "cross_entropy": 1 << 16,
