@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import Module
 
-from pyfused import nn
+import pyfused.nn as nn
 from pyfused.ops.operators import OPERATORS
 
 _FUSED: dict[type[Module], type[Module]] = {

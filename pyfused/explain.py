@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyfused import functional
+import pyfused.functional as functional
 from pyfused.backends import cpu
 from pyfused.ops.dispatch import backend_of, reason_for_torch
 from pyfused.ops.operators import OPERATORS

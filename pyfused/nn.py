@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused import functional as F
+import pyfused.functional as F
 
 __all__ = [
     "BCEWithLogitsLoss",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused import kernels as native  # type: ignore[attr-defined]
+import pyfused.kernels as native
 from pyfused.backends import CrossEntropyOptions, Gradients, Want
 from pyfused.backends.layout import (
     accumulate_dtype,

@@ -32,14 +32,8 @@ if FORCED not in (None, "cpu", "triton", "torch"):
 
 # The table of sizes.py for GPUs. Not measured yet: a launch from Python takes some 10 us, and so
 # does an autograd.Function; in that time a GPU gets through about this much.
-ATEN_BELOW_ON_GPU = {
-    "cross_entropy": 1 << 16,
-    "mse_loss": 1 << 20,
-    "binary_cross_entropy_with_logits": 1 << 18,
-    "gaussian_nll_loss": 1 << 17,
-    "relu": 1 << 22,
-    "sigmoid": 1 << 22,
-}
+ATEN_BELOW_ON_GPU = {"cross_entropy": 1 << 16, "relu": 1 << 22, "sigmoid": 1 << 22}
+ATEN_BELOW_ON_GPU_ELSE = 1 << 20
 
 # Most calls with small tensors need not look further.
 _ALWAYS_BELOW = {
@@ -155,7 +149,7 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
     if elements == 0 or FORCED is not None:
         return elements == 0
     if not input.is_cpu:
-        return elements < ATEN_BELOW_ON_GPU[op]
+        return elements < ATEN_BELOW_ON_GPU.get(op, ATEN_BELOW_ON_GPU_ELSE)
     if op == "cross_entropy" and input.dim() > 2:
         op = "cross_entropy_kdim"
     classes = input.shape[min(1, input.dim() - 1)] if input.dim() else 1
