@@ -17,6 +17,7 @@ from pyfused.ops.operators import (
     MSE_LOSS,
     RELU,
     SIGMOID,
+    SMOOTH_L1_LOSS,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "mse_loss",
     "relu",
     "sigmoid",
+    "smooth_l1_loss",
 ]
 
 
@@ -118,6 +120,37 @@ def mse_loss(
         TypeError: ``input`` or ``target`` is no tensor.
     """
     return call(MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """Difference of input and target, squared where it is small, element by element.
+
+    With ``d = |input - target|``, the loss of an element is ``d ** 2 / (2 * beta)`` where
+    ``d < beta``, else ``d - beta / 2``, as defined by :func:`torch.nn.functional.smooth_l1_loss`.
+
+    Args:
+        input, target, size_average, reduce: As in :func:`mse_loss`.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+        beta: The difference up to which it is squared, in the unit of the input; 0.0 for none.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit, or ``beta`` is negative; the message
+            names the argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``beta`` no number.
+    """
+    return call(SMOOTH_L1_LOSS, (input, target, size_average, reduce, reduction, beta))
 
 
 def binary_cross_entropy_with_logits(

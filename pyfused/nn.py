@@ -14,6 +14,7 @@ __all__ = [
     "MSELoss",
     "ReLU",
     "Sigmoid",
+    "SmoothL1Loss",
 ]
 
 
@@ -57,6 +58,13 @@ class MSELoss(torch.nn.MSELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """:class:`torch.nn.SmoothL1Loss` over :func:`pyfused.functional.smooth_l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):

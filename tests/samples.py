@@ -43,6 +43,12 @@ def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
     return (input - target) ** 2, 2 * (input - target), 2 * (target - input)
 
 
+def smooth_l1_loss(input: Extended, target: Extended, beta: float = 1.0) -> tuple[Extended, ...]:
+    d, small = input - target, abs(input - target) < beta
+    slope = np.divide(d, beta, out=np.sign(d), where=small)
+    return np.where(small, slope * d / 2, abs(d) - beta / 2), slope, -slope
+
+
 def binary_cross_entropy_with_logits(
     input: Extended, target: Extended, pos_weight: Extended | float = 1.0
 ) -> tuple[Extended, ...]:
@@ -75,6 +81,7 @@ def relu(input: Extended) -> tuple[Extended, ...]:
 
 SAMPLES = {
     "mse_loss": Sample(mse_loss),
+    "smooth_l1_loss": Sample(smooth_l1_loss, ({}, {"beta": 3.5}, {"beta": 0.0})),
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits),
     "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 0.5})),
     "relu": Sample(relu, rounds=False),

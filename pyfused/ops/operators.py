@@ -33,6 +33,13 @@ MSE_LOSS = PointwiseLoss(
     denominators={"mean": weight_or_elements},
 )
 
+SMOOTH_L1_LOSS = PointwiseLoss(
+    name="smooth_l1_loss",
+    module="SmoothL1Loss",
+    operands=(INPUT, TARGET),
+    parameters=(Parameter("beta", low=0.0),),
+)
+
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     name="binary_cross_entropy_with_logits",
     module="BCEWithLogitsLoss",
@@ -86,6 +93,7 @@ OPERATORS: dict[str, Operator] = {
     for op in (
         CROSS_ENTROPY,
         MSE_LOSS,
+        SMOOTH_L1_LOSS,
         BINARY_CROSS_ENTROPY_WITH_LOGITS,
         GAUSSIAN_NLL_LOSS,
         RELU,

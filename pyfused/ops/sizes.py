@@ -34,6 +34,12 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 15),),
         torch.float16: ((ANY, 1 << 20),),
     },
+    "smooth_l1_loss": {
+        torch.float32: ((ANY, 1 << 17),),
+        torch.float64: ((ANY, 1 << 16),),
+        torch.bfloat16: ((ANY, 1 << 15),),
+        torch.float16: ((ANY, 1 << 15),),
+    },
     "binary_cross_entropy_with_logits": {
         torch.float32: ((ANY, 1 << 14),),
         torch.float64: ((ANY, 1 << 13),),
