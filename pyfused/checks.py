@@ -134,9 +134,10 @@ def overwritable(input: Tensor) -> None:
 def parameter(name: str, value: Any, low: float) -> None:
     """A number from ``low`` up, or a tensor of one element, which a GPU is not waited for."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.requires_grad:
-            what = f"{tuple(value.shape)}" + (" that requires grad" if value.requires_grad else "")
-            raise TypeError(f"{name}: expected a float or one constant, got a Tensor {what}")
+        if value.numel() != 1:
+            raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+        if value.requires_grad:
+            raise TypeError(f"{name}: expected a float, got a Tensor that requires grad")
         if not value.is_cpu:
             return
     else:

@@ -7,9 +7,8 @@ to each operand. The families' tests draw operands and options from here; a new 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +16,12 @@ import torch
 from reference import Extended, extended
 from torch import Tensor
 
+from pyfused import checks
 from pyfused import functional as fused
 from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
-
-Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ SAMPLES = {
     "mse_loss": Sample(mse_loss),
     "smooth_l1_loss": Sample(smooth_l1_loss, ({}, {"beta": 3.5}, {"beta": 0.0})),
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits),
-    "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 0.5})),
+    "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3})),
     "relu": Sample(relu, rounds=False),
     "sigmoid": Sample(sigmoid),
 }
@@ -188,9 +186,18 @@ def losses() -> list[Loss]:
     return found
 
 
+def every(items: Iterable[Loss]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("loss", list(items), ids=lambda loss: loss.id)
+
+
 LOSSES = losses()
-FIRST = [next(loss for loss in LOSSES if loss.op is op) for op in {loss.op: 0 for loss in LOSSES}]
+FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one way of each
+BROADCASTING = [loss for loss in LOSSES if loss.op.shapes is checks.broadcasting]
 ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.id)
-each_loss_once = pytest.mark.parametrize("loss", FIRST, ids=lambda loss: loss.id)
+every_loss, each_loss_once = every(LOSSES), every(FIRST)
 every_activation = pytest.mark.parametrize("op", ACTIVATIONS, ids=lambda op: op.name)
+with_and_without_weight = pytest.mark.parametrize(
+    ("loss", "weighted"),
+    [(loss, weighted) for loss in LOSSES for weighted in {False, loss.takes_weight}],
+    ids=lambda value: value.id if isinstance(value, Loss) else "weighted" * value,
+)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from compare import FLOATS, Errors, evaluate, evaluate_upstream, exactly
 from conftest import KernelCalls
 from reference import extended
-from samples import SAMPLES, Loss, every_activation, every_loss
+from samples import SAMPLES, Loss, every_activation, with_and_without_weight
 from torch import Tensor
 
 from pyfused import functional
@@ -226,16 +226,13 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
 SIZES = (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097, 100_001)
 
 
-@every_loss
+@with_and_without_weight
 @by_dtype
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 def test_pointwise_losses(
     loss: Loss, dtype: torch.dtype, scale: float, weighted: bool, isa: str
 ) -> None:
     skip_unless_judged(dtype)
-    if weighted and not loss.takes_weight:
-        pytest.skip("takes no weight")
     if dtype == torch.float16:
         scale = 1.0  # squares of more overflow, in torch sooner than they have to
     errors = Errors()

@@ -21,6 +21,7 @@ from pyfused.ops.operators import OPERATORS
 
 X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 P = X.softmax(1)
+NAN, GRAD = float("nan"), torch.ones(5, requires_grad=True)
 K, KY = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
 
 
@@ -191,6 +192,52 @@ OTHERS: Wrong = {
     "mse_reduction_weighted": (
         lambda f: f.mse_loss(X, X, reduction="avg", weight=X),
         ["reduction", "none", "mean", "sum", "avg"],
+    ),
+    "bce_shape": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P[:, :1]),
+        ["target", "(4, 5)", "(4, 1)"],
+    ),
+    "bce_weight_shape": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, torch.ones(4)),
+        ["weight", "(4, 5)", "(4,)"],
+    ),
+    "bce_weight_of_more_dimensions": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, torch.ones(2, 4, 5)),
+        ["weight", "(4, 5)", "(2, 4, 5)"],
+    ),
+    "bce_pos_weight_shape": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, pos_weight=torch.ones(4)),
+        ["pos_weight", "(4, 5)", "(4,)"],
+    ),
+    "bce_weight_requires_grad": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, GRAD),
+        ["weight"],
+    ),
+    "gaussian_variances": (
+        lambda f: f.gaussian_nll_loss(X, X, torch.ones(5)),
+        ["var", "(4, 5)", "(5,)"],
+    ),
+    "gaussian_two_single_dimensions": (
+        lambda f: f.gaussian_nll_loss(X, X, torch.ones(1, 1)),
+        ["var", "(4, 5)", "(1, 1)"],
+    ),
+    "gaussian_negative": (lambda f: f.gaussian_nll_loss(X, X, X), ["var", "0.0"]),
+    "gaussian_negative_beside_nan": (
+        lambda f: f.gaussian_nll_loss(X[0], X[0], torch.tensor([NAN, 1, 1, -2.0, 1])),
+        ["var", "0.0", "-2.0"],
+    ),
+    "gaussian_negative_number": (
+        lambda f: f.gaussian_nll_loss(X, X, -1.0),
+        ["var", "0.0", "-1.0"],
+    ),
+    "gaussian_target": (
+        lambda f: f.gaussian_nll_loss(X, X[:3], P),
+        ["target", "(4, 5)", "(3, 5)"],
+    ),
+    "smooth_l1_nan": (lambda f: f.smooth_l1_loss(X, X, beta=NAN), ["beta", "0.0", "nan"]),
+    "smooth_l1_two_betas": (
+        lambda f: f.smooth_l1_loss(X, X, beta=torch.ones(2)),
+        ["beta", "(2,)"],
     ),
     "relu_bool": (lambda f: f.relu(X.bool()), ["relu"]),
     "relu_complex": (lambda f: f.relu(X.cfloat()), ["complex"]),

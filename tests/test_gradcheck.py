@@ -10,11 +10,10 @@ import pytest
 import torch
 from compare import Operator
 from conftest import KernelCalls
-from samples import ACTIVATIONS, LOSSES, Loss, every_activation, every_loss
+from samples import ACTIVATIONS, BROADCASTING, LOSSES, Loss, every_activation, every_loss
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pyfused import checks
 from pyfused.functional import cross_entropy
 from pyfused.ops.activation import Activation
 from pyfused.ops.dispatch import call
@@ -101,7 +100,7 @@ def loss_options() -> list[tuple[Any, ...]]:
     """Every combination; of shapes, the broadcast ones where a loss takes them."""
     found: list[tuple[Any, ...]] = []
     for loss in LOSSES:
-        shapes = SHAPES if loss.op.shapes is checks.broadcasting else SHAPES[:3]
+        shapes = SHAPES if loss in BROADCASTING else SHAPES[:3]
         weights = [False, True] if loss.takes_weight else [False]
         requiring = [*loss.differentiated, "all"]
         found += [(loss, *rest) for rest in product(shapes, weights, REDUCTIONS, requiring)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import (
     FLOATS,
     Errors,
@@ -19,35 +20,39 @@ from compare import (
     exactly,
 )
 from conftest import KernelCalls
-from samples import Loss, each_loss_once, every_loss
+from samples import (
+    BROADCASTING,
+    FIRST,
+    Loss,
+    each_loss_once,
+    every,
+    every_loss,
+    with_and_without_weight,
+)
 from torch import Tensor
 
-from pyfused import checks
-from pyfused.functional import mse_loss
+from pyfused import functional
+from pyfused.functional import gaussian_nll_loss, mse_loss
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(), (1,), (7,), (8,), (3, 5), (2, 3, 17), (2, 1, 3, 2)]
 BROADCAST = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
-weighting = pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 close = torch.testing.assert_close
 
 
 def weight_of(
     loss: Loss, weighted: bool, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    if weighted and not loss.takes_weight:
-        pytest.skip("takes no weight")
     return {"weight": loss.weight(shape, dtype)} if weighted else {}
 
 
 # ---- values and gradients ------------------------------------------------------------------------
 
 
-@every_loss
+@with_and_without_weight
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @by_dtype
-@weighting
 def test_shapes_and_options_against_torch(
     loss: Loss,
     shape: tuple[int, ...],
@@ -62,8 +67,7 @@ def test_shapes_and_options_against_torch(
     assert kernel_calls[loss.kernel]
 
 
-@every_loss
-@weighting
+@with_and_without_weight
 def test_gradients_to_those_that_ask(
     loss: Loss, weighted: bool, reduction: str, kernel_calls: KernelCalls
 ) -> None:
@@ -124,18 +128,12 @@ by_shapes = pytest.mark.parametrize("shapes", BROADCASTS, ids=str)
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def broadcasting(loss: Loss) -> Loss:
-    if loss.op.shapes is not checks.broadcasting:
-        pytest.skip("takes one shape")
-    return loss
-
-
 @BROADCAST
-@every_loss
+@every(BROADCASTING)
 @by_shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_broadcasting(loss: Loss, shapes: Shapes, dtype: torch.dtype, reduction: str) -> None:
-    given = broadcasting(loss).draw(list(shapes), dtype)
+    given = loss.draw(list(shapes), dtype)
     options = loss.parameters | {"reduction": reduction}
     assert_matches_torch(loss.ours, loss.torchs, **given, **options)
     if loss.takes_weight:
@@ -144,14 +142,14 @@ def test_broadcasting(loss: Loss, shapes: Shapes, dtype: torch.dtype, reduction:
 
 
 @BROADCAST
-@each_loss_once
+@every(BROADCASTING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("shapes", BROADCASTS[:-2], ids=str)
 def test_broadcasting_in_half_precision(loss: Loss, shapes: Shapes, dtype: torch.dtype) -> None:
     """Differences of one sign, so that summing over the expanded dimensions cancels nothing."""
     input = (torch.rand(shapes[0]) + 2).to(dtype).requires_grad_()
     target = torch.rand(shapes[1]).to(dtype).requires_grad_()
-    got = evaluate(broadcasting(loss).ours, input, target)
+    got = evaluate(loss.ours, input, target)
     exact = evaluate(loss.torchs, input, target, convert=exactly)
     for ours, expected in zip(
         (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True
@@ -160,9 +158,9 @@ def test_broadcasting_in_half_precision(loss: Loss, shapes: Shapes, dtype: torch
         close(ours, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
 
 
-@each_loss_once
+@every(BROADCASTING)
 def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> None:
-    given = broadcasting(loss).draw([(3, 5), (5,)])
+    given = loss.draw([(3, 5), (5,)])
     caught = []
     for function in (loss.ours, loss.torchs):
         with warnings.catch_warnings(record=True) as seen:
@@ -174,9 +172,8 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> Non
     assert caught[0][2] == __file__
 
 
-@every_loss
+@with_and_without_weight
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0, 2)], ids=str)
-@weighting
 def test_no_elements(loss: Loss, shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
     given = loss.draw(shape) | weight_of(loss, weighted, shape)
     assert_matches_torch(loss.ours, loss.torchs, **given, **loss.parameters, reduction=reduction)
@@ -233,9 +230,8 @@ def test_type_promotion(
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@every_loss
+@with_and_without_weight
 @by_dtype
-@weighting
 def test_autocast_gives_torchs_dtypes(
     autocast: torch.dtype, loss: Loss, dtype: torch.dtype, weighted: bool, reduction: str
 ) -> None:
@@ -260,14 +256,14 @@ def assert_rounded(got: Tensor, exact: Any) -> None:
     close(got.double(), expected, rtol=2 * eps, atol=2 * eps * scale)
 
 
-@each_loss_once
+@every(BROADCASTING)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=["float64", "int64"])
 @BROADCAST
 @DIFFERENTIATED
 def test_a_scalar_target_promotes_as_in_torch(
     loss: Loss, dtype: torch.dtype, reduction: str
 ) -> None:
-    given = broadcasting(loss).draw((3, 5))
+    given = loss.draw((3, 5))
     given["target"] = torch.tensor(2, dtype=dtype)
     assert_matches_torch(loss.ours, loss.torchs, **given, reduction=reduction)
 
@@ -277,7 +273,7 @@ def test_integers_with_a_weight(weight_dtype: torch.dtype, reduction: str) -> No
     input, target = torch.randint(9, (3, 5)), torch.randint(9, (3, 5))
     weight = torch.randint(1, 3, (3, 5)).to(weight_dtype)
     options = {"weight": weight, "reduction": reduction}
-    assert_matches_torch(mse_loss, torch.nn.functional.mse_loss, input, target, **options)
+    assert_matches_torch(mse_loss, F.mse_loss, input, target, **options)
 
 
 # ---- values at the edges -------------------------------------------------------------------------
@@ -297,7 +293,7 @@ def test_special_values_come_out_as_torchs(
     assert_matches_torch(loss.ours, loss.torchs, **given, **options)
 
 
-@each_loss_once
+@every(loss for loss in FIRST if loss.takes_weight)
 @pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF], ids=str)
 def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
     given = loss.draw((3, 5)) | weight_of(loss, True, (3, 5))
@@ -306,19 +302,59 @@ def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
         assert_matches_torch(loss.ours, loss.torchs, **given, reduction=reduction)
 
 
+@by_dtype
+def test_variances_below_eps(dtype: torch.dtype, reduction: str, kernel_calls: KernelCalls) -> None:
+    """They count as eps, and the gradient passes as if they had been."""
+    x, t = (torch.randn(40).to(dtype).requires_grad_() for _ in range(2))
+    var = torch.linspace(0, 1, 40).to(dtype).requires_grad_()
+    options = {"eps": 0.5, "reduction": reduction}
+    assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, var, **options)
+    assert kernel_calls["gaussian_nll_loss"]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (1, 3), (2,)], ids=str)
+def test_variances_for_several_elements(
+    shape: tuple[int, ...], reduction: str, kernel_calls: KernelCalls
+) -> None:
+    x, t = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    var = (torch.rand(shape) + 0.1).requires_grad_()
+    options = {"full": True, "reduction": reduction}
+    assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, var, **options)
+    assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, 0.7, **options)
+    assert kernel_calls["gaussian_nll_loss"] == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (3,), (), (1, 1)], ids=str)
+def test_weights_that_broadcast(
+    shape: tuple[int, ...], reduction: str, kernel_calls: KernelCalls
+) -> None:
+    x, t = torch.randn(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
+    weight, name = torch.rand(shape), "binary_cross_entropy_with_logits"
+    for given in ({"weight": weight}, {"pos_weight": weight}):
+        options = given | {"reduction": reduction}
+        assert_matches_torch(getattr(functional, name), getattr(F, name), x, t, **options)
+    assert kernel_calls == {name: 1, f"{name}_pos_weight": 1}
+
+
+@pytest.mark.parametrize("value", [0.3, torch.tensor(0.3), torch.tensor([0.3])], ids=str)
+def test_a_parameter_may_be_a_tensor_of_one_element(value: Any, kernel_calls: KernelCalls) -> None:
+    x, t = (torch.randn(20, requires_grad=True) for _ in range(2))
+    got = evaluate(functional.smooth_l1_loss, x, t, beta=value)
+    close(got.gradients, evaluate(F.smooth_l1_loss, x, t, beta=0.3).gradients)
+    assert kernel_calls["smooth_l1_loss"]
+
+
 # ---- arguments -----------------------------------------------------------------------------------
 
 LEGACY = [(a, b) for a in (None, True, False) for b in (None, True, False) if (a, b) != (None,) * 2]
 
 
-@each_loss_once
+@every(loss for loss in FIRST if "reduce" in loss.op.arguments)
 @pytest.mark.parametrize(("size_average", "reduce"), LEGACY)
 @pytest.mark.parametrize("shape", [(4, 5), (0, 5)], ids=["", "empty"])
 def test_size_average_and_reduce_warn_and_work(
     loss: Loss, size_average: bool | None, reduce: bool | None, shape: tuple[int, ...]
 ) -> None:
-    if "reduce" not in loss.op.arguments:
-        pytest.skip("has no legacy arguments")
     given = loss.draw(shape)
     options: dict[str, Any] = {"size_average": size_average, "reduce": reduce}
     results = []
@@ -339,7 +375,7 @@ def test_the_arguments_by_position(loss: Loss) -> None:
     assert_matches_torch(loss.ours, loss.torchs, *arguments)
 
 
-@each_loss_once
+@every(loss for loss in FIRST if loss.takes_weight)
 def test_a_gradient_to_the_weight_is_torchs_business(loss: Loss, reduction: str) -> None:
     given = loss.draw((3, 5)) | weight_of(loss, True, (3, 5))
     given["weight"].requires_grad_()
