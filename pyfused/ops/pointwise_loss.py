@@ -69,9 +69,9 @@ class PointwiseLoss(Operator):
         if self.arrange is not None:
             operands = self.arrange(*operands)
         shape = operands[0].shape
+        if self.warns and operands[1].shape != shape:
+            _warn_of_broadcasting(operands[0], operands[1])
         if any(operand.shape != shape for operand in operands):
-            if self.warns:
-                _warn_of_broadcasting(operands[0], operands[1])
             operands = torch.broadcast_tensors(*operands)
         operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
         denominator: float | Tensor = 1.0
