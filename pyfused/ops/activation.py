@@ -17,7 +17,7 @@ from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import second_order
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Activation(Operator):
     """A function of each element.
 

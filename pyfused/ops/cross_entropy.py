@@ -23,7 +23,7 @@ from pyfused.ops.gradients import autocast_dtype, backward, differentiate, gradi
 Saved = tuple[Tensor, Tensor, Tensor | None]
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(Operator):
     """A loss of each row of logits beside a class index, or beside probabilities of the classes."""
 
@@ -164,14 +164,12 @@ _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? weight, "
     "int ignore_index, str reduction, float label_smoothing"
 )
-torch.library.define("pyfused::cross_entropy", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define(
-    "pyfused::cross_entropy_backward",
-    f"(Tensor grad_output, {_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor)",
+_LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
+_LIBRARY.define(f"cross_entropy({_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(
+    f"cross_entropy_backward(Tensor grad_output, {_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor)"
 )
-torch.library.define(
-    "pyfused::cross_entropy_ahead", f"({_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
-)
+_LIBRARY.define(f"cross_entropy_ahead({_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor, Tensor)")
 
 
 def _loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
@@ -240,10 +238,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
 
 
 for _name, _kernels, _fake in (
-    ("pyfused::cross_entropy", _loss, _fake_loss),
-    ("pyfused::cross_entropy_backward", _gradients, _fake_gradients),
-    ("pyfused::cross_entropy_ahead", _loss_and_gradients, _fake_loss_and_gradients),
+    ("cross_entropy", _loss, _fake_loss),
+    ("cross_entropy_backward", _gradients, _fake_gradients),
+    ("cross_entropy_ahead", _loss_and_gradients, _fake_loss_and_gradients),
 ):
-    torch.library.impl(_name, "cpu", _kernels)
-    torch.library.register_fake(_name, _fake)
-torch.library.register_autograd("pyfused::cross_entropy", _backward, setup_context=_save)
+    _LIBRARY.impl(_name, _kernels, "CPU")
+    torch.library.register_fake(f"pyfused::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "pyfused::cross_entropy", _backward, setup_context=_save, lib=_LIBRARY
+)

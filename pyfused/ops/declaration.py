@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,8 +17,7 @@ from torch.nn._reduction import legacy_get_string
 Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """A tensor among the arguments, or None where it is optional.
 
     Attributes:
@@ -40,8 +39,7 @@ class Operand:
     enforced: type[Exception] | None = None
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """A number among the arguments, at least ``low``; a tensor of one element may hold it.
 
     Attributes:
@@ -53,7 +51,7 @@ class Parameter:
     flag: bool = False
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Operator(ABC):
     """What is known of an operator. Whatever else has to know it asks here.
 

@@ -29,7 +29,7 @@ def weight_or_elements(input: Tensor, weight: Tensor | None) -> float | Tensor:
     return elements(input, weight) if weight is None else weight.sum(dtype=torch.float64)
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class PointwiseLoss(Operator):
     """A formula of each element of the operands, multiplied by ``weight``, and reduced.
 
