@@ -66,3 +66,19 @@ def test_the_table_of_what_is_covered_is_that_of_the_declarations() -> None:
     table = page[page.index("| operator | module |") : page.index("Losses take every reduction")]
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE)
     assert rows == [(op.name, op.module) for op in OPERATORS.values()]
+
+
+EXAMPLE = re.findall(
+    r"^\d\. (.*?)(?=^\d\. |^An activation)", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), FLAGS
+)
+
+
+@pytest.mark.parametrize("step", EXAMPLE, ids=[step.split("`")[1] for step in EXAMPLE])
+def test_the_worked_example_is_what_the_tree_holds(step: str) -> None:
+    """Each excerpt occurs in the file named before it."""
+    path = ""
+    for name, code in re.findall(r"`([\w/.]+\.\w+)`|^   ```\w+\n(.*?)^   ```", step, FLAGS):
+        path = name or path
+        file = (ROOT / path).read_text("utf-8")
+        assert "smooth_l1_loss" in file.lower() or "SmoothL1Loss" in file
+        assert re.sub("^   ", "", code, flags=re.MULTILINE) in file  # without the list's indent
