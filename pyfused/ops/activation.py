@@ -39,8 +39,9 @@ class Activation(Operator):
             self.torchs_ = self.aten_
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        input, *numbers = arguments
-        backend, parameters = backend_of(input), tuple(map(float, numbers))
+        input = arguments[0]
+        backend = backend_of(input)
+        parameters = tuple(map(float, arguments[1:])) if self.parameters else ()
         if torch.is_grad_enabled() and input.requires_grad:
             output: Tensor = ActivationFunction.apply(backend, self, input, parameters, inplace)
         else:

@@ -107,11 +107,11 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     if not compiling and aten_is_faster(op.name, input):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
-    reason = reason or _unsupported(op.operands[0], input, input)
+    reason = reason or _unsupported(op.operands[0], input, input, compiling)
     for place, operand in op.others:
         tensor = arguments[place]
         if reason is None and not (tensor is None and operand.optional):
-            reason = _unsupported(operand, tensor, input)
+            reason = _unsupported(operand, tensor, input, compiling)
     if reason is None and op.against is not None:
         reason = op.against(*arguments)
     if reason is None and inplace:
@@ -234,7 +234,7 @@ def without_triton(device: torch.device) -> str | None:
     return None
 
 
-def _unsupported(operand: Operand, tensor: Any, input: Tensor) -> str | None:
+def _unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) -> str | None:
     name, plain = operand.name, type(tensor) in _PLAIN
     if not plain and not is_traced(tensor):
         number = operand.number and type(tensor) is float
@@ -247,7 +247,7 @@ def _unsupported(operand: Operand, tensor: Any, input: Tensor) -> str | None:
     if tensor.dtype not in cpu.DTYPES and not (operand.indices and tensor.dtype in _INDEX_DTYPES):
         return f"{name} has dtype {tensor.dtype}"
     # The dispatcher makes a lazy tensor whole on the way to a compiler's custom operator.
-    if plain and not is_dynamo_compiling() and (tensor.is_neg() or tensor._is_zerotensor()):
+    if plain and not compiling and (tensor.is_neg() or tensor._is_zerotensor()):
         return f"{name} is lazy"
     if not operand.differentiated and tensor.requires_grad:
         return f"{name} requires grad"
