@@ -12,7 +12,9 @@ import pyfused.nn as nn
 from pyfused.ops.operators import OPERATORS
 
 _FUSED: dict[type[Module], type[Module]] = {
-    getattr(torch.nn, op.module): getattr(nn, op.module) for op in OPERATORS.values()
+    getattr(torch.nn, op.module): getattr(nn, op.module)
+    for op in OPERATORS.values()
+    if op.definition is None  # torch has the module, too
 }
 _TORCHS = {fused: torchs for torchs, fused in _FUSED.items()}
 _MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -33,6 +34,8 @@ from torch import Tensor
 
 from pyfused import functional
 from pyfused.functional import gaussian_nll_loss, mse_loss
+from pyfused.ops.dispatch import call
+from pyfused.ops.operators import MSE_LOSS
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(), (1,), (7,), (8,), (3, 5), (2, 3, 17), (2, 1, 3, 2)]
@@ -396,3 +399,30 @@ def test_where_small_inputs_may_go_to_torch(
 ) -> None:
     options = loss.parameters | {"reduction": reduction}
     assert_matches_torch(loss.ours, loss.torchs, **loss.draw(shape), **options)
+
+
+# ---- what a declaration may say ------------------------------------------------------------------
+
+
+def test_a_reduction_and_a_definition_of_its_own(kernel_calls: KernelCalls) -> None:
+    """A mean over the rows, of a loss that is defined in torch's terms."""
+
+    def definition(input: Tensor, target: Tensor, reduction: str = "batchmean") -> Tensor:
+        each = (input - target) ** 2
+        return each.sum() / len(input) if reduction == "batchmean" else each
+
+    op = replace(
+        MSE_LOSS,
+        operands=MSE_LOSS.operands[:2],
+        weight_shape=None,
+        denominators={"batchmean": lambda input, _: float(len(input))},
+        definition=definition,
+    )
+    x, t = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
+    ours = lambda x, t: call(op, (x, t, "batchmean"))  # noqa: E731
+    assert_matches_torch(ours, definition, x, t)
+    assert torch.autograd.gradgradcheck(ours, (x.double(), t.double()))
+    assert kernel_calls["mse_loss"]
+    with pytest.raises(ValueError, match="expected 'none', 'batchmean' or 'sum', got 'mean'"):
+        call(op, (x, t, "mean"))
+    close(call(op, (x.to("meta"), t.to("meta"), "batchmean")), x.sum().to("meta"))

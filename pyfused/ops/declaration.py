@@ -61,6 +61,7 @@ class Operator(ABC):
         operands: The tensors, the input first.
         parameters: The numbers, in the order in which the formula takes them.
         against: A reason of the operator's own for torch's to take a call.
+        definition: The operator in torch's terms, where torch has none of this name.
 
         torchs, torchs_: torch's function, whatever pyfused.patch puts in its place, and as it
             overwrites the input.
@@ -74,6 +75,7 @@ class Operator(ABC):
     operands: tuple[Operand, ...] = (Operand("input"),)
     parameters: tuple[Parameter, ...] = ()
     against: Callable[..., str | None] | None = None
+    definition: Callable[..., Tensor] | None = None
 
     torchs: Callable[..., Tensor] = field(init=False)
     torchs_: Callable[..., Tensor] = field(init=False)
@@ -83,7 +85,8 @@ class Operator(ABC):
     others: tuple[tuple[int, Operand], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.torchs = self.torchs_ = self.aten = self.aten_ = getattr(F, self.name)
+        self.torchs = self.definition or getattr(F, self.name)
+        self.torchs_ = self.aten = self.aten_ = self.torchs
         names = tuple(inspect.signature(self.torchs).parameters)
         if "inplace" in names:
             self.torchs_ = partial(self.torchs, inplace=True)
