@@ -185,7 +185,7 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
 #endif
 
   m.def("cross_entropy", &run_cross_entropy, unlocked);
-  m.def("squared_error", &run_pointwise_loss<SquaredError>, unlocked);
+  m.def("mse_loss", &run_pointwise_loss<MseLoss>, unlocked);
   m.def("relu", &run_activation<Relu>, unlocked);
   m.def("relu_backward", &run_activation_backward<Relu>, unlocked);
   m.def("scale", &run_scale, unlocked);

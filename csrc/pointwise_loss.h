@@ -16,7 +16,7 @@
 namespace pyfused {
 
 // torch: F.mse_loss(x, t). The gradients come divided by the denominator, before they can overflow.
-struct SquaredError {
+struct MseLoss {
   template <class A> static PYFUSED_INLINE A value(A x, A t) { return (x - t) * (x - t); }
   template <class A> static PYFUSED_INLINE A input_gradient(A x, A t, A scale) {
     return 2 * scale * (x - t);

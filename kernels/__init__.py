@@ -9,8 +9,8 @@ from . import activation, pointwise_loss
 from .activation import scale
 from .cross_entropy import cross_entropy
 
-__all__ = ["cross_entropy", "relu", "relu_backward", "scale", "squared_error"]
+__all__ = ["cross_entropy", "mse_loss", "relu", "relu_backward", "scale"]
 
-squared_error = partial(pointwise_loss.pointwise_loss, pointwise_loss.SQUARED_ERROR)
+mse_loss = partial(pointwise_loss.pointwise_loss, pointwise_loss.MSE_LOSS)
 relu = partial(activation.activation, activation.relu)
 relu_backward = partial(activation.activation, activation.relu_backward)

@@ -23,12 +23,12 @@ from .sums import sum_parts
 
 
 @triton.jit
-def squared_error(x, t):
+def mse_loss(x, t):
     return (x - t) * (x - t)
 
 
 @triton.jit
-def squared_error_gradients(x, t, scale):
+def mse_loss_gradients(x, t, scale):
     """Divided by the denominator before they can overflow."""
     gradient = 2.0 * scale * (x - t)
     return gradient, -gradient
@@ -104,7 +104,7 @@ class Formula(NamedTuple):
     gradients: Any
 
 
-SQUARED_ERROR = Formula(squared_error, squared_error_gradients)
+MSE_LOSS = Formula(mse_loss, mse_loss_gradients)
 
 
 def pointwise_loss(

@@ -75,9 +75,9 @@ def test_functions_methods_and_torchs_own_modules(kernel_calls: KernelCalls) -> 
     with pyfused.patch():
         got = results()
     torch.testing.assert_close(got, expected)
-    assert {k: kernel_calls[k] for k in ("cross_entropy", "squared_error", "relu")} == {
+    assert {k: kernel_calls[k] for k in ("cross_entropy", "mse_loss", "relu")} == {
         "cross_entropy": 2,
-        "squared_error": 3,
+        "mse_loss": 3,
         "relu": 6,
     }
     results()
