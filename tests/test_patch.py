@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import pytest
@@ -15,16 +16,24 @@ import torch
 import torch.nn.functional as F
 from conftest import KernelCalls
 from torch import Tensor, nn
+from torch.nn.functional import relu as looked_before
 from torch.overrides import TorchFunctionMode
 
 import pyfused
+from pyfused.ops.activation import Activation
+from pyfused.ops.operators import OPERATORS
 
+NAMES = [name for name in OPERATORS if isinstance(getattr(F, name), FunctionType)]
+ACTIVATIONS = [name for name, op in OPERATORS.items() if isinstance(op, Activation)]
 OWNERS = (
-    (F, "cross_entropy"),
-    (F, "mse_loss"),
-    (F, "relu"),
-    (torch, "relu"),
-    (torch.Tensor, "relu"),
+    *((F, name) for name in OPERATORS),
+    *(
+        (owner, name)
+        for activation in ACTIVATIONS
+        for name in (activation, f"{activation}_")
+        for owner in (F, torch, Tensor)
+        if isinstance(getattr(owner, name, None), (BuiltinFunctionType, MethodDescriptorType))
+    ),
 )
 
 
@@ -32,13 +41,18 @@ def standing() -> list[Any]:
     return [getattr(owner, name) for owner, name in OWNERS]
 
 
-TORCHS = standing()
+def running() -> list[Any]:
+    """What a call runs: the code of a function, or the built-in itself."""
+    return [getattr(function, "__code__", function) for function in standing()]
+
+
+TORCHS, TORCHS_RUNNING = standing(), running()
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
 def patched() -> bool:
     """All names or none."""
-    same = [now is then for now, then in zip(standing(), TORCHS, strict=True)]
+    same = [now is then for now, then in zip(running(), TORCHS_RUNNING, strict=True)]
     assert all(same) or not any(same)
     return not any(same)
 
@@ -47,7 +61,10 @@ def patched() -> bool:
 def put_back() -> Iterator[None]:
     yield
     assert not patched()
-    assert "relu" not in vars(torch.Tensor)
+    for now, then in zip(standing(), TORCHS, strict=True):
+        assert now is then
+        assert not hasattr(now, "_torchdynamo_inline")
+    assert not {"relu", "relu_", "sigmoid", "sigmoid_"} & set(vars(Tensor))
 
 
 # ---- what is patched ----------------------------------------------------------------------------
@@ -122,7 +139,7 @@ def test_an_error_that_torch_does_not_have_is_not_hidden(monkeypatch: pytest.Mon
     def fails(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("of pyfused alone")
 
-    monkeypatch.setattr(pyfused.functional, "relu", fails)
+    monkeypatch.setattr(pyfused.functional, "call", fails)
     with pyfused.patch(), pytest.raises(RuntimeError, match="of pyfused alone"):
         F.relu(X)
 
@@ -178,11 +195,14 @@ def test_a_model_that_holds_a_patched_function_can_be_saved() -> None:
         torch.testing.assert_close(pickle.loads(data)(x), layer(x))
 
 
-def test_whoever_looked_before_keeps_torchs(kernel_calls: KernelCalls) -> None:
-    looked = F.relu
+def test_whoever_looked_before_is_reached(kernel_calls: KernelCalls) -> None:
+    layer = nn.TransformerEncoderLayer(4, 1, 8, activation=looked_before, batch_first=True)
+    assert layer.activation_relu_or_gelu == 1
     with pyfused.patch():
-        looked(X.clone().requires_grad_()[:2])
-    assert kernel_calls.total() == 1  # by way of torch.relu, which F.relu looks up
+        assert looked_before is F.relu
+        looked_before(X)
+        layer(torch.randn(2, 3, 4))
+    assert kernel_calls["relu"] == 2
 
 
 # ---- how long it lasts --------------------------------------------------------------------------
