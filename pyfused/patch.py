@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, TracebackType
+from types import BuiltinFunctionType, CodeType, MethodDescriptorType, TracebackType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -25,6 +25,7 @@ from pyfused.ops.operators import OPERATORS
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _log = logging.getLogger("pyfused")
+_C = (BuiltinFunctionType, MethodDescriptorType)
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
@@ -41,17 +42,19 @@ class _Function:
     def __init__(self, op: Operator) -> None:
         self.path, self.name = f"torch.nn.functional.{op.name}", op.name
         self.function = getattr(F, op.name)
-        self.torchs = getattr(self.function, "__code__", None)
-        self.ours = self.torchs and _calling(_fused(op, op.torchs, op.torchs_), self.torchs)
         self.traced = getattr(functional, op.name)
+        self.torchs = self.ours = None
+        # What stood there already when pyfused was imported may be someone's.
+        if getattr(self.function, "__globals__", None) is vars(F):
+            self.torchs = self.function.__code__
+            self.ours = _calling(_fused(op, op.torchs, op.torchs_), self.torchs)
 
     def now(self) -> Any:
         return getattr(F, self.name)
 
     def has(self, code: Any) -> bool:
-        # What stood there already when pyfused was imported may have been someone's, too.
-        own = getattr(self.function, "__globals__", None) is vars(F)
-        return own and self.now() is self.function and self.function.__code__ is code
+        standing = self.now() is self.function and code is not None
+        return standing and self.function.__code__ is code
 
     def put(self, code: Any) -> None:
         # The compiler puts torch's functions into graphs, and keeps what it made of these on disk,
@@ -84,9 +87,7 @@ class _BuiltIn:
             return torchs(*args, **kwargs)
 
         self.ours = self.traced = functools.update_wrapper(call, torchs)
-        # Not torch's address: the compiler keeps what it made of torch's functions by it.
-        call.__module__, call.__qualname__ = __name__, self.path.replace(".", "_")
-        globals()[call.__qualname__] = call
+        globals()[self.path.replace(".", "_")] = call
 
     def now(self) -> Any:
         return getattr(self.owner, self.name)
@@ -96,6 +97,13 @@ class _BuiltIn:
         return self.now() is function and (inherited or function is self.ours)
 
     def put(self, function: Any) -> None:
+        # Pickled by torch's address, as long as it is found there.
+        here = function is self.ours
+        owner = "torch" if self.owner is Tensor else self.owner.__name__
+        self.ours.__module__ = owner if here else __name__
+        self.ours.__qualname__ = (
+            self.path.removeprefix(f"{owner}.") if here else self.path.replace(".", "_")
+        )
         if self.owner is Tensor and function is self.torchs:
             delattr(self.owner, self.name)  # inherited from its base, and so found there again
         else:
@@ -150,13 +158,12 @@ def _built_ins(op: Operator) -> Iterator[_BuiltIn]:
     """Of an activation, where torch has them; a loss has none."""
     for owner in (F, torch, Tensor):
         for inplace in (False, True):
-            found = getattr(owner, op.name + "_" * inplace, None)
-            if callable(found) and not isinstance(found, FunctionType):
+            if isinstance(getattr(owner, op.name + "_" * inplace, None), _C):
                 yield _BuiltIn(owner, op, inplace)
 
 
 _SITES: tuple[_Function | _BuiltIn, ...] = (
-    *(_Function(op) for op in OPERATORS.values()),
+    *(_Function(op) for op in OPERATORS.values() if not isinstance(getattr(F, op.name), _C)),
     *(site for op in OPERATORS.values() if isinstance(op, Activation) for site in _built_ins(op)),
 )
 
