@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
+from pyfused.ops import dispatch
 from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import compiler_traces
@@ -25,7 +26,7 @@ from pyfused.ops.operators import OPERATORS
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _log = logging.getLogger("pyfused")
-_C = (BuiltinFunctionType, MethodDescriptorType)
+C_FUNCTIONS = (BuiltinFunctionType, MethodDescriptorType)
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
@@ -47,7 +48,9 @@ class _Function:
         # What stood there already when pyfused was imported may be someone's.
         if getattr(self.function, "__globals__", None) is vars(F):
             self.torchs = self.function.__code__
-            self.ours = _calling(_fused(op, op.torchs, op.torchs_), self.torchs)
+            names = inspect.signature(self.function).parameters
+            call = f"callee(({', '.join(op.arguments)},){', inplace' * ('inplace' in names)})"
+            self.ours = code_calling(_fused(op, op.torchs, op.torchs_), call, self.torchs)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -128,7 +131,7 @@ def _fused(
         if has_torch_function(arguments) and not compiler_traces():  # whose modes do not care
             return (overridden or torch_)(*arguments)
         try:
-            return functional.call(op, arguments, inplace)
+            return dispatch.call(op, arguments, inplace)
         except _ERRORS as error:
             ours = error
         torch_(*arguments)  # raises torch's own error, if it is one of the arguments
@@ -137,19 +140,24 @@ def _fused(
     return call
 
 
-def _calling(call: Callable[..., Any], torchs: CodeType) -> CodeType:
+def code_calling(callee: Callable[..., Any], call: str, torchs: CodeType) -> CodeType:
     """Code that calls a function, and is torch's to whoever looks at its parameters and source.
 
     The globals of the function that is to have it are torch's: the callee is one of its constants.
+
+    Args:
+        call: The call of ``callee`` with the parameters of torch's function.
     """
-    names = torchs.co_varnames[: torchs.co_argcount]
-    arguments = f"({', '.join(name for name in names if name != 'inplace')},)"
-    inplace = ", inplace" * ("inplace" in names)
-    source = f"def {torchs.co_name}({', '.join(names)}): f = 'f'; return f({arguments}{inplace})"
+    by_place = torchs.co_varnames[: torchs.co_argcount]
+    by_name = torchs.co_varnames[len(by_place) :][: torchs.co_kwonlyargcount]
+    parameters = ", ".join((*by_place, *("*",) * bool(by_name), *by_name))
+    source = f"def {torchs.co_name}({parameters}): callee = 'callee'; return {call}"
     module = compile(source, torchs.co_filename, "exec")
     code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
     return code.replace(
-        co_consts=tuple(call if constant == "f" else constant for constant in code.co_consts),
+        co_consts=tuple(
+            callee if constant == "callee" else constant for constant in code.co_consts
+        ),
         co_firstlineno=torchs.co_firstlineno,
     )
 
@@ -158,12 +166,16 @@ def _built_ins(op: Operator) -> Iterator[_BuiltIn]:
     """Of an activation, where torch has them; a loss has none."""
     for owner in (F, torch, Tensor):
         for inplace in (False, True):
-            if isinstance(getattr(owner, op.name + "_" * inplace, None), _C):
+            if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):
                 yield _BuiltIn(owner, op, inplace)
 
 
 _SITES: tuple[_Function | _BuiltIn, ...] = (
-    *(_Function(op) for op in OPERATORS.values() if not isinstance(getattr(F, op.name), _C)),
+    *(
+        _Function(op)
+        for op in OPERATORS.values()
+        if not isinstance(getattr(F, op.name), C_FUNCTIONS)
+    ),
     *(site for op in OPERATORS.values() if isinstance(op, Activation) for site in _built_ins(op)),
 )
 
@@ -287,8 +299,9 @@ def _install() -> None:
     table = _compilers_table()
     if table:
         table()  # before the names are pyfused's
-    _tell_script()
     for site in _SITES:
+        if isinstance(site, _BuiltIn):
+            stands_for(site.torchs, site.ours)
         site.put(site.ours)
     _installed = True
 
@@ -311,12 +324,10 @@ def _remove_unless_wanted() -> None:
         table.cache_clear()  # learnt while the names were pyfused's
 
 
-def _tell_script() -> None:
-    """torch.jit.script knows built-ins by their identity: what stands for one is one."""
-    for site in _SITES:
-        if isinstance(site, _BuiltIn) and site.owner is not Tensor:
-            name = torch.jit._builtins._find_builtin(site.torchs)
-            torch.jit._builtins._register_builtin(site.ours, name)
+def stands_for(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """torch.jit.script knows built-ins by their identity: it takes the function for one."""
+    table = torch.jit._builtins
+    table._register_builtin(function, table._find_builtin(built_in))
 
 
 def _describe(function: Any) -> str:

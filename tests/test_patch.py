@@ -20,6 +20,7 @@ from torch.nn.functional import relu as looked_before
 from torch.overrides import TorchFunctionMode
 
 import pyfused
+from pyfused.ops import dispatch
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 
@@ -139,7 +140,7 @@ def test_an_error_that_torch_does_not_have_is_not_hidden(monkeypatch: pytest.Mon
     def fails(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("of pyfused alone")
 
-    monkeypatch.setattr(pyfused.functional, "call", fails)
+    monkeypatch.setattr(dispatch, "call", fails)
     with pyfused.patch(), pytest.raises(RuntimeError, match="of pyfused alone"):
         F.relu(X)
 

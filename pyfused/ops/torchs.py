@@ -20,4 +20,5 @@ def original(function: Function) -> Function:
         return function
     copy = FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
-    return update_wrapper(copy, function)
+    update_wrapper(copy, function)
+    return copy
