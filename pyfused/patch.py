@@ -222,12 +222,14 @@ def patch() -> Patch: ...
 @overload
 def patch(function: Function) -> Function: ...
 def patch(function: Any = None) -> Any:
-    """Makes calls of torch's cross_entropy, mse_loss and relu take pyfused's.
+    """Makes calls of torch's losses and activations take pyfused's, where it has them.
 
-    Replaced are the names in :mod:`torch.nn.functional`, :func:`torch.relu` and
-    ``torch.Tensor.relu``: whoever looks them up from now on gets pyfused's, torch's own modules and
-    losses deep in a library too. Whoever looked before, as ``from torch import relu`` does, keeps
-    torch's. Errors are torch's own.
+    Functions of :mod:`torch.nn.functional` stay the objects that they are, and run other code:
+    torch's own modules, losses deep in a library, and whoever imported them before, are reached.
+    Activations among the built-ins of :mod:`torch` and :class:`torch.Tensor`, such as
+    ``torch.relu``, ``torch.relu_`` and ``Tensor.relu``, have no code: their names hold another
+    function, and whoever looked before, as ``from torch import relu`` does, keeps torch's. Errors
+    are torch's own, and what is pickled names torch alone.
 
     - ``patch()`` lasts until :func:`unpatch`; a second call changes nothing.
     - ``with patch():`` lasts for the block. Blocks nest.
@@ -299,10 +301,16 @@ def _install() -> None:
     table = _compilers_table()
     if table:
         table()  # before the names are pyfused's
-    for site in _SITES:
-        if isinstance(site, _BuiltIn):
-            stands_for(site.torchs, site.ours)
-        site.put(site.ours)
+    try:
+        for site in _SITES:
+            if isinstance(site, _BuiltIn):
+                stands_for(site.torchs, site.ours)
+            site.put(site.ours)
+    except BaseException:
+        for site in _SITES:
+            if site.has(site.ours):
+                site.put(site.torchs)
+        raise
     _installed = True
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
@@ -17,7 +20,8 @@ import torch.nn.functional as F
 from conftest import KernelCalls
 from torch import Tensor, nn
 from torch.nn.functional import relu as looked_before
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, get_testing_overrides, resolve_name
+from torch.profiler import profile
 
 import pyfused
 from pyfused.ops import dispatch
@@ -206,6 +210,95 @@ def test_whoever_looked_before_is_reached(kernel_calls: KernelCalls) -> None:
     assert kernel_calls["relu"] == 2
 
 
+# ---- torch's functions are still torch's --------------------------------------------------------
+
+
+def test_to_whoever_looks_at_them_functions_are_torchs() -> None:
+    def seen() -> list[Any]:
+        functions = [getattr(F, name) for name in NAMES]
+        return [
+            (f, inspect.signature(f), inspect.getsource(f), resolve_name(f), copy.deepcopy(f))
+            for f in functions
+        ]
+
+    expected = seen()
+    with pyfused.patch():
+        assert seen() == expected
+        assert F.relu in get_testing_overrides()
+
+
+def test_what_is_pickled_names_torch_alone(tmp_path: Path) -> None:
+    """A model that was saved whole, with each patched name: loaded where there is no pyfused."""
+    x = torch.randn(1, 3, 4)
+    with pyfused.patch():
+        layer = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True, activation=torch.relu)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        torch.save((model, x, model(x), standing()), tmp_path / "model.pt")
+    code = """
+import sys, torch
+sys.modules["pyfused"] = None
+model, x, expected, functions = torch.load(sys.argv[1], weights_only=False)
+torch.testing.assert_close(model(x), expected)
+assert torch.relu in functions and torch.Tensor.relu_ in functions
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_transformers_fast_path() -> None:
+    def takes_it() -> list[bool]:
+        layers = [
+            nn.TransformerEncoderLayer(4, 1, 8, batch_first=True, activation=activation).eval()
+            for activation in ("relu", F.relu)
+        ]
+        seen = []
+        for layer in layers:
+            with profile() as trace, torch.no_grad():
+                layer(torch.randn(1, 3, 4))
+            names = {event.key for event in trace.key_averages()}
+            seen.append("aten::_transformer_encoder_layer_fwd" in names)
+        return seen
+
+    with pyfused.patch():
+        assert takes_it() == [True, True]
+
+
+def scripted(x: Tensor) -> Tensor:
+    return F.relu(x) + torch.relu(x) + x.relu() + torch.relu_(x * 1) + F.mse_loss(x, F.sigmoid(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_compiles_what_torch_wrote() -> None:
+    expected = scripted(X)
+    with pyfused.patch():
+        compiled = torch.jit.script(scripted)
+        layer = torch.jit.script(nn.Sequential(nn.ReLU(), nn.TransformerEncoderLayer(5, 1, 8)))
+        layer(X)
+    torch.testing.assert_close(compiled(X), expected)
+    torch.testing.assert_close(torch.jit.script(scripted)(X), expected)
+
+
+@pytest.mark.parametrize("fails", range(0, len(OWNERS), 4))
+def test_a_patch_that_fails_half_way_is_undone(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = sys.modules["pyfused.patch"]._SITES[fails]
+    put, failed = type(site).put, []
+
+    def fail_once(self: Any, function: Any) -> None:
+        if self is site and not failed:
+            failed.append(site)
+            raise KeyboardInterrupt
+        put(self, function)
+
+    monkeypatch.setattr(type(site), "put", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        pyfused.patch()
+    assert failed
+    assert not patched()
+    with pyfused.patch():
+        assert patched()
+
+
 # ---- how long it lasts --------------------------------------------------------------------------
 
 
@@ -337,6 +430,22 @@ def test_someone_elses_patch_is_not_patched_over(monkeypatch: pytest.MonkeyPatch
         if owner is torch.Tensor and "relu" in vars(torch.Tensor):
             del torch.Tensor.relu  # put back by monkeypatch, where it was inherited
         assert standing() == before
+
+
+def test_someone_elses_code_is_not_patched_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = (lambda input, inplace=False: input).__code__
+    with monkeypatch.context() as context:
+        context.setattr(F.relu, "__code__", theirs)
+        with pytest.raises(RuntimeError, match=r"functional\.relu, got relu \(.*test_patch\.py"):
+            pyfused.patch()
+        assert F.relu.__code__ is theirs
+    pyfused.patch()
+    with monkeypatch.context() as context:
+        context.setattr(F.relu, "__code__", theirs)
+        with pytest.raises(RuntimeError, match=r"pyfused's function at .* got relu"):
+            pyfused.unpatch()
+        assert F.relu.__code__ is theirs
+    pyfused.unpatch()
 
 
 def test_someone_elses_patch_over_ours_is_not_undone() -> None:
