@@ -247,21 +247,34 @@ assert torch.relu in functions and torch.Tensor.relu_ in functions
 
 
 def test_a_transformers_fast_path() -> None:
-    def takes_it() -> list[bool]:
-        layers = [
-            nn.TransformerEncoderLayer(4, 1, 8, batch_first=True, activation=activation).eval()
-            for activation in ("relu", F.relu)
-        ]
-        seen = []
-        for layer in layers:
+    """Which asks whether its activation is F.relu."""
+
+    def built() -> nn.Module:
+        return nn.TransformerEncoderLayer(4, 2, 8, activation="relu", batch_first=True).eval()
+
+    before = built()
+    with pyfused.patch():
+        for layer in (before, built()):
             with profile() as trace, torch.no_grad():
                 layer(torch.randn(1, 3, 4))
             names = {event.key for event in trace.key_averages()}
-            seen.append("aten::_transformer_encoder_layer_fwd" in names)
-        return seen
+            assert "aten::_transformer_encoder_layer_fwd" in names
 
+
+def test_what_was_compiled_while_patched_is_compiled_anew() -> None:
+    graphs: list[set[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append({node.target for node in graph.graph.nodes if node.op == "call_function"})
+        return graph
+
+    compiled = torch.compile(lambda x: F.relu(x) + 1, fullgraph=True, backend=backend)
     with pyfused.patch():
-        assert takes_it() == [True, True]
+        compiled(X)
+    assert F.relu not in graphs[-1]  # what pyfused's function calls is
+    compiled(X)
+    assert F.relu in graphs[-1]
+    assert len(graphs) == 2
 
 
 def scripted(x: Tensor) -> Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import update_wrapper
 from types import FunctionType
-from typing import Any, TypeVar
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from typing import Any
 
 
-def original(function: Function) -> Function:
+def original(function: Callable[..., Any]) -> Callable[..., Any]:
     """A Python function over the code that it has now; a built-in has no other.
 
     Its globals are torch's, so that subclasses and modes see torch's function. One that calls a
