@@ -7,8 +7,10 @@ from functools import update_wrapper
 from types import FunctionType
 from typing import Any
 
+from torch import Tensor
 
-def original(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     """A Python function over the code that it has now; a built-in has no other.
 
     Its globals are torch's, so that subclasses and modes see torch's function. One that calls a
