@@ -10,6 +10,7 @@ import torch
 
 import pyfused.functional as functional
 from pyfused.backends import cpu
+from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import backend_of, reason_for_torch
 from pyfused.ops.operators import OPERATORS
 
@@ -57,18 +58,19 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPERATORS:
         raise ValueError(f"op: expected one of {', '.join(OPERATORS)}, got {name}")
-    declared, bound = (
-        OPERATORS[name],
-        inspect.signature(getattr(functional, name)).bind(*args, **kwargs),
-    )
+    bound = inspect.signature(getattr(functional, name)).bind(*args, **kwargs)
     bound.apply_defaults()
     values = bound.arguments
-    arguments = tuple(values[key] for key in declared.arguments)
-    reason = reason_for_torch(declared, arguments, values.get("inplace", False))
+    arguments = tuple(values[key] for key in OPERATORS[name].arguments)
+    return path_of(OPERATORS[name], arguments, values.get("inplace", False))
+
+
+def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
+    """The same, of a call as :func:`pyfused.ops.dispatch.call` has it."""
+    input = arguments[0]
+    reason = reason_for_torch(op, arguments, inplace)
     if reason is not None:
-        return Explanation(name, "torch", reason)
-    input = values["input"]
+        return Explanation(op.name, "torch", reason)
     if backend_of(input) is not cpu:
-        return Explanation(name, "triton", f"kernels on {input.device}")
-    manner = declared.manner(input)
-    return Explanation(name, "cpu", manner, cpu.capability, torch.get_num_threads())
+        return Explanation(op.name, "triton", f"kernels on {input.device}")
+    return Explanation(op.name, "cpu", op.manner(input), cpu.capability, torch.get_num_threads())

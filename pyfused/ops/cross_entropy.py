@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
-from torch.nn.functional import cross_entropy  # by name: pyfused.patch replaces it there
+from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, CrossEntropyOptions, Gradients, Want, cpu
@@ -19,7 +19,9 @@ from pyfused.ops import inductor
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
 from pyfused.ops.dispatch import backend_of, is_traced
 from pyfused.ops.gradients import autocast_dtype, backward, differentiate, gradients_ahead
+from pyfused.ops.torchs import original
 
+_torchs = original(F.cross_entropy)
 Saved = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -146,7 +148,7 @@ def _of_definition(
     dtype = grad_output.dtype
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
+        return _torchs(
             input.to(dtype),
             target.to(dtype) if target.is_floating_point() else target,
             None if weight is None else weight.to(dtype),

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 
+from pyfused.ops.torchs import original
+
 Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
 
 
@@ -85,7 +87,7 @@ class Operator(ABC):
     others: tuple[tuple[int, Operand], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.torchs = self.definition or getattr(F, self.name)
+        self.torchs = self.definition or original(getattr(F, self.name))
         self.torchs_ = self.aten = self.aten_ = self.torchs
         names = tuple(inspect.signature(self.torchs).parameters)
         if "inplace" in names:
