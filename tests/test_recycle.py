@@ -386,6 +386,76 @@ def test_training_fits_where_it_fits_without(asked: str) -> None:
     assert done.stdout.strip() == "ok", done.stderr
 
 
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group of memory, where the system lets us have one."""
+    for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        folder = root / f"pyfused-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        names = "memory.limit_in_bytes", "memory.max"
+        limits = [folder / name for name in names if os.access(folder / name, os.W_OK)]
+        if limits:
+            yield limits[0]
+            folder.rmdir()
+            return
+        folder.rmdir()
+    pytest.skip("no control group of memory can be made here")
+
+
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_training_fits_in_a_group_where_it_fits_without(group: Path, asked: str) -> None:
+    done = python(
+        f"""
+        import os, torch
+        from pathlib import Path
+        from pyfused import memory
+        from pyfused.functional import cross_entropy
+        group = Path("{group.parent}")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        torch.set_num_threads(1)
+        x = torch.randn(64, 1 << 18, requires_grad=True)
+        target = torch.zeros(64, dtype=torch.int64)
+        cross_entropy(x[:1], target[:1]).backward()
+        x.grad = None
+        usage = "memory.usage_in_bytes" if "limit" in "{group.name}" else "memory.current"
+        used = int((group / usage).read_text())
+        Path("{group}").write_text(str(used + (64 << 20) + (16 << 20)))
+        for _ in range(4):
+            cross_entropy(x, target).backward()
+            x.grad = None
+            torch.empty(16 << 20).fill_(1)  # as large as the gradient, whose block is free
+        print(memory.stats().hits)
+        """,
+        PYFUSED_RECYCLE=asked,
+    )
+    assert done.stdout.strip() == ("3" if asked == "1" else "0"), done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux has the peak")
+def test_the_peak_grows_by_one_gradient_at_most() -> None:
+    """Though other memory is wanted, just as large, when the gradient is free."""
+    code = """
+        import re, torch
+        from pathlib import Path
+        from pyfused.functional import cross_entropy
+        torch.set_num_threads(1)
+        x = torch.randn(64, 1 << 18, requires_grad=True)
+        target = torch.zeros(64, dtype=torch.int64)
+        for _ in range(3):
+            x.grad = None
+            cross_entropy(x, target).backward()
+            x.grad = None
+            torch.empty(16 << 20).fill_(1)
+        status = Path("/proc/self/status").read_text()
+        print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) << 10)
+    """
+    recycled, new = (int(python(code, PYFUSED_RECYCLE=asked).stdout) for asked in ("1", "0"))
+    assert recycled < new + 64 * MIB + 8 * MIB
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
