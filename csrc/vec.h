@@ -4,7 +4,8 @@
 //
 //   function        range                            largest error
 //   exp_shifted     [-87.33, 7] (double: [-708, 7])  1.01 ULP (double: 1); falls to 0 below
-//   log_positive    [1, 2^60]                        1.5 ULP (of 1 below e)
+//   log_positive    [2^-126, 2^127] (2^-1022, 2^1023) 1.5 ULP (of 1 below e)
+//   log1p_unit      [0, 1]                           2 ULP
 //   load, store     every value of the type          load is exact, store rounds to nearest even
 //
 // NaN stays NaN. tests/test_vec.py measures these errors.
@@ -44,6 +45,16 @@
 #define PYFUSED_SIMD(...) PYFUSED_PRAGMA(omp simd __VA_ARGS__)
 #else
 #define PYFUSED_SIMD(...)
+#endif
+
+// The value rounded, and not made part of a fused multiply-add.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+#define PYFUSED_ROUNDED(value) __builtin_assoc_barrier(value)
+#endif
+#endif
+#ifndef PYFUSED_ROUNDED
+#define PYFUSED_ROUNDED(value) (value)
 #endif
 
 namespace pyfused {
@@ -202,8 +213,9 @@ PYFUSED_INLINE double exp_shifted(double x) {
 // With s = t / (2 + t), log(1 + t) = 2 s + s^3 P(s^2); written so that t is rounded last.
 PYFUSED_INLINE double log_positive(double x) {
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kFraction = 0x000fffffffffffff;
-  const uint64_t bits = bit_cast<uint64_t>(x) - kSqrtHalf;
-  const double e = bit_cast<double>(bit_cast<uint64_t>(0x1p52) | bits >> 52) - 0x1p52;
+  constexpr uint64_t kBias = uint64_t(1023) << 52;  // so that no exponent is negative
+  const uint64_t bits = bit_cast<uint64_t>(x) - kSqrtHalf + kBias;
+  const double e = bit_cast<double>(bit_cast<uint64_t>(0x1p52) | bits >> 52) - (0x1p52 + 1023.0);
   const double t = bit_cast<double>((bits & kFraction) + kSqrtHalf) - 1.0;
   const double s = t / (2.0 + t), z = s * s, half = 0.5 * t * t;
   double p = 0.146178727830158736;
@@ -216,6 +228,36 @@ PYFUSED_INLINE double log_positive(double x) {
   const double low = s * (half + z * p) + e * 1.9082149292705877e-10;
   const double value = e * 0.6931471803691238 + (t - (half - low));
   return x != x ? x : value;
+}
+
+PYFUSED_INLINE float log_positive(float x) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3, kFraction = 0x007fffff;
+  const int32_t bits = bit_cast<int32_t>(x) - kSqrtHalf;
+  const float e = float(bits >> 23);
+  const float t = bit_cast<float>((bits & kFraction) + kSqrtHalf) - 1.0f;
+  const float s = t / (2.0f + t), z = s * s, half = 0.5f * t * t;
+  float p = 0.222222222f;
+  p = p * z + 0.285714286f;
+  p = p * z + 0.4f;
+  p = p * z + 0.666666667f;
+  const float low = s * (half + z * p) + e * -2.12194440e-4f;
+  const float value = e * 0.693359375f + (t - (half - low));
+  return x != x ? x : value;
+}
+
+// log(1 + x) = 2 artanh(s) with s = x / (2 + x): a series in s^2, which is 1/9 at most.
+template <class A> PYFUSED_INLINE A log1p_unit(A x) {
+  constexpr int kTerms = sizeof(A) == 4 ? 8 : 17;
+  const A s = x / (2 + x), z = s * s;
+  A p = 0;
+  for (int k = kTerms; k > 0; --k) p = p * z + A(1) / A(2 * k + 1);
+  return 2 * s + 2 * s * (z * p);
+}
+
+// 1 / (1 + exp(-x)), of either sign; exp_shifted falls to 0 below its range.
+template <class A> PYFUSED_INLINE A sigmoid(A x) {
+  const A u = exp_shifted(x < 0 ? x : -x), large = 1 / (1 + u);
+  return x < 0 ? u * large : large;
 }
 
 }  // namespace pyfused

@@ -5,12 +5,24 @@ The names are those of the C++ module: what `pyfused/backends/triton.py` launche
 
 from functools import partial
 
-from . import activation, pointwise_loss
+from . import activation
 from .activation import scale
 from .cross_entropy import cross_entropy
+from .pointwise_loss import FORMULAS, pointwise_loss
 
-__all__ = ["cross_entropy", "mse_loss", "relu", "relu_backward", "scale"]
+__all__ = [
+    "cross_entropy",
+    "relu",
+    "relu_backward",
+    "scale",
+    "sigmoid",
+    "sigmoid_backward",
+    *FORMULAS,
+]
 
-mse_loss = partial(pointwise_loss.pointwise_loss, pointwise_loss.MSE_LOSS)
-relu = partial(activation.activation, activation.relu)
-relu_backward = partial(activation.activation, activation.relu_backward)
+relu, relu_backward, sigmoid, sigmoid_backward = (
+    partial(activation.activation, getattr(activation, name))
+    for name in ("relu", "relu_backward", "sigmoid", "sigmoid_backward")
+)
+for _name, _formula in FORMULAS.items():
+    globals()[_name] = partial(pointwise_loss, _formula)

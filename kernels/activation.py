@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import Operand, reach, read
+from .arithmetic import Operand, reach, read, sigmoid  # noqa: F401 a formula
 
 
 @triton.jit
@@ -30,6 +30,11 @@ def relu(x):
 def relu_backward(grad_output, output):
     """The gradient passes where the output is NaN."""
     return tl.where(output <= 0.0, 0.0, grad_output)
+
+
+@triton.jit
+def sigmoid_backward(grad_output, output):
+    return grad_output * (1.0 - output) * output
 
 
 @triton.jit

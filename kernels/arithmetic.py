@@ -20,6 +20,26 @@ def exp_nonpositive(x):
     return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
 
 
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for x in [0, 1]: 2 artanh(s) with s = x / (2 + x), a series in s * s."""
+    s = x / (2.0 + x)
+    z = s * s
+    p = tl.zeros_like(x)
+    terms: tl.constexpr = 17 if x.dtype == tl.float64 else 8
+    for k in tl.static_range(terms):
+        p = p * z + 1.0 / (2 * (terms - k) + 1)
+    return 2.0 * s + 2.0 * s * (z * p)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), of either sign."""
+    u = exp_nonpositive(tl.where(x < 0.0, x, -x))
+    large = 1.0 / (1.0 + u)
+    return tl.where(x < 0.0, u * large, large)
+
+
 class Operand(NamedTuple):
     """A tensor seen as rows x columns; a stride of 0 makes one element stand for several."""
 

@@ -105,10 +105,10 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
   for (const bool each : {false, true}) {
     std::vector<T> losses(each ? n : 0), grad_input(n), grad_target(n);
     std::vector<A> reduced(1);
-    pointwise_loss<MseLoss>(PointwiseLoss<T>{
-        n, {x.data(), 1}, {t.data(), 1}, {each ? weight.data() : nullptr, 1}, each ? 1.0 : n,
-        {weight.data(), each}, each ? losses.data() : nullptr, each ? nullptr : reduced.data(),
-        grad_input.data(), grad_target.data(), threads});
+    pointwise_loss(kLossFormulas[0], PointwiseLoss<T>{
+        n, {{{x.data(), 1}, {t.data(), 1}, {nullptr, 0}}}, {}, {each ? weight.data() : nullptr, 1},
+        each ? 1.0 : n, {weight.data(), each}, each ? losses.data() : nullptr,
+        each ? nullptr : reduced.data(), {grad_input.data(), grad_target.data(), nullptr}, threads});
     append(bytes, losses);
     append(bytes, reduced);
     append(bytes, grad_input);

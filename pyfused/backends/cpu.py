@@ -207,7 +207,7 @@ def cross_entropy(
 def pointwise_loss(
     formula: str,
     operands: tuple[Tensor, ...],
-    parameters: tuple[float, ...],  # noqa: ARG001
+    parameters: tuple[float, ...],
     weight: Tensor | None,
     reduction: str,
     denominator: float | Tensor,
@@ -240,23 +240,21 @@ def pointwise_loss(
         each = empty_like(order)
     elif want.loss:
         reduced = order.new_empty((), dtype=accumulate_dtype(order.dtype))
-    grad_input, grad_target = (
-        empty_like(order) if wanted else None for wanted in want.gradients or (False, False)
-    )
+    gradients = tuple(empty_like(order) if wanted else None for wanted in want.gradients)
     getattr(native, formula)(
         DTYPES[order.dtype],
         order.numel(),
-        *(view for _, view in views),
+        (*(view for _, view in views), _NO_OPERAND)[:3],
+        (*parameters, 0.0, 0.0, 0.0)[:3],
         weight_operand,
         float(denominator),
         upstream,
         _address(each),
         _address(reduced),
-        _address(grad_input),
-        _address(grad_target),
+        (*map(_address, gradients), 0, 0, 0)[:3],
         torch.get_num_threads(),
     )
-    return reduced if each is None else each, (grad_input, grad_target)
+    return reduced if each is None else each, gradients
 
 
 def activation(

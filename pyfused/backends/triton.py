@@ -106,7 +106,7 @@ def _operands(order: Tensor, tensors: list[Tensor | None]) -> tuple[int | None, 
 def pointwise_loss(
     formula: str,
     operands: tuple[Tensor, ...],
-    parameters: tuple[float, ...],  # noqa: ARG001
+    parameters: tuple[float | Tensor, ...],
     weight: Tensor | None,
     reduction: str,
     denominator: float | Tensor,
@@ -115,18 +115,18 @@ def pointwise_loss(
 ) -> tuple[Tensor | None, Gradients]:
     """Loss, and a gradient of each operand, each where wanted; see ``cpu.pointwise_loss``."""
     order = order_of(operands)
-    columns, views = _operands(order, [*operands, weight, grad_output])
+    three = [*operands, None][:3]
+    columns, views = _operands(order, [*three, weight, grad_output])
     each = loss = None
     if want.loss and reduction == "none":
         each = torch.empty_like(order)
     elif want.loss:
         loss = order.new_empty((), dtype=accumulate_dtype(order.dtype))
-    grad_input, grad_target = (
-        torch.empty_like(order) if wanted else None for wanted in want.gradients or (False, False)
-    )
+    gradients = tuple(torch.empty_like(order) if wanted else None for wanted in want.gradients)
+    outputs = (*gradients, None, None, None)[:3]
     with torch.cuda.device_of(order):
-        getattr(native, formula)(columns, views, denominator, each, loss, grad_input, grad_target)
-    return loss if each is None else each, (grad_input, grad_target)
+        getattr(native, formula)(columns, views, parameters, denominator, each, loss, outputs)
+    return loss if each is None else each, gradients
 
 
 def activation(

@@ -133,10 +133,21 @@ def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
         f"{name} none": partial(mse_loss(x, x), "none", 1.0, Want()),
         f"{name} upstream": partial(mse_loss(x, x), "none", 1.0, after, x),
         f"{name} broadcast": partial(mse_loss(rows, row), "mean", 1.0 * n, ahead),
-        f"relu {str(dtype)[6:]}": lambda: backend.activation("relu", x),
-        f"relu {str(dtype)[6:]} backward": lambda: backend.activation_backward("relu", x, x),
         f"scale {str(dtype)[6:]}": lambda: backend.scale_(x, total),
     }
+    for op in ("relu", "sigmoid"):
+        calls[f"{op} {str(dtype)[6:]}"] = partial(backend.activation, op, x)
+        calls[f"{op} {str(dtype)[6:]} backward"] = partial(backend.activation_backward, op, x, x)
+    for op, count, parameters in (
+        ("smooth_l1_loss", 2, (1.0,)),
+        ("binary_cross_entropy_with_logits", 2, ()),
+        ("binary_cross_entropy_with_logits_pos_weight", 3, ()),
+        ("gaussian_nll_loss", 3, (1.0, 1e-6)),
+    ):
+        every = Want(True, (True,) * count)
+        calls[f"{op} {str(dtype)[6:]}"] = partial(
+            backend.pointwise_loss, op, (x,) * count, parameters, None, "mean", 1.0 * n, every
+        )
     for case, run in calls.items():
         yield Case(case, dtype, run)
 
