@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -68,20 +70,26 @@ template <class T> Operand<T> operand(const OperandTuple& o) {
   return {pointer<const T>(o[0]), o[1]};
 }
 
-template <class Formula>
-void run_pointwise_loss(int dtype, int64_t n, const OperandTuple& input, const OperandTuple& target,
-                        const OperandTuple& weight, double denominator, const OperandTuple& upstream,
-                        int64_t each, int64_t reduced, int64_t grad_input, int64_t grad_target,
-                        int threads) {
+void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
+                        const std::vector<OperandTuple>& operands,
+                        const std::vector<double>& parameters, const OperandTuple& weight,
+                        double denominator, const OperandTuple& upstream, int64_t each,
+                        int64_t reduced, const std::vector<int64_t>& gradients, int threads) {
+  if (operands.size() != formula.operands || gradients.size() > formula.operands) {
+    throw std::invalid_argument("operands: not as many as the formula has");
+  }
+  if (parameters.size() > Parameters{}.size()) throw std::invalid_argument("parameters: too many");
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    for (const int64_t output : {each, grad_input, grad_target}) {
-      prefer_huge_pages(pointer<void>(output), output ? size_t(n) * sizeof(T) : 0);
-    }
-    pointwise_loss<Formula>(PointwiseLoss<T>{
-        n, operand<T>(input), operand<T>(target), operand<T>(weight), denominator, operand<T>(upstream),
-        pointer<T>(each), pointer<Accumulate<T>>(reduced), pointer<T>(grad_input),
-        pointer<T>(grad_target), threads});
+    PointwiseLoss<T> p{n, {}, {}, operand<T>(weight), denominator, operand<T>(upstream),
+                       pointer<T>(each), pointer<Accumulate<T>>(reduced), {}, threads};
+    const auto prefer = [&](T* to) { prefer_huge_pages(to, to ? size_t(n) * sizeof(T) : 0); };
+    std::transform(operands.begin(), operands.end(), p.operands.begin(), operand<T>);
+    std::copy(parameters.begin(), parameters.end(), p.parameters.begin());
+    std::transform(gradients.begin(), gradients.end(), p.gradients.begin(), pointer<T>);
+    prefer(p.each);
+    for (T* const gradient : p.gradients) prefer(gradient);
+    pointwise_loss(formula, p);
   });
 }
 
@@ -159,8 +167,21 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
 #endif
 
   m.def("cross_entropy", &run_cross_entropy, unlocked);
-  m.def("mse_loss", &run_pointwise_loss<MseLoss>, unlocked);
+  for (const LossFormula& formula : kLossFormulas) {
+    m.def(
+        formula.name,
+        [&formula](int dtype, int64_t n, const std::vector<OperandTuple>& operands,
+                   const std::vector<double>& parameters, const OperandTuple& weight,
+                   double denominator, const OperandTuple& upstream, int64_t each, int64_t reduced,
+                   const std::vector<int64_t>& gradients, int threads) {
+          run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator, upstream,
+                             each, reduced, gradients, threads);
+        },
+        unlocked);
+  }
   m.def("relu", &run_activation<Relu>, unlocked);
   m.def("relu_backward", &run_activation_backward<Relu>, unlocked);
+  m.def("sigmoid", &run_activation<Sigmoid>, unlocked);
+  m.def("sigmoid_backward", &run_activation_backward<Sigmoid>, unlocked);
   m.def("scale", &run_scale, unlocked);
 }

@@ -173,7 +173,7 @@ def cross_entropy(
 def pointwise_loss(
     formula: str,
     operands: tuple[Tensor, ...],
-    parameters: tuple[float, ...],  # noqa: ARG001
+    parameters: tuple[float, ...],
     weight: Tensor | None,
     reduction: str,
     denominator: float | Tensor,
@@ -183,10 +183,10 @@ def pointwise_loss(
     """Loss, and a gradient of each operand, each where wanted.
 
     Args:
-        formula: The kernel's name: ``"mse_loss"``.
+        formula: The kernel's name, as in csrc/pointwise_loss.h.
         operands: Input, target and what else the formula takes, of one shape (strides of 0
             included) and of one dtype in ``DTYPES``.
-        parameters: The formula's numbers, at most three.
+        parameters: The formula's numbers, at most three, in the order of its declaration.
         weight: Of the operands' shape and dtype, or None.
         denominator: What the sum of the losses and the gradients are divided by.
         grad_output: The loss's gradient, of the input's shape; None stands for ones.
@@ -206,23 +206,22 @@ def pointwise_loss(
         each = torch.empty_like(order)
     elif want.loss:
         reduced = order.new_empty((), dtype=accumulate_dtype(order.dtype))
-    grad_input, grad_target = (
-        torch.empty_like(order) if wanted else None for wanted in want.gradients or (False, False)
-    )
+    wanted = want.gradients or (False,) * len(operands)
+    gradients = tuple([torch.empty_like(order) if w else None for w in wanted])
     getattr(native, formula)(
         DTYPES[order.dtype],
         order.numel(),
-        *(view for _, view in views),
+        [view for _, view in views],
+        parameters,
         weight_operand,
         float(denominator),
         upstream,
         _address(each),
         _address(reduced),
-        _address(grad_input),
-        _address(grad_target),
+        [_address(gradient) for gradient in gradients],
         torch.get_num_threads(),
     )
-    return reduced if each is None else each, (grad_input, grad_target)
+    return reduced if each is None else each, gradients
 
 
 def activation(
