@@ -46,8 +46,9 @@ template <class A> struct SmoothL1Loss {
   }
   PYFUSED_INLINE std::array<A, 2> gradients(A x, A t, A scale) const {
     const A d = x - t;
-    const A sign = d > 0 ? scale : d < 0 ? -scale : scale * d;  // of NaN: NaN
-    const A slope = std::abs(d) < beta ? scale * d / beta : sign;
+    const A sign = d > 0 ? scale : d < 0 ? -scale : A(0);
+    // NaN passes, but for the sign that is left where beta is 0.
+    const A slope = std::abs(d) >= beta || beta == 0 ? sign : scale * d / beta;
     return {slope, -slope};
   }
 };
