@@ -89,7 +89,7 @@ template <class A> struct GaussianNllLoss {
   }
   PYFUSED_INLINE std::array<A, 3> gradients(A x, A t, A v, A scale) const {
     const A variance = v < least ? least : v, d = x - t;
-    const A slope = scale * (d / variance);
+    const A slope = 2 * d * (A(0.5) * scale / variance);  // overflows where torch's does
     const A of_variance = A(0.5) * scale * (1 / variance - d * d / variance / variance);
     return {slope, -slope, of_variance};
   }
