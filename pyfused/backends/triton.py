@@ -106,14 +106,17 @@ def _operands(order: Tensor, tensors: list[Tensor | None]) -> tuple[int | None, 
 def pointwise_loss(
     formula: str,
     operands: tuple[Tensor, ...],
-    parameters: tuple[float, ...],  # noqa: ARG001
+    parameters: tuple[float, ...],
     weight: Tensor | None,
     reduction: str,
     denominator: float | Tensor,
     want: Want,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Loss, and a gradient of each operand, each where wanted; see ``cpu.pointwise_loss``."""
+    """Loss, and a gradient of each operand, each where wanted; see ``cpu.pointwise_loss``.
+
+    A parameter may be a tensor of one element, which only the GPU reads.
+    """
     order = order_of(operands)
     columns, views = _operands(order, [*operands, weight, grad_output])
     each = loss = None
@@ -121,12 +124,13 @@ def pointwise_loss(
         each = torch.empty_like(order)
     elif want.loss:
         loss = order.new_empty((), dtype=accumulate_dtype(order.dtype))
-    grad_input, grad_target = (
-        torch.empty_like(order) if wanted else None for wanted in want.gradients or (False, False)
-    )
+    wanted = want.gradients or (False,) * len(operands)
+    gradients = tuple([torch.empty_like(order) if w else None for w in wanted])
     with torch.cuda.device_of(order):
-        getattr(native, formula)(columns, views, denominator, each, loss, grad_input, grad_target)
-    return loss if each is None else each, (grad_input, grad_target)
+        native.pointwise_loss(
+            formula, columns, views, parameters, denominator, each, loss, gradients
+        )
+    return loss if each is None else each, gradients
 
 
 def activation(
@@ -140,7 +144,7 @@ def activation(
     output = input if inplace else torch.empty_like(input)
     columns, operands = _operands(output, [input])
     with torch.cuda.device_of(input):
-        getattr(native, formula)(columns, operands, output)
+        native.activation(formula, columns, operands, output)
     return output
 
 
@@ -154,7 +158,7 @@ def activation_backward(
     grad_input = torch.empty_like(saved)
     columns, operands = _operands(saved, [grad_output, saved])
     with torch.cuda.device_of(saved):
-        getattr(native, f"{formula}_backward")(columns, operands, grad_input)
+        native.activation(f"{formula}_backward", columns, operands, grad_input)
     return grad_input
 
 

@@ -126,7 +126,25 @@ def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
     def mse_loss(*operands: Tensor, weight: Tensor | None = None) -> Callable[..., object]:
         return partial(backend.pointwise_loss, "mse_loss", operands, (), weight)
 
+    def others() -> Iterator[tuple[str, Callable[[], object]]]:
+        bce = "binary_cross_entropy_with_logits"
+        for formula, count, differentiated, parameters in (
+            ("smooth_l1_loss", 2, 2, (0.3,)),
+            (bce, 2, 2, ()),
+            (f"{bce}_pos_weight", 3, 2, ()),
+            ("gaussian_nll_loss", 3, 3, (1.0, 1e-6)),
+        ):
+            wanted = tuple(k < differentiated for k in range(count))
+            call = partial(backend.pointwise_loss, formula, (x,) * count, parameters, None)
+            case = f"{formula} {str(dtype)[6:]}"
+            yield f"{case} forward", partial(call, "sum", 1.0, Want())
+            yield case, partial(call, "mean", 1.0 * n, Want(True, wanted))
+            yield f"{case} upstream", partial(call, "none", 1.0, Want(False, wanted), x)
+
     calls: dict[str, Callable[[], object]] = {
+        **dict(others()),
+        f"sigmoid {str(dtype)[6:]}": lambda: backend.activation("sigmoid", x),
+        f"sigmoid {str(dtype)[6:]} backward": lambda: backend.activation_backward("sigmoid", x, x),
         f"{name} forward": partial(mse_loss(x, x), "sum", 1.0, Want()),
         f"{name}": partial(mse_loss(x, x), "mean", 1.0 * n, ahead),
         f"{name} weight": partial(mse_loss(x, x, weight=x), "mean", total, ahead),
