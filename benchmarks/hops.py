@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import pyfused
 from pyfused.backends import CrossEntropyOptions, Want, cpu
 from pyfused.functional import cross_entropy, mse_loss, relu
-from pyfused.ops import cross_entropy as ops
+from pyfused.ops import operators
 from pyfused.ops.dispatch import reason_for_torch
 
 ROUNDS, CALLS = 301, 200
@@ -28,7 +28,7 @@ Call = Callable[[], object]
 x, target, other = torch.randn(8, 10), torch.zeros(8, dtype=torch.int64), torch.randn(8, 10)
 # Taken by the kernels, and as little work as that can be.
 logits, label = torch.randn(1, 1 << 17), torch.zeros(1, dtype=torch.int64)
-leaf = logits.clone().requires_grad_()
+arguments = (logits, label, None, None, -100, None, "mean", 0.0)
 options, torchs = CrossEntropyOptions(-100, "mean", 0.0), (F.relu, F.cross_entropy, F.mse_loss)
 aten, method = torch.relu, torch.Tensor.relu
 with pyfused.patch():
@@ -65,18 +65,18 @@ WAYS: dict[str, dict[str, Call]] = {
     "cross_entropy (1, 131072), fused": {
         "patched F.cross_entropy": lambda: patched[1](logits, label),
         "pyfused.functional.cross_entropy": lambda: cross_entropy(logits, label),
-        "ops.cross_entropy.fused": lambda: ops.fused(logits, label, None, options, False),
+        "ops.cross_entropy.fused": lambda: operators.CROSS_ENTROPY.fused(arguments, False),
         "backends.cpu.cross_entropy": lambda: cpu.cross_entropy(
             logits, label, None, options, Want()
         ),
     },
     "the decision alone": {
-        "reason_for_torch, 80 elements": lambda: reason_for_torch("relu", x),
+        "reason_for_torch, 80 elements": lambda: reason_for_torch(operators.RELU, (x,)),
         "nothing": lambda: None,
     },
     "the decision alone, of a fused call": {
         "reason_for_torch, 131072 elements": lambda: reason_for_torch(
-            "cross_entropy", logits, label
+            operators.CROSS_ENTROPY, arguments
         ),
         "nothing": lambda: None,
     },

@@ -25,6 +25,14 @@ struct Relu {
   }
 };
 
+// torch: F.sigmoid(x).
+struct Sigmoid {
+  template <class A> static PYFUSED_INLINE A forward(A x) { return sigmoid(x); }
+  template <class A> static PYFUSED_INLINE A backward(A grad_output, A output) {
+    return grad_output * (1 - output) * output;
+  }
+};
+
 constexpr int64_t kActivationBlock = 1 << 14;  // elements a thread takes at a time
 constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
 

@@ -25,8 +25,8 @@ SHARED = (
     "test_derivatives.py",
     "test_gradcheck.py",
     "test_inplace.py",
-    "test_mse_loss.py",
-    "test_relu.py",
+    "test_pointwise_loss.py",
+    "test_activation.py",
     "test_strides.py",
 )
 OTHERS = sorted(

@@ -69,6 +69,14 @@ def empty_viewed(
     return empty, strides
 
 
+def order_of(operands: tuple[Tensor, ...]) -> Tensor:
+    """A dense tensor whose order in memory the operands are read and the outputs written in."""
+    for operand in operands:
+        if is_dense(operand):
+            return operand
+    return operands[0].contiguous()
+
+
 def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.backends import Gradients
 from pyfused.ops.dispatch import say_once
 
 
@@ -40,7 +41,6 @@ def second_order(op: str, grad_output: Tensor) -> bool:
     return bool(reason)
 
 
-Gradients = tuple[Tensor | None, ...]
 Backward = Callable[[Any, Tensor], Gradients]
 
 

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,7 +92,7 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     if "upstream" in kind:
         options, upstream = options._replace(reduction="none"), empty(dtype, *indices.shape)
     target = x if "probabilities" in kind else indices
-    want = Want("upstream" not in kind, "forward" not in kind, target is x, "inplace" in kind)
+    want = Want("upstream" not in kind, ("forward" not in kind, target is x), "inplace" in kind)
     arguments = (x, target, weight if "weight" in kind else None, options, want, upstream)
     name = f"cross_entropy {str(dtype)[6:]} {'x'.join(map(str, shape))} {kind}".strip()
     return Case(name, dtype, lambda: backend.cross_entropy(*arguments))
@@ -119,23 +120,34 @@ def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
     n = 1 << 24
     x, rows, total = empty(dtype, n), empty(dtype, 4096, 4096), empty(torch.float64)
     row = empty(dtype, 4096).expand(4096, 4096)
-    formula, name = "squared_error", f"mse_loss {str(dtype)[6:]}"
-    ahead, after = Want(True, True, True), Want(False, True, True)
+    name = f"mse_loss {str(dtype)[6:]}"
+    ahead, after = Want(True, (True, True)), Want(False, (True, True))
+
+    def mse_loss(*operands: Tensor, weight: Tensor | None = None) -> Callable[..., object]:
+        return partial(backend.pointwise_loss, "mse_loss", operands, (), weight)
+
     calls: dict[str, Callable[[], object]] = {
-        f"{name} forward": lambda: backend.pointwise_loss(formula, x, x, None, "sum", 1.0, Want()),
-        f"{name}": lambda: backend.pointwise_loss(formula, x, x, None, "mean", 1.0 * n, ahead),
-        f"{name} weight": lambda: backend.pointwise_loss(formula, x, x, x, "mean", total, ahead),
-        f"{name} none": lambda: backend.pointwise_loss(formula, x, x, None, "none", 1.0, Want()),
-        f"{name} upstream": lambda: backend.pointwise_loss(
-            formula, x, x, None, "none", 1.0, after, x
-        ),
-        f"{name} broadcast": lambda: backend.pointwise_loss(
-            formula, rows, row, None, "mean", 1.0 * n, ahead
-        ),
-        f"relu {str(dtype)[6:]}": lambda: backend.activation("relu", x),
-        f"relu {str(dtype)[6:]} backward": lambda: backend.activation_backward("relu", x, x),
+        f"{name} forward": partial(mse_loss(x, x), "sum", 1.0, Want()),
+        f"{name}": partial(mse_loss(x, x), "mean", 1.0 * n, ahead),
+        f"{name} weight": partial(mse_loss(x, x, weight=x), "mean", total, ahead),
+        f"{name} none": partial(mse_loss(x, x), "none", 1.0, Want()),
+        f"{name} upstream": partial(mse_loss(x, x), "none", 1.0, after, x),
+        f"{name} broadcast": partial(mse_loss(rows, row), "mean", 1.0 * n, ahead),
         f"scale {str(dtype)[6:]}": lambda: backend.scale_(x, total),
     }
+    for op in ("relu", "sigmoid"):
+        calls[f"{op} {str(dtype)[6:]}"] = partial(backend.activation, op, x)
+        calls[f"{op} {str(dtype)[6:]} backward"] = partial(backend.activation_backward, op, x, x)
+    for op, count, parameters in (
+        ("smooth_l1_loss", 2, (1.0,)),
+        ("binary_cross_entropy_with_logits", 2, ()),
+        ("binary_cross_entropy_with_logits_pos_weight", 3, ()),
+        ("gaussian_nll_loss", 3, (1.0, 1e-6)),
+    ):
+        every = Want(True, (True,) * count)
+        calls[f"{op} {str(dtype)[6:]}"] = partial(
+            backend.pointwise_loss, op, (x,) * count, parameters, None, "mean", 1.0 * n, every
+        )
     for case, run in calls.items():
         yield Case(case, dtype, run)
 
