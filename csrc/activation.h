@@ -52,9 +52,9 @@ void map(T* output, int64_t n, int threads, const Value& value) {
   });
 }
 
-// x *= factor: what is left to do for a gradient that was computed before its upstream was known.
-template <class T> void scale(T* x, double factor, int64_t n, int threads) {
-  const Accumulate<T> a = Accumulate<T>(factor);
+// x *= a: what is left to do for a gradient that was computed before its upstream was known.
+template <class T> void scale(T* x, Accumulate<T> a, int64_t n, int threads) {
+  if (a == 1) return;
   map(x, n, threads, [=](int64_t i) { return a * widen(x[i]); });
 }
 

@@ -107,9 +107,10 @@ void run_activation_backward(int dtype, int64_t n, const OperandTuple& grad_outp
   });
 }
 
-void run_scale(int dtype, int64_t n, int64_t data, double factor, int threads) {
+void run_scale(int dtype, int64_t n, int64_t data, int64_t factor, int threads) {
   with_dtype(dtype, [&](auto element) {
-    scale(pointer<decltype(element)>(data), factor, n, threads);
+    using T = decltype(element);
+    scale(pointer<T>(data), *pointer<const Accumulate<T>>(factor), n, threads);
   });
 }
 

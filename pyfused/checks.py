@@ -47,7 +47,7 @@ def cross_entropy(
         )
     if label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {label_smoothing}")
-    if target.shape == input.shape and target.is_floating_point():
+    if target.is_floating_point() and target.shape == input.shape:
         if ignore_index >= 0:
             raise RuntimeError(
                 "ignore_index: expected none (a negative number) with class probabilities as "
@@ -69,6 +69,8 @@ def cross_entropy(
 
 
 def _class_index_target(input: Tensor, target: Tensor) -> None:
+    if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
+        return  # as most are
     expected = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
     lone = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
     if target.shape == input.shape or (

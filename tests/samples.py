@@ -30,13 +30,15 @@ class Sample:
 
     Attributes:
         rounds: Whether results need rounding; if not, they are torch's to the bit.
-        cancels: Whether a result may be a small difference of terms of the input's size.
+        cancels: Whether a result may be a small difference of terms of the input's size, or of 1.
+        heavy: Whether one element may outweigh all others, and its roundings theirs.
     """
 
     define: Callable[..., tuple[Extended, ...]]
     tried: tuple[dict[str, float], ...] = ({},)
     rounds: bool = True
     cancels: bool = False
+    heavy: bool = False
 
 
 def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
@@ -83,9 +85,9 @@ SAMPLES = {
     "mse_loss": Sample(mse_loss),
     "smooth_l1_loss": Sample(smooth_l1_loss, ({}, {"beta": 3.5}, {"beta": 0.0})),
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
-    "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3})),
+    "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3}), heavy=True),
     "relu": Sample(relu, rounds=False),
-    "sigmoid": Sample(sigmoid),
+    "sigmoid": Sample(sigmoid, cancels=True),
 }
 
 

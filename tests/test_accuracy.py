@@ -250,7 +250,7 @@ def test_pointwise_losses(
             loss.differentiated, got.gradients, torchs.gradients, strict=True
         ):
             errors.add(f"gradient to the {name}", ours, theirs, gradients[name])
-    errors.check()
+    errors.check(roundings=2 if SAMPLES[loss.op.name].heavy else 1)
 
 
 @every_activation

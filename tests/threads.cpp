@@ -124,7 +124,7 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
   append(bytes, grad);
   activation<Sigmoid>(x.data(), output.data(), n, threads);
   activation_backward<Sigmoid>(t.data(), 1, output.data(), grad.data(), n, threads);
-  scale(grad.data(), 0.3, n, threads);
+  scale(grad.data(), A(0.3), n, threads);
   append(bytes, output);
   append(bytes, grad);
 }

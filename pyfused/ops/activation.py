@@ -14,7 +14,7 @@ from pyfused.backends import Backend
 from pyfused.backends.layout import dense, is_dense
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import backend_of
-from pyfused.ops.gradients import second_order
+from pyfused.ops.gradients import second_order, without_functorch
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -43,7 +43,7 @@ class Activation(Operator):
         backend = backend_of(input)
         parameters = tuple(map(float, arguments[1:])) if self.parameters else ()
         if torch.is_grad_enabled() and input.requires_grad:
-            output: Tensor = ActivationFunction.apply(backend, self, input, parameters, inplace)
+            output: Tensor = _apply(backend, self, input, parameters, inplace)
         else:
             output = backend.activation(self.name, input, parameters)
         return output
@@ -92,3 +92,6 @@ class ActivationFunction(torch.autograd.Function):
                 op.name, grad_output, dense(saved), parameters
             )
         return None, None, gradient, None, None
+
+
+_apply = without_functorch(ActivationFunction)

@@ -18,7 +18,13 @@ from pyfused.backends.layout import accumulate_dtype, empty_viewed, is_dense, lo
 from pyfused.ops import inductor
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
 from pyfused.ops.dispatch import backend_of, is_traced
-from pyfused.ops.gradients import autocast_dtype, backward, differentiate, gradients_ahead
+from pyfused.ops.gradients import (
+    autocast_dtype,
+    backward,
+    differentiate,
+    gradients_ahead,
+    without_functorch,
+)
 from pyfused.ops.torchs import original
 
 _torchs = original(F.cross_entropy)
@@ -45,7 +51,7 @@ class CrossEntropy(Operator):
         if is_dynamo_compiling() or is_traced(input):
             loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
         elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-            loss = CrossEntropyFunction.apply(backend, input, target, weight, options, inplace)
+            loss = _apply(backend, input, target, weight, options, inplace)
         else:
             loss, _ = backend.cross_entropy(input, target, weight, options, Want())
         assert loss is not None
@@ -113,6 +119,9 @@ class CrossEntropyFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+_apply = without_functorch(CrossEntropyFunction)
 
 
 def _saved(ctx: Any) -> Saved:

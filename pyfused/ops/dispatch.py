@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -157,9 +158,11 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
         return elements == 0
     if not input.is_cpu:
         return elements < ATEN_BELOW_ON_GPU.get(op, ATEN_BELOW_ON_GPU_ELSE)
-    if op == "cross_entropy" and input.dim() > 2:
+    shape = input.shape
+    dim = len(shape)
+    if dim > 2 and op == "cross_entropy":
         op = "cross_entropy_kdim"
-    classes = input.shape[min(1, input.dim() - 1)] if input.dim() else 1
+    classes = shape[1 if dim > 1 else 0] if dim else 1
     for most, below in ATEN_BELOW[op].get(input.dtype, ()):
         if classes <= most:
             return elements < below
@@ -254,8 +257,13 @@ def _unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) 
     if tensor.dtype not in cpu.DTYPES and not (operand.indices and tensor.dtype in _INDEX_DTYPES):
         return f"{name} has dtype {tensor.dtype}"
     # The dispatcher makes a lazy tensor whole on the way to a compiler's custom operator.
-    if plain and not compiling and (tensor.is_neg() or tensor._is_zerotensor()):
-        return f"{name} is lazy"
+    if plain and not compiling:
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return f"{name} is lazy"
+        if tensor.is_nested:
+            return f"{name} is nested"
+        if is_functorch_wrapped_tensor(tensor):
+            return f"{name} has left torch.func"
     if not operand.differentiated and tensor.requires_grad:
         return f"{name} requires grad"
     return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts

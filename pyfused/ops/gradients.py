@@ -41,6 +41,15 @@ def second_order(op: str, grad_output: Tensor) -> bool:
     return bool(reason)
 
 
+def without_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, which looks for functorch first; dispatch has left its calls to torch.
+
+    That takes 1.8 of 4.3 us.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply
+
+
 Backward = Callable[[Any, Tensor], Gradients]
 
 

@@ -20,7 +20,7 @@ CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
-    against=lambda input, *_: "one class" if input.shape[1:2] == (1,) else None,
+    against=lambda input, *_: "one class" if input.dim() > 1 and input.shape[1] == 1 else None,
 )
 
 # ---- pointwise losses ----------------------------------------------------------------------------

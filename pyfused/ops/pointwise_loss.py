@@ -16,7 +16,7 @@ from pyfused import checks
 from pyfused.backends import Backend, Gradients, Want
 from pyfused.ops.declaration import Arguments, Operand, Operator, reduction_of
 from pyfused.ops.dispatch import backend_of
-from pyfused.ops.gradients import backward, differentiate, gradients_ahead
+from pyfused.ops.gradients import backward, differentiate, gradients_ahead, without_functorch
 
 Denominator = Callable[[Tensor, Tensor | None], float | Tensor]
 
@@ -82,7 +82,7 @@ class PointwiseLoss(Operator):
         numbers = tuple([_number(arguments[place], p.flag) for place, p in self._numbers])
         call = Call(self, backend_of(operands[0]), numbers, reduction, denominator)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            loss: Tensor | None = PointwiseLossFunction.apply(call, weight, *operands)
+            loss: Tensor | None = _apply(call, weight, *operands)
         else:
             loss, _ = call.kernel(operands, weight, Want())
         assert loss is not None
@@ -219,6 +219,9 @@ class PointwiseLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         return None, None, *backward(ctx.call.op.name, ctx, grad_output, _kernel, _definition)
+
+
+_apply = without_functorch(PointwiseLossFunction)
 
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:

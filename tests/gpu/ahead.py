@@ -37,6 +37,8 @@ from triton.runtime.jit import JITFunction
 from pyfused.backends import CrossEntropyOptions, Want
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
+from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
+from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -128,25 +130,23 @@ def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
 
     calls: dict[str, Callable[[], object]] = {
         f"{name} forward": partial(mse_loss(x, x), "sum", 1.0, Want()),
-        f"{name}": partial(mse_loss(x, x), "mean", 1.0 * n, ahead),
         f"{name} weight": partial(mse_loss(x, x, weight=x), "mean", total, ahead),
         f"{name} none": partial(mse_loss(x, x), "none", 1.0, Want()),
         f"{name} upstream": partial(mse_loss(x, x), "none", 1.0, after, x),
         f"{name} broadcast": partial(mse_loss(rows, row), "mean", 1.0 * n, ahead),
         f"scale {str(dtype)[6:]}": lambda: backend.scale_(x, total),
     }
-    for op in ("relu", "sigmoid"):
-        calls[f"{op} {str(dtype)[6:]}"] = partial(backend.activation, op, x)
-        calls[f"{op} {str(dtype)[6:]} backward"] = partial(backend.activation_backward, op, x, x)
-    for op, count, parameters in (
-        ("smooth_l1_loss", 2, (1.0,)),
-        ("binary_cross_entropy_with_logits", 2, ()),
-        ("binary_cross_entropy_with_logits_pos_weight", 3, ()),
-        ("gaussian_nll_loss", 3, (1.0, 1e-6)),
-    ):
-        every = Want(True, (True,) * count)
+    for op in ACTIVATIONS:
+        if not op.endswith("_backward"):
+            forward = partial(backend.activation, op, x)
+            backward = partial(backend.activation_backward, op, x, x)
+            name = f"{op} {str(dtype)[6:]}"
+            calls |= {name: forward, f"{name} backward": backward}
+    for op, formula in LOSSES.items():
+        count = formula.value.fn.__code__.co_argcount - 3  # parameters
+        operands, every = (x,) * count, Want(True, (True,) * count)
         calls[f"{op} {str(dtype)[6:]}"] = partial(
-            backend.pointwise_loss, op, (x,) * count, parameters, None, "mean", 1.0 * n, every
+            backend.pointwise_loss, op, operands, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, every
         )
     for case, run in calls.items():
         yield Case(case, dtype, run)
