@@ -42,7 +42,7 @@ def mse_loss_gradients(x, t, _p, _q, _r, scale):
 def smooth_l1_loss(x, t, beta, _q, _r):
     """torch: F.smooth_l1_loss(x, t, beta=beta); F.l1_loss(x, t) where beta is 0."""
     distance = tl.abs(x - t)
-    near = 0.5 * distance * distance / beta
+    near = 0.5 * distance * (distance / beta)
     return tl.where(distance < beta, near, distance - 0.5 * beta)
 
 
@@ -52,7 +52,8 @@ def smooth_l1_loss_gradients(x, t, beta, _q, _r, scale):
     d = x - t
     rest = tl.where(beta > 0.0, scale * d, 0.0)
     sign = tl.where(d > 0.0, scale, tl.where(d < 0.0, -scale, rest))
-    gradient = tl.where(tl.abs(d) < beta, scale * d / beta, sign)
+    distance = tl.abs(d)
+    gradient = tl.where(distance < beta, sign * (distance / beta), sign)
     return gradient, -gradient
 
 

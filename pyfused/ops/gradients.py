@@ -46,7 +46,7 @@ def without_functorch(function: type[torch.autograd.Function]) -> Callable[..., 
 
     That takes 1.8 of 4.3 us.
     """
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 
