@@ -195,6 +195,29 @@ def test_upstream_gradient_of_another_kind() -> None:
             close(ours, theirs)
 
 
+@every_call
+def test_a_lazy_clone_stays_one(call: Call) -> None:
+    x = torch.randn(6, 5, requires_grad=True)
+    clone = torch._lazy_clone(x)
+    value = call(fused, clone)
+    above = torch._lazy_clone(torch.randn(value.shape))
+    close(value, call(F, x))
+    close(torch.autograd.grad(value, x, above), torch.autograd.grad(call(F, x), x, above))
+    assert torch._C._is_cow_tensor(clone)
+    assert torch._C._is_cow_tensor(above)
+
+
+@every_call
+def test_a_tensor_that_left_a_transform(call: Call) -> None:
+    """What torch.func.grad wrapped, and is kept, is dead but for its value."""
+    kept = []
+    x = torch.randn(6, 5)
+    torch.func.grad(lambda y: kept.append(y * 1) or y.sum())(x)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            close(call(fused, kept[0]), call(F, x))
+
+
 def test_a_zero_tensor_without_memory() -> None:
     zeros = torch._efficientzerotensor((6, 5))
     for call in CALLS.values():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_cow_tensor as is_lazy_clone
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
@@ -264,6 +265,8 @@ def _unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) 
             return f"{name} is nested"
         if is_functorch_wrapped_tensor(tensor):
             return f"{name} has left torch.func"
+        if is_lazy_clone(tensor):  # whose address cannot be had without the copy
+            return f"{name} is a lazy clone"
     if not operand.differentiated and tensor.requires_grad:
         return f"{name} requires grad"
     return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Gradients
-from pyfused.ops.dispatch import say_once
+from pyfused.ops.dispatch import is_lazy_clone, say_once
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -35,6 +35,7 @@ def second_order(op: str, grad_output: Tensor) -> bool:
         or (type(grad_output) is not Tensor and f"gradient is a {type(grad_output).__name__}")
         or (grad_output.layout is not torch.strided and f"gradient is {grad_output.layout}")
         or ((grad_output.is_neg() or grad_output._is_zerotensor()) and "gradient is lazy")
+        or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
     )
     if reason:
         say_once(f"backward of {op}", reason)
