@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace pyfused {
@@ -89,8 +90,9 @@ template <class A> struct GaussianNllLoss {
 template <class A> struct LossChunk {
   int64_t n;
   std::array<const A*, 3> operands;
-  A scale;  // of the gradients
-  A* value;
+  A scale;    // of the gradients
+  Sum* sum;   // what the losses are added to, or null:
+  A* value;   // then they are written
   std::array<A*, 3> gradients;
 };
 
@@ -111,15 +113,19 @@ void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   };
   A* const value = chunk.value;
   A* const grad_input = chunk.gradients[0];
-  if (grad_input) {  // both, whether wanted or not: a second backward has the bits of the first
+  const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
+  const auto both_at = [=](int64_t i) {
+    grad_input[i] = f.grad_input(x[i], t[i], o[i], scale);
+    return value_at(i);
+  };
+  if (chunk.sum) {
+    grad_input ? add_terms<A>(*chunk.sum, n, both_at) : add_terms<A>(*chunk.sum, n, value_at);
+  } else if (grad_input) {  // the value, too: a second backward has the bits of the first
     PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) {
-      const A a = x[i], b = t[i], c = o[i];
-      value[i] = f.value(a, b, c);
-      grad_input[i] = f.grad_input(a, b, c, scale);
-    }
+    for (int64_t i = 0; i < n; ++i) value[i] = both_at(i);
   } else {
-    fill(value, [=](A x, A t, A o) { return f.value(x, t, o); });
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) value[i] = value_at(i);
   }
   fill(chunk.gradients[1], [=](A x, A t, A o) { return f.grad_target(x, t, o, scale); });
   fill(chunk.gradients[2], [=](A x, A t, A o) { return f.grad_other(x, t, o, scale); });

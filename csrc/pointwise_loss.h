@@ -38,7 +38,7 @@ template <class T> struct PointwiseLoss {
   int threads;
 };
 
-constexpr int64_t kLossChunk = 512;      // elements at a time, in L1
+constexpr int64_t kLossChunk = 1024;     // elements at a time, in L1
 constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time
 
 // The operand's elements from `first` on, where they lie if they can be computed with there.
@@ -85,8 +85,10 @@ void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum&
                      int64_t n, bool streams) {
   using A = Accumulate<T>;
   using Buffer = A[kLossChunk];
-  alignas(kVectorBytes) Buffer read[3], written[3], value, weight, upstream;
-  LossChunk<A> chunk{n, {}, A(1 / p.denominator), value, {}};
+  alignas(kVectorBytes) Buffer read[3], written[3], buffer, weight, upstream;
+  A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
+  Sum* const summed = p.reduced && !p.weight.data ? &sum : nullptr;
+  LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
   for (int k = 0; k < 3; ++k) {
     const Operand<T>& operand = p.operands[k];
     chunk.operands[k] = operand.data ? elements(operand, first, n, read[k]) : chunk.operands[0];
@@ -97,8 +99,6 @@ void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum&
   const Factors<A> by = factors(p, first, n, weight, upstream);
   if (p.reduced && by.value) {
     add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
-  } else if (p.reduced) {
-    add_terms<A>(sum, n, [&](int64_t i) { return value[i]; });
   }
   if (p.each) {
     multiply(value, by.value, n);
