@@ -91,8 +91,8 @@ template <class A> struct LossChunk {
   int64_t n;
   std::array<const A*, 3> operands;
   A scale;    // of the gradients
-  Sum* sum;   // what the losses are added to, or null:
-  A* value;   // then they are written
+  Sum* sum;   // what the losses are added to,
+  A* value;   // or, where it is null, written
   std::array<A*, 3> gradients;
 };
 
@@ -118,9 +118,10 @@ void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
     grad_input[i] = f.grad_input(x[i], t[i], o[i], scale);
     return value_at(i);
   };
+  // The losses with the gradients, wanted or not: a second backward has the bits of the first.
   if (chunk.sum) {
     grad_input ? add_terms<A>(*chunk.sum, n, both_at) : add_terms<A>(*chunk.sum, n, value_at);
-  } else if (grad_input) {  // the value, too: a second backward has the bits of the first
+  } else if (grad_input) {
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) value[i] = both_at(i);
   } else {

@@ -87,7 +87,7 @@ void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum&
   using Buffer = A[kLossChunk];
   alignas(kVectorBytes) Buffer read[3], written[3], buffer, weight, upstream;
   A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
-  Sum* const summed = p.reduced && !p.weight.data ? &sum : nullptr;
+  Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
   LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
   for (int k = 0; k < 3; ++k) {
     const Operand<T>& operand = p.operands[k];

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_cow_tensor as is_lazy_clone
+from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext
 from torch.autograd import forward_ad

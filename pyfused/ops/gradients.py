@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
 from pyfused.backends import Gradients
-from pyfused.ops.dispatch import is_lazy_clone, say_once
+from pyfused.ops.dispatch import say_once
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
