@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import CASES, MODES, Case, draw, step, training_step
+from cases import ACTIVATIONS, CASES, MODES, Case, draw, step, training_step
 from measure import Quartiles, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
@@ -62,7 +62,7 @@ def measure(case: Case) -> tuple[list[float], list[Quartiles]]:
     """Milliseconds of torch, pyfused and the bound; torch's by pyfused's, and by the bound's."""
     arguments = draw(case)
     steps = [step(o, case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
-    bound = Activation if case.op == "relu" else Loss
+    bound = Activation if case.op in ACTIVATIONS else Loss
     steps.append(training_step(lambda input, *_, **__: bound.apply(input), arguments))
     rounds, calls = plan(steps, SECONDS)
     times = by_turns([partial(timed, call, calls) for call in steps], rounds)

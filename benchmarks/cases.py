@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyfused.functional
+from pyfused.ops.activation import Activation
+from pyfused.ops.declaration import Operand
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseLoss
 
+POINTWISE = tuple(name for name, op in OPERATORS.items() if isinstance(op, PointwiseLoss))
+ACTIVATIONS = tuple(name for name, op in OPERATORS.items() if isinstance(op, Activation))
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 M = 1 << 20
 MODES = "forward", "forward+backward"
@@ -42,6 +48,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype = F32
     weight: bool = False
+    further: bool = False  # the operand that a pointwise loss may do without
     smoothing: float = 0.0
     probabilities: bool = False
     ignored: float = 0.0  # the share of the targets
@@ -54,6 +61,7 @@ class Case:
     def name(self) -> str:
         options = {
             "weight": self.weight,
+            "further operand": self.further,
             f"smoothing {self.smoothing}": self.smoothing,
             "probability target": self.probabilities,
             f"{self.ignored:.0%} ignored": self.ignored,
@@ -72,10 +80,18 @@ class Case:
     def traffic(self, mode: str) -> int:
         """How many tensors of the input's size must at least be read or written."""
         backward = mode != "forward"
-        if self.op == "relu":
+        if self.op in ACTIVATIONS:
             return 5 if backward else 2
-        read = 1 + (self.op == "mse_loss" or self.probabilities)
-        return read + backward
+        if self.op in POINTWISE:
+            return len(variables(self)) + backward
+        return 1 + self.probabilities + backward
+
+
+def variables(case: Case) -> tuple[Operand, ...]:
+    """The operands of a pointwise loss that a case gives."""
+    op = OPERATORS[case.op]
+    assert isinstance(op, PointwiseLoss)
+    return tuple(o for o in op.variables if case.further or not o.optional)
 
 
 def _count(size: int) -> str:
@@ -97,15 +113,17 @@ CASES = (
     Case("cross_entropy", (65536, 10), headline=True),
     Case("cross_entropy", (64, 10)),
     Case("cross_entropy", (8, 21, 256, 256), headline=True),
-    Case("mse_loss", (100,)),
-    Case("mse_loss", (M,)),
-    Case("mse_loss", (32 * M,), headline=True),
-    Case("mse_loss", (32 * M,), BF16),
-    Case("relu", (100,)),
-    Case("relu", (M,)),
-    Case("relu", (M,), BF16),
-    Case("relu", (32 * M,), headline=True),
-    Case("relu", (32 * M,), BF16),
+    *(Case(op, (n,)) for op in POINTWISE for n in (100, M)),
+    *(Case(op, (32 * M,), headline=True) for op in POINTWISE),
+    *(Case(op, (32 * M,), BF16) for op in POINTWISE),
+    Case("binary_cross_entropy_with_logits", (32 * M,), further=True),
+    *(
+        Case(op, (n,), dtype)
+        for op in ACTIVATIONS
+        for n, dtype in ((100, F32), (M, F32), (M, BF16))
+    ),
+    *(Case(op, (32 * M,), headline=True) for op in ACTIVATIONS),
+    *(Case(op, (32 * M,), BF16) for op in ACTIVATIONS),
 )
 
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
@@ -148,13 +166,21 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, **here).to(case.dtype)
 
+    def within(operand: Operand) -> Tensor:
+        """Values of the bounds that the operand declares."""
+        if math.isinf(operand.low):
+            return normal(*case.shape)
+        span = min(operand.high - operand.low, 2.0)
+        return (operand.low + span * torch.rand(case.shape, **here)).to(case.dtype)
+
     input = normal(*case.shape).requires_grad_()
-    if case.op == "relu":
+    if case.op in ACTIVATIONS:
         return Arguments(input, upstream=normal(*case.shape))
-    upstream = None
-    if case.op == "mse_loss":
-        others, shape = (normal(*case.shape),), case.shape
-        options: dict[str, Any] = {}
+    upstream, options = None, {}
+    if case.op in POINTWISE:
+        target, *further = map(within, variables(case)[1:])
+        others, shape = (target,), case.shape
+        options = {o.name: x for o, x in zip(variables(case)[2:], further, strict=True)}
     else:
         classes, shape = case.shape[1], case.shape[:1] + case.shape[2:]
         options = {"label_smoothing": case.smoothing}

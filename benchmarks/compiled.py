@@ -40,17 +40,17 @@ def walled_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 
 @torch.library.custom_op("walled::mse_loss", mutates_args=())
 def walled_mse_loss(input: Tensor, target: Tensor) -> Tensor:
-    return _squared_error(input, target, Want())[0]
+    return _mse_loss(input, target, Want())[0]
 
 
 @torch.library.custom_op("walled::mse_loss_backward", mutates_args=())
 def walled_mse_loss_backward(grad_output: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    return _squared_error(input, target, Want(False, True), grad_output.expand_as(input))[1][0]
+    return _mse_loss(input, target, Want(False, (True, False)), grad_output.expand_as(input))[1][0]
 
 
-def _squared_error(input: Tensor, target: Tensor, *want: Any) -> Any:
+def _mse_loss(input: Tensor, target: Tensor, *want: Any) -> Any:
     size = float(input.numel())
-    return cpu.pointwise_loss("squared_error", input, target, None, "mean", size, *want)
+    return cpu.pointwise_loss("mse_loss", (input, target), (), None, "mean", size, *want)
 
 
 walled_relu.register_fake(torch.empty_like)

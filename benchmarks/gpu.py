@@ -27,7 +27,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cases import BF16, F32, MODES, Arguments, Case, Compiled, M, assert_right, draw, step
+from cases import (
+    ACTIVATIONS,
+    BF16,
+    F32,
+    MODES,
+    POINTWISE,
+    Arguments,
+    Case,
+    Compiled,
+    M,
+    assert_right,
+    draw,
+    step,
+)
 from measure import Peer, Row, Step, ratios
 from torch.nn import functional as F
 
@@ -49,7 +62,11 @@ VOCABULARIES = (
 TINY = (Case("cross_entropy", (8, 10)), Case("mse_loss", (100,)), Case("relu", (100,), BF16))
 CASES = (
     *(Case("cross_entropy", s, t, headline=True) for s in VOCABULARIES for t in (BF16, F32)),
-    *(Case(op, (64 * M,), t, headline=True) for op in ("mse_loss", "relu") for t in (BF16, F32)),
+    *(
+        Case(op, (64 * M,), t, headline=True)
+        for op in (*POINTWISE, *ACTIVATIONS)
+        for t in (BF16, F32)
+    ),
     Case("cross_entropy", (8, 10)),
     Case("mse_loss", (100,)),
     Case("relu", (100,)),
@@ -62,8 +79,7 @@ CASES = (
     Case("cross_entropy", (1 << 22, 10)),
     Case("cross_entropy", (16, 21, 512, 512)),
     Case("cross_entropy", (1024, 1000)),
-    Case("mse_loss", (M,)),
-    Case("relu", (M,)),
+    *(Case(op, (M,)) for op in (*POINTWISE, *ACTIVATIONS)),
 )
 
 

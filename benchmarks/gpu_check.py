@@ -24,8 +24,8 @@ BENCHMARK_SECONDS = 210  # no case starts after these
 # The tests that hold for every backend, on CUDA tensors: see tests/README.md.
 SHARED = (
     "test_cross_entropy.py",
-    "test_mse_loss.py",
-    "test_relu.py",
+    "test_pointwise_loss.py",
+    "test_activation.py",
     "test_strides.py",
     "test_backends.py",
     "test_inplace.py",

@@ -9,74 +9,81 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
+from cases import Case, draw
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
 import pyfused
 from pyfused.backends import CrossEntropyOptions, Want, cpu
-from pyfused.functional import cross_entropy, mse_loss, relu
-from pyfused.ops import cross_entropy as ops
+from pyfused.functional import cross_entropy, relu
+from pyfused.ops import operators
+from pyfused.ops.activation import Activation
 from pyfused.ops.dispatch import reason_for_torch
+from pyfused.ops.torchs import original
 
 ROUNDS, CALLS = 301, 200
 Call = Callable[[], object]
+Ways = dict[str, dict[str, Call]]
 
-x, target, other = torch.randn(8, 10), torch.zeros(8, dtype=torch.int64), torch.randn(8, 10)
 # Taken by the kernels, and as little work as that can be.
 logits, label = torch.randn(1, 1 << 17), torch.zeros(1, dtype=torch.int64)
-leaf = logits.clone().requires_grad_()
-options, torchs = CrossEntropyOptions(-100, "mean", 0.0), (F.relu, F.cross_entropy, F.mse_loss)
-aten, method = torch.relu, torch.Tensor.relu
-with pyfused.patch():
-    patched = (F.relu, F.cross_entropy, F.mse_loss)
-    patched_aten, patched_method = torch.relu, torch.Tensor.relu
+arguments = (logits, label, None, None, -100, None, "mean", 0.0)
+options = CrossEntropyOptions(-100, "mean", 0.0)
+x, target = torch.randn(8, 10), torch.zeros(8, dtype=torch.int64)
+
+
+def patched_ways() -> Ways:
+    """What a call of each operator costs more while patched, where ATen is the faster one."""
+    names = {f"F.{name}": (F, name, op) for name, op in operators.OPERATORS.items()}
+    for name, op in operators.OPERATORS.items():
+        if isinstance(op, Activation):
+            names |= {
+                f"torch.{name}": (torch, name, op),
+                f"Tensor.{name}": (torch.Tensor, name, op),
+            }
+    ways: Ways = {}
+    for place, (owner, name, op) in names.items():
+        drawn = draw(Case(op.name, (8, 10)))
+        tensors = drawn.input.detach(), *drawn.others
+        torchs = original(getattr(owner, name))
+        with pyfused.patch():
+            patched = original(getattr(owner, name))
+        ways[f"{place}, 80 elements"] = {
+            f"patched {place}": partial(patched, *tensors, **drawn.options),
+            place: partial(torchs, *tensors, **drawn.options),
+        }
+    return ways
 
 
 # For each way its calls, from the outermost in: a hop costs what its call takes beyond the next.
-WAYS: dict[str, dict[str, Call]] = {
-    "torch.relu, 80 elements": {
-        "patched torch.relu": lambda: patched_aten(x),
+WAYS: Ways = patched_ways() | {
+    "relu, 80 elements": {
         "pyfused.functional.relu": lambda: relu(x),
-        "torch.relu": lambda: aten(x),
+        "torch.relu": lambda: torch.relu(x),
     },
-    "Tensor.relu, 80 elements": {
-        "patched Tensor.relu": lambda: patched_method(x),
-        "Tensor.relu": lambda: method(x),
-    },
-    "F.relu, 80 elements": {
-        "patched F.relu": lambda: patched[0](x),
-        "pyfused.functional.relu": lambda: relu(x),
-        "F.relu": lambda: torchs[0](x),
-    },
-    "F.cross_entropy, (8, 10)": {
-        "patched F.cross_entropy": lambda: patched[1](x, target),
+    "cross_entropy, (8, 10)": {
         "pyfused.functional.cross_entropy": lambda: cross_entropy(x, target),
-        "F.cross_entropy": lambda: torchs[1](x, target),
-    },
-    "F.mse_loss, 80 elements": {
-        "patched F.mse_loss": lambda: patched[2](x, other),
-        "pyfused.functional.mse_loss": lambda: mse_loss(x, other),
-        "F.mse_loss": lambda: torchs[2](x, other),
+        "F.cross_entropy": lambda: F.cross_entropy(x, target),
     },
     "cross_entropy (1, 131072), fused": {
-        "patched F.cross_entropy": lambda: patched[1](logits, label),
         "pyfused.functional.cross_entropy": lambda: cross_entropy(logits, label),
-        "ops.cross_entropy.fused": lambda: ops.fused(logits, label, None, options, False),
+        "ops.cross_entropy.fused": lambda: operators.CROSS_ENTROPY.fused(arguments, False),
         "backends.cpu.cross_entropy": lambda: cpu.cross_entropy(
             logits, label, None, options, Want()
         ),
     },
     "the decision alone": {
-        "reason_for_torch, 80 elements": lambda: reason_for_torch("relu", x),
+        "reason_for_torch, 80 elements": lambda: reason_for_torch(operators.RELU, (x,)),
         "nothing": lambda: None,
     },
     "the decision alone, of a fused call": {
         "reason_for_torch, 131072 elements": lambda: reason_for_torch(
-            "cross_entropy", logits, label
+            operators.CROSS_ENTROPY, arguments
         ),
         "nothing": lambda: None,
     },

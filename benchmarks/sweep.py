@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
-from cases import BF16, F16, F32, F64, MODES, OPS, Case, M, draw, step
+from cases import BF16, F16, F32, F64, MODES, Case, M, draw, step
 from measure import (
     LONGER,
     Quartiles,
@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.ops.dispatch import aten_is_faster
+from pyfused.ops.operators import OPERATORS
 from pyfused.ops.sizes import ATEN_BELOW
 
 drawn = lru_cache(maxsize=1)(draw)  # what is measured again is drawn once
@@ -142,7 +143,7 @@ def tabulate(findings: Sequence[Finding], tolerance: float) -> Table:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--op", nargs="+", choices=list(OPERATORS), default=list(OPERATORS))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=0.08, help="a case, default: %(default)s")

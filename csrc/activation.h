@@ -25,6 +25,14 @@ struct Relu {
   }
 };
 
+// torch: F.sigmoid(x).
+struct Sigmoid {
+  template <class A> static PYFUSED_INLINE A forward(A x) { return sigmoid(x); }
+  template <class A> static PYFUSED_INLINE A backward(A grad_output, A output) {
+    return grad_output * (1 - output) * output;
+  }
+};
+
 constexpr int64_t kActivationBlock = 1 << 14;  // elements a thread takes at a time
 constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
 
@@ -44,9 +52,9 @@ void map(T* output, int64_t n, int threads, const Value& value) {
   });
 }
 
-// x *= factor: what is left to do for a gradient that was computed before its upstream was known.
-template <class T> void scale(T* x, double factor, int64_t n, int threads) {
-  const Accumulate<T> a = Accumulate<T>(factor);
+// x *= a: what is left to do for a gradient that was computed before its upstream was known.
+template <class T> void scale(T* x, Accumulate<T> a, int64_t n, int threads) {
+  if (a == 1) return;
   map(x, n, threads, [=](int64_t i) { return a * widen(x[i]); });
 }
 

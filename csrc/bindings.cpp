@@ -69,20 +69,21 @@ template <class T> Operand<T> operand(const OperandTuple& o) {
   return {pointer<const T>(o[0]), o[1]};
 }
 
-template <class Formula>
-void run_pointwise_loss(int dtype, int64_t n, const OperandTuple& input, const OperandTuple& target,
+void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
+                        const std::array<OperandTuple, 3>& operands, const Parameters& parameters,
                         const OperandTuple& weight, double denominator, const OperandTuple& upstream,
-                        int64_t each, int64_t reduced, int64_t grad_input, int64_t grad_target,
+                        int64_t each, int64_t reduced, const std::array<int64_t, 3>& gradients,
                         int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    for (const int64_t output : {each, grad_input, grad_target}) {
+    for (const int64_t output : {each, gradients[0], gradients[1], gradients[2]}) {
       prefer_huge_pages(pointer<void>(output), output ? size_t(n) * sizeof(T) : 0);
     }
-    pointwise_loss<Formula>(PointwiseLoss<T>{
-        n, operand<T>(input), operand<T>(target), operand<T>(weight), denominator, operand<T>(upstream),
-        pointer<T>(each), pointer<Accumulate<T>>(reduced), pointer<T>(grad_input),
-        pointer<T>(grad_target), threads});
+    pointwise_loss(formula, PointwiseLoss<T>{
+        n, {operand<T>(operands[0]), operand<T>(operands[1]), operand<T>(operands[2])}, parameters,
+        operand<T>(weight), denominator, operand<T>(upstream), pointer<T>(each),
+        pointer<Accumulate<T>>(reduced),
+        {pointer<T>(gradients[0]), pointer<T>(gradients[1]), pointer<T>(gradients[2])}, threads});
   });
 }
 
@@ -106,9 +107,10 @@ void run_activation_backward(int dtype, int64_t n, const OperandTuple& grad_outp
   });
 }
 
-void run_scale(int dtype, int64_t n, int64_t data, double factor, int threads) {
+void run_scale(int dtype, int64_t n, int64_t data, int64_t factor, int threads) {
   with_dtype(dtype, [&](auto element) {
-    scale(pointer<decltype(element)>(data), factor, n, threads);
+    using T = decltype(element);
+    scale(pointer<T>(data), *pointer<const Accumulate<T>>(factor), n, threads);
   });
 }
 
@@ -185,9 +187,21 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
 #endif
 
   m.def("cross_entropy", &run_cross_entropy, unlocked);
-  m.def("squared_error", &run_pointwise_loss<SquaredError>, unlocked);
+  for (const LossFormula& formula : kLossFormulas) {
+    m.def(formula.name,
+          [&formula](int dtype, int64_t n, const std::array<OperandTuple, 3>& operands,
+                     const Parameters& parameters, const OperandTuple& weight, double denominator,
+                     const OperandTuple& upstream, int64_t each, int64_t reduced,
+                     const std::array<int64_t, 3>& gradients, int threads) {
+            run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator, upstream,
+                               each, reduced, gradients, threads);
+          },
+          unlocked);
+  }
   m.def("relu", &run_activation<Relu>, unlocked);
   m.def("relu_backward", &run_activation_backward<Relu>, unlocked);
+  m.def("sigmoid", &run_activation<Sigmoid>, unlocked);
+  m.def("sigmoid_backward", &run_activation_backward<Sigmoid>, unlocked);
   m.def("scale", &run_scale, unlocked);
 
 #ifdef PYFUSED_RECYCLES

@@ -1,129 +1,117 @@
-// Losses that compare input and target element by element: one formula each.
+// Losses that compare operands element by element. The formulas are in loss_formulas.h.
 //
 //   loss       = reduce(w f(x, t)),  reduce: each, or sum / denominator
 //   dloss/dx   = u w df/dx,          dloss/dt = u w df/dt,   u = upstream gradient / denominator
 //
-// Bytes: x, t (and w, where given) are read once, the gradients that are wanted written once.
+// Bytes: each operand (and w, where given) is read once, the gradients that are wanted written once.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <type_traits>
 #include <vector>
 
+#include "loss_formulas.h"
 #include "memory.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace pyfused {
 
-// torch: F.mse_loss(x, t). The gradients come divided by the denominator, before they can overflow.
-struct SquaredError {
-  template <class A> static PYFUSED_INLINE A value(A x, A t) { return (x - t) * (x - t); }
-  template <class A> static PYFUSED_INLINE A input_gradient(A x, A t, A scale) {
-    return 2 * scale * (x - t);
-  }
-  template <class A> static PYFUSED_INLINE A target_gradient(A x, A t, A scale) {
-    return 2 * scale * (t - x);
-  }
-};
-
 // An operand of step 0 is one element that stands for all.
 template <class T> struct Operand {
-  const T* data;  // null where not given: ones
+  const T* data;  // null where not given
   int64_t step;
 };
 
 template <class T> struct PointwiseLoss {
   using A = Accumulate<T>;
   int64_t n;
-  Operand<T> input, target, weight;
-  double denominator;     // of the mean; 1 for the others
-  Operand<T> upstream;    // the loss's gradient
-  T* each;                // n losses, or null
-  A* reduced;             // their scaled sum, or null
-  T* grad_input;          // null where not wanted
-  T* grad_target;         // likewise
+  std::array<Operand<T>, 3> operands;
+  Parameters parameters;
+  Operand<T> weight;
+  double denominator;           // of the mean; 1 for the others
+  Operand<T> upstream;          // the loss's gradient
+  T* each;                      // n losses, or null
+  A* reduced;                   // their scaled sum, or null
+  std::array<T*, 3> gradients;  // null where not wanted
   int threads;
 };
 
-constexpr int64_t kLossChunk = 512;      // elements at a time, in L1
+constexpr int64_t kLossChunk = 1024;     // elements at a time, in L1
 constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time
 
-// The loss and the gradients of one chunk, with weight(i) and upstream(i) inlined.
-template <class Formula, class T, class Weight, class Upstream>
-PYFUSED_INLINE void pointwise_chunk(const PointwiseLoss<T>& p, Sum& sum, const T* x, const T* t,
-                                    int64_t first, int64_t n, bool streams, const Weight& weight,
-                                    const Upstream& upstream) {
-  using A = Accumulate<T>;
-  const A scale = A(1 / p.denominator);
-  alignas(kVectorBytes) A buffer[kLossChunk];
-  const auto into = [&](T* output) { return streams ? buffer : staged(output + first, buffer); };
-  if (p.reduced && p.grad_input) {  // the common case takes one loop
-    A* const out = into(p.grad_input);
-    add_terms<A>(sum, n, [&](int64_t i) {
-      out[i] = Formula::input_gradient(widen(x[i]), widen(t[i]), scale) * upstream(i);
-      return weight(i) * Formula::value(widen(x[i]), widen(t[i]));
-    });
-    write(out, p.grad_input + first, n, streams);
-  } else if (p.reduced) {
-    add_terms<A>(sum, n, [&](int64_t i) {
-      return weight(i) * Formula::value(widen(x[i]), widen(t[i]));
-    });
-  } else if (p.grad_input) {
-    A* const out = into(p.grad_input);
-    PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = Formula::input_gradient(widen(x[i]), widen(t[i]), scale) * upstream(i);
-    }
-    write(out, p.grad_input + first, n, streams);
-  }
-  if (p.each) {
-    A* const out = into(p.each);
-    PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) out[i] = weight(i) * Formula::value(widen(x[i]), widen(t[i]));
-    write(out, p.each + first, n, streams);
-  }
-  if (p.grad_target) {
-    A* const out = into(p.grad_target);
-    PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = Formula::target_gradient(widen(x[i]), widen(t[i]), scale) * upstream(i);
-    }
-    write(out, p.grad_target + first, n, streams);
-  }
-}
-
-// The operand's elements from `first` on; an operand of step 0 fills the buffer.
+// The operand's elements from `first` on, where they lie if they can be computed with there.
 template <class T>
-const T* elements(const Operand<T>& operand, int64_t first, int64_t n, T* buffer) {
-  if (operand.step) return operand.data + first;
-  std::fill_n(buffer, n, *operand.data);
+const Accumulate<T>* elements(const Operand<T>& operand, int64_t first, int64_t n,
+                              Accumulate<T>* buffer) {
+  if (!operand.step) {
+    std::fill_n(buffer, n, widen(*operand.data));
+    return buffer;
+  }
+  if constexpr (std::is_same_v<T, Accumulate<T>>) return operand.data + first;
+  else load(operand.data + first, buffer, n);
   return buffer;
 }
 
-template <class Formula, class T>
-void pointwise_chunk(const PointwiseLoss<T>& p, Sum& sum, int64_t first, int64_t n, bool streams) {
-  using A = Accumulate<T>;
-  alignas(kVectorBytes) T x_fill[kLossChunk], t_fill[kLossChunk], fill[kLossChunk];
-  const T* const x = elements(p.input, first, n, x_fill);
-  const T* const t = elements(p.target, first, n, t_fill);
-  if (!p.weight.data && !p.upstream.step) {
-    const A upstream = p.upstream.data ? widen(*p.upstream.data) : A(1);
-    return pointwise_chunk<Formula>(
-        p, sum, x, t, first, n, streams, [](int64_t) { return A(1); },
-        [=](int64_t) { return upstream; });
-  }
-  alignas(kVectorBytes) A weight[kLossChunk], upstream[kLossChunk];
-  std::fill_n(weight, n, A(1));
-  std::fill_n(upstream, n, A(1));
-  if (p.weight.data) load(elements(p.weight, first, n, fill), weight, n);
-  if (p.upstream.data) load(elements(p.upstream, first, n, fill), upstream, n);
-  for (int64_t i = 0; i < n; ++i) upstream[i] *= weight[i];
-  pointwise_chunk<Formula>(
-      p, sum, x, t, first, n, streams, [&](int64_t i) { return weight[i]; },
-      [&](int64_t i) { return upstream[i]; });
+// What the losses of a chunk are multiplied by, and their gradients; null where by nothing.
+template <class A> struct Factors {
+  const A* value = nullptr;
+  const A* gradient = nullptr;
+};
+
+template <class T>
+Factors<Accumulate<T>> factors(const PointwiseLoss<T>& p, int64_t first, int64_t n,
+                               Accumulate<T>* weight, Accumulate<T>* upstream) {
+  Factors<Accumulate<T>> found;
+  if (p.weight.data) found.value = found.gradient = elements(p.weight, first, n, weight);
+  if (!p.upstream.data) return found;
+  found.gradient = elements(p.upstream, first, n, upstream);
+  if (!found.value) return found;
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) upstream[i] = found.gradient[i] * found.value[i];
+  found.gradient = upstream;
+  return found;
 }
 
-template <class Formula, class T> void pointwise_loss(const PointwiseLoss<T>& p) {
+template <class A> void multiply(A* values, const A* by, int64_t n) {
+  if (!by) return;
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) values[i] *= by[i];
+}
+
+template <class T>
+void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum& sum, int64_t first,
+                     int64_t n, bool streams) {
+  using A = Accumulate<T>;
+  using Buffer = A[kLossChunk];
+  alignas(kVectorBytes) Buffer read[3], written[3], buffer, weight, upstream;
+  A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
+  Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
+  LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
+  for (int k = 0; k < 3; ++k) {
+    const Operand<T>& operand = p.operands[k];
+    chunk.operands[k] = operand.data ? elements(operand, first, n, read[k]) : chunk.operands[0];
+    T* const gradient = p.gradients[k];
+    if (gradient) chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);
+  }
+  formula.in<A>()(p.parameters, chunk);
+  const Factors<A> by = factors(p, first, n, weight, upstream);
+  if (p.reduced && by.value) {
+    add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
+  }
+  if (p.each) {
+    multiply(value, by.value, n);
+    write(value, p.each + first, n, streams);
+  }
+  for (int k = 0; k < 3; ++k) {
+    if (!chunk.gradients[k]) continue;
+    multiply(chunk.gradients[k], by.gradient, n);
+    write(chunk.gradients[k], p.gradients[k] + first, n, streams);
+  }
+}
+
+template <class T> void pointwise_loss(const LossFormula& formula, const PointwiseLoss<T>& p) {
   const int64_t blocks = (p.n + kLossBlock - 1) / kLossBlock;
   const bool streams = size_t(p.n) * sizeof(T) >= kStreamBytes;
   std::vector<double> partial(blocks);
@@ -131,7 +119,7 @@ template <class Formula, class T> void pointwise_loss(const PointwiseLoss<T>& p)
     const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
     Sum sum;
     for (int64_t first = block * kLossBlock; first < end; first += kLossChunk) {
-      pointwise_chunk<Formula>(p, sum, first, std::min(kLossChunk, end - first), streams);
+      pointwise_chunk(formula, p, sum, first, std::min(kLossChunk, end - first), streams);
     }
     partial[block] = sum.value();
   });

@@ -1,16 +1,11 @@
 """Triton kernels for GPUs, installed as pyfused.kernels, imported once a GPU tensor asks.
 
-The names are those of the C++ module: what `pyfused/backends/triton.py` launches.
+One launch for each family: what `pyfused/backends/triton.py` calls. Formulas have the names that
+they have in the C++ module.
 """
 
-from functools import partial
-
-from . import activation, pointwise_loss
-from .activation import scale
+from .activation import activation, scale
 from .cross_entropy import cross_entropy
+from .pointwise_loss import pointwise_loss
 
-__all__ = ["cross_entropy", "relu", "relu_backward", "scale", "squared_error"]
-
-squared_error = partial(pointwise_loss.pointwise_loss, pointwise_loss.SQUARED_ERROR)
-relu = partial(activation.activation, activation.relu)
-relu_backward = partial(activation.activation, activation.relu_backward)
+__all__ = ["activation", "cross_entropy", "pointwise_loss", "scale"]

@@ -5,19 +5,17 @@
 
 Shapes: operands are seen as rows x columns with strides; outputs are dense. Bytes: as above, once.
 
-torch: F.relu(x)
+torch: F.relu(x), F.sigmoid(x)
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import Operand, reach, read
+from .arithmetic import Operand, reach, read, sigmoid
 
 
 @triton.jit
@@ -30,6 +28,19 @@ def relu(x):
 def relu_backward(grad_output, output):
     """The gradient passes where the output is NaN."""
     return tl.where(output <= 0.0, 0.0, grad_output)
+
+
+@triton.jit
+def sigmoid_backward(grad_output, output):
+    return grad_output * (1.0 - output) * output
+
+
+FORMULAS = {
+    "relu": relu,
+    "relu_backward": relu_backward,
+    "sigmoid": sigmoid,
+    "sigmoid_backward": sigmoid_backward,
+}
 
 
 @triton.jit
@@ -68,19 +79,19 @@ def scale_kernel(
 
 
 def activation(
-    formula: Any,
+    formula: str,
     columns: int | None,
     operands: list[tuple[torch.Tensor, int, int]],
     out: torch.Tensor,
 ) -> None:
-    """Launches out = formula(*operands); operands as in `Operand`, out is dense."""
+    """Launches out = FORMULAS[formula](*operands); operands as in `Operand`, out is dense."""
     n, elements = out.numel(), launch.POINTWISE[out.element_size()]
     activation_kernel[(triton.cdiv(n, elements.block),)](
         tuple(Operand(*operand) for operand in operands),
         out,
         n,
         columns,
-        formula,
+        FORMULAS[formula],
         A=launch.accumulate_type(out.dtype),
         INDEX=launch.index_type(*reach(columns, operands)),
         BLOCK=elements.block,

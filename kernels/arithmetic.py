@@ -1,4 +1,4 @@
-"""What the kernels of all families share: exponentials, and operands read by strides."""
+"""What the kernels of all families share: exponentials, logarithms, operands read by strides."""
 
 from __future__ import annotations
 
@@ -18,6 +18,39 @@ def exp_nonpositive(x):
     # What the product was rounded by, and the digits of log2(e) that float32 has no room for.
     low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-08
     return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+
+
+@triton.jit
+def _twice_atanh(s):
+    """For |s| <= 1/3, to float32's precision: the series up to s**15."""
+    z = s * s
+    series = 1.0 / 13 + z * (1.0 / 15)
+    series = 1.0 / 7 + z * (1.0 / 9 + z * (1.0 / 11 + z * series))
+    return 2.0 * (s + s * z * (1.0 / 3 + z * (1.0 / 5 + z * series)))
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for 0 <= y <= 1, however small."""
+    if y.dtype == tl.float64:
+        rounded = 1.0 + y
+        return tl.log(rounded) + (y - (rounded - 1.0)) / rounded
+    return _twice_atanh(y / (2.0 + y))
+
+
+@triton.jit
+def log(x):
+    """Around 1, too, where a GPU's own in float32 is 2**-22 off, however small the logarithm."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    return tl.where((x > 0.5) & (x < 2.0), _twice_atanh((x - 1.0) / (x + 1.0)), tl.log(x))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without overflow."""
+    z = exp_nonpositive(-tl.abs(x))
+    return tl.where(x < 0.0, z, 1.0) / (1.0 + z)
 
 
 class Operand(NamedTuple):

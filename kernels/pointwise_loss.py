@@ -3,10 +3,12 @@
     loss       = reduce(w f(x, t)),  reduce: each, or sum / denominator
     dloss/dx   = u w df/dx,          dloss/dt = u w df/dt,   u = upstream gradient / denominator
 
-Shapes: x, t, w and u are of one shape, seen as rows x columns with strides; outputs are dense.
-Bytes: x, t (and w, where given) are read once, the gradients that are wanted written once.
+Some formulas have a third operand. Shapes: operands, w and u are of one shape, seen as rows x
+columns with strides; outputs are dense. Bytes: operands (and w, where given) are read once, the
+gradients that are wanted written once.
 
-torch: F.mse_loss(x, t, reduction="mean", weight=w)
+A formula takes its operands, three parameters of which it names its own, and for gradients `scale`,
+1 / denominator: so they are divided before they can overflow.
 """
 
 from __future__ import annotations
@@ -18,27 +20,117 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import Operand, reach, read
+from .arithmetic import Operand, exp_nonpositive, log, log1p, reach, read, sigmoid
 from .sums import sum_parts
+
+# ---- formulas ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def squared_error(x, t):
+def mse_loss(x, t, _p, _q, _r):
+    """torch: F.mse_loss(x, t)."""
     return (x - t) * (x - t)
 
 
 @triton.jit
-def squared_error_gradients(x, t, scale):
-    """Divided by the denominator before they can overflow."""
+def mse_loss_gradients(x, t, _p, _q, _r, scale):
     gradient = 2.0 * scale * (x - t)
     return gradient, -gradient
 
 
+@triton.jit
+def smooth_l1_loss(x, t, beta, _q, _r):
+    """torch: F.smooth_l1_loss(x, t, beta=beta); F.l1_loss(x, t) where beta is 0."""
+    distance = tl.abs(x - t)
+    near = 0.5 * distance * (distance / beta)
+    return tl.where(distance < beta, near, distance - 0.5 * beta)
+
+
+@triton.jit
+def smooth_l1_loss_gradients(x, t, beta, _q, _r, scale):
+    """Of NaN: NaN, but 0 where beta is 0."""
+    d = x - t
+    rest = tl.where(beta > 0.0, scale * d, 0.0)
+    sign = tl.where(d > 0.0, scale, tl.where(d < 0.0, -scale, rest))
+    distance = tl.abs(d)
+    gradient = tl.where(distance < beta, sign * (distance / beta), sign)
+    return gradient, -gradient
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.where(x < 0.0, x, 0.0) - log1p(exp_nonpositive(-tl.abs(x)))
+
+
+@triton.jit
+def binary_cross_entropy(x, t, _p, _q, _r):
+    """torch: F.binary_cross_entropy_with_logits(x, t)."""
+    return (1.0 - t) * x - log_sigmoid(x)
+
+
+@triton.jit
+def binary_cross_entropy_gradients(x, t, _p, _q, _r, scale):
+    return scale * (sigmoid(x) - t), -scale * x
+
+
+@triton.jit
+def binary_cross_entropy_pos_weight(x, t, pos_weight, _p, _q, _r):
+    """The same with pos_weight, which gets no gradient."""
+    return (1.0 - t) * x - (1.0 + (pos_weight - 1.0) * t) * log_sigmoid(x)
+
+
+@triton.jit
+def binary_cross_entropy_pos_weight_gradients(x, t, pos_weight, _p, _q, _r, scale):
+    positive = pos_weight * t
+    grad_x = scale * ((positive + 1.0 - t) * sigmoid(x) - positive)
+    grad_t = scale * (log_sigmoid(-x) - pos_weight * log_sigmoid(x))
+    return grad_x, grad_t, None
+
+
+@triton.jit
+def gaussian_nll_loss(x, t, var, full, eps, _r):
+    """torch: F.gaussian_nll_loss(x, t, var, full, eps)."""
+    variance = tl.where(var < eps, eps, var)
+    constant = tl.where(full != 0.0, tl.full([], 0.9189385332046727, x.dtype), 0.0)
+    return 0.5 * (log(variance) + (x - t) * (x - t) / variance) + constant
+
+
+@triton.jit
+def gaussian_nll_loss_gradients(x, t, var, _full, eps, _r, scale):
+    """As in torch the clamp passes the gradient of var."""
+    variance = tl.where(var < eps, eps, var)
+    d = x - t
+    grad_x = 2.0 * d * (0.5 * scale / variance)  # overflows where torch's does
+    grad_var = (variance - d * d) / variance / variance * (0.5 * scale)
+    return grad_x, -grad_x, grad_var
+
+
+class Formula(NamedTuple):
+    value: Any
+    gradients: Any
+
+
+FORMULAS = {
+    "mse_loss": Formula(mse_loss, mse_loss_gradients),
+    "smooth_l1_loss": Formula(smooth_l1_loss, smooth_l1_loss_gradients),
+    "binary_cross_entropy_with_logits": Formula(
+        binary_cross_entropy, binary_cross_entropy_gradients
+    ),
+    "binary_cross_entropy_with_logits_pos_weight": Formula(
+        binary_cross_entropy_pos_weight, binary_cross_entropy_pos_weight_gradients
+    ),
+    "gaussian_nll_loss": Formula(gaussian_nll_loss, gaussian_nll_loss_gradients),
+}
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
 class Operands(NamedTuple):
-    input: Operand
-    target: Operand
+    variables: tuple[Operand, ...]  # the formula's operands
     weight: Operand | None
     upstream: Operand | None  # the loss's gradient; None stands for ones
+    parameters: tuple[torch.Tensor | None, ...]  # three, each of one element, or None for a number
     denominator: torch.Tensor | None  # of one element, beside what `scale` holds
 
 
@@ -47,8 +139,16 @@ class Outputs(NamedTuple):
 
     each: torch.Tensor | None
     parts: torch.Tensor | None
-    grad_input: torch.Tensor | None
-    grad_target: torch.Tensor | None
+    gradients: tuple[torch.Tensor | None, ...]  # one for each operand
+
+
+@triton.jit
+def parameter(tensor, number, A: tl.constexpr):
+    """The number, or what only the GPU knows."""
+    value = tl.full([], number, A)
+    if tensor is not None:
+        value = tl.load(tensor).to(A)
+    return value
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -59,6 +159,9 @@ def pointwise_loss_kernel(
     blocks,
     columns,
     scale: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
+    r: tl.float64,
     VALUE: tl.constexpr,
     GRADIENTS: tl.constexpr,
     A: tl.constexpr,
@@ -70,71 +173,79 @@ def pointwise_loss_kernel(
     scale = tl.full([], scale, A)
     if operands.denominator is not None:
         scale /= tl.load(operands.denominator).to(A)
+    p = parameter(operands.parameters[0], p, A)
+    q = parameter(operands.parameters[1], q, A)
+    r = parameter(operands.parameters[2], r, A)
     lanes = tl.zeros([BLOCK], A)
     for block in range(program.to(INDEX), blocks, tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
         mask = i < n
-        x = read(operands.input, i, columns, mask, A)
-        t = read(operands.target, i, columns, mask, A)
-        value = VALUE(x, t)
-        grad_x, grad_t = GRADIENTS(x, t, scale)
+        x = read(operands.variables[0], i, columns, mask, A)
+        t = read(operands.variables[1], i, columns, mask, A)
+        if len(operands.variables) == 2:
+            value = VALUE(x, t, p, q, r)
+            gradients = GRADIENTS(x, t, p, q, r, scale)
+        else:
+            third = read(operands.variables[2], i, columns, mask, A)
+            value = VALUE(x, t, third, p, q, r)
+            gradients = GRADIENTS(x, t, third, p, q, r, scale)
         if operands.weight is not None:
             weight = read(operands.weight, i, columns, mask, A)
             value *= weight
-            grad_x *= weight
-            grad_t *= weight
         if operands.upstream is not None:
             upstream = read(operands.upstream, i, columns, mask, A)
-            grad_x *= upstream
-            grad_t *= upstream
         if outputs.parts is not None:
             lanes += tl.where(mask, value, 0.0)
         if outputs.each is not None:
             tl.store(outputs.each + i, value, mask=mask)
-        if outputs.grad_input is not None:
-            tl.store(outputs.grad_input + i, grad_x, mask=mask)
-        if outputs.grad_target is not None:
-            tl.store(outputs.grad_target + i, grad_t, mask=mask)
+        for k in tl.static_range(len(outputs.gradients)):
+            if outputs.gradients[k] is not None:
+                gradient = gradients[k]
+                if operands.weight is not None:
+                    gradient *= weight
+                if operands.upstream is not None:
+                    gradient *= upstream
+                tl.store(outputs.gradients[k] + i, gradient, mask=mask)
     if outputs.parts is not None:
         tl.store(outputs.parts + program, tl.sum(lanes))
 
 
-class Formula(NamedTuple):
-    value: Any
-    gradients: Any
-
-
-SQUARED_ERROR = Formula(squared_error, squared_error_gradients)
-
-
 def pointwise_loss(
-    formula: Formula,
+    formula: str,
     columns: int | None,
     operands: list[tuple[torch.Tensor, int, int] | None],
+    parameters: tuple[float | torch.Tensor, ...],
     denominator: float | torch.Tensor,
     each: torch.Tensor | None,
     loss: torch.Tensor | None,
-    grad_input: torch.Tensor | None,
-    grad_target: torch.Tensor | None,
+    gradients: tuple[torch.Tensor | None, ...],
 ) -> None:
-    """Launches what the outputs that are not None take; operands as in `Operands`."""
+    """Launches what the outputs that are not None take.
+
+    operands: the formula's, the weight and the upstream gradient, as in `Operand` or None.
+    """
+    *variables, weight, upstream = (o and Operand(*o) for o in operands)
     x = operands[0][0]
     elements = launch.POINTWISE[x.element_size()]
     programs = blocks = triton.cdiv(x.numel(), elements.block)
     known = not isinstance(denominator, torch.Tensor)
     scale, counted = (1 / denominator, None) if known else (1.0, denominator)
+    three = (*parameters, 0.0, 0.0, 0.0)[:3]
+    tensors = tuple(p if isinstance(p, torch.Tensor) else None for p in three)
+    numbers = (0.0 if isinstance(p, torch.Tensor) else float(p) for p in three)
     parts = None
     if loss is not None:
         programs = min(blocks, launch.MOST_PROGRAMS)
         parts = loss.new_empty(programs)
     pointwise_loss_kernel[(programs,)](
-        Operands(*(o and Operand(*o) for o in operands), counted),
-        Outputs(each, parts, grad_input, grad_target),
+        Operands(tuple(variables), weight, upstream, tensors, counted),
+        Outputs(each, parts, gradients),
         x.numel(),
         blocks,
         columns,
         scale,
-        *formula,
+        *numbers,
+        *FORMULAS[formula],
         A=launch.accumulate_type(x.dtype),
         INDEX=launch.index_type(*reach(columns, operands)),
         BLOCK=elements.block,

@@ -8,44 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.backends import CrossEntropyOptions
 
-_REDUCTIONS = ("none", "mean", "sum")
-
-
-def _tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+def tensor(name: str, value: Any, also: type | None = None) -> None:
+    if not isinstance(value, Tensor) and not (also is not None and isinstance(value, also)):
+        expected = "a Tensor" + (f" or a {also.__name__}" if also is not None else "")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
-def _reduction(value: Any) -> None:
-    if value not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
-
-
-def _number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
+def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+
+
+def reduction(value: Any, known: tuple[str, ...] = ("none", "mean", "sum")) -> None:
+    if value not in known:
+        *others, last = map(repr, known)
+        raise ValueError(f"reduction: expected {', '.join(others)} or {last}, got {value!r}")
+
+
+# ---- losses over classes -------------------------------------------------------------------------
 
 
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: CrossEntropyOptions,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
-    _tensor("input", input)
-    _tensor("target", target)
-    ignore_index, reduction, label_smoothing = options
-    _reduction(reduction)
-    _number("ignore_index", ignore_index, (int, Integral), "an int")
-    _number("label_smoothing", label_smoothing, (float, Real), "a float")
+    tensor("input", input)
+    tensor("target", target)
+    number("ignore_index", ignore_index, (int, Integral), "an int")
+    number("label_smoothing", label_smoothing, (float, Real), "a float")
     if input.dim() == 0:
-        raise RuntimeError("input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()")
+        raise (IndexError if target.is_floating_point() else RuntimeError)(
+            "input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()"
+        )
     if label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {label_smoothing}")
-    if target.shape == input.shape and target.is_floating_point():
+    if target.is_floating_point() and target.shape == input.shape:
         if ignore_index >= 0:
             raise RuntimeError(
                 "ignore_index: expected none (a negative number) with class probabilities as "
@@ -54,7 +56,7 @@ def cross_entropy(
     else:
         _class_index_target(input, target)
     if weight is not None:
-        _tensor("weight", weight)
+        tensor("weight", weight)
         classes = input.shape[0 if input.dim() == 1 else 1]
         if weight.shape != (classes,):
             raise RuntimeError(
@@ -67,6 +69,8 @@ def cross_entropy(
 
 
 def _class_index_target(input: Tensor, target: Tensor) -> None:
+    if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
+        return  # as most are
     expected = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
     lone = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
     if target.shape == input.shape or (
@@ -83,6 +87,8 @@ def _class_index_target(input: Tensor, target: Tensor) -> None:
             f"target: expected class indices of shape {tuple(expected)} or class probabilities of "
             f"the input's shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
         )
+    if input.dim() > 2 and input.shape[1] == 0 and target.numel():
+        raise RuntimeError(f"input: expected one class or more, got shape {tuple(input.shape)}")
 
 
 def target_out_of_range(
@@ -124,21 +130,95 @@ def overwritable(input: Tensor) -> None:
         reach += stride * (size - 1)
 
 
-def mse_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
-    _tensor("input", input)
-    _tensor("target", target)
-    _reduction(reduction)
-    pairs = zip(reversed(input.shape), reversed(target.shape), strict=False)
-    if any(a != b and 1 not in (a, b) for a, b in pairs):
-        raise RuntimeError(
-            f"target: expected a shape that broadcasts with the input's {tuple(input.shape)}, got "
-            f"{tuple(target.shape)}"
+# ---- pointwise losses ----------------------------------------------------------------------------
+
+
+def parameter(name: str, value: Any, low: float) -> None:
+    """A number from ``low`` up, or a tensor of one element, which a GPU is not waited for."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+        if value.requires_grad:
+            raise TypeError(f"{name}: expected a float, got a Tensor that requires grad")
+        if not value.is_cpu:
+            return
+    else:
+        number(name, value, (float, Real), "a float")
+    if not float(value) >= low:
+        raise RuntimeError(f"{name}: expected a number from {low} up, got {float(value)}")
+
+
+def values(
+    name: str, value: Tensor | float, low: float, high: float, error: type[Exception]
+) -> None:
+    """Those of a tensor on the CPU; NaN passes, and a GPU is not waited for."""
+    if isinstance(value, float):
+        value = torch.tensor(value)
+    if not value.is_cpu or not value.numel():
+        return
+    least, most = (float(bound) for bound in value.detach().aminmax())
+    if least != least:  # NaN, which hides the others
+        known = value.detach()[~value.isnan()]
+        least, most = (float(bound) for bound in known.aminmax()) if known.numel() else (low, high)
+    if least < low or most > high:
+        wrong = least if least < low else most
+        raise error(f"{name}: expected values in [{low}, {high}], got {wrong}")
+
+
+def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
+    _broadcasts("target", input.shape, target.shape)
+
+
+def same_shape(input: Tensor, target: Tensor, *_: Any) -> None:
+    if target.shape != input.shape:
+        raise ValueError(
+            f"target: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
-    if weight is not None and weight.shape != input.shape:
+
+
+def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:
+    same_shape(input, target)
+    if pos_weight is not None:
+        _expands("pos_weight", input.shape, pos_weight.shape)
+
+
+def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
+    """A variance for each element, or one for all along the last or any one dimension."""
+    _broadcasts("target", input.shape, target.shape)
+    if isinstance(var, float) or var.shape in (input.shape, input.shape[:-1]):
+        return
+    pairs = zip(input.shape, var.shape, strict=False)
+    if var.dim() != input.dim() or [b for a, b in pairs if a != b] != [1]:
+        raise ValueError(
+            f"var: expected the input's shape {tuple(input.shape)}, the same with one dimension of "
+            f"size 1 or without the last, or a float, got shape {tuple(var.shape)}"
+        )
+
+
+def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
+    _expands("weight", input.shape, weight.shape)
+
+
+def weight_of_inputs_shape(input: Tensor, weight: Tensor) -> None:
+    if weight.shape != input.shape:
         raise ValueError(
             f"weight: expected the input's shape {tuple(input.shape)}, got {tuple(weight.shape)}"
         )
 
 
-def relu(input: Tensor) -> None:
-    _tensor("input", input)
+def _expands(name: str, input: torch.Size, other: torch.Size) -> None:
+    pairs = zip(reversed(input), reversed(other), strict=False)
+    if len(other) > len(input) or any(b not in (1, a) for a, b in pairs):
+        raise RuntimeError(
+            f"{name}: expected a shape that broadcasts to the input's {tuple(input)}, got "
+            f"{tuple(other)}"
+        )
+
+
+def _broadcasts(name: str, input: torch.Size, other: torch.Size) -> None:
+    pairs = zip(reversed(input), reversed(other), strict=False)
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        raise RuntimeError(
+            f"{name}: expected a shape that broadcasts with the input's {tuple(input)}, got "
+            f"{tuple(other)}"
+        )

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import Module
 
-from pyfused import nn
+import pyfused.nn as nn
+from pyfused.ops.operators import OPERATORS
 
 _FUSED: dict[type[Module], type[Module]] = {
-    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__
+    getattr(torch.nn, op.module): getattr(nn, op.module)
+    for op in OPERATORS.values()
+    if op.definition is None  # torch has the module, too
 }
 _TORCHS = {fused: torchs for torchs, fused in _FUSED.items()}
 _MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
@@ -38,13 +41,13 @@ class Conversion(NamedTuple):
 
 
 def convert(model: Module) -> Conversion:
-    """Makes every CrossEntropyLoss, MSELoss and ReLU module of a model pyfused's, in place.
+    """Makes every module of a model that pyfused has, too, pyfused's, in place.
 
     The module objects stay the same ones and only change their class: hooks, buffers, device,
     training flag and names are kept, and so is every reference to them. Subclasses are left alone.
 
     Args:
-        model: Any module; its submodules are swapped, and itself where it is one of the three.
+        model: Any module; its submodules are swapped, and itself where pyfused has it.
 
     Returns:
         The names of the modules that were swapped (``"."`` is the model itself), and those that

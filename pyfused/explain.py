@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyfused import functional
+import pyfused.functional as functional
 from pyfused.backends import cpu
+from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import backend_of, reason_for_torch
+from pyfused.ops.operators import OPERATORS
 
 
 class Explanation(NamedTuple):
@@ -45,8 +47,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     fused, too; under ``create_graph`` it is torch's, which only the backward pass can know.
 
     Args:
-        op: ``"cross_entropy"``, ``"mse_loss"`` or ``"relu"``; or a function of that name, torch's
-            or pyfused's.
+        op: The name of a function in :mod:`pyfused.functional`; or a function of that name,
+            torch's or pyfused's.
         args, kwargs: The call's arguments.
 
     Raises:
@@ -54,17 +56,21 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: The operator does not take these arguments.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in functional.__all__:
-        raise ValueError(f"op: expected one of {', '.join(functional.__all__)}, got {name}")
-    call = inspect.signature(getattr(functional, name)).bind(*args, **kwargs).arguments
-    keys = ("input", "inplace") if name == "relu" else ("input", "target", "weight")
-    reason = reason_for_torch(name, **{key: call[key] for key in keys if key in call})
+    if name not in OPERATORS:
+        raise ValueError(f"op: expected one of {', '.join(OPERATORS)}, got {name}")
+    bound = inspect.signature(getattr(functional, name)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    values = bound.arguments
+    arguments = tuple(values[key] for key in OPERATORS[name].arguments)
+    return path_of(OPERATORS[name], arguments, values.get("inplace", False))
+
+
+def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
+    """The same, of a call as :func:`pyfused.ops.dispatch.call` has it."""
+    input = arguments[0]
+    reason = reason_for_torch(op, arguments, inplace)
     if reason is not None:
-        return Explanation(name, "torch", reason)
-    input = call["input"]
+        return Explanation(op.name, "torch", reason)
     if backend_of(input) is not cpu:
-        return Explanation(name, "triton", f"kernels on {input.device}")
-    words = "element by element"
-    if name == "cross_entropy":
-        words = "rows in L2" if cpu.takes_rows(input) else "positions side by side"
-    return Explanation(name, "cpu", words, cpu.capability, torch.get_num_threads())
+        return Explanation(op.name, "triton", f"kernels on {input.device}")
+    return Explanation(op.name, "cpu", op.manner(input), cpu.capability, torch.get_num_threads())

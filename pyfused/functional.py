@@ -7,27 +7,28 @@ operator.
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
-from torch import relu as _aten_relu
-from torch import relu_ as _aten_relu_
-from torch.nn import _reduction as _legacy
 
-# By name: pyfused.patch puts other functions into torch and torch.nn.functional.
-from torch.nn.functional import cross_entropy as _torch_cross_entropy
-from torch.nn.functional import mse_loss as _torch_mse_loss
-from torch.nn.functional import relu as _torch_relu
-from torch.overrides import has_torch_function_unary
+from pyfused.ops.dispatch import call
+from pyfused.ops.operators import (
+    BINARY_CROSS_ENTROPY_WITH_LOGITS,
+    CROSS_ENTROPY,
+    GAUSSIAN_NLL_LOSS,
+    MSE_LOSS,
+    RELU,
+    SIGMOID,
+    SMOOTH_L1_LOSS,
+)
 
-from pyfused import checks
-from pyfused.backends import CrossEntropyOptions
-from pyfused.ops import activation as _activation
-from pyfused.ops import cross_entropy as _cross_entropy
-from pyfused.ops import pointwise_loss as _pointwise_loss
-from pyfused.ops.dispatch import SMALL, reason_for_torch, say_once
-
-__all__ = ["cross_entropy", "mse_loss", "relu"]
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "gaussian_nll_loss",
+    "mse_loss",
+    "relu",
+    "sigmoid",
+    "smooth_l1_loss",
+]
 
 
 def cross_entropy(
@@ -79,25 +80,11 @@ def cross_entropy(
             expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
-    reason = reason_for_torch("cross_entropy", input, target, weight)
-    if inplace and (reason is None or reason is SMALL):
-        _cross_entropy.give_up(input)
-    if reason is None:
-        options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
-        return _cross_entropy.fused(input, target, weight, options, inplace)
-    if reason is not SMALL:
-        say_once("cross_entropy", reason)
-    try:
-        return _torch_cross_entropy(
-            input, target, weight, None, ignore_index, None, reduction, label_smoothing
-        )
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        options = CrossEntropyOptions(ignore_index, reduction, label_smoothing)
-        checks.cross_entropy(input, target, weight, options)
-        checks.class_indices(input, target, ignore_index)
-        raise
+    return call(
+        CROSS_ENTROPY,
+        (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
+        inplace,
+    )
 
 
 def mse_loss(
@@ -132,28 +119,116 @@ def mse_loss(
             was expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
-    reason = reason_for_torch("mse_loss", input, target, weight)
-    if reason is None:
-        checks.mse_loss(input, target, weight, reduction)
-        if target.shape != input.shape:
-            warnings.warn(
-                f"Using a target size ({target.shape}) that is different to the input size "
-                f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
-                "Please ensure they have the same size.",
-                stacklevel=2,
-            )
-        return _pointwise_loss.fused(
-            _pointwise_loss.SQUARED_ERROR, input, target, weight, reduction
-        )
-    if reason is not SMALL:
-        say_once("mse_loss", reason)
-    try:
-        return _torch_mse_loss(input, target, None, None, reduction, weight)  # type: ignore[call-arg]
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        checks.mse_loss(input, target, weight, reduction)
-        raise
+    return call(MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """Difference of input and target, squared where it is small, element by element.
+
+    With ``d = |input - target|``, the loss of an element is ``d ** 2 / (2 * beta)`` where
+    ``d < beta``, else ``d - beta / 2``, as defined by :func:`torch.nn.functional.smooth_l1_loss`.
+
+    Args:
+        input, target, size_average, reduce: As in :func:`mse_loss`.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+        beta: The difference up to which it is squared, in the unit of the input; 0.0 for none.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit, or ``beta`` is negative; the message
+            names the argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``beta`` no number.
+    """
+    return call(SMOOTH_L1_LOSS, (input, target, size_average, reduce, reduction, beta))
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy between logits and probabilities of two classes, element by element.
+
+    With ``p = pos_weight``, the loss of an element is
+    ``weight * -(p * target * log_sigmoid(input) + (1 - target) * log_sigmoid(-input))``, as defined
+    by :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Args:
+        input: Logits, of any shape; float32, float64, bfloat16 or float16.
+        target: Probabilities of the positive class, 0.0 to 1.0, of the input's shape.
+        weight: One factor for each element, of a shape that broadcasts to the input's.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements, with or without ``weight``.
+        pos_weight: How much more the positive class counts, of a shape that broadcasts to the
+            input's.
+
+    Returns:
+        The loss in nats, of the target's dtype, or float32 under autocast: a scalar, or of the
+        input's shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit, or a weight requires grad; the
+            message names the argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(
+        BINARY_CROSS_ENTROPY_WITH_LOGITS,
+        (input, target, weight, size_average, reduce, reduction, pos_weight),
+    )
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood of targets drawn from Gaussian distributions, element by element.
+
+    With ``v = max(var, eps)``, the loss of an element is
+    ``(log(v) + (input - target) ** 2 / v) / 2``, as defined by
+    :func:`torch.nn.functional.gaussian_nll_loss`; the gradient to ``var`` is that to ``v``.
+
+    Args:
+        input: Expectations, of any shape; float32, float64, bfloat16 or float16.
+        target: Samples, of a shape that broadcasts with the input's. Differing dtypes are promoted.
+        var: Variances, in the squared unit of the input: of its shape, or of it without the last
+            dimension, or with a single dimension of size 1; or a float for all.
+        full: Add the constant ``log(2 * pi) / 2``.
+        eps: The least variance, for stability.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in nats, of the promoted dtype: a scalar, or of the broadcast shape for ``"none"``.
+        NaN for a mean over nothing.
+
+    Raises:
+        ValueError: A variance is negative (on a GPU, which would have to be waited for, it counts
+            as ``eps``), or its shape or the reduction does not fit.
+        RuntimeError: The target's shape does not fit.
+        TypeError: ``input`` or ``target`` is no tensor, or ``var`` neither that nor a float.
+    """
+    return call(GAUSSIAN_NLL_LOSS, (input, target, var, full, eps, reduction))
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -170,15 +245,19 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         RuntimeError: ``inplace``, and the input is a leaf that requires grad, or overlaps itself.
         TypeError: ``input`` is no tensor.
     """
-    reason = reason_for_torch("relu", input, None, None, inplace)
-    if reason is None:
-        return _activation.fused(_activation.RELU, input, inplace)
-    if reason is not SMALL:
-        say_once("relu", reason)
-        if has_torch_function_unary(input):
-            return _torch_relu(input, inplace=inplace)
-    try:
-        return _aten_relu_(input) if inplace else _aten_relu(input)
-    except TypeError:
-        checks.relu(input)
-        raise
+    return call(RELU, (input,), inplace)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """``1 / (1 + exp(-input))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype, between 0.0 and 1.0.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SIGMOID, (input,))

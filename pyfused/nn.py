@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused import functional as F
+import pyfused.functional as F
 
-__all__ = ["CrossEntropyLoss", "MSELoss", "ReLU"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "GaussianNLLLoss",
+    "MSELoss",
+    "ReLU",
+    "Sigmoid",
+    "SmoothL1Loss",
+]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -52,8 +60,46 @@ class MSELoss(torch.nn.MSELoss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """:class:`torch.nn.SmoothL1Loss` over :func:`pyfused.functional.smooth_l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """:class:`torch.nn.BCEWithLogitsLoss` over
+    :func:`pyfused.functional.binary_cross_entropy_with_logits`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            input,
+            target,
+            weight=self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+        )
+
+
+class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
+    """:class:`torch.nn.GaussianNLLLoss` over :func:`pyfused.functional.gaussian_nll_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        return F.gaussian_nll_loss(
+            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
+        )
+
+
 class ReLU(torch.nn.ReLU):
     """:class:`torch.nn.ReLU` over :func:`pyfused.functional.relu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, inplace=self.inplace)
+
+
+class Sigmoid(torch.nn.Sigmoid):
+    """:class:`torch.nn.Sigmoid` over :func:`pyfused.functional.sigmoid`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.sigmoid(input)

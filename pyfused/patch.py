@@ -7,9 +7,9 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from types import ModuleType, TracebackType
-from typing import Any, NamedTuple, TypeVar, overload
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, CodeType, MethodDescriptorType, TracebackType
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,83 +17,167 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
+from pyfused.ops import dispatch
+from pyfused.ops.activation import Activation
+from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import compiler_traces
+from pyfused.ops.operators import OPERATORS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _log = logging.getLogger("pyfused")
+C_FUNCTIONS = (BuiltinFunctionType, MethodDescriptorType)
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
-class Site(NamedTuple):
-    """A name that is replaced, and what torch has there."""
+# ---- what is patched -----------------------------------------------------------------------------
 
-    path: str
-    owner: Any
-    name: str
-    torchs: Any
+
+class _Function:
+    """A Python function of torch.nn.functional, which stays: its code is another.
+
+    So names that were imported before are reached, and what is pickled names torch. The other code
+    has torch's parameters, file and line: inspect and torch.jit.script read what torch wrote.
+    """
+
+    def __init__(self, op: Operator) -> None:
+        self.path, self.name = f"torch.nn.functional.{op.name}", op.name
+        self.function = getattr(F, op.name)
+        self.traced = getattr(functional, op.name)
+        self.torchs = self.ours = None
+        # What stood there already when pyfused was imported may be someone's.
+        if getattr(self.function, "__globals__", None) is vars(F):
+            self.torchs = self.function.__code__
+            names = inspect.signature(self.function).parameters
+            call = f"callee(({', '.join(op.arguments)},){', inplace' * ('inplace' in names)})"
+            self.ours = code_calling(_fused(op, op.torchs, op.torchs_), call, self.torchs)
+
+    def now(self) -> Any:
+        return getattr(F, self.name)
+
+    def has(self, code: Any) -> bool:
+        standing = self.now() is self.function and code is not None
+        return standing and self.function.__code__ is code
+
+    def put(self, code: Any) -> None:
+        # The compiler puts torch's functions into graphs, and keeps what it made of these on disk,
+        # by the functions' names. With this attribute it reads another function instead.
+        if code is self.ours:
+            self.function._torchdynamo_inline = self.traced
+        else:
+            vars(self.function).pop("_torchdynamo_inline", None)
+        self.function.__code__ = code
+
+
+class _BuiltIn:
+    """A built-in of torch or Tensor: it has no code, so the name holds another function."""
+
+    def __init__(self, owner: Any, op: Operator, inplace: bool) -> None:
+        self.owner, self.name = owner, op.name + "_" * inplace
+        self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
+        self.torchs = torchs = getattr(owner, self.name)
+
+        def overridden(*arguments: Any) -> Any:
+            return handle_torch_function(torchs, arguments, *arguments)
+
+        fused = _fused(op, torchs, torchs, overridden)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and not kwargs:
+                return fused(args, inplace)
+            if not args and kwargs.keys() == {"input"}:
+                return fused((kwargs["input"],), inplace)
+            return torchs(*args, **kwargs)
+
+        self.ours = self.traced = functools.update_wrapper(call, torchs)
+        globals()[self.path.replace(".", "_")] = call
 
     def now(self) -> Any:
         return getattr(self.owner, self.name)
 
-    def put(self, function: Any) -> None:
-        setattr(self.owner, self.name, function)
+    def has(self, function: Any) -> bool:
+        inherited = self.owner is not Tensor or self.name not in vars(Tensor)
+        return self.now() is function and (inherited or function is self.ours)
 
-    def put_back(self) -> None:
-        if self.owner is Tensor:
+    def put(self, function: Any) -> None:
+        # Pickled by torch's address, as long as it is found there.
+        here = function is self.ours
+        owner = "torch" if self.owner is Tensor else self.owner.__name__
+        self.ours.__module__ = owner if here else __name__
+        self.ours.__qualname__ = (
+            self.path.removeprefix(f"{owner}.") if here else self.path.replace(".", "_")
+        )
+        if self.owner is Tensor and function is self.torchs:
             delattr(self.owner, self.name)  # inherited from its base, and so found there again
         else:
-            setattr(self.owner, self.name, self.torchs)
-
-    def is_torchs(self) -> bool:
-        if self.now() is not self.torchs or (self.owner is Tensor and self.name in vars(Tensor)):
-            return False
-        # What stood there already when pyfused was imported may have been someone's, too.
-        return getattr(self.torchs, "__globals__", vars(F)) is vars(F)
+            setattr(self.owner, self.name, function)
 
 
-_SITES = (
-    *(Site(f"torch.nn.functional.{op}", F, op, getattr(F, op)) for op in functional.__all__),
-    Site("torch.relu", torch, "relu", torch.relu),
-    Site("torch.Tensor.relu", Tensor, "relu", Tensor.relu),
-)
+def _fused(
+    op: Operator,
+    torchs: Callable[..., Any],
+    torchs_: Callable[..., Any],
+    overridden: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """What calls pyfused's operator, with torch's errors.
 
+    Args:
+        torchs, torchs_: torch's function, and as it overwrites the input.
+        overridden: What shows a call to subclasses and modes, where torch's function would not.
+    """
 
-def _parameters(module: ModuleType, name: str) -> Iterable[str]:
-    return inspect.signature(getattr(module, name)).parameters
-
-
-def _redirect(site: Site) -> Callable[..., Any]:
-    """A function that calls pyfused's, with torch's name, documentation and errors."""
-    name, torchs = site.name, site.torchs
-    only_input = site.owner is not F  # torch.relu has no inplace
-    extra = set(_parameters(functional, name)) - set(_parameters(F, name))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # Subclasses and modes know torch's functions by their identity; the compiler's do not care.
-        overridden = has_torch_function(args) or (
-            kwargs and has_torch_function((*kwargs.values(),))
-        )
-        if overridden and not compiler_traces():
-            return handle_torch_function(torchs, (*args, *kwargs.values()), *args, **kwargs)
-        if (only_input and len(args) + len(kwargs) != 1) or not extra.isdisjoint(kwargs):
-            return torchs(*args, **kwargs)
+    def call(arguments: Arguments, inplace: bool = False) -> Any:
+        torch_ = torchs_ if inplace else torchs
+        if has_torch_function(arguments) and not compiler_traces():  # whose modes do not care
+            return (overridden or torch_)(*arguments)
         try:
-            return getattr(functional, name)(*args, **kwargs)
+            return dispatch.call(op, arguments, inplace)
         except _ERRORS as error:
             ours = error
-        torchs(*args, **kwargs)  # raises torch's own error, if it is one of the arguments
+        torch_(*arguments)  # raises torch's own error, if it is one of the arguments
         raise ours
 
-    functools.update_wrapper(call, torchs)
-    # Not torch's address: models that hold the function are pickled by it, and the compiler keeps
-    # what it made of torch's functions, on disk and by address.
-    call.__module__, call.__qualname__ = __name__, site.path.replace(".", "_")
-    globals()[call.__qualname__] = call
     return call
 
 
-_REDIRECTS = {site: _redirect(site) for site in _SITES}
+def code_calling(callee: Callable[..., Any], call: str, torchs: CodeType) -> CodeType:
+    """Code that calls a function, and is torch's to whoever looks at its parameters and source.
+
+    The globals of the function that is to have it are torch's: the callee is one of its constants.
+
+    Args:
+        call: The call of ``callee`` with the parameters of torch's function.
+    """
+    by_place = torchs.co_varnames[: torchs.co_argcount]
+    by_name = torchs.co_varnames[len(by_place) :][: torchs.co_kwonlyargcount]
+    parameters = ", ".join((*by_place, *("*",) * bool(by_name), *by_name))
+    source = f"def {torchs.co_name}({parameters}): callee = 'callee'; return {call}"
+    module = compile(source, torchs.co_filename, "exec")
+    code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
+    return code.replace(
+        co_consts=tuple(
+            callee if constant == "callee" else constant for constant in code.co_consts
+        ),
+        co_firstlineno=torchs.co_firstlineno,
+    )
+
+
+def _built_ins(op: Operator) -> Iterator[_BuiltIn]:
+    """Of an activation, where torch has them; a loss has none."""
+    for owner in (F, torch, Tensor):
+        for inplace in (False, True):
+            if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):
+                yield _BuiltIn(owner, op, inplace)
+
+
+_SITES: tuple[_Function | _BuiltIn, ...] = (
+    *(
+        _Function(op)
+        for op in OPERATORS.values()
+        if not isinstance(getattr(F, op.name), C_FUNCTIONS)
+    ),
+    *(site for op in OPERATORS.values() if isinstance(op, Activation) for site in _built_ins(op)),
+)
 
 
 # ---- who wants the sites replaced ----------------------------------------------------------------
@@ -138,12 +222,14 @@ def patch() -> Patch: ...
 @overload
 def patch(function: Function) -> Function: ...
 def patch(function: Any = None) -> Any:
-    """Makes calls of torch's cross_entropy, mse_loss and relu take pyfused's.
+    """Makes calls of torch's losses and activations take pyfused's, where it has them.
 
-    Replaced are the names in :mod:`torch.nn.functional`, :func:`torch.relu` and
-    ``torch.Tensor.relu``: whoever looks them up from now on gets pyfused's, torch's own modules and
-    losses deep in a library too. Whoever looked before, as ``from torch import relu`` does, keeps
-    torch's. Errors are torch's own.
+    Functions of :mod:`torch.nn.functional` stay the objects that they are, and run other code:
+    torch's own modules, losses deep in a library, and whoever imported them before, are reached.
+    Activations among the built-ins of :mod:`torch` and :class:`torch.Tensor`, such as
+    ``torch.relu``, ``torch.relu_`` and ``Tensor.relu``, have no code: their names hold another
+    function, and whoever looked before, as ``from torch import relu`` does, keeps torch's. Errors
+    are torch's own, and what is pickled names torch alone.
 
     - ``patch()`` lasts until :func:`unpatch`; a second call changes nothing.
     - ``with patch():`` lasts for the block. Blocks nest.
@@ -207,7 +293,7 @@ def _install() -> None:
     if _installed:
         return
     for site in _SITES:
-        if not site.is_torchs():
+        if not site.has(site.torchs):
             raise RuntimeError(
                 f"patch: expected torch's own function at {site.path}, got "
                 f"{_describe(site.now())}. Undo that patch first."
@@ -215,8 +301,16 @@ def _install() -> None:
     table = _compilers_table()
     if table:
         table()  # before the names are pyfused's
-    for site, redirect in _REDIRECTS.items():
-        site.put(redirect)
+    try:
+        for site in _SITES:
+            if isinstance(site, _BuiltIn):
+                stands_for(site.torchs, site.ours)
+            site.put(site.ours)
+    except BaseException:
+        for site in _SITES:
+            if site.has(site.ours):
+                site.put(site.torchs)
+        raise
     _installed = True
 
 
@@ -224,18 +318,24 @@ def _remove_unless_wanted() -> None:
     global _installed
     if _calls or _blocks or not _installed:
         return
-    for site, redirect in _REDIRECTS.items():
-        if site.now() is not redirect:
+    for site in _SITES:
+        if not site.has(site.ours):
             raise RuntimeError(
                 f"unpatch: expected pyfused's function at {site.path}, got "
                 f"{_describe(site.now())}. Undo that patch first."
             )
     for site in _SITES:
-        site.put_back()
+        site.put(site.torchs)
     _installed = False
     table = _compilers_table()
-    if table and not table().keys().isdisjoint(_REDIRECTS.values()):
+    if table and not table().keys().isdisjoint(site.traced for site in _SITES):
         table.cache_clear()  # learnt while the names were pyfused's
+
+
+def stands_for(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """torch.jit.script knows built-ins by their identity: it takes the function for one."""
+    table = torch.jit._builtins
+    table._register_builtin(function, table._find_builtin(built_in))
 
 
 def _describe(function: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import ACTIVATIONS, LOSSES, Loss
 from torch import Tensor
 
 from pyfused import functional as fused
@@ -17,6 +18,8 @@ CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 PROBABILITIES = torch.linspace(-2, 2, 30).reshape(6, 5).softmax(1)
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 WEIGHT = torch.linspace(0.5, 2, 30).reshape(6, 5)
+UNIT = torch.linspace(0.05, 0.95, 30).reshape(6, 5)
+CONSTANTS = (CLASSES, PROBABILITIES, OTHER, WEIGHT, UNIT)
 
 
 @dataclass
@@ -32,8 +35,30 @@ class Case:
         return self.run(F, x)
 
 
+def constants(loss: Loss) -> dict[str, Tensor]:
+    """Operands within their bounds."""
+    of = {False: OTHER, True: WEIGHT}
+    return {o.name: UNIT if o.high == 1 else of[o.low == 0] for o in loss.operands}
+
+
+def pointwise(loss: Loss, differentiated: str, reduction: str, weighted: bool) -> Case:
+    """A loss as a function of one of its operands, which is made positive if it has to be."""
+    positive = any(o.low == 0 and o.high > 1 for o in loss.operands if o.name == differentiated)
+    given: dict[str, Any] = constants(loss) | loss.parameters | {"reduction": reduction}
+    if weighted:
+        given["weight"] = WEIGHT
+
+    def run(functional: Any, x: Tensor) -> Tensor:
+        operand = x.square() + 0.1 if positive else x
+        return getattr(functional, loss.op.name)(**given | {differentiated: operand})
+
+    return Case(run)
+
+
 def cases() -> dict[str, Case]:
-    made: dict[str, Case] = {"relu": Case(lambda f, x: f.relu(x))}
+    made: dict[str, Case] = {
+        op.name: Case(lambda f, x, name=op.name: getattr(f, name)(x)) for op in ACTIVATIONS
+    }
     made["relu_inplace"] = Case(lambda f, x: f.relu(x * 1, inplace=True))
     for r in ("none", "mean", "sum"):
         made |= {
@@ -47,13 +72,38 @@ def cases() -> dict[str, Case]:
                 lambda f, x, r=r: f.cross_entropy(x, PROBABILITIES, reduction=r)
             ),
             f"to_probabilities_{r}": Case(lambda f, x, r=r: f.cross_entropy(OTHER, x, reduction=r)),
-            f"mse_{r}": Case(lambda f, x, r=r: f.mse_loss(x, OTHER, reduction=r)),
-            f"mse_weighted_{r}": Case(
-                lambda f, x, r=r: f.mse_loss(OTHER, x, reduction=r, weight=WEIGHT)
-            ),
         }
+        for loss in LOSSES:
+            for name in loss.differentiated:
+                weighted = loss.takes_weight and name != "input"
+                made[f"{loss.id}_to_{name}_{r}"] = pointwise(loss, name, r, weighted)
     return made
 
 
 CASES = cases()
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@dataclass
+class Beside:
+    """What a loss takes beside its input."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    parameters: dict[str, Any]
+    differentiated: tuple[str, ...] = ("target",)
+
+    def clones(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+
+BESIDE = {
+    "index": Beside("cross_entropy", {"target": CLASSES, "weight": WEIGHT[0]}, {}, ()),
+    "probabilities": Beside("cross_entropy", {"target": PROBABILITIES, "weight": WEIGHT[0]}, {}),
+}
+for _loss in LOSSES:
+    _tensors = constants(_loss) | ({"weight": WEIGHT} if _loss.takes_weight else {})
+    del _tensors["input"]
+    _others = tuple(name for name in _loss.differentiated if name != "input")
+    BESIDE[_loss.id] = Beside(_loss.op.name, _tensors, _loss.parameters, _others)
+every_loss_call = pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE.keys())

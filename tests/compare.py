@@ -61,15 +61,18 @@ def exactly(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def assert_matches_torch(ours: Operator, torchs: Operator, *args: Any, **kwargs: Any) -> Outcome:
+def assert_matches_torch(
+    ours: Operator, torchs: Operator, *args: Any, widened: bool = True, **kwargs: Any
+) -> Outcome:
     """Same dtype, shape and values (NaN and infinities included), and so for the gradients.
 
     For half precision the values of torch are those that it computes in float32: its own
-    half-precision results carry roundings on the way that are no part of what is asked.
+    half-precision results carry roundings on the way that are no part of what is asked. Not so
+    those of gradients computed from a rounded output: they are not `widened`.
     """
     got = evaluate(ours, *args, **kwargs)
     native = evaluate(torchs, *args, **kwargs)
-    wide = evaluate(torchs, *args, convert=widen, **kwargs)
+    wide = evaluate(torchs, *args, convert=widen, **kwargs) if widened else native
     assert_same(got.value, native.value, wide.value)
     assert len(got.gradients) == len(native.gradients)
     for ours_, theirs, wider in zip(got.gradients, native.gradients, wide.gradients, strict=True):
@@ -100,7 +103,7 @@ class Errors:
     """
 
     def __init__(self) -> None:
-        self.luck = 1.5
+        self.luck = 1.75
         self.ours: dict[str, float] = defaultdict(float)
         self.torchs: dict[str, float] = defaultdict(float)
         self.where: dict[str, str] = {}
@@ -118,7 +121,7 @@ class Errors:
         Where the exact value does not fit the dtype, both must say so alike.
         """
         assert got.dtype == torchs.dtype
-        self.luck = 2.0 if got.dtype == torch.float64 else 1.5
+        self.luck = 2.0 if got.dtype == torch.float64 else 1.75
         exact = extended(exact) if isinstance(exact, Tensor) else exact
         assert got.shape == torchs.shape == exact.shape
         fits = np.abs(exact) <= torch.finfo(got.dtype).max
@@ -140,8 +143,8 @@ class Errors:
         """None of ours is worse than the worst of torch's, plus one rounding.
 
         Errors of several roundings are worst cases of few draws, in which either side is the lucky
-        one: the larger of two that are alike may be half as large again. In float64, where sums
-        have no wider type to go to, it may be twice as large.
+        one: the larger of two that are alike may be three quarters as large again. In float64,
+        where sums have no wider type to go to, it may be twice as large.
         """
         for result, error in self.ours.items():
             assert error <= self.luck * self.torchs[result] + roundings, (

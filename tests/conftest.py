@@ -21,7 +21,6 @@ if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = dispatch.backend_of(torch.empty(0))  # the one under test
-KERNELS = ("cross_entropy", "squared_error", "relu", "relu_backward")
 
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, max_examples=400
@@ -61,12 +60,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @contextlib.contextmanager
 def fused_always() -> Iterator[None]:
     """Every size takes the kernels: the measured table would hand tiny tensors to torch."""
-    measured = dispatch.aten_is_faster
-    dispatch.aten_is_faster = lambda _, input: type(n := input.numel()) is int and n == 0
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_ALWAYS_BELOW", dict.fromkeys(dispatch._ALWAYS_BELOW, 0))
+        patch.setattr(dispatch, "aten_is_faster", without_elements)
         yield
-    finally:
-        dispatch.aten_is_faster = measured
+
+
+def without_elements(_: str, input: torch.Tensor) -> bool:
+    return type(elements := input.numel()) is int and elements == 0
 
 
 @pytest.fixture(autouse=True)
@@ -82,16 +83,12 @@ def seed() -> None:
 
 
 class KernelCalls(Counter[str]):
-    """How often each kernel ran, and the arguments of its last call."""
+    """How often each kernel ran; a backward of an activation's own is named so."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {}
-
-    def record(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self[name] += 1
-            self.last[name] = (function, args, kwargs)
+            name = family if family == "cross_entropy" else args[0]
+            self[name + "_backward" * family.endswith("_backward")] += 1
             return function(*args, **kwargs)
 
         return counted
@@ -101,9 +98,9 @@ class KernelCalls(Counter[str]):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls: a test that compares torch with torch would pass without any."""
     calls = KernelCalls()
-    for name in KERNELS:
-        kernel = getattr(backend.native, name)
-        monkeypatch.setattr(backend.native, name, calls.record(name, kernel))
+    for family in ("cross_entropy", "pointwise_loss", "activation", "activation_backward"):
+        kernels = getattr(backend, family)
+        monkeypatch.setattr(backend, family, calls.record(family, kernels))
     return calls
 
 

@@ -25,8 +25,8 @@ SHARED = (
     "test_derivatives.py",
     "test_gradcheck.py",
     "test_inplace.py",
-    "test_mse_loss.py",
-    "test_relu.py",
+    "test_pointwise_loss.py",
+    "test_activation.py",
     "test_strides.py",
 )
 OTHERS = sorted(
@@ -56,8 +56,9 @@ if ON:
     np.seterr(all="ignore")  # NaN and infinities are the kernels' business, as on a GPU
 
 
-# Beyond the interpreter: it knows one thread, and takes a minute for a check of this size.
-NOT_INTERPRETED = ("several_python_threads", "1023", "1025", "2049")
+# Beyond the interpreter: it knows one thread, and takes a minute for a check of this size. No size
+# is torch's where the backend is forced.
+NOT_INTERPRETED = ("several_python_threads", "where_small_inputs", "1023", "1025", "2049")
 
 
 def sample(items: list[pytest.Item], most: int = 10) -> tuple[list[pytest.Item], list[pytest.Item]]:

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from compare import FLOATS, Errors, evaluate, evaluate_upstream, exactly
 from conftest import KernelCalls
 from reference import extended
+from samples import SAMPLES, Loss, every_activation, with_and_without_weight
 from torch import Tensor
 
-from pyfused.functional import cross_entropy, mse_loss
+from pyfused import functional
+from pyfused.functional import cross_entropy
+from pyfused.ops.activation import Activation
 
 # Both sides of every vector, tile and chunk, and vocabularies in use.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
@@ -220,38 +223,47 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
     assert error <= torchs_error + 4 * torch.finfo(torch.float32).eps
 
 
+SIZES = (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097, 100_001)
+
+
+@with_and_without_weight
 @by_dtype
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-def test_mse_loss(dtype: torch.dtype, scale: float, weighted: bool, isa: str) -> None:
+def test_pointwise_losses(
+    loss: Loss, dtype: torch.dtype, scale: float, weighted: bool, isa: str
+) -> None:
     skip_unless_judged(dtype)
     if dtype == torch.float16:
         scale = 1.0  # squares of more overflow, in torch sooner than they have to
     errors = Errors()
-    for size, reduction in product(
-        (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097, 100_001), ("none", "mean", "sum")
-    ):
-        input = (scale * torch.randn(size)).to(dtype).requires_grad_()
-        target = (scale * torch.randn(size)).to(dtype).requires_grad_()
-        weight = torch.rand(size).to(dtype) if weighted else None
-        add_mse_errors(errors, input, target, weight, reduction)
+    for size, reduction in product(SIZES, ("none", "mean", "sum")):
+        given = loss.draw((size,), dtype, scale=scale)
+        if weighted:
+            given["weight"] = loss.weight((size,), dtype)
+        options = loss.parameters | {"reduction": reduction}
+        got = evaluate(loss.ours, **given, **options)
+        torchs = evaluate(loss.torchs, **given, **options)
+        upstream = evaluate_upstream(got.value.shape).to(dtype)
+        value, gradients = loss.exact(given, reduction, upstream)
+        errors.add("value", got.value, torchs.value, value)
+        for name, ours, theirs in zip(
+            loss.differentiated, got.gradients, torchs.gradients, strict=True
+        ):
+            errors.add(f"gradient to the {name}", ours, theirs, gradients[name])
+    errors.check(roundings=2 if SAMPLES[loss.op.name].heavy else 1)
+
+
+@every_activation
+@by_dtype
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 1e4])
+def test_activations(op: Activation, dtype: torch.dtype, scale: float, isa: str) -> None:
+    skip_unless_judged(dtype)
+    errors = Errors()
+    for size in SIZES:
+        x = (scale * torch.randn(size)).to(dtype).requires_grad_()
+        got, torchs = evaluate(getattr(functional, op.name), x), evaluate(op.torchs, x)
+        value, derivative = SAMPLES[op.name].define(extended(x))
+        upstream = extended(evaluate_upstream((size,)).to(dtype))
+        errors.add("value", got.value, torchs.value, value)
+        errors.add("gradient", got.gradients[0], torchs.gradients[0], derivative * upstream)
     errors.check()
-
-
-def add_mse_errors(
-    errors: Errors, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
-) -> None:
-    options: dict[str, Any] = {"weight": weight, "reduction": reduction}
-    got = evaluate(mse_loss, input, target, **options)
-    torchs = evaluate(F.mse_loss, input, target, **options)
-    w = extended(torch.ones_like(input) if weight is None else weight)
-    loss, gradient = reference.extended_mse_loss(
-        extended(input),
-        extended(target),
-        w,
-        w.sum() if reduction == "mean" else np.longdouble(1),
-        extended(evaluate_upstream(got.value.shape).to(input.dtype)),
-    )
-    errors.add("value", got.value, torchs.value, loss if reduction == "none" else loss.sum())
-    errors.add("gradient", got.gradients[0], torchs.gradients[0], gradient)
-    errors.add("gradient", got.gradients[1], torchs.gradients[1], -gradient)

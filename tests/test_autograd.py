@@ -6,17 +6,21 @@ import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import CLASSES, OTHER, PROBABILITIES, WEIGHT, Case, every_case
+from calls import CONSTANTS, Beside, Case, every_case, every_loss_call
 from compare import Operator
 from conftest import KernelCalls
+from samples import every_activation
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyfused import functional as fused
+from pyfused.ops.activation import Activation
+from pyfused.ops.dispatch import call
 
 
 @pytest.fixture
@@ -138,22 +142,23 @@ def test_the_same_input_twice_in_a_graph(case: Case, x: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("order", ["input_first", "target_first"])
-@pytest.mark.parametrize("operator", ["cross_entropy", "mse_loss"])
-def test_one_backward_for_each_of_two_inputs(operator: str, order: str, reduction: str) -> None:
-    """Asked for one input's gradient and then, through the kept graph, for the other's."""
+@every_loss_call
+@pytest.mark.parametrize("backwards", [False, True], ids=["", "backwards"])
+def test_one_backward_for_each_of_several_inputs(
+    beside: Beside, backwards: bool, reduction: str, x: Tensor
+) -> None:
+    """Asked for one input's gradient and then, through the kept graph, for the others'."""
+    names = ["input", *beside.differentiated][:: -1 if backwards else 1]
     wanted = {}
     for functional in (fused, F):
-        torch.manual_seed(3)
-        inputs = {"input": torch.randn(6, 5), "target": torch.rand(6, 5)}
-        for tensor in inputs.values():
-            tensor.requires_grad_()
-        value = getattr(functional, operator)(**inputs, reduction=reduction).sum()
-        names = list(inputs) if order == "input_first" else list(inputs)[::-1]
-        wanted[functional] = {
-            name: torch.autograd.grad(value, inputs[name], retain_graph=True)[0] for name in names
-        }
+        given = {"input": x, **beside.clones()}
+        for name in beside.differentiated:
+            given[name].requires_grad_()
+        options = beside.parameters | {"reduction": reduction}
+        value = getattr(functional, beside.op)(**given, **options).sum()
+        wanted[functional] = [
+            torch.autograd.grad(value, given[name], retain_graph=True)[0] for name in names
+        ]
     close(wanted[fused], wanted[F])
 
 
@@ -180,21 +185,19 @@ def test_inference_mode(case: Case, x: Tensor) -> None:
         assert not case.ours(torch.ones(6, 5)).requires_grad
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("operator", ["cross_entropy", "mse_loss"])
-def test_an_inference_tensor_as_target(operator: str, reduction: str, x: Tensor) -> None:
-    """torch refuses to save one for backward; ours may, with torch's error, or gets it right."""
+@every_loss_call
+def test_an_inference_tensor_beside_the_input(beside: Beside, reduction: str, x: Tensor) -> None:
+    """torch may refuse to save one for backward; ours may, with torch's error, or gets it right."""
     with torch.inference_mode():
-        target = torch.rand(6, 5)
-    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-        getattr(F, operator)(x, target, reduction=reduction)
+        given = beside.clones()
+    options = beside.parameters | {"reduction": reduction}
     try:
-        value = getattr(fused, operator)(x, target, reduction=reduction).sum()
+        value = getattr(fused, beside.op)(x, **given, **options).sum()
     except RuntimeError as error:
         assert "Inference tensors cannot be saved for backward" in str(error)  # noqa: PT017
     else:
-        normal = target.clone()
-        expected = gradient(lambda x: getattr(F, operator)(x, normal, reduction=reduction), x)
+        normal = beside.clones()
+        expected = gradient(lambda x: getattr(F, beside.op)(x, **normal, **options), x)
         close(torch.autograd.grad(value, x)[0], expected)
 
 
@@ -215,12 +218,12 @@ def test_nothing_is_kept_alive_once_the_graph_is_gone(case: Case) -> None:
 
 @every_case
 def test_inputs_are_not_changed(case: Case, x: Tensor) -> None:
-    constants = (CLASSES, PROBABILITIES, OTHER, WEIGHT, x.detach())
-    before = [constant.clone() for constant in constants]
-    versions = [constant._version for constant in constants]
+    given = (*CONSTANTS, x.detach())
+    before = [tensor.clone() for tensor in given]
+    versions = [tensor._version for tensor in given]
     case.ours(x).sum().backward()
-    assert [constant._version for constant in constants] == versions
-    for constant, copy in zip(constants, before, strict=True):
+    assert [tensor._version for tensor in given] == versions
+    for constant, copy in zip(given, before, strict=True):
         assert torch.equal(constant, copy)
 
 
@@ -245,28 +248,24 @@ def test_input_overwritten_before_backward(case: Case, upstream: float, x: Tenso
         close(got, expected)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("overwritten", ["target", "weight"])
-@pytest.mark.parametrize("operator", ["index", "probabilities", "mse"])
+@every_loss_call
 def test_another_argument_overwritten_before_backward(
-    operator: str, overwritten: str, reduction: str, x: Tensor
+    beside: Beside, reduction: str, x: Tensor
 ) -> None:
-    constants = {
-        "index": {"target": CLASSES.clone(), "weight": WEIGHT[0].clone()},
-        "probabilities": {"target": PROBABILITIES.clone(), "weight": WEIGHT[0].clone()},
-        "mse": {"target": OTHER.clone(), "weight": WEIGHT.clone()},
-    }[operator]
-    name = "mse_loss" if operator == "mse" else "cross_entropy"
-    value = getattr(fused, name)(x, **constants, reduction=reduction).sum()
-    expected = gradient(lambda x: getattr(F, name)(x, **constants, reduction=reduction).sum(), x)
-    constants[overwritten].zero_()
-    got = gradient_or_version_error(value, x, 2.0)
-    if got is not None:
-        close(got, 2 * expected)
+    function = partial(getattr(fused, beside.op), reduction=reduction, **beside.parameters)
+    expected = gradient(lambda x: function(x, **beside.tensors).sum(), x)
+    for overwritten in beside.tensors:
+        given = beside.clones()
+        value = function(x, **given).sum()
+        given[overwritten].zero_()
+        got = gradient_or_version_error(value, x, 2.0)
+        if got is not None:
+            close(got, 2 * expected)
 
 
-def test_output_of_relu_overwritten_before_backward_is_torchs_error(x: Tensor) -> None:
-    y = fused.relu(x)
+@every_activation
+def test_an_output_overwritten_before_backward_is_torchs_error(op: Activation, x: Tensor) -> None:
+    y = call(op, (x,))
     with torch.no_grad():
         y.fill_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -277,7 +276,7 @@ def test_output_of_relu_overwritten_before_backward_is_torchs_error(x: Tensor) -
 def test_value_overwritten_after_the_call(case: Case, x: Tensor) -> None:
     value = case.ours(x)
     doubled = value * 2
-    if value.dim() < 2:  # the others are relu's, which backward reads
+    if value.dim() < 2:  # the others may be an activation's, which backward reads
         with torch.no_grad():
             value.zero_()
     close(
@@ -360,8 +359,7 @@ def test_several_python_threads_at_once(case: Case) -> None:
 
 @pytest.fixture(autouse=True)
 def constants_stay_constant() -> Iterator[None]:
-    constants = (CLASSES, PROBABILITIES, OTHER, WEIGHT)
-    before = [constant.clone() for constant in constants]
+    before = [constant.clone() for constant in CONSTANTS]
     yield
-    for constant, copy in zip(constants, before, strict=True):
+    for constant, copy in zip(CONSTANTS, before, strict=True):
         assert torch.equal(constant, copy)

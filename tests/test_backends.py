@@ -14,7 +14,7 @@ from conftest import KernelCalls, backend
 
 from pyfused.backends import cpu
 from pyfused.functional import cross_entropy
-from pyfused.ops import dispatch
+from pyfused.ops import dispatch, operators
 
 on_triton = pytest.mark.skipif(backend is cpu, reason="the C++ kernels raise instead")
 
@@ -78,7 +78,7 @@ def test_torch_takes_every_call_where_it_is_forced(
 ) -> None:
     monkeypatch.setattr(dispatch, "FORCED", "torch")
     x = torch.randn(6, 5)
-    assert dispatch.reason_for_torch("relu", x) == "PYFUSED_BACKEND is torch"
+    assert dispatch.reason_for_torch(operators.RELU, (x,)) == "PYFUSED_BACKEND is torch"
     target = torch.arange(5).repeat(2)[:6]
     torch.testing.assert_close(cross_entropy(x, target), F.cross_entropy(x, target))
     assert not kernel_calls.total()
@@ -88,9 +88,9 @@ def test_torch_takes_every_call_where_it_is_forced(
 @pytest.mark.thresholds
 def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small = torch.randn(6, 5)
-    assert dispatch.reason_for_torch("relu", small) is dispatch.SMALL
+    assert dispatch.reason_for_torch(operators.RELU, (small,)) is dispatch.SMALL
     monkeypatch.setattr(dispatch, "FORCED", "cpu")
-    assert dispatch.reason_for_torch("relu", small) is None
+    assert dispatch.reason_for_torch(operators.RELU, (small,)) is None
 
 
 # ---- targets that are no class ------------------------------------------------------------------

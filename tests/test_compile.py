@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from compare import Outcome, evaluate
 from conftest import KernelCalls
+from samples import ACTIVATIONS, FIRST
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -20,6 +21,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 import pyfused
 from pyfused import functional as fused
 from pyfused.ops import dispatch
+from pyfused.ops.operators import OPERATORS
 
 # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -181,15 +183,23 @@ def test_a_lazily_negated_input() -> None:
     close(compiled(z), F.cross_entropy(-z.imag, INDICES))
 
 
-@pytest.mark.parametrize("op", ["mse_loss", "relu"])
+LEFT = {loss.op.name: loss.draw((N, C), requiring=()) for loss in FIRST}
+LEFT |= {op.name: {} for op in ACTIVATIONS}
+LEFT["gaussian_nll_loss"] |= {"var": 0.7}  # torch looks at the values of a tensor
+
+
+@pytest.mark.parametrize("op", LEFT)
 def test_what_inductor_fuses_with_its_neighbours_is_left_to_it(op: str) -> None:
+    def step(functional: Any, x: Tensor) -> Tensor:
+        return getattr(functional, op)(**LEFT[op] | {"input": x})
+
     graphs = Graphs()
-    rest = [torch.zeros(N, C)] if op == "mse_loss" else []
-    function = getattr(fused, op)
-    compiled = torch.compile(lambda x: function(x, *rest), fullgraph=True, backend=graphs.backend)
+    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend=graphs.backend)
     x = torch.randn(N, C, requires_grad=True)
-    assert_same(evaluate(compiled, x), evaluate(lambda x: getattr(F, op)(x, *rest), x))
+    assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x), x))
     assert not graphs.of_pyfused()
+    assert set(LEFT).isdisjoint(dispatch.COMPILED_BELOW)
+    assert set(OPERATORS) == {*LEFT, *dispatch.COMPILED_BELOW}
 
 
 @pytest.mark.thresholds

@@ -58,7 +58,7 @@ def test_what_is_swapped_and_what_is_left(kernel_calls: KernelCalls) -> None:
     for name in SWAPPED:
         assert type(model.get_submodule(name)).__module__ == "pyfused.nn"
     torch.testing.assert_close(model(X, TARGET), expected)
-    assert kernel_calls == {"relu": 2, "cross_entropy": 1, "squared_error": 1}
+    assert kernel_calls == {"relu": 2, "cross_entropy": 1, "mse_loss": 1}
 
 
 def test_everything_else_is_kept() -> None:

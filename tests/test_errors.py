@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import BESIDE
+from samples import FIRST, Loss
 from torch import Tensor
 
 from pyfused import functional as fused
+from pyfused.ops.declaration import Operator
+from pyfused.ops.operators import OPERATORS
 
 X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 P = X.softmax(1)
+NAN, GRAD = float("nan"), torch.ones(5, requires_grad=True)
 K, KY = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
 
 
@@ -116,6 +123,15 @@ CROSS_ENTROPY: Wrong = {
     "target_a_list": (lambda f: f.cross_entropy(X, [0, 1]), ["target", "Tensor", "list"]),
     "target_none": (lambda f: f.cross_entropy(X, None), ["target", "Tensor", "NoneType"]),
     "input_0d": (lambda f: f.cross_entropy(torch.tensor(1.0), Y[0]), ["input", "()"]),
+    "input_0d_probability": (
+        lambda f: f.cross_entropy(torch.tensor(1.0), torch.tensor(1.0)),
+        ["input", "()"],
+    ),
+    "no_classes": (lambda f: f.cross_entropy(K[:, :0], KY), ["input", "one class", "(2, 0, 4)"]),
+    "no_classes_smoothed": (
+        lambda f: f.cross_entropy(K[:, :0], KY, label_smoothing=0.1),
+        ["input", "one class", "(2, 0, 4)"],
+    ),
     "input_int64": (lambda f: f.cross_entropy(X.long(), Y), ["Long"]),
     "input_complex": (lambda f: f.cross_entropy(X.cfloat(), Y), ["Complex"]),
     "no_target": (lambda f: f.cross_entropy(X), ["target"]),
@@ -173,21 +189,56 @@ OTHERS: Wrong = {
         lambda f: f.mse_loss(X, X, weight=torch.ones(5)),
         ["weight", "(4, 5)", "(5,)"],
     ),
-    "mse_reduction": (
-        lambda f: f.mse_loss(X, X, reduction="avg"),
-        ["reduction", "none", "mean", "sum", "avg"],
-    ),
     "mse_reduction_weighted": (
         lambda f: f.mse_loss(X, X, reduction="avg", weight=X),
         ["reduction", "none", "mean", "sum", "avg"],
     ),
-    "mse_integers": (lambda f: f.mse_loss(X.long(), X.long()), ["Long"]),
-    "mse_complex": (lambda f: f.mse_loss(X.cfloat(), X.cfloat()), ["Complex"]),
-    "mse_no_target": (lambda f: f.mse_loss(X), ["target"]),
-    "relu_list": (lambda f: f.relu([1.0]), ["input", "Tensor", "list"]),
-    "relu_number": (lambda f: f.relu(1.0), ["input", "Tensor", "float"]),
-    "relu_none": (lambda f: f.relu(None), ["input", "Tensor", "NoneType"]),
-    "relu_numpy": (lambda f: f.relu(np.ones(3)), ["input", "Tensor", "ndarray"]),
+    "bce_shape": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P[:, :1]),
+        ["target", "(4, 5)", "(4, 1)"],
+    ),
+    "bce_weight_shape": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, torch.ones(4)),
+        ["weight", "(4, 5)", "(4,)"],
+    ),
+    "bce_weight_of_more_dimensions": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, torch.ones(2, 4, 5)),
+        ["weight", "(4, 5)", "(2, 4, 5)"],
+    ),
+    "bce_pos_weight_shape": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, pos_weight=torch.ones(4)),
+        ["pos_weight", "(4, 5)", "(4,)"],
+    ),
+    "bce_weight_requires_grad": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P, GRAD),
+        ["weight"],
+    ),
+    "gaussian_variances": (
+        lambda f: f.gaussian_nll_loss(X, X, torch.ones(5)),
+        ["var", "(4, 5)", "(5,)"],
+    ),
+    "gaussian_two_single_dimensions": (
+        lambda f: f.gaussian_nll_loss(X, X, torch.ones(1, 1)),
+        ["var", "(4, 5)", "(1, 1)"],
+    ),
+    "gaussian_negative": (lambda f: f.gaussian_nll_loss(X, X, X), ["var", "0.0"]),
+    "gaussian_negative_beside_nan": (
+        lambda f: f.gaussian_nll_loss(X[0], X[0], torch.tensor([NAN, 1, 1, -2.0, 1])),
+        ["var", "0.0", "-2.0"],
+    ),
+    "gaussian_negative_number": (
+        lambda f: f.gaussian_nll_loss(X, X, -1.0),
+        ["var", "0.0", "-1.0"],
+    ),
+    "gaussian_target": (
+        lambda f: f.gaussian_nll_loss(X, X[:3], P),
+        ["target", "(4, 5)", "(3, 5)"],
+    ),
+    "smooth_l1_nan": (lambda f: f.smooth_l1_loss(X, X, beta=NAN), ["beta", "0.0", "nan"]),
+    "smooth_l1_two_betas": (
+        lambda f: f.smooth_l1_loss(X, X, beta=torch.ones(2)),
+        ["beta", "(2,)"],
+    ),
     "relu_bool": (lambda f: f.relu(X.bool()), ["relu"]),
     "relu_complex": (lambda f: f.relu(X.cfloat()), ["complex"]),
     "relu_inplace_leaf": (
@@ -205,6 +256,41 @@ OTHERS: Wrong = {
 }
 
 
+def wrong_of_every_loss() -> Wrong:
+    """What is wrong with any pointwise loss: reductions, dtypes, missing operands, parameters."""
+    found: Wrong = {}
+    for loss in FIRST:
+        given = {name: tensor[:4] for name, tensor in BESIDE[loss.id].tensors.items()}
+        given.pop("weight", None)
+
+        def call(f: Any, loss: Loss = loss, given: Any = given, **wrong: Any) -> Any:
+            arguments = {"input": X} | given | loss.parameters | wrong
+            return getattr(f, loss.op.name)(**arguments)
+
+        name = loss.op.name
+        found[f"{name}_reduction"] = (partial(call, reduction="avg"), ["avg"])
+        found[f"{name}_integers"] = (
+            partial(call, input=X.long(), **{n: t.long() for n, t in given.items()}),
+            [],
+        )
+        found[f"{name}_complex"] = (
+            partial(call, input=X.cfloat(), **{n: t.cfloat() for n, t in given.items()}),
+            [],
+        )
+        missing = lambda f, name=name: getattr(f, name)(X)  # noqa: E731
+        found[f"{name}_no_target"] = (missing, ["target"])
+        for parameter in loss.op.parameters:
+            if not parameter.flag:
+                wrong = {parameter.name: "a"}
+                words = [parameter.name, "float", "str"]
+                found[f"{name}_{parameter.name}_text"] = (partial(call, **wrong), words)
+            if math.isfinite(parameter.low):
+                wrong = {parameter.name: parameter.low - 1}
+                words = [parameter.name, str(parameter.low), str(parameter.low - 1)]
+                found[f"{name}_{parameter.name}_low"] = (partial(call, **wrong), words)
+    return found
+
+
 def parametrize(wrong: Wrong) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("call", "words"), wrong.values(), ids=wrong.keys())
 
@@ -216,7 +302,7 @@ def error(call: Callable[[], Any]) -> Exception:
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-@parametrize(CROSS_ENTROPY | BOUNDS | OTHERS)
+@parametrize(CROSS_ENTROPY | BOUNDS | OTHERS | wrong_of_every_loss())
 def test_type_of_torch_and_a_message_that_helps(
     call: Callable[[Any], Any], words: list[str]
 ) -> None:
@@ -226,23 +312,34 @@ def test_type_of_torch_and_a_message_that_helps(
     assert not missing, f"{missing} missing in: {ours}"
 
 
-@pytest.mark.parametrize(
-    ("args", "name", "got"),
-    [
-        (([1.0], X), "input", "list"),
-        ((X, [1.0]), "target", "list"),
-        ((X, None), "target", "NoneType"),
-        ((X, 1.0), "target", "float"),
-        ((X.numpy(), X), "input", "ndarray"),
-        ((X, X.numpy()), "target", "ndarray"),
-    ],
-)
-def test_mse_loss_of_what_is_no_tensor(args: tuple[Any, Any], name: str, got: str) -> None:
-    """A TypeError here; torch's is an accident: AttributeError for a list, TypeError for NumPy."""
-    raised = error(lambda: fused.mse_loss(*args))
-    assert isinstance(raised, TypeError)
-    assert name in str(raised)
-    assert got in str(raised)
+NO_TENSORS: dict[str, tuple[Any, str]] = {
+    "list": ([1.0], "list"),
+    "None": (None, "NoneType"),
+    "int": (1, "int"),
+    "ndarray": (X.numpy(), "ndarray"),
+}
+
+
+@pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
+@pytest.mark.parametrize(("wrong", "got"), NO_TENSORS.values(), ids=NO_TENSORS.keys())
+def test_what_is_no_tensor(op: Operator, wrong: Any, got: str) -> None:
+    """A TypeError here; torch's may be an accident: AttributeError for a list."""
+    for operand in op.operands:
+        if operand.optional and wrong is None:
+            continue
+        given = {o.name: P for o in op.operands if not o.optional} | {operand.name: wrong}
+        try:
+            op.torchs(**given)
+        except Warning:  # NumPy's own, of a tensor subtracted from an array
+            continue
+        except Exception:
+            raised = error(lambda given=given: getattr(fused, op.name)(**given))
+        else:
+            getattr(fused, op.name)(**given)
+            continue
+        assert isinstance(raised, TypeError), raised
+        assert operand.name in str(raised)
+        assert got in str(raised)
 
 
 @parametrize(BOUNDS)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KernelCalls
+from samples import ACTIVATIONS, FIRST
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
@@ -21,6 +22,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.ops import dispatch
+from pyfused.ops.operators import OPERATORS
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
@@ -35,8 +37,8 @@ class Mine(Tensor):
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
     "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
-    "mse_loss": ("mse_loss", (X, X), {}, None),
-    "relu": ("relu", (X,), {}, None),
+    **{op.name: (op.name, (X,), {}, None) for op in ACTIVATIONS},
+    **{loss.kernel: (loss.op.name, tuple(loss.draw((6, 5)).values()), {}, None) for loss in FIRST},
     "empty": ("relu", (X[:0],), {}, dispatch.SMALL),
     "inplace": ("relu", (X.clone(),), {"inplace": True}, "overwriting saves no memory to a kernel"),
     "inplace of a result": ("relu", (X.clone().requires_grad_() * 1, True), {}, None),
@@ -127,10 +129,10 @@ def test_threads(threads: Callable[[int], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["gelu", len, F.nll_loss, 3], ids=["name", "builtin", "function", "number"]
+    "op", ["no_loss", len, F.ctc_loss, 3], ids=["name", "builtin", "function", "number"]
 )
 def test_an_operator_that_does_not_exist(op: Any) -> None:
-    with pytest.raises(ValueError, match="op: expected one of cross_entropy, mse_loss, relu, got"):
+    with pytest.raises(ValueError, match=f"op: expected one of {', '.join(OPERATORS)}, got"):
         pyfused.explain(op, X)
 
 

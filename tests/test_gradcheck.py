@@ -10,10 +10,13 @@ import pytest
 import torch
 from compare import Operator
 from conftest import KernelCalls
+from samples import ACTIVATIONS, BROADCASTING, LOSSES, Loss, every_activation, every_loss
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pyfused.functional import cross_entropy, mse_loss, relu
+from pyfused.functional import cross_entropy
+from pyfused.ops.activation import Activation
+from pyfused.ops.dispatch import call
 
 BROADCAST = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 REDUCTIONS = ["none", "mean", "sum"]
@@ -25,8 +28,7 @@ INDEX_OPTIONS = list(product(CE_SHAPES, [False, True], SMOOTHINGS, IGNORED, REDU
 PROBABILITY_OPTIONS = list(
     product(CE_SHAPES, [False, True], SMOOTHINGS, REDUCTIONS, ["input", "target", "both"])
 )
-MSE_SHAPES = [((), ()), ((7,), (7,)), ((2, 3), (2, 3)), ((2, 3), (3,)), ((3,), (2, 3))]
-MSE_OPTIONS = list(product(MSE_SHAPES, [False, True], REDUCTIONS, ["input", "target", "both"]))
+SHAPES = [[()], [(7,)], [(2, 3)], [(2, 3), (3,)], [(3,), (2, 3)]]
 
 
 def name(options: tuple[Any, ...]) -> str:
@@ -78,29 +80,51 @@ def probability_case(
     return loss, (logits, target)
 
 
-def mse_case(
-    shapes: tuple[tuple[int, ...], tuple[int, ...]], weighted: bool, reduction: str, requiring: str
+def loss_case(
+    loss: Loss, shapes: list[tuple[int, ...]], weighted: bool, reduction: str, requiring: str
 ) -> tuple[Operator, tuple[Tensor, ...]]:
-    weight = torch.rand(shapes[0], dtype=torch.float64) + 0.1 if weighted else None
-    input, target = double(*shapes[0]), double(*shapes[1])
-    input.requires_grad_(requiring in ("input", "both"))
-    target.requires_grad_(requiring in ("target", "both"))
-    return lambda x, t: mse_loss(x, t, reduction=reduction, weight=weight), (input, target)
+    names = loss.differentiated if requiring == "all" else (requiring,)
+    each = shapes if len(shapes) > 1 else shapes[0]
+    given = loss.draw(each, torch.float64, requiring=names)
+    options: dict[str, Any] = loss.parameters | {"reduction": reduction}
+    if weighted:
+        options["weight"] = loss.weight(shapes[0], torch.float64)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return loss.ours(**dict(zip(given, tensors, strict=True)), **options)
+
+    return function, tuple(given.values())
 
 
-def relu_case(size: int, inplace: bool) -> tuple[Operator, tuple[Tensor, ...]]:
-    # Away from zero, where the difference quotient would straddle the kink.
+def loss_options() -> list[tuple[Any, ...]]:
+    """Every combination; of shapes, the broadcast ones where a loss takes them."""
+    found: list[tuple[Any, ...]] = []
+    for loss in LOSSES:
+        shapes = SHAPES if loss in BROADCASTING else SHAPES[:3]
+        weights = [False, True] if loss.takes_weight else [False]
+        requiring = [*loss.differentiated, "all"]
+        found += [(loss, *rest) for rest in product(shapes, weights, REDUCTIONS, requiring)]
+    return found
+
+
+def activation_case(
+    op: Activation, size: int, inplace: bool
+) -> tuple[Operator, tuple[Tensor, ...]]:
+    # Away from zero, where the difference quotient would straddle a kink.
     x = double(size)
     x = (x + 0.1 * x.sign()).requires_grad_()
-    return (lambda x: relu(x.clone(), inplace)), (x,)
+    return (lambda x: call(op, (x.clone(),), inplace)), (x,)
 
 
 Case = Callable[..., tuple[Operator, tuple[Tensor, ...]]]
 ALL_CASES: list[Any] = [
     *(pytest.param(index_case, o, id=f"index-{name(o)}") for o in INDEX_OPTIONS),
     *(pytest.param(probability_case, o, id=f"probability-{name(o)}") for o in PROBABILITY_OPTIONS),
-    *(pytest.param(mse_case, o, id=f"mse-{name(o)}") for o in MSE_OPTIONS),
-    *(pytest.param(relu_case, o, id=f"relu-{name(o)}") for o in product([1, 9], [False, True])),
+    *(pytest.param(loss_case, o, id=f"{o[0].id}-{name(o[1:])}") for o in loss_options()),
+    *(
+        pytest.param(activation_case, o, id=f"{o[0].name}-{name(o[1:])}")
+        for o in product(ACTIVATIONS, [1, 9], [False, True])
+    ),
 ]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65]
 
@@ -146,12 +170,16 @@ def test_gradcheck_across_vectors_of_positions(size: int, isa: str) -> None:
         assert gradcheck(function, (double(2, 3, size).requires_grad_(),), fast_mode=True)
 
 
+@every_loss
 @pytest.mark.parametrize("size", SIZES, ids="n{}".format)
-def test_gradcheck_across_vectors_of_elements(size: int, isa: str) -> None:
-    inputs = (double(size).requires_grad_(), double(size).requires_grad_())
-    weight = torch.rand(size, dtype=torch.float64)
-    for weight_, reduction in product((None, weight), REDUCTIONS):
-        options: dict[str, Any] = {"weight": weight_, "reduction": reduction}
-        assert gradcheck(lambda x, t, o=options: mse_loss(x, t, **o), inputs, fast_mode=True)
-    function, x = relu_case(size, inplace=False)
+def test_gradcheck_across_vectors_of_elements(loss: Loss, size: int, isa: str) -> None:
+    for weighted, reduction in product({False, loss.takes_weight}, REDUCTIONS):
+        function, inputs = loss_case(loss, [(size,)], weighted, reduction, "all")
+        assert gradcheck(function, inputs, fast_mode=True)
+
+
+@every_activation
+@pytest.mark.parametrize("size", SIZES, ids="n{}".format)
+def test_gradcheck_of_activations(op: Activation, size: int, isa: str) -> None:
+    function, x = activation_case(op, size, inplace=False)
     assert gradcheck(function, x, fast_mode=True)

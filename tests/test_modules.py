@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from calls import constants
 from conftest import KernelCalls
+from samples import ACTIVATIONS, FIRST, LOSSES
 from torch import Tensor, nn
 
 import pyfused
 from pyfused import functional as fused_functional
 from pyfused import nn as fused
+from pyfused.ops.operators import OPERATORS
 
 W = torch.linspace(0.5, 1.5, 5)
 MODULES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,10 +28,12 @@ MODULES: dict[str, tuple[str, dict[str, Any]]] = {
         "CrossEntropyLoss",
         {"weight": W, "ignore_index": 2, "reduction": "none", "label_smoothing": 0.1},
     ),
-    "mse": ("MSELoss", {}),
-    "mse_sum": ("MSELoss", {"reduction": "sum"}),
-    "relu": ("ReLU", {}),
     "relu_inplace": ("ReLU", {"inplace": True}),
+    **{op.name: (op.module, {}) for op in ACTIVATIONS},
+    **{
+        f"{loss.id}_sum": (loss.op.module, loss.parameters | {"reduction": "sum"})
+        for loss in LOSSES
+    },
 }
 every_module = pytest.mark.parametrize(("name", "options"), MODULES.values(), ids=MODULES.keys())
 
@@ -38,11 +43,12 @@ def pair(name: str, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
 
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(module, nn.ReLU):
-        return module(x * 1)
     if isinstance(module, nn.CrossEntropyLoss):
         return module(x, torch.tensor([0, 1, 2, 3, 4, 2]))
-    return module(x, torch.linspace(-1, 1, 30).view(6, 5))
+    for loss in FIRST:
+        if isinstance(module, getattr(nn, loss.op.module)):
+            return module(x, *(constants(loss)[o.name] for o in loss.operands[1:]))
+    return module(x * 1)
 
 
 @every_module
@@ -58,12 +64,15 @@ def test_value_and_gradient(name: str, options: dict[str, Any], kernel_calls: Ke
     assert kernel_calls.total() > 0
 
 
-def signature(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    """Name, default and kind of the parameters that torch has too: `inplace` alone is by name."""
-    parameters = inspect.signature(function).parameters.values()
-    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    assert by_name in ([], ["inplace"])
-    return [(p.name, p.default, p.kind) for p in parameters if p.name not in by_name]
+def assert_same_signature(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+    """Names, defaults and kinds, but for `inplace`, by name alone."""
+    found = []
+    for function in (ours, theirs):
+        parameters = inspect.signature(function).parameters.values()
+        found.append([(p.name, p.default, p.kind) for p in parameters])
+    extra = [parameter for parameter in found[0] if parameter not in found[1]]
+    assert extra in ([], [("inplace", False, inspect.Parameter.KEYWORD_ONLY)])
+    assert [parameter for parameter in found[0] if parameter not in extra] == found[1]
 
 
 @every_module
@@ -71,7 +80,7 @@ def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) 
     ours, theirs = pair(name, options)
     assert isinstance(ours, type(theirs))
     assert repr(ours) == repr(theirs)
-    assert signature(type(ours)) == signature(type(theirs))
+    assert_same_signature(type(ours), type(theirs))
     parameters = [inspect.signature(module.forward).parameters for module in (ours, theirs)]
     assert list(parameters[0]) == list(parameters[1])
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -79,9 +88,9 @@ def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) 
     theirs.load_state_dict(ours.state_dict())
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "mse_loss", "relu"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_functional_signatures_are_torchs(name: str) -> None:
-    assert signature(getattr(fused_functional, name)) == signature(getattr(nn.functional, name))
+    assert_same_signature(getattr(fused_functional, name), getattr(nn.functional, name))
 
 
 @every_module
@@ -110,7 +119,9 @@ def test_weight_moves_with_the_module() -> None:
     torch.testing.assert_close(ours(x, target), nn.functional.cross_entropy(x, target, W.double()))
 
 
-@pytest.mark.parametrize("name", ["CrossEntropyLoss", "MSELoss"])
+@pytest.mark.parametrize(
+    "name", [op.module for op in OPERATORS.values() if "reduce" in op.arguments]
+)
 def test_legacy_arguments(name: str) -> None:
     with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
         module = getattr(fused, name)(size_average=False)
@@ -142,5 +153,5 @@ def test_training_step_equals_torchs() -> None:
 def test_public_names() -> None:
     assert pyfused.functional is fused_functional
     assert pyfused.nn is fused
-    assert {"CrossEntropyLoss", "MSELoss", "ReLU"} <= set(fused.__all__)
-    assert {"cross_entropy", "mse_loss", "relu"} <= set(fused_functional.__all__)
+    assert sorted(op.module for op in OPERATORS.values()) == sorted(fused.__all__)
+    assert sorted(OPERATORS) == sorted(fused_functional.__all__)

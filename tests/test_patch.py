@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import pytest
@@ -15,16 +19,26 @@ import torch
 import torch.nn.functional as F
 from conftest import KernelCalls
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import relu as looked_before
+from torch.overrides import TorchFunctionMode, get_testing_overrides, resolve_name
+from torch.profiler import profile
 
 import pyfused
+from pyfused.ops import dispatch
+from pyfused.ops.activation import Activation
+from pyfused.ops.operators import OPERATORS
 
+NAMES = [name for name in OPERATORS if isinstance(getattr(F, name), FunctionType)]
+ACTIVATIONS = [name for name, op in OPERATORS.items() if isinstance(op, Activation)]
 OWNERS = (
-    (F, "cross_entropy"),
-    (F, "mse_loss"),
-    (F, "relu"),
-    (torch, "relu"),
-    (torch.Tensor, "relu"),
+    *((F, name) for name in OPERATORS),
+    *(
+        (owner, name)
+        for activation in ACTIVATIONS
+        for name in (activation, f"{activation}_")
+        for owner in (F, torch, Tensor)
+        if isinstance(getattr(owner, name, None), (BuiltinFunctionType, MethodDescriptorType))
+    ),
 )
 
 
@@ -32,13 +46,18 @@ def standing() -> list[Any]:
     return [getattr(owner, name) for owner, name in OWNERS]
 
 
-TORCHS = standing()
+def running() -> list[Any]:
+    """What a call runs: the code of a function, or the built-in itself."""
+    return [getattr(function, "__code__", function) for function in standing()]
+
+
+TORCHS, TORCHS_RUNNING = standing(), running()
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
 def patched() -> bool:
     """All names or none."""
-    same = [now is then for now, then in zip(standing(), TORCHS, strict=True)]
+    same = [now is then for now, then in zip(running(), TORCHS_RUNNING, strict=True)]
     assert all(same) or not any(same)
     return not any(same)
 
@@ -47,7 +66,10 @@ def patched() -> bool:
 def put_back() -> Iterator[None]:
     yield
     assert not patched()
-    assert "relu" not in vars(torch.Tensor)
+    for now, then in zip(standing(), TORCHS, strict=True):
+        assert now is then
+        assert not hasattr(now, "_torchdynamo_inline")
+    assert not {"relu", "relu_", "sigmoid", "sigmoid_"} & set(vars(Tensor))
 
 
 # ---- what is patched ----------------------------------------------------------------------------
@@ -75,9 +97,9 @@ def test_functions_methods_and_torchs_own_modules(kernel_calls: KernelCalls) -> 
     with pyfused.patch():
         got = results()
     torch.testing.assert_close(got, expected)
-    assert {k: kernel_calls[k] for k in ("cross_entropy", "squared_error", "relu")} == {
+    assert {k: kernel_calls[k] for k in ("cross_entropy", "mse_loss", "relu")} == {
         "cross_entropy": 2,
-        "squared_error": 3,
+        "mse_loss": 3,
         "relu": 6,
     }
     results()
@@ -122,7 +144,7 @@ def test_an_error_that_torch_does_not_have_is_not_hidden(monkeypatch: pytest.Mon
     def fails(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("of pyfused alone")
 
-    monkeypatch.setattr(pyfused.functional, "relu", fails)
+    monkeypatch.setattr(dispatch, "call", fails)
     with pyfused.patch(), pytest.raises(RuntimeError, match="of pyfused alone"):
         F.relu(X)
 
@@ -178,11 +200,116 @@ def test_a_model_that_holds_a_patched_function_can_be_saved() -> None:
         torch.testing.assert_close(pickle.loads(data)(x), layer(x))
 
 
-def test_whoever_looked_before_keeps_torchs(kernel_calls: KernelCalls) -> None:
-    looked = F.relu
+def test_whoever_looked_before_is_reached(kernel_calls: KernelCalls) -> None:
+    layer = nn.TransformerEncoderLayer(4, 1, 8, activation=looked_before, batch_first=True)
+    assert layer.activation_relu_or_gelu == 1
     with pyfused.patch():
-        looked(X.clone().requires_grad_()[:2])
-    assert kernel_calls.total() == 1  # by way of torch.relu, which F.relu looks up
+        assert looked_before is F.relu
+        looked_before(X)
+        layer(torch.randn(2, 3, 4))
+    assert kernel_calls["relu"] == 2
+
+
+# ---- torch's functions are still torch's --------------------------------------------------------
+
+
+def test_to_whoever_looks_at_them_functions_are_torchs() -> None:
+    def seen() -> list[Any]:
+        functions = [getattr(F, name) for name in NAMES]
+        return [
+            (f, inspect.signature(f), inspect.getsource(f), resolve_name(f), copy.deepcopy(f))
+            for f in functions
+        ]
+
+    expected = seen()
+    with pyfused.patch():
+        assert seen() == expected
+        assert F.relu in get_testing_overrides()
+
+
+def test_what_is_pickled_names_torch_alone(tmp_path: Path) -> None:
+    """A model that was saved whole, with each patched name: loaded where there is no pyfused."""
+    x = torch.randn(1, 3, 4)
+    with pyfused.patch():
+        layer = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True, activation=torch.relu)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        torch.save((model, x, model(x), standing()), tmp_path / "model.pt")
+    code = """
+import sys, torch
+sys.modules["pyfused"] = None
+model, x, expected, functions = torch.load(sys.argv[1], weights_only=False)
+torch.testing.assert_close(model(x), expected)
+assert torch.relu in functions and torch.Tensor.relu_ in functions
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_transformers_fast_path() -> None:
+    """Which asks whether its activation is F.relu."""
+
+    def built() -> nn.Module:
+        return nn.TransformerEncoderLayer(4, 2, 8, activation="relu", batch_first=True).eval()
+
+    before = built()
+    with pyfused.patch():
+        for layer in (before, built()):
+            with profile() as trace, torch.no_grad():
+                layer(torch.randn(1, 3, 4))
+            names = {event.key for event in trace.key_averages()}
+            assert "aten::_transformer_encoder_layer_fwd" in names
+
+
+def test_what_was_compiled_while_patched_is_compiled_anew() -> None:
+    graphs: list[set[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append({node.target for node in graph.graph.nodes if node.op == "call_function"})
+        return graph
+
+    compiled = torch.compile(lambda x: F.relu(x) + 1, fullgraph=True, backend=backend)
+    with pyfused.patch():
+        compiled(X)
+    assert F.relu not in graphs[-1]  # what pyfused's function calls is
+    compiled(X)
+    assert F.relu in graphs[-1]
+    assert len(graphs) == 2
+
+
+def scripted(x: Tensor) -> Tensor:
+    return F.relu(x) + torch.relu(x) + x.relu() + torch.relu_(x * 1) + F.mse_loss(x, F.sigmoid(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_compiles_what_torch_wrote() -> None:
+    expected = scripted(X)
+    with pyfused.patch():
+        compiled = torch.jit.script(scripted)
+        layer = torch.jit.script(nn.Sequential(nn.ReLU(), nn.TransformerEncoderLayer(5, 1, 8)))
+        layer(X)
+    torch.testing.assert_close(compiled(X), expected)
+    torch.testing.assert_close(torch.jit.script(scripted)(X), expected)
+
+
+@pytest.mark.parametrize("fails", range(0, len(OWNERS), 4))
+def test_a_patch_that_fails_half_way_is_undone(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = sys.modules["pyfused.patch"]._SITES[fails]
+    put, failed = type(site).put, []
+
+    def fail_once(self: Any, function: Any) -> None:
+        if self is site and not failed:
+            failed.append(site)
+            raise KeyboardInterrupt
+        put(self, function)
+
+    monkeypatch.setattr(type(site), "put", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        pyfused.patch()
+    assert failed
+    assert not patched()
+    with pyfused.patch():
+        assert patched()
 
 
 # ---- how long it lasts --------------------------------------------------------------------------
@@ -316,6 +443,22 @@ def test_someone_elses_patch_is_not_patched_over(monkeypatch: pytest.MonkeyPatch
         if owner is torch.Tensor and "relu" in vars(torch.Tensor):
             del torch.Tensor.relu  # put back by monkeypatch, where it was inherited
         assert standing() == before
+
+
+def test_someone_elses_code_is_not_patched_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = (lambda input, inplace=False: input).__code__
+    with monkeypatch.context() as context:
+        context.setattr(F.relu, "__code__", theirs)
+        with pytest.raises(RuntimeError, match=r"functional\.relu, got relu \(.*test_patch\.py"):
+            pyfused.patch()
+        assert F.relu.__code__ is theirs
+    pyfused.patch()
+    with monkeypatch.context() as context:
+        context.setattr(F.relu, "__code__", theirs)
+        with pytest.raises(RuntimeError, match=r"pyfused's function at .* got relu"):
+            pyfused.unpatch()
+        assert F.relu.__code__ is theirs
+    pyfused.unpatch()
 
 
 def test_someone_elses_patch_over_ours_is_not_undone() -> None:

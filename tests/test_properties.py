@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import reference
 import torch
-import torch.nn.functional as F
 from compare import FLOATS, Outcome, evaluate, exactly
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, Layout
+from samples import BROADCASTING, SAMPLES, Loss, every_activation, every_loss
 from torch import Tensor
 
-from pyfused.functional import cross_entropy, mse_loss, relu
+from pyfused.functional import cross_entropy
+from pyfused.ops.activation import Activation
+from pyfused.ops.dispatch import call
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 # The fixtures only set what stays the same for every example.
@@ -57,16 +59,19 @@ def values(shape: tuple[int, ...], scale: float, dtype: torch.dtype, layout: Lay
     )
 
 
-def assert_near(got: Outcome, exact: Outcome, dtype: torch.dtype, term: float = 0.0) -> None:
+def assert_near(
+    got: Outcome, exact: Outcome, dtype: torch.dtype, term: float = 0.0, least: float = 0.0
+) -> None:
     """`term` is the size of what is subtracted within a gradient: where all of it cancels, as for
-    one class or for equal logits, roundings of that size are what is left."""
+    one class or for equal logits, roundings of that size are what is left. `least` is such a size
+    where some of it may."""
     pairs = [(got.value, exact.value), *zip(got.gradients, exact.gradients, strict=True)]
     for ours, wanted in pairs:
         assert ours.dtype == dtype
         assert ours.shape == wanted.shape
         finite = wanted[wanted.isfinite()].abs()
         scale = finite.max().item() if finite.numel() else 0.0
-        scale = term if scale < 1e-3 * term else scale
+        scale = max(term if scale < 1e-3 * term else scale, least)
         if scale > torch.finfo(dtype).max:
             continue  # the overflow itself is compared with torch elsewhere
         eps = torch.finfo(dtype).eps
@@ -170,6 +175,7 @@ def broadcast_shapes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]
     return pair if draw(st.booleans()) else pair[::-1]
 
 
+@every_loss
 @properties
 @given(
     pair=broadcast_shapes(),
@@ -179,10 +185,11 @@ def broadcast_shapes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]
     scale=scales,
     reduction=reductions,
     weighted=st.booleans(),
-    requiring=st.sampled_from(["input", "target", "both"]),
+    asked=st.integers(1, 7),
     seed=seeds,
 )
-def test_mse_loss(
+def test_pointwise_losses(
+    loss: Loss,
     pair: tuple[tuple[int, ...], tuple[int, ...]],
     dtype: torch.dtype,
     layout: Layout,
@@ -190,19 +197,32 @@ def test_mse_loss(
     scale: float,
     reduction: str,
     weighted: bool,
-    requiring: str,
+    asked: int,
     seed: int,
 ) -> None:
+    """Of shapes that broadcast where the loss takes them, asked for some of the gradients."""
     torch.manual_seed(seed)
-    input = values(pair[0], scale, dtype, layout).requires_grad_(requiring != "target")
-    target = values(pair[1], scale, dtype, target_layout).requires_grad_(requiring != "input")
-    weight = torch.rand(pair[0]).to(dtype) + 0.1 if weighted else None
-    options: dict[str, Any] = {"weight": weight, "reduction": reduction}
-    got = evaluate(mse_loss, input, target, **options)
-    exact = evaluate(F.mse_loss, input, target, convert=exactly, **options)
-    assert_near(got, exact, dtype)
+    shapes = pair if loss in BROADCASTING else (pair[0], pair[0])
+    given = loss.draw([*shapes, shapes[0]], dtype, scale=scale, requiring=())
+    layouts = (layout, target_layout, target_layout)
+    for bit, (name, lay) in enumerate(zip(given, layouts, strict=False)):
+        tensor = given[name]
+        given[name] = (lay(tensor) if tensor.numel() else tensor).requires_grad_(
+            bool(asked >> bit & 1) and name in loss.differentiated
+        )
+    options: dict[str, Any] = loss.parameters | {"reduction": reduction}
+    if weighted and loss.takes_weight:
+        options["weight"] = loss.weight(shapes[0], dtype)
+    got = evaluate(loss.ours, **given, **options)
+    exact = evaluate(loss.torchs, convert=exactly, **given, **options)
+    term = 0.0
+    if SAMPLES[loss.op.name].cancels and given["input"].numel():
+        term = given["input"].detach().abs().max().item()
+        term /= given["input"].numel() if reduction == "mean" else 1
+    assert_near(got, exact, dtype, least=term)
 
 
+@every_activation
 @properties
 @given(
     shape=shapes(),
@@ -216,7 +236,8 @@ def test_mse_loss(
     inplace=st.booleans(),
     seed=seeds,
 )
-def test_relu(
+def test_activations(
+    op: Activation,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     layout: Layout,
@@ -234,10 +255,13 @@ def test_relu(
     x.requires_grad_()
     upstream = values(shape, 1.0, dtype, upstream_layout)
     results = []
-    for operator in (relu, F.relu):
-        y = operator(x * 1 if inplace else x, inplace)
+    for operator in (lambda x: call(op, (x,), inplace), op.aten_ if inplace else op.aten):
+        y = operator(x * 1 if inplace else x)
         results.append((y.detach(), torch.autograd.grad(y, x, upstream)[0]))
+    sample, limits = SAMPLES[op.name], torch.finfo(dtype)
+    rtol = 4 * limits.eps if sample.rounds else 0
+    atol = 4 * limits.eps if sample.cancels else limits.tiny if sample.rounds else 0
     for got, expected in zip(*results, strict=True):
         assert got.dtype == dtype
-        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
         assert torch.equal(got.signbit() & ~got.isnan(), expected.signbit() & ~expected.isnan())

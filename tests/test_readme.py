@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pyfused.ops.operators import OPERATORS
+
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "benchmarks/README.md"]
@@ -57,3 +59,26 @@ def test_make_knows_the_command(command: str) -> None:
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8"))
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links)
+
+
+def test_the_table_of_what_is_covered_is_that_of_the_declarations() -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    table = page[page.index("| operator | module |") : page.index("Losses take every reduction")]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE)
+    assert rows == [(op.name, op.module) for op in OPERATORS.values()]
+
+
+EXAMPLE = re.findall(
+    r"^\d\. (.*?)(?=^\d\. |^An activation)", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), FLAGS
+)
+
+
+@pytest.mark.parametrize("step", EXAMPLE, ids=[step.split("`")[1] for step in EXAMPLE])
+def test_the_worked_example_is_what_the_tree_holds(step: str) -> None:
+    """Each excerpt occurs in the file named before it."""
+    path = ""
+    for name, code in re.findall(r"`([\w/.]+\.\w+)`|^   ```\w+\n(.*?)^   ```", step, FLAGS):
+        path = name or path
+        file = (ROOT / path).read_text("utf-8")
+        assert "smooth_l1_loss" in file.lower() or "SmoothL1Loss" in file
+        assert re.sub("^   ", "", code, flags=re.MULTILINE) in file  # without the list's indent

@@ -29,6 +29,9 @@ pytestmark = [
 MIB = 1 << 20
 ELEMENTS = 9 * MIB  # of float32: more than RECYCLED_BYTES
 ROOM = 1 << 30
+in_little_memory = pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer takes more"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -334,6 +337,7 @@ def test_tensors_outlive_the_interpreter() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@in_little_memory
 def test_no_memory_left() -> None:
     """Free blocks go before an allocation fails; what fails then is torch's, with its error."""
     done = python("""
@@ -360,6 +364,7 @@ def test_no_memory_left() -> None:
     assert "not enough memory" in done.stdout or "can't allocate memory" in done.stdout
 
 
+@in_little_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_training_fits_where_it_fits_without(asked: str) -> None:
     """A limit of the address space that has room for one gradient, in either setting."""
@@ -405,6 +410,7 @@ def group() -> Iterator[Path]:
     pytest.skip("no control group of memory can be made here")
 
 
+@in_little_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_training_fits_in_a_group_where_it_fits_without(group: Path, asked: str) -> None:
     done = python(

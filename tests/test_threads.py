@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from compare import FLOATS, evaluate
-from conftest import KERNELS
+from samples import ACTIVATIONS, FIRST, LOSSES
 from torch import Tensor
 
+from pyfused import functional
 from pyfused.backends import cpu
-from pyfused.functional import cross_entropy, mse_loss, relu
+from pyfused.functional import cross_entropy
+from pyfused.ops.activation import Activation
 
 # Far beyond what one thread is left to do alone, and no multiple of any block.
 ROWS, COLUMNS = (1031, 700), (70_003, 10)
@@ -34,12 +37,14 @@ def results(shape: tuple[int, int], dtype: torch.dtype, reduction: str) -> Itera
         evaluate(cross_entropy, logits, target, weight, reduction=reduction, label_smoothing=0.1),
         evaluate(cross_entropy, logits, probabilities, weight, reduction=reduction),
         evaluate(cross_entropy, logits.view(1, *shape).mT, target.view(1, -1), reduction=reduction),
-        evaluate(mse_loss, logits, probabilities, reduction=reduction),
-        evaluate(
-            mse_loss, logits, probabilities, reduction=reduction, weight=torch.rand(shape).to(dtype)
-        ),
-        evaluate(relu, logits),
+        *(evaluate(getattr(functional, op.name), logits) for op in ACTIVATIONS),
     ]
+    for loss in LOSSES:
+        options: dict[str, Any] = loss.parameters | {"reduction": reduction}
+        outcomes.append(evaluate(loss.ours, **loss.draw(shape, dtype), **options))
+        if loss.takes_weight:
+            options["weight"] = loss.weight(shape, dtype)
+            outcomes.append(evaluate(loss.ours, **loss.draw(shape, dtype), **options))
     for outcome in outcomes:
         yield outcome.value
         yield from outcome.gradients
@@ -83,27 +88,53 @@ def test_out_of_range_target_is_found_by_whichever_thread(count: int, threads: T
         cross_entropy(logits, target)
 
 
-def call_ending_in(kernel: str) -> Tensor:
-    x = torch.randn(4096, 1024)
-    if kernel == "cross_entropy":
-        return cross_entropy(x, torch.randint(1024, (4096,)))
-    if kernel == "squared_error":
-        return mse_loss(x, torch.randn(4096, 1024))
-    if kernel == "relu":
-        return relu(x)
-    return torch.autograd.grad(relu(x.requires_grad_()), x, torch.ones_like(x))[0]
+def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
+    """For each kernel what prepares a call of it alone, and returns the call."""
+    shape = (4096, 1024)
+
+    def backward(op: Activation) -> Callable[[], Any]:
+        x = torch.randn(shape, requires_grad=True)
+        output, upstream = getattr(functional, op.name)(x), torch.ones(shape)
+        return lambda: torch.autograd.grad(output, x, upstream)
+
+    made: dict[str, Callable[[], Callable[[], Any]]] = {
+        "cross_entropy": lambda: partial(
+            cross_entropy, torch.randn(shape), torch.randint(1024, (4096,))
+        )
+    }
+    for loss in FIRST:
+        made[loss.kernel] = lambda loss=loss: partial(loss.ours, **loss.draw(shape, requiring=()))
+    for op in ACTIVATIONS:
+        made[op.name] = lambda op=op: partial(getattr(functional, op.name), torch.randn(shape))
+        made[f"{op.name}_backward"] = partial(backward, op)
+    return made
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_gil_is_released_within(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class Native:
+    """The extension, with `during` in place of each call of a kernel."""
+
+    def __init__(self, native: Any, during: Callable[[Callable[[], Any]], Any]) -> None:
+        self.native, self.during = native, during
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(self.native, name)
+        if not callable(kernel):
+            return kernel
+        return lambda *args: self.during(lambda: kernel(*args))
+
+
+@pytest.mark.parametrize("prepare", calls().values(), ids=calls().keys())
+def test_the_gil_is_released_within(
+    prepare: Callable[[], Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the kernel runs, and nothing else, another Python thread makes progress.
 
     With a switch interval this long, a thread that waits for the GIL gets it only from one that
     lets it go of its own accord, and between the event and the end of the loop only the kernel can.
     """
-    run, progress = getattr(cpu.native, kernel), []
+    progress: list[Any] = []
 
-    def until_progress(*args: Any, **kwargs: Any) -> Any:
+    def until_progress(run: Callable[[], Any]) -> Any:
         start = threading.Event()
         waiting = threading.Thread(target=lambda: (start.wait(), progress.append(True)))
         interval = sys.getswitchinterval()
@@ -112,7 +143,7 @@ def test_the_gil_is_released_within(kernel: str, monkeypatch: pytest.MonkeyPatch
         try:
             start.set()
             for _ in range(50):
-                result = run(*args, **kwargs)
+                result = run()
                 if progress:
                     break
             progress.append("seen" if progress else "not seen")
@@ -121,6 +152,7 @@ def test_the_gil_is_released_within(kernel: str, monkeypatch: pytest.MonkeyPatch
             waiting.join()
         return result
 
-    monkeypatch.setattr(cpu.native, kernel, until_progress)
-    call_ending_in(kernel)
+    run = prepare()
+    monkeypatch.setattr(cpu, "native", Native(cpu.native, until_progress))
+    run()
     assert progress == [True, "seen"]

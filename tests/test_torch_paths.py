@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import BESIDE
 from compare import evaluate
 from conftest import KernelCalls
+from samples import ACTIVATIONS, FIRST, Loss
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,16 +26,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
+from pyfused.ops.operators import OPERATORS
 
 TARGET = torch.tensor([0, 1, 2, 3, 4, 0])
 OTHER = torch.linspace(-2, 2, 30).view(6, 5)
 
 Call = Callable[[Any, Tensor], Tensor]
+
+
+def beside(loss: Loss, functional: Any, x: Tensor, **options: Any) -> Tensor:
+    """Floats for tensors where they will do: torch looks at the values of these."""
+    others = {name: tensor.to(x.device) for name, tensor in BESIDE[loss.id].tensors.items()}
+    numbers = {operand.name: 0.7 for operand in loss.operands if operand.number}
+    given: dict[str, Any] = others | numbers
+    given.pop("weight", None)
+    return getattr(functional, loss.op.name)(x, **given, **loss.parameters, **options)
+
+
 CALLS: dict[str, Call] = {
     "cross_entropy": lambda f, x: f.cross_entropy(x, TARGET.to(x.device)),
     "probabilities": lambda f, x: f.cross_entropy(x, OTHER.to(x.device).softmax(1)),
-    "mse_loss": lambda f, x: f.mse_loss(x, OTHER.to(x.device)),
-    "relu": lambda f, x: f.relu(x),
+    **{op.name: lambda f, x, name=op.name: getattr(f, name)(x) for op in ACTIVATIONS},
+    **{loss.kernel: lambda f, x, loss=loss: beside(loss, f, x) for loss in FIRST},
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 close = torch.testing.assert_close
@@ -86,7 +100,7 @@ def test_torch_function_is_asked(call: Call, position: str) -> None:
         run = lambda: fused.cross_entropy(x, TARGET, special(torch.ones(5)))  # noqa: E731
     Recording.seen.clear()
     run()
-    assert {"cross_entropy", "mse_loss", "relu"} & set(Recording.seen)
+    assert set(OPERATORS) & set(Recording.seen)
 
 
 @every_call
@@ -164,7 +178,6 @@ def test_a_lazily_negated_input() -> None:
     assert negated.is_neg()
     for call in CALLS.values():
         close(call(fused, negated), call(F, negated.resolve_neg()))
-    close(fused.mse_loss(OTHER, negated), F.mse_loss(OTHER, negated))
     probabilities = negated.exp().softmax(1)
     close(fused.cross_entropy(OTHER, probabilities), F.cross_entropy(OTHER, probabilities))
 
@@ -173,11 +186,36 @@ def test_upstream_gradient_of_another_kind() -> None:
     """Autograd may hand backward a lazily negated gradient, or one of zeros without memory."""
     x = torch.randn(6, 5, requires_grad=True)
     upstream = torch.randn(6, 5, dtype=torch.complex64).conj().imag
-    for f in (lambda m: m.relu(x), lambda m: m.mse_loss(x, OTHER, reduction="none")):
-        close(torch.autograd.grad(f(fused), x, upstream), torch.autograd.grad(f(F), x, upstream))
     zeros = torch._efficientzerotensor((6, 5))
-    for f in (lambda m: m.relu(x), lambda m: m.mse_loss(x, OTHER, reduction="none")):
-        close(torch.autograd.grad(f(fused), x, zeros), torch.autograd.grad(f(F), x, zeros))
+    calls = [lambda f, op=op: getattr(f, op.name)(x) for op in ACTIVATIONS]
+    calls += [lambda f, loss=loss: beside(loss, f, x, reduction="none") for loss in FIRST]
+    for call in calls:
+        for above in (upstream, zeros):
+            ours, theirs = (torch.autograd.grad(call(f), x, above) for f in (fused, F))
+            close(ours, theirs)
+
+
+@every_call
+def test_a_lazy_clone_stays_one(call: Call) -> None:
+    x = torch.randn(6, 5, requires_grad=True)
+    clone = torch._lazy_clone(x)
+    value = call(fused, clone)
+    above = torch._lazy_clone(torch.randn(value.shape))
+    close(value, call(F, x))
+    close(torch.autograd.grad(value, x, above), torch.autograd.grad(call(F, x), x, above))
+    assert torch._C._is_cow_tensor(clone)
+    assert torch._C._is_cow_tensor(above)
+
+
+@every_call
+def test_a_tensor_that_left_a_transform(call: Call) -> None:
+    """What torch.func.grad wrapped, and is kept, is dead but for its value."""
+    kept = []
+    x = torch.randn(6, 5)
+    torch.func.grad(lambda y: kept.append(y * 1) or y.sum())(x)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            close(call(fused, kept[0]), call(F, x))
 
 
 def test_a_zero_tensor_without_memory() -> None:
@@ -204,7 +242,7 @@ def test_a_function_mode_sees_the_call(call: Call) -> None:
     with Mode():
         got = call(fused, x)
     close(got, call(F, x))
-    assert {"cross_entropy", "mse_loss", "relu"} & set(seen)
+    assert set(OPERATORS) & set(seen)
 
 
 @every_call

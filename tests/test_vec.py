@@ -91,17 +91,35 @@ def third_of_exp(x: np.ndarray) -> np.ndarray:
     return np.exp(x) * x.dtype.type(np.float32(1 / 3))
 
 
+def softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(x.dtype.type(0), x)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
 FLOAT32 = [
     Row("exp_float32", np.exp, -87.33, -0.0, 1.01),
     Row("exponentials_float32", np.exp, -87.33, -0.0, 1.9, growth=1 / 30),
     Row("exp_float32", np.exp, 0.0, 7.0, 1.01),
     Row("exponentials_float32", np.exp, 0.0, 7.0, 2.0, growth=1 / 30),
     Row("third_of_exponentials_float32", third_of_exp, -85.0, -0.0, 3.2, growth=1 / 30),
+    Row("log_of_float32", np.log, 2.0**-126, 2.0**127, 1.5),
+    Row("softplus_float32", softplus, -87.0, -0.0, 3.0),
+    Row("softplus_float32", softplus, 0.0, 100.0, 3.0),
+    Row("sigmoid_float32", sigmoid, -87.0, -0.0, 3.0),
+    Row("sigmoid_float32", sigmoid, 0.0, 100.0, 3.0),
 ]
 FLOAT64 = [
     Row("exp_float64", np.exp, -708.0, -0.0, 1.0),
     Row("log_float64", np.log, 1.0, 2.0**60, 1.5, least=1.0),
     Row("exp_float64", np.exp, 0.0, 7.0, 1.0),
+    Row("log_of_float64", np.log, 2.0**-1022, 2.0**1023, 1.5),
+    Row("softplus_float64", softplus, -708.0, -0.0, 3.0),
+    Row("softplus_float64", softplus, 0.0, 800.0, 3.0),
+    Row("sigmoid_float64", sigmoid, -708.0, -0.0, 3.0),
+    Row("sigmoid_float64", sigmoid, 0.0, 800.0, 3.0),
 ]
 
 
@@ -185,6 +203,18 @@ def test_log_of_one_is_zero_and_nan_stays(piece: int | None, vec: Vec) -> None:
         assert np.isnan(vec(row.name, nans.astype(row.dtype), row.dtype, piece)).all()
     log = FLOAT64[1]
     assert not vec(log.name, np.ones(35), log.dtype, piece).any()
+
+
+@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log_of_special_and_subnormal_values(dtype: type, piece: int | None, vec: Vec) -> None:
+    name = f"log_of_{np.dtype(dtype).name}"
+    special = np.array([0.0, -0.0, -1.0, -np.inf, np.nan, np.inf, 1.0] * 5, dtype)
+    expected = np.array([-np.inf, -np.inf, np.nan, np.nan, np.nan, np.inf, 0.0] * 5, dtype)
+    np.testing.assert_array_equal(vec(name, special, dtype, piece), expected)
+    subnormal = np.finfo(dtype).smallest_subnormal * np.arange(1, 5000, dtype=dtype)
+    got = vec(name, subnormal, dtype, piece)
+    np.testing.assert_allclose(got, np.log(subnormal.astype(np.longdouble)), 2e-7)
 
 
 # ---- bfloat16 and float16 ------------------------------------------------------------------------

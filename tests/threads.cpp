@@ -102,22 +102,29 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
   using A = Accumulate<T>;
   constexpr int64_t n = 70003;  // no multiple of a block
   const std::vector<T> x = numbers<T>(n, 5), t = numbers<T>(n, 6), weight = numbers<T>(n, 7);
-  for (const bool each : {false, true}) {
-    std::vector<T> losses(each ? n : 0), grad_input(n), grad_target(n);
-    std::vector<A> reduced(1);
-    pointwise_loss<SquaredError>(PointwiseLoss<T>{
-        n, {x.data(), 1}, {t.data(), 1}, {each ? weight.data() : nullptr, 1}, each ? 1.0 : n,
-        {weight.data(), each}, each ? losses.data() : nullptr, each ? nullptr : reduced.data(),
-        grad_input.data(), grad_target.data(), threads});
-    append(bytes, losses);
-    append(bytes, reduced);
-    append(bytes, grad_input);
-    append(bytes, grad_target);
+  for (const LossFormula& formula : kLossFormulas) {
+    for (const bool each : {false, true}) {
+      std::vector<T> losses(each ? n : 0), grad_input(n), grad_target(n);
+      std::vector<A> reduced(1);
+      pointwise_loss(formula, PointwiseLoss<T>{
+          n, {{{x.data(), 1}, {t.data(), 1}, {weight.data(), 1}}}, {1.0, 0.5},
+          {each ? weight.data() : nullptr, each}, each ? 1.0 : n, {weight.data(), each},
+          each ? losses.data() : nullptr, each ? nullptr : reduced.data(),
+          {grad_input.data(), grad_target.data(), nullptr}, threads});
+      append(bytes, losses);
+      append(bytes, reduced);
+      append(bytes, grad_input);
+      append(bytes, grad_target);
+    }
   }
   std::vector<T> output(n), grad(n);
   activation<Relu>(x.data(), output.data(), n, threads);
   activation_backward<Relu>(t.data(), 1, output.data(), grad.data(), n, threads);
-  scale(grad.data(), 0.3, n, threads);
+  append(bytes, output);
+  append(bytes, grad);
+  activation<Sigmoid>(x.data(), output.data(), n, threads);
+  activation_backward<Sigmoid>(t.data(), 1, output.data(), grad.data(), n, threads);
+  scale(grad.data(), A(0.3), n, threads);
   append(bytes, output);
   append(bytes, grad);
 }

@@ -11,9 +11,8 @@ class Want(NamedTuple):
     """The outputs that a call of a loss kernel computes."""
 
     loss: bool = True
-    grad_input: bool = False
-    grad_target: bool = False
-    inplace: bool = False  # grad_input takes the input's memory
+    gradients: tuple[bool, ...] = ()  # one for each operand, or () for none
+    inplace: bool = False  # cross-entropy's first gradient takes the input's memory
 
 
 class CrossEntropyOptions(NamedTuple):
@@ -24,7 +23,7 @@ class CrossEntropyOptions(NamedTuple):
     label_smoothing: float
 
 
-Gradients = tuple[Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]  # one for each operand
 
 
 class Backend(Protocol):
@@ -43,8 +42,8 @@ class Backend(Protocol):
     def pointwise_loss(
         self,
         formula: str,
-        input: Tensor,
-        target: Tensor,
+        operands: tuple[Tensor, ...],
+        parameters: tuple[float, ...],
         weight: Tensor | None,
         reduction: str,
         denominator: float | Tensor,
@@ -52,8 +51,21 @@ class Backend(Protocol):
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]: ...
 
-    def activation(self, formula: str, input: Tensor, *, inplace: bool = False) -> Tensor: ...
+    def activation(
+        self,
+        formula: str,
+        input: Tensor,
+        parameters: tuple[float, ...] = (),
+        *,
+        inplace: bool = False,
+    ) -> Tensor: ...
 
-    def activation_backward(self, formula: str, grad_output: Tensor, output: Tensor) -> Tensor: ...
+    def activation_backward(
+        self,
+        formula: str,
+        grad_output: Tensor,
+        saved: Tensor,
+        parameters: tuple[float, ...] = (),
+    ) -> Tensor: ...
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None: ...

@@ -23,8 +23,8 @@ from pyfused.backends.layout import (
     accumulate_dtype,
     dense,
     empty_viewed,
-    is_dense,
     loss_shape,
+    order_of,
     positions,
     strides_of,
     viewed,
@@ -81,6 +81,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# What a new scalar is like: torch.empty takes twice as long to read a shape and a dtype.
+_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0)
 
@@ -170,16 +172,18 @@ def cross_entropy(
     if grad_output is not None:
         grad_output = grad_output.to(accumulate).contiguous()
 
+    of_input, of_target = want.gradients or (False, False)
     loss = grad_input = grad_target = None
     grad_input_view = grad_target_view = _NO_VIEW
     if want.loss:
-        loss = empty(loss_shape(input, options.reduction), accumulate)
-    if want.grad_input:
+        shape = loss_shape(input, options.reduction)
+        loss = empty(shape, accumulate) if shape else torch.empty_like(_SCALARS[accumulate])
+    if of_input:
         grad_input, strides = (
             (logits.detach(), logits_strides) if want.inplace else empty_viewed(logits, empty_like)
         )
         grad_input_view = (grad_input.data_ptr(), *strides)
-    if want.grad_target:
+    if of_target:
         grad_target, strides = empty_viewed(target, empty_like)
         grad_target_view = (grad_target.data_ptr(), *strides)
     out_of_range = native.cross_entropy(
@@ -205,58 +209,64 @@ def cross_entropy(
 
 def pointwise_loss(
     formula: str,
-    input: Tensor,
-    target: Tensor,
+    operands: tuple[Tensor, ...],
+    parameters: tuple[float, ...],
     weight: Tensor | None,
     reduction: str,
     denominator: float | Tensor,
     want: Want,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Loss, and gradients of input and target, each where wanted.
+    """Loss, and a gradient of each operand, each where wanted.
 
     Args:
-        formula: The kernel's name: ``"squared_error"``.
-        input, target, weight: Of one shape and one dtype in ``DTYPES``; weight may be None.
+        formula: The kernel's name: ``"mse_loss"``.
+        operands: Input, target and what else the formula takes, of one shape (strides of 0
+            included) and of one dtype in ``DTYPES``.
+        parameters: The formula's numbers, at most three.
+        weight: Of the operands' shape and dtype, or None.
         denominator: What the sum of the losses and the gradients are divided by.
         grad_output: The loss's gradient, of the input's shape; None stands for ones.
 
     Returns:
         The loss is one per element in the input's dtype, or one sum in the accumulation dtype.
     """
-    order = target if is_dense(target) and not is_dense(input) else dense(input)
-    input, input_operand = _operand(input, order)
-    target, target_operand = _operand(target, order)
+    order = order_of(operands)
+    views = [_operand(operand, order) for operand in operands]
     weight_operand = upstream = _NO_OPERAND
     if weight is not None:
         weight, weight_operand = _operand(weight, order)
     if grad_output is not None:
-        grad_output, upstream = _operand(grad_output.to(input.dtype), order)
+        grad_output, upstream = _operand(grad_output.to(order.dtype), order)
     each = reduced = None
     if want.loss and reduction == "none":
         each = empty_like(order)
     elif want.loss:
-        reduced = input.new_empty((), dtype=accumulate_dtype(input.dtype))
-    grad_input = empty_like(order) if want.grad_input else None
-    grad_target = empty_like(order) if want.grad_target else None
+        reduced = torch.empty_like(_SCALARS[accumulate_dtype(order.dtype)])
+    gradients = tuple(empty_like(order) if wanted else None for wanted in want.gradients)
     getattr(native, formula)(
-        DTYPES[input.dtype],
-        input.numel(),
-        input_operand,
-        target_operand,
+        DTYPES[order.dtype],
+        order.numel(),
+        (*(view for _, view in views), _NO_OPERAND)[:3],
+        (*parameters, 0.0, 0.0, 0.0)[:3],
         weight_operand,
         float(denominator),
         upstream,
         _address(each),
         _address(reduced),
-        _address(grad_input),
-        _address(grad_target),
+        (*map(_address, gradients), 0, 0, 0)[:3],
         torch.get_num_threads(),
     )
-    return reduced if each is None else each, (grad_input, grad_target)
+    return reduced if each is None else each, gradients
 
 
-def activation(formula: str, input: Tensor, *, inplace: bool = False) -> Tensor:
+def activation(
+    formula: str,
+    input: Tensor,
+    parameters: tuple[float, ...] = (),  # noqa: ARG001
+    *,
+    inplace: bool = False,
+) -> Tensor:
     """``formula`` of each element, in the input's layout; ``inplace`` needs a dense input."""
     input = dense(input)
     output = input if inplace else empty_like(input)
@@ -270,15 +280,20 @@ def activation(formula: str, input: Tensor, *, inplace: bool = False) -> Tensor:
     return output
 
 
-def activation_backward(formula: str, grad_output: Tensor, output: Tensor) -> Tensor:
-    """The input's gradient, from the dense output that ``activation`` returned."""
-    grad_output, upstream = _operand(grad_output, output)
-    grad_input = empty_like(output)
+def activation_backward(
+    formula: str,
+    grad_output: Tensor,
+    saved: Tensor,
+    parameters: tuple[float, ...] = (),  # noqa: ARG001
+) -> Tensor:
+    """The input's gradient, from what the formula saves: its output or its input, dense."""
+    grad_output, upstream = _operand(grad_output, saved)
+    grad_input = empty_like(saved)
     getattr(native, f"{formula}_backward")(
-        DTYPES[output.dtype],
-        output.numel(),
+        DTYPES[saved.dtype],
+        saved.numel(),
         upstream,
-        output.data_ptr(),
+        saved.data_ptr(),
         grad_input.data_ptr(),
         torch.get_num_threads(),
     )
@@ -286,8 +301,11 @@ def activation_backward(formula: str, grad_output: Tensor, output: Tensor) -> Te
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiplies a dense tensor in place by a tensor of one element."""
-    if (number := factor.item()) != 1.0:
-        native.scale(
-            DTYPES[tensor.dtype], tensor.numel(), tensor.data_ptr(), number, torch.get_num_threads()
-        )
+    """Multiplies a dense tensor in place by one element of the accumulation dtype."""
+    native.scale(
+        DTYPES[tensor.dtype],
+        tensor.numel(),
+        tensor.data_ptr(),
+        factor.data_ptr(),
+        torch.get_num_threads(),
+    )

@@ -17,6 +17,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def positions(input: Tensor) -> tuple[int, int, int]:
     """The sizes of (N, C, d1, ..., dk) as outer and inner positions and classes."""
+    if input.dim() == 2:
+        return 1, *input.shape
     classes = input.shape[0 if input.dim() == 1 else 1]
     outer = 1 if input.shape[2:].numel() == 1 else input.shape[0]
     return outer, input.numel() // (outer * classes), classes
@@ -32,9 +34,9 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
 def strides_of(tensor: Tensor) -> Strides | None:
     """Strides of (N, C, d1, ..., dk), None if the inner positions have no single one."""
     stride = tensor.stride()
-    if tensor.dim() == 1:
+    if len(stride) == 1:
         return 0, 0, stride[0]
-    if tensor.shape[2:].numel() == 1:
+    if len(stride) == 2 or tensor.shape[2:].numel() == 1:
         return 0, stride[0], stride[1]
     inner, size = 0, 1
     for length, step in zip(reversed(tensor.shape[2:]), reversed(stride[2:]), strict=True):
@@ -67,6 +69,14 @@ def empty_viewed(
     if strides is None:
         return viewed(empty_like(like, memory_format=torch.contiguous_format))
     return empty, strides
+
+
+def order_of(operands: tuple[Tensor, ...]) -> Tensor:
+    """A dense tensor whose order in memory the operands are read and the outputs written in."""
+    for operand in operands:
+        if is_dense(operand):
+            return operand
+    return operands[0].contiguous()
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused import kernels as native  # type: ignore[attr-defined]
+import pyfused.kernels as native
 from pyfused.backends import CrossEntropyOptions, Gradients, Want
 from pyfused.backends.layout import (
     accumulate_dtype,
-    dense,
     empty_viewed,
-    is_dense,
     loss_shape,
+    order_of,
     positions,
     viewed,
 )
@@ -40,14 +39,15 @@ def cross_entropy(
         indices = target.contiguous()
     else:
         probabilities = viewed(target)
+    of_input, of_target = want.gradients or (False, False)
     loss = grad_input = grad_target = None
     if want.loss:
         shape = loss_shape(input, options.reduction)
         loss = input.new_empty(shape, dtype=accumulate)
     logits = viewed(input)
-    if want.grad_input:
+    if of_input:
         grad_input = logits if want.inplace else empty_viewed(logits[0])
-    if want.grad_target:
+    if of_target:
         assert probabilities is not None
         grad_target = empty_viewed(probabilities[0])
     with torch.cuda.device_of(input):
@@ -105,46 +105,60 @@ def _operands(order: Tensor, tensors: list[Tensor | None]) -> tuple[int | None, 
 
 def pointwise_loss(
     formula: str,
-    input: Tensor,
-    target: Tensor,
+    operands: tuple[Tensor, ...],
+    parameters: tuple[float, ...],
     weight: Tensor | None,
     reduction: str,
     denominator: float | Tensor,
     want: Want,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Loss, and gradients of input and target, each where wanted; see ``cpu.pointwise_loss``."""
-    order = target if is_dense(target) and not is_dense(input) else dense(input)
-    columns, operands = _operands(order, [input, target, weight, grad_output])
+    """Loss, and a gradient of each operand, each where wanted; see ``cpu.pointwise_loss``.
+
+    A parameter may be a tensor of one element, which only the GPU reads.
+    """
+    order = order_of(operands)
+    columns, views = _operands(order, [*operands, weight, grad_output])
     each = loss = None
     if want.loss and reduction == "none":
         each = torch.empty_like(order)
     elif want.loss:
-        loss = input.new_empty((), dtype=accumulate_dtype(input.dtype))
-    grad_input = torch.empty_like(order) if want.grad_input else None
-    grad_target = torch.empty_like(order) if want.grad_target else None
-    with torch.cuda.device_of(input):
-        getattr(native, formula)(
-            columns, operands, denominator, each, loss, grad_input, grad_target
+        loss = order.new_empty((), dtype=accumulate_dtype(order.dtype))
+    wanted = want.gradients or (False,) * len(operands)
+    gradients = tuple([torch.empty_like(order) if w else None for w in wanted])
+    with torch.cuda.device_of(order):
+        native.pointwise_loss(
+            formula, columns, views, parameters, denominator, each, loss, gradients
         )
-    return loss if each is None else each, (grad_input, grad_target)
+    return loss if each is None else each, gradients
 
 
-def activation(formula: str, input: Tensor, *, inplace: bool = False) -> Tensor:
+def activation(
+    formula: str,
+    input: Tensor,
+    parameters: tuple[float, ...] = (),  # noqa: ARG001
+    *,
+    inplace: bool = False,
+) -> Tensor:
     """``formula`` of each element; ``inplace`` needs a dense input."""
     output = input if inplace else torch.empty_like(input)
     columns, operands = _operands(output, [input])
     with torch.cuda.device_of(input):
-        getattr(native, formula)(columns, operands, output)
+        native.activation(formula, columns, operands, output)
     return output
 
 
-def activation_backward(formula: str, grad_output: Tensor, output: Tensor) -> Tensor:
-    """The input's gradient, from the dense output that ``activation`` returned."""
-    grad_input = torch.empty_like(output)
-    columns, operands = _operands(output, [grad_output, output])
-    with torch.cuda.device_of(output):
-        getattr(native, f"{formula}_backward")(columns, operands, grad_input)
+def activation_backward(
+    formula: str,
+    grad_output: Tensor,
+    saved: Tensor,
+    parameters: tuple[float, ...] = (),  # noqa: ARG001
+) -> Tensor:
+    """The input's gradient, from what the formula saves: its output or its input, dense."""
+    grad_input = torch.empty_like(saved)
+    columns, operands = _operands(saved, [grad_output, saved])
+    with torch.cuda.device_of(saved):
+        native.activation(f"{formula}_backward", columns, operands, grad_input)
     return grad_input
 
 

@@ -1,70 +1,88 @@
-"""Cross-entropy: an autograd function over the fused kernels."""
+"""Losses over classes: an autograd function over the fused kernels, and what compilers see."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
-from torch.nn.functional import cross_entropy  # by name: pyfused.patch replaces it there
+from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import Backend, CrossEntropyOptions, Want, cpu
+from pyfused.backends import Backend, CrossEntropyOptions, Gradients, Want, cpu
 from pyfused.backends.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
 from pyfused.ops import inductor
+from pyfused.ops.declaration import Arguments, Operator, reduction_of
 from pyfused.ops.dispatch import backend_of, is_traced
 from pyfused.ops.gradients import (
-    Gradients,
     autocast_dtype,
     backward,
     differentiate,
     gradients_ahead,
+    without_functorch,
 )
+from pyfused.ops.torchs import original
 
+_torchs = original(F.cross_entropy)
 Saved = tuple[Tensor, Tensor, Tensor | None]
 
 
-def fused(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    inplace: bool,
-) -> Tensor:
-    """The loss of tensors that the kernels take."""
-    checks.cross_entropy(input, target, weight, options)
-    if target.is_floating_point():
-        common = torch.promote_types(input.dtype, target.dtype)
-        if weight is not None:
-            common = torch.promote_types(common, weight.dtype)
-        input, target = input.to(common), target.to(common)
-    else:
-        target = target if target.dtype is torch.int64 else target.to(torch.int64)
-        target = target.reshape(()) if input.dim() == 1 else target
-    backend = backend_of(input)
-    if is_dynamo_compiling() or is_traced(input):
-        loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
-    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss = CrossEntropy.apply(backend, input, target, weight, options, inplace)
-    else:
-        loss, _ = backend.cross_entropy(input, target, weight, options, Want())
-    assert loss is not None
-    dtype = autocast_dtype(input.dtype, input.device)
-    return loss if loss.dtype is dtype else loss.to(dtype)
+@dataclass(eq=False, kw_only=True, repr=False)
+class CrossEntropy(Operator):
+    """A loss of each row of logits beside a class index, or beside probabilities of the classes."""
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
+        input, target, weight, options = self._read(arguments)
+        checks.reduction(options.reduction)
+        checks.cross_entropy(input, target, weight, options.ignore_index, options.label_smoothing)
+        if target.is_floating_point():
+            common = torch.promote_types(input.dtype, target.dtype)
+            if weight is not None:
+                common = torch.promote_types(common, weight.dtype)
+            input, target = input.to(common), target.to(common)
+        else:
+            target = target if target.dtype is torch.int64 else target.to(torch.int64)
+            target = target.reshape(()) if input.dim() == 1 else target
+        backend = backend_of(input)
+        if is_dynamo_compiling() or is_traced(input):
+            loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
+        elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+            loss = _apply(backend, input, target, weight, options, inplace)
+        else:
+            loss, _ = backend.cross_entropy(input, target, weight, options, Want())
+        assert loss is not None
+        dtype = autocast_dtype(input.dtype, input.device)
+        return loss if loss.dtype is dtype else loss.to(dtype)
+
+    def check(self, arguments: Arguments) -> None:
+        input, target, weight, options = self._read(arguments)
+        checks.reduction(options.reduction)
+        checks.cross_entropy(input, target, weight, options.ignore_index, options.label_smoothing)
+        checks.class_indices(input, target, options.ignore_index)
+
+    def _read(
+        self, arguments: Arguments
+    ) -> tuple[Tensor, Tensor, Tensor | None, CrossEntropyOptions]:
+        input, target, weight, size_average, ignore_index, reduce, reduction, smoothing = arguments
+        reduction = reduction_of(size_average, reduce, reduction)
+        return input, target, weight, CrossEntropyOptions(ignore_index, reduction, smoothing)
+
+    def give_up(self, input: Tensor) -> None:
+        """Marks logits whose gradient may overwrite them as changed, for whoever saved them."""
+        compiling = is_dynamo_compiling()  # whose gradient has memory of its own
+        if torch.is_grad_enabled() and input.requires_grad and not compiling:
+            checks.overwritable(input)
+            increment_version(input)
+
+    def manner(self, input: Tensor) -> str:
+        return "rows in L2" if cpu.takes_rows(input) else "positions side by side"
 
 
-def give_up(input: Tensor) -> None:
-    """Marks logits whose gradient may overwrite them as changed, for whoever saved them before."""
-    compiling = is_dynamo_compiling()  # whose gradient has memory of its own
-    if torch.is_grad_enabled() and input.requires_grad and not compiling:
-        checks.overwritable(input)
-        increment_version(input)
-
-
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropyFunction(torch.autograd.Function):
     """The gradients are computed by the forward pass, while each row of logits is in cache.
 
     Except where the upstream gradient is needed first: one that differs from row to row, or one
@@ -86,7 +104,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(input, target, weight)
         now = gradients_ahead(options.reduction, input)
         now = now and (is_dense(input) or not inplace)
-        want = Want(True, now and ctx.needs_input_grad[1], now and ctx.needs_input_grad[2], inplace)
+        want = Want(True, ctx.needs_input_grad[1:3] if now else (), inplace)
         loss, gradients = backend.cross_entropy(input, target, weight, options, want)
         ctx.gradients = gradients if now else None
         ctx.overwritten = inplace and now
@@ -103,6 +121,9 @@ class CrossEntropy(torch.autograd.Function):
         )
 
 
+_apply = without_functorch(CrossEntropyFunction)
+
+
 def _saved(ctx: Any) -> Saved:
     if ctx.overwritten:
         raise RuntimeError(
@@ -115,8 +136,7 @@ def _saved(ctx: Any) -> Saved:
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
     input, target, weight = _saved(ctx)
-    wanted = ctx.needs_input_grad
-    want = Want(False, wanted[1], wanted[2], ctx.inplace)
+    want = Want(False, ctx.needs_input_grad[1:3], ctx.inplace)
     if ctx.inplace:
         increment_version(input)
         ctx.overwritten = True
@@ -137,7 +157,7 @@ def _of_definition(
     dtype = grad_output.dtype
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
+        return _torchs(
             input.to(dtype),
             target.to(dtype) if target.is_floating_point() else target,
             None if weight is None else weight.to(dtype),
@@ -155,14 +175,12 @@ _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? weight, "
     "int ignore_index, str reduction, float label_smoothing"
 )
-torch.library.define("pyfused::cross_entropy", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define(
-    "pyfused::cross_entropy_backward",
-    f"(Tensor grad_output, {_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor)",
+_LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
+_LIBRARY.define(f"cross_entropy({_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(
+    f"cross_entropy_backward(Tensor grad_output, {_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor)"
 )
-torch.library.define(
-    "pyfused::cross_entropy_ahead", f"({_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
-)
+_LIBRARY.define(f"cross_entropy_ahead({_ARGUMENTS}, bool[2] wanted) -> (Tensor, Tensor, Tensor)")
 
 
 def _loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
@@ -174,7 +192,7 @@ def _loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -
 def _gradients(
     grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> Gradients:
-    want = Want(False, *options[-1])
+    want = Want(False, tuple(options[-1]))
     arguments = input, target, weight, CrossEntropyOptions(*options[:-1])
     _, gradients = cpu.cross_entropy(*arguments, want, grad_output)
     return _filled(gradients, input)
@@ -183,7 +201,7 @@ def _gradients(
 def _loss_and_gradients(
     input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor | None, ...]:
-    want = Want(True, *options[-1])
+    want = Want(True, tuple(options[-1]))
     arguments = input, target, weight, CrossEntropyOptions(*options[:-1])
     loss, gradients = cpu.cross_entropy(*arguments, want)
     return loss, *_filled(gradients, input)
@@ -231,10 +249,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
 
 
 for _name, _kernels, _fake in (
-    ("pyfused::cross_entropy", _loss, _fake_loss),
-    ("pyfused::cross_entropy_backward", _gradients, _fake_gradients),
-    ("pyfused::cross_entropy_ahead", _loss_and_gradients, _fake_loss_and_gradients),
+    ("cross_entropy", _loss, _fake_loss),
+    ("cross_entropy_backward", _gradients, _fake_gradients),
+    ("cross_entropy_ahead", _loss_and_gradients, _fake_loss_and_gradients),
 ):
-    torch.library.impl(_name, "cpu", _kernels)
-    torch.library.register_fake(_name, _fake)
-torch.library.register_autograd("pyfused::cross_entropy", _backward, setup_context=_save)
+    _LIBRARY.impl(_name, _kernels, "CPU")
+    torch.library.register_fake(f"pyfused::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "pyfused::cross_entropy", _backward, setup_context=_save, lib=_LIBRARY
+)

@@ -1,4 +1,4 @@
-"""Which calls the fused kernels take, on which backend, and which are torch's own.
+"""The way of a call: to a fused kernel, on which backend, or to torch's own operator, and why.
 
 CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environment variable
 ``PYFUSED_BACKEND`` names one of them for all: ``cpu``, ``triton`` (on CPU tensors too, where
@@ -11,17 +11,21 @@ import logging
 import os
 from functools import cache
 from importlib import util
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.overrides import has_torch_function
 from torch.utils._device import DeviceContext
 
 from pyfused.backends import Backend, cpu
-from pyfused.backends.layout import is_dense
+from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.sizes import ATEN_BELOW
 
 FORCED = os.environ.get("PYFUSED_BACKEND") or None
@@ -30,9 +34,10 @@ if FORCED not in (None, "cpu", "triton", "torch"):
 
 # The table of sizes.py for GPUs. Not measured yet: a launch from Python takes some 10 us, and so
 # does an autograd.Function; in that time a GPU gets through about this much.
-ATEN_BELOW_ON_GPU = {"cross_entropy": 1 << 16, "mse_loss": 1 << 20, "relu": 1 << 22}
+ATEN_BELOW_ON_GPU = {"cross_entropy": 1 << 16, "relu": 1 << 22, "sigmoid": 1 << 22}
+ATEN_BELOW_ON_GPU_ELSE = 1 << 20
 
-# Most calls with small tensors need not look further. A call without elements is one of them.
+# Most calls with small tensors need not look further.
 _ALWAYS_BELOW = {
     op: min(
         below
@@ -40,6 +45,8 @@ _ALWAYS_BELOW = {
         for rows in ATEN_BELOW.get(key, {}).values()
         for _, below in rows
     )
+    if FORCED is None
+    else 0
     for op in ATEN_BELOW
 }
 
@@ -52,18 +59,47 @@ COMPILED_BELOW = {"cross_entropy": 1 << 18}
 
 SMALL = "ATen is faster at this size"
 _PLAIN = (Tensor, Parameter)
+_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _log = logging.getLogger("pyfused")
 _said: set[tuple[str, str]] = set()
 
 
-def reason_for_torch(
-    op: str,
-    input: Tensor,
-    target: Tensor | None = None,
-    weight: Tensor | None = None,
-    inplace: bool = False,
-) -> str | None:
+def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
+    """An operator's result, from a fused kernel or from torch's own operator.
+
+    Args:
+        arguments: All that torch's function takes but for ``inplace``.
+        inplace: The result takes the input's memory; with a loss, the input's gradient does.
+    """
+    input = arguments[0]
+    reason: str | None
+    if (
+        not is_dynamo_compiling()
+        and type(input) in _PLAIN
+        and type(elements := input.numel()) is int  # a tensor, to torch.jit.trace
+        and elements < _ALWAYS_BELOW[op.name]
+    ):
+        reason = SMALL  # as most calls are, so that they are asked no more
+    else:
+        reason = reason_for_torch(op, arguments, inplace)
+    if inplace and (reason is None or reason is SMALL):
+        op.give_up(input)
+    if reason is None:
+        return op.fused(arguments, inplace)
+    torchs = op.aten_ if inplace else op.aten
+    if reason is not SMALL:
+        say_once(op.name, reason)
+        if has_torch_function(arguments):
+            torchs = op.torchs_ if inplace else op.torchs
+    try:
+        return torchs(*arguments)
+    except _ERRORS:
+        op.check(arguments)
+        raise
+
+
+def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) -> str | None:
     """Why torch's own operator takes a call, None where a fused kernel does.
 
     Fused is first-order reverse mode on plain dense CPU and GPU tensors of the kernels' dtypes.
@@ -71,24 +107,25 @@ def reason_for_torch(
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
+    input = arguments[0]
     compiling = is_dynamo_compiling()  # first: comparing sizes would make a graph depend on them
     if type(input) not in _PLAIN:
         compiling = is_traced(input)
         if not compiling:
             return f"input is a {type(input).__name__}"
-    if not compiling and aten_is_faster(op, input):
+    if not compiling and aten_is_faster(op.name, input):
         return SMALL
-    return (
-        (_left_to_compiler(op, input) if compiling else _active_mode())
-        or _unsupported("input", input, input)
-        or (target is not None and _unsupported("target", target, input, op == "cross_entropy"))
-        or (target is not None and target.numel() == 0 and SMALL)  # it broadcasts: no elements
-        or (weight is not None and _unsupported("weight", weight, input))
-        or (weight is not None and weight.requires_grad and "weight requires grad")
-        or (op == "cross_entropy" and input.shape[1:2] == (1,) and "one class")
-        or (inplace and _overwritten_by_torch(input) and "overwriting saves no memory to a kernel")
-        or None
-    )
+    reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
+    reason = reason or _unsupported(op.operands[0], input, input, compiling)
+    for place, operand in op.others:
+        tensor = arguments[place]
+        if reason is None and not (tensor is None and operand.optional):
+            reason = _unsupported(operand, tensor, input, compiling)
+    if reason is None and op.against is not None:
+        reason = op.against(*arguments)
+    if reason is None and inplace:
+        reason = op.against_inplace(input)
+    return reason
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -118,15 +155,15 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
     elements = input.numel()
     if type(elements) is not int:  # a tensor, to torch.jit.trace
         return False
-    if elements < _ALWAYS_BELOW[op]:
-        return elements == 0 or FORCED is None
-    if FORCED is not None:
-        return False
+    if elements == 0 or FORCED is not None:
+        return elements == 0
     if not input.is_cpu:
-        return elements < ATEN_BELOW_ON_GPU[op]
-    if op == "cross_entropy" and input.dim() > 2:
+        return elements < ATEN_BELOW_ON_GPU.get(op, ATEN_BELOW_ON_GPU_ELSE)
+    shape = input.shape
+    dim = len(shape)
+    if dim > 2 and op == "cross_entropy":
         op = "cross_entropy_kdim"
-    classes = input.shape[min(1, input.dim() - 1)] if input.dim() else 1
+    classes = shape[1 if dim > 1 else 0] if dim else 1
     for most, below in ATEN_BELOW[op].get(input.dtype, ()):
         if classes <= most:
             return elements < below
@@ -208,28 +245,28 @@ def without_triton(device: torch.device) -> str | None:
     return None
 
 
-def _overwritten_by_torch(input: Tensor) -> bool:
-    """Whether torch's own operator is to overwrite ``input``.
-
-    It has the errors for what must not be overwritten, takes any strides, and there is no new
-    memory for a kernel to save unless a gradient follows.
-    """
-    wants_grad = torch.is_grad_enabled() and input.requires_grad
-    return not wants_grad or input.is_leaf or input._is_view() or not is_dense(input)
-
-
-def _unsupported(name: str, tensor: Tensor, input: Tensor, indices: bool = False) -> str | None:
-    plain = type(tensor) in _PLAIN
+def _unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) -> str | None:
+    name, plain = operand.name, type(tensor) in _PLAIN
     if not plain and not is_traced(tensor):
-        return f"{name} is a {type(tensor).__name__}"
+        number = operand.number and type(tensor) is float
+        return None if number else f"{name} is a {type(tensor).__name__}"
     simple = tensor.is_cpu and input.is_cpu and FORCED is None
     if not simple and (reason := _off_cpu(name, tensor, input)):
         return reason
     if tensor.layout is not torch.strided:
         return f"{name} has layout {tensor.layout}"
-    if tensor.dtype not in cpu.DTYPES and not (indices and tensor.dtype in _INDEX_DTYPES):
+    if tensor.dtype not in cpu.DTYPES and not (operand.indices and tensor.dtype in _INDEX_DTYPES):
         return f"{name} has dtype {tensor.dtype}"
     # The dispatcher makes a lazy tensor whole on the way to a compiler's custom operator.
-    if plain and not is_dynamo_compiling() and (tensor.is_neg() or tensor._is_zerotensor()):
-        return f"{name} is lazy"
-    return None
+    if plain and not compiling:
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return f"{name} is lazy"
+        if tensor.is_nested:
+            return f"{name} is nested"
+        if is_functorch_wrapped_tensor(tensor):
+            return f"{name} has left torch.func"
+        if is_lazy_clone(tensor):  # whose address cannot be had without the copy
+            return f"{name} is a lazy clone"
+    if not operand.differentiated and tensor.requires_grad:
+        return f"{name} requires grad"
+    return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts

@@ -2,71 +2,204 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, reduce
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss  # by name: pyfused.patch replaces it there
 
-from pyfused.backends import Backend, Want
+from pyfused import checks
+from pyfused.backends import Backend, Gradients, Want
+from pyfused.ops.declaration import Arguments, Operand, Operator, reduction_of
 from pyfused.ops.dispatch import backend_of
-from pyfused.ops.gradients import (
-    Gradients,
-    autocast_dtype,
-    backward,
-    differentiate,
-    gradients_ahead,
-)
+from pyfused.ops.gradients import backward, differentiate, gradients_ahead, without_functorch
+
+Denominator = Callable[[Tensor, Tensor | None], float | Tensor]
 
 
-class Formula(NamedTuple):
-    """A loss: the name of its kernel, and torch's own definition without a reduction."""
-
-    kernel: str
-    definition: Callable[[Tensor, Tensor], Tensor]
+def elements(input: Tensor, _weight: Tensor | None) -> float:
+    return float(input.numel())
 
 
-SQUARED_ERROR = Formula("squared_error", lambda x, t: mse_loss(x, t, reduction="none"))
+def weight_or_elements(input: Tensor, weight: Tensor | None) -> float | Tensor:
+    return elements(input, weight) if weight is None else weight.sum(dtype=torch.float64)
 
 
-def fused(
-    formula: Formula, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
-) -> Tensor:
-    """The loss of tensors that the kernels take and whose shapes broadcast."""
-    factors = None if weight is None else weight.dtype
-    dtype = result_dtype(input.dtype, target.dtype, factors, input.device)
-    input, target = torch.broadcast_tensors(input.to(dtype), target.to(dtype))
-    denominator: float | Tensor = 1.0
-    if reduction == "mean":
-        denominator = float(input.numel()) if weight is None else weight.sum(dtype=torch.float64)
-    if weight is not None:
-        weight = weight.to(dtype).expand(input.shape)
-    backend = backend_of(input)
-    options = weight, reduction, denominator
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss: Tensor | None = PointwiseLoss.apply(backend, formula, input, target, *options)
-    else:
-        loss, _ = backend.pointwise_loss(formula.kernel, input, target, *options, Want())
-    assert loss is not None
-    return loss.to(dtype)
+@dataclass(eq=False, kw_only=True, repr=False)
+class PointwiseLoss(Operator):
+    """A formula of each element of the operands, multiplied by ``weight``, and reduced.
 
+    Where the last operand is optional and given, the formula is another one, named after both.
 
-def result_dtype(
-    input: torch.dtype, target: torch.dtype, weight: torch.dtype | None, device: torch.device
-) -> torch.dtype:
-    """What torch computes the loss in and returns.
-
-    Autocast widens torch's operator. A weighted loss is none, but is made of a power, and that is
-    widened on GPUs alone.
+    Attributes:
+        shapes: Raises where shapes of the formula's operands do not go together.
+        warns: Whether torch warns of an input and a target that broadcast.
+        weight_shape: Raises where ``weight`` does not go with the input.
+        denominators: What the sum is divided by in each reduction but none and sum, from the
+            expanded input and the weight.
+        arrange: What torch makes of the formula's operands before they broadcast.
+        variables: The formula's operands: all but the weight.
     """
-    dtype = torch.promote_types(input, target)
-    if weight is None or device.type == "cuda":
-        dtype = autocast_dtype(dtype, device)
-    return dtype if weight is None else torch.promote_types(dtype, weight)
+
+    shapes: Callable[..., None] = checks.broadcasting
+    warns: bool = True
+    weight_shape: Callable[[Tensor, Tensor], None] | None = None
+    denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
+    arrange: Callable[..., Sequence[Tensor]] | None = None
+    variables: tuple[Operand, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.variables = tuple(o for o in self.operands if o.name != "weight")
+        place = self.arguments.index
+        self._values = itemgetter(*[place(variable.name) for variable in self.variables])
+        self._numbers = [(place(parameter.name), parameter) for parameter in self.parameters]
+        self._weight = place("weight") if self.weight_shape is not None else None
+        self._reduction = place("reduction")
+        self._legacy = "reduce" in self.arguments
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
+        operands, weight, reduction = self._read(arguments)
+        self._check(arguments, operands, weight, reduction)
+        dtype, result = self._dtypes(arguments, operands[0])
+        if self.arrange is not None:
+            operands = self.arrange(*operands)
+        shape = operands[0].shape
+        if self.warns and operands[1].shape != shape:
+            _warn_of_broadcasting(operands[0], operands[1])
+        if any(operand.shape != shape for operand in operands):
+            operands = torch.broadcast_tensors(*operands)
+        operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
+        denominator: float | Tensor = 1.0
+        if reduction in self.denominators:
+            denominator = self.denominators[reduction](operands[0], weight)
+        if weight is not None:
+            weight = weight.to(dtype).expand_as(operands[0])
+        numbers = tuple([_number(arguments[place], p.flag) for place, p in self._numbers])
+        call = Call(self, backend_of(operands[0]), numbers, reduction, denominator)
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+            loss: Tensor | None = _apply(call, weight, *operands)
+        else:
+            loss, _ = call.kernel(operands, weight, Want())
+        assert loss is not None
+        return loss if loss.dtype is result else loss.to(result)
+
+    def check(self, arguments: Arguments) -> None:
+        for place, operand in ((0, self.operands[0]), *self.others):
+            if arguments[place] is not None or not operand.optional:
+                number = float if operand.number else None
+                checks.tensor(operand.name, arguments[place], number)
+        self._check(arguments, *self._read(arguments))
+
+    def _read(self, arguments: Arguments) -> tuple[Sequence[Any], Tensor | None, str]:
+        operands, reduction = self._values(arguments), arguments[self._reduction]
+        if operands[-1] is None:
+            operands = operands[:-1]
+        if self._legacy:
+            place = self._reduction
+            reduction = reduction_of(arguments[place - 2], arguments[place - 1], reduction)
+        return operands, None if self._weight is None else arguments[self._weight], reduction
+
+    def _check(
+        self,
+        arguments: Arguments,
+        operands: Sequence[Any],
+        weight: Tensor | None,
+        reduction: str,
+    ) -> None:
+        """Options, shapes and values, of tensors."""
+        if reduction not in self.denominators:
+            checks.reduction(reduction, ("none", *self.denominators, "sum"))
+        for place, parameter in self._numbers:
+            if not parameter.flag:
+                checks.parameter(parameter.name, arguments[place], parameter.low)
+        if operands[1].shape != operands[0].shape or len(operands) > 2:
+            self.shapes(*operands)
+        if self.weight_shape is not None and weight is not None:
+            self.weight_shape(operands[0], weight)
+        for operand, value in zip(self.variables, operands, strict=False):
+            if operand.enforced is not None:
+                checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
+
+    def _dtypes(self, arguments: Arguments, input: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """What the kernel computes the loss of, and what the loss is returned in."""
+        dtype, device, alike = input.dtype, input.device, True
+        for place, _ in self.others:
+            alike = alike and getattr(arguments[place], "dtype", dtype) is dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        if alike and not autocast:
+            return dtype, dtype
+        to = torch.get_autocast_dtype(device.type) if autocast else None
+        given = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.others)]
+        tensors = [(name, value) for name, value in given if isinstance(value, Tensor)]
+        kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
+        result = result_dtype(self, kinds, device, to)
+        return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
-class PointwiseLoss(torch.autograd.Function):
+def _number(value: Any, flag: bool) -> Any:
+    """A parameter as a number, but for one that only a GPU knows."""
+    if flag:
+        value = bool(value)
+    return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
+
+
+@cache
+def result_dtype(
+    op: PointwiseLoss,
+    kinds: tuple[tuple[str, torch.dtype, int], ...],
+    device: torch.device,
+    autocast: torch.dtype | None,  # noqa: ARG001 a key
+) -> torch.dtype:
+    """What torch's operator returns for tensors of these dtypes, asked of it with one element.
+
+    Its answer follows no rule: of a loss made of several operators autocast may widen some, and
+    an operand may be overwritten with what is of another dtype.
+
+    Args:
+        kinds: For each tensor its name, its dtype, and its number of dimensions, 0 or 1.
+    """
+    ones: dict[str, Any] = {operand.name: 1.0 for operand in op.operands if operand.number}
+    for name, dtype, dim in kinds:
+        ones[name] = torch.ones([1] * dim, dtype=dtype, device=device)
+    with torch.no_grad():
+        return op.torchs(**ones, reduction="none").dtype
+
+
+class Call(NamedTuple):
+    """What a kernel takes beside tensors."""
+
+    op: PointwiseLoss
+    backend: Backend
+    numbers: tuple[Any, ...]
+    reduction: str
+    denominator: float | Tensor
+
+    def kernel(
+        self,
+        operands: Sequence[Tensor],
+        weight: Tensor | None,
+        want: Want,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        name, last = self.op.name, self.op.variables[len(operands) - 1]
+        return self.backend.pointwise_loss(
+            f"{name}_{last.name}" if last.optional else name,
+            tuple(operands),
+            self.numbers,
+            weight,
+            self.reduction,
+            self.denominator,
+            want,
+            grad_output,
+        )
+
+
+class PointwiseLossFunction(torch.autograd.Function):
     """The gradients are computed by the forward pass, while the operands are in cache.
 
     Except where the upstream gradient is needed first: one that differs from element to element,
@@ -74,51 +207,50 @@ class PointwiseLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Backend,
-        formula: Formula,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        reduction: str,
-        denominator: float | Tensor,
-    ) -> Tensor | None:
-        ctx.backend, ctx.formula = backend, formula
-        ctx.reduction, ctx.denominator = reduction, denominator
-        ctx.save_for_backward(input, target, weight)
-        now = gradients_ahead(reduction, input)
-        want = Want(True, now and ctx.needs_input_grad[2], now and ctx.needs_input_grad[3])
-        loss, gradients = backend.pointwise_loss(
-            formula.kernel, input, target, weight, reduction, denominator, want
-        )
+    def forward(ctx: Any, call: Call, weight: Tensor | None, *operands: Tensor) -> Tensor | None:
+        ctx.call, ctx.backend = call, call.backend
+        ctx.save_for_backward(weight, *operands)
+        now = gradients_ahead(call.reduction, operands[0])
+        want = Want(True, ctx.needs_input_grad[2:] if now else ())
+        loss, gradients = call.kernel(operands, weight, want)
         ctx.gradients = gradients if now else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        op = ctx.formula.kernel
-        return None, None, *backward(op, ctx, grad_output, _kernel, _definition), None, None, None
+        return None, None, *backward(ctx.call.op.name, ctx, grad_output, _kernel, _definition)
+
+
+_apply = without_functorch(PointwiseLossFunction)
 
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    want = Want(False, *ctx.needs_input_grad[2:4])
-    input, target, weight = ctx.saved_tensors
-    options = weight, ctx.reduction, ctx.denominator
-    upstream = grad_output.expand_as(input)
-    found: tuple[Tensor | None, Gradients] = ctx.backend.pointwise_loss(
-        ctx.formula.kernel, input, target, *options, want, upstream
-    )
-    return found[1]
+    weight, *operands = ctx.saved_tensors
+    want = Want(False, ctx.needs_input_grad[2:])
+    call: Call = ctx.call
+    return call.kernel(operands, weight, want, grad_output.expand_as(operands[0]))[1]
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    input, target, weight = ctx.saved_tensors
+    weight, *operands = ctx.saved_tensors
+    call: Call = ctx.call
+    names = [variable.name for variable in call.op.variables]
+    numbers = dict(zip([p.name for p in call.op.parameters], call.numbers, strict=True))
 
-    def definition(input: Tensor, target: Tensor) -> Tensor:
-        each: Tensor = ctx.formula.definition(input, target)
-        loss: Tensor = (each / ctx.denominator).to(each.dtype)
+    def definition(*operands: Tensor) -> Tensor:
+        named = dict(zip(names, operands, strict=False))
+        each: Tensor = call.op.torchs(**named, **numbers, reduction="none")
+        loss: Tensor = (each / call.denominator).to(each.dtype)
         return loss if weight is None else loss * weight
 
-    upstream = grad_output.expand_as(input)
-    return differentiate(definition, (input, target), ctx.needs_input_grad[2:4], upstream)
+    upstream = grad_output.expand_as(operands[0])
+    return differentiate(definition, operands, ctx.needs_input_grad[2:], upstream)
+
+
+def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
+    warnings.warn(
+        f"Using a target size ({target.shape}) that is different to the input size "
+        f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
+        "Please ensure they have the same size.",
+        stacklevel=5,  # who called the function, which called `call`, `fused` and this
+    )

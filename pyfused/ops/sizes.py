@@ -34,10 +34,34 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 15),),
         torch.float16: ((ANY, 1 << 20),),
     },
+    "smooth_l1_loss": {
+        torch.float32: ((ANY, 1 << 17),),
+        torch.float64: ((ANY, 1 << 16),),
+        torch.bfloat16: ((ANY, 1 << 15),),
+        torch.float16: ((ANY, 1 << 15),),
+    },
+    "binary_cross_entropy_with_logits": {
+        torch.float32: ((ANY, 1 << 14),),
+        torch.float64: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.float16: ((ANY, 1 << 14),),
+    },
+    "gaussian_nll_loss": {
+        torch.float32: ((ANY, 1 << 12),),
+        torch.float64: ((ANY, 1 << 12),),
+        torch.bfloat16: ((ANY, 1 << 12),),
+        torch.float16: ((ANY, 1 << 12),),
+    },
     "relu": {
         torch.float32: ((ANY, 1 << 23),),
         torch.float64: ((ANY, 1 << 22),),
         torch.bfloat16: ((ANY, 1 << 17),),
         torch.float16: ((ANY, 1 << 24),),
+    },
+    "sigmoid": {
+        torch.float32: ((ANY, 1 << 18),),
+        torch.float64: ((ANY, 1 << 17),),
+        torch.bfloat16: ((ANY, 1 << 17),),
+        torch.float16: ((ANY, 1 << 17),),
     },
 }

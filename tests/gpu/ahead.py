@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,6 +37,8 @@ from triton.runtime.jit import JITFunction
 from pyfused.backends import CrossEntropyOptions, Want
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
+from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
+from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -91,7 +94,7 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     if "upstream" in kind:
         options, upstream = options._replace(reduction="none"), empty(dtype, *indices.shape)
     target = x if "probabilities" in kind else indices
-    want = Want("upstream" not in kind, "forward" not in kind, target is x, "inplace" in kind)
+    want = Want("upstream" not in kind, ("forward" not in kind, target is x), "inplace" in kind)
     arguments = (x, target, weight if "weight" in kind else None, options, want, upstream)
     name = f"cross_entropy {str(dtype)[6:]} {'x'.join(map(str, shape))} {kind}".strip()
     return Case(name, dtype, lambda: backend.cross_entropy(*arguments))
@@ -119,23 +122,32 @@ def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
     n = 1 << 24
     x, rows, total = empty(dtype, n), empty(dtype, 4096, 4096), empty(torch.float64)
     row = empty(dtype, 4096).expand(4096, 4096)
-    formula, name = "squared_error", f"mse_loss {str(dtype)[6:]}"
-    ahead, after = Want(True, True, True), Want(False, True, True)
+    name = f"mse_loss {str(dtype)[6:]}"
+    ahead, after = Want(True, (True, True)), Want(False, (True, True))
+
+    def mse_loss(*operands: Tensor, weight: Tensor | None = None) -> Callable[..., object]:
+        return partial(backend.pointwise_loss, "mse_loss", operands, (), weight)
+
     calls: dict[str, Callable[[], object]] = {
-        f"{name} forward": lambda: backend.pointwise_loss(formula, x, x, None, "sum", 1.0, Want()),
-        f"{name}": lambda: backend.pointwise_loss(formula, x, x, None, "mean", 1.0 * n, ahead),
-        f"{name} weight": lambda: backend.pointwise_loss(formula, x, x, x, "mean", total, ahead),
-        f"{name} none": lambda: backend.pointwise_loss(formula, x, x, None, "none", 1.0, Want()),
-        f"{name} upstream": lambda: backend.pointwise_loss(
-            formula, x, x, None, "none", 1.0, after, x
-        ),
-        f"{name} broadcast": lambda: backend.pointwise_loss(
-            formula, rows, row, None, "mean", 1.0 * n, ahead
-        ),
-        f"relu {str(dtype)[6:]}": lambda: backend.activation("relu", x),
-        f"relu {str(dtype)[6:]} backward": lambda: backend.activation_backward("relu", x, x),
+        f"{name} forward": partial(mse_loss(x, x), "sum", 1.0, Want()),
+        f"{name} weight": partial(mse_loss(x, x, weight=x), "mean", total, ahead),
+        f"{name} none": partial(mse_loss(x, x), "none", 1.0, Want()),
+        f"{name} upstream": partial(mse_loss(x, x), "none", 1.0, after, x),
+        f"{name} broadcast": partial(mse_loss(rows, row), "mean", 1.0 * n, ahead),
         f"scale {str(dtype)[6:]}": lambda: backend.scale_(x, total),
     }
+    for op in ACTIVATIONS:
+        if not op.endswith("_backward"):
+            forward = partial(backend.activation, op, x)
+            backward = partial(backend.activation_backward, op, x, x)
+            name = f"{op} {str(dtype)[6:]}"
+            calls |= {name: forward, f"{name} backward": backward}
+    for op, formula in LOSSES.items():
+        count = formula.value.fn.__code__.co_argcount - 3  # parameters
+        operands, every = (x,) * count, Want(True, (True,) * count)
+        calls[f"{op} {str(dtype)[6:]}"] = partial(
+            backend.pointwise_loss, op, operands, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, every
+        )
     for case, run in calls.items():
         yield Case(case, dtype, run)
 

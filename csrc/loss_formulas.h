@@ -1,0 +1,155 @@
+// Losses that compare element by element: what each makes of one element, and its gradients.
+//
+// A formula is compiled for float and double alone, as loops over a chunk that lies in L1. Reading and
+// rounding, weights, upstream gradients and sums are pointwise_loss.h's, once for all of them.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace pyfused {
+
+using Parameters = std::array<double, 3>;
+
+// A formula's last operand is other than null where it takes three. What it does not differentiate has
+// a gradient of 0, which nobody asks for.
+template <class A> struct Formula {
+  explicit Formula(const Parameters&) {}
+  A grad_other(A, A, A, A) const { return 0; }
+};
+
+// torch: F.mse_loss(x, t). The gradients come divided by the denominator, before they can overflow.
+template <class A> struct MseLoss : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A) const { return (x - t) * (x - t); }
+  A grad_input(A x, A t, A, A scale) const { return 2 * scale * (x - t); }
+  A grad_target(A x, A t, A, A scale) const { return 2 * scale * (t - x); }
+};
+
+// torch: F.smooth_l1_loss(x, t, beta=beta); with a beta of 0, F.l1_loss(x, t).
+template <class A> struct SmoothL1Loss : Formula<A> {
+  A beta;
+  explicit SmoothL1Loss(const Parameters& p) : Formula<A>(p), beta(A(p[0])) {}
+  A value(A x, A t, A) const {
+    const A d = x - t, size = d < 0 ? -d : d;
+    return size >= beta ? size - beta / 2 : size * size / beta / 2;
+  }
+  A grad_input(A x, A t, A, A scale) const {
+    const A d = x - t, size = d < 0 ? -d : d;
+    return scale * (size >= beta || beta == 0 ? A(d > 0) - A(d < 0) : d / beta);
+  }
+  A grad_target(A x, A t, A, A scale) const { return grad_input(t, x, 0, scale); }
+};
+
+// torch: F.binary_cross_entropy_with_logits(x, t).
+//   loss = (1 - t) x + softplus(-x),  softplus(-x) = log(1 + exp(-x))
+template <class A> struct BinaryCrossEntropy : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A) const { return (1 - t) * x + softplus(-x); }
+  A grad_input(A x, A t, A, A scale) const { return scale * (sigmoid(x) - t); }
+  A grad_target(A x, A, A, A scale) const { return -scale * x; }
+};
+
+// The same with pos_weight = p:  loss = (1 - t) x + (1 + (p - 1) t) softplus(-x)
+template <class A> struct BinaryCrossEntropyPosWeight : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A p) const { return (1 - t) * x + ((p - 1) * t + 1) * softplus(-x); }
+  A grad_input(A x, A t, A p, A scale) const {
+    return scale * ((p * t + 1 - t) * sigmoid(x) - p * t);
+  }
+  A grad_target(A x, A, A p, A scale) const { return scale * (p * softplus(-x) - softplus(x)); }
+};
+
+// torch: F.gaussian_nll_loss(x, t, v, full, eps). A variance below eps counts as eps; its gradient is
+// that of eps, too.
+template <class A> struct GaussianNllLoss {
+  A constant, eps;
+  explicit GaussianNllLoss(const Parameters& p)
+      : constant(p[0] != 0 ? A(0.91893853320467274) : A(0)), eps(A(p[1])) {}
+  A at_least(A v) const { return v < eps ? eps : v; }
+  A value(A x, A t, A v) const {
+    v = at_least(v);
+    return (log_of(v) + (x - t) * (x - t) / v) / 2 + constant;
+  }
+  A grad_input(A x, A t, A v, A scale) const {
+    return 2 * (x - t) * (scale / 2 / at_least(v));  // overflows where torch's does
+  }
+  A grad_target(A x, A t, A v, A scale) const { return grad_input(t, x, v, scale); }
+  A grad_other(A x, A t, A v, A scale) const {
+    v = at_least(v);
+    return (v - (x - t) * (x - t)) / v / v * (scale / 2);
+  }
+};
+
+// ---- loops --------------------------------------------------------------------------------------
+
+// n elements of each operand, in L1. Of the gradients, those that are not null are wanted.
+template <class A> struct LossChunk {
+  int64_t n;
+  std::array<const A*, 3> operands;
+  A scale;    // of the gradients
+  Sum* sum;   // what the losses are added to,
+  A* value;   // or, where it is null, written
+  std::array<A*, 3> gradients;
+};
+
+template <class A> using LossLoops = void(const Parameters&, const LossChunk<A>&);
+
+template <template <class> class Formula, class A>
+void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
+  const Formula<A> f(parameters);
+  const int64_t n = chunk.n;
+  const A scale = chunk.scale;
+  const A* const x = chunk.operands[0];
+  const A* const t = chunk.operands[1];
+  const A* const o = chunk.operands[2];
+  const auto fill = [=](A* out, const auto& term) {
+    if (!out) return;
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) out[i] = term(x[i], t[i], o[i]);
+  };
+  A* const value = chunk.value;
+  A* const grad_input = chunk.gradients[0];
+  const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
+  const auto both_at = [=](int64_t i) {
+    grad_input[i] = f.grad_input(x[i], t[i], o[i], scale);
+    return value_at(i);
+  };
+  // The losses with the gradients, wanted or not: a second backward has the bits of the first.
+  if (chunk.sum) {
+    grad_input ? add_terms<A>(*chunk.sum, n, both_at) : add_terms<A>(*chunk.sum, n, value_at);
+  } else if (grad_input) {
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) value[i] = both_at(i);
+  } else {
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) value[i] = value_at(i);
+  }
+  fill(chunk.gradients[1], [=](A x, A t, A o) { return f.grad_target(x, t, o, scale); });
+  fill(chunk.gradients[2], [=](A x, A t, A o) { return f.grad_other(x, t, o, scale); });
+}
+
+struct LossFormula {
+  const char* name;
+  LossLoops<float>* in_float;
+  LossLoops<double>* in_double;
+
+  template <class A> LossLoops<A>* in() const {
+    if constexpr (sizeof(A) == sizeof(float)) return in_float;
+    else return in_double;
+  }
+};
+
+#define PYFUSED_LOSS(name, Formula) {name, &evaluate<Formula, float>, &evaluate<Formula, double>}
+inline constexpr LossFormula kLossFormulas[] = {
+    PYFUSED_LOSS("mse_loss", MseLoss),
+    PYFUSED_LOSS("smooth_l1_loss", SmoothL1Loss),
+    PYFUSED_LOSS("binary_cross_entropy_with_logits", BinaryCrossEntropy),
+    PYFUSED_LOSS("binary_cross_entropy_with_logits_pos_weight", BinaryCrossEntropyPosWeight),
+    PYFUSED_LOSS("gaussian_nll_loss", GaussianNllLoss),
+};
+
+}  // namespace pyfused

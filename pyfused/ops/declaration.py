@@ -1,0 +1,122 @@
+"""What an operator declares, of whichever family; ``operators.py`` holds the declarations."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn._reduction import legacy_get_string
+
+from pyfused.ops.torchs import original
+
+Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
+
+
+class Operand(NamedTuple):
+    """A tensor among the arguments, or None where it is optional.
+
+    Attributes:
+        low, high: Between which its values have a meaning.
+        differentiated: Whether the kernels compute its gradient.
+        optional: It may be None.
+        indices: It may hold class indices.
+        number: It may be a float, which stands for a tensor full of it.
+        enforced: What torch raises for other values, on CPUs, None where it does not look.
+    """
+
+    name: str
+    low: float = -math.inf
+    high: float = math.inf
+    differentiated: bool = True
+    optional: bool = False
+    indices: bool = False
+    number: bool = False
+    enforced: type[Exception] | None = None
+
+
+class Parameter(NamedTuple):
+    """A number among the arguments, at least ``low``; a tensor of one element may hold it.
+
+    Attributes:
+        flag: It is no number, but as good as True or False: 1 or 0.
+    """
+
+    name: str
+    low: float = -math.inf
+    flag: bool = False
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Operator(ABC):
+    """What is known of an operator. Whatever else has to know it asks here.
+
+    Attributes:
+        name: Ours, torch's and the kernel's.
+        module: The module's name, in ``torch.nn`` and in ``pyfused.nn``.
+        operands: The tensors, the input first.
+        parameters: The numbers, in the order in which the formula takes them.
+        against: A reason of the operator's own for torch's to take a call.
+        definition: The operator in torch's terms, where torch has none of this name.
+
+        torchs, torchs_: torch's function, whatever pyfused.patch puts in its place, and as it
+            overwrites the input.
+        aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
+        arguments: The names of what the function takes, but for ``inplace``, in its order.
+        others: The tensors but for the input, and where they stand among the arguments.
+    """
+
+    name: str
+    module: str
+    operands: tuple[Operand, ...] = (Operand("input"),)
+    parameters: tuple[Parameter, ...] = ()
+    against: Callable[..., str | None] | None = None
+    definition: Callable[..., Tensor] | None = None
+
+    torchs: Callable[..., Tensor] = field(init=False)
+    torchs_: Callable[..., Tensor] = field(init=False)
+    aten: Callable[..., Tensor] = field(init=False)
+    aten_: Callable[..., Tensor] = field(init=False)
+    arguments: tuple[str, ...] = field(init=False)
+    others: tuple[tuple[int, Operand], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.torchs = self.definition or original(getattr(F, self.name))
+        self.torchs_ = self.aten = self.aten_ = self.torchs
+        names = tuple(inspect.signature(self.torchs).parameters)
+        if "inplace" in names:
+            self.torchs_ = partial(self.torchs, inplace=True)
+        self.arguments = tuple(name for name in names if name != "inplace")
+        self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
+
+    @abstractmethod
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
+        """The result, of arguments that the kernels take."""
+
+    @abstractmethod
+    def check(self, arguments: Arguments) -> None:
+        """Raises for arguments that are wrong, values included; torch's operator has raised."""
+
+    def give_up(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
+        """Prepares an input whose memory a call is to take."""
+
+    def against_inplace(self, input: Tensor) -> str | None:  # noqa: ARG002
+        """Why torch's operator is the one to overwrite the input, None where a kernel is."""
+        return None
+
+    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+        """How a CPU kernel goes through the input, in words."""
+        return "element by element"
+
+
+def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """The reduction that a loss is asked for, where two deprecated arguments take precedence."""
+    if size_average is None and reduce is None:
+        return reduction
+    return legacy_get_string(size_average, reduce)

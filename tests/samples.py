@@ -1,0 +1,207 @@
+"""What the tests know of each operator beyond its declaration: its definition, and what to try.
+
+A definition is the closed form in NumPy's long double: the value of each element and the gradient
+to each operand. The families' tests draw operands and options from here; a new operator is a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from reference import Extended, extended
+from torch import Tensor
+
+from pyfused import checks
+from pyfused import functional as fused
+from pyfused.ops.activation import Activation
+from pyfused.ops.declaration import Operand
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An operator's definition, and the parameters to try.
+
+    Attributes:
+        rounds: Whether results need rounding; if not, they are torch's to the bit.
+        cancels: Whether a result may be a small difference of terms of the input's size, or of 1.
+        heavy: Whether one element may outweigh all others, and its roundings theirs.
+    """
+
+    define: Callable[..., tuple[Extended, ...]]
+    tried: tuple[dict[str, float], ...] = ({},)
+    rounds: bool = True
+    cancels: bool = False
+    heavy: bool = False
+
+
+def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    return (input - target) ** 2, 2 * (input - target), 2 * (target - input)
+
+
+def smooth_l1_loss(input: Extended, target: Extended, beta: float = 1.0) -> tuple[Extended, ...]:
+    d, small = input - target, abs(input - target) < beta
+    slope = np.divide(d, beta, out=np.sign(d), where=small)
+    return np.where(small, slope * d / 2, abs(d) - beta / 2), slope, -slope
+
+
+def binary_cross_entropy_with_logits(
+    input: Extended, target: Extended, pos_weight: Extended | float = 1.0
+) -> tuple[Extended, ...]:
+    softplus = np.log1p(np.exp(-abs(input))) + np.maximum(-input, 0)  # -log(sigmoid(input))
+    factor = 1 + (pos_weight - 1) * target
+    return (
+        (1 - target) * input + factor * softplus,
+        (1 - target) - factor * sigmoid(-input)[0],
+        (pos_weight - 1) * softplus - input,
+    )
+
+
+def gaussian_nll_loss(
+    input: Extended, target: Extended, var: Extended, full: bool = False, eps: float = 1e-6
+) -> tuple[Extended, ...]:
+    v, d = np.maximum(var, np.longdouble(eps)), input - target
+    constant = np.log(2 * np.longdouble(np.pi)) / 2 if full else 0
+    return (np.log(v) + d**2 / v) / 2 + constant, d / v, -d / v, (1 / v - (d / v) ** 2) / 2
+
+
+def sigmoid(input: Extended) -> tuple[Extended, ...]:
+    small = np.exp(-abs(input))
+    value = np.where(input < 0, small, 1) / (1 + small)
+    return value, small / (1 + small) ** 2
+
+
+def relu(input: Extended) -> tuple[Extended, ...]:
+    return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
+
+
+SAMPLES = {
+    "mse_loss": Sample(mse_loss),
+    "smooth_l1_loss": Sample(smooth_l1_loss, ({}, {"beta": 3.5}, {"beta": 0.0})),
+    "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
+    "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3}), heavy=True),
+    "relu": Sample(relu, rounds=False),
+    "sigmoid": Sample(sigmoid, cancels=True),
+}
+
+
+# ---- what the families' tests are parametrised by ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A pointwise loss, with the operands and parameters of one way of calling it."""
+
+    op: PointwiseLoss
+    operands: tuple[Operand, ...]
+    parameters: dict[str, float]
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.op.name, *self.further, *map(str, self.parameters.values())])
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.operands if o.optional)
+
+    @property
+    def kernel(self) -> str:
+        return "_".join([self.op.name, *self.further])
+
+    @property
+    def takes_weight(self) -> bool:
+        return self.op.weight_shape is not None
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.operands if o.differentiated)
+
+    @property
+    def ours(self) -> Callable[..., Tensor]:
+        return getattr(fused, self.op.name)
+
+    @property
+    def torchs(self) -> Callable[..., Tensor]:
+        return self.op.torchs
+
+    def draw(
+        self,
+        shapes: tuple[int, ...] | list[tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+        requiring: tuple[str, ...] | None = None,
+        scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Operands by name, of one shape or a shape each; those differentiated are leaves."""
+        each = shapes if isinstance(shapes, list) else [shapes] * len(self.operands)
+        requiring = self.differentiated if requiring is None else requiring
+        return {
+            operand.name: draw(operand, shape, dtype, scale).requires_grad_(
+                operand.name in requiring
+            )
+            for operand, shape in zip(self.operands, each, strict=False)
+        }
+
+    def exact(
+        self, given: dict[str, Tensor], reduction: str, upstream: Tensor
+    ) -> tuple[Extended, dict[str, Extended]]:
+        """The value, and the gradient to each operand, of tensors of one shape."""
+        wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
+        each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
+        weight = extended(given["weight"]) if "weight" in given else np.ones_like(each)
+        divisor = np.longdouble(1)
+        if reduction == "mean":
+            by_weight = self.op.denominators["mean"] is weight_or_elements
+            divisor = weight.sum() if by_weight else np.longdouble(each.size)
+        value = weight * each / divisor
+        factor = weight * extended(upstream) / divisor
+        found = {n: g * factor for n, g in zip(self.differentiated, gradients, strict=True)}
+        return value if reduction == "none" else value.sum(), found
+
+    def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)
+
+
+def draw(
+    operand: Operand,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> Tensor:
+    """Values of full scale, or between the bounds that the operand declares."""
+    low, high = operand.low, operand.high
+    if math.isinf(low):
+        return (4 * scale * torch.randn(shape)).to(dtype)
+    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(min=low + 1e-2).to(dtype)
+
+
+def losses() -> list[Loss]:
+    found = []
+    for op in OPERATORS.values():
+        if isinstance(op, PointwiseLoss):
+            always = tuple(o for o in op.variables if not o.optional)
+            for operands in dict.fromkeys((always, op.variables)):
+                found += [Loss(op, operands, tried) for tried in SAMPLES[op.name].tried]
+    return found
+
+
+def every(items: Iterable[Loss]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("loss", list(items), ids=lambda loss: loss.id)
+
+
+LOSSES = losses()
+FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one way of each
+BROADCASTING = [loss for loss in LOSSES if loss.op.shapes is checks.broadcasting]
+ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]
+every_loss, each_loss_once = every(LOSSES), every(FIRST)
+every_activation = pytest.mark.parametrize("op", ACTIVATIONS, ids=lambda op: op.name)
+with_and_without_weight = pytest.mark.parametrize(
+    ("loss", "weighted"),
+    [(loss, weighted) for loss in LOSSES for weighted in {False, loss.takes_weight}],
+    ids=lambda value: value.id if isinstance(value, Loss) else "weighted" * value,
+)

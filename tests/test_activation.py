@@ -1,0 +1,210 @@
+"""Activations mean what torch's mean: NaN, signed zeros, gradients at the edges, in place too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import FLOATS, assert_matches_torch, evaluate
+from conftest import KernelCalls
+from samples import SAMPLES, every_activation
+from torch import Tensor
+
+from pyfused.ops.activation import Activation
+from pyfused.ops.dispatch import call
+from pyfused.ops.operators import RELU
+
+INF, NAN = float("inf"), float("nan")
+SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4097]
+by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+in_place_or_not = pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+close = torch.testing.assert_close
+
+
+def ours(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
+    return lambda x: call(op, (x,), inplace)
+
+
+def torchs(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
+    return op.aten_ if inplace else op.aten
+
+
+def bits(x: Tensor) -> Tensor:
+    """What tells -0.0 from 0.0 and one NaN from none."""
+    return torch.stack([x.nan_to_num(nan=5.0).double(), x.signbit().double() * ~x.isnan()])
+
+
+# ---- values and gradients ------------------------------------------------------------------------
+
+
+@every_activation
+@by_dtype
+@pytest.mark.parametrize("size", SIZES)
+def test_values_and_gradients_are_torchs(
+    op: Activation, size: int, dtype: torch.dtype, kernel_calls: KernelCalls
+) -> None:
+    x = torch.randn(size).to(dtype).requires_grad_()
+    got = assert_matches_torch(ours(op), torchs(op), x, widened=False)
+    assert got.gradients[0].dtype == dtype
+    assert kernel_calls[op.name] == kernel_calls[f"{op.name}_backward"] == 1
+    if not SAMPLES[op.name].rounds:
+        expected = evaluate(torchs(op), x)
+        assert torch.equal(got.value, expected.value)
+        assert torch.equal(got.gradients[0], expected.gradients[0])
+
+
+@every_activation
+@in_place_or_not
+@by_dtype
+@pytest.mark.parametrize("repeats", [1, 3, 20])
+def test_nan_infinities_and_signed_zeros(
+    op: Activation, dtype: torch.dtype, repeats: int, inplace: bool
+) -> None:
+    special = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0])
+    x = special.to(dtype).repeat(repeats)
+    got, expected = ours(op, inplace)(x.clone()), torchs(op)(x)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps if SAMPLES[op.name].rounds else 0, "atol": 0}
+    close(bits(got), bits(expected), **tolerance)
+
+
+@every_activation
+@by_dtype
+def test_gradient_at_the_edges(op: Activation, dtype: torch.dtype) -> None:
+    """NaN and infinities from above, beside points where the derivative is zero or undefined."""
+    points = torch.tensor([NAN, -1.0, -0.0, 0.0, 1.0, INF, -INF, 1e-45]).to(dtype)
+    upstreams = torch.tensor([2.0, NAN, INF, -0.0]).to(dtype)
+    x = points.repeat_interleave(4).requires_grad_()
+    upstream = upstreams.repeat(8)
+    (got,) = torch.autograd.grad(ours(op)(x), x, upstream)
+    (expected,) = torch.autograd.grad(torchs(op)(x), x, upstream)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps if SAMPLES[op.name].rounds else 0, "atol": 0}
+    close(got, expected, **tolerance, equal_nan=True)
+
+
+def test_a_gradient_computed_from_the_input(kernel_calls: KernelCalls) -> None:
+    """relu's may be, where nothing is negative."""
+    op, saved = replace(RELU, saves="input"), []
+    x = torch.randn(7, 5).clamp(min=0).t().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        value = ours(op)(x)
+    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
+    upstream = torch.randn(5, 7)
+    (got,) = torch.autograd.grad(value, x, upstream)
+    assert torch.equal(got, upstream.where(x > 0, 0))
+    assert kernel_calls["relu_backward"]
+
+
+# ---- in place ------------------------------------------------------------------------------------
+
+
+@every_activation
+@by_dtype
+def test_in_place_writes_into_its_argument(op: Activation, dtype: torch.dtype) -> None:
+    x = torch.randn(100).to(dtype)
+    expected, version = torchs(op)(x), x._version
+    got = ours(op, inplace=True)(x)
+    assert got is x
+    assert torch.equal(x, expected)
+    assert x._version > version
+
+
+@every_activation
+def test_in_place_within_a_graph(op: Activation, kernel_calls: KernelCalls) -> None:
+    x = torch.randn(100, requires_grad=True)
+    hidden = x * 2
+    y = ours(op, inplace=True)(hidden)
+    assert y is hidden
+    assert not y.is_leaf
+    upstream = torch.randn(100)
+    (got,) = torch.autograd.grad(y, x, upstream)
+    (expected,) = torch.autograd.grad(torchs(op)(x * 2), x, upstream)
+    close(got, expected)
+    assert kernel_calls[op.name] == 1
+
+
+@every_activation
+def test_in_place_on_a_view_reaches_its_base(op: Activation) -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    bases = []
+    for operator in (ours(op, inplace=True), torchs(op, inplace=True)):
+        base = x * 1
+        operator(base[:, 1:3])
+        bases.append(base)
+    close(*bases)
+    upstream = torch.randn(4, 6)
+    close(*(torch.autograd.grad(base, x, upstream)[0] for base in bases))
+
+
+@every_activation
+def test_in_place_over_what_another_backward_needs_is_torchs_error(op: Activation) -> None:
+    x = torch.randn(10, requires_grad=True)
+    needed = x.exp()
+    y = needed * 2
+    ours(op, inplace=True)(needed)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@every_activation
+def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> None:
+    memory = torch.randn(8, 10)
+    before = memory.clone()
+    view = memory[1::2, ::3]
+    assert ours(op, inplace=True)(view) is view
+    close(memory[1::2, ::3], torchs(op)(before[1::2, ::3]))
+    memory[1::2, ::3] = before[1::2, ::3]
+    assert torch.equal(memory, before)
+
+
+# ---- what is no kernel's business ----------------------------------------------------------------
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+@in_place_or_not
+def test_integers(op: Activation, dtype: torch.dtype, inplace: bool) -> None:
+    x = torch.randint(-9 if dtype.is_signed else 0, 9, (50,)).to(dtype)
+    try:
+        expected = torchs(op, inplace)(x.clone())
+    except RuntimeError as error:
+        with pytest.raises(type(error)):
+            ours(op, inplace)(x)
+        return
+    got = ours(op, inplace)(x)
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+    assert (got is x) == inplace
+
+
+@every_activation
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1, 1, 1)], ids=str)
+@in_place_or_not
+def test_scalars_and_nothing(op: Activation, shape: tuple[int, ...], inplace: bool) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    assert_matches_torch(
+        lambda x: ours(op, inplace)(x * 1), lambda x: torchs(op, inplace)(x * 1), x
+    )
+
+
+@every_activation
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@by_dtype
+def test_autocast_changes_nothing(
+    op: Activation, autocast: torch.dtype, dtype: torch.dtype
+) -> None:
+    x = torch.randn(20).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=autocast):
+        assert_matches_torch(ours(op), torchs(op), x, widened=False)
+
+
+@pytest.mark.thresholds
+@every_activation
+@pytest.mark.parametrize("size", [0, 1, 10, 1000, 100_000])
+@in_place_or_not
+def test_where_small_inputs_may_go_to_torch(op: Activation, size: int, inplace: bool) -> None:
+    x = torch.randn(size, requires_grad=True)
+    assert_matches_torch(
+        lambda x: ours(op, inplace)(x * 1), lambda x: torchs(op, inplace)(x * 1), x
+    )
