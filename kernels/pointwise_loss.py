@@ -42,8 +42,7 @@ def mse_loss_gradients(x, t, _p, _q, _r, scale):
 def smooth_l1_loss(x, t, beta, _q, _r):
     """torch: F.smooth_l1_loss(x, t, beta=beta); F.l1_loss(x, t) where beta is 0."""
     distance = tl.abs(x - t)
-    near = 0.5 * distance * (distance / beta)
-    return tl.where(distance < beta, near, distance - 0.5 * beta)
+    return tl.where(distance < beta, 0.5 * distance * (distance / beta), distance - 0.5 * beta)
 
 
 @triton.jit

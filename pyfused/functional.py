@@ -142,12 +142,10 @@ def smooth_l1_loss(
         beta: The difference up to which it is squared, in the unit of the input; 0.0 for none.
 
     Returns:
-        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
-        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+        As :func:`mse_loss`, but in the unit of the input.
 
     Raises:
-        RuntimeError, ValueError: Shapes or options do not fit, or ``beta`` is negative; the message
-            names the argument, what was expected and what was got.
+        RuntimeError, ValueError: As :func:`mse_loss`, or ``beta`` is negative.
         TypeError: ``input`` or ``target`` is no tensor, or ``beta`` no number.
     """
     return call(SMOOTH_L1_LOSS, (input, target, size_average, reduce, reduction, beta))
