@@ -95,18 +95,25 @@ template <class Half> PYFUSED_INLINE void store_halves(__m256i bits, Half* to, i
 }
 
 // The first n elements, and -inf in place of the others.
-PYFUSED_INLINE Pair load_pair(const float* x, int64_t n) {
+PYFUSED_INLINE Pair load_pair(const float* x, int64_t n, float others = kLowestFloat) {
   if (n >= 16) return load_pair(x);
-  const __m256 lowest = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m256 rest = _mm256_set1_ps(others);
   const __m256i low = first_lanes(n), high = first_lanes(n, 8);
-  return {_mm256_blendv_ps(lowest, _mm256_maskload_ps(x, low), _mm256_castsi256_ps(low)),
-          _mm256_blendv_ps(lowest, _mm256_maskload_ps(x + 8, high), _mm256_castsi256_ps(high))};
+  return {_mm256_blendv_ps(rest, _mm256_maskload_ps(x, low), _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(rest, _mm256_maskload_ps(x + 8, high), _mm256_castsi256_ps(high))};
 }
-template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n) {
+template <class Half>
+PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n, float others = kLowestFloat) {
   if (n >= 16) return load_pair(x);
-  const Half lowest = pyfused::narrow<Half>(-std::numeric_limits<float>::infinity());
-  const __m256i rest = _mm256_set1_epi16(int16_t(lowest.bits));
+  const __m256i rest = _mm256_set1_epi16(int16_t(pyfused::narrow<Half>(others).bits));
   return widen(_mm256_blendv_epi8(rest, load_halves(x, n), first_halves(n)), Half{});
+}
+
+// The first n elements, and 0 in place of the others.
+PYFUSED_INLINE Pair first_elements(Pair x, int64_t n) {
+  if (n >= 16) return x;
+  return {_mm256_and_ps(x.low, _mm256_castsi256_ps(first_lanes(n))),
+          _mm256_and_ps(x.high, _mm256_castsi256_ps(first_lanes(n, 8)))};
 }
 
 PYFUSED_INLINE void store_pair(Pair x, float* to) {

@@ -63,18 +63,27 @@ PYFUSED_INLINE __m512i narrow(Pair x, float16) {
 
 // ---- load and store -----------------------------------------------------------------------------
 
-// The first n elements, and -inf in place of the others.
-PYFUSED_INLINE Pair load_pair(const float* x, int64_t n = 32) {
+// The first n elements, and something else in place of the others.
+PYFUSED_INLINE Pair load_pair(const float* x, int64_t n = 32, float others = kLowestFloat) {
   if (n >= 32) return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512 rest = _mm512_set1_ps(others);
   const __mmask32 first = first_of_pair(n);
-  return {_mm512_mask_loadu_ps(lowest, __mmask16(first), x),
-          _mm512_mask_loadu_ps(lowest, __mmask16(first >> 16), x + 16)};
+  return {_mm512_mask_loadu_ps(rest, __mmask16(first), x),
+          _mm512_mask_loadu_ps(rest, __mmask16(first >> 16), x + 16)};
 }
-template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n = 32) {
+template <class Half>
+PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n = 32, float others = kLowestFloat) {
   if (n >= 32) return widen(_mm512_loadu_si512(x), Half{});
-  const Half lowest = pyfused::narrow<Half>(-std::numeric_limits<float>::infinity());
-  return widen(_mm512_mask_loadu_epi16(_mm512_set1_epi16(lowest.bits), first_of_pair(n), x), Half{});
+  const __m512i rest = _mm512_set1_epi16(pyfused::narrow<Half>(others).bits);
+  return widen(_mm512_mask_loadu_epi16(rest, first_of_pair(n), x), Half{});
+}
+
+// The first n elements, and 0 in place of the others.
+PYFUSED_INLINE Pair first_elements(Pair x, int64_t n) {
+  if (n >= 32) return x;
+  const __mmask32 first = first_of_pair(n);
+  return {_mm512_maskz_mov_ps(__mmask16(first), x.low),
+          _mm512_maskz_mov_ps(__mmask16(first >> 16), x.high)};
 }
 
 PYFUSED_INLINE void store_pair(Pair x, float* to, int64_t n = 32) {

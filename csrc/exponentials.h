@@ -108,39 +108,40 @@ float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_
     sum = sum + (values.low + values.high);
   }
   for (; i < n; i += kPair) {
-    const Pair values = exponentials(load_pair(x + i, n - i));
+    const Pair values = first_elements(exponentials(load_pair(x + i, n - i, pivot)), n - i);
     if (Keeps) store_pair(values, e + i);  // a whole one: there is room
     sum = sum + values;
   }
   return sum_of_lanes(sum);
 }
 
-// Rounds and writes f(x).
+// Rounds and writes f(x). Past the row's end stands what f has an easy time with: an exponential that
+// underflows there takes as long as some ten others.
 template <class U, class F, class T>
-PYFUSED_INLINE void write_each(const U* x, const F& f, T* out, int64_t n, bool streams) {
+PYFUSED_INLINE void write_each(const U* x, float others, const F& f, T* out, int64_t n, bool streams) {
   streams = streams && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
   int64_t i = 0;
   for (; i + kQuad <= n; i += kQuad) {
     const Quad y = f(load_quad(x + i));
     streams ? stream_quad(y, out + i) : store_quad(y, out + i);
   }
-  for (; i < n; i += kPair) store_pair(f(load_pair(x + i, n - i)), out + i, n - i);
+  for (; i < n; i += kPair) store_pair(f(load_pair(x + i, n - i, others)), out + i, n - i);
 }
 
 template <class U, class T>
 void scaled_exponentials(const U* x, float pivot, float factor, float*, T* out, int64_t n,
                          bool streams) {
   if (std::isfinite(factor)) {
-    write_each(x, [=](auto y) { return exp_floats<T>(y - pivot, factor); }, out, n, streams);
+    write_each(x, pivot, [=](auto y) { return exp_floats<T>(y - pivot, factor); }, out, n, streams);
   } else {
     factor = roundable(factor);
-    write_each(x, [=](auto y) { return exp_floats<T>(y - pivot) * factor; }, out, n, streams);
+    write_each(x, pivot, [=](auto y) { return exp_floats<T>(y - pivot) * factor; }, out, n, streams);
   }
 }
 
 template <class T> void scaled(const float* e, float factor, float*, T* out, int64_t n) {
   factor = roundable(factor);
-  write_each(e, [=](auto y) { return y * factor; }, out, n, false);
+  write_each(e, 0, [=](auto y) { return y * factor; }, out, n, false);
 }
 
 // n fills pairs.

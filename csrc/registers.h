@@ -7,6 +7,8 @@
 // exponentials.
 #pragma once
 
+#include <limits>
+
 #include "vec.h"
 
 namespace pyfused {
@@ -14,6 +16,8 @@ namespace pyfused {
 template <int N> struct Registers { Registers<N / 2> low, high; };
 using Pair = Registers<2>;
 using Quad = Registers<4>;
+
+constexpr float kLowestFloat = -std::numeric_limits<float>::infinity();
 
 }  // namespace pyfused
 
