@@ -25,7 +25,7 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     },
     "cross_entropy_kdim": {
         torch.float32: ((ANY, 1 << 16),),
-        torch.float64: ((ANY, 1 << 15),),
+        torch.float64: ((2, 1 << 14), (ANY, 1 << 15)),
         torch.bfloat16: ((2, 1 << 15), (ANY, 1 << 16)),
         torch.float16: ((2, 1 << 14), (64, 1 << 16), (ANY, 1 << 18)),
     },
@@ -43,7 +43,7 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     },
     "binary_cross_entropy_with_logits": {
         torch.float32: ((ANY, 1 << 14),),
-        torch.float64: ((ANY, 1 << 13),),
+        torch.float64: ((ANY, 1 << 14),),
         torch.bfloat16: ((ANY, 1 << 14),),
         torch.float16: ((ANY, 1 << 15),),
     },
@@ -63,6 +63,6 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float32: ((ANY, 1 << 20),),
         torch.float64: ((ANY, 1 << 19),),
         torch.bfloat16: ((ANY, 1 << 22),),
-        torch.float16: ((ANY, 1 << 22),),
+        torch.float16: ((ANY, 1 << 23),),
     },
 }
