@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 
 #include "parallel.h"
@@ -34,12 +35,12 @@ template <class A> struct SmoothL1Loss : Formula<A> {
   A beta;
   explicit SmoothL1Loss(const Parameters& p) : Formula<A>(p), beta(A(p[0])) {}
   A value(A x, A t, A) const {
-    const A d = x - t, size = d < 0 ? -d : d;
-    return size >= beta ? size - beta / 2 : size * size / beta / 2;
+    const A size = std::abs(x - t);
+    return size >= beta ? size - beta / 2 : size * (size / beta) / 2;
   }
   A grad_input(A x, A t, A, A scale) const {
-    const A d = x - t, size = d < 0 ? -d : d;
-    return scale * (size >= beta || beta == 0 ? A(d > 0) - A(d < 0) : d / beta);
+    const A d = x - t, size = std::abs(d), part = d < 0 ? -(size / beta) : size / beta;
+    return scale * (size >= beta || beta == 0 ? A(d > 0) - A(d < 0) : part);
   }
   A grad_target(A x, A t, A, A scale) const { return grad_input(t, x, 0, scale); }
 };
@@ -114,9 +115,10 @@ void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   A* const value = chunk.value;
   A* const grad_input = chunk.gradients[0];
   const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
-  const auto both_at = [=](int64_t i) {
-    grad_input[i] = f.grad_input(x[i], t[i], o[i], scale);
-    return value_at(i);
+  const auto both_at = [=](int64_t i) {  // the operands are read once, so that terms are shared
+    const A a = x[i], b = t[i], c = o[i], value = f.value(a, b, c);
+    grad_input[i] = f.grad_input(a, b, c, scale);
+    return value;
   };
   // The losses with the gradients, wanted or not: a second backward has the bits of the first.
   if (chunk.sum) {
