@@ -230,7 +230,7 @@ def draw_bars(axes: Axes, groups: dict[str, dict[str, list[float]]], form: str) 
     labels = [f"{title}\nratio {ratio:.1f}" for title, ratio in zip(groups, ratios, strict=True)]
     axes.set_xticks(range(len(groups)), labels)
     axes.set_xlim(-0.75, len(groups) - 0.25)
-    axes.margins(y=0.12)
+    axes.margins(y=0.3)  # room for the legend
 
 
 def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
