@@ -63,6 +63,6 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float32: ((ANY, 1 << 20),),
         torch.float64: ((ANY, 1 << 19),),
         torch.bfloat16: ((ANY, 1 << 22),),
-        torch.float16: ((ANY, 1 << 23),),
+        torch.float16: ((ANY, 1 << 24),),
     },
 }
