@@ -84,39 +84,27 @@ class Sum {
   double sum = 0, error = 0;
 };
 
-inline double total_of(const double* parts, int64_t n) {
-  double sum = 0;
-  PYFUSED_SIMD(reduction(+ : sum))
-  for (int64_t i = 0; i < n; ++i) sum += parts[i];
-  return sum;
-}
-
 // Adds term(0) + ... + term(n - 1) to a sum: few at a time in A, so that rounding errors do not grow
 // with n, and these parts in a double, or, fewer still, with their error carried along where A is one.
-// The lanes are written out, so that the sum is the same where the loops stay scalar.
 template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n, const Term& term) {
   constexpr bool kCarries = std::is_same_v<A, double>;
-  constexpr int64_t kWide = kLanes<A>, kGroup = (kCarries ? 4 : 8) * kWide;
-  alignas(kVectorBytes) double lanes[kWide] = {};
-  int64_t first = 0;
-  for (; first + kGroup <= n; first += kGroup) {
-    PYFUSED_SIMD()
-    for (int64_t j = 0; j < kWide; ++j) {
-      A part = term(first + j);
-      for (int64_t i = kWide; i < kGroup; i += kWide) part += term(first + i + j);
-      lanes[j] += double(part);
-    }
-    if constexpr (kCarries) {
-      sum.add(total_of(lanes, kWide));
-      std::fill_n(lanes, kWide, 0.0);
-    }
+#ifdef __SANITIZE_ADDRESS__  // whose loops stay scalar: no lanes share the terms of a part
+  constexpr int64_t kSideBySide = 1;
+#else
+  constexpr int64_t kSideBySide = kLanes<A>;
+#endif
+  constexpr int64_t kGroup = (kCarries ? 4 : 8) * kSideBySide;
+  const int64_t whole = n / kSideBySide * kSideBySide;
+  double rest = 0;
+  for (int64_t first = 0; first < whole; first += kGroup) {
+    const int64_t end = std::min(whole, first + kGroup);
+    A part = 0;
+    PYFUSED_SIMD(reduction(+ : part))
+    for (int64_t i = first; i < end; ++i) part += term(i);
+    kCarries ? sum.add(part) : void(rest += part);
   }
-  for (; first + kWide <= n; first += kWide) {
-    PYFUSED_SIMD()
-    for (int64_t j = 0; j < kWide; ++j) lanes[j] += double(term(first + j));
-  }
-  for (; first < n; ++first) lanes[0] += double(term(first));
-  sum.add(total_of(lanes, kWide));
+  for (int64_t i = whole; i < n; ++i) rest += double(term(i));
+  sum.add(rest);
 }
 
 // The sum of what was computed from elements of type T. A double has bits to spare for the rounding
@@ -127,7 +115,10 @@ template <class T> double total(const double* parts, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum.add(parts[i]);
     return sum.value();
   } else {
-    return total_of(parts, n);
+    double sum = 0;
+    PYFUSED_SIMD(reduction(+ : sum))
+    for (int64_t i = 0; i < n; ++i) sum += parts[i];
+    return sum;
   }
 }
 
