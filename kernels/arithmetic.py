@@ -56,13 +56,6 @@ def log(x):
 
 
 @triton.jit
-def log_of_1_plus(x):
-    """log(1 + x): what 1 + x was rounded by is put right."""
-    u = 1.0 + x
-    return tl.where(u > 0.0, log(u) + (x - (u - 1.0)) / u, log(u))
-
-
-@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)), without overflow."""
     z = exp_nonpositive(-tl.abs(x))

@@ -26,7 +26,6 @@ from .arithmetic import (
     exp_nonpositive,
     log,
     log1p,
-    log_of_1_plus,
     reach,
     read,
     sigmoid,
@@ -125,20 +124,6 @@ def hinge_embedding_loss_gradients(x, t, margin, _q, _r, scale):
 
 
 @triton.jit
-def margin_ranking_loss(x, other, y, margin, _q, _r):
-    """torch: F.margin_ranking_loss(x, other, y, margin)."""
-    slack = -y * (x - other) + margin
-    return tl.where(slack < 0.0, 0.0, slack)
-
-
-@triton.jit
-def margin_ranking_loss_gradients(x, other, y, margin, _q, _r, scale):
-    active = -y * (x - other) + margin >= 0.0
-    gradient = tl.where(active, -y * scale, 0.0)
-    return gradient, -gradient, tl.where(active, (other - x) * scale, 0.0)
-
-
-@triton.jit
 def stirling(t):
     """Stirling's approximation of log(t!), from 1 on."""
     log_t = log(t)
@@ -217,24 +202,6 @@ def kl_div_log_target_gradients(x, t, _p, _q, _r, scale):
 
 
 @triton.jit
-def bounded(log):
-    return tl.where(log < -100.0, -100.0, log)
-
-
-@triton.jit
-def binary_cross_entropy(x, t, _p, _q, _r):
-    """torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least."""
-    return (t - 1.0) * bounded(log_of_1_plus(-x)) - t * bounded(log(x))
-
-
-@triton.jit
-def binary_cross_entropy_gradients(x, t, _p, _q, _r, scale):
-    variance = (1.0 - x) * x
-    variance = tl.where(variance < 1e-12, 1e-12, variance)
-    return scale * (x - t) / variance, scale * (log_of_1_plus(-x) - log(x))
-
-
-@triton.jit
 def binary_cross_entropy_with_logits(x, t, _p, _q, _r):
     """torch: F.binary_cross_entropy_with_logits(x, t)."""
     return (1.0 - t) * x - log_sigmoid(x)
@@ -289,7 +256,6 @@ FORMULAS = {
     "huber_loss": Formula(huber_loss, huber_loss_gradients),
     "soft_margin_loss": Formula(soft_margin_loss, soft_margin_loss_gradients),
     "hinge_embedding_loss": Formula(hinge_embedding_loss, hinge_embedding_loss_gradients),
-    "margin_ranking_loss": Formula(margin_ranking_loss, margin_ranking_loss_gradients),
     "poisson_nll_loss": Formula(poisson_nll_loss, poisson_nll_loss_gradients),
     "poisson_nll_loss_full": Formula(poisson_nll_loss_full, poisson_nll_loss_full_gradients),
     "poisson_nll_loss_log_input": Formula(
@@ -300,7 +266,6 @@ FORMULAS = {
     ),
     "kl_div": Formula(kl_div, kl_div_gradients),
     "kl_div_log_target": Formula(kl_div_log_target, kl_div_log_target_gradients),
-    "binary_cross_entropy": Formula(binary_cross_entropy, binary_cross_entropy_gradients),
     "binary_cross_entropy_with_logits": Formula(
         binary_cross_entropy_with_logits, binary_cross_entropy_with_logits_gradients
     ),

@@ -88,7 +88,7 @@ KL_DIV = PointwiseLoss(
     parameters=(Parameter("log_target", flag=True, chooses=True),),
     warns=False,
     warning=_mean_of_kl_div,
-    denominators={"mean": elements, "batchmean": lambda input, _: float(len(input))},
+    denominators={"mean": elements, "batchmean": lambda x, _: float(x.shape[0] if x.dim() else 1)},
     against=_differ_in_shape,
 )
 
@@ -118,29 +118,6 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     operands=(INPUT, SIGNS),
     parameters=(Parameter("margin"),),
     warns=False,
-)
-
-MARGIN_RANKING_LOSS = PointwiseLoss(
-    name="margin_ranking_loss",
-    module="MarginRankingLoss",
-    operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
-    parameters=(Parameter("margin"),),
-    shapes=checks.of_one_dimension_and_broadcasting,
-    warns=False,
-)
-
-BINARY_CROSS_ENTROPY = PointwiseLoss(
-    name="binary_cross_entropy",
-    module="BCELoss",
-    operands=(
-        Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
-        Operand("target", low=0.0, high=1.0, enforced=RuntimeError),
-        WEIGHT,
-    ),
-    shapes=checks.same_shape,
-    weight_shape=checks.weight_that_broadcasts,
-    tells=True,
-    against=_differ,
 )
 
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
@@ -199,14 +176,12 @@ OPERATORS: dict[str, Operator] = {
         L1_LOSS,
         SMOOTH_L1_LOSS,
         HUBER_LOSS,
-        BINARY_CROSS_ENTROPY,
         BINARY_CROSS_ENTROPY_WITH_LOGITS,
         KL_DIV,
         POISSON_NLL_LOSS,
         GAUSSIAN_NLL_LOSS,
         SOFT_MARGIN_LOSS,
         HINGE_EMBEDDING_LOSS,
-        MARGIN_RANKING_LOSS,
         RELU,
         SIGMOID,
     )
