@@ -45,6 +45,95 @@ template <class A> struct SmoothL1Loss : Formula<A> {
   A grad_target(A x, A t, A, A scale) const { return grad_input(t, x, 0, scale); }
 };
 
+// torch: F.l1_loss(x, t).
+template <class A> struct L1Loss : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A) const { return std::abs(x - t); }
+  A grad_input(A x, A t, A, A scale) const { return x > t ? scale : x < t ? -scale : A(0); }
+  A grad_target(A x, A t, A, A scale) const { return grad_input(t, x, 0, scale); }
+};
+
+// torch: F.huber_loss(x, t, delta=delta).
+template <class A> struct HuberLoss : Formula<A> {
+  A delta;
+  explicit HuberLoss(const Parameters& p) : Formula<A>(p), delta(A(p[0])) {}
+  A value(A x, A t, A) const {
+    const A size = std::abs(x - t);
+    return size < delta ? size * size / 2 : delta * (size - delta / 2);
+  }
+  A grad_input(A x, A t, A, A scale) const {
+    const A d = x - t, most = scale * delta;
+    return d <= -delta ? -most : d >= delta ? most : scale * d;
+  }
+  A grad_target(A x, A t, A, A scale) const { return grad_input(t, x, 0, scale); }
+};
+
+// torch: F.soft_margin_loss(x, t). Where torch's exp(-t x) overflows, this does not.
+template <class A> struct SoftMarginLoss : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A) const { return softplus(-t * x); }
+  A grad_input(A x, A t, A, A scale) const { return -t * sigmoid(-t * x) * scale; }
+  A grad_target(A, A, A, A) const { return 0; }
+};
+
+// torch: F.hinge_embedding_loss(x, t, margin). A target that is neither 1 nor -1 counts as both.
+template <class A> struct HingeEmbeddingLoss : Formula<A> {
+  A margin;
+  explicit HingeEmbeddingLoss(const Parameters& p) : Formula<A>(p), margin(A(p[0])) {}
+  A value(A x, A t, A) const {
+    const A far = margin - x;
+    return (t != 1 ? (far < 0 ? A(0) : far) : A(0)) + (t != -1 ? x : A(0));
+  }
+  A grad_input(A x, A t, A, A scale) const {
+    const A unlike = t != 1 && margin - x >= 0 ? -scale : A(0);
+    return unlike + (t != -1 ? scale : A(0));
+  }
+  A grad_target(A, A, A, A) const { return 0; }
+};
+
+// torch: F.poisson_nll_loss(x, t, log_input, full, eps).
+template <class A, bool log_input, bool full> struct PoissonNll : Formula<A> {
+  A eps;
+  explicit PoissonNll(const Parameters& p) : Formula<A>(p), eps(A(p[0])) {}
+  A value(A x, A t, A) const {
+    A loss = log_input ? exp_of(x) - t * x : x - t * log_of(x + eps);
+    if constexpr (full) {  // Stirling's approximation of log(t!)
+      constexpr A kLogTwoPi = A(1.8378770664093453);
+      const A log = log_of(t);
+      loss += t > 1 ? t * log - t + (kLogTwoPi + log) / 2 : A(0);
+    }
+    return loss;
+  }
+  A grad_input(A x, A t, A, A scale) const {
+    return scale * (log_input ? exp_of(x) - t : 1 - t / (x + eps));
+  }
+  A grad_target(A x, A t, A, A scale) const {
+    A slope = log_input ? -x : -log_of(x + eps);
+    if constexpr (full) slope += t > 1 ? log_of(t) + A(0.5) / t : A(0);
+    return scale * slope;
+  }
+};
+template <class A> using PoissonNllLoss = PoissonNll<A, false, false>;
+template <class A> using PoissonNllLossFull = PoissonNll<A, false, true>;
+template <class A> using PoissonNllLossLogInput = PoissonNll<A, true, false>;
+template <class A> using PoissonNllLossLogInputFull = PoissonNll<A, true, true>;
+
+// torch: F.kl_div(x, t).
+template <class A> struct KlDiv : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A) const { return (t == 0 ? A(0) : t * log_of(t)) - t * x; }
+  A grad_input(A, A t, A, A scale) const { return -t * scale; }
+  A grad_target(A x, A t, A, A scale) const { return scale * (log_of(t) + t / t - x); }
+};
+
+// torch: F.kl_div(x, t, log_target=True).
+template <class A> struct KlDivLogTarget : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A) const { return exp_of(t) * (t - x); }
+  A grad_input(A, A t, A, A scale) const { return -exp_of(t) * scale; }
+  A grad_target(A x, A t, A, A scale) const { return exp_of(t) * (t - x + 1) * scale; }
+};
+
 // torch: F.binary_cross_entropy_with_logits(x, t).
 //   loss = (1 - t) x + softplus(-x),  softplus(-x) = log(1 + exp(-x))
 template <class A> struct BinaryCrossEntropy : Formula<A> {
@@ -149,6 +238,16 @@ struct LossFormula {
 inline constexpr LossFormula kLossFormulas[] = {
     PYFUSED_LOSS("mse_loss", MseLoss),
     PYFUSED_LOSS("smooth_l1_loss", SmoothL1Loss),
+    PYFUSED_LOSS("l1_loss", L1Loss),
+    PYFUSED_LOSS("huber_loss", HuberLoss),
+    PYFUSED_LOSS("soft_margin_loss", SoftMarginLoss),
+    PYFUSED_LOSS("hinge_embedding_loss", HingeEmbeddingLoss),
+    PYFUSED_LOSS("poisson_nll_loss", PoissonNllLoss),
+    PYFUSED_LOSS("poisson_nll_loss_full", PoissonNllLossFull),
+    PYFUSED_LOSS("poisson_nll_loss_log_input", PoissonNllLossLogInput),
+    PYFUSED_LOSS("poisson_nll_loss_log_input_full", PoissonNllLossLogInputFull),
+    PYFUSED_LOSS("kl_div", KlDiv),
+    PYFUSED_LOSS("kl_div_log_target", KlDivLogTarget),
     PYFUSED_LOSS("binary_cross_entropy_with_logits", BinaryCrossEntropy),
     PYFUSED_LOSS("binary_cross_entropy_with_logits_pos_weight", BinaryCrossEntropyPosWeight),
     PYFUSED_LOSS("gaussian_nll_loss", GaussianNllLoss),

@@ -6,6 +6,7 @@
 //   exp_shifted     [-87.33, 7] (double: [-708, 7])  1.01 ULP (double: 1); falls to 0 below
 //   log_positive    [1, 2^60]                        1.5 ULP (of 1 below e)
 //   log_of          every positive normal value      1.5 ULP; -inf of 0, NaN below
+//   exp_of          [-86, inf] (double: [-707, inf]) 1.01 ULP (double: 1); falls to 0 below
 //   softplus        [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   sigmoid         [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   load, store     every value of the type          load is exact, store rounds to nearest even
@@ -164,7 +165,8 @@ PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int6
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, with a minimax polynomial for exp(r).
 // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves n in the low bits of the sum.
 
-PYFUSED_INLINE float exp_shifted(float x) {
+// The result is 2^lift times the power: where the power alone would be infinite, lift is 1.
+template <int lift = 0> PYFUSED_INLINE float exp_shifted(float x) {
   constexpr float kRound = 0x1.8p23f;
   x = -104.0f > x ? -104.0f : x;
   const float shifted = x * 1.44269504f + kRound;
@@ -176,11 +178,11 @@ PYFUSED_INLINE float exp_shifted(float x) {
   p = p * r + 1.66665195e-1f;
   p = p * r + 4.99999934e-1f;
   p = p * (r * r) + r + 1.0f;
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127;
-  return p * bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23);
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127 - lift;
+  return p * (1 << lift) * bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23);
 }
 
-PYFUSED_INLINE double exp_shifted(double x) {
+template <int lift = 0> PYFUSED_INLINE double exp_shifted(double x) {
   constexpr double kRound = 0x1.8p52;
   x = -746.0 > x ? -746.0 : x;
   const double shifted = x * 1.4426950408889634 + kRound;
@@ -198,8 +200,13 @@ PYFUSED_INLINE double exp_shifted(double x) {
   p = p * r + 0.16666666666666685;
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
-  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023;
-  return p * bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52);
+  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023 - lift;
+  return p * (1 << lift) * bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52);
+}
+
+template <class A> PYFUSED_INLINE A exp_of(A x) {
+  constexpr A kTop = sizeof(A) == 4 ? 89 : 710;  // infinite from here on
+  return exp_shifted<1>(x > kTop ? kTop : x);
 }
 
 // log(x) = e ln 2 + log(1 + t), with x = 2^e (1 + t) and 1 + t in [sqrt(1/2), sqrt(2)).

@@ -21,6 +21,15 @@ def exp_nonpositive(x):
 
 
 @triton.jit
+def exp(x):
+    """exp(x) to 2 ULP in float32: the smaller of two powers whose quotient or product it is."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    small = exp_nonpositive(tl.where(x < 0.0, x, -x))
+    return tl.where(x > 87.0, tl.exp(x), tl.where(x > 0.0, 1.0 / small, small))
+
+
+@triton.jit
 def _twice_atanh(s):
     """For |s| <= 1/3, to float32's precision: the series up to s**15."""
     z = s * s

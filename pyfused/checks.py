@@ -133,8 +133,8 @@ def overwritable(input: Tensor) -> None:
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
-def parameter(name: str, value: Any, low: float) -> None:
-    """A number from ``low`` up, or a tensor of one element, which a GPU is not waited for."""
+def parameter(name: str, value: Any, low: float, positive: bool) -> None:
+    """A number in its bounds; a tensor's on a GPU is not waited for."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -144,8 +144,9 @@ def parameter(name: str, value: Any, low: float) -> None:
             return
     else:
         number(name, value, (float, Real), "a float")
-    if not float(value) >= low:
-        raise RuntimeError(f"{name}: expected a number from {low} up, got {float(value)}")
+    if not (float(value) > 0.0 if positive else float(value) >= low):
+        expected = "a positive number" if positive else f"a number from {low} up"
+        raise RuntimeError(f"{name}: expected {expected}, got {float(value)}")
 
 
 def values(

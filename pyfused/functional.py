@@ -14,20 +14,32 @@ from pyfused.ops.operators import (
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
     CROSS_ENTROPY,
     GAUSSIAN_NLL_LOSS,
+    HINGE_EMBEDDING_LOSS,
+    HUBER_LOSS,
+    KL_DIV,
+    L1_LOSS,
     MSE_LOSS,
+    POISSON_NLL_LOSS,
     RELU,
     SIGMOID,
     SMOOTH_L1_LOSS,
+    SOFT_MARGIN_LOSS,
 )
 
 __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_nll_loss",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
     "mse_loss",
+    "poisson_nll_loss",
     "relu",
     "sigmoid",
     "smooth_l1_loss",
+    "soft_margin_loss",
 ]
 
 
@@ -122,6 +134,34 @@ def mse_loss(
     return call(MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
 
 
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Absolute difference between input and target, element by element.
+
+    The loss of an element is ``weight * |input - target|``, as defined by
+    :func:`torch.nn.functional.l1_loss`; where they are equal the gradient is 0.
+
+    Args:
+        input, target, size_average, reduce, reduction, weight: As in :func:`mse_loss`.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(L1_LOSS, (input, target, size_average, reduce, reduction, weight))
+
+
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -149,6 +189,38 @@ def smooth_l1_loss(
         TypeError: ``input`` or ``target`` is no tensor, or ``beta`` no number.
     """
     return call(SMOOTH_L1_LOSS, (input, target, size_average, reduce, reduction, beta))
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Difference of input and target, squared where it is small, element by element.
+
+    With ``d = |input - target|``, the loss of an element is ``weight`` times ``d ** 2 / 2`` where
+    ``d < delta``, else ``delta * (d - delta / 2)``, as defined by
+    :func:`torch.nn.functional.huber_loss`. It is ``delta`` times :func:`smooth_l1_loss`'s.
+
+    Args:
+        input, target: As in :func:`mse_loss`.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements, with or without ``weight``.
+        delta: The difference up to which it is squared, in the unit of the input; more than 0.
+        weight: One factor for each element, of the input's shape.
+
+    Returns:
+        The loss in the squared unit of the input, of the promoted dtype, or float32 under autocast:
+        a scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit, or ``delta`` is not positive; the
+            message names the argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``delta`` no number.
+    """
+    return call(HUBER_LOSS, (input, target, reduction, delta, weight))
 
 
 def binary_cross_entropy_with_logits(
@@ -192,6 +264,85 @@ def binary_cross_entropy_with_logits(
     )
 
 
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """Kullback-Leibler divergence of a distribution's logarithms from a target, element by element.
+
+    The term of an element is ``target * (log(target) - input)``, or 0 where the target is 0, as
+    defined by :func:`torch.nn.functional.kl_div`.
+
+    Args:
+        input: Logarithms of probabilities, of any shape; float32, float64, bfloat16 or float16.
+        target: Probabilities, or their logarithms, of a shape that broadcasts with the input's.
+            Differing dtypes are promoted.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one term an element; ``"sum"``; ``"batchmean"``: the sum divided by
+            the first dimension, which is the divergence's mean; ``"mean"``: the sum divided by the
+            number of elements, of which torch warns.
+        log_target: ``target`` holds logarithms.
+
+    Returns:
+        The divergence in nats, of the promoted dtype, or float32 under autocast: a scalar, or of
+        the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(KL_DIV, (input, target, size_average, reduce, reduction, log_target))
+
+
+def poisson_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood of counts drawn from Poisson distributions, element by element.
+
+    The loss of an element is ``exp(input) - target * input``, or
+    ``input - target * log(input + eps)`` without ``log_input``, as defined by
+    :func:`torch.nn.functional.poisson_nll_loss`.
+
+    Args:
+        input: Logarithms of the rates, or the rates, of any shape; float32, float64, bfloat16 or
+            float16.
+        target: Counts, of a shape that broadcasts with the input's. Differing dtypes are promoted.
+        log_input: ``input`` holds logarithms.
+        full: Add Stirling's approximation of ``log(target!)`` where the target is more than 1.
+        size_average: Deprecated, see ``reduction``.
+        eps: What is added to a rate before its logarithm is taken.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in nats, of the promoted dtype, or float32 under autocast: a scalar, or of the
+        broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``eps`` no number.
+    """
+    return call(
+        POISSON_NLL_LOSS,
+        (input, target, log_input, full, size_average, eps, reduce, reduction),
+    )
+
+
 def gaussian_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -227,6 +378,73 @@ def gaussian_nll_loss(
         TypeError: ``input`` or ``target`` is no tensor, or ``var`` neither that nor a float.
     """
     return call(GAUSSIAN_NLL_LOSS, (input, target, var, full, eps, reduction))
+
+
+def soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Logistic loss of two classes, -1 and 1, element by element.
+
+    The loss of an element is ``log(1 + exp(-target * input))``, as defined by
+    :func:`torch.nn.functional.soft_margin_loss`, but finite where torch's exponential overflows.
+
+    Args:
+        input: Scores, of any shape; float32, float64, bfloat16 or float16.
+        target: The classes, -1 or 1, of the input's shape.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in nats, of the input's dtype, or float32 under autocast: a scalar, or of the
+        input's shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(SOFT_MARGIN_LOSS, (input, target, size_average, reduce, reduction))
+
+
+def hinge_embedding_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Distance of what is alike, and closeness of what is not, element by element.
+
+    The loss of an element is ``input`` where the target is 1 and ``max(0, margin - input)`` where
+    it is -1, as defined by :func:`torch.nn.functional.hinge_embedding_loss`.
+
+    Args:
+        input: Distances, of any shape; float32, float64, bfloat16 or float16.
+        target: 1 for what is alike and -1 for what is not, of a shape that broadcasts with the
+            input's. Another value counts as both.
+        margin: The distance from which on what is not alike costs nothing.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``margin`` no number.
+    """
+    return call(HINGE_EMBEDDING_LOSS, (input, target, margin, size_average, reduce, reduction))
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

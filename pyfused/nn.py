@@ -11,10 +11,16 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
     "MSELoss",
+    "PoissonNLLLoss",
     "ReLU",
     "Sigmoid",
     "SmoothL1Loss",
+    "SoftMarginLoss",
 ]
 
 
@@ -60,11 +66,25 @@ class MSELoss(torch.nn.MSELoss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
+class L1Loss(torch.nn.L1Loss):
+    """:class:`torch.nn.L1Loss` over :func:`pyfused.functional.l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
     """:class:`torch.nn.SmoothL1Loss` over :func:`pyfused.functional.smooth_l1_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """:class:`torch.nn.HuberLoss` over :func:`pyfused.functional.huber_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
@@ -82,6 +102,27 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         )
 
 
+class KLDivLoss(torch.nn.KLDivLoss):
+    """:class:`torch.nn.KLDivLoss` over :func:`pyfused.functional.kl_div`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
+    """:class:`torch.nn.PoissonNLLLoss` over :func:`pyfused.functional.poisson_nll_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.poisson_nll_loss(
+            input,
+            target,
+            log_input=self.log_input,
+            full=self.full,
+            eps=self.eps,
+            reduction=self.reduction,
+        )
+
+
 class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
     """:class:`torch.nn.GaussianNLLLoss` over :func:`pyfused.functional.gaussian_nll_loss`."""
 
@@ -89,6 +130,20 @@ class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
         return F.gaussian_nll_loss(
             input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
         )
+
+
+class SoftMarginLoss(torch.nn.SoftMarginLoss):
+    """:class:`torch.nn.SoftMarginLoss` over :func:`pyfused.functional.soft_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.soft_margin_loss(input, target, reduction=self.reduction)
+
+
+class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
+    """:class:`torch.nn.HingeEmbeddingLoss` over :func:`pyfused.functional.hinge_embedding_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
 
 
 class ReLU(torch.nn.ReLU):

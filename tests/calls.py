@@ -38,12 +38,13 @@ class Case:
 def constants(loss: Loss) -> dict[str, Tensor]:
     """Operands within their bounds."""
     of = {False: OTHER, True: WEIGHT}
-    return {o.name: UNIT if o.high == 1 else of[o.low == 0] for o in loss.operands}
+    found = {o.name: UNIT if o.high == 1 else of[o.low == 0] for o in loss.bounded}
+    return found | {o.name: OTHER.sign() for o in loss.operands if o.sign}
 
 
 def pointwise(loss: Loss, differentiated: str, reduction: str, weighted: bool) -> Case:
     """A loss as a function of one of its operands, which is made positive if it has to be."""
-    positive = any(o.low == 0 and o.high > 1 for o in loss.operands if o.name == differentiated)
+    positive = any(o.low == 0 and o.high > 1 for o in loss.bounded if o.name == differentiated)
     given: dict[str, Any] = constants(loss) | loss.parameters | {"reduction": reduction}
     if weighted:
         given["weight"] = WEIGHT

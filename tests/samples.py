@@ -6,6 +6,7 @@ to each operand. The families' tests draw operands and options from here; a new 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,8 +68,53 @@ def gaussian_nll_loss(
     input: Extended, target: Extended, var: Extended, full: bool = False, eps: float = 1e-6
 ) -> tuple[Extended, ...]:
     v, d = np.maximum(var, np.longdouble(eps)), input - target
-    constant = np.log(2 * np.longdouble(np.pi)) / 2 if full else 0
+    constant = np.log(2 * PI) / 2 if full else 0
     return (np.log(v) + d**2 / v) / 2 + constant, d / v, -d / v, (1 / v - (d / v) ** 2) / 2
+
+
+def l1_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    sign = np.sign(input - target)
+    return abs(input - target), sign, -sign
+
+
+def huber_loss(input: Extended, target: Extended, delta: float = 1.0) -> tuple[Extended, ...]:
+    slope = np.clip(input - target, -delta, delta)
+    return slope * (input - target) - slope**2 / 2, slope, -slope
+
+
+def kl_div(input: Extended, target: Extended, log_target: bool = False) -> tuple[Extended, ...]:
+    log, probability = (target, np.exp(target)) if log_target else (np.log(target), target)
+    of_target = (probability if log_target else 1) * (log - input + 1)
+    return probability * (log - input), -probability, of_target
+
+
+def poisson_nll_loss(
+    input: Extended, target: Extended, log_input: bool = True, full: bool = False, eps: float = 1e-8
+) -> tuple[Extended, ...]:
+    log = input if log_input else np.log(input + np.longdouble(eps))
+    rate = np.exp(input) if log_input else input
+    value, of_target = rate - target * log, -log
+    if full:
+        more, at_least_1 = target > 1, np.maximum(target, 1)
+        stirling = target * np.log(at_least_1) - target + np.log(2 * PI * at_least_1) / 2
+        value = value + np.where(more, stirling, 0)
+        of_target = of_target + np.where(more, np.log(at_least_1) + 0.5 / at_least_1, 0)
+    of_input = rate - target if log_input else 1 - target / (input + np.longdouble(eps))
+    return value, of_input, of_target
+
+
+def soft_margin_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    aligned = target * input
+    softplus = np.log1p(np.exp(-abs(aligned))) + np.maximum(-aligned, 0)
+    return softplus, -target * sigmoid(-aligned)[0]
+
+
+def hinge_embedding_loss(
+    input: Extended, target: Extended, margin: float = 1.0
+) -> tuple[Extended, ...]:
+    alike = target == 1
+    unlike = np.maximum(margin - input, 0)
+    return np.where(alike, input, unlike), np.where(alike, 1, -np.heaviside(margin - input, 1))
 
 
 def sigmoid(input: Extended) -> tuple[Extended, ...]:
@@ -81,9 +127,26 @@ def relu(input: Extended) -> tuple[Extended, ...]:
     return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
 
 
+PI = 4 * np.arctan(np.longdouble(1))
 SAMPLES = {
     "mse_loss": Sample(mse_loss),
     "smooth_l1_loss": Sample(smooth_l1_loss, ({}, {"beta": 3.5}, {"beta": 0.0})),
+    "l1_loss": Sample(l1_loss),
+    "huber_loss": Sample(huber_loss, ({}, {"delta": 3.5})),
+    "kl_div": Sample(kl_div, ({}, {"log_target": True}), cancels=True),
+    "poisson_nll_loss": Sample(
+        poisson_nll_loss,
+        (
+            {},
+            {"full": True},
+            {"log_input": False},
+            {"log_input": False, "full": True, "eps": 1e-3},
+        ),
+        cancels=True,
+        heavy=True,
+    ),
+    "soft_margin_loss": Sample(soft_margin_loss),
+    "hinge_embedding_loss": Sample(hinge_embedding_loss, ({}, {"margin": 3.5})),
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
     "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3}), heavy=True),
     "relu": Sample(relu, rounds=False),
@@ -111,8 +174,25 @@ class Loss:
         return tuple(o.name for o in self.operands if o.optional)
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The flags in effect that choose the formula."""
+        given = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.torchs).parameters.items()
+        } | self.parameters
+        return tuple(p.name for p in self.op.parameters if p.chooses and given[p.name])
+
+    @property
     def kernel(self) -> str:
-        return "_".join([self.op.name, *self.further])
+        return "_".join([self.op.name, *self.choices, *self.further])
+
+    @property
+    def bounded(self) -> tuple[Operand, ...]:
+        """The operands, with the bounds that the parameters make."""
+        if self.parameters.get("log_input") is not False:
+            return self.operands
+        rate, *others = self.operands
+        return rate._replace(low=0.0), *others
 
     @property
     def takes_weight(self) -> bool:
@@ -144,7 +224,7 @@ class Loss:
             operand.name: draw(operand, shape, dtype, scale).requires_grad_(
                 operand.name in requiring
             )
-            for operand, shape in zip(self.operands, each, strict=False)
+            for operand, shape in zip(self.bounded, each, strict=False)
         }
 
     def exact(
@@ -175,6 +255,8 @@ def draw(
 ) -> Tensor:
     """Values of full scale, or between the bounds that the operand declares."""
     low, high = operand.low, operand.high
+    if operand.sign:
+        return (torch.randint(2, shape) * 2 - 1).to(dtype)
     if math.isinf(low):
         return (4 * scale * torch.randn(shape)).to(dtype)
     return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(min=low + 1e-2).to(dtype)

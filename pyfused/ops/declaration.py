@@ -27,6 +27,7 @@ class Operand(NamedTuple):
         differentiated: Whether the kernels compute its gradient.
         optional: It may be None.
         indices: It may hold class indices.
+        sign: Its values are -1 and 1.
         number: It may be a float, which stands for a tensor full of it.
         enforced: What torch raises for other values, on CPUs, None where it does not look.
     """
@@ -37,6 +38,7 @@ class Operand(NamedTuple):
     differentiated: bool = True
     optional: bool = False
     indices: bool = False
+    sign: bool = False
     number: bool = False
     enforced: type[Exception] | None = None
 
@@ -45,12 +47,16 @@ class Parameter(NamedTuple):
     """A number among the arguments, at least ``low``; a tensor of one element may hold it.
 
     Attributes:
+        positive: It is more than 0.
         flag: It is no number, but as good as True or False: 1 or 0.
+        chooses: Where this flag is set the formula is another one, named after both.
     """
 
     name: str
     low: float = -math.inf
+    positive: bool = False
     flag: bool = False
+    chooses: bool = False
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

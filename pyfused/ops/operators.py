@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyfused import checks
 from pyfused.ops.activation import Activation
 from pyfused.ops.cross_entropy import CrossEntropy
-from pyfused.ops.declaration import Operand, Operator, Parameter
-from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
+from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter
+from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
 
 INPUT, TARGET = Operand("input"), Operand("target")
+SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -25,9 +28,39 @@ CROSS_ENTROPY = CrossEntropy(
 
 # ---- pointwise losses ----------------------------------------------------------------------------
 
+
+def _differ_in_shape(input: Tensor, target: Tensor, *_: Any) -> str | None:
+    return "input and target differ in shape" if input.shape != target.shape else None
+
+
+def _differ(input: Tensor, target: Tensor, *_: Any) -> str | None:
+    if input.dtype is not target.dtype:
+        return "input and target differ in dtype"
+    return _differ_in_shape(input, target)
+
+
+def _mean_of_kl_div(arguments: Arguments) -> str | None:
+    _, _, size_average, reduce, reduction, _ = arguments
+    if reduction != "mean" or size_average is not None or reduce is not None:
+        return None
+    return (
+        "reduction: 'mean' divides the total loss by both the batch size and the support size."
+        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+        "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+    )
+
+
 MSE_LOSS = PointwiseLoss(
     name="mse_loss",
     module="MSELoss",
+    operands=(INPUT, TARGET, WEIGHT),
+    weight_shape=checks.weight_of_inputs_shape,
+    denominators={"mean": weight_or_elements},
+)
+
+L1_LOSS = PointwiseLoss(
+    name="l1_loss",
+    module="L1Loss",
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.weight_of_inputs_shape,
     denominators={"mean": weight_or_elements},
@@ -38,6 +71,53 @@ SMOOTH_L1_LOSS = PointwiseLoss(
     module="SmoothL1Loss",
     operands=(INPUT, TARGET),
     parameters=(Parameter("beta", low=0.0),),
+)
+
+HUBER_LOSS = PointwiseLoss(
+    name="huber_loss",
+    module="HuberLoss",
+    operands=(INPUT, TARGET, WEIGHT),
+    parameters=(Parameter("delta", positive=True),),
+    weight_shape=checks.weight_of_inputs_shape,
+)
+
+KL_DIV = PointwiseLoss(
+    name="kl_div",
+    module="KLDivLoss",
+    operands=(INPUT, Operand("target", low=0.0)),
+    parameters=(Parameter("log_target", flag=True, chooses=True),),
+    warns=False,
+    warning=_mean_of_kl_div,
+    denominators={"mean": elements, "batchmean": lambda x, _: float(x.shape[0] if x.dim() else 1)},
+    against=_differ_in_shape,
+)
+
+POISSON_NLL_LOSS = PointwiseLoss(
+    name="poisson_nll_loss",
+    module="PoissonNLLLoss",
+    operands=(INPUT, Operand("target", low=0.0)),
+    parameters=(
+        Parameter("log_input", flag=True, chooses=True),
+        Parameter("full", flag=True, chooses=True),
+        Parameter("eps"),
+    ),
+    warns=False,
+)
+
+SOFT_MARGIN_LOSS = PointwiseLoss(
+    name="soft_margin_loss",
+    module="SoftMarginLoss",
+    operands=(INPUT, SIGNS),
+    warns=False,
+    against=_differ,
+)
+
+HINGE_EMBEDDING_LOSS = PointwiseLoss(
+    name="hinge_embedding_loss",
+    module="HingeEmbeddingLoss",
+    operands=(INPUT, SIGNS),
+    parameters=(Parameter("margin"),),
+    warns=False,
 )
 
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
@@ -93,9 +173,15 @@ OPERATORS: dict[str, Operator] = {
     for op in (
         CROSS_ENTROPY,
         MSE_LOSS,
+        L1_LOSS,
         SMOOTH_L1_LOSS,
+        HUBER_LOSS,
         BINARY_CROSS_ENTROPY_WITH_LOGITS,
+        KL_DIV,
+        POISSON_NLL_LOSS,
         GAUSSIAN_NLL_LOSS,
+        SOFT_MARGIN_LOSS,
+        HINGE_EMBEDDING_LOSS,
         RELU,
         SIGMOID,
     )

@@ -38,25 +38,30 @@ class PointwiseLoss(Operator):
     Attributes:
         shapes: Raises where shapes of the formula's operands do not go together.
         warns: Whether torch warns of an input and a target that broadcast.
+        warning: What torch warns of in a call with a reduction, None where of nothing.
         weight_shape: Raises where ``weight`` does not go with the input.
         denominators: What the sum is divided by in each reduction but none and sum, from the
             expanded input and the weight.
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
+        chooses: Whether a parameter chooses the formula.
     """
 
     shapes: Callable[..., None] = checks.broadcasting
     warns: bool = True
+    warning: Callable[[Arguments], str | None] | None = None
     weight_shape: Callable[[Tensor, Tensor], None] | None = None
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
+    chooses: bool = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight")
         place = self.arguments.index
         self._values = itemgetter(*[place(variable.name) for variable in self.variables])
+        self.chooses = any(parameter.chooses for parameter in self.parameters)
         self._numbers = [(place(parameter.name), parameter) for parameter in self.parameters]
         self._weight = place("weight") if self.weight_shape is not None else None
         self._reduction = place("reduction")
@@ -66,6 +71,8 @@ class PointwiseLoss(Operator):
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0])
+        if self.warning is not None and (message := self.warning(arguments)):
+            warnings.warn(message, stacklevel=4)
         if self.arrange is not None:
             operands = self.arrange(*operands)
         shape = operands[0].shape
@@ -116,7 +123,9 @@ class PointwiseLoss(Operator):
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
         for place, parameter in self._numbers:
             if not parameter.flag:
-                checks.parameter(parameter.name, arguments[place], parameter.low)
+                checks.parameter(
+                    parameter.name, arguments[place], parameter.low, parameter.positive
+                )
         if operands[1].shape != operands[0].shape or len(operands) > 2:
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
@@ -175,7 +184,7 @@ class Call(NamedTuple):
 
     op: PointwiseLoss
     backend: Backend
-    numbers: tuple[Any, ...]
+    numbers: tuple[Any, ...]  # a flag that chooses the formula among them
     reduction: str
     denominator: float | Tensor
 
@@ -186,11 +195,15 @@ class Call(NamedTuple):
         want: Want,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        name, last = self.op.name, self.op.variables[len(operands) - 1]
+        name, numbers, last = self.op.name, self.numbers, self.op.variables[len(operands) - 1]
+        if self.op.chooses:
+            given = list(zip(self.op.parameters, numbers, strict=True))
+            name = "_".join([name, *(p.name for p, number in given if p.chooses and number)])
+            numbers = tuple([number for p, number in given if not p.chooses])
         return self.backend.pointwise_loss(
             f"{name}_{last.name}" if last.optional else name,
             tuple(operands),
-            self.numbers,
+            numbers,
             weight,
             self.reduction,
             self.denominator,
@@ -235,7 +248,7 @@ def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     weight, *operands = ctx.saved_tensors
     call: Call = ctx.call
     names = [variable.name for variable in call.op.variables]
-    numbers = dict(zip([p.name for p in call.op.parameters], call.numbers, strict=True))
+    numbers = {p.name: n for p, n in zip(call.op.parameters, call.numbers, strict=True)}
 
     def definition(*operands: Tensor) -> Tensor:
         named = dict(zip(names, operands, strict=False))

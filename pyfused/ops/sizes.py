@@ -41,6 +41,42 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 17),),
         torch.float16: ((ANY, 1 << 20),),
     },
+    "l1_loss": {
+        torch.float32: ((ANY, 1 << 15),),
+        torch.float64: ((ANY, 1 << 15),),
+        torch.bfloat16: ((ANY, 1 << 14),),
+        torch.float16: ((ANY, 1 << 14),),
+    },
+    "huber_loss": {
+        torch.float32: ((ANY, 1 << 17),),
+        torch.float64: ((ANY, 1 << 17),),
+        torch.bfloat16: ((ANY, 1 << 15),),
+        torch.float16: ((ANY, 1 << 15),),
+    },
+    "kl_div": {
+        torch.float32: ((ANY, 1 << 14),),
+        torch.float64: ((ANY, 1 << 14),),
+        torch.bfloat16: ((ANY, 1 << 14),),
+        torch.float16: ((ANY, 1 << 14),),
+    },
+    "poisson_nll_loss": {
+        torch.float32: ((ANY, 1 << 14),),
+        torch.float64: ((ANY, 1 << 14),),
+        torch.bfloat16: ((ANY, 1 << 14),),
+        torch.float16: ((ANY, 1 << 14),),
+    },
+    "soft_margin_loss": {
+        torch.float32: ((ANY, 1 << 14),),
+        torch.float64: ((ANY, 1 << 14),),
+        torch.bfloat16: ((ANY, 1 << 14),),
+        torch.float16: ((ANY, 1 << 14),),
+    },
+    "hinge_embedding_loss": {
+        torch.float32: ((ANY, 1 << 13),),
+        torch.float64: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.float16: ((ANY, 1 << 13),),
+    },
     "binary_cross_entropy_with_logits": {
         torch.float32: ((ANY, 1 << 14),),
         torch.float64: ((ANY, 1 << 14),),
