@@ -100,7 +100,7 @@ template <class A, bool log_input, bool full> struct PoissonNll : Formula<A> {
     if constexpr (full) {  // Stirling's approximation of log(t!)
       constexpr A kLogTwoPi = A(1.8378770664093453);
       const A log = log_of(t);
-      loss += t > 1 ? t * log - t + (kLogTwoPi + log) / 2 : A(0);
+      loss += t <= 1 ? A(0) : t * log - t + (kLogTwoPi + log) / 2;
     }
     return loss;
   }
@@ -109,7 +109,7 @@ template <class A, bool log_input, bool full> struct PoissonNll : Formula<A> {
   }
   A grad_target(A x, A t, A, A scale) const {
     A slope = log_input ? -x : -log_of(x + eps);
-    if constexpr (full) slope += t > 1 ? log_of(t) + A(0.5) / t : A(0);
+    if constexpr (full) slope += t <= 1 ? A(0) : log_of(t) + A(0.5) / t;
     return scale * slope;
   }
 };
@@ -131,7 +131,10 @@ template <class A> struct KlDivLogTarget : Formula<A> {
   using Formula<A>::Formula;
   A value(A x, A t, A) const { return exp_of(t) * (t - x); }
   A grad_input(A, A t, A, A scale) const { return -exp_of(t) * scale; }
-  A grad_target(A x, A t, A, A scale) const { return exp_of(t) * (t - x + 1) * scale; }
+  A grad_target(A x, A t, A, A scale) const {
+    const A e = exp_of(t);
+    return (e * (t - x) + e) * scale;
+  }
 };
 
 // torch: F.binary_cross_entropy_with_logits(x, t).

@@ -126,12 +126,12 @@ def hinge_embedding_loss_gradients(x, t, margin, _q, _r, scale):
 def stirling(t):
     """Stirling's approximation of log(t!), from 1 on."""
     log_t = log(t)
-    return tl.where(t > 1.0, t * log_t - t + 0.5 * (1.8378770664093453 + log_t), 0.0)
+    return tl.where(t <= 1.0, 0.0, t * log_t - t + 0.5 * (1.8378770664093453 + log_t))
 
 
 @triton.jit
 def stirling_slope(t):
-    return tl.where(t > 1.0, log(t) + 0.5 / t, 0.0)
+    return tl.where(t <= 1.0, 0.0, log(t) + 0.5 / t)
 
 
 @triton.jit
@@ -197,7 +197,8 @@ def kl_div_log_target(x, t, _p, _q, _r):
 
 @triton.jit
 def kl_div_log_target_gradients(x, t, _p, _q, _r, scale):
-    return -exp(t) * scale, exp(t) * (t - x + 1.0) * scale
+    e = exp(t)
+    return -e * scale, (e * (t - x) + e) * scale
 
 
 @triton.jit

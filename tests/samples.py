@@ -25,6 +25,10 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
 
 
+INF, NAN = float("inf"), float("nan")
+FINITE_PRODUCTS = (1.0, NAN, INF, -INF, -0.0, 30.0)  # of any two
+
+
 @dataclass(frozen=True)
 class Sample:
     """An operator's definition, and the parameters to try.
@@ -33,6 +37,9 @@ class Sample:
         rounds: Whether results need rounding; if not, they are torch's to the bit.
         cancels: Whether a result may be a small difference of terms of the input's size, or of 1.
         heavy: Whether one element may outweigh all others, and its roundings theirs.
+        large: What full-scale values are multiplied by where they are to be large, but torch's
+            exponential is still finite.
+        special: What both operands are tried with in every combination.
     """
 
     define: Callable[..., tuple[Extended, ...]]
@@ -40,6 +47,8 @@ class Sample:
     rounds: bool = True
     cancels: bool = False
     heavy: bool = False
+    large: float = 1e4
+    special: tuple[float, ...] = (1.0, NAN, INF, -INF, -0.0, 3e38)
 
 
 def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
@@ -133,7 +142,13 @@ SAMPLES = {
     "smooth_l1_loss": Sample(smooth_l1_loss, ({}, {"beta": 3.5}, {"beta": 0.0})),
     "l1_loss": Sample(l1_loss),
     "huber_loss": Sample(huber_loss, ({}, {"delta": 3.5})),
-    "kl_div": Sample(kl_div, ({}, {"log_target": True}), cancels=True),
+    "kl_div": Sample(
+        kl_div,
+        ({}, {"log_target": True}),
+        cancels=True,
+        large=3.0,
+        special=FINITE_PRODUCTS,
+    ),
     "poisson_nll_loss": Sample(
         poisson_nll_loss,
         (
@@ -144,8 +159,10 @@ SAMPLES = {
         ),
         cancels=True,
         heavy=True,
+        large=3.0,
+        special=FINITE_PRODUCTS,
     ),
-    "soft_margin_loss": Sample(soft_margin_loss),
+    "soft_margin_loss": Sample(soft_margin_loss, large=4.0, special=(1.0, NAN, 2.0, 0.5, -0.0, 30.0)),
     "hinge_embedding_loss": Sample(hinge_embedding_loss, ({}, {"margin": 3.5})),
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
     "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3}), heavy=True),
@@ -229,8 +246,11 @@ class Loss:
 
     def exact(
         self, given: dict[str, Tensor], reduction: str, upstream: Tensor
-    ) -> tuple[Extended, dict[str, Extended]]:
-        """The value, and the gradient to each operand, of tensors of one shape."""
+    ) -> tuple[Extended, float, dict[str, Extended]]:
+        """The value, the size of what it is summed from, and the gradient to each operand.
+
+        The tensors are of one shape.
+        """
         wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
         each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
         weight = extended(given["weight"]) if "weight" in given else np.ones_like(each)
@@ -238,10 +258,12 @@ class Loss:
         if reduction == "mean":
             by_weight = self.op.denominators["mean"] is weight_or_elements
             divisor = weight.sum() if by_weight else np.longdouble(each.size)
-        value = weight * each / divisor
+        value, size = weight * each / divisor, 0.0
+        if reduction != "none":
+            value, size = value.sum(), float(abs(value).sum())
         factor = weight * extended(upstream) / divisor
         found = {n: g * factor for n, g in zip(self.differentiated, gradients, strict=True)}
-        return value if reduction == "none" else value.sum(), found
+        return value, size, found
 
     def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)

@@ -33,10 +33,12 @@ def _differ_in_shape(input: Tensor, target: Tensor, *_: Any) -> str | None:
     return "input and target differ in shape" if input.shape != target.shape else None
 
 
+def _differ_in_dtype(input: Tensor, target: Tensor, *_: Any) -> str | None:
+    return "input and target differ in dtype" if input.dtype is not target.dtype else None
+
+
 def _differ(input: Tensor, target: Tensor, *_: Any) -> str | None:
-    if input.dtype is not target.dtype:
-        return "input and target differ in dtype"
-    return _differ_in_shape(input, target)
+    return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
 
 
 def _mean_of_kl_div(arguments: Arguments) -> str | None:
@@ -79,6 +81,7 @@ HUBER_LOSS = PointwiseLoss(
     operands=(INPUT, TARGET, WEIGHT),
     parameters=(Parameter("delta", positive=True),),
     weight_shape=checks.weight_of_inputs_shape,
+    against=_differ_in_dtype,
 )
 
 KL_DIV = PointwiseLoss(
@@ -108,6 +111,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     name="soft_margin_loss",
     module="SoftMarginLoss",
     operands=(INPUT, SIGNS),
+    shapes=checks.same_shape,
     warns=False,
     against=_differ,
 )

@@ -65,7 +65,8 @@ class PointwiseLoss(Operator):
         self._numbers = [(place(parameter.name), parameter) for parameter in self.parameters]
         self._weight = place("weight") if self.weight_shape is not None else None
         self._reduction = place("reduction")
-        self._legacy = "reduce" in self.arguments
+        legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
+        self._legacy = itemgetter(*map(place, legacy)) if legacy else None
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         operands, weight, reduction = self._read(arguments)
@@ -106,9 +107,8 @@ class PointwiseLoss(Operator):
         operands, reduction = self._values(arguments), arguments[self._reduction]
         if operands[-1] is None:
             operands = operands[:-1]
-        if self._legacy:
-            place = self._reduction
-            reduction = reduction_of(arguments[place - 2], arguments[place - 1], reduction)
+        if self._legacy is not None:
+            reduction = reduction_of(*self._legacy(arguments), reduction)
         return operands, None if self._weight is None else arguments[self._weight], reduction
 
     def _check(
