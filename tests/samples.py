@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -174,6 +175,15 @@ SAMPLES = {
 # ---- what the families' tests are parametrised by ------------------------------------------------
 
 
+class Exact(NamedTuple):
+    """A loss and its gradients, and the size of what either is a sum of."""
+
+    value: Extended
+    terms: float
+    gradients: dict[str, Extended]
+    gradients_terms: float
+
+
 @dataclass(frozen=True)
 class Loss:
     """A pointwise loss, with the operands and parameters of one way of calling it."""
@@ -246,11 +256,8 @@ class Loss:
 
     def exact(
         self, given: dict[str, Tensor], reduction: str, upstream: Tensor
-    ) -> tuple[Extended, float, dict[str, Extended]]:
-        """The value, the size of what it is summed from, and the gradient to each operand.
-
-        The tensors are of one shape.
-        """
+    ) -> Exact:
+        """Of tensors of one shape."""
         wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
         each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
         weight = extended(given["weight"]) if "weight" in given else np.ones_like(each)
@@ -263,7 +270,8 @@ class Loss:
             value, size = value.sum(), float(abs(value).sum())
         factor = weight * extended(upstream) / divisor
         found = {n: g * factor for n, g in zip(self.differentiated, gradients, strict=True)}
-        return value, size, found
+        unit = float(abs(factor).max(initial=0)) if SAMPLES[self.op.name].cancels else 0.0
+        return Exact(value, size, found, unit)
 
     def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)

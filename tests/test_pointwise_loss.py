@@ -234,12 +234,13 @@ def test_type_promotion(
         if not kernel_calls[loss.kernel]:
             assert got.value.dtype is torchs.value.dtype
             continue
-        value, size, gradients = loss.exact(given | weight_, reduction, upstream)
+        exact = loss.exact(given | weight_, reduction, upstream)
         errors = Errors()
-        errors.add("value", got.value, torchs.value, value, size)
+        errors.add("value", got.value, torchs.value, exact.value, exact.terms)
         asked = [name for name in loss.differentiated if given[name].requires_grad]
         for name, ours, theirs in zip(asked, got.gradients, torchs.gradients, strict=True):
-            errors.add(f"gradient to the {name}", ours, theirs, gradients[name])
+            expected = exact.gradients[name]
+            errors.add(f"gradient to the {name}", ours, theirs, expected, exact.gradients_terms)
         errors.check(roundings=4 if got.value.dtype == torch.float64 else 2)
 
 
@@ -256,11 +257,11 @@ def test_autocast_gives_torchs_dtypes(
         expected = evaluate(loss.torchs, **given, **options)
     assert got.value.dtype == expected.value.dtype
     upstream = evaluate_upstream(got.value.shape).to(got.value.dtype)
-    value, size, gradients = loss.exact(given, reduction, upstream)
-    assert_rounded(got.value, value, size)
+    exact = loss.exact(given, reduction, upstream)
+    assert_rounded(got.value, exact.value, exact.terms)
     for ours, name in zip(got.gradients, loss.differentiated, strict=True):
         assert ours.dtype == dtype
-        assert_rounded(ours, gradients[name])
+        assert_rounded(ours, exact.gradients[name], exact.gradients_terms)
 
 
 def assert_rounded(got: Tensor, exact: Any, size_of_terms: float = 0.0) -> None:
