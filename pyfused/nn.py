@@ -112,9 +112,9 @@ class KLDivLoss(torch.nn.KLDivLoss):
 class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
     """:class:`torch.nn.PoissonNLLLoss` over :func:`pyfused.functional.poisson_nll_loss`."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
         return F.poisson_nll_loss(
-            input,
+            log_input,
             target,
             log_input=self.log_input,
             full=self.full,

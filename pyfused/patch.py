@@ -43,7 +43,7 @@ class _Function:
     def __init__(self, op: Operator) -> None:
         self.path, self.name = f"torch.nn.functional.{op.name}", op.name
         self.function = getattr(F, op.name)
-        self.traced = getattr(functional, op.name)
+        self.traced, self.copy = getattr(functional, op.name), op.torchs
         self.torchs = self.ours = None
         # What stood there already when pyfused was imported may be someone's.
         if getattr(self.function, "__globals__", None) is vars(F):
@@ -62,10 +62,13 @@ class _Function:
     def put(self, code: Any) -> None:
         # The compiler puts torch's functions into graphs, and keeps what it made of these on disk,
         # by the functions' names. With this attribute it reads another function instead.
+        # That of torch's own code points back here, where it would go round.
         if code is self.ours:
             self.function._torchdynamo_inline = self.traced
+            vars(self.copy).pop("_torchdynamo_inline", None)
         else:
             vars(self.function).pop("_torchdynamo_inline", None)
+            self.copy._torchdynamo_inline = self.function  # type: ignore[attr-defined]
         self.function.__code__ = code
 
 

@@ -108,7 +108,8 @@ class PointwiseLoss(Operator):
         if operands[-1] is None:
             operands = operands[:-1]
         if self._legacy is not None:
-            reduction = reduction_of(*self._legacy(arguments), reduction)
+            size_average, reduce = self._legacy(arguments)
+            reduction = reduction_of(size_average, reduce, reduction)
         return operands, None if self._weight is None else arguments[self._weight], reduction
 
     def _check(
@@ -248,7 +249,8 @@ def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     weight, *operands = ctx.saved_tensors
     call: Call = ctx.call
     names = [variable.name for variable in call.op.variables]
-    numbers = {p.name: n for p, n in zip(call.op.parameters, call.numbers, strict=True)}
+    given = zip(call.op.parameters, call.numbers, strict=True)
+    numbers = {p.name: bool(number) if p.flag else number for p, number in given}
 
     def definition(*operands: Tensor) -> Tensor:
         named = dict(zip(names, operands, strict=False))
