@@ -220,7 +220,9 @@ def test_pointwise_losses(
     if SAMPLES[loss.op.name].cancels:
         each = loss.torchs(**given, **options | {"reduction": "none"}).detach()
         sizes = [x.detach().abs().max().item() for x in (each, *given.values()) if x.numel()]
-        term = max(sizes, default=0.0) / (max(each.numel(), 1) if reduction == "mean" else 1)
+        added = each.numel() / max(min(x.numel() for x in given.values()), 1)  # to one gradient
+        term = max(sizes, default=0.0) * max(added, 1.0)
+        term /= max(each.numel(), 1) if reduction == "mean" else 1
     assert_near(got, exact, dtype, least=term)
 
 
