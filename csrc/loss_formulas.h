@@ -91,6 +91,24 @@ template <class A> struct HingeEmbeddingLoss : Formula<A> {
   A grad_target(A, A, A, A) const { return 0; }
 };
 
+// torch: F.margin_ranking_loss(x, other, y, margin).
+template <class A> struct MarginRankingLoss {
+  A margin;
+  explicit MarginRankingLoss(const Parameters& p) : margin(A(p[0])) {}
+  A slack(A x, A other, A y) const { return -y * (x - other) + margin; }
+  A value(A x, A other, A y) const {
+    const A s = slack(x, other, y);
+    return s < 0 ? A(0) : s;
+  }
+  A grad_input(A x, A other, A y, A scale) const {
+    return -y * (slack(x, other, y) >= 0 ? scale : A(0));
+  }
+  A grad_target(A x, A other, A y, A scale) const { return -grad_input(x, other, y, scale); }
+  A grad_other(A x, A other, A y, A scale) const {
+    return (other - x) * (slack(x, other, y) >= 0 ? scale : A(0));
+  }
+};
+
 // torch: F.poisson_nll_loss(x, t, log_input, full, eps).
 template <class A, bool log_input, bool full> struct PoissonNll : Formula<A> {
   A eps;
@@ -137,9 +155,24 @@ template <class A> struct KlDivLogTarget : Formula<A> {
   }
 };
 
+// torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least. What is no probability makes NaN.
+template <class A> struct BinaryCrossEntropy : Formula<A> {
+  using Formula<A>::Formula;
+  static A bounded(A log) { return log < -100 ? A(-100) : log; }
+  A value(A x, A t, A) const {
+    const A loss = (t - 1) * bounded(log1p_of(-x)) - t * bounded(log_of(x));
+    return t >= 0 && t <= 1 ? loss : std::numeric_limits<A>::quiet_NaN();
+  }
+  A grad_input(A x, A t, A, A scale) const {
+    const A variance = (1 - x) * x;
+    return scale * (x - t) / (variance < A(1e-12) ? A(1e-12) : variance);
+  }
+  A grad_target(A x, A, A, A scale) const { return scale * (log1p_of(-x) - log_of(x)); }
+};
+
 // torch: F.binary_cross_entropy_with_logits(x, t).
 //   loss = (1 - t) x + softplus(-x),  softplus(-x) = log(1 + exp(-x))
-template <class A> struct BinaryCrossEntropy : Formula<A> {
+template <class A> struct BinaryCrossEntropyWithLogits : Formula<A> {
   using Formula<A>::Formula;
   A value(A x, A t, A) const { return (1 - t) * x + softplus(-x); }
   A grad_input(A x, A t, A, A scale) const { return scale * (sigmoid(x) - t); }
@@ -147,7 +180,7 @@ template <class A> struct BinaryCrossEntropy : Formula<A> {
 };
 
 // The same with pos_weight = p:  loss = (1 - t) x + (1 + (p - 1) t) softplus(-x)
-template <class A> struct BinaryCrossEntropyPosWeight : Formula<A> {
+template <class A> struct BinaryCrossEntropyWithLogitsPosWeight : Formula<A> {
   using Formula<A>::Formula;
   A value(A x, A t, A p) const { return (1 - t) * x + ((p - 1) * t + 1) * softplus(-x); }
   A grad_input(A x, A t, A p, A scale) const {
@@ -245,14 +278,16 @@ inline constexpr LossFormula kLossFormulas[] = {
     PYFUSED_LOSS("huber_loss", HuberLoss),
     PYFUSED_LOSS("soft_margin_loss", SoftMarginLoss),
     PYFUSED_LOSS("hinge_embedding_loss", HingeEmbeddingLoss),
+    PYFUSED_LOSS("margin_ranking_loss", MarginRankingLoss),
     PYFUSED_LOSS("poisson_nll_loss", PoissonNllLoss),
     PYFUSED_LOSS("poisson_nll_loss_full", PoissonNllLossFull),
     PYFUSED_LOSS("poisson_nll_loss_log_input", PoissonNllLossLogInput),
     PYFUSED_LOSS("poisson_nll_loss_log_input_full", PoissonNllLossLogInputFull),
     PYFUSED_LOSS("kl_div", KlDiv),
     PYFUSED_LOSS("kl_div_log_target", KlDivLogTarget),
-    PYFUSED_LOSS("binary_cross_entropy_with_logits", BinaryCrossEntropy),
-    PYFUSED_LOSS("binary_cross_entropy_with_logits_pos_weight", BinaryCrossEntropyPosWeight),
+    PYFUSED_LOSS("binary_cross_entropy", BinaryCrossEntropy),
+    PYFUSED_LOSS("binary_cross_entropy_with_logits", BinaryCrossEntropyWithLogits),
+    PYFUSED_LOSS("binary_cross_entropy_with_logits_pos_weight", BinaryCrossEntropyWithLogitsPosWeight),
     PYFUSED_LOSS("gaussian_nll_loss", GaussianNllLoss),
 };
 

@@ -7,6 +7,7 @@
 //   log_positive    [1, 2^60]                        1.5 ULP (of 1 below e)
 //   log_of          every positive normal value      1.5 ULP; -inf of 0, NaN below
 //   exp_of          [-86, inf] (double: [-707, inf]) 1.01 ULP (double: 1); falls to 0 below
+//   log1p_of        [-1, inf]                        3 ULP; NaN below
 //   softplus        [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   sigmoid         [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   load, store     every value of the type          load is exact, store rounds to nearest even
@@ -261,6 +262,13 @@ template <class A> PYFUSED_INLINE A log_of(A x) {
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
   const A special = x == 0 ? -kInfinity : x < 0 ? std::numeric_limits<A>::quiet_NaN() : x;
   return x > 0 && x < kInfinity ? value : special;
+}
+
+// log(1 + x): what 1 + x was rounded by is put right.
+template <class A> PYFUSED_INLINE A log1p_of(A x) {
+  const A u = 1 + x, value = log_of(u) + (x - (u - 1)) / u;
+  constexpr A kMost = std::numeric_limits<A>::max();
+  return u > 0 && u <= kMost ? value : log_of(u);
 }
 
 // log(1 + exp(x)), of either sign.

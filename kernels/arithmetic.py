@@ -30,6 +30,13 @@ def exp(x):
 
 
 @triton.jit
+def log_of_1_plus(x):
+    """log(1 + x): what 1 + x was rounded by is put right."""
+    u = 1.0 + x
+    return tl.where(u > 0.0, log(u) + (x - (u - 1.0)) / u, log(u))
+
+
+@triton.jit
 def _twice_atanh(s):
     """For |s| <= 1/3, to float32's precision: the series up to s**15."""
     z = s * s

@@ -26,6 +26,7 @@ from .arithmetic import (
     exp_nonpositive,
     log,
     log1p,
+    log_of_1_plus,
     reach,
     read,
     sigmoid,
@@ -123,6 +124,19 @@ def hinge_embedding_loss_gradients(x, t, margin, _q, _r, scale):
 
 
 @triton.jit
+def margin_ranking_loss(x, other, y, margin, _q, _r):
+    """torch: F.margin_ranking_loss(x, other, y, margin)."""
+    slack = -y * (x - other) + margin
+    return tl.where(slack < 0.0, 0.0, slack)
+
+
+@triton.jit
+def margin_ranking_loss_gradients(x, other, y, margin, _q, _r, scale):
+    factor = tl.where(-y * (x - other) + margin >= 0.0, scale, 0.0)
+    return -y * factor, y * factor, (other - x) * factor
+
+
+@triton.jit
 def stirling(t):
     """Stirling's approximation of log(t!), from 1 on."""
     log_t = log(t)
@@ -202,6 +216,25 @@ def kl_div_log_target_gradients(x, t, _p, _q, _r, scale):
 
 
 @triton.jit
+def bounded(log):
+    return tl.where(log < -100.0, -100.0, log)
+
+
+@triton.jit
+def binary_cross_entropy(x, t, _p, _q, _r):
+    """torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least; NaN of no probability."""
+    loss = (t - 1.0) * bounded(log_of_1_plus(-x)) - t * bounded(log(x))
+    return tl.where((t >= 0.0) & (t <= 1.0), loss, float("nan"))
+
+
+@triton.jit
+def binary_cross_entropy_gradients(x, t, _p, _q, _r, scale):
+    variance = (1.0 - x) * x
+    variance = tl.where(variance < 1e-12, 1e-12, variance)
+    return scale * (x - t) / variance, scale * (log_of_1_plus(-x) - log(x))
+
+
+@triton.jit
 def binary_cross_entropy_with_logits(x, t, _p, _q, _r):
     """torch: F.binary_cross_entropy_with_logits(x, t)."""
     return (1.0 - t) * x - log_sigmoid(x)
@@ -266,6 +299,8 @@ FORMULAS = {
     ),
     "kl_div": Formula(kl_div, kl_div_gradients),
     "kl_div_log_target": Formula(kl_div_log_target, kl_div_log_target_gradients),
+    "margin_ranking_loss": Formula(margin_ranking_loss, margin_ranking_loss_gradients),
+    "binary_cross_entropy": Formula(binary_cross_entropy, binary_cross_entropy_gradients),
     "binary_cross_entropy_with_logits": Formula(
         binary_cross_entropy_with_logits, binary_cross_entropy_with_logits_gradients
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -152,18 +153,19 @@ def parameter(name: str, value: Any, low: float, positive: bool) -> None:
 def values(
     name: str, value: Tensor | float, low: float, high: float, error: type[Exception]
 ) -> None:
-    """Those of a tensor on the CPU; NaN passes, and a GPU is not waited for."""
+    """Those of a tensor on the CPU; a GPU is not waited for. NaN passes unless there is a most."""
     if isinstance(value, float):
         value = torch.tensor(value)
+    value = value.detach()
     if not value.is_cpu or not value.numel():
         return
-    least, most = (float(bound) for bound in value.detach().aminmax())
-    if least != least:  # NaN, which hides the others
-        known = value.detach()[~value.isnan()]
-        least, most = (float(bound) for bound in known.aminmax()) if known.numel() else (low, high)
-    if least < low or most > high:
-        wrong = least if least < low else most
-        raise error(f"{name}: expected values in [{low}, {high}], got {wrong}")
+    least, most = (float(bound) for bound in value.aminmax())
+    if low <= least and most <= high:
+        return
+    within = (value >= low) & (value <= high)
+    wrong = value[~(within if high < math.inf else within | value.isnan())]
+    if wrong.numel():
+        raise error(f"{name}: expected values in [{low}, {high}], got {wrong[0].item()}")
 
 
 def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
@@ -175,6 +177,17 @@ def same_shape(input: Tensor, target: Tensor, *_: Any) -> None:
         raise ValueError(
             f"target: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
+
+
+def of_one_dimension_and_broadcasting(*operands: Tensor) -> None:
+    first, *others = operands
+    for name, other in zip(("input2", "target"), others, strict=True):
+        if other.dim() != first.dim():
+            raise RuntimeError(
+                f"{name}: expected as many dimensions as input1 of shape {tuple(first.shape)}, got "
+                f"shape {tuple(other.shape)}"
+            )
+        _broadcasts(name, first.shape, other.shape)
 
 
 def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyfused.ops.dispatch import call
 from pyfused.ops.operators import (
+    BINARY_CROSS_ENTROPY,
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
     CROSS_ENTROPY,
     GAUSSIAN_NLL_LOSS,
@@ -18,6 +19,7 @@ from pyfused.ops.operators import (
     HUBER_LOSS,
     KL_DIV,
     L1_LOSS,
+    MARGIN_RANKING_LOSS,
     MSE_LOSS,
     POISSON_NLL_LOSS,
     RELU,
@@ -27,6 +29,7 @@ from pyfused.ops.operators import (
 )
 
 __all__ = [
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_nll_loss",
@@ -34,6 +37,7 @@ __all__ = [
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "margin_ranking_loss",
     "mse_loss",
     "poisson_nll_loss",
     "relu",
@@ -221,6 +225,44 @@ def huber_loss(
         TypeError: ``input`` or ``target`` is no tensor, or ``delta`` no number.
     """
     return call(HUBER_LOSS, (input, target, reduction, delta, weight))
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy between probabilities of two classes, element by element.
+
+    The loss of an element is ``-weight * (target * log(input) + (1 - target) * log(1 - input))``,
+    each logarithm being at least -100, as defined by
+    :func:`torch.nn.functional.binary_cross_entropy`.
+
+    Args:
+        input: Probabilities of the positive class, 0.0 to 1.0, of any shape; float32, float64,
+            bfloat16 or float16.
+        target: The same, as they should be, of the input's shape.
+        weight: One factor for each element, of a shape that broadcasts to the input's.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements, with or without ``weight``.
+
+    Returns:
+        The loss in nats, of the input's dtype: a scalar, or of the input's shape for ``"none"``.
+        NaN for a mean over nothing, and of what is no probability on a GPU, which would have to be
+        waited for.
+
+    Raises:
+        RuntimeError, ValueError: A probability is out of range, shapes or options do not fit, or a
+            weight requires grad; the message names the argument, what was expected and what was
+            got. Under autocast: torch's advice to take logits.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(BINARY_CROSS_ENTROPY, (input, target, weight, size_average, reduce, reduction))
 
 
 def binary_cross_entropy_with_logits(
@@ -445,6 +487,45 @@ def hinge_embedding_loss(
         TypeError: ``input`` or ``target`` is no tensor, or ``margin`` no number.
     """
     return call(HINGE_EMBEDDING_LOSS, (input, target, margin, size_average, reduce, reduction))
+
+
+def margin_ranking_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far the lower of two scores is from being lower by a margin, element by element.
+
+    The loss of an element is ``max(0, -target * (input1 - input2) + margin)``, as defined by
+    :func:`torch.nn.functional.margin_ranking_loss`.
+
+    Args:
+        input1, input2: Scores, of shapes that broadcast and have as many dimensions; float32,
+            float64, bfloat16 or float16.
+        target: 1 where ``input1`` should be the higher one, -1 where ``input2`` should, of a shape
+            that broadcasts with theirs.
+        margin: By how much.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in the unit of the scores, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: One of the tensors is none, or ``margin`` is no number.
+    """
+    return call(
+        MARGIN_RANKING_LOSS, (input1, input2, target, margin, size_average, reduce, reduction)
+    )
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 import pyfused.functional as F
 
 __all__ = [
+    "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "GaussianNLLLoss",
@@ -16,6 +17,7 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "MSELoss",
+    "MarginRankingLoss",
     "PoissonNLLLoss",
     "ReLU",
     "Sigmoid",
@@ -87,6 +89,13 @@ class HuberLoss(torch.nn.HuberLoss):
         return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
+class BCELoss(torch.nn.BCELoss):
+    """:class:`torch.nn.BCELoss` over :func:`pyfused.functional.binary_cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
+
+
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """:class:`torch.nn.BCEWithLogitsLoss` over
     :func:`pyfused.functional.binary_cross_entropy_with_logits`.
@@ -144,6 +153,15 @@ class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
+
+
+class MarginRankingLoss(torch.nn.MarginRankingLoss):
+    """:class:`torch.nn.MarginRankingLoss` over :func:`pyfused.functional.margin_ranking_loss`."""
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return F.margin_ranking_loss(
+            input1, input2, target, margin=self.margin, reduction=self.reduction
+        )
 
 
 class ReLU(torch.nn.ReLU):

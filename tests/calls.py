@@ -13,6 +13,8 @@ from samples import ACTIVATIONS, LOSSES, Loss
 from torch import Tensor
 
 from pyfused import functional as fused
+from pyfused.ops.declaration import Operand
+from pyfused.ops.operators import CROSS_ENTROPY
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 PROBABILITIES = torch.linspace(-2, 2, 30).reshape(6, 5).softmax(1)
@@ -42,16 +44,22 @@ def constants(loss: Loss) -> dict[str, Tensor]:
     return found | {o.name: OTHER.sign() for o in loss.operands if o.sign}
 
 
+def within(operand: Operand, x: Tensor) -> Tensor:
+    """The values between the operand's bounds, where these are more than a convention."""
+    if operand.high == 1:
+        return x.sigmoid() if operand.enforced else x
+    return x.square() + 0.1 if operand.low == 0 else x
+
+
 def pointwise(loss: Loss, differentiated: str, reduction: str, weighted: bool) -> Case:
-    """A loss as a function of one of its operands, which is made positive if it has to be."""
-    positive = any(o.low == 0 and o.high > 1 for o in loss.bounded if o.name == differentiated)
+    """A loss as a function of one of its operands, which is kept between its bounds."""
+    operand = next(operand for operand in loss.bounded if operand.name == differentiated)
     given: dict[str, Any] = constants(loss) | loss.parameters | {"reduction": reduction}
     if weighted:
         given["weight"] = WEIGHT
 
     def run(functional: Any, x: Tensor) -> Tensor:
-        operand = x.square() + 0.1 if positive else x
-        return getattr(functional, loss.op.name)(**given | {differentiated: operand})
+        return getattr(functional, loss.op.name)(**given | {differentiated: within(operand, x)})
 
     return Case(run)
 
@@ -76,7 +84,7 @@ def cases() -> dict[str, Case]:
         }
         for loss in LOSSES:
             for name in loss.differentiated:
-                weighted = loss.takes_weight and name != "input"
+                weighted = loss.takes_weight and name != loss.operands[0].name
                 made[f"{loss.id}_to_{name}_{r}"] = pointwise(loss, name, r, weighted)
     return made
 
@@ -87,24 +95,35 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 @dataclass
 class Beside:
-    """What a loss takes beside its input."""
+    """What a loss takes beside its first operand."""
 
     op: str
+    first: Operand
     tensors: dict[str, Tensor]
     parameters: dict[str, Any]
     differentiated: tuple[str, ...] = ("target",)
+
+    def inside(self, x: Tensor) -> Tensor:
+        return within(self.first, x)
 
     def clones(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
 
+LOGITS = CROSS_ENTROPY.operands[0]
 BESIDE = {
-    "index": Beside("cross_entropy", {"target": CLASSES, "weight": WEIGHT[0]}, {}, ()),
-    "probabilities": Beside("cross_entropy", {"target": PROBABILITIES, "weight": WEIGHT[0]}, {}),
+    "index": Beside("cross_entropy", LOGITS, {"target": CLASSES, "weight": WEIGHT[0]}, {}, ()),
+    "probabilities": Beside(
+        "cross_entropy",
+        LOGITS,
+        {"target": PROBABILITIES, "weight": WEIGHT[0]},
+        {},
+    ),
 }
 for _loss in LOSSES:
     _tensors = constants(_loss) | ({"weight": WEIGHT} if _loss.takes_weight else {})
-    del _tensors["input"]
-    _others = tuple(name for name in _loss.differentiated if name != "input")
-    BESIDE[_loss.id] = Beside(_loss.op.name, _tensors, _loss.parameters, _others)
+    _first = _loss.bounded[0]
+    del _tensors[_first.name]
+    _others = tuple(name for name in _loss.differentiated if name != _first.name)
+    BESIDE[_loss.id] = Beside(_loss.op.name, _first, _tensors, _loss.parameters, _others)
 every_loss_call = pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE.keys())

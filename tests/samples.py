@@ -112,6 +112,22 @@ def poisson_nll_loss(
     return value, of_input, of_target
 
 
+def binary_cross_entropy(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    with np.errstate(divide="ignore"):
+        yes, no = np.log(input), np.log1p(-input)
+    value = -target * np.maximum(yes, -100) - (1 - target) * np.maximum(no, -100)
+    variance = np.maximum(input * (1 - input), np.longdouble(1e-12))
+    return value, (input - target) / variance, no - yes
+
+
+def margin_ranking_loss(
+    input1: Extended, input2: Extended, target: Extended, margin: float = 0.0
+) -> tuple[Extended, ...]:
+    slack = margin - target * (input1 - input2)
+    active = np.heaviside(slack, 1)
+    return np.maximum(slack, 0), -target * active, target * active, (input2 - input1) * active
+
+
 def soft_margin_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
     aligned = target * input
     softplus = np.log1p(np.exp(-abs(aligned))) + np.maximum(-aligned, 0)
@@ -166,6 +182,10 @@ SAMPLES = {
         soft_margin_loss, large=4.0, special=(1.0, NAN, 2.0, 0.5, -0.0, 30.0)
     ),
     "hinge_embedding_loss": Sample(hinge_embedding_loss, ({}, {"margin": 3.5}), cancels=True),
+    "binary_cross_entropy": Sample(
+        binary_cross_entropy, cancels=True, special=(1.0, 0.0, 0.5, 0.25, -0.0, 2.0**-20)
+    ),
+    "margin_ranking_loss": Sample(margin_ranking_loss, ({}, {"margin": 3.5})),
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
     "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3}), heavy=True),
     "relu": Sample(relu, rounds=False),
@@ -295,7 +315,7 @@ def draw(
         return (torch.randint(2, shape) * 2 - 1).to(dtype)
     if math.isinf(low):
         return (4 * scale * torch.randn(shape)).to(dtype)
-    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(min=low + 1e-2).to(dtype)
+    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
 
 
 def losses() -> list[Loss]:

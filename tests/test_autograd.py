@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -148,12 +147,10 @@ def test_one_backward_for_each_of_several_inputs(
     beside: Beside, backwards: bool, reduction: str, x: Tensor
 ) -> None:
     """Asked for one input's gradient and then, through the kept graph, for the others'."""
-    names = ["input", *beside.differentiated][:: -1 if backwards else 1]
+    names = [beside.first.name, *beside.differentiated][:: -1 if backwards else 1]
     wanted = {}
     for functional in (fused, F):
-        given = {"input": x, **beside.clones()}
-        if beside.parameters.get("log_input") is False:
-            given["input"] = x.square() + 0.1
+        given = {beside.first.name: beside.inside(x), **beside.clones()}
         for name in beside.differentiated:
             given[name].requires_grad_()
         options = beside.parameters | {"reduction": reduction}
@@ -194,12 +191,14 @@ def test_an_inference_tensor_beside_the_input(beside: Beside, reduction: str, x:
         given = beside.clones()
     options = beside.parameters | {"reduction": reduction}
     try:
-        value = getattr(fused, beside.op)(x, **given, **options).sum()
+        value = getattr(fused, beside.op)(beside.inside(x), **given, **options).sum()
     except RuntimeError as error:
         assert "Inference tensors cannot be saved for backward" in str(error)  # noqa: PT017
     else:
         normal = beside.clones()
-        expected = gradient(lambda x: getattr(F, beside.op)(x, **normal, **options), x)
+        expected = gradient(
+            lambda x: getattr(F, beside.op)(beside.inside(x), **normal, **options), x
+        )
         close(torch.autograd.grad(value, x)[0], expected)
 
 
@@ -254,7 +253,11 @@ def test_input_overwritten_before_backward(case: Case, upstream: float, x: Tenso
 def test_another_argument_overwritten_before_backward(
     beside: Beside, reduction: str, x: Tensor
 ) -> None:
-    function = partial(getattr(fused, beside.op), reduction=reduction, **beside.parameters)
+    options = beside.parameters | {"reduction": reduction}
+
+    def function(x: Tensor, **tensors: Tensor) -> Tensor:
+        return getattr(fused, beside.op)(beside.inside(x), **tensors, **options)
+
     expected = gradient(lambda x: function(x, **beside.tensors).sum(), x)
     for overwritten in beside.tensors:
         given = beside.clones()

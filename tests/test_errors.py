@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import BESIDE
+from calls import BESIDE, within
 from samples import FIRST, Loss
 from torch import Tensor
 
@@ -264,17 +264,18 @@ def wrong_of_every_loss() -> Wrong:
         given.pop("weight", None)
 
         def call(f: Any, loss: Loss = loss, given: Any = given, **wrong: Any) -> Any:
-            arguments = {"input": X} | given | loss.parameters | wrong
+            first = {loss.operands[0].name: within(loss.bounded[0], X)}
+            arguments = first | given | loss.parameters | wrong
             return getattr(f, loss.op.name)(**arguments)
 
-        name = loss.op.name
+        name, tensors = loss.op.name, given | {loss.operands[0].name: X}
         found[f"{name}_reduction"] = (partial(call, reduction="avg"), ["avg"])
         found[f"{name}_integers"] = (
-            partial(call, input=X.long(), **{n: t.long() for n, t in given.items()}),
+            partial(call, **{n: t.long() for n, t in tensors.items()}),
             [],
         )
         found[f"{name}_complex"] = (
-            partial(call, input=X.cfloat(), **{n: t.cfloat() for n, t in given.items()}),
+            partial(call, **{n: t.cfloat() for n, t in tensors.items()}),
             [],
         )
         missing = lambda f, name=name: getattr(f, name)(X)  # noqa: E731

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import BESIDE
+from calls import BESIDE, within
 from compare import evaluate
 from conftest import KernelCalls
 from samples import ACTIVATIONS, FIRST, Loss
@@ -40,7 +40,8 @@ def beside(loss: Loss, functional: Any, x: Tensor, **options: Any) -> Tensor:
     numbers = {operand.name: 0.7 for operand in loss.operands if operand.number}
     given: dict[str, Any] = others | numbers
     given.pop("weight", None)
-    return getattr(functional, loss.op.name)(x, **given, **loss.parameters, **options)
+    first = within(loss.bounded[0], x)
+    return getattr(functional, loss.op.name)(first, **given, **loss.parameters, **options)
 
 
 CALLS: dict[str, Call] = {

@@ -124,6 +124,29 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     warns=False,
 )
 
+MARGIN_RANKING_LOSS = PointwiseLoss(
+    name="margin_ranking_loss",
+    module="MarginRankingLoss",
+    operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
+    parameters=(Parameter("margin"),),
+    shapes=checks.of_one_dimension_and_broadcasting,
+    warns=False,
+)
+
+BINARY_CROSS_ENTROPY = PointwiseLoss(
+    name="binary_cross_entropy",
+    module="BCELoss",
+    operands=(
+        Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
+        Operand("target", low=0.0, high=1.0, enforced=RuntimeError),
+        WEIGHT,
+    ),
+    shapes=checks.same_shape,
+    weight_shape=checks.weight_that_broadcasts,
+    tells=True,
+    against=_differ,
+)
+
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     name="binary_cross_entropy_with_logits",
     module="BCEWithLogitsLoss",
@@ -180,12 +203,14 @@ OPERATORS: dict[str, Operator] = {
         L1_LOSS,
         SMOOTH_L1_LOSS,
         HUBER_LOSS,
+        BINARY_CROSS_ENTROPY,
         BINARY_CROSS_ENTROPY_WITH_LOGITS,
         KL_DIV,
         POISSON_NLL_LOSS,
         GAUSSIAN_NLL_LOSS,
         SOFT_MARGIN_LOSS,
         HINGE_EMBEDDING_LOSS,
+        MARGIN_RANKING_LOSS,
         RELU,
         SIGMOID,
     )

@@ -39,6 +39,7 @@ class PointwiseLoss(Operator):
         shapes: Raises where shapes of the formula's operands do not go together.
         warns: Whether torch warns of an input and a target that broadcast.
         warning: What torch warns of in a call with a reduction, None where of nothing.
+        tells: Whether an operand out of its bounds makes the loss NaN, so that nobody looks before.
         weight_shape: Raises where ``weight`` does not go with the input.
         denominators: What the sum is divided by in each reduction but none and sum, from the
             expanded input and the weight.
@@ -50,6 +51,7 @@ class PointwiseLoss(Operator):
     shapes: Callable[..., None] = checks.broadcasting
     warns: bool = True
     warning: Callable[[Arguments], str | None] | None = None
+    tells: bool = False
     weight_shape: Callable[[Tensor, Tensor], None] | None = None
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
@@ -94,6 +96,8 @@ class PointwiseLoss(Operator):
         else:
             loss, _ = call.kernel(operands, weight, Want())
         assert loss is not None
+        if self.tells and loss.is_cpu and loss.sum().isnan():
+            self._bounds(operands)
         return loss if loss.dtype is result else loss.to(result)
 
     def check(self, arguments: Arguments) -> None:
@@ -101,7 +105,15 @@ class PointwiseLoss(Operator):
             if arguments[place] is not None or not operand.optional:
                 number = float if operand.number else None
                 checks.tensor(operand.name, arguments[place], number)
-        self._check(arguments, *self._read(arguments))
+        operands, weight, reduction = self._read(arguments)
+        self._check(arguments, operands, weight, reduction)
+        if self.tells:
+            self._bounds(operands)
+
+    def _bounds(self, operands: Sequence[Any]) -> None:
+        for operand, value in zip(self.variables, operands, strict=False):
+            if operand.enforced is not None:
+                checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
 
     def _read(self, arguments: Arguments) -> tuple[Sequence[Any], Tensor | None, str]:
         operands, reduction = self._values(arguments), arguments[self._reduction]
@@ -131,9 +143,8 @@ class PointwiseLoss(Operator):
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
             self.weight_shape(operands[0], weight)
-        for operand, value in zip(self.variables, operands, strict=False):
-            if operand.enforced is not None:
-                checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
+        if not self.tells:
+            self._bounds(operands)
 
     def _dtypes(self, arguments: Arguments, input: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """What the kernel computes the loss of, and what the loss is returned in."""

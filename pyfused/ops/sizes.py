@@ -77,6 +77,18 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 13),),
         torch.float16: ((ANY, 1 << 13),),
     },
+    "binary_cross_entropy": {
+        torch.float32: ((ANY, 1 << 14),),
+        torch.float64: ((ANY, 1 << 14),),
+        torch.bfloat16: ((ANY, 1 << 14),),
+        torch.float16: ((ANY, 1 << 14),),
+    },
+    "margin_ranking_loss": {
+        torch.float32: ((ANY, 1 << 14),),
+        torch.float64: ((ANY, 1 << 14),),
+        torch.bfloat16: ((ANY, 1 << 14),),
+        torch.float16: ((ANY, 1 << 14),),
+    },
     "binary_cross_entropy_with_logits": {
         torch.float32: ((ANY, 1 << 14),),
         torch.float64: ((ANY, 1 << 14),),
