@@ -8,6 +8,8 @@
 //   log_of          every positive normal value      1.5 ULP; -inf of 0, NaN below
 //   exp_of          [-86, inf] (double: [-707, inf]) 1.01 ULP (double: 1); falls to 0 below
 //   log1p_of        [-1, inf]                        3 ULP; NaN below
+//   tanh_of         every value                      3 ULP
+//   Normal.below    [-13, inf] (double: [-37, inf])  4 ULP + |x|^2 / 2
 //   softplus        [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   sigmoid         [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   load, store     every value of the type          load is exact, store rounds to nearest even
@@ -166,8 +168,13 @@ PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int6
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, with a minimax polynomial for exp(r).
 // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves n in the low bits of the sum.
 
-// The result is 2^lift times the power: where the power alone would be infinite, lift is 1.
-template <int lift = 0> PYFUSED_INLINE float exp_shifted(float x) {
+template <class A> struct Power {
+  A less_1;  // exp(r) - 1
+  A scale;   // 2^n, or half of it
+};
+
+// `lift` is 1 where 2^n alone would be infinite.
+template <int lift = 0> PYFUSED_INLINE Power<float> power_of(float x) {
   constexpr float kRound = 0x1.8p23f;
   x = -104.0f > x ? -104.0f : x;
   const float shifted = x * 1.44269504f + kRound;
@@ -178,12 +185,11 @@ template <int lift = 0> PYFUSED_INLINE float exp_shifted(float x) {
   p = p * r + 4.16684011e-2f;
   p = p * r + 1.66665195e-1f;
   p = p * r + 4.99999934e-1f;
-  p = p * (r * r) + r + 1.0f;
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127 - lift;
-  return p * (1 << lift) * bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23);
+  return {p * (r * r) + r, bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23)};
 }
 
-template <int lift = 0> PYFUSED_INLINE double exp_shifted(double x) {
+template <int lift = 0> PYFUSED_INLINE Power<double> power_of(double x) {
   constexpr double kRound = 0x1.8p52;
   x = -746.0 > x ? -746.0 : x;
   const double shifted = x * 1.4426950408889634 + kRound;
@@ -200,14 +206,25 @@ template <int lift = 0> PYFUSED_INLINE double exp_shifted(double x) {
   p = p * r + 0.04166666666666617;
   p = p * r + 0.16666666666666685;
   p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
   const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023 - lift;
-  return p * (1 << lift) * bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52);
+  return {p * (r * r) + r, bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52)};
+}
+
+template <class A> PYFUSED_INLINE A exp_shifted(A x) {
+  const Power<A> power = power_of(x);
+  return (power.less_1 + 1) * power.scale;
 }
 
 template <class A> PYFUSED_INLINE A exp_of(A x) {
   constexpr A kTop = sizeof(A) == 4 ? 89 : 710;  // infinite from here on
-  return exp_shifted<1>(x > kTop ? kTop : x);
+  const Power<A> power = power_of<1>(x > kTop ? kTop : x);
+  return (power.less_1 + 1) * 2 * power.scale;
+}
+
+// exp(x) - 1, for x <= 0.
+template <class A> PYFUSED_INLINE A expm1_shifted(A x) {
+  const Power<A> power = power_of(x);
+  return power.less_1 * power.scale + (power.scale - 1);
 }
 
 // log(x) = e ln 2 + log(1 + t), with x = 2^e (1 + t) and 1 + t in [sqrt(1/2), sqrt(2)).
@@ -277,9 +294,68 @@ template <class A> PYFUSED_INLINE A softplus(A x) {
   return tail + (x < 0 ? A(0) : x);
 }
 
+// tanh(|x|) = -m / (2 + m), m = exp(-2 |x|) - 1.
+template <class A> PYFUSED_INLINE A tanh_of(A x) {
+  const A m = expm1_shifted(-2 * std::abs(x));
+  return std::copysign(m / (2 + m), x);
+}
+
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
   const A e = exp_shifted(-std::abs(x));
   return (x < 0 ? e : A(1)) / (1 + e);
 }
+
+PYFUSED_INLINE float normal_tail(float u) {
+  float q = -0.0206127052f;
+  q = q * u + 0.00106651069f;
+  q = q * u + 0.0441939091f;
+  q = q * u + -0.00755319600f;
+  q = q * u + -0.0910454815f;
+  q = q * u + -0.0138199370f;
+  q = q * u + 0.225355872f;
+  q = q * u + 0.413744850f;
+  q = q * u + 0.405136748f;
+  return q * u + 0.258572679f;
+}
+
+PYFUSED_INLINE double normal_tail(double u) {
+  double q = -0.000929854603052670542;
+  q = q * u + 0.00536321384836522797;
+  q = q * u + -0.00028905854311420872;
+  q = q * u + -0.0100838364476720567;
+  q = q * u + 0.00590626967570077181;
+  q = q * u + 0.007755173124983604;
+  q = q * u + -0.0116660560810707799;
+  q = q * u + 0.000528937884994463158;
+  q = q * u + 0.0128458430454428005;
+  q = q * u + -0.010495493370460996;
+  q = q * u + -0.00856135520220586609;
+  q = q * u + 0.0194506792407715177;
+  q = q * u + 0.000264011952292224869;
+  q = q * u + -0.0281932681430898487;
+  q = q * u + 0.0107820048736303713;
+  q = q * u + 0.0431177617758887064;
+  q = q * u + -0.0227981047187217476;
+  q = q * u + -0.0865702515644366387;
+  q = q * u + 0.00846935603682139982;
+  q = q * u + 0.225874849598957775;
+  q = q * u + 0.379846938732905729;
+  q = q * u + 0.365456493286834938;
+  return q * u + 0.239321975910893291;
+}
+
+// The standard normal distribution. P(X <= -a) = exp(-a^2 / 2) t Q(t), t = 1 / (1 + 0.3 a), a >= 0, with
+// a minimax polynomial Q around the middle of its range.
+template <class A> struct Normal {
+  A density, below;
+
+  PYFUSED_INLINE explicit Normal(A x) {
+    constexpr A kMiddle = A(sizeof(A) == 4 ? 0.6 : 0.55);
+    const A a = std::abs(x), power = exp_shifted(x * x * A(-0.5));
+    const A t = 1 / (1 + A(0.3) * a), tail = power * (t * normal_tail(t - kMiddle));
+    density = power * A(0.39894228040143268);
+    below = x < 0 ? tail : 1 - tail;
+  }
+};
 
 }  // namespace pyfused

@@ -30,6 +30,19 @@ def exp(x):
 
 
 @triton.jit
+def tanh(x):
+    """tanh(|x|) = -m / (2 + m), m = exp(-2 |x|) - 1: of small |x| by its series."""
+    y = -2.0 * tl.abs(x)
+    terms: tl.constexpr = 18 if x.dtype == tl.float64 else 9
+    series = tl.full([], 1.0, x.dtype)
+    for k in tl.static_range(terms, 1, -1):
+        series = 1.0 + series * y * (1.0 / k)
+    m = tl.where(y > -0.7, y * series, exp_nonpositive(y) - 1.0)
+    size = -m / (2.0 + m)
+    return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
 def log_of_1_plus(x):
     """log(1 + x): what 1 + x was rounded by is put right."""
     u = 1.0 + x

@@ -15,17 +15,21 @@ from pyfused.ops.operators import (
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
     CROSS_ENTROPY,
     GAUSSIAN_NLL_LOSS,
+    GELU,
     HINGE_EMBEDDING_LOSS,
     HUBER_LOSS,
     KL_DIV,
     L1_LOSS,
+    LEAKY_RELU,
     MARGIN_RANKING_LOSS,
     MSE_LOSS,
     POISSON_NLL_LOSS,
     RELU,
     SIGMOID,
+    SILU,
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
+    TANH,
 )
 
 __all__ = [
@@ -33,17 +37,21 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_nll_loss",
+    "gelu",
     "hinge_embedding_loss",
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "leaky_relu",
     "margin_ranking_loss",
     "mse_loss",
     "poisson_nll_loss",
     "relu",
     "sigmoid",
+    "silu",
     "smooth_l1_loss",
     "soft_margin_loss",
+    "tanh",
 ]
 
 
@@ -543,6 +551,75 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(RELU, (input,), inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """The elements above zero, and ``negative_slope`` times the others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        negative_slope: What the others are multiplied by.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor, or ``negative_slope`` no number.
+    """
+    return call(LEAKY_RELU, (input, negative_slope), inplace)
+
+
+def tanh(input: Tensor) -> Tensor:
+    """The hyperbolic tangent, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype, between -1.0 and 1.0.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(TANH, (input,))
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input * sigmoid(input)``, element by element; also known as swish.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input. Where a gradient follows it takes a copy of the
+            input, in torch.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SILU, (input,), inplace)
+
+
+def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+    """``input`` times the share of the standard normal distribution below it, for each element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        approximate: ``"none"``, or ``"tanh"`` for the approximation
+            ``input * (1 + tanh(sqrt(2 / pi) * (input + 0.044715 * input ** 3))) / 2``.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        RuntimeError: ``approximate`` is neither.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(GELU, (input, approximate))
 
 
 def sigmoid(input: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 import pyfused.functional as F
 
 __all__ = [
+    "GELU",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
@@ -16,13 +17,16 @@ __all__ = [
     "HuberLoss",
     "KLDivLoss",
     "L1Loss",
+    "LeakyReLU",
     "MSELoss",
     "MarginRankingLoss",
     "PoissonNLLLoss",
     "ReLU",
+    "SiLU",
     "Sigmoid",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "Tanh",
 ]
 
 
@@ -169,6 +173,34 @@ class ReLU(torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, inplace=self.inplace)
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    """:class:`torch.nn.LeakyReLU` over :func:`pyfused.functional.leaky_relu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class Tanh(torch.nn.Tanh):
+    """:class:`torch.nn.Tanh` over :func:`pyfused.functional.tanh`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanh(input)
+
+
+class SiLU(torch.nn.SiLU):
+    """:class:`torch.nn.SiLU` over :func:`pyfused.functional.silu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(input, inplace=self.inplace)
+
+
+class GELU(torch.nn.GELU):
+    """:class:`torch.nn.GELU` over :func:`pyfused.functional.gelu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input, approximate=self.approximate)
 
 
 class Sigmoid(torch.nn.Sigmoid):

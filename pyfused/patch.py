@@ -79,18 +79,25 @@ class _BuiltIn:
         self.owner, self.name = owner, op.name + "_" * inplace
         self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
         self.torchs = torchs = getattr(owner, self.name)
+        names = op.arguments[1:]
 
-        def overridden(*arguments: Any) -> Any:
-            return handle_torch_function(torchs, arguments, *arguments)
+        def by_name(input: Any, *options: Any) -> Any:
+            return torchs(input, **dict(zip(names, options, strict=True)))
 
-        fused = _fused(op, torchs, torchs, overridden)
+        def overridden(input: Any, *options: Any) -> Any:
+            named = dict(zip(names, options, strict=True))
+            return handle_torch_function(torchs, (input,), input, **named)
+
+        fused = _fused(op, by_name, by_name, overridden)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if len(args) == 1 and not kwargs:
-                return fused(args, inplace)
-            if not args and kwargs.keys() == {"input"}:
-                return fused((kwargs["input"],), inplace)
-            return torchs(*args, **kwargs)
+                return fused(args + op.defaults, inplace)
+            given = dict(zip(op.arguments[:1], args, strict=False)) | kwargs
+            if len(args) > 1 or op.arguments[0] not in given or given.keys() - op.arguments:
+                return torchs(*args, **kwargs)
+            options = dict(zip(names, op.defaults, strict=True)) | given
+            return fused(tuple([options[name] for name in op.arguments]), inplace)
 
         self.ours = self.traced = functools.update_wrapper(call, torchs)
         globals()[self.path.replace(".", "_")] = call

@@ -148,6 +148,31 @@ def sigmoid(input: Extended) -> tuple[Extended, ...]:
     return value, small / (1 + small) ** 2
 
 
+def leaky_relu(input: Extended, negative_slope: float = 0.01) -> tuple[Extended, ...]:
+    slope = np.where(input > 0, np.longdouble(1), np.longdouble(negative_slope))
+    return input * slope, slope
+
+
+def tanh(input: Extended) -> tuple[Extended, ...]:
+    return np.tanh(input), 1 - np.tanh(input) ** 2
+
+
+def silu(input: Extended) -> tuple[Extended, ...]:
+    share, slope = sigmoid(input)
+    return input * share, share + input * slope
+
+
+def gelu(input: Extended, approximate: str = "none") -> tuple[Extended, ...]:
+    if approximate == "tanh":
+        factor = np.sqrt(2 / PI)
+        value = np.tanh(factor * (input + np.longdouble("0.044715") * input**3))
+        slope = factor * (1 + 3 * np.longdouble("0.044715") * input**2) * (1 - value**2)
+        return input * (1 + value) / 2, (1 + value + input * slope) / 2
+    erfc = np.vectorize(lambda x: np.longdouble(mpmath.nstr(mpmath.erfc(mpmath.mpf(str(x))), 25)))
+    below = erfc(-input / np.sqrt(np.longdouble(2))) / 2
+    return input * below, below + input * np.exp(-(input**2) / 2) / np.sqrt(2 * PI)
+
+
 def relu(input: Extended) -> tuple[Extended, ...]:
     return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
 
@@ -189,7 +214,11 @@ SAMPLES = {
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
     "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3}), heavy=True),
     "relu": Sample(relu, rounds=False),
+    "leaky_relu": Sample(leaky_relu, ({}, {"negative_slope": 0.5}, {"negative_slope": 0.0})),
     "sigmoid": Sample(sigmoid, cancels=True),
+    "tanh": Sample(tanh, cancels=True),
+    "silu": Sample(silu, cancels=True),
+    "gelu": Sample(gelu, ({}, {"approximate": "tanh"}), cancels=True),
 }
 
 

@@ -75,6 +75,7 @@ class Operator(ABC):
             overwrites the input.
         aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
         arguments: The names of what the function takes, but for ``inplace``, in its order.
+        defaults: Of the arguments but for the input.
         others: The tensors but for the input, and where they stand among the arguments.
     """
 
@@ -90,15 +91,17 @@ class Operator(ABC):
     aten: Callable[..., Tensor] = field(init=False)
     aten_: Callable[..., Tensor] = field(init=False)
     arguments: tuple[str, ...] = field(init=False)
+    defaults: Arguments = field(init=False)
     others: tuple[tuple[int, Operand], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.torchs = self.definition or original(getattr(F, self.name))
         self.torchs_ = self.aten = self.aten_ = self.torchs
-        names = tuple(inspect.signature(self.torchs).parameters)
+        names = inspect.signature(self.torchs).parameters
         if "inplace" in names:
             self.torchs_ = partial(self.torchs, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
+        self.defaults = tuple(names[name].default for name in self.arguments[1:])
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     @abstractmethod

@@ -189,6 +189,58 @@ RELU = Activation(
     gradient=lambda grad_output, output: torch.ops.aten.threshold_backward(grad_output, output, 0),
 )
 
+LEAKY_RELU = Activation(
+    name="leaky_relu",
+    module="LeakyReLU",
+    formula=lambda negative_slope: ("leaky_relu", float(negative_slope)),
+    against=lambda _, negative_slope: (
+        None
+        if isinstance(negative_slope, (int, float)) and negative_slope >= 0
+        else "negative_slope is not 0 or more"
+    ),
+    gradient=lambda grad_output, output, negative_slope: torch.ops.aten.leaky_relu_backward(
+        grad_output, output, negative_slope, True
+    ),
+)
+
+TANH = Activation(
+    name="tanh",
+    module="Tanh",
+    gradient=lambda grad_output, output: torch.ops.aten.tanh_backward(grad_output, output),
+)
+
+
+def _gradient_of_silu(grad_output: Tensor, input: Tensor) -> Tensor:
+    share = input.sigmoid()
+    return grad_output * (share * (1 + input * (1 - share)))
+
+
+SILU = Activation(
+    name="silu",
+    module="SiLU",
+    saves="input",
+    gradient=_gradient_of_silu,
+)
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return torch._C._nn.gelu(input, approximate=approximate)
+
+
+GELU = Activation(
+    name="gelu",
+    module="GELU",
+    saves="input",
+    formula=lambda approximate: ("gelu" if approximate == "none" else "gelu_tanh", 0.0),
+    against=lambda _, approximate: (
+        None if approximate in ("none", "tanh") else "approximate is neither 'none' nor 'tanh'"
+    ),
+    definition=_gelu,
+    gradient=lambda grad_output, input, approximate: torch.ops.aten.gelu_backward(
+        grad_output, input, approximate=approximate
+    ),
+)
+
 SIGMOID = Activation(
     name="sigmoid",
     module="Sigmoid",
@@ -212,6 +264,10 @@ OPERATORS: dict[str, Operator] = {
         HINGE_EMBEDDING_LOSS,
         MARGIN_RANKING_LOSS,
         RELU,
+        LEAKY_RELU,
         SIGMOID,
+        TANH,
+        SILU,
+        GELU,
     )
 }

@@ -113,4 +113,28 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 22),),
         torch.float16: ((ANY, 1 << 24),),
     },
+    "leaky_relu": {
+        torch.float32: ((ANY, 1 << 20),),
+        torch.float64: ((ANY, 1 << 19),),
+        torch.bfloat16: ((ANY, 1 << 22),),
+        torch.float16: ((ANY, 1 << 24),),
+    },
+    "tanh": {
+        torch.float32: ((ANY, 1 << 20),),
+        torch.float64: ((ANY, 1 << 19),),
+        torch.bfloat16: ((ANY, 1 << 22),),
+        torch.float16: ((ANY, 1 << 24),),
+    },
+    "silu": {
+        torch.float32: ((ANY, 1 << 20),),
+        torch.float64: ((ANY, 1 << 19),),
+        torch.bfloat16: ((ANY, 1 << 22),),
+        torch.float16: ((ANY, 1 << 24),),
+    },
+    "gelu": {
+        torch.float32: ((ANY, 1 << 20),),
+        torch.float64: ((ANY, 1 << 19),),
+        torch.bfloat16: ((ANY, 1 << 22),),
+        torch.float16: ((ANY, 1 << 24),),
+    },
 }
