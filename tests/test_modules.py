@@ -96,7 +96,10 @@ def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_functional_signatures_are_torchs(name: str) -> None:
-    assert_same_signature(getattr(fused_functional, name), getattr(nn.functional, name))
+    torchs = getattr(nn.functional, name)
+    if name == "gelu":  # a built-in, of which nothing can be read
+        torchs = lambda input, *, approximate="none": None  # noqa: E731
+    assert_same_signature(getattr(fused_functional, name), torchs)
 
 
 @every_module

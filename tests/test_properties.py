@@ -7,6 +7,7 @@ at the scale of the largest one. That torch's own error is not exceeded is test_
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -251,6 +252,9 @@ def test_activations(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    inplace = inplace and op.overwrites
+    if op.saves == "input":  # torch's vectors take gelu of infinity for NaN
+        special = [value for value in special if not math.isinf(value)]
     x = torch.randn(shape).to(dtype)
     if x.numel():
         for value in special:
@@ -259,13 +263,15 @@ def test_activations(
     x.requires_grad_()
     upstream = values(shape, 1.0, dtype, upstream_layout)
     results = []
-    for operator in (lambda x: call(op, (x,), inplace), op.aten_ if inplace else op.aten):
-        y = operator(x * 1 if inplace else x)
+    arguments = op.defaults
+    for operator in (lambda *a: call(op, a, inplace), op.aten_ if inplace else op.aten):
+        y = operator(x * 1 if inplace else x, *arguments)
         results.append((y.detach(), torch.autograd.grad(y, x, upstream)[0]))
     sample, limits = SAMPLES[op.name], torch.finfo(dtype)
     rtol = 4 * limits.eps if sample.rounds else 0
-    atol = 4 * limits.eps if sample.cancels else limits.tiny if sample.rounds else 0
+    atol = 8 * limits.eps if sample.cancels else limits.tiny if sample.rounds else 0
     for got, expected in zip(*results, strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
-        assert torch.equal(got.signbit() & ~got.isnan(), expected.signbit() & ~expected.isnan())
+        told = ~got.isnan() & ((expected == 0) | (expected.abs() > atol))
+        assert torch.equal(got.signbit() & told, expected.signbit() & told)

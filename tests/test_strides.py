@@ -148,7 +148,8 @@ def test_upstream_gradients(case: Case, layout: Layout) -> None:
         above = above[:, 0] if above.stride(0) else above[0, :1].expand(6)
     elif not ours.dim():
         above = above[0, 0]
-    close(torch.autograd.grad(ours, x, above), torch.autograd.grad(torchs, x, above))
+    # torch's gelu takes a library that cannot describe windows which overlap
+    close(torch.autograd.grad(ours, x, above), torch.autograd.grad(torchs, x, above.contiguous()))
 
 
 @pytest.mark.parametrize("layout", SAME_VALUES.values(), ids=SAME_VALUES.keys())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import mpmath
 import numpy as np
 import pytest
 from setuptools import Distribution, Extension
@@ -113,6 +114,8 @@ FLOAT32 = [
     Row("softplus_float32", softplus, -87.0, -0.0, 3.0),
     Row("softplus_float32", softplus, 0.0, 100.0, 3.0),
     Row("sigmoid_float32", sigmoid, -87.0, -0.0, 3.0),
+    Row("tanh_of_float32", np.tanh, 0.0, 100.0, 3.0),
+    Row("tanh_of_float32", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float32", sigmoid, 0.0, 100.0, 3.0),
 ]
 FLOAT64 = [
@@ -127,6 +130,8 @@ FLOAT64 = [
     Row("softplus_float64", softplus, -708.0, -0.0, 3.0),
     Row("softplus_float64", softplus, 0.0, 800.0, 3.0),
     Row("sigmoid_float64", sigmoid, -708.0, -0.0, 3.0),
+    Row("tanh_of_float64", np.tanh, 0.0, 100.0, 3.0),
+    Row("tanh_of_float64", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float64", sigmoid, 0.0, 800.0, 3.0),
 ]
 
@@ -179,6 +184,21 @@ def test_error_within_the_range(row: Row, vec: Vec) -> None:
     assert max(largest_error(row, vec, x) for x in chunks) <= row.max_ulp
     for piece in (None, 1):
         assert largest_error(row, vec, edges(row), piece) <= row.max_ulp
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(np.float32, -13.0), (np.float64, -37.0)])
+def test_the_normal_distribution(dtype: type, low: float, vec: Vec) -> None:
+    """What x * x / 2 is rounded by before the exponential takes it grows with it."""
+    x = np.concatenate([np.linspace(low, 9, 4001), np.linspace(-2, 2, 1001), [-1e-30]]).astype(
+        dtype
+    )
+    with mpmath.workdps(30):
+        exact = np.array([np.longdouble(mpmath.nstr(mpmath.ncdf(float(v)), 25)) for v in x])
+    got = vec(f"normal_{np.dtype(dtype)}", x, dtype)
+    ulp = np.ldexp(np.longdouble(1), np.frexp(exact)[1] - np.finfo(dtype).nmant - 1)
+    assert np.max(abs(got - exact) / ulp - np.where(x < -1, x.astype(float) ** 2 / 2, 0)) <= 5
+    edges = vec(f"normal_{np.dtype(dtype)}", np.array([-np.inf, np.inf, np.nan], dtype), dtype)
+    assert np.array_equal(edges, [0, 1, np.nan], equal_nan=True)
 
 
 @pytest.mark.large

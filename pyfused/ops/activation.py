@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ class Activation(Operator):
             and the arguments beside the input.
         formula: The kernel's name and its number, from the arguments beside the input, where these
             are more than none.
+        overwrites: Whether torch has it in place.
         saves: What the gradient is computed from. The output is the better one where it will do:
             then the input's memory can go, or be the output's.
     """
@@ -33,6 +34,7 @@ class Activation(Operator):
     gradient: Callable[..., Tensor]
     formula: Callable[..., tuple[str, float]] | None = None
     saves: str = "output"
+    overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +43,7 @@ class Activation(Operator):
             self.aten_ = _built_in(f"{self.name}_")
         if self.torchs_ is self.torchs:  # which knows no `inplace`
             self.torchs_ = self.aten_
+        self.overwrites = self.aten_ is not self.torchs
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         input = arguments[0]
@@ -59,16 +62,12 @@ class Activation(Operator):
     def against_inplace(self, input: Tensor) -> str | None:
         """torch has the errors for what must not be overwritten, and takes any strides.
 
-        Unless a gradient follows there is no new memory for a kernel to save, either.
+        Unless a gradient follows, from the output, there is no new memory for a kernel to save,
+        either.
         """
         wants_grad = torch.is_grad_enabled() and input.requires_grad
-        if (
-            self.saves == "input"
-            or not wants_grad
-            or input.is_leaf
-            or input._is_view()
-            or not is_dense(input)
-        ):
+        keeps = self.saves == "output" and wants_grad and not (input.is_leaf or input._is_view())
+        if not keeps or not is_dense(input):
             return "overwriting saves no memory to a kernel"
         return None
 
