@@ -210,6 +210,74 @@ template <class A> struct GaussianNllLoss {
   }
 };
 
+// pyfused's own: the larger of q (t - x) and (q - 1) (t - x). As torch.maximum, half of each where equal.
+template <class A> struct QuantileLoss : Formula<A> {
+  A above, below, both;  // slopes to t where t is above x, and below; to x, of the two together
+  explicit QuantileLoss(const Parameters& p)
+      : Formula<A>(p), above(A(p[0])), below(A(p[0] - 1)), both(A(1 - 2 * p[0])) {}
+  A value(A x, A t, A) const { return (t - x) * (t < x ? below : above); }
+  A grad_input(A x, A t, A, A scale) const {
+    return scale * (t > x ? -above : t < x ? -below : x == t ? both / 2 : both);
+  }
+  A grad_target(A x, A t, A, A scale) const { return -grad_input(x, t, 0, scale); }
+};
+
+// pyfused's own: log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t.
+template <class A> struct LogCoshLoss : Formula<A> {
+  using Formula<A>::Formula;
+  A value(A x, A t, A) const {
+    const A size = std::abs(x - t);
+    return size + (softplus(-2 * size) - A(0.6931471805599453));
+  }
+  A grad_input(A x, A t, A, A scale) const { return scale * tanh_of(x - t); }
+  A grad_target(A x, A t, A, A scale) const { return scale * tanh_of(t - x); }
+};
+
+// pyfused's own: max(0, margin - t x), or its square.
+template <class A, bool squared> struct Hinge : Formula<A> {
+  A margin;
+  explicit Hinge(const Parameters& p) : Formula<A>(p), margin(A(p[0])) {}
+  A value(A x, A t, A) const {
+    const A s = margin - t * x, slack = s < 0 ? A(0) : s;
+    return squared ? slack * slack : slack;
+  }
+  A grad_input(A x, A t, A, A scale) const {
+    const A s = margin - t * x;
+    return -t * (s >= 0 ? (squared ? 2 * scale * s : scale) : A(0));
+  }
+  A grad_target(A, A, A, A) const { return 0; }
+};
+template <class A> using HingeLoss = Hinge<A, false>;
+template <class A> using HingeLossSquared = Hinge<A, true>;
+
+// pyfused's own, as torchvision's: with p = sigmoid(x) and u = p (1 - t) + (1 - p) t, what is missing,
+//   loss = a c u^gamma,  a = alpha t + (1 - alpha) (1 - t), or 1,  c = (1 - t) x + softplus(-x)
+//   dloss/dx = a (u^gamma (p - t) + gamma c u^(gamma - 1) p (1 - p) (1 - 2 t))
+template <class A, bool square> struct SigmoidFocal : Formula<A> {
+  A negative, positive, gamma, ignored;  // a of t = 0, and of t = 1; NaN ignores nothing
+  explicit SigmoidFocal(const Parameters& p)
+      : Formula<A>(p), negative(p[0] < 0 ? A(1) : A(1 - p[0])), positive(p[0] < 0 ? A(1) : A(p[0])),
+        gamma(A(p[1])), ignored(A(p[2])) {}
+  A power(A u) const {
+    if constexpr (square) return u * u;
+    return gamma == 0 ? A(1) : exp_of(gamma * log_of(u));
+  }
+  A factor(A t) const { return t == ignored ? A(0) : positive * t + negative * (1 - t); }
+  A value(A x, A t, A) const {
+    const A u = sigmoid(x) * (1 - t) + sigmoid(-x) * t;
+    return factor(t) * (((1 - t) * x + softplus(-x)) * power(u));
+  }
+  A grad_input(A x, A t, A, A scale) const {
+    const A p = sigmoid(x), q = sigmoid(-x), u = p * (1 - t) + q * t;
+    const A ratio = u > 0 ? p * q / u : A(1);
+    const A c = (1 - t) * x + softplus(-x);
+    return factor(t) * scale * (power(u) * ((p - t) + gamma * c * ratio * (1 - 2 * t)));
+  }
+  A grad_target(A, A, A, A) const { return 0; }
+};
+template <class A> using SigmoidFocalLoss = SigmoidFocal<A, false>;
+template <class A> using SigmoidFocalLossOfTwo = SigmoidFocal<A, true>;
+
 // ---- loops --------------------------------------------------------------------------------------
 
 // n elements of each operand, in L1. Of the gradients, those that are not null are wanted.
@@ -270,6 +338,12 @@ struct LossFormula {
   }
 };
 
+// Focal losses of gamma 2, as most are, without a logarithm and an exponential.
+template <class A> void sigmoid_focal_loss(const Parameters& parameters, const LossChunk<A>& chunk) {
+  (parameters[1] == 2 ? evaluate<SigmoidFocalLossOfTwo, A> : evaluate<SigmoidFocalLoss, A>)(parameters,
+                                                                                          chunk);
+}
+
 #define PYFUSED_LOSS(name, Formula) {name, &evaluate<Formula, float>, &evaluate<Formula, double>}
 inline constexpr LossFormula kLossFormulas[] = {
     PYFUSED_LOSS("mse_loss", MseLoss),
@@ -285,6 +359,11 @@ inline constexpr LossFormula kLossFormulas[] = {
     PYFUSED_LOSS("poisson_nll_loss_log_input_full", PoissonNllLossLogInputFull),
     PYFUSED_LOSS("kl_div", KlDiv),
     PYFUSED_LOSS("kl_div_log_target", KlDivLogTarget),
+    PYFUSED_LOSS("quantile_loss", QuantileLoss),
+    PYFUSED_LOSS("log_cosh_loss", LogCoshLoss),
+    PYFUSED_LOSS("hinge_loss", HingeLoss),
+    PYFUSED_LOSS("hinge_loss_squared", HingeLossSquared),
+    {"sigmoid_focal_loss", &sigmoid_focal_loss<float>, &sigmoid_focal_loss<double>},
     PYFUSED_LOSS("binary_cross_entropy", BinaryCrossEntropy),
     PYFUSED_LOSS("binary_cross_entropy_with_logits", BinaryCrossEntropyWithLogits),
     PYFUSED_LOSS("binary_cross_entropy_with_logits_pos_weight", BinaryCrossEntropyWithLogitsPosWeight),

@@ -30,6 +30,7 @@ from .arithmetic import (
     reach,
     read,
     sigmoid,
+    tanh,
 )
 from .sums import sum_parts
 
@@ -277,6 +278,88 @@ def gaussian_nll_loss_gradients(x, t, var, _full, eps, _r, scale):
     return grad_x, -grad_x, grad_var
 
 
+@triton.jit
+def quantile_loss(x, t, q, _q, _r):
+    """The larger of q (t - x) and (q - 1) (t - x); as torch.maximum, half of each where equal."""
+    return (t - x) * tl.where(t < x, q - 1.0, q)
+
+
+@triton.jit
+def quantile_loss_gradients(x, t, q, _q, _r, scale):
+    equal = tl.where(x == t, 0.5 - q, 1.0 - 2.0 * q)  # of NaN both, as of torch.maximum
+    gradient = scale * tl.where(t > x, -q, tl.where(t < x, 1.0 - q, equal))
+    return gradient, -gradient
+
+
+@triton.jit
+def log_cosh_loss(x, t, _p, _q, _r):
+    """log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t."""
+    size = tl.abs(x - t)
+    return size + (log1p(exp_nonpositive(-2.0 * size)) - 0.6931471805599453)
+
+
+@triton.jit
+def log_cosh_loss_gradients(x, t, _p, _q, _r, scale):
+    gradient = scale * tanh(x - t)
+    return gradient, -gradient
+
+
+@triton.jit
+def hinge_loss(x, t, margin, _q, _r):
+    """max(0, margin - t x)"""
+    slack = margin - t * x
+    return tl.where(slack < 0.0, 0.0, slack)
+
+
+@triton.jit
+def hinge_loss_gradients(x, t, margin, _q, _r, scale):
+    return -t * tl.where(margin - t * x >= 0.0, scale, 0.0), None
+
+
+@triton.jit
+def hinge_loss_squared(x, t, margin, _q, _r):
+    slack = hinge_loss(x, t, margin, _q, _r)
+    return slack * slack
+
+
+@triton.jit
+def hinge_loss_squared_gradients(x, t, margin, _q, _r, scale):
+    slack = margin - t * x
+    return -t * tl.where(slack >= 0.0, 2.0 * scale * slack, 0.0), None
+
+
+@triton.jit
+def focal_factor(t, alpha, ignored):
+    factor = tl.where(alpha < 0.0, 1.0, alpha * t + (1.0 - alpha) * (1.0 - t))
+    return tl.where(t == ignored, 0.0, factor)
+
+
+@triton.jit
+def focal_power(u, gamma):
+    power = exp(gamma * log(u))
+    return tl.where(gamma == 2.0, u * u, tl.where(gamma == 0.0, 1.0, power))
+
+
+@triton.jit
+def sigmoid_focal_loss(x, t, alpha, gamma, ignored):
+    """As torchvision's, with p = sigmoid(x) and u = p (1 - t) + (1 - p) t, what is missing:
+    (alpha t + (1 - alpha) (1 - t)) u^gamma ((1 - t) x + softplus(-x)).
+    """
+    u = sigmoid(x) * (1.0 - t) + sigmoid(-x) * t
+    loss = ((1.0 - t) * x - log_sigmoid(x)) * focal_power(u, gamma)
+    return focal_factor(t, alpha, ignored) * loss
+
+
+@triton.jit
+def sigmoid_focal_loss_gradients(x, t, alpha, gamma, ignored, scale):
+    p, q = sigmoid(x), sigmoid(-x)
+    u = p * (1.0 - t) + q * t
+    ratio = tl.where(u > 0.0, p * q / u, 1.0)
+    loss = (1.0 - t) * x - log_sigmoid(x)
+    slope = (p - t) + gamma * loss * ratio * (1.0 - 2.0 * t)
+    return focal_factor(t, alpha, ignored) * scale * (focal_power(u, gamma) * slope), None
+
+
 class Formula(NamedTuple):
     value: Any
     gradients: Any
@@ -300,6 +383,11 @@ FORMULAS = {
     "kl_div": Formula(kl_div, kl_div_gradients),
     "kl_div_log_target": Formula(kl_div_log_target, kl_div_log_target_gradients),
     "margin_ranking_loss": Formula(margin_ranking_loss, margin_ranking_loss_gradients),
+    "quantile_loss": Formula(quantile_loss, quantile_loss_gradients),
+    "log_cosh_loss": Formula(log_cosh_loss, log_cosh_loss_gradients),
+    "hinge_loss": Formula(hinge_loss, hinge_loss_gradients),
+    "hinge_loss_squared": Formula(hinge_loss_squared, hinge_loss_squared_gradients),
+    "sigmoid_focal_loss": Formula(sigmoid_focal_loss, sigmoid_focal_loss_gradients),
     "binary_cross_entropy": Formula(binary_cross_entropy, binary_cross_entropy_gradients),
     "binary_cross_entropy_with_logits": Formula(
         binary_cross_entropy_with_logits, binary_cross_entropy_with_logits_gradients

@@ -134,7 +134,7 @@ def overwritable(input: Tensor) -> None:
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
-def parameter(name: str, value: Any, low: float, positive: bool) -> None:
+def parameter(name: str, value: Any, low: float, high: float, positive: bool) -> None:
     """A number in its bounds; a tensor's on a GPU is not waited for."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -145,8 +145,9 @@ def parameter(name: str, value: Any, low: float, positive: bool) -> None:
             return
     else:
         number(name, value, (float, Real), "a float")
-    if not (float(value) > 0.0 if positive else float(value) >= low):
-        expected = "a positive number" if positive else f"a number from {low} up"
+    if not (float(value) > 0.0 if positive else low <= float(value) <= high):
+        upwards = f"a number from {low} up" if high == math.inf else f"a number in [{low}, {high}]"
+        expected = "a positive number" if positive else upwards
         raise RuntimeError(f"{name}: expected {expected}, got {float(value)}")
 
 

@@ -17,15 +17,19 @@ from pyfused.ops.operators import (
     GAUSSIAN_NLL_LOSS,
     GELU,
     HINGE_EMBEDDING_LOSS,
+    HINGE_LOSS,
     HUBER_LOSS,
     KL_DIV,
     L1_LOSS,
     LEAKY_RELU,
+    LOG_COSH_LOSS,
     MARGIN_RANKING_LOSS,
     MSE_LOSS,
     POISSON_NLL_LOSS,
+    QUANTILE_LOSS,
     RELU,
     SIGMOID,
+    SIGMOID_FOCAL_LOSS,
     SILU,
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
@@ -39,15 +43,19 @@ __all__ = [
     "gaussian_nll_loss",
     "gelu",
     "hinge_embedding_loss",
+    "hinge_loss",
     "huber_loss",
     "kl_div",
     "l1_loss",
     "leaky_relu",
+    "log_cosh_loss",
     "margin_ranking_loss",
     "mse_loss",
     "poisson_nll_loss",
+    "quantile_loss",
     "relu",
     "sigmoid",
+    "sigmoid_focal_loss",
     "silu",
     "smooth_l1_loss",
     "soft_margin_loss",
@@ -533,6 +541,135 @@ def margin_ranking_loss(
     """
     return call(
         MARGIN_RANKING_LOSS, (input1, input2, target, margin, size_average, reduce, reduction)
+    )
+
+
+def quantile_loss(
+    input: Tensor, target: Tensor, quantile: float = 0.5, reduction: str = "mean"
+) -> Tensor:
+    """Difference of input and target that costs more on one side, element by element.
+
+    The loss of an element is ``max(quantile * (target - input), (quantile - 1) * (target -
+    input))``: its mean is least at that quantile of the targets (Koenker and Bassett 1978). Where
+    the two are equal the gradient is the mean of theirs, as of :func:`torch.maximum`. torch has no
+    such loss; in its terms::
+
+        d = target - input
+        torch.maximum(quantile * d, (quantile - 1) * d)
+
+    Args:
+        input: Predictions, of any shape; float32, float64, bfloat16 or float16.
+        target: Ground truth, of a shape that broadcasts with the input's. Differing dtypes are
+            promoted.
+        quantile: The share of the targets that is to lie below, 0.0 to 1.0.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype: a scalar, or of the broadcast
+        shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``quantile`` no number.
+    """
+    return call(QUANTILE_LOSS, (input, target, quantile, reduction))
+
+
+def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Logarithm of the hyperbolic cosine of the difference, element by element.
+
+    Half of the difference's square where it is small, its size less log(2) where it is large, and
+    smooth in between. torch has no such loss; in its terms::
+
+        d = (input - target).abs()
+        d + F.softplus(-2 * d) - math.log(2)
+
+    Args:
+        input, target, reduction: As in :func:`quantile_loss`.
+
+    Returns:
+        As :func:`quantile_loss`.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(LOG_COSH_LOSS, (input, target, reduction))
+
+
+def hinge_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    squared: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far a score is from its side of zero by a margin, element by element.
+
+    The loss of support vector machines. torch has no such loss; in its terms::
+
+        (margin - target * input).clamp(min=0)  # ** 2 if squared
+
+    Args:
+        input: Scores, of any shape; float32, float64, bfloat16 or float16.
+        target: The classes, -1 or 1, of a shape that broadcasts with the input's.
+        margin: The distance from zero on the right side from which on nothing is lost.
+        squared: The square of that.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss, of the promoted dtype: a scalar, or of the broadcast shape for ``"none"``. NaN for
+        a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit.
+        TypeError: ``input`` or ``target`` is no tensor, or ``margin`` no number.
+    """
+    return call(HINGE_LOSS, (input, target, margin, squared, reduction))
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: float | None = None,
+) -> Tensor:
+    """Cross-entropy of two classes, where what is right already counts less, element by element.
+
+    With ``p = sigmoid(inputs)`` and ``u = p * (1 - targets) + (1 - p) * targets``, the loss of an
+    element is its binary cross-entropy times ``u ** gamma``, and times ``alpha`` for the positive
+    class and ``1 - alpha`` for the negative one (Lin et al. 2017, arXiv 1708.02002). Signature and
+    results are those of ``torchvision.ops.sigmoid_focal_loss``; torch has no such loss.
+
+    Args:
+        inputs: Logits, of any shape; float32, float64, bfloat16 or float16.
+        targets: Probabilities of the positive class, as a rule 0.0 or 1.0, of the inputs' shape and
+            dtype.
+        alpha: The share of the positive class, 0.0 to 1.0; below 0 for no shares.
+        gamma: From 0.0, which makes it a cross-entropy, up.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements that are not ignored.
+        weight: One factor for each element, of a shape that broadcasts to the inputs'.
+        ignore_index: The target of elements that count for nothing.
+
+    Returns:
+        The loss in nats, of the inputs' dtype: a scalar, or of the inputs' shape for ``"none"``.
+        NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``inputs`` or ``targets`` is no tensor, or ``alpha`` or ``gamma`` no number.
+    """
+    return call(
+        SIGMOID_FOCAL_LOSS, (inputs, targets, alpha, gamma, reduction, weight, ignore_index)
     )
 
 

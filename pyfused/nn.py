@@ -14,16 +14,20 @@ __all__ = [
     "CrossEntropyLoss",
     "GaussianNLLLoss",
     "HingeEmbeddingLoss",
+    "HingeLoss",
     "HuberLoss",
     "KLDivLoss",
     "L1Loss",
     "LeakyReLU",
+    "LogCoshLoss",
     "MSELoss",
     "MarginRankingLoss",
     "PoissonNLLLoss",
+    "QuantileLoss",
     "ReLU",
     "SiLU",
     "Sigmoid",
+    "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
     "Tanh",
@@ -165,6 +169,68 @@ class MarginRankingLoss(torch.nn.MarginRankingLoss):
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
         return F.margin_ranking_loss(
             input1, input2, target, margin=self.margin, reduction=self.reduction
+        )
+
+
+class QuantileLoss(torch.nn.modules.loss._Loss):
+    """:func:`pyfused.functional.quantile_loss` as a module."""
+
+    def __init__(self, quantile: float = 0.5, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.quantile = quantile
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.quantile_loss(input, target, self.quantile, self.reduction)
+
+
+class LogCoshLoss(torch.nn.modules.loss._Loss):
+    """:func:`pyfused.functional.log_cosh_loss` as a module."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.log_cosh_loss(input, target, self.reduction)
+
+
+class HingeLoss(torch.nn.modules.loss._Loss):
+    """:func:`pyfused.functional.hinge_loss` as a module."""
+
+    def __init__(self, margin: float = 1.0, squared: bool = False, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.margin = margin
+        self.squared = squared
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.hinge_loss(input, target, self.margin, self.squared, self.reduction)
+
+
+class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
+    """:func:`pyfused.functional.sigmoid_focal_loss` as a module, which takes the mean."""
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        ignore_index: float | None = None,
+    ) -> None:
+        super().__init__(weight, reduction=reduction)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.ignore_index = ignore_index
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.sigmoid_focal_loss(
+            inputs,
+            targets,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
         )
 
 

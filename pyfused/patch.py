@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, MethodDescriptorType, TracebackType
+from types import BuiltinFunctionType, CodeType, MethodDescriptorType, NoneType, TracebackType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -184,7 +184,7 @@ _SITES: tuple[_Function | _BuiltIn, ...] = (
     *(
         _Function(op)
         for op in OPERATORS.values()
-        if not isinstance(getattr(F, op.name), C_FUNCTIONS)
+        if not isinstance(getattr(F, op.name, None), (*C_FUNCTIONS, NoneType))
     ),
     *(site for op in OPERATORS.values() if isinstance(op, Activation) for site in _built_ins(op)),
 )

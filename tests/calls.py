@@ -14,8 +14,18 @@ from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.ops.declaration import Operand
-from pyfused.ops.operators import CROSS_ENTROPY
+from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 
+
+class Torchs:
+    """torch.nn.functional, with the definitions of what it does not have."""
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].torchs
+
+
+TORCH = Torchs()
+REDUCTIONS = ("none", "mean", "sum")
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 PROBABILITIES = torch.linspace(-2, 2, 30).reshape(6, 5).softmax(1)
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
@@ -34,7 +44,7 @@ class Case:
         return self.run(fused, x)
 
     def torchs(self, x: Tensor) -> Tensor:
-        return self.run(F, x)
+        return self.run(TORCH, x)
 
 
 def constants(loss: Loss) -> dict[str, Tensor]:
@@ -69,7 +79,7 @@ def cases() -> dict[str, Case]:
         op.name: Case(lambda f, x, name=op.name: getattr(f, name)(x)) for op in ACTIVATIONS
     }
     made["relu_inplace"] = Case(lambda f, x: f.relu(x * 1, inplace=True))
-    for r in ("none", "mean", "sum"):
+    for r in REDUCTIONS:
         made |= {
             f"index_{r}": Case(lambda f, x, r=r: f.cross_entropy(x, CLASSES, reduction=r)),
             f"smoothed_{r}": Case(
@@ -82,8 +92,9 @@ def cases() -> dict[str, Case]:
             ),
             f"to_probabilities_{r}": Case(lambda f, x, r=r: f.cross_entropy(OTHER, x, reduction=r)),
         }
-        for loss in LOSSES:
-            for name in loss.differentiated:
+        # The reductions by turns, as all losses share their code.
+        for place, (loss, name) in enumerate((o, n) for o in LOSSES for n in o.differentiated):
+            if loss is LOSSES[0] or REDUCTIONS[place % 3] == r:
                 weighted = loss.takes_weight and name != loss.operands[0].name
                 made[f"{loss.id}_to_{name}_{r}"] = pointwise(loss, name, r, weighted)
     return made

@@ -129,6 +129,43 @@ def margin_ranking_loss(
     return np.maximum(slack, 0), -target * active, target * active, (input2 - input1) * active
 
 
+def quantile_loss(input: Extended, target: Extended, quantile: float = 0.5) -> tuple[Extended, ...]:
+    d, q = target - input, np.longdouble(quantile)
+    slope = np.where(d > 0, -q, np.where(d < 0, 1 - q, np.longdouble(0.5) - q))
+    return np.maximum(q * d, (q - 1) * d), slope, -slope
+
+
+def log_cosh_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    d = input - target
+    return np.logaddexp(d, -d) - np.log(np.longdouble(2)), np.tanh(d), -np.tanh(d)
+
+
+def hinge_loss(
+    input: Extended, target: Extended, margin: float = 1.0, squared: bool = False
+) -> tuple[Extended, ...]:
+    slack = np.maximum(margin - target * input, 0)
+    active = np.heaviside(margin - target * input, 1)
+    return (slack**2, -2 * target * slack) if squared else (slack, -target * active)
+
+
+def sigmoid_focal_loss(
+    inputs: Extended,
+    targets: Extended,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    ignore_index: float | None = None,
+) -> tuple[Extended, ...]:
+    p, q = sigmoid(inputs)[0], sigmoid(-inputs)[0]
+    missing = p * (1 - targets) + q * targets
+    entropy = binary_cross_entropy_with_logits(inputs, targets)[0]
+    factor = np.longdouble(alpha) * targets + (1 - np.longdouble(alpha)) * (1 - targets)
+    factor = factor if alpha >= 0 else np.ones_like(factor)
+    factor = np.where(targets == ignore_index, 0, factor) if ignore_index is not None else factor
+    slope = missing**gamma * (p - targets)
+    slope = slope + gamma * entropy * missing ** (gamma - 1) * p * q * (1 - 2 * targets)
+    return factor * entropy * missing**gamma, factor * slope
+
+
 def soft_margin_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
     aligned = target * input
     softplus = np.log1p(np.exp(-abs(aligned))) + np.maximum(-aligned, 0)
@@ -214,6 +251,17 @@ SAMPLES = {
         heavy=True,
         large=3.0,
         special=FINITE_PRODUCTS,
+    ),
+    "quantile_loss": Sample(quantile_loss, ({}, {"quantile": 0.9})),
+    "log_cosh_loss": Sample(log_cosh_loss, cancels=True),
+    "hinge_loss": Sample(
+        hinge_loss, ({}, {"margin": 0.5, "squared": True}), special=FINITE_PRODUCTS
+    ),
+    "sigmoid_focal_loss": Sample(
+        sigmoid_focal_loss,
+        ({}, {"alpha": -1.0, "gamma": 1.5}, {"gamma": 0.0}),
+        cancels=True,
+        special=(1.0, NAN, 0.5, -0.0, 0.25, 0.75),
     ),
     "soft_margin_loss": Sample(
         soft_margin_loss, large=4.0, special=(1.0, NAN, 2.0, 0.5, -0.0, 30.0)

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 from calls import CONSTANTS, Beside, Case, every_case, every_loss_call
+from calls import TORCH as F
 from compare import Operator
 from conftest import KernelCalls
 from samples import ACTIVATIONS

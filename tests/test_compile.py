@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from calls import TORCH as F
 from calls import within
 from compare import Outcome, evaluate
 from conftest import KernelCalls

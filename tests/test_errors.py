@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from calls import BESIDE, within
+from calls import TORCH as F
 from samples import FIRST, Loss
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from calls import TORCH as F
 from calls import Case, every_case
 from compare import FLOATS, HALF, assert_matches_torch
 from conftest import KernelCalls

@@ -44,9 +44,10 @@ class Operand(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A number among the arguments, at least ``low``; a tensor of one element may hold it.
+    """A number among the arguments, in its bounds; a tensor of one element may hold it.
 
     Attributes:
+        optional: None is as good as a number that is none.
         positive: It is more than 0.
         flag: It is no number, but as good as True or False: 1 or 0.
         chooses: Where this flag is set the formula is another one, named after both.
@@ -54,7 +55,9 @@ class Parameter(NamedTuple):
 
     name: str
     low: float = -math.inf
+    high: float = math.inf
     positive: bool = False
+    optional: bool = False
     flag: bool = False
     chooses: bool = False
 

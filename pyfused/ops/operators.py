@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfused import checks
+from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.cross_entropy import CrossEntropy
 from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter
@@ -52,6 +55,19 @@ def _mean_of_kl_div(arguments: Arguments) -> str | None:
     )
 
 
+def _rows(operands: Sequence[Tensor], *_: Any) -> float:
+    return float(len(operands[0]) if operands[0].dim() else 1)
+
+
+def _counted(
+    operands: Sequence[Tensor], _weight: Tensor | None, numbers: Sequence[Any]
+) -> float | Tensor:
+    ignored = numbers[-1]
+    if isinstance(ignored, float) and math.isnan(ignored):
+        return elements(operands)
+    return operands[1].ne(ignored).sum(dtype=torch.float64)
+
+
 MSE_LOSS = PointwiseLoss(
     name="mse_loss",
     module="MSELoss",
@@ -91,7 +107,7 @@ KL_DIV = PointwiseLoss(
     parameters=(Parameter("log_target", flag=True, chooses=True),),
     warns=False,
     warning=_mean_of_kl_div,
-    denominators={"mean": elements, "batchmean": lambda x, _: float(x.shape[0] if x.dim() else 1)},
+    denominators={"mean": elements, "batchmean": _rows},
     against=_differ_in_shape,
 )
 
@@ -181,6 +197,51 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     arrange=_as_gaussian_nll_loss_has_it,
 )
 
+QUANTILE_LOSS = PointwiseLoss(
+    name="quantile_loss",
+    module="QuantileLoss",
+    operands=(INPUT, TARGET),
+    parameters=(Parameter("quantile", low=0.0, high=1.0),),
+    warns=False,
+    definition=definitions.quantile_loss,
+)
+
+LOG_COSH_LOSS = PointwiseLoss(
+    name="log_cosh_loss",
+    module="LogCoshLoss",
+    operands=(INPUT, TARGET),
+    warns=False,
+    definition=definitions.log_cosh_loss,
+)
+
+HINGE_LOSS = PointwiseLoss(
+    name="hinge_loss",
+    module="HingeLoss",
+    operands=(INPUT, SIGNS),
+    parameters=(Parameter("margin"), Parameter("squared", flag=True, chooses=True)),
+    warns=False,
+    definition=definitions.hinge_loss,
+)
+
+SIGMOID_FOCAL_LOSS = PointwiseLoss(
+    name="sigmoid_focal_loss",
+    module="SigmoidFocalLoss",
+    operands=(
+        Operand("inputs"),
+        Operand("targets", low=0.0, high=1.0, differentiated=False),
+        WEIGHT,
+    ),
+    parameters=(
+        Parameter("alpha", high=1.0),
+        Parameter("gamma", low=0.0),
+        Parameter("ignore_index", optional=True),
+    ),
+    shapes=checks.same_shape,
+    weight_shape=checks.weight_that_broadcasts,
+    denominators={"mean": _counted},
+    definition=definitions.sigmoid_focal_loss,
+)
+
 # ---- activations ---------------------------------------------------------------------------------
 
 RELU = Activation(
@@ -263,6 +324,10 @@ OPERATORS: dict[str, Operator] = {
         SOFT_MARGIN_LOSS,
         HINGE_EMBEDDING_LOSS,
         MARGIN_RANKING_LOSS,
+        QUANTILE_LOSS,
+        LOG_COSH_LOSS,
+        HINGE_LOSS,
+        SIGMOID_FOCAL_LOSS,
         RELU,
         LEAKY_RELU,
         SIGMOID,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +15,21 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import Backend, Gradients, Want
-from pyfused.ops.declaration import Arguments, Operand, Operator, reduction_of
+from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter, reduction_of
 from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import backward, differentiate, gradients_ahead, without_functorch
 
-Denominator = Callable[[Tensor, Tensor | None], float | Tensor]
+Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
 
-def elements(input: Tensor, _weight: Tensor | None) -> float:
-    return float(input.numel())
+def elements(operands: Sequence[Tensor], *_: Any) -> float:
+    return float(operands[0].numel())
 
 
-def weight_or_elements(input: Tensor, weight: Tensor | None) -> float | Tensor:
-    return elements(input, weight) if weight is None else weight.sum(dtype=torch.float64)
+def weight_or_elements(
+    operands: Sequence[Tensor], weight: Tensor | None, *_: Any
+) -> float | Tensor:
+    return elements(operands) if weight is None else weight.sum(dtype=torch.float64)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -42,7 +45,7 @@ class PointwiseLoss(Operator):
         tells: Whether an operand out of its bounds makes the loss NaN, so that nobody looks before.
         weight_shape: Raises where ``weight`` does not go with the input.
         denominators: What the sum is divided by in each reduction but none and sum, from the
-            expanded input and the weight.
+            expanded operands, the weight and the parameters.
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
         chooses: Whether a parameter chooses the formula.
@@ -84,12 +87,12 @@ class PointwiseLoss(Operator):
         if any(operand.shape != shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)
         operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
+        numbers = tuple([_number(arguments[place], p) for place, p in self._numbers])
         denominator: float | Tensor = 1.0
         if reduction in self.denominators:
-            denominator = self.denominators[reduction](operands[0], weight)
+            denominator = self.denominators[reduction](operands, weight, numbers)
         if weight is not None:
             weight = weight.to(dtype).expand_as(operands[0])
-        numbers = tuple([_number(arguments[place], p.flag) for place, p in self._numbers])
         call = Call(self, backend_of(operands[0]), numbers, reduction, denominator)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             loss: Tensor | None = _apply(call, weight, *operands)
@@ -135,10 +138,9 @@ class PointwiseLoss(Operator):
         if reduction not in self.denominators:
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
         for place, parameter in self._numbers:
-            if not parameter.flag:
-                checks.parameter(
-                    parameter.name, arguments[place], parameter.low, parameter.positive
-                )
+            if not (parameter.flag or (parameter.optional and arguments[place] is None)):
+                name, low, high, positive, *_ = parameter
+                checks.parameter(name, arguments[place], low, high, positive)
         if operands[1].shape != operands[0].shape or len(operands) > 2:
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
@@ -162,10 +164,12 @@ class PointwiseLoss(Operator):
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
-def _number(value: Any, flag: bool) -> Any:
+def _number(value: Any, parameter: Parameter) -> Any:
     """A parameter as a number, but for one that only a GPU knows."""
-    if flag:
+    if parameter.flag:
         value = bool(value)
+    if parameter.optional and value is None:
+        return math.nan
     return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
 
 
@@ -262,6 +266,9 @@ def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     names = [variable.name for variable in call.op.variables]
     given = zip(call.op.parameters, call.numbers, strict=True)
     numbers = {p.name: bool(number) if p.flag else number for p, number in given}
+    for parameter in call.op.parameters:
+        if parameter.optional and numbers[parameter.name] != numbers[parameter.name]:
+            numbers[parameter.name] = None  # which stood for NaN
 
     def definition(*operands: Tensor) -> Tensor:
         named = dict(zip(names, operands, strict=False))

@@ -101,6 +101,30 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 12),),
         torch.float16: ((ANY, 1 << 12),),
     },
+    "quantile_loss": {
+        torch.float32: ((ANY, 1 << 13),),
+        torch.float64: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.float16: ((ANY, 1 << 13),),
+    },
+    "log_cosh_loss": {
+        torch.float32: ((ANY, 1 << 13),),
+        torch.float64: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.float16: ((ANY, 1 << 13),),
+    },
+    "hinge_loss": {
+        torch.float32: ((ANY, 1 << 13),),
+        torch.float64: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.float16: ((ANY, 1 << 13),),
+    },
+    "sigmoid_focal_loss": {
+        torch.float32: ((ANY, 1 << 13),),
+        torch.float64: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.float16: ((ANY, 1 << 13),),
+    },
     "relu": {
         torch.float32: ((ANY, 1 << 23),),
         torch.float64: ((ANY, 1 << 22),),
