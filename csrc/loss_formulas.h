@@ -212,12 +212,13 @@ template <class A> struct GaussianNllLoss {
 
 // pyfused's own: the larger of q (t - x) and (q - 1) (t - x). As torch.maximum, half of each where equal.
 template <class A> struct QuantileLoss : Formula<A> {
-  A above, below, both;  // slopes to t where t is above x, and below; to x, of the two together
+  A above, below, both;  // to t, where it is above x and where below; to x, of NaN
   explicit QuantileLoss(const Parameters& p)
       : Formula<A>(p), above(A(p[0])), below(A(p[0] - 1)), both(A(1 - 2 * p[0])) {}
   A value(A x, A t, A) const { return (t - x) * (t < x ? below : above); }
   A grad_input(A x, A t, A, A scale) const {
-    return scale * (t > x ? -above : t < x ? -below : x == t ? both / 2 : both);
+    const A d = t - x;
+    return scale * (d > 0 ? -above : d < 0 ? -below : d == 0 ? both / 2 : both);
   }
   A grad_target(A x, A t, A, A scale) const { return -grad_input(x, t, 0, scale); }
 };

@@ -286,8 +286,9 @@ def quantile_loss(x, t, q, _q, _r):
 
 @triton.jit
 def quantile_loss_gradients(x, t, q, _q, _r, scale):
-    equal = tl.where(x == t, 0.5 - q, 1.0 - 2.0 * q)  # of NaN both, as of torch.maximum
-    gradient = scale * tl.where(t > x, -q, tl.where(t < x, 1.0 - q, equal))
+    d = t - x
+    equal = tl.where(d == 0.0, 0.5 - q, 1.0 - 2.0 * q)  # of NaN both, as of torch.maximum
+    gradient = scale * tl.where(d > 0.0, -q, tl.where(d < 0.0, 1.0 - q, equal))
     return gradient, -gradient
 
 

@@ -112,8 +112,12 @@ def test_a_script_runs_patched_and_its_calls_are_counted(code: str, tmp_path: Pa
     summary = [
         "pyfused: calls and the paths they took",
         "        3  cross_entropy: torch: ATen is faster at this size",
+        "        2  tanh: torch: ATen is faster at this size",
         f"        1  relu: cpu {cpu.supported[-1]}, element by element, 1 thread",
         "        1  relu: torch: ATen is faster at this size",
+        "        1  gelu: torch: ATen is faster at this size",
+        "        1  leaky_relu: torch: ATen is faster at this size",
+        "        1  silu: torch: ATen is faster at this size",
         "losses and activations that pyfused does not have",
         "       12  torch.nn.functional.cosine_embedding_loss",
     ]

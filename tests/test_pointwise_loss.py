@@ -439,7 +439,7 @@ def test_a_reduction_and_a_definition_of_its_own(kernel_calls: KernelCalls) -> N
         MSE_LOSS,
         operands=MSE_LOSS.operands[:2],
         weight_shape=None,
-        denominators={"batchmean": lambda input, _: float(len(input))},
+        denominators={"batchmean": lambda operands, *_: float(len(operands[0]))},
         definition=definition,
     )
     x, t = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
