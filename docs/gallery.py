@@ -75,10 +75,12 @@ def picture(name: str, entry: Entry) -> str:
     """Value and gradient of an operator, as SVG for within a page."""
     figure = Figure(figsize=(5.2, 2.3), layout="constrained")
     value, gradient = figure.subplots(1, 2)
-    for curve, colour in zip(entry.curves, COLOURS, strict=False):
+    for index, curve in enumerate(entry.curves):
         x, values, gradients = evaluate(name, entry, curve)
-        value.plot(x, values, color=colour, label=curve.label)
-        gradient.plot(x, gradients, color=colour)
+        # A thinner line over a broader one: where they agree, both are seen.
+        style = {"color": COLOURS[index], "linewidth": 0.6 + 0.7 * (len(entry.curves) - index)}
+        value.plot(x, values, label=curve.label, **style)
+        gradient.plot(x, gradients, **style)
     value.set_title("value", fontsize=10)
     gradient.set_title("gradient", fontsize=10)
     figure.supxlabel(entry.axis, fontsize=9)

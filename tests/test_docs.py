@@ -94,7 +94,7 @@ def test_an_operator_that_nobody_measured_has_a_dash() -> None:
 
 def test_the_pages_have_every_comment_that_is_filled() -> None:
     pages = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
-    assert all(pages.count(comment) == 1 for comment in gallery.FILLED)
+    assert all(comment in pages for comment in gallery.FILLED)
     source = [pages]
     gallery.fill(None, "", source)
     assert not any(comment in source[0] for comment in gallery.FILLED)
