@@ -54,16 +54,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
             "No target is a mistake: one large error outweighs many small ones.",
             (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
         ),
-        "rmse_loss": Entry(
-            r"\sqrt{\frac{1}{n} \sum_i (x_i - t_i)^2}",
-            "As the squared error, where the loss is to be read in the unit of the target.",
-            tuple(
-                Curve(f"the other's error {error:g}", (0.0,), others=(error,))
-                for error in (0.0, 1.0, 3.0)
-            ),
-            axis="input, one of two",
-            whole=True,
-        ),
         "l1_loss": Entry(
             r"|x - t|",
             "Some targets are far off, and the median is what is wanted.",

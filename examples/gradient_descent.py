@@ -79,7 +79,6 @@ class Descent:
 
 PREDICTIONS = (
     Descent("mse_loss", (0.03, 0.35, 1.08)),
-    Descent("rmse_loss", (0.03, 0.4, 3.5)),
     Descent("l1_loss", (0.03, 0.4, 3.5)),
     Descent("smooth_l1_loss", (0.05, 0.7, 3.0)),
     Descent("huber_loss", (0.1, 1.0, 6.0), options={"delta": 0.5}),
