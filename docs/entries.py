@@ -15,7 +15,7 @@ class Curve:
     Numbers among the arguments become tensors, whole ones class indices.
 
     Attributes:
-        others: The logits of the classes beside the one drawn, or the elements beside it.
+        others: The logits of the classes beside the one drawn.
     """
 
     label: str
@@ -32,7 +32,6 @@ class Entry:
         formula: In LaTeX, of the input x and the target t.
         use: When to take it, in a sentence.
         axis: What is drawn along x.
-        whole: The loss is one number for all elements, so that each point is a call of its own.
     """
 
     formula: str
@@ -41,7 +40,6 @@ class Entry:
     low: float = -3.0
     high: float = 3.0
     axis: str = "input"
-    whole: bool = False
 
 
 LOGIT = "logit of the first class of three"

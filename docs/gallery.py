@@ -39,11 +39,7 @@ INK = "#0d0e0f"  # becomes the colour of the page's text
 def evaluate(name: str, entry: Entry, curve: Curve) -> tuple[Tensor, Tensor, Tensor]:
     """Points, and the value and the gradient that the kernels compute at each."""
     x = torch.linspace(entry.low, entry.high, POINTS)
-    if not entry.whole:
-        return x, *_call(name, curve, x)
-    calls = [_call(name, curve, point.reshape(1)) for point in x]
-    values, gradients = zip(*calls, strict=True)
-    return x, torch.stack(values), torch.cat(gradients)
+    return x, *_call(name, curve, x)
 
 
 def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
