@@ -19,11 +19,15 @@ setup: $(ENVIRONMENT) ## make the environment in .venv (PYTHON=python3.12 choose
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 chooses another compiler)
 
-demo: $(BUILD) ## train three models with torch's losses and with pyfused's, and compare
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw what each loss does
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/losses.py
+	$(BIN)/python examples/gradient_descent.py
 
-demo-quick: $(BUILD) ## the same, cut to less than a minute
+demo-quick: $(BUILD) ## the same, cut to a minute
 	$(BIN)/python examples/demo.py --quick
+	$(BIN)/python examples/losses.py --quick
+	$(BIN)/python examples/gradient_descent.py
 
 test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)

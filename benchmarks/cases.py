@@ -168,6 +168,8 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
 
     def within(operand: Operand) -> Tensor:
         """Values of the bounds that the operand declares."""
+        if operand.sign:
+            return normal(*case.shape).sign()
         if math.isinf(operand.low):
             return normal(*case.shape)
         span = min(operand.high - operand.low, 2.0)

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -87,25 +88,45 @@ void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
   });
 }
 
-template <class Formula>
-void run_activation(int dtype, int64_t n, int64_t input, int64_t output, int threads) {
+template <template <class> class Formula>
+void run_activation(int dtype, int64_t n, int64_t input, int64_t output, double parameter,
+                    int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if (input != output) prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
-    activation<Formula>(pointer<const T>(input), pointer<T>(output), n, threads);
+    activation<Formula>(pointer<const T>(input), pointer<T>(output), parameter, n, threads);
   });
 }
 
-template <class Formula>
-void run_activation_backward(int dtype, int64_t n, const OperandTuple& grad_output, int64_t output,
-                             int64_t grad_input, int threads) {
+template <template <class> class Formula>
+void run_activation_backward(int dtype, int64_t n, const OperandTuple& grad_output, int64_t saved,
+                             int64_t grad_input, double parameter, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
     activation_backward<Formula>(pointer<const T>(grad_output[0]), grad_output[1],
-                                 pointer<const T>(output), pointer<T>(grad_input), n, threads);
+                                 pointer<const T>(saved), pointer<T>(grad_input), parameter, n,
+                                 threads);
   });
 }
+
+struct ActivationFormula {
+  const char* name;
+  decltype(&run_activation<Relu>) forward;
+  decltype(&run_activation_backward<Relu>) backward;
+};
+
+#define PYFUSED_ACTIVATION(name, Formula) \
+  {name, &run_activation<Formula>, &run_activation_backward<Formula>}
+constexpr ActivationFormula kActivations[] = {
+    PYFUSED_ACTIVATION("relu", Relu),
+    PYFUSED_ACTIVATION("leaky_relu", LeakyRelu),
+    PYFUSED_ACTIVATION("sigmoid", Sigmoid),
+    PYFUSED_ACTIVATION("tanh", Tanh),
+    PYFUSED_ACTIVATION("silu", Silu),
+    PYFUSED_ACTIVATION("gelu", Gelu),
+    PYFUSED_ACTIVATION("gelu_tanh", GeluTanh),
+};
 
 void run_scale(int dtype, int64_t n, int64_t data, int64_t factor, int threads) {
   with_dtype(dtype, [&](auto element) {
@@ -198,10 +219,10 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
           },
           unlocked);
   }
-  m.def("relu", &run_activation<Relu>, unlocked);
-  m.def("relu_backward", &run_activation_backward<Relu>, unlocked);
-  m.def("sigmoid", &run_activation<Sigmoid>, unlocked);
-  m.def("sigmoid_backward", &run_activation_backward<Sigmoid>, unlocked);
+  for (const ActivationFormula& formula : kActivations) {
+    m.def(formula.name, formula.forward, unlocked);
+    m.def((std::string(formula.name) + "_backward").c_str(), formula.backward, unlocked);
+  }
   m.def("scale", &run_scale, unlocked);
 
 #ifdef PYFUSED_RECYCLES

@@ -6,6 +6,10 @@
 //   exp_shifted     [-87.33, 7] (double: [-708, 7])  1.01 ULP (double: 1); falls to 0 below
 //   log_positive    [1, 2^60]                        1.5 ULP (of 1 below e)
 //   log_of          every positive normal value      1.5 ULP; -inf of 0, NaN below
+//   exp_of          [-86, inf] (double: [-707, inf]) 1.01 ULP (double: 1); falls to 0 below
+//   log1p_of        [-1, inf]                        3 ULP; NaN below
+//   tanh_of         every value                      3 ULP
+//   Normal.below    [-13, inf] (double: [-37, inf])  5 ULP, and x^2 / 2 of them below -1
 //   softplus        [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   sigmoid         [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   load, store     every value of the type          load is exact, store rounds to nearest even
@@ -164,7 +168,13 @@ PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int6
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, with a minimax polynomial for exp(r).
 // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves n in the low bits of the sum.
 
-PYFUSED_INLINE float exp_shifted(float x) {
+template <class A> struct Power {
+  A less_1;  // exp(r) - 1
+  A scale;   // 2^n, or half of it
+};
+
+// `lift` is 1 where 2^n alone would be infinite.
+template <int lift = 0> PYFUSED_INLINE Power<float> power_of(float x) {
   constexpr float kRound = 0x1.8p23f;
   x = -104.0f > x ? -104.0f : x;
   const float shifted = x * 1.44269504f + kRound;
@@ -175,12 +185,11 @@ PYFUSED_INLINE float exp_shifted(float x) {
   p = p * r + 4.16684011e-2f;
   p = p * r + 1.66665195e-1f;
   p = p * r + 4.99999934e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127;
-  return p * bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23);
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127 - lift;
+  return {p * (r * r) + r, bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23)};
 }
 
-PYFUSED_INLINE double exp_shifted(double x) {
+template <int lift = 0> PYFUSED_INLINE Power<double> power_of(double x) {
   constexpr double kRound = 0x1.8p52;
   x = -746.0 > x ? -746.0 : x;
   const double shifted = x * 1.4426950408889634 + kRound;
@@ -197,9 +206,19 @@ PYFUSED_INLINE double exp_shifted(double x) {
   p = p * r + 0.04166666666666617;
   p = p * r + 0.16666666666666685;
   p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
-  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023;
-  return p * bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52);
+  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023 - lift;
+  return {p * (r * r) + r, bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52)};
+}
+
+template <class A> PYFUSED_INLINE A exp_shifted(A x) {
+  const Power<A> power = power_of(x);
+  return (power.less_1 + 1) * power.scale;
+}
+
+template <class A> PYFUSED_INLINE A exp_of(A x) {
+  constexpr A kTop = sizeof(A) == 4 ? 89 : 710;  // infinite from here on
+  const Power<A> power = power_of<1>(x > kTop ? kTop : x);
+  return (power.less_1 + 1) * 2 * power.scale;
 }
 
 // log(x) = e ln 2 + log(1 + t), with x = 2^e (1 + t) and 1 + t in [sqrt(1/2), sqrt(2)).
@@ -256,15 +275,110 @@ template <class A> PYFUSED_INLINE A log_of(A x) {
   return x > 0 && x < kInfinity ? value : special;
 }
 
+// log(1 + x): what 1 + x was rounded by is put right.
+template <class A> PYFUSED_INLINE A log1p_of(A x) {
+  const A u = 1 + x, value = log_of(u) + (x - (u - 1)) / u;
+  constexpr A kMost = std::numeric_limits<A>::max();
+  return u > 0 && u <= kMost ? value : log_of(u);
+}
+
 // log(1 + exp(x)), of either sign.
 template <class A> PYFUSED_INLINE A softplus(A x) {
   const A tail = log1p_series<sizeof(A) == 4 ? 7 : 16>(exp_shifted(-std::abs(x)), A(0));
   return tail + (x < 0 ? A(0) : x);
 }
 
+// tanh(|x|) = -m / (1 + e) = 1 - 2 e / (1 + e), e = exp(-2 |x|), m = e - 1; whichever is the smaller.
+template <class A> PYFUSED_INLINE A tanh_of(A x) {
+  const A size = std::abs(x);
+  const Power<A> power = power_of(-2 * size);
+  const A e = (power.less_1 + 1) * power.scale;
+  const A m = power.less_1 * power.scale + (power.scale - 1);
+  const bool small = size < A(0.55);
+  const A part = (small ? -m : 2 * e) / (1 + e);
+  return std::copysign(small ? part : 1 - part, x);
+}
+
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
   const A e = exp_shifted(-std::abs(x));
   return (x < 0 ? e : A(1)) / (1 + e);
 }
+
+PYFUSED_INLINE float normal_middle(float z) {
+  float p = -7.66053817e-06f;
+  p = p * z + 0.000113502296f;
+  p = p * z + -0.00118634399f;
+  p = p * z + 0.00997332848f;
+  p = p * z + -0.0664903606f;
+  return p * z + 0.39894228f;
+}
+
+PYFUSED_INLINE double normal_middle(double z) {
+  double p = 4.07432697742662748e-12;
+  p = p * z + -1.1064328282755891e-10;
+  p = p * z + 2.27041375856760001e-9;
+  p = p * z + -4.12241075141608136e-8;
+  p = p * z + 6.65967987965523131e-7;
+  p = p * z + -9.44465579310384581e-6;
+  p = p * z + 0.000115434687516559416;
+  p = p * z + -0.00118732821546803438;
+  p = p * z + 0.009973557010035022;
+  p = p * z + -0.0664903800669054265;
+  return p * z + 0.398942280401432678;
+}
+
+PYFUSED_INLINE float normal_tail(float u) {
+  float q = -0.0206127052f;
+  q = q * u + 0.00106651069f;
+  q = q * u + 0.0441939091f;
+  q = q * u + -0.00755319600f;
+  q = q * u + -0.0910454815f;
+  q = q * u + -0.0138199370f;
+  q = q * u + 0.225355872f;
+  q = q * u + 0.413744850f;
+  q = q * u + 0.405136748f;
+  return q * u + 0.258572679f;
+}
+
+PYFUSED_INLINE double normal_tail(double u) {
+  double q = -0.000929854603052670542;
+  q = q * u + 0.00536321384836522797;
+  q = q * u + -0.00028905854311420872;
+  q = q * u + -0.0100838364476720567;
+  q = q * u + 0.00590626967570077181;
+  q = q * u + 0.007755173124983604;
+  q = q * u + -0.0116660560810707799;
+  q = q * u + 0.000528937884994463158;
+  q = q * u + 0.0128458430454428005;
+  q = q * u + -0.010495493370460996;
+  q = q * u + -0.00856135520220586609;
+  q = q * u + 0.0194506792407715177;
+  q = q * u + 0.000264011952292224869;
+  q = q * u + -0.0281932681430898487;
+  q = q * u + 0.0107820048736303713;
+  q = q * u + 0.0431177617758887064;
+  q = q * u + -0.0227981047187217476;
+  q = q * u + -0.0865702515644366387;
+  q = q * u + 0.00846935603682139982;
+  q = q * u + 0.225874849598957775;
+  q = q * u + 0.379846938732905729;
+  q = q * u + 0.365456493286834938;
+  return q * u + 0.239321975910893291;
+}
+
+// The standard normal distribution, with minimax polynomials: P(X <= x) = 1/2 + x M(x^2) where |x| < 1,
+// else P(X <= -a) = exp(-a^2 / 2) t Q(t), t = 1 / (1 + 0.3 a), Q around the middle of its range.
+template <class A> struct Normal {
+  A density, below;
+
+  PYFUSED_INLINE explicit Normal(A x) {
+    constexpr A kMiddle = A(sizeof(A) == 4 ? 0.6 : 0.55);
+    const A z = x * x, a = std::abs(x), power = exp_shifted(z * A(-0.5));
+    const A t = 1 / (1 + A(0.3) * a), tail = power * (t * normal_tail(t - kMiddle));
+    const A middle = A(0.5) + x * normal_middle(z);
+    density = power * A(0.39894228040143268);
+    below = a < 1 ? middle : x < 0 ? tail : 1 - tail;
+  }
+};
 
 }  // namespace pyfused

@@ -5,41 +5,123 @@
 
 Shapes: operands are seen as rows x columns with strides; outputs are dense. Bytes: as above, once.
 
-torch: F.relu(x), F.sigmoid(x)
+torch: F.relu(x), F.leaky_relu(x, slope), F.sigmoid(x), F.tanh(x), F.silu(x), F.gelu(x)
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import Operand, reach, read, sigmoid
+from .arithmetic import Operand, exp_nonpositive, reach, read, sigmoid, tanh
 
 
 @triton.jit
-def relu(x):
+def relu(x, _p):
     """NaN and -0.0 pass."""
     return tl.where(x < 0.0, 0.0, x)
 
 
 @triton.jit
-def relu_backward(grad_output, output):
+def relu_backward(grad_output, output, _p):
     """The gradient passes where the output is NaN."""
     return tl.where(output <= 0.0, 0.0, grad_output)
 
 
 @triton.jit
-def sigmoid_backward(grad_output, output):
+def leaky_relu(x, slope):
+    return tl.where(x > 0.0, x, x * slope)
+
+
+@triton.jit
+def leaky_relu_backward(grad_output, output, slope):
+    """The output has the input's sign, as the slope is not negative."""
+    return tl.where(output > 0.0, grad_output, grad_output * slope)
+
+
+@triton.jit
+def sigmoid_of(x, _p):
+    return sigmoid(x)
+
+
+@triton.jit
+def sigmoid_backward(grad_output, output, _p):
     return grad_output * (1.0 - output) * output
 
 
+@triton.jit
+def tanh_of(x, _p):
+    return tanh(x)
+
+
+@triton.jit
+def tanh_backward(grad_output, output, _p):
+    return grad_output * (1.0 - output * output)
+
+
+@triton.jit
+def silu(x, _p):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def silu_backward(grad_output, x, _p):
+    y = sigmoid(x)
+    return grad_output * (y * (1.0 + x * (1.0 - y)))
+
+
+@triton.jit
+def normal_below(x):
+    """The share of the standard normal distribution below x."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def gelu(x, _p):
+    return x * normal_below(x)
+
+
+@triton.jit
+def gelu_backward(grad_output, x, _p):
+    density = 0.3989422804014327 * exp_nonpositive(-0.5 * x * x)
+    return grad_output * (normal_below(x) + x * density)
+
+
+@triton.jit
+def gelu_tanh_share(x):
+    """(1 + tanh(u)) / 2 = sigmoid(2 u)"""
+    return sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def gelu_tanh(x, _p):
+    return x * gelu_tanh_share(x)
+
+
+@triton.jit
+def gelu_tanh_backward(grad_output, x, _p):
+    y = gelu_tanh_share(x)
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return grad_output * (y + x * (y * (1.0 - y) * slope))
+
+
+class Formula(NamedTuple):
+    forward: Any
+    backward: Any
+
+
 FORMULAS = {
-    "relu": relu,
-    "relu_backward": relu_backward,
-    "sigmoid": sigmoid,
-    "sigmoid_backward": sigmoid_backward,
+    "relu": Formula(relu, relu_backward),
+    "leaky_relu": Formula(leaky_relu, leaky_relu_backward),
+    "sigmoid": Formula(sigmoid_of, sigmoid_backward),
+    "tanh": Formula(tanh_of, tanh_backward),
+    "silu": Formula(silu, silu_backward),
+    "gelu": Formula(gelu, gelu_backward),
+    "gelu_tanh": Formula(gelu_tanh, gelu_tanh_backward),
 }
 
 
@@ -49,19 +131,21 @@ def activation_kernel(
     out,
     n,
     columns,
+    p: tl.float64,
     FORMULA: tl.constexpr,
     A: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = FORMULA(*operands), element by element; out may be an operand's memory."""
+    """out = FORMULA(*operands, p), element by element; out may be an operand's memory."""
     i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
+    p = tl.full([], p, A)
     x = read(operands[0], i, columns, mask, A)
     if len(operands) == 1:
-        value = FORMULA(x)
+        value = FORMULA(x, p)
     else:
-        value = FORMULA(x, read(operands[1], i, columns, mask, A))
+        value = FORMULA(x, read(operands[1], i, columns, mask, A), p)
     tl.store(out + i, value, mask=mask)
 
 
@@ -81,17 +165,22 @@ def scale_kernel(
 def activation(
     formula: str,
     columns: int | None,
+    parameter: float,
     operands: list[tuple[torch.Tensor, int, int]],
     out: torch.Tensor,
 ) -> None:
-    """Launches out = FORMULAS[formula](*operands); operands as in `Operand`, out is dense."""
+    """Launches out = f(*operands, parameter), forward of one operand and backward of two.
+
+    Operands are as in `Operand`, out is dense.
+    """
     n, elements = out.numel(), launch.POINTWISE[out.element_size()]
     activation_kernel[(triton.cdiv(n, elements.block),)](
         tuple(Operand(*operand) for operand in operands),
         out,
         n,
         columns,
-        FORMULAS[formula],
+        parameter,
+        FORMULAS[formula][len(operands) - 1],
         A=launch.accumulate_type(out.dtype),
         INDEX=launch.index_type(*reach(columns, operands)),
         BLOCK=elements.block,

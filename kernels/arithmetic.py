@@ -21,6 +21,35 @@ def exp_nonpositive(x):
 
 
 @triton.jit
+def exp(x):
+    """exp(x) to 2 ULP in float32: the smaller of two powers whose quotient or product it is."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    small = exp_nonpositive(tl.where(x < 0.0, x, -x))
+    return tl.where(x > 87.0, tl.exp(x), tl.where(x > 0.0, 1.0 / small, small))
+
+
+@triton.jit
+def tanh(x):
+    """tanh(|x|) = -m / (2 + m), m = exp(-2 |x|) - 1: of small |x| by its series."""
+    y = -2.0 * tl.abs(x)
+    terms: tl.constexpr = 18 if x.dtype == tl.float64 else 9
+    series = tl.full([], 1.0, x.dtype)
+    for k in tl.static_range(terms, 1, -1):
+        series = 1.0 + series * y * (1.0 / k)
+    m = tl.where(y > -0.7, y * series, exp_nonpositive(y) - 1.0)
+    size = -m / (2.0 + m)
+    return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def log_of_1_plus(x):
+    """log(1 + x): what 1 + x was rounded by is put right."""
+    u = 1.0 + x
+    return tl.where(u > 0.0, log(u) + (x - (u - 1.0)) / u, log(u))
+
+
+@triton.jit
 def _twice_atanh(s):
     """For |s| <= 1/3, to float32's precision: the series up to s**15."""
     z = s * s

@@ -20,7 +20,18 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import Operand, exp_nonpositive, log, log1p, reach, read, sigmoid
+from .arithmetic import (
+    Operand,
+    exp,
+    exp_nonpositive,
+    log,
+    log1p,
+    log_of_1_plus,
+    reach,
+    read,
+    sigmoid,
+    tanh,
+)
 from .sums import sum_parts
 
 # ---- formulas ------------------------------------------------------------------------------------
@@ -57,29 +68,192 @@ def smooth_l1_loss_gradients(x, t, beta, _q, _r, scale):
 
 
 @triton.jit
+def l1_loss(x, t, _p, _q, _r):
+    """torch: F.l1_loss(x, t)."""
+    return tl.abs(x - t)
+
+
+@triton.jit
+def l1_loss_gradients(x, t, _p, _q, _r, scale):
+    gradient = tl.where(x > t, scale, tl.where(x < t, -scale, 0.0))
+    return gradient, -gradient
+
+
+@triton.jit
+def huber_loss(x, t, delta, _q, _r):
+    """torch: F.huber_loss(x, t, delta=delta)."""
+    size = tl.abs(x - t)
+    return tl.where(size < delta, 0.5 * size * size, delta * (size - 0.5 * delta))
+
+
+@triton.jit
+def huber_loss_gradients(x, t, delta, _q, _r, scale):
+    d = x - t
+    most = scale * delta
+    gradient = tl.where(d <= -delta, -most, tl.where(d >= delta, most, scale * d))
+    return gradient, -gradient
+
+
+@triton.jit
 def log_sigmoid(x):
     return tl.where(x < 0.0, x, 0.0) - log1p(exp_nonpositive(-tl.abs(x)))
 
 
 @triton.jit
+def soft_margin_loss(x, t, _p, _q, _r):
+    """torch: F.soft_margin_loss(x, t). Where torch's exp(-t x) overflows, this does not."""
+    return -log_sigmoid(t * x)
+
+
+@triton.jit
+def soft_margin_loss_gradients(x, t, _p, _q, _r, scale):
+    return -t * sigmoid(-t * x) * scale, None
+
+
+@triton.jit
+def hinge_embedding_loss(x, t, margin, _q, _r):
+    """torch: F.hinge_embedding_loss(x, t, margin). A target not of 1 and -1 counts as both."""
+    far = margin - x
+    unlike = tl.where(t != 1.0, tl.where(far < 0.0, 0.0, far), 0.0)
+    return unlike + tl.where(t != -1.0, x, 0.0)
+
+
+@triton.jit
+def hinge_embedding_loss_gradients(x, t, margin, _q, _r, scale):
+    unlike = tl.where((t != 1.0) & (margin - x >= 0.0), -scale, 0.0)
+    return unlike + tl.where(t != -1.0, scale, 0.0), None
+
+
+@triton.jit
+def margin_ranking_loss(x, other, y, margin, _q, _r):
+    """torch: F.margin_ranking_loss(x, other, y, margin)."""
+    slack = -y * (x - other) + margin
+    return tl.where(slack < 0.0, 0.0, slack)
+
+
+@triton.jit
+def margin_ranking_loss_gradients(x, other, y, margin, _q, _r, scale):
+    factor = tl.where(-y * (x - other) + margin >= 0.0, scale, 0.0)
+    return -y * factor, y * factor, (other - x) * factor
+
+
+@triton.jit
+def stirling(t):
+    """Stirling's approximation of log(t!), from 1 on."""
+    log_t = log(t)
+    return tl.where(t <= 1.0, 0.0, t * log_t - t + 0.5 * (1.8378770664093453 + log_t))
+
+
+@triton.jit
+def stirling_slope(t):
+    return tl.where(t <= 1.0, 0.0, log(t) + 0.5 / t)
+
+
+@triton.jit
+def poisson_nll_loss(x, t, eps, _q, _r):
+    """torch: F.poisson_nll_loss(x, t, log_input=False, eps=eps)."""
+    return x - t * log(x + eps)
+
+
+@triton.jit
+def poisson_nll_loss_gradients(x, t, eps, _q, _r, scale):
+    return scale * (1.0 - t / (x + eps)), -scale * log(x + eps)
+
+
+@triton.jit
+def poisson_nll_loss_full(x, t, eps, _q, _r):
+    """torch: F.poisson_nll_loss(x, t, log_input=False, full=True, eps=eps)."""
+    return x - t * log(x + eps) + stirling(t)
+
+
+@triton.jit
+def poisson_nll_loss_full_gradients(x, t, eps, _q, _r, scale):
+    return scale * (1.0 - t / (x + eps)), scale * (stirling_slope(t) - log(x + eps))
+
+
+@triton.jit
+def poisson_nll_loss_log_input(x, t, _eps, _q, _r):
+    """torch: F.poisson_nll_loss(x, t)."""
+    return exp(x) - t * x
+
+
+@triton.jit
+def poisson_nll_loss_log_input_gradients(x, t, _eps, _q, _r, scale):
+    return scale * (exp(x) - t), -scale * x
+
+
+@triton.jit
+def poisson_nll_loss_log_input_full(x, t, _eps, _q, _r):
+    """torch: F.poisson_nll_loss(x, t, full=True)."""
+    return exp(x) - t * x + stirling(t)
+
+
+@triton.jit
+def poisson_nll_loss_log_input_full_gradients(x, t, _eps, _q, _r, scale):
+    return scale * (exp(x) - t), scale * (stirling_slope(t) - x)
+
+
+@triton.jit
+def kl_div(x, t, _p, _q, _r):
+    """torch: F.kl_div(x, t)."""
+    return tl.where(t == 0.0, 0.0, t * log(t)) - t * x
+
+
+@triton.jit
+def kl_div_gradients(x, t, _p, _q, _r, scale):
+    return -t * scale, scale * (log(t) + t / t - x)
+
+
+@triton.jit
+def kl_div_log_target(x, t, _p, _q, _r):
+    """torch: F.kl_div(x, t, log_target=True)."""
+    return exp(t) * (t - x)
+
+
+@triton.jit
+def kl_div_log_target_gradients(x, t, _p, _q, _r, scale):
+    e = exp(t)
+    return -e * scale, (e * (t - x) + e) * scale
+
+
+@triton.jit
+def bounded(log):
+    return tl.where(log < -100.0, -100.0, log)
+
+
+@triton.jit
 def binary_cross_entropy(x, t, _p, _q, _r):
+    """torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least; NaN of no probability."""
+    loss = (t - 1.0) * bounded(log_of_1_plus(-x)) - t * bounded(log(x))
+    return tl.where((t >= 0.0) & (t <= 1.0), loss, float("nan"))
+
+
+@triton.jit
+def binary_cross_entropy_gradients(x, t, _p, _q, _r, scale):
+    variance = (1.0 - x) * x
+    variance = tl.where(variance < 1e-12, 1e-12, variance)
+    return scale * (x - t) / variance, scale * (log_of_1_plus(-x) - log(x))
+
+
+@triton.jit
+def binary_cross_entropy_with_logits(x, t, _p, _q, _r):
     """torch: F.binary_cross_entropy_with_logits(x, t)."""
     return (1.0 - t) * x - log_sigmoid(x)
 
 
 @triton.jit
-def binary_cross_entropy_gradients(x, t, _p, _q, _r, scale):
+def binary_cross_entropy_with_logits_gradients(x, t, _p, _q, _r, scale):
     return scale * (sigmoid(x) - t), -scale * x
 
 
 @triton.jit
-def binary_cross_entropy_pos_weight(x, t, pos_weight, _p, _q, _r):
+def binary_cross_entropy_with_logits_pos_weight(x, t, pos_weight, _p, _q, _r):
     """The same with pos_weight, which gets no gradient."""
     return (1.0 - t) * x - (1.0 + (pos_weight - 1.0) * t) * log_sigmoid(x)
 
 
 @triton.jit
-def binary_cross_entropy_pos_weight_gradients(x, t, pos_weight, _p, _q, _r, scale):
+def binary_cross_entropy_with_logits_pos_weight_gradients(x, t, pos_weight, _p, _q, _r, scale):
     positive = pos_weight * t
     grad_x = scale * ((positive + 1.0 - t) * sigmoid(x) - positive)
     grad_t = scale * (log_sigmoid(-x) - pos_weight * log_sigmoid(x))
@@ -104,6 +278,89 @@ def gaussian_nll_loss_gradients(x, t, var, _full, eps, _r, scale):
     return grad_x, -grad_x, grad_var
 
 
+@triton.jit
+def quantile_loss(x, t, q, _q, _r):
+    """The larger of q (t - x) and (q - 1) (t - x); as torch.maximum, half of each where equal."""
+    return (t - x) * tl.where(t < x, q - 1.0, q)
+
+
+@triton.jit
+def quantile_loss_gradients(x, t, q, _q, _r, scale):
+    d = t - x
+    equal = tl.where(d == 0.0, 0.5 - q, 1.0 - 2.0 * q)  # of NaN both, as of torch.maximum
+    gradient = scale * tl.where(d > 0.0, -q, tl.where(d < 0.0, 1.0 - q, equal))
+    return gradient, -gradient
+
+
+@triton.jit
+def log_cosh_loss(x, t, _p, _q, _r):
+    """log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t."""
+    size = tl.abs(x - t)
+    return size + (log1p(exp_nonpositive(-2.0 * size)) - 0.6931471805599453)
+
+
+@triton.jit
+def log_cosh_loss_gradients(x, t, _p, _q, _r, scale):
+    gradient = scale * tanh(x - t)
+    return gradient, -gradient
+
+
+@triton.jit
+def hinge_loss(x, t, margin, _q, _r):
+    """max(0, margin - t x)"""
+    slack = margin - t * x
+    return tl.where(slack < 0.0, 0.0, slack)
+
+
+@triton.jit
+def hinge_loss_gradients(x, t, margin, _q, _r, scale):
+    return -t * tl.where(margin - t * x >= 0.0, scale, 0.0), None
+
+
+@triton.jit
+def hinge_loss_squared(x, t, margin, _q, _r):
+    slack = hinge_loss(x, t, margin, _q, _r)
+    return slack * slack
+
+
+@triton.jit
+def hinge_loss_squared_gradients(x, t, margin, _q, _r, scale):
+    slack = margin - t * x
+    return -t * tl.where(slack >= 0.0, 2.0 * scale * slack, 0.0), None
+
+
+@triton.jit
+def focal_factor(t, alpha, ignored):
+    factor = tl.where(alpha < 0.0, 1.0, alpha * t + (1.0 - alpha) * (1.0 - t))
+    return tl.where(t == ignored, 0.0, factor)
+
+
+@triton.jit
+def focal_power(u, gamma):
+    power = exp(gamma * log(u))
+    return tl.where(gamma == 2.0, u * u, tl.where(gamma == 0.0, 1.0, power))
+
+
+@triton.jit
+def sigmoid_focal_loss(x, t, alpha, gamma, ignored):
+    """As torchvision's, with p = sigmoid(x) and u = p (1 - t) + (1 - p) t, what is missing:
+    (alpha t + (1 - alpha) (1 - t)) u^gamma ((1 - t) x + softplus(-x)).
+    """
+    u = sigmoid(x) * (1.0 - t) + sigmoid(-x) * t
+    loss = ((1.0 - t) * x - log_sigmoid(x)) * focal_power(u, gamma)
+    return focal_factor(t, alpha, ignored) * loss
+
+
+@triton.jit
+def sigmoid_focal_loss_gradients(x, t, alpha, gamma, ignored, scale):
+    p, q = sigmoid(x), sigmoid(-x)
+    u = p * (1.0 - t) + q * t
+    ratio = tl.where(u > 0.0, p * q / u, 1.0)
+    loss = (1.0 - t) * x - log_sigmoid(x)
+    slope = (p - t) + gamma * loss * ratio * (1.0 - 2.0 * t)
+    return focal_factor(t, alpha, ignored) * scale * (focal_power(u, gamma) * slope), None
+
+
 class Formula(NamedTuple):
     value: Any
     gradients: Any
@@ -112,11 +369,33 @@ class Formula(NamedTuple):
 FORMULAS = {
     "mse_loss": Formula(mse_loss, mse_loss_gradients),
     "smooth_l1_loss": Formula(smooth_l1_loss, smooth_l1_loss_gradients),
+    "l1_loss": Formula(l1_loss, l1_loss_gradients),
+    "huber_loss": Formula(huber_loss, huber_loss_gradients),
+    "soft_margin_loss": Formula(soft_margin_loss, soft_margin_loss_gradients),
+    "hinge_embedding_loss": Formula(hinge_embedding_loss, hinge_embedding_loss_gradients),
+    "poisson_nll_loss": Formula(poisson_nll_loss, poisson_nll_loss_gradients),
+    "poisson_nll_loss_full": Formula(poisson_nll_loss_full, poisson_nll_loss_full_gradients),
+    "poisson_nll_loss_log_input": Formula(
+        poisson_nll_loss_log_input, poisson_nll_loss_log_input_gradients
+    ),
+    "poisson_nll_loss_log_input_full": Formula(
+        poisson_nll_loss_log_input_full, poisson_nll_loss_log_input_full_gradients
+    ),
+    "kl_div": Formula(kl_div, kl_div_gradients),
+    "kl_div_log_target": Formula(kl_div_log_target, kl_div_log_target_gradients),
+    "margin_ranking_loss": Formula(margin_ranking_loss, margin_ranking_loss_gradients),
+    "quantile_loss": Formula(quantile_loss, quantile_loss_gradients),
+    "log_cosh_loss": Formula(log_cosh_loss, log_cosh_loss_gradients),
+    "hinge_loss": Formula(hinge_loss, hinge_loss_gradients),
+    "hinge_loss_squared": Formula(hinge_loss_squared, hinge_loss_squared_gradients),
+    "sigmoid_focal_loss": Formula(sigmoid_focal_loss, sigmoid_focal_loss_gradients),
+    "binary_cross_entropy": Formula(binary_cross_entropy, binary_cross_entropy_gradients),
     "binary_cross_entropy_with_logits": Formula(
-        binary_cross_entropy, binary_cross_entropy_gradients
+        binary_cross_entropy_with_logits, binary_cross_entropy_with_logits_gradients
     ),
     "binary_cross_entropy_with_logits_pos_weight": Formula(
-        binary_cross_entropy_pos_weight, binary_cross_entropy_pos_weight_gradients
+        binary_cross_entropy_with_logits_pos_weight,
+        binary_cross_entropy_with_logits_pos_weight_gradients,
     ),
     "gaussian_nll_loss": Formula(gaussian_nll_loss, gaussian_nll_loss_gradients),
 }

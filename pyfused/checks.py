@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -133,8 +134,8 @@ def overwritable(input: Tensor) -> None:
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
-def parameter(name: str, value: Any, low: float) -> None:
-    """A number from ``low`` up, or a tensor of one element, which a GPU is not waited for."""
+def parameter(name: str, value: Any, low: float, high: float, positive: bool) -> None:
+    """A number in its bounds; a tensor's on a GPU is not waited for."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -144,25 +145,28 @@ def parameter(name: str, value: Any, low: float) -> None:
             return
     else:
         number(name, value, (float, Real), "a float")
-    if not float(value) >= low:
-        raise RuntimeError(f"{name}: expected a number from {low} up, got {float(value)}")
+    if not (float(value) > 0.0 if positive else low <= float(value) <= high):
+        upwards = f"a number from {low} up" if high == math.inf else f"a number in [{low}, {high}]"
+        expected = "a positive number" if positive else upwards
+        raise RuntimeError(f"{name}: expected {expected}, got {float(value)}")
 
 
 def values(
     name: str, value: Tensor | float, low: float, high: float, error: type[Exception]
 ) -> None:
-    """Those of a tensor on the CPU; NaN passes, and a GPU is not waited for."""
+    """Those of a tensor on the CPU; a GPU is not waited for. NaN passes unless there is a most."""
     if isinstance(value, float):
         value = torch.tensor(value)
+    value = value.detach()
     if not value.is_cpu or not value.numel():
         return
-    least, most = (float(bound) for bound in value.detach().aminmax())
-    if least != least:  # NaN, which hides the others
-        known = value.detach()[~value.isnan()]
-        least, most = (float(bound) for bound in known.aminmax()) if known.numel() else (low, high)
-    if least < low or most > high:
-        wrong = least if least < low else most
-        raise error(f"{name}: expected values in [{low}, {high}], got {wrong}")
+    least, most = (float(bound) for bound in value.aminmax())
+    if low <= least and most <= high:
+        return
+    within = (value >= low) & (value <= high)
+    wrong = value[~(within if high < math.inf else within | value.isnan())]
+    if wrong.numel():
+        raise error(f"{name}: expected values in [{low}, {high}], got {wrong[0].item()}")
 
 
 def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
@@ -174,6 +178,17 @@ def same_shape(input: Tensor, target: Tensor, *_: Any) -> None:
         raise ValueError(
             f"target: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
+
+
+def of_one_dimension_and_broadcasting(*operands: Tensor) -> None:
+    first, *others = operands
+    for name, other in zip(("input2", "target"), others, strict=True):
+        if other.dim() != first.dim():
+            raise RuntimeError(
+                f"{name}: expected as many dimensions as input1 of shape {tuple(first.shape)}, got "
+                f"shape {tuple(other.shape)}"
+            )
+        _broadcasts(name, first.shape, other.shape)
 
 
 def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from pyfused.ops.operators import OPERATORS
 _FUSED: dict[type[Module], type[Module]] = {
     getattr(torch.nn, op.module): getattr(nn, op.module)
     for op in OPERATORS.values()
-    if op.definition is None  # torch has the module, too
+    if hasattr(torch.nn, op.module)
 }
 _TORCHS = {fused: torchs for torchs, fused in _FUSED.items()}
 _MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted

@@ -11,23 +11,55 @@ from torch import Tensor
 
 from pyfused.ops.dispatch import call
 from pyfused.ops.operators import (
+    BINARY_CROSS_ENTROPY,
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
     CROSS_ENTROPY,
     GAUSSIAN_NLL_LOSS,
+    GELU,
+    HINGE_EMBEDDING_LOSS,
+    HINGE_LOSS,
+    HUBER_LOSS,
+    KL_DIV,
+    L1_LOSS,
+    LEAKY_RELU,
+    LOG_COSH_LOSS,
+    MARGIN_RANKING_LOSS,
     MSE_LOSS,
+    POISSON_NLL_LOSS,
+    QUANTILE_LOSS,
     RELU,
     SIGMOID,
+    SIGMOID_FOCAL_LOSS,
+    SILU,
     SMOOTH_L1_LOSS,
+    SOFT_MARGIN_LOSS,
+    TANH,
 )
 
 __all__ = [
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_nll_loss",
+    "gelu",
+    "hinge_embedding_loss",
+    "hinge_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "leaky_relu",
+    "log_cosh_loss",
+    "margin_ranking_loss",
     "mse_loss",
+    "poisson_nll_loss",
+    "quantile_loss",
     "relu",
     "sigmoid",
+    "sigmoid_focal_loss",
+    "silu",
     "smooth_l1_loss",
+    "soft_margin_loss",
+    "tanh",
 ]
 
 
@@ -122,6 +154,34 @@ def mse_loss(
     return call(MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
 
 
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Absolute difference between input and target, element by element.
+
+    The loss of an element is ``weight * |input - target|``, as defined by
+    :func:`torch.nn.functional.l1_loss`; where they are equal the gradient is 0.
+
+    Args:
+        input, target, size_average, reduce, reduction, weight: As in :func:`mse_loss`.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(L1_LOSS, (input, target, size_average, reduce, reduction, weight))
+
+
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -149,6 +209,76 @@ def smooth_l1_loss(
         TypeError: ``input`` or ``target`` is no tensor, or ``beta`` no number.
     """
     return call(SMOOTH_L1_LOSS, (input, target, size_average, reduce, reduction, beta))
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Difference of input and target, squared where it is small, element by element.
+
+    With ``d = |input - target|``, the loss of an element is ``weight`` times ``d ** 2 / 2`` where
+    ``d < delta``, else ``delta * (d - delta / 2)``, as defined by
+    :func:`torch.nn.functional.huber_loss`. It is ``delta`` times :func:`smooth_l1_loss`'s.
+
+    Args:
+        input, target: As in :func:`mse_loss`.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements, with or without ``weight``.
+        delta: The difference up to which it is squared, in the unit of the input; more than 0.
+        weight: One factor for each element, of the input's shape.
+
+    Returns:
+        The loss in the squared unit of the input, of the promoted dtype, or float32 under autocast:
+        a scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit, or ``delta`` is not positive; the
+            message names the argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``delta`` no number.
+    """
+    return call(HUBER_LOSS, (input, target, reduction, delta, weight))
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy between probabilities of two classes, element by element.
+
+    The loss of an element is ``-weight * (target * log(input) + (1 - target) * log(1 - input))``,
+    each logarithm being at least -100, as defined by
+    :func:`torch.nn.functional.binary_cross_entropy`.
+
+    Args:
+        input: Probabilities of the positive class, 0.0 to 1.0, of any shape; float32, float64,
+            bfloat16 or float16.
+        target: The same, as they should be, of the input's shape.
+        weight: One factor for each element, of a shape that broadcasts to the input's.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements, with or without ``weight``.
+
+    Returns:
+        The loss in nats, of the input's dtype: a scalar, or of the input's shape for ``"none"``.
+        NaN for a mean over nothing, and of what is no probability on a GPU, which would have to be
+        waited for.
+
+    Raises:
+        RuntimeError, ValueError: A probability is out of range, shapes or options do not fit, or a
+            weight requires grad; the message names the argument, what was expected and what was
+            got. Under autocast: torch's advice to take logits.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(BINARY_CROSS_ENTROPY, (input, target, weight, size_average, reduce, reduction))
 
 
 def binary_cross_entropy_with_logits(
@@ -192,6 +322,85 @@ def binary_cross_entropy_with_logits(
     )
 
 
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """Kullback-Leibler divergence of a distribution's logarithms from a target, element by element.
+
+    The term of an element is ``target * (log(target) - input)``, or 0 where the target is 0, as
+    defined by :func:`torch.nn.functional.kl_div`.
+
+    Args:
+        input: Logarithms of probabilities, of any shape; float32, float64, bfloat16 or float16.
+        target: Probabilities, or their logarithms, of a shape that broadcasts with the input's.
+            Differing dtypes are promoted.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one term an element; ``"sum"``; ``"batchmean"``: the sum divided by
+            the first dimension, which is the divergence's mean; ``"mean"``: the sum divided by the
+            number of elements, of which torch warns.
+        log_target: ``target`` holds logarithms.
+
+    Returns:
+        The divergence in nats, of the promoted dtype, or float32 under autocast: a scalar, or of
+        the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(KL_DIV, (input, target, size_average, reduce, reduction, log_target))
+
+
+def poisson_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood of counts drawn from Poisson distributions, element by element.
+
+    The loss of an element is ``exp(input) - target * input``, or
+    ``input - target * log(input + eps)`` without ``log_input``, as defined by
+    :func:`torch.nn.functional.poisson_nll_loss`.
+
+    Args:
+        input: Logarithms of the rates, or the rates, of any shape; float32, float64, bfloat16 or
+            float16.
+        target: Counts, of a shape that broadcasts with the input's. Differing dtypes are promoted.
+        log_input: ``input`` holds logarithms.
+        full: Add Stirling's approximation of ``log(target!)`` where the target is more than 1.
+        size_average: Deprecated, see ``reduction``.
+        eps: What is added to a rate before its logarithm is taken.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in nats, of the promoted dtype, or float32 under autocast: a scalar, or of the
+        broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``eps`` no number.
+    """
+    return call(
+        POISSON_NLL_LOSS,
+        (input, target, log_input, full, size_average, eps, reduce, reduction),
+    )
+
+
 def gaussian_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -229,6 +438,241 @@ def gaussian_nll_loss(
     return call(GAUSSIAN_NLL_LOSS, (input, target, var, full, eps, reduction))
 
 
+def soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Logistic loss of two classes, -1 and 1, element by element.
+
+    The loss of an element is ``log(1 + exp(-target * input))``, as defined by
+    :func:`torch.nn.functional.soft_margin_loss`, but finite where torch's exponential overflows.
+
+    Args:
+        input: Scores, of any shape; float32, float64, bfloat16 or float16.
+        target: The classes, -1 or 1, of the input's shape.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in nats, of the input's dtype, or float32 under autocast: a scalar, or of the
+        input's shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(SOFT_MARGIN_LOSS, (input, target, size_average, reduce, reduction))
+
+
+def hinge_embedding_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Distance of what is alike, and closeness of what is not, element by element.
+
+    The loss of an element is ``input`` where the target is 1 and ``max(0, margin - input)`` where
+    it is -1, as defined by :func:`torch.nn.functional.hinge_embedding_loss`.
+
+    Args:
+        input: Distances, of any shape; float32, float64, bfloat16 or float16.
+        target: 1 for what is alike and -1 for what is not, of a shape that broadcasts with the
+            input's. Another value counts as both.
+        margin: The distance from which on what is not alike costs nothing.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``margin`` no number.
+    """
+    return call(HINGE_EMBEDDING_LOSS, (input, target, margin, size_average, reduce, reduction))
+
+
+def margin_ranking_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far the lower of two scores is from being lower by a margin, element by element.
+
+    The loss of an element is ``max(0, -target * (input1 - input2) + margin)``, as defined by
+    :func:`torch.nn.functional.margin_ranking_loss`.
+
+    Args:
+        input1, input2: Scores, of shapes that broadcast and have as many dimensions; float32,
+            float64, bfloat16 or float16.
+        target: 1 where ``input1`` should be the higher one, -1 where ``input2`` should, of a shape
+            that broadcasts with theirs.
+        margin: By how much.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in the unit of the scores, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: One of the tensors is none, or ``margin`` is no number.
+    """
+    return call(
+        MARGIN_RANKING_LOSS, (input1, input2, target, margin, size_average, reduce, reduction)
+    )
+
+
+def quantile_loss(
+    input: Tensor, target: Tensor, quantile: float = 0.5, reduction: str = "mean"
+) -> Tensor:
+    """Difference of input and target that costs more on one side, element by element.
+
+    The loss of an element is ``max(quantile * (target - input), (quantile - 1) * (target -
+    input))``: its mean is least at that quantile of the targets (Koenker and Bassett 1978). Where
+    the two are equal the gradient is the mean of theirs, as of :func:`torch.maximum`. torch has no
+    such loss; in its terms::
+
+        d = target - input
+        torch.maximum(quantile * d, (quantile - 1) * d)
+
+    Args:
+        input: Predictions, of any shape; float32, float64, bfloat16 or float16.
+        target: Ground truth, of a shape that broadcasts with the input's. Differing dtypes are
+            promoted.
+        quantile: The share of the targets that is to lie below, 0.0 to 1.0.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss in the unit of the input, of the promoted dtype: a scalar, or of the broadcast
+        shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor, or ``quantile`` no number.
+    """
+    return call(QUANTILE_LOSS, (input, target, quantile, reduction))
+
+
+def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Logarithm of the hyperbolic cosine of the difference, element by element.
+
+    Half of the difference's square where it is small, its size less log(2) where it is large, and
+    smooth in between. torch has no such loss; in its terms::
+
+        d = (input - target).abs()
+        d + F.softplus(-2 * d) - math.log(2)
+
+    Args:
+        input, target, reduction: As in :func:`quantile_loss`.
+
+    Returns:
+        As :func:`quantile_loss`.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(LOG_COSH_LOSS, (input, target, reduction))
+
+
+def hinge_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    squared: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far a score is from its side of zero by a margin, element by element.
+
+    The loss of support vector machines. torch has no such loss; in its terms::
+
+        (margin - target * input).clamp(min=0)  # ** 2 if squared
+
+    Args:
+        input: Scores, of any shape; float32, float64, bfloat16 or float16.
+        target: The classes, -1 or 1, of a shape that broadcasts with the input's.
+        margin: The distance from zero on the right side from which on nothing is lost.
+        squared: The square of that.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements.
+
+    Returns:
+        The loss, of the promoted dtype: a scalar, or of the broadcast shape for ``"none"``. NaN for
+        a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit.
+        TypeError: ``input`` or ``target`` is no tensor, or ``margin`` no number.
+    """
+    return call(HINGE_LOSS, (input, target, margin, squared, reduction))
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: float | None = None,
+) -> Tensor:
+    """Cross-entropy of two classes, where what is right already counts less, element by element.
+
+    With ``p = sigmoid(inputs)`` and ``u = p * (1 - targets) + (1 - p) * targets``, the loss of an
+    element is its binary cross-entropy times ``u ** gamma``, and times ``alpha`` for the positive
+    class and ``1 - alpha`` for the negative one (Lin et al. 2017, arXiv 1708.02002). Signature and
+    results are those of ``torchvision.ops.sigmoid_focal_loss``; torch has no such loss.
+
+    Args:
+        inputs: Logits, of any shape; float32, float64, bfloat16 or float16.
+        targets: Probabilities of the positive class, as a rule 0.0 or 1.0, of the inputs' shape and
+            dtype.
+        alpha: The share of the positive class, 0.0 to 1.0; below 0 for no shares.
+        gamma: From 0.0, which makes it a cross-entropy, up.
+        reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
+            number of elements that are not ignored.
+        weight: One factor for each element, of a shape that broadcasts to the inputs'.
+        ignore_index: The target of elements that count for nothing.
+
+    Returns:
+        The loss in nats, of the inputs' dtype: a scalar, or of the inputs' shape for ``"none"``.
+        NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit; the message names the argument, what
+            was expected and what was got.
+        TypeError: ``inputs`` or ``targets`` is no tensor, or ``alpha`` or ``gamma`` no number.
+    """
+    return call(
+        SIGMOID_FOCAL_LOSS, (inputs, targets, alpha, gamma, reduction, weight, ignore_index)
+    )
+
+
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """The larger of each element and zero; NaN passes.
 
@@ -244,6 +688,75 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(RELU, (input,), inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """The elements above zero, and ``negative_slope`` times the others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        negative_slope: What the others are multiplied by.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor, or ``negative_slope`` no number.
+    """
+    return call(LEAKY_RELU, (input, negative_slope), inplace)
+
+
+def tanh(input: Tensor) -> Tensor:
+    """The hyperbolic tangent, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype, between -1.0 and 1.0.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(TANH, (input,))
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input * sigmoid(input)``, element by element; also known as swish.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input. Where a gradient follows it takes a copy of the
+            input, in torch.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SILU, (input,), inplace)
+
+
+def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+    """``input`` times the share of the standard normal distribution below it, for each element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        approximate: ``"none"``, or ``"tanh"`` for the approximation
+            ``input * (1 + tanh(sqrt(2 / pi) * (input + 0.044715 * input ** 3))) / 2``.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        RuntimeError: ``approximate`` is neither.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(GELU, (input, approximate))
 
 
 def sigmoid(input: Tensor) -> Tensor:

@@ -8,13 +8,29 @@ from torch import Tensor
 import pyfused.functional as F
 
 __all__ = [
+    "GELU",
+    "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
+    "HingeLoss",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
+    "LeakyReLU",
+    "LogCoshLoss",
     "MSELoss",
+    "MarginRankingLoss",
+    "PoissonNLLLoss",
+    "QuantileLoss",
     "ReLU",
+    "SiLU",
     "Sigmoid",
+    "SigmoidFocalLoss",
     "SmoothL1Loss",
+    "SoftMarginLoss",
+    "Tanh",
 ]
 
 
@@ -60,11 +76,32 @@ class MSELoss(torch.nn.MSELoss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
+class L1Loss(torch.nn.L1Loss):
+    """:class:`torch.nn.L1Loss` over :func:`pyfused.functional.l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
     """:class:`torch.nn.SmoothL1Loss` over :func:`pyfused.functional.smooth_l1_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """:class:`torch.nn.HuberLoss` over :func:`pyfused.functional.huber_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class BCELoss(torch.nn.BCELoss):
+    """:class:`torch.nn.BCELoss` over :func:`pyfused.functional.binary_cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
@@ -82,6 +119,27 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         )
 
 
+class KLDivLoss(torch.nn.KLDivLoss):
+    """:class:`torch.nn.KLDivLoss` over :func:`pyfused.functional.kl_div`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
+    """:class:`torch.nn.PoissonNLLLoss` over :func:`pyfused.functional.poisson_nll_loss`."""
+
+    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
+        return F.poisson_nll_loss(
+            log_input,
+            target,
+            log_input=self.log_input,
+            full=self.full,
+            eps=self.eps,
+            reduction=self.reduction,
+        )
+
+
 class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
     """:class:`torch.nn.GaussianNLLLoss` over :func:`pyfused.functional.gaussian_nll_loss`."""
 
@@ -91,11 +149,124 @@ class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
         )
 
 
+class SoftMarginLoss(torch.nn.SoftMarginLoss):
+    """:class:`torch.nn.SoftMarginLoss` over :func:`pyfused.functional.soft_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.soft_margin_loss(input, target, reduction=self.reduction)
+
+
+class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
+    """:class:`torch.nn.HingeEmbeddingLoss` over :func:`pyfused.functional.hinge_embedding_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
+
+
+class MarginRankingLoss(torch.nn.MarginRankingLoss):
+    """:class:`torch.nn.MarginRankingLoss` over :func:`pyfused.functional.margin_ranking_loss`."""
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return F.margin_ranking_loss(
+            input1, input2, target, margin=self.margin, reduction=self.reduction
+        )
+
+
+class QuantileLoss(torch.nn.modules.loss._Loss):
+    """:func:`pyfused.functional.quantile_loss` as a module."""
+
+    def __init__(self, quantile: float = 0.5, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.quantile = quantile
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.quantile_loss(input, target, self.quantile, self.reduction)
+
+
+class LogCoshLoss(torch.nn.modules.loss._Loss):
+    """:func:`pyfused.functional.log_cosh_loss` as a module."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.log_cosh_loss(input, target, self.reduction)
+
+
+class HingeLoss(torch.nn.modules.loss._Loss):
+    """:func:`pyfused.functional.hinge_loss` as a module."""
+
+    def __init__(self, margin: float = 1.0, squared: bool = False, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.margin = margin
+        self.squared = squared
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.hinge_loss(input, target, self.margin, self.squared, self.reduction)
+
+
+class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
+    """:func:`pyfused.functional.sigmoid_focal_loss` as a module, which takes the mean."""
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        ignore_index: float | None = None,
+    ) -> None:
+        super().__init__(weight, reduction=reduction)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.ignore_index = ignore_index
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.sigmoid_focal_loss(
+            inputs,
+            targets,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+        )
+
+
 class ReLU(torch.nn.ReLU):
     """:class:`torch.nn.ReLU` over :func:`pyfused.functional.relu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, inplace=self.inplace)
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    """:class:`torch.nn.LeakyReLU` over :func:`pyfused.functional.leaky_relu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class Tanh(torch.nn.Tanh):
+    """:class:`torch.nn.Tanh` over :func:`pyfused.functional.tanh`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanh(input)
+
+
+class SiLU(torch.nn.SiLU):
+    """:class:`torch.nn.SiLU` over :func:`pyfused.functional.silu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(input, inplace=self.inplace)
+
+
+class GELU(torch.nn.GELU):
+    """:class:`torch.nn.GELU` over :func:`pyfused.functional.gelu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input, approximate=self.approximate)
 
 
 class Sigmoid(torch.nn.Sigmoid):

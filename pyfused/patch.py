@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, MethodDescriptorType, TracebackType
+from types import BuiltinFunctionType, CodeType, MethodDescriptorType, NoneType, TracebackType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -43,7 +43,7 @@ class _Function:
     def __init__(self, op: Operator) -> None:
         self.path, self.name = f"torch.nn.functional.{op.name}", op.name
         self.function = getattr(F, op.name)
-        self.traced = getattr(functional, op.name)
+        self.traced, self.copy = getattr(functional, op.name), op.torchs
         self.torchs = self.ours = None
         # What stood there already when pyfused was imported may be someone's.
         if getattr(self.function, "__globals__", None) is vars(F):
@@ -62,10 +62,13 @@ class _Function:
     def put(self, code: Any) -> None:
         # The compiler puts torch's functions into graphs, and keeps what it made of these on disk,
         # by the functions' names. With this attribute it reads another function instead.
+        # That of torch's own code points back here, where it would go round.
         if code is self.ours:
             self.function._torchdynamo_inline = self.traced
+            vars(self.copy).pop("_torchdynamo_inline", None)
         else:
             vars(self.function).pop("_torchdynamo_inline", None)
+            self.copy._torchdynamo_inline = self.function  # type: ignore[attr-defined]
         self.function.__code__ = code
 
 
@@ -76,18 +79,25 @@ class _BuiltIn:
         self.owner, self.name = owner, op.name + "_" * inplace
         self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
         self.torchs = torchs = getattr(owner, self.name)
+        names = op.arguments[1:]
 
-        def overridden(*arguments: Any) -> Any:
-            return handle_torch_function(torchs, arguments, *arguments)
+        def by_name(input: Any, *options: Any) -> Any:
+            return torchs(input, **dict(zip(names, options, strict=True)))
 
-        fused = _fused(op, torchs, torchs, overridden)
+        def overridden(input: Any, *options: Any) -> Any:
+            named = dict(zip(names, options, strict=True))
+            return handle_torch_function(torchs, (input,), input, **named)
+
+        fused = _fused(op, by_name, by_name, overridden)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if len(args) == 1 and not kwargs:
-                return fused(args, inplace)
-            if not args and kwargs.keys() == {"input"}:
-                return fused((kwargs["input"],), inplace)
-            return torchs(*args, **kwargs)
+                return fused(args + op.defaults, inplace)
+            given = dict(zip(op.arguments[:1], args, strict=False)) | kwargs
+            if len(args) > 1 or op.arguments[0] not in given or given.keys() - op.arguments:
+                return torchs(*args, **kwargs)
+            options = dict(zip(names, op.defaults, strict=True)) | given
+            return fused(tuple([options[name] for name in op.arguments]), inplace)
 
         self.ours = self.traced = functools.update_wrapper(call, torchs)
         globals()[self.path.replace(".", "_")] = call
@@ -174,7 +184,7 @@ _SITES: tuple[_Function | _BuiltIn, ...] = (
     *(
         _Function(op)
         for op in OPERATORS.values()
-        if not isinstance(getattr(F, op.name), C_FUNCTIONS)
+        if not isinstance(getattr(F, op.name, None), (*C_FUNCTIONS, NoneType))
     ),
     *(site for op in OPERATORS.values() if isinstance(op, Activation) for site in _built_ins(op)),
 )

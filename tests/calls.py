@@ -13,7 +13,19 @@ from samples import ACTIVATIONS, LOSSES, Loss
 from torch import Tensor
 
 from pyfused import functional as fused
+from pyfused.ops.declaration import Operand
+from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 
+
+class Torchs:
+    """torch.nn.functional, with the definitions of what it does not have."""
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].torchs
+
+
+TORCH = Torchs()
+REDUCTIONS = ("none", "mean", "sum")
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 PROBABILITIES = torch.linspace(-2, 2, 30).reshape(6, 5).softmax(1)
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
@@ -32,25 +44,32 @@ class Case:
         return self.run(fused, x)
 
     def torchs(self, x: Tensor) -> Tensor:
-        return self.run(F, x)
+        return self.run(TORCH, x)
 
 
 def constants(loss: Loss) -> dict[str, Tensor]:
     """Operands within their bounds."""
     of = {False: OTHER, True: WEIGHT}
-    return {o.name: UNIT if o.high == 1 else of[o.low == 0] for o in loss.operands}
+    found = {o.name: UNIT if o.high == 1 else of[o.low == 0] for o in loss.bounded}
+    return found | {o.name: OTHER.sign() for o in loss.operands if o.sign}
+
+
+def within(operand: Operand, x: Tensor) -> Tensor:
+    """The values between the operand's bounds, where these are more than a convention."""
+    if operand.high == 1:
+        return x.sigmoid() if operand.enforced else x
+    return x.square() + 0.1 if operand.low == 0 else x
 
 
 def pointwise(loss: Loss, differentiated: str, reduction: str, weighted: bool) -> Case:
-    """A loss as a function of one of its operands, which is made positive if it has to be."""
-    positive = any(o.low == 0 and o.high > 1 for o in loss.operands if o.name == differentiated)
+    """A loss as a function of one of its operands, which is kept between its bounds."""
+    operand = next(operand for operand in loss.bounded if operand.name == differentiated)
     given: dict[str, Any] = constants(loss) | loss.parameters | {"reduction": reduction}
     if weighted:
         given["weight"] = WEIGHT
 
     def run(functional: Any, x: Tensor) -> Tensor:
-        operand = x.square() + 0.1 if positive else x
-        return getattr(functional, loss.op.name)(**given | {differentiated: operand})
+        return getattr(functional, loss.op.name)(**given | {differentiated: within(operand, x)})
 
     return Case(run)
 
@@ -60,7 +79,7 @@ def cases() -> dict[str, Case]:
         op.name: Case(lambda f, x, name=op.name: getattr(f, name)(x)) for op in ACTIVATIONS
     }
     made["relu_inplace"] = Case(lambda f, x: f.relu(x * 1, inplace=True))
-    for r in ("none", "mean", "sum"):
+    for r in REDUCTIONS:
         made |= {
             f"index_{r}": Case(lambda f, x, r=r: f.cross_entropy(x, CLASSES, reduction=r)),
             f"smoothed_{r}": Case(
@@ -73,9 +92,10 @@ def cases() -> dict[str, Case]:
             ),
             f"to_probabilities_{r}": Case(lambda f, x, r=r: f.cross_entropy(OTHER, x, reduction=r)),
         }
-        for loss in LOSSES:
-            for name in loss.differentiated:
-                weighted = loss.takes_weight and name != "input"
+        # The reductions by turns, as all losses share their code.
+        for place, (loss, name) in enumerate((o, n) for o in LOSSES for n in o.differentiated):
+            if loss is LOSSES[0] or REDUCTIONS[place % 3] == r:
+                weighted = loss.takes_weight and name != loss.operands[0].name
                 made[f"{loss.id}_to_{name}_{r}"] = pointwise(loss, name, r, weighted)
     return made
 
@@ -86,24 +106,35 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 @dataclass
 class Beside:
-    """What a loss takes beside its input."""
+    """What a loss takes beside its first operand."""
 
     op: str
+    first: Operand
     tensors: dict[str, Tensor]
     parameters: dict[str, Any]
     differentiated: tuple[str, ...] = ("target",)
+
+    def inside(self, x: Tensor) -> Tensor:
+        return within(self.first, x)
 
     def clones(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
 
+LOGITS = CROSS_ENTROPY.operands[0]
 BESIDE = {
-    "index": Beside("cross_entropy", {"target": CLASSES, "weight": WEIGHT[0]}, {}, ()),
-    "probabilities": Beside("cross_entropy", {"target": PROBABILITIES, "weight": WEIGHT[0]}, {}),
+    "index": Beside("cross_entropy", LOGITS, {"target": CLASSES, "weight": WEIGHT[0]}, {}, ()),
+    "probabilities": Beside(
+        "cross_entropy",
+        LOGITS,
+        {"target": PROBABILITIES, "weight": WEIGHT[0]},
+        {},
+    ),
 }
 for _loss in LOSSES:
     _tensors = constants(_loss) | ({"weight": WEIGHT} if _loss.takes_weight else {})
-    del _tensors["input"]
-    _others = tuple(name for name in _loss.differentiated if name != "input")
-    BESIDE[_loss.id] = Beside(_loss.op.name, _tensors, _loss.parameters, _others)
+    _first = _loss.bounded[0]
+    del _tensors[_first.name]
+    _others = tuple(name for name in _loss.differentiated if name != _first.name)
+    BESIDE[_loss.id] = Beside(_loss.op.name, _first, _tensors, _loss.parameters, _others)
 every_loss_call = pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE.keys())

@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 import interpreter
 import pytest
+import sampling
 import torch
 
 import pyfused
@@ -45,9 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    possible = items
     if interpreter.ON:
-        items[:], rest = interpreter.sample(items)
-        config.hook.pytest_deselected(items=rest)
+        beyond = interpreter.NOT_INTERPRETED
+        possible = [i for i in items if not any(word in i.nodeid for word in beyond)]
+    kept = {id(item) for item in sampling.sample(possible, each_operator=not interpreter.ON)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

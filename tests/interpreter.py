@@ -6,13 +6,9 @@ that tiles are small here: a few elements make several blocks, by turns, in ever
 
 from __future__ import annotations
 
-import os
-import zlib
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from pyfused.ops import dispatch
 
@@ -59,15 +55,3 @@ if ON:
 # Beyond the interpreter: it knows one thread, and takes a minute for a check of this size. No size
 # is torch's where the backend is forced.
 NOT_INTERPRETED = ("several_python_threads", "where_small_inputs", "1023", "1025", "2049")
-
-
-def sample(items: list[pytest.Item], most: int = 10) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """Of each test function so many cases, always the same ones, and the others."""
-    cases: dict[str, list[pytest.Item]] = defaultdict(list)
-    possible = [i for i in items if not any(word in i.nodeid for word in NOT_INTERPRETED)]
-    for item in sorted(possible, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        cases[item.nodeid.partition("[")[0]].append(item)
-    if os.environ.get("PYFUSED_TEST_LARGE") == "1":
-        most = len(items)
-    chosen = {id(item) for several in cases.values() for item in several[:most]}
-    return [i for i in items if id(i) in chosen], [i for i in items if id(i) not in chosen]

@@ -6,10 +6,13 @@ to each operand. The families' tests draw operands and options from here; a new 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -23,6 +26,9 @@ from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
 
+INF, NAN = float("inf"), float("nan")
+FINITE_PRODUCTS = (1.0, NAN, INF, -INF, -0.0, 30.0)  # of any two
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -32,6 +38,9 @@ class Sample:
         rounds: Whether results need rounding; if not, they are torch's to the bit.
         cancels: Whether a result may be a small difference of terms of the input's size, or of 1.
         heavy: Whether one element may outweigh all others, and its roundings theirs.
+        large: What full-scale values are multiplied by where they are to be large, but torch's
+            exponential is still finite.
+        special: What both operands are tried with in every combination.
     """
 
     define: Callable[..., tuple[Extended, ...]]
@@ -39,6 +48,8 @@ class Sample:
     rounds: bool = True
     cancels: bool = False
     heavy: bool = False
+    large: float = 1e4
+    special: tuple[float, ...] = (1.0, NAN, INF, -INF, -0.0, 3e38)
 
 
 def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
@@ -67,8 +78,106 @@ def gaussian_nll_loss(
     input: Extended, target: Extended, var: Extended, full: bool = False, eps: float = 1e-6
 ) -> tuple[Extended, ...]:
     v, d = np.maximum(var, np.longdouble(eps)), input - target
-    constant = np.log(2 * np.longdouble(np.pi)) / 2 if full else 0
+    constant = np.log(2 * PI) / 2 if full else 0
     return (np.log(v) + d**2 / v) / 2 + constant, d / v, -d / v, (1 / v - (d / v) ** 2) / 2
+
+
+def l1_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    sign = np.sign(input - target)
+    return abs(input - target), sign, -sign
+
+
+def huber_loss(input: Extended, target: Extended, delta: float = 1.0) -> tuple[Extended, ...]:
+    slope = np.clip(input - target, -delta, delta)
+    return slope * (input - target) - slope**2 / 2, slope, -slope
+
+
+def kl_div(input: Extended, target: Extended, log_target: bool = False) -> tuple[Extended, ...]:
+    log, probability = (target, np.exp(target)) if log_target else (np.log(target), target)
+    of_target = (probability if log_target else 1) * (log - input + 1)
+    return probability * (log - input), -probability, of_target
+
+
+def poisson_nll_loss(
+    input: Extended, target: Extended, log_input: bool = True, full: bool = False, eps: float = 1e-8
+) -> tuple[Extended, ...]:
+    log = input if log_input else np.log(input + np.longdouble(eps))
+    rate = np.exp(input) if log_input else input
+    value, of_target = rate - target * log, -log
+    if full:
+        more, at_least_1 = target > 1, np.maximum(target, 1)
+        stirling = target * np.log(at_least_1) - target + np.log(2 * PI * at_least_1) / 2
+        value = value + np.where(more, stirling, 0)
+        of_target = of_target + np.where(more, np.log(at_least_1) + 0.5 / at_least_1, 0)
+    of_input = rate - target if log_input else 1 - target / (input + np.longdouble(eps))
+    return value, of_input, of_target
+
+
+def binary_cross_entropy(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    with np.errstate(divide="ignore"):
+        yes, no = np.log(input), np.log1p(-input)
+    value = -target * np.maximum(yes, -100) - (1 - target) * np.maximum(no, -100)
+    variance = np.maximum(input * (1 - input), np.longdouble(1e-12))
+    return value, (input - target) / variance, no - yes
+
+
+def margin_ranking_loss(
+    input1: Extended, input2: Extended, target: Extended, margin: float = 0.0
+) -> tuple[Extended, ...]:
+    slack = margin - target * (input1 - input2)
+    active = np.heaviside(slack, 1)
+    return np.maximum(slack, 0), -target * active, target * active, (input2 - input1) * active
+
+
+def quantile_loss(input: Extended, target: Extended, quantile: float = 0.5) -> tuple[Extended, ...]:
+    d, q = target - input, np.longdouble(quantile)
+    slope = np.where(d > 0, -q, np.where(d < 0, 1 - q, np.longdouble(0.5) - q))
+    return np.maximum(q * d, (q - 1) * d), slope, -slope
+
+
+def log_cosh_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    d = input - target
+    return np.logaddexp(d, -d) - np.log(np.longdouble(2)), np.tanh(d), -np.tanh(d)
+
+
+def hinge_loss(
+    input: Extended, target: Extended, margin: float = 1.0, squared: bool = False
+) -> tuple[Extended, ...]:
+    slack = np.maximum(margin - target * input, 0)
+    active = np.heaviside(margin - target * input, 1)
+    return (slack**2, -2 * target * slack) if squared else (slack, -target * active)
+
+
+def sigmoid_focal_loss(
+    inputs: Extended,
+    targets: Extended,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    ignore_index: float | None = None,
+) -> tuple[Extended, ...]:
+    p, q = sigmoid(inputs)[0], sigmoid(-inputs)[0]
+    missing = p * (1 - targets) + q * targets
+    entropy = binary_cross_entropy_with_logits(inputs, targets)[0]
+    factor = np.longdouble(alpha) * targets + (1 - np.longdouble(alpha)) * (1 - targets)
+    factor = factor if alpha >= 0 else np.ones_like(factor)
+    factor = np.where(targets == ignore_index, 0, factor) if ignore_index is not None else factor
+    slope = missing**gamma * (p - targets)
+    slope = slope + gamma * entropy * missing ** (gamma - 1) * p * q * (1 - 2 * targets)
+    return factor * entropy * missing**gamma, factor * slope
+
+
+def soft_margin_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
+    aligned = target * input
+    softplus = np.log1p(np.exp(-abs(aligned))) + np.maximum(-aligned, 0)
+    return softplus, -target * sigmoid(-aligned)[0]
+
+
+def hinge_embedding_loss(
+    input: Extended, target: Extended, margin: float = 1.0
+) -> tuple[Extended, ...]:
+    alike = target == 1
+    unlike = np.maximum(margin - input, 0)
+    return np.where(alike, input, unlike), np.where(alike, 1, -np.heaviside(margin - input, 1))
 
 
 def sigmoid(input: Extended) -> tuple[Extended, ...]:
@@ -77,21 +186,112 @@ def sigmoid(input: Extended) -> tuple[Extended, ...]:
     return value, small / (1 + small) ** 2
 
 
+def leaky_relu(input: Extended, negative_slope: float = 0.01) -> tuple[Extended, ...]:
+    slope = np.where(input > 0, np.longdouble(1), np.longdouble(negative_slope))
+    return input * slope, slope
+
+
+def tanh(input: Extended) -> tuple[Extended, ...]:
+    return np.tanh(input), 1 - np.tanh(input) ** 2
+
+
+def silu(input: Extended) -> tuple[Extended, ...]:
+    share, slope = sigmoid(input)
+    return input * share, share + input * slope
+
+
+def normal_below(x: Extended) -> Extended:
+    """The standard normal distribution's share below x, from 25 digits."""
+
+    def one(x: np.longdouble) -> np.longdouble:
+        if x < -100:
+            return np.longdouble(0)
+        with mpmath.workdps(25):
+            return np.longdouble(mpmath.nstr(mpmath.ncdf(mpmath.mpf(str(x))), 25))
+
+    return np.vectorize(one, otypes=[np.longdouble])(x)
+
+
+def gelu(input: Extended, approximate: str = "none") -> tuple[Extended, ...]:
+    if approximate == "tanh":
+        factor = np.sqrt(2 / PI)
+        value = np.tanh(factor * (input + np.longdouble("0.044715") * input**3))
+        slope = factor * (1 + 3 * np.longdouble("0.044715") * input**2) * (1 - value**2)
+        return input * (1 + value) / 2, (1 + value + input * slope) / 2
+    below = normal_below(input)
+    return input * below, below + input * np.exp(-(input**2) / 2) / np.sqrt(2 * PI)
+
+
 def relu(input: Extended) -> tuple[Extended, ...]:
     return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
 
 
+PI = 4 * np.arctan(np.longdouble(1))
 SAMPLES = {
     "mse_loss": Sample(mse_loss),
     "smooth_l1_loss": Sample(smooth_l1_loss, ({}, {"beta": 3.5}, {"beta": 0.0})),
+    "l1_loss": Sample(l1_loss),
+    "huber_loss": Sample(huber_loss, ({}, {"delta": 3.5})),
+    "kl_div": Sample(
+        kl_div,
+        ({}, {"log_target": True}),
+        cancels=True,
+        large=3.0,
+        special=FINITE_PRODUCTS,
+    ),
+    "poisson_nll_loss": Sample(
+        poisson_nll_loss,
+        (
+            {},
+            {"full": True},
+            {"log_input": False},
+            {"log_input": False, "full": True, "eps": 1e-3},
+        ),
+        cancels=True,
+        heavy=True,
+        large=3.0,
+        special=FINITE_PRODUCTS,
+    ),
+    "quantile_loss": Sample(quantile_loss, ({}, {"quantile": 0.9})),
+    "log_cosh_loss": Sample(log_cosh_loss, cancels=True),
+    "hinge_loss": Sample(
+        hinge_loss, ({}, {"margin": 0.5, "squared": True}), special=FINITE_PRODUCTS
+    ),
+    "sigmoid_focal_loss": Sample(
+        sigmoid_focal_loss,
+        ({}, {"alpha": -1.0, "gamma": 1.5}, {"gamma": 0.0}),
+        cancels=True,
+        special=(1.0, NAN, 0.5, -0.0, 0.25, 0.75),
+    ),
+    "soft_margin_loss": Sample(
+        soft_margin_loss, large=4.0, special=(1.0, NAN, 2.0, 0.5, -0.0, 30.0)
+    ),
+    "hinge_embedding_loss": Sample(hinge_embedding_loss, ({}, {"margin": 3.5}), cancels=True),
+    "binary_cross_entropy": Sample(
+        binary_cross_entropy, cancels=True, special=(1.0, 0.0, 0.5, 0.25, -0.0, 2.0**-20)
+    ),
+    "margin_ranking_loss": Sample(margin_ranking_loss, ({}, {"margin": 3.5})),
     "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
     "gaussian_nll_loss": Sample(gaussian_nll_loss, ({}, {"full": True, "eps": 1e-3}), heavy=True),
     "relu": Sample(relu, rounds=False),
+    "leaky_relu": Sample(leaky_relu),
     "sigmoid": Sample(sigmoid, cancels=True),
+    "tanh": Sample(tanh, cancels=True),
+    "silu": Sample(silu, cancels=True),
+    "gelu": Sample(gelu, cancels=True),
 }
 
 
 # ---- what the families' tests are parametrised by ------------------------------------------------
+
+
+class Exact(NamedTuple):
+    """A loss and its gradients, and the size of what either is a sum of."""
+
+    value: Extended
+    terms: float
+    gradients: dict[str, Extended]
+    gradients_terms: float
 
 
 @dataclass(frozen=True)
@@ -111,8 +311,32 @@ class Loss:
         return tuple(o.name for o in self.operands if o.optional)
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The flags in effect that choose the formula."""
+        given = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.torchs).parameters.items()
+        } | self.parameters
+        return tuple(p.name for p in self.op.parameters if p.chooses and given[p.name])
+
+    @property
     def kernel(self) -> str:
-        return "_".join([self.op.name, *self.further])
+        return "_".join([self.op.name, *self.choices, *self.further])
+
+    @property
+    def bounded(self) -> tuple[Operand, ...]:
+        """The operands, with the bounds that the parameters make."""
+        if self.parameters.get("log_input") is not False:
+            return self.operands
+        rate, *others = self.operands
+        return rate._replace(low=0.0), *others
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether the kernel takes an input and a target of different shapes."""
+        against = self.op.against
+        reason = against and against(*(torch.empty(n) for n in range(1, 1 + len(self.operands))))
+        return self.op.shapes is checks.broadcasting and not reason
 
     @property
     def takes_weight(self) -> bool:
@@ -144,13 +368,11 @@ class Loss:
             operand.name: draw(operand, shape, dtype, scale).requires_grad_(
                 operand.name in requiring
             )
-            for operand, shape in zip(self.operands, each, strict=False)
+            for operand, shape in zip(self.bounded, each, strict=False)
         }
 
-    def exact(
-        self, given: dict[str, Tensor], reduction: str, upstream: Tensor
-    ) -> tuple[Extended, dict[str, Extended]]:
-        """The value, and the gradient to each operand, of tensors of one shape."""
+    def exact(self, given: dict[str, Tensor], reduction: str, upstream: Tensor) -> Exact:
+        """Of tensors of one shape."""
         wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
         each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
         weight = extended(given["weight"]) if "weight" in given else np.ones_like(each)
@@ -158,10 +380,13 @@ class Loss:
         if reduction == "mean":
             by_weight = self.op.denominators["mean"] is weight_or_elements
             divisor = weight.sum() if by_weight else np.longdouble(each.size)
-        value = weight * each / divisor
+        value, size = weight * each / divisor, 0.0
+        if reduction != "none":
+            value, size = value.sum(), float(abs(value).sum())
         factor = weight * extended(upstream) / divisor
         found = {n: g * factor for n, g in zip(self.differentiated, gradients, strict=True)}
-        return value if reduction == "none" else value.sum(), found
+        unit = float(abs(factor).max(initial=0)) if SAMPLES[self.op.name].cancels else 0.0
+        return Exact(value, size, found, unit)
 
     def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)
@@ -175,9 +400,11 @@ def draw(
 ) -> Tensor:
     """Values of full scale, or between the bounds that the operand declares."""
     low, high = operand.low, operand.high
+    if operand.sign:
+        return (torch.randint(2, shape) * 2 - 1).to(dtype)
     if math.isinf(low):
         return (4 * scale * torch.randn(shape)).to(dtype)
-    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(min=low + 1e-2).to(dtype)
+    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
 
 
 def losses() -> list[Loss]:
@@ -196,7 +423,7 @@ def every(items: Iterable[Loss]) -> pytest.MarkDecorator:
 
 LOSSES = losses()
 FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one way of each
-BROADCASTING = [loss for loss in LOSSES if loss.op.shapes is checks.broadcasting]
+BROADCASTING = [loss for loss in LOSSES if loss.broadcasts]
 ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]
 every_loss, each_loss_once = every(LOSSES), every(FIRST)
 every_activation = pytest.mark.parametrize("op", ACTIVATIONS, ids=lambda op: op.name)

@@ -6,15 +6,14 @@ import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from calls import CONSTANTS, Beside, Case, every_case, every_loss_call
+from calls import TORCH as F
 from compare import Operator
 from conftest import KernelCalls
-from samples import every_activation
+from samples import ACTIVATIONS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -148,10 +147,10 @@ def test_one_backward_for_each_of_several_inputs(
     beside: Beside, backwards: bool, reduction: str, x: Tensor
 ) -> None:
     """Asked for one input's gradient and then, through the kept graph, for the others'."""
-    names = ["input", *beside.differentiated][:: -1 if backwards else 1]
+    names = [beside.first.name, *beside.differentiated][:: -1 if backwards else 1]
     wanted = {}
     for functional in (fused, F):
-        given = {"input": x, **beside.clones()}
+        given = {beside.first.name: beside.inside(x), **beside.clones()}
         for name in beside.differentiated:
             given[name].requires_grad_()
         options = beside.parameters | {"reduction": reduction}
@@ -192,12 +191,14 @@ def test_an_inference_tensor_beside_the_input(beside: Beside, reduction: str, x:
         given = beside.clones()
     options = beside.parameters | {"reduction": reduction}
     try:
-        value = getattr(fused, beside.op)(x, **given, **options).sum()
+        value = getattr(fused, beside.op)(beside.inside(x), **given, **options).sum()
     except RuntimeError as error:
         assert "Inference tensors cannot be saved for backward" in str(error)  # noqa: PT017
     else:
         normal = beside.clones()
-        expected = gradient(lambda x: getattr(F, beside.op)(x, **normal, **options), x)
+        expected = gradient(
+            lambda x: getattr(F, beside.op)(beside.inside(x), **normal, **options), x
+        )
         close(torch.autograd.grad(value, x)[0], expected)
 
 
@@ -252,7 +253,11 @@ def test_input_overwritten_before_backward(case: Case, upstream: float, x: Tenso
 def test_another_argument_overwritten_before_backward(
     beside: Beside, reduction: str, x: Tensor
 ) -> None:
-    function = partial(getattr(fused, beside.op), reduction=reduction, **beside.parameters)
+    options = beside.parameters | {"reduction": reduction}
+
+    def function(x: Tensor, **tensors: Tensor) -> Tensor:
+        return getattr(fused, beside.op)(beside.inside(x), **tensors, **options)
+
     expected = gradient(lambda x: function(x, **beside.tensors).sum(), x)
     for overwritten in beside.tensors:
         given = beside.clones()
@@ -263,9 +268,11 @@ def test_another_argument_overwritten_before_backward(
             close(got, 2 * expected)
 
 
-@every_activation
+@pytest.mark.parametrize(
+    "op", [op for op in ACTIVATIONS if op.saves == "output"], ids=lambda op: op.name
+)
 def test_an_output_overwritten_before_backward_is_torchs_error(op: Activation, x: Tensor) -> None:
-    y = call(op, (x,))
+    y = call(op, (x, *op.defaults))
     with torch.no_grad():
         y.fill_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

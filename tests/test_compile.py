@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from calls import TORCH as F
+from calls import within
 from compare import Outcome, evaluate
 from conftest import KernelCalls
 from samples import ACTIVATIONS, FIRST
@@ -21,6 +22,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 import pyfused
 from pyfused import functional as fused
 from pyfused.ops import dispatch
+from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
 
 # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
@@ -185,13 +187,15 @@ def test_a_lazily_negated_input() -> None:
 
 LEFT = {loss.op.name: loss.draw((N, C), requiring=()) for loss in FIRST}
 LEFT |= {op.name: {} for op in ACTIVATIONS}
+FIRST_OPERANDS = {loss.op.name: loss.bounded[0] for loss in FIRST}
 LEFT["gaussian_nll_loss"] |= {"var": 0.7}  # torch looks at the values of a tensor
 
 
 @pytest.mark.parametrize("op", LEFT)
 def test_what_inductor_fuses_with_its_neighbours_is_left_to_it(op: str) -> None:
     def step(functional: Any, x: Tensor) -> Tensor:
-        return getattr(functional, op)(**LEFT[op] | {"input": x})
+        first = FIRST_OPERANDS.get(op, Operand("input"))
+        return getattr(functional, op)(**LEFT[op] | {first.name: within(first, x)})
 
     graphs = Graphs()
     compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend=graphs.backend)

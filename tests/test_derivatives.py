@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,11 +65,14 @@ def test_torch_func(case: Case, x: Tensor) -> None:
     x = x.detach()
     tangent = torch.randn(6, 5)
 
-    def total(operator: Operator) -> Callable[[Tensor], Tensor]:
-        return lambda x: operator(x).sum()
+    def of_total(transform: Any, operator: Operator) -> Any:
+        try:
+            return transform(lambda x: operator(x).sum())(x)
+        except NotImplementedError:  # no second derivative of soft_margin_loss in forward mode
+            return None
 
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
-        close(transform(total(case.ours))(x), transform(total(case.torchs))(x))
+        close(of_total(transform, case.ours), of_total(transform, case.torchs))
     close(
         torch.func.jvp(case.ours, (x,), (tangent,)), torch.func.jvp(case.torchs, (x,), (tangent,))
     )
@@ -78,6 +80,7 @@ def test_torch_func(case: Case, x: Tensor) -> None:
 
 
 @every_case
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
 def test_vmap(case: Case) -> None:
     batch = torch.randn(3, 6, 5)
     try:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from calls import BESIDE
+from calls import BESIDE, within
+from calls import TORCH as F
 from samples import FIRST, Loss
 from torch import Tensor
 
@@ -264,17 +264,18 @@ def wrong_of_every_loss() -> Wrong:
         given.pop("weight", None)
 
         def call(f: Any, loss: Loss = loss, given: Any = given, **wrong: Any) -> Any:
-            arguments = {"input": X} | given | loss.parameters | wrong
+            first = {loss.operands[0].name: within(loss.bounded[0], X)}
+            arguments = first | given | loss.parameters | wrong
             return getattr(f, loss.op.name)(**arguments)
 
-        name = loss.op.name
+        name, tensors = loss.op.name, given | {loss.operands[0].name: X}
         found[f"{name}_reduction"] = (partial(call, reduction="avg"), ["avg"])
         found[f"{name}_integers"] = (
-            partial(call, input=X.long(), **{n: t.long() for n, t in given.items()}),
+            partial(call, **{n: t.long() for n, t in tensors.items()}),
             [],
         )
         found[f"{name}_complex"] = (
-            partial(call, input=X.cfloat(), **{n: t.cfloat() for n, t in given.items()}),
+            partial(call, **{n: t.cfloat() for n, t in tensors.items()}),
             [],
         )
         missing = lambda f, name=name: getattr(f, name)(X)  # noqa: E731
@@ -306,7 +307,14 @@ def error(call: Callable[[], Any]) -> Exception:
 def test_type_of_torch_and_a_message_that_helps(
     call: Callable[[Any], Any], words: list[str]
 ) -> None:
-    ours, theirs = error(lambda: call(fused)), error(lambda: call(F))
+    try:
+        expected = call(F)
+    except Exception as raised:
+        theirs = raised
+    else:  # one that this loss takes
+        torch.testing.assert_close(call(fused), expected)
+        return
+    ours = error(lambda: call(fused))
     assert isinstance(ours, type(theirs)), ours
     missing = [word for word in words if word not in str(ours)]
     assert not missing, f"{missing} missing in: {ours}"

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import KernelCalls
 
 import pyfused.functional
 import pyfused.nn
@@ -24,6 +25,7 @@ pytest.importorskip("tokenizers")
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.setenv("PYFUSED_BACKEND", "cpu")  # what two examples set at import ends with a test
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +41,14 @@ def example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", ["digits", "regression", "gpt", "demo"])
+DRAWN = ["demo", "losses", "gradient_descent"]
+
+
+@pytest.mark.parametrize("name", ["digits", "regression", "gpt", *DRAWN])
 def test_help(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "demo":
+    if name in DRAWN:
         pytest.importorskip("matplotlib")
         pytest.importorskip("rich")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
@@ -97,3 +102,106 @@ def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     for step in runs[1]:
         assert 0 < step.loss_ms < step.step_ms
+
+
+@pytest.fixture
+def losses() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    return example("losses")
+
+
+@pytest.fixture
+def descents() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    return example("gradient_descent")
+
+
+# What each experiment is there to show, in the words of its table, after the steps of --quick.
+SHOWN = {
+    "outliers": lambda of: (
+        max(of["l1"]["mean error"], of["quantile 0.5"]["mean error"])
+        < of["huber, delta 1"]["mean error"]
+        < of["mse"]["mean error"] / 1.5
+    ),
+    "rare": lambda of: (
+        of["the same, pos_weight 17"]["recall"]
+        > of["sigmoid_focal, alpha 0.75"]["recall"]
+        > of["bce_with_logits"]["recall"] + 10
+    ),
+    "counts": lambda of: (
+        of["poisson_nll"]["deviance"] < of["mse"]["deviance"]
+        and of["poisson_nll"]["rates below 0"] == 0 < of["mse"]["rates below 0"]
+    ),
+    "spread": lambda of: (
+        of["mse, one spread"]["left"] - of["mse, one spread"]["right"] > 20
+        and all(
+            abs(of[name][side] - 80) < 8
+            for name in ("gaussian_nll", "quantile 0.1 and 0.9")
+            for side in ("left", "right")
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_choice_of_a_loss_shows(
+    name: str, losses: ModuleType, kernel_calls: KernelCalls
+) -> None:
+    experiment = getattr(losses, name)()
+    results = losses.run(experiment, losses.QUICK_STEPS)
+    assert kernel_calls.total() >= len(results) * losses.QUICK_STEPS
+    found = {}
+    for result in results:
+        assert result.difference <= losses.TOLERANCE
+        row = experiment.judge(experiment, result.choice, result.outputs)
+        found[result.choice.label] = {key: float(text.rstrip("%")) for key, text in row.items()}
+    assert SHOWN[name](found), found
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, float("nan")])
+def test_losses_draws_or_fails_where_they_differ(
+    factor: float, losses: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = pyfused.functional.mse_loss
+    monkeypatch.setattr(pyfused.functional, "mse_loss", lambda *given: factor * right(*given))
+    monkeypatch.setattr(losses, "EXPERIMENTS", (losses.counts,))
+    monkeypatch.setattr(losses, "QUICK_STEPS", 5)
+    picture = tmp_path / "new" / "losses.png"
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--quick", "--output", str(picture)])
+    if factor == 1.0:
+        losses.main()
+        assert picture.stat().st_size > 10_000
+    else:
+        with pytest.raises(SystemExit, match="differ by more than the tolerance: mse"):
+            losses.main()
+
+
+def test_each_loss_has_a_rate_that_is_right(
+    descents: ModuleType, kernel_calls: KernelCalls
+) -> None:
+    for descent in (*descents.PREDICTIONS, *descents.LOGITS):
+        before = kernel_calls.total()
+        small, right, large = (
+            [loss for _, loss in descents.descend(pyfused.functional, descent, rate)]
+            for rate in descent.rates
+        )
+        assert kernel_calls.total() - before >= 3 * descents.STEPS
+        assert right[-1] < small[-1] < small[0], descent.title
+        assert sum(right) < sum(small), descent.title
+        assert right[-1] < large[-1], descent.title
+        assert all(
+            descents.difference(descent, rate) <= descents.TOLERANCE for rate in descent.rates
+        )
+
+
+def test_descents_are_drawn(
+    descents: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(descents, "PREDICTIONS", descents.PREDICTIONS[:1])
+    monkeypatch.setattr(descents, "LOGITS", descents.LOGITS[:1])
+    picture = tmp_path / "descent.png"
+    monkeypatch.setattr(sys, "argv", ["gradient_descent.py", "--output", str(picture)])
+    descents.main()
+    assert picture.stat().st_size > 10_000

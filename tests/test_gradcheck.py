@@ -113,7 +113,7 @@ def activation_case(
     # Away from zero, where the difference quotient would straddle a kink.
     x = double(size)
     x = (x + 0.1 * x.sign()).requires_grad_()
-    return (lambda x: call(op, (x.clone(),), inplace)), (x,)
+    return (lambda x: call(op, (x.clone(), *op.defaults), inplace)), (x,)
 
 
 Case = Callable[..., tuple[Operator, tuple[Tensor, ...]]]
@@ -124,6 +124,7 @@ ALL_CASES: list[Any] = [
     *(
         pytest.param(activation_case, o, id=f"{o[0].name}-{name(o[1:])}")
         for o in product(ACTIVATIONS, [1, 9], [False, True])
+        if o[0].saves == "output" or not o[2]
     ),
 ]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65]

@@ -28,10 +28,10 @@ from pyfused.ops import dispatch
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 
-NAMES = [name for name in OPERATORS if isinstance(getattr(F, name), FunctionType)]
+NAMES = [name for name in OPERATORS if isinstance(getattr(F, name, None), FunctionType)]
 ACTIVATIONS = [name for name, op in OPERATORS.items() if isinstance(op, Activation)]
 OWNERS = (
-    *((F, name) for name in OPERATORS),
+    *((F, name) for name in OPERATORS if hasattr(F, name)),
     *(
         (owner, name)
         for activation in ACTIVATIONS

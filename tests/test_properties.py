@@ -7,6 +7,7 @@ at the scale of the largest one. That torch's own error is not exceeded is test_
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -203,6 +204,7 @@ def test_pointwise_losses(
     """Of shapes that broadcast where the loss takes them, asked for some of the gradients."""
     torch.manual_seed(seed)
     shapes = pair if loss in BROADCASTING else (pair[0], pair[0])
+    scale = min(scale, SAMPLES[loss.op.name].large)
     given = loss.draw([*shapes, shapes[0]], dtype, scale=scale, requiring=())
     layouts = (layout, target_layout, target_layout)
     for bit, (name, lay) in enumerate(zip(given, layouts, strict=False)):
@@ -216,9 +218,12 @@ def test_pointwise_losses(
     got = evaluate(loss.ours, **given, **options)
     exact = evaluate(loss.torchs, convert=exactly, **given, **options)
     term = 0.0
-    if SAMPLES[loss.op.name].cancels and given["input"].numel():
-        term = given["input"].detach().abs().max().item()
-        term /= given["input"].numel() if reduction == "mean" else 1
+    if SAMPLES[loss.op.name].cancels or reduction != "none" or shapes[0] != shapes[1]:
+        each = loss.torchs(**given, **options | {"reduction": "none"}).detach()
+        sizes = [x.detach().abs().max().item() for x in (each, *given.values()) if x.numel()]
+        added = each.numel() / max(min(x.numel() for x in given.values()), 1)  # to one gradient
+        term = max(sizes, default=0.0) * max(added, 1.0)
+        term /= max(each.numel(), 1) if reduction == "mean" else 1
     assert_near(got, exact, dtype, least=term)
 
 
@@ -247,6 +252,9 @@ def test_activations(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    inplace = inplace and op.overwrites
+    if op.saves == "input":  # torch's vectors take gelu of infinity for NaN
+        special = [value for value in special if not math.isinf(value)]
     x = torch.randn(shape).to(dtype)
     if x.numel():
         for value in special:
@@ -255,13 +263,18 @@ def test_activations(
     x.requires_grad_()
     upstream = values(shape, 1.0, dtype, upstream_layout)
     results = []
-    for operator in (lambda x: call(op, (x,), inplace), op.aten_ if inplace else op.aten):
-        y = operator(x * 1 if inplace else x)
-        results.append((y.detach(), torch.autograd.grad(y, x, upstream)[0]))
+    arguments = op.defaults
+    for operator, above in (
+        (lambda *a: call(op, a, inplace), upstream),
+        (op.aten_ if inplace else op.aten, upstream.contiguous()),  # gelu cannot describe windows
+    ):
+        y = operator(x * 1 if inplace else x, *arguments)
+        results.append((y.detach(), torch.autograd.grad(y, x, above)[0]))
     sample, limits = SAMPLES[op.name], torch.finfo(dtype)
     rtol = 4 * limits.eps if sample.rounds else 0
-    atol = 4 * limits.eps if sample.cancels else limits.tiny if sample.rounds else 0
+    atol = 16 * limits.eps if sample.cancels else limits.tiny if sample.rounds else 0
     for got, expected in zip(*results, strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
-        assert torch.equal(got.signbit() & ~got.isnan(), expected.signbit() & ~expected.isnan())
+        told = ~got.isnan() & ((expected == 0) | (expected.abs() > atol))
+        assert torch.equal(got.signbit() & told, expected.signbit() & told)

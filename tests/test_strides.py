@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from calls import TORCH as F
 from calls import Case, every_case
 from compare import FLOATS, HALF, assert_matches_torch
 from conftest import KernelCalls
@@ -103,10 +104,11 @@ def test_pointwise_losses(
     kernel_calls: KernelCalls,
 ) -> None:
     options: dict[str, Any] = loss.parameters | {"reduction": reduction}
+    cancels = SAMPLES[loss.op.name].cancels
     for other in LAYOUTS.values():
-        given = loss.draw(shape, requiring=())
-        given |= {name: other(tensor) for name, tensor in given.items() if name != "input"}
-        given["input"] = layout(given["input"])
+        given = loss.draw(shape, requiring=(), scale=0.25 if cancels else 1.0)
+        first, *others = given
+        given |= {name: other(given[name]) for name in others} | {first: layout(given[first])}
         for name in loss.differentiated:
             given[name].requires_grad_()
         assert_matches_torch(loss.ours, loss.torchs, **given, **options)
@@ -146,7 +148,8 @@ def test_upstream_gradients(case: Case, layout: Layout) -> None:
         above = above[:, 0] if above.stride(0) else above[0, :1].expand(6)
     elif not ours.dim():
         above = above[0, 0]
-    close(torch.autograd.grad(ours, x, above), torch.autograd.grad(torchs, x, above))
+    # torch's gelu takes a library that cannot describe windows which overlap
+    close(torch.autograd.grad(ours, x, above), torch.autograd.grad(torchs, x, above.contiguous()))
 
 
 @pytest.mark.parametrize("layout", SAME_VALUES.values(), ids=SAME_VALUES.keys())
@@ -189,8 +192,10 @@ def test_memory_is_not_read_or_written_beyond_the_view() -> None:
         *(getattr(functional, op.name)(logits).sum() for op in ACTIVATIONS),
     ]
     for loss in LOSSES:
-        given = loss.draw((5, 17), requiring=()) | {"input": logits}
-        values.append(loss.ours(**given, **loss.parameters))
+        first = loss.bounded[0]
+        if math.isinf(first.low):
+            given = loss.draw((5, 17), requiring=()) | {first.name: logits}
+            values.append(loss.ours(**given, **loss.parameters, reduction="mean"))
     for value in values:
         assert bool(value.isfinite())
         (gradient,) = torch.autograd.grad(value, logits)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from calls import BESIDE
+from calls import BESIDE, within
+from calls import TORCH as F
 from compare import evaluate
 from conftest import KernelCalls
 from samples import ACTIVATIONS, FIRST, Loss
@@ -26,7 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops.operators import OPERATORS
 
 TARGET = torch.tensor([0, 1, 2, 3, 4, 0])
 OTHER = torch.linspace(-2, 2, 30).view(6, 5)
@@ -40,7 +39,8 @@ def beside(loss: Loss, functional: Any, x: Tensor, **options: Any) -> Tensor:
     numbers = {operand.name: 0.7 for operand in loss.operands if operand.number}
     given: dict[str, Any] = others | numbers
     given.pop("weight", None)
-    return getattr(functional, loss.op.name)(x, **given, **loss.parameters, **options)
+    first = within(loss.bounded[0], x)
+    return getattr(functional, loss.op.name)(first, **given, **loss.parameters, **options)
 
 
 CALLS: dict[str, Call] = {
@@ -100,7 +100,7 @@ def test_torch_function_is_asked(call: Call, position: str) -> None:
         run = lambda: fused.cross_entropy(x, TARGET, special(torch.ones(5)))  # noqa: E731
     Recording.seen.clear()
     run()
-    assert set(OPERATORS) & set(Recording.seen)
+    assert Recording.seen
 
 
 @every_call
@@ -242,7 +242,7 @@ def test_a_function_mode_sees_the_call(call: Call) -> None:
     with Mode():
         got = call(fused, x)
     close(got, call(F, x))
-    assert set(OPERATORS) & set(seen)
+    assert seen
 
 
 @every_call

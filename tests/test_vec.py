@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import mpmath
 import numpy as np
 import pytest
 from setuptools import Distribution, Extension
@@ -106,9 +107,15 @@ FLOAT32 = [
     Row("exponentials_float32", np.exp, 0.0, 7.0, 2.0, growth=1 / 30),
     Row("third_of_exponentials_float32", third_of_exp, -85.0, -0.0, 3.2, growth=1 / 30),
     Row("log_of_float32", np.log, 2.0**-126, 2.0**127, 1.5),
+    Row("log1p_of_float32", np.log1p, -1.0 + 2.0**-22, -(2.0**-126), 3.0),
+    Row("log1p_of_float32", np.log1p, 0.0, 2.0**127, 3.0),
+    Row("exp_of_float32", np.exp, -86.0, -0.0, 1.01),
+    Row("exp_of_float32", np.exp, 0.0, 88.72, 1.01),
     Row("softplus_float32", softplus, -87.0, -0.0, 3.0),
     Row("softplus_float32", softplus, 0.0, 100.0, 3.0),
     Row("sigmoid_float32", sigmoid, -87.0, -0.0, 3.0),
+    Row("tanh_of_float32", np.tanh, 0.0, 100.0, 3.0),
+    Row("tanh_of_float32", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float32", sigmoid, 0.0, 100.0, 3.0),
 ]
 FLOAT64 = [
@@ -116,9 +123,15 @@ FLOAT64 = [
     Row("log_float64", np.log, 1.0, 2.0**60, 1.5, least=1.0),
     Row("exp_float64", np.exp, 0.0, 7.0, 1.0),
     Row("log_of_float64", np.log, 2.0**-1022, 2.0**1023, 1.5),
+    Row("log1p_of_float64", np.log1p, -1.0 + 2.0**-50, -(2.0**-1022), 3.0),
+    Row("log1p_of_float64", np.log1p, 0.0, 2.0**1023, 3.0),
+    Row("exp_of_float64", np.exp, -707.0, -0.0, 1.0),
+    Row("exp_of_float64", np.exp, 0.0, 709.78, 1.0),
     Row("softplus_float64", softplus, -708.0, -0.0, 3.0),
     Row("softplus_float64", softplus, 0.0, 800.0, 3.0),
     Row("sigmoid_float64", sigmoid, -708.0, -0.0, 3.0),
+    Row("tanh_of_float64", np.tanh, 0.0, 100.0, 3.0),
+    Row("tanh_of_float64", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float64", sigmoid, 0.0, 800.0, 3.0),
 ]
 
@@ -171,6 +184,21 @@ def test_error_within_the_range(row: Row, vec: Vec) -> None:
     assert max(largest_error(row, vec, x) for x in chunks) <= row.max_ulp
     for piece in (None, 1):
         assert largest_error(row, vec, edges(row), piece) <= row.max_ulp
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(np.float32, -13.0), (np.float64, -37.0)])
+def test_the_normal_distribution(dtype: type, low: float, vec: Vec) -> None:
+    """What x * x / 2 is rounded by before the exponential takes it grows with it."""
+    x = np.concatenate([np.linspace(low, 9, 4001), np.linspace(-2, 2, 1001), [-1e-30]]).astype(
+        dtype
+    )
+    with mpmath.workdps(30):
+        exact = np.array([np.longdouble(mpmath.nstr(mpmath.ncdf(float(v)), 25)) for v in x])
+    got = vec(f"normal_{np.dtype(dtype)}", x, dtype)
+    ulp = np.ldexp(np.longdouble(1), np.frexp(exact)[1] - np.finfo(dtype).nmant - 1)
+    assert np.max(abs(got - exact) / ulp - np.where(x < -1, x.astype(float) ** 2 / 2, 0)) <= 5
+    edges = vec(f"normal_{np.dtype(dtype)}", np.array([-np.inf, np.inf, np.nan], dtype), dtype)
+    assert np.array_equal(edges, [0, 1, np.nan], equal_nan=True)
 
 
 @pytest.mark.large

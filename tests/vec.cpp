@@ -41,6 +41,7 @@ template <class Half, uint32_t factor> void scaled_by(const float* x, Half* y, i
     scaled(x + i, bit_cast<float>(factor), buffer, y + i, std::min(kBuffer, n - i));
   }
 }
+template <class A> A normal_below(A x) { return Normal<A>(x).below; }
 constexpr float kThird = 0.333333333f;
 template <class T> void third_of_exponentials(const float* x, T* y, int64_t n) {
   constexpr int64_t kBuffer = 1024;
@@ -57,6 +58,14 @@ EACH_ELEMENT(exp_float64, double, exp_shifted)
 EACH_ELEMENT(log_float64, double, log_positive)
 EACH_ELEMENT(log_of_float32, float, log_of)
 EACH_ELEMENT(log_of_float64, double, log_of)
+EACH_ELEMENT(tanh_of_float32, float, tanh_of)
+EACH_ELEMENT(tanh_of_float64, double, tanh_of)
+EACH_ELEMENT(normal_float32, float, normal_below)
+EACH_ELEMENT(normal_float64, double, normal_below)
+EACH_ELEMENT(log1p_of_float32, float, log1p_of)
+EACH_ELEMENT(log1p_of_float64, double, log1p_of)
+EACH_ELEMENT(exp_of_float32, float, exp_of)
+EACH_ELEMENT(exp_of_float64, double, exp_of)
 EACH_ELEMENT(softplus_float32, float, softplus)
 EACH_ELEMENT(softplus_float64, double, softplus)
 EACH_ELEMENT(sigmoid_float32, float, sigmoid)

@@ -55,7 +55,7 @@ class Backend(Protocol):
         self,
         formula: str,
         input: Tensor,
-        parameters: tuple[float, ...] = (),
+        parameter: float = 0.0,
         *,
         inplace: bool = False,
     ) -> Tensor: ...
@@ -65,7 +65,7 @@ class Backend(Protocol):
         formula: str,
         grad_output: Tensor,
         saved: Tensor,
-        parameters: tuple[float, ...] = (),
+        parameter: float = 0.0,
     ) -> Tensor: ...
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None: ...

@@ -263,11 +263,16 @@ def pointwise_loss(
 def activation(
     formula: str,
     input: Tensor,
-    parameters: tuple[float, ...] = (),  # noqa: ARG001
+    parameter: float = 0.0,
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """``formula`` of each element, in the input's layout; ``inplace`` needs a dense input."""
+    """``formula`` of each element, in the input's layout; ``inplace`` needs a dense input.
+
+    Args:
+        formula: The kernel's name: ``"relu"``.
+        parameter: The formula's number, where it takes one.
+    """
     input = dense(input)
     output = input if inplace else empty_like(input)
     getattr(native, formula)(
@@ -275,6 +280,7 @@ def activation(
         input.numel(),
         input.data_ptr(),
         output.data_ptr(),
+        parameter,
         torch.get_num_threads(),
     )
     return output
@@ -284,7 +290,7 @@ def activation_backward(
     formula: str,
     grad_output: Tensor,
     saved: Tensor,
-    parameters: tuple[float, ...] = (),  # noqa: ARG001
+    parameter: float = 0.0,
 ) -> Tensor:
     """The input's gradient, from what the formula saves: its output or its input, dense."""
     grad_output, upstream = _operand(grad_output, saved)
@@ -295,6 +301,7 @@ def activation_backward(
         upstream,
         saved.data_ptr(),
         grad_input.data_ptr(),
+        parameter,
         torch.get_num_threads(),
     )
     return grad_input

@@ -136,7 +136,7 @@ def pointwise_loss(
 def activation(
     formula: str,
     input: Tensor,
-    parameters: tuple[float, ...] = (),  # noqa: ARG001
+    parameter: float = 0.0,
     *,
     inplace: bool = False,
 ) -> Tensor:
@@ -144,7 +144,7 @@ def activation(
     output = input if inplace else torch.empty_like(input)
     columns, operands = _operands(output, [input])
     with torch.cuda.device_of(input):
-        native.activation(formula, columns, operands, output)
+        native.activation(formula, columns, parameter, operands, output)
     return output
 
 
@@ -152,13 +152,13 @@ def activation_backward(
     formula: str,
     grad_output: Tensor,
     saved: Tensor,
-    parameters: tuple[float, ...] = (),  # noqa: ARG001
+    parameter: float = 0.0,
 ) -> Tensor:
     """The input's gradient, from what the formula saves: its output or its input, dense."""
     grad_input = torch.empty_like(saved)
     columns, operands = _operands(saved, [grad_output, saved])
     with torch.cuda.device_of(saved):
-        native.activation(f"{formula}_backward", columns, operands, grad_input)
+        native.activation(formula, columns, parameter, operands, grad_input)
     return grad_input
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,29 +23,37 @@ class Activation(Operator):
 
     Attributes:
         gradient: The input's gradient in torch's own terms, from the output's, what forward saves,
-            and the parameters.
+            and the arguments beside the input.
+        formula: The kernel's name and its number, from the arguments beside the input, where these
+            are more than none.
+        overwrites: Whether torch has it in place.
         saves: What the gradient is computed from. The output is the better one where it will do:
             then the input's memory can go, or be the output's.
     """
 
     gradient: Callable[..., Tensor]
+    formula: Callable[..., tuple[str, float]] | None = None
     saves: str = "output"
+    overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.aten = getattr(torch, self.name)
-        self.aten_ = getattr(torch, f"{self.name}_")
+        if self.definition is None:
+            self.aten = _built_in(self.name)
+            self.aten_ = _built_in(f"{self.name}_")
         if self.torchs_ is self.torchs:  # which knows no `inplace`
             self.torchs_ = self.aten_
+        self.overwrites = self.aten_ is not self.torchs
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         input = arguments[0]
         backend = backend_of(input)
-        parameters = tuple(map(float, arguments[1:])) if self.parameters else ()
+        name, parameter = (self.name, 0.0) if self.formula is None else self.formula(*arguments[1:])
         if torch.is_grad_enabled() and input.requires_grad:
-            output: Tensor = _apply(backend, self, input, parameters, inplace)
+            call = Call(self, backend, name, parameter, arguments[1:])
+            output: Tensor = _apply(call, input, inplace)
         else:
-            output = backend.activation(self.name, input, parameters)
+            output = backend.activation(name, input, parameter)
         return output
 
     def check(self, arguments: Arguments) -> None:
@@ -54,44 +62,54 @@ class Activation(Operator):
     def against_inplace(self, input: Tensor) -> str | None:
         """torch has the errors for what must not be overwritten, and takes any strides.
 
-        Unless a gradient follows there is no new memory for a kernel to save, either.
+        Unless a gradient follows, from the output, there is no new memory for a kernel to save,
+        either.
         """
         wants_grad = torch.is_grad_enabled() and input.requires_grad
-        if not wants_grad or input.is_leaf or input._is_view() or not is_dense(input):
+        keeps = self.saves == "output" and wants_grad and not (input.is_leaf or input._is_view())
+        if not keeps or not is_dense(input):
             return "overwriting saves no memory to a kernel"
         return None
+
+
+def _built_in(name: str) -> Callable[..., Tensor]:
+    function: Callable[..., Tensor] = getattr(torch, name, None) or getattr(torch._C._nn, name)
+    return function
+
+
+class Call(NamedTuple):
+    """What a kernel takes beside tensors, and what torch's gradient does."""
+
+    op: Activation
+    backend: Backend
+    name: str
+    parameter: float
+    options: Arguments
 
 
 class ActivationFunction(torch.autograd.Function):
     """Saves the output or the input, and no other tensor."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Backend,
-        op: Activation,
-        input: Tensor,
-        parameters: tuple[float, ...],
-        inplace: bool,
-    ) -> Tensor:
-        output: Tensor = backend.activation(op.name, input, parameters, inplace=inplace)
+    def forward(ctx: Any, call: Call, input: Tensor, inplace: bool) -> Tensor:
+        output: Tensor = call.backend.activation(call.name, input, call.parameter, inplace=inplace)
         if inplace:
             ctx.mark_dirty(input)
-        ctx.backend, ctx.op, ctx.parameters = backend, op, parameters
-        ctx.save_for_backward(output if op.saves == "output" else input)
+        ctx.call = call
+        ctx.save_for_backward(output if call.op.saves == "output" else input)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
-        op, parameters = ctx.op, ctx.parameters
-        if second_order(op.name, grad_output):
-            gradient = op.gradient(grad_output, saved, *parameters)
+        call: Call = ctx.call
+        if second_order(call.op.name, grad_output):
+            gradient = call.op.gradient(grad_output, saved, *call.options)
         else:
-            gradient = ctx.backend.activation_backward(
-                op.name, grad_output, dense(saved), parameters
+            gradient = call.backend.activation_backward(
+                call.name, grad_output, dense(saved), call.parameter
             )
-        return None, None, gradient, None, None
+        return None, gradient, None
 
 
 _apply = without_functorch(ActivationFunction)

@@ -27,6 +27,7 @@ class Operand(NamedTuple):
         differentiated: Whether the kernels compute its gradient.
         optional: It may be None.
         indices: It may hold class indices.
+        sign: Its values are -1 and 1.
         number: It may be a float, which stands for a tensor full of it.
         enforced: What torch raises for other values, on CPUs, None where it does not look.
     """
@@ -37,20 +38,28 @@ class Operand(NamedTuple):
     differentiated: bool = True
     optional: bool = False
     indices: bool = False
+    sign: bool = False
     number: bool = False
     enforced: type[Exception] | None = None
 
 
 class Parameter(NamedTuple):
-    """A number among the arguments, at least ``low``; a tensor of one element may hold it.
+    """A number among the arguments, in its bounds; a tensor of one element may hold it.
 
     Attributes:
+        optional: None is as good as a number that is none.
+        positive: It is more than 0.
         flag: It is no number, but as good as True or False: 1 or 0.
+        chooses: Where this flag is set the formula is another one, named after both.
     """
 
     name: str
     low: float = -math.inf
+    high: float = math.inf
+    positive: bool = False
+    optional: bool = False
     flag: bool = False
+    chooses: bool = False
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -69,6 +78,7 @@ class Operator(ABC):
             overwrites the input.
         aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
         arguments: The names of what the function takes, but for ``inplace``, in its order.
+        defaults: Of the arguments but for the input.
         others: The tensors but for the input, and where they stand among the arguments.
     """
 
@@ -84,15 +94,17 @@ class Operator(ABC):
     aten: Callable[..., Tensor] = field(init=False)
     aten_: Callable[..., Tensor] = field(init=False)
     arguments: tuple[str, ...] = field(init=False)
+    defaults: Arguments = field(init=False)
     others: tuple[tuple[int, Operand], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.torchs = self.definition or original(getattr(F, self.name))
         self.torchs_ = self.aten = self.aten_ = self.torchs
-        names = tuple(inspect.signature(self.torchs).parameters)
+        names = inspect.signature(self.torchs).parameters
         if "inplace" in names:
             self.torchs_ = partial(self.torchs, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
+        self.defaults = tuple(names[name].default for name in self.arguments[1:])
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     @abstractmethod

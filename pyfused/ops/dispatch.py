@@ -94,6 +94,8 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
             torchs = op.torchs_ if inplace else op.torchs
     try:
         return torchs(*arguments)
+    except NotImplementedError:
+        raise
     except _ERRORS:
         op.check(arguments)
         raise

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyfused import checks
+from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.cross_entropy import CrossEntropy
-from pyfused.ops.declaration import Operand, Operator, Parameter
-from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
+from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter
+from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
 
 INPUT, TARGET = Operand("input"), Operand("target")
+SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -25,9 +31,54 @@ CROSS_ENTROPY = CrossEntropy(
 
 # ---- pointwise losses ----------------------------------------------------------------------------
 
+
+def _differ_in_shape(input: Tensor, target: Tensor, *_: Any) -> str | None:
+    return "input and target differ in shape" if input.shape != target.shape else None
+
+
+def _differ_in_dtype(input: Tensor, target: Tensor, *_: Any) -> str | None:
+    return "input and target differ in dtype" if input.dtype is not target.dtype else None
+
+
+def _differ(input: Tensor, target: Tensor, *_: Any) -> str | None:
+    return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
+
+
+def _mean_of_kl_div(arguments: Arguments) -> str | None:
+    _, _, size_average, reduce, reduction, _ = arguments
+    if reduction != "mean" or size_average is not None or reduce is not None:
+        return None
+    return (
+        "reduction: 'mean' divides the total loss by both the batch size and the support size."
+        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+        "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+    )
+
+
+def _rows(operands: Sequence[Tensor], *_: Any) -> float:
+    return float(len(operands[0]) if operands[0].dim() else 1)
+
+
+def _counted(
+    operands: Sequence[Tensor], _weight: Tensor | None, numbers: Sequence[Any]
+) -> float | Tensor:
+    ignored = numbers[-1]
+    if isinstance(ignored, float) and math.isnan(ignored):
+        return elements(operands)
+    return operands[1].ne(ignored).sum(dtype=torch.float64)
+
+
 MSE_LOSS = PointwiseLoss(
     name="mse_loss",
     module="MSELoss",
+    operands=(INPUT, TARGET, WEIGHT),
+    weight_shape=checks.weight_of_inputs_shape,
+    denominators={"mean": weight_or_elements},
+)
+
+L1_LOSS = PointwiseLoss(
+    name="l1_loss",
+    module="L1Loss",
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.weight_of_inputs_shape,
     denominators={"mean": weight_or_elements},
@@ -38,6 +89,78 @@ SMOOTH_L1_LOSS = PointwiseLoss(
     module="SmoothL1Loss",
     operands=(INPUT, TARGET),
     parameters=(Parameter("beta", low=0.0),),
+)
+
+HUBER_LOSS = PointwiseLoss(
+    name="huber_loss",
+    module="HuberLoss",
+    operands=(INPUT, TARGET, WEIGHT),
+    parameters=(Parameter("delta", positive=True),),
+    weight_shape=checks.weight_of_inputs_shape,
+    against=_differ_in_dtype,
+)
+
+KL_DIV = PointwiseLoss(
+    name="kl_div",
+    module="KLDivLoss",
+    operands=(INPUT, Operand("target", low=0.0)),
+    parameters=(Parameter("log_target", flag=True, chooses=True),),
+    warns=False,
+    warning=_mean_of_kl_div,
+    denominators={"mean": elements, "batchmean": _rows},
+    against=_differ_in_shape,
+)
+
+POISSON_NLL_LOSS = PointwiseLoss(
+    name="poisson_nll_loss",
+    module="PoissonNLLLoss",
+    operands=(INPUT, Operand("target", low=0.0)),
+    parameters=(
+        Parameter("log_input", flag=True, chooses=True),
+        Parameter("full", flag=True, chooses=True),
+        Parameter("eps"),
+    ),
+    warns=False,
+)
+
+SOFT_MARGIN_LOSS = PointwiseLoss(
+    name="soft_margin_loss",
+    module="SoftMarginLoss",
+    operands=(INPUT, SIGNS),
+    shapes=checks.same_shape,
+    warns=False,
+    against=_differ,
+)
+
+HINGE_EMBEDDING_LOSS = PointwiseLoss(
+    name="hinge_embedding_loss",
+    module="HingeEmbeddingLoss",
+    operands=(INPUT, SIGNS),
+    parameters=(Parameter("margin"),),
+    warns=False,
+)
+
+MARGIN_RANKING_LOSS = PointwiseLoss(
+    name="margin_ranking_loss",
+    module="MarginRankingLoss",
+    operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
+    parameters=(Parameter("margin"),),
+    shapes=checks.of_one_dimension_and_broadcasting,
+    warns=False,
+)
+
+BINARY_CROSS_ENTROPY = PointwiseLoss(
+    name="binary_cross_entropy",
+    module="BCELoss",
+    operands=(
+        Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
+        Operand("target", low=0.0, high=1.0, enforced=RuntimeError),
+        WEIGHT,
+    ),
+    shapes=checks.same_shape,
+    weight_shape=checks.weight_that_broadcasts,
+    tells=True,
+    against=_differ,
 )
 
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
@@ -74,12 +197,109 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     arrange=_as_gaussian_nll_loss_has_it,
 )
 
+QUANTILE_LOSS = PointwiseLoss(
+    name="quantile_loss",
+    module="QuantileLoss",
+    operands=(INPUT, TARGET),
+    parameters=(Parameter("quantile", low=0.0, high=1.0),),
+    warns=False,
+    definition=definitions.quantile_loss,
+)
+
+LOG_COSH_LOSS = PointwiseLoss(
+    name="log_cosh_loss",
+    module="LogCoshLoss",
+    operands=(INPUT, TARGET),
+    warns=False,
+    definition=definitions.log_cosh_loss,
+)
+
+HINGE_LOSS = PointwiseLoss(
+    name="hinge_loss",
+    module="HingeLoss",
+    operands=(INPUT, SIGNS),
+    parameters=(Parameter("margin"), Parameter("squared", flag=True, chooses=True)),
+    warns=False,
+    definition=definitions.hinge_loss,
+)
+
+SIGMOID_FOCAL_LOSS = PointwiseLoss(
+    name="sigmoid_focal_loss",
+    module="SigmoidFocalLoss",
+    operands=(
+        Operand("inputs"),
+        Operand("targets", low=0.0, high=1.0, differentiated=False),
+        WEIGHT,
+    ),
+    parameters=(
+        Parameter("alpha", high=1.0),
+        Parameter("gamma", low=0.0),
+        Parameter("ignore_index", optional=True),
+    ),
+    shapes=checks.same_shape,
+    weight_shape=checks.weight_that_broadcasts,
+    denominators={"mean": _counted},
+    definition=definitions.sigmoid_focal_loss,
+)
+
 # ---- activations ---------------------------------------------------------------------------------
 
 RELU = Activation(
     name="relu",
     module="ReLU",
     gradient=lambda grad_output, output: torch.ops.aten.threshold_backward(grad_output, output, 0),
+)
+
+LEAKY_RELU = Activation(
+    name="leaky_relu",
+    module="LeakyReLU",
+    formula=lambda negative_slope: ("leaky_relu", float(negative_slope)),
+    against=lambda _, negative_slope: (
+        None
+        if isinstance(negative_slope, (int, float)) and negative_slope >= 0
+        else "negative_slope is not 0 or more"
+    ),
+    gradient=lambda grad_output, output, negative_slope: torch.ops.aten.leaky_relu_backward(
+        grad_output, output, negative_slope, True
+    ),
+)
+
+TANH = Activation(
+    name="tanh",
+    module="Tanh",
+    gradient=lambda grad_output, output: torch.ops.aten.tanh_backward(grad_output, output),
+)
+
+
+def _gradient_of_silu(grad_output: Tensor, input: Tensor) -> Tensor:
+    share = input.sigmoid()
+    return grad_output * (share * (1 + input * (1 - share)))
+
+
+SILU = Activation(
+    name="silu",
+    module="SiLU",
+    saves="input",
+    gradient=_gradient_of_silu,
+)
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return torch._C._nn.gelu(input, approximate=approximate)
+
+
+GELU = Activation(
+    name="gelu",
+    module="GELU",
+    saves="input",
+    formula=lambda approximate: ("gelu" if approximate == "none" else "gelu_tanh", 0.0),
+    against=lambda _, approximate: (
+        None if approximate in ("none", "tanh") else "approximate is neither 'none' nor 'tanh'"
+    ),
+    definition=_gelu,
+    gradient=lambda grad_output, input, approximate: torch.ops.aten.gelu_backward(
+        grad_output, input, approximate=approximate
+    ),
 )
 
 SIGMOID = Activation(
@@ -93,10 +313,26 @@ OPERATORS: dict[str, Operator] = {
     for op in (
         CROSS_ENTROPY,
         MSE_LOSS,
+        L1_LOSS,
         SMOOTH_L1_LOSS,
+        HUBER_LOSS,
+        BINARY_CROSS_ENTROPY,
         BINARY_CROSS_ENTROPY_WITH_LOGITS,
+        KL_DIV,
+        POISSON_NLL_LOSS,
         GAUSSIAN_NLL_LOSS,
+        SOFT_MARGIN_LOSS,
+        HINGE_EMBEDDING_LOSS,
+        MARGIN_RANKING_LOSS,
+        QUANTILE_LOSS,
+        LOG_COSH_LOSS,
+        HINGE_LOSS,
+        SIGMOID_FOCAL_LOSS,
         RELU,
+        LEAKY_RELU,
         SIGMOID,
+        TANH,
+        SILU,
+        GELU,
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +15,21 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import Backend, Gradients, Want
-from pyfused.ops.declaration import Arguments, Operand, Operator, reduction_of
+from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter, reduction_of
 from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import backward, differentiate, gradients_ahead, without_functorch
 
-Denominator = Callable[[Tensor, Tensor | None], float | Tensor]
+Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
 
-def elements(input: Tensor, _weight: Tensor | None) -> float:
-    return float(input.numel())
+def elements(operands: Sequence[Tensor], *_: Any) -> float:
+    return float(operands[0].numel())
 
 
-def weight_or_elements(input: Tensor, weight: Tensor | None) -> float | Tensor:
-    return elements(input, weight) if weight is None else weight.sum(dtype=torch.float64)
+def weight_or_elements(
+    operands: Sequence[Tensor], weight: Tensor | None, *_: Any
+) -> float | Tensor:
+    return elements(operands) if weight is None else weight.sum(dtype=torch.float64)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -38,34 +41,44 @@ class PointwiseLoss(Operator):
     Attributes:
         shapes: Raises where shapes of the formula's operands do not go together.
         warns: Whether torch warns of an input and a target that broadcast.
+        warning: What torch warns of in a call with a reduction, None where of nothing.
+        tells: Whether an operand out of its bounds makes the loss NaN, so that nobody looks before.
         weight_shape: Raises where ``weight`` does not go with the input.
         denominators: What the sum is divided by in each reduction but none and sum, from the
-            expanded input and the weight.
+            expanded operands, the weight and the parameters.
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
+        chooses: Whether a parameter chooses the formula.
     """
 
     shapes: Callable[..., None] = checks.broadcasting
     warns: bool = True
+    warning: Callable[[Arguments], str | None] | None = None
+    tells: bool = False
     weight_shape: Callable[[Tensor, Tensor], None] | None = None
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
+    chooses: bool = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight")
         place = self.arguments.index
         self._values = itemgetter(*[place(variable.name) for variable in self.variables])
+        self.chooses = any(parameter.chooses for parameter in self.parameters)
         self._numbers = [(place(parameter.name), parameter) for parameter in self.parameters]
         self._weight = place("weight") if self.weight_shape is not None else None
         self._reduction = place("reduction")
-        self._legacy = "reduce" in self.arguments
+        legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
+        self._legacy = itemgetter(*map(place, legacy)) if legacy else None
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0])
+        if self.warning is not None and (message := self.warning(arguments)):
+            warnings.warn(message, stacklevel=4)
         if self.arrange is not None:
             operands = self.arrange(*operands)
         shape = operands[0].shape
@@ -74,18 +87,20 @@ class PointwiseLoss(Operator):
         if any(operand.shape != shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)
         operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
+        numbers = tuple([_number(arguments[place], p) for place, p in self._numbers])
         denominator: float | Tensor = 1.0
         if reduction in self.denominators:
-            denominator = self.denominators[reduction](operands[0], weight)
+            denominator = self.denominators[reduction](operands, weight, numbers)
         if weight is not None:
             weight = weight.to(dtype).expand_as(operands[0])
-        numbers = tuple([_number(arguments[place], p.flag) for place, p in self._numbers])
         call = Call(self, backend_of(operands[0]), numbers, reduction, denominator)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             loss: Tensor | None = _apply(call, weight, *operands)
         else:
             loss, _ = call.kernel(operands, weight, Want())
         assert loss is not None
+        if self.tells and loss.is_cpu and loss.sum().isnan():
+            self._bounds(operands)
         return loss if loss.dtype is result else loss.to(result)
 
     def check(self, arguments: Arguments) -> None:
@@ -93,15 +108,23 @@ class PointwiseLoss(Operator):
             if arguments[place] is not None or not operand.optional:
                 number = float if operand.number else None
                 checks.tensor(operand.name, arguments[place], number)
-        self._check(arguments, *self._read(arguments))
+        operands, weight, reduction = self._read(arguments)
+        self._check(arguments, operands, weight, reduction)
+        if self.tells:
+            self._bounds(operands)
+
+    def _bounds(self, operands: Sequence[Any]) -> None:
+        for operand, value in zip(self.variables, operands, strict=False):
+            if operand.enforced is not None:
+                checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
 
     def _read(self, arguments: Arguments) -> tuple[Sequence[Any], Tensor | None, str]:
         operands, reduction = self._values(arguments), arguments[self._reduction]
         if operands[-1] is None:
             operands = operands[:-1]
-        if self._legacy:
-            place = self._reduction
-            reduction = reduction_of(arguments[place - 2], arguments[place - 1], reduction)
+        if self._legacy is not None:
+            size_average, reduce = self._legacy(arguments)
+            reduction = reduction_of(size_average, reduce, reduction)
         return operands, None if self._weight is None else arguments[self._weight], reduction
 
     def _check(
@@ -115,15 +138,15 @@ class PointwiseLoss(Operator):
         if reduction not in self.denominators:
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
         for place, parameter in self._numbers:
-            if not parameter.flag:
-                checks.parameter(parameter.name, arguments[place], parameter.low)
+            if not (parameter.flag or (parameter.optional and arguments[place] is None)):
+                name, low, high, positive, *_ = parameter
+                checks.parameter(name, arguments[place], low, high, positive)
         if operands[1].shape != operands[0].shape or len(operands) > 2:
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
             self.weight_shape(operands[0], weight)
-        for operand, value in zip(self.variables, operands, strict=False):
-            if operand.enforced is not None:
-                checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
+        if not self.tells:
+            self._bounds(operands)
 
     def _dtypes(self, arguments: Arguments, input: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """What the kernel computes the loss of, and what the loss is returned in."""
@@ -141,10 +164,12 @@ class PointwiseLoss(Operator):
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
-def _number(value: Any, flag: bool) -> Any:
+def _number(value: Any, parameter: Parameter) -> Any:
     """A parameter as a number, but for one that only a GPU knows."""
-    if flag:
+    if parameter.flag:
         value = bool(value)
+    if parameter.optional and value is None:
+        return math.nan
     return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
 
 
@@ -175,7 +200,7 @@ class Call(NamedTuple):
 
     op: PointwiseLoss
     backend: Backend
-    numbers: tuple[Any, ...]
+    numbers: tuple[Any, ...]  # a flag that chooses the formula among them
     reduction: str
     denominator: float | Tensor
 
@@ -186,11 +211,15 @@ class Call(NamedTuple):
         want: Want,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        name, last = self.op.name, self.op.variables[len(operands) - 1]
+        name, numbers, last = self.op.name, self.numbers, self.op.variables[len(operands) - 1]
+        if self.op.chooses:
+            given = list(zip(self.op.parameters, numbers, strict=True))
+            name = "_".join([name, *(p.name for p, number in given if p.chooses and number)])
+            numbers = tuple([number for p, number in given if not p.chooses])
         return self.backend.pointwise_loss(
             f"{name}_{last.name}" if last.optional else name,
             tuple(operands),
-            self.numbers,
+            numbers,
             weight,
             self.reduction,
             self.denominator,
@@ -235,7 +264,11 @@ def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     weight, *operands = ctx.saved_tensors
     call: Call = ctx.call
     names = [variable.name for variable in call.op.variables]
-    numbers = dict(zip([p.name for p in call.op.parameters], call.numbers, strict=True))
+    given = zip(call.op.parameters, call.numbers, strict=True)
+    numbers = {p.name: bool(number) if p.flag else number for p, number in given}
+    for parameter in call.op.parameters:
+        if parameter.optional and numbers[parameter.name] != numbers[parameter.name]:
+            numbers[parameter.name] = None  # which stood for NaN
 
     def definition(*operands: Tensor) -> Tensor:
         named = dict(zip(names, operands, strict=False))

@@ -21,4 +21,6 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     copy = FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(copy, function)
+    # The compiler puts torch's functions into graphs, and would read the copy: warnings stop it.
+    copy._torchdynamo_inline = function  # type: ignore[attr-defined]
     return copy

@@ -1,0 +1,258 @@
+"""What the gallery of docs/losses.md says of each operator: a row for each, written by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A call for each point: what follows the input, by position and by name.
+
+    Numbers among the arguments become tensors, whole ones class indices.
+
+    Attributes:
+        others: The logits of the classes beside the one drawn.
+    """
+
+    label: str
+    arguments: tuple[float | int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    others: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the gallery.
+
+    Attributes:
+        formula: In LaTeX, of the input x and the target t.
+        use: When to take it, in a sentence.
+        axis: What is drawn along x.
+    """
+
+    formula: str
+    use: str
+    curves: tuple[Curve, ...]
+    low: float = -3.0
+    high: float = 3.0
+    axis: str = "input"
+
+
+LOGIT = "logit of the first class of three"
+SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
+
+GALLERY: dict[str, dict[str, Entry]] = {
+    "Quantities": {
+        "mse_loss": Entry(
+            r"(x - t)^2",
+            "No target is a mistake: one large error outweighs many small ones.",
+            (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
+        ),
+        "l1_loss": Entry(
+            r"|x - t|",
+            "Some targets are far off, and the median is what is wanted.",
+            (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
+        ),
+        "smooth_l1_loss": Entry(
+            r"\begin{cases} \dfrac{(x - t)^2}{2 \beta} & |x - t| < \beta \\"
+            r" |x - t| - \dfrac{\beta}{2} & \text{else} \end{cases}",
+            "As the absolute error, with small steps near the target: the boxes of detectors.",
+            tuple(Curve(f"beta {beta:g}", (0.0,), {"beta": beta}) for beta in (0.5, 1.0, 2.0)),
+        ),
+        "huber_loss": Entry(
+            r"\begin{cases} \dfrac{(x - t)^2}{2} & |x - t| < \delta \\"
+            r" \delta \left(|x - t| - \dfrac{\delta}{2}\right) & \text{else} \end{cases}",
+            "Noise is normal up to a size that you know, and what lies beyond is an outlier.",
+            tuple(Curve(f"delta {delta:g}", (0.0,), {"delta": delta}) for delta in (0.5, 1.0, 2.0)),
+        ),
+        "log_cosh_loss": Entry(
+            r"\log\, \cosh (x - t)",
+            "As Huber's, but smooth everywhere and without a parameter.",
+            (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
+        ),
+        "quantile_loss": Entry(
+            r"\max\left(q \, (t - x),\; (q - 1) (t - x)\right)",
+            "Too little costs more than too much, or less: stocks, and intervals of two quantiles.",
+            tuple(Curve(f"quantile {q:g}", (0.0,), {"quantile": q}) for q in (0.1, 0.5, 0.9)),
+        ),
+    },
+    "Distributions": {
+        "gaussian_nll_loss": Entry(
+            r"\frac{1}{2} \left(\log\, v + \frac{(x - t)^2}{v}\right)",
+            "The model says how sure it is, too: it predicts a variance v beside each mean.",
+            tuple(Curve(f"variance {v:g}", (0.0, v)) for v in (0.25, 1.0, 4.0)),
+        ),
+        "poisson_nll_loss": Entry(
+            r"e^x - t \, x",
+            "Targets are counts, and the model predicts the logarithm of their rate.",
+            tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 1.0, 4.0)),
+        ),
+        "kl_div": Entry(
+            r"t \, (\log\, t - x)",
+            "A distribution is to follow another, as a student its teacher; x are logarithms.",
+            tuple(Curve(f"target {t:g}", (t,)) for t in (0.1, 0.5, 0.9)),
+            low=-4.0,
+            high=0.0,
+            axis="input, a logarithm",
+        ),
+    },
+    "Yes or no": {
+        "binary_cross_entropy_with_logits": Entry(
+            r"-p \, t \log\, \sigma(x) - (1 - t) \log (1 - \sigma(x))",
+            "Each output is a yes or no of its own; pos_weight p where yes is rare.",
+            (
+                Curve("target 0", (0.0,)),
+                Curve("target 1", (1.0,)),
+                Curve("target 1, pos_weight 3", (1.0,), {"pos_weight": torch.tensor(3.0)}),
+            ),
+            low=-5.0,
+            high=5.0,
+            axis="logit",
+        ),
+        "binary_cross_entropy": Entry(
+            r"-t \log\, x - (1 - t) \log (1 - x)",
+            "The model ends in probabilities that cannot be had as logits.",
+            tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 0.3, 1.0)),
+            low=0.02,
+            high=0.98,
+            axis="probability",
+        ),
+        "sigmoid_focal_loss": Entry(
+            r"-\alpha \, (1 - p)^\gamma \log\, p",
+            "Nearly all answers are an easy no, as in dense detection: what is right already, with"
+            " p near 1 for the target, hardly counts.",
+            tuple(
+                Curve(f"gamma {gamma:g}", (1.0,), {"alpha": -1.0, "gamma": gamma})
+                for gamma in (0.0, 1.0, 2.0, 5.0)
+            ),
+            low=-5.0,
+            high=5.0,
+            axis="logit, target 1",
+        ),
+        "soft_margin_loss": Entry(
+            r"\log \left(1 + e^{-t x}\right)",
+            "As the binary cross-entropy of logits, for targets of -1 and 1.",
+            SIGNS,
+        ),
+        "hinge_loss": Entry(
+            r"\max(0,\; m - t \, x)",
+            "The side of the boundary is what counts, and no probability is needed: what is beyond"
+            " the margin m is done.",
+            (*SIGNS, Curve("target 1, squared", (1.0,), {"squared": True})),
+        ),
+    },
+    "Likeness and order": {
+        "hinge_embedding_loss": Entry(
+            r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
+            "x is a distance: pairs that are alike come together, others stay a margin m apart.",
+            SIGNS,
+            low=0.0,
+            high=2.0,
+            axis="input, a distance",
+        ),
+        "margin_ranking_loss": Entry(
+            r"\max(0,\; m - t \, (x_1 - x_2))",
+            "Only the order of two scores matters, by a margin m.",
+            (
+                Curve("first higher", (0.0, 1.0)),
+                Curve("second higher", (0.0, -1.0)),
+                Curve("first higher, margin 1", (0.0, 1.0), {"margin": 1.0}),
+            ),
+            axis="first score, the second is 0",
+        ),
+    },
+    "One class of several": {
+        "cross_entropy": Entry(
+            r"\log\, \sum_c e^{x_c} - x_t",
+            "One class of several is right: tokens, digits, pixels.",
+            (
+                Curve("the target", (0,), others=(0.0, 0.0)),
+                Curve("another class", (1,), others=(0.0, 0.0)),
+                Curve("the target, smoothing 0.2", (0,), {"label_smoothing": 0.2}, (0.0, 0.0)),
+            ),
+            low=-6.0,
+            high=6.0,
+            axis=LOGIT,
+        ),
+        "nll_loss": Entry(
+            r"-w_t \, x_t",
+            "The model ends in log-probabilities already.",
+            (
+                Curve("the target", (0,), others=(-1.0, -1.0)),
+                Curve(
+                    "the target, weight 2",
+                    (0,),
+                    {"weight": torch.tensor([2.0, 1.0, 1.0])},
+                    (-1.0, -1.0),
+                ),
+                Curve("another class", (1,), others=(-1.0, -1.0)),
+            ),
+            low=-4.0,
+            high=0.0,
+            axis="log-probability of the first class",
+        ),
+        "softmax": Entry(
+            r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
+            "Scores become shares of one: attention, and probabilities to be read.",
+            tuple(
+                Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
+                for a, b in ((0.0, 0.0), (0.0, 3.0))
+            ),
+            low=-6.0,
+            high=6.0,
+            axis=LOGIT,
+        ),
+        "log_softmax": Entry(
+            r"x_c - \log\, \sum_k e^{x_k}",
+            "Log-probabilities that do not underflow: for nll_loss, kl_div and sampling.",
+            tuple(
+                Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
+                for a, b in ((0.0, 0.0), (0.0, 3.0))
+            ),
+            low=-6.0,
+            high=6.0,
+            axis=LOGIT,
+        ),
+    },
+    "Activations": {
+        "relu": Entry(
+            r"\max(0,\; x)",
+            "Where nothing speaks for another: it costs the least.",
+            (Curve(""),),
+        ),
+        "leaky_relu": Entry(
+            r"\begin{cases} x & x > 0 \\ s \, x & \text{else} \end{cases}",
+            "Units of a ReLU die: a slope s is left to them, as in discriminators.",
+            tuple(Curve(f"slope {s:g}", options={"negative_slope": s}) for s in (0.01, 0.2)),
+        ),
+        "gelu": Entry(
+            r"x \, \Phi(x)",
+            "Transformers; Φ is the normal distribution, which tanh approximates.",
+            (Curve("exact"), Curve("tanh", options={"approximate": "tanh"})),
+            low=-4.0,
+        ),
+        "silu": Entry(
+            r"x \, \sigma(x)",
+            "Convolutional networks and the gated layers of language models.",
+            (Curve(""),),
+            low=-6.0,
+        ),
+        "tanh": Entry(
+            r"\tanh\, x",
+            "Values between -1 and 1: recurrent networks, bounded actions.",
+            (Curve(""),),
+        ),
+        "sigmoid": Entry(
+            r"\sigma(x) = \frac{1}{1 + e^{-x}}",
+            "Gates, and probabilities to be read; to train with, a loss of logits is exacter.",
+            (Curve(""),),
+            low=-6.0,
+            high=6.0,
+        ),
+    },
+}
+ENTRIES = {name: entry for group in GALLERY.values() for name, entry in group.items()}

@@ -1,0 +1,232 @@
+"""Fills pages with what follows from the declarations: the gallery, the ratios, what is covered.
+
+docs/entries.py holds what is written by hand. The pictures are what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from entries import ENTRIES, GALLERY, Curve, Entry
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from torch import Tensor
+
+import pyfused
+import pyfused.functional
+from pyfused.ops.operators import OPERATORS
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import report
+from measure import Row
+
+POINTS = 401
+# Each has a contrast of 3 and more with a white page and with a black one.
+COLOURS = "#D55E00", "#2A86C7", "#009E73", "#CC79A7"
+INK = "#0d0e0f"  # becomes the colour of the page's text
+
+
+# ---- what the kernels compute --------------------------------------------------------------------
+
+
+def evaluate(name: str, entry: Entry, curve: Curve) -> tuple[Tensor, Tensor, Tensor]:
+    """Points, and the value and the gradient that the kernels compute at each."""
+    x = torch.linspace(entry.low, entry.high, POINTS)
+    return x, *_call(name, curve, x)
+
+
+def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    others = [torch.full_like(x, other, requires_grad=False) for other in curve.others]
+    input = torch.stack([x, *others], 1) if others else x
+    rest = [
+        torch.full_like(x, value, dtype=torch.int64, requires_grad=False)
+        if isinstance(value, int)
+        else torch.full_like(input, value, requires_grad=False)
+        for value in curve.arguments
+    ]
+    options = dict(curve.options)
+    if "reduction" in OPERATORS[name].arguments:
+        options["reduction"] = "mean" if x.numel() == 1 else "none"
+    path = pyfused.explain(name, input, *rest, **options)
+    if path.backend == "torch":
+        raise RuntimeError(f"the gallery is to show the kernels' output, not torch's: {path}")
+    value = getattr(pyfused.functional, name)(input, *rest, **options)
+    drawn = value[:, 0] if value.dim() > x.dim() else value  # an activation over classes
+    (gradient,) = torch.autograd.grad(drawn, x, torch.ones_like(drawn))
+    return drawn.detach(), gradient
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def picture(name: str, entry: Entry) -> str:
+    """Value and gradient of an operator, as SVG for within a page."""
+    figure = Figure(figsize=(5.2, 2.3), layout="constrained")
+    value, gradient = figure.subplots(1, 2)
+    for index, curve in enumerate(entry.curves):
+        x, values, gradients = evaluate(name, entry, curve)
+        # A thinner line over a broader one: where they agree, both are seen.
+        style = {"color": COLOURS[index], "linewidth": 0.6 + 0.7 * (len(entry.curves) - index)}
+        value.plot(x, values, label=curve.label, **style)
+        gradient.plot(x, gradients, **style)
+    value.set_title("value", fontsize=10)
+    gradient.set_title("gradient", fontsize=10)
+    figure.supxlabel(entry.axis, fontsize=9)
+    labels = [curve.label for curve in entry.curves]
+    if any(labels):
+        columns = len(labels) if sum(map(len, labels)) <= 40 else 2
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    return svg(figure, f"Value and gradient of {name}")
+
+
+def ratios(rows: dict[str, Row]) -> str:
+    """How many times as fast as torch each operator is, the most first, as SVG."""
+    names = sorted(rows, key=lambda name: rows[name].peers["torch"].ratio[1])
+    figure = Figure(figsize=(5.2, 1.0 + 0.15 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for peer, label, marker, colour in (
+        ("torch", "eager torch", "o", COLOURS[0]),
+        ("torch, THP", "with huge pages", "s", COLOURS[1]),
+        ("torch.compile", "compiled", "D", COLOURS[2]),
+    ):
+        known = [name for name in names if peer in rows[name].peers]
+        medians = [rows[name].peers[peer].ratio[1] for name in known]
+        places = [names.index(name) for name in known]
+        axes.plot(medians, places, marker, color=colour, markersize=5, label=label)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, None)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlabel("time of torch / time of pyfused", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return svg(figure, "Time of torch divided by time of pyfused, operator by operator")
+
+
+def svg(figure: Figure, title: str) -> str:
+    """A figure as an element of HTML, in the colour of the text around it."""
+    for axes in figure.axes:
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(colors=INK, labelsize=9)
+    for text in figure.findobj(Text):
+        text.set_color(INK)
+    file = io.StringIO()
+    options = {"svg.fonttype": "none", "svg.hashsalt": title, "svg.id": None}
+    with matplotlib.rc_context({k: v for k, v in options.items() if k in matplotlib.rcParams}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"(?s)<metadata>.*?</metadata>", "", text[text.index("<svg") :])
+    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _OPENING.format(title), text, count=1)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    text = text.replace(INK, "currentColor")
+    return re.sub(r"\s*\n\s*", " ", text)  # a blank line would end the element
+
+
+_OPENING = (
+    r'<svg viewBox="\1" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg"'
+    r' xmlns:xlink="http://www.w3.org/1999/xlink">'
+)
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def measured() -> dict[str, Row]:
+    """The largest case of each operator, forward and backward, in the newest report that has it."""
+    reports = [report.load([path]) for path in report.RESULTS.glob("*/results.json")]
+    largest: dict[str, Row] = {}
+    for found in sorted(reports, key=lambda found: found["datetime"]):
+        if "gpu" in found["machine_info"]:
+            continue
+        newer: dict[str, Row] = {}
+        for row in report.rows_of(found):
+            if row.mode == "forward+backward" and not row.curve and "torch" in row.peers:
+                first = newer.setdefault(row.op, row)
+                newer[row.op] = max(first, row, key=lambda row: (row.headline, row.elements))
+        largest |= newer
+    return {name: row for name, row in largest.items() if name in OPERATORS}
+
+
+def row_of(name: str, rows: dict[str, Row]) -> str:
+    """What the page says of an operator, below its name."""
+    entry, op = ENTRIES[name], OPERATORS[name]
+    return "\n".join(
+        (
+            '<div class="entry"><div>\n',
+            f"```{{math}}\n{entry.formula}\n```\n",
+            f"{entry.use}\n",
+            f"{{py:func}}`F.{name} <pyfused.functional.{name}>`,",
+            f"{{py:class}}`nn.{op.module} <pyfused.nn.{op.module}>`\n",
+            f"torch / pyfused: {_ratio(rows.get(name))}\n",
+            f"</div>\n{picture(name, entry)}\n</div>\n",
+        )
+    )
+
+
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    eager, compiled = row.peers["torch"], row.peers.get("torch.compile")
+    text = f"**{eager.ratio[1]:.1f}**"
+    if compiled is not None:
+        text += f", compiled {compiled.ratio[1]:.1f}"
+    return f"{text}, for {row.case.removeprefix(row.op).strip()}"
+
+
+def shown() -> dict[str, list[str]]:
+    """The declared operators of each group that has any."""
+    groups = {
+        group: [name for name in entries if name in OPERATORS] for group, entries in GALLERY.items()
+    }
+    return {group: names for group, names in groups.items() if names}
+
+
+def gallery() -> str:
+    rows = measured()
+    parts = []
+    for group, names in shown().items():
+        parts.append(f"## {group}\n")
+        parts += [f"### {name}\n\n{row_of(name, rows)}" for name in names]
+    return "\n".join(parts)
+
+
+def first_row() -> str:
+    name = next(iter(shown().values()))[0]
+    return f"**[{name}](losses.md#{name})**\n\n{row_of(name, measured())}"
+
+
+def covered() -> str:
+    return "\n".join(
+        f"- {group}: " + ", ".join(f"[{name}](losses.md#{name})" for name in names)
+        for group, names in shown().items()
+    )
+
+
+# What a page has in place of each of these comments.
+FILLED = {
+    "<!-- gallery -->": gallery,
+    "<!-- first row -->": first_row,
+    "<!-- ratios -->": lambda: ratios(measured()),
+    "<!-- covered -->": covered,
+}
+
+
+def fill(_app: object, _page: str, source: list[str]) -> None:
+    """Fill what is left open in a page, as Sphinx reads it."""
+    for comment, text in FILLED.items():
+        if comment in source[0]:
+            source[0] = source[0].replace(comment, text())

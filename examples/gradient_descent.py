@@ -1,0 +1,187 @@
+"""One weight goes down each loss, with learning rates too small, right and too large.
+
+    python examples/gradient_descent.py
+
+On the left the weight is the prediction, and the target is 0. On the right it is a logit, which
+goes through a sigmoid in the model or in the loss (with Poisson's, through exp), and one target in
+five is 1, the others 0. Where a slope is the same everywhere, steps do not shrink near the target.
+Where the sigmoid is flat, the squared error loses a weight that went too far; a cross-entropy
+brings it back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("PYFUSED_BACKEND", "cpu")  # else one weight is ATen's, and nothing differs
+
+import torch
+from common import largest_difference
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import pyfused.functional
+
+STEPS = 10
+RATES = "too small", "right", "too large"
+# From Okabe and Ito's palette, which every kind of colour vision tells apart.
+COLOURS = "#56B4E9", "#009E73", "#D55E00"
+TOLERANCE = 1e-5
+ZERO, ONE_IN_FIVE = (0.0,), (0.0, 0.0, 0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A loss to go down.
+
+    Attributes:
+        rates: A learning rate that is too small, one that is right, and one that is too large.
+        start, reach: Where the weight starts; the weights to draw are between -reach and reach.
+        before: What the weight goes through before the loss.
+        options: Further arguments of the loss; numbers in a tuple are further operands.
+        signs: The loss takes targets of -1 in place of 0.
+    """
+
+    function: str
+    rates: tuple[float, float, float]
+    targets: tuple[float, ...] = ZERO
+    start: float = 2.0
+    reach: float = 3.0
+    before: Callable[[Tensor], Tensor] | None = None
+    operands: tuple[float, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    signs: bool = False
+
+    @property
+    def title(self) -> str:
+        before = "" if self.before is None else f" of a {self.before.__name__}"
+        return f"{self.function}{before}" + "".join(f", {k} {v:g}" for k, v in self.options.items())
+
+    def loss(self, functional: ModuleType, weight: Tensor) -> Tensor:
+        input = (weight if self.before is None else self.before(weight)).expand(len(self.targets))
+        target = torch.tensor(self.targets)
+        if self.signs:
+            target = 2 * target - 1
+        operands = (target, *(torch.full_like(target, value) for value in self.operands))
+        function = getattr(functional, self.function)
+        return function(input, *operands, **self.options, reduction="mean")
+
+
+PREDICTIONS = (
+    Descent("mse_loss", (0.03, 0.35, 1.08)),
+    Descent("l1_loss", (0.03, 0.4, 3.5)),
+    Descent("smooth_l1_loss", (0.05, 0.7, 3.0)),
+    Descent("huber_loss", (0.1, 1.0, 6.0), options={"delta": 0.5}),
+    Descent("log_cosh_loss", (0.05, 0.8, 4.0)),
+    Descent("quantile_loss", (0.04, 0.6, 4.0), options={"quantile": 0.3}),
+    Descent("gaussian_nll_loss", (0.1, 1.2, 4.3), operands=(2.0,)),
+)
+LOGITS = (
+    Descent("mse_loss", (0.5, 12.0, 40.0), ONE_IN_FIVE, 4.0, 8.0, torch.sigmoid),
+    Descent("binary_cross_entropy", (0.1, 3.0, 12.0), ONE_IN_FIVE, 4.0, 8.0, torch.sigmoid),
+    Descent("binary_cross_entropy_with_logits", (0.1, 3.0, 12.0), ONE_IN_FIVE, 4.0, 8.0),
+    Descent("sigmoid_focal_loss", (0.1, 4.0, 16.0), ONE_IN_FIVE, 4.0, 8.0, options={"gamma": 2.0}),
+    Descent("soft_margin_loss", (0.1, 3.0, 12.0), ONE_IN_FIVE, 4.0, 8.0, signs=True),
+    Descent("hinge_loss", (0.1, 1.2, 9.0), ONE_IN_FIVE, 4.0, 8.0, signs=True),
+    Descent("poisson_nll_loss", (0.02, 0.4, 1.2), ONE_IN_FIVE, 1.5, 4.0),
+)
+
+
+def descend(functional: ModuleType, descent: Descent, rate: float) -> list[tuple[float, float]]:
+    """The weight and the loss before each step, and after the last."""
+    weight = torch.tensor([descent.start], requires_grad=True)
+    path = []
+    for _ in range(STEPS + 1):
+        loss = descent.loss(functional, weight)
+        path.append((weight.item(), loss.item()))
+        (gradient,) = torch.autograd.grad(loss, weight)
+        with torch.no_grad():
+            weight -= rate * gradient
+    return path
+
+
+def difference(descent: Descent, rate: float) -> float:
+    """Between torch's losses and pyfused's; 0 where torch has no such loss."""
+    if not hasattr(torch.nn.functional, descent.function):
+        return 0.0
+    paths = (descend(f, descent, rate) for f in (torch.nn.functional, pyfused.functional))
+    return largest_difference(*([loss for _, loss in path] for path in paths))
+
+
+@torch.no_grad()
+def draw_path(axes: Axes, descent: Descent, path: list[tuple[float, float]], colour: str) -> None:
+    weights = torch.linspace(-descent.reach, descent.reach, 201)
+    losses = [descent.loss(pyfused.functional, weight[None]).item() for weight in weights]
+    axes.plot(weights, losses, color="0.6", linewidth=1.2)
+    axes.plot(*zip(*path, strict=True), color=colour, linewidth=0.8)
+    axes.plot(*zip(*path, strict=True), "o", color=colour, markersize=4)
+    axes.plot(*path[0], "o", color="black", markersize=5)
+    low, high = min(losses), max(losses)
+    axes.set_xlim(-descent.reach, descent.reach)
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7)
+
+
+def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> Figure:
+    """A row for each loss, a column for each rate; the first step starts at the black dot."""
+    figure = Figure(figsize=(17, 2 * len(PREDICTIONS)), layout="constrained")
+    figure.suptitle(f"{STEPS} steps from the black dot; learning rates below")
+    blocks = figure.subfigures(1, 2, wspace=0.03)
+    for block, descents in zip(blocks, (PREDICTIONS, LOGITS), strict=True):
+        rows = block.subplots(len(PREDICTIONS), len(RATES), squeeze=False)
+        for descent, row in zip(descents, rows, strict=False):
+            row[0].set_title(descent.title, loc="left", fontsize=10)
+            for axes, name, rate, path, colour in zip(
+                row, RATES, descent.rates, paths[descent.title], COLOURS, strict=True
+            ):
+                draw_path(axes, descent, path, colour)
+                axes.set_xlabel(f"{name}: {rate:g}", fontsize=8)
+        for row in rows[len(descents) :]:
+            for axes in row:
+                axes.set_axis_off()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo", "gradient-descent.png"),
+        help="where the picture goes (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # a weight is not divided
+
+    paths, different = {}, []
+    table = Table(f"loss after {STEPS} steps", "at first", *RATES)
+    for descent in (*PREDICTIONS, *LOGITS):
+        paths[descent.title] = [
+            descend(pyfused.functional, descent, rate) for rate in descent.rates
+        ]
+        values = [paths[descent.title][0][0][1], *(path[-1][1] for path in paths[descent.title])]
+        table.add_row(descent.title, *(f"{value:.3f}" for value in values))
+        if not max(difference(descent, rate) for rate in descent.rates) <= TOLERANCE:
+            different.append(descent.title)
+    console = Console()
+    console.print(table)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(paths).savefig(arguments.output, dpi=100)
+    console.print(f"drawn in {arguments.output}")
+    if different:
+        sys.exit(f"the losses differ by more than the tolerance: {', '.join(different)}")
+
+
+if __name__ == "__main__":
+    main()
