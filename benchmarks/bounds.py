@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import ACTIVATIONS, CASES, MODES, Case, draw, step, training_step
+from cases import ACTIVATIONS, CASES, MODES, TORCH, Case, draw, step, training_step
 from measure import Quartiles, by_turns, plan, quartiles, ratios, settle_allocator, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.backends import cpu
@@ -61,7 +60,7 @@ class Loss(torch.autograd.Function):
 def measure(case: Case) -> tuple[list[float], list[Quartiles]]:
     """Milliseconds of torch, pyfused and the bound; torch's by pyfused's, and by the bound's."""
     arguments = draw(case)
-    steps = [step(o, case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
+    steps = [step(o, case, arguments, MODES[-1]) for o in (TORCH, pyfused.functional)]
     bound = Activation if case.op in ACTIVATIONS else Loss
     steps.append(training_step(lambda input, *_, **__: bound.apply(input), arguments))
     rounds, calls = plan(steps, SECONDS)

@@ -26,16 +26,27 @@ M = 1 << 20
 MODES = "forward", "forward+backward"
 
 
+class Torchs:
+    """torch's operators, and in its terms those that it does not have."""
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        setattr(self, op, getattr(F, op) if hasattr(F, op) else OPERATORS[op].torchs)
+        return getattr(self, op)
+
+
+TORCH = Torchs()
+
+
 class Compiled:
     """torch's operators, each compiled by itself, as Inductor does by default."""
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
-        setattr(self, op, torch.compile(getattr(F, op)))
+        setattr(self, op, torch.compile(getattr(TORCH, op)))
         return getattr(self, op)
 
 
 # What pyfused is compared with: a name for the reports, and where its operators are.
-PEERS: dict[str, Any] = {torch_in(CURRENT): F}
+PEERS: dict[str, Any] = {torch_in(CURRENT): TORCH}
 if AS_IT_COMES:
     PEERS["torch.compile"] = Compiled()
 
@@ -175,7 +186,8 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         span = min(operand.high - operand.low, 2.0)
         return (operand.low + span * torch.rand(case.shape, **here)).to(case.dtype)
 
-    input = normal(*case.shape).requires_grad_()
+    first = OPERATORS[case.op].operands[0]
+    input = (within(first) if first.enforced else normal(*case.shape)).requires_grad_()
     if case.op in ACTIVATIONS:
         return Arguments(input, upstream=normal(*case.shape))
     upstream, options = None, {}
@@ -235,8 +247,8 @@ def training_step(function: Callable[..., Tensor], arguments: Arguments) -> Step
 def assert_right(case: Case, arguments: Arguments) -> None:
     """Value and gradient are torch's, bit for bit or within a rounding of a wider torch."""
     wide = arguments.to(F64 if arguments.input.numel() <= 8 * M else F32)
-    exact = _evaluate(getattr(F, case.op), wide)
-    native = _evaluate(operator(F, case), arguments)
+    exact = _evaluate(getattr(TORCH, case.op), wide)
+    native = _evaluate(operator(TORCH, case), arguments)
     ours = _evaluate(operator(pyfused.functional, case), arguments)
     for got, torchs, expected in zip(ours, native, exact, strict=True):
         assert got.dtype == torchs.dtype

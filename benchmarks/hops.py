@@ -39,9 +39,11 @@ x, target = torch.randn(8, 10), torch.zeros(8, dtype=torch.int64)
 
 def patched_ways() -> Ways:
     """What a call of each operator costs more while patched, where ATen is the faster one."""
-    names = {f"F.{name}": (F, name, op) for name, op in operators.OPERATORS.items()}
+    names = {
+        f"F.{name}": (F, name, op) for name, op in operators.OPERATORS.items() if hasattr(F, name)
+    }
     for name, op in operators.OPERATORS.items():
-        if isinstance(op, Activation):
+        if isinstance(op, Activation) and hasattr(torch, name):
             names |= {
                 f"torch.{name}": (torch, name, op),
                 f"Tensor.{name}": (torch.Tensor, name, op),

@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from cases import CASES, draw, step
+from cases import CASES, TORCH, draw, step
 from measure import Step, repeat, settle_allocator, timed
-from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 2  # calls before the first that counts: the first of all sets up
@@ -67,7 +66,7 @@ def work(folder: Path, library: str) -> None:
 
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     settle_allocator()
-    operators = pyfused.functional if library == "pyfused" else F
+    operators = pyfused.functional if library == "pyfused" else TORCH
 
     @lru_cache(maxsize=1)
     def prepared(index: int, mode: str) -> Step:

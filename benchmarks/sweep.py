@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
-from cases import BF16, F16, F32, F64, MODES, Case, M, draw, step
+from cases import BF16, F16, F32, F64, MODES, TORCH, Case, M, draw, step
 from measure import (
     LONGER,
     Quartiles,
@@ -33,7 +33,6 @@ from measure import (
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.ops.dispatch import aten_is_faster
@@ -104,7 +103,7 @@ def points(ops: Sequence[str], dtypes: Sequence[str], threads: Sequence[int]) ->
 def measure(point: Point, seconds: float) -> Finding:
     torch.set_num_threads(point.threads)
     arguments = drawn(point.case)
-    steps = [step(o, point.case, arguments, MODES[-1]) for o in (F, pyfused.functional)]
+    steps = [step(o, point.case, arguments, MODES[-1]) for o in (TORCH, pyfused.functional)]
     rounds, calls = plan(steps, seconds, fewest=4)
     times = by_turns([partial(timed, call, calls) for call in steps], rounds)
     torch_ms, pyfused_ms = (1e3 * quartiles(all_)[1] / calls for all_ in times)
