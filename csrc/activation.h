@@ -35,8 +35,14 @@ template <class A> struct Relu : Activation<A> {
 template <class A> struct LeakyRelu {
   A slope;
   explicit LeakyRelu(double p) : slope(A(p)) {}
-  A forward(A x) const { return x * (x > 0 ? A(1) : slope); }
-  A backward(A grad_output, A y) const { return grad_output * (y > 0 ? A(1) : slope); }
+  A forward(A x) const { return between(x, x); }
+  A backward(A grad_output, A y) const { return between(y, grad_output); }
+
+ private:
+  A between(A sign, A value) const {  // computed for all, so that loops have no branch
+    const A less = slope * value;
+    return sign > 0 ? value : less;
+  }
 };
 
 // torch: F.sigmoid(x).

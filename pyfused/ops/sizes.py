@@ -132,9 +132,9 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float16: ((ANY, 1 << 24),),
     },
     "leaky_relu": {
-        torch.float32: ((ANY, 1 << 24),),
+        torch.float32: ((ANY, 1 << 23),),
         torch.float64: ((ANY, 1 << 22),),
-        torch.bfloat16: ((ANY, 1 << 25),),
+        torch.bfloat16: ((ANY, 1 << 24),),
         torch.float16: ((ANY, 1 << 25),),
     },
     "sigmoid": {
