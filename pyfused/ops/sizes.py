@@ -134,7 +134,7 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     "leaky_relu": {
         torch.float32: ((ANY, 1 << 23),),
         torch.float64: ((ANY, 1 << 22),),
-        torch.bfloat16: ((ANY, 1 << 24),),
+        torch.bfloat16: ((ANY, 1 << 18),),
         torch.float16: ((ANY, 1 << 25),),
     },
     "sigmoid": {
