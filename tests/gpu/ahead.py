@@ -39,6 +39,8 @@ from pyfused.backends import triton as backend
 from pyfused.kernels import launch
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseLoss
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -118,6 +120,14 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield cross_entropy_case((8, classes, 4096), dtype, kind)
 
 
+def differentiated(formula: str) -> tuple[bool, ...]:
+    """Of which operands there is a gradient, as the operator declares that the formula is of."""
+    name = max((name for name in OPERATORS if formula.startswith(name)), key=len)
+    op = OPERATORS[name]
+    assert isinstance(op, PointwiseLoss)
+    return tuple(operand.differentiated for operand in op.variables)
+
+
 def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
     n = 1 << 24
     x, rows, total = empty(dtype, n), empty(dtype, 4096, 4096), empty(torch.float64)
@@ -137,16 +147,15 @@ def pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
         f"scale {str(dtype)[6:]}": lambda: backend.scale_(x, total),
     }
     for op in ACTIVATIONS:
-        if not op.endswith("_backward"):
-            forward = partial(backend.activation, op, x)
-            backward = partial(backend.activation_backward, op, x, x)
-            name = f"{op} {str(dtype)[6:]}"
-            calls |= {name: forward, f"{name} backward": backward}
-    for op, formula in LOSSES.items():
-        count = formula.value.fn.__code__.co_argcount - 3  # parameters
-        operands, every = (x,) * count, Want(True, (True,) * count)
-        calls[f"{op} {str(dtype)[6:]}"] = partial(
-            backend.pointwise_loss, op, operands, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, every
+        forward = partial(backend.activation, op, x)
+        backward = partial(backend.activation_backward, op, x, x)
+        name = f"{op} {str(dtype)[6:]}"
+        calls |= {name: forward, f"{name} backward": backward}
+    for formula, kernels in LOSSES.items():
+        count = kernels.value.fn.__code__.co_argcount - 3  # parameters
+        operands, want = (x,) * count, Want(True, differentiated(formula)[:count])
+        calls[f"{formula} {str(dtype)[6:]}"] = partial(
+            backend.pointwise_loss, formula, operands, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, want
         )
     for case, run in calls.items():
         yield Case(case, dtype, run)
