@@ -16,6 +16,7 @@
 #include "dlpack.h"
 #include "memory.h"
 #include "pointwise_loss.h"
+#include "softmax.h"
 
 namespace {
 
@@ -55,10 +56,23 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     prefer_huge_pages(pointer<void>(grad_logits[0]), grad_logits[0] ? bytes : 0);
     prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
     return cross_entropy(CrossEntropy<T>{
-        sizes[0], sizes[1], sizes[2], view<const T>(logits), pointer<const int64_t>(target),
+        {sizes[0], sizes[1], sizes[2]}, view<const T>(logits), pointer<const int64_t>(target),
         view<const T>(probabilities), pointer<const A>(weight), ignore_index, smoothing,
         Reduction(reduction), pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_logits),
         view<T>(grad_probabilities), threads});
+  });
+}
+
+// ---- softmax ------------------------------------------------------------------------------------
+
+// Of the forward pass, where there is no grad_output, and of the backward pass.
+void run_softmax(bool logarithm, int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input,
+                 const ViewTuple& grad_output, const ViewTuple& output, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    prefer_huge_pages(pointer<void>(output[0]), size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T));
+    softmax(Softmax<T>{{sizes[0], sizes[1], sizes[2]}, logarithm, view<const T>(input),
+                       view<const T>(grad_output), view<T>(output), threads});
   });
 }
 
@@ -208,6 +222,7 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
 #endif
 
   m.def("cross_entropy", &run_cross_entropy, unlocked);
+  m.def("softmax", &run_softmax, unlocked);
   for (const LossFormula& formula : kLossFormulas) {
     m.def(formula.name,
           [&formula](int dtype, int64_t n, const std::array<OperandTuple, 3>& operands,

@@ -70,11 +70,11 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   if (streams && rows) streams = grad != ce.logits.data && has_pages(grad, bytes);
   const Scaled<T> scaled(ce, uniform_mass, denominator, streams);
 
-  using Tall = Columns<T, 32, 128>;
-  using Wide = Columns<T, 128, kFewClasses>;
+  using Tall = CrossEntropyColumns<T, 32, 128>;
+  using Wide = CrossEntropyColumns<T, 128, kFewClasses>;
   const bool wide = ce.classes <= kFewClasses;
   const int64_t columns = wide ? Wide::kPositions : Tall::kPositions;
-  const int64_t size = rows ? std::max<int64_t>(1, kBlockLogits / ce.classes) : columns;
+  const int64_t size = rows ? rows_of_block(ce.classes) : columns;
   const int64_t blocks = (ce.positions() + size - 1) / size;
   std::vector<double> partial(blocks);
   parallel_for(blocks, ce.threads, [&](int64_t block) {

@@ -1,37 +1,33 @@
-// Cross-entropy of a block of positions: vectors run along positions, which lie side by side in a
-// (N, C, d1, ..., dk) tensor, or have so few classes that they are transposed on the way.
+// Cross-entropy of a block of positions that share vectors.
 #pragma once
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
+#include "columns.h"
 #include "cross_entropy_terms.h"
-#include "exponentials.h"
-#include "memory.h"
 #include "parallel.h"
-#include "transpose.h"
 
 namespace pyfused {
 
-// A tile of positions and classes stays in L1. Where the classes are few, more positions make longer
-// pieces of memory that lies together: 1.1 to 1.5 times faster from 21 classes, as far as 32.
-constexpr int64_t kFewClasses = 32;
-
-template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
-  using A = Accumulate<T>;
-  using Tile = A[kColumnClasses][kColumns];
-  using Line = T[kColumns];
-  using Lanes = double[kColumns];
+template <class T, int64_t kColumns, int64_t kColumnClasses>
+class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
+  using Base = Columns<T, kColumns, kColumnClasses>;
+  using typename Base::A, typename Base::Tile, typename Base::Lanes;
+  using Base::first, Base::n, Base::sum, Base::log_sum, Base::max, Base::x, Base::e;
+  using Base::load_tile, Base::store_tile, Base::for_groups;
 
  public:
-  static constexpr int64_t kPositions = kColumns;
+  using Base::kPositions;
 
-  Columns(const Scaled<T>& ce, int64_t first)
-      : ce(ce), first(first), n(std::min(kColumns, ce.positions() - first)) {}
+  CrossEntropyColumns(const Scaled<T>& ce, int64_t first) : Base(ce, first, ce.streams), ce(ce) {}
 
   double run() {
     find_targets();
-    find_normalizer();
+    std::fill_n(hit_logit, kColumns, A(0));
+    Base::find_normalizer(ce.logits, [&](int64_t c, int64_t k) {
+      for_hits(c, k, [&](int64_t i, int64_t b) { hit_logit[b] = x[i][b]; });
+    });
     if (ce.dense()) {
       find_dense_loss(false);
       // An infinite weight times no distance is NaN, times their sum it is not.
@@ -52,7 +48,6 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
 
  private:
   const Scaled<T>& ce;
-  const int64_t first, n;
   bool any_ignored = false;
   int64_t hit[kColumns];
   alignas(kVectorBytes) Lanes scale;
@@ -60,14 +55,10 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   alignas(kVectorBytes) Lanes hit_aim;  // q at the target
   alignas(kVectorBytes) Lanes mass;
   alignas(kVectorBytes) Lanes loss;
-  alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
-  alignas(kVectorBytes) Lanes log_sum;
-  alignas(kVectorBytes) A max[kColumns];
   alignas(kVectorBytes) A hit_logit[kColumns];
-  alignas(kVectorBytes) Tile x;
   alignas(kVectorBytes) Tile q;
-  alignas(kVectorBytes) Tile e;  // exp(x - max)
-  alignas(kVectorBytes) Line narrow_tile[kColumnClasses];
+
+  template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
 
   void find_targets() {
     const bool each = ce.upstream && ce.reduction == Reduction::none;
@@ -93,110 +84,6 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
       spike[b] = hit[b] < 0 ? 0 : ce.spike(first + b);
       hit_aim[b] = hit[b] < 0 ? 0 : ce.hit_aim(first + b);
     }
-  }
-
-  // Whether one stride leads from each position to the next.
-  bool evenly_spaced() const { return ce.outer == 1 || first % ce.inner + n <= ce.inner; }
-  template <class U> bool side_by_side(const View<U>& view) const {
-    return view.inner == 1 && evenly_spaced();
-  }
-  template <class U> bool transposes(const View<U>& view) const {
-    return kTransposes<T> && view.classes == 1 && evenly_spaced();
-  }
-
-  // Where a tile is turned, element by element: itself, or one of T.
-  Line* turning(Tile& tile) {
-    if constexpr (std::is_same_v<T, A>) return tile;
-    return narrow_tile;
-  }
-
-  void load_tile(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
-    if (side_by_side(view)) {
-      const T* from = ce.at(view, first) + c * view.classes;
-      for (int64_t i = 0; i < k; ++i) {
-        const T* const piece = from + i * view.classes;
-        load(piece, tile[i], n);
-        // Hardware follows a few streams, not one a class: 1.1 to 1.3 times faster.
-        for (int64_t b = 0; b < n; b += kLanes<T>) PYFUSED_PREFETCH(piece + n + b);
-      }
-    } else if (transposes(view)) {
-      if constexpr (kTransposes<T>) {
-        load_transposed(ce.at(view, first) + c, view.inner, tile[0], kColumns, k, n);
-      }
-    } else {
-      Line* const turned = turning(tile);
-      for (int64_t b = 0; b < n; ++b) {
-        const T* const from = ce.at(view, first + b) + c * view.classes;
-        for (int64_t i = 0; i < k; ++i) turned[i][b] = from[i * view.classes];
-      }
-      if constexpr (!std::is_same_v<T, A>) {
-        for (int64_t i = 0; i < k; ++i) load(turned[i], tile[i], n);
-      }
-    }
-    for (int64_t i = 0; n < kColumns && i < k; ++i) std::fill(tile[i] + n, tile[i] + kColumns, A(0));
-  }
-
-  void store_tile(Tile& tile, const View<T>& view, int64_t c, int64_t k) {
-    if (side_by_side(view)) {
-      T* to = ce.at(view, first) + c * view.classes;
-      for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, ce.streams);
-    } else if (transposes(view)) {
-      if constexpr (kTransposes<T>) {
-        store_transposed(tile[0], kColumns, ce.at(view, first) + c, view.inner, k, n);
-      }
-    } else {
-      Line* const turned = turning(tile);
-      for (int64_t i = 0; i < k; ++i) store(tile[i], turned[i], n);
-      for (int64_t b = 0; b < n; ++b) {
-        T* const to = ce.at(view, first + b) + c * view.classes;
-        for (int64_t i = 0; i < k; ++i) to[i * view.classes] = turned[i][b];
-      }
-    }
-  }
-
-  template <class Body> void for_tiles(const Body& body) {
-    for (int64_t c = 0; c < ce.classes; c += kColumnClasses) {
-      const int64_t k = std::min(kColumnClasses, ce.classes - c);
-      if (ce.classes > kColumnClasses || !loaded) load_tile(ce.logits, c, k, x);
-      loaded = true;
-      body(c, k);
-    }
-  }
-  bool loaded = false;  // a row that fits one tile is read once
-
-  // Sums are taken in groups of a few classes, so that rounding errors grow with neither.
-  template <class Body> static void for_groups(int64_t k, const Body& body) {
-    for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
-  }
-
-  void find_normalizer() {
-    constexpr A lowest = -std::numeric_limits<A>::infinity();
-    std::fill_n(max, kColumns, lowest);
-    std::fill_n(sum, kColumns, 0.0);
-    alignas(kVectorBytes) A pivot[kColumns];
-    std::fill_n(hit_logit, kColumns, A(0));
-    for_tiles([&](int64_t c, int64_t k) {
-      for_hits(c, k, [&](int64_t i, int64_t b) { hit_logit[b] = x[i][b]; });
-      for (int64_t b = 0; b < kColumns; ++b) pivot[b] = max[b];
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) pivot[b] = x[i][b] > pivot[b] ? x[i][b] : pivot[b];
-      }
-      for (int64_t b = 0; b < kColumns; ++b) {
-        const A previous = max[b];
-        max[b] = pivot[b];
-        pivot[b] = pivot[b] == lowest ? A(0) : pivot[b];
-        if (c > 0) sum[b] *= double(exp_shifted(previous - pivot[b]));
-      }
-      for_groups(k, [&](int64_t begin, int64_t end) {
-        alignas(kVectorBytes) A part[kColumns] = {};
-        for (int64_t i = begin; i < end; ++i) {
-          exponentials(x[i], pivot, e[i], kColumns);
-          for (int64_t b = 0; b < kColumns; ++b) part[b] += e[i][b];
-        }
-        for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
-      });
-    });
-    for (int64_t b = 0; b < kColumns; ++b) log_sum[b] = log_positive(sum[b]);
   }
 
   // q / level of a tile, but for the spike.

@@ -2,44 +2,26 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "cross_entropy_terms.h"
-#include "exponentials.h"
 #include "parallel.h"
-#include "transpose.h"
+#include "rows.h"
 
 namespace pyfused {
-
-// From this many classes on a row fills enough vectors of its own; below, positions share vectors, which
-// is the faster the faster a tile is transposed.
-template <class T> constexpr int64_t kRowClasses = kTransposes<T> ? 128 : 48;
-constexpr int64_t kChunk = 1024;  // classes at a time: the buffers of a chunk stay in L1
-
-// A row of up to so many classes keeps exp(x - pivot) for its gradient: with logits and gradient it fits
-// in L1. That takes 1.1 to 1.2 times less time, and 1.2 to 1.4 times more from twice as many on, where
-// it is quicker to compute than to fetch.
-template <class T>
-constexpr int64_t kKept = (1 << 15) / (2 * sizeof(T) + sizeof(Accumulate<T>)) / kChunk * kChunk;
 
 // The loss is factor (distance + log sum).
 struct LossOfRow { double factor, distance, sum; };
 
 template <class T> class Row {
   using A = Accumulate<T>;
-  static constexpr A kLowest = -std::numeric_limits<A>::infinity();
-  static constexpr double kMost = 1024;  // exp(7), about
 
  public:
   Row(const Scaled<T>& ce, int64_t position)
       : ce(ce), position(position), logits(ce.at(ce.logits, position)),
         keeps(ce.grad_logits.data && ce.classes <= kKept<T>) {}
 
-  // The largest logit of a row's first part. Asked of the next row before this one is finished, so that
-  // neither waits for a result: 1.1 times faster at 1,000 classes.
   static A peek(const Scaled<T>& ce, int64_t position) {
-    if (ce.ignored(position)) return kLowest;
-    return largest(ce.at(ce.logits, position), std::min(kChunk, ce.classes), kLowest);
+    return ce.ignored(position) ? A(0) : Normalizer<T>::peek(ce.at(ce.logits, position), ce.classes);
   }
 
   void read(A peeked) {
@@ -61,7 +43,7 @@ template <class T> class Row {
       loss = {1, dense_loss(), 1};
     } else {
       mass = ce.spike(position);
-      loss = {mass, double(pivot - hit_logit), sum};
+      loss = {mass, double(row.pivot - hit_logit), row.sum};
     }
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
@@ -73,44 +55,28 @@ template <class T> class Row {
   const int64_t position;
   const T* const logits;
   const bool keeps;
-  A pivot = kLowest, hit_logit = 0;  // the largest logit, or less than it by up to 7
-  double sum = 0;               // of exp(x - pivot)
-  double mass = 0;              // sum_c q_c
-  Sum distance;                 // sum_c q_c / level (pivot - x_c), but for the spike
-  Sum aimed;                    // sum_c q_c / level of probabilities
-  A pivots[kKept<T> / kChunk + 1];  // what the pivot was for each part
-  alignas(kVectorBytes) A kept[kKept<T>];  // exp(x - pivots)
+  Normalizer<T> row;
+  A hit_logit = 0;
+  double mass = 0;  // sum_c q_c
+  Sum distance;     // sum_c q_c / level (pivot - x_c), but for the spike
+  Sum aimed;        // sum_c q_c / level of probabilities
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A buffer[kChunk];
 
-  // Calls body(part, first, n) for the classes of each part.
   template <class Body> void for_parts(const Body& body) const {
-    for (int64_t part = 0, first = 0; first < ce.classes; ++part, first += kChunk) {
-      body(part, first, std::min(kChunk, ce.classes - first));
-    }
+    pyfused::for_parts(ce.classes, body);
   }
 
-  // One read of the row. A part is summed against the pivot so far; against its own largest logit in
-  // the rare case that it outweighs the parts before it.
   template <bool Keeps> void read(A peeked) {
-    for_parts([&](int64_t part, int64_t first, int64_t n) {
-      const T* const x = logits + first;
-      A* const e = Keeps ? kept + first : nullptr;
-      T* const grad = Keeps ? ce.at(ce.grad_logits, position) + first : nullptr;
-      A terms = part ? sum_exponentials<Keeps, true>(x, pivot, e, grad, n) : 0;
-      if (!part || !(terms <= std::min(8 * sum, kMost))) {
-        const A high = part ? largest(x, n, pivot) : peeked;
-        // While all is -inf the shift is 0, so that a NaN is the only way to a NaN.
-        const A shift = high == kLowest ? A(0) : high;
-        sum *= exp_shifted(pivot - shift);
-        if (part && ce.dense()) distance.add(double(high - pivot) * aimed_before(first));
-        pivot = high;
-        terms = sum_exponentials<Keeps, false>(x, shift, e, grad, n);
-      }
-      if (Keeps) pivots[part] = pivot;
-      sum += terms;
-      if (ce.dense()) add_distance(distance, first, n, 0);
-    });
+    T* const grad = Keeps ? ce.at(ce.grad_logits, position) : nullptr;
+    row.template read<Keeps>(
+        logits, grad, ce.classes, peeked,
+        [&](int64_t first, double by) {
+          if (ce.dense()) distance.add(by * aimed_before(first));
+        },
+        [&](int64_t first, int64_t n) {
+          if (ce.dense()) add_distance(distance, first, n, 0);
+        });
   }
 
   // q / level of a part, but for the spike.
@@ -135,7 +101,7 @@ template <class T> class Row {
   void add_distance(Sum& to, int64_t first, int64_t n, A shift) {
     const T* const x = logits + first;
     const A* const q = aim_at(first, n);
-    const A high = pivot;
+    const A high = row.pivot;
     add_terms<A>(to, n, [=](int64_t i) { return q[i] * ((high - widen(x[i])) + shift); });
     if (shift == 0 && !ce.target) add_terms<A>(aimed, n, [=](int64_t i) { return q[i]; });
   }
@@ -152,7 +118,7 @@ template <class T> class Row {
   // sum_c q_c (lse - x_c). Where that is NaN it is added up term by term: an infinite weight times no
   // distance is NaN, times their sum it is not.
   double dense_loss() {
-    const double log_sum = std::log(sum);
+    const double log_sum = std::log(row.sum);
     const double loss = ce.level() * distance.value() + mass * log_sum + spike_loss(0);
     if (!std::isnan(loss)) return loss;
     Sum terms;
@@ -161,19 +127,18 @@ template <class T> class Row {
   }
 
   double spike_loss(double shift) const {
-    return ce.target ? ce.spike(position) * (double(pivot - hit_logit) + shift) : 0;
+    return ce.target ? ce.spike(position) * (double(row.pivot - hit_logit) + shift) : 0;
   }
 
   // p_c sum_k q_k - q_c
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
-    const double scale = ce.scale(position), factor = mass * scale / sum;
-    const A high = pivot, level = A(ce.level() * scale);
+    const double scale = ce.scale(position), factor = mass * scale / row.sum;
+    const A high = row.pivot, level = A(ce.level() * scale);
     if (keeps) {
       for_parts([&](int64_t part, int64_t first, int64_t n) {
-        const A* const e = kept + first;
-        const double rescale = pivots[part] == high ? 1 : exp_shifted(pivots[part] - high);
-        const A rescaled = A(factor * rescale);
+        const A* const e = row.kept + first;
+        const A rescaled = A(factor * row.rescale(part));
         if (!ce.dense()) return scaled(e, rescaled, buffer, grad + first, n);
         A* const wide = staged(grad + first, buffer);
         const A* const q = aim_at(first, n);
@@ -194,7 +159,7 @@ template <class T> class Row {
       });
     }
     if (!ce.target) return;
-    const double p = double(exp_shifted(hit_logit - high)) / sum;
+    const double p = double(exp_shifted(hit_logit - high)) / row.sum;
     grad[ce.target[position]] = narrow<T>(A((p * mass - ce.hit_aim(position)) * scale));
   }
 
@@ -202,7 +167,7 @@ template <class T> class Row {
   void write_probability_gradient() {
     T* const grad = ce.at(ce.grad_probabilities, position);
     const int64_t stride = ce.grad_probabilities.classes;
-    const A factor = A(ce.level() * ce.slope() * ce.scale(position)), high = pivot, low = A(std::log(sum));
+    const A factor = A(ce.level() * ce.slope() * ce.scale(position)), high = row.pivot, low = A(std::log(row.sum));
     for_parts([&](int64_t, int64_t first, int64_t n) {
       const T* const x = logits + first;
       A* const out = stride == 1 ? staged(grad + first, buffer) : buffer;
@@ -213,15 +178,12 @@ template <class T> class Row {
   }
 };
 
-// As many rows as are worth a thread's while, of up to so many logits.
-constexpr int64_t kBlockLogits = 16384;
-
 // Writes the gradients of rows first to end and, where there is one for each row, the losses; returns
 // their sum. A logarithm by itself keeps the CPU waiting: all at once they take a third of the time off
 // rows of 200 classes, a tenth off rows of 1,000.
 template <class T> double run_rows(const Scaled<T>& ce, int64_t first, int64_t end) {
   using A = Accumulate<T>;
-  constexpr int64_t kMostRows = kBlockLogits / kRowClasses<T>;
+  constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
   double factor[kMostRows], distance[kMostRows], sum[kMostRows], loss[kMostRows];
   const int64_t n = end - first;
   A peeked = Row<T>::peek(ce, first);

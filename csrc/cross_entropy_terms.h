@@ -14,27 +14,21 @@
 //
 // torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
 //
-// Shapes: x is (N, C, d1, ..., dk); a position is one (n, i1, ..., ik) and owns C logits. Bytes: the
-// logits are read once from memory and the gradient written once; what is read again is in cache.
+// Shapes: x is (N, C, d1, ..., dk). Bytes: the logits are read once from memory and the gradient written
+// once; what is read again is in cache.
 #pragma once
 
 #include <cstdint>
 
+#include "positions.h"
 #include "vec.h"
 
 namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
 
-// Strides of a tensor seen as (outer, inner) positions x classes.
-template <class T> struct View {
-  T* data;
-  int64_t outer, inner, classes;
-};
-
-template <class T> struct CrossEntropy {
+template <class T> struct CrossEntropy : Positions {
   using A = Accumulate<T>;
-  int64_t outer, inner, classes;
   View<const T> logits;
   const int64_t* target;        // one class index a position, or null:
   View<const T> probabilities;  // one distribution a position
@@ -48,7 +42,6 @@ template <class T> struct CrossEntropy {
   View<T> grad_probabilities;  // likewise
   int threads;
 
-  int64_t positions() const { return outer * inner; }
   bool dense() const { return target == nullptr || smoothing > 0; }
   double uniform() const { return smoothing / double(classes); }
   bool follows_probabilities() const { return !target && smoothing < 1; }
@@ -62,10 +55,6 @@ template <class T> struct CrossEntropy {
   double hit_aim(int64_t position) const {  // q at the target
     const double one = weight ? double(weight[target[position]]) : 1;
     return smoothing > 0 ? uniform() * one + spike(position) : spike(position);  // 0 * inf is NaN
-  }
-  template <class U> U* at(const View<U>& view, int64_t position) const {
-    const int64_t o = outer == 1 ? 0 : position / inner;  // a division costs as much as a vector
-    return view.data + o * view.outer + (position - o * inner) * view.inner;
   }
 };
 

@@ -152,6 +152,17 @@ PYFUSED_INLINE void store(const float* PYFUSED_RESTRICT from, float16* PYFUSED_R
 }
 #endif
 
+// n elements as they are computed with: where they lie, or widened into a buffer.
+template <class T>
+PYFUSED_INLINE const Accumulate<T>* widened(const T* from, Accumulate<T>* buffer, int64_t n) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    return from;
+  } else {
+    load(from, buffer, n);
+    return buffer;
+  }
+}
+
 template <class T>
 PYFUSED_INLINE void load(const T* from, int64_t stride, Accumulate<T>* to, int64_t n) {
   if (stride == 1) return load(from, to, n);

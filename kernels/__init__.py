@@ -7,5 +7,6 @@ they have in the C++ module.
 from .activation import activation, scale
 from .cross_entropy import cross_entropy
 from .pointwise_loss import pointwise_loss
+from .softmax import softmax
 
-__all__ = ["activation", "cross_entropy", "pointwise_loss", "scale"]
+__all__ = ["activation", "cross_entropy", "pointwise_loss", "scale", "softmax"]

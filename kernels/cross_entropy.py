@@ -10,7 +10,7 @@
     probabilities: level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  spike = 0
     (smoothing 1:  level = 1 / C,          slope = 0,  offset = 1)
 
-Shapes: x is (N, C, d1, ..., dk), seen as outer and inner positions x classes.
+Shapes: as in `tiles.py`.
 Bytes: logits are read once where a tile holds all classes, else twice, and each gradient that is
 wanted is written once. Where positions are few and classes many, several programs share a position.
 
@@ -22,7 +22,6 @@ torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=...,
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -32,15 +31,20 @@ import triton.language as tl
 from . import launch
 from .arithmetic import exp_nonpositive
 from .sums import count, sum_parts
-
-
-class View(NamedTuple):
-    """A tensor's memory, and its strides."""
-
-    data: Any
-    outer: int
-    inner: int
-    classes: int
+from .tiles import (
+    View,
+    Viewed,
+    add_exponentials,
+    block_of,
+    compiled_in,
+    in_units,
+    layout,
+    pivot_of,
+    place,
+    read_tile,
+    viewed,
+    whole_row,
+)
 
 
 class Inputs(NamedTuple):
@@ -72,18 +76,18 @@ class Scalars(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a kernel is compiled for."""
+    """What a kernel is compiled for; the first ones are a `Layout`'s."""
 
-    A: Any  # the type that is computed in
-    INDEX: Any  # that of offsets along the classes
+    A: Any
+    INDEX: Any
+    COLUMNS: Any
+    UNIT: Any
+    POSITIONS: Any
+    CLASSES: Any
     SLOPE: Any
     DENSE: Any  # every class is aimed at, not the target alone
     EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
-    COLUMNS: Any  # positions lie side by side, rather than classes
-    UNIT: Any  # what lies side by side begins, and ends, at multiples of so many elements
-    POSITIONS: Any  # of a program
-    CLASSES: Any  # of a tile
 
 
 class Positions(NamedTuple):
@@ -110,29 +114,13 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def in_units(n, constants):
-    """The size or stride itself. Triton sees how wide it may load where it is a multiple of 16."""
-    if constants.UNIT == 1:
-        return n
-    return n // constants.UNIT * constants.UNIT
-
-
-@triton.jit
 def pick(inputs, scalars, program, constants):
     """The positions of a program.
 
     Those that count for nothing are not read further, unless that would take apart what a thread
     loads at once.
     """
-    lanes = tl.arange(0, constants.POSITIONS)
-    blocks = (inputs.inner - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
-    outer = (program // blocks).to(tl.int64)
-    inner = (program % blocks).to(tl.int64) * constants.POSITIONS + lanes
-    size = inputs.inner
-    if constants.COLUMNS:
-        size = in_units(size, constants)
-    present = inner < size
-    flat = outer * size + inner
+    outer, inner, flat, present = block_of(inputs.inner, program, constants)
     hit = tl.full([constants.POSITIONS], -1, tl.int64)
     spike = tl.zeros([constants.POSITIONS], constants.A)
     live = present
@@ -157,21 +145,8 @@ def pick(inputs, scalars, program, constants):
 
 
 @triton.jit
-def place(view, at, c, constants):
-    """Pointers to positions x classes."""
-    rows = view.data + at.outer * in_units(view.outer, constants)
-    if constants.COLUMNS:
-        columns = c * in_units(view.classes, constants)
-        return (rows + at.inner * view.inner)[:, None] + columns[None, :]
-    rows += at.inner * in_units(view.inner, constants)
-    return rows[:, None] + (c * view.classes)[None, :]
-
-
-@triton.jit
 def read_logits(inputs, at, c, last, constants):
-    mask = at.read[:, None] & (c < last)[None, :]
-    pointers = place(inputs.logits, at, c, constants)
-    return tl.load(pointers, mask=mask, other=-float("inf")).to(constants.A)
+    return read_tile(inputs.logits, at, at.read, c, last, -float("inf"), constants)
 
 
 @triton.jit
@@ -180,17 +155,11 @@ def read_aim(inputs, scalars, at, c, last, constants):
     mask = at.read[:, None] & (c < last)[None, :]
     aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
-        y = tl.load(place(inputs.probabilities, at, c, constants), mask=mask, other=0.0)
-        aim += y.to(constants.A) * constants.SLOPE
+        y = read_tile(inputs.probabilities, at, at.read, c, last, 0.0, constants)
+        aim += y * constants.SLOPE
     if inputs.weight is not None:
         aim *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
     return aim
-
-
-@triton.jit
-def pivot_of(high):
-    """While all is -inf the pivot is 0, so that a NaN is the only way to a NaN."""
-    return tl.where(high == -float("inf"), 0.0, high)
 
 
 @triton.jit
@@ -202,10 +171,7 @@ def no_sums(constants):
 @triton.jit
 def add_classes(sums, x, aim):
     """Takes a tile of logits, and of what they aim at, into the sums."""
-    high = tl.maximum(sums.high, tl.max(x, 1))
-    pivot = pivot_of(high)
-    total = sums.total * exp_nonpositive(sums.high - pivot)
-    total += tl.sum(exp_nonpositive(x - pivot[:, None]), 1)
+    high, total = add_exponentials(sums.high, sums.total, x)
     aimed = sums.aimed
     if aim is not None:
         aimed += tl.sum(aim, 1)
@@ -289,9 +255,7 @@ def one_read_kernel(
     constants,
 ):
     """Positions whose classes fit a tile."""
-    scalars, last = Scalars(level, offset, share, scale), inputs.classes
-    if not constants.COLUMNS:
-        last = in_units(last, constants)
+    scalars, last = Scalars(level, offset, share, scale), whole_row(inputs.classes, constants)
     at = pick(inputs, scalars, tl.program_id(0), constants)
     c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
     x = read_logits(inputs, at, c, last, constants)
@@ -320,9 +284,7 @@ def own_share(inputs, shares, scalars, constants):
     at = pick(inputs, scalars, program // shares.splits, constants)
     part = program % shares.splits
     first = part.to(constants.INDEX) * shares.length
-    last = tl.minimum(first + shares.length, inputs.classes)
-    if not constants.COLUMNS:
-        last = in_units(last, constants)
+    last = whole_row(tl.minimum(first + shares.length, inputs.classes), constants)
     return at, part, first, last
 
 
@@ -401,12 +363,6 @@ def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, 
     return uniform, 1.0, 1 - smoothing
 
 
-@functools.cache
-def compiled_in(constants: Constants) -> Constants:
-    """As Triton takes them: the very same ones for the same call, which it compares faster."""
-    return Constants(*map(tl.constexpr, constants))
-
-
 def run(
     inputs: Inputs,
     outputs: Outputs,
@@ -430,9 +386,6 @@ def run(
     two_read_kernel[grid](inputs, outputs, shares, *scalars, compiled, SPLITS=powers, **options)
 
 
-Viewed = tuple[torch.Tensor, tuple[int, int, int]]  # and its strides
-
-
 def cross_entropy(
     sizes: tuple[int, int, int],
     logits: Viewed,
@@ -446,10 +399,9 @@ def cross_entropy(
     grad_probabilities: Viewed | None,
 ) -> None:
     """Computes the outputs that are not None; grad_logits may be the logits."""
-    (outer, inner, classes), x = sizes, logits[0]
+    outer, inner, classes = sizes
     positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
-    given = logits, probabilities, grad_logits, grad_probabilities
-    views = [viewed and View(viewed[0], *viewed[1]) for viewed in given]
+    views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
     denominator, scale = None, 1.0
     if mean and target is None:
         scale = 1 / positions
@@ -458,8 +410,7 @@ def cross_entropy(
 
     smoothing = max(0.0, options.label_smoothing)
     follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
-    columns = inner > 1 and views[0].inner < views[0].classes
-    tile = launch.tile(x.element_size(), inner, classes, columns, dense)
+    compiled, tile = layout(sizes, [view for view in views if view is not None], dense)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
     parts = loss
@@ -482,20 +433,11 @@ def cross_entropy(
         Shares(splits, length, None, positions * splits),
         Scalars(*terms(smoothing, classes, follows), scale),
         Constants(
-            A=launch.accumulate_type(x.dtype),
-            INDEX=launch.index_type(classes, *(classes * view.classes for view in views if view)),
+            *compiled,
             SLOPE=float(follows),
             DENSE=dense,
             EACH=each,
             INPLACE=grad_logits is logits,
-            COLUMNS=columns,
-            UNIT=launch.unit(
-                inner if columns else classes,
-                *(view.outer for view in views if view),
-                *(view.classes if columns else view.inner for view in views if view),
-            ),
-            POSITIONS=tile.positions,
-            CLASSES=tile.classes,
         ),
         programs,
         launch.options(tile.threads),

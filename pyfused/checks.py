@@ -27,6 +27,17 @@ def reduction(value: Any, known: tuple[str, ...] = ("none", "mean", "sum")) -> N
         raise ValueError(f"reduction: expected {', '.join(others)} or {last}, got {value!r}")
 
 
+def dim(value: Any, input: Tensor) -> None:
+    if value is not None:
+        number("dim", value, (int, Integral), "an int")
+        most = max(input.dim(), 1)
+        if not -most <= value < most:
+            raise IndexError(
+                f"dim: expected {-most} to {most - 1} for an input of shape {tuple(input.shape)}, "
+                f"got {value}"
+            )
+
+
 # ---- losses over classes -------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ operator.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyfused.ops.dispatch import call
@@ -23,6 +24,7 @@ from pyfused.ops.operators import (
     L1_LOSS,
     LEAKY_RELU,
     LOG_COSH_LOSS,
+    LOG_SOFTMAX,
     MARGIN_RANKING_LOSS,
     MSE_LOSS,
     POISSON_NLL_LOSS,
@@ -33,6 +35,7 @@ from pyfused.ops.operators import (
     SILU,
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
+    SOFTMAX,
     TANH,
 )
 
@@ -49,6 +52,7 @@ __all__ = [
     "l1_loss",
     "leaky_relu",
     "log_cosh_loss",
+    "log_softmax",
     "margin_ranking_loss",
     "mse_loss",
     "poisson_nll_loss",
@@ -59,6 +63,7 @@ __all__ = [
     "silu",
     "smooth_l1_loss",
     "soft_margin_loss",
+    "softmax",
     "tanh",
 ]
 
@@ -772,3 +777,52 @@ def sigmoid(input: Tensor) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(SIGMOID, (input,))
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``exp(input)`` divided by its sum along ``dim``, without overflow.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        dim: The dimension along which the results add up to one. To leave it out is deprecated.
+        _stacklevel: torch's own, for that warning.
+        dtype: What the input is converted to before.
+
+    Returns:
+        A contiguous tensor of the input's shape, between 0.0 and 1.0; NaN along ``dim`` where all
+        is -inf or something inf.
+
+    Raises:
+        IndexError: The input has no such dimension.
+        TypeError: ``input`` is no tensor, or ``dim`` no int.
+    """
+    return call(SOFTMAX, (input, dim, _stacklevel, dtype))
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``input`` less its log-sum-exp along ``dim``: the logarithm of :func:`softmax`, exactly.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        dim: The dimension along which probabilities add up to one. To leave it out is deprecated.
+        _stacklevel: torch's own, for that warning.
+        dtype: What the input is converted to before.
+
+    Returns:
+        A contiguous tensor of the input's shape, up to 0.0; NaN as :func:`softmax`.
+
+    Raises:
+        IndexError: The input has no such dimension.
+        TypeError: ``input`` is no tensor, or ``dim`` no int.
+    """
+    return call(LOG_SOFTMAX, (input, dim, _stacklevel, dtype))

@@ -20,6 +20,7 @@ __all__ = [
     "L1Loss",
     "LeakyReLU",
     "LogCoshLoss",
+    "LogSoftmax",
     "MSELoss",
     "MarginRankingLoss",
     "PoissonNLLLoss",
@@ -30,6 +31,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "Softmax",
     "Tanh",
 ]
 
@@ -274,3 +276,17 @@ class Sigmoid(torch.nn.Sigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.sigmoid(input)
+
+
+class Softmax(torch.nn.Softmax):
+    """:class:`torch.nn.Softmax` over :func:`pyfused.functional.softmax`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softmax(input, self.dim, _stacklevel=5)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """:class:`torch.nn.LogSoftmax` over :func:`pyfused.functional.log_softmax`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.log_softmax(input, self.dim, _stacklevel=5)

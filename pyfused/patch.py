@@ -18,7 +18,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
 from pyfused.ops import dispatch
-from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import compiler_traces
 from pyfused.ops.operators import OPERATORS
@@ -79,24 +78,29 @@ class _BuiltIn:
         self.owner, self.name = owner, op.name + "_" * inplace
         self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
         self.torchs = torchs = getattr(owner, self.name)
-        names = op.arguments[1:]
+        required, defaults = set(op.built_in), dict(zip(op.arguments[1:], op.defaults, strict=True))
+        public = [name for name in defaults if not name.startswith("_")]
+
+        def named(options: Arguments) -> dict[str, Any]:
+            given = dict(zip(defaults, options, strict=True))
+            return {name: given[name] for name in public}
 
         def by_name(input: Any, *options: Any) -> Any:
-            return torchs(input, **dict(zip(names, options, strict=True)))
+            return torchs(input, **named(options))
 
         def overridden(input: Any, *options: Any) -> Any:
-            named = dict(zip(names, options, strict=True))
-            return handle_torch_function(torchs, (input,), input, **named)
+            return handle_torch_function(torchs, (input,), input, **named(options))
 
         fused = _fused(op, by_name, by_name, overridden)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(args) == 1 and not kwargs:
+            if len(args) == len(required) == 1 and not kwargs:
                 return fused(args + op.defaults, inplace)
-            given = dict(zip(op.arguments[:1], args, strict=False)) | kwargs
-            if len(args) > 1 or op.arguments[0] not in given or given.keys() - op.arguments:
+            given = dict(zip(op.built_in, args, strict=False)) | kwargs
+            known = required.union(public)
+            if len(args) > len(required) or not required <= given.keys() <= known:
                 return torchs(*args, **kwargs)
-            options = dict(zip(names, op.defaults, strict=True)) | given
+            options = defaults | given
             return fused(tuple([options[name] for name in op.arguments]), inplace)
 
         self.ours = self.traced = functools.update_wrapper(call, torchs)
@@ -173,7 +177,7 @@ def code_calling(callee: Callable[..., Any], call: str, torchs: CodeType) -> Cod
 
 
 def _built_ins(op: Operator) -> Iterator[_BuiltIn]:
-    """Of an activation, where torch has them; a loss has none."""
+    """Those that users call; a loss has none."""
     for owner in (F, torch, Tensor):
         for inplace in (False, True):
             if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):
@@ -186,7 +190,7 @@ _SITES: tuple[_Function | _BuiltIn, ...] = (
         for op in OPERATORS.values()
         if not isinstance(getattr(F, op.name, None), (*C_FUNCTIONS, NoneType))
     ),
-    *(site for op in OPERATORS.values() if isinstance(op, Activation) for site in _built_ins(op)),
+    *(site for op in OPERATORS.values() if op.built_in for site in _built_ins(op)),
 )
 
 

@@ -90,7 +90,7 @@ def seed() -> None:
 
 
 class KernelCalls(Counter[str]):
-    """How often each kernel ran; a backward of an activation's own is named so."""
+    """How often each kernel ran; a backward kernel of its own is named so."""
 
     def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,9 @@ class KernelCalls(Counter[str]):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls: a test that compares torch with torch would pass without any."""
     calls = KernelCalls()
-    for family in ("cross_entropy", "pointwise_loss", "activation", "activation_backward"):
+    once = ("cross_entropy", "pointwise_loss")
+    both = ("activation", "softmax")
+    for family in (*once, *both, *(f"{family}_backward" for family in both)):
         kernels = getattr(backend, family)
         monkeypatch.setattr(backend, family, calls.record(family, kernels))
     return calls

@@ -51,6 +51,12 @@ class Backend(Protocol):
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]: ...
 
+    def softmax(self, formula: str, input: Tensor, dim: int) -> Tensor: ...
+
+    def softmax_backward(
+        self, formula: str, grad_output: Tensor, output: Tensor, dim: int
+    ) -> Tensor: ...
+
     def activation(
         self,
         formula: str,

@@ -21,6 +21,7 @@ from pyfused import checks
 from pyfused.backends import CrossEntropyOptions, Gradients, Want
 from pyfused.backends.layout import (
     accumulate_dtype,
+    along,
     dense,
     empty_viewed,
     loss_shape,
@@ -258,6 +259,39 @@ def pointwise_loss(
         torch.get_num_threads(),
     )
     return reduced if each is None else each, gradients
+
+
+def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
+    """``"softmax"`` or ``"log_softmax"`` along a dimension, not counted from the end; contiguous."""
+    output = empty(input.shape, input.dtype)
+    return _softmax(formula, dim, input, None, output)
+
+
+def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    """The input's gradient, from the output; contiguous."""
+    grad_input = empty(output.shape, output.dtype)
+    return _softmax(formula, dim, output, grad_output.contiguous(), grad_input)
+
+
+def _softmax(
+    formula: str, dim: int, input: Tensor, grad_output: Tensor | None, output: Tensor
+) -> Tensor:
+    view, sizes, strides = along(input, dim)
+    out, _, out_strides = along(output, dim)
+    upstream = _NO_VIEW
+    if grad_output is not None:
+        of_grad, _, grad_strides = along(grad_output, dim)
+        upstream = (of_grad.data_ptr(), *grad_strides)
+    native.softmax(
+        formula == "log_softmax",
+        DTYPES[input.dtype],
+        sizes,
+        (view.data_ptr(), *strides),
+        upstream,
+        (out.data_ptr(), *out_strides),
+        torch.get_num_threads(),
+    )
+    return output
 
 
 def activation(

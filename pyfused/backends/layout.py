@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,6 +49,21 @@ def strides_of(tensor: Tensor) -> Strides | None:
             return None
         size *= length
     return stride[0], inner, stride[1]
+
+
+def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strides]:
+    """The tensor, copied if its strides do not fit, its sizes and its strides.
+
+    Its classes are those of one dimension; the dimensions before and after hold its outer and inner
+    positions.
+    """
+    shape = tensor.shape
+    outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+    tensor = tensor.reshape(outer, shape[dim], inner)
+    strides = tensor.stride()
+    if inner == 1:
+        return tensor, (1, outer, shape[dim]), (0, strides[0], strides[1])
+    return tensor, (outer, inner, shape[dim]), (strides[0], strides[2], strides[1])
 
 
 def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:

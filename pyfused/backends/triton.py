@@ -13,6 +13,7 @@ import pyfused.kernels as native
 from pyfused.backends import CrossEntropyOptions, Gradients, Want
 from pyfused.backends.layout import (
     accumulate_dtype,
+    along,
     empty_viewed,
     loss_shape,
     order_of,
@@ -131,6 +132,34 @@ def pointwise_loss(
             formula, columns, views, parameters, denominator, each, loss, gradients
         )
     return loss if each is None else each, gradients
+
+
+def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
+    """``"softmax"`` or ``"log_softmax"`` along a dimension, not counted from the end; contiguous."""
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    return _softmax(formula, dim, input, None, output)
+
+
+def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    """The input's gradient, from the output; contiguous."""
+    grad_input = torch.empty_like(output, memory_format=torch.contiguous_format)
+    return _softmax(formula, dim, output, grad_output.contiguous(), grad_input)
+
+
+def _softmax(
+    formula: str, dim: int, input: Tensor, grad_output: Tensor | None, output: Tensor
+) -> Tensor:
+    view, sizes, strides = along(input, dim)
+    out, _, out_strides = along(output, dim)
+    upstream = None
+    if grad_output is not None:
+        of_grad, _, grad_strides = along(grad_output, dim)
+        upstream = of_grad, grad_strides
+    with torch.cuda.device_of(input):
+        native.softmax(
+            formula == "log_softmax", sizes, (view, strides), upstream, (out, out_strides)
+        )
+    return output
 
 
 def activation(

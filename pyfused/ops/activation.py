@@ -34,6 +34,7 @@ class Activation(Operator):
     gradient: Callable[..., Tensor]
     formula: Callable[..., tuple[str, float]] | None = None
     saves: str = "output"
+    built_in: tuple[str, ...] = ("input",)
     overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:

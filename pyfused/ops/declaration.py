@@ -73,6 +73,8 @@ class Operator(ABC):
         parameters: The numbers, in the order in which the formula takes them.
         against: A reason of the operator's own for torch's to take a call.
         definition: The operator in torch's terms, where torch has none of this name.
+        built_in: What has to be given to the functions of this name that torch has built in, by
+            position or name; empty where these are no functions for users.
 
         torchs, torchs_: torch's function, whatever pyfused.patch puts in its place, and as it
             overwrites the input.
@@ -88,6 +90,7 @@ class Operator(ABC):
     parameters: tuple[Parameter, ...] = ()
     against: Callable[..., str | None] | None = None
     definition: Callable[..., Tensor] | None = None
+    built_in: tuple[str, ...] = ()
 
     torchs: Callable[..., Tensor] = field(init=False)
     torchs_: Callable[..., Tensor] = field(init=False)

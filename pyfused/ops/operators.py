@@ -15,6 +15,7 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.cross_entropy import CrossEntropy
 from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
+from pyfused.ops.softmax import Softmax, not_along_one_dimension
 
 INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
@@ -308,6 +309,11 @@ SIGMOID = Activation(
     gradient=lambda grad_output, output: torch.ops.aten.sigmoid_backward(grad_output, output),
 )
 
+# ---- along one dimension -------------------------------------------------------------------------
+
+SOFTMAX = Softmax(name="softmax", module="Softmax", against=not_along_one_dimension)
+LOG_SOFTMAX = Softmax(name="log_softmax", module="LogSoftmax", against=not_along_one_dimension)
+
 OPERATORS: dict[str, Operator] = {
     op.name: op
     for op in (
@@ -334,5 +340,7 @@ OPERATORS: dict[str, Operator] = {
         TANH,
         SILU,
         GELU,
+        SOFTMAX,
+        LOG_SOFTMAX,
     )
 }

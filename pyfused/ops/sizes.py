@@ -161,4 +161,16 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 22),),
         torch.float16: ((ANY, 1 << 24),),
     },
+    "softmax": {
+        torch.float32: ((ANY, 1 << 16),),
+        torch.float64: ((ANY, 1 << 16),),
+        torch.bfloat16: ((ANY, 1 << 16),),
+        torch.float16: ((ANY, 1 << 16),),
+    },
+    "log_softmax": {
+        torch.float32: ((ANY, 1 << 16),),
+        torch.float64: ((ANY, 1 << 16),),
+        torch.bfloat16: ((ANY, 1 << 16),),
+        torch.float16: ((ANY, 1 << 16),),
+    },
 }

@@ -1,0 +1,25 @@
+// A tensor of shape (N, C, d1, ..., dk) as positions with classes: a position is one (n, i1, ..., ik) and
+// owns C elements. So is a tensor of any shape whose rows lie along one dimension.
+#pragma once
+
+#include <cstdint>
+
+namespace pyfused {
+
+// Strides of a tensor seen as (outer, inner) positions x classes.
+template <class T> struct View {
+  T* data;
+  int64_t outer, inner, classes;
+};
+
+struct Positions {
+  int64_t outer, inner, classes;
+
+  int64_t positions() const { return outer * inner; }
+  template <class U> U* at(const View<U>& view, int64_t position) const {
+    const int64_t o = outer == 1 ? 0 : position / inner;  // a division costs as much as a vector
+    return view.data + o * view.outer + (position - o * inner) * view.inner;
+  }
+};
+
+}  // namespace pyfused

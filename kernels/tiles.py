@@ -1,0 +1,149 @@
+"""Tiles of positions x classes: (N, C, d1, ..., dk), or any shape with classes along one dimension.
+
+Positions are numbered outer by outer, and of each outer one inner by inner. A program has some that
+follow on one another, and reads and writes tiles of theirs, whichever of the two lies side by side
+in memory. `constants` is a tuple with A, INDEX, COLUMNS, UNIT, POSITIONS and CLASSES, see `Layout`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .arithmetic import exp_nonpositive
+
+Viewed = tuple[torch.Tensor, tuple[int, int, int]]  # and its strides
+
+
+class View(NamedTuple):
+    """A tensor's memory, and its strides."""
+
+    data: Any
+    outer: int
+    inner: int
+    classes: int
+
+
+class Layout(NamedTuple):
+    """What a kernel is compiled for."""
+
+    A: Any  # the type that is computed in
+    INDEX: Any  # that of offsets along the classes
+    COLUMNS: Any  # positions lie side by side, rather than classes
+    UNIT: Any  # what lies side by side begins, and ends, at multiples of so many elements
+    POSITIONS: Any  # of a program
+    CLASSES: Any  # of a tile
+
+
+class Block(NamedTuple):
+    """The positions of a program."""
+
+    outer: Any
+    inner: Any
+    flat: Any
+    present: Any
+
+
+@triton.jit
+def in_units(n, constants):
+    """The size or stride itself. Triton sees how wide it may load where it is a multiple of 16."""
+    if constants.UNIT == 1:
+        return n
+    return n // constants.UNIT * constants.UNIT
+
+
+@triton.jit
+def block_of(size, program, constants):
+    """Those of a program, of `size` inner ones."""
+    blocks = (size - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
+    outer = (program // blocks).to(tl.int64)
+    lanes = tl.arange(0, constants.POSITIONS)
+    inner = (program % blocks).to(tl.int64) * constants.POSITIONS + lanes
+    if constants.COLUMNS:
+        size = in_units(size, constants)
+    return Block(outer, inner, outer * size + inner, inner < size)
+
+
+@triton.jit
+def whole_row(classes, constants):
+    """Where the classes end, in units where they lie side by side."""
+    if constants.COLUMNS:
+        return classes
+    return in_units(classes, constants)
+
+
+@triton.jit
+def place(view, at, c, constants):
+    """Pointers to positions x classes."""
+    rows = view.data + at.outer * in_units(view.outer, constants)
+    if constants.COLUMNS:
+        columns = c * in_units(view.classes, constants)
+        return (rows + at.inner * view.inner)[:, None] + columns[None, :]
+    rows += at.inner * in_units(view.inner, constants)
+    return rows[:, None] + (c * view.classes)[None, :]
+
+
+@triton.jit
+def read_tile(view, at, present, c, last, other, constants):
+    mask = present[:, None] & (c < last)[None, :]
+    return tl.load(place(view, at, c, constants), mask=mask, other=other).to(constants.A)
+
+
+@triton.jit
+def pivot_of(high):
+    """While all is -inf the pivot is 0, so that a NaN is the only way to a NaN."""
+    return tl.where(high == -float("inf"), 0.0, high)
+
+
+@triton.jit
+def add_exponentials(high, total, x):
+    """Takes a tile into the largest element so far and the sum of exp(x - pivot)."""
+    higher = tl.maximum(high, tl.max(x, 1))
+    pivot = pivot_of(higher)
+    total *= exp_nonpositive(high - pivot)
+    return higher, total + tl.sum(exp_nonpositive(x - pivot[:, None]), 1)
+
+
+def viewed(given: Viewed | None) -> View | None:
+    return given and View(given[0], *given[1])
+
+
+def layout(
+    sizes: tuple[int, int, int], views: list[View], dense: bool
+) -> tuple[Layout, launch.Tile]:
+    """What to compile for, and how large tiles are.
+
+    Args:
+        sizes: Outer and inner positions, and classes.
+        views: The one whose memory decides, and the others.
+        dense: Whether more than one tile is held in registers.
+    """
+    (_, inner, classes), x = sizes, views[0]
+    columns = inner > 1 and x.inner < x.classes
+    tile = launch.tile(x.data.element_size(), inner, classes, columns, dense)
+    return Layout(
+        A=launch.accumulate_type(x.data.dtype),
+        INDEX=launch.index_type(classes, *(classes * view.classes for view in views)),
+        COLUMNS=columns,
+        UNIT=launch.unit(
+            inner if columns else classes,
+            *(view.outer for view in views),
+            *(view.classes if columns else view.inner for view in views),
+        ),
+        POSITIONS=tile.positions,
+        CLASSES=tile.classes,
+    ), tile
+
+
+Constants = Any  # a Layout, or a tuple with its fields
+
+
+@functools.cache
+def compiled_in(constants: Constants) -> Constants:
+    """As Triton takes them: the very same ones for the same call, which it compares faster."""
+    return type(constants)(*map(tl.constexpr, constants))

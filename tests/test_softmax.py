@@ -1,0 +1,262 @@
+"""softmax and log_softmax mean what torch's mean, along any dimension of any memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compare import (
+    FLOATS,
+    HALF,
+    Errors,
+    assert_matches_torch,
+    evaluate,
+    evaluate_upstream,
+)
+from conftest import KernelCalls
+from reference import extended
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfused import functional as fused
+
+INF, NAN = float("inf"), float("nan")
+NAMES = "softmax", "log_softmax"
+by_name = pytest.mark.parametrize("name", NAMES)
+by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+close = torch.testing.assert_close
+
+# Rows that lie side by side and rows that do not; within a tile, a chunk, a row that is kept, and beyond.
+SHAPES: list[tuple[tuple[int, ...], int]] = [
+    ((7,), 0),
+    ((1,), -1),
+    ((5, 2), 1),
+    ((130, 33), 1),
+    ((3, 127), -1),
+    ((3, 129), -1),
+    ((2, 1025), 1),
+    ((2, 9000), 1),
+    ((2, 3, 4, 65), 3),
+    ((2, 21, 7, 9), 1),
+    ((2, 150, 9), 1),
+    ((300, 40), 0),
+    ((40, 3, 5), -3),
+    ((4, 1, 6), 1),
+]
+by_shape = pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
+
+
+def both(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Tensor], ...]:
+    ours, torchs = getattr(fused, name), getattr(F, name)
+    return (lambda x: ours(x, *args, **kwargs)), (lambda x: torchs(x, *args, **kwargs))
+
+
+def assert_alike(ours: Callable[..., Tensor], torchs: Callable[..., Tensor], x: Tensor) -> None:
+    """In half precision the last digit of an output counts in the gradient, and in sums of it."""
+    got, expected = evaluate(ours, x), evaluate(torchs, x)
+    eps = torch.finfo(expected.value.dtype).eps
+    half = expected.value.dtype in HALF
+    close(got.value, expected.value, equal_nan=True, **({"rtol": eps, "atol": eps} if half else {}))
+    for gradient, torchs_ in zip(got.gradients, expected.gradients, strict=True):
+        unit = {"rtol": 4 * eps, "atol": 4 * eps * float(torchs_.nan_to_num().abs().max())}
+        close(gradient, torchs_, equal_nan=True, **(unit if half else {}))
+
+
+@by_name
+@by_dtype
+@by_shape
+def test_as_accurate_as_torchs(
+    name: str,
+    shape: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype,
+    isa: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    ours, torchs = both(name, dim)
+    errors = Errors()
+    for scale in (1, 20):
+        x = (scale * torch.randn(shape)).to(dtype).requires_grad_()
+        upstream = evaluate_upstream(shape).to(dtype)
+        got, expected = ours(x), torchs(x)
+        assert got.is_contiguous()
+        wide = extended(x)
+        shifted = wide - wide.max(dim, keepdims=True)
+        lse = np.log(np.exp(shifted).sum(dim, keepdims=True))
+        exact = shifted - lse if name == "log_softmax" else np.exp(shifted - lse)
+        errors.add("value", got, expected, exact)
+        (of_ours,) = torch.autograd.grad(got, x, upstream)
+        (of_torchs,) = torch.autograd.grad(expected, x, upstream)
+        g = extended(upstream)
+        for result, output, gradient in (("ours", got, of_ours), ("torchs", expected, of_torchs)):
+            y = extended(output)  # its rounding is not the gradient's
+            if name == "softmax":
+                ideal = y * (g - (g * y).sum(dim, keepdims=True))
+                term = float(abs(y * g).max())
+            else:
+                ideal = g - np.exp(y) * g.sum(dim, keepdims=True)
+                term = float(max(abs(g).max(), abs(np.exp(y) * g.sum(dim, keepdims=True)).max()))
+            if result == "ours":
+                ideals = ideal, term
+            else:
+                errors.add("gradient", of_ours, of_torchs, *ideals)
+    errors.check(roundings=4 if dtype == torch.float64 else 2)
+    assert kernel_calls == {name: 2, f"{name}_backward": 2}
+
+
+@by_name
+@by_dtype
+@pytest.mark.parametrize("classes", [5, 200])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: int) -> None:
+    x = torch.randn(4, classes)
+    x[0] = -INF
+    x[1, 2], x[2, 3], x[3, :4] = INF, NAN, -INF
+    ours, torchs = both(name, dim)
+    x = x.to(dtype)
+    close(ours(x), torchs(x), equal_nan=True)
+    finite = torch.randn(4, classes).to(dtype)
+    finite[:, 1] = -INF  # as a mask makes it
+    assert_alike(ours, torchs, finite.requires_grad_())
+
+
+@by_name
+@by_dtype
+@pytest.mark.parametrize("classes", [9, 300])
+def test_constant_rows_and_large_values(name: str, dtype: torch.dtype, classes: int) -> None:
+    ours, torchs = both(name, -1)
+    for value in (0.0, 3e4, -3e4):
+        x = torch.full((3, classes), value).to(dtype)
+        x[1, 0] += 100
+        close(ours(x), torchs(x))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "with gaps": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "reversed": lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@by_name
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(3, 20, 5), (3, 5, 140)], ids=str)
+def test_strides(name: str, layout: str, dim: int, shape: tuple[int, ...]) -> None:
+    x = LAYOUTS[layout](torch.randn(shape)).requires_grad_()
+    ours, torchs = both(name, dim)
+    got, expected = ours(x), torchs(x)
+    assert got.stride() == expected.stride()
+    close(got, expected)
+    upstream = LAYOUTS[layout](torch.randn(shape))
+    found = [torch.autograd.grad(y, x, upstream)[0] for y in (got, expected)]
+    close(*found)
+    sums = [torch.autograd.grad(f(x).sum(), x)[0] for f in (ours, torchs)]
+    close(*sums, atol=1e-6, rtol=1e-4)
+
+
+@by_name
+@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("asked", [None, torch.float64, torch.float32, torch.float16])
+def test_dtype(name: str, given: torch.dtype, asked: torch.dtype | None) -> None:
+    x = torch.randint(-4, 5, (6, 50)).to(given)
+    ours, torchs = both(name, 1, dtype=asked)
+    if asked is None and given is torch.int64:
+        with pytest.raises(NotImplementedError):
+            ours(x)
+        return
+    if given.is_floating_point:
+        assert_alike(ours, torchs, x.requires_grad_())
+    close(ours(x), torchs(x))
+
+
+@by_name
+def test_a_dimension_that_is_not_given(name: str) -> None:
+    for shape in ((4,), (3, 4), (2, 3, 4), (2, 3, 4, 5)):
+        x = torch.randn(shape)
+        with warnings.catch_warnings(record=True) as of_ours:
+            warnings.simplefilter("always")
+            got = getattr(fused, name)(x)
+        with warnings.catch_warnings(record=True) as of_torchs:
+            warnings.simplefilter("always")
+            expected = getattr(F, name)(x)
+        close(got, expected)
+        assert [str(w.message) for w in of_ours] == [str(w.message) for w in of_torchs]
+        assert {Path(w.filename).name for w in of_ours} == {Path(__file__).name}
+
+
+@by_name
+@pytest.mark.parametrize(
+    ("dim", "error", "told"),
+    [
+        (2, IndexError, r"dim: expected -2 to 1 for an input of shape \(3, 4\), got 2"),
+        (-3, IndexError, "got -3"),
+        (1.0, TypeError, "dim: expected an int, got float 1.0"),
+    ],
+)
+def test_errors(name: str, dim: Any, error: type[Exception], told: str) -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(error):
+        getattr(F, name)(x, dim)
+    with pytest.raises(error, match=told):
+        getattr(fused, name)(x, dim)
+    with pytest.raises(TypeError, match="input: expected a Tensor, got str"):
+        getattr(fused, name)("logits", 0)
+
+
+@by_name
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3), (2, 0, 3)], ids=str)
+def test_scalars_and_nothing(name: str, shape: tuple[int, ...]) -> None:
+    ours, torchs = both(name, -1)
+    assert_matches_torch(ours, torchs, torch.randn(shape, requires_grad=True))
+
+
+@by_name
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@by_dtype
+def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 200).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=autocast):
+        assert_alike(*both(name, 1), x)
+
+
+@by_name
+@pytest.mark.parametrize(("shape", "dim"), [((3, 5), 1), ((3, 5), 0), ((2, 4, 3), 1)], ids=str)
+def test_gradcheck(name: str, shape: tuple[int, ...], dim: int) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    ours, torchs = both(name, dim)
+    assert torch.autograd.gradcheck(ours, x)
+    assert torch.autograd.gradgradcheck(ours, x)
+    second = [
+        torch.autograd.grad(
+            torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0].square().sum(), x
+        )[0]
+        for f in (ours, torchs)
+    ]
+    close(*second)
+
+
+@by_name
+def test_the_output_is_all_that_is_kept(name: str) -> None:
+    x = torch.randn(20, 300, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = getattr(fused, name)(x, 1)
+    assert [tensor.data_ptr() for tensor in saved] == [y.data_ptr()]
+    upstream = torch.randn(20, 300)
+    first = torch.autograd.grad(y, x, upstream, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(y, x, upstream)[0])
+
+
+@pytest.mark.thresholds
+@by_name
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (100, 1000)], ids=str)
+def test_where_small_inputs_may_go_to_torch(name: str, shape: tuple[int, ...]) -> None:
+    assert_matches_torch(*both(name, 1), torch.randn(shape, requires_grad=True))
