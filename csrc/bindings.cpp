@@ -15,6 +15,8 @@
 #include "cross_entropy.h"
 #include "dlpack.h"
 #include "memory.h"
+#include "multi_margin_loss.h"
+#include "nll_loss.h"
 #include "pointwise_loss.h"
 #include "softmax.h"
 
@@ -38,7 +40,7 @@ template <class Body> auto with_dtype(int dtype, const Body& body) {
   throw std::invalid_argument("dtype: expected 0 to 3");
 }
 
-// ---- cross-entropy ------------------------------------------------------------------------------
+// ---- losses over classes ------------------------------------------------------------------------
 
 using ViewTuple = std::array<int64_t, 4>;  // address; strides of outer, inner, class
 
@@ -46,8 +48,8 @@ template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), 
 
 int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
-                          int64_t ignore_index, double smoothing, int reduction, int64_t upstream,
-                          int64_t loss, const ViewTuple& grad_logits,
+                          int64_t ignore_index, double smoothing, double gamma, int reduction,
+                          int64_t upstream, int64_t loss, const ViewTuple& grad_logits,
                           const ViewTuple& grad_probabilities, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -57,9 +59,39 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
     return cross_entropy(CrossEntropy<T>{
         {sizes[0], sizes[1], sizes[2]}, view<const T>(logits), pointer<const int64_t>(target),
-        view<const T>(probabilities), pointer<const A>(weight), ignore_index, smoothing,
+        view<const T>(probabilities), pointer<const A>(weight), ignore_index, smoothing, gamma,
         Reduction(reduction), pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_logits),
         view<T>(grad_probabilities), threads});
+  });
+}
+
+int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input, int64_t target,
+                     int64_t weight, int64_t ignore_index, int reduction, int64_t upstream,
+                     int64_t loss, const ViewTuple& grad_input, int threads) {
+  return with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulate<T>;
+    const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
+    prefer_huge_pages(pointer<void>(grad_input[0]), grad_input[0] ? bytes : 0);
+    return nll_loss(CrossEntropy<T>{
+        {sizes[0], sizes[1], sizes[2]}, view<const T>(input), pointer<const int64_t>(target),
+        {}, pointer<const A>(weight), ignore_index, 0, 0, Reduction(reduction),
+        pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_input), {}, threads});
+  });
+}
+
+int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t input, int64_t target,
+                              int64_t weight, bool squared, double margin, int reduction,
+                              int64_t upstream, int64_t loss, int64_t grad_input, int threads) {
+  return with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulate<T>;
+    const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
+    prefer_huge_pages(pointer<void>(grad_input), grad_input ? bytes : 0);
+    return multi_margin_loss(MultiMargin<T>{
+        sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
+        pointer<const A>(weight), squared, margin, Reduction(reduction), pointer<const A>(upstream),
+        pointer<A>(loss), pointer<T>(grad_input), threads});
   });
 }
 
@@ -222,6 +254,8 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
 #endif
 
   m.def("cross_entropy", &run_cross_entropy, unlocked);
+  m.def("nll_loss", &run_nll_loss, unlocked);
+  m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
   m.def("softmax", &run_softmax, unlocked);
   for (const LossFormula& formula : kLossFormulas) {
     m.def(formula.name,

@@ -140,6 +140,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
       mass[b] = spike[b];
       loss[b] = spike[b] * (log_sum[b] + double(max[b] - hit_logit[b]));
     }
+    for (int64_t b = 0; ce.gamma > 0 && b < n; ++b) {
+      const Focus focus(ce.gamma, log_sum[b] + double(max[b] - hit_logit[b]));
+      loss[b] *= focus.loss;
+      mass[b] *= focus.gradient;
+      hit_aim[b] *= focus.gradient;
+    }
   }
 
   void write_gradient() {

@@ -42,8 +42,10 @@ template <class T> class Row {
       mass = ce.target ? ce.uniform_mass + ce.spike(position) : ce.level() * aimed.value();
       loss = {1, dense_loss(), 1};
     } else {
-      mass = ce.spike(position);
-      loss = {mass, double(row.pivot - hit_logit), row.sum};
+      const double distance = double(row.pivot - hit_logit);
+      if (ce.gamma > 0) focus = Focus(ce.gamma, distance + std::log(row.sum));
+      mass = ce.spike(position) * focus.gradient;
+      loss = {ce.spike(position) * focus.loss, distance, row.sum};
     }
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
@@ -57,6 +59,7 @@ template <class T> class Row {
   const bool keeps;
   Normalizer<T> row;
   A hit_logit = 0;
+  Focus focus;
   double mass = 0;  // sum_c q_c
   Sum distance;     // sum_c q_c / level (pivot - x_c), but for the spike
   Sum aimed;        // sum_c q_c / level of probabilities
@@ -160,7 +163,7 @@ template <class T> class Row {
     }
     if (!ce.target) return;
     const double p = double(exp_shifted(hit_logit - high)) / row.sum;
-    grad[ce.target[position]] = narrow<T>(A((p * mass - ce.hit_aim(position)) * scale));
+    grad[ce.target[position]] = narrow<T>(A((p * mass - ce.hit_aim(position) * focus.gradient) * scale));
   }
 
   // level slope weight_c (lse - x_c)

@@ -10,6 +10,10 @@
 //   probabilities:  level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  spike = 0
 //   (smoothing 1:   level = 1 / C,          slope = 0,  offset = 1)
 //
+// Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss is
+// weight_t (1 - p)^gamma nll, and the gradients are those above times
+//   (1 - p)^gamma + gamma (1 - p)^(gamma - 1) p nll
+//
 // The level is applied to sums, in double: rounded to a float it would bias all of them alike.
 //
 // torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
@@ -18,6 +22,7 @@
 // once; what is read again is in cache.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "positions.h"
@@ -35,6 +40,7 @@ template <class T> struct CrossEntropy : Positions {
   const A* weight;              // one a class, or null for ones
   int64_t ignore_index;
   double smoothing;
+  double gamma;
   Reduction reduction;
   const A* upstream;  // the loss's gradient: one a position for none, else one; null for ones
   A* loss;            // one a position for none, else one; null where not wanted
@@ -73,6 +79,19 @@ template <class T> struct Scaled : CrossEntropy<T> {
   double scale(int64_t position) const {
     const bool each = this->upstream && this->reduction == Reduction::none;
     return each ? double(this->upstream[position]) / denominator : common;
+  }
+};
+
+// What focal loss multiplies the loss and its gradients by.
+struct Focus {
+  double loss = 1, gradient = 1;
+
+  Focus() = default;
+  Focus(double gamma, double nll) {
+    nll = nll < 0 ? 0 : nll;  // by a rounding
+    const double missing = -std::expm1(-nll), p = 1 - missing;
+    loss = std::pow(missing, gamma);
+    gradient = loss * (1 + gamma * p * (missing > 0 ? nll / missing : 1));
   }
 };
 

@@ -59,7 +59,7 @@ class Recycler {
     const bool counted = getrlimit(RLIMIT_AS, &space) || space.rlim_cur != RLIM_INFINITY;
     const bool keep = !counted && block.bytes <= limit() &&
                       madvise(block.data, block.bytes, MADV_FREE) == 0;
-    if (keep) ASAN_POISON_MEMORY_REGION(block.data, block.bytes);
+    if (keep) { ASAN_POISON_MEMORY_REGION(block.data, block.bytes); }
     {
       const std::lock_guard<std::mutex> hold(mutex);
       stats_.in_use -= block.bytes;

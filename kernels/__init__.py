@@ -6,7 +6,17 @@ they have in the C++ module.
 
 from .activation import activation, scale
 from .cross_entropy import cross_entropy
+from .multi_margin_loss import multi_margin_loss
+from .nll_loss import nll_loss
 from .pointwise_loss import pointwise_loss
 from .softmax import softmax
 
-__all__ = ["activation", "cross_entropy", "pointwise_loss", "scale", "softmax"]
+__all__ = [
+    "activation",
+    "cross_entropy",
+    "multi_margin_loss",
+    "nll_loss",
+    "pointwise_loss",
+    "scale",
+    "softmax",
+]

@@ -17,6 +17,10 @@ wanted is written once. Where positions are few and classes many, several progra
 A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero: a
 GPU cannot raise without a wait, and an assertion in a kernel would take the whole context down.
 
+Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss is
+weight_t (1 - p)^gamma nll, and the gradients are those above times
+(1 - p)^gamma + gamma (1 - p)^(gamma - 1) p nll.
+
 torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
 """
 
@@ -29,7 +33,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import exp_nonpositive
+from .arithmetic import exp_nonpositive, log, tanh
 from .sums import count, sum_parts
 from .tiles import (
     View,
@@ -37,7 +41,6 @@ from .tiles import (
     add_exponentials,
     block_of,
     compiled_in,
-    in_units,
     layout,
     pivot_of,
     place,
@@ -73,6 +76,7 @@ class Scalars(NamedTuple):
     offset: Any
     share: Any  # of the target's own class: 1 - smoothing
     scale: Any  # of the gradients, beside upstream / denominator
+    gamma: Any  # of focal loss
 
 
 class Constants(NamedTuple):
@@ -88,6 +92,7 @@ class Constants(NamedTuple):
     DENSE: Any  # every class is aimed at, not the target alone
     EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
+    FOCAL: Any  # gamma is not 0
 
 
 class Positions(NamedTuple):
@@ -193,14 +198,48 @@ def sum_classes(inputs, scalars, at, first, last, constants):
 
 
 @triton.jit
-def spike_loss(inputs, at, sums, first, last, constants):
+def nll_of(inputs, at, sums, present, constants):
+    """lse - x_t"""
+    rows = inputs.logits.data + at.outer * inputs.logits.outer + at.inner * inputs.logits.inner
+    x = tl.load(rows + at.hit * inputs.logits.classes, mask=present, other=0.0).to(constants.A)
+    return (pivot_of(sums.high) - x) + tl.log(sums.total)
+
+
+@triton.jit
+def spike_loss(inputs, scalars, at, sums, first, last, constants):
     """The target's own term of the loss, where the target is in classes first to last."""
     if inputs.target is None:
         return tl.zeros_like(at.spike)
     own = at.live & (at.hit >= first) & (at.hit < last)
-    rows = inputs.logits.data + at.outer * inputs.logits.outer + at.inner * inputs.logits.inner
-    x = tl.load(rows + at.hit * inputs.logits.classes, mask=own, other=0.0).to(constants.A)
-    return tl.where(own, at.spike * ((pivot_of(sums.high) - x) + tl.log(sums.total)), 0.0)
+    nll = nll_of(inputs, at, sums, own, constants)
+    loss = at.spike * nll
+    if constants.FOCAL:
+        loss *= exp_nonpositive(tl.full([], scalars.gamma, constants.A) * log(missing(nll)))
+    return tl.where(own, loss, 0.0)
+
+
+@triton.jit
+def missing(nll):
+    """1 - p, p = exp(-nll), however close to 0: with tanh(nll / 2)."""
+    half = tanh(0.5 * tl.where(nll < 0.0, 0.0, nll))
+    return 2.0 * half / (1.0 + half)
+
+
+@triton.jit
+def focused(inputs, scalars, at, sums, constants):
+    """The positions, with what focal loss multiplies their gradients by."""
+    if not constants.FOCAL:
+        return at
+    nll = nll_of(inputs, at, sums, at.live, constants)
+    gamma = tl.full([], scalars.gamma, constants.A)
+    lacks = missing(nll)
+    steepness = tl.where(lacks > 0.0, nll / lacks, 1.0)
+    power = exp_nonpositive(gamma * log(lacks))
+    factor = power * (1.0 + gamma * (1.0 - lacks) * steepness)
+    spike = tl.where(at.live, at.spike * factor, 0.0)
+    return Positions(
+        at.outer, at.inner, at.flat, at.present, at.live, at.read, at.wrong, at.hit, spike, at.scale
+    )
 
 
 @triton.jit
@@ -252,10 +291,14 @@ def one_read_kernel(
     offset: tl.float64,
     share: tl.float64,
     scale: tl.float64,
+    gamma: tl.float64,
     constants,
 ):
     """Positions whose classes fit a tile."""
-    scalars, last = Scalars(level, offset, share, scale), whole_row(inputs.classes, constants)
+    scalars, last = (
+        Scalars(level, offset, share, scale, gamma),
+        whole_row(inputs.classes, constants),
+    )
     at = pick(inputs, scalars, tl.program_id(0), constants)
     c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
     x = read_logits(inputs, at, c, last, constants)
@@ -263,7 +306,8 @@ def one_read_kernel(
     if constants.DENSE:
         aim = read_aim(inputs, scalars, at, c, last, constants)
     sums = add_classes(no_sums(constants), x, aim)
-    loss = spike_loss(inputs, at, sums, 0, last, constants)
+    loss = spike_loss(inputs, scalars, at, sums, 0, last, constants)
+    at = focused(inputs, scalars, at, sums, constants)
     loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
     store_loss(outputs, at, loss, 0, 1, constants)
 
@@ -296,10 +340,11 @@ def split_kernel(
     offset: tl.float64,
     share: tl.float64,
     scale: tl.float64,
+    gamma: tl.float64,
     constants,
 ):
     """The first read of positions that several programs share: the sums over one share."""
-    scalars = Scalars(level, offset, share, scale)
+    scalars = Scalars(level, offset, share, scale, gamma)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     sums = sum_classes(inputs, scalars, at, first, last, constants)
     out = shares.sums + at.flat * shares.splits + part
@@ -333,17 +378,19 @@ def two_read_kernel(
     offset: tl.float64,
     share: tl.float64,
     scale: tl.float64,
+    gamma: tl.float64,
     constants,
     SPLITS: tl.constexpr,
 ):
     """Positions whose classes no tile holds; of each one share, where programs share them."""
-    scalars = Scalars(level, offset, share, scale)
+    scalars = Scalars(level, offset, share, scale, gamma)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     if shares.sums is None:
         sums = sum_classes(inputs, scalars, at, first, last, constants)
     else:
         sums = merge(shares, at, SPLITS)
-    loss = spike_loss(inputs, at, sums, first, last, constants)
+    loss = spike_loss(inputs, scalars, at, sums, first, last, constants)
+    at = focused(inputs, scalars, at, sums, constants)
     if constants.DENSE or outputs.grad_logits is not None:
         for start in range(first, last, constants.CLASSES):
             c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
@@ -431,13 +478,14 @@ def cross_entropy(
         ),
         Outputs(parts, *views[2:]),
         Shares(splits, length, None, positions * splits),
-        Scalars(*terms(smoothing, classes, follows), scale),
+        Scalars(*terms(smoothing, classes, follows), scale, float(options.gamma)),
         Constants(
             *compiled,
             SLOPE=float(follows),
             DENSE=dense,
             EACH=each,
             INPLACE=grad_logits is logits,
+            FOCAL=options.gamma > 0,
         ),
         programs,
         launch.options(tile.threads),

@@ -13,7 +13,6 @@ torch: F.softmax(x, dim), F.log_softmax(x, dim)
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 

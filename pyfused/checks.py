@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.backends import CrossEntropyOptions, MarginOptions, NllOptions
+
 
 def tensor(name: str, value: Any, also: type | None = None) -> None:
     if not isinstance(value, Tensor) and not (also is not None and isinstance(value, also)):
@@ -42,13 +44,10 @@ def dim(value: Any, input: Tensor) -> None:
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
+    ignore_index, _, label_smoothing, gamma = options
     tensor("input", input)
     tensor("target", target)
     number("ignore_index", ignore_index, (int, Integral), "an int")
@@ -68,16 +67,78 @@ def cross_entropy(
     else:
         _class_index_target(input, target)
     if weight is not None:
-        tensor("weight", weight)
-        classes = input.shape[0 if input.dim() == 1 else 1]
-        if weight.shape != (classes,):
-            raise RuntimeError(
-                f"weight: expected shape ({classes},), one for each class, got "
-                f"{tuple(weight.shape)}"
+        _class_weight(input, weight, alike=not target.is_floating_point())
+    if gamma:
+        parameter("gamma", gamma, 0.0, math.inf, False)
+        if target.is_floating_point() or label_smoothing > 0.0:
+            raise ValueError(
+                "gamma: expected 0.0 with class probabilities or label smoothing, got "
+                f"{float(gamma)}"
             )
-        same = weight.dtype is input.dtype or torch.is_autocast_enabled(input.device.type)
-        if not target.is_floating_point() and not same:
-            raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
+
+
+def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
+    tensor("weight", weight)
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if weight.shape != (classes,):
+        raise RuntimeError(
+            f"weight: expected shape ({classes},), one for each class, got {tuple(weight.shape)}"
+        )
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if alike and weight.dtype is not input.dtype and not autocast:
+        raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
+
+
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllOptions) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
+    tensor("input", input)
+    tensor("target", target)
+    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    shape, of_target = input.shape, target.shape
+    if input.dim() == 0:
+        raise ValueError("input: expected shape (C), (N, C) or (N, C, d1, ...), got ()")
+    expected = shape[:-1] if len(shape) < 3 else shape[:1] + shape[2:]
+    if of_target != expected and not (len(shape) == 1 and of_target == (1,)):
+        batch = of_target[:1] != shape[:1] if len(shape) > 1 else len(of_target) == 1
+        raise (ValueError if batch else RuntimeError)(
+            f"target: expected class indices of shape {tuple(expected)}, got shape "
+            f"{tuple(of_target)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            "target: expected class indices of dtype torch.int64 or torch.uint8, got "
+            f"{target.dtype}"
+        )
+    if weight is not None:
+        _class_weight(input, weight)
+
+
+def multi_margin_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: MarginOptions
+) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
+    tensor("input", input)
+    tensor("target", target)
+    number("margin", options.margin, (float, Real), "a float")
+    if options.p not in (1, 2):
+        raise ValueError(f"p: expected 1 or 2, got {options.p}")
+    shape = input.shape
+    if len(shape) not in (1, 2) or not shape[-1]:
+        raise RuntimeError(f"input: expected shape (C) or (N, C), got {tuple(shape)}")
+    lone = len(shape) == 1 and target.shape == (1,)
+    if target.shape != shape[:-1] and not lone:
+        raise RuntimeError(
+            f"target: expected class indices of shape {tuple(shape[:-1])}, got shape "
+            f"{tuple(target.shape)}"
+        )
+    if target.dtype is not torch.int64:
+        raise RuntimeError(
+            f"target: expected class indices of dtype torch.int64, got {target.dtype}"
+        )
+    if weight is not None:
+        if weight.dim() != 1:
+            raise ValueError(f"weight: expected one dimension, got shape {tuple(weight.shape)}")
+        _class_weight(input, weight)
 
 
 def _class_index_target(input: Tensor, target: Tensor) -> None:
@@ -104,21 +165,24 @@ def _class_index_target(input: Tensor, target: Tensor) -> None:
 
 
 def target_out_of_range(
-    input: Tensor, target: Tensor, ignore_index: int, position: int
-) -> IndexError:
+    input: Tensor, target: Tensor, ignore_index: int | None, position: int
+) -> IndexError | RuntimeError:
     """The error for the class index at ``position``, counted along the flattened target."""
     classes = input.shape[0 if input.dim() == 1 else 1]
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
-    return IndexError(
-        f"target: expected class indices in [0, {classes}) or ignore_index = {ignore_index}, got "
+    or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
+    return (RuntimeError if ignore_index is None else IndexError)(
+        f"target: expected class indices in [0, {classes}){or_ignored}, got "
         f"{target[index].item()} at position {index}"
     )
 
 
-def class_indices(input: Tensor, target: Tensor, ignore_index: int) -> None:
+def class_indices(input: Tensor, target: Tensor, ignore_index: int | None) -> None:
     """Raises for the first class index out of range, as the kernel finds it."""
     classes = input.shape[0 if input.dim() == 1 else 1]
-    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    wrong = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
     if not target.is_floating_point() and wrong.any():
         raise target_out_of_range(input, target, ignore_index, int(wrong.flatten().nonzero()[0]))
 

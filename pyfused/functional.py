@@ -27,9 +27,13 @@ from pyfused.ops.operators import (
     LOG_SOFTMAX,
     MARGIN_RANKING_LOSS,
     MSE_LOSS,
+    MULTI_MARGIN_LOSS,
+    MULTILABEL_SOFT_MARGIN_LOSS,
+    NLL_LOSS,
     POISSON_NLL_LOSS,
     QUANTILE_LOSS,
     RELU,
+    RMSE_LOSS,
     SIGMOID,
     SIGMOID_FOCAL_LOSS,
     SILU,
@@ -55,9 +59,13 @@ __all__ = [
     "log_softmax",
     "margin_ranking_loss",
     "mse_loss",
+    "multi_margin_loss",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
     "poisson_nll_loss",
     "quantile_loss",
     "relu",
+    "rmse_loss",
     "sigmoid",
     "sigmoid_focal_loss",
     "silu",
@@ -78,6 +86,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    gamma: float = 0.0,
     inplace: bool = False,
 ) -> Tensor:
     """Cross-entropy between logits and class indices or class probabilities.
@@ -99,6 +108,13 @@ def cross_entropy(
         reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by the weight
             of the targets that count, or by the number of rows with class probabilities.
         label_smoothing: The share, 0.0 to 1.0, of the target that is spread over all classes.
+        gamma: Of class indices without smoothing, the loss of a row is multiplied by
+            ``(1 - p) ** gamma``, with ``p`` the probability of its class, so that rows that are
+            right already count less: focal loss (Lin et al. 2017, arXiv 1708.02002). torch has no
+            such argument; in its terms, with ``log_p = log_softmax(input, 1)``::
+
+                nll_loss(log_p * (-log_p.expm1()) ** gamma, target, weight)
+
         inplace: Let the gradient take the memory of ``input``, which saves as much as the logits
             take. What ``input`` holds afterwards is of no use, and autograd refuses to take it for
             another gradient. There is one backward pass then, without ``create_graph``. torch has
@@ -119,8 +135,99 @@ def cross_entropy(
     """
     return call(
         CROSS_ENTROPY,
-        (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
+        (
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            gamma,
+        ),
         inplace,
+    )
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The negative log-likelihood of class indices: ``-weight[target] * input[target]`` a row.
+
+    :func:`cross_entropy` is this of :func:`log_softmax`, in one kernel.
+
+    Args:
+        input: Log-probabilities, of shape (C), (N, C) or (N, C, d1, ..., dk); float32, float64,
+            bfloat16 or float16.
+        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
+            int64, or uint8 where the input has two dimensions.
+        weight: One factor for each class, of shape (C) and the input's dtype.
+        size_average: Deprecated, see ``reduction``.
+        ignore_index: The class index of rows that count for nothing: their loss and gradient are
+            zero, and the mean is over the others.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by the weight
+            of the targets that count.
+
+    Returns:
+        The loss in nats, of the input's dtype, or float32 under autocast: a scalar, or of the
+        target's shape for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        IndexError: A class index is out of range; on a GPU, its loss is NaN instead.
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(NLL_LOSS, (input, target, weight, size_average, ignore_index, reduce, reduction))
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far other classes come within a margin of the target's score, as in a multi-class SVM.
+
+    With ``z_c = max(0, margin - input_target + input_c)``, the loss of a row is
+    ``weight_target / C`` times the sum of ``z_c ** p`` over all classes but the target, as defined
+    by :func:`torch.nn.functional.multi_margin_loss`.
+
+    Args:
+        input: Scores, of shape (C) or (N, C); float32, float64, bfloat16 or float16.
+        target: Class indices in [0, C), int64, of shape (), (1) or (N).
+        p: 1 or 2.
+        margin: The distance between scores from which on nothing is lost.
+        weight: One factor for each class, of shape (C) and the input's dtype.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by N.
+
+    Returns:
+        The loss, of the input's dtype, or float32 under autocast: a scalar, or of the target's
+        shape for ``"none"``.
+
+    Raises:
+        RuntimeError: A class index is out of range; on a GPU, its loss is NaN instead.
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(
+        MULTI_MARGIN_LOSS,
+        (input, target, p, margin, weight, size_average, reduce, reduction),
     )
 
 
@@ -675,6 +782,70 @@ def sigmoid_focal_loss(
     """
     return call(
         SIGMOID_FOCAL_LOSS, (inputs, targets, alpha, gamma, reduction, weight, ignore_index)
+    )
+
+
+def rmse_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """The square root of the mean squared error, in the target's own unit.
+
+    torch has no such loss; in its terms::
+
+        (mse_loss(input, target, reduction=reduction, weight=weight) + eps).sqrt()
+
+    Args:
+        input: Predictions, of any shape; float32, float64, bfloat16 or float16.
+        target: What they are compared with, of a shape that broadcasts with the input's.
+        reduction: Of the squares: ``"none"``, ``"sum"`` or ``"mean"``, see :func:`mse_loss`.
+        weight: One factor for each element, of the input's shape.
+        eps: Added before the root, whose gradient is NaN where nothing is lost and this is 0.
+
+    Returns:
+        The loss, of the promoted dtype: a scalar, or of the broadcast shape for ``"none"``. NaN for
+        a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit.
+        TypeError: ``input`` or ``target`` is no tensor, or ``eps`` no number.
+    """
+    return call(RMSE_LOSS, (input, target, reduction, weight, eps))
+
+
+def multilabel_soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Binary cross-entropy with logits of each class, one mean over the classes a row.
+
+    Args:
+        input: Logits, of shape (C), (N, C) or (N, d1, ..., C); float32, float64, bfloat16 or
+            float16.
+        target: Probabilities of the classes, as a rule 0.0 or 1.0, of the input's shape.
+        weight: One factor for each class, of shape (C), or for each element.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by the number
+            of rows.
+
+    Returns:
+        The loss in nats, of the promoted dtype: a scalar, or of the input's shape without its last
+        dimension for ``"none"``. NaN for a mean over nothing.
+
+    Raises:
+        RuntimeError, ValueError: Shapes or options do not fit.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(
+        MULTILABEL_SOFT_MARGIN_LOSS, (input, target, weight, size_average, reduce, reduction)
     )
 
 

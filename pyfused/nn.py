@@ -23,8 +23,12 @@ __all__ = [
     "LogSoftmax",
     "MSELoss",
     "MarginRankingLoss",
+    "MultiLabelSoftMarginLoss",
+    "MultiMarginLoss",
+    "NLLLoss",
     "PoissonNLLLoss",
     "QuantileLoss",
+    "RMSELoss",
     "ReLU",
     "SiLU",
     "Sigmoid",
@@ -39,11 +43,11 @@ __all__ = [
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
-    Its arguments are torch's, and one by name: ``inplace`` lets the gradient take the memory of the
-    logits.
+    Its arguments are torch's, and two by name: ``gamma`` makes it focal loss, ``inplace`` lets the
+    gradient take the memory of the logits.
     """
 
-    inplace = False  # of a module that was torch's, too
+    gamma, inplace = 0.0, False  # of a module that was torch's, too
 
     def __init__(
         self,
@@ -54,9 +58,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
+        gamma: float = 0.0,
         inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.gamma = gamma
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -67,7 +73,35 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            gamma=self.gamma,
             inplace=self.inplace,
+        )
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """:class:`torch.nn.NLLLoss` over :func:`pyfused.functional.nll_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+
+class MultiMarginLoss(torch.nn.MultiMarginLoss):
+    """:class:`torch.nn.MultiMarginLoss` over :func:`pyfused.functional.multi_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.multi_margin_loss(
+            input,
+            target,
+            p=self.p,
+            margin=self.margin,
+            weight=self.weight,
+            reduction=self.reduction,
         )
 
 
@@ -205,6 +239,28 @@ class HingeLoss(torch.nn.modules.loss._Loss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.hinge_loss(input, target, self.margin, self.squared, self.reduction)
+
+
+class RMSELoss(torch.nn.modules.loss._WeightedLoss):
+    """:func:`pyfused.functional.rmse_loss` as a module."""
+
+    def __init__(
+        self, reduction: str = "mean", weight: Tensor | None = None, eps: float = 0.0
+    ) -> None:
+        super().__init__(weight, reduction=reduction)
+        self.eps = eps
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.rmse_loss(input, target, self.reduction, self.weight, self.eps)
+
+
+class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
+    """:class:`torch.nn.MultiLabelSoftMarginLoss` over the function of this name in functional."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.multilabel_soft_margin_loss(
+            input, target, weight=self.weight, reduction=self.reduction
+        )
 
 
 class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):

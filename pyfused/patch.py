@@ -21,6 +21,7 @@ from pyfused.ops import dispatch
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import compiler_traces
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.torchs import original
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -42,13 +43,17 @@ class _Function:
     def __init__(self, op: Operator) -> None:
         self.path, self.name = f"torch.nn.functional.{op.name}", op.name
         self.function = getattr(F, op.name)
-        self.traced, self.copy = getattr(functional, op.name), op.torchs
+        self.traced, self.copy = getattr(functional, op.name), original(self.function)
         self.torchs = self.ours = None
         # What stood there already when pyfused was imported may be someone's.
         if getattr(self.function, "__globals__", None) is vars(F):
             self.torchs = self.function.__code__
             names = inspect.signature(self.function).parameters
-            call = f"callee(({', '.join(op.arguments)},){', inplace' * ('inplace' in names)})"
+            given = [
+                name if name in names else repr(default)
+                for name, default in zip(op.arguments, (None, *op.defaults), strict=True)
+            ]
+            call = f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})"
             self.ours = code_calling(_fused(op, op.torchs, op.torchs_), call, self.torchs)
 
     def now(self) -> Any:

@@ -81,9 +81,9 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
       std::vector<A> loss(reduction == Reduction::none ? positions : 1);
       T* const none = nullptr;
       cross_entropy(CrossEntropy<T>{
-          shape.outer, shape.inner, shape.classes, shape.view(logits.data()),
+          {shape.outer, shape.inner, shape.classes}, shape.view(logits.data()),
           dense ? nullptr : target.data(), shape.view(dense ? probabilities.data() : none),
-          weight.data(), -100, reduction == Reduction::mean ? 0.1 : 0.0, reduction,
+          weight.data(), -100, reduction == Reduction::mean ? 0.1 : 0.0, 0.0, reduction,
           upstream.data(), loss.data(), shape.view(grad_logits.data()),
           shape.view(dense ? grad_probabilities.data() : none), threads});
       append(bytes, loss);
@@ -93,8 +93,8 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
   }
   target[positions / 2] = target[positions - 1] = shape.classes;
   const int64_t wrong = cross_entropy(CrossEntropy<T>{
-      shape.outer, shape.inner, shape.classes, shape.view(logits.data()), target.data(), {},
-      nullptr, -100, 0, Reduction::sum, nullptr, nullptr, {}, {}, threads});
+      {shape.outer, shape.inner, shape.classes}, shape.view(logits.data()), target.data(), {},
+      nullptr, -100, 0, 0, Reduction::sum, nullptr, nullptr, {}, {}, threads});
   append(bytes, std::vector<int64_t>{wrong});
 }
 

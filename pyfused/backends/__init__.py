@@ -21,8 +21,25 @@ class CrossEntropyOptions(NamedTuple):
     ignore_index: int
     reduction: str
     label_smoothing: float
+    gamma: float = 0.0
 
 
+class NllOptions(NamedTuple):
+    """Those of the negative log-likelihood."""
+
+    ignore_index: int
+    reduction: str
+
+
+class MarginOptions(NamedTuple):
+    """Those of the multi-class margin loss."""
+
+    p: int
+    margin: float
+    reduction: str
+
+
+ClassLossOptions = CrossEntropyOptions | NllOptions | MarginOptions
 Gradients = tuple[Tensor | None, ...]  # one for each operand
 
 
@@ -35,6 +52,26 @@ class Backend(Protocol):
         target: Tensor,
         weight: Tensor | None,
         options: CrossEntropyOptions,
+        want: Want,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]: ...
+
+    def nll_loss(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: NllOptions,
+        want: Want,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]: ...
+
+    def multi_margin_loss(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: MarginOptions,
         want: Want,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]: ...

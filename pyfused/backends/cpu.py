@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Gradients, Want
+from pyfused.backends import CrossEntropyOptions, Gradients, MarginOptions, NllOptions, Want
 from pyfused.backends.layout import (
     accumulate_dtype,
     along,
@@ -163,22 +163,17 @@ def cross_entropy(
     accumulate = accumulate_dtype(input.dtype)
     logits, logits_strides = viewed(input)
     indices, probabilities_view = None, _NO_VIEW
+    weight, grad_output = _contiguous(accumulate, weight, grad_output)
     if target.dtype is torch.int64:
         indices = target.contiguous()
     else:
         target, strides = viewed(target)
         probabilities_view = (target.data_ptr(), *strides)
-    if weight is not None:
-        weight = weight.to(accumulate).contiguous()
-    if grad_output is not None:
-        grad_output = grad_output.to(accumulate).contiguous()
 
     of_input, of_target = want.gradients or (False, False)
-    loss = grad_input = grad_target = None
+    grad_input = grad_target = None
     grad_input_view = grad_target_view = _NO_VIEW
-    if want.loss:
-        shape = loss_shape(input, options.reduction)
-        loss = empty(shape, accumulate) if shape else torch.empty_like(_SCALARS[accumulate])
+    loss = _loss_of(input, options.reduction, want)
     if of_input:
         grad_input, strides = (
             (logits.detach(), logits_strides) if want.inplace else empty_viewed(logits, empty_like)
@@ -196,6 +191,7 @@ def cross_entropy(
         _address(weight),
         options.ignore_index,
         max(0.0, options.label_smoothing),
+        options.gamma,
         _REDUCTIONS[options.reduction],
         _address(grad_output),
         _address(loss),
@@ -206,6 +202,87 @@ def cross_entropy(
     if out_of_range >= 0:
         raise checks.target_out_of_range(input, target, options.ignore_index, out_of_range)
     return loss, (grad_input, grad_target)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: NllOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """Of log-probabilities and class indices; otherwise as ``cross_entropy``."""
+    accumulate = accumulate_dtype(input.dtype)
+    view, strides = viewed(input)
+    indices = target.contiguous()
+    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    loss, grad_input, grad_view = _loss_of(input, options.reduction, want), None, _NO_VIEW
+    if any(want.gradients):
+        grad_input, grad_strides = empty_viewed(view, empty_like)
+        grad_view = (grad_input.data_ptr(), *grad_strides)
+    out_of_range = native.nll_loss(
+        DTYPES[input.dtype],
+        positions(input),
+        (view.data_ptr(), *strides),
+        indices.data_ptr(),
+        _address(weight),
+        options.ignore_index,
+        _REDUCTIONS[options.reduction],
+        _address(grad_output),
+        _address(loss),
+        grad_view,
+        torch.get_num_threads(),
+    )
+    if out_of_range >= 0:
+        raise checks.target_out_of_range(input, target, options.ignore_index, out_of_range)
+    return loss, (grad_input, None)
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: MarginOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """Of scores of shape (N, C) and class indices; otherwise as ``cross_entropy``."""
+    accumulate = accumulate_dtype(input.dtype)
+    input = input.contiguous()
+    indices = target.contiguous()
+    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    loss = _loss_of(input, options.reduction, want)
+    grad_input = empty_like(input) if any(want.gradients) else None
+    out_of_range = native.multi_margin_loss(
+        DTYPES[input.dtype],
+        input.shape,
+        input.data_ptr(),
+        indices.data_ptr(),
+        _address(weight),
+        options.p == 2,
+        options.margin,
+        _REDUCTIONS[options.reduction],
+        _address(grad_output),
+        _address(loss),
+        _address(grad_input),
+        torch.get_num_threads(),
+    )
+    if out_of_range >= 0:
+        raise checks.target_out_of_range(input, target, None, out_of_range)
+    return loss, (grad_input, None)
+
+
+def _contiguous(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
+
+
+def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:
+    """A new tensor for the loss of (N, C, d1, ..., dk), None where none is wanted."""
+    if not want.loss:
+        return None
+    shape, accumulate = loss_shape(input, reduction), accumulate_dtype(input.dtype)
+    return empty(shape, accumulate) if shape else torch.empty_like(_SCALARS[accumulate])
 
 
 def pointwise_loss(
@@ -262,7 +339,7 @@ def pointwise_loss(
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
-    """``"softmax"`` or ``"log_softmax"`` along a dimension, not counted from the end; contiguous."""
+    """``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0; contiguous."""
     output = empty(input.shape, input.dtype)
     return _softmax(formula, dim, input, None, output)
 

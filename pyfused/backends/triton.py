@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pyfused.kernels as native
-from pyfused.backends import CrossEntropyOptions, Gradients, Want
+from pyfused.backends import CrossEntropyOptions, Gradients, MarginOptions, NllOptions, Want
 from pyfused.backends.layout import (
     accumulate_dtype,
     along,
@@ -41,10 +41,9 @@ def cross_entropy(
     else:
         probabilities = viewed(target)
     of_input, of_target = want.gradients or (False, False)
-    loss = grad_input = grad_target = None
-    if want.loss:
-        shape = loss_shape(input, options.reduction)
-        loss = input.new_empty(shape, dtype=accumulate)
+    grad_input = grad_target = None
+    loss = _loss_of(input, options.reduction, want)
+    weight, grad_output = _contiguous(accumulate, weight, grad_output)
     logits = viewed(input)
     if of_input:
         grad_input = logits if want.inplace else empty_viewed(logits[0])
@@ -57,9 +56,9 @@ def cross_entropy(
             logits,
             indices,
             probabilities,
-            None if weight is None else weight.to(accumulate).contiguous(),
+            weight,
             options,
-            None if grad_output is None else grad_output.to(accumulate).contiguous(),
+            grad_output,
             loss,
             grad_input,
             grad_target,
@@ -104,6 +103,66 @@ def _operands(order: Tensor, tensors: list[Tensor | None]) -> tuple[int | None, 
     return (columns if len(groups) == 2 else None), operands
 
 
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: NllOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """Of log-probabilities and class indices; otherwise as ``cross_entropy``."""
+    accumulate = accumulate_dtype(input.dtype)
+    view = viewed(input)
+    grad_input = empty_viewed(view[0]) if any(want.gradients) else None
+    loss = _loss_of(input, options.reduction, want)
+    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    with torch.cuda.device_of(input):
+        native.nll_loss(
+            positions(input),
+            view,
+            target.contiguous(),
+            weight,
+            options,
+            grad_output,
+            loss,
+            grad_input,
+        )
+    return loss, (None if grad_input is None else grad_input[0], None)
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: MarginOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """Of scores of shape (N, C) and class indices; otherwise as ``cross_entropy``."""
+    accumulate = accumulate_dtype(input.dtype)
+    input = input.contiguous()
+    grad_input = torch.empty_like(input) if any(want.gradients) else None
+    loss = _loss_of(input, options.reduction, want)
+    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    with torch.cuda.device_of(input):
+        native.multi_margin_loss(
+            input, target.contiguous(), weight, options, grad_output, loss, grad_input
+        )
+    return loss, (grad_input, None)
+
+
+def _contiguous(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
+
+
+def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:
+    """A new tensor for the loss of (N, C, d1, ..., dk), None where none is wanted."""
+    if not want.loss:
+        return None
+    return input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
+
+
 def pointwise_loss(
     formula: str,
     operands: tuple[Tensor, ...],
@@ -135,7 +194,7 @@ def pointwise_loss(
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
-    """``"softmax"`` or ``"log_softmax"`` along a dimension, not counted from the end; contiguous."""
+    """``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0; contiguous."""
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     return _softmax(formula, dim, input, None, output)
 

@@ -1,8 +1,7 @@
-"""Losses over classes: an autograd function over the fused kernels, and what compilers see."""
+"""Cross-entropy: what it has beyond other losses over classes, and what compilers see."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,66 +9,44 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
-from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import Backend, CrossEntropyOptions, Gradients, Want, cpu
-from pyfused.backends.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import inductor
-from pyfused.ops.declaration import Arguments, Operator, reduction_of
-from pyfused.ops.dispatch import backend_of, is_traced
-from pyfused.ops.gradients import (
-    autocast_dtype,
-    backward,
-    differentiate,
-    gradients_ahead,
-    without_functorch,
-)
-from pyfused.ops.torchs import original
-
-_torchs = original(F.cross_entropy)
-Saved = tuple[Tensor, Tensor, Tensor | None]
+from pyfused.backends import CrossEntropyOptions, Gradients, Want, cpu
+from pyfused.backends.layout import accumulate_dtype, empty_viewed, loss_shape, viewed
+from pyfused.ops import definitions, inductor
+from pyfused.ops.class_loss import ClassLoss, Given, of_definition
+from pyfused.ops.declaration import Arguments, reduction_of
+from pyfused.ops.dispatch import is_traced
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class CrossEntropy(Operator):
-    """A loss of each row of logits beside a class index, or beside probabilities of the classes."""
+class CrossEntropy(ClassLoss):
+    """Of logits, beside class indices or probabilities of the classes."""
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        input, target, weight, options = self._read(arguments)
-        checks.reduction(options.reduction)
-        checks.cross_entropy(input, target, weight, options.ignore_index, options.label_smoothing)
-        if target.is_floating_point():
-            common = torch.promote_types(input.dtype, target.dtype)
-            if weight is not None:
-                common = torch.promote_types(common, weight.dtype)
-            input, target = input.to(common), target.to(common)
-        else:
-            target = target if target.dtype is torch.int64 else target.to(torch.int64)
-            target = target.reshape(()) if input.dim() == 1 else target
-        backend = backend_of(input)
-        if is_dynamo_compiling() or is_traced(input):
-            loss: Tensor | None = torch.ops.pyfused.cross_entropy(input, target, weight, *options)
-        elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-            loss = _apply(backend, input, target, weight, options, inplace)
-        else:
-            loss, _ = backend.cross_entropy(input, target, weight, options, Want())
-        assert loss is not None
-        dtype = autocast_dtype(input.dtype, input.device)
-        return loss if loss.dtype is dtype else loss.to(dtype)
-
-    def check(self, arguments: Arguments) -> None:
-        input, target, weight, options = self._read(arguments)
-        checks.reduction(options.reduction)
-        checks.cross_entropy(input, target, weight, options.ignore_index, options.label_smoothing)
-        checks.class_indices(input, target, options.ignore_index)
-
-    def _read(
-        self, arguments: Arguments
-    ) -> tuple[Tensor, Tensor, Tensor | None, CrossEntropyOptions]:
-        input, target, weight, size_average, ignore_index, reduce, reduction, smoothing = arguments
+    def read(self, arguments: Arguments) -> Given:
+        input, target, weight, size_average, ignore_index, reduce, reduction, *rest = arguments
         reduction = reduction_of(size_average, reduce, reduction)
-        return input, target, weight, CrossEntropyOptions(ignore_index, reduction, smoothing)
+        return Given(input, target, weight, CrossEntropyOptions(ignore_index, reduction, *rest))
+
+    def check_all(self, given: Given) -> None:
+        checks.reduction(given.options.reduction)
+        checks.cross_entropy(*given)
+
+    def arranged(self, given: Given) -> Given:
+        input, target, weight, _ = given
+        if not target.is_floating_point():
+            return super().arranged(given)
+        common = torch.promote_types(input.dtype, target.dtype)
+        if weight is not None:
+            common = torch.promote_types(common, weight.dtype)
+        return given._replace(input=input.to(common), target=target.to(common))
+
+    def run(self, given: Given, inplace: bool) -> Tensor:
+        input, target, weight, options = given
+        if is_dynamo_compiling() or is_traced(input):
+            loss: Tensor = torch.ops.pyfused.cross_entropy(input, target, weight, *options[:3])
+            return loss
+        return super().run(given, inplace)
 
     def give_up(self, input: Tensor) -> None:
         """Marks logits whose gradient may overwrite them as changed, for whoever saved them."""
@@ -82,89 +59,13 @@ class CrossEntropy(Operator):
         return "rows in L2" if cpu.takes_rows(input) else "positions side by side"
 
 
-class CrossEntropyFunction(torch.autograd.Function):
-    """The gradients are computed by the forward pass, while each row of logits is in cache.
-
-    Except where the upstream gradient is needed first: one that differs from row to row, or one
-    that keeps float16 gradients from underflowing. Or where the gradient could not be scaled by it
-    later, as it is to lie in memory with gaps.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Backend,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: CrossEntropyOptions,
-        inplace: bool,
-    ) -> Tensor | None:
-        ctx.backend, ctx.options, ctx.inplace = backend, options, inplace
-        ctx.save_for_backward(input, target, weight)
-        now = gradients_ahead(options.reduction, input)
-        now = now and (is_dense(input) or not inplace)
-        want = Want(True, ctx.needs_input_grad[1:3] if now else (), inplace)
-        loss, gradients = backend.cross_entropy(input, target, weight, options, want)
-        ctx.gradients = gradients if now else None
-        ctx.overwritten = inplace and now
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        return (
-            None,
-            *backward("cross_entropy", ctx, grad_output, _kernel, _definition),
-            None,
-            None,
-            None,
-        )
-
-
-_apply = without_functorch(CrossEntropyFunction)
-
-
-def _saved(ctx: Any) -> Saved:
-    if ctx.overwritten:
-        raise RuntimeError(
-            "inplace: expected False for create_graph=True or a second backward pass, got True, "
-            "and the gradient has taken the logits' memory"
-        )
-    saved: Saved = ctx.saved_tensors
-    return saved
-
-
-def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    input, target, weight = _saved(ctx)
-    want = Want(False, ctx.needs_input_grad[1:3], ctx.inplace)
-    if ctx.inplace:
-        increment_version(input)
-        ctx.overwritten = True
-    found: tuple[Tensor | None, Gradients] = ctx.backend.cross_entropy(
-        input, target, weight, ctx.options, want, grad_output
-    )
-    return found[1]
-
-
-def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    return _of_definition(_saved(ctx), ctx.options, ctx.needs_input_grad[1:3], grad_output)
-
-
-def _of_definition(
-    saved: Saved, options: CrossEntropyOptions, wanted: Sequence[bool], grad_output: Tensor
-) -> Gradients:
-    input, target, weight = saved
-    dtype = grad_output.dtype
-
-    def definition(input: Tensor, target: Tensor) -> Tensor:
-        return _torchs(
-            input.to(dtype),
-            target.to(dtype) if target.is_floating_point() else target,
-            None if weight is None else weight.to(dtype),
-            **options._asdict(),
-        )
-
-    return differentiate(definition, (input, target), wanted, grad_output)
+def against_cross_entropy(input: Tensor, *arguments: Any) -> str | None:
+    """Why torch's operator is the one for these arguments."""
+    if input.dim() > 1 and input.shape[1] == 1:
+        return "one class"
+    if arguments[-1] and (is_dynamo_compiling() or is_traced(input)):
+        return "torch.compile: Inductor fuses what gamma adds"
+    return None
 
 
 # ---- custom operators, which only a compiler sees ------------------------------------------------
@@ -240,7 +141,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
     wanted = ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():
-        gradients = _of_definition(ctx.saved_tensors, ctx.options, wanted, grad_output)
+        gradients = of_definition(
+            definitions.cross_entropy, ctx.saved_tensors, ctx.options, wanted, grad_output
+        )
     else:
         operator = torch.ops.pyfused.cross_entropy_backward
         gradients = operator(grad_output, *ctx.saved_tensors, *ctx.options, wanted)

@@ -9,6 +9,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.backends import CrossEntropyOptions
+from pyfused.ops.torchs import original
+
+_cross_entropy = original(F.cross_entropy)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+) -> Tensor:
+    if not gamma:
+        return _cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    checks.cross_entropy(
+        input, target, weight, CrossEntropyOptions(ignore_index, reduction, label_smoothing, gamma)
+    )
+    log_probability = F.log_softmax(input, 0 if input.dim() == 1 else 1)
+    focused = log_probability * (-log_probability.expm1()) ** gamma
+    return F.nll_loss(focused, target, weight, size_average, ignore_index, reduce, reduction)
 
 
 def quantile_loss(
@@ -17,6 +44,18 @@ def quantile_loss(
     checks.parameter("quantile", quantile, 0.0, 1.0, False)
     difference = target - input
     return _reduced(torch.maximum(quantile * difference, (quantile - 1) * difference), reduction)
+
+
+def rmse_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    checks.parameter("eps", eps, 0.0, math.inf, False)
+    loss = F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
+    return (loss + eps).sqrt()
 
 
 def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

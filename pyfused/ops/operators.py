@@ -12,12 +12,15 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
-from pyfused.ops.cross_entropy import CrossEntropy
-from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter
+from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
+from pyfused.ops.composed import Composed
+from pyfused.ops.cross_entropy import CrossEntropy, against_cross_entropy
+from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter, reduction_of
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
 from pyfused.ops.softmax import Softmax, not_along_one_dimension
 
 INPUT, TARGET = Operand("input"), Operand("target")
+CLASSES = Operand("target", differentiated=False, indices=True)
 SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 
@@ -27,7 +30,21 @@ CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
-    against=lambda input, *_: "one class" if input.dim() > 1 and input.shape[1] == 1 else None,
+    against=against_cross_entropy,
+    definition=definitions.cross_entropy,
+)
+
+NLL_LOSS = NllLoss(
+    name="nll_loss",
+    module="NLLLoss",
+    operands=(INPUT, CLASSES, WEIGHT),
+)
+
+MULTI_MARGIN_LOSS = MultiMarginLoss(
+    name="multi_margin_loss",
+    module="MultiMarginLoss",
+    operands=(INPUT, CLASSES, WEIGHT),
+    against=lambda input, *_: "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None,
 )
 
 # ---- pointwise losses ----------------------------------------------------------------------------
@@ -243,6 +260,53 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     definition=definitions.sigmoid_focal_loss,
 )
 
+RMSE_LOSS = Composed(
+    name="rmse_loss",
+    module="RMSELoss",
+    operands=(INPUT, TARGET, WEIGHT),
+    parameters=(Parameter("eps", low=0.0),),
+    of=MSE_LOSS,
+    given=lambda input, target, reduction, weight, _: (
+        input,
+        target,
+        None,
+        None,
+        reduction,
+        weight,
+    ),
+    finish=lambda loss, *arguments: (loss + arguments[-1]).sqrt(),
+    definition=definitions.rmse_loss,
+)
+
+
+def _no_row_of_labels(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> str | None:
+    if not input.dim():
+        return "input has no dimension"
+    if weight is not None and weight.shape not in (input.shape, input.shape[-1:]):
+        return "weight is neither of the input's shape nor one for each class"
+    return _differ_in_shape(input, target)
+
+
+def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
+    input, target, _, size_average, reduce, reduction = arguments
+    reduction = reduction_of(size_average, reduce, reduction)
+    if reduction == "none":
+        loss = loss.mean(-1)
+    elif reduction == "sum":
+        loss = loss / input.shape[-1]
+    return loss.to(torch.promote_types(input.dtype, target.dtype))
+
+
+MULTILABEL_SOFT_MARGIN_LOSS = Composed(
+    name="multilabel_soft_margin_loss",
+    module="MultiLabelSoftMarginLoss",
+    operands=(INPUT, Operand("target", low=0.0, high=1.0), WEIGHT),
+    of=BINARY_CROSS_ENTROPY_WITH_LOGITS,
+    given=lambda *arguments: (*arguments, None),
+    finish=_mean_of_rows,
+    against=_no_row_of_labels,
+)
+
 # ---- activations ---------------------------------------------------------------------------------
 
 RELU = Activation(
@@ -318,6 +382,8 @@ OPERATORS: dict[str, Operator] = {
     op.name: op
     for op in (
         CROSS_ENTROPY,
+        NLL_LOSS,
+        MULTI_MARGIN_LOSS,
         MSE_LOSS,
         L1_LOSS,
         SMOOTH_L1_LOSS,
@@ -334,6 +400,8 @@ OPERATORS: dict[str, Operator] = {
         LOG_COSH_LOSS,
         HINGE_LOSS,
         SIGMOID_FOCAL_LOSS,
+        RMSE_LOSS,
+        MULTILABEL_SOFT_MARGIN_LOSS,
         RELU,
         LEAKY_RELU,
         SIGMOID,

@@ -173,4 +173,28 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 16),),
         torch.float16: ((ANY, 1 << 16),),
     },
+    "nll_loss": {
+        torch.float32: ((ANY, 1 << 16),),
+        torch.float64: ((ANY, 1 << 16),),
+        torch.bfloat16: ((ANY, 1 << 16),),
+        torch.float16: ((ANY, 1 << 16),),
+    },
+    "multi_margin_loss": {
+        torch.float32: ((ANY, 1 << 16),),
+        torch.float64: ((ANY, 1 << 16),),
+        torch.bfloat16: ((ANY, 1 << 16),),
+        torch.float16: ((ANY, 1 << 16),),
+    },
+    "rmse_loss": {
+        torch.float32: ((ANY, 1 << 17),),
+        torch.float64: ((ANY, 1 << 17),),
+        torch.bfloat16: ((ANY, 1 << 17),),
+        torch.float16: ((ANY, 1 << 17),),
+    },
+    "multilabel_soft_margin_loss": {
+        torch.float32: ((ANY, 1 << 13),),
+        torch.float64: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.float16: ((ANY, 1 << 13),),
+    },
 }

@@ -29,7 +29,9 @@ class Softmax(Operator):
         def aten(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
             if dim is None:
                 # Behind this function and `call`: who called `pyfused.functional`'s.
-                dim = F._get_softmax_dim(self.name, input.dim(), stacklevel + 2)
+                dim = F._get_softmax_dim(  # type: ignore[attr-defined]
+                    self.name, input.dim(), stacklevel + 2
+                )
             output: Tensor = built_in(input, dim, dtype=dtype)
             return output
 

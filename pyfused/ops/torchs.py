@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
 
+@cache
 def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     """A Python function over the code that it has now; a built-in has no other.
 

@@ -1,0 +1,123 @@
+"""The hinge of each class that comes within a margin of the target's, as in a multi-class SVM.
+
+    z_c  = max(0, margin - x_t + x_c)
+    loss = weight_t / C sum_{c != t} z_c^p,    p = 1 or 2
+    dloss/dx_c = weight_t / C p z_c^(p - 1) [z_c > 0],    dloss/dx_t = -(the sum of these)
+
+Shapes: x is (N, C). Bytes: x is read once and the gradient written once.
+
+A class index that is not in [0, C) gives a loss of NaN and a gradient of zero.
+
+torch: F.multi_margin_loss(x, target, p=..., margin=..., weight=..., reduction=...)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .sums import sum_parts
+from .tiles import View, block_of, compiled_in, layout, place, read_tile, whole_row
+
+
+@triton.jit
+def multi_margin_kernel(
+    x,
+    target,
+    weight,
+    upstream,
+    upstream_step,
+    loss,
+    gradient,
+    rows,
+    classes,
+    margin: tl.float64,
+    scale: tl.float64,
+    SQUARED: tl.constexpr,
+    EACH: tl.constexpr,
+    constants,
+):
+    at = block_of(rows, tl.program_id(0), constants)
+    last = whole_row(classes, constants)
+    hit = tl.load(target + at.inner, mask=at.present, other=-1)
+    live = at.present & (hit >= 0) & (hit < classes)
+    own = tl.load(x.data + at.inner * x.inner + hit * x.classes, mask=live, other=0.0)
+    slack = tl.full([], margin, constants.A) - own.to(constants.A)
+    share = tl.zeros_like(slack) + 1.0
+    if weight is not None:
+        share = tl.load(weight + hit, mask=live, other=0.0)
+    share /= classes
+    factor = share * tl.full([], scale, constants.A)
+    if upstream is not None:
+        factor *= tl.load(upstream + at.inner * upstream_step, mask=at.present, other=0.0)
+    if SQUARED:
+        factor *= 2.0
+    losses = tl.zeros_like(slack)
+    slopes = tl.zeros_like(slack)
+    for start in range(0, last, constants.CLASSES):
+        c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
+        others = live[:, None] & (c < last)[None, :] & (c[None, :] != hit[:, None])
+        z = slack[:, None] + read_tile(x, at, live, c, last, 0.0, constants)
+        z = tl.where(others & (z > 0.0), z, 0.0)  # NaN counts for nothing, as in torch
+        if SQUARED:
+            slope = z
+            losses += tl.sum(z * z, 1)
+        else:
+            slope = tl.where(z > 0.0, 1.0, 0.0).to(constants.A)
+            losses += tl.sum(z, 1)
+        if gradient is not None:
+            slopes += tl.sum(slope, 1)
+            mask = at.present[:, None] & (c < last)[None, :] & (c[None, :] != hit[:, None])
+            tl.store(place(gradient, at, c, constants), slope * factor[:, None], mask=mask)
+    if gradient is not None:
+        to = gradient.data + at.inner * gradient.inner + hit * gradient.classes
+        tl.store(to, -slopes * factor, mask=live)
+    if loss is not None:
+        value = tl.where(live, share * losses, tl.where(at.present, float("nan"), 0.0))
+        if EACH:
+            tl.store(loss + at.inner, value, mask=at.present)
+        else:
+            tl.store(loss + tl.program_id(0), tl.sum(value))
+
+
+def multi_margin_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: Any,
+    upstream: torch.Tensor | None,
+    loss: torch.Tensor | None,
+    grad_input: torch.Tensor | None,
+) -> None:
+    """Computes the outputs that are not None, of a contiguous input."""
+    rows, classes = input.shape
+    each, scale = options.reduction == "none", 1.0
+    if options.reduction == "mean":
+        scale = 1.0 / rows
+    x = View(input, rows * classes, classes, 1)
+    constants, tile = layout((1, rows, classes), [x], dense=True)
+    programs = triton.cdiv(rows, tile.positions)
+    parts = loss if each or loss is None else loss.new_empty(programs)
+    multi_margin_kernel[(programs,)](
+        x,
+        target,
+        weight,
+        upstream,
+        int(each),
+        parts,
+        None if grad_input is None else x._replace(data=grad_input),
+        rows,
+        classes,
+        float(options.margin),
+        scale,
+        SQUARED=options.p == 2,
+        EACH=each,
+        constants=compiled_in(constants),
+        **launch.options(tile.threads),
+    )
+    if parts is not loss and parts is not None and loss is not None:
+        sum_parts(parts, loss, None, scale)

@@ -1,0 +1,222 @@
+"""Losses of scores beside classes: an autograd function over the fused kernels."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from pyfused import checks
+from pyfused.backends import (
+    Backend,
+    ClassLossOptions,
+    Gradients,
+    MarginOptions,
+    NllOptions,
+    Want,
+)
+from pyfused.backends.layout import is_dense
+from pyfused.ops.declaration import Arguments, Operator, reduction_of
+from pyfused.ops.dispatch import backend_of
+from pyfused.ops.gradients import (
+    autocast_dtype,
+    backward,
+    differentiate,
+    gradients_ahead,
+    without_functorch,
+)
+
+Saved = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Given(NamedTuple):
+    """A call's arguments, as checked and as the kernels take them."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    options: Any  # the operator's ClassLossOptions
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class ClassLoss(Operator):
+    """A loss of each row of scores beside a class index, or beside probabilities of the classes."""
+
+    @abstractmethod
+    def read(self, arguments: Arguments) -> Given:
+        """The arguments that kernels take, as they were given."""
+
+    @abstractmethod
+    def check_all(self, given: Given) -> None:
+        """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
+        given = self.read(arguments)
+        self.check_all(given)
+        given = self.arranged(given)
+        loss = self.run(given, inplace)
+        dtype = autocast_dtype(given.input.dtype, given.input.device)
+        return loss if loss.dtype is dtype else loss.to(dtype)
+
+    def arranged(self, given: Given) -> Given:
+        """int64 indices in the shape of the losses."""
+        target = given.target
+        target = target if target.dtype is torch.int64 else target.to(torch.int64)
+        return given._replace(target=target.reshape(()) if given.input.dim() == 1 else target)
+
+    def run(self, given: Given, inplace: bool) -> Tensor:
+        input, target, weight, options = given
+        backend = backend_of(input)
+        if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+            loss: Tensor | None = _apply(self, backend, input, target, weight, options, inplace)
+        else:
+            kernel = getattr(backend, self.name)
+            loss, _ = kernel(input, target, weight, options, Want())
+        assert loss is not None
+        return loss
+
+    def check(self, arguments: Arguments) -> None:
+        given = self.read(arguments)
+        self.check_all(given)
+        checks.class_indices(
+            given.input, given.target, getattr(given.options, "ignore_index", None)
+        )
+
+
+class ClassLossFunction(torch.autograd.Function):
+    """The gradients are computed by the forward pass, while each row of scores is in cache.
+
+    Except where the upstream gradient is needed first: one that differs from row to row, or one
+    that keeps float16 gradients from underflowing. Or where the gradient could not be scaled by it
+    later, as it is to lie in memory with gaps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: ClassLoss,
+        backend: Backend,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: ClassLossOptions,
+        inplace: bool,
+    ) -> Tensor | None:
+        ctx.op, ctx.backend, ctx.options, ctx.inplace = op, backend, options, inplace
+        ctx.save_for_backward(input, target, weight)
+        now = gradients_ahead(options.reduction, input)
+        now = now and (is_dense(input) or not inplace)
+        want = Want(True, ctx.needs_input_grad[2:4] if now else (), inplace)
+        loss: Tensor | None
+        loss, gradients = getattr(backend, op.name)(input, target, weight, options, want)
+        ctx.gradients = gradients if now else None
+        ctx.overwritten = inplace and now
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        found = backward(ctx.op.name, ctx, grad_output, _kernel, _definition)
+        return None, None, *found, None, None, None
+
+
+_apply = without_functorch(ClassLossFunction)
+
+
+def _saved(ctx: Any) -> Saved:
+    if ctx.overwritten:
+        raise RuntimeError(
+            "inplace: expected False for create_graph=True or a second backward pass, got True, "
+            "and the gradient has taken the logits' memory"
+        )
+    saved: Saved = ctx.saved_tensors
+    return saved
+
+
+def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
+    input, target, weight = _saved(ctx)
+    want = Want(False, ctx.needs_input_grad[2:4], ctx.inplace)
+    if ctx.inplace:
+        increment_version(input)
+        ctx.overwritten = True
+    kernel = getattr(ctx.backend, ctx.op.name)
+    found: tuple[Tensor | None, Gradients] = kernel(
+        input, target, weight, ctx.options, want, grad_output
+    )
+    return found[1]
+
+
+def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
+    wanted = ctx.needs_input_grad[2:4]
+    return of_definition(ctx.op.torchs, _saved(ctx), ctx.options, wanted, grad_output)
+
+
+def of_definition(
+    torchs: Callable[..., Tensor],
+    saved: Saved,
+    options: ClassLossOptions,
+    wanted: Sequence[bool],
+    grad_output: Tensor,
+) -> Gradients:
+    """The gradients of torch's own operator, themselves differentiable."""
+    input, target, weight = saved
+    dtype = grad_output.dtype
+
+    def definition(input: Tensor, target: Tensor) -> Tensor:
+        return torchs(
+            input.to(dtype),
+            target.to(dtype) if target.is_floating_point() else target,
+            weight=None if weight is None else weight.to(dtype),
+            **options._asdict(),
+        )
+
+    return differentiate(definition, (input, target), wanted, grad_output)
+
+
+# ---- losses of class indices alone ---------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class NllLoss(ClassLoss):
+    """Of log-probabilities."""
+
+    def read(self, arguments: Arguments) -> Given:
+        input, target, weight, size_average, ignore_index, reduce, reduction = arguments
+        reduction = reduction_of(size_average, reduce, reduction)
+        return Given(input, target, weight, NllOptions(ignore_index, reduction))
+
+    def check_all(self, given: Given) -> None:
+        checks.reduction(given.options.reduction)
+        checks.nll_loss(*given)
+
+    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+        return "one element of a row"
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class MultiMarginLoss(ClassLoss):
+    """Of scores, rows of classes."""
+
+    def read(self, arguments: Arguments) -> Given:
+        input, target, p, margin, weight, size_average, reduce, reduction = arguments
+        reduction = reduction_of(size_average, reduce, reduction)
+        return Given(input, target, weight, MarginOptions(p, margin, reduction))
+
+    def check_all(self, given: Given) -> None:
+        checks.reduction(given.options.reduction)
+        checks.multi_margin_loss(*given)
+
+    def arranged(self, given: Given) -> Given:
+        rows = given.input.reshape(-1, given.input.shape[-1])
+        return given._replace(input=rows, target=given.target.reshape(-1))
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
+        loss = super().fused(arguments, inplace)
+        return loss.reshape(arguments[1].shape) if loss.dim() else loss
+
+    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+        return "row by row"

@@ -1,0 +1,40 @@
+"""Losses that are another loss, and a little of torch's arithmetic on what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyfused import checks
+from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.pointwise_loss import PointwiseLoss
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Composed(Operator):
+    """Autograd sees both parts.
+
+    Attributes:
+        of: The loss whose kernel does the work.
+        given: Its arguments, from those of this one.
+        finish: The result, from that loss and the arguments of this one.
+    """
+
+    of: PointwiseLoss
+    given: Callable[..., Arguments]
+    finish: Callable[..., Tensor]
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
+        self._check_parameters(arguments)
+        loss = self.of.fused(self.given(*arguments), inplace)
+        return self.finish(loss, *arguments)
+
+    def check(self, arguments: Arguments) -> None:
+        self._check_parameters(arguments)
+        self.of.check(self.given(*arguments))
+
+    def _check_parameters(self, arguments: Arguments) -> None:
+        for name, low, high, positive, *_ in self.parameters:
+            checks.parameter(name, arguments[self.arguments.index(name)], low, high, positive)
