@@ -115,7 +115,7 @@ class Sums(NamedTuple):
 
     high: Any  # the largest logit
     total: Any  # of exp(x - pivot)
-    aimed: Any  # of q / level, but for the spike
+    aimed: Any  # of q / level, but for the spike; for focal loss the target's own logit
 
 
 @triton.jit
@@ -198,11 +198,20 @@ def sum_classes(inputs, scalars, at, first, last, constants):
 
 
 @triton.jit
-def nll_of(inputs, at, sums, present, constants):
-    """lse - x_t"""
+def own_logit(inputs, at, first, last, constants):
+    """x_t where the target is in classes first to last, else 0; and where it is."""
+    own = at.live & (at.hit >= first) & (at.hit < last)
     rows = inputs.logits.data + at.outer * inputs.logits.outer + at.inner * inputs.logits.inner
-    x = tl.load(rows + at.hit * inputs.logits.classes, mask=present, other=0.0).to(constants.A)
-    return (pivot_of(sums.high) - x) + tl.log(sums.total)
+    x = tl.load(rows + at.hit * inputs.logits.classes, mask=own, other=0.0)
+    return x.to(constants.A), own
+
+
+@triton.jit
+def with_own_logit(inputs, at, sums, first, last, constants):
+    """For focal loss, before any program overwrites it."""
+    if not constants.FOCAL:
+        return sums
+    return Sums(sums.high, sums.total, own_logit(inputs, at, first, last, constants)[0])
 
 
 @triton.jit
@@ -210,8 +219,8 @@ def spike_loss(inputs, scalars, at, sums, first, last, constants):
     """The target's own term of the loss, where the target is in classes first to last."""
     if inputs.target is None:
         return tl.zeros_like(at.spike)
-    own = at.live & (at.hit >= first) & (at.hit < last)
-    nll = nll_of(inputs, at, sums, own, constants)
+    x, own = own_logit(inputs, at, first, last, constants)
+    nll = (pivot_of(sums.high) - x) + tl.log(sums.total)
     loss = at.spike * nll
     if constants.FOCAL:
         loss *= exp_nonpositive(tl.full([], scalars.gamma, constants.A) * log(missing(nll)))
@@ -226,11 +235,11 @@ def missing(nll):
 
 
 @triton.jit
-def focused(inputs, scalars, at, sums, constants):
+def focused(scalars, at, sums, constants):
     """The positions, with what focal loss multiplies their gradients by."""
     if not constants.FOCAL:
         return at
-    nll = nll_of(inputs, at, sums, at.live, constants)
+    nll = (pivot_of(sums.high) - sums.aimed) + tl.log(sums.total)
     gamma = tl.full([], scalars.gamma, constants.A)
     lacks = missing(nll)
     steepness = tl.where(lacks > 0.0, nll / lacks, 1.0)
@@ -306,8 +315,9 @@ def one_read_kernel(
     if constants.DENSE:
         aim = read_aim(inputs, scalars, at, c, last, constants)
     sums = add_classes(no_sums(constants), x, aim)
+    sums = with_own_logit(inputs, at, sums, 0, last, constants)
     loss = spike_loss(inputs, scalars, at, sums, 0, last, constants)
-    at = focused(inputs, scalars, at, sums, constants)
+    at = focused(scalars, at, sums, constants)
     loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
     store_loss(outputs, at, loss, 0, 1, constants)
 
@@ -347,6 +357,7 @@ def split_kernel(
     scalars = Scalars(level, offset, share, scale, gamma)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     sums = sum_classes(inputs, scalars, at, first, last, constants)
+    sums = with_own_logit(inputs, at, sums, first, last, constants)
     out = shares.sums + at.flat * shares.splits + part
     tl.store(out, sums.high, mask=at.present)
     tl.store(out + shares.plane, sums.total, mask=at.present)
@@ -387,10 +398,11 @@ def two_read_kernel(
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     if shares.sums is None:
         sums = sum_classes(inputs, scalars, at, first, last, constants)
+        sums = with_own_logit(inputs, at, sums, first, last, constants)
     else:
         sums = merge(shares, at, SPLITS)
     loss = spike_loss(inputs, scalars, at, sums, first, last, constants)
-    at = focused(inputs, scalars, at, sums, constants)
+    at = focused(scalars, at, sums, constants)
     if constants.DENSE or outputs.grad_logits is not None:
         for start in range(first, last, constants.CLASSES):
             c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)

@@ -89,12 +89,15 @@ def seed() -> None:
     torch.manual_seed(20)
 
 
+BY_NAME = ("cross_entropy", "nll_loss", "multi_margin_loss")  # backends' functions of one operator
+
+
 class KernelCalls(Counter[str]):
     """How often each kernel ran; a backward kernel of its own is named so."""
 
     def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            name = family if family == "cross_entropy" else args[0]
+            name = family if family in BY_NAME else args[0]
             self[name + "_backward" * family.endswith("_backward")] += 1
             return function(*args, **kwargs)
 
@@ -105,7 +108,7 @@ class KernelCalls(Counter[str]):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls: a test that compares torch with torch would pass without any."""
     calls = KernelCalls()
-    once = ("cross_entropy", "pointwise_loss")
+    once = (*BY_NAME, "pointwise_loss")
     both = ("activation", "softmax")
     for family in (*once, *both, *(f"{family}_backward" for family in both)):
         kernels = getattr(backend, family)

@@ -23,6 +23,8 @@ SHARED = (
     "test_inplace.py",
     "test_pointwise_loss.py",
     "test_activation.py",
+    "test_class_losses.py",
+    "test_softmax.py",
     "test_strides.py",
 )
 OTHERS = sorted(

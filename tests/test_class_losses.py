@@ -1,0 +1,424 @@
+"""nll_loss, multi_margin_loss and cross_entropy's gamma: losses of class indices, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compare import FLOATS, HALF, Errors, evaluate, evaluate_upstream
+from conftest import KernelCalls
+from reference import Extended, extended
+from torch import Tensor
+from torch.nn import functional as F
+
+import pyfused
+from pyfused import functional as fused
+from pyfused import nn
+from pyfused.ops.definitions import cross_entropy
+
+close = torch.testing.assert_close
+by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+weighted = pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+# Rows of few classes and of many, of more than a chunk; positions side by side.
+SHAPES = [(7,), (6, 5), (7, 300), (3, 2100), (2, 21, 5, 7), (300, 3), (4, 1), (2, 150, 9)]
+ROWS = [shape for shape in SHAPES if len(shape) < 3]
+IGNORED = -100
+
+
+def scores(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return (2 * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+def classes(shape: tuple[int, ...], ignored: bool = True) -> Tensor:
+    dim = min(1, len(shape) - 1)
+    target = torch.randint(shape[dim], shape[:dim] + shape[dim + 1 :])
+    if ignored and target.dim():
+        target.view(-1)[::3] = IGNORED
+    return target
+
+
+def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (0.5 + torch.rand(shape[min(1, len(shape) - 1)])).to(dtype)
+
+
+def as_rows(x: Tensor) -> Extended:
+    """(positions, classes)"""
+    wide = extended(x)
+    return wide[None] if wide.ndim == 1 else np.moveaxis(wide, 1, -1).reshape(-1, wide.shape[1])
+
+
+def from_rows(rows: Extended, shape: tuple[int, ...]) -> Extended:
+    if len(shape) == 1:
+        return rows[0]
+    return np.moveaxis(rows.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
+
+
+# ---- each in closed form: the loss of a row of weight one, and its gradient ----------------------
+
+
+def nll(x: Extended, hit: np.ndarray) -> tuple[Extended, Extended]:
+    own = np.arange(x.shape[1]) == hit[:, None]
+    return -x[own], np.where(own, np.longdouble(-1), 0)
+
+
+def focal(x: Extended, hit: np.ndarray, gamma: float) -> tuple[Extended, Extended]:
+    own = np.arange(x.shape[1]) == hit[:, None]
+    shifted = x - x.max(1, keepdims=True)
+    lse = np.log(np.exp(shifted).sum(1))
+    loss = lse - shifted[own]
+    p, missing = np.exp(-loss), -np.expm1(-loss)
+    steepness = np.divide(loss, missing, out=np.ones_like(loss), where=missing > 0)
+    slope = missing**gamma * (1 + gamma * p * steepness)
+    return missing**gamma * loss, (np.exp(shifted - lse[:, None]) - own) * slope[:, None]
+
+
+def margin(x: Extended, hit: np.ndarray, p: int, margin: float) -> tuple[Extended, Extended]:
+    own = np.arange(x.shape[1]) == hit[:, None]
+    z = np.where(own, 0, np.maximum(margin - x[own][:, None] + x, 0))
+    slope = (p * z if p == 2 else np.heaviside(z, 0)) / np.longdouble(x.shape[1])
+    return (z**p).sum(1) / x.shape[1], np.where(own, -slope.sum(1, keepdims=True), slope)
+
+
+Closed = Callable[..., tuple[Extended, Extended]]
+LOSSES: dict[str, tuple[str, Closed, dict[str, Any], Callable[..., Tensor]]] = {
+    "nll_loss": ("nll_loss", nll, {}, F.nll_loss),
+    "focal_2": ("cross_entropy", focal, {"gamma": 2.0}, cross_entropy),
+    "focal_half": ("cross_entropy", focal, {"gamma": 0.5}, cross_entropy),
+    "margin": ("multi_margin_loss", margin, {"p": 1, "margin": 1.0}, F.multi_margin_loss),
+    "margin_squared": ("multi_margin_loss", margin, {"p": 2, "margin": 0.5}, F.multi_margin_loss),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def shapes_of(loss: str) -> list[tuple[int, ...]]:
+    return ROWS if "margin" in loss else SHAPES
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"), [(loss, shape) for loss in LOSSES for shape in shapes_of(loss)], ids=str
+)
+@by_dtype
+@weighted
+def test_closed_form(
+    loss: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weighted: bool,
+    reduction: str,
+    isa: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    name, define, options, torchs = LOSSES[loss]
+    ignores = name != "multi_margin_loss"
+    x, target = scores(shape, dtype), classes(shape, ignores)
+    if reduction == "mean" and not (target != IGNORED).any():
+        pytest.skip("a mean over nothing")
+    weight = weight_of(shape, dtype) if weighted else None
+    given: dict[str, Any] = options | {"weight": weight, "reduction": reduction}
+    if shape == (4, 1) and name == "cross_entropy":
+        pytest.skip("one class is torch's")
+    got = evaluate(lambda x: getattr(fused, name)(x, target, **given), x)
+    assert kernel_calls[name] == (2 if reduction == "none" or dtype is torch.float16 else 1)
+
+    hit = target.reshape(-1).numpy()
+    live = hit != IGNORED
+    each, slopes = define(as_rows(x), np.where(live, hit, 0), **options)
+    factor = np.where(live, np.ones_like(each), 0)
+    if weight is not None:
+        factor = factor * extended(weight)[np.where(live, hit, 0)]
+    divisor = np.longdouble(1)
+    if reduction == "mean":
+        divisor = factor.sum() if ignores else np.longdouble(len(each))
+    upstream = evaluate_upstream(got.value.shape).to(dtype)
+    of_each = np.broadcast_to(extended(upstream).reshape(-1), each.shape) * factor / divisor
+    value, gradient = each * factor / divisor, slopes * of_each[:, None]
+    value = value.reshape(got.value.shape) if reduction == "none" else value.sum().reshape(())
+    gradient = from_rows(gradient, shape)
+
+    wide = torch.float32 if dtype in HALF else dtype
+    as_torch = {k: v.to(wide) if isinstance(v, Tensor) else v for k, v in given.items()}
+    theirs = evaluate(lambda x: torchs(x, target, **as_torch), x, convert=lambda x: x.to(wide))
+    errors = Errors()
+    errors.add("value", got.value, theirs.value.to(dtype), value, float(abs(value).max()))
+    term = float(abs(of_each).max()) * (1 if "margin" not in loss else abs(slopes).max())
+    errors.add("gradient", got.gradients[0], theirs.gradients[0].to(dtype), gradient, float(term))
+    errors.check(roundings=4)
+
+
+@every_loss
+@by_dtype
+def test_dtypes_and_autocast(loss: str, dtype: torch.dtype) -> None:
+    name, _, options, _ = LOSSES[loss]
+    x, target = scores((5, 4), dtype), classes((5, 4), ignored=False)
+    for context in (torch.autocast("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            value = getattr(fused, name)(x, target, **options)
+            wide = torch.is_autocast_enabled("cpu") and dtype in HALF
+        assert value.dtype == (torch.float32 if wide else dtype)
+        assert torch.autograd.grad(value, x)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("loss", ["nll_loss", "focal_2", "focal_half"])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2), (3,)], ids=str)
+@weighted
+def test_gradcheck(loss: str, shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
+    name, _, options, _ = LOSSES[loss]
+    x, target = scores(shape, torch.float64), classes(shape)
+    weight = weight_of(shape, torch.float64) if weighted else None
+
+    def operator(x: Tensor) -> Tensor:
+        return getattr(fused, name)(x, target, weight=weight, reduction=reduction, **options)
+
+    assert torch.autograd.gradcheck(operator, x)
+    assert torch.autograd.gradgradcheck(operator, x)
+
+
+def test_multi_margin_is_not_twice_differentiable_as_in_torch() -> None:
+    x, target = scores((4, 3)), classes((4, 3), ignored=False)
+    for functional in (fused, F):
+        (gradient,) = torch.autograd.grad(
+            functional.multi_margin_loss(x, target), x, create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="not implemented"):
+            gradient.sum().backward()
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "with gaps": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "every other": lambda x: torch.stack([x, x], -1)[..., 0],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(9, 40), (9, 150), (3, 6, 4, 5)], ids=str)
+def test_strides(loss: str, layout: str, shape: tuple[int, ...], reduction: str) -> None:
+    name, _, options, torchs = LOSSES[loss]
+    if shape not in shapes_of(loss) and "margin" in loss and len(shape) > 2:
+        pytest.skip("rows alone")
+    x = LAYOUTS[layout](scores(shape).detach()).requires_grad_()
+    target = classes(shape, ignored=name != "multi_margin_loss")
+    given = options | {"reduction": reduction}
+    got = evaluate(lambda x: getattr(fused, name)(x, target, **given), x)
+    # torch's nll_loss refuses to write a gradient that is laid out as a transposed input.
+    expected = evaluate(lambda x: torchs(x.contiguous(), target, **given), x)
+    close(got.value, expected.value)
+    close(got.gradients, expected.gradients)
+
+
+@every_loss
+def test_a_class_that_is_right_and_one_that_is_hopeless(loss: str) -> None:
+    """Where nothing is missing gamma's power is 0, and where all is, exponentials underflow."""
+    name, _, options, torchs = LOSSES[loss]
+    x = torch.tensor([[200.0, 0.0, -50.0], [-300.0, 0.0, 1.0]]).requires_grad_()
+    target = torch.tensor([0, 0])
+    got = evaluate(lambda x: getattr(fused, name)(x, target, **options), x)
+    wide = evaluate(lambda x: torchs(x, target, **options), x, convert=Tensor.double)
+    close(got.value, wide.value.float())
+    gradient = wide.gradients[0].float().nan_to_num(0.0)  # of torch's 0 ** gamma
+    close(got.gradients[0], gradient)
+
+
+# ---- what is wrong -------------------------------------------------------------------------------
+
+X, Y = torch.randn(6, 5), torch.tensor([1, 0, 4, 2, 2, 3])
+FIELD, INDICES = torch.randn(2, 5, 7), torch.zeros(2, 7, dtype=torch.int64)
+WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
+    "no dimension": ("nll_loss", (torch.tensor(1.0), Y[0]), {}, "input: expected shape"),
+    "batch": ("nll_loss", (X, Y[:3]), {}, r"target: expected class indices of shape \(6,\)"),
+    "one row": ("nll_loss", (X[0], Y[:2]), {}, r"target: .* shape \(\), got shape \(2,\)"),
+    "shape": ("nll_loss", (FIELD, INDICES[:, :6]), {}, "target: "),
+    "two dimensions": ("nll_loss", (X, Y[:, None]), {}, "target: "),
+    "float": ("nll_loss", (X, Y.float()), {}, "target: .* got torch.float32"),
+    "int32": ("nll_loss", (X, Y.int()), {}, "target: .* got torch.int32"),
+    "too large": ("nll_loss", (X, Y + 1), {}, r"target: .* got 5 at position \(2,\)"),
+    "negative": ("nll_loss", (X, Y - 1), {}, r"target: .* got -1 at position \(1,\)"),
+    "weights": ("nll_loss", (X, Y, torch.ones(4)), {}, r"weight: expected shape \(5,\)"),
+    "their dtype": ("nll_loss", (X, Y, torch.ones(5).double()), {}, "weight: expected the input's"),
+    "reduction": ("nll_loss", (X, Y), {"reduction": "avg"}, "reduction: expected 'none'"),
+    "ignore_index": ("nll_loss", (X, Y), {"ignore_index": 1.5}, "ignore_index: expected an int"),
+    "no tensor": ("nll_loss", (X, [1, 2]), {}, "target: expected a Tensor, got list"),
+    "p": ("multi_margin_loss", (X, Y), {"p": 3}, "p: expected 1 or 2, got 3"),
+    "margin field": ("multi_margin_loss", (FIELD, Y[:2]), {}, r"input: expected shape \(C\) or"),
+    "margin batch": ("multi_margin_loss", (X, Y[:3]), {}, r"target: .* shape \(6,\), got"),
+    "margin float": ("multi_margin_loss", (X, Y.float()), {}, "target: .* torch.int64, got"),
+    "margin too large": (
+        "multi_margin_loss",
+        (X, Y + 1),
+        {},
+        r"\[0, 5\), got 5 at position \(2,\)",
+    ),
+    "margin weights": ("multi_margin_loss", (X, Y), {"weight": torch.ones(4)}, "weight: expected"),
+    "margin's weight": (
+        "multi_margin_loss",
+        (X, Y),
+        {"weight": torch.ones(5, 1)},
+        "weight: expected one dimension",
+    ),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+def test_errors_are_torchs_and_say_more(case: str, grad: bool) -> None:
+    name, (input, *rest), options, told = WRONG[case]
+    input = input.clone().requires_grad_(grad)
+    kinds = IndexError, RuntimeError, TypeError, ValueError
+    with pytest.raises(kinds) as torchs:
+        getattr(F, name)(input, *rest, **options)
+    with pytest.raises(torchs.type, match=told):
+        getattr(fused, name)(input, *rest, **options)
+    assert input.grad is None
+
+
+GAMMAS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"gamma": -1.0}, RuntimeError, "gamma: expected a number from 0.0 up, got -1.0"),
+    ({"gamma": "2"}, TypeError, "gamma: expected a float, got str '2'"),
+    ({"gamma": 2.0, "label_smoothing": 0.1}, ValueError, "gamma: expected 0.0 with class prob"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "told"), GAMMAS, ids=str)
+def test_gamma_out_of_place(options: dict[str, Any], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        fused.cross_entropy(X, Y, **options)
+    if "label_smoothing" not in options and options["gamma"] != "2":
+        return
+    with pytest.raises((TypeError, ValueError), match="gamma: expected"):
+        fused.cross_entropy(X, X.softmax(1), **options)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 300), (2, 5, 7)], ids=str)
+def test_gamma_beside_inplace(shape: tuple[int, ...]) -> None:
+    x, target = scores(shape), classes(shape)
+    expected = fused.cross_entropy(x, target, gamma=2.0)
+    (gradient,) = torch.autograd.grad(expected, x)
+    hidden = x * 1
+    got = fused.cross_entropy(hidden, target, gamma=2.0, inplace=True)
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.autograd.grad(got, x)[0], gradient)
+
+
+def test_gamma_of_the_module_and_of_one_that_was_torchs() -> None:
+    module = nn.CrossEntropyLoss(gamma=2.0)
+    close(module(X, Y), fused.cross_entropy(X, Y, gamma=2.0))
+    model = torch.nn.Sequential(torch.nn.CrossEntropyLoss())
+    pyfused.convert(model)
+    close(model[0](X, Y), F.cross_entropy(X, Y))
+
+
+def test_gamma_compiled() -> None:
+    x = scores((600, 500))
+    target = classes((600, 500))
+
+    def loss(x: Tensor) -> Tensor:
+        return fused.cross_entropy(x, target, gamma=2.0)
+
+    close(
+        evaluate(torch.compile(loss, backend="aot_eager", fullgraph=True), x).gradients,
+        evaluate(loss, x).gradients,
+    )
+
+
+# ---- what is another loss's kernel ---------------------------------------------------------------
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 4)], ids=str)
+@weighted
+def test_multilabel_soft_margin_loss(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weighted: bool,
+    reduction: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    x, target = scores(shape, dtype), torch.rand(shape).to(dtype).requires_grad_()
+    weight = (0.5 + torch.rand(shape[-1])).to(dtype) if weighted else None
+
+    def of(functional: Any, wide: torch.dtype) -> Callable[..., Tensor]:
+        w = None if weight is None else weight.to(wide)
+        return lambda x, y: functional.multilabel_soft_margin_loss(x, y, w, reduction=reduction)
+
+    got = evaluate(of(fused, dtype), x, target)
+    assert kernel_calls["binary_cross_entropy_with_logits"]
+    wide = evaluate(of(F, torch.float64), x, target, convert=Tensor.double)
+    tolerance: dict[str, float] = {"rtol": 1.6e-2, "atol": 1e-2} if dtype in HALF else {}
+    for ours, theirs in zip(
+        (got.value, *got.gradients), (wide.value, *wide.gradients), strict=True
+    ):
+        assert ours.dtype == dtype
+        assert ours.shape == theirs.shape
+        close(ours, theirs.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("target", "weight"),
+    [
+        ((1, 5), None),
+        ((5,), None),
+        ((6, 5), (6, 1)),
+        ((6, 5), (2, 6, 5)),
+    ],
+    ids=str,
+)
+def test_multilabel_shapes_that_broadcast(
+    target: tuple[int, ...], weight: tuple[int, ...] | None, reduction: str
+) -> None:
+    y, w = torch.rand(target), None if weight is None else torch.rand(weight)
+    ours, torchs = (f.multilabel_soft_margin_loss(X, y, w, reduction=reduction) for f in (fused, F))
+    close(ours, torchs)
+
+
+@by_dtype
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@weighted
+def test_rmse_loss(dtype: torch.dtype, eps: float, weighted: bool, reduction: str) -> None:
+    x, target = scores((6, 5), dtype), torch.randn(6, 5).to(dtype).requires_grad_()
+    weight = (0.5 + torch.rand(6, 5)).to(dtype) if weighted else None
+
+    def torchs(x: Tensor, y: Tensor) -> Tensor:
+        w = None if weight is None else weight.to(x.dtype)
+        return (F.mse_loss(x, y, reduction=reduction, weight=w) + eps).sqrt()
+
+    got = evaluate(lambda x, y: fused.rmse_loss(x, y, reduction, weight, eps), x, target)
+    wide = evaluate(torchs, x, target, convert=Tensor.double)
+    tolerance: dict[str, float] = {"rtol": 1.6e-2, "atol": 1e-2} if dtype in HALF else {}
+    close(got.value, wide.value.to(dtype), **tolerance)
+    close(got.gradients, [g.to(dtype) for g in wide.gradients], **tolerance)
+    close(nn.RMSELoss(reduction, weight, eps)(x, target).detach(), got.value, rtol=0, atol=0)
+
+
+def test_rmse_errors() -> None:
+    for eps, error in ((-1.0, RuntimeError), ("1", TypeError)):
+        with pytest.raises(error, match="eps: expected"):
+            fused.rmse_loss(X, X, eps=eps)  # type: ignore[arg-type]
+    zero = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(fused.rmse_loss(zero, X, eps=1e-12), zero)
+    assert torch.equal(gradient, torch.zeros(6, 5))
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize(
+    ("name", "options"),
+    list(product(("nll_loss", "multi_margin_loss"), ({}, {"reduction": "none"}))),
+)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 5), (300, 400)], ids=str)
+def test_where_small_inputs_may_go_to_torch(
+    name: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    x, target = scores(shape), classes(shape, ignored=False)
+    if not x.numel() and name == "multi_margin_loss":
+        assert getattr(fused, name)(x, target, reduction="none").shape == (0,)
+        return
+    got = evaluate(lambda x: getattr(fused, name)(x, target, **options), x)
+    expected = evaluate(lambda x: getattr(F, name)(x, target, **options), x)
+    close(got.value, expected.value, equal_nan=True)
+    close(got.gradients, expected.gradients, equal_nan=True)
