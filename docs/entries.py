@@ -74,6 +74,11 @@ GALLERY: dict[str, dict[str, Entry]] = {
             "As Huber's, but smooth everywhere and without a parameter.",
             (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
         ),
+        "rmse_loss": Entry(
+            r"\sqrt{\overline{(x - t)^2}}",
+            "As the squared error, in the target's own unit; steps do not shrink with the error.",
+            tuple(Curve(f"eps {eps:g}", (0.0,), {"eps": eps}) for eps in (0.01, 0.5)),
+        ),
         "quantile_loss": Entry(
             r"\max\left(q \, (t - x),\; (q - 1) (t - x)\right)",
             "Too little costs more than too much, or less: stocks, and intervals of two quantiles.",
@@ -112,6 +117,12 @@ GALLERY: dict[str, dict[str, Entry]] = {
             low=-5.0,
             high=5.0,
             axis="logit",
+        ),
+        "multilabel_soft_margin_loss": Entry(
+            r"\frac{1}{C} \sum_c \left( \log(1 + e^{x_c}) - t_c \, x_c \right)",
+            "Several classes may be right at once: tags, genres, findings.",
+            tuple(Curve(f"target {t:g}", (t,), others=(0.0,)) for t in (1.0, 0.0)),
+            axis="logit of the first class of two",
         ),
         "binary_cross_entropy": Entry(
             r"-t \log\, x - (1 - t) \log (1 - x)",
@@ -194,6 +205,15 @@ GALLERY: dict[str, dict[str, Entry]] = {
             low=-4.0,
             high=0.0,
             axis="log-probability of the first class",
+        ),
+        "multi_margin_loss": Entry(
+            r"\frac{1}{C} \sum_{c \ne t} \max(0,\; m - x_t + x_c)^p",
+            "Only the order of the classes counts, and by how much the right one leads.",
+            tuple(
+                Curve(f"p {p}, margin {m:g}", (0,), {"p": p, "margin": m}, others=(0.0, 0.0))
+                for p, m in ((1, 1.0), (1, 2.0), (2, 1.0))
+            ),
+            axis=LOGIT,
         ),
         "softmax": Entry(
             r"\frac{e^{x_c}}{\sum_k e^{x_k}}",

@@ -67,6 +67,7 @@ def cross_entropy(
     else:
         _class_index_target(input, target)
     if weight is not None:
+        tensor("weight", weight)
         _class_weight(input, weight, alike=not target.is_floating_point())
     if gamma:
         parameter("gamma", gamma, 0.0, math.inf, False)
@@ -78,7 +79,6 @@ def cross_entropy(
 
 
 def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
-    tensor("weight", weight)
     classes = input.shape[0 if input.dim() == 1 else 1]
     if weight.shape != (classes,):
         raise RuntimeError(
@@ -93,6 +93,8 @@ def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllO
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
     tensor("input", input)
     tensor("target", target)
+    if weight is not None:
+        tensor("weight", weight)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     shape, of_target = input.shape, target.shape
     if input.dim() == 0:
@@ -119,6 +121,8 @@ def multi_margin_loss(
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
     tensor("input", input)
     tensor("target", target)
+    if weight is not None:
+        tensor("weight", weight)
     number("margin", options.margin, (float, Real), "a float")
     if options.p not in (1, 2):
         raise ValueError(f"p: expected 1 or 2, got {options.p}")

@@ -187,6 +187,11 @@ def test_a_lazily_negated_input() -> None:
 
 LEFT = {loss.op.name: loss.draw((N, C), requiring=()) for loss in FIRST}
 LEFT |= {op.name: {} for op in ACTIVATIONS}
+LEFT |= {name: {"dim": 1} for name in ("softmax", "log_softmax")}
+LEFT |= {name: {"target": torch.arange(N) % C} for name in ("nll_loss", "multi_margin_loss")}
+LEFT |= {
+    name: {"target": torch.rand(N, C)} for name in ("rmse_loss", "multilabel_soft_margin_loss")
+}
 FIRST_OPERANDS = {loss.op.name: loss.bounded[0] for loss in FIRST}
 LEFT["gaussian_nll_loss"] |= {"var": 0.7}  # torch looks at the values of a tensor
 

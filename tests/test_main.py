@@ -112,6 +112,7 @@ def test_a_script_runs_patched_and_its_calls_are_counted(code: str, tmp_path: Pa
     summary = [
         "pyfused: calls and the paths they took",
         "        3  cross_entropy: torch: ATen is faster at this size",
+        "        3  softmax: torch: ATen is faster at this size",
         "        2  tanh: torch: ATen is faster at this size",
         f"        1  relu: cpu {cpu.supported[-1]}, element by element, 1 thread",
         "        1  relu: torch: ATen is faster at this size",

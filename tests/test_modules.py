@@ -22,6 +22,8 @@ from pyfused import nn as fused
 from pyfused.ops.operators import OPERATORS
 
 W = torch.linspace(0.5, 1.5, 5)
+CLASSES = torch.tensor([0, 1, 2, 3, 4, 2])
+ADDED = {"gamma": 0.0, "inplace": False}  # to cross_entropy
 MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     "cross_entropy": ("CrossEntropyLoss", {}),
     "cross_entropy_options": (
@@ -29,6 +31,12 @@ MODULES: dict[str, tuple[str, dict[str, Any]]] = {
         {"weight": W, "ignore_index": 2, "reduction": "none", "label_smoothing": 0.1},
     ),
     "relu_inplace": ("ReLU", {"inplace": True}),
+    "nll_loss": ("NLLLoss", {"weight": W, "ignore_index": 2}),
+    "multi_margin_loss": ("MultiMarginLoss", {"weight": W, "p": 2, "margin": 0.5}),
+    "multilabel_soft_margin_loss": ("MultiLabelSoftMarginLoss", {"weight": W}),
+    "rmse_loss": ("RMSELoss", {"eps": 1.0}),
+    "softmax": ("Softmax", {"dim": 1}),
+    "log_softmax": ("LogSoftmax", {"dim": 0}),
     **{op.name: (op.module, {}) for op in ACTIVATIONS},
     **{
         f"{loss.id}_sum": (loss.op.module, loss.parameters | {"reduction": "sum"})
@@ -43,8 +51,10 @@ def pair(name: str, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
 
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(module, nn.CrossEntropyLoss):
-        return module(x, torch.tensor([0, 1, 2, 3, 4, 2]))
+    if isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss | nn.MultiMarginLoss):
+        return module(x, CLASSES)
+    if isinstance(module, nn.MultiLabelSoftMarginLoss | fused.RMSELoss):
+        return module(x, torch.linspace(0.0, 1.0, 30).reshape(6, 5))
     for loss in reversed(
         [loss for loss in LOSSES if not loss.further]
     ):  # the most particular first
@@ -71,13 +81,14 @@ def test_value_and_gradient(name: str, options: dict[str, Any], kernel_calls: Ke
 
 
 def assert_same_signature(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
-    """Names, defaults and kinds, but for `inplace`, by name alone."""
+    """Names, defaults and kinds, but for what is ours, by name alone."""
     found = []
     for function in (ours, theirs):
         parameters = inspect.signature(function).parameters.values()
         found.append([(p.name, p.default, p.kind) for p in parameters])
     extra = [parameter for parameter in found[0] if parameter not in found[1]]
-    assert extra in ([], [("inplace", False, inspect.Parameter.KEYWORD_ONLY)])
+    added = [(name, value, inspect.Parameter.KEYWORD_ONLY) for name, value in ADDED.items()]
+    assert extra in ([], added)
     assert [parameter for parameter in found[0] if parameter not in extra] == found[1]
 
 

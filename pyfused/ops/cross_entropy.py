@@ -146,7 +146,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
         )
     else:
         operator = torch.ops.pyfused.cross_entropy_backward
-        gradients = operator(grad_output, *ctx.saved_tensors, *ctx.options, wanted)
+        gradients = operator(grad_output, *ctx.saved_tensors, *ctx.options[:3], wanted)
     given = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return *given, *[None] * 4
 
