@@ -15,11 +15,16 @@ from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.ops.activation import Activation
+from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
+from pyfused.ops.softmax import Softmax
 
-POINTWISE = tuple(name for name, op in OPERATORS.items() if isinstance(op, PointwiseLoss))
+POINTWISE = tuple(
+    name for name, op in OPERATORS.items() if isinstance(op, PointwiseLoss | Composed)
+)
+SOFTMAX = tuple(name for name, op in OPERATORS.items() if isinstance(op, Softmax))
 ACTIVATIONS = tuple(name for name, op in OPERATORS.items() if isinstance(op, Activation))
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 M = 1 << 20
@@ -53,7 +58,7 @@ if AS_IT_COMES:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator. The shape of cross_entropy's logits is (N, C, d1, ..., dk)."""
+    """One call of an operator. Of losses over classes the shape is (N, C, d1, ..., dk)."""
 
     op: str
     shape: tuple[int, ...]
@@ -91,8 +96,10 @@ class Case:
     def traffic(self, mode: str) -> int:
         """How many tensors of the input's size must at least be read or written."""
         backward = mode != "forward"
-        if self.op in ACTIVATIONS:
+        if self.op in (*ACTIVATIONS, *SOFTMAX):
             return 5 if backward else 2
+        if self.op == "nll_loss":
+            return int(backward)
         if self.op in POINTWISE:
             return len(variables(self)) + backward
         return 1 + self.probabilities + backward
@@ -101,6 +108,7 @@ class Case:
 def variables(case: Case) -> tuple[Operand, ...]:
     """The operands of a pointwise loss that a case gives."""
     op = OPERATORS[case.op]
+    op = op.of if isinstance(op, Composed) else op
     assert isinstance(op, PointwiseLoss)
     return tuple(o for o in op.variables if case.further or not o.optional)
 
@@ -124,6 +132,13 @@ CASES = (
     Case("cross_entropy", (65536, 10), headline=True),
     Case("cross_entropy", (64, 10)),
     Case("cross_entropy", (8, 21, 256, 256), headline=True),
+    Case("nll_loss", (1024, 32000), headline=True),
+    Case("nll_loss", (64, 10)),
+    Case("multi_margin_loss", (8192, 1000), headline=True),
+    Case("multi_margin_loss", (64, 10)),
+    *(Case(op, (1024, 32000), dtype) for op in SOFTMAX for dtype in (F32, BF16)),
+    *(Case(op, (8, 16, 512, 512), headline=True) for op in SOFTMAX),
+    *(Case(op, (64, 10)) for op in SOFTMAX),
     *(Case(op, (n,)) for op in POINTWISE for n in (100, M)),
     *(Case(op, (32 * M,), headline=True) for op in POINTWISE),
     *(Case(op, (32 * M,), BF16) for op in POINTWISE),
@@ -190,6 +205,8 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
     input = (within(first) if first.enforced else normal(*case.shape)).requires_grad_()
     if case.op in ACTIVATIONS:
         return Arguments(input, upstream=normal(*case.shape))
+    if case.op in SOFTMAX:
+        return Arguments(input, options={"dim": -1}, upstream=normal(*case.shape))
     upstream, options = None, {}
     if case.op in POINTWISE:
         target, *further = map(within, variables(case)[1:])
@@ -197,7 +214,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         options = {o.name: x for o, x in zip(variables(case)[2:], further, strict=True)}
     else:
         classes, shape = case.shape[1], case.shape[:1] + case.shape[2:]
-        options = {"label_smoothing": case.smoothing}
+        options = {"label_smoothing": case.smoothing} if case.smoothing else {}
         if case.weight:
             options["weight"] = normal(classes).abs()
         if case.probabilities:

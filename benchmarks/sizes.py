@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from cases import OPS, Case
+from cases import OPS, SOFTMAX, Case
 from measure import LONGER, settle_allocator
 from report import machine, machine_info
 from rich.progress import track
@@ -44,7 +44,11 @@ MARGIN = 0.03
 CLASSES = {
     "cross_entropy": (2, 8, 15, 24, 32, 64, 256, 1000, 32000),
     "cross_entropy_kdim": (2, 21, 64, 256),
+    "nll_loss": (10, 1000),
+    "multi_margin_loss": (10, 1000),
 }
+COLUMNS = 256  # of what is taken along its rows
+
 THREADS = sorted({1, torch.get_num_threads()})
 
 
@@ -54,6 +58,8 @@ def keys(op: str) -> list[str]:
 
 
 def shape(key: str, classes: int, elements: int) -> tuple[int, ...]:
+    if key in SOFTMAX:
+        return (max(1, elements // COLUMNS), COLUMNS)
     if key not in CLASSES:
         return (elements,)
     positions = elements // classes
@@ -98,7 +104,11 @@ def threshold(op: str, key: str, dtype: torch.dtype, classes: int, old: int) -> 
     found = 2 * LARGEST
     for elements in sizes(classes, old):
         case = Case(op, shape(key, classes, elements), dtype)
-        if not kernels_keep(case, had=elements >= old):
+        try:
+            keep = kernels_keep(case, had=elements >= old)
+        except NotImplementedError:  # torch's
+            return 0
+        if not keep:
             return found
         found = elements
     return min(found, old or found)  # the table knows of smaller ones, with fewer classes
@@ -124,7 +134,8 @@ def written(table: dict[str, dict[torch.dtype, Rows]]) -> str:
         lines.append(f'    "{key}": {{\n')
         for dtype, rows in dtypes.items():
             cells = [
-                f"({'ANY' if most == math.inf else most}, 1 << {below.bit_length() - 1})"
+                f"({'ANY' if most == math.inf else most}, "
+                f"{f'1 << {below.bit_length() - 1}' if below else 0})"
                 for most, below in rows
             ]
             last = "," if len(cells) == 1 else ""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
-from cases import BF16, F16, F32, F64, MODES, TORCH, Case, M, draw, step
+from cases import BF16, F16, F32, F64, MODES, SOFTMAX, TORCH, Case, M, draw, step
 from measure import (
     LONGER,
     Quartiles,
@@ -44,6 +44,7 @@ DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 ELEMENTS = (1, 64, 4096, 1 << 14, 1 << 16, 1 << 18, M, 4 * M, 32 * M)
 CLASSES = (2, 10, 24, 64, 500, 1000, 32000, 262144)
 LOGITS = (1 << 12, 1 << 16, 1 << 19, 1 << 22, 1 << 24)
+ROWS = (*SOFTMAX, "nll_loss", "multi_margin_loss")
 IMAGES = ((1, 2, 16, 16), (2, 21, 32, 32), (4, 10, 64, 64), (2, 21, 256, 256), (1, 150, 256, 256))
 
 
@@ -71,6 +72,9 @@ def shapes(op: str, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
             yield 1, classes
             yield from ((n // classes, classes) for n in LOGITS if n >= 2 * classes)
         yield from IMAGES
+    elif op in ROWS:
+        for classes in CLASSES:
+            yield from ((n // classes, classes) for n in LOGITS if n >= classes)
     else:
         yield from ((elements,) for elements in ELEMENTS)
     yield from handovers(op, dtype)
@@ -84,6 +88,8 @@ def handovers(op: str, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
             for classes in (fewest, min(most, 2 * fewest)):
                 yield math.ceil(below / classes), int(classes)
             fewest = int(min(most + 1, below))
+        elif op in ROWS:
+            yield from ((math.ceil(below / classes), classes) for classes in CLASSES[:-1])
         else:
             yield (below,)
 

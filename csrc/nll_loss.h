@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cross_entropy.h"
@@ -21,13 +22,17 @@ namespace pyfused {
 template <class T> void clear(T* data, int64_t n, int threads) {
   constexpr int64_t kBlock = 1 << 16;
   const size_t bytes = size_t(n) * sizeof(T);
-  const bool streams = bytes >= kStreamBytes && has_pages(data, bytes);
+  [[maybe_unused]] const bool streams = bytes >= kStreamBytes && has_pages(data, bytes);
   parallel_for((n + kBlock - 1) / kBlock, threads, [=](int64_t block) {
-    alignas(kVectorBytes) const Accumulate<T> zeros[kWriteElements] = {};
-    const int64_t end = std::min(n, (block + 1) * kBlock);
-    for (int64_t i = block * kBlock; i < end; i += kWriteElements) {
-      write(zeros, data + i, std::min(kWriteElements, end - i), streams);
+    const int64_t first = block * kBlock, end = std::min(n, first + kBlock);
+#ifdef __SSE2__
+    alignas(kVectorBytes) static constexpr T zeros[kWriteElements] = {};
+    for (int64_t i = first; streams && i < end; i += kWriteElements) {
+      stream(zeros, data + i, std::min(kWriteElements, end - i));
     }
+    if (streams) return;
+#endif
+    std::memset(data + first, 0, size_t(end - first) * sizeof(T));
   });
 }
 

@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from types import BuiltinFunctionType, CodeType, MethodDescriptorType, NoneType, TracebackType
 from typing import Any, TypeVar, overload
 
@@ -18,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
 from pyfused.ops import dispatch
-from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.declaration import Arguments, Operator, parameters_of
 from pyfused.ops.dispatch import compiler_traces
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.torchs import original
@@ -41,20 +42,24 @@ class _Function:
     """
 
     def __init__(self, op: Operator) -> None:
-        self.path, self.name = f"torch.nn.functional.{op.name}", op.name
+        self.path, self.name, self.op = f"torch.nn.functional.{op.name}", op.name, op
         self.function = getattr(F, op.name)
         self.traced, self.copy = getattr(functional, op.name), original(self.function)
-        self.torchs = self.ours = None
         # What stood there already when pyfused was imported may be someone's.
-        if getattr(self.function, "__globals__", None) is vars(F):
-            self.torchs = self.function.__code__
-            names = inspect.signature(self.function).parameters
-            given = [
-                name if name in names else repr(default)
-                for name, default in zip(op.arguments, (None, *op.defaults), strict=True)
-            ]
-            call = f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})"
-            self.ours = code_calling(_fused(op, op.torchs, op.torchs_), call, self.torchs)
+        torchs_own = getattr(self.function, "__globals__", None) is vars(F)
+        self.torchs = self.function.__code__ if torchs_own else None
+
+    @cached_property
+    def ours(self) -> Any:
+        if self.torchs is None:
+            return None
+        op, names = self.op, parameters_of(self.function)
+        given = [
+            name if name in names else repr(default)
+            for name, default in zip(op.arguments, (None, *op.defaults), strict=True)
+        ]
+        call = f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})"
+        return code_calling(_fused(op, op.torchs, op.torchs_), call, self.torchs)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -80,9 +85,13 @@ class _BuiltIn:
     """A built-in of torch or Tensor: it has no code, so the name holds another function."""
 
     def __init__(self, owner: Any, op: Operator, inplace: bool) -> None:
-        self.owner, self.name = owner, op.name + "_" * inplace
+        self.owner, self.name, self.op, self.inplace = owner, op.name + "_" * inplace, op, inplace
         self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
-        self.torchs = torchs = getattr(owner, self.name)
+        self.torchs = getattr(owner, self.name)
+
+    @cached_property
+    def ours(self) -> Any:
+        op, inplace, torchs = self.op, self.inplace, self.torchs
         required, defaults = set(op.built_in), dict(zip(op.arguments[1:], op.defaults, strict=True))
         public = [name for name in defaults if not name.startswith("_")]
 
@@ -108,8 +117,12 @@ class _BuiltIn:
             options = defaults | given
             return fused(tuple([options[name] for name in op.arguments]), inplace)
 
-        self.ours = self.traced = functools.update_wrapper(call, torchs)
         globals()[self.path.replace(".", "_")] = call
+        return functools.update_wrapper(call, torchs)
+
+    @property
+    def traced(self) -> Any:
+        return self.ours
 
     def now(self) -> Any:
         return getattr(self.owner, self.name)

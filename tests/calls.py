@@ -21,7 +21,7 @@ class Torchs:
     """torch.nn.functional, with the definitions of what it does not have."""
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].torchs
+        return OPERATORS[name].torchs if name in OPERATORS else getattr(F, name)
 
 
 TORCH = Torchs()
@@ -77,6 +77,13 @@ def pointwise(loss: Loss, differentiated: str, reduction: str, weighted: bool) -
 def cases() -> dict[str, Case]:
     made: dict[str, Case] = {
         op.name: Case(lambda f, x, name=op.name: getattr(f, name)(x)) for op in ACTIVATIONS
+    }
+    made |= {
+        "softmax": Case(lambda f, x: f.softmax(x, 1)),
+        "log_softmax": Case(lambda f, x: f.log_softmax(x, 0)),
+        "nll_loss": Case(lambda f, x: f.nll_loss(x, CLASSES, WEIGHT[0])),
+        "multilabel_soft_margin_loss": Case(lambda f, x: f.multilabel_soft_margin_loss(x, UNIT)),
+        "focal": Case(lambda f, x: f.cross_entropy(x, CLASSES, gamma=2.0)),
     }
     made["relu_inplace"] = Case(lambda f, x: f.relu(x * 1, inplace=True))
     for r in REDUCTIONS:

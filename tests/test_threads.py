@@ -17,11 +17,18 @@ from torch import Tensor
 from pyfused import functional
 from pyfused.backends import cpu
 from pyfused.functional import cross_entropy
-from pyfused.ops.activation import Activation
+from pyfused.ops.declaration import Operator
+from pyfused.ops.dispatch import call
+from pyfused.ops.operators import LOG_SOFTMAX, SOFTMAX
 
+REDUCTIONS = ("none", "mean", "sum")
 # Far beyond what one thread is left to do alone, and no multiple of any block.
 ROWS, COLUMNS = (1031, 700), (70_003, 10)
 Threads = Callable[[int], None]
+
+
+def arguments(op: Operator, x: Tensor) -> tuple[Any, ...]:
+    return (x, 1, 3, None) if op in (SOFTMAX, LOG_SOFTMAX) else (x, *op.defaults)
 
 
 def results(shape: tuple[int, int], dtype: torch.dtype, reduction: str) -> Iterator[Tensor]:
@@ -37,9 +44,18 @@ def results(shape: tuple[int, int], dtype: torch.dtype, reduction: str) -> Itera
         evaluate(cross_entropy, logits, target, weight, reduction=reduction, label_smoothing=0.1),
         evaluate(cross_entropy, logits, probabilities, weight, reduction=reduction),
         evaluate(cross_entropy, logits.view(1, *shape).mT, target.view(1, -1), reduction=reduction),
-        *(evaluate(getattr(functional, op.name), logits) for op in ACTIVATIONS),
+        evaluate(cross_entropy, logits, target, weight, reduction=reduction, gamma=2.0),
+        evaluate(functional.nll_loss, logits, target, weight, reduction=reduction),
+        evaluate(functional.multi_margin_loss, logits, target.clamp(0), reduction=reduction),
     ]
-    for loss in LOSSES:
+    turn = REDUCTIONS.index(reduction)
+    if turn == 0:  # activations have none
+        outcomes += [
+            evaluate(lambda x, op=op: call(op, arguments(op, x)), logits)
+            for op in (*ACTIVATIONS, SOFTMAX, LOG_SOFTMAX)
+        ]
+    # The losses by turns, so that each sees every reduction in one dtype or another.
+    for loss in LOSSES[(turn + FLOATS.index(dtype)) % 3 :: 3]:
         options: dict[str, Any] = loss.parameters | {"reduction": reduction}
         outcomes.append(evaluate(loss.ours, **loss.draw(shape, dtype), **options))
         if loss.takes_weight:
@@ -92,9 +108,9 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     """For each kernel what prepares a call of it alone, and returns the call."""
     shape = (4096, 1024)
 
-    def backward(op: Activation) -> Callable[[], Any]:
+    def backward(op: Operator) -> Callable[[], Any]:
         x = torch.randn(shape, requires_grad=True)
-        output, upstream = getattr(functional, op.name)(x), torch.ones(shape)
+        output, upstream = call(op, arguments(op, x)), torch.ones(shape)
         return lambda: torch.autograd.grad(output, x, upstream)
 
     made: dict[str, Callable[[], Callable[[], Any]]] = {
@@ -104,8 +120,12 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     }
     for loss in FIRST:
         made[loss.kernel] = lambda loss=loss: partial(loss.ours, **loss.draw(shape, requiring=()))
-    for op in ACTIVATIONS:
-        made[op.name] = lambda op=op: partial(getattr(functional, op.name), torch.randn(shape))
+    for name in ("nll_loss", "multi_margin_loss"):
+        made[name] = lambda name=name: partial(
+            getattr(functional, name), torch.randn(shape), torch.randint(1024, (4096,))
+        )
+    for op in (*ACTIVATIONS, SOFTMAX, LOG_SOFTMAX):
+        made[op.name] = lambda op=op: partial(call, op, arguments(op, torch.randn(shape)))
         made[f"{op.name}_backward"] = partial(backward, op)
     return made
 

@@ -10,7 +10,10 @@
 
 #include "activation.h"
 #include "cross_entropy.h"
+#include "multi_margin_loss.h"
+#include "nll_loss.h"
 #include "pointwise_loss.h"
+#include "softmax.h"
 
 // ---- OpenMP -------------------------------------------------------------------------------------
 
@@ -98,6 +101,47 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
   append(bytes, std::vector<int64_t>{wrong});
 }
 
+template <class T> void run_class_losses(std::string& bytes, const Shape& shape, int threads) {
+  using A = Accumulate<T>;
+  const int64_t positions = shape.outer * shape.inner, n = positions * shape.classes;
+  const std::vector<T> input = numbers<T>(n, 8);
+  const std::vector<A> weight = numbers<A>(shape.classes, 9), upstream = numbers<A>(positions, 10);
+  std::vector<int64_t> target(positions);
+  for (int64_t i = 0; i < positions; ++i) target[i] = i * 31 % shape.classes;
+  for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
+    std::vector<T> nll_gradient(n), margin_gradient(n);
+    std::vector<A> nll(reduction == Reduction::none ? positions : 1), margin(nll);
+    nll_loss(CrossEntropy<T>{
+        {shape.outer, shape.inner, shape.classes}, shape.view(input.data()), target.data(), {},
+        weight.data(), -100, 0, 0, reduction, upstream.data(), nll.data(),
+        shape.view(nll_gradient.data()), {}, threads});
+    multi_margin_loss(MultiMargin<T>{
+        positions, shape.classes, input.data(), target.data(), weight.data(),
+        reduction == Reduction::mean, 1, reduction, upstream.data(), margin.data(),
+        margin_gradient.data(), threads});
+    append(bytes, nll);
+    append(bytes, margin);
+    append(bytes, nll_gradient);
+    append(bytes, margin_gradient);
+  }
+}
+
+template <class T> void run_softmax(std::string& bytes, const Shape& shape, int threads) {
+  const int64_t n = shape.outer * shape.inner * shape.classes;
+  const std::vector<T> input = numbers<T>(n, 11), upstream = numbers<T>(n, 12);
+  for (const bool logarithm : {false, true}) {
+    std::vector<T> output(n), gradient(n);
+    const Positions sizes{shape.outer, shape.inner, shape.classes};
+    softmax(Softmax<T>{sizes, logarithm, shape.view(input.data()), {}, shape.view(output.data()),
+                       threads});
+    const T* const y = output.data();
+    softmax(Softmax<T>{sizes, logarithm, shape.view(y), shape.view(upstream.data()),
+                       shape.view(gradient.data()), threads});
+    append(bytes, output);
+    append(bytes, gradient);
+  }
+}
+
 template <class T> void run_pointwise(std::string& bytes, int threads) {
   using A = Accumulate<T>;
   constexpr int64_t n = 70003;  // no multiple of a block
@@ -118,12 +162,12 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
     }
   }
   std::vector<T> output(n), grad(n);
-  activation<Relu>(x.data(), output.data(), n, threads);
-  activation_backward<Relu>(t.data(), 1, output.data(), grad.data(), n, threads);
+  activation<Relu>(x.data(), output.data(), 0.0, n, threads);
+  activation_backward<Relu>(t.data(), 1, output.data(), grad.data(), 0.0, n, threads);
   append(bytes, output);
   append(bytes, grad);
-  activation<Sigmoid>(x.data(), output.data(), n, threads);
-  activation_backward<Sigmoid>(t.data(), 1, output.data(), grad.data(), n, threads);
+  activation<Sigmoid>(x.data(), output.data(), 0.0, n, threads);
+  activation_backward<Sigmoid>(t.data(), 1, output.data(), grad.data(), 0.0, n, threads);
   scale(grad.data(), A(0.3), n, threads);
   append(bytes, output);
   append(bytes, grad);
@@ -133,7 +177,11 @@ std::string results(int threads) {
   std::string bytes;
   const auto run = [&](auto element) {
     using T = decltype(element);
-    for (const Shape& shape : kShapes) run_cross_entropy<T>(bytes, shape, threads);
+    for (const Shape& shape : kShapes) {
+      run_cross_entropy<T>(bytes, shape, threads);
+      run_class_losses<T>(bytes, shape, threads);
+      run_softmax<T>(bytes, shape, threads);
+    }
     run_pointwise<T>(bytes, threads);
   };
   run(float{});

@@ -103,11 +103,11 @@ class Operator(ABC):
     def __post_init__(self) -> None:
         self.torchs = self.definition or original(getattr(F, self.name))
         self.torchs_ = self.aten = self.aten_ = self.torchs
-        names = inspect.signature(self.torchs).parameters
+        names = parameters_of(self.torchs)
         if "inplace" in names:
             self.torchs_ = partial(self.torchs, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
-        self.defaults = tuple(names[name].default for name in self.arguments[1:])
+        self.defaults = tuple(names[name] for name in self.arguments[1:])
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     @abstractmethod
@@ -128,6 +128,20 @@ class Operator(ABC):
     def manner(self, input: Tensor) -> str:  # noqa: ARG002
         """How a CPU kernel goes through the input, in words."""
         return "element by element"
+
+
+def parameters_of(function: Any) -> dict[str, Any]:
+    """The parameters of a Python function with their defaults, or `...`; a signature takes 0.1 ms.
+
+    Of one that someone wrapped those within.
+    """
+    function = inspect.unwrap(function)
+    code, by_place = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount]
+    found = dict.fromkeys(names, ...) | dict(zip(reversed(names), reversed(by_place), strict=False))
+    for name in code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]:
+        found[name] = (function.__kwdefaults__ or {}).get(name, ...)
+    return found
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
