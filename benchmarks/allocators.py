@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cases import CASES, MODES
+from cases import CASES, MODES, Case
 from measure import by_turns, plan, ratios
 from rich.console import Console
 from rich.progress import track
@@ -43,18 +43,18 @@ def ways() -> dict[str, Side]:
     }
 
 
-def measure(sides: dict[str, Side], index: int) -> list[dict[str, Any]]:
+def measure(sides: dict[str, Side], case: Case) -> list[dict[str, Any]]:
     rounds, calls = plan(
         sides.values(),
         SECONDS,
-        clock=lambda side, calls: side.seconds(index, MODES[-1], calls),
+        clock=lambda side, calls: side.seconds(case, MODES[-1], calls),
     )
-    clocks = [partial(side.seconds, index, MODES[-1], calls) for side in sides.values()]
+    clocks = [partial(side.seconds, case, MODES[-1], calls) for side in sides.values()]
     times = dict(zip(sides, by_turns(clocks, rounds), strict=True))
     first = next(iter(times.values()))
     return [
         {
-            "case": CASES[index].name,
+            "case": case.name,
             "way": way,
             "ms": 1e3 * median(taken) / calls,
             "ratio": ratios(first, taken),
@@ -69,15 +69,15 @@ def main() -> None:
     parser.add_argument("-k", default="", help="only the cases whose name has this in it")
     options = parser.parse_args()
     large = [
-        index
-        for index, case in enumerate(CASES)
+        case
+        for case in CASES
         if case.headline and case.op in FAMILIES and options.k in case.name
         if case.elements * case.dtype.itemsize >= LARGE
     ]
     sides = ways()
     with ended_after(*sides.values()):
         shown = track(large, "Measuring", transient=True)
-        found = [entry for index in shown for entry in measure(sides, index)]
+        found = [entry for case in shown for entry in measure(sides, case)]
     table = Table("case", "way", title="forward+backward of large tensors")
     for name in ("ms", "times as fast as torch, as it comes"):
         table.add_column(name, justify="right")

@@ -14,18 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyfused.functional
-from pyfused.ops.activation import Activation
-from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import PointwiseLoss
-from pyfused.ops.softmax import Softmax
 
-POINTWISE = tuple(
-    name for name, op in OPERATORS.items() if isinstance(op, PointwiseLoss | Composed)
-)
-SOFTMAX = tuple(name for name, op in OPERATORS.items() if isinstance(op, Softmax))
-ACTIVATIONS = tuple(name for name, op in OPERATORS.items() if isinstance(op, Activation))
+
+def of_family(*families: str) -> tuple[str, ...]:
+    """Operators by their families' names: a revision compared with may not have all of these."""
+    return tuple(name for name, op in OPERATORS.items() if type(op).__name__ in families)
+
+
+POINTWISE, ACTIVATIONS = of_family("PointwiseLoss", "Composed"), of_family("Activation")
+SOFTMAX = of_family("Softmax")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 M = 1 << 20
 MODES = "forward", "forward+backward"
@@ -107,10 +106,9 @@ class Case:
 
 def variables(case: Case) -> tuple[Operand, ...]:
     """The operands of a pointwise loss that a case gives."""
-    op = OPERATORS[case.op]
-    op = op.of if isinstance(op, Composed) else op
-    assert isinstance(op, PointwiseLoss)
-    return tuple(o for o in op.variables if case.further or not o.optional)
+    op: Any = OPERATORS[case.op]
+    variables = getattr(op, "of", op).variables
+    return tuple(o for o in variables if case.further or not o.optional)
 
 
 def _count(size: int) -> str:

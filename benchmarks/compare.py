@@ -48,7 +48,7 @@ def extract(revision: str, folder: Path) -> Path:
     return folder / "base"
 
 
-def measure(sides: tuple[Side, Side], case: int, mode: str, seconds: float, fewest: int) -> Times:
+def measure(sides: tuple[Side, Side], case: Case, mode: str, seconds: float, fewest: int) -> Times:
     rounds, calls = plan(
         sides, seconds, fewest, clock=lambda side, calls: side.seconds(case, mode, calls)
     )
@@ -56,7 +56,7 @@ def measure(sides: tuple[Side, Side], case: int, mode: str, seconds: float, fewe
 
 
 def examine(
-    sides: tuple[Side, Side], case: int, mode: str, seconds: float, margin: float
+    sides: tuple[Side, Side], case: Case, mode: str, seconds: float, margin: float
 ) -> Quartiles:
     """Measure, and where the head looks slower measure longer, until it does not."""
     for factor in LONGER:
@@ -86,27 +86,28 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     chosen = [
-        (index, mode)
-        for index, case in enumerate(CASES)
+        (case, mode)
+        for case in CASES
         for mode in MODES
         if any(part in f"{case.name} {mode}" for part in options.k)
     ]
-    shown = track(chosen, "Measuring", transient=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
     with tempfile.TemporaryDirectory() as folder:
         base = Side("pyfused", built(extract(options.base, Path(folder))))
         sides = base, Side("pyfused", built(ROOT))
         with ended_after(*sides), loaded(options.busy):
+            both = [(case, mode) for case, mode in chosen if base.has(case)]
+            shown = track(both, "Measuring", transient=True)
             if options.busy:
                 busy = [
-                    (CASES[index], mode, measure(sides, index, mode, options.seconds, FEWEST_BUSY))
-                    for index, mode in shown
+                    (case, mode, measure(sides, case, mode, options.seconds, FEWEST_BUSY))
+                    for case, mode in shown
                 ]
                 console.print(tabulate_busy(busy, options.base))
                 return
             found = [
-                (CASES[index], mode, examine(sides, index, mode, options.seconds, options.margin))
-                for index, mode in shown
+                (case, mode, examine(sides, case, mode, options.seconds, options.margin))
+                for case, mode in shown
             ]
     console.print(tabulate(found, options.base, options.margin))
     slower = sum(ratio[2] < options.margin for _, _, ratio in found)

@@ -2,12 +2,14 @@
 
     python benchmarks/sides.py FOLDER pyfused
 
-is one of them, with the pyfused of a folder. It answers each line, a case's number, a mode and a
-number of calls, with the seconds that they took.
+is one of them, with the pyfused of a folder. It answers each line, a case's name, a mode and a
+number of calls, with the seconds that they took; with nan where it has no such operator.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from cases import CASES, TORCH, draw, step
+from cases import CASES, MODES, TORCH, Case, draw, step
 from measure import Step, repeat, settle_allocator, timed
 
 ROOT = Path(__file__).parents[1]
@@ -40,11 +42,14 @@ class Side:
             text=True,
         )
 
-    def seconds(self, case: int, mode: str, calls: int) -> float:
+    def has(self, case: Case) -> bool:
+        return not math.isnan(self.seconds(case, MODES[0], 0))
+
+    def seconds(self, case: Case, mode: str, calls: int) -> float:
         """The time of so many calls, after the others' threads have gone to sleep."""
         assert self.process.stdin
         assert self.process.stdout
-        print(case, mode, calls, file=self.process.stdin, flush=True)
+        print(json.dumps([case.name, mode, calls]), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             sys.exit(f"the process {self.process.args} ended")
@@ -68,18 +73,22 @@ def work(folder: Path, library: str) -> None:
     settle_allocator()
     operators = pyfused.functional if library == "pyfused" else TORCH
 
+    known = {case.name: case for case in CASES if hasattr(operators, case.op)}
+
     @lru_cache(maxsize=1)
-    def prepared(index: int, mode: str) -> Step:
-        case = CASES[index]
+    def prepared(case: Case, mode: str) -> Step:
         one = step(operators, case, draw(case), mode)
         repeat(one, WARM_UP)
         return one
 
     for line in sys.stdin:
-        index, mode, calls = line.split()
-        one = prepared(int(index), mode)
+        name, mode, calls = json.loads(line)
+        if not calls or name not in known:
+            print(0.0 if name in known else math.nan, flush=True)
+            continue
+        one = prepared(known[name], mode)
         time.sleep(HANDOVER_SECONDS)
-        print(timed(one, int(calls)), flush=True)
+        print(timed(one, calls), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ namespace pyfused {
 template <class T, int64_t kColumns, int64_t kColumnClasses>
 class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   using Base = Columns<T, kColumns, kColumnClasses>;
-  using typename Base::A, typename Base::Tile, typename Base::Lanes;
+  using A = Accumulate<T>;
+  using Tile = A[kColumnClasses][kColumns];
+  using Lanes = double[kColumns];
   using Base::first, Base::n, Base::sum, Base::log_sum, Base::max, Base::x, Base::e;
   using Base::load_tile, Base::store_tile, Base::for_groups;
 
@@ -127,9 +129,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
         }
       });
     });
+    const double common = ce.level();
     for (int64_t b = 0; b < kColumns; ++b) {
-      mass[b] = ce.target ? ce.uniform_mass + spike[b] : ce.level() * mass[b];
-      loss[b] *= ce.level();
+      mass[b] = ce.target ? ce.uniform_mass + spike[b] : common * mass[b];
+      loss[b] *= common;
       if (!shifted) loss[b] += mass[b] * log_sum[b];
       if (ce.target) loss[b] += spike[b] * (double(max[b] - hit_logit[b]) + double(shift[b]));
     }
@@ -149,10 +152,11 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   }
 
   void write_gradient() {
+    const double common = ce.level();  // asked for in a loop it keeps the loop scalar
     alignas(kVectorBytes) A factor[kColumns], level[kColumns], at_hit[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
       factor[b] = A(mass[b] * scale[b] / sum[b]);
-      level[b] = A(ce.level() * scale[b]);
+      level[b] = A(common * scale[b]);
       const double p = double(exp_shifted(hit_logit[b] - max[b])) / sum[b];
       at_hit[b] = A((p * mass[b] - hit_aim[b]) * scale[b]);
     }
@@ -177,9 +181,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   }
 
   void write_probability_gradient() {
+    const double common = ce.level() * ce.slope();
     alignas(kVectorBytes) A factor[kColumns], low[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(ce.level() * ce.slope() * scale[b]);
+      factor[b] = A(common * scale[b]);
       low[b] = A(log_sum[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {

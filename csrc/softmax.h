@@ -108,7 +108,7 @@ template <class T> class SoftmaxRow {
 template <class T, int64_t kColumns, int64_t kColumnClasses>
 class SoftmaxColumns : Columns<T, kColumns, kColumnClasses> {
   using Base = Columns<T, kColumns, kColumnClasses>;
-  using typename Base::A, typename Base::Tile, typename Base::Lanes;
+  using A = Accumulate<T>;
   using Base::sum, Base::log_sum, Base::max, Base::x, Base::e;
   using Base::for_tiles, Base::for_groups, Base::load_tile, Base::store_tile;
 

@@ -184,6 +184,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("the target", (0,), others=(0.0, 0.0)),
                 Curve("another class", (1,), others=(0.0, 0.0)),
                 Curve("the target, smoothing 0.2", (0,), {"label_smoothing": 0.2}, (0.0, 0.0)),
+                Curve("the target, gamma 2", (0,), {"gamma": 2.0}, (0.0, 0.0)),
             ),
             low=-6.0,
             high=6.0,

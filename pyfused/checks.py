@@ -252,10 +252,10 @@ def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
     _broadcasts("target", input.shape, target.shape)
 
 
-def same_shape(input: Tensor, target: Tensor, *_: Any) -> None:
+def same_shape(input: Tensor, target: Tensor, *_: Any, name: str = "target") -> None:
     if target.shape != input.shape:
         raise ValueError(
-            f"target: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
+            f"{name}: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -254,7 +255,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
         Parameter("gamma", low=0.0),
         Parameter("ignore_index", optional=True),
     ),
-    shapes=checks.same_shape,
+    shapes=partial(checks.same_shape, name="targets"),
     weight_shape=checks.weight_that_broadcasts,
     denominators={"mean": _counted},
     definition=definitions.sigmoid_focal_loss,

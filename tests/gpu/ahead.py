@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pyfused.backends import CrossEntropyOptions, Want
+from pyfused.backends import CrossEntropyOptions, MarginOptions, NllOptions, Want
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
@@ -91,7 +91,8 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     x = empty(dtype, *shape)
     indices = empty(torch.int64, shape[0], *shape[2:])
     weight = empty(dtype, shape[1])
-    options = CrossEntropyOptions(-100, "mean", 0.1 if "smoothing" in kind else 0.0)
+    smoothing, gamma = (0.1 if "smoothing" in kind else 0.0), (2.0 if "focal" in kind else 0.0)
+    options = CrossEntropyOptions(-100, "mean", smoothing, gamma)
     upstream = None
     if "upstream" in kind:
         options, upstream = options._replace(reduction="none"), empty(dtype, *indices.shape)
@@ -110,7 +111,7 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
     for row, kind in (*product(sparse_rows, kinds), *product(dense_rows, dense)):
         classes = 128_256 if row.most == launch.ANY else int(row.most)
         yield cross_entropy_case((4096, classes), dtype, kind)
-    for kind in (*kinds, *dense):
+    for kind in (*kinds, "focal", *dense):
         yield cross_entropy_case((4096, 16), dtype, kind)
         yield cross_entropy_case((4096, 1000), dtype, kind)  # a multiple of 8, not of 16
         yield cross_entropy_case((8, 21, 1000), dtype, kind)
@@ -118,6 +119,26 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
     for row, kind in product(launch.POSITIONS_INNER[size], (*kinds, *dense)):
         classes = 1000 if row.most == launch.ANY else int(row.most)
         yield cross_entropy_case((8, classes, 4096), dtype, kind)
+
+
+def class_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Softmax, and the losses of class indices but for cross-entropy."""
+    kind = str(dtype)[6:]
+    for shape, dim in (((4096, 1000), 1), ((4096, 32_000), 1), ((8, 21, 4096), 1)):
+        x, name = empty(dtype, *shape), "x".join(map(str, shape))
+        for op in ("softmax", "log_softmax"):
+            forward = partial(backend.softmax, op, x, dim)
+            backward = partial(backend.softmax_backward, op, x, x, dim)
+            yield Case(f"{op} {kind} {name}", dtype, forward)
+            yield Case(f"{op} {kind} {name} backward", dtype, backward)
+        target, want = empty(torch.int64, shape[0], *shape[2:]), Want(True, (True, False))
+        nll = partial(backend.nll_loss, x, target, None, NllOptions(-100, "mean"), want)
+        yield Case(f"nll_loss {kind} {name}", dtype, nll)
+        if len(shape) == 2:
+            for p in (1, 2):
+                options = MarginOptions(p, 1.0, "mean")
+                margin = partial(backend.multi_margin_loss, x, target, None, options, want)
+                yield Case(f"multi_margin_loss {kind} {name} p {p}", dtype, margin)
 
 
 def differentiated(formula: str) -> tuple[bool, ...]:
@@ -165,6 +186,7 @@ def all_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from pointwise_cases(dtype)
         yield from cross_entropy_cases(dtype)
+        yield from class_cases(dtype)
 
 
 # ---- compiling ----------------------------------------------------------------------------------
