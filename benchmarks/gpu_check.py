@@ -26,6 +26,8 @@ SHARED = (
     "test_cross_entropy.py",
     "test_pointwise_loss.py",
     "test_activation.py",
+    "test_class_losses.py",
+    "test_softmax.py",
     "test_strides.py",
     "test_backends.py",
     "test_inplace.py",

@@ -21,7 +21,7 @@ class Torchs:
     """torch.nn.functional, with the definitions of what it does not have."""
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        return OPERATORS[name].torchs if name in OPERATORS else getattr(F, name)
+        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].torchs
 
 
 TORCH = Torchs()
@@ -74,6 +74,11 @@ def pointwise(loss: Loss, differentiated: str, reduction: str, weighted: bool) -
     return Case(run)
 
 
+def focal(functional: Any, x: Tensor) -> Tensor:
+    has_gamma = fused.cross_entropy if functional is fused else CROSS_ENTROPY.torchs
+    return has_gamma(x, CLASSES, gamma=2.0)
+
+
 def cases() -> dict[str, Case]:
     made: dict[str, Case] = {
         op.name: Case(lambda f, x, name=op.name: getattr(f, name)(x)) for op in ACTIVATIONS
@@ -83,7 +88,7 @@ def cases() -> dict[str, Case]:
         "log_softmax": Case(lambda f, x: f.log_softmax(x, 0)),
         "nll_loss": Case(lambda f, x: f.nll_loss(x, CLASSES, WEIGHT[0])),
         "multilabel_soft_margin_loss": Case(lambda f, x: f.multilabel_soft_margin_loss(x, UNIT)),
-        "focal": Case(lambda f, x: f.cross_entropy(x, CLASSES, gamma=2.0)),
+        "focal": Case(focal),
     }
     made["relu_inplace"] = Case(lambda f, x: f.relu(x * 1, inplace=True))
     for r in REDUCTIONS:
