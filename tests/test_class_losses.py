@@ -314,6 +314,7 @@ def test_gamma_of_the_module_and_of_one_that_was_torchs() -> None:
     close(model[0](X, Y), F.cross_entropy(X, Y))
 
 
+@pytest.mark.cpu
 def test_gamma_compiled() -> None:
     x = scores((600, 500))
     target = classes((600, 500))

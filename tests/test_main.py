@@ -82,7 +82,6 @@ try:
 except TypeError:
     pass
 print(*sys.argv[1:])
-sys.exit({code})
 """
 
 HELPER = """
@@ -92,14 +91,15 @@ def gated(x: torch.Tensor) -> torch.Tensor:
 """
 
 
-@pytest.mark.parametrize("code", ["0", "'a message'", "1 // 0"])
-def test_a_script_runs_patched_and_its_calls_are_counted(code: str, tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text(HELPER)
-    (tmp_path / "train.py").write_text(SCRIPT.format(code=code))
-    script = str(tmp_path / "train.py")
+def plain_and_counted(
+    script: str, folder: Path
+) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+    """A script run by itself, and by `python -m pyfused run`."""
+    (folder / "helper.py").write_text(HELPER)
+    (folder / "train.py").write_text(script)
     plain, counted = (
         subprocess.run(
-            [sys.executable, *how, script, "--steps", "5"],
+            [sys.executable, *how, str(folder / "train.py"), "--steps", "5"],
             text=True,
             capture_output=True,
             check=False,
@@ -109,6 +109,20 @@ def test_a_script_runs_patched_and_its_calls_are_counted(code: str, tmp_path: Pa
     )
     assert counted.returncode == plain.returncode
     assert counted.stdout == plain.stdout == "--steps 5\n"
+    return plain, counted
+
+
+@pytest.mark.parametrize("code", ["'a message'", "1 // 0"])
+def test_a_script_ends_as_it_does_by_itself(code: str, tmp_path: Path) -> None:
+    script = f"import sys, torch; torch.ones(2).relu(); print(*sys.argv[1:]); sys.exit({code})"
+    plain, counted = plain_and_counted(script, tmp_path)
+    assert plain.returncode == 1
+    assert plain.stderr.splitlines()[-1] in counted.stderr
+    assert "1  relu: torch: ATen is faster at this size" in counted.stderr
+
+
+def test_a_script_runs_patched_and_its_calls_are_counted(tmp_path: Path) -> None:
+    _, counted = plain_and_counted(SCRIPT, tmp_path)
     summary = [
         "pyfused: calls and the paths they took",
         "        3  cross_entropy: torch: ATen is faster at this size",

@@ -47,7 +47,12 @@ def run(
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the sdist and the wheel built from it, in a world without torch."""
+    """The folder with the sdist and the wheel built from it, in a world without torch.
+
+    PYFUSED_TEST_DIST names one with what was built already, of the tree as it is.
+    """
+    if os.environ.get("PYFUSED_TEST_DIST"):
+        return Path(os.environ["PYFUSED_TEST_DIST"])
     folder = tmp_path_factory.mktemp("packaging")
     tree, dist = folder / "tree", folder / "dist"
     (folder / "torch.py").write_text("raise ImportError('the build may not need torch')")
