@@ -69,6 +69,7 @@ def cross_entropy(
     if weight is not None:
         tensor("weight", weight)
         _class_weight(input, weight, alike=not target.is_floating_point())
+    number("gamma", gamma, (float, Real), "a float")
     if gamma:
         parameter("gamma", gamma, 0.0, math.inf, False)
         if target.is_floating_point() or label_smoothing > 0.0:

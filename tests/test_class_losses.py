@@ -281,6 +281,7 @@ def test_errors_are_torchs_and_say_more(case: str, grad: bool) -> None:
 GAMMAS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gamma": -1.0}, RuntimeError, "gamma: expected a number from 0.0 up, got -1.0"),
     ({"gamma": "2"}, TypeError, "gamma: expected a float, got str '2'"),
+    ({"gamma": None}, TypeError, "gamma: expected a float, got NoneType None"),
     ({"gamma": 2.0, "label_smoothing": 0.1}, ValueError, "gamma: expected 0.0 with class prob"),
 ]
 

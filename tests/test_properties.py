@@ -26,7 +26,7 @@ from pyfused.ops.dispatch import call
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 # The fixtures only set what stays the same for every example.
-properties = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+properties = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 layouts = st.sampled_from(list(LAYOUTS.values()))
 dtypes = st.sampled_from(FLOATS)

@@ -191,7 +191,7 @@ def cross_entropy(
         _address(weight),
         options.ignore_index,
         max(0.0, options.label_smoothing),
-        options.gamma,
+        float(options.gamma),
         _REDUCTIONS[options.reduction],
         _address(grad_output),
         _address(loss),

@@ -54,7 +54,7 @@ class Softmax(Operator):
         checks.dim(arguments[1], arguments[0])
 
     def manner(self, input: Tensor) -> str:  # noqa: ARG002
-        return f"{cpu.native.row_classes[0]} elements and more as rows, fewer side by side"
+        return "rows, or positions side by side"
 
 
 def not_along_one_dimension(
