@@ -26,7 +26,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
 ) -> Tensor:
-    if not gamma:
+    if gamma == 0:
         return _cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
