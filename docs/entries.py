@@ -75,7 +75,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
             (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
         ),
         "rmse_loss": Entry(
-            r"\sqrt{\overline{(x - t)^2}}",
+            r"\sqrt{\frac{1}{N} \sum_i (x_i - t_i)^2}",
             "As the squared error, in the target's own unit; steps do not shrink with the error.",
             tuple(Curve(f"eps {eps:g}", (0.0,), {"eps": eps}) for eps in (0.01, 0.5)),
         ),
