@@ -124,6 +124,10 @@ def banded(found: dict[int, int]) -> Rows:
     return *rows[:-1], (math.inf, rows[-1][1])
 
 
+def power_of_two(n: int) -> str:
+    return f"1 << {n.bit_length() - 1}" if n else "0"
+
+
 def written(table: dict[str, dict[torch.dtype, Rows]]) -> str:
     """The file with another table, and with what it was measured on."""
     now = datetime.now(timezone.utc).isoformat()
@@ -134,8 +138,7 @@ def written(table: dict[str, dict[torch.dtype, Rows]]) -> str:
         lines.append(f'    "{key}": {{\n')
         for dtype, rows in dtypes.items():
             cells = [
-                f"({'ANY' if most == math.inf else most}, "
-                f"{f'1 << {below.bit_length() - 1}' if below else 0})"
+                f"({'ANY' if most == math.inf else most}, {power_of_two(below)})"
                 for most, below in rows
             ]
             last = "," if len(cells) == 1 else ""

@@ -68,9 +68,9 @@ template <class T> class SoftmaxRow {
     Sum sum;
     for_parts(classes, [&](int64_t, int64_t first, int64_t n) {
       const A* const dy = widened(grad_output + first, upstream, n);
+      if (softmax.logarithm) return add_terms<A>(sum, n, [=](int64_t i) { return dy[i]; });
       const A* const y = widened(input + first, buffer, n);
-      if (softmax.logarithm) add_terms<A>(sum, n, [=](int64_t i) { return dy[i]; });
-      else add_terms<A>(sum, n, [=](int64_t i) { return dy[i] * y[i]; });
+      add_terms<A>(sum, n, [=](int64_t i) { return dy[i] * y[i]; });
     });
     const A total = A(sum.value());
     for_parts(classes, [&](int64_t, int64_t first, int64_t n) {

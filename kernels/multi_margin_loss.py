@@ -119,5 +119,5 @@ def multi_margin_loss(
         constants=compiled_in(constants),
         **launch.options(tile.threads),
     )
-    if parts is not loss and parts is not None and loss is not None:
+    if parts is not loss:
         sum_parts(parts, loss, None, scale)

@@ -103,5 +103,5 @@ def nll_loss(
         BLOCK=launch.COUNT.block,
         **launch.options(launch.COUNT.threads),
     )
-    if parts is not loss and parts is not None and loss is not None:
+    if parts is not loss:
         sum_parts(parts, loss, denominator)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import CrossEntropyOptions, MarginOptions, NllOptions
+from pyfused.backends.layout import loss_shape
 
 
 def tensor(name: str, value: Any, also: type | None = None) -> None:
@@ -100,7 +101,7 @@ def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllO
     shape, of_target = input.shape, target.shape
     if input.dim() == 0:
         raise ValueError("input: expected shape (C), (N, C) or (N, C, d1, ...), got ()")
-    expected = shape[:-1] if len(shape) < 3 else shape[:1] + shape[2:]
+    expected = loss_shape(input, "none")
     if of_target != expected and not (len(shape) == 1 and of_target == (1,)):
         batch = of_target[:1] != shape[:1] if len(shape) > 1 else len(of_target) == 1
         raise (ValueError if batch else RuntimeError)(
@@ -149,7 +150,7 @@ def multi_margin_loss(
 def _class_index_target(input: Tensor, target: Tensor) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # as most are
-    expected = input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
+    expected = loss_shape(input, "none")
     lone = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
     if target.shape == input.shape or (
         target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or lone)

@@ -94,6 +94,7 @@ class _BuiltIn:
         op, inplace, torchs = self.op, self.inplace, self.torchs
         required, defaults = set(op.built_in), dict(zip(op.arguments[1:], op.defaults, strict=True))
         public = [name for name in defaults if not name.startswith("_")]
+        known = required.union(public)
 
         def named(options: Arguments) -> dict[str, Any]:
             given = dict(zip(defaults, options, strict=True))
@@ -111,7 +112,6 @@ class _BuiltIn:
             if len(args) == len(required) == 1 and not kwargs:
                 return fused(args + op.defaults, inplace)
             given = dict(zip(op.built_in, args, strict=False)) | kwargs
-            known = required.union(public)
             if len(args) > len(required) or not required <= given.keys() <= known:
                 return torchs(*args, **kwargs)
             options = defaults | given

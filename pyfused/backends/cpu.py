@@ -22,6 +22,7 @@ from pyfused.backends import CrossEntropyOptions, Gradients, MarginOptions, NllO
 from pyfused.backends.layout import (
     accumulate_dtype,
     along,
+    contiguous_in,
     dense,
     empty_viewed,
     loss_shape,
@@ -163,7 +164,7 @@ def cross_entropy(
     accumulate = accumulate_dtype(input.dtype)
     logits, logits_strides = viewed(input)
     indices, probabilities_view = None, _NO_VIEW
-    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
     if target.dtype is torch.int64:
         indices = target.contiguous()
     else:
@@ -216,7 +217,7 @@ def nll_loss(
     accumulate = accumulate_dtype(input.dtype)
     view, strides = viewed(input)
     indices = target.contiguous()
-    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
     loss, grad_input, grad_view = _loss_of(input, options.reduction, want), None, _NO_VIEW
     if any(want.gradients):
         grad_input, grad_strides = empty_viewed(view, empty_like)
@@ -251,7 +252,7 @@ def multi_margin_loss(
     accumulate = accumulate_dtype(input.dtype)
     input = input.contiguous()
     indices = target.contiguous()
-    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
     loss = _loss_of(input, options.reduction, want)
     grad_input = empty_like(input) if any(want.gradients) else None
     out_of_range = native.multi_margin_loss(
@@ -271,10 +272,6 @@ def multi_margin_loss(
     if out_of_range >= 0:
         raise checks.target_out_of_range(input, target, None, out_of_range)
     return loss, (grad_input, None)
-
-
-def _contiguous(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
 
 
 def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:

@@ -16,6 +16,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
+
+
 def positions(input: Tensor) -> tuple[int, int, int]:
     """The sizes of (N, C, d1, ..., dk) as outer and inner positions and classes."""
     if input.dim() == 2:

@@ -14,6 +14,7 @@ from pyfused.backends import CrossEntropyOptions, Gradients, MarginOptions, NllO
 from pyfused.backends.layout import (
     accumulate_dtype,
     along,
+    contiguous_in,
     empty_viewed,
     loss_shape,
     order_of,
@@ -43,7 +44,7 @@ def cross_entropy(
     of_input, of_target = want.gradients or (False, False)
     grad_input = grad_target = None
     loss = _loss_of(input, options.reduction, want)
-    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
     logits = viewed(input)
     if of_input:
         grad_input = logits if want.inplace else empty_viewed(logits[0])
@@ -116,7 +117,7 @@ def nll_loss(
     view = viewed(input)
     grad_input = empty_viewed(view[0]) if any(want.gradients) else None
     loss = _loss_of(input, options.reduction, want)
-    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
     with torch.cuda.device_of(input):
         native.nll_loss(
             positions(input),
@@ -144,16 +145,12 @@ def multi_margin_loss(
     input = input.contiguous()
     grad_input = torch.empty_like(input) if any(want.gradients) else None
     loss = _loss_of(input, options.reduction, want)
-    weight, grad_output = _contiguous(accumulate, weight, grad_output)
+    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
     with torch.cuda.device_of(input):
         native.multi_margin_loss(
             input, target.contiguous(), weight, options, grad_output, loss, grad_input
         )
     return loss, (grad_input, None)
-
-
-def _contiguous(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
 
 
 def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:

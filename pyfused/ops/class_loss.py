@@ -51,14 +51,15 @@ class ClassLoss(Operator):
     def read(self, arguments: Arguments) -> Given:
         """The arguments that kernels take, as they were given."""
 
-    @abstractmethod
-    def check_all(self, given: Given) -> None:
+    def _checked(self, arguments: Arguments) -> Given:
         """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
+        given = self.read(arguments)
+        checks.reduction(given.options.reduction)
+        getattr(checks, self.name)(*given)
+        return given
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        given = self.read(arguments)
-        self.check_all(given)
-        given = self.arranged(given)
+        given = self.arranged(self._checked(arguments))
         loss = self.run(given, inplace)
         dtype = autocast_dtype(given.input.dtype, given.input.device)
         return loss if loss.dtype is dtype else loss.to(dtype)
@@ -81,8 +82,7 @@ class ClassLoss(Operator):
         return loss
 
     def check(self, arguments: Arguments) -> None:
-        given = self.read(arguments)
-        self.check_all(given)
+        given = self._checked(arguments)
         checks.class_indices(
             given.input, given.target, getattr(given.options, "ignore_index", None)
         )
@@ -189,10 +189,6 @@ class NllLoss(ClassLoss):
         reduction = reduction_of(size_average, reduce, reduction)
         return Given(input, target, weight, NllOptions(ignore_index, reduction))
 
-    def check_all(self, given: Given) -> None:
-        checks.reduction(given.options.reduction)
-        checks.nll_loss(*given)
-
     def manner(self, input: Tensor) -> str:  # noqa: ARG002
         return "one element of a row"
 
@@ -205,10 +201,6 @@ class MultiMarginLoss(ClassLoss):
         input, target, p, margin, weight, size_average, reduce, reduction = arguments
         reduction = reduction_of(size_average, reduce, reduction)
         return Given(input, target, weight, MarginOptions(p, margin, reduction))
-
-    def check_all(self, given: Given) -> None:
-        checks.reduction(given.options.reduction)
-        checks.multi_margin_loss(*given)
 
     def arranged(self, given: Given) -> Given:
         rows = given.input.reshape(-1, given.input.shape[-1])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyfused import checks
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
@@ -27,14 +26,10 @@ class Composed(Operator):
     finish: Callable[..., Tensor]
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        self._check_parameters(arguments)
+        self.check_parameters(arguments)
         loss = self.of.fused(self.given(*arguments), inplace)
         return self.finish(loss, *arguments)
 
     def check(self, arguments: Arguments) -> None:
-        self._check_parameters(arguments)
+        self.check_parameters(arguments)
         self.of.check(self.given(*arguments))
-
-    def _check_parameters(self, arguments: Arguments) -> None:
-        for name, low, high, positive, *_ in self.parameters:
-            checks.parameter(name, arguments[self.arguments.index(name)], low, high, positive)

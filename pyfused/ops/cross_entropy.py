@@ -28,10 +28,6 @@ class CrossEntropy(ClassLoss):
         reduction = reduction_of(size_average, reduce, reduction)
         return Given(input, target, weight, CrossEntropyOptions(ignore_index, reduction, *rest))
 
-    def check_all(self, given: Given) -> None:
-        checks.reduction(given.options.reduction)
-        checks.cross_entropy(*given)
-
     def arranged(self, given: Given) -> Given:
         input, target, weight, _ = given
         if not target.is_floating_point():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 
+from pyfused import checks
 from pyfused.ops.torchs import original
 
 Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
@@ -81,7 +82,8 @@ class Operator(ABC):
         aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
         arguments: The names of what the function takes, but for ``inplace``, in its order.
         defaults: Of the arguments but for the input.
-        others: The tensors but for the input, and where they stand among the arguments.
+        numbers: The parameters, and where they stand among the arguments.
+        others: The tensors but for the input, likewise.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Operator(ABC):
     aten_: Callable[..., Tensor] = field(init=False)
     arguments: tuple[str, ...] = field(init=False)
     defaults: Arguments = field(init=False)
+    numbers: tuple[tuple[int, Parameter], ...] = field(init=False)
     others: tuple[tuple[int, Operand], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,7 @@ class Operator(ABC):
             self.torchs_ = partial(self.torchs, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
         self.defaults = tuple(names[name] for name in self.arguments[1:])
+        self.numbers = tuple((self.arguments.index(p.name), p) for p in self.parameters)
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     @abstractmethod
@@ -117,6 +121,12 @@ class Operator(ABC):
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
         """Raises for arguments that are wrong, values included; torch's operator has raised."""
+
+    def check_parameters(self, arguments: Arguments) -> None:
+        for place, parameter in self.numbers:
+            if not (parameter.flag or (parameter.optional and arguments[place] is None)):
+                name, low, high, positive, *_ = parameter
+                checks.parameter(name, arguments[place], low, high, positive)
 
     def give_up(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
         """Prepares an input whose memory a call is to take."""

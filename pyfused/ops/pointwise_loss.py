@@ -67,7 +67,6 @@ class PointwiseLoss(Operator):
         place = self.arguments.index
         self._values = itemgetter(*[place(variable.name) for variable in self.variables])
         self.chooses = any(parameter.chooses for parameter in self.parameters)
-        self._numbers = [(place(parameter.name), parameter) for parameter in self.parameters]
         self._weight = place("weight") if self.weight_shape is not None else None
         self._reduction = place("reduction")
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
@@ -87,7 +86,7 @@ class PointwiseLoss(Operator):
         if any(operand.shape != shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)
         operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
-        numbers = tuple([_number(arguments[place], p) for place, p in self._numbers])
+        numbers = tuple([_number(arguments[place], p) for place, p in self.numbers])
         denominator: float | Tensor = 1.0
         if reduction in self.denominators:
             denominator = self.denominators[reduction](operands, weight, numbers)
@@ -137,10 +136,7 @@ class PointwiseLoss(Operator):
         """Options, shapes and values, of tensors."""
         if reduction not in self.denominators:
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
-        for place, parameter in self._numbers:
-            if not (parameter.flag or (parameter.optional and arguments[place] is None)):
-                name, low, high, positive, *_ = parameter
-                checks.parameter(name, arguments[place], low, high, positive)
+        self.check_parameters(arguments)
         if operands[1].shape != operands[0].shape or len(operands) > 2:
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
