@@ -59,6 +59,17 @@ template <class A> struct Tanh : Activation<A> {
   A backward(A grad_output, A y) const { return grad_output * (1 - y * y); }
 };
 
+// torch: cap * tanh(x / cap).
+template <class A> struct Softcap {
+  A cap;
+  explicit Softcap(double p) : cap(A(p)) {}
+  A forward(A x) const { return cap * tanh_of(x / cap); }
+  A backward(A grad_output, A x) const {
+    const A y = tanh_of(x / cap);
+    return grad_output * (1 - y * y);
+  }
+};
+
 // torch: F.silu(x) = x sigmoid(x).
 template <class A> struct Silu : Activation<A> {
   using Activation<A>::Activation;

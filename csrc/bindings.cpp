@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -48,20 +49,30 @@ template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), 
 
 int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
-                          int64_t ignore_index, double smoothing, double gamma, int reduction,
+                          int64_t ignore_index, double smoothing, double gamma, double z_loss,
+                          int64_t token_weight, std::optional<double> divisor, int reduction,
                           int64_t upstream, int64_t loss, const ViewTuple& grad_logits,
-                          const ViewTuple& grad_probabilities, int threads) {
+                          const ViewTuple& grad_probabilities,
+                          std::optional<std::array<int64_t, 2>> among, int64_t lse, int64_t own_lse,
+                          int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
     prefer_huge_pages(pointer<void>(grad_logits[0]), grad_logits[0] ? bytes : 0);
     prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
-    return cross_entropy(CrossEntropy<T>{
+    CrossEntropy<T> ce{
         {sizes[0], sizes[1], sizes[2]}, view<const T>(logits), pointer<const int64_t>(target),
         view<const T>(probabilities), pointer<const A>(weight), ignore_index, smoothing, gamma,
         Reduction(reduction), pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_logits),
-        view<T>(grad_probabilities), threads});
+        view<T>(grad_probabilities), threads};
+    ce.z_loss = z_loss;
+    ce.token_weight = pointer<const A>(token_weight);
+    ce.divisor = divisor ? &*divisor : nullptr;
+    if (among) ce.among = {(*among)[0], (*among)[1]};
+    ce.lse = pointer<const double>(lse);
+    ce.own_lse = pointer<double>(own_lse);
+    return cross_entropy(ce);
   });
 }
 
@@ -169,6 +180,7 @@ constexpr ActivationFormula kActivations[] = {
     PYFUSED_ACTIVATION("leaky_relu", LeakyRelu),
     PYFUSED_ACTIVATION("sigmoid", Sigmoid),
     PYFUSED_ACTIVATION("tanh", Tanh),
+    PYFUSED_ACTIVATION("softcap", Softcap),
     PYFUSED_ACTIVATION("silu", Silu),
     PYFUSED_ACTIVATION("gelu", Gelu),
     PYFUSED_ACTIVATION("gelu_tanh", GeluTanh),

@@ -114,14 +114,12 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
     for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
   }
 
-  // Calls seen(first class, classes) for each tile in x.
-  template <class Seen> void find_normalizer(const View<const T>& view, const Seen& seen) {
+  void find_normalizer(const View<const T>& view) {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
     std::fill_n(max, kColumns, lowest);
     std::fill_n(sum, kColumns, 0.0);
     alignas(kVectorBytes) A pivot[kColumns];
     for_tiles(view, [&](int64_t c, int64_t k) {
-      seen(c, k);
       for (int64_t b = 0; b < kColumns; ++b) pivot[b] = max[b];
       for (int64_t i = 0; i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) pivot[b] = x[i][b] > pivot[b] ? x[i][b] : pivot[b];

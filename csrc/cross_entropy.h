@@ -18,7 +18,11 @@ struct Census {
 };
 
 template <class T> Census count_targets(const CrossEntropy<T>& ce) {
-  if (!ce.target) return {double(ce.positions()), -1};
+  if (!ce.target) {
+    Sum weights;
+    for (int64_t i = 0; ce.token_weight && i < ce.positions(); ++i) weights.add(ce.token_weight[i]);
+    return {ce.token_weight ? weights.value() : double(ce.positions()), -1};
+  }
   constexpr int64_t kBlock = 8192;
   const int64_t blocks = (ce.positions() + kBlock - 1) / kBlock;
   std::vector<Census> parts(blocks, Census{0, -1});
@@ -28,18 +32,20 @@ template <class T> Census count_targets(const CrossEntropy<T>& ce) {
     for (int64_t i = block * kBlock; i < end; ++i) {
       const int64_t counts = ce.target[i] != ce.ignore_index;
       counted += counts;
-      wrong += counts & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.classes));
+      wrong += counts & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.among.all));
     }
     Census& part = parts[block];
     part.denominator = double(counted);
     for (int64_t i = block * kBlock; wrong && part.out_of_range < 0; ++i) {
-      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.classes;
+      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.among.all;
       if (!ce.ignored(i) && outside) part.out_of_range = i;
     }
-    if (wrong || !ce.weight) return;
+    if (wrong || !(ce.weight || ce.token_weight)) return;
     Sum weights;
     for (int64_t i = block * kBlock; i < end; ++i) {
-      if (!ce.ignored(i)) weights.add(double(ce.weight[ce.target[i]]));
+      if (ce.ignored(i)) continue;
+      const double weight = ce.weight ? double(ce.weight[ce.target[i]]) : 1;
+      weights.add(ce.token_weight ? weight * double(ce.token_weight[i]) : weight);
     }
     part.denominator = weights.value();
   });
@@ -58,11 +64,13 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const Census census = count_targets(ce);
   if (census.out_of_range >= 0) return census.out_of_range;
   const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
-  const double denominator = mean ? census.denominator : 1;
+  const double denominator = !mean ? 1 : ce.divisor ? *ce.divisor : census.denominator;
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
   Sum weights;
-  for (int64_t c = 0; ce.weight && c < ce.classes; ++c) weights.add(ce.weight[c]);
-  const double uniform_mass = ce.uniform() * (ce.weight ? weights.value() : double(ce.classes));
+  const int64_t classes = ce.lse ? ce.among.all : ce.classes;
+  const A* const weight = ce.lse ? ce.weight : ce.class_weight();
+  for (int64_t c = 0; ce.weight && c < classes; ++c) weights.add(weight[c]);
+  const double uniform_mass = ce.uniform() * (ce.weight ? weights.value() : double(classes));
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses<T> &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
   T* const grad = ce.grad_logits.data;

@@ -26,10 +26,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
 
   double run() {
     find_targets();
-    std::fill_n(hit_logit, kColumns, A(0));
-    Base::find_normalizer(ce.logits, [&](int64_t c, int64_t k) {
-      for_hits(c, k, [&](int64_t i, int64_t b) { hit_logit[b] = x[i][b]; });
-    });
+    ce.lse ? take_lse() : Base::find_normalizer(ce.logits);
+    find_hit_logits();
     if (ce.dense()) {
       find_dense_loss(false);
       // An infinite weight times no distance is NaN, times their sum it is not.
@@ -37,8 +35,13 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     } else {
       find_sparse_loss();
     }
+    for (int64_t b = 0; ce.lse && b < n; ++b) {
+      if (!ce.ignored(first + b) && !ce.hits(first + b)) mass[b] += ce.spike(first + b);
+    }
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
+    if (ce.z_loss > 0 || ce.own_lse) use_lse();
+    for (int64_t b = 0; ce.token_weight && b < n; ++b) loss[b] *= double(ce.token_weight[first + b]);
     for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
     }
@@ -51,11 +54,11 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
  private:
   const Scaled<T>& ce;
   bool any_ignored = false;
-  int64_t hit[kColumns];
+  int64_t hit[kColumns];  // -1 for a target that is ignored or elsewhere
   alignas(kVectorBytes) Lanes scale;
   alignas(kVectorBytes) Lanes spike;
   alignas(kVectorBytes) Lanes hit_aim;  // q at the target
-  alignas(kVectorBytes) Lanes mass;
+  alignas(kVectorBytes) Lanes mass;  // dloss/dlse: sum_c q_c, and what z_loss adds
   alignas(kVectorBytes) Lanes loss;
   alignas(kVectorBytes) A hit_logit[kColumns];
   alignas(kVectorBytes) Tile q;
@@ -63,17 +66,17 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
 
   void find_targets() {
-    const bool each = ce.upstream && ce.reduction == Reduction::none;
     std::fill_n(scale, kColumns, ce.common);
-    for (int64_t b = 0; each && b < n; ++b) scale[b] = ce.scale(first + b);
+    for (int64_t b = 0; ce.scales_each() && b < n; ++b) scale[b] = ce.scale(first + b);
     std::fill_n(hit, kColumns, -1);
     int64_t ignored = 0;
     for (int64_t b = 0; ce.target && b < n; ++b) {
-      hit[b] = ce.target[first + b];
-      ignored += hit[b] == ce.ignore_index;
+      hit[b] = ce.hit(first + b);
+      ignored += ce.target[first + b] == ce.ignore_index;
     }
     any_ignored = ignored > 0;
     for (int64_t b = 0; any_ignored && b < n; ++b) hit[b] = ce.ignored(first + b) ? -1 : hit[b];
+    if (ce.classes < ce.among.all) return find_targets_among();
     if (!ce.weight) {
       const double spiked = ce.spike(first), aimed = ce.hit_aim(first);  // the same for all
       for (int64_t b = 0; b < kColumns; ++b) {
@@ -88,12 +91,53 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
   }
 
+  // Where these are not all classes.
+  void find_targets_among() {
+    for (int64_t b = 0; b < kColumns; ++b) {
+      const bool hits = b < n && !ce.ignored(first + b) && ce.hits(first + b);
+      spike[b] = hits ? ce.spike(first + b) : 0;
+      hit_aim[b] = hits ? ce.hit_aim(first + b) : 0;
+      if (!hits) hit[b] = -1;
+    }
+  }
+
+  // Once the logits are in cache.
+  void find_hit_logits() {
+    std::fill_n(hit_logit, kColumns, A(0));
+    if (ce.target && ce.classes <= kColumnClasses && !ce.lse) {
+      for_hits(0, ce.classes, [&](int64_t i, int64_t b) { hit_logit[b] = x[i][b]; });
+      return;
+    }
+    for (int64_t b = 0; ce.target && b < n; ++b) {
+      if (hit[b] < 0) continue;
+      hit_logit[b] = widen(ce.at(ce.logits, first + b)[hit[b] * ce.logits.classes]);
+    }
+  }
+
+  void take_lse() {
+    std::fill_n(max, kColumns, A(0));
+    std::fill_n(sum, kColumns, 1.0);
+    std::fill_n(log_sum, kColumns, 0.0);
+    for (int64_t b = 0; b < n; ++b) {
+      max[b] = A(ce.lse[first + b]);
+      if (std::isfinite(max[b])) sum[b] = std::exp(ce.lse[first + b] - double(max[b]));
+    }
+  }
+
+  void use_lse() {
+    for (int64_t b = 0; b < n; ++b) {
+      const double lse = double(max[b]) + log_sum[b];
+      loss[b] += ce.z_loss > 0 ? ce.z_loss * lse * lse : 0;
+      if (ce.own_lse) ce.own_lse[first + b] = ce.ignored(first + b) ? 0 : lse;
+    }
+  }
+
   // q / level of a tile, but for the spike.
   void load_aim(int64_t c, int64_t k) {
     const A slope = ce.slope(), offset = ce.offset();
     if (!ce.target) load_tile(ce.probabilities, c, k, q);
     for (int64_t i = 0; i < k; ++i) {
-      const A weight = ce.weight ? ce.weight[c + i] : A(1);
+      const A weight = ce.weight ? ce.class_weight()[c + i] : A(1);
       for (int64_t b = 0; b < kColumns; ++b) {
         q[i][b] = aim(weight, ce.target ? A(0) : q[i][b], slope, offset);
       }
@@ -154,6 +198,9 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   void write_gradient() {
     const double common = ce.level();  // asked for in a loop it keeps the loop scalar
     alignas(kVectorBytes) A factor[kColumns], level[kColumns], at_hit[kColumns];
+    for (int64_t b = 0; ce.z_loss > 0 && b < kColumns; ++b) {
+      mass[b] += 2 * ce.z_loss * (double(max[b]) + log_sum[b]);
+    }
     for (int64_t b = 0; b < kColumns; ++b) {
       factor[b] = A(mass[b] * scale[b] / sum[b]);
       level[b] = A(common * scale[b]);
@@ -162,7 +209,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_aim(c, k);
-      if (ce.classes > kColumnClasses) {
+      if (ce.lse || ce.classes > kColumnClasses) {
         for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
       }
       for (int64_t i = 0; i < k; ++i) {
@@ -189,7 +236,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
     for_tiles([&](int64_t c, int64_t k) {
       for (int64_t i = 0; i < k; ++i) {
-        const A weight = ce.weight ? ce.weight[c + i] : A(1);
+        const A weight = ce.weight ? ce.class_weight()[c + i] : A(1);
         for (int64_t b = 0; b < kColumns; ++b) {
           q[i][b] = factor[b] * weight * ((max[b] - x[i][b]) + low[b]);
         }

@@ -9,8 +9,8 @@
 
 namespace pyfused {
 
-// The loss is factor (distance + log sum).
-struct LossOfRow { double factor, distance, sum; };
+// The loss is factor (distance + log sum), and lse is pivot + log sum.
+struct LossOfRow { double factor, distance, sum, pivot; };
 
 template <class T> class Row {
   using A = Accumulate<T>;
@@ -18,16 +18,19 @@ template <class T> class Row {
  public:
   Row(const Scaled<T>& ce, int64_t position)
       : ce(ce), position(position), logits(ce.at(ce.logits, position)),
-        keeps(ce.grad_logits.data && ce.classes <= kKept<T>) {}
+        hits(ce.hits(position)),
+        keeps(ce.grad_logits.data && !ce.lse && ce.classes <= kKept<T>) {}
 
   static A peek(const Scaled<T>& ce, int64_t position) {
-    return ce.ignored(position) ? A(0) : Normalizer<T>::peek(ce.at(ce.logits, position), ce.classes);
+    if (ce.lse || ce.ignored(position)) return 0;
+    return Normalizer<T>::peek(ce.at(ce.logits, position), ce.classes);
   }
 
   void read(A peeked) {
     if (ce.ignored(position)) return;
-    if (ce.target) hit_logit = widen(logits[ce.target[position]]);
+    if (hits) hit_logit = widen(logits[ce.hit(position)]);
     if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, std::min(kChunk, ce.classes), A(1));
+    if (ce.lse) return take_lse();
     keeps ? read<true>(peeked) : read<false>(peeked);
   }
 
@@ -35,18 +38,21 @@ template <class T> class Row {
   LossOfRow finish() {
     if (ce.ignored(position)) {
       if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
-      return {0, 0, 1};
+      return {0, 0, 1, 0};
     }
     LossOfRow loss;
+    const double spike = ce.target && ce.counts(position) ? ce.spike(position) : 0;
     if (ce.dense()) {
-      mass = ce.target ? ce.uniform_mass + ce.spike(position) : ce.level() * aimed.value();
-      loss = {1, dense_loss(), 1};
+      mass = ce.target ? ce.uniform_mass + spike : ce.level() * aimed.value();
+      const double log_sum = ce.lse ? 0 : std::log(row.sum);
+      loss = {1, dense_loss(log_sum), 1, double(row.pivot) + log_sum};
     } else {
-      const double distance = double(row.pivot - hit_logit);
+      const double distance = hits ? double(row.pivot - hit_logit) : 0;
       if (ce.gamma > 0) focus = Focus(ce.gamma, distance + std::log(row.sum));
-      mass = ce.spike(position) * focus.gradient;
-      loss = {ce.spike(position) * focus.loss, distance, row.sum};
+      mass = spike * focus.gradient;
+      loss = {hits ? spike * focus.loss : 0, distance, row.sum, double(row.pivot)};
     }
+    if (ce.z_loss > 0) mass += 2 * ce.z_loss * (double(row.pivot) + std::log(row.sum));
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
     return loss;
@@ -56,11 +62,11 @@ template <class T> class Row {
   const Scaled<T>& ce;
   const int64_t position;
   const T* const logits;
-  const bool keeps;
+  const bool hits, keeps;
   Normalizer<T> row;
   A hit_logit = 0;
   Focus focus;
-  double mass = 0;  // sum_c q_c
+  double mass = 0;  // dloss/dlse: sum_c q_c, and what z_loss adds
   Sum distance;     // sum_c q_c / level (pivot - x_c), but for the spike
   Sum aimed;        // sum_c q_c / level of probabilities
   alignas(kVectorBytes) A q[kChunk];
@@ -68,6 +74,13 @@ template <class T> class Row {
 
   template <class Body> void for_parts(const Body& body) const {
     pyfused::for_parts(ce.classes, body);
+  }
+
+  void take_lse() {
+    row.pivot = A(ce.lse[position]);
+    row.sum = std::isfinite(row.pivot) ? std::exp(ce.lse[position] - double(row.pivot)) : 1;
+    if (!ce.dense()) return;
+    for_parts([&](int64_t, int64_t first, int64_t n) { add_distance(distance, first, n, 0); });
   }
 
   template <bool Keeps> void read(A peeked) {
@@ -85,7 +98,7 @@ template <class T> class Row {
   // q / level of a part, but for the spike.
   const A* aim_at(int64_t first, int64_t n) {
     const A slope = ce.slope(), offset = ce.offset();
-    const A* const weight = ce.weight ? ce.weight + first : nullptr;
+    const A* const weight = ce.weight ? ce.class_weight() + first : nullptr;
     if (ce.target) return weight ? weight : q;
     const int64_t stride = ce.probabilities.classes;
     const T* const y = ce.at(ce.probabilities, position) + first * stride;
@@ -114,14 +127,13 @@ template <class T> class Row {
     if (!ce.target) return aimed.value();
     if (!ce.weight) return double(first);
     Sum weights;
-    add_terms<A>(weights, first, [&](int64_t i) { return ce.weight[i]; });
+    add_terms<A>(weights, first, [&](int64_t i) { return ce.class_weight()[i]; });
     return weights.value();
   }
 
   // sum_c q_c (lse - x_c). Where that is NaN it is added up term by term: an infinite weight times no
   // distance is NaN, times their sum it is not.
-  double dense_loss() {
-    const double log_sum = std::log(row.sum);
+  double dense_loss(double log_sum) {
     const double loss = ce.level() * distance.value() + mass * log_sum + spike_loss(0);
     if (!std::isnan(loss)) return loss;
     Sum terms;
@@ -130,7 +142,7 @@ template <class T> class Row {
   }
 
   double spike_loss(double shift) const {
-    return ce.target ? ce.spike(position) * (double(row.pivot - hit_logit) + shift) : 0;
+    return hits ? ce.spike(position) * (double(row.pivot - hit_logit) + shift) : 0;
   }
 
   // p_c sum_k q_k - q_c
@@ -161,9 +173,9 @@ template <class T> class Row {
         store(wide, grad + first, n);
       });
     }
-    if (!ce.target) return;
+    if (!hits) return;
     const double p = double(exp_shifted(hit_logit - high)) / row.sum;
-    grad[ce.target[position]] = narrow<T>(A((p * mass - ce.hit_aim(position) * focus.gradient) * scale));
+    grad[ce.hit(position)] = narrow<T>(A((p * mass - ce.hit_aim(position) * focus.gradient) * scale));
   }
 
   // level slope weight_c (lse - x_c)
@@ -175,7 +187,7 @@ template <class T> class Row {
       const T* const x = logits + first;
       A* const out = stride == 1 ? staged(grad + first, buffer) : buffer;
       for (int64_t i = 0; i < n; ++i) out[i] = factor * ((high - widen(x[i])) + low);
-      for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.weight[first + i];
+      for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.class_weight()[first + i];
       store(out, grad + first * stride, stride, n);
     });
   }
@@ -187,7 +199,7 @@ template <class T> class Row {
 template <class T> double run_rows(const Scaled<T>& ce, int64_t first, int64_t end) {
   using A = Accumulate<T>;
   constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
-  double factor[kMostRows], distance[kMostRows], sum[kMostRows], loss[kMostRows];
+  double factor[kMostRows], distance[kMostRows], sum[kMostRows], pivot[kMostRows], loss[kMostRows];
   const int64_t n = end - first;
   A peeked = Row<T>::peek(ce, first);
   for (int64_t i = 0; i < n; ++i) {
@@ -198,9 +210,19 @@ template <class T> double run_rows(const Scaled<T>& ce, int64_t first, int64_t e
     factor[i] = part.factor;
     distance[i] = part.distance;
     sum[i] = part.sum;
+    pivot[i] = part.pivot;
   }
   PYFUSED_SIMD()
-  for (int64_t i = 0; i < n; ++i) loss[i] = factor[i] * (distance[i] + log_positive(sum[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const double log_sum = log_positive(sum[i]);
+    loss[i] = factor[i] * (distance[i] + log_sum);
+    pivot[i] += log_sum;
+  }
+  for (int64_t i = 0; ce.own_lse && i < n; ++i) ce.own_lse[first + i] = pivot[i];
+  for (int64_t i = 0; ce.z_loss > 0 && i < n; ++i) loss[i] += ce.z_loss * pivot[i] * pivot[i];
+  for (int64_t i = 0; ce.token_weight && i < n; ++i) {
+    if (!ce.ignored(first + i)) loss[i] *= double(ce.token_weight[first + i]);
+  }
   if (ce.loss && ce.reduction == Reduction::none) {
     for (int64_t i = 0; i < n; ++i) ce.loss[first + i] = A(loss[i]);
   }

@@ -10,6 +10,11 @@
 //   probabilities:  level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  spike = 0
 //   (smoothing 1:   level = 1 / C,          slope = 0,  offset = 1)
 //
+// The logits may be those of some classes alone, a block of columns of a larger matrix. Then the loss is
+// the sum over these classes, with their own lse or with that of all classes, where it is given.
+//
+// With z_loss the loss has z_loss lse^2 more, and dloss/dx_c has 2 z_loss lse p_c more.
+//
 // Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss is
 // weight_t (1 - p)^gamma nll, and the gradients are those above times
 //   (1 - p)^gamma + gamma (1 - p)^(gamma - 1) p nll
@@ -32,12 +37,15 @@ namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
 
+// Where the classes of the logits stand among all classes.
+struct Among { int64_t first, all; };
+
 template <class T> struct CrossEntropy : Positions {
   using A = Accumulate<T>;
   View<const T> logits;
   const int64_t* target;        // one class index a position, or null:
   View<const T> probabilities;  // one distribution a position
-  const A* weight;              // one a class, or null for ones
+  const A* weight;              // one for each of all classes, or null for ones
   int64_t ignore_index;
   double smoothing;
   double gamma;
@@ -48,13 +56,23 @@ template <class T> struct CrossEntropy : Positions {
   View<T> grad_probabilities;  // likewise
   int threads;
 
+  double z_loss = 0;
+  const A* token_weight = nullptr;  // one a position, multiplies its loss; null for ones
+  const double* divisor = nullptr;  // of the mean; null for the weight of the targets that count
+  Among among{0, this->classes};
+  const double* lse = nullptr;  // of all classes, one a position; null for that of these
+  double* own_lse = nullptr;    // of these classes, one a position; null where not wanted
+
   bool dense() const { return target == nullptr || smoothing > 0; }
-  double uniform() const { return smoothing / double(classes); }
+  double uniform() const { return smoothing / double(among.all); }
   bool follows_probabilities() const { return !target && smoothing < 1; }
   double level() const { return follows_probabilities() ? 1 - smoothing : uniform(); }
   A slope() const { return A(follows_probabilities()); }
   A offset() const { return follows_probabilities() ? A(uniform() / level()) : A(1); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
+  int64_t hit(int64_t position) const { return target[position] - among.first; }
+  bool hits(int64_t position) const { return target && uint64_t(hit(position)) < uint64_t(classes); }
+  const A* class_weight() const { return weight ? weight + among.first : nullptr; }
   double spike(int64_t position) const {
     return weight ? (1 - smoothing) * double(weight[target[position]]) : 1 - smoothing;
   }
@@ -67,7 +85,7 @@ template <class T> struct CrossEntropy : Positions {
 // With what is summed up over the batch first. The few numbers of a row are doubles, so that only its
 // vectors are rounded to A.
 template <class T> struct Scaled : CrossEntropy<T> {
-  double uniform_mass;  // uniform * sum_c weight_c
+  double uniform_mass;  // uniform * sum_c weight_c, over the classes that lse is of
   double denominator;
   double common;  // the scale of all positions; a division for each costs as much as an exponential
   bool streams;   // gradients too large to stay in cache are written past it
@@ -76,10 +94,16 @@ template <class T> struct Scaled : CrossEntropy<T> {
       : CrossEntropy<T>(ce), uniform_mass(uniform_mass), denominator(denominator),
         common((ce.upstream ? double(*ce.upstream) : 1) / denominator), streams(streams) {}
 
+  bool scales_each() const {
+    return this->token_weight || (this->upstream && this->reduction == Reduction::none);
+  }
   double scale(int64_t position) const {
     const bool each = this->upstream && this->reduction == Reduction::none;
-    return each ? double(this->upstream[position]) / denominator : common;
+    const double scale = each ? double(this->upstream[position]) / denominator : common;
+    return this->token_weight ? scale * double(this->token_weight[position]) : scale;
   }
+  // Of a target elsewhere: it counts for the gradient of lse, and not for a loss of these classes.
+  bool counts(int64_t position) const { return this->lse || this->hits(position); }
 };
 
 // What focal loss multiplies the loss and its gradients by.

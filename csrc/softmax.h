@@ -119,7 +119,7 @@ class SoftmaxColumns : Columns<T, kColumns, kColumnClasses> {
       : Base(softmax, first, streams), softmax(softmax) {}
 
   void forward() {
-    Base::find_normalizer(softmax.input, [](int64_t, int64_t) {});
+    Base::find_normalizer(softmax.input);
     alignas(kVectorBytes) A factor[kColumns], low[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
       factor[b] = A(1 / sum[b]);

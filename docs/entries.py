@@ -43,6 +43,7 @@ class Entry:
 
 
 LOGIT = "logit of the first class of three"
+HEAD = {"linear_weight": torch.tensor([[1.0], [0.0], [0.0]])}
 SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
 
 GALLERY: dict[str, dict[str, Entry]] = {
@@ -190,6 +191,23 @@ GALLERY: dict[str, dict[str, Entry]] = {
             high=6.0,
             axis=LOGIT,
         ),
+        "linear_cross_entropy": Entry(
+            r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
+            "The classes are many, as a language model's tokens are: the logits never exist as a"
+            " whole.",
+            tuple(
+                Curve(label, options=HEAD | {"target": torch.full((401,), target)} | options)
+                for label, target, options in (
+                    ("the target", 0, {}),
+                    ("another class", 1, {}),
+                    ("the target, softcap 2", 0, {"softcap": 2.0}),
+                    ("the target, z_loss 0.1", 0, {"z_loss": 0.1}),
+                )
+            ),
+            low=-6.0,
+            high=6.0,
+            axis="feature that is the first class's logit",
+        ),
         "nll_loss": Entry(
             r"-w_t \, x_t",
             "The model ends in log-probabilities already.",
@@ -266,6 +284,13 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"\tanh\, x",
             "Values between -1 and 1: recurrent networks, bounded actions.",
             (Curve(""),),
+        ),
+        "softcap": Entry(
+            r"c \, \tanh\, \frac{x}{c}",
+            "Logits of language models that are not to grow without bounds.",
+            tuple(Curve(f"cap {c:g}", options={"cap": c}) for c in (1.0, 3.0)),
+            low=-6.0,
+            high=6.0,
         ),
         "sigmoid": Entry(
             r"\sigma(x) = \frac{1}{1 + e^{-x}}",

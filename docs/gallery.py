@@ -46,6 +46,7 @@ def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     others = [torch.full_like(x, other, requires_grad=False) for other in curve.others]
     input = torch.stack([x, *others], 1) if others else x
+    input = input[:, None] if "linear_weight" in curve.options else input
     rest = [
         torch.full_like(x, value, dtype=torch.int64, requires_grad=False)
         if isinstance(value, int)

@@ -64,6 +64,17 @@ def tanh_backward(grad_output, output, _p):
 
 
 @triton.jit
+def softcap(x, cap):
+    return cap * tanh(x / cap)
+
+
+@triton.jit
+def softcap_backward(grad_output, x, cap):
+    y = tanh(x / cap)
+    return grad_output * (1.0 - y * y)
+
+
+@triton.jit
 def silu(x, _p):
     return x * sigmoid(x)
 
@@ -119,6 +130,7 @@ FORMULAS = {
     "leaky_relu": Formula(leaky_relu, leaky_relu_backward),
     "sigmoid": Formula(sigmoid_of, sigmoid_backward),
     "tanh": Formula(tanh_of, tanh_backward),
+    "softcap": Formula(softcap, softcap_backward),
     "silu": Formula(silu, silu_backward),
     "gelu": Formula(gelu, gelu_backward),
     "gelu_tanh": Formula(gelu_tanh, gelu_tanh_backward),

@@ -17,6 +17,11 @@ wanted is written once. Where positions are few and classes many, several progra
 A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero: a
 GPU cannot raise without a wait, and an assertion in a kernel would take the whole context down.
 
+The logits may be those of some classes alone, a block of columns of a larger matrix. Then the loss
+is the sum over these classes, with their own lse or with that of all classes, where it is given.
+
+With z_loss the loss has z_loss lse^2 more, and dloss/dx_c has 2 z_loss lse p_c more.
+
 Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss is
 weight_t (1 - p)^gamma nll, and the gradients are those above times
 (1 - p)^gamma + gamma (1 - p)^(gamma - 1) p nll.
@@ -54,19 +59,25 @@ class Inputs(NamedTuple):
     logits: View
     target: Any  # one class index a position, or None for
     probabilities: View | None  # one distribution a position
-    weight: Any  # one a class, or None for ones
+    weight: Any  # one for each of all classes, or None for ones
+    token_weight: Any  # one a position, multiplies its loss, or None for ones
+    lse: Any  # of all classes, one a position, or None where it is that of these
+    aimed: Any  # with it, the weight of all classes
     upstream: Any  # the loss's gradient, None for ones
     upstream_step: int  # 1: one a position, 0: one for all
     denominator: Any  # of one element, None for 1
     ignore_index: int
     inner: int
     classes: int
+    first_class: int  # where they stand among
+    all_classes: int
 
 
 class Outputs(NamedTuple):
     """None where not wanted."""
 
     loss: Any  # its parts: one a position and split where `each`, else one a program
+    lse: Any  # of these classes, one a position
     grad_logits: View | None
     grad_probabilities: View | None
 
@@ -77,6 +88,7 @@ class Scalars(NamedTuple):
     share: Any  # of the target's own class: 1 - smoothing
     scale: Any  # of the gradients, beside upstream / denominator
     gamma: Any  # of focal loss
+    z_loss: Any
 
 
 class Constants(NamedTuple):
@@ -93,6 +105,7 @@ class Constants(NamedTuple):
     EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
     FOCAL: Any  # gamma is not 0
+    SQUARES: Any  # z_loss is not 0
 
 
 class Positions(NamedTuple):
@@ -131,18 +144,21 @@ def pick(inputs, scalars, program, constants):
     live = present
     wrong = hit >= 0
     if inputs.target is not None:
-        hit = tl.load(inputs.target + flat, mask=present, other=0)
-        counts = present & (hit != inputs.ignore_index)
-        live = counts & (hit >= 0) & (hit < inputs.classes)
+        target = tl.load(inputs.target + flat, mask=present, other=0)
+        counts = present & (target != inputs.ignore_index)
+        live = counts & (target >= 0) & (target < inputs.all_classes)
         wrong = counts & (live == 0)
+        hit = target - inputs.first_class
         spike += tl.full([], scalars.share, constants.A)
         if inputs.weight is not None:
-            spike *= tl.load(inputs.weight + hit, mask=live, other=0.0)
+            spike *= tl.load(inputs.weight + target, mask=live, other=0.0)
     scale = tl.full([], scalars.scale, constants.A) + tl.zeros_like(spike)
     if inputs.denominator is not None:
         scale /= tl.load(inputs.denominator).to(constants.A)
     if inputs.upstream is not None:
         scale *= tl.load(inputs.upstream + flat * inputs.upstream_step, mask=present, other=0.0)
+    if inputs.token_weight is not None:
+        scale *= tl.load(inputs.token_weight + flat, mask=present, other=0.0)
     read = live
     if constants.COLUMNS:
         read = present
@@ -163,14 +179,36 @@ def read_aim(inputs, scalars, at, c, last, constants):
         y = read_tile(inputs.probabilities, at, at.read, c, last, 0.0, constants)
         aim += y * constants.SLOPE
     if inputs.weight is not None:
-        aim *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
+        aim *= weight_of(inputs, c, last)
     return aim
+
+
+@triton.jit
+def weight_of(inputs, c, last):
+    return tl.load(inputs.weight + inputs.first_class + c, mask=c < last, other=0.0)[None, :]
 
 
 @triton.jit
 def no_sums(constants):
     nothing = tl.zeros([constants.POSITIONS], constants.A)
     return Sums(nothing - float("inf"), nothing, nothing)
+
+
+@triton.jit
+def lse_of(sums):
+    return pivot_of(sums.high) + tl.log(sums.total)
+
+
+@triton.jit
+def given_sums(inputs, at, constants):
+    """Those over all classes, as far as their lse tells."""
+    lse = tl.load(inputs.lse + at.flat, mask=at.present, other=0.0)
+    high = lse.to(constants.A)
+    lacks = (lse - high.to(tl.float64)).to(constants.A)
+    aimed = tl.zeros_like(high)
+    if constants.DENSE:
+        aimed += tl.load(inputs.aimed).to(constants.A)
+    return Sums(high, 1.0 + tl.where(lacks == lacks, lacks, 0.0), aimed)
 
 
 @triton.jit
@@ -260,6 +298,8 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     level = tl.full([], scalars.level, constants.A)
     mass = at.spike
     loss = tl.zeros_like(at.spike)
+    if constants.SQUARES:
+        mass += tl.full([], 2.0 * scalars.z_loss, constants.A) * lse_of(sums)
     if aim is not None:
         mass += level * sums.aimed
         loss = level * tl.sum(tl.where(mask, aim * ((pivot - x) + log_total), 0.0), 1)
@@ -277,14 +317,23 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     if outputs.grad_probabilities is not None:
         gradient = ((pivot - x) + log_total) * (level * constants.SLOPE * at.scale)[:, None]
         if inputs.weight is not None:
-            gradient *= tl.load(inputs.weight + c, mask=c < last, other=0.0)[None, :]
+            gradient *= weight_of(inputs, c, last)
         tl.store(place(outputs.grad_probabilities, at, c, constants), gradient, mask=mask)
     return loss
 
 
 @triton.jit
-def store_loss(outputs, at, loss, part, splits, constants):
+def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
+    if outputs.lse is not None:
+        lse = tl.where(at.live, lse_of(sums), 0.0)
+        tl.store(outputs.lse + at.flat, lse, mask=at.present & (part == 0))
     if outputs.loss is not None:
+        if constants.SQUARES:
+            lse = lse_of(sums)
+            square = tl.full([], scalars.z_loss, constants.A) * lse * lse
+            loss += tl.where(part == 0, square, 0.0)
+        if inputs.token_weight is not None:
+            loss *= tl.load(inputs.token_weight + at.flat, mask=at.present, other=0.0)
         loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))
         if constants.EACH:
             tl.store(outputs.loss + at.flat * splits + part, loss, mask=at.present)
@@ -301,11 +350,12 @@ def one_read_kernel(
     share: tl.float64,
     scale: tl.float64,
     gamma: tl.float64,
+    z_loss: tl.float64,
     constants,
 ):
     """Positions whose classes fit a tile."""
     scalars, last = (
-        Scalars(level, offset, share, scale, gamma),
+        Scalars(level, offset, share, scale, gamma, z_loss),
         whole_row(inputs.classes, constants),
     )
     at = pick(inputs, scalars, tl.program_id(0), constants)
@@ -314,12 +364,15 @@ def one_read_kernel(
     aim = None
     if constants.DENSE:
         aim = read_aim(inputs, scalars, at, c, last, constants)
-    sums = add_classes(no_sums(constants), x, aim)
+    if inputs.lse is None:
+        sums = add_classes(no_sums(constants), x, aim)
+    else:
+        sums = given_sums(inputs, at, constants)
     sums = with_own_logit(inputs, at, sums, 0, last, constants)
     loss = spike_loss(inputs, scalars, at, sums, 0, last, constants)
     at = focused(scalars, at, sums, constants)
     loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
-    store_loss(outputs, at, loss, 0, 1, constants)
+    store_loss(inputs, outputs, scalars, at, sums, loss, 0, 1, constants)
 
 
 class Shares(NamedTuple):
@@ -351,10 +404,11 @@ def split_kernel(
     share: tl.float64,
     scale: tl.float64,
     gamma: tl.float64,
+    z_loss: tl.float64,
     constants,
 ):
     """The first read of positions that several programs share: the sums over one share."""
-    scalars = Scalars(level, offset, share, scale, gamma)
+    scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     sums = sum_classes(inputs, scalars, at, first, last, constants)
     sums = with_own_logit(inputs, at, sums, first, last, constants)
@@ -390,13 +444,16 @@ def two_read_kernel(
     share: tl.float64,
     scale: tl.float64,
     gamma: tl.float64,
+    z_loss: tl.float64,
     constants,
     SPLITS: tl.constexpr,
 ):
     """Positions whose classes no tile holds; of each one share, where programs share them."""
-    scalars = Scalars(level, offset, share, scale, gamma)
+    scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
-    if shares.sums is None:
+    if inputs.lse is not None:
+        sums = given_sums(inputs, at, constants)
+    elif shares.sums is None:
         sums = sum_classes(inputs, scalars, at, first, last, constants)
         sums = with_own_logit(inputs, at, sums, first, last, constants)
     else:
@@ -411,7 +468,7 @@ def two_read_kernel(
             if constants.DENSE:
                 aim = read_aim(inputs, scalars, at, c, last, constants)
             loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
-    store_loss(outputs, at, loss, part, shares.splits, constants)
+    store_loss(inputs, outputs, scalars, at, sums, loss, part, shares.splits, constants)
 
 
 def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, float]:
@@ -436,7 +493,7 @@ def run(
     if inputs.classes <= constants.CLASSES:
         one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
         return
-    if shares.splits > 1:
+    if shares.splits > 1 and inputs.lse is None:
         x = inputs.logits.data
         dtype = launch.accumulate_dtype(x.dtype)
         shares = shares._replace(sums=x.new_empty((3, shares.plane), dtype=dtype))
@@ -451,7 +508,9 @@ def cross_entropy(
     target: torch.Tensor | None,
     probabilities: Viewed | None,
     weight: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
     options: Any,
+    among: Any,
     upstream: torch.Tensor | None,
     loss: torch.Tensor | None,
     grad_logits: Viewed | None,
@@ -459,16 +518,26 @@ def cross_entropy(
 ) -> None:
     """Computes the outputs that are not None; grad_logits may be the logits."""
     outer, inner, classes = sizes
+    first_class, all_classes, lse, own_lse = among
     positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
     views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
-    denominator, scale = None, 1.0
-    if mean and target is None:
-        scale = 1 / positions
-    elif mean:
-        denominator = count(target, weight, options.ignore_index, classes)
+    denominator, scale = options.denominator if mean else None, 1.0
+    if isinstance(denominator, float):
+        denominator, scale = None, 1 / denominator
+    elif mean and denominator is None and target is None:
+        if token_weight is None:
+            scale = 1 / positions
+        else:
+            denominator = token_weight.sum(dtype=torch.float64)
+    elif mean and denominator is None:
+        denominator = count(target, weight, token_weight, options.ignore_index, all_classes)
 
     smoothing = max(0.0, options.label_smoothing)
     follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
+    aimed = None
+    if lse is not None and dense:
+        of_all = lse.new_full((), all_classes) if weight is None else weight
+        aimed = of_all.sum(dtype=torch.float64)
     compiled, tile = layout(sizes, [view for view in views if view is not None], dense)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
@@ -481,16 +550,26 @@ def cross_entropy(
             target,
             views[1],
             weight,
+            token_weight,
+            lse,
+            aimed,
             upstream,
             int(each),
             denominator,
             options.ignore_index,
             inner,
             classes,
+            first_class,
+            all_classes,
         ),
-        Outputs(parts, *views[2:]),
+        Outputs(parts, own_lse, *views[2:]),
         Shares(splits, length, None, positions * splits),
-        Scalars(*terms(smoothing, classes, follows), scale, float(options.gamma)),
+        Scalars(
+            *terms(smoothing, all_classes, follows),
+            scale,
+            float(options.gamma),
+            float(options.z_loss),
+        ),
         Constants(
             *compiled,
             SLOPE=float(follows),
@@ -498,6 +577,7 @@ def cross_entropy(
             EACH=each,
             INPLACE=grad_logits is logits,
             FOCAL=options.gamma > 0,
+            SQUARES=options.z_loss > 0,
         ),
         programs,
         launch.options(tile.threads),

@@ -80,7 +80,7 @@ def nll_loss(
     """Computes the outputs that are not None."""
     outer, inner, classes = sizes
     n, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
-    denominator = count(target, weight, options.ignore_index, classes) if mean else None
+    denominator = count(target, weight, None, options.ignore_index, classes) if mean else None
     programs = triton.cdiv(n, launch.COUNT.block)
     parts = loss if each or loss is None else loss.new_empty(programs)
     if grad_input is not None:

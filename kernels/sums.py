@@ -47,22 +47,30 @@ def sum_parts(
 
 
 @triton.jit(do_not_specialize=["blocks", "ignore_index", "classes"])
-def count_kernel(target, weight, out, n, blocks, ignore_index, classes, BLOCK: tl.constexpr):
+def count_kernel(
+    target, weight, token_weight, out, n, blocks, ignore_index, classes, BLOCK: tl.constexpr
+):
     """The weight of the targets that count, blocks of them by turns: what a mean divides by."""
     lanes = tl.zeros([BLOCK], tl.float64)
     for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
         hit = tl.load(target + i, mask=i < n, other=-1)
         live = (i < n) & (hit != ignore_index) & (hit >= 0) & (hit < classes)
-        if weight is None:
-            lanes += tl.where(live, 1.0, 0.0)
-        else:
-            lanes += tl.load(weight + hit, mask=live, other=0.0).to(tl.float64)
+        counts = tl.where(live, 1.0, 0.0).to(tl.float64)
+        if weight is not None:
+            counts *= tl.load(weight + hit, mask=live, other=0.0).to(tl.float64)
+        if token_weight is not None:
+            counts *= tl.load(token_weight + i, mask=live, other=0.0).to(tl.float64)
+        lanes += counts
     tl.store(out + tl.program_id(0), tl.sum(lanes))
 
 
 def count(
-    target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, classes: int
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    ignore_index: int,
+    classes: int,
 ) -> torch.Tensor:
     """The denominator of a mean, on the device: one float64."""
     n = target.numel()
@@ -71,6 +79,7 @@ def count(
     count_kernel[(parts.numel(),)](
         target,
         weight,
+        token_weight,
         parts,
         n,
         blocks,

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
-from pyfused.backends import CrossEntropyOptions, MarginOptions, NllOptions
+from pyfused.backends import CrossEntropyOptions, Head, MarginOptions, NllOptions
 from pyfused.backends.layout import loss_shape
 
 
@@ -48,9 +51,11 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
-    ignore_index, _, label_smoothing, gamma = options
+    ignore_index, _, label_smoothing, gamma, *_ = options
     tensor("input", input)
     tensor("target", target)
+    if options.token_weight is not None:
+        tensor("token_weight", options.token_weight)
     number("ignore_index", ignore_index, (int, Integral), "an int")
     number("label_smoothing", label_smoothing, (float, Real), "a float")
     if input.dim() == 0:
@@ -78,10 +83,75 @@ def cross_entropy(
                 "gamma: expected 0.0 with class probabilities or label smoothing, got "
                 f"{float(gamma)}"
             )
+    _beyond_torch(input, options)
+
+
+def linear_cross_entropy(
+    head: Head, options: CrossEntropyOptions, memory_budget: int | None
+) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked later."""
+    input, linear_weight, linear_bias, target, weight, softcap = head
+    for name, value in zip(head._fields, head[:5], strict=False):
+        if value is not None or name not in ("linear_bias", "weight"):
+            tensor(name, value)
+    if options.token_weight is not None:
+        tensor("token_weight", options.token_weight)
+    if softcap is not None:
+        bounded("softcap", softcap, positive=True)
+    reduction(options.reduction)
+    if input.dim() not in (1, 2):
+        raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}")
+    features = input.shape[-1]
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != features:
+        raise RuntimeError(
+            f"linear_weight: expected shape (C, ..., {features}), with as many features as the "
+            f"input, got {tuple(linear_weight.shape)}"
+        )
+    shape = linear_weight.shape[:-1]
+    if input.dim() == 1 and len(shape) > 1:
+        raise RuntimeError(
+            f"input: expected shape (N, {features}) beside a linear_weight of shape "
+            f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != shape:
+        raise RuntimeError(
+            f"linear_bias: expected shape {tuple(shape)}, got {tuple(linear_bias.shape)}"
+        )
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if value is not None and value.dtype is not input.dtype and not autocast:
+            raise RuntimeError(f"{name}: expected the input's {input.dtype}, got {value.dtype}")
+    if memory_budget is not None:
+        number("memory_budget", memory_budget, (int, Integral), "an int")
+        if memory_budget <= 0:
+            raise ValueError(
+                f"memory_budget: expected a positive number of bytes, got {memory_budget}"
+            )
+    logits_without_memory = input.new_empty(()).expand(*input.shape[:-1], *shape)
+    cross_entropy(logits_without_memory, target, weight, options)
+
+
+def _beyond_torch(input: Tensor, options: CrossEntropyOptions) -> None:
+    bounded("z_loss", options.z_loss)
+    if options.token_weight is not None:
+        shape, expected = options.token_weight.shape, loss_shape(input, "none")
+        if shape != expected:
+            raise ValueError(
+                f"token_weight: expected shape {tuple(expected)}, one for each loss, got "
+                f"{tuple(shape)}"
+            )
+        values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
+    if options.denominator is not None:
+        bounded("denominator", options.denominator, positive=True)
+    loss_dtype = options.loss_dtype
+    if loss_dtype is not None and not (
+        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
+    ):
+        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
 
 
 def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
-    classes = input.shape[0 if input.dim() == 1 else 1]
+    classes = classes_of(input)
     if weight.shape != (classes,):
         raise RuntimeError(
             f"weight: expected shape ({classes},), one for each class, got {tuple(weight.shape)}"
@@ -170,11 +240,14 @@ def _class_index_target(input: Tensor, target: Tensor) -> None:
         raise RuntimeError(f"input: expected one class or more, got shape {tuple(input.shape)}")
 
 
+def classes_of(input: Tensor) -> int:
+    return input.shape[0 if input.dim() == 1 else 1]
+
+
 def target_out_of_range(
-    input: Tensor, target: Tensor, ignore_index: int | None, position: int
+    classes: int, target: Tensor, ignore_index: int | None, position: int
 ) -> IndexError | RuntimeError:
     """The error for the class index at ``position``, counted along the flattened target."""
-    classes = input.shape[0 if input.dim() == 1 else 1]
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
     or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     return (RuntimeError if ignore_index is None else IndexError)(
@@ -183,14 +256,13 @@ def target_out_of_range(
     )
 
 
-def class_indices(input: Tensor, target: Tensor, ignore_index: int | None) -> None:
+def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> None:
     """Raises for the first class index out of range, as the kernel finds it."""
-    classes = input.shape[0 if input.dim() == 1 else 1]
     wrong = (target < 0) | (target >= classes)
     if ignore_index is not None:
         wrong &= target != ignore_index
     if not target.is_floating_point() and wrong.any():
-        raise target_out_of_range(input, target, ignore_index, int(wrong.flatten().nonzero()[0]))
+        raise target_out_of_range(classes, target, ignore_index, int(wrong.flatten().nonzero()[0]))
 
 
 def overwritable(input: Tensor) -> None:
@@ -232,6 +304,27 @@ def parameter(name: str, value: Any, low: float, high: float, positive: bool) ->
         raise RuntimeError(f"{name}: expected {expected}, got {float(value)}")
 
 
+def bounded(name: str, value: Any, positive: bool = False) -> None:
+    """A number of at least, or more than, 0; that of a tensor on a GPU is not waited for."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+        if not _can_be_read(value):
+            return
+    else:
+        number(name, value, (float, Real), "a float")
+    if not (value > 0 if positive else value >= 0):
+        expected = "a positive number" if positive else "a number from 0.0 up"
+        raise ValueError(f"{name}: expected {expected}, got {float(value)}")
+
+
+def _can_be_read(value: Tensor) -> bool:
+    """Whether a tensor's values are there, and nobody has to wait for them."""
+    if not value.is_cpu or is_dynamo_compiling():
+        return False
+    return type(value) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(value)
+
+
 def values(
     name: str, value: Tensor | float, low: float, high: float, error: type[Exception]
 ) -> None:
@@ -239,7 +332,7 @@ def values(
     if isinstance(value, float):
         value = torch.tensor(value)
     value = value.detach()
-    if not value.is_cpu or not value.numel():
+    if not _can_be_read(value) or not value.numel():
         return
     least, most = (float(bound) for bound in value.aminmax())
     if low <= least and most <= high:

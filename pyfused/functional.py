@@ -7,6 +7,8 @@ operator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from pyfused.ops.operators import (
     KL_DIV,
     L1_LOSS,
     LEAKY_RELU,
+    LINEAR_CROSS_ENTROPY,
     LOG_COSH_LOSS,
     LOG_SOFTMAX,
     MARGIN_RANKING_LOSS,
@@ -39,6 +42,7 @@ from pyfused.ops.operators import (
     SILU,
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
+    SOFTCAP,
     SOFTMAX,
     TANH,
 )
@@ -55,6 +59,7 @@ __all__ = [
     "kl_div",
     "l1_loss",
     "leaky_relu",
+    "linear_cross_entropy",
     "log_cosh_loss",
     "log_softmax",
     "margin_ranking_loss",
@@ -71,6 +76,7 @@ __all__ = [
     "silu",
     "smooth_l1_loss",
     "soft_margin_loss",
+    "softcap",
     "softmax",
     "tanh",
 ]
@@ -87,6 +93,11 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     gamma: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
     inplace: bool = False,
 ) -> Tensor:
     """Cross-entropy between logits and class indices or class probabilities.
@@ -115,6 +126,19 @@ def cross_entropy(
 
                 nll_loss(log_p * (-log_p.expm1()) ** gamma, target, weight)
 
+        z_loss: ``z_loss * lse ** 2`` is added to the loss of a row, which keeps the logits from
+            drifting (Chowdhery et al. 2022, arXiv 2204.02311). Here and in what follows torch has
+            no such argument.
+        softcap: The logits are ``softcap * tanh(input / softcap)``, as :func:`softcap` makes them,
+            in memory that the gradient takes.
+        token_weight: What the loss of each row is multiplied by, of the shape of class indices.
+            The mean then divides by the sum of ``token_weight * weight[target]``.
+        denominator: What ``"mean"`` divides the sum by, in place of the weight of the targets that
+            count: of all micro-batches, or all processes, together. A number or a tensor of one
+            element.
+        loss_dtype: The dtype of the loss. ``torch.float32`` with logits of half precision gives
+            the loss of ``input.float()``, which is not rounded to steps of 0.25 at a loss of 36,
+            without that copy of the logits.
         inplace: Let the gradient take the memory of ``input``, which saves as much as the logits
             take. What ``input`` holds afterwards is of no use, and autograd refuses to take it for
             another gradient. There is one backward pass then, without ``create_graph``. torch has
@@ -122,8 +146,8 @@ def cross_entropy(
             nothing is overwritten.
 
     Returns:
-        The loss in nats, of the input's dtype, or float32 under autocast: a scalar, or of the shape
-        of class indices for ``"none"``. NaN for a mean over nothing.
+        The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a
+        scalar, or of the shape of class indices for ``"none"``. NaN for a mean over nothing.
 
     Raises:
         IndexError: A class index is out of range; the message names it and its position. On a GPU,
@@ -133,6 +157,8 @@ def cross_entropy(
             expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
+    if softcap is not None:
+        input, inplace = call(SOFTCAP, (input, softcap)), True
     return call(
         CROSS_ENTROPY,
         (
@@ -145,8 +171,94 @@ def cross_entropy(
             reduction,
             label_smoothing,
             gamma,
+            z_loss,
+            token_weight,
+            denominator,
+            loss_dtype,
         ),
         inplace,
+    )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    memory_budget: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`cross_entropy` of a linear layer's output, which never exists as a whole.
+
+    A language model's logits are what it needs most memory for. Here some rows of them at a time go
+    through matrix product, cross-entropy and the products of the gradients, while they are in
+    cache; with half precision on CPUs, or little memory, some classes at a time, the logits made
+    once more by the backward pass. The result is that of torch's function of this name::
+
+        cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
+
+    Weight gradients are summed up in float32 whatever the dtype. Rows whose target is ignored are
+    left out before the matrix product on CPUs.
+
+    Args:
+        input: What the layer is given, of shape (D) or (N, D); float32, float64, bfloat16 or
+            float16.
+        linear_weight: The layer's weight, of shape (C, D), or (C, d1, ..., dk, D) where each row of
+            the input has logits of shape (C, d1, ..., dk); of the input's dtype.
+        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
+            int64 or uint8; or class probabilities of the logits' shape and a floating dtype.
+        linear_bias: The layer's bias, of shape (C) or (C, d1, ..., dk) and the input's dtype.
+        weight: One factor for each class, of shape (C).
+        reduction: ``"none"``: one loss a row, whose gradients take the logits once more;
+            ``"sum"``; ``"mean"``: as in :func:`cross_entropy`.
+        ignore_index: The class index of rows that count for nothing; None stands for -100.
+        label_smoothing: The share, 0.0 to 1.0, of the target that is spread over all classes.
+        options: torch's :class:`~torch.nn.LinearCrossEntropyOptions`, for calls that go to torch's
+            operator. Here nothing is chosen by it: the logits are taken apart in any case.
+        memory_budget: Bytes for the logits that exist at once and what they are made of. None
+            takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
+            by rounding alone.
+        z_loss, softcap, token_weight, denominator, loss_dtype: As in :func:`cross_entropy`.
+
+    Returns:
+        The loss in nats: a scalar, or of the shape of class indices for ``"none"``; of the input's
+        dtype, or float32 under autocast, or ``loss_dtype``.
+
+    Raises:
+        IndexError: A class index is out of range; as in :func:`cross_entropy`.
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: What should be a tensor is none.
+    """
+    return call(
+        LINEAR_CROSS_ENTROPY,
+        (
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            options,
+            memory_budget,
+            z_loss,
+            softcap,
+            token_weight,
+            denominator,
+            loss_dtype,
+        ),
     )
 
 
@@ -897,6 +1009,25 @@ def tanh(input: Tensor) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(TANH, (input,))
+
+
+def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
+    """``cap * tanh(input / cap)``: values between ``-cap`` and ``cap``, alike where they are small.
+
+    As language models cap their logits (Gemma 2, arXiv 2408.00118); torch has no such function.
+
+    Args:
+        input: Any shape and strides; float32, float64, bfloat16 or float16.
+        cap: More than 0.
+
+    Returns:
+        A tensor like ``input``.
+
+    Raises:
+        ValueError: ``cap`` is not more than 0.
+        TypeError: ``input`` is no tensor, or ``cap`` no number.
+    """
+    return call(SOFTCAP, (input, cap))
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:

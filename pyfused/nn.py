@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
 
@@ -19,6 +23,7 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "LeakyReLU",
+    "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "LogSoftmax",
     "MSELoss",
@@ -35,19 +40,26 @@ __all__ = [
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "Softcap",
     "Softmax",
     "Tanh",
 ]
 
 
+# From torch 2.13 on; before it the module is this package's alone.
+_LinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
-    Its arguments are torch's, and two by name: ``gamma`` makes it focal loss, ``inplace`` lets the
-    gradient take the memory of the logits.
+    Its arguments are torch's, and by name ``gamma``, which makes it focal loss, ``z_loss``,
+    ``softcap``, ``loss_dtype``, and ``inplace``, which lets the gradient take the logits' memory.
     """
 
-    gamma, inplace = 0.0, False  # of a module that was torch's, too
+    gamma, z_loss, inplace = 0.0, 0.0, False  # of a module that was torch's, too
+    softcap: float | None = None
+    loss_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -59,10 +71,16 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         gamma: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        loss_dtype: torch.dtype | None = None,
         inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.gamma = gamma
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.loss_dtype = loss_dtype
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -74,7 +92,76 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             gamma=self.gamma,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            loss_dtype=self.loss_dtype,
             inplace=self.inplace,
+        )
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
+    """torch's module of this name over :func:`pyfused.functional.linear_cross_entropy`.
+
+    Its arguments are torch's, and ``memory_budget``, ``z_loss``, ``softcap``, ``loss_dtype``. The
+    layer is its ``linear``: a model's own head goes with the function.
+    """
+
+    memory_budget: int | None = None
+    z_loss = 0.0
+    softcap: float | None = None
+    loss_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        memory_budget: int | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        loss_dtype: torch.dtype | None = None,
+    ) -> None:
+        _WeightedLoss.__init__(self, weight, None, None, reduction)
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"weight: expected shape ({num_classes},), got {tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {label_smoothing}")
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        columns = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
+        self.options = options
+        self.memory_budget, self.loss_dtype = memory_budget, loss_dtype
+        self.z_loss, self.softcap = z_loss, softcap
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape = self.num_classes, *self.out_features
+        bias = self.linear.bias
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, -1),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            memory_budget=self.memory_budget,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            loss_dtype=self.loss_dtype,
         )
 
 
@@ -311,6 +398,20 @@ class Tanh(torch.nn.Tanh):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.tanh(input)
+
+
+class Softcap(torch.nn.Module):
+    """:func:`pyfused.functional.softcap` as a module."""
+
+    def __init__(self, cap: float = 30.0) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softcap(input, self.cap)
+
+    def extra_repr(self) -> str:
+        return f"cap={self.cap}"
 
 
 class SiLU(torch.nn.SiLU):

@@ -79,6 +79,22 @@ def focal(functional: Any, x: Tensor) -> Tensor:
     return has_gamma(x, CLASSES, gamma=2.0)
 
 
+def beyond_torch(functional: Any, x: Tensor) -> Tensor:
+    has_them = fused.cross_entropy if functional is fused else CROSS_ENTROPY.torchs
+    return has_them(
+        x,
+        CLASSES,
+        WEIGHT[0],
+        z_loss=0.1,
+        token_weight=UNIT[:, 0],
+        denominator=3.0,
+        reduction="mean",
+    )
+
+
+HEAD = torch.linspace(-1, 2, 40).reshape(8, 5).sin()
+
+
 def cases() -> dict[str, Case]:
     made: dict[str, Case] = {
         op.name: Case(lambda f, x, name=op.name: getattr(f, name)(x)) for op in ACTIVATIONS
@@ -89,6 +105,12 @@ def cases() -> dict[str, Case]:
         "nll_loss": Case(lambda f, x: f.nll_loss(x, CLASSES, WEIGHT[0])),
         "multilabel_soft_margin_loss": Case(lambda f, x: f.multilabel_soft_margin_loss(x, UNIT)),
         "focal": Case(focal),
+        "target_of_input": Case(lambda f, x: f.mse_loss(x, x.sin())),
+        "probabilities_of_input": Case(lambda f, x: f.cross_entropy(x, x.softmax(1))),
+        "beyond_torch": Case(beyond_torch),
+        "linear_probabilities": Case(
+            lambda f, x: f.linear_cross_entropy(OTHER, x, (OTHER @ HEAD[:6].t()).softmax(1))
+        ),
     }
     made["relu_inplace"] = Case(lambda f, x: f.relu(x * 1, inplace=True))
     for r in REDUCTIONS:
@@ -101,6 +123,14 @@ def cases() -> dict[str, Case]:
             ),
             f"probabilities_{r}": Case(
                 lambda f, x, r=r: f.cross_entropy(x, PROBABILITIES, reduction=r)
+            ),
+            f"linear_{r}": Case(
+                lambda f, x, r=r: f.linear_cross_entropy(x, HEAD, CLASSES, reduction=r)
+            ),
+            f"linear_to_weight_{r}": Case(
+                lambda f, x, r=r: f.linear_cross_entropy(
+                    OTHER, x, CLASSES, linear_bias=x[:, 0], label_smoothing=0.1, reduction=r
+                )
             ),
             f"to_probabilities_{r}": Case(lambda f, x, r=r: f.cross_entropy(OTHER, x, reduction=r)),
         }

@@ -16,7 +16,7 @@ import torch
 
 import pyfused
 from pyfused.backends import cpu
-from pyfused.ops import dispatch
+from pyfused.ops import dispatch, linear_cross_entropy
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -70,6 +70,7 @@ def fused_always() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_ALWAYS_BELOW", dict.fromkeys(dispatch._ALWAYS_BELOW, 0))
         patch.setattr(dispatch, "aten_is_faster", without_elements)
+        patch.setattr(linear_cross_entropy, "SMALL_BELOW", 0)
         yield
 
 

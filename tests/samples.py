@@ -195,6 +195,11 @@ def tanh(input: Extended) -> tuple[Extended, ...]:
     return np.tanh(input), 1 - np.tanh(input) ** 2
 
 
+def softcap(input: Extended, cap: float = 30.0) -> tuple[Extended, ...]:
+    value = np.tanh(input / np.longdouble(cap))
+    return cap * value, 1 - value**2
+
+
 def silu(input: Extended) -> tuple[Extended, ...]:
     share, slope = sigmoid(input)
     return input * share, share + input * slope
@@ -277,6 +282,7 @@ SAMPLES = {
     "leaky_relu": Sample(leaky_relu),
     "sigmoid": Sample(sigmoid, cancels=True),
     "tanh": Sample(tanh, cancels=True),
+    "softcap": Sample(softcap, cancels=True),
     "silu": Sample(silu, cancels=True),
     "gelu": Sample(gelu, cancels=True),
 }

@@ -84,6 +84,8 @@ def test_nan_infinities_and_signed_zeros(
     x = special.to(dtype).repeat(repeats)
     got, expected = ours(op, inplace)(x.clone()), torchs(op)(widest(op, x)).to(dtype)
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps if SAMPLES[op.name].rounds else 0, "atol": 0}
+    if op.name == "softcap":
+        tolerance["atol"] = 2e-45  # divided by the cap it is 0
     close(bits(got), bits(expected), **tolerance)
 
 

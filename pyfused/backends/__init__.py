@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -16,12 +17,67 @@ class Want(NamedTuple):
 
 
 class CrossEntropyOptions(NamedTuple):
-    """The arguments of cross-entropy that are no tensors, as in ``torch.nn.functional``."""
+    """The arguments of cross-entropy beside the logits, what they aim at and the classes' weight.
+
+    Attributes:
+        token_weight: What each loss is multiplied by, None for ones.
+        denominator: What a mean divides by; None for the weight of the targets that count.
+        loss_dtype: That of the loss; None for torch's.
+    """
 
     ignore_index: int
     reduction: str
     label_smoothing: float
     gamma: float = 0.0
+    z_loss: float = 0.0
+    token_weight: Tensor | None = None
+    denominator: float | Tensor | None = None
+    loss_dtype: torch.dtype | None = None
+
+
+class Among(NamedTuple):
+    """Where the logits' classes stand among all classes, if they are a block of them.
+
+    Attributes:
+        first: The first of them.
+        classes: The number of all.
+        lse: The log-sum-exp of all, float64, one a position; None where it is that of the logits'
+            classes.
+        own_lse: Where the one of the logits' classes is written, None where it is not wanted.
+    """
+
+    first: int
+    classes: int
+    lse: Tensor | None = None
+    own_lse: Tensor | None = None
+
+
+class Head(NamedTuple):
+    """A linear layer, what goes into it, and what its logits are held against.
+
+    Attributes:
+        input: (N, D).
+        linear_weight: (C, D), or (C, d1, ..., dk, D).
+        linear_bias: (C), or (C, d1, ..., dk), or None.
+        target: int64 class indices (N) or (N, d1, ..., dk), or probabilities of the logits' shape.
+        weight: (C), or None.
+        softcap: What the logits are capped at, or None.
+    """
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+    softcap: float | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.linear_weight[..., 0].numel()
+
+    def takes_blocks(self) -> bool:
+        """Whether the classes can be taken apart."""
+        return self.linear_weight.dim() == 2 and not self.target.is_floating_point()
 
 
 class NllOptions(NamedTuple):
@@ -54,6 +110,7 @@ class Backend(Protocol):
         options: CrossEntropyOptions,
         want: Want,
         grad_output: Tensor | None = None,
+        among: Among | None = None,
     ) -> tuple[Tensor | None, Gradients]: ...
 
     def nll_loss(

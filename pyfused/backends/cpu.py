@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Gradients, MarginOptions, NllOptions, Want
+from pyfused.backends import (
+    Among,
+    CrossEntropyOptions,
+    Gradients,
+    MarginOptions,
+    NllOptions,
+    Want,
+)
 from pyfused.backends.layout import (
     accumulate_dtype,
     along,
@@ -146,14 +153,16 @@ def cross_entropy(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None = None,
+    among: Among | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Loss, and gradients of input and target, each where wanted.
 
     Args:
         input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk), of a dtype in ``DTYPES``.
         target: int64 class indices, or probabilities of the input's shape and dtype.
-        weight: (C), or None.
+        weight: (C), or None; of all classes where the logits' are some of them.
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
+        among: Where the logits' classes are not all classes, or their log-sum-exp is wanted.
 
     Returns:
         The loss is in the accumulation dtype.
@@ -164,7 +173,9 @@ def cross_entropy(
     accumulate = accumulate_dtype(input.dtype)
     logits, logits_strides = viewed(input)
     indices, probabilities_view = None, _NO_VIEW
-    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+    weight, grad_output, token_weight = contiguous_in(
+        accumulate, weight, grad_output, options.token_weight
+    )
     if target.dtype is torch.int64:
         indices = target.contiguous()
     else:
@@ -193,15 +204,23 @@ def cross_entropy(
         options.ignore_index,
         max(0.0, options.label_smoothing),
         float(options.gamma),
+        float(options.z_loss),
+        _address(token_weight),
+        None if options.denominator is None else float(options.denominator),
         _REDUCTIONS[options.reduction],
         _address(grad_output),
         _address(loss),
         grad_input_view,
         grad_target_view,
+        None if among is None else among[:2],
+        0 if among is None else _address(among.lse),
+        0 if among is None else _address(among.own_lse),
         torch.get_num_threads(),
     )
     if out_of_range >= 0:
-        raise checks.target_out_of_range(input, target, options.ignore_index, out_of_range)
+        raise checks.target_out_of_range(
+            checks.classes_of(input), target, options.ignore_index, out_of_range
+        )
     return loss, (grad_input, grad_target)
 
 
@@ -236,7 +255,9 @@ def nll_loss(
         torch.get_num_threads(),
     )
     if out_of_range >= 0:
-        raise checks.target_out_of_range(input, target, options.ignore_index, out_of_range)
+        raise checks.target_out_of_range(
+            checks.classes_of(input), target, options.ignore_index, out_of_range
+        )
     return loss, (grad_input, None)
 
 
@@ -270,7 +291,7 @@ def multi_margin_loss(
         torch.get_num_threads(),
     )
     if out_of_range >= 0:
-        raise checks.target_out_of_range(input, target, None, out_of_range)
+        raise checks.target_out_of_range(checks.classes_of(input), target, None, out_of_range)
     return loss, (grad_input, None)
 
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 import pyfused.kernels as native
-from pyfused.backends import CrossEntropyOptions, Gradients, MarginOptions, NllOptions, Want
+from pyfused.backends import (
+    Among,
+    CrossEntropyOptions,
+    Gradients,
+    MarginOptions,
+    NllOptions,
+    Want,
+)
 from pyfused.backends.layout import (
     accumulate_dtype,
     along,
@@ -30,6 +37,7 @@ def cross_entropy(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None = None,
+    among: Among | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Loss, and gradients of input and target, each where wanted; see ``cpu.cross_entropy``.
 
@@ -44,7 +52,9 @@ def cross_entropy(
     of_input, of_target = want.gradients or (False, False)
     grad_input = grad_target = None
     loss = _loss_of(input, options.reduction, want)
-    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+    weight, grad_output, token_weight = contiguous_in(
+        accumulate, weight, grad_output, options.token_weight
+    )
     logits = viewed(input)
     if of_input:
         grad_input = logits if want.inplace else empty_viewed(logits[0])
@@ -58,7 +68,9 @@ def cross_entropy(
             indices,
             probabilities,
             weight,
+            token_weight,
             options,
+            among or Among(0, positions(input)[2]),
             grad_output,
             loss,
             grad_input,

@@ -61,8 +61,12 @@ class ClassLoss(Operator):
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         given = self.arranged(self._checked(arguments))
         loss = self.run(given, inplace)
-        dtype = autocast_dtype(given.input.dtype, given.input.device)
+        dtype = self.dtype_of(given)
         return loss if loss.dtype is dtype else loss.to(dtype)
+
+    def dtype_of(self, given: Given) -> torch.dtype:
+        """The loss's."""
+        return autocast_dtype(given.input.dtype, given.input.device)
 
     def arranged(self, given: Given) -> Given:
         """int64 indices in the shape of the losses."""
@@ -83,9 +87,8 @@ class ClassLoss(Operator):
 
     def check(self, arguments: Arguments) -> None:
         given = self._checked(arguments)
-        checks.class_indices(
-            given.input, given.target, getattr(given.options, "ignore_index", None)
-        )
+        ignore_index = getattr(given.options, "ignore_index", None)
+        checks.class_indices(checks.classes_of(given.input), given.target, ignore_index)
 
 
 class ClassLossFunction(torch.autograd.Function):

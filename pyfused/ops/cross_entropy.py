@@ -26,7 +26,13 @@ class CrossEntropy(ClassLoss):
     def read(self, arguments: Arguments) -> Given:
         input, target, weight, size_average, ignore_index, reduce, reduction, *rest = arguments
         reduction = reduction_of(size_average, reduce, reduction)
-        return Given(input, target, weight, CrossEntropyOptions(ignore_index, reduction, *rest))
+        options = CrossEntropyOptions(ignore_index, reduction, *rest)
+        if isinstance(options.denominator, int):
+            options = options._replace(denominator=float(options.denominator))
+        return Given(input, target, weight, options)
+
+    def dtype_of(self, given: Given) -> torch.dtype:
+        return given.options.loss_dtype or super().dtype_of(given)
 
     def arranged(self, given: Given) -> Given:
         input, target, weight, _ = given
@@ -59,8 +65,14 @@ def against_cross_entropy(input: Tensor, *arguments: Any) -> str | None:
     """Why torch's operator is the one for these arguments."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
-    if arguments[-1] and (is_dynamo_compiling() or is_traced(input)):
-        return "torch.compile: Inductor fuses what gamma adds"
+    *_, gamma, z_loss, token_weight, denominator, loss_dtype = arguments
+    compiled = is_dynamo_compiling() or is_traced(input)
+    if compiled and not (
+        gamma == z_loss == 0 and token_weight is denominator is loss_dtype is None
+    ):
+        return "torch.compile: Inductor fuses what torch's cross_entropy has not"
+    if isinstance(denominator, Tensor) and denominator.requires_grad:
+        return "denominator requires grad"
     return None
 
 

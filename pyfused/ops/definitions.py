@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions
+from pyfused.backends import CrossEntropyOptions, Head
+from pyfused.ops.declaration import reduction_of
 from pyfused.ops.torchs import original
 
 _cross_entropy = original(F.cross_entropy)
+_linear_cross_entropy = (  # from torch 2.13 on
+    original(F.linear_cross_entropy) if hasattr(F, "linear_cross_entropy") else None
+)
 
 
 def cross_entropy(
@@ -25,17 +30,96 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    if gamma == 0:
+    beyond = gamma, z_loss, token_weight, denominator, loss_dtype
+    if beyond == (0, 0, None, None, None):
         return _cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    checks.cross_entropy(
-        input, target, weight, CrossEntropyOptions(ignore_index, reduction, label_smoothing, gamma)
-    )
-    log_probability = F.log_softmax(input, 0 if input.dim() == 1 else 1)
-    focused = log_probability * (-log_probability.expm1()) ** gamma
-    return F.nll_loss(focused, target, weight, size_average, ignore_index, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
+    options = CrossEntropyOptions(ignore_index, reduction, label_smoothing, *beyond)
+    checks.reduction(reduction)
+    checks.cross_entropy(input, target, weight, options)
+    dim = 0 if input.dim() == 1 else 1
+    input = input if loss_dtype is None else input.to(loss_dtype)
+    weight = weight if weight is None or loss_dtype is None else weight.to(loss_dtype)
+    if gamma:
+        log_probability = F.log_softmax(input, dim)
+        focused = log_probability * (-log_probability.expm1()) ** gamma
+        each = F.nll_loss(focused, target, weight, None, ignore_index, None, "none")
+    else:
+        each = _cross_entropy(
+            input, target, weight, None, ignore_index, None, "none", label_smoothing
+        )
+    each = each + z_loss * input.logsumexp(dim).reshape(each.shape) ** 2 if z_loss else each
+    counts = torch.ones_like(each)
+    if not target.is_floating_point():
+        live = target.reshape(each.shape) != ignore_index
+        if weight is not None:
+            counts = weight[target.where(target != ignore_index, 0).long()].reshape(each.shape)
+        counts, each = counts.to(each.dtype).where(live, 0), each.where(live, 0)
+    if token_weight is not None:
+        token_weight = token_weight.to(each.dtype).reshape(each.shape)
+        each, counts = each * token_weight, counts * token_weight
+    if reduction != "mean":
+        return each if reduction == "none" else each.sum()
+    return each.sum() / (counts.sum() if denominator is None else denominator)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    memory_budget: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    beyond = z_loss, token_weight, denominator, loss_dtype
+    if beyond == (0, None, None, None) and softcap is None and _linear_cross_entropy is not None:
+        return _linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+    ignore_index = -100 if ignore_index is None else ignore_index
+    given = CrossEntropyOptions(ignore_index, reduction, label_smoothing, 0.0, *beyond)
+    head = Head(input, linear_weight, linear_bias, target, weight, softcap)
+    checks.linear_cross_entropy(head, given, memory_budget)
+    return of_logits(head, given)
+
+
+def of_logits(head: Head, options: CrossEntropyOptions) -> Tensor:
+    """Cross-entropy of a linear layer's output, from all of it."""
+    input, linear_weight, linear_bias, target, weight, cap = head
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+    logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+    logits = logits if cap is None else softcap(logits, cap)
+    return cross_entropy(logits, target, weight, **options._asdict())
+
+
+def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
+    checks.bounded("cap", cap, positive=True)
+    return cap * (input / cap).tanh()
 
 
 def quantile_loss(

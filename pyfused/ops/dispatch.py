@@ -34,7 +34,12 @@ if FORCED not in (None, "cpu", "triton", "torch"):
 
 # The table of sizes.py for GPUs. Not measured yet: a launch from Python takes some 10 us, and so
 # does an autograd.Function; in that time a GPU gets through about this much.
-ATEN_BELOW_ON_GPU = {"cross_entropy": 1 << 16, "relu": 1 << 22, "sigmoid": 1 << 22}
+ATEN_BELOW_ON_GPU = {
+    "cross_entropy": 1 << 16,
+    "linear_cross_entropy": 0,  # its size is not the input's
+    "relu": 1 << 22,
+    "sigmoid": 1 << 22,
+}
 ATEN_BELOW_ON_GPU_ELSE = 1 << 20
 
 # Most calls with small tensors need not look further.
@@ -55,7 +60,7 @@ _ALWAYS_BELOW = {
 # which fuses with what comes before, and a custom operator is a wall to it: behind 2 x + 1, at 32 M
 # elements, mse_loss has 0.18 times the speed forward and 0.78 with backward, relu 0.74 forward.
 # Measured by benchmarks/compiled.py, 2 threads, x86-64-v4.
-COMPILED_BELOW = {"cross_entropy": 1 << 18}
+COMPILED_BELOW = {"cross_entropy": 1 << 18, "linear_cross_entropy": 0}
 
 SMALL = "ATen is faster at this size"
 _PLAIN = (Tensor, Parameter)
@@ -78,7 +83,7 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         not is_dynamo_compiling()
         and type(input) in _PLAIN
         and type(elements := input.numel()) is int  # a tensor, to torch.jit.trace
-        and elements < _ALWAYS_BELOW[op.name]
+        and elements < _ALWAYS_BELOW.get(op.name, 0)
     ):
         reason = SMALL  # as most calls are, so that they are asked no more
     else:
@@ -166,7 +171,7 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
     if dim > 2 and op == "cross_entropy":
         op = "cross_entropy_kdim"
     classes = shape[1 if dim > 1 else 0] if dim else 1
-    for most, below in ATEN_BELOW[op].get(input.dtype, ()):
+    for most, below in ATEN_BELOW.get(op, {}).get(input.dtype, ()):
         if classes <= most:
             return elements < below
     return False

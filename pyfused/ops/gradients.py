@@ -77,18 +77,20 @@ def backward(
 
 def differentiate(
     definition: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
     wanted: Sequence[bool],
     grad_output: Tensor,
 ) -> Gradients:
     """The gradients of torch's own definition, themselves differentiable; None where not wanted."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        loss = definition(*inputs)
+        # One of them may be computed from another: of each its own part alone is asked.
+        parts = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        loss = definition(*parts)
     found = iter(
         torch.autograd.grad(
             loss,
-            [input for input, want in zip(inputs, wanted, strict=True) if want],
+            [part for part, want in zip(parts, wanted, strict=True) if want and part is not None],
             grad_output,
             create_graph=create_graph,
         )

@@ -17,12 +17,14 @@ from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
 from pyfused.ops.composed import Composed
 from pyfused.ops.cross_entropy import CrossEntropy, against_cross_entropy
 from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter, reduction_of
+from pyfused.ops.linear_cross_entropy import LinearCrossEntropy, against_linear_cross_entropy
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
 from pyfused.ops.softmax import Softmax, not_along_one_dimension
 
 INPUT, TARGET = Operand("input"), Operand("target")
 CLASSES = Operand("target", differentiated=False, indices=True)
 SIGNS = Operand("target", differentiated=False, sign=True)
+TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -30,9 +32,24 @@ WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
-    operands=(INPUT, Operand("target", indices=True), WEIGHT),
+    operands=(INPUT, Operand("target", indices=True), WEIGHT, TOKEN_WEIGHT),
     against=against_cross_entropy,
     definition=definitions.cross_entropy,
+)
+
+LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
+    name="linear_cross_entropy",
+    module="LinearCrossEntropyLoss",
+    operands=(
+        INPUT,
+        Operand("linear_weight"),
+        Operand("target", indices=True),
+        Operand("linear_bias", optional=True),
+        WEIGHT,
+        TOKEN_WEIGHT,
+    ),
+    against=against_linear_cross_entropy,
+    definition=definitions.linear_cross_entropy,
 )
 
 NLL_LOSS = NllLoss(
@@ -337,6 +354,19 @@ TANH = Activation(
 )
 
 
+SOFTCAP = Activation(
+    name="softcap",
+    module="Softcap",
+    saves="input",
+    formula=lambda cap: ("softcap", float(cap)),
+    against=lambda _, cap: (
+        None if isinstance(cap, (int, float)) and cap > 0 else "cap is no positive number"
+    ),
+    definition=definitions.softcap,
+    gradient=lambda grad_output, input, cap: grad_output * (1 - (input / cap).tanh() ** 2),
+)
+
+
 def _gradient_of_silu(grad_output: Tensor, input: Tensor) -> Tensor:
     share = input.sigmoid()
     return grad_output * (share * (1 + input * (1 - share)))
@@ -383,6 +413,7 @@ OPERATORS: dict[str, Operator] = {
     op.name: op
     for op in (
         CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY,
         NLL_LOSS,
         MULTI_MARGIN_LOSS,
         MSE_LOSS,
@@ -407,6 +438,7 @@ OPERATORS: dict[str, Operator] = {
         LEAKY_RELU,
         SIGMOID,
         TANH,
+        SOFTCAP,
         SILU,
         GELU,
         SOFTMAX,

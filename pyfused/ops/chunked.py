@@ -1,0 +1,298 @@
+"""Cross-entropy of logits that never exist as a whole: a linear layer's, some at a time.
+
+Two ways through the matrix of logits. By rows, each with all of its classes, at three matrix
+products: the logits, and the gradients of input and weight. Or by blocks of classes, at four, as
+the log-sum-exp of all has to be known before a gradient is: then no sum over rows is ever rounded
+to half precision, and what is held at once can be as small as one likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfused.backends import Among, Backend, CrossEntropyOptions, Gradients, Head, Want, cpu
+from pyfused.backends.layout import accumulate_dtype
+
+
+class Wanted(NamedTuple):
+    """Whose gradients are."""
+
+    input: bool = False
+    linear_weight: bool = False
+    linear_bias: bool = False
+    target: bool = False
+
+    def logits(self) -> bool:
+        return self.input or self.linear_weight or self.linear_bias
+
+
+# ---- how much at once ----------------------------------------------------------------------------
+
+# Rows of logits at a time: of (1024, 512, 32000), with 64 the gradients take 1.6 times as long as
+# with 512, with 128 1.3, with 256 1.1 times.
+MOST_ROWS = 512
+# Fewer rows than these cost more than the fourth product of the way by blocks.
+LEAST_ROWS = 96
+SMALL = 16 << 20  # bytes that are not worth saving
+TILE = 1024  # rows, and classes, of a block
+
+
+def product_dtype(head: Head) -> torch.dtype:
+    """What matrices are multiplied in.
+
+    A CPU without instructions for it multiplies half precision 3 to 250 times slower than float32.
+    """
+    dtype = head.input.dtype
+    if head.target.is_floating_point():
+        dtype = torch.promote_types(dtype, head.target.dtype)
+    if not head.input.is_cpu or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    return dtype if dtype is torch.bfloat16 and MULTIPLIES_BFLOAT16 else torch.float32
+
+
+MULTIPLIES_BFLOAT16 = bool(
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+
+
+def rows_at_once(head: Head, memory_budget: int | None) -> int:
+    """Rows of logits that fit the budget; 0 where blocks of classes are the better way."""
+    n, dtype = len(head.input), product_dtype(head)
+    row = head.columns * dtype.itemsize * (1 if head.softcap is None else 3)
+    rows = min(max(n * row // 4, SMALL) // row, MOST_ROWS)
+    if memory_budget is not None:
+        rows = memory_budget // row
+    if not head.takes_blocks():
+        return max(1, min(n, rows))
+    widened = head.input.is_cpu and dtype is not head.input.dtype
+    return 0 if widened or rows < min(n, LEAST_ROWS) else min(n, rows)
+
+
+def tile_of(head: Head, memory_budget: int | None) -> int:
+    """Rows and classes of a block, whose logits fit the budget with what they are made of."""
+    tile, size, features = TILE, product_dtype(head).itemsize, head.input.shape[1]
+    if memory_budget is not None:
+        while tile > 16 and size * tile * (tile + 3 * features) > memory_budget:
+            tile //= 2
+    return tile
+
+
+# ---- by rows -------------------------------------------------------------------------------------
+
+
+def by_rows(
+    backend: Backend,
+    head: Head,
+    options: CrossEntropyOptions,
+    rows: int,
+    want_loss: bool,
+    wanted: Wanted,
+    upstream: Tensor | None,
+) -> tuple[Tensor | None, Gradients]:
+    """Loss and gradients, each where wanted; the loss is a sum in float64, or one a position.
+
+    Args:
+        upstream: The loss's gradient, of the loss's shape; None stands for ones.
+    """
+    input, linear_weight, linear_bias, target, weight, cap = head
+    n, dtype, each = len(input), product_dtype(head), options.reduction == "none"
+    options = options._replace(reduction="none" if each else "sum", denominator=None)
+    flat = linear_weight.reshape(head.columns, -1).to(dtype)
+    bias = None if linear_bias is None else linear_bias.reshape(-1).to(dtype)
+    memory = _empty((rows, head.columns), dtype, input)
+    grad_input = _empty(input.shape, dtype, input) if wanted.input else None
+    sums = accumulate_dtype(dtype)
+    grad_weight = _empty(flat.shape, sums, input) if wanted.linear_weight else None
+    grad_bias = input.new_zeros(head.columns, dtype=sums) if wanted.linear_bias else None
+    grad_target = torch.empty_like(target) if wanted.target else None
+    want = Want(want_loss, (wanted.logits(), wanted.target) if any(wanted) else (), True)
+    losses = []
+    for first in range(0, n, rows):
+        here = slice(first, min(first + rows, n))
+        x, logits = input[here].to(dtype), memory[: here.stop - first]
+        _linear(x, flat, bias, logits)
+        x_capped = _capped(backend, logits, cap)
+        loss, (_, of_target) = backend.cross_entropy(
+            x_capped.view(-1, *linear_weight.shape[:-1]),
+            target[here].to(dtype) if target.is_floating_point() else target[here],
+            weight,
+            _of_rows(options, here),
+            want,
+            upstream[here] if upstream is not None and each else upstream,
+        )
+        losses.append(loss)
+        if wanted.logits():
+            logits = _uncapped(backend, x_capped, logits, cap)
+        if grad_target is not None:
+            assert of_target is not None
+            grad_target[here] = of_target
+        if grad_input is not None:
+            torch.mm(logits, flat, out=grad_input[here])
+        if grad_weight is not None:
+            _add_product(grad_weight, logits.t(), x, first > 0)
+        if grad_bias is not None:
+            grad_bias += logits.sum(0, dtype=sums)
+    found = None
+    if want_loss:
+        parts = [loss for loss in losses if loss is not None]
+        found = torch.cat(parts) if each else torch.stack(parts).sum(dtype=torch.float64)
+    return found, (
+        _as(grad_input, input),
+        _as(grad_weight, linear_weight),
+        _as(grad_bias, linear_bias),
+        grad_target,
+    )
+
+
+# ---- by blocks of classes ------------------------------------------------------------------------
+
+
+def each_by_blocks(
+    backend: Backend, head: Head, options: CrossEntropyOptions, tile: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, and its log-sum-exp.
+
+    With the log-sum-exp taken for 0, the loss over some of the classes is the sum of their
+    ``-q_c x_c``.
+    """
+    input, _, _, target, weight, cap = head
+    lse = input.new_full((len(input),), -torch.inf, dtype=torch.float64)
+    loss, zeros, own = torch.zeros_like(lse), torch.zeros_like(lse), torch.empty_like(lse)
+    plain = CrossEntropyOptions(options.ignore_index, "none", options.label_smoothing)
+    classes = len(head.linear_weight)
+    for logits, _, here, first in _tiles(head, tile):
+        logits = _capped(backend, logits, cap)
+        rest = target[here], weight, plain
+        among = Among(first, classes, None, own[here])
+        backend.cross_entropy(logits, *rest, Want(False), None, among)
+        torch.logaddexp(lse[here], own[here], out=lse[here])
+        part, _ = backend.cross_entropy(
+            logits, *rest, Want(), None, Among(first, classes, zeros[here])
+        )
+        assert part is not None
+        loss[here] += part
+    loss += _mass(head, options) * lse
+    if options.z_loss:
+        loss += options.z_loss * lse.square()
+    if options.token_weight is not None:
+        loss *= options.token_weight
+    return loss, lse
+
+
+def gradients_by_blocks(
+    backend: Backend,
+    head: Head,
+    options: CrossEntropyOptions,
+    tile: int,
+    wanted: Wanted,
+    lse: Tensor,
+    upstream: Tensor,
+) -> Gradients:
+    """Those of the sum of ``upstream`` times the loss of each row."""
+    input, linear_weight, linear_bias, target, weight, cap = head
+    sums, classes = accumulate_dtype(input.dtype), len(linear_weight)
+    want = Want(False, (True, False), True)
+    options = options._replace(reduction="none", denominator=None)
+    grad_input = input.new_zeros(input.shape, dtype=sums) if wanted.input else None
+    grad_weight = _empty(linear_weight.shape, input.dtype, input) if wanted.linear_weight else None
+    grad_bias = input.new_zeros(classes, dtype=sums) if wanted.linear_bias else None
+    part = None
+    for logits, (x, of_classes), here, first in _tiles(head, tile):
+        among = Among(first, classes, lse[here])
+        given = target[here], weight, _of_rows(options, here), want, upstream[here], among
+        x_capped = _capped(backend, logits, cap)
+        backend.cross_entropy(x_capped, *given)
+        logits = _uncapped(backend, x_capped, logits, cap)
+        block = slice(first, first + len(of_classes))
+        if grad_input is not None:
+            _add_product(grad_input[here], logits, of_classes, True)
+        if grad_bias is not None:
+            grad_bias[block] += logits.sum(0, dtype=sums)
+        if grad_weight is not None:
+            if part is None or here.start == 0:
+                part = _empty(of_classes.shape, sums, input)
+            _add_product(part, logits.t(), x, here.start > 0)
+            if here.stop == len(input):
+                grad_weight[block] = part
+    return _as(grad_input, input), grad_weight, _as(grad_bias, linear_bias), None
+
+
+def _tiles(head: Head, tile: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], slice, int]]:
+    """Logits, what they are the product of, their rows and their first class."""
+    input, linear_weight, linear_bias, *_ = head
+    n, classes, dtype = len(input), len(linear_weight), product_dtype(head)
+    memory = input.new_empty(min(tile, n) * min(tile, classes), dtype=dtype)
+    for first in range(0, classes, tile):
+        of_classes = linear_weight[first : first + tile].to(dtype)
+        bias = None if linear_bias is None else linear_bias[first : first + tile].to(dtype)
+        for row in range(0, n, tile):
+            here = slice(row, min(row + tile, n))
+            x = input[here].to(dtype)
+            size = len(x) * len(of_classes)
+            logits = memory[:size].view(len(x), len(of_classes))
+            _linear(x, of_classes, bias, logits)
+            yield logits, (x, of_classes), here, first
+
+
+def _mass(head: Head, options: CrossEntropyOptions) -> Tensor:
+    """What a row aims at, all classes together: sum_c q_c."""
+    smoothing = max(0.0, options.label_smoothing)
+    if head.weight is None:
+        return head.input.new_ones((), dtype=torch.float64)
+    weight = head.weight.double()
+    return smoothing * weight.mean() + (1 - smoothing) * weight[head.target]
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    if like.is_cpu:
+        return cpu.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _capped(backend: Backend, logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else backend.activation("softcap", logits, cap)
+
+
+def _uncapped(backend: Backend, gradient: Tensor, logits: Tensor, cap: float | None) -> Tensor:
+    """The gradient of the logits, from that of the capped ones."""
+    if cap is None:
+        return gradient
+    return backend.activation_backward("softcap", gradient, logits, cap)
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """``to = a @ b``, or ``to += a @ b``, in the dtype of ``to``."""
+    if to.dtype is a.dtype:
+        torch.addmm(to, a, b, beta=float(add), out=to)
+    elif to.is_cuda:
+        torch.ops.aten.addmm.dtype_out(to, a, b, to.dtype, beta=float(add), out=to)
+    elif add:
+        to += torch.mm(a, b)
+    else:
+        to.copy_(torch.mm(a, b))
+
+
+def _of_rows(options: CrossEntropyOptions, here: slice) -> CrossEntropyOptions:
+    if options.token_weight is None:
+        return options
+    return options._replace(token_weight=options.token_weight[here])
+
+
+def _as(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
+    if gradient is None or of is None:
+        return None
+    return gradient.reshape(of.shape).to(of.dtype)

@@ -1,0 +1,402 @@
+"""Cross-entropy of a linear layer's output, without that output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from pyfused import checks
+from pyfused.backends import Backend, CrossEntropyOptions, Gradients, Head, cpu
+from pyfused.backends.layout import accumulate_dtype
+from pyfused.ops import definitions
+from pyfused.ops.chunked import (
+    Wanted,
+    by_rows,
+    each_by_blocks,
+    gradients_by_blocks,
+    product_dtype,
+    rows_at_once,
+    tile_of,
+)
+from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.dispatch import FORCED, SMALL, backend_of, is_traced
+from pyfused.ops.gradients import autocast_dtype, backward, differentiate, without_functorch
+
+# Logits below which torch is faster, which makes them all and takes no chunks.
+SMALL_BELOW = 1 << 15
+
+
+class Call(NamedTuple):
+    """What a call has beside the tensors of its head."""
+
+    backend: Backend
+    options: CrossEntropyOptions
+    memory_budget: int | None
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class LinearCrossEntropy(Operator):
+    """Of a linear layer's output."""
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
+        head, options, memory_budget = _read(arguments)
+        checks.linear_cross_entropy(head, options, memory_budget)
+        device = head.input.device
+        dtype = options.loss_dtype or autocast_dtype(head.input.dtype, device)
+        if torch.is_autocast_enabled(device.type):
+            head = _cast(head, torch.get_autocast_dtype(device.type))
+            dtype = options.loss_dtype or torch.float32
+        if options.loss_dtype is None and head.target.is_floating_point():
+            dtype = torch.promote_types(dtype, head.target.dtype)
+        compiled = is_dynamo_compiling() or is_traced(head.input)
+        if not compiled:
+            _check_indices(head, options)
+        lone = head.input.dim() == 1
+        if lone:
+            head, options = _as_batch(head, options)
+        if not head.target.is_floating_point():
+            head = head._replace(target=head.target.to(torch.int64))
+        with torch.autocast(device.type, enabled=False):
+            loss = _run(head, options, memory_budget)
+        loss = loss[0] if lone and loss.dim() else loss
+        return loss if loss.dtype is dtype else loss.to(dtype)
+
+    def check(self, arguments: Arguments) -> None:
+        head, options, memory_budget = _read(arguments)
+        checks.linear_cross_entropy(head, options, memory_budget)
+        checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
+
+    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+        return "some logits at a time"
+
+
+def against_linear_cross_entropy(input: Tensor, linear_weight: Tensor, *rest: Any) -> str | None:
+    """Why torch's operator is the one for these arguments."""
+    compiled = is_dynamo_compiling() or is_traced(input)
+    if input.dim() not in (1, 2) or linear_weight.dim() < 2:
+        return "input is neither (D) nor (N, D)"
+    denominator = rest[-2]
+    if isinstance(denominator, Tensor):
+        if compiled:
+            return "torch.compile: denominator is a tensor"
+        if denominator.requires_grad:
+            return "denominator requires grad"
+    if compiled or FORCED is not None:
+        return None
+    rows = input.shape[0] if input.dim() == 2 else 1
+    return SMALL if rows * linear_weight[..., 0].numel() < SMALL_BELOW else None
+
+
+def _read(arguments: Arguments) -> tuple[Head, CrossEntropyOptions, int | None]:
+    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, *rest = arguments
+    label_smoothing, _, memory_budget, z_loss, softcap, token_weight, denominator, loss_dtype = rest
+    if isinstance(denominator, int):
+        denominator = float(denominator)
+    options = CrossEntropyOptions(
+        -100 if ignore_index is None else ignore_index,
+        reduction,
+        label_smoothing,
+        0.0,
+        z_loss,
+        token_weight,
+        denominator,
+        loss_dtype,
+    )
+    head = Head(input, linear_weight, linear_bias, target, weight, softcap)
+    return head, options, memory_budget
+
+
+def _check_indices(head: Head, options: CrossEntropyOptions) -> None:
+    """Unless a GPU would have to be waited for, where the loss is NaN instead."""
+    if head.target.is_cpu and not head.target.is_floating_point():
+        checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
+
+
+def _as_batch(head: Head, options: CrossEntropyOptions) -> tuple[Head, CrossEntropyOptions]:
+    """One row as a batch of one."""
+    probabilities, token_weight = head.target.is_floating_point(), options.token_weight
+    target = head.target[None] if probabilities else head.target.reshape(1)
+    if token_weight is not None:
+        options = options._replace(token_weight=token_weight.reshape(1))
+    return head._replace(input=head.input[None], target=target), options
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    bias = head.linear_bias
+    return head._replace(
+        input=head.input.to(dtype),
+        linear_weight=head.linear_weight.to(dtype),
+        linear_bias=None if bias is None else bias.to(dtype),
+    )
+
+
+def _run(head: Head, options: CrossEntropyOptions, memory_budget: int | None) -> Tensor:
+    if is_dynamo_compiling() or is_traced(head.input):
+        rest = *options[:3], options.z_loss, options.token_weight, options.denominator
+        loss: Tensor = torch.ops.pyfused.linear_cross_entropy(*head, *rest, memory_budget)
+        return loss
+    call = Call(backend_of(head.input), options, memory_budget)
+    tensors = (tensor for tensor in head[:4] if tensor is not None)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _apply(call, *head)  # type: ignore[no-any-return]
+    return _loss(call, head)[0]
+
+
+# ---- loss and gradients --------------------------------------------------------------------------
+
+
+class Targets(NamedTuple):
+    """The rows that count, where others are left out, and what a mean divides by."""
+
+    kept: Tensor | None
+    denominator: float | Tensor
+
+
+def _targets(head: Head, options: CrossEntropyOptions) -> Targets:
+    """Ignored rows are left out where nobody waits for that, unless none is left then."""
+    input, _, _, target, weight, _ = head
+    token_weight = options.token_weight
+    if target.is_floating_point():
+        positions = target[:, 0].numel()
+        counted = positions if token_weight is None else token_weight.sum(dtype=torch.float64)
+        return Targets(None, _divisor(options, counted))
+    counts, kept = target != options.ignore_index, None
+    if input.is_cpu:
+        rows = counts if counts.dim() == 1 else counts.flatten(1).any(1)
+        found = rows.nonzero().flatten()
+        kept = found if 0 < len(found) < len(rows) else None
+    counted = counts.sum(dtype=torch.float64)
+    if weight is not None or token_weight is not None:
+        share = counts.double()
+        if weight is not None:
+            share *= weight.double()[target.where(counts, 0).clamp(0, len(weight) - 1)]
+        if token_weight is not None:
+            share *= token_weight
+        counted = share.sum()
+    return Targets(kept, _divisor(options, counted))
+
+
+def _divisor(options: CrossEntropyOptions, counted: float | Tensor) -> float | Tensor:
+    if options.reduction != "mean":
+        return 1.0
+    return counted if options.denominator is None else options.denominator
+
+
+def _keep(
+    head: Head, options: CrossEntropyOptions, kept: Tensor | None
+) -> tuple[Head, CrossEntropyOptions]:
+    if kept is None:
+        return head, options
+    if options.token_weight is not None:
+        options = options._replace(token_weight=options.token_weight[kept])
+    return head._replace(input=head.input[kept], target=head.target[kept]), options
+
+
+def _spread(values: Tensor | None, kept: Tensor | None, n: int) -> Tensor | None:
+    """Those of all rows: zeros for those left out."""
+    if values is None or kept is None:
+        return values
+    return values.new_zeros((n, *values.shape[1:])).index_copy_(0, kept, values)
+
+
+def _loss(
+    call: Call, head: Head, wanted: Wanted | None = None
+) -> tuple[Tensor, Tensor | None, Gradients | None]:
+    """The loss, the log-sum-exp where a backward pass needs it, and gradients where wanted now."""
+    options, n = call.options, len(head.input)
+    kept, denominator = _targets(head, options)
+    part, options = _keep(head, options, kept)
+    each, lse, gradients = options.reduction == "none", None, None
+    rows = rows_at_once(part, call.memory_budget)
+    loss: Tensor | None
+    if rows:
+        upstream = None
+        if wanted is not None:
+            upstream = _scalar(1.0, denominator, head)
+        loss, found = by_rows(call.backend, part, options, rows, True, wanted or Wanted(), upstream)
+        if wanted is not None:
+            gradients = (_spread(found[0], kept, n), *found[1:])
+    else:
+        loss, lse = each_by_blocks(call.backend, part, options, tile_of(part, call.memory_budget))
+        loss = loss if each else loss.sum(dtype=torch.float64)
+    assert loss is not None
+    loss = _spread(loss, kept, n) if each else loss / denominator
+    assert loss is not None
+    return loss.to(_sums_dtype(head)), lse, gradients
+
+
+def _sums_dtype(head: Head) -> torch.dtype:
+    return accumulate_dtype(product_dtype(head))
+
+
+def _scalar(value: Tensor | float, denominator: Tensor | float, head: Head) -> Tensor:
+    value = torch.as_tensor(value, dtype=torch.float64, device=head.input.device)
+    return value / denominator
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """The gradients of a scalar are computed by the forward pass, where it goes by rows.
+
+    Otherwise the backward pass makes the logits once more. So it does for float16, whose gradient
+    would underflow without the upstream one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *head: Any) -> Tensor:
+        ctx.call, ctx.gradients = call, None
+        given = Head(*head)
+        needs = ctx.needs_input_grad
+        wanted = Wanted(*needs[1:5])
+        ahead = call.options.reduction != "none" and given.input.dtype is not torch.float16
+        ahead = ahead and rows_at_once(given, call.memory_budget) > 0
+        loss, lse, gradients = _loss(call, given, wanted if ahead else None)
+        ctx.gradients = gradients
+        ctx.softcap = given.softcap
+        ctx.save_for_backward(*given[:5], lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.backend, ctx.op = ctx.call.backend, None
+        found = backward("linear_cross_entropy", ctx, grad_output, _kernel, _definition)
+        return None, *found, None, None
+
+
+_apply = without_functorch(LinearCrossEntropyFunction)
+
+
+def _saved(ctx: Any) -> tuple[Head, Tensor | None]:
+    *tensors, lse = ctx.saved_tensors
+    return Head(*tensors)._replace(softcap=ctx.softcap), lse
+
+
+def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
+    head, lse = _saved(ctx)
+    return _gradients(ctx.call, head, Wanted(*ctx.needs_input_grad[1:5]), lse, grad_output)
+
+
+def _gradients(
+    call: Call, head: Head, wanted: Wanted, lse: Tensor | None, grad_output: Tensor
+) -> Gradients:
+    options, n = call.options, len(head.input)
+    kept, denominator = _targets(head, options)
+    part, options = _keep(head, options, kept)
+    each = options.reduction == "none"
+    upstream = grad_output if each else _scalar(grad_output, denominator, head)
+    upstream = upstream[kept] if each and kept is not None else upstream
+    rows = rows_at_once(part, call.memory_budget)
+    if rows:
+        _, found = by_rows(call.backend, part, options, rows, False, wanted, upstream)
+    else:
+        tile = tile_of(part, call.memory_budget)
+        if lse is None:
+            _, lse = each_by_blocks(call.backend, part, options, tile)
+        upstream = upstream.expand(len(lse))
+        found = gradients_by_blocks(call.backend, part, options, tile, wanted, lse, upstream)
+    return _spread(found[0], kept, n), *found[1:]
+
+
+def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
+    head, _ = _saved(ctx)
+    return _of_definition(head, ctx.call.options, ctx.needs_input_grad[1:5], grad_output)
+
+
+def _of_definition(
+    head: Head, options: CrossEntropyOptions, wanted: Sequence[bool], grad_output: Tensor
+) -> Gradients:
+    """The gradients in torch's own terms, themselves differentiable."""
+
+    def widened(tensor: Any) -> Any:
+        floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(grad_output.dtype) if floating else tensor
+
+    def definition(*tensors: Any) -> Tensor:
+        return definitions.of_logits(Head(*map(widened, (*tensors, *head[4:]))), options)
+
+    return differentiate(definition, head[:4], wanted, grad_output)
+
+
+# ---- custom operators, which only a compiler sees ------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    "float? softcap, int ignore_index, str reduction, float label_smoothing, float z_loss, "
+    "Tensor? token_weight, float? denominator, int? memory_budget"
+)
+_LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
+_LIBRARY.define(f"linear_cross_entropy({_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(
+    f"linear_cross_entropy_backward(Tensor grad_output, {_ARGUMENTS}, bool[4] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _called(given: tuple[Any, ...]) -> tuple[Call, Head]:
+    """From an operator's arguments."""
+    *head, ignore_index, reduction, smoothing, z_loss, token_weight, denominator, budget = given
+    options = CrossEntropyOptions(
+        ignore_index, reduction, smoothing, 0.0, z_loss, token_weight, denominator
+    )
+    return Call(cpu, options, budget), Head(*head)
+
+
+def _operator(*given: Any) -> Tensor:
+    call, head = _called(given)
+    _check_indices(head, call.options)
+    return _loss(call, head)[0]
+
+
+def _operator_backward(grad_output: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    call, head = _called(given[:-1])
+    found = _gradients(call, head, Wanted(*given[-1]), None, grad_output)
+    return tuple(head.input.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _fake(*given: Any) -> Tensor:
+    call, head = _called(given)
+    shape: Sequence[int] = ()
+    if call.options.reduction == "none":
+        shape = (len(head.input), *head.linear_weight.shape[1:-1])
+    return head.input.new_empty(shape, dtype=_sums_dtype(head))
+
+
+def _fake_backward(_grad_output: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    _, head = _called(given[:-1])
+    return tuple(
+        torch.empty_like(of, memory_format=torch.contiguous_format)
+        if want and of is not None
+        else head.input.new_empty(0)
+        for of, want in zip(head[:4], given[-1], strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.numbers = (*inputs[5:10], *inputs[11:])
+    ctx.save_for_backward(*inputs[:5], inputs[10])
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    *head, token_weight = ctx.saved_tensors
+    given = (*head, *ctx.numbers[:5], token_weight, *ctx.numbers[5:])
+    wanted = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled():
+        call, of = _called(given)
+        found: Sequence[Tensor | None] = _of_definition(of, call.options, wanted, grad_output)
+    else:
+        found = torch.ops.pyfused.linear_cross_entropy_backward(grad_output, *given, wanted)
+    kept = (gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+    return *kept, *[None] * 9
+
+
+_LIBRARY.impl("linear_cross_entropy", _operator, "CPU")
+_LIBRARY.impl("linear_cross_entropy_backward", _operator_backward, "CPU")
+torch.library.register_fake("pyfused::linear_cross_entropy", _fake, lib=_LIBRARY)
+torch.library.register_fake("pyfused::linear_cross_entropy_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "pyfused::linear_cross_entropy", _backward, setup_context=_save, lib=_LIBRARY
+)

@@ -1,0 +1,250 @@
+"""What cross_entropy has beyond torch's: z_loss, softcap, token_weight, denominator, loss_dtype."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compare import FLOATS, HALF, Errors, evaluate, exactly
+from conftest import KernelCalls, backend
+from torch import Tensor
+
+from pyfused import functional as fused
+from pyfused.backends import Among, CrossEntropyOptions, Want
+from pyfused.ops.operators import CROSS_ENTROPY
+
+definition = CROSS_ENTROPY.torchs
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6))
+
+
+def in_torchs_terms(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """As anybody would write it."""
+    z_loss, cap = options.pop("z_loss", 0.0), options.pop("softcap", None)
+    token_weight, divisor = options.pop("token_weight", None), options.pop("denominator", None)
+    reduction = options.pop("reduction", "mean")
+    input = input if cap is None else cap * (input / cap).tanh()
+    dim = 0 if input.dim() == 1 else 1
+    each = torch.nn.functional.cross_entropy(input, target, reduction="none", **options)
+    counts, weight = torch.ones_like(each), options.get("weight")
+    each = each + z_loss * input.logsumexp(dim) ** 2
+    if not target.is_floating_point():
+        live = target != options.get("ignore_index", -100)
+        if weight is not None:
+            counts = weight[target.where(live, 0)]
+        each, counts = each.where(live, 0), counts.where(live, 0)
+    if token_weight is not None:
+        each, counts = each * token_weight, counts * token_weight
+    if reduction == "none":
+        return each
+    if reduction == "sum":
+        return each.sum()
+    return each.sum() / (counts.sum() if divisor is None else divisor)
+
+
+def arguments(
+    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, target, weight and token_weight."""
+    dim = 0 if len(shape) == 1 else 1
+    of_target = (*shape[:dim], *shape[dim + 1 :])
+    input = (4 * torch.randn(shape)).to(dtype).requires_grad_()
+    weight, token_weight = torch.rand(shape[dim]) + 0.5, torch.rand(of_target)
+    if probabilities:
+        target = torch.randn(shape).softmax(dim).to(dtype).requires_grad_()
+    else:
+        target = torch.randint(0, shape[dim], of_target)
+        target.view(-1)[1::3] = -100
+    return input, target, weight.to(dtype), token_weight
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "z_loss": {"z_loss": 0.1},
+    "softcap": {"softcap": 3.0},
+    "denominator": {"denominator": 7},
+    "all_none": {"z_loss": 0.1, "softcap": 3.0, "reduction": "none", "label_smoothing": 0.2},
+    "all_sum": {"z_loss": 0.1, "reduction": "sum"},
+    "all_mean": {"z_loss": 0.01, "softcap": 9.0, "denominator": torch.tensor(3)},
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+def test_as_exact_as_in_torchs_terms(
+    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, kernel_calls: KernelCalls
+) -> None:
+    input, target, weight, token_weight = arguments(shape, dtype, probabilities)
+    errors = Errors()
+    for options in OPTIONS.values():
+        for weights in (
+            {},
+            {"weight": weight},
+            {"token_weight": token_weight},
+            {"weight": weight, "token_weight": token_weight},
+        ):
+            given = options | weights
+            got = evaluate(fused.cross_entropy, input, target, **given)
+            native = evaluate(in_torchs_terms, input, target, **given)
+            exact = evaluate(in_torchs_terms, input, target, convert=exactly, **given)
+            errors.add("loss", got.value, native.value.to(dtype), exact.value)
+            for mine, theirs, best in zip(
+                got.gradients, native.gradients, exact.gradients, strict=True
+            ):
+                errors.add("gradient", mine, theirs, best)
+    errors.check(roundings=16 if dtype is torch.float64 else 2)
+    assert kernel_calls["cross_entropy"] > 0
+
+
+@every_dtype
+@pytest.mark.parametrize("names", OPTIONS)
+def test_definition(names: str, dtype: torch.dtype) -> None:
+    """What is computed where no kernel is."""
+    input, target, weight, token_weight = arguments((6, 5), dtype, False)
+    options = OPTIONS[names] | {"weight": weight, "token_weight": token_weight}
+    if "softcap" not in options:
+        torch.testing.assert_close(
+            definition(input, target, **options),
+            in_torchs_terms(input, target, **options).to(dtype),
+        )
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(64, 1000), (64, 10)], ids=str)
+def test_loss_dtype(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """As exact as that of a copy of the logits in float32."""
+    input, target, _, _ = arguments(shape, dtype, False)
+    got = fused.cross_entropy(input * 10, target, loss_dtype=torch.float32, reduction="none")
+    expected = torch.nn.functional.cross_entropy((input * 10).float(), target, reduction="none")
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, expected)
+    assert fused.cross_entropy(input, target).dtype is dtype
+    (gradient,) = torch.autograd.grad(got.sum(), input)
+    assert gradient.dtype is dtype
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_beside_inplace(inplace: bool) -> None:
+    input, target, _, token_weight = arguments((6, 5), torch.float32, False)
+    options: dict[str, Any] = {"z_loss": 0.1, "softcap": 2.0, "token_weight": token_weight}
+    got = fused.cross_entropy(input * 1, target, inplace=inplace, **options)
+    expected = in_torchs_terms(input, target, **options)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, input), torch.autograd.grad(expected, input)
+    )
+
+
+def test_token_weight_of_nothing_and_of_what_is_ignored() -> None:
+    input, target, _, _ = arguments((6, 5), torch.float32, False)
+    token_weight = torch.zeros(6)
+    assert fused.cross_entropy(input, target, token_weight=token_weight).isnan()
+    assert fused.cross_entropy(input, target, token_weight=token_weight, reduction="sum") == 0
+    token_weight = torch.ones(6)
+    token_weight[target == -100] = torch.inf
+    torch.testing.assert_close(
+        fused.cross_entropy(input, target, token_weight=token_weight),
+        fused.cross_entropy(input, target),
+    )
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"z_loss": -0.5}, ValueError, "z_loss: expected a number from 0.0 up, got -0.5"),
+    ({"z_loss": "1"}, TypeError, "z_loss: expected a float, got str '1'"),
+    ({"softcap": 0}, ValueError, "cap: expected a positive number, got 0.0"),
+    ({"softcap": "1"}, TypeError, "cap: expected a float, got str '1'"),
+    ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
+    ({"denominator": -1.5}, ValueError, "denominator: expected a positive number, got -1.5"),
+    ({"denominator": torch.zeros(())}, ValueError, "denominator: expected a positive number"),
+    ({"denominator": torch.ones(2)}, ValueError, r"denominator: expected one number, got .*\(2,\)"),
+    ({"token_weight": torch.ones(5)}, ValueError, r"token_weight: expected shape \(6,\)"),
+    (
+        {"token_weight": -torch.ones(6)},
+        ValueError,
+        r"token_weight: expected values in \[0.0, inf\]",
+    ),
+    ({"token_weight": 1.0}, TypeError, "token_weight: expected a Tensor, got float"),
+    ({"loss_dtype": torch.int32}, ValueError, "loss_dtype: expected a floating dtype or None"),
+    ({"loss_dtype": "float32"}, ValueError, "loss_dtype: expected a floating dtype or None"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "told"), WRONG)
+def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
+    input, target, _, _ = arguments((6, 5), torch.float32, False)
+    before = input.detach().clone()
+    with pytest.raises(error, match=told):
+        fused.cross_entropy(input, target, **wrong)
+    assert torch.equal(input, before)
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("names", OPTIONS)
+def test_compiled(names: str) -> None:
+    input, target, weight, token_weight = arguments((6, 5), torch.float32, False)
+    options = OPTIONS[names] | {"weight": weight, "token_weight": token_weight}
+
+    def loss(x: Tensor) -> Tensor:
+        return fused.cross_entropy(x, target, **options).sum()
+
+    torch.compiler.reset()
+    got, expected = torch.compile(loss, fullgraph=True)(input), loss(input)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, input), torch.autograd.grad(expected, input)
+    )
+
+
+# ---- logits of some of the classes ---------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("classes", [7, 40, 400])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_blocks_of_classes_add_up(
+    classes: int, smoothing: float, weighted: bool, dtype: torch.dtype
+) -> None:
+    """Log-sum-exps, losses and gradients of blocks are those of the whole."""
+    input, target, weight, _ = arguments((9, classes), dtype, False)
+    wide = accumulated(dtype)
+    given = target, weight.to(wide) if weighted else None
+    plain = CrossEntropyOptions(-100, "none", smoothing)
+    logits, upstream = input.detach(), torch.rand(9, dtype=wide)
+    cuts = [0, 1, classes // 3, classes // 2, classes]
+    blocks = list(itertools.pairwise(cuts))
+    own = torch.empty(len(blocks), 9, dtype=torch.float64)
+    for i, (first, last) in enumerate(blocks):
+        among = Among(first, classes, None, own[i])
+        backend.cross_entropy(logits[:, first:last], *given, plain, Want(False), None, among)
+    lse = own.logsumexp(0)
+    live = target != -100
+    epsilon = 1e-13 if wide is torch.float64 else 1e-6
+    exact = logits.double().logsumexp(1)
+    assert np.allclose(lse[live], exact[live], rtol=epsilon, atol=0)
+    parts, total = [], torch.zeros(9, dtype=torch.float64)
+    for first, last in blocks:
+        loss, (gradient, _) = backend.cross_entropy(
+            logits[:, first:last],
+            *given,
+            plain,
+            Want(True, (True, False)),
+            upstream,
+            Among(first, classes, lse, None),
+        )
+        assert loss is not None
+        total += loss
+        parts.append(gradient)
+    whole, (gradient, _) = backend.cross_entropy(
+        logits, *given, plain, Want(True, (True, False)), upstream
+    )
+    assert whole is not None
+    torch.testing.assert_close(total.to(whole.dtype), whole)
+    torch.testing.assert_close(torch.cat(parts, 1), gradient)
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -1,0 +1,356 @@
+"""linear_cross_entropy beside the logits that it does without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from compare import Errors, evaluate, exactly
+from conftest import KernelCalls, backend
+from torch import Tensor
+
+from pyfused import functional as fused
+from pyfused import nn
+from pyfused.backends import cpu
+from pyfused.ops import chunked
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+materialised = LINEAR_CROSS_ENTROPY.torchs
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+
+
+class Given:
+    """A call's arguments: N rows of D features, C classes; a third of the targets ignored."""
+
+    def __init__(
+        self,
+        rows: int | None = 12,
+        features: int = 6,
+        classes: int = 70,
+        positions: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32,
+        probabilities: bool = False,
+    ) -> None:
+        batch = () if rows is None else (rows,)
+        self.input = torch.randn(*batch, features).to(dtype).requires_grad_()
+        self.head = torch.randn(classes, *positions, features).to(dtype).requires_grad_()
+        self.bias = torch.randn(classes, *positions).to(dtype).requires_grad_()
+        self.weight = torch.rand(classes).to(dtype)
+        self.token_weight = torch.rand((*batch, *positions))
+        if probabilities:
+            logits = torch.randn((*batch, classes, *positions))
+            self.target = logits.softmax(len(batch)).to(dtype).requires_grad_()
+        else:
+            self.target = torch.randint(0, classes, (*batch, *positions))
+            self.target.view(-1)[1::3] = -100
+
+    def options(self, names: str) -> dict[str, Any]:
+        known = {
+            "bias": {"linear_bias": self.bias},
+            "weight": {"weight": self.weight},
+            "tokens": {"token_weight": self.token_weight},
+            "smoothing": {"label_smoothing": 0.1},
+            "z": {"z_loss": 0.05},
+            "divided": {"denominator": 7},
+            "capped": {"softcap": 2.0},
+            "none": {"reduction": "none"},
+            "sum": {"reduction": "sum"},
+        }
+        given: dict[str, Any] = {}
+        for name in names.split():
+            given |= known[name]
+        return given
+
+
+OPTIONS = (
+    "",
+    "none",
+    "sum bias",
+    "weight bias smoothing",
+    "tokens z",
+    "none weight tokens z smoothing bias",
+    "divided tokens",
+    "capped z",
+    "capped none smoothing",
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "rows": {},
+    "one": {"rows": None},
+    "kdim": {"positions": (3, 2), "classes": 9},
+    "probabilities": {"probabilities": True},
+    "kdim_probabilities": {"probabilities": True, "positions": (4,), "classes": 9},
+    "many": {"rows": 200, "classes": 1100},
+}
+
+
+def add(errors: Errors, given: Given, names: str, **more: Any) -> None:
+    arguments, options = (given.input, given.head, given.target), given.options(names)
+    got = evaluate(fused.linear_cross_entropy, *arguments, **options, **more)
+    torchs = evaluate(materialised, *arguments, **options)
+    exact = evaluate(materialised, *arguments, convert=exactly, **options)
+    errors.add("loss", got.value, torchs.value, exact.value)
+    assert got.value.dtype == torchs.value.dtype
+    for i, ours in enumerate(got.gradients):
+        assert ours.dtype == torchs.gradients[i].dtype
+        errors.add(f"gradient {i}", ours, torchs.gradients[i], exact.gradients[i])
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [None, 3000], ids=["default", "small"])
+def test_as_exact_as_with_the_logits(kind: str, budget: int | None, dtype: torch.dtype) -> None:
+    errors = Errors()
+    for names in OPTIONS:
+        add(errors, Given(**KINDS[kind], dtype=dtype), names, memory_budget=budget)
+    errors.check(roundings=64 if dtype is torch.float64 else 1)  # its sums have no wider type
+
+
+@pytest.mark.cpu
+def test_budgets_change_nothing_but_roundings(kernel_calls: KernelCalls) -> None:
+    """By rows, one at a time or all; by blocks of classes, of every size."""
+    given, calls = Given(rows=150, classes=1500), []
+    expected = evaluate(materialised, given.input, given.head, given.target)
+    for budget in (None, 1 << 30, 700_000, 100_000, 5_000, 1):
+        kernel_calls.clear()
+        got = evaluate(
+            fused.linear_cross_entropy, given.input, given.head, given.target, memory_budget=budget
+        )
+        calls.append(kernel_calls["cross_entropy"])
+        for ours, theirs in zip(
+            [got.value, *got.gradients], [expected.value, *expected.gradients], strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+    assert calls[1] == 1
+    assert calls[1:] == sorted(calls[1:])
+    assert calls[-1] > 500
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest of what operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.elements = max(self.elements, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [None, 16])
+def test_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: int | None) -> None:
+    """What exists at once beside inputs and gradients: a quarter of the logits, or less."""
+    n, features, classes = 2048, 8, 16000
+    logits = n * classes * dtype.itemsize
+    sizes: list[int] = []
+    empty = cpu.empty
+
+    def seen(shape: Any, dtype: torch.dtype, strides: Any = None) -> Tensor:
+        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
+        return empty(shape, dtype, strides)
+
+    monkeypatch.setattr(cpu, "empty", seen)
+    input = torch.randn(n, features).to(dtype).requires_grad_()
+    head = torch.randn(classes, features).to(dtype).requires_grad_()
+    target = torch.randint(0, classes, (n,))
+    budget = None if share is None else logits // share
+    tiles = chunked._tiles
+
+    def tiles_seen(*args: Any) -> Iterator[Any]:
+        for tile in tiles(*args):
+            sizes.append(tile[0].untyped_storage().nbytes() + 3 * tile[1][1].numel() * 4)
+            yield tile
+
+    monkeypatch.setattr(chunked, "_tiles", tiles_seen)
+    fused.linear_cross_entropy(input, head, target, memory_budget=budget).backward()
+    assert sizes
+    assert max(sizes) <= logits / (share or 4)
+
+
+def test_wants_no_product_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, products = Given(rows=40), []
+    mm, add_product = torch.mm, chunked._add_product
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (products.append("mm"), mm(*a, **k))[1])
+    monkeypatch.setattr(
+        chunked, "_add_product", lambda *a: (products.append("add"), add_product(*a))[1]
+    )
+    for frozen, rest in (("input", ["mm", "add"]), ("head", ["mm", "mm"])):
+        products.clear()
+        input, head = given.input.detach(), given.head.detach()
+        (head if frozen == "input" else input).requires_grad_()
+        fused.linear_cross_entropy(input, head, given.target, memory_budget=1 << 20).backward()
+        assert products == rest
+    products.clear()
+    fused.linear_cross_entropy(given.input.detach(), given.head.detach(), given.target)
+    assert set(products) == {"mm"}
+
+
+@pytest.mark.cpu
+def test_ignored_rows_take_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, rows = Given(rows=90), []
+    linear = chunked._linear
+    monkeypatch.setattr(
+        chunked, "_linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
+    )
+    fused.linear_cross_entropy(given.input, given.head, given.target).backward()
+    assert sum(rows) == 60
+
+
+def test_a_weight_shared_with_the_embedding() -> None:
+    tokens = torch.randint(0, 50, (30,))
+    shared = torch.randn(50, 8, requires_grad=True)
+
+    def loss(of: Any) -> Tensor:
+        return of(torch.nn.functional.embedding(tokens[:-1], shared).tanh(), shared, tokens[1:])
+
+    torch.testing.assert_close(
+        torch.autograd.grad(loss(fused.linear_cross_entropy), shared),
+        torch.autograd.grad(loss(materialised), shared),
+    )
+
+
+def test_weight_gradients_are_summed_in_float32() -> None:
+    """Each of many rows adds less to the sum than half precision can tell."""
+    n = 4096
+    input = torch.ones(n, 1, dtype=torch.bfloat16)
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(n, dtype=torch.int64)
+    budget = 64 if backend is cpu else 1024
+    fused.linear_cross_entropy(input, head, target, memory_budget=budget).backward()
+    torch.testing.assert_close(head.grad, torch.tensor([[-0.5], [0.5]], dtype=torch.bfloat16))
+
+
+@every_dtype
+def test_backward_twice(dtype: torch.dtype) -> None:
+    given = Given(dtype=dtype)
+    loss = fused.linear_cross_entropy(given.input, given.head, given.target)
+    leaves = given.input, given.head
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_nothing_counts() -> None:
+    given = Given()
+    target = torch.full_like(given.target, -100)
+    loss = fused.linear_cross_entropy(given.input, given.head, target, reduction="sum")
+    loss.backward()
+    assert loss == 0
+    assert given.head.grad is not None
+    assert not given.head.grad.any()
+    assert fused.linear_cross_entropy(given.input, given.head, target).isnan()
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("names", ["", "none bias", "tokens z smoothing weight", "capped"])
+def test_compiled(names: str) -> None:
+    given = Given(rows=20)
+    options = given.options(names)
+
+    def loss(input: Tensor, head: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(input * 2, head, given.target, **options).sum()
+
+    leaves = given.input, given.head
+    torch.compiler.reset()
+    expected = loss(*leaves)
+    got = torch.compile(loss, fullgraph=True)(*leaves)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)
+    )
+
+
+@pytest.mark.cpu
+def test_custom_operator() -> None:
+    given = Given()
+    arguments = (given.input, given.head, given.bias, given.target, None)
+    for reduction in ("mean", "none"):
+        options = (None, -100, reduction, 0.1, 0.01, given.token_weight, None, None)
+        torch.library.opcheck(
+            torch.ops.pyfused.linear_cross_entropy.default, (*arguments, *options)
+        )
+
+
+@pytest.mark.cpu
+def test_autocast() -> None:
+    given = Given(rows=50)
+    arguments = given.input, given.head, given.target
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fused.linear_cross_entropy(*arguments)
+        native = materialised(*arguments)
+    exact = evaluate(materialised, *arguments, convert=exactly)
+    assert got.dtype == native.dtype == torch.float32
+    leaves = given.input, given.head
+    ours, torchs = torch.autograd.grad(got, leaves), torch.autograd.grad(native, leaves)
+    for mine, theirs, best in zip(ours, torchs, exact.gradients, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine - best).abs().max() <= 1.5 * (theirs - best).abs().max()
+
+
+def test_module() -> None:
+    torch.manual_seed(1)
+    module = nn.LinearCrossEntropyLoss(6, 9, out_features=(2,), bias=True, z_loss=0.1)
+    input, target = torch.randn(5, 6), torch.randint(0, 9, (5, 2))
+    expected = materialised(
+        input,
+        module.linear.weight.reshape(9, 2, 6),
+        target,
+        linear_bias=module.linear.bias.reshape(9, 2),
+        z_loss=0.1,
+    )
+    torch.testing.assert_close(module(input, target), expected)
+    with pytest.raises(RuntimeError, match=r"weight: expected shape \(9,\), got \(8,\)"):
+        nn.LinearCrossEntropyLoss(6, 9, weight=torch.ones(8))
+    with pytest.raises(RuntimeError, match=r"label_smoothing: expected 0.0 to 1.0, got 2"):
+        nn.LinearCrossEntropyLoss(6, 9, label_smoothing=2)
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"memory_budget": 0}, ValueError, "memory_budget: expected a positive number of bytes, got 0"),
+    ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int, got float 1.5"),
+    ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
+    ({"softcap": 0.0}, ValueError, "softcap: expected a positive number, got 0.0"),
+    ({"z_loss": -1.0}, ValueError, "z_loss: expected a number from 0.0 up, got -1.0"),
+    ({"token_weight": torch.ones(3)}, ValueError, r"token_weight: expected shape \(12,\)"),
+    (
+        {"token_weight": -torch.ones(12)},
+        ValueError,
+        r"token_weight: expected values in \[0.0, inf\]",
+    ),
+    ({"loss_dtype": torch.int64}, ValueError, "loss_dtype: expected a floating dtype or None"),
+    ({"reduction": "max"}, ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'max'"),
+    ({"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\).*\(3,\)"),
+    ({"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),
+    ({"linear_weight": torch.ones(70, 6).double()}, RuntimeError, "dtype|expected the input's"),
+    ({"input": torch.ones(2, 12, 6)}, RuntimeError, "dimensionality 1 or 2|shape"),
+    ({"target": torch.ones(5).long()}, ValueError, "batch_size|target"),
+    ({"weight": torch.ones(5)}, RuntimeError, "weight"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "told"), WRONG, ids=[next(iter(w[0])) for w in WRONG])
+def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
+    given = Given()
+    arguments = {"input": given.input, "linear_weight": given.head, "target": given.target} | wrong
+    with pytest.raises(error, match=told):
+        fused.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("rows", [None, 12])
+def test_class_index_out_of_range(rows: int | None) -> None:
+    given = Given(rows=rows)
+    given.target.view(-1)[0] = 70
+    place = r"\(0,\)" if rows else r"\(\)"
+    told = rf"target: expected class indices in \[0, 70\) .*, got 70 at position {place}"
+    with pytest.raises(IndexError, match=told):
+        fused.linear_cross_entropy(given.input, given.head, given.target)
