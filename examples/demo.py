@@ -34,14 +34,14 @@ import pyfused.nn
 
 MODULES = {"torch": torch.nn, "pyfused": pyfused.nn}
 # From Okabe and Ito's palette, which every kind of colour vision tells apart.
-COLOURS = {"torch": "#56B4E9", "pyfused": "#D55E00"}
+COLOURS = dict(zip(gpt.IMPLEMENTATIONS, ("#56B4E9", "#D55E00", "#009E73"), strict=True))
 
 T = TypeVar("T")
 
 
 @dataclass
 class Row:
-    """One line of the table: a value for each implementation."""
+    """One line of the table: a value for each implementation that has one."""
 
     label: str
     values: dict[str, float]
@@ -60,7 +60,8 @@ class Job:
 
     @property
     def difference(self) -> float:
-        return largest_difference(*self.losses.values())
+        first, *others = self.losses.values()
+        return max(largest_difference(first, losses) for losses in others)
 
     @property
     def equal(self) -> bool:
@@ -154,7 +155,7 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
         bar = progress.add_task("GPT, tokenizer", total=None)
         vocabulary = gpt.load(tokens)["vocabulary"]
         progress.update(bar, total=1, completed=1)
-        runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in MODULES}
+        runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in COLOURS}
         taken = take_turns("GPT", runs, steps, progress)
 
     losses = {name: [step.loss for step in run] for name, run in taken.items()}
@@ -165,7 +166,7 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
         for name, run in taken.items()
     }
     job.rows.append(Row("held-out loss", held_out, "{:.4f}"))
-    for label, attribute in {"the loss alone": "loss_ms", "whole step": "step_ms"}.items():
+    for label, attribute in {"head and loss": "loss_ms", "whole step": "step_ms"}.items():
         times = {
             name: statistics.median(getattr(step, attribute) for step in run)
             for name, run in taken.items()
@@ -180,19 +181,20 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
 
 def tabulate(jobs: list[Job]) -> Table:
     caption = "ratio: torch / pyfused; equal: the largest difference between the loss curves"
-    table = Table("", *MODULES, "ratio", "equal", caption=caption)
+    table = Table("", *COLOURS, "ratio", "equal", caption=caption)
     for column in table.columns[1:]:
         column.justify = "right"
     for job in jobs:
         steps = len(job.losses["torch"])
         table.add_row(f"[bold]{job.title}[/], {steps:,} steps")
-        last = [f"{losses[-1]:.6f}" for losses in job.losses.values()]
+        last = [f"{job.losses[name][-1]:.6f}" if name in job.losses else "" for name in COLOURS]
         verdict = "[green]yes[/]" if job.equal else "[bold red]NO[/]"
         table.add_row("last loss", *last, "", f"{verdict}, {job.difference:.0e}")
         for row in job.rows:
-            values = [row.form.format(row.values[name]) for name in MODULES]
-            ratio = f"{row.values['torch'] / row.values['pyfused']:.2f}x" if row.ratio else ""
-            table.add_row(row.label, *values, ratio)
+            known = row.values
+            values = [row.form.format(known[name]) if name in known else "" for name in COLOURS]
+            ratios = [f"{known['torch'] / known[name]:.2f}x" for name in known if name != "torch"]
+            table.add_row(row.label, *values, ", ".join(ratios) if row.ratio else "")
         table.add_section()
     return table
 
@@ -200,7 +202,7 @@ def tabulate(jobs: list[Job]) -> Table:
 def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
     """Draw the mean of each window of steps."""
     # A broad line under a thin one: where they agree, both are seen.
-    for (name, losses), width in zip(job.losses.items(), (5, 1.2), strict=True):
+    for (name, losses), width in zip(job.losses.items(), (5, 2.5, 1.2), strict=False):
         steps = range(window, len(losses) + 1, window)
         means = [statistics.fmean(losses[step - window : step]) for step in steps]
         axes.plot(steps, means, color=COLOURS[name], linewidth=width, label=name)
@@ -213,10 +215,12 @@ def draw_bars(axes: Axes, groups: dict[str, dict[str, list[float]]], form: str) 
     ratios = []
     for place, group in enumerate(groups.values()):
         medians = []
-        for offset, (name, values) in zip((-0.2, 0.2), group.items(), strict=True):
+        share = 0.8 / len(group)
+        for index, (name, values) in enumerate(group.items()):
+            offset = (index - (len(group) - 1) / 2) * share
             low, median, high = statistics.quantiles(values, n=4)
             label = name if place == 0 else None
-            axes.bar(place + offset, median, 0.4, color=COLOURS[name], label=label)
+            axes.bar(place + offset, median, share, color=COLOURS[name], label=label)
             axes.plot([place + offset] * 2, [low, high], color="black")
             axes.annotate(
                 form.format(median),
@@ -226,8 +230,8 @@ def draw_bars(axes: Axes, groups: dict[str, dict[str, list[float]]], form: str) 
                 ha="center",
             )
             medians.append(median)
-        ratios.append(medians[0] / medians[1])
-    labels = [f"{title}\nratio {ratio:.1f}" for title, ratio in zip(groups, ratios, strict=True)]
+        ratios.append(", ".join(f"{medians[0] / median:.1f}" for median in medians[1:]))
+    labels = [f"{title}\nratio {ratio}" for title, ratio in zip(groups, ratios, strict=True)]
     axes.set_xticks(range(len(groups)), labels)
     axes.set_xlim(-0.75, len(groups) - 0.25)
     axes.margins(y=0.3)  # room for the legend
@@ -241,7 +245,7 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
     digits_job, diabetes_job, _, gpt_job = jobs
 
     draw_curves(panels["gpt"], gpt_job, "cross-entropy (nats per token)")
-    for (name, run), size in zip(gpt_steps.items(), (11, 5), strict=True):
+    for (name, run), size in zip(gpt_steps.items(), (11, 7, 4), strict=True):
         held_out = {n: step.held_out_loss for n, step in enumerate(run, 1) if step.held_out_loss}
         panels["gpt"].plot(
             list(held_out),
@@ -257,7 +261,7 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
     draw_curves(panels["diabetes"], diabetes_job, "mean squared error (target variances)")
 
     times = {
-        "the loss alone": {name: [s.loss_ms for s in run] for name, run in gpt_steps.items()},
+        "head and loss": {name: [s.loss_ms for s in run] for name, run in gpt_steps.items()},
         "whole step": {name: [s.step_ms for s in run] for name, run in gpt_steps.items()},
     }
     draw_bars(panels["time"], times, "{:.0f}")

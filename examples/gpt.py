@@ -1,10 +1,11 @@
 """Train a small GPT on the Python standard library's source text, with torch's loss and pyfused's.
 
-    python examples/gpt.py                            both, and the difference between them
+    python examples/gpt.py                            all, and the difference between them
     python examples/gpt.py --implementation pyfused   pyfused alone
 
 A vocabulary of 32,000 entries and 1,024 tokens a step give logits of 131 MB in float32, and the
-loss reads and writes several times that: it takes a large part of each step.
+loss reads and writes several times that: it takes a large part of each step. "pyfused, linear" has
+the head and the loss in one, linear_cross_entropy, and no logits.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ VOCABULARY = 32_000
 BATCH, CONTEXT = 8, 128
 LAYERS, HEADS, WIDTH = 4, 4, 128
 STEPS, EVALUATE_EVERY = 200, 20
-IMPLEMENTATIONS = {"torch": "torch.nn.functional", "pyfused": "pyfused.functional"}
+IMPLEMENTATIONS = {
+    "torch": "torch.nn.functional",
+    "pyfused": "pyfused.functional",
+    "pyfused, linear": "pyfused.functional",
+}
 
 # Training amplifies rounding: torch with its loss taken in float64 departs from torch as far.
 # A small learning rate keeps that below the tolerance.
@@ -70,8 +75,15 @@ class GPT(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """What the head makes logits of."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        return self.norm(self.blocks(x))
+
+
+def loss_of(model: GPT, features: Tensor, target: Tensor, functional: Any, linear: bool) -> Tensor:
+    if linear:
+        return functional.linear_cross_entropy(features, model.head.weight, target)
+    return functional.cross_entropy(model.head(features), target)
 
 
 def tokenise() -> dict[str, Any]:
@@ -115,13 +127,17 @@ def sample(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 class Step:
     loss: float
     held_out_loss: float | None
-    loss_ms: float
+    loss_ms: float  # with the head
     step_ms: float
     peak_mib: float | None
 
 
-def train(functional: ModuleType, path: Path, steps: int) -> Iterator[Step]:
-    """Yield the measurements of each step."""
+def train(functional: ModuleType, path: Path, steps: int, linear: bool = False) -> Iterator[Step]:
+    """Yield the measurements of each step.
+
+    Args:
+        linear: Whether the head and the loss are one.
+    """
     clock: list[float] = []
 
     def tick(*_: Tensor) -> None:
@@ -141,11 +157,11 @@ def train(functional: ModuleType, path: Path, steps: int) -> Iterator[Step]:
         clock.clear()
         tick()
         optimizer.zero_grad()
-        logits = model(inputs).flatten(0, 1)
-        # The loss takes the time from here until the gradient of the logits is ready.
-        logits.register_hook(tick)
+        features = model(inputs).flatten(0, 1)
+        # Head and loss take the time from here until the gradient of what goes in is ready.
+        features.register_hook(tick)
         tick()
-        loss = functional.cross_entropy(logits, targets.flatten())
+        loss = loss_of(model, features, targets.flatten(), functional, linear)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -157,7 +173,7 @@ def train(functional: ModuleType, path: Path, steps: int) -> Iterator[Step]:
         if step % EVALUATE_EVERY == 0 or step == steps:
             with torch.no_grad():
                 losses = [
-                    functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+                    loss_of(model, model(x).flatten(0, 1), y.flatten(), functional, linear)
                     for x, y in held_out
                 ]
             held_out_loss = torch.stack(losses).mean().item()
@@ -189,7 +205,7 @@ def train_in_a_process(implementation: str, path: Path, steps: int) -> Iterator[
 def work(implementation: str, path: Path, steps: int) -> None:
     """Take one step for each line read: workers that wait for each other do not share the cores."""
     functional = importlib.import_module(IMPLEMENTATIONS[implementation])
-    training = train(functional, path, steps)
+    training = train(functional, path, steps, implementation.endswith("linear"))
     for _ in sys.stdin:
         print(json.dumps(dataclasses.asdict(next(training))), flush=True)
 
@@ -204,20 +220,23 @@ def run(names: Sequence[str], path: Path, steps: int) -> None:
             runs[name].append(step)
             if step.held_out_loss is not None:
                 losses = f"loss {step.loss:.4f}  held out {step.held_out_loss:.4f}"
-                print(f"{name:<8} step {number:>4}  {losses}", flush=True)
+                print(f"{name:<15} step {number:>4}  {losses}", flush=True)
 
     for name, taken in runs.items():
         loss_ms = statistics.median(step.loss_ms for step in taken)
         step_ms = statistics.median(step.step_ms for step in taken)
         peak = f"{taken[-1].peak_mib:,.0f} MiB" if taken[-1].peak_mib else "not known"
-        print(f"{name:<8} loss {loss_ms:.1f} ms, step {step_ms:.1f} ms, peak memory {peak}")
-    if len(runs) == 2:
-        require_equal(*([step.loss for step in taken] for taken in runs.values()), TOLERANCE)
+        print(
+            f"{name:<15} head and loss {loss_ms:.1f} ms, step {step_ms:.1f} ms, peak memory {peak}"
+        )
+    first, *others = ([step.loss for step in taken] for taken in runs.values())
+    for losses in others:
+        require_equal(first, losses, TOLERANCE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: both, in turn")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: all, in turn")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--tokens", type=Path, help="keep the tokenised text in this file")
     parser.add_argument(

@@ -324,14 +324,17 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
 
 @triton.jit
 def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
+    once = at.present & (
+        part == tl.zeros_like(at.flat)
+    )  # of programs that share a position the first
     if outputs.lse is not None:
         lse = tl.where(at.live, lse_of(sums), 0.0)
-        tl.store(outputs.lse + at.flat, lse, mask=at.present & (part == 0))
+        tl.store(outputs.lse + at.flat, lse, mask=once)
     if outputs.loss is not None:
         if constants.SQUARES:
             lse = lse_of(sums)
             square = tl.full([], scalars.z_loss, constants.A) * lse * lse
-            loss += tl.where(part == 0, square, 0.0)
+            loss += tl.where(once, square, 0.0)
         if inputs.token_weight is not None:
             loss *= tl.load(inputs.token_weight + at.flat, mask=at.present, other=0.0)
         loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))

@@ -13,7 +13,7 @@ from conftest import KernelCalls, backend
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.backends import Among, CrossEntropyOptions, Want
+from pyfused.backends import Among, CrossEntropyOptions, Want, cpu
 from pyfused.ops.operators import CROSS_ENTROPY
 
 definition = CROSS_ENTROPY.torchs
@@ -80,12 +80,13 @@ def test_as_exact_as_in_torchs_terms(
     input, target, weight, token_weight = arguments(shape, dtype, probabilities)
     errors = Errors()
     for options in OPTIONS.values():
-        for weights in (
+        combinations: list[dict[str, Tensor]] = [
+            {"weight": weight, "token_weight": token_weight},
             {},
             {"weight": weight},
             {"token_weight": token_weight},
-            {"weight": weight, "token_weight": token_weight},
-        ):
+        ]
+        for weights in combinations if backend is cpu else combinations[:1]:
             given = options | weights
             got = evaluate(fused.cross_entropy, input, target, **given)
             native = evaluate(in_torchs_terms, input, target, **given)
@@ -113,7 +114,7 @@ def test_definition(names: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(64, 1000), (64, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 300), (8, 10)], ids=str)
 def test_loss_dtype(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """As exact as that of a copy of the logits in float32."""
     input, target, _, _ = arguments(shape, dtype, False)

@@ -96,9 +96,11 @@ def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
     path = tmp_path / "tokens.pt"
     tokens = torch.arange(1000) % 50
     torch.save({"training": tokens, "held_out": tokens, "vocabulary": 50}, path)
-    runs = [list(gpt.train(F, path, 5)) for F in (torch.nn.functional, pyfused.functional)]
-    torch_losses, losses = ([step.loss for step in run] for run in runs)
+    ways = (torch.nn.functional, False), (pyfused.functional, False), (pyfused.functional, True)
+    runs = [list(gpt.train(F, path, 5, linear)) for F, linear in ways]
+    torch_losses, losses, linear_losses = ([step.loss for step in run] for run in runs)
     assert losses == pytest.approx(torch_losses, rel=1e-5)
+    assert linear_losses == pytest.approx(torch_losses, rel=1e-5)
     assert losses[-1] < losses[0]
     for step in runs[1]:
         assert 0 < step.loss_ms < step.step_ms

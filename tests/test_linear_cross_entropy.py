@@ -99,11 +99,11 @@ def add(errors: Errors, given: Given, names: str, **more: Any) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS if backend is cpu else [*KINDS][:-1])
 @pytest.mark.parametrize("budget", [None, 3000], ids=["default", "small"])
 def test_as_exact_as_with_the_logits(kind: str, budget: int | None, dtype: torch.dtype) -> None:
     errors = Errors()
-    for names in OPTIONS:
+    for names in OPTIONS if backend is cpu else OPTIONS[-2:]:
         add(errors, Given(**KINDS[kind], dtype=dtype), names, memory_budget=budget)
     errors.check(roundings=64 if dtype is torch.float64 else 1)  # its sums have no wider type
 
@@ -218,7 +218,7 @@ def test_a_weight_shared_with_the_embedding() -> None:
 
 def test_weight_gradients_are_summed_in_float32() -> None:
     """Each of many rows adds less to the sum than half precision can tell."""
-    n = 4096
+    n = 4096 if backend is cpu else 512
     input = torch.ones(n, 1, dtype=torch.bfloat16)
     head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     target = torch.zeros(n, dtype=torch.int64)
