@@ -151,36 +151,59 @@ def by_rows(
 # ---- by blocks of classes ------------------------------------------------------------------------
 
 
-def each_by_blocks(
-    backend: Backend, head: Head, options: CrossEntropyOptions, tile: int
+def sums_by_blocks(
+    backend: Backend,
+    head: Head,
+    options: CrossEntropyOptions,
+    tile: int,
+    first_class: int = 0,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row, and its log-sum-exp.
+    """The log-sum-exp of each row, and the sum of its ``q_c x_c``; in float64.
 
-    With the log-sum-exp taken for 0, the loss over some of the classes is the sum of their
-    ``-q_c x_c``.
+    The loss over some of the classes is the latter, but for its sign, where the log-sum-exp is
+    taken for 0.
+
+    Args:
+        first_class, classes: Where the head's classes stand among all.
     """
     input, _, _, target, weight, cap = head
+    classes = len(head.linear_weight) if classes is None else classes
     lse = input.new_full((len(input),), -torch.inf, dtype=torch.float64)
-    loss, zeros, own = torch.zeros_like(lse), torch.zeros_like(lse), torch.empty_like(lse)
+    aimed, zeros, own = torch.zeros_like(lse), torch.zeros_like(lse), torch.empty_like(lse)
     plain = CrossEntropyOptions(options.ignore_index, "none", options.label_smoothing)
-    classes = len(head.linear_weight)
     for logits, _, here, first in _tiles(head, tile):
         logits = _capped(backend, logits, cap)
         rest = target[here], weight, plain
-        among = Among(first, classes, None, own[here])
+        among = Among(first_class + first, classes, None, own[here])
         backend.cross_entropy(logits, *rest, Want(False), None, among)
         torch.logaddexp(lse[here], own[here], out=lse[here])
-        part, _ = backend.cross_entropy(
-            logits, *rest, Want(), None, Among(first, classes, zeros[here])
-        )
+        among = among._replace(lse=zeros[here], own_lse=None)
+        part, _ = backend.cross_entropy(logits, *rest, Want(), None, among)
         assert part is not None
-        loss[here] += part
-    loss += _mass(head, options) * lse
+        aimed[here] -= part
+    return lse, aimed
+
+
+def each_of_sums(
+    options: CrossEntropyOptions,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    aimed: Tensor,
+) -> Tensor:
+    """The loss of each row, in float64: sum_c q_c lse, less what it aims at."""
+    mass: Tensor | float = 1.0
+    if weight is not None:
+        smoothing, wide = max(0.0, options.label_smoothing), weight.double()
+        own = wide[target.where(target != options.ignore_index, 0).clamp(0, len(wide) - 1)]
+        mass = smoothing * wide.mean() + (1 - smoothing) * own
+    loss = mass * lse - aimed
     if options.z_loss:
-        loss += options.z_loss * lse.square()
+        loss = loss + options.z_loss * lse.square()
     if options.token_weight is not None:
-        loss *= options.token_weight
-    return loss, lse
+        loss = loss * options.token_weight
+    return loss
 
 
 def gradients_by_blocks(
@@ -191,18 +214,26 @@ def gradients_by_blocks(
     wanted: Wanted,
     lse: Tensor,
     upstream: Tensor,
+    first_class: int = 0,
+    classes: int | None = None,
 ) -> Gradients:
-    """Those of the sum of ``upstream`` times the loss of each row."""
+    """Those of the sum of ``upstream`` times the loss of each row.
+
+    Args:
+        lse: The log-sum-exp of all classes, in float64.
+        first_class, classes: Where the head's classes stand among all.
+    """
     input, linear_weight, linear_bias, target, weight, cap = head
-    sums, classes = accumulate_dtype(input.dtype), len(linear_weight)
+    sums, own_classes = accumulate_dtype(input.dtype), len(linear_weight)
+    classes = own_classes if classes is None else classes
     want = Want(False, (True, False), True)
     options = options._replace(reduction="none", denominator=None)
     grad_input = input.new_zeros(input.shape, dtype=sums) if wanted.input else None
     grad_weight = _empty(linear_weight.shape, input.dtype, input) if wanted.linear_weight else None
-    grad_bias = input.new_zeros(classes, dtype=sums) if wanted.linear_bias else None
+    grad_bias = input.new_zeros(own_classes, dtype=sums) if wanted.linear_bias else None
     part = None
     for logits, (x, of_classes), here, first in _tiles(head, tile):
-        among = Among(first, classes, lse[here])
+        among = Among(first_class + first, classes, lse[here])
         given = target[here], weight, _of_rows(options, here), want, upstream[here], among
         x_capped = _capped(backend, logits, cap)
         backend.cross_entropy(x_capped, *given)
@@ -238,13 +269,16 @@ def _tiles(head: Head, tile: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor
             yield logits, (x, of_classes), here, first
 
 
-def _mass(head: Head, options: CrossEntropyOptions) -> Tensor:
-    """What a row aims at, all classes together: sum_c q_c."""
-    smoothing = max(0.0, options.label_smoothing)
-    if head.weight is None:
-        return head.input.new_ones((), dtype=torch.float64)
-    weight = head.weight.double()
-    return smoothing * weight.mean() + (1 - smoothing) * weight[head.target]
+def weight_of_targets(
+    target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
+) -> Tensor:
+    """What a mean divides by: the weight of the targets that are not ignored, in float64."""
+    share = (target != options.ignore_index).double()
+    if weight is not None:
+        share *= weight.double()[target.where(share > 0, 0).clamp(0, len(weight) - 1)]
+    if options.token_weight is not None:
+        share *= options.token_weight
+    return share.sum()
 
 
 # ---- products ------------------------------------------------------------------------------------

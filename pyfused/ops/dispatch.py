@@ -123,11 +123,11 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     if not compiling and aten_is_faster(op.name, input):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
-    reason = reason or _unsupported(op.operands[0], input, input, compiling)
+    reason = reason or unsupported(op.operands[0], input, input, compiling)
     for place, operand in op.others:
         tensor = arguments[place]
         if reason is None and not (tensor is None and operand.optional):
-            reason = _unsupported(operand, tensor, input, compiling)
+            reason = unsupported(operand, tensor, input, compiling)
     if reason is None and op.against is not None:
         reason = op.against(*arguments)
     if reason is None and inplace:
@@ -252,7 +252,8 @@ def without_triton(device: torch.device) -> str | None:
     return None
 
 
-def _unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) -> str | None:
+def unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) -> str | None:
+    """Why the kernels for the input's device do not take a tensor, None where they do."""
     name, plain = operand.name, type(tensor) in _PLAIN
     if not plain and not is_traced(tensor):
         number = operand.number and type(tensor) is float

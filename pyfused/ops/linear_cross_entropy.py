@@ -17,11 +17,13 @@ from pyfused.ops import definitions
 from pyfused.ops.chunked import (
     Wanted,
     by_rows,
-    each_by_blocks,
+    each_of_sums,
     gradients_by_blocks,
     product_dtype,
     rows_at_once,
+    sums_by_blocks,
     tile_of,
+    weight_of_targets,
 )
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import FORCED, SMALL, backend_of, is_traced
@@ -165,20 +167,13 @@ def _targets(head: Head, options: CrossEntropyOptions) -> Targets:
         positions = target[:, 0].numel()
         counted = positions if token_weight is None else token_weight.sum(dtype=torch.float64)
         return Targets(None, _divisor(options, counted))
-    counts, kept = target != options.ignore_index, None
+    kept = None
     if input.is_cpu:
+        counts = target != options.ignore_index
         rows = counts if counts.dim() == 1 else counts.flatten(1).any(1)
         found = rows.nonzero().flatten()
         kept = found if 0 < len(found) < len(rows) else None
-    counted = counts.sum(dtype=torch.float64)
-    if weight is not None or token_weight is not None:
-        share = counts.double()
-        if weight is not None:
-            share *= weight.double()[target.where(counts, 0).clamp(0, len(weight) - 1)]
-        if token_weight is not None:
-            share *= token_weight
-        counted = share.sum()
-    return Targets(kept, _divisor(options, counted))
+    return Targets(kept, _divisor(options, weight_of_targets(target, weight, options)))
 
 
 def _divisor(options: CrossEntropyOptions, counted: float | Tensor) -> float | Tensor:
@@ -222,7 +217,9 @@ def _loss(
         if wanted is not None:
             gradients = (_spread(found[0], kept, n), *found[1:])
     else:
-        loss, lse = each_by_blocks(call.backend, part, options, tile_of(part, call.memory_budget))
+        tile = tile_of(part, call.memory_budget)
+        lse, aimed = sums_by_blocks(call.backend, part, options, tile)
+        loss = each_of_sums(options, part.target, part.weight, lse, aimed)
         loss = loss if each else loss.sum(dtype=torch.float64)
     assert loss is not None
     loss = _spread(loss, kept, n) if each else loss / denominator
@@ -295,7 +292,7 @@ def _gradients(
     else:
         tile = tile_of(part, call.memory_budget)
         if lse is None:
-            _, lse = each_by_blocks(call.backend, part, options, tile)
+            lse, _ = sums_by_blocks(call.backend, part, options, tile)
         upstream = upstream.expand(len(lse))
         found = gradients_by_blocks(call.backend, part, options, tile, wanted, lse, upstream)
     return _spread(found[0], kept, n), *found[1:]

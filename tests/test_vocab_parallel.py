@@ -1,0 +1,205 @@
+"""Logits of which each process has some classes: as in one process, over gloo."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import fused_always
+from torch import Tensor
+
+from pyfused.functional import cross_entropy, linear_cross_entropy
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+    pytest.mark.cpu,
+]
+
+SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
+ROWS, FEATURES, CLASSES = 13, 6, 150
+CUTS = {
+    1: [0, CLASSES],
+    2: [0, 40, CLASSES],
+    4: [0, 1, 70, 70, CLASSES],
+}  # uneven, and an empty one
+CASES: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "sum_smoothed": {"reduction": "sum", "label_smoothing": 0.1},
+    "none_weighted": {"reduction": "none", "weight": True, "label_smoothing": 0.2},
+    "tokens": {"token_weight": True, "z_loss": 0.1, "weight": True},
+    "divided": {"denominator": 5.0, "vocab_size": CLASSES},
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+EVERY = [(name, dtype) for name, dtype in itertools.product(CASES, DTYPES)]
+
+
+def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, head, bias and target; a third of the targets ignored."""
+    generator = torch.Generator().manual_seed(3)
+    input = torch.randn(ROWS, FEATURES, generator=generator).to(dtype)
+    head = torch.randn(CLASSES, FEATURES, generator=generator).to(dtype)
+    bias = torch.randn(CLASSES, generator=generator).to(dtype)
+    target = torch.randint(0, CLASSES, (ROWS,), generator=generator)
+    target[::3] = -100
+    return input, head, bias, target
+
+
+def options(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    given = dict(CASES[name])
+    if "weight" in given:
+        given["weight"] = torch.linspace(0.5, 2, CLASSES).to(dtype)
+    if "token_weight" in given:
+        given["token_weight"] = torch.linspace(0, 1, ROWS)
+    return given
+
+
+def upstream_of(loss: Tensor) -> Tensor:
+    return torch.linspace(1, 2, max(1, loss.numel())).reshape(loss.shape).to(loss.dtype)
+
+
+Found = dict[tuple[str, torch.dtype], list[Tensor]]
+
+
+def in_one_process() -> Found:
+    found = {}
+    for name, dtype in EVERY:
+        input, head, bias, target = draw(dtype)
+        given = options(name, dtype)
+        given.pop("vocab_size", None)
+        leaves = [x.double().requires_grad_() for x in (input, head, bias)]
+        logits = leaves[0] @ leaves[1].t() + leaves[2]
+        logits = logits.detach().to(dtype).double().requires_grad_()
+        given |= {"weight": given["weight"].double()} if "weight" in given else {}
+        loss = cross_entropy(logits, target, **given)
+        (of_logits,) = torch.autograd.grad(loss, logits, upstream_of(loss))
+        linear = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **given)
+        of_head = torch.autograd.grad(linear, leaves, upstream_of(linear))
+        found[name, dtype] = [loss.detach(), of_logits, linear.detach(), *of_head]
+    return found
+
+
+def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
+    from pyfused import distributed
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    own = slice(*CUTS[size][rank : rank + 2])
+    found: dict[Any, Any] = {}
+    with fused_always():
+        for name, dtype in EVERY:
+            input, head, bias, target = draw(dtype)
+            given = options(name, dtype) | {"vocab_start": own.start}
+            wide = (input.double() @ head.double().t() + bias.double())[:, own]
+            logits = wide.to(dtype).requires_grad_()
+            sent.clear()
+            loss = distributed.vocab_parallel_cross_entropy(logits, target, **given)
+            (of_logits,) = torch.autograd.grad(loss, logits, upstream_of(loss))
+            found[name, dtype, "sent"] = sum(sent)
+            leaves = [input.requires_grad_()]
+            leaves += [x[own].clone().requires_grad_() for x in (head, bias)]
+            linear = distributed.vocab_parallel_linear_cross_entropy(
+                *leaves[:2], target, linear_bias=leaves[2], memory_budget=4000, **given
+            )
+            of_head = torch.autograd.grad(linear, leaves, upstream_of(linear))
+            found[name, dtype] = [loss.detach(), of_logits, linear.detach(), *of_head]
+        found["errors"] = [
+            told(
+                lambda given=given: distributed.vocab_parallel_cross_entropy(
+                    torch.zeros(2, 5), torch.tensor([0, 9]), **given
+                )
+            )
+            for given in (
+                {"vocab_start": 6, "vocab_size": 10},
+                {"vocab_start": -1, "vocab_size": 10},
+                {"vocab_start": 0, "vocab_size": 9},
+                {"vocab_start": 0, "vocab_size": 10, "weight": torch.ones(5)},
+            )
+        ]
+    dist.barrier()
+    dist.destroy_process_group()
+    file = io.BytesIO()
+    torch.save(found, file)  # a tensor itself would be gone with its process
+    pipe.send_bytes(file.getvalue())
+
+
+def told(call: Any) -> str:
+    try:
+        call()
+    except (IndexError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    context, size = multiprocessing.get_context("spawn"), request.param
+    folder = str(tmp_path_factory.mktemp("store"))
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    children = [
+        context.Process(target=rank_of, args=(rank, size, folder, pipes[rank][1]))
+        for rank in range(size)
+    ]
+    for child in children:
+        child.start()
+    for _, sender in pipes:
+        sender.close()  # so that a child that dies is seen as the end of the file
+    try:
+        assert all(receiver.poll(SECONDS) for receiver, _ in pipes), "a process hangs"
+        sent = [io.BytesIO(receiver.recv_bytes()) for receiver, _ in pipes]
+        return [torch.load(file, weights_only=False) for file in sent]
+    finally:
+        for child in children:
+            child.terminate()
+            child.join()
+
+
+@pytest.fixture(scope="module")
+def expected() -> Found:
+    return in_one_process()
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY, ids=str)
+def test_processes_together_are_one(
+    name: str, dtype: torch.dtype, ranks: list[Any], expected: Found
+) -> None:
+    loss, of_logits, linear, of_input, of_head, of_bias = expected[name, dtype]
+    found = [rank[name, dtype] for rank in ranks]
+    exact = {"rtol": 0.02, "atol": 2e-3} if dtype is torch.bfloat16 else {}
+
+    def close(got: Tensor, exactly: Tensor) -> None:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, exactly.to(dtype), **exact)
+
+    for rank in found:
+        close(rank[0], loss)
+        close(rank[2], linear)
+        close(rank[3], of_input)
+    close(torch.cat([rank[1] for rank in found], 1), of_logits)
+    close(torch.cat([rank[4] for rank in found]), of_head)
+    close(torch.cat([rank[5] for rank in found]), of_bias)
+    sent = {rank[name, dtype, "sent"] for rank in ranks}
+    assert sent == {3 * ROWS + ("vocab_size" not in CASES[name])}
+
+
+def test_bad_input(ranks: list[Any]) -> None:
+    for rank in ranks:
+        beyond, before, index, weight = rank["errors"]
+        assert "ValueError: vocab_start: expected 5 classes within [0, 10), got" in beyond
+        assert "ValueError: vocab_start: expected 5 classes within [0, 10), got" in before
+        assert "IndexError: target: expected class indices in [0, 9)" in index
+        assert "RuntimeError: weight: expected shape (10,)" in weight
