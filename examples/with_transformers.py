@@ -1,8 +1,9 @@
-"""Train tiny GPT-2 and BERT models, made from their configurations, with transformers' Trainer.
+"""Train tiny language models, made from their configurations, with transformers' Trainer.
 
     python examples/with_transformers.py
 
-The losses are deep in the library: pyfused.patch() reaches them. Needs the extra `integrations`.
+The losses are deep in the library: pyfused.patch() reaches them. pyfused.convert() makes the head
+and the loss of a language model one, without logits. Needs the extra `integrations`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -41,7 +44,12 @@ def bert() -> PreTrainedModel:
     return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, intermediate_size=64, **sizes))
 
 
-MODELS = {"GPT-2": gpt2, "BERT": bert}
+def llama() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, intermediate_size=64, **sizes))
+
+
+MODELS = {"GPT-2": gpt2, "BERT": bert, "Llama": llama}
 
 
 class Texts(Dataset[dict[str, torch.Tensor]]):
@@ -58,14 +66,18 @@ class Texts(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": tokens, "labels": labels}
 
 
-def train(name: str, steps: int) -> list[float]:
-    """The loss of each step."""
+def train(name: str, steps: int, accumulate: int = 1, convert: bool = False) -> list[float]:
+    """The loss of each step of 8 texts, in so many micro-batches."""
     torch.manual_seed(0)
+    model = MODELS[name]()
+    if convert:
+        print(pyfused.convert(model))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             max_steps=steps,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=8 // accumulate,
+            gradient_accumulation_steps=accumulate,
             learning_rate=1e-3,
             logging_steps=1,
             use_cpu=True,
@@ -73,7 +85,7 @@ def train(name: str, steps: int) -> list[float]:
             save_strategy="no",
             disable_tqdm=True,
         )
-        trainer = Trainer(MODELS[name](), arguments, train_dataset=Texts())
+        trainer = Trainer(model, arguments, train_dataset=Texts())
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -84,6 +96,8 @@ def main() -> None:
         for patched in (contextlib.nullcontext, pyfused.patch):
             with patched():
                 curves.append(train(name, STEPS))
+        if name == "Llama":
+            curves[1] = train(name, STEPS, accumulate=4, convert=True)
         print(f"{name}: last loss {curves[1][-1]:.4f}")
         require_equal(*curves, TOLERANCE)
 

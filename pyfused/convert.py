@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module
 
 import pyfused.nn as nn
+from pyfused import causal_lm
 from pyfused.ops.operators import OPERATORS
 
 _FUSED: dict[type[Module], type[Module]] = {
@@ -46,6 +47,11 @@ def convert(model: Module) -> Conversion:
     The module objects stay the same ones and only change their class: hooks, buffers, device,
     training flag and names are kept, and so is every reference to them. Subclasses are left alone.
 
+    Of transformers' language models whose head is a plain linear layer, head and loss become
+    :func:`pyfused.functional.linear_cross_entropy`: called with labels in training mode, their
+    output has the loss, and no logits. Known are those of Llama, Qwen 2 and 3, Mistral, Gemma 2 and
+    GPT-2.
+
     Args:
         model: Any module; its submodules are swapped, and itself where pyfused has it.
 
@@ -60,15 +66,20 @@ def convert(model: Module) -> Conversion:
     modules = _modules(model)
     swapped, left = [], []
     for name, module in modules:
-        reason = _reason_to_leave(module)
+        head = causal_lm.has_head(module)
+        reason = causal_lm.reason_to_leave(module) if head else _reason_to_leave(module)
         if reason:
             left.append(Left(name, type(module).__qualname__, reason))
-        elif type(module) in _FUSED:
+        elif head or type(module) in _FUSED:
             swapped.append((name, module))
     for _, module in swapped:
-        if type(module) in _FUSED:  # one that has several names is swapped once
+        if _MARK in vars(module):  # one that has several names is swapped once
+            continue
+        if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
-            setattr(module, _MARK, True)
+        else:
+            causal_lm.replace_forward(module)
+        setattr(module, _MARK, True)
     return Conversion(tuple(name for name, _ in swapped), tuple(left))
 
 
@@ -88,7 +99,10 @@ def revert(model: Module) -> tuple[str, ...]:
     for _, module in converted:
         if _MARK in vars(module):
             delattr(module, _MARK)
-            module.__class__ = _TORCHS[type(module)]
+            if type(module) in _TORCHS:
+                module.__class__ = _TORCHS[type(module)]
+            else:
+                del module.forward
     return tuple(name for name, _ in converted)
 
 

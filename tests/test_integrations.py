@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +80,108 @@ def test_the_example_runs(
         monkeypatch.setattr(module, length, 3, raising=False)
     module.main()
     assert "largest difference between the loss curves" in capsys.readouterr().out
+
+
+# ---- the head and the loss in one ----------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "Llama": SIZES,
+    "Mistral": SIZES,
+    "Qwen2": SIZES,
+    "Qwen3": SIZES,
+    "Gemma2": SIZES | {"final_logit_softcapping": 2.0, "tie_word_embeddings": True},
+    "GPT2": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+}
+
+
+def language_model(kind: str, **more: Any) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**LANGUAGE_MODELS[kind] | more)
+    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config).train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 300, (3, 20), generator=generator)
+    labels = tokens.clone()
+    labels[:, ::4] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(9)], ids=["mean", "7", "tensor"])
+def test_language_models(kind: str, items: Any, kernel_calls: KernelCalls) -> None:
+    dropout = ("resid_pdrop", "embd_pdrop", "attn_pdrop") if kind == "GPT2" else ()
+    model = language_model(kind, **dict.fromkeys(dropout, 0.0))
+    options = {} if items is None else {"num_items_in_batch": items}
+    found = []
+    for convert in (lambda _: None, pyfused.convert, pyfused.revert):
+        convert(model)
+        kernel_calls.clear()
+        output = model(**batch(), **options)
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+        found.append((output.loss, gradients, output.logits, kernel_calls["cross_entropy"]))
+    for loss, gradients, *_ in found[1:]:
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-4, atol=1e-6)
+    assert [logits is None for _, _, logits, _ in found] == [False, True, False]
+    assert found[1][3] > 0
+
+
+def test_language_models_where_logits_are_asked_for() -> None:
+    model = language_model("Llama")
+    conversion = pyfused.convert(model)
+    assert "." in conversion.swapped
+    assert pyfused.convert(model).left[0].reason == "its forward was replaced"
+    assert model(input_ids=batch()["input_ids"]).logits is not None
+    assert model(batch()["input_ids"], logits_to_keep=2).logits.shape[1] == 2
+    assert len(model(**batch(), return_dict=False)) >= 2
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    assert model(**batch()).logits is not None
+    hook.remove()
+    assert model(**batch()).logits is None
+    model.eval()
+    assert model(**batch()).logits is not None
+    again = copy.deepcopy(model).train()
+    assert again(**batch()).logits is None
+    assert again.forward.__self__ is again
+    assert model.generate(batch()["input_ids"], max_new_tokens=2, do_sample=False).shape == (3, 22)
+
+
+def test_other_models_are_left_with_the_reason() -> None:
+    import transformers
+
+    config = transformers.BertConfig(**{**SIZES, "intermediate_size": 64})
+    (left,) = [
+        entry
+        for entry in pyfused.convert(transformers.BertForMaskedLM(config)).left
+        if entry.name == "."
+    ]
+    assert left.reason.startswith("what it does between head and loss is not known")
+    model = language_model("Llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert pyfused.convert(model).left[0].reason == "its head is no plain torch.nn.Linear"
+
+
+def test_gradient_accumulation_with_the_head_and_the_loss_in_one() -> None:
+    """Trainer hands over the number of targets of all micro-batches."""
+    train = example("with_transformers").train
+    expected = train("Llama", STEPS, accumulate=4)
+    losses = train("Llama", STEPS, accumulate=4, convert=True)
+    assert_equal_and_falling(losses, expected)
+    assert losses == pytest.approx(train("Llama", STEPS), rel=1e-3)

@@ -227,6 +227,20 @@ def test_weight_gradients_are_summed_in_float32() -> None:
     torch.testing.assert_close(head.grad, torch.tensor([[-0.5], [0.5]], dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_probabilities_of_another_dtype(reduction: str) -> None:
+    given = Given(probabilities=True)
+    target = given.target.detach().double().requires_grad_()
+    arguments = given.input, given.head, target
+    got = evaluate(fused.linear_cross_entropy, *arguments, reduction=reduction)
+    expected = evaluate(materialised, *arguments, reduction=reduction)
+    assert got.value.dtype == expected.value.dtype == torch.float64
+    for ours, theirs in zip(
+        [got.value, *got.gradients], [expected.value, *expected.gradients], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @every_dtype
 def test_backward_twice(dtype: torch.dtype) -> None:
     given = Given(dtype=dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
 from pyfused.backends import Gradients
+from pyfused.backends.layout import accumulate_dtype
 from pyfused.ops.dispatch import say_once
 
 
@@ -71,7 +72,8 @@ def backward(
     ctx.gradients = None
     for gradient in gradients:
         if gradient is not None:
-            ctx.backend.scale_(gradient, grad_output)
+            factor = grad_output.to(accumulate_dtype(gradient.dtype))
+            ctx.backend.scale_(gradient, factor)
     return gradients
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from pyfused.ops.chunked import (
 )
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import FORCED, SMALL, backend_of, is_traced
-from pyfused.ops.gradients import autocast_dtype, backward, differentiate, without_functorch
+from pyfused.ops.gradients import backward, differentiate, without_functorch
 
 # Logits below which torch is faster, which makes them all and takes no chunks.
 SMALL_BELOW = 1 << 15
@@ -48,13 +49,11 @@ class LinearCrossEntropy(Operator):
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         head, options, memory_budget = _read(arguments)
         checks.linear_cross_entropy(head, options, memory_budget)
-        device = head.input.device
-        dtype = options.loss_dtype or autocast_dtype(head.input.dtype, device)
-        if torch.is_autocast_enabled(device.type):
-            head = _cast(head, torch.get_autocast_dtype(device.type))
-            dtype = options.loss_dtype or torch.float32
-        if options.loss_dtype is None and head.target.is_floating_point():
-            dtype = torch.promote_types(dtype, head.target.dtype)
+        device, dtype = head.input.device.type, _dtype_of_loss(head, options)
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if torch.is_autocast_enabled(device):
+            head = _cast(head, torch.get_autocast_dtype(device))
+            autocast = torch.autocast(device, enabled=False)
         compiled = is_dynamo_compiling() or is_traced(head.input)
         if not compiled:
             _check_indices(head, options)
@@ -63,7 +62,7 @@ class LinearCrossEntropy(Operator):
             head, options = _as_batch(head, options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
-        with torch.autocast(device.type, enabled=False):
+        with autocast:
             loss = _run(head, options, memory_budget)
         loss = loss[0] if lone and loss.dim() else loss
         return loss if loss.dtype is dtype else loss.to(dtype)
@@ -126,6 +125,14 @@ def _as_batch(head: Head, options: CrossEntropyOptions) -> tuple[Head, CrossEntr
     if token_weight is not None:
         options = options._replace(token_weight=token_weight.reshape(1))
     return head._replace(input=head.input[None], target=target), options
+
+
+def _dtype_of_loss(head: Head, options: CrossEntropyOptions) -> torch.dtype:
+    if options.loss_dtype is not None:
+        return options.loss_dtype
+    autocast = torch.is_autocast_enabled(head.input.device.type)
+    dtype, target = torch.float32 if autocast else head.input.dtype, head.target
+    return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
@@ -259,7 +266,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.backend, ctx.op = ctx.call.backend, None
+        ctx.backend = ctx.call.backend
         found = backward("linear_cross_entropy", ctx, grad_output, _kernel, _definition)
         return None, *found, None, None
 
