@@ -10,6 +10,7 @@ what a process takes beyond the arguments and what it returns.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,7 +99,10 @@ def check(given: Given) -> None:
 def peak(way: str, case: tuple[int, ...]) -> int:
     """Bytes beyond the arguments and the gradients, in a process of its own."""
     command = [sys.executable, __file__, "--peak", way, *map(str, case)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # glibc would keep what is freed, and take it for the next call unseen.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout)
 
 
 def print_peak(way: str, case: tuple[int, ...]) -> None:
