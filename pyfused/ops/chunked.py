@@ -115,9 +115,9 @@ def by_rows(
         here = slice(first, min(first + rows, n))
         x, logits = input[here].to(dtype), memory[: here.stop - first]
         _linear(x, flat, bias, logits)
-        x_capped = _capped(backend, logits, cap)
+        capped = _capped(backend, logits, cap)
         loss, (_, of_target) = backend.cross_entropy(
-            x_capped.view(-1, *linear_weight.shape[:-1]),
+            capped.view(-1, *linear_weight.shape[:-1]),
             target[here].to(dtype) if target.is_floating_point() else target[here],
             weight,
             _of_rows(options, here),
@@ -126,7 +126,7 @@ def by_rows(
         )
         losses.append(loss)
         if wanted.logits():
-            logits = _uncapped(backend, x_capped, logits, cap)
+            logits = _uncapped(backend, capped, logits, cap)
         if grad_target is not None:
             assert of_target is not None
             grad_target[here] = of_target
@@ -235,9 +235,9 @@ def gradients_by_blocks(
     for logits, (x, of_classes), here, first in _tiles(head, tile):
         among = Among(first_class + first, classes, lse[here])
         given = target[here], weight, _of_rows(options, here), want, upstream[here], among
-        x_capped = _capped(backend, logits, cap)
-        backend.cross_entropy(x_capped, *given)
-        logits = _uncapped(backend, x_capped, logits, cap)
+        capped = _capped(backend, logits, cap)
+        backend.cross_entropy(capped, *given)
+        logits = _uncapped(backend, capped, logits, cap)
         block = slice(first, first + len(of_classes))
         if grad_input is not None:
             _add_product(grad_input[here], logits, of_classes, True)
