@@ -39,7 +39,7 @@ def tanh(x):
         series = 1.0 + series * y * (1.0 / k)
     m = tl.where(y > -0.7, y * series, exp_nonpositive(y) - 1.0)
     size = -m / (2.0 + m)
-    return tl.where(x < 0.0, -size, size)
+    return tl.where(x == 0.0, x, tl.where(x < 0.0, -size, size))  # -0.0 stays what it is
 
 
 @triton.jit
