@@ -128,7 +128,11 @@ def vocab_parallel_linear_cross_entropy(
             z_loss, token_weight, denominator, loss_dtype: As in
             :func:`vocab_parallel_cross_entropy`.
 
-    Returns, Raises: As :func:`vocab_parallel_cross_entropy`.
+    Returns:
+        The loss in nats, the same in every process.
+
+    Raises:
+        IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
     """
     options = CrossEntropyOptions(
         ignore_index, reduction, label_smoothing, 0.0, z_loss, token_weight, denominator, loss_dtype
