@@ -124,9 +124,9 @@ def vocab_parallel_linear_cross_entropy(
         linear_weight: The weight of this process' classes, of shape (C_own, D).
         linear_bias: Their bias, of shape (C_own), or None.
         memory_budget, softcap: As in :func:`pyfused.functional.linear_cross_entropy`.
-        target, vocab_start, vocab_size, group, weight, ignore_index, reduction, label_smoothing,
-            z_loss, token_weight, denominator, loss_dtype: As in
+        target, vocab_start, vocab_size, group, weight, ignore_index, reduction: As in
             :func:`vocab_parallel_cross_entropy`.
+        label_smoothing, z_loss, token_weight, denominator, loss_dtype: Likewise.
 
     Returns:
         The loss in nats, the same in every process.
