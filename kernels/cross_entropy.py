@@ -324,9 +324,8 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
 
 @triton.jit
 def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
-    once = at.present & (
-        part == tl.zeros_like(at.flat)
-    )  # of programs that share a position the first
+    # Of programs that share a position the first.
+    once = at.present & (part == tl.zeros_like(at.flat))
     if outputs.lse is not None:
         lse = tl.where(at.live, lse_of(sums), 0.0)
         tl.store(outputs.lse + at.flat, lse, mask=once)
@@ -525,7 +524,7 @@ def cross_entropy(
     positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
     views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
     denominator, scale = options.denominator if mean else None, 1.0
-    if isinstance(denominator, float):
+    if isinstance(denominator, (int, float)):
         denominator, scale = None, 1 / denominator
     elif mean and denominator is None and target is None:
         if token_weight is None:

@@ -65,8 +65,10 @@ def _forward_of(kind: Any) -> Any:
         labels, keep = given.pop("labels", None), given.pop("logits_to_keep", 0)
         if labels is None or not model.training or not _is_plain(model, keep, options):
             return kind.forward(model, *args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
         outputs = model.base_model(**given, **options)
-        return _output()(
+        return CausalLMOutputWithPast(
             loss=_loss(model, outputs.last_hidden_state, labels, **options),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -112,9 +114,3 @@ def _loss(
         denominator=num_items_in_batch,
         loss_dtype=torch.float32,
     )
-
-
-def _output() -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    return CausalLMOutputWithPast

@@ -22,6 +22,7 @@ from pyfused.ops.chunked import (
     each_of_sums,
     gradients_by_blocks,
     sums_by_blocks,
+    sums_of_block,
     tile_of,
     weight_of_targets,
 )
@@ -140,8 +141,7 @@ def vocab_parallel_linear_cross_entropy(
     checks.tensor("linear_weight", linear_weight)
     shard = _shard(group, vocab_start, vocab_size, len(linear_weight))
     head = Head(input, linear_weight, linear_bias, target, None, softcap)
-    stand_in = target.clamp(max=0) if isinstance(target, Tensor) else target
-    checks.linear_cross_entropy(head._replace(target=stand_in), options, memory_budget)
+    checks.linear_cross_entropy(head, options, memory_budget)
     _check(input, (len(input), shard.classes), target, weight, options)
     _supported(input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
     tensors = input, linear_weight, linear_bias, target, weight
@@ -248,16 +248,11 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         shard: Shard,
     ) -> Tensor:
         target, backend = target.to(torch.int64), backend_of(input)
-        plain = CrossEntropyOptions(options.ignore_index, "none", options.label_smoothing)
         own = input.new_full((target.numel(),), -torch.inf, dtype=torch.float64)
         aimed = torch.zeros_like(own)
         if input.numel():
-            among = Among(shard.first, shard.classes, None, own)
-            backend.cross_entropy(input, target, weight, plain, Want(False), None, among)
-            among = among._replace(lse=aimed, own_lse=None)
-            part, _ = backend.cross_entropy(input, target, weight, plain, Want(), None, among)
-            assert part is not None
-            aimed = -part.flatten().double()
+            among = Among(shard.first, shard.classes)
+            own, aimed = sums_of_block(backend, input, target, weight, options, among)
         lse, aimed = _of_all(own, aimed, shard)
         shape = target.shape
         each = each_of_sums(options, target, weight, lse.view(shape), aimed.view(shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import fused_always
+from processes import in_processes
 from torch import Tensor, nn
 
 import pyfused
@@ -21,7 +22,6 @@ pytestmark = [
     ),
 ]
 
-SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
 STEPS, ROWS, CLASSES = 4, 8, 6
 
 
@@ -92,29 +92,13 @@ def rank_of_two(rank: int, folder: str, pipe: Any) -> None:
         results["DTensor"] = dtensor_losses(mesh)
     dist.barrier()
     dist.destroy_process_group()
-    pipe.send(results)
+    pipe.send_bytes(pickle.dumps(results))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
     folder = str(tmp_path_factory.mktemp("store"))
-    pipes = [context.Pipe(duplex=False) for _ in range(2)]
-    children = [
-        context.Process(target=rank_of_two, args=(rank, folder, pipes[rank][1]))
-        for rank in range(2)
-    ]
-    for child in children:
-        child.start()
-    for _, sender in pipes:
-        sender.close()  # so that a child that dies is seen as the end of the file
-    try:
-        assert all(receiver.poll(SECONDS) for receiver, _ in pipes), "a process hangs"
-        return [receiver.recv() for receiver, _ in pipes]
-    finally:
-        for child in children:
-            child.terminate()
-            child.join()
+    return [pickle.loads(found) for found in in_processes(rank_of_two, 2, folder)]
 
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])

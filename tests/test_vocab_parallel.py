@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import multiprocessing
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import fused_always
+from processes import in_processes
 from torch import Tensor
 
 from pyfused.functional import cross_entropy, linear_cross_entropy
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.cpu,
 ]
 
-SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
 ROWS, FEATURES, CLASSES = 13, 6, 150
 CUTS = {
     1: [0, CLASSES],
@@ -147,25 +146,9 @@ def told(call: Any) -> str:
 
 @pytest.fixture(scope="module", params=CUTS)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    context, size = multiprocessing.get_context("spawn"), request.param
     folder = str(tmp_path_factory.mktemp("store"))
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    children = [
-        context.Process(target=rank_of, args=(rank, size, folder, pipes[rank][1]))
-        for rank in range(size)
-    ]
-    for child in children:
-        child.start()
-    for _, sender in pipes:
-        sender.close()  # so that a child that dies is seen as the end of the file
-    try:
-        assert all(receiver.poll(SECONDS) for receiver, _ in pipes), "a process hangs"
-        sent = [io.BytesIO(receiver.recv_bytes()) for receiver, _ in pipes]
-        return [torch.load(file, weights_only=False) for file in sent]
-    finally:
-        for child in children:
-            child.terminate()
-            child.join()
+    sent = in_processes(rank_of, request.param, request.param, folder)
+    return [torch.load(io.BytesIO(found), weights_only=False) for found in sent]
 
 
 @pytest.fixture(scope="module")

@@ -161,28 +161,43 @@ def sums_by_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The log-sum-exp of each row, and the sum of its ``q_c x_c``; in float64.
 
-    The loss over some of the classes is the latter, but for its sign, where the log-sum-exp is
-    taken for 0.
-
     Args:
         first_class, classes: Where the head's classes stand among all.
     """
     input, _, _, target, weight, cap = head
     classes = len(head.linear_weight) if classes is None else classes
     lse = input.new_full((len(input),), -torch.inf, dtype=torch.float64)
-    aimed, zeros, own = torch.zeros_like(lse), torch.zeros_like(lse), torch.empty_like(lse)
-    plain = CrossEntropyOptions(options.ignore_index, "none", options.label_smoothing)
+    aimed = torch.zeros_like(lse)
     for logits, _, here, first in _tiles(head, tile):
         logits = _capped(backend, logits, cap)
-        rest = target[here], weight, plain
-        among = Among(first_class + first, classes, None, own[here])
-        backend.cross_entropy(logits, *rest, Want(False), None, among)
-        torch.logaddexp(lse[here], own[here], out=lse[here])
-        among = among._replace(lse=zeros[here], own_lse=None)
-        part, _ = backend.cross_entropy(logits, *rest, Want(), None, among)
-        assert part is not None
-        aimed[here] -= part
+        among = Among(first_class + first, classes)
+        own, part = sums_of_block(backend, logits, target[here], weight, options, among)
+        torch.logaddexp(lse[here], own, out=lse[here])
+        aimed[here] += part
     return lse, aimed
+
+
+def sums_of_block(
+    backend: Backend,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: CrossEntropyOptions,
+    among: Among,
+) -> tuple[Tensor, Tensor]:
+    """The same of logits that are there, one a position.
+
+    The loss over some of the classes is the sum of the ``q_c x_c``, but for its sign, where the
+    log-sum-exp is taken for 0.
+    """
+    own = logits.new_empty(target.numel(), dtype=torch.float64)
+    plain = CrossEntropyOptions(options.ignore_index, "none", options.label_smoothing)
+    given = logits, target, weight, plain
+    backend.cross_entropy(*given, Want(False), None, among._replace(own_lse=own))
+    among = among._replace(lse=torch.zeros_like(own))
+    part, _ = backend.cross_entropy(*given, Want(), None, among)
+    assert part is not None
+    return own, -part.flatten().double()
 
 
 def each_of_sums(
@@ -195,9 +210,8 @@ def each_of_sums(
     """The loss of each row, in float64: sum_c q_c lse, less what it aims at."""
     mass: Tensor | float = 1.0
     if weight is not None:
-        smoothing, wide = max(0.0, options.label_smoothing), weight.double()
-        own = wide[target.where(target != options.ignore_index, 0).clamp(0, len(wide) - 1)]
-        mass = smoothing * wide.mean() + (1 - smoothing) * own
+        smoothing, own = max(0.0, options.label_smoothing), _own_weight(target, weight, options)
+        mass = smoothing * weight.double().mean() + (1 - smoothing) * own
     loss = mass * lse - aimed
     if options.z_loss:
         loss = loss + options.z_loss * lse.square()
@@ -275,10 +289,16 @@ def weight_of_targets(
     """What a mean divides by: the weight of the targets that are not ignored, in float64."""
     share = (target != options.ignore_index).double()
     if weight is not None:
-        share *= weight.double()[target.where(share > 0, 0).clamp(0, len(weight) - 1)]
+        share *= _own_weight(target, weight, options)
     if options.token_weight is not None:
         share *= options.token_weight
     return share.sum()
+
+
+def _own_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions) -> Tensor:
+    """That of each target's class, in float64; of one that is none, any."""
+    own = target.where(target != options.ignore_index, 0).clamp(0, len(weight) - 1)
+    return weight.double()[own]
 
 
 # ---- products ------------------------------------------------------------------------------------

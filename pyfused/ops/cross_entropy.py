@@ -26,10 +26,7 @@ class CrossEntropy(ClassLoss):
     def read(self, arguments: Arguments) -> Given:
         input, target, weight, size_average, ignore_index, reduce, reduction, *rest = arguments
         reduction = reduction_of(size_average, reduce, reduction)
-        options = CrossEntropyOptions(ignore_index, reduction, *rest)
-        if isinstance(options.denominator, int):
-            options = options._replace(denominator=float(options.denominator))
-        return Given(input, target, weight, options)
+        return Given(input, target, weight, CrossEntropyOptions(ignore_index, reduction, *rest))
 
     def dtype_of(self, given: Given) -> torch.dtype:
         return given.options.loss_dtype or super().dtype_of(given)

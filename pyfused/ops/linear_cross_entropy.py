@@ -28,7 +28,12 @@ from pyfused.ops.chunked import (
 )
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import FORCED, SMALL, backend_of, is_traced
-from pyfused.ops.gradients import backward, differentiate, without_functorch
+from pyfused.ops.gradients import (
+    backward,
+    differentiate,
+    gradients_ahead,
+    without_functorch,
+)
 
 # Logits below which torch is faster, which makes them all and takes no chunks.
 SMALL_BELOW = 1 << 15
@@ -96,8 +101,6 @@ def against_linear_cross_entropy(input: Tensor, linear_weight: Tensor, *rest: An
 def _read(arguments: Arguments) -> tuple[Head, CrossEntropyOptions, int | None]:
     input, linear_weight, target, linear_bias, weight, reduction, ignore_index, *rest = arguments
     label_smoothing, _, memory_budget, z_loss, softcap, token_weight, denominator, loss_dtype = rest
-    if isinstance(denominator, int):
-        denominator = float(denominator)
     options = CrossEntropyOptions(
         -100 if ignore_index is None else ignore_index,
         reduction,
@@ -252,15 +255,11 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *head: Any) -> Tensor:
-        ctx.call, ctx.gradients = call, None
         given = Head(*head)
-        needs = ctx.needs_input_grad
-        wanted = Wanted(*needs[1:5])
-        ahead = call.options.reduction != "none" and given.input.dtype is not torch.float16
-        ahead = ahead and rows_at_once(given, call.memory_budget) > 0
-        loss, lse, gradients = _loss(call, given, wanted if ahead else None)
-        ctx.gradients = gradients
-        ctx.softcap = given.softcap
+        ahead = gradients_ahead(call.options.reduction, given.input)
+        wanted = Wanted(*ctx.needs_input_grad[1:5]) if ahead else None
+        loss, lse, ctx.gradients = _loss(call, given, wanted)
+        ctx.call, ctx.softcap = call, given.softcap
         ctx.save_for_backward(*given[:5], lse)
         return loss
 
