@@ -53,8 +53,8 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
                           int64_t token_weight, std::optional<double> divisor, int reduction,
                           int64_t upstream, int64_t loss, const ViewTuple& grad_logits,
                           const ViewTuple& grad_probabilities,
-                          std::optional<std::array<int64_t, 2>> among, int64_t lse, int64_t own_lse,
-                          int threads) {
+                          std::optional<std::array<int64_t, 2>> among, int64_t lse,
+                          const std::array<int64_t, 3>& measures, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
@@ -71,7 +71,9 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     ce.divisor = divisor ? &*divisor : nullptr;
     if (among) ce.among = {(*among)[0], (*among)[1]};
     ce.lse = pointer<const double>(lse);
-    ce.own_lse = pointer<double>(own_lse);
+    ce.own_lse = pointer<double>(measures[0]);
+    ce.entropy = pointer<double>(measures[1]);
+    ce.prediction = pointer<int64_t>(measures[2]);
     return cross_entropy(ce);
   });
 }

@@ -38,6 +38,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     for (int64_t b = 0; ce.lse && b < n; ++b) {
       if (!ce.ignored(first + b) && !ce.hits(first + b)) mass[b] += ce.spike(first + b);
     }
+    if (ce.entropy) measure();
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
     if (ce.z_loss > 0 || ce.own_lse) use_lse();
@@ -129,6 +130,44 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
       const double lse = double(max[b]) + log_sum[b];
       loss[b] += ce.z_loss > 0 ? ce.z_loss * lse * lse : 0;
       if (ce.own_lse) ce.own_lse[first + b] = ce.ignored(first + b) ? 0 : lse;
+    }
+  }
+
+  // sum_c p_c (lse - x_c), and which class is the first with the largest logit, or is NaN.
+  void measure() {
+    Lanes distance = {};
+    alignas(kVectorBytes) A highest[kColumns];
+    std::fill_n(highest, kColumns, -std::numeric_limits<A>::infinity());
+    int64_t prediction[kColumns] = {};
+    for_tiles([&](int64_t c, int64_t k) {
+      if (ce.classes > kColumnClasses) {
+        for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
+      }
+      for_groups(k, [&](int64_t begin, int64_t end) {
+        alignas(kVectorBytes) A part[kColumns] = {};
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) {
+            const A term = e[i][b] * (max[b] - x[i][b]);
+            part[b] += e[i][b] > 0 ? term : A(0);  // 0 * inf is NaN
+          }
+        }
+        for (int64_t b = 0; b < kColumns; ++b) distance[b] += double(part[b]);
+      });
+      alignas(kVectorBytes) int32_t place[kColumns];
+      std::fill_n(place, kColumns, -1);
+      for (int32_t i = 0; i < k; ++i) {
+        for (int64_t b = 0; b < kColumns; ++b) {
+          const bool higher = !(x[i][b] <= highest[b]) && highest[b] == highest[b];
+          place[b] = higher ? i : place[b];
+          highest[b] = higher ? x[i][b] : highest[b];
+        }
+      }
+      for (int64_t b = 0; b < n; ++b) prediction[b] = place[b] < 0 ? prediction[b] : c + place[b];
+    });
+    for (int64_t b = 0; b < n; ++b) {
+      const bool ignored = ce.ignored(first + b);
+      ce.entropy[first + b] = ignored ? 0 : log_sum[b] + distance[b] / sum[b];
+      ce.prediction[first + b] = ignored ? ce.ignore_index : ce.among.first + prediction[b];
     }
   }
 

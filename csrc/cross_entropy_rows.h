@@ -38,8 +38,13 @@ template <class T> class Row {
   LossOfRow finish() {
     if (ce.ignored(position)) {
       if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
+      if (ce.entropy) {
+        ce.entropy[position] = 0;
+        ce.prediction[position] = ce.ignore_index;
+      }
       return {0, 0, 1, 0};
     }
+    if (ce.entropy) measure();
     LossOfRow loss;
     const double spike = ce.target && ce.counts(position) ? ce.spike(position) : 0;
     if (ce.dense()) {
@@ -143,6 +148,35 @@ template <class T> class Row {
 
   double spike_loss(double shift) const {
     return hits ? ce.spike(position) * (double(row.pivot - hit_logit) + shift) : 0;
+  }
+
+  // sum_c p_c (lse - x_c), and which class is the first with the largest logit.
+  void measure() {
+    Sum distance;
+    A highest = -std::numeric_limits<A>::infinity();
+    int64_t part_of_highest = 0;
+    for_parts([&](int64_t, int64_t first, int64_t n) {
+      const T* const x = logits + first;
+      const A high = row.pivot, top = largest(x, n, highest);
+      if (top > highest) {
+        highest = top;
+        part_of_highest = first;
+      }
+      scaled_exponentials(x, high, A(1), buffer, buffer, n, false);
+      add_terms<A>(distance, n, [=](int64_t i) {
+        const A term = buffer[i] * (high - widen(x[i]));
+        return buffer[i] > 0 ? term : A(0);  // 0 * inf is NaN
+      });
+    });
+    ce.entropy[position] = std::log(row.sum) + distance.value() / row.sum;
+    const auto is_nan = [](T x) { return std::isnan(widen(x)); };
+    const T* const end = logits + ce.classes;
+    const T* found = std::isnan(row.sum) ? std::find_if(logits, end, is_nan) : end;
+    if (found == end) {
+      found = logits + part_of_highest;
+      while (widen(*found) != highest) ++found;
+    }
+    ce.prediction[position] = ce.among.first + (found - logits);
   }
 
   // p_c sum_k q_k - q_c

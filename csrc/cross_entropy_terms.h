@@ -61,7 +61,10 @@ template <class T> struct CrossEntropy : Positions {
   const double* divisor = nullptr;  // of the mean; null for the weight of the targets that count
   Among among{0, this->classes};
   const double* lse = nullptr;  // of all classes, one a position; null for that of these
-  double* own_lse = nullptr;    // of these classes, one a position; null where not wanted
+
+  double* own_lse = nullptr;      // of these classes, one a position; null where not wanted
+  double* entropy = nullptr;      // of their probabilities, likewise
+  int64_t* prediction = nullptr;  // the first of them with the largest logit, with entropy
 
   bool dense() const { return target == nullptr || smoothing > 0; }
   double uniform() const { return smoothing / double(among.all); }

@@ -78,6 +78,8 @@ class Outputs(NamedTuple):
 
     loss: Any  # its parts: one a position and split where `each`, else one a program
     lse: Any  # of these classes, one a position
+    entropy: Any  # its parts, one a position and split
+    prediction: Any  # the first of these classes with the largest logit, FAR on: likewise
     grad_logits: View | None
     grad_probabilities: View | None
 
@@ -106,6 +108,9 @@ class Constants(NamedTuple):
     INPLACE: Any  # grad_logits are the logits' memory
     FOCAL: Any  # gamma is not 0
     SQUARES: Any  # z_loss is not 0
+
+
+FAR = tl.constexpr(1 << 40)  # more than there are classes
 
 
 class Positions(NamedTuple):
@@ -323,6 +328,30 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
 
 
 @triton.jit
+def measure(sums, x, c):
+    """Of a tile: sum_c exp(x_c - pivot) (pivot - x_c), and the first class that leads.
+
+    That is the first NaN, or else the first with the largest logit, FAR on.
+    """
+    away = pivot_of(sums.high)[:, None] - x
+    e = exp_nonpositive(-away)
+    distance = tl.sum(tl.where(e == 0.0, 0.0, e * away), 1)
+    c = c.to(tl.int64)[None, :]
+    leads = tl.where(x == sums.high[:, None], c + FAR, 2 * FAR)
+    return distance, tl.min(tl.where(x == x, leads, c), 1)
+
+
+@triton.jit
+def store_measures(inputs, outputs, at, sums, distance, leader, part, splits):
+    entropy = distance / sums.total
+    entropy += tl.where(part == tl.zeros_like(at.flat), tl.log(sums.total), 0.0)
+    out = at.flat * splits + part
+    tl.store(outputs.entropy + out, tl.where(at.live, entropy, 0.0), mask=at.present)
+    leader = tl.where(at.live, leader + inputs.first_class, inputs.ignore_index)
+    tl.store(outputs.prediction + out, leader, mask=at.present)
+
+
+@triton.jit
 def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
     # Of programs that share a position the first.
     once = at.present & (part == tl.zeros_like(at.flat))
@@ -372,6 +401,9 @@ def one_read_kernel(
         sums = given_sums(inputs, at, constants)
     sums = with_own_logit(inputs, at, sums, 0, last, constants)
     loss = spike_loss(inputs, scalars, at, sums, 0, last, constants)
+    if outputs.entropy is not None:
+        distance, leader = measure(sums, x, c)
+        store_measures(inputs, outputs, at, sums, distance, leader, 0, 1)
     at = focused(scalars, at, sums, constants)
     loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
     store_loss(inputs, outputs, scalars, at, sums, loss, 0, 1, constants)
@@ -462,14 +494,22 @@ def two_read_kernel(
         sums = merge(shares, at, SPLITS)
     loss = spike_loss(inputs, scalars, at, sums, first, last, constants)
     at = focused(scalars, at, sums, constants)
-    if constants.DENSE or outputs.grad_logits is not None:
+    distance = tl.zeros_like(at.spike)
+    leader = at.hit * 0 + 2 * FAR
+    if constants.DENSE or outputs.grad_logits is not None or outputs.entropy is not None:
         for start in range(first, last, constants.CLASSES):
             c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
             x = read_logits(inputs, at, c, last, constants)
             aim = None
             if constants.DENSE:
                 aim = read_aim(inputs, scalars, at, c, last, constants)
+            if outputs.entropy is not None:
+                measured = measure(sums, x, c)
+                distance += measured[0]
+                leader = tl.minimum(leader, measured[1])
             loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
+    if outputs.entropy is not None:
+        store_measures(inputs, outputs, at, sums, distance, leader, part, shares.splits)
     store_loss(inputs, outputs, scalars, at, sums, loss, part, shares.splits, constants)
 
 
@@ -517,10 +557,11 @@ def cross_entropy(
     loss: torch.Tensor | None,
     grad_logits: Viewed | None,
     grad_probabilities: Viewed | None,
+    measures: Any,
 ) -> None:
     """Computes the outputs that are not None; grad_logits may be the logits."""
     outer, inner, classes = sizes
-    first_class, all_classes, lse, own_lse = among
+    first_class, all_classes, lse = among
     positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
     views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
     denominator, scale = options.denominator if mean else None, 1.0
@@ -546,6 +587,10 @@ def cross_entropy(
     parts = loss
     if loss is not None and not (each and splits == 1):
         parts = loss.new_empty(positions * splits if each else programs)
+    own_lse, *measured = measures or (None, None, None)
+    measured_parts = measured
+    if splits > 1:
+        measured_parts = [to if to is None else to.new_empty(positions, splits) for to in measured]
     run(
         Inputs(
             views[0],
@@ -564,7 +609,7 @@ def cross_entropy(
             first_class,
             all_classes,
         ),
-        Outputs(parts, own_lse, *views[2:]),
+        Outputs(parts, own_lse, *measured_parts, *views[2:]),
         Shares(splits, length, None, positions * splits),
         Scalars(
             *terms(smoothing, all_classes, follows),
@@ -586,3 +631,9 @@ def cross_entropy(
     )
     if parts is not loss:
         sum_parts(parts, loss, denominator, scale)
+    entropy, prediction = measured
+    if entropy is not None:
+        if splits > 1:
+            torch.sum(measured_parts[0], 1, out=entropy)
+            torch.amin(measured_parts[1], 1, out=prediction)
+        prediction.sub_(FAR.value * (prediction >= FAR.value))

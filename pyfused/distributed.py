@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyfused import checks
-from pyfused.backends import Among, CrossEntropyOptions, Head, Want
+from pyfused.backends import Among, CrossEntropyOptions, Head, Measures, Want
 from pyfused.ops.chunked import (
     Wanted,
     each_of_sums,
@@ -252,7 +252,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         aimed = torch.zeros_like(own)
         if input.numel():
             among = Among(shard.first, shard.classes)
-            own, aimed = sums_of_block(backend, input, target, weight, options, among)
+            given = backend, input, target, weight, options, among
+            aimed = sums_of_block(*given, Measures(own))
         lse, aimed = _of_all(own, aimed, shard)
         shape = target.shape
         each = each_of_sums(options, target, weight, lse.view(shape), aimed.view(shape))

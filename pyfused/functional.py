@@ -7,12 +7,13 @@ operator.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from pyfused.ops.dispatch import call
+from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import (
     BINARY_CROSS_ENTROPY,
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
@@ -82,6 +83,11 @@ __all__ = [
 ]
 
 
+@overload
+def cross_entropy(
+    *args: Any, return_metrics: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Metrics]: ...
+@overload
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -98,8 +104,28 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
+    return_metrics: Literal[False] = False,
     inplace: bool = False,
-) -> Tensor:
+) -> Tensor: ...
+def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    gamma: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
+    return_metrics: bool = False,
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Metrics]:
     """Cross-entropy between logits and class indices or class probabilities.
 
     With ``lse`` the log-sum-exp of a row of logits and ``q`` its target distribution, smoothed by
@@ -139,6 +165,9 @@ def cross_entropy(
         loss_dtype: The dtype of the loss. ``torch.float32`` with logits of half precision gives
             the loss of ``input.float()``, which is not rounded to steps of 0.25 at a loss of 36,
             without that copy of the logits.
+        return_metrics: Also return the :class:`~pyfused.ops.metrics.Metrics` of each target, from
+            the same pass over the logits: log-probability, log-sum-exp, prediction and whether it
+            is right, entropy, z-loss.
         inplace: Let the gradient take the memory of ``input``, which saves as much as the logits
             take. What ``input`` holds afterwards is of no use, and autograd refuses to take it for
             another gradient. There is one backward pass then, without ``create_graph``. torch has
@@ -147,7 +176,8 @@ def cross_entropy(
 
     Returns:
         The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a
-        scalar, or of the shape of class indices for ``"none"``. NaN for a mean over nothing.
+        scalar, or of the shape of class indices for ``"none"``. NaN for a mean over nothing. With
+        ``return_metrics`` a tuple of the loss and the metrics.
 
     Raises:
         IndexError: A class index is out of range; the message names it and its position. On a GPU,
@@ -175,11 +205,17 @@ def cross_entropy(
             token_weight,
             denominator,
             loss_dtype,
+            return_metrics,
         ),
         inplace,
     )
 
 
+@overload
+def linear_cross_entropy(
+    *args: Any, return_metrics: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Metrics]: ...
+@overload
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -197,7 +233,27 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-) -> Tensor:
+    return_metrics: Literal[False] = False,
+) -> Tensor: ...
+def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second's
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    memory_budget: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, Metrics]:
     """:func:`cross_entropy` of a linear layer's output, which never exists as a whole.
 
     A language model's logits are what it needs most memory for. Here some rows of them at a time go
@@ -229,10 +285,12 @@ def linear_cross_entropy(
             takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
             by rounding alone.
         z_loss, softcap, token_weight, denominator, loss_dtype: As in :func:`cross_entropy`.
+        return_metrics: Likewise; of each target, with the head's output as the logits.
 
     Returns:
         The loss in nats: a scalar, or of the shape of class indices for ``"none"``; of the input's
-        dtype, or float32 under autocast, or ``loss_dtype``.
+        dtype, or float32 under autocast, or ``loss_dtype``. With ``return_metrics`` a tuple of the
+        loss and the metrics.
 
     Raises:
         IndexError: A class index is out of range; as in :func:`cross_entropy`.
@@ -258,6 +316,7 @@ def linear_cross_entropy(
             token_weight,
             denominator,
             loss_dtype,
+            return_metrics,
         ),
     )
 

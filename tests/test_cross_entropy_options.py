@@ -13,7 +13,7 @@ from conftest import KernelCalls, backend
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.backends import Among, CrossEntropyOptions, Want, cpu
+from pyfused.backends import Among, CrossEntropyOptions, Measures, Want, cpu
 from pyfused.ops.operators import CROSS_ENTROPY
 
 definition = CROSS_ENTROPY.torchs
@@ -219,8 +219,9 @@ def test_blocks_of_classes_add_up(
     blocks = list(itertools.pairwise(cuts))
     own = torch.empty(len(blocks), 9, dtype=torch.float64)
     for i, (first, last) in enumerate(blocks):
-        among = Among(first, classes, None, own[i])
-        backend.cross_entropy(logits[:, first:last], *given, plain, Want(False), None, among)
+        want = Want(False, measures=Measures(own[i]))
+        among = Among(first, classes)
+        backend.cross_entropy(logits[:, first:last], *given, plain, want, None, among)
     lse = own.logsumexp(0)
     live = target != -100
     epsilon = 1e-13 if wide is torch.float64 else 1e-6
@@ -234,7 +235,7 @@ def test_blocks_of_classes_add_up(
             plain,
             Want(True, (True, False)),
             upstream,
-            Among(first, classes, lse, None),
+            Among(first, classes, lse),
         )
         assert loss is not None
         total += loss

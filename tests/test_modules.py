@@ -30,6 +30,7 @@ ADDED = {  # to cross_entropy and linear_cross_entropy
     "token_weight": None,
     "denominator": None,
     "loss_dtype": None,
+    "return_metrics": False,
     "memory_budget": None,
     "inplace": False,
 }

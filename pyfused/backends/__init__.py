@@ -8,12 +8,34 @@ import torch
 from torch import Tensor
 
 
+class Measures(NamedTuple):
+    """What cross-entropy's kernel tells of the logits of each position, beside its loss.
+
+    Attributes:
+        log_sum_exp: float64; 0 where the target is ignored.
+        entropy: Of their probabilities, float64, or None; 0 where the target is ignored.
+        prediction: The first class with the largest logit, int64, or None with ``entropy``;
+            ignore_index where the target is ignored.
+    """
+
+    log_sum_exp: Tensor
+    entropy: Tensor | None = None
+    prediction: Tensor | None = None
+
+
 class Want(NamedTuple):
-    """The outputs that a call of a loss kernel computes."""
+    """The outputs that a call of a loss kernel computes.
+
+    Attributes:
+        gradients: Of each operand, or () for none.
+        inplace: Cross-entropy's first gradient takes the input's memory.
+        measures: Where they are written, one a position, None where they are not wanted.
+    """
 
     loss: bool = True
-    gradients: tuple[bool, ...] = ()  # one for each operand, or () for none
-    inplace: bool = False  # cross-entropy's first gradient takes the input's memory
+    gradients: tuple[bool, ...] = ()
+    inplace: bool = False
+    measures: Measures | None = None
 
 
 class CrossEntropyOptions(NamedTuple):
@@ -42,14 +64,12 @@ class Among(NamedTuple):
         first: The first of them.
         classes: The number of all.
         lse: The log-sum-exp of all, float64, one a position; None where it is that of the logits'
-            classes.
-        own_lse: Where the one of the logits' classes is written, None where it is not wanted.
+            classes, and where something is measured.
     """
 
     first: int
     classes: int
     lse: Tensor | None = None
-    own_lse: Tensor | None = None
 
 
 class Head(NamedTuple):

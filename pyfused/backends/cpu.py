@@ -94,6 +94,7 @@ def _address(tensor: Tensor | None) -> int:
 _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0)
+_NOT_MEASURED = (0, 0, 0)
 
 
 # From this many bytes on, outputs come from recycled memory. glibc keeps smaller blocks by itself,
@@ -162,7 +163,7 @@ def cross_entropy(
         target: int64 class indices, or probabilities of the input's shape and dtype.
         weight: (C), or None; of all classes where the logits' are some of them.
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
-        among: Where the logits' classes are not all classes, or their log-sum-exp is wanted.
+        among: Where the logits' classes are not all classes.
 
     Returns:
         The loss is in the accumulation dtype.
@@ -214,7 +215,7 @@ def cross_entropy(
         grad_target_view,
         None if among is None else among[:2],
         0 if among is None else _address(among.lse),
-        0 if among is None else _address(among.own_lse),
+        _NOT_MEASURED if want.measures is None else [*map(_address, want.measures)],
         torch.get_num_threads(),
     )
     if out_of_range >= 0:

@@ -75,6 +75,7 @@ def cross_entropy(
             loss,
             grad_input,
             grad_target,
+            want.measures,
         )
     return loss, (
         None if grad_input is None else grad_input[0].detach(),

@@ -14,8 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfused.backends import Among, Backend, CrossEntropyOptions, Gradients, Head, Want, cpu
+from pyfused.backends import (
+    Among,
+    Backend,
+    CrossEntropyOptions,
+    Gradients,
+    Head,
+    Measures,
+    Want,
+    cpu,
+)
 from pyfused.backends.layout import accumulate_dtype
+from pyfused.ops.metrics import Blocks, Measured
 
 
 class Wanted(NamedTuple):
@@ -92,11 +102,13 @@ def by_rows(
     want_loss: bool,
     wanted: Wanted,
     upstream: Tensor | None,
+    measured: Measured | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Loss and gradients, each where wanted; the loss is a sum in float64, or one a position.
 
     Args:
         upstream: The loss's gradient, of the loss's shape; None stands for ones.
+        measured: Where to write what is measured, None where nothing is.
     """
     input, linear_weight, linear_bias, target, weight, cap = head
     n, dtype, each = len(input), product_dtype(head), options.reduction == "none"
@@ -110,15 +122,22 @@ def by_rows(
     grad_bias = input.new_zeros(head.columns, dtype=sums) if wanted.linear_bias else None
     grad_target = torch.empty_like(target) if wanted.target else None
     want = Want(want_loss, (wanted.logits(), wanted.target) if any(wanted) else (), True)
+    of_row = linear_weight.shape[1:-1].numel()
     losses = []
     for first in range(0, n, rows):
         here = slice(first, min(first + rows, n))
         x, logits = input[here].to(dtype), memory[: here.stop - first]
         _linear(x, flat, bias, logits)
         capped = _capped(backend, logits, cap)
+        shaped = capped.view(-1, *linear_weight.shape[:-1])
+        aims = target[here].to(dtype) if target.is_floating_point() else target[here]
+        if measured is not None:
+            now = slice(here.start * of_row, here.stop * of_row)
+            measures = measured.at(now).before(backend, shaped, aims, options.ignore_index)
+            want = want._replace(measures=measures)
         loss, (_, of_target) = backend.cross_entropy(
-            capped.view(-1, *linear_weight.shape[:-1]),
-            target[here].to(dtype) if target.is_floating_point() else target[here],
+            shaped,
+            aims,
             weight,
             _of_rows(options, here),
             want,
@@ -158,11 +177,13 @@ def sums_by_blocks(
     tile: int,
     first_class: int = 0,
     classes: int | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The log-sum-exp of each row, and the sum of its ``q_c x_c``; in float64.
 
     Args:
         first_class, classes: Where the head's classes stand among all.
+        blocks: What takes in what else is measured, None where nothing is.
     """
     input, _, _, target, weight, cap = head
     classes = len(head.linear_weight) if classes is None else classes
@@ -171,8 +192,12 @@ def sums_by_blocks(
     for logits, _, here, first in _tiles(head, tile):
         logits = _capped(backend, logits, cap)
         among = Among(first_class + first, classes)
-        own, part = sums_of_block(backend, logits, target[here], weight, options, among)
-        torch.logaddexp(lse[here], own, out=lse[here])
+        block = Measured.empty(len(logits), logits)
+        measures = Measures(*block[1:]) if blocks else Measures(block.log_sum_exp)
+        part = sums_of_block(backend, logits, target[here], weight, options, among, measures)
+        if blocks:
+            blocks.add(here, logits, target[here], among.first, measures)
+        torch.logaddexp(lse[here], measures.log_sum_exp, out=lse[here])
         aimed[here] += part
     return lse, aimed
 
@@ -184,20 +209,20 @@ def sums_of_block(
     weight: Tensor | None,
     options: CrossEntropyOptions,
     among: Among,
-) -> tuple[Tensor, Tensor]:
-    """The same of logits that are there, one a position.
+    measures: Measures,
+) -> Tensor:
+    """Measures logits that are there, and returns the sum of the ``q_c x_c``; one a position.
 
-    The loss over some of the classes is the sum of the ``q_c x_c``, but for its sign, where the
-    log-sum-exp is taken for 0.
+    The loss over some of the classes is that sum, but for its sign, where the log-sum-exp is taken
+    for 0.
     """
-    own = logits.new_empty(target.numel(), dtype=torch.float64)
     plain = CrossEntropyOptions(options.ignore_index, "none", options.label_smoothing)
     given = logits, target, weight, plain
-    backend.cross_entropy(*given, Want(False), None, among._replace(own_lse=own))
-    among = among._replace(lse=torch.zeros_like(own))
+    backend.cross_entropy(*given, Want(False, measures=measures), None, among)
+    among = among._replace(lse=torch.zeros_like(measures.log_sum_exp))
     part, _ = backend.cross_entropy(*given, Want(), None, among)
     assert part is not None
-    return own, -part.flatten().double()
+    return -part.flatten().double()
 
 
 def each_of_sums(

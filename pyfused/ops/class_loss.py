@@ -51,7 +51,7 @@ class ClassLoss(Operator):
     def read(self, arguments: Arguments) -> Given:
         """The arguments that kernels take, as they were given."""
 
-    def _checked(self, arguments: Arguments) -> Given:
+    def checked(self, arguments: Arguments) -> Given:
         """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
         given = self.read(arguments)
         checks.reduction(given.options.reduction)
@@ -59,8 +59,10 @@ class ClassLoss(Operator):
         return given
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        given = self.arranged(self._checked(arguments))
-        loss = self.run(given, inplace)
+        given = self.arranged(self.checked(arguments))
+        return self.finished(given, self.run(given, Want(inplace=inplace)))
+
+    def finished(self, given: Given, loss: Tensor) -> Tensor:
         dtype = self.dtype_of(given)
         return loss if loss.dtype is dtype else loss.to(dtype)
 
@@ -74,19 +76,19 @@ class ClassLoss(Operator):
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
         return given._replace(target=target.reshape(()) if given.input.dim() == 1 else target)
 
-    def run(self, given: Given, inplace: bool) -> Tensor:
+    def run(self, given: Given, want: Want) -> Tensor:
         input, target, weight, options = given
         backend = backend_of(input)
         if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-            loss: Tensor | None = _apply(self, backend, input, target, weight, options, inplace)
+            loss: Tensor | None = _apply(self, backend, input, target, weight, options, want)
         else:
             kernel = getattr(backend, self.name)
-            loss, _ = kernel(input, target, weight, options, Want())
+            loss, _ = kernel(input, target, weight, options, want)
         assert loss is not None
         return loss
 
     def check(self, arguments: Arguments) -> None:
-        given = self._checked(arguments)
+        given = self.checked(arguments)
         ignore_index = getattr(given.options, "ignore_index", None)
         checks.class_indices(checks.classes_of(given.input), given.target, ignore_index)
 
@@ -108,17 +110,17 @@ class ClassLossFunction(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         options: ClassLossOptions,
-        inplace: bool,
+        want: Want,
     ) -> Tensor | None:
-        ctx.op, ctx.backend, ctx.options, ctx.inplace = op, backend, options, inplace
+        ctx.op, ctx.backend, ctx.options, ctx.inplace = op, backend, options, want.inplace
         ctx.save_for_backward(input, target, weight)
         now = gradients_ahead(options.reduction, input)
-        now = now and (is_dense(input) or not inplace)
-        want = Want(True, ctx.needs_input_grad[2:4] if now else (), inplace)
+        now = now and (is_dense(input) or not want.inplace)
+        want = want._replace(gradients=ctx.needs_input_grad[2:4] if now else ())
         loss: Tensor | None
         loss, gradients = getattr(backend, op.name)(input, target, weight, options, want)
         ctx.gradients = gradients if now else None
-        ctx.overwritten = inplace and now
+        ctx.overwritten = want.inplace and now
         return loss
 
     @staticmethod

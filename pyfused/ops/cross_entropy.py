@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from pyfused.backends.layout import accumulate_dtype, empty_viewed, loss_shape, 
 from pyfused.ops import definitions, inductor
 from pyfused.ops.class_loss import ClassLoss, Given, of_definition
 from pyfused.ops.declaration import Arguments, reduction_of
-from pyfused.ops.dispatch import is_traced
+from pyfused.ops.dispatch import backend_of, is_traced
+from pyfused.ops.metrics import Measured
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -26,7 +28,19 @@ class CrossEntropy(ClassLoss):
     def read(self, arguments: Arguments) -> Given:
         input, target, weight, size_average, ignore_index, reduce, reduction, *rest = arguments
         reduction = reduction_of(size_average, reduce, reduction)
-        return Given(input, target, weight, CrossEntropyOptions(ignore_index, reduction, *rest))
+        options = CrossEntropyOptions(ignore_index, reduction, *rest[:-1])
+        return Given(input, target, weight, options)
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Any:
+        if not arguments[-1]:
+            return super().fused(arguments, inplace)
+        given = self.arranged(self.checked(arguments))
+        input, target, _, options = given
+        measured = Measured.empty(math.prod(loss_shape(input, "none")), input)
+        measures = measured.before(backend_of(input), input, target, options.ignore_index)
+        loss = self.run(given, Want(inplace=inplace, measures=measures))
+        metrics = measured.metrics(target, options, accumulate_dtype(input.dtype))
+        return self.finished(given, loss), metrics
 
     def dtype_of(self, given: Given) -> torch.dtype:
         return given.options.loss_dtype or super().dtype_of(given)
@@ -40,12 +54,12 @@ class CrossEntropy(ClassLoss):
             common = torch.promote_types(common, weight.dtype)
         return given._replace(input=input.to(common), target=target.to(common))
 
-    def run(self, given: Given, inplace: bool) -> Tensor:
+    def run(self, given: Given, want: Want) -> Tensor:
         input, target, weight, options = given
         if is_dynamo_compiling() or is_traced(input):
             loss: Tensor = torch.ops.pyfused.cross_entropy(input, target, weight, *options[:3])
             return loss
-        return super().run(given, inplace)
+        return super().run(given, want)
 
     def give_up(self, input: Tensor) -> None:
         """Marks logits whose gradient may overwrite them as changed, for whoever saved them."""
@@ -62,11 +76,10 @@ def against_cross_entropy(input: Tensor, *arguments: Any) -> str | None:
     """Why torch's operator is the one for these arguments."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
-    *_, gamma, z_loss, token_weight, denominator, loss_dtype = arguments
+    *_, gamma, z_loss, token_weight, denominator, loss_dtype, return_metrics = arguments
     compiled = is_dynamo_compiling() or is_traced(input)
-    if compiled and not (
-        gamma == z_loss == 0 and token_weight is denominator is loss_dtype is None
-    ):
+    plain = gamma == z_loss == 0 and token_weight is denominator is loss_dtype is None
+    if compiled and (return_metrics or not plain):
         return "torch.compile: Inductor fuses what torch's cross_entropy has not"
     if isinstance(denominator, Tensor) and denominator.requires_grad:
         return "denominator requires grad"

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import CrossEntropyOptions, Head
+from pyfused.ops import metrics
 from pyfused.ops.declaration import reduction_of
 from pyfused.ops.torchs import original
 
@@ -34,8 +35,14 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Any:
     beyond = gamma, z_loss, token_weight, denominator, loss_dtype
+    if return_metrics:
+        options = CrossEntropyOptions(ignore_index, reduction, label_smoothing, *beyond)
+        legacy = size_average, ignore_index, reduce, reduction, label_smoothing
+        loss = cross_entropy(input, target, weight, *legacy, *beyond)
+        return loss, metrics.of_logits(input, target, options)
     if beyond == (0, 0, None, None, None):
         return _cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -86,9 +93,11 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Any:
     beyond = z_loss, token_weight, denominator, loss_dtype
-    if beyond == (0, None, None, None) and softcap is None and _linear_cross_entropy is not None:
+    plain = beyond == (0, None, None, None) and softcap is None and not return_metrics
+    if plain and _linear_cross_entropy is not None:
         return _linear_cross_entropy(
             input,
             linear_weight,
@@ -104,17 +113,18 @@ def linear_cross_entropy(
     given = CrossEntropyOptions(ignore_index, reduction, label_smoothing, 0.0, *beyond)
     head = Head(input, linear_weight, linear_bias, target, weight, softcap)
     checks.linear_cross_entropy(head, given, memory_budget)
-    return of_logits(head, given)
+    return of_logits(head, given, return_metrics)
 
 
-def of_logits(head: Head, options: CrossEntropyOptions) -> Tensor:
+def of_logits(head: Head, options: CrossEntropyOptions, return_metrics: bool = False) -> Any:
     """Cross-entropy of a linear layer's output, from all of it."""
     input, linear_weight, linear_bias, target, weight, cap = head
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
     logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
     logits = logits if cap is None else softcap(logits, cap)
-    return cross_entropy(logits, target, weight, **options._asdict())
+    options_of_call = options._asdict() | {"return_metrics": return_metrics}
+    return cross_entropy(logits, target, weight, **options_of_call)
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from pyfused.ops.gradients import (
     gradients_ahead,
     without_functorch,
 )
+from pyfused.ops.metrics import Blocks, Measured, Metrics
 
 # Logits below which torch is faster, which makes them all and takes no chunks.
 SMALL_BELOW = 1 << 15
@@ -45,13 +47,14 @@ class Call(NamedTuple):
     backend: Backend
     options: CrossEntropyOptions
     memory_budget: int | None
+    return_metrics: bool = False
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class LinearCrossEntropy(Operator):
     """Of a linear layer's output."""
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
+    def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
         head, options, memory_budget = _read(arguments)
         checks.linear_cross_entropy(head, options, memory_budget)
         device, dtype = head.input.device.type, _dtype_of_loss(head, options)
@@ -68,9 +71,11 @@ class LinearCrossEntropy(Operator):
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
         with autocast:
-            loss = _run(head, options, memory_budget)
-        loss = loss[0] if lone and loss.dim() else loss
-        return loss if loss.dtype is dtype else loss.to(dtype)
+            loss, *metrics = _run(head, options, memory_budget, arguments[-1])
+        if lone:
+            loss, *metrics = (found.reshape(()) for found in (loss, *metrics))
+        loss = loss if loss.dtype is dtype else loss.to(dtype)
+        return (loss, Metrics(*metrics)) if metrics else loss
 
     def check(self, arguments: Arguments) -> None:
         head, options, memory_budget = _read(arguments)
@@ -86,7 +91,9 @@ def against_linear_cross_entropy(input: Tensor, linear_weight: Tensor, *rest: An
     compiled = is_dynamo_compiling() or is_traced(input)
     if input.dim() not in (1, 2) or linear_weight.dim() < 2:
         return "input is neither (D) nor (N, D)"
-    denominator = rest[-2]
+    *_, denominator, _, return_metrics = rest
+    if compiled and return_metrics:
+        return "torch.compile: metrics are Inductor's"
     if isinstance(denominator, Tensor):
         if compiled:
             return "torch.compile: denominator is a tensor"
@@ -100,7 +107,8 @@ def against_linear_cross_entropy(input: Tensor, linear_weight: Tensor, *rest: An
 
 def _read(arguments: Arguments) -> tuple[Head, CrossEntropyOptions, int | None]:
     input, linear_weight, target, linear_bias, weight, reduction, ignore_index, *rest = arguments
-    label_smoothing, _, memory_budget, z_loss, softcap, token_weight, denominator, loss_dtype = rest
+    label_smoothing, _, memory_budget, z_loss, softcap, *rest = rest
+    token_weight, denominator, loss_dtype, _ = rest
     options = CrossEntropyOptions(
         -100 if ignore_index is None else ignore_index,
         reduction,
@@ -147,16 +155,19 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
     )
 
 
-def _run(head: Head, options: CrossEntropyOptions, memory_budget: int | None) -> Tensor:
+def _run(
+    head: Head, options: CrossEntropyOptions, memory_budget: int | None, return_metrics: bool
+) -> tuple[Tensor, ...]:
+    """The loss, and the metrics where they are wanted."""
     if is_dynamo_compiling() or is_traced(head.input):
         rest = *options[:3], options.z_loss, options.token_weight, options.denominator
-        loss: Tensor = torch.ops.pyfused.linear_cross_entropy(*head, *rest, memory_budget)
-        return loss
-    call = Call(backend_of(head.input), options, memory_budget)
+        return (torch.ops.pyfused.linear_cross_entropy(*head, *rest, memory_budget),)
+    call = Call(backend_of(head.input), options, memory_budget, return_metrics)
     tensors = (tensor for tensor in head[:4] if tensor is not None)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _apply(call, *head)  # type: ignore[no-any-return]
-    return _loss(call, head)[0]
+    found = _loss(call, head)
+    return found.loss, *found.metrics
 
 
 # ---- loss and gradients --------------------------------------------------------------------------
@@ -202,39 +213,78 @@ def _keep(
     return head._replace(input=head.input[kept], target=head.target[kept]), options
 
 
-def _spread(values: Tensor | None, kept: Tensor | None, n: int) -> Tensor | None:
-    """Those of all rows: zeros for those left out."""
-    if values is None or kept is None:
+def _spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tensor:
+    """Those of all rows: zeros, or what is given, for those left out."""
+    if kept is None:
         return values
-    return values.new_zeros((n, *values.shape[1:])).index_copy_(0, kept, values)
+    return values.new_full((n, *values.shape[1:]), others).index_copy_(0, kept, values)
 
 
-def _loss(
-    call: Call, head: Head, wanted: Wanted | None = None
-) -> tuple[Tensor, Tensor | None, Gradients | None]:
-    """The loss, the log-sum-exp where a backward pass needs it, and gradients where wanted now."""
+def _of_all_rows(found: Gradients, kept: Tensor | None, n: int) -> Gradients:
+    """Of the gradients the input's is one of rows."""
+    return (None if found[0] is None else _spread(found[0], kept, n), *found[1:])
+
+
+class Found(NamedTuple):
+    """Attributes:
+    lse: The log-sum-exp of each row, where a backward pass needs it.
+    gradients: Where they are wanted now.
+    metrics: Of all rows, or ().
+    """
+
+    loss: Tensor
+    lse: Tensor | None
+    gradients: Gradients | None
+    metrics: Metrics | tuple[()]
+
+
+def _loss(call: Call, head: Head, wanted: Wanted | None = None) -> Found:
     options, n = call.options, len(head.input)
     kept, denominator = _targets(head, options)
     part, options = _keep(head, options, kept)
     each, lse, gradients = options.reduction == "none", None, None
     rows = rows_at_once(part, call.memory_budget)
+    measured = blocks = None
     loss: Tensor | None
     if rows:
         upstream = None
         if wanted is not None:
             upstream = _scalar(1.0, denominator, head)
-        loss, found = by_rows(call.backend, part, options, rows, True, wanted or Wanted(), upstream)
+        if call.return_metrics:
+            measured = Measured.empty(math.prod(_shape_of_losses(part)), part.input)
+        given = options, rows, True, wanted or Wanted(), upstream, measured
+        loss, found = by_rows(call.backend, part, *given)
         if wanted is not None:
-            gradients = (_spread(found[0], kept, n), *found[1:])
+            gradients = _of_all_rows(found, kept, n)
     else:
         tile = tile_of(part, call.memory_budget)
-        lse, aimed = sums_by_blocks(call.backend, part, options, tile)
+        if call.return_metrics:
+            blocks = Blocks(len(part.input), part.input)
+            measured = blocks.measured
+        lse, aimed = sums_by_blocks(call.backend, part, options, tile, blocks=blocks)
         loss = each_of_sums(options, part.target, part.weight, lse, aimed)
         loss = loss if each else loss.sum(dtype=torch.float64)
     assert loss is not None
     loss = _spread(loss, kept, n) if each else loss / denominator
     assert loss is not None
-    return loss.to(_sums_dtype(head)), lse, gradients
+    metrics: Metrics | tuple[()] = ()
+    if measured is not None:
+        metrics = _metrics(measured, part, options, kept, n)
+    return Found(loss.to(_sums_dtype(head)), lse, gradients, metrics)
+
+
+def _metrics(
+    measured: Measured, part: Head, options: CrossEntropyOptions, kept: Tensor | None, n: int
+) -> Metrics:
+    found = measured.metrics(part.target, options, _sums_dtype(part))
+    others = {"prediction": options.ignore_index}
+    return Metrics(
+        *(_spread(values, kept, n, others.get(name, 0)) for name, values in found._asdict().items())
+    )
+
+
+def _shape_of_losses(head: Head) -> tuple[int, ...]:
+    return len(head.input), *head.linear_weight.shape[1:-1]
 
 
 def _sums_dtype(head: Head) -> torch.dtype:
@@ -254,17 +304,18 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *head: Any) -> Tensor:
+    def forward(ctx: Any, call: Call, *head: Any) -> tuple[Tensor, ...]:
         given = Head(*head)
         ahead = gradients_ahead(call.options.reduction, given.input)
         wanted = Wanted(*ctx.needs_input_grad[1:5]) if ahead else None
-        loss, lse, ctx.gradients = _loss(call, given, wanted)
+        loss, lse, ctx.gradients, metrics = _loss(call, given, wanted)
         ctx.call, ctx.softcap = call, given.softcap
         ctx.save_for_backward(*given[:5], lse)
-        return loss
+        ctx.mark_non_differentiable(*metrics)
+        return loss, *metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         ctx.backend = ctx.call.backend
         found = backward("linear_cross_entropy", ctx, grad_output, _kernel, _definition)
         return None, *found, None, None
@@ -301,7 +352,7 @@ def _gradients(
             lse, _ = sums_by_blocks(call.backend, part, options, tile)
         upstream = upstream.expand(len(lse))
         found = gradients_by_blocks(call.backend, part, options, tile, wanted, lse, upstream)
-    return _spread(found[0], kept, n), *found[1:]
+    return _of_all_rows(found, kept, n)
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -319,7 +370,8 @@ def _of_definition(
         return tensor.to(grad_output.dtype) if floating else tensor
 
     def definition(*tensors: Any) -> Tensor:
-        return definitions.of_logits(Head(*map(widened, (*tensors, *head[4:]))), options)
+        loss: Tensor = definitions.of_logits(Head(*map(widened, (*tensors, *head[4:]))), options)
+        return loss
 
     return differentiate(definition, head[:4], wanted, grad_output)
 
@@ -351,7 +403,7 @@ def _called(given: tuple[Any, ...]) -> tuple[Call, Head]:
 def _operator(*given: Any) -> Tensor:
     call, head = _called(given)
     _check_indices(head, call.options)
-    return _loss(call, head)[0]
+    return _loss(call, head).loss
 
 
 def _operator_backward(grad_output: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -364,7 +416,7 @@ def _fake(*given: Any) -> Tensor:
     call, head = _called(given)
     shape: Sequence[int] = ()
     if call.options.reduction == "none":
-        shape = (len(head.input), *head.linear_weight.shape[1:-1])
+        shape = _shape_of_losses(head)
     return head.input.new_empty(shape, dtype=_sums_dtype(head))
 
 

@@ -34,7 +34,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pyfused.backends import Among, CrossEntropyOptions, MarginOptions, NllOptions, Want
+from pyfused.backends import (
+    Among,
+    CrossEntropyOptions,
+    MarginOptions,
+    Measures,
+    NllOptions,
+    Want,
+)
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
@@ -100,13 +107,17 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     if "squares" in kind:
         token_weight = empty(torch.float32, *indices.shape)
         options = options._replace(z_loss=0.1, token_weight=token_weight)
+    measures, each = None, empty(torch.float64, indices.numel())
     if "block" in kind:  # whose log-sum-exp is asked, or that of all classes given
-        lse = empty(torch.float64, *indices.shape)
-        given = (None, lse) if "forward" in kind else (lse, None)
-        among = Among(shape[1], 3 * shape[1], *given)
+        forward = "forward" in kind
+        among = Among(shape[1], 3 * shape[1], None if forward else each)
+        measures = Measures(each) if forward else None
         weight = empty(dtype, among.classes)
+    if "measured" in kind:
+        measures = Measures(each, each, empty(torch.int64, indices.numel()))
     target = x if "probabilities" in kind else indices
-    want = Want("upstream" not in kind, ("forward" not in kind, target is x), "inplace" in kind)
+    gradients = "forward" not in kind, target is x
+    want = Want("upstream" not in kind, gradients, "inplace" in kind, measures)
     arguments = (x, target, weight if "weight" in kind else None, options, want, upstream, among)
     name = f"cross_entropy {str(dtype)[6:]} {'x'.join(map(str, shape))} {kind}".strip()
     return Case(name, dtype, lambda: backend.cross_entropy(*arguments))
@@ -121,7 +132,8 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
         classes = 128_256 if row.most == launch.ANY else int(row.most)
         yield cross_entropy_case((4096, classes), dtype, kind)
     blocks = "forward block", "block upstream inplace", "block upstream weight smoothing"
-    for kind in (*kinds, "focal", "squares", *blocks, *dense):
+    measured = "measured", "forward measured"
+    for kind in (*kinds, "focal", "squares", *measured, *blocks, *dense):
         yield cross_entropy_case((4096, 16), dtype, kind)
         yield cross_entropy_case((4096, 1000), dtype, kind)  # a multiple of 8, not of 16
         yield cross_entropy_case((8, 21, 1000), dtype, kind)

@@ -1,0 +1,350 @@
+"""return_metrics: what the pass that computes a loss tells of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compare import FLOATS
+from conftest import KernelCalls, backend
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pyfused import functional as fused
+from pyfused.backends import Measures, cpu
+from pyfused.ops.metrics import Blocks, Metrics
+
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6), (1, 40_000))
+Z_LOSS = 0.125
+
+
+def exact(
+    input: Tensor, target: Tensor, cap: float | None = None, ignore_index: int = -100
+) -> Metrics:
+    """In float64, one row at a time, as the definitions read."""
+    dim = min(input.dim() - 1, 1)
+    logits = input.detach().double()
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    rows = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
+    shape = logits.movedim(dim, -1).shape[:-1]
+    if target.is_floating_point():
+        aims = target.detach().double().movedim(dim, -1).reshape(rows.shape)
+    found = []
+    for i, row in enumerate(rows):
+        lse = row.logsumexp(0)
+        log_p = row - lse
+        entropy = -(log_p.exp() * log_p).where(log_p > -torch.inf, 0).sum()
+        prediction = int(row.argmax())
+        if target.is_floating_point():
+            own, hit = (aims[i] * log_p).sum(), int(aims[i].argmax())
+        else:
+            hit = int(target.flatten()[i])
+            if hit == ignore_index:
+                found.append([0.0, 0.0, ignore_index, False, 0.0, 0.0])
+                continue
+            own = log_p[hit]
+        square = Z_LOSS * lse**2
+        found.append([own, lse, prediction, prediction == hit, entropy, square])
+    columns = [torch.tensor(column).reshape(shape) for column in zip(*found, strict=True)]
+    return Metrics(*columns)
+
+
+def assert_metrics(got: Metrics, expected: Metrics, dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for name, mine, best in zip(Metrics._fields, got, expected, strict=True):
+        assert not mine.requires_grad
+        assert mine.shape == best.shape, name
+        if mine.is_floating_point():
+            assert mine.dtype is wide, name
+            error = 1e-12 if wide is torch.float64 else 3e-6
+            torch.testing.assert_close(
+                mine.double(), best.double(), rtol=error, atol=error, equal_nan=True, msg=name
+            )
+        else:
+            assert mine.tolist() == best.tolist(), name
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """But for a rounding: sums and products may be contracted in other places."""
+    epsilon = 2 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=epsilon, atol=epsilon)
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool) -> tuple[Tensor, Tensor]:
+    dim = min(len(shape) - 1, 1)
+    input = (4 * torch.randn(shape)).to(dtype).requires_grad_()
+    if probabilities:
+        return input, torch.randn(shape).softmax(dim).to(dtype)
+    target = torch.randint(0, shape[dim], (*shape[:dim], *shape[dim + 1 :]))
+    target.view(-1)[1::3] = -100
+    target.view(-1)[0] = int(input.detach().argmax(dim).flatten()[0])
+    return input, target
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_of_cross_entropy(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    probabilities: bool,
+    reduction: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    """Exact, of one pass with class indices, and the loss is what it is without."""
+    input, target = case(shape, dtype, probabilities)
+    options: dict[str, Any] = {"reduction": reduction, "z_loss": Z_LOSS}
+    loss, metrics = fused.cross_entropy(input, target, return_metrics=True, **options)
+    assert kernel_calls["cross_entropy"] == 1 + probabilities
+    assert_metrics(metrics, exact(input, target), dtype)
+    plain = fused.cross_entropy(input, target, **options)
+    assert_same(loss, plain)
+    upstream = torch.rand_like(loss)
+    of_loss, of_plain = (torch.autograd.grad(each, input, upstream) for each in (loss, plain))
+    assert_same(*of_loss, *of_plain)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 300), (1, 40_000)], ids=str)
+def test_beside_every_option(shape: tuple[int, int]) -> None:
+    """They tell of the logits, whatever else the loss is told, in their memory too."""
+    input, target = case(shape, torch.float32, False)
+    expected = exact(input, target, cap=9.0)
+    token_weight, weight = torch.rand(shape[0]), torch.rand(shape[1])
+    options: dict[str, Any] = {"weight": weight, "token_weight": token_weight, "denominator": 3}
+    options |= {"z_loss": Z_LOSS, "softcap": 9.0, "label_smoothing": 0.1}
+    _, metrics = fused.cross_entropy(input, target, return_metrics=True, **options)
+    assert_metrics(metrics, expected, torch.float32)
+    logits = 1 * input
+    _, metrics = fused.cross_entropy(
+        logits, target, gamma=2.0, z_loss=Z_LOSS, inplace=True, return_metrics=True
+    )
+    assert not torch.equal(logits, input)
+    assert_metrics(metrics, exact(input, target), torch.float32)
+
+
+@pytest.mark.parametrize("strides", ["columns", "gaps"])
+def test_strided(strides: str) -> None:
+    input = torch.randn(300, 6).t() if strides == "columns" else torch.randn(6, 600)[:, ::2]
+    target = torch.randint(0, 300, (6,))
+    _, metrics = fused.cross_entropy(input, target, z_loss=Z_LOSS, return_metrics=True)
+    assert_metrics(metrics, exact(input, target), torch.float32)
+
+
+SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "ties": lambda row: row.index_fill(0, torch.tensor([2, 5]), 50.0),
+    "equal": lambda row: row * 0 + 3,
+    "masked": lambda row: row.index_fill(0, torch.tensor([0, 2, 4]), -torch.inf),
+    "one left": lambda row: (row * 0 - torch.inf).index_fill(0, torch.tensor([3]), 1.0),
+    "certain": lambda row: row.index_fill(0, torch.tensor([4]), 1e4),
+    "nan": lambda row: row.index_fill(0, torch.tensor([4, 5]), torch.nan),
+    "nan behind inf": lambda row: row.index_fill(0, torch.tensor([5]), torch.nan).index_fill(
+        0, torch.tensor([1]), torch.inf
+    ),
+    "inf": lambda row: row.index_fill(0, torch.tensor([4]), torch.inf),
+    "nothing": lambda row: row * 0 - torch.inf,
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("classes", [6, 400, 3000])
+def test_special_logits(name: str, classes: int, isa: str) -> None:
+    """As torch's argmax and logsumexp have it: the first of several, a NaN before all."""
+    row = SPECIAL[name](torch.linspace(-1, 1, 6))
+    input = torch.full((2, classes), -3.0)
+    input[0, classes - 6 :] = row
+    if name == "nothing":
+        input[0] = -torch.inf
+    target = torch.tensor([classes - 3, 0])
+    _, metrics = fused.cross_entropy(input, target, z_loss=Z_LOSS, return_metrics=True)
+    lse, log_p = input.logsumexp(1), input.log_softmax(1)
+    assert metrics.prediction.tolist() == input.argmax(1).tolist()
+    if "inf" not in name:  # then it is NaN, as the loss is
+        torch.testing.assert_close(metrics.log_sum_exp, lse, equal_nan=True)
+    torch.testing.assert_close(metrics.log_probability, log_p[[0, 1], target], equal_nan=True)
+    entropy = torch.special.entr(log_p.exp()).sum(1)
+    torch.testing.assert_close(metrics.entropy, entropy, equal_nan=True)
+
+
+def linear_case(
+    dtype: torch.dtype, *, of_row: tuple[int, ...] = (), classes: int = 50
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, weight, bias and target."""
+    input = torch.randn(12, 8).to(dtype).requires_grad_()
+    weight = torch.randn(classes, *of_row, 8).to(dtype).requires_grad_()
+    bias = torch.randn(classes, *of_row).to(dtype).requires_grad_()
+    target = torch.randint(0, classes, (12, *of_row))
+    target[1::3] = -100
+    return input, weight, bias, target
+
+
+def logits_of(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    logits = input.double() @ weight.flatten(0, -2).double().t() + bias.flatten().double()
+    return logits.view(len(input), *weight.shape[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("of_row", [(), (3,)], ids=["rows", "several a row"])
+@pytest.mark.parametrize("budget", [None, 64], ids=["rows", "blocks"])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "capped"])
+def test_of_linear_cross_entropy(
+    dtype: torch.dtype, of_row: tuple[int, ...], budget: int | None, softcap: float | None
+) -> None:
+    input, weight, bias, target = linear_case(dtype, of_row=of_row)
+    options: dict[str, Any] = {"linear_bias": bias, "memory_budget": budget, "z_loss": Z_LOSS}
+    options["softcap"] = softcap
+    loss, metrics = fused.linear_cross_entropy(
+        input, weight, target, return_metrics=True, **options
+    )
+    logits = logits_of(input, weight, bias)
+    expected = exact(logits, target, softcap)
+    assert metrics.prediction.tolist() == expected.prediction.tolist()
+    for mine, best in zip(metrics, expected, strict=True):
+        torch.testing.assert_close(mine, best.to(mine.dtype))
+        assert not mine.requires_grad
+    plain = fused.linear_cross_entropy(input, weight, target, **options)
+    assert_same(loss, plain)
+    leaves = input, weight, bias
+    for mine, best in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves), strict=True
+    ):
+        assert_same(mine, best)
+
+
+def test_of_linear_cross_entropy_with_probabilities() -> None:
+    input, weight, bias, _ = linear_case(torch.float32)
+    target = torch.randn(12, 50).softmax(1)
+    given = input, weight, target
+    _, metrics = fused.linear_cross_entropy(*given, linear_bias=bias, return_metrics=True)
+    expected = exact(logits_of(input, weight, bias), target)
+    torch.testing.assert_close(metrics.log_probability, expected.log_probability.float())
+    assert metrics.correct.tolist() == expected.correct.tolist()
+
+
+def test_of_linear_cross_entropy_in_half_precision() -> None:
+    """As those of logits in float32, where the kernels multiply in that."""
+    input, weight, bias, target = linear_case(torch.bfloat16, classes=3000)
+    _, metrics = fused.linear_cross_entropy(
+        input, weight, target, linear_bias=bias, return_metrics=True
+    )
+    exactly = exact(logits_of(input, weight, bias), target)
+    tolerance = 1e-4 if backend is cpu else 0.2
+    torch.testing.assert_close(
+        metrics.log_probability, exactly.log_probability.float(), rtol=0, atol=tolerance
+    )
+    assert metrics.entropy.dtype is torch.float32
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_all_ignored_and_one_row(lone: bool) -> None:
+    input, weight, bias, target = linear_case(torch.float32)
+    target.fill_(7)
+    if lone:
+        input, target = input[0], torch.tensor(7)
+    for ignore_index in (-100, 7):
+        _, metrics = fused.linear_cross_entropy(
+            input,
+            weight,
+            target,
+            linear_bias=bias,
+            ignore_index=ignore_index,
+            reduction="sum",
+            return_metrics=True,
+        )
+        logits = logits_of(input.reshape(-1, 8), weight, bias)
+        expected = exact(logits, target.reshape(-1), None, ignore_index)
+        for mine, best in zip(metrics[:5], expected[:5], strict=True):
+            assert mine.shape == target.shape
+            torch.testing.assert_close(mine, best.reshape(target.shape).to(mine.dtype))
+
+
+def test_blocks_without_a_share() -> None:
+    """Of blocks whose logits are all -inf, or NaN, too."""
+    rows = torch.tensor([[-torch.inf, -torch.inf, 1.0, 2.0], [1.0, torch.nan, 3.0, 0.0]])
+    blocks = Blocks(2, rows)
+    for first in (0, 2):
+        logits = rows[:, first : first + 2]
+        log_p = logits.log_softmax(1)
+        entropy = torch.special.entr(log_p.exp()).sum(1).double()
+        lse = logits.logsumexp(1).double()
+        block = Measures(lse, entropy, first + logits.argmax(1))
+        blocks.add(slice(0, 2), logits, torch.tensor([3, 0]), first, block)
+    own, lse, entropy, prediction = blocks.measured
+    assert prediction.tolist() == rows.argmax(1).tolist()
+    torch.testing.assert_close(lse, rows.double().logsumexp(1), equal_nan=True)
+    expected = torch.special.entr(rows.double().log_softmax(1).exp()).sum(1)
+    torch.testing.assert_close(entropy, expected, equal_nan=True)
+    assert own.tolist() == [2.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+def test_definition(probabilities: bool) -> None:
+    """What no kernel takes has them as well."""
+    for shape in SHAPES[:5]:
+        input, target = case(shape, torch.float32, probabilities)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(input.detach(), torch.ones_like(input))
+            loss, metrics = fused.cross_entropy(
+                dual, target, z_loss=Z_LOSS, reduction="sum", return_metrics=True
+            )
+            assert forward_ad.unpack_dual(loss).tangent is not None
+            assert all(forward_ad.unpack_dual(each).tangent is None for each in metrics)
+        assert_metrics(metrics, exact(input, target), torch.float32)
+
+
+def test_definition_of_linear_cross_entropy() -> None:
+    input, weight, bias, target = linear_case(torch.float32)
+
+    def metrics(input: Tensor) -> tuple[Tensor, ...]:
+        loss, found = fused.linear_cross_entropy(
+            input, weight, target, linear_bias=bias, return_metrics=True
+        )
+        return loss, *found
+
+    mapped = torch.func.vmap(metrics)(input.detach()[None])
+    for mine, best in zip(mapped, metrics(input), strict=True):
+        torch.testing.assert_close(mine[0], best)
+
+
+def test_second_derivatives_of_the_loss() -> None:
+    input, target = case((6, 5), torch.float64, False)
+
+    def loss(input: Tensor) -> Tensor:
+        return fused.cross_entropy(input, target, return_metrics=True)[0]
+
+    assert torch.autograd.gradgradcheck(loss, input)
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("linear", [False, True], ids=["cross_entropy", "linear_cross_entropy"])
+def test_compiled(linear: bool) -> None:
+    input, weight, bias, target = linear_case(torch.float32)
+
+    def both(input: Tensor) -> tuple[Tensor, Metrics]:
+        if linear:
+            return fused.linear_cross_entropy(
+                input, weight, target, linear_bias=bias, z_loss=Z_LOSS, return_metrics=True
+            )
+        logits = torch.nn.functional.linear(input, weight, bias)
+        return fused.cross_entropy(logits, target, z_loss=Z_LOSS, return_metrics=True)
+
+    torch.compiler.reset()
+    (loss, metrics), (plain, expected) = torch.compile(both, fullgraph=True)(input), both(input)
+    torch.testing.assert_close(metrics, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))
+
+
+def test_out_of_range() -> None:
+    input, target = case((6, 5), torch.float32, False)
+    target[2] = 9
+    if backend is cpu:
+        with pytest.raises(IndexError, match="got 9 at position"):
+            fused.cross_entropy(input, target, return_metrics=True)
+    else:
+        _, metrics = fused.cross_entropy(input, target, return_metrics=True)
+        assert metrics.log_probability.isnan().tolist() == [i == 2 for i in range(6)]
