@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import fused_always
 from processes import in_processes
 from torch import Tensor
 
+from pyfused import explain
 from pyfused.functional import cross_entropy, linear_cross_entropy
 
 pytestmark = [
@@ -116,6 +118,7 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
             )
             of_head = torch.autograd.grad(linear, leaves, upstream_of(linear))
             found[name, dtype] = [loss.detach(), of_logits, linear.detach(), *of_head]
+        found["dtensor"] = of_dtensors(sent)
         found["errors"] = [
             told(
                 lambda given=given: distributed.vocab_parallel_cross_entropy(
@@ -134,6 +137,40 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
     file = io.BytesIO()
     torch.save(found, file)  # a tensor itself would be gone with its process
     pipe.send_bytes(file.getvalue())
+
+
+def of_dtensors(sent: list[int]) -> list[Any]:
+    """How a call goes, what it sends, and how far its results are from those of one process."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    for shape in ((ROWS, CLASSES), (4, 5), (3, 7, 2)):
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        target = torch.arange(shape[0] * math.prod(shape[2:])).reshape(shape[0], *shape[2:]) % 5
+        target[0] = -100
+        for reduction, shared in (("mean", False), ("none", True), ("sum", False)):
+            whole = logits.clone().requires_grad_()
+            parts = distribute_tensor(logits, mesh, [Shard(1)])
+            parts.requires_grad_()
+            given = distribute_tensor(target, mesh, [Replicate()]) if shared else target
+            options = {
+                "reduction": reduction,
+                "label_smoothing": 0.1,
+                "weight": torch.ones(shape[1]),
+            }
+            path = explain("cross_entropy", parts, given, **options)
+            sent.clear()
+            loss = cross_entropy(parts, given, **options)
+            numbers = sum(sent)
+            expected = cross_entropy(whole, target, **options)
+            loss.sum().backward()
+            expected.sum().backward()
+            far = (loss.full_tensor() - expected).abs().max()
+            far = max(far, (parts.grad.full_tensor() - whole.grad).abs().max())
+            found.append((path.backend, path.reason, numbers / target.numel(), float(far)))
+    replicated = distribute_tensor(torch.randn(4, 5), mesh, [Shard(0)])
+    found.append(explain("cross_entropy", replicated, torch.arange(4)).reason)
+    return found
 
 
 def told(call: Any) -> str:
@@ -177,6 +214,15 @@ def test_processes_together_are_one(
     close(torch.cat([rank[5] for rank in found]), of_bias)
     sent = {rank[name, dtype, "sent"] for rank in ranks}
     assert sent == {3 * ROWS + ("vocab_size" not in CASES[name])}
+
+
+def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
+    for rank in ranks:
+        *shared, other = rank["dtensor"]
+        for backend, manner, numbers, far in shared:
+            assert (backend, manner, numbers) == ("cpu", "some classes a process", 3)
+            assert far < 1e-5
+        assert other == "input is a DTensor"
 
 
 def test_bad_input(ranks: list[Any]) -> None:

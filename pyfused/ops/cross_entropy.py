@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from pyfused import checks
 from pyfused.backends import CrossEntropyOptions, Gradients, Want, cpu
 from pyfused.backends.layout import accumulate_dtype, empty_viewed, loss_shape, viewed
-from pyfused.ops import definitions, inductor
+from pyfused.ops import definitions, inductor, vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, Given, of_definition
 from pyfused.ops.declaration import Arguments, reduction_of
 from pyfused.ops.dispatch import backend_of, is_traced
@@ -32,6 +32,8 @@ class CrossEntropy(ClassLoss):
         return Given(input, target, weight, options)
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:
+        if (local := self._local_of(arguments)) is not None:
+            return vocab_parallel.of_dtensor(arguments[0], local)
         if not arguments[-1]:
             return super().fused(arguments, inplace)
         given = self.arranged(self.checked(arguments))
@@ -68,7 +70,21 @@ class CrossEntropy(ClassLoss):
             checks.overwritable(input)
             increment_version(input)
 
+    def against_subclass(self, arguments: Arguments) -> str | None:
+        return None if self._local_of(arguments) else super().against_subclass(arguments)
+
+    def _local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
+        """Of a DTensor whose classes are shared out."""
+        if type(arguments[0]).__name__ != "DTensor" or arguments[-1]:
+            return None
+        input, target, weight, options = self.read(arguments)
+        if target.is_floating_point() or options.gamma or input.dtype not in cpu.DTYPES:
+            return None
+        return vocab_parallel.local_of(input, target, weight, options)
+
     def manner(self, input: Tensor) -> str:
+        if type(input).__name__ == "DTensor":
+            return "some classes a process"
         return "rows in L2" if cpu.takes_rows(input) else "positions side by side"
 
 

@@ -135,6 +135,10 @@ class Operator(ABC):
         """Why torch's operator is the one to overwrite the input, None where a kernel is."""
         return None
 
+    def against_subclass(self, arguments: Arguments) -> str | None:
+        """Why torch's operator takes an input of another class than Tensor."""
+        return f"input is a {type(arguments[0]).__name__}"
+
     def manner(self, input: Tensor) -> str:  # noqa: ARG002
         """How a CPU kernel goes through the input, in words."""
         return "element by element"

@@ -119,7 +119,7 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     if type(input) not in _PLAIN:
         compiling = is_traced(input)
         if not compiling:
-            return f"input is a {type(input).__name__}"
+            return op.against_subclass(arguments) or _active_mode()
     if not compiling and aten_is_faster(op.name, input):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()

@@ -1,0 +1,274 @@
+"""Losses over classes that are shared out among processes: the checks, and the autograd functions.
+
+A row takes three numbers of communication: the largest of the processes' log-sum-exps, and the sums
+of their exponentials and of what the row aims at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyfused import checks
+from pyfused.backends import Among, CrossEntropyOptions, Head, Measures, Want
+from pyfused.ops.chunked import (
+    Wanted,
+    each_of_sums,
+    gradients_by_blocks,
+    sums_by_blocks,
+    sums_of_block,
+    tile_of,
+    weight_of_targets,
+)
+from pyfused.ops.declaration import Operand
+from pyfused.ops.dispatch import SMALL, backend_of, unsupported
+from pyfused.ops.gradients import autocast_dtype
+
+
+class Shard(NamedTuple):
+    """Which classes this process has, of how many."""
+
+    group: Any
+    first: int
+    classes: int
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: CrossEntropyOptions,
+    shard: Shard,
+) -> Tensor:
+    """Of logits of this process' classes."""
+    _check(input, (*input.shape[:1], shard.classes, *input.shape[2:]), target, weight, options)
+    apply: Callable[..., Tensor] = VocabParallelCrossEntropy.apply
+    return _as(apply(input, target, weight, options, shard), input, options)
+
+
+def linear_cross_entropy(
+    head: Head, options: CrossEntropyOptions, shard: Shard, memory_budget: int | None
+) -> Tensor:
+    """Of a layer with the rows of this process' classes."""
+    input, linear_weight, linear_bias, target, weight, _ = head
+    checks.linear_cross_entropy(head._replace(weight=None), options, memory_budget)
+    _check(input, (len(input), shard.classes), target, weight, options)
+    _supported(input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
+    apply: Callable[..., Tensor] = VocabParallelLinearCrossEntropy.apply
+    return _as(apply(*head, options, shard, memory_budget), input, options)
+
+
+# ---- what a call has to be -----------------------------------------------------------------------
+
+
+def shard_of(group: Any, first: int, classes: int | None, own: int) -> Shard:
+    if classes is None:
+        shares = torch.tensor(own)
+        if dist.get_backend(group) == "nccl":
+            shares = shares.cuda()
+        dist.all_reduce(shares, group=group)
+        classes = int(shares)
+    if first < 0 or first + own > classes:
+        raise ValueError(
+            f"vocab_start: expected {own} classes within [0, {classes}), got those from {first} on"
+        )
+    return Shard(group, first, classes)
+
+
+def _check(
+    input: Tensor,
+    logits: tuple[int, ...],
+    target: Tensor,
+    weight: Tensor | None,
+    options: CrossEntropyOptions,
+) -> None:
+    checks.reduction(options.reduction)
+    checks.tensor("target", target)
+    if target.is_floating_point():
+        raise RuntimeError(f"target: expected class indices, got {target.dtype}")
+    checks.cross_entropy(input.new_empty(()).expand(logits), target, weight, options)
+    given = {
+        "input": input,
+        "target": target,
+        "weight": weight,
+        "token_weight": options.token_weight,
+    }
+    _supported(input, given)
+    if target.is_cpu:
+        checks.class_indices(logits[1], target, options.ignore_index)
+
+
+def _supported(input: Tensor, given: dict[str, Tensor | None]) -> None:
+    for name, tensor in given.items():
+        operand = Operand(name, indices=name == "target", differentiated=name != "weight")
+        reason = None if tensor is None else unsupported(operand, tensor, input, False)
+        if reason is not None and reason is not SMALL:
+            raise RuntimeError(
+                f"{name}: expected a tensor that the kernels take, got one where {reason}"
+            )
+
+
+def _as(loss: Tensor, input: Tensor, options: CrossEntropyOptions) -> Tensor:
+    return loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))
+
+
+# ---- loss and gradient ---------------------------------------------------------------------------
+
+
+def _of_all(own: Tensor, aimed: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp over all processes' classes, and the sum of what they aim at."""
+    high = own.clone()
+    dist.all_reduce(high, dist.ReduceOp.MAX, shard.group)
+    pivot = high.where(high > -torch.inf, 0)  # so that a NaN is the only way to a NaN
+    sums = torch.stack([(own - pivot).exp(), aimed])
+    dist.all_reduce(sums, group=shard.group)
+    return pivot + sums[0].log(), sums[1]
+
+
+def _reduced(
+    each: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
+) -> tuple[Tensor, Tensor | float]:
+    """The loss, and what a mean divides by."""
+    each = each.where(target != options.ignore_index, 0)
+    if options.reduction == "none":
+        return each, 1.0
+    if options.reduction == "sum":
+        return each.sum(), 1.0
+    divisor = options.denominator
+    if divisor is None:
+        divisor = weight_of_targets(target, weight, options)
+    return each.sum() / divisor, divisor
+
+
+def _upstream(grad_output: Tensor, divisor: Tensor | float, target: Tensor) -> Tensor:
+    """The gradient of each row's loss."""
+    return (grad_output.double() / divisor).expand(target.shape)
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: CrossEntropyOptions,
+        shard: Shard,
+    ) -> Tensor:
+        target, backend = target.to(torch.int64), backend_of(input)
+        own = input.new_full((target.numel(),), -torch.inf, dtype=torch.float64)
+        aimed = torch.zeros_like(own)
+        if input.numel():
+            among = Among(shard.first, shard.classes)
+            given = backend, input, target, weight, options, among
+            aimed = sums_of_block(*given, Measures(own))
+        lse, aimed = _of_all(own, aimed, shard)
+        shape = target.shape
+        each = each_of_sums(options, target, weight, lse.view(shape), aimed.view(shape))
+        loss, ctx.divisor = _reduced(each, target, weight, options)
+        ctx.options, ctx.shard, ctx.backend = options, shard, backend
+        ctx.save_for_backward(input, target, weight, lse)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight, lse = ctx.saved_tensors
+        options = ctx.options._replace(reduction="none", denominator=None)
+        upstream = _upstream(grad_output, ctx.divisor, target)
+        gradient = torch.empty_like(input)
+        if input.numel():
+            want, among = Want(False, (True, False)), Among(ctx.shard.first, ctx.shard.classes, lse)
+            given = input, target, weight, options, want, upstream, among
+            gradient = ctx.backend.cross_entropy(*given)[1][0]
+        return gradient, None, None, None, None
+
+
+class VocabParallelLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        softcap: float | None,
+        options: CrossEntropyOptions,
+        shard: Shard,
+        memory_budget: int | None,
+    ) -> Tensor:
+        head = Head(input, linear_weight, linear_bias, target.to(torch.int64), weight, softcap)
+        ctx.tile, ctx.backend = tile_of(head, memory_budget), backend_of(input)
+        own, aimed = sums_by_blocks(ctx.backend, head, options, ctx.tile, *shard[1:])
+        lse, aimed = _of_all(own, aimed, shard)
+        each = each_of_sums(options, head.target, weight, lse, aimed)
+        loss, ctx.divisor = _reduced(each, head.target, weight, options)
+        ctx.options, ctx.shard, ctx.softcap = options, shard, softcap
+        ctx.save_for_backward(*head[:5], lse)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, lse = ctx.saved_tensors
+        head = Head(*tensors)._replace(softcap=ctx.softcap)
+        upstream = _upstream(grad_output, ctx.divisor, head.target)
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        given = ctx.backend, head, ctx.options, ctx.tile, wanted, lse, upstream
+        grad_input, *found = gradients_by_blocks(*given, *ctx.shard[1:])
+        if grad_input is not None:
+            dist.all_reduce(grad_input, group=ctx.shard.group)
+        return grad_input, *found[:2], *[None] * 6
+
+
+# ---- DTensor -------------------------------------------------------------------------------------
+
+
+class Local(NamedTuple):
+    """What a process has of a call with DTensors."""
+
+    target: Tensor
+    weight: Tensor | None
+    options: CrossEntropyOptions
+    shard: Shard
+
+
+def local_of(input: Any, target: Any, weight: Any, options: CrossEntropyOptions) -> Local | None:
+    """Of logits whose classes are shared out along one dimension of their mesh; else None."""
+    from torch.distributed import tensor as dtensor
+
+    mesh, dims = input.device_mesh, [i for i, p in enumerate(input.placements) if p.is_shard()]
+    everywhere = (dtensor.Replicate(),) * mesh.ndim
+    if (
+        len(dims) != 1
+        or input.dim() < 2
+        or input.placements
+        != tuple(dtensor.Shard(1) if i in dims else dtensor.Replicate() for i in range(mesh.ndim))
+    ):
+        return None
+    given: list[Any] = []
+    for tensor in (target, weight, options.token_weight):
+        if isinstance(tensor, dtensor.DTensor):
+            if tensor.placements != everywhere:
+                return None
+            tensor = tensor.to_local()
+        given.append(tensor)
+    (dim,), classes = dims, input.shape[1]
+    first = -(-classes // mesh.size(dim)) * mesh.get_local_rank(dim)
+    shard = Shard(mesh.get_group(dim), min(classes, first), classes)
+    return Local(given[0], given[1], options._replace(token_weight=given[2]), shard)
+
+
+def of_dtensor(input: Any, local: Local) -> Tensor:
+    """A loss that every process has."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    loss = cross_entropy(input.to_local(), *local)
+    everywhere = [Replicate()] * input.device_mesh.ndim
+    return DTensor.from_local(loss, input.device_mesh, everywhere, run_check=False)
