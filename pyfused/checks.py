@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from pyfused.backends import CrossEntropyOptions, Head, MarginOptions, NllOptions
+from pyfused.backends import CrossEntropyOptions, Head, MarginOptions, NllOptions, Shaping
 from pyfused.backends.layout import loss_shape
 
 
@@ -87,17 +87,16 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    head: Head, options: CrossEntropyOptions, memory_budget: int | None
+    head: Head, options: CrossEntropyOptions, memory_budget: int | None, filter_eps: float = 0.0
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
-    input, linear_weight, linear_bias, target, weight, softcap = head
+    input, linear_weight, linear_bias, target, weight, shaped = head
     for name, value in zip(head._fields, head[:5], strict=False):
         if value is not None or name not in ("linear_bias", "weight"):
             tensor(name, value)
     if options.token_weight is not None:
         tensor("token_weight", options.token_weight)
-    if softcap is not None:
-        bounded("softcap", softcap, positive=True)
+    shaping(shaped)
     reduction(options.reduction)
     if input.dim() not in (1, 2):
         raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}")
@@ -127,8 +126,27 @@ def linear_cross_entropy(
             raise ValueError(
                 f"memory_budget: expected a positive number of bytes, got {memory_budget}"
             )
+    bounded("filter_eps", filter_eps)
     logits_without_memory = input.new_empty(()).expand(*input.shape[:-1], *shape)
     cross_entropy(logits_without_memory, target, weight, options)
+    if shaped.margin:
+        target_of_margin(logits_without_memory, target)
+
+
+def shaping(value: Shaping) -> None:
+    if value.softcap is not None:
+        bounded("softcap", value.softcap, positive=True)
+    bounded("margin", value.margin)
+    bounded("scale", value.scale, positive=True)
+    if value.margin_kind not in ("cosface", "arcface"):
+        raise ValueError(f"margin_kind: expected 'cosface' or 'arcface', got {value.margin_kind!r}")
+
+
+def target_of_margin(input: Tensor, target: Tensor) -> None:
+    tensor("target", target)
+    if target.is_floating_point():
+        raise ValueError(f"margin: expected 0.0 with a target of {target.dtype}")
+    _class_index_target(input, target)
 
 
 def _beyond_torch(input: Tensor, options: CrossEntropyOptions) -> None:

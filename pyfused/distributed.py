@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Head
+from pyfused.backends import CrossEntropyOptions, Head, Shaping
 from pyfused.ops import vocab_parallel
 
 __all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
@@ -115,5 +115,5 @@ def vocab_parallel_linear_cross_entropy(
     )
     checks.tensor("linear_weight", linear_weight)
     shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, len(linear_weight))
-    head = Head(input, linear_weight, linear_bias, target, weight, softcap)
+    head = Head(input, linear_weight, linear_bias, target, weight, Shaping(softcap))
     return vocab_parallel.linear_cross_entropy(head, options, shard, memory_budget)

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from pyfused.backends import Shaping
 from pyfused.ops.dispatch import call
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import (
@@ -47,6 +48,7 @@ from pyfused.ops.operators import (
     SOFTMAX,
     TANH,
 )
+from pyfused.ops.shaping import scaled_with_margin
 
 __all__ = [
     "binary_cross_entropy",
@@ -104,6 +106,9 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
+    margin: float = 0.0,
+    margin_kind: str = "cosface",
+    scale: float = 1.0,
     return_metrics: Literal[False] = False,
     inplace: bool = False,
 ) -> Tensor: ...
@@ -123,6 +128,9 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
+    margin: float = 0.0,
+    margin_kind: str = "cosface",
+    scale: float = 1.0,
     return_metrics: bool = False,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Metrics]:
@@ -155,8 +163,7 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
         z_loss: ``z_loss * lse ** 2`` is added to the loss of a row, which keeps the logits from
             drifting (Chowdhery et al. 2022, arXiv 2204.02311). Here and in what follows torch has
             no such argument.
-        softcap: The logits are ``softcap * tanh(input / softcap)``, as :func:`softcap` makes them,
-            in memory that the gradient takes.
+        softcap: The logits are ``softcap * tanh(input / softcap)``, as :func:`softcap` makes them.
         token_weight: What the loss of each row is multiplied by, of the shape of class indices.
             The mean then divides by the sum of ``token_weight * weight[target]``.
         denominator: What ``"mean"`` divides the sum by, in place of the weight of the targets that
@@ -165,6 +172,13 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
         loss_dtype: The dtype of the loss. ``torch.float32`` with logits of half precision gives
             the loss of ``input.float()``, which is not rounded to steps of 0.25 at a loss of 36,
             without that copy of the logits.
+        margin: Of logits that are cosines, what the target's is worsened by, so that classes stay
+            apart: ``input[target] - margin``, or the cosine of its angle plus ``margin``.
+        margin_kind: ``"cosface"`` (Wang et al. 2018, arXiv 1801.09414) for the one, ``"arcface"``
+            (Deng et al. 2019, arXiv 1801.07698) for the other.
+        scale: What the logits are multiplied by after that: of cosines by 64 or so; of others the
+            inverse of a temperature. ``margin`` and ``scale`` take a pass over the logits each way;
+            ``softcap`` is of what they make, and ``inplace`` takes its memory or theirs.
         return_metrics: Also return the :class:`~pyfused.ops.metrics.Metrics` of each target, from
             the same pass over the logits: log-probability, log-sum-exp, prediction and whether it
             is right, entropy, z-loss.
@@ -187,8 +201,11 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
             expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
+    if margin or scale != 1:
+        shaping = Shaping(None, margin, margin_kind, scale)
+        input = scaled_with_margin(input, target, shaping)
     if softcap is not None:
-        input, inplace = call(SOFTCAP, (input, softcap)), True
+        input = call(SOFTCAP, (input, softcap))
     return call(
         CROSS_ENTROPY,
         (
@@ -233,6 +250,10 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
+    margin: float = 0.0,
+    margin_kind: str = "cosface",
+    scale: float = 1.0,
+    filter_eps: float = 0.0,
     return_metrics: Literal[False] = False,
 ) -> Tensor: ...
 def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second's
@@ -252,6 +273,10 @@ def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second'
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
+    margin: float = 0.0,
+    margin_kind: str = "cosface",
+    scale: float = 1.0,
+    filter_eps: float = 0.0,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """:func:`cross_entropy` of a linear layer's output, which never exists as a whole.
@@ -285,7 +310,15 @@ def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second'
             takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
             by rounding alone.
         z_loss, softcap, token_weight, denominator, loss_dtype: As in :func:`cross_entropy`.
-        return_metrics: Likewise; of each target, with the head's output as the logits.
+        margin, margin_kind, scale: Likewise.
+        filter_eps: Classes are left out of a block's products for the gradients where the gradient
+            of every logit of theirs is below ``filter_eps`` times the loss's own gradient (divided
+            by what a mean divides by). The input's gradient is off by less than that times the sum
+            of ``linear_weight.abs()`` over the classes, the weight's by less than that times the
+            sum of ``input.abs()`` over the rows. What is left out of trained models is most of it:
+            2 ** -12, what bfloat16 can tell from 1, is usual (Wijmans et al. 2024, arXiv
+            2411.09009). 0.0 leaves out nothing; nor do GPUs, which would have to be waited for.
+        return_metrics: As above; of each target, with the head's output as the logits.
 
     Returns:
         The loss in nats: a scalar, or of the shape of class indices for ``"none"``; of the input's
@@ -316,6 +349,10 @@ def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second'
             token_weight,
             denominator,
             loss_dtype,
+            margin,
+            margin_kind,
+            scale,
+            filter_eps,
             return_metrics,
         ),
     )

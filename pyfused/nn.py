@@ -54,10 +54,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
     Its arguments are torch's, and by name ``gamma``, which makes it focal loss, ``z_loss``,
-    ``softcap``, ``loss_dtype``, and ``inplace``, which lets the gradient take the logits' memory.
+    ``softcap``, ``loss_dtype``, ``margin``, ``margin_kind``, ``scale``, and ``inplace``, which lets the
+    gradient take the logits' memory.
     """
 
     gamma, z_loss, inplace = 0.0, 0.0, False  # of a module that was torch's, too
+    margin, margin_kind, scale = 0.0, "cosface", 1.0
     softcap: float | None = None
     loss_dtype: torch.dtype | None = None
 
@@ -74,6 +76,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         loss_dtype: torch.dtype | None = None,
+        margin: float = 0.0,
+        margin_kind: str = "cosface",
+        scale: float = 1.0,
         inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -81,6 +86,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.z_loss = z_loss
         self.softcap = softcap
         self.loss_dtype = loss_dtype
+        self.margin, self.margin_kind, self.scale = margin, margin_kind, scale
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -95,6 +101,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             z_loss=self.z_loss,
             softcap=self.softcap,
             loss_dtype=self.loss_dtype,
+            margin=self.margin,
+            margin_kind=self.margin_kind,
+            scale=self.scale,
             inplace=self.inplace,
         )
 

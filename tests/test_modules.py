@@ -31,6 +31,10 @@ ADDED = {  # to cross_entropy and linear_cross_entropy
     "denominator": None,
     "loss_dtype": None,
     "return_metrics": False,
+    "margin": 0.0,
+    "margin_kind": "cosface",
+    "scale": 1.0,
+    "filter_eps": 0.0,
     "memory_budget": None,
     "inplace": False,
 }

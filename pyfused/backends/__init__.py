@@ -72,6 +72,22 @@ class Among(NamedTuple):
     lse: Tensor | None = None
 
 
+class Shaping(NamedTuple):
+    """What is done to logits before their loss, in the order margin, scale, softcap.
+
+    Attributes:
+        softcap: What they are capped at, or None.
+        margin: What the target's cosine, or angle, is worsened by.
+        margin_kind: ``"cosface"`` or ``"arcface"``.
+        scale: What they are multiplied by.
+    """
+
+    softcap: float | None = None
+    margin: float = 0.0
+    margin_kind: str = "cosface"
+    scale: float = 1.0
+
+
 class Head(NamedTuple):
     """A linear layer, what goes into it, and what its logits are held against.
 
@@ -81,7 +97,6 @@ class Head(NamedTuple):
         linear_bias: (C), or (C, d1, ..., dk), or None.
         target: int64 class indices (N) or (N, d1, ..., dk), or probabilities of the logits' shape.
         weight: (C), or None.
-        softcap: What the logits are capped at, or None.
     """
 
     input: Tensor
@@ -89,7 +104,7 @@ class Head(NamedTuple):
     linear_bias: Tensor | None
     target: Tensor
     weight: Tensor | None
-    softcap: float | None = None
+    shaping: Shaping = Shaping()
 
     @property
     def columns(self) -> int:

@@ -26,6 +26,7 @@ from pyfused.backends import (
 )
 from pyfused.backends.layout import accumulate_dtype
 from pyfused.ops.metrics import Blocks, Measured
+from pyfused.ops.shaping import gradient_of, shape
 
 
 class Wanted(NamedTuple):
@@ -72,7 +73,7 @@ MULTIPLIES_BFLOAT16 = bool(
 def rows_at_once(head: Head, memory_budget: int | None) -> int:
     """Rows of logits that fit the budget; 0 where blocks of classes are the better way."""
     n, dtype = len(head.input), product_dtype(head)
-    row = head.columns * dtype.itemsize * (1 if head.softcap is None else 3)
+    row = head.columns * dtype.itemsize * (1 if head.shaping.softcap is None else 3)
     rows = min(max(n * row // 4, SMALL) // row, MOST_ROWS)
     if memory_budget is not None:
         rows = memory_budget // row
@@ -102,15 +103,17 @@ def by_rows(
     want_loss: bool,
     wanted: Wanted,
     upstream: Tensor | None,
+    filter_eps: float,
     measured: Measured | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Loss and gradients, each where wanted; the loss is a sum in float64, or one a position.
 
     Args:
         upstream: The loss's gradient, of the loss's shape; None stands for ones.
+        filter_eps: See `_classes_that_count`.
         measured: Where to write what is measured, None where nothing is.
     """
-    input, linear_weight, linear_bias, target, weight, cap = head
+    input, linear_weight, linear_bias, target, weight, shaping = head
     n, dtype, each = len(input), product_dtype(head), options.reduction == "none"
     options = options._replace(reduction="none" if each else "sum", denominator=None)
     flat = linear_weight.reshape(head.columns, -1).to(dtype)
@@ -128,31 +131,28 @@ def by_rows(
         here = slice(first, min(first + rows, n))
         x, logits = input[here].to(dtype), memory[: here.stop - first]
         _linear(x, flat, bias, logits)
-        capped = _capped(backend, logits, cap)
-        shaped = capped.view(-1, *linear_weight.shape[:-1])
         aims = target[here].to(dtype) if target.is_floating_point() else target[here]
+        shaped = shape(backend, shaping, logits.view(-1, *linear_weight.shape[:-1]), aims)
         if measured is not None:
             now = slice(here.start * of_row, here.stop * of_row)
-            measures = measured.at(now).before(backend, shaped, aims, options.ignore_index)
+            measures = measured.at(now).before(backend, shaped.capped, aims, options.ignore_index)
             want = want._replace(measures=measures)
+        of_rows = upstream[here] if upstream is not None and each else upstream
         loss, (_, of_target) = backend.cross_entropy(
-            shaped,
-            aims,
-            weight,
-            _of_rows(options, here),
-            want,
-            upstream[here] if upstream is not None and each else upstream,
+            shaped.capped, aims, weight, _of_rows(options, here), want, of_rows
         )
         losses.append(loss)
         if wanted.logits():
-            logits = _uncapped(backend, capped, logits, cap)
+            logits = gradient_of(backend, shaping, shaped, shaped.capped).view_as(logits)
+            _add_products(
+                (logits, flat, x),
+                _classes_that_count(logits, of_rows, filter_eps),
+                None if grad_input is None else (grad_input[here], False),
+                None if grad_weight is None else (grad_weight, first > 0),
+            )
         if grad_target is not None:
             assert of_target is not None
             grad_target[here] = of_target
-        if grad_input is not None:
-            torch.mm(logits, flat, out=grad_input[here])
-        if grad_weight is not None:
-            _add_product(grad_weight, logits.t(), x, first > 0)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=sums)
     found = None
@@ -185,13 +185,13 @@ def sums_by_blocks(
         first_class, classes: Where the head's classes stand among all.
         blocks: What takes in what else is measured, None where nothing is.
     """
-    input, _, _, target, weight, cap = head
+    input, _, _, target, weight, shaping = head
     classes = len(head.linear_weight) if classes is None else classes
     lse = input.new_full((len(input),), -torch.inf, dtype=torch.float64)
     aimed = torch.zeros_like(lse)
     for logits, _, here, first in _tiles(head, tile):
-        logits = _capped(backend, logits, cap)
         among = Among(first_class + first, classes)
+        logits = shape(backend, shaping, logits, target[here], among.first).capped
         block = Measured.empty(len(logits), logits)
         measures = Measures(*block[1:]) if blocks else Measures(block.log_sum_exp)
         part = sums_of_block(backend, logits, target[here], weight, options, among, measures)
@@ -253,6 +253,7 @@ def gradients_by_blocks(
     wanted: Wanted,
     lse: Tensor,
     upstream: Tensor,
+    filter_eps: float = 0.0,
     first_class: int = 0,
     classes: int | None = None,
 ) -> Gradients:
@@ -260,9 +261,10 @@ def gradients_by_blocks(
 
     Args:
         lse: The log-sum-exp of all classes, in float64.
+        filter_eps: See `_classes_that_count`.
         first_class, classes: Where the head's classes stand among all.
     """
-    input, linear_weight, linear_bias, target, weight, cap = head
+    input, linear_weight, linear_bias, target, weight, shaping = head
     sums, own_classes = accumulate_dtype(input.dtype), len(linear_weight)
     classes = own_classes if classes is None else classes
     want = Want(False, (True, False), True)
@@ -274,20 +276,22 @@ def gradients_by_blocks(
     for logits, (x, of_classes), here, first in _tiles(head, tile):
         among = Among(first_class + first, classes, lse[here])
         given = target[here], weight, _of_rows(options, here), want, upstream[here], among
-        capped = _capped(backend, logits, cap)
-        backend.cross_entropy(capped, *given)
-        logits = _uncapped(backend, capped, logits, cap)
+        shaped = shape(backend, shaping, logits, target[here], among.first)
+        backend.cross_entropy(shaped.capped, *given)
+        logits = gradient_of(backend, shaping, shaped, shaped.capped)
         block = slice(first, first + len(of_classes))
-        if grad_input is not None:
-            _add_product(grad_input[here], logits, of_classes, True)
         if grad_bias is not None:
             grad_bias[block] += logits.sum(0, dtype=sums)
-        if grad_weight is not None:
-            if part is None or here.start == 0:
-                part = _empty(of_classes.shape, sums, input)
-            _add_product(part, logits.t(), x, here.start > 0)
-            if here.stop == len(input):
-                grad_weight[block] = part
+        if grad_weight is not None and (part is None or here.start == 0):
+            part = _empty(of_classes.shape, sums, input)
+        _add_products(
+            (logits, of_classes, x),
+            _classes_that_count(logits, upstream[here], filter_eps),
+            None if grad_input is None else (grad_input[here], True),
+            None if part is None else (part, here.start > 0),
+        )
+        if grad_weight is not None and part is not None and here.stop == len(input):
+            grad_weight[block] = part
     return _as(grad_input, input), grad_weight, _as(grad_bias, linear_bias), None
 
 
@@ -342,15 +346,50 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _capped(backend: Backend, logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else backend.activation("softcap", logits, cap)
+# Of a block, more than which are not worth their copies.
+MOST_KEPT = 0.5
 
 
-def _uncapped(backend: Backend, gradient: Tensor, logits: Tensor, cap: float | None) -> Tensor:
-    """The gradient of the logits, from that of the capped ones."""
-    if cap is None:
-        return gradient
-    return backend.activation_backward("softcap", gradient, logits, cap)
+def _classes_that_count(
+    gradient: Tensor, upstream: Tensor | None, filter_eps: float
+) -> Tensor | None:
+    """The columns of a block of the logits' gradient where it is at least ``filter_eps``.
+
+    That is times the largest ``upstream`` of the block. None stands for all: where nothing is to be
+    left out, or not enough, or a GPU would have to be waited for.
+    """
+    if not filter_eps or not gradient.is_cpu:
+        return None
+    least = filter_eps if upstream is None else filter_eps * float(upstream.abs().max())
+    low, high = gradient.aminmax(dim=0)
+    kept = (~((high < least) & (low > -least))).nonzero().flatten()  # a NaN counts
+    return kept if len(kept) < MOST_KEPT * len(low) else None
+
+
+def _add_products(
+    block: tuple[Tensor, Tensor, Tensor],
+    kept: Tensor | None,
+    to_input: tuple[Tensor, bool] | None,
+    to_weight: tuple[Tensor, bool] | None,
+) -> None:
+    """What a block of the logits' gradient makes of its classes' weight and its rows' input.
+
+    Args:
+        to_input, to_weight: Where to, and whether it is added to what is there.
+    """
+    gradient, of_classes, x = block
+    if kept is not None:
+        gradient, of_classes = gradient[:, kept], of_classes[kept]
+    if to_input is not None:
+        _add_product(to_input[0], gradient, of_classes, to_input[1])
+    if to_weight is None:
+        return
+    to, add = to_weight
+    if kept is None:
+        _add_product(to, gradient.t(), x, add)
+    else:
+        to = to if add else to.zero_()
+        to.index_add_(0, kept, torch.mm(gradient.t(), x).to(to.dtype))
 
 
 def _add_product(to: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

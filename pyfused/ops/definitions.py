@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Head
+from pyfused.backends import CrossEntropyOptions, Head, Shaping
 from pyfused.ops import metrics
 from pyfused.ops.declaration import reduction_of
+from pyfused.ops.shaping import scaled_with_margin
 from pyfused.ops.torchs import original
 
 _cross_entropy = original(F.cross_entropy)
@@ -93,10 +94,15 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
+    margin: float = 0.0,
+    margin_kind: str = "cosface",
+    scale: float = 1.0,
+    filter_eps: float = 0.0,
     return_metrics: bool = False,
 ) -> Any:
     beyond = z_loss, token_weight, denominator, loss_dtype
-    plain = beyond == (0, None, None, None) and softcap is None and not return_metrics
+    plain = beyond == (0, None, None, None) and not return_metrics
+    plain = plain and softcap is None and not margin and scale == 1
     if plain and _linear_cross_entropy is not None:
         return _linear_cross_entropy(
             input,
@@ -111,18 +117,21 @@ def linear_cross_entropy(
         )
     ignore_index = -100 if ignore_index is None else ignore_index
     given = CrossEntropyOptions(ignore_index, reduction, label_smoothing, 0.0, *beyond)
-    head = Head(input, linear_weight, linear_bias, target, weight, softcap)
-    checks.linear_cross_entropy(head, given, memory_budget)
+    shaping = Shaping(softcap, margin, margin_kind, scale)
+    head = Head(input, linear_weight, linear_bias, target, weight, shaping)
+    checks.linear_cross_entropy(head, given, memory_budget, filter_eps)
     return of_logits(head, given, return_metrics)
 
 
 def of_logits(head: Head, options: CrossEntropyOptions, return_metrics: bool = False) -> Any:
     """Cross-entropy of a linear layer's output, from all of it."""
-    input, linear_weight, linear_bias, target, weight, cap = head
+    input, linear_weight, linear_bias, target, weight, shaping = head
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
     logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
-    logits = logits if cap is None else softcap(logits, cap)
+    if shaping.margin or shaping.scale != 1:
+        logits = scaled_with_margin(logits, target, shaping)
+    logits = logits if shaping.softcap is None else softcap(logits, shaping.softcap)
     options_of_call = options._asdict() | {"return_metrics": return_metrics}
     return cross_entropy(logits, target, weight, **options_of_call)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.backends import Backend, CrossEntropyOptions, Gradients, Head, cpu
+from pyfused.backends import CrossEntropyOptions, Gradients, Head, Shaping
 from pyfused.backends.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunked import (
@@ -44,9 +44,9 @@ SMALL_BELOW = 1 << 15
 class Call(NamedTuple):
     """What a call has beside the tensors of its head."""
 
-    backend: Backend
     options: CrossEntropyOptions
     memory_budget: int | None
+    filter_eps: float
     return_metrics: bool = False
 
 
@@ -55,32 +55,32 @@ class LinearCrossEntropy(Operator):
     """Of a linear layer's output."""
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
-        head, options, memory_budget = _read(arguments)
-        checks.linear_cross_entropy(head, options, memory_budget)
-        device, dtype = head.input.device.type, _dtype_of_loss(head, options)
+        head, call = _read(arguments)
+        checks.linear_cross_entropy(head, *call[:3])
+        device, dtype = head.input.device.type, _dtype_of_loss(head, call.options)
         autocast: AbstractContextManager[Any] = nullcontext()
         if torch.is_autocast_enabled(device):
             head = _cast(head, torch.get_autocast_dtype(device))
             autocast = torch.autocast(device, enabled=False)
         compiled = is_dynamo_compiling() or is_traced(head.input)
         if not compiled:
-            _check_indices(head, options)
+            _check_indices(head, call.options)
         lone = head.input.dim() == 1
         if lone:
-            head, options = _as_batch(head, options)
+            head, call = _as_batch(head, call)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
         with autocast:
-            loss, *metrics = _run(head, options, memory_budget, arguments[-1])
+            loss, *metrics = _run(head, call)
         if lone:
             loss, *metrics = (found.reshape(()) for found in (loss, *metrics))
         loss = loss if loss.dtype is dtype else loss.to(dtype)
         return (loss, Metrics(*metrics)) if metrics else loss
 
     def check(self, arguments: Arguments) -> None:
-        head, options, memory_budget = _read(arguments)
-        checks.linear_cross_entropy(head, options, memory_budget)
-        checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
+        head, call = _read(arguments)
+        checks.linear_cross_entropy(head, *call[:3])
+        checks.class_indices(len(head.linear_weight), head.target, call.options.ignore_index)
 
     def manner(self, input: Tensor) -> str:  # noqa: ARG002
         return "some logits at a time"
@@ -91,7 +91,7 @@ def against_linear_cross_entropy(input: Tensor, linear_weight: Tensor, *rest: An
     compiled = is_dynamo_compiling() or is_traced(input)
     if input.dim() not in (1, 2) or linear_weight.dim() < 2:
         return "input is neither (D) nor (N, D)"
-    *_, denominator, _, return_metrics = rest
+    denominator, *_, return_metrics = rest[-7:]
     if compiled and return_metrics:
         return "torch.compile: metrics are Inductor's"
     if isinstance(denominator, Tensor):
@@ -105,10 +105,10 @@ def against_linear_cross_entropy(input: Tensor, linear_weight: Tensor, *rest: An
     return SMALL if rows * linear_weight[..., 0].numel() < SMALL_BELOW else None
 
 
-def _read(arguments: Arguments) -> tuple[Head, CrossEntropyOptions, int | None]:
+def _read(arguments: Arguments) -> tuple[Head, Call]:
     input, linear_weight, target, linear_bias, weight, reduction, ignore_index, *rest = arguments
     label_smoothing, _, memory_budget, z_loss, softcap, *rest = rest
-    token_weight, denominator, loss_dtype, _ = rest
+    token_weight, denominator, loss_dtype, margin, margin_kind, scale, *last = rest
     options = CrossEntropyOptions(
         -100 if ignore_index is None else ignore_index,
         reduction,
@@ -119,8 +119,9 @@ def _read(arguments: Arguments) -> tuple[Head, CrossEntropyOptions, int | None]:
         denominator,
         loss_dtype,
     )
-    head = Head(input, linear_weight, linear_bias, target, weight, softcap)
-    return head, options, memory_budget
+    shaping = Shaping(softcap, margin, margin_kind, scale)
+    head = Head(input, linear_weight, linear_bias, target, weight, shaping)
+    return head, Call(options, memory_budget, *last)
 
 
 def _check_indices(head: Head, options: CrossEntropyOptions) -> None:
@@ -129,13 +130,14 @@ def _check_indices(head: Head, options: CrossEntropyOptions) -> None:
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
 
-def _as_batch(head: Head, options: CrossEntropyOptions) -> tuple[Head, CrossEntropyOptions]:
+def _as_batch(head: Head, call: Call) -> tuple[Head, Call]:
     """One row as a batch of one."""
+    options = call.options
     probabilities, token_weight = head.target.is_floating_point(), options.token_weight
     target = head.target[None] if probabilities else head.target.reshape(1)
     if token_weight is not None:
         options = options._replace(token_weight=token_weight.reshape(1))
-    return head._replace(input=head.input[None], target=target), options
+    return head._replace(input=head.input[None], target=target), call._replace(options=options)
 
 
 def _dtype_of_loss(head: Head, options: CrossEntropyOptions) -> torch.dtype:
@@ -155,14 +157,13 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
     )
 
 
-def _run(
-    head: Head, options: CrossEntropyOptions, memory_budget: int | None, return_metrics: bool
-) -> tuple[Tensor, ...]:
+def _run(head: Head, call: Call) -> tuple[Tensor, ...]:
     """The loss, and the metrics where they are wanted."""
     if is_dynamo_compiling() or is_traced(head.input):
+        options = call.options
         rest = *options[:3], options.z_loss, options.token_weight, options.denominator
-        return (torch.ops.pyfused.linear_cross_entropy(*head, *rest, memory_budget),)
-    call = Call(backend_of(head.input), options, memory_budget, return_metrics)
+        given = *head[:5], *head.shaping, *rest, call.memory_budget, call.filter_eps
+        return (torch.ops.pyfused.linear_cross_entropy(*given),)
     tensors = (tensor for tensor in head[:4] if tensor is not None)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _apply(call, *head)  # type: ignore[no-any-return]
@@ -239,7 +240,7 @@ class Found(NamedTuple):
 
 
 def _loss(call: Call, head: Head, wanted: Wanted | None = None) -> Found:
-    options, n = call.options, len(head.input)
+    options, n, backend = call.options, len(head.input), backend_of(head.input)
     kept, denominator = _targets(head, options)
     part, options = _keep(head, options, kept)
     each, lse, gradients = options.reduction == "none", None, None
@@ -252,8 +253,8 @@ def _loss(call: Call, head: Head, wanted: Wanted | None = None) -> Found:
             upstream = _scalar(1.0, denominator, head)
         if call.return_metrics:
             measured = Measured.empty(math.prod(_shape_of_losses(part)), part.input)
-        given = options, rows, True, wanted or Wanted(), upstream, measured
-        loss, found = by_rows(call.backend, part, *given)
+        given = options, rows, True, wanted or Wanted(), upstream, call.filter_eps, measured
+        loss, found = by_rows(backend, part, *given)
         if wanted is not None:
             gradients = _of_all_rows(found, kept, n)
     else:
@@ -261,7 +262,7 @@ def _loss(call: Call, head: Head, wanted: Wanted | None = None) -> Found:
         if call.return_metrics:
             blocks = Blocks(len(part.input), part.input)
             measured = blocks.measured
-        lse, aimed = sums_by_blocks(call.backend, part, options, tile, blocks=blocks)
+        lse, aimed = sums_by_blocks(backend, part, options, tile, blocks=blocks)
         loss = each_of_sums(options, part.target, part.weight, lse, aimed)
         loss = loss if each else loss.sum(dtype=torch.float64)
     assert loss is not None
@@ -309,14 +310,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         ahead = gradients_ahead(call.options.reduction, given.input)
         wanted = Wanted(*ctx.needs_input_grad[1:5]) if ahead else None
         loss, lse, ctx.gradients, metrics = _loss(call, given, wanted)
-        ctx.call, ctx.softcap = call, given.softcap
+        ctx.call, ctx.shaping, ctx.backend = call, given.shaping, backend_of(given.input)
         ctx.save_for_backward(*given[:5], lse)
         ctx.mark_non_differentiable(*metrics)
         return loss, *metrics
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        ctx.backend = ctx.call.backend
         found = backward("linear_cross_entropy", ctx, grad_output, _kernel, _definition)
         return None, *found, None, None
 
@@ -326,7 +326,7 @@ _apply = without_functorch(LinearCrossEntropyFunction)
 
 def _saved(ctx: Any) -> tuple[Head, Tensor | None]:
     *tensors, lse = ctx.saved_tensors
-    return Head(*tensors)._replace(softcap=ctx.softcap), lse
+    return Head(*tensors)._replace(shaping=ctx.shaping), lse
 
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -337,7 +337,7 @@ def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
 def _gradients(
     call: Call, head: Head, wanted: Wanted, lse: Tensor | None, grad_output: Tensor
 ) -> Gradients:
-    options, n = call.options, len(head.input)
+    options, n, backend = call.options, len(head.input), backend_of(head.input)
     kept, denominator = _targets(head, options)
     part, options = _keep(head, options, kept)
     each = options.reduction == "none"
@@ -345,13 +345,15 @@ def _gradients(
     upstream = upstream[kept] if each and kept is not None else upstream
     rows = rows_at_once(part, call.memory_budget)
     if rows:
-        _, found = by_rows(call.backend, part, options, rows, False, wanted, upstream)
+        given = options, rows, False, wanted, upstream, call.filter_eps
+        _, found = by_rows(backend, part, *given)
     else:
         tile = tile_of(part, call.memory_budget)
         if lse is None:
-            lse, _ = sums_by_blocks(call.backend, part, options, tile)
+            lse, _ = sums_by_blocks(backend, part, options, tile)
         upstream = upstream.expand(len(lse))
-        found = gradients_by_blocks(call.backend, part, options, tile, wanted, lse, upstream)
+        upstreams = upstream, call.filter_eps
+        found = gradients_by_blocks(backend, part, options, tile, wanted, lse, *upstreams)
     return _of_all_rows(found, kept, n)
 
 
@@ -380,8 +382,9 @@ def _of_definition(
 
 _ARGUMENTS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-    "float? softcap, int ignore_index, str reduction, float label_smoothing, float z_loss, "
-    "Tensor? token_weight, float? denominator, int? memory_budget"
+    "float? softcap, float margin, str margin_kind, float scale, "
+    "int ignore_index, str reduction, float label_smoothing, float z_loss, "
+    "Tensor? token_weight, float? denominator, int? memory_budget, float filter_eps"
 )
 _LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
 _LIBRARY.define(f"linear_cross_entropy({_ARGUMENTS}) -> Tensor")
@@ -393,11 +396,10 @@ _LIBRARY.define(
 
 def _called(given: tuple[Any, ...]) -> tuple[Call, Head]:
     """From an operator's arguments."""
-    *head, ignore_index, reduction, smoothing, z_loss, token_weight, denominator, budget = given
-    options = CrossEntropyOptions(
-        ignore_index, reduction, smoothing, 0.0, z_loss, token_weight, denominator
-    )
-    return Call(cpu, options, budget), Head(*head)
+    head, shaping = given[:5], Shaping(*given[5:9])
+    ignore_index, reduction, smoothing, *beyond, memory_budget, filter_eps = given[9:]
+    options = CrossEntropyOptions(ignore_index, reduction, smoothing, 0.0, *beyond)
+    return Call(options, memory_budget, filter_eps), Head(*head)._replace(shaping=shaping)
 
 
 def _operator(*given: Any) -> Tensor:
@@ -431,13 +433,14 @@ def _fake_backward(_grad_output: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.numbers = (*inputs[5:10], *inputs[11:])
-    ctx.save_for_backward(*inputs[:5], inputs[10])
+    ctx.numbers = inputs[5:13], inputs[14:]
+    ctx.save_for_backward(*inputs[:5], inputs[13])
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     *head, token_weight = ctx.saved_tensors
-    given = (*head, *ctx.numbers[:5], token_weight, *ctx.numbers[5:])
+    before, after = ctx.numbers
+    given = (*head, *before, token_weight, *after)
     wanted = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():
         call, of = _called(given)
@@ -445,7 +448,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     else:
         found = torch.ops.pyfused.linear_cross_entropy_backward(grad_output, *given, wanted)
     kept = (gradient if want else None for gradient, want in zip(found, wanted, strict=True))
-    return *kept, *[None] * 9
+    return *kept, *[None] * 13
 
 
 _LIBRARY.impl("linear_cross_entropy", _operator, "CPU")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyfused import checks
-from pyfused.backends import Among, CrossEntropyOptions, Head, Measures, Want
+from pyfused.backends import Among, CrossEntropyOptions, Head, Measures, Shaping, Want
 from pyfused.ops.chunked import (
     Wanted,
     each_of_sums,
@@ -198,18 +198,18 @@ class VocabParallelLinearCrossEntropy(torch.autograd.Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        softcap: float | None,
+        shaping: Shaping,
         options: CrossEntropyOptions,
         shard: Shard,
         memory_budget: int | None,
     ) -> Tensor:
-        head = Head(input, linear_weight, linear_bias, target.to(torch.int64), weight, softcap)
+        head = Head(input, linear_weight, linear_bias, target.to(torch.int64), weight, shaping)
         ctx.tile, ctx.backend = tile_of(head, memory_budget), backend_of(input)
         own, aimed = sums_by_blocks(ctx.backend, head, options, ctx.tile, *shard[1:])
         lse, aimed = _of_all(own, aimed, shard)
         each = each_of_sums(options, head.target, weight, lse, aimed)
         loss, ctx.divisor = _reduced(each, head.target, weight, options)
-        ctx.options, ctx.shard, ctx.softcap = options, shard, softcap
+        ctx.options, ctx.shard, ctx.shaping = options, shard, shaping
         ctx.save_for_backward(*head[:5], lse)
         return loss
 
@@ -217,11 +217,11 @@ class VocabParallelLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
-        head = Head(*tensors)._replace(softcap=ctx.softcap)
+        head = Head(*tensors)._replace(shaping=ctx.shaping)
         upstream = _upstream(grad_output, ctx.divisor, head.target)
         wanted = Wanted(*ctx.needs_input_grad[:3])
         given = ctx.backend, head, ctx.options, ctx.tile, wanted, lse, upstream
-        grad_input, *found = gradients_by_blocks(*given, *ctx.shard[1:])
+        grad_input, *found = gradients_by_blocks(*given, 0.0, *ctx.shard[1:])
         if grad_input is not None:
             dist.all_reduce(grad_input, group=ctx.shard.group)
         return grad_input, *found[:2], *[None] * 6
