@@ -54,8 +54,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
     Its arguments are torch's, and by name ``gamma``, which makes it focal loss, ``z_loss``,
-    ``softcap``, ``loss_dtype``, ``margin``, ``margin_kind``, ``scale``, and ``inplace``, which lets the
-    gradient take the logits' memory.
+    ``softcap``, ``loss_dtype``, ``margin``, ``margin_kind``, ``scale``, and ``inplace``, which lets
+    the gradient take the logits' memory.
     """
 
     gamma, z_loss, inplace = 0.0, 0.0, False  # of a module that was torch's, too
