@@ -66,7 +66,7 @@ def report(name: str, input: Tensor, head: Tensor, target: Tensor) -> None:
             float((mine - best).abs().max() / best.abs().max())
             for mine, best in zip(gradients(epsilon), exact, strict=True)
         ]
-        low, median, high = ratios(times, taken[0]
+        low, median, high = ratios(times, taken[0])
         print(
             f"  filter_eps {epsilon:.1e}: {median:.2f} of the time ({low:.2f} to {high:.2f}), "
             f"off by {errors[0]:.1e} and {errors[1]:.1e}"
