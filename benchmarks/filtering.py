@@ -45,7 +45,7 @@ def trained(steps: int) -> tuple[Tensor, Tensor, Tensor]:
         loss = gpt.loss_of(model, model(inputs).flatten(0, 1), target.flatten(), F, True)
         loss.backward()
         optimizer.step()
-    print(f"loss after {steps} steps: {float(loss):.2f}")
+    print(f"loss after {steps} steps: {loss.item():.2f}")
     inputs, target = gpt.sample(text["held_out"], generator)
     return model(inputs).flatten(0, 1).detach(), model.head.weight.detach(), target.flatten()
 

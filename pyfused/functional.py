@@ -315,9 +315,10 @@ def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second'
             of every logit of theirs is below ``filter_eps`` times the loss's own gradient (divided
             by what a mean divides by). The input's gradient is off by less than that times the sum
             of ``linear_weight.abs()`` over the classes, the weight's by less than that times the
-            sum of ``input.abs()`` over the rows. What is left out of trained models is most of it:
-            2 ** -12, what bfloat16 can tell from 1, is usual (Wijmans et al. 2024, arXiv
-            2411.09009). 0.0 leaves out nothing; nor do GPUs, which would have to be waited for.
+            sum of ``input.abs()`` over the rows: little for a model that is sure of its
+            predictions, much for one that is not, as small probabilities add up. Wijmans et al.
+            2024 (arXiv 2411.09009) take 2 ** -12, what bfloat16 can tell from 1. 0.0 leaves out
+            nothing; nor do GPUs, which would have to be waited for.
         return_metrics: As above; of each target, with the head's output as the logits.
 
     Returns:
