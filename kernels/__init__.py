@@ -5,7 +5,7 @@ they have in the C++ module.
 """
 
 from .activation import activation, scale
-from .cross_entropy import cross_entropy
+from .cross_entropy_launch import cross_entropy
 from .multi_margin_loss import multi_margin_loss
 from .nll_loss import nll_loss
 from .pointwise_loss import pointwise_loss

@@ -33,24 +33,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from . import launch
 from .arithmetic import exp_nonpositive, log, tanh
-from .sums import count, sum_parts
 from .tiles import (
     View,
-    Viewed,
     add_exponentials,
     block_of,
-    compiled_in,
-    layout,
     pivot_of,
     place,
     read_tile,
-    viewed,
     whole_row,
 )
 
@@ -511,129 +504,3 @@ def two_read_kernel(
     if outputs.entropy is not None:
         store_measures(inputs, outputs, at, sums, distance, leader, part, shares.splits)
     store_loss(inputs, outputs, scalars, at, sums, loss, part, shares.splits, constants)
-
-
-def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, float]:
-    """Level, offset and share of the equations above; follows: the aim is that of probabilities."""
-    uniform = smoothing / classes
-    if follows:
-        return 1 - smoothing, uniform / (1 - smoothing), 0.0
-    return uniform, 1.0, 1 - smoothing
-
-
-def run(
-    inputs: Inputs,
-    outputs: Outputs,
-    shares: Shares,
-    scalars: Scalars,
-    constants: Constants,
-    programs: int,
-    options: dict[str, Any],
-) -> None:
-    """Launches one kernel that reads once, or one or two that read twice."""
-    grid, compiled = (programs,), compiled_in(constants)
-    if inputs.classes <= constants.CLASSES:
-        one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
-        return
-    if shares.splits > 1 and inputs.lse is None:
-        x = inputs.logits.data
-        dtype = launch.accumulate_dtype(x.dtype)
-        shares = shares._replace(sums=x.new_empty((3, shares.plane), dtype=dtype))
-        split_kernel[grid](inputs, shares, *scalars, compiled, **options)
-    powers = triton.next_power_of_2(shares.splits)
-    two_read_kernel[grid](inputs, outputs, shares, *scalars, compiled, SPLITS=powers, **options)
-
-
-def cross_entropy(
-    sizes: tuple[int, int, int],
-    logits: Viewed,
-    target: torch.Tensor | None,
-    probabilities: Viewed | None,
-    weight: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
-    options: Any,
-    among: Any,
-    upstream: torch.Tensor | None,
-    loss: torch.Tensor | None,
-    grad_logits: Viewed | None,
-    grad_probabilities: Viewed | None,
-    measures: Any,
-) -> None:
-    """Computes the outputs that are not None; grad_logits may be the logits."""
-    outer, inner, classes = sizes
-    first_class, all_classes, lse = among
-    positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
-    views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
-    denominator, scale = options.denominator if mean else None, 1.0
-    if isinstance(denominator, (int, float)):
-        denominator, scale = None, 1 / denominator
-    elif mean and denominator is None and target is None:
-        if token_weight is None:
-            scale = 1 / positions
-        else:
-            denominator = token_weight.sum(dtype=torch.float64)
-    elif mean and denominator is None:
-        denominator = count(target, weight, token_weight, options.ignore_index, all_classes)
-
-    smoothing = max(0.0, options.label_smoothing)
-    follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
-    aimed = None
-    if lse is not None and dense:
-        of_all = lse.new_full((), all_classes) if weight is None else weight
-        aimed = of_all.sum(dtype=torch.float64)
-    compiled, tile = layout(sizes, [view for view in views if view is not None], dense)
-    splits, length = launch.splits(positions, classes, tile.classes)
-    programs = outer * triton.cdiv(inner, tile.positions) * splits
-    parts = loss
-    if loss is not None and not (each and splits == 1):
-        parts = loss.new_empty(positions * splits if each else programs)
-    own_lse, *measured = measures or (None, None, None)
-    measured_parts = measured
-    if splits > 1:
-        measured_parts = [to if to is None else to.new_empty(positions, splits) for to in measured]
-    run(
-        Inputs(
-            views[0],
-            target,
-            views[1],
-            weight,
-            token_weight,
-            lse,
-            aimed,
-            upstream,
-            int(each),
-            denominator,
-            options.ignore_index,
-            inner,
-            classes,
-            first_class,
-            all_classes,
-        ),
-        Outputs(parts, own_lse, *measured_parts, *views[2:]),
-        Shares(splits, length, None, positions * splits),
-        Scalars(
-            *terms(smoothing, all_classes, follows),
-            scale,
-            float(options.gamma),
-            float(options.z_loss),
-        ),
-        Constants(
-            *compiled,
-            SLOPE=float(follows),
-            DENSE=dense,
-            EACH=each,
-            INPLACE=grad_logits is logits,
-            FOCAL=options.gamma > 0,
-            SQUARES=options.z_loss > 0,
-        ),
-        programs,
-        launch.options(tile.threads),
-    )
-    if parts is not loss:
-        sum_parts(parts, loss, denominator, scale)
-    entropy, prediction = measured
-    if entropy is not None:
-        if splits > 1:
-            torch.sum(measured_parts[0], 1, out=entropy)
-            torch.amin(measured_parts[1], 1, out=prediction)
-        prediction.sub_(FAR.value * (prediction >= FAR.value))
