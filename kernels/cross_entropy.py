@@ -41,6 +41,7 @@ from .tiles import (
     View,
     add_exponentials,
     block_of,
+    exp_shifted,
     pivot_of,
     place,
     read_tile,
@@ -95,8 +96,10 @@ class Constants(NamedTuple):
     UNIT: Any
     POSITIONS: Any
     CLASSES: Any
+    EXACT: Any
     SLOPE: Any
     DENSE: Any  # every class is aimed at, not the target alone
+    UNIFORM: Any  # and each with the same weight
     EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
     FOCAL: Any  # gamma is not 0
@@ -118,7 +121,7 @@ class Positions(NamedTuple):
     wrong: Any  # out of range
     hit: Any
     spike: Any
-    scale: Any
+    scale: Any  # 0 where they are not live
 
 
 class Sums(NamedTuple):
@@ -127,6 +130,13 @@ class Sums(NamedTuple):
     high: Any  # the largest logit
     total: Any  # of exp(x - pivot)
     aimed: Any  # of q / level, but for the spike; for focal loss the target's own logit
+
+
+class Own(NamedTuple):
+    """The logits of the targets, read before any program overwrites them."""
+
+    logit: Any
+    here: Any  # whether it is in these classes
 
 
 @triton.jit
@@ -157,6 +167,7 @@ def pick(inputs, scalars, program, constants):
         scale *= tl.load(inputs.upstream + flat * inputs.upstream_step, mask=present, other=0.0)
     if inputs.token_weight is not None:
         scale *= tl.load(inputs.token_weight + flat, mask=present, other=0.0)
+    scale = tl.where(live, scale, 0.0)
     read = live
     if constants.COLUMNS:
         read = present
@@ -170,7 +181,7 @@ def read_logits(inputs, at, c, last, constants):
 
 @triton.jit
 def read_aim(inputs, scalars, at, c, last, constants):
-    """q / level but for the spike."""
+    """q / level but for the spike, where that differs from class to class."""
     mask = at.read[:, None] & (c < last)[None, :]
     aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
@@ -204,15 +215,15 @@ def given_sums(inputs, at, constants):
     high = lse.to(constants.A)
     lacks = (lse - high.to(tl.float64)).to(constants.A)
     aimed = tl.zeros_like(high)
-    if constants.DENSE:
+    if constants.DENSE and not constants.UNIFORM:
         aimed += tl.load(inputs.aimed).to(constants.A)
     return Sums(high, 1.0 + tl.where(lacks == lacks, lacks, 0.0), aimed)
 
 
 @triton.jit
-def add_classes(sums, x, aim):
+def add_classes(sums, x, aim, constants):
     """Takes a tile of logits, and of what they aim at, into the sums."""
-    high, total = add_exponentials(sums.high, sums.total, x)
+    high, total = add_exponentials(sums.high, sums.total, x, constants)
     aimed = sums.aimed
     if aim is not None:
         aimed += tl.sum(aim, 1)
@@ -227,40 +238,46 @@ def sum_classes(inputs, scalars, at, first, last, constants):
         c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
         x = read_logits(inputs, at, c, last, constants)
         aim = None  # a function may not return it: so each kernel reads its tiles in full
-        if constants.DENSE:
+        if constants.DENSE and not constants.UNIFORM:
             aim = read_aim(inputs, scalars, at, c, last, constants)
-        sums = add_classes(sums, x, aim)
+        sums = add_classes(sums, x, aim, constants)
     return sums
 
 
 @triton.jit
 def own_logit(inputs, at, first, last, constants):
-    """x_t where the target is in classes first to last, else 0; and where it is."""
-    own = at.live & (at.hit >= first) & (at.hit < last)
-    rows = inputs.logits.data + at.outer * inputs.logits.outer + at.inner * inputs.logits.inner
-    x = tl.load(rows + at.hit * inputs.logits.classes, mask=own, other=0.0)
-    return x.to(constants.A), own
+    """Of targets in classes first to last; else 0."""
+    here = at.live & (at.hit >= first) & (at.hit < last)
+    if inputs.target is None:
+        return Own(tl.zeros_like(at.spike), here)
+    x = tl.load(place_of_hit(inputs.logits, at), mask=here, other=0.0)
+    return Own(x.to(constants.A), here)
 
 
 @triton.jit
-def with_own_logit(inputs, at, sums, first, last, constants):
-    """For focal loss, before any program overwrites it."""
+def place_of_hit(view, at):
+    rows = view.data + at.outer * view.outer + at.inner * view.inner
+    return rows + at.hit * view.classes
+
+
+@triton.jit
+def with_own_logit(sums, own, constants):
+    """For focal loss, of which each program has to know it."""
     if not constants.FOCAL:
         return sums
-    return Sums(sums.high, sums.total, own_logit(inputs, at, first, last, constants)[0])
+    return Sums(sums.high, sums.total, own.logit)
 
 
 @triton.jit
-def spike_loss(inputs, scalars, at, sums, first, last, constants):
-    """The target's own term of the loss, where the target is in classes first to last."""
+def spike_loss(inputs, scalars, at, sums, own, constants):
+    """The target's own term of the loss, where the target is in these classes."""
     if inputs.target is None:
         return tl.zeros_like(at.spike)
-    x, own = own_logit(inputs, at, first, last, constants)
-    nll = (pivot_of(sums.high) - x) + tl.log(sums.total)
+    nll = (pivot_of(sums.high) - own.logit) + tl.log(sums.total)
     loss = at.spike * nll
     if constants.FOCAL:
         loss *= exp_nonpositive(tl.full([], scalars.gamma, constants.A) * log(missing(nll)))
-    return tl.where(own, loss, 0.0)
+    return tl.where(own.here, loss, 0.0)
 
 
 @triton.jit
@@ -288,27 +305,54 @@ def focused(scalars, at, sums, constants):
 
 
 @triton.jit
+def mass_of(inputs, scalars, at, sums, constants):
+    """dloss/dlse: sum_c q_c, and what z_loss adds."""
+    mass = at.spike
+    if constants.SQUARES:
+        mass += tl.full([], 2.0 * scalars.z_loss, constants.A) * lse_of(sums)
+    level = tl.full([], scalars.level, constants.A)
+    if constants.UNIFORM:
+        mass += level * inputs.all_classes
+    elif constants.DENSE:
+        mass += level * sums.aimed
+    return mass
+
+
+@triton.jit
+def factor_of(inputs, scalars, at, sums, constants):
+    """What exp(x - pivot) is multiplied by for the gradient; 0 where nothing counts."""
+    factor = mass_of(inputs, scalars, at, sums, constants) * at.scale / sums.total
+    return tl.where(at.live, factor, 0.0)
+
+
+@triton.jit
 def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
-    """Writes the gradients of a tile, and returns its part of the dense terms of the loss."""
+    """Writes the gradients of a tile, and returns its part of the dense terms of the loss.
+
+    Where classes lie side by side the target's own gradient is left to `finish_own`.
+    """
     mask = at.present[:, None] & (c < last)[None, :]
     pivot = pivot_of(sums.high)[:, None]
     log_total = tl.log(sums.total)[:, None]
     level = tl.full([], scalars.level, constants.A)
-    mass = at.spike
     loss = tl.zeros_like(at.spike)
-    if constants.SQUARES:
-        mass += tl.full([], 2.0 * scalars.z_loss, constants.A) * lse_of(sums)
-    if aim is not None:
-        mass += level * sums.aimed
-        loss = level * tl.sum(tl.where(mask, aim * ((pivot - x) + log_total), 0.0), 1)
+    if constants.DENSE:
+        distance = (pivot - x) + log_total
+        if not constants.UNIFORM:
+            distance *= aim
+        loss = level * tl.sum(tl.where(mask, distance, 0.0), 1)
     if outputs.grad_logits is not None:
-        gradient = exp_nonpositive(x - pivot) * (mass * at.scale / sums.total)[:, None]
-        if aim is not None:
+        factor = factor_of(inputs, scalars, at, sums, constants)
+        gradient = exp_shifted(x - pivot, constants) * factor[:, None]
+        if constants.UNIFORM:
+            gradient -= (level * at.scale)[:, None]
+        elif constants.DENSE:
             gradient -= aim * (level * at.scale)[:, None]
-        if inputs.target is not None:
-            spike = (at.spike * at.scale)[:, None]
-            gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
-        gradient = tl.where(at.live[:, None], gradient, 0.0)
+        if constants.COLUMNS:
+            if inputs.target is not None:
+                spike = (at.spike * at.scale)[:, None]
+                gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
+            gradient = tl.where(at.live[:, None], gradient, 0.0)
         if constants.INPLACE:
             tl.debug_barrier()  # no thread is to read a logit that another has overwritten
         tl.store(place(outputs.grad_logits, at, c, constants), gradient, mask=mask)
@@ -318,6 +362,24 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
             gradient *= weight_of(inputs, c, last)
         tl.store(place(outputs.grad_probabilities, at, c, constants), gradient, mask=mask)
     return loss
+
+
+@triton.jit
+def finish_own(inputs, outputs, scalars, at, sums, own, constants):
+    """Writes the gradient at the targets, one store a position rather than a choice a class."""
+    if outputs.grad_logits is None or inputs.target is None or constants.COLUMNS:
+        return
+    factor = factor_of(inputs, scalars, at, sums, constants)
+    gradient = exp_shifted(own.logit - pivot_of(sums.high), constants) * factor
+    aim = tl.zeros_like(gradient)
+    if constants.DENSE:
+        aim += tl.full([], scalars.level, constants.A)
+        if inputs.weight is not None:
+            weight = inputs.weight + inputs.first_class + at.hit
+            aim *= tl.load(weight, mask=own.here, other=0.0)
+    gradient -= (aim + at.spike) * at.scale
+    tl.debug_barrier()  # the tile's gradients are there
+    tl.store(place_of_hit(outputs.grad_logits, at), gradient, mask=own.here)
 
 
 @triton.jit
@@ -383,22 +445,24 @@ def one_read_kernel(
         whole_row(inputs.classes, constants),
     )
     at = pick(inputs, scalars, tl.program_id(0), constants)
+    own = own_logit(inputs, at, 0, last, constants)
     c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
     x = read_logits(inputs, at, c, last, constants)
     aim = None
-    if constants.DENSE:
+    if constants.DENSE and not constants.UNIFORM:
         aim = read_aim(inputs, scalars, at, c, last, constants)
     if inputs.lse is None:
-        sums = add_classes(no_sums(constants), x, aim)
+        sums = add_classes(no_sums(constants), x, aim, constants)
     else:
         sums = given_sums(inputs, at, constants)
-    sums = with_own_logit(inputs, at, sums, 0, last, constants)
-    loss = spike_loss(inputs, scalars, at, sums, 0, last, constants)
+    sums = with_own_logit(sums, own, constants)
+    loss = spike_loss(inputs, scalars, at, sums, own, constants)
     if outputs.entropy is not None:
         distance, leader = measure(sums, x, c)
         store_measures(inputs, outputs, at, sums, distance, leader, 0, 1)
     at = focused(scalars, at, sums, constants)
     loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
+    finish_own(inputs, outputs, scalars, at, sums, own, constants)
     store_loss(inputs, outputs, scalars, at, sums, loss, 0, 1, constants)
 
 
@@ -438,7 +502,7 @@ def split_kernel(
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     sums = sum_classes(inputs, scalars, at, first, last, constants)
-    sums = with_own_logit(inputs, at, sums, first, last, constants)
+    sums = with_own_logit(sums, own_logit(inputs, at, first, last, constants), constants)
     out = shares.sums + at.flat * shares.splits + part
     tl.store(out, sums.high, mask=at.present)
     tl.store(out + shares.plane, sums.total, mask=at.present)
@@ -478,14 +542,15 @@ def two_read_kernel(
     """Positions whose classes no tile holds; of each one share, where programs share them."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
+    own = own_logit(inputs, at, first, last, constants)
     if inputs.lse is not None:
         sums = given_sums(inputs, at, constants)
     elif shares.sums is None:
         sums = sum_classes(inputs, scalars, at, first, last, constants)
-        sums = with_own_logit(inputs, at, sums, first, last, constants)
+        sums = with_own_logit(sums, own, constants)
     else:
         sums = merge(shares, at, SPLITS)
-    loss = spike_loss(inputs, scalars, at, sums, first, last, constants)
+    loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
     distance = tl.zeros_like(at.spike)
     leader = at.hit * 0 + 2 * FAR
@@ -494,13 +559,14 @@ def two_read_kernel(
             c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
             x = read_logits(inputs, at, c, last, constants)
             aim = None
-            if constants.DENSE:
+            if constants.DENSE and not constants.UNIFORM:
                 aim = read_aim(inputs, scalars, at, c, last, constants)
             if outputs.entropy is not None:
                 measured = measure(sums, x, c)
                 distance += measured[0]
                 leader = tl.minimum(leader, measured[1])
             loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
+    finish_own(inputs, outputs, scalars, at, sums, own, constants)
     if outputs.entropy is not None:
         store_measures(inputs, outputs, at, sums, distance, leader, part, shares.splits)
     store_loss(inputs, outputs, scalars, at, sums, loss, part, shares.splits, constants)

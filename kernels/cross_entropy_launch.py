@@ -91,11 +91,12 @@ def cross_entropy(
 
     smoothing = max(0.0, options.label_smoothing)
     follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
-    aimed = None
-    if lse is not None and dense:
-        of_all = lse.new_full((), all_classes) if weight is None else weight
-        aimed = of_all.sum(dtype=torch.float64)
-    compiled, tile = layout(sizes, [view for view in views if view is not None], dense)
+    uniform, aimed = dense and target is not None and weight is None, None
+    if lse is not None and dense and weight is not None:
+        aimed = weight.sum(dtype=torch.float64)
+    compiled, tile = layout(
+        sizes, [view for view in views if view is not None], dense and not uniform
+    )
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
     parts = loss
@@ -135,6 +136,7 @@ def cross_entropy(
             *compiled,
             SLOPE=float(follows),
             DENSE=dense,
+            UNIFORM=uniform,
             EACH=each,
             INPLACE=grad_logits is logits,
             FOCAL=options.gamma > 0,

@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import exp_nonpositive, log
+from .arithmetic import log
 from .tiles import (
     Viewed,
     add_exponentials,
     block_of,
     compiled_in,
+    exp_shifted,
     layout,
     place,
     read_tile,
@@ -38,11 +39,11 @@ def write_tile(output, at, value, c, last, constants):
 
 
 @triton.jit
-def normalized(x, high, total, LOGARITHM: tl.constexpr):
+def normalized(x, high, total, LOGARITHM: tl.constexpr, constants):
     """Against the largest element itself, so that a row of nothing but -inf is NaN, as in torch."""
     if LOGARITHM:
         return (x - high[:, None]) - log(total)[:, None]
-    return exp_nonpositive(x - high[:, None]) / total[:, None]
+    return exp_shifted(x - high[:, None], constants) / total[:, None]
 
 
 @triton.jit
@@ -55,16 +56,18 @@ def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, WHOLE: tl.cons
     high = total - float("inf")
     if WHOLE:
         tile = read_tile(x, at, at.present, lanes, last, -float("inf"), constants)
-        high, total = add_exponentials(high, total, tile)
-        write_tile(y, at, normalized(tile, high, total, LOGARITHM), lanes, last, constants)
+        high, total = add_exponentials(high, total, tile, constants)
+        tile = normalized(tile, high, total, LOGARITHM, constants)
+        write_tile(y, at, tile, lanes, last, constants)
     else:
         for start in range(0, last, constants.CLASSES):
             tile = read_tile(x, at, at.present, start + lanes, last, -float("inf"), constants)
-            high, total = add_exponentials(high, total, tile)
+            high, total = add_exponentials(high, total, tile, constants)
         for start in range(0, last, constants.CLASSES):
             c = start + lanes
             tile = read_tile(x, at, at.present, c, last, -float("inf"), constants)
-            write_tile(y, at, normalized(tile, high, total, LOGARITHM), c, last, constants)
+            tile = normalized(tile, high, total, LOGARITHM, constants)
+            write_tile(y, at, tile, c, last, constants)
 
 
 @triton.jit
@@ -75,9 +78,9 @@ def sum_of(dy, y, LOGARITHM: tl.constexpr):
 
 
 @triton.jit
-def gradient(dy, y, total, LOGARITHM: tl.constexpr):
+def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
     if LOGARITHM:
-        return dy - exp_nonpositive(y) * total[:, None]
+        return dy - exp_shifted(y, constants) * total[:, None]
     return y * (dy - total[:, None])
 
 
@@ -93,7 +96,8 @@ def backward_kernel(
         upstream = read_tile(dy, at, at.present, lanes, last, 0.0, constants)
         output = read_tile(y, at, at.present, lanes, last, 0.0, constants)
         total += sum_of(upstream, output, LOGARITHM)
-        write_tile(dx, at, gradient(upstream, output, total, LOGARITHM), lanes, last, constants)
+        result = gradient(upstream, output, total, LOGARITHM, constants)
+        write_tile(dx, at, result, lanes, last, constants)
     else:
         for start in range(0, last, constants.CLASSES):
             c = start + lanes
@@ -105,7 +109,8 @@ def backward_kernel(
             c = start + lanes
             upstream = read_tile(dy, at, at.present, c, last, 0.0, constants)
             output = read_tile(y, at, at.present, c, last, 0.0, constants)
-            write_tile(dx, at, gradient(upstream, output, total, LOGARITHM), c, last, constants)
+            result = gradient(upstream, output, total, LOGARITHM, constants)
+            write_tile(dx, at, result, c, last, constants)
 
 
 def softmax(

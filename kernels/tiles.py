@@ -2,7 +2,7 @@
 
 Positions are numbered outer by outer, and of each outer one inner by inner. A program has some that
 follow on one another, and reads and writes tiles of theirs, whichever of the two lies side by side
-in memory. `constants` is a tuple with A, INDEX, COLUMNS, UNIT, POSITIONS and CLASSES, see `Layout`.
+in memory. `constants` is a tuple with the fields of `Layout`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Layout(NamedTuple):
     UNIT: Any  # what lies side by side begins, and ends, at multiples of so many elements
     POSITIONS: Any  # of a program
     CLASSES: Any  # of a tile
+    EXACT: Any  # exponentials to 2 ULP, rather than as the GPU has them
 
 
 class Block(NamedTuple):
@@ -101,12 +102,20 @@ def pivot_of(high):
 
 
 @triton.jit
-def add_exponentials(high, total, x):
+def exp_shifted(x, constants):
+    """exp(x), x <= 0. What is rounded to half precision does without the last digits of float32."""
+    if constants.EXACT:
+        return exp_nonpositive(x)
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def add_exponentials(high, total, x, constants):
     """Takes a tile into the largest element so far and the sum of exp(x - pivot)."""
     higher = tl.maximum(high, tl.max(x, 1))
     pivot = pivot_of(higher)
-    total *= exp_nonpositive(high - pivot)
-    return higher, total + tl.sum(exp_nonpositive(x - pivot[:, None]), 1)
+    total *= exp_shifted(high - pivot, constants)
+    return higher, total + tl.sum(exp_shifted(x - pivot[:, None], constants), 1)
 
 
 def viewed(given: Viewed | None) -> View | None:
@@ -137,6 +146,7 @@ def layout(
         ),
         POSITIONS=tile.positions,
         CLASSES=tile.classes,
+        EXACT=x.data.element_size() > 2,
     ), tile
 
 
