@@ -367,19 +367,18 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
 @triton.jit
 def finish_own(inputs, outputs, scalars, at, sums, own, constants):
     """Writes the gradient at the targets, one store a position rather than a choice a class."""
-    if outputs.grad_logits is None or inputs.target is None or constants.COLUMNS:
-        return
-    factor = factor_of(inputs, scalars, at, sums, constants)
-    gradient = exp_shifted(own.logit - pivot_of(sums.high), constants) * factor
-    aim = tl.zeros_like(gradient)
-    if constants.DENSE:
-        aim += tl.full([], scalars.level, constants.A)
-        if inputs.weight is not None:
-            weight = inputs.weight + inputs.first_class + at.hit
-            aim *= tl.load(weight, mask=own.here, other=0.0)
-    gradient -= (aim + at.spike) * at.scale
-    tl.debug_barrier()  # the tile's gradients are there
-    tl.store(place_of_hit(outputs.grad_logits, at), gradient, mask=own.here)
+    if outputs.grad_logits is not None and inputs.target is not None and not constants.COLUMNS:
+        factor = factor_of(inputs, scalars, at, sums, constants)
+        gradient = exp_shifted(own.logit - pivot_of(sums.high), constants) * factor
+        aim = tl.zeros_like(gradient)
+        if constants.DENSE:
+            aim += tl.full([], scalars.level, constants.A)
+            if inputs.weight is not None:
+                weight = inputs.weight + inputs.first_class + at.hit
+                aim *= tl.load(weight, mask=own.here, other=0.0)
+        gradient -= (aim + at.spike) * at.scale
+        tl.debug_barrier()  # the tile's gradients are there
+        tl.store(place_of_hit(outputs.grad_logits, at), gradient, mask=own.here)
 
 
 @triton.jit

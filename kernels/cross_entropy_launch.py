@@ -94,9 +94,8 @@ def cross_entropy(
     uniform, aimed = dense and target is not None and weight is None, None
     if lse is not None and dense and weight is not None:
         aimed = weight.sum(dtype=torch.float64)
-    compiled, tile = layout(
-        sizes, [view for view in views if view is not None], dense and not uniform
-    )
+    kind = "uniform" if uniform else "dense" if dense else ""
+    compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
     parts = loss

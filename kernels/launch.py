@@ -49,12 +49,13 @@ class Row(NamedTuple):
 
 
 # Classes side by side, class indices without smoothing, by bytes of an element. Up to the last row
-# but one a row of logits is held in registers, 32 of them a lane (16 in float64). Few classes share
-# a program, so that it has enough to do. Beyond, a row is read twice, in chunks of 16 elements a
-# lane: two to four loads of 16 bytes under way.
+# but one a row of logits is held in registers, 32 of them a lane (16 in float64). Up to 1,024 of
+# them are a warp's, which waits for no other; few classes share it, so that it has enough to do.
+# Beyond, a row is read twice, in chunks of 16 elements a lane: two to four loads of 16 bytes under
+# way.
 CLASSES_INNER = {
     2: (
-        Row(1024, 2048, 1, 128),
+        Row(1024, 1024, 1, 32),
         Row(4096, 4096, 1, 128),
         Row(8192, 8192, 1, 256),
         Row(16384, 16384, 1, 512),
@@ -71,7 +72,12 @@ CLASSES_INNER = {
 }
 CLASSES_INNER[4] = CLASSES_INNER[2]
 
-# The same with probabilities or smoothing: weights and probabilities take registers too, so that a
+# With smoothing the same, but that the largest rows would spill.
+UNIFORM_CLASSES_INNER = {
+    size: tuple(row for row in rows if row.most != 32768) for size, rows in CLASSES_INNER.items()
+}
+
+# With probabilities or class weights: weights and probabilities take registers too, so that a
 # lane holds half as many logits. Rows of 16384 would spill.
 DENSE_CLASSES_INNER = {
     2: (
@@ -89,12 +95,12 @@ DENSE_CLASSES_INNER = {
 }
 DENSE_CLASSES_INNER[4] = DENSE_CLASSES_INNER[2]
 
-# Positions side by side, (N, C, d1, ..., dk): rows of memory of 64 to 256 bytes, and 4 to 16
-# elements a lane, since masks of two dimensions take registers as well.
+# Positions side by side, (N, C, d1, ..., dk): a warp's lanes lie along them, 8 bytes each, and a
+# lane walks over the classes of its own, 8 at a time: no lane waits for another.
 POSITIONS_INNER = {
-    2: (Row(32, 2048, 64, 128), Row(128, 4096, 32, 512), Row(ANY, 1024, 32, 128)),
-    4: (Row(32, 2048, 32, 128), Row(256, 8192, 32, 512), Row(ANY, 1024, 32, 128)),
-    8: (Row(32, 1024, 32, 128), Row(128, 4096, 32, 512), Row(ANY, 1024, 32, 256)),
+    2: (Row(ANY, 1024, 128, 32),),
+    4: (Row(ANY, 512, 64, 32),),
+    8: (Row(ANY, 256, 32, 32),),
 }
 
 
@@ -117,10 +123,15 @@ class Tile(NamedTuple):
     threads: int
 
 
-def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, dense: bool) -> Tile:
-    """From the tables, cut to inputs that are smaller."""
-    table = DENSE_CLASSES_INNER if dense else CLASSES_INNER
-    table = POSITIONS_INNER if positions_inner else table
+def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, kind: str = "") -> Tile:
+    """From the tables, cut to inputs that are smaller.
+
+    Args:
+        kind: ``"dense"`` where what is aimed at is held beside the logits, ``"uniform"`` where it
+            is the same for all classes.
+    """
+    tables = {"dense": DENSE_CLASSES_INNER, "uniform": UNIFORM_CLASSES_INNER}
+    table = POSITIONS_INNER if positions_inner else tables.get(kind, CLASSES_INNER)
     row = next(row for row in table[itemsize] if classes <= row.most)
     padded = triton.next_power_of_2(classes)
     positions = max(row.positions, row.elements // padded)

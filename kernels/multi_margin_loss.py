@@ -99,7 +99,7 @@ def multi_margin_loss(
     if options.reduction == "mean":
         scale = 1.0 / rows
     x = View(input, rows * classes, classes, 1)
-    constants, tile = layout((1, rows, classes), [x], dense=True)
+    constants, tile = layout((1, rows, classes), [x], "dense")
     programs = triton.cdiv(rows, tile.positions)
     parts = loss if each or loss is None else loss.new_empty(programs)
     multi_margin_kernel[(programs,)](

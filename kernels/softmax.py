@@ -124,7 +124,7 @@ def softmax(
     outer, inner, classes = sizes
     given = (input, output) if grad_output is None else (grad_output, input, output)
     views = [view for tensor in given if (view := viewed(tensor)) is not None]
-    constants, tile = layout(sizes, views, dense=grad_output is not None)
+    constants, tile = layout(sizes, views, "" if grad_output is None else "dense")
     kernel = forward_kernel if grad_output is None else backward_kernel
     kernel[(outer * triton.cdiv(inner, tile.positions),)](
         *views,

@@ -123,18 +123,18 @@ def viewed(given: Viewed | None) -> View | None:
 
 
 def layout(
-    sizes: tuple[int, int, int], views: list[View], dense: bool
+    sizes: tuple[int, int, int], views: list[View], kind: str = ""
 ) -> tuple[Layout, launch.Tile]:
     """What to compile for, and how large tiles are.
 
     Args:
         sizes: Outer and inner positions, and classes.
         views: The one whose memory decides, and the others.
-        dense: Whether more than one tile is held in registers.
+        kind: See `launch.tile`.
     """
     (_, inner, classes), x = sizes, views[0]
     columns = inner > 1 and x.inner < x.classes
-    tile = launch.tile(x.data.element_size(), inner, classes, columns, dense)
+    tile = launch.tile(x.data.element_size(), inner, classes, columns, kind)
     return Layout(
         A=launch.accumulate_type(x.data.dtype),
         INDEX=launch.index_type(classes, *(classes * view.classes for view in views)),

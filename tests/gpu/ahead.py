@@ -6,7 +6,7 @@
 The backend is called as users call it, but with tensors without memory and a driver that compiles
 for a GPU that is not there: what is compiled is what would be launched. Exits with 1 where a kernel
 spills registers, or where the main loop of one for contiguous bfloat16 or float32 does not load
-most of its bits 128 at a time.
+most of its bits 128 at a time, or 64 where a lane walks over the classes of its positions.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Case:
     name: str
     dtype: torch.dtype
     run: Callable[[], object]
+    bits: int = 128  # that a lane is to load at a time
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Compiled:
     spills: int  # bytes of stack, or registers on AMD
     shared: int  # bytes
     load: int  # bits, the widest of a lane in the main loop
-    wide: int  # percentage of the bits that are loaded there 128 at a time
+    wide: int  # percentage of the bits that are loaded there as many at a time as a case wants
     store: int  # bits
     wrong: str = ""
 
@@ -120,7 +121,8 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     want = Want("upstream" not in kind, gradients, "inplace" in kind, measures)
     arguments = (x, target, weight if "weight" in kind else None, options, want, upstream, among)
     name = f"cross_entropy {str(dtype)[6:]} {'x'.join(map(str, shape))} {kind}".strip()
-    return Case(name, dtype, lambda: backend.cross_entropy(*arguments))
+    bits = 128 if len(shape) == 2 else 64
+    return Case(name, dtype, lambda: backend.cross_entropy(*arguments), bits)
 
 
 def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -148,11 +150,12 @@ def class_cases(dtype: torch.dtype) -> Iterator[Case]:
     kind = str(dtype)[6:]
     for shape, dim in (((4096, 1000), 1), ((4096, 32_000), 1), ((8, 21, 4096), 1)):
         x, name = empty(dtype, *shape), "x".join(map(str, shape))
+        bits = 128 if len(shape) == 2 else 64
         for op in ("softmax", "log_softmax"):
             forward = partial(backend.softmax, op, x, dim)
             backward = partial(backend.softmax_backward, op, x, x, dim)
-            yield Case(f"{op} {kind} {name}", dtype, forward)
-            yield Case(f"{op} {kind} {name} backward", dtype, backward)
+            yield Case(f"{op} {kind} {name}", dtype, forward, bits)
+            yield Case(f"{op} {kind} {name} backward", dtype, backward, bits)
         target, want = empty(torch.int64, shape[0], *shape[2:]), Want(True, (True, False))
         nll = partial(backend.nll_loss, x, target, None, NllOptions(-100, "mean"), want)
         yield Case(f"nll_loss {kind} {name}", dtype, nll)
@@ -299,18 +302,18 @@ def widths(access: str, assembly: str) -> list[int]:
     return [int(count or 1) * int(units.get(bits, bits)) for count, bits in found]
 
 
-def main_loops(load: str, assembly: str) -> dict[str, int]:
-    """Of the loops that load, the least: the widest load, and the percentage in 128 bits or more.
+def main_loops(load: str, assembly: str, wanted: int) -> dict[str, int]:
+    """Of the loops that load, the least: the widest load, and the percentage as wide as wanted.
 
     A kernel without any is one that reads once, and looked at as a whole.
     """
     loaded = [bits for bits in (widths(load, loop) for loop in loops(assembly)) if bits]
     loaded = loaded or [widths(load, assembly)]
-    wide = [100 * sum(b for b in bits if b >= 128) // sum(bits) for bits in loaded]
+    wide = [100 * sum(b for b in bits if b >= wanted) // sum(bits) for bits in loaded]
     return {"load": min(max(bits) for bits in loaded), "wide": min(wide)}
 
 
-def on_nvidia(kernel: Any) -> dict[str, int]:
+def on_nvidia(kernel: Any, bits: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
@@ -323,25 +326,25 @@ def on_nvidia(kernel: Any) -> dict[str, int]:
     return {
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
-        **main_loops(access.format("ld"), kernel.asm["ptx"]),
+        **main_loops(access.format("ld"), kernel.asm["ptx"], bits),
         "store": max(widths(access.format("st"), kernel.asm["ptx"])),
     }
 
 
-def on_amd(kernel: Any) -> dict[str, int]:
+def on_amd(kernel: Any, bits: int) -> dict[str, int]:
     assembly = kernel.asm["amdgcn"]
     used = {key: int(n) for key, n in re.findall(r"\.([vs]gpr\w*count):\s+(\d+)", assembly)}
     access = r"\b(?:global|buffer|flat)_{}_[us]?(?=(?:dwordx(\d))?)(dword|short|byte)"
     return {
         "registers": used["vgpr_count"],
         "spills": used["vgpr_spill_count"],  # scalar ones go to vector registers, not to memory
-        **main_loops(access.format("load"), assembly),
+        **main_loops(access.format("load"), assembly, bits),
         "store": max(widths(access.format("store"), assembly)),
     }
 
 
 def inspect(target: str, case: Case, name: str, kernel: Any) -> Compiled:
-    found = (on_amd if "amdgcn" in kernel.asm else on_nvidia)(kernel)
+    found = (on_amd if "amdgcn" in kernel.asm else on_nvidia)(kernel, case.bits)
     wrong = []
     if found["spills"]:
         wrong.append("spills")
