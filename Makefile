@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export CXX  # the compiler that was checked is the one that builds
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-check bench \
+.PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-model gpu-check bench \
 	bench-quick bench-busy bench-compare sizes docs lint sanitize clean
 
 help: ## list the targets
@@ -37,6 +37,9 @@ INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
 
 gpu-compile: $(BUILD) ## compile the GPU kernels for each target, without a GPU
 	$(BIN)/python tests/gpu/ahead.py $(AHEAD_ARGS)
+
+gpu-model: $(BUILD) ## predict the GPU kernels' speed from their machine code, in docs/gpu.md
+	$(BIN)/python tests/gpu/model.py $(MODEL_ARGS)
 
 gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it is (OUT=folder)
 	@$(PYTHON) benchmarks/gpu_check.py $(or $(OUT),$(error gpu-check needs OUT=folder))

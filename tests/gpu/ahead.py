@@ -12,6 +12,7 @@ most of its bits 128 at a time, or 64 where a lane walks over the classes of its
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -239,6 +240,7 @@ class Recorder:
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
         self.launched: list[tuple[str, Any]] = []
+        self.programs: list[int] = []  # of each launch
 
     def __enter__(self) -> list[tuple[str, Any]]:
         self.run = JITFunction.run
@@ -247,6 +249,7 @@ class Recorder:
         def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             found = run(kernel, *args, grid=grid, warmup=True, **kwargs)
             launched.append((kernel.fn.__name__, found))
+            self.programs.append(math.prod(grid(kwargs) if callable(grid) else grid))
 
         JITFunction.run = compile_only
         driver.set_active(Driver(self.target))

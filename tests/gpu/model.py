@@ -1,0 +1,383 @@
+"""Predict, from its machine code, how fast each GPU kernel is: a model, not a measurement.
+
+    python tests/gpu/model.py             # what `make gpu-model` runs: a table in docs/gpu.md
+    python tests/gpu/model.py --gpu H100 --match "bfloat16 1000"
+
+One multiprocessor is followed: its resident programs, warp by warp through the instructions that
+`machine_code.py` reads, queueing for issue slots, units, L2 and memory. One constant is fitted,
+EFFICIENCY, to times that Liger's authors and others published for its cross-entropy on an H100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ahead
+import torch
+import triton
+from machine_code import WAITS, Code, Instruction, demand
+from rich.console import Console
+from rich.progress import track
+
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+START, END = "<!-- model -->\n", "<!-- end of model -->"
+
+
+class Gpu(NamedTuple):
+    """What the model knows of a GPU; bandwidth is that of a copy where one was published."""
+
+    target: str
+    multiprocessors: int
+    bytes_a_ns: float  # of memory
+    ghz: float
+    l2_mb: float
+    registers: int = 65_536
+    warps: int = 64
+    shared: int = 227 << 10
+
+
+# NVIDIA's data sheets and architecture white papers; memory at nine tenths of its peak, as copies
+# reach, clocks at what full load leaves.
+GPUS = {
+    "H200": Gpu("sm_90", 132, 4300, 1.755, 50),
+    "H100": Gpu("sm_90", 132, 3010, 1.755, 50),
+    "A100": Gpu("sm_80", 108, 1800, 1.41, 40, shared=163 << 10),
+    "B200": Gpu("sm_100", 148, 7200, 1.85, 126),
+}
+EFFICIENCY = 0.8  # of the issue slots that busy warps fill
+ALONE = 0.4  # instructions a cycle of a warp by itself, whose results wait for one another
+MEMORY_NS, L2_NS, START_NS, BARRIER_NS = 600, 220, 300, 12
+L2_BYTES_A_NS = 5500
+CHUNK = 24  # instructions until another warp's turn
+
+
+class Step(NamedTuple):
+    """What a warp does next: work, load, store, await a load, or a barrier."""
+
+    kind: str
+    cycles: Mapping[str, float] = {}
+    bytes: float = 0.0
+    hits: float = 0.0  # the share that L2 has
+    load: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of the main kernel of a case."""
+
+    case: str
+    instructions: float  # an element
+    registers: int
+    spills: int
+    warps: int  # of a program
+    resident: int  # programs on a multiprocessor
+    reads: int  # of each element
+    launches: int
+    share: float  # of a copy's speed
+    limit: str
+
+
+def hits(footprint_mb: float, gpu: Gpu) -> float:
+    """The share of a second read that L2 still has, of so much read meanwhile."""
+    return max(0.0, min(1.0, 2 * (1 - footprint_mb / gpu.l2_mb)))
+
+
+def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iterator[Step]:
+    """Its steps.
+
+    Args:
+        turns: How often each loop is taken, by its first instruction.
+        scale: What part of a tile is within the row.
+        second: The share of a second loop's loads that L2 has.
+    """
+    loops = code.loading_loops()
+    again = range(loops[1][0], loops[1][1] + 1) if len(loops) > 1 else range(0)
+    widths = {first: code.row_width(first, last) for first, last in loops or [code.whole()]}
+    loop_of = {i: first for first, last in loops or [code.whole()] for i in range(first, last + 1)}
+    pending: dict[int, tuple[str, int]] = {}
+    block: list[Instruction] = []
+    number = 0
+
+    def work() -> Iterator[Step]:
+        for start in range(0, len(block), CHUNK):
+            yield Step("work", demand(block[start : start + CHUNK]))
+        block.clear()
+
+    for place in code.steps(turns):
+        instruction = code.instructions[place]
+        written, read = instruction.registers()
+        for kind, load in {pending[r] for r in read if r in pending}:
+            yield from work()
+            if kind == "LDG":
+                yield Step("await", load=load)
+            else:
+                yield Step("delay", bytes=WAITS[kind])
+            pending = {r: p for r, p in pending.items() if p != (kind, load)}
+        for register in written:
+            pending.pop(register, None)
+        if instruction.name == "BAR":
+            yield from work()
+            yield Step("barrier")
+            continue
+        block.append(instruction)
+        if instruction.name in ("LDG", *WAITS):
+            number += 1
+            pending |= dict.fromkeys(written, (instruction.name, number))
+        if instruction.name in ("LDG", "STG"):
+            yield from work()
+            row = instruction.width == widths.get(loop_of.get(place, -1))
+            size = 32 * instruction.width * scale
+            if instruction.name == "STG":
+                yield Step("store", bytes=size if row else 0.0)
+            else:
+                hit = 1.0 if not row else second * (place in again)
+                yield Step("load", bytes=size if row else 32.0, hits=hit, load=number)
+    yield from work()
+
+
+def run(steps: Sequence[Step], gpu: Gpu, warps: int, resident: int, programs: int) -> float:
+    """Nanoseconds that a multiprocessor takes for so many programs."""
+    bandwidth, l2_bandwidth = (b / gpu.multiprocessors for b in (gpu.bytes_a_ns, L2_BYTES_A_NS))
+    free: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(4)]
+    memory = l2 = end = 0.0
+    events: list[tuple[float, int, int, int]] = []
+    arrivals: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
+    waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    left = dict.fromkeys(range(programs), warps)
+    started = min(resident, programs)
+    for program in range(started):
+        events += [(START_NS + 40.0 * program, program, w, 0) for w in range(warps)]
+    heapq.heapify(events)
+    while events:
+        now, program, w, place = heapq.heappop(events)
+        if place == len(steps):
+            end, left[program] = max(end, now), left[program] - 1
+            if not left[program] and started < programs:
+                for each in range(warps):
+                    heapq.heappush(events, (now + START_NS, started, each, 0))
+                started += 1
+            continue
+        step = steps[place]
+        if step.kind == "work":
+            then = now + step.cycles["issue"] / gpu.ghz / ALONE
+            units = free[(program + w) % 4]
+            for unit, cycles in step.cycles.items():
+                units[unit] = max(now, units[unit]) + cycles / gpu.ghz / EFFICIENCY
+                then = max(then, units[unit])
+            now = then
+        elif step.kind == "load":
+            l2 = max(l2, now) + step.bytes / l2_bandwidth
+            missed = step.bytes * (1 - step.hits)
+            memory = max(memory, now) + missed / bandwidth
+            arrival = memory + MEMORY_NS if missed else l2 + L2_NS
+            arrivals[program, w][step.load] = arrival
+        elif step.kind == "store":
+            memory = max(memory, now) + step.bytes / bandwidth
+        elif step.kind == "await":
+            now = max(now, arrivals[program, w].get(step.load, now))
+        elif step.kind == "delay":
+            now += step.bytes / gpu.ghz
+        else:
+            there = waiting[program]
+            there.append((w, place))
+            if len(there) < warps:
+                continue
+            for other, at in there:
+                heapq.heappush(events, (now + BARRIER_NS, program, other, at + 1))
+            there.clear()
+            continue
+        heapq.heappush(events, (now, program, w, place + 1))
+    return max(end, memory)
+
+
+class Traffic(NamedTuple):
+    """What a case has to move at least, in bytes, and of how many elements."""
+
+    elements: int
+    read: int
+    written: int
+
+
+def predict(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> Prediction:
+    """The kernel that takes longest, with the launches of the whole call."""
+    recorder = ahead.Recorder(ahead.TARGETS[gpu.target])
+    with recorder as launched:
+        case.run()
+    found = []
+    for (name, kernel), programs in zip(launched, recorder.programs, strict=True):
+        if name not in ("count_kernel", "sum_kernel"):
+            found.append(_predict(case, kernel, programs, traffic, gpu, len(launched)))
+    return min(found, key=lambda p: p.share)
+
+
+def _predict(
+    case: ahead.Case, kernel: Any, programs: int, traffic: Traffic, gpu: Gpu, launches: int
+) -> Prediction:
+    code, warps = Code.of(kernel), kernel.metadata.num_warps
+    used = ahead.on_nvidia(kernel, 128)
+    loops, share = code.loading_loops(), traffic.read / programs
+    lanes = 32 * warps
+    turns, covered = {}, 0
+    for first, last in loops:
+        body = code.loaded(first, last) * lanes
+        turns[first] = math.ceil(share / body)
+        covered = turns[first] * body
+    if not loops:
+        covered = code.loaded(*code.whole()) * lanes
+    registers = -(-used["registers"] * 32 // 256) * 256 * warps
+    resident = max(
+        1,
+        min(
+            gpu.warps // warps,
+            gpu.registers // registers,
+            32,
+            gpu.shared // (kernel.metadata.shared + 1024),
+        ),
+    )
+    footprint = min(resident * gpu.multiprocessors, programs) * share / 1e6
+    again = hits(footprint, gpu)
+    steps = list(warp(code, turns, min(1.0, share / covered), again))
+    each = programs / gpu.multiprocessors
+    some = max(1, min(6 * resident, round(each)))
+    time = run(steps, gpu, warps, resident, some)
+    if some >= 4 * resident:
+        half = some // 2
+        rate = (time - run(steps, gpu, warps, resident, half)) / (some - half)
+        time += rate * (each - some)
+    else:
+        time *= max(1.0, each / some)
+    total: Counter[str] = Counter()
+    for step in steps:
+        total.update(step.cycles)
+    scale = warps * programs / gpu.multiprocessors / 4 / gpu.ghz / EFFICIENCY
+    missed = traffic.read * (1 + (1 - again if len(loops) > 1 else 0)) + traffic.written
+    bounds = {unit: cycles * scale for unit, cycles in total.items()}
+    bounds["memory"] = missed / gpu.bytes_a_ns
+    limit = max(bounds, key=lambda unit: bounds[unit])
+    if bounds[limit] < 0.8 * time:
+        limit = f"{resident} programs in flight"
+    copy = (traffic.read + traffic.written) / gpu.bytes_a_ns
+    return Prediction(
+        case=case.name,
+        instructions=total["issue"] * lanes * programs / traffic.elements,
+        registers=used["registers"],
+        spills=used["spills"],
+        warps=warps,
+        resident=resident,
+        reads=max(1, len(loops)),
+        launches=launches,
+        share=min(1.0, copy / time),
+        limit=limit,
+    )
+
+
+# ---- the cases -----------------------------------------------------------------------------------
+
+ELEMENTS = 1 << 28
+CLASSES = (1000, 1024, 4096, 8192, 16_384, 32_000, 50_257, 50_304, 128_256, 262_144)
+SIDE_BY_SIDE = ((16, 21, 512, 512), (8, 150, 256, 256))
+
+
+def cases() -> Iterator[tuple[ahead.Case, Traffic]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        shapes = [(ELEMENTS // classes, classes) for classes in (*CLASSES, 10)]
+        kinds = [(shape, "") for shape in (*shapes, *SIDE_BY_SIDE)]
+        kinds += [((ELEMENTS // c, c), "smoothing") for c in (4096, 32_000, 128_256)]
+        kinds += [((ELEMENTS // c, c), "forward") for c in (4096, 32_000, 128_256)]
+        for shape, kind in kinds:
+            n = math.prod(shape)
+            size = n * dtype.itemsize
+            traffic = Traffic(n, size, 0 if kind == "forward" else size)
+            yield ahead.cross_entropy_case(shape, dtype, kind), traffic
+
+
+def liger_case(shape: tuple[int, int], dtype: torch.dtype) -> ahead.Case:
+    """Liger's kernel for the same, as its wrapper launches it on an H100."""
+    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel as kernel
+
+    rows, classes = shape
+    x, target = ahead.empty(dtype, *shape), ahead.empty(torch.int64, rows)
+    options = {"lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean"}
+    options |= dict.fromkeys(("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "softcap"))
+    options |= dict.fromkeys(("predicted_tokens_ptr",))
+    flags = ("RETURN_Z_LOSS", "RETURN_TOKEN_ACCURACY", "RETURN_PREDICTED_TOKENS", "HAS_WEIGHT")
+    options |= dict.fromkeys((*flags, "HAS_SOFTCAPPING"), False)
+
+    def launch() -> None:
+        kernel[(rows,)](
+            X_ptr=x,
+            X_stride=classes,
+            Y_ptr=target,
+            Y_stride=1,
+            loss_ptr=ahead.empty(torch.float32, rows),
+            loss_stride=1,
+            token_accuracy_stride=0,
+            predicted_tokens_stride=0,
+            n_cols=classes,
+            n_non_ignore=rows,
+            sum_non_ignore_weight=rows,
+            weight_sum=0.0,
+            ignore_index=-100,
+            BLOCK_SIZE=min(32_768, triton.next_power_of_2(classes)),
+            HAS_GRADIENTS=True,
+            num_warps=32,
+            enable_fp_fusion=True,
+            **options,
+        )
+
+    return ahead.Case(f"{str(dtype)[6:]} {rows}x{classes}", dtype, launch)
+
+
+def liger_share(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> str:
+    """Of the same rows, where it is installed and has them."""
+    shape = re.search(r" (\d+)x(\d+)$", case.name)
+    if shape is None or find_spec("liger_kernel") is None:
+        return ""
+    rows, classes = map(int, shape.groups())
+    return f"{predict(liger_case((rows, classes), case.dtype), traffic, gpu).share:.0%}"
+
+
+def table(found: Sequence[Prediction], peers: Sequence[str]) -> str:
+    head = "case", "instructions", "registers", "warps x programs", "reads", "launches", "share"
+    lines = [
+        "| " + " | ".join((*head, "Liger", "limited by")) + " |",
+        "| --- |" + " ---: |" * len(head) + " --- |",
+    ]
+    for p, peer in zip(found, peers, strict=True):
+        spills = f", {p.spills} bytes spilled" if p.spills else ""
+        lines.append(
+            f"| {p.case.removeprefix('cross_entropy ')} | {p.instructions:.1f} "
+            f"| {p.registers}{spills} | {p.warps} x {p.resident} | {p.reads} | {p.launches} "
+            f"| {p.share:.0%} | {peer} | {p.limit} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", choices=GPUS, default="H200")
+    parser.add_argument("--match", help="only cases whose name holds these words; writes no page")
+    arguments = parser.parse_args()
+    gpu, words = GPUS[arguments.gpu], (arguments.match or "").split()
+    chosen = [(c, traffic) for c, traffic in cases() if all(word in c.name for word in words)]
+    found = [predict(*each, gpu) for each in track(chosen, console=Console(stderr=True))]
+    text = table(found, [liger_share(*each, gpu) for each in chosen])
+    if arguments.match is None and arguments.gpu == "H200":
+        page = PAGE.read_text(encoding="utf-8")
+        before, rest = page.split(START)
+        after = rest.split(END)[1]
+        PAGE.write_text(f"{before}{START}\n{text}\n\n{END}{after}", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The model of the GPU kernels: machine code read right, queues that add up, and ceilings."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import ahead
+import model
+from machine_code import Code, Instruction, demand
+from model import GPUS, Step, Traffic
+
+KERNEL = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   LDG.E.64 R2, desc[UR4][R4.64] ;
+.L_x_0:
+        /*0020*/              @!P0 LDG.E.128 R8, desc[UR4][R6.64] ;
+        /*0030*/                   LDG.E.128 R12, desc[UR4][R6.64+0x1000] ;
+        /*0040*/                   FMNMX R1, R8, R12, !PT ;
+        /*0050*/                   MUFU.EX2 R1, R1 ;
+        /*0060*/              @P1 BRA `(.L_x_0) ;
+        /*0070*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0080*/                   STG.E.128 desc[UR4][R6.64], R8 ;
+        /*0090*/                   EXIT ;
+.L_x_1:
+        /*00a0*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_instructions_loops_and_widths() -> None:
+    code = Code.parse(KERNEL)
+    assert [i.name for i in code.instructions][-2:] == ["STG", "EXIT"]
+    assert code.loops == code.loading_loops() == [(2, 6)]
+    assert (code.row_width(2, 6), code.loaded(2, 6)) == (16, 32)
+    assert len(code.steps({2: 3})) == len(code.instructions) + 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "read"),
+    [
+        ("LDG.E.128 R8, desc[UR4][R6.64]", {8, 9, 10, 11}, {6}),
+        ("STG.E.64 desc[UR4][R6.64], R8", set(), {6, 8, 9}),
+        ("SHFL.BFLY PT, R3, R2, 0x10, 0x1f", {3}, {2}),
+        ("FFMA R1, R2, R3, R4", {1}, {2, 3, 4}),
+        ("LDG.E.U16 R5, desc[UR4][R6.64]", {5}, {6}),
+    ],
+)
+def test_registers(text: str, written: set[int], read: set[int]) -> None:
+    opcode, _, rest = text.partition(" ")
+    assert Instruction(opcode, rest).registers() == (written, read)
+
+
+def test_units() -> None:
+    steps = [Instruction(name, "") for name in ("FADD", "MUFU.EX2", "LOP3.LUT", "NOP", "LDG.E")]
+    assert demand(steps) == {"issue": 4, "fma": 1, "mufu": 8, "alu": 2, "memory": 2}
+
+
+H200 = GPUS["H200"]
+
+
+def test_traffic_alone_takes_what_a_copy_takes() -> None:
+    size, programs = 1 << 16, 400
+    steps = [Step("load", bytes=size / 2, load=1), Step("await", load=1), Step("store", bytes=size)]
+    time = model.run(steps, H200, 1, 16, programs)
+    copy = programs * 1.5 * size / H200.bytes_a_ns * H200.multiprocessors
+    assert 1.0 <= time / copy < 1.05
+
+
+def test_work_alone_takes_its_slots() -> None:
+    steps = [Step("work", Counter(issue=24, mufu=80))] * 50
+    time = model.run(steps, H200, 8, 4, 64)
+    slots = 64 * 8 * 50 * 80 / 4 / H200.ghz / model.EFFICIENCY
+    assert 1.0 <= time / slots < 1.1
+
+
+def test_a_barrier_waits_for_the_last_warp() -> None:
+    steps = [Step("barrier"), Step("delay", bytes=100)]
+    one, two = (model.run(steps, H200, warps, 1, 1) for warps in (1, 8))
+    assert one == pytest.approx(two)
+
+
+def test_second_reads_hit_below_half_of_l2_and_miss_above_it() -> None:
+    assert [model.hits(mb, H200) for mb in (10, 25, 37.5, 50, 80)] == [1, 1, 0.5, 0, 0]
+
+
+# Case; then the most instructions an element, reads of a row, registers, launches.
+CEILINGS = (
+    ("bfloat16 268435x1000", 18.5, 1, 64, 5),
+    ("bfloat16 65536x4096", 18, 1, 64, 5),
+    ("bfloat16 16384x16384", 18, 1, 64, 5),
+    ("bfloat16 8388x32000", 18.5, 1, 64, 5),
+    ("bfloat16 2092x128256", 24, 2, 48, 4),
+    ("bfloat16 8x150x256x256", 30, 2, 128, 4),
+    ("float32 65536x4096", 22, 1, 72, 5),
+    ("float32 16384x16384", 24, 1, 64, 5),
+    ("bfloat16 65536x4096 smoothing", 22, 1, 96, 5),
+)
+
+
+@pytest.mark.parametrize("ceiling", CEILINGS, ids=lambda ceiling: ceiling[0])
+def test_no_kernel_takes_more_than_it_did(ceiling: tuple[str, float, int, int, int]) -> None:
+    name, instructions, reads, registers, launches = ceiling
+    cases = {case.name: (case, traffic) for case, traffic in model.cases()}
+    found = model.predict(*cases[f"cross_entropy {name}"], H200)
+    assert found.instructions <= instructions
+    assert (found.reads, found.spills) == (reads, 0)
+    assert found.registers <= registers
+    assert found.launches <= launches
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="Liger's kernels are not installed")
+@pytest.mark.parametrize(
+    ("dtype", "published"), [(torch.bfloat16, 2.583), (torch.float32, 4.489)], ids=str
+)
+def test_what_was_published_of_ligers_kernel(dtype: torch.dtype, published: float) -> None:
+    """Milliseconds on an H100, with gradient."""
+    shape = 8192, 128_256
+    n = math.prod(shape)
+    traffic = Traffic(n, n * dtype.itemsize, n * dtype.itemsize)
+    share = model.predict(model.liger_case(shape, dtype), traffic, GPUS["H100"]).share
+    predicted = 2 * traffic.read / GPUS["H100"].bytes_a_ns / share / 1e6
+    assert predicted == pytest.approx(published, rel=0.15)
+
+
+def test_cases_are_those_that_users_call() -> None:
+    names = [case.name for case, _ in model.cases()]
+    assert len(names) == len(set(names))
+    assert isinstance(next(model.cases())[0], ahead.Case)
