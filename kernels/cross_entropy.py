@@ -382,7 +382,7 @@ def finish_own(inputs, outputs, scalars, at, sums, own, constants):
 
 
 @triton.jit
-def measure(sums, x, c):
+def measure(sums, x, c, constants):
     """Of a tile: sum_c exp(x_c - pivot) (pivot - x_c), and the first class that leads.
 
     That is the first NaN, or else the first with the largest logit, FAR on.
@@ -390,9 +390,10 @@ def measure(sums, x, c):
     away = pivot_of(sums.high)[:, None] - x
     e = exp_nonpositive(-away)
     distance = tl.sum(tl.where(e == 0.0, 0.0, e * away), 1)
-    c = c.to(tl.int64)[None, :]
-    leads = tl.where(x == sums.high[:, None], c + FAR, 2 * FAR)
-    return distance, tl.min(tl.where(x == x, leads, c), 1)
+    none: tl.constexpr = 2**31 - 1 if tl.int32 == constants.INDEX else 2**40 - 1
+    first = tl.min(tl.where(x == sums.high[:, None], c[None, :], none), 1).to(tl.int64)
+    first_nan = tl.min(tl.where(x == x, none, c[None, :]), 1).to(tl.int64)
+    return distance, tl.where(first_nan < none, first_nan, first + FAR)
 
 
 @triton.jit
@@ -457,7 +458,7 @@ def one_read_kernel(
     sums = with_own_logit(sums, own, constants)
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     if outputs.entropy is not None:
-        distance, leader = measure(sums, x, c)
+        distance, leader = measure(sums, x, c, constants)
         store_measures(inputs, outputs, at, sums, distance, leader, 0, 1)
     at = focused(scalars, at, sums, constants)
     loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
@@ -552,7 +553,7 @@ def two_read_kernel(
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
     distance = tl.zeros_like(at.spike)
-    leader = at.hit * 0 + 2 * FAR
+    leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
     if constants.DENSE or outputs.grad_logits is not None or outputs.entropy is not None:
         for start in range(first, last, constants.CLASSES):
             c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
@@ -561,7 +562,7 @@ def two_read_kernel(
             if constants.DENSE and not constants.UNIFORM:
                 aim = read_aim(inputs, scalars, at, c, last, constants)
             if outputs.entropy is not None:
-                measured = measure(sums, x, c)
+                measured = measure(sums, x, c, constants)
                 distance += measured[0]
                 leader = tl.minimum(leader, measured[1])
             loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)

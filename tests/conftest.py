@@ -24,7 +24,7 @@ collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = dispatch.backend_of(torch.empty(0))  # the one under test
 
 hypothesis.settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, database=None, max_examples=150
+    "repeatable", deadline=None, derandomize=True, database=None, max_examples=60
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -19,7 +19,7 @@ from samples import Loss
 from pyfused.ops.declaration import Operator
 
 FEW = 12  # a function of no more cases is tested whole
-MOST_INTERPRETED = 10
+MOST_INTERPRETED = 6
 
 
 def sample(items: list[pytest.Item], each_operator: bool = True) -> list[pytest.Item]:
