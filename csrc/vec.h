@@ -228,8 +228,10 @@ template <class A> PYFUSED_INLINE A exp_shifted(A x) {
 
 template <class A> PYFUSED_INLINE A exp_of(A x) {
   constexpr A kTop = sizeof(A) == 4 ? 89 : 710;  // infinite from here on
-  const Power<A> power = power_of<1>(x > kTop ? kTop : x);
-  return (power.less_1 + 1) * 2 * power.scale;
+  const Power<A> power = power_of<1>(x);
+  const A value = (power.less_1 + 1) * 2 * power.scale;
+  // Not left to the product: fused with a subtraction it would not overflow.
+  return x >= kTop ? std::numeric_limits<A>::infinity() : value;
 }
 
 // log(x) = e ln 2 + log(1 + t), with x = 2^e (1 + t) and 1 + t in [sqrt(1/2), sqrt(2)).
