@@ -112,6 +112,9 @@ def copy_step(case: Case, mode: str, device: str) -> Step:
 # ---- timing -------------------------------------------------------------------------------------
 
 
+AHEAD = 1_000_000  # cycles, half a millisecond, in which the launches of a call are queued
+
+
 class Clock:
     """Milliseconds of a call: by events on a GPU, after its L2 was overwritten."""
 
@@ -125,6 +128,7 @@ class Clock:
         if not self.gpu:
             return self.of_many(call, 1)
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)  # or the GPU would idle between launches, and that be timed
         self.flushed.zero_()
         started.record()
         call()

@@ -1,7 +1,7 @@
 """Block sizes and threads, as tables: data, so that nobody waits for a search at a first call.
 
-Nothing here has been measured yet: the reasons are arithmetic. `make gpu-compile` shows that no row
-spills registers, `make gpu-check` measures them on a GPU.
+Nothing here has been measured yet: the reasons are arithmetic, and what `make gpu-model` predicts.
+`make gpu-compile` shows that no row spills registers, `make gpu-check` measures them on a GPU.
 """
 
 from __future__ import annotations
