@@ -42,6 +42,7 @@ from .tiles import (
     add_exponentials,
     block_of,
     exp_shifted,
+    load_tile,
     pivot_of,
     place,
     read_tile,
@@ -407,7 +408,7 @@ def store_measures(inputs, outputs, at, sums, distance, leader, part, splits):
 
 
 @triton.jit
-def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
+def store_loss(inputs, outputs, scalars, program, at, sums, loss, part, splits, constants):
     # Of programs that share a position the first.
     once = at.present & (part == tl.zeros_like(at.flat))
     if outputs.lse is not None:
@@ -424,7 +425,7 @@ def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants
         if constants.EACH:
             tl.store(outputs.loss + at.flat * splits + part, loss, mask=at.present)
         else:
-            tl.store(outputs.loss + tl.program_id(0), tl.sum(loss))
+            tl.store(outputs.loss + program, tl.sum(loss))
 
 
 @triton.jit
@@ -440,14 +441,53 @@ def one_read_kernel(
     constants,
 ):
     """Positions whose classes fit a tile."""
-    scalars, last = (
-        Scalars(level, offset, share, scale, gamma, z_loss),
-        whole_row(inputs.classes, constants),
-    )
-    at = pick(inputs, scalars, tl.program_id(0), constants)
-    own = own_logit(inputs, at, 0, last, constants)
+    scalars = Scalars(level, offset, share, scale, gamma, z_loss)
+    program = tl.program_id(0)
+    at = pick(inputs, scalars, program, constants)
     c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
-    x = read_logits(inputs, at, c, last, constants)
+    x = read_logits(inputs, at, c, whole_row(inputs.classes, constants), constants)
+    one_tile(inputs, outputs, scalars, program, at, c, x, constants)
+
+
+@triton.jit
+def in_turn_kernel(
+    inputs,
+    outputs,
+    programs,
+    level: tl.float64,
+    offset: tl.float64,
+    share: tl.float64,
+    scale: tl.float64,
+    gamma: tl.float64,
+    z_loss: tl.float64,
+    constants,
+):
+    """The same, by programs that stay: each loads its next tile while it works on one."""
+    scalars, step = Scalars(level, offset, share, scale, gamma, z_loss), tl.num_programs(0)
+    last, c = (
+        whole_row(inputs.classes, constants),
+        tl.arange(0, constants.CLASSES).to(constants.INDEX),
+    )
+    tile = tile_of(inputs, tl.program_id(0), c, last, constants)
+    for program in range(tl.program_id(0), programs, step):
+        x = tile
+        tile = tile_of(inputs, program + step, c, last, constants)
+        at = pick(inputs, scalars, program, constants)
+        x = tl.where(at.live[:, None], x.to(constants.A), -float("inf"))
+        one_tile(inputs, outputs, scalars, program, at, c, x, constants)
+
+
+@triton.jit
+def tile_of(inputs, program, c, last, constants):
+    at = block_of(inputs.inner, program, constants)
+    return load_tile(inputs.logits, at, at.present, c, last, -float("inf"), constants)
+
+
+@triton.jit
+def one_tile(inputs, outputs, scalars, program, at, c, x, constants):
+    """All there is to do for positions whose logits are here."""
+    last = whole_row(inputs.classes, constants)
+    own = own_logit(inputs, at, 0, last, constants)
     aim = None
     if constants.DENSE and not constants.UNIFORM:
         aim = read_aim(inputs, scalars, at, c, last, constants)
@@ -463,7 +503,7 @@ def one_read_kernel(
     at = focused(scalars, at, sums, constants)
     loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
     finish_own(inputs, outputs, scalars, at, sums, own, constants)
-    store_loss(inputs, outputs, scalars, at, sums, loss, 0, 1, constants)
+    store_loss(inputs, outputs, scalars, program, at, sums, loss, 0, 1, constants)
 
 
 class Shares(NamedTuple):
@@ -569,4 +609,5 @@ def two_read_kernel(
     finish_own(inputs, outputs, scalars, at, sums, own, constants)
     if outputs.entropy is not None:
         store_measures(inputs, outputs, at, sums, distance, leader, part, shares.splits)
-    store_loss(inputs, outputs, scalars, at, sums, loss, part, shares.splits, constants)
+    program = tl.program_id(0)
+    store_loss(inputs, outputs, scalars, program, at, sums, loss, part, shares.splits, constants)

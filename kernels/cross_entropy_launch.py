@@ -19,6 +19,7 @@ from .cross_entropy import (
     Outputs,
     Scalars,
     Shares,
+    in_turn_kernel,
     one_read_kernel,
     split_kernel,
     two_read_kernel,
@@ -42,10 +43,15 @@ def run(
     scalars: Scalars,
     constants: Constants,
     programs: int,
+    stay: int,
     options: dict[str, Any],
 ) -> None:
     """Launches one kernel that reads once, or one or two that read twice."""
     grid, compiled = (programs,), compiled_in(constants)
+    stay *= launch.multiprocessors(inputs.logits.data.device) if stay else 0
+    if 0 < stay < programs:
+        in_turn_kernel[(stay,)](inputs, outputs, programs, *scalars, compiled, **options)
+        return
     if inputs.classes <= constants.CLASSES:
         one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
         return
@@ -98,6 +104,7 @@ def cross_entropy(
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
+    stay = tile.stay if outer == 1 and splits == 1 else 0
     parts = loss
     if loss is not None and not (each and splits == 1):
         parts = loss.new_empty(positions * splits if each else programs)
@@ -142,7 +149,8 @@ def cross_entropy(
             SQUARES=options.z_loss > 0,
         ),
         programs,
-        launch.options(tile.threads),
+        stay,
+        launch.options(tile.threads, stay),
     )
     if parts is not loss:
         sum_parts(parts, loss, denominator, scale)

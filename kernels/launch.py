@@ -46,11 +46,14 @@ class Row(NamedTuple):
     elements: int  # a program holds at a time
     positions: int  # at least, of these, so that lanes lie along positions
     threads: int
+    stay: int = 0  # programs on a multiprocessor, which load the next row ahead; 0: one for each
 
 
 # Classes side by side, class indices without smoothing, by bytes of an element. Up to the last row
 # but one a row of logits is held in registers, 32 of them a lane (16 in float64). Up to 1,024 of
 # them are a warp's, which waits for no other; few classes share it, so that it has enough to do.
+# The largest of half precision fill a multiprocessor with one program: it stays, and loads the next
+# row meanwhile, for which float32 has no registers left, nor have two programs of half that size.
 # Beyond, a row is read twice, in chunks of 16 elements a lane: two to four loads of 16 bytes under
 # way.
 CLASSES_INNER = {
@@ -59,7 +62,7 @@ CLASSES_INNER = {
         Row(4096, 4096, 1, 128),
         Row(8192, 8192, 1, 256),
         Row(16384, 16384, 1, 512),
-        Row(32768, 32768, 1, 1024),
+        Row(32768, 32768, 1, 1024, 1),
         Row(ANY, 8192, 1, 512),
     ),
     8: (
@@ -70,7 +73,7 @@ CLASSES_INNER = {
         Row(ANY, 2048, 1, 256),
     ),
 }
-CLASSES_INNER[4] = CLASSES_INNER[2]
+CLASSES_INNER[4] = tuple(row._replace(stay=0) for row in CLASSES_INNER[2])
 
 # With smoothing the same, but that the largest rows would spill.
 UNIFORM_CLASSES_INNER = {
@@ -121,6 +124,7 @@ class Tile(NamedTuple):
     positions: int
     classes: int
     threads: int
+    stay: int
 
 
 def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, kind: str = "") -> Tile:
@@ -136,7 +140,7 @@ def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, kind: s
     padded = triton.next_power_of_2(classes)
     positions = max(row.positions, row.elements // padded)
     positions = min(positions, triton.next_power_of_2(inner))
-    return Tile(positions, min(padded, max(1, row.elements // positions)), row.threads)
+    return Tile(positions, min(padded, max(1, row.elements // positions)), row.threads, row.stay)
 
 
 def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
@@ -148,9 +152,23 @@ def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
     return triton.cdiv(classes, length), length
 
 
-def options(threads: int) -> dict[str, Any]:
-    """What Triton is told of every launch; products may become part of additions, as in C++."""
-    return {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
+def options(threads: int, stay: int = 0) -> dict[str, Any]:
+    """What Triton is told of every launch; products may become part of additions, as in C++.
+
+    Args:
+        stay: Programs that have to fit on a multiprocessor together.
+    """
+    told = {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
+    if stay and _warp_size() == 32 and not knobs.runtime.interpret:
+        told["maxnreg"] = 65_536 // (threads * stay)
+    return told
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if knobs.runtime.interpret:
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -90,9 +90,14 @@ def place(view, at, c, constants):
 
 
 @triton.jit
-def read_tile(view, at, present, c, last, other, constants):
+def load_tile(view, at, present, c, last, other, constants):
     mask = present[:, None] & (c < last)[None, :]
-    return tl.load(place(view, at, c, constants), mask=mask, other=other).to(constants.A)
+    return tl.load(place(view, at, c, constants), mask=mask, other=other)
+
+
+@triton.jit
+def read_tile(view, at, present, c, last, other, constants):
+    return load_tile(view, at, present, c, last, other, constants).to(constants.A)
 
 
 @triton.jit

@@ -58,6 +58,7 @@ TARGETS = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 VECTORS = (torch.bfloat16, torch.float32)  # loads of 128 bits are asked of these
+MULTIPROCESSORS = 132  # where programs stay, one or two on each
 # Kernels that read next to nothing, in cases of these words.
 READ_LITTLE = {"sum_kernel": "", "count_kernel": "", "two_read_kernel": "2x262144 forward"}
 
@@ -252,12 +253,15 @@ class Recorder:
             self.programs.append(math.prod(grid(kwargs) if callable(grid) else grid))
 
         JITFunction.run = compile_only
+        self.multiprocessors = launch.multiprocessors
+        launch.multiprocessors = lambda _: MULTIPROCESSORS
         driver.set_active(Driver(self.target))
         launch._warp_size.cache_clear()
         return launched
 
     def __exit__(self, *_: object) -> None:
         JITFunction.run = self.run
+        launch.multiprocessors = self.multiprocessors
         driver.set_active(None)  # the next to ask finds the real one
         launch._warp_size.cache_clear()
 

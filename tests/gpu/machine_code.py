@@ -94,14 +94,18 @@ class Code:
             elif instruction := INSTRUCTION.match(line):
                 found.append(Instruction(*instruction.groups()))
         ends: dict[int, int] = {}
+        end = len(found)
         for place, instruction in enumerate(found):
             target = re.search(r"`\((\.L\w+)\)", instruction.rest)
-            if instruction.name == "BRA" and target:
-                start = labels.get(target[1], place + 1)
-                if start < place:
-                    ends[start] = place
-        last = max(i for i, instruction in enumerate(found) if instruction.name == "EXIT")
-        return cls(found[: last + 1], sorted((a, b) for a, b in ends.items() if b < last))
+            if instruction.name != "BRA" or target is None:
+                continue
+            start = labels.get(target[1], place + 1)
+            if start == place:  # to itself: what stands behind a kernel's end
+                end = place
+                break
+            if start < place:
+                ends[start] = place
+        return cls(found[:end], sorted(ends.items()))
 
     def loading_loops(self) -> list[tuple[int, int]]:
         """Those that read memory, the innermost."""
