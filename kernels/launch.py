@@ -54,8 +54,8 @@ class Row(NamedTuple):
 # them are a warp's, which waits for no other; few classes share it, so that it has enough to do.
 # The largest of half precision fill a multiprocessor with one program: it stays, and loads the next
 # row meanwhile, for which float32 has no registers left, nor have two programs of half that size.
-# Beyond, a row is read twice, in chunks of 16 elements a lane: two to four loads of 16 bytes under
-# way.
+# Beyond, a row is read twice, in chunks of 16 elements a lane, by programs so small that several
+# are under way on each multiprocessor.
 CLASSES_INNER = {
     2: (
         Row(1024, 1024, 1, 32),
@@ -63,7 +63,7 @@ CLASSES_INNER = {
         Row(8192, 8192, 1, 256),
         Row(16384, 16384, 1, 512),
         Row(32768, 32768, 1, 1024, 1),
-        Row(ANY, 8192, 1, 512),
+        Row(ANY, 4096, 1, 256),
     ),
     8: (
         Row(1024, 1024, 1, 128),
@@ -75,9 +75,11 @@ CLASSES_INNER = {
 }
 CLASSES_INNER[4] = tuple(row._replace(stay=0) for row in CLASSES_INNER[2])
 
-# With smoothing the same, but that the largest rows would spill.
+# With smoothing a lane takes twice the registers, so that beyond 4,096 classes a row in registers
+# would leave one or two programs to a multiprocessor: it is read twice.
 UNIFORM_CLASSES_INNER = {
-    size: tuple(row for row in rows if row.most != 32768) for size, rows in CLASSES_INNER.items()
+    size: tuple(row for row in rows if row.most <= 4096 or row.most == ANY)
+    for size, rows in CLASSES_INNER.items()
 }
 
 # With probabilities or class weights: weights and probabilities take registers too, so that a
