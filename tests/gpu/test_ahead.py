@@ -14,8 +14,9 @@ import ahead
 import triton
 import triton.language as tl
 
-from pyfused.backends import CrossEntropyOptions, Want
+from pyfused.backends import CrossEntropyOptions, Head, Shaping, Want
 from pyfused.kernels import launch
+from pyfused.ops import chunked
 
 QUICK = (
     "cross_entropy bfloat16 4096x8192",
@@ -115,3 +116,16 @@ def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) ->
         ahead.backend.cross_entropy(x, ahead.empty(torch.int64, 2), None, options, Want())
     assert [name for name, _ in launched][1:3] == ["split_kernel", "two_read_kernel"]
     assert record.call_args[0][0].INDEX is tl.int64
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
+def test_launches_for_each_chunk_of_a_linear_layers_logits(softcap: float | None) -> None:
+    """Beside the products: the loss with its gradient, the sum of its parts, and the cap's two."""
+    x, weight = ahead.empty(torch.bfloat16, 1024, 64), ahead.empty(torch.bfloat16, 32_000, 64)
+    target = ahead.empty(torch.int64, 1024)
+    head = Head(x, weight, None, target, None, Shaping(softcap))
+    options = CrossEntropyOptions(-100, "mean", 0.0)
+    wanted = chunked.Wanted(True, True)
+    with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
+        chunked.by_rows(ahead.backend, head, options, 256, True, wanted, None, 0.0)
+    assert len(launched) == 4 * (2 if softcap is None else 4)
