@@ -104,7 +104,7 @@ def cross_entropy(
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
-    stay = tile.stay if outer == 1 and splits == 1 else 0
+    stay = tile.stay if outer == 1 and splits == 1 and launch.may_stay() else 0
     parts = loss
     if loss is not None and not (each and splits == 1):
         parts = loss.new_empty(positions * splits if each else programs)

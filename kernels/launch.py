@@ -86,7 +86,7 @@ UNIFORM_CLASSES_INNER = {
 # lane holds half as many logits. Rows of 16384 would spill.
 DENSE_CLASSES_INNER = {
     2: (
-        Row(1024, 2048, 1, 128),
+        Row(1024, 1024, 1, 64),
         Row(4096, 4096, 1, 256),
         Row(8192, 8192, 1, 512),
         Row(ANY, 4096, 1, 512),
@@ -164,6 +164,12 @@ def options(threads: int, stay: int = 0) -> dict[str, Any]:
     if stay and _warp_size() == 32 and not knobs.runtime.interpret:
         told["maxnreg"] = 65_536 // (threads * stay)
     return told
+
+
+@functools.cache
+def may_stay() -> bool:
+    """Where the compiler finds registers for the next row: on Hopper; elsewhere it spills some."""
+    return knobs.runtime.interpret or driver.active.get_current_target().arch == 90
 
 
 @functools.cache

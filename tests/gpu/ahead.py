@@ -113,7 +113,7 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     measures, each = None, empty(torch.float64, indices.numel())
     if "block" in kind:  # whose log-sum-exp is asked, or that of all classes given
         forward = "forward" in kind
-        among = Among(shape[1], 3 * shape[1], None if forward else each)
+        among = Among(1 << 16, 1 << 20, None if forward else each)  # at a multiple of a tile
         measures = Measures(each) if forward else None
         weight = empty(dtype, among.classes)
     if "measured" in kind:
@@ -257,6 +257,7 @@ class Recorder:
         launch.multiprocessors = lambda _: MULTIPROCESSORS
         driver.set_active(Driver(self.target))
         launch._warp_size.cache_clear()
+        launch.may_stay.cache_clear()
         return launched
 
     def __exit__(self, *_: object) -> None:
@@ -264,6 +265,7 @@ class Recorder:
         launch.multiprocessors = self.multiprocessors
         driver.set_active(None)  # the next to ask finds the real one
         launch._warp_size.cache_clear()
+        launch.may_stay.cache_clear()
 
 
 def compile_cases(target: str, names: Sequence[str]) -> list[Compiled]:
