@@ -36,6 +36,17 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
     return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
 
 
+def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one class a position: its place for gather, its logit, and whether there is such a class.
+
+    Where there is none, the place and the logit are of another.
+    """
+    dim = min(logits.dim() - 1, 1)
+    index, classes = index.long().reshape(loss_shape(logits, "none")), logits.shape[dim]
+    at = index.clamp(0, classes - 1).unsqueeze(dim)
+    return at, logits.gather(dim, at).squeeze(dim), (index >= 0) & (index < classes)
+
+
 def strides_of(tensor: Tensor) -> Strides | None:
     """Strides of (N, C, d1, ..., dk), None if the inner positions have no single one."""
     stride = tensor.stride()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, CrossEntropyOptions, Measures, Want
-from pyfused.backends.layout import accumulate_dtype, loss_shape
+from pyfused.backends.layout import accumulate_dtype, logit_at, loss_shape
 
 
 class Metrics(NamedTuple):
@@ -58,10 +58,8 @@ class Measured(NamedTuple):
         """What the loss's own pass, which may overwrite the logits, is to write yet."""
         logits, measures = logits.detach(), Measures(*self[1:])
         if not target.is_floating_point():
-            classes = logits.shape[min(logits.dim() - 1, 1)]
-            own = _pick(logits, target.reshape(loss_shape(logits, "none")))
-            own = own.where((target >= 0) & (target < classes), torch.nan)
-            self.own.copy_(own.flatten())
+            _, own, inside = logit_at(logits, target)
+            self.own.copy_(own.double().where(inside, torch.nan).flatten())
             return measures
         plain = CrossEntropyOptions(ignore_index, "none", 0.0)
         want = Want(measures=measures)
@@ -112,10 +110,9 @@ class Blocks:
         own, lse, entropy, prediction = self.measured.at(here)
         assert block.entropy is not None
         assert block.prediction is not None
-        hit, highest = target - first_class, self.highest[here]
-        inside = (hit >= 0) & (hit < logits.shape[1])
-        own.copy_(_pick(logits, hit).where(inside, own))
-        top = _pick(logits, block.prediction - first_class)
+        _, found, inside = logit_at(logits, target - first_class)
+        own.copy_(found.double().where(inside, own))
+        top, highest = logit_at(logits, block.prediction - first_class)[1], self.highest[here]
         leads = (top > highest) | (top.isnan() & ~highest.isnan())
         prediction.copy_(block.prediction.where(leads, prediction))
         highest.copy_(top.where(leads, highest))
@@ -133,13 +130,6 @@ def _entropy_of_share(entropy: Tensor, log_share: Tensor) -> Tensor:
     return (share * (entropy - log_share)).where(share != 0, 0)
 
 
-def _pick(logits: Tensor, index: Tensor) -> Tensor:
-    """The logit of one class a position, in float64; of any where the index is of none."""
-    dim = min(logits.dim() - 1, 1)
-    index = index.clamp(0, logits.shape[dim] - 1).unsqueeze(dim)
-    return logits.gather(dim, index).squeeze(dim).double()
-
-
 def of_logits(input: Tensor, target: Tensor, options: CrossEntropyOptions) -> Metrics:
     """The same in torch's terms."""
     dim, dtype = min(input.dim() - 1, 1), accumulate_dtype(input.dtype)
@@ -150,7 +140,7 @@ def of_logits(input: Tensor, target: Tensor, options: CrossEntropyOptions) -> Me
         own = lse + (target * log_p).sum(dim)
     else:
         target = target.long().reshape(lse.shape)
-        own = _pick(input, target).to(dtype)
+        own = logit_at(input, target)[1]
     entropy = torch.special.entr(log_p.exp()).sum(dim)
     found = own, lse, entropy, input.argmax(dim)
     return Measured(*(tensor.flatten() for tensor in found)).metrics(target, options, dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import Backend, Shaping
-from pyfused.backends.layout import accumulate_dtype, loss_shape
+from pyfused.backends.layout import accumulate_dtype, logit_at
 
 
 def penalized(cosine: Tensor, margin: float, kind: str) -> Tensor:
@@ -45,11 +45,11 @@ def scaled_with_margin(input: Tensor, target: Tensor, shaping: Shaping) -> Tenso
     if not shaping.margin:
         return input * shaping.scale
     checks.target_of_margin(input, target)
-    at, own, _ = _own(input, target)
+    at, own, _ = logit_at(input, target)
+    own = own.to(accumulate_dtype(input.dtype))
     moved = penalized(own, shaping.margin, shaping.margin_kind) * shaping.scale
     dim = min(input.dim() - 1, 1)
-    at, moved = at.unsqueeze(dim), moved.to(input.dtype).unsqueeze(dim)
-    return (input * shaping.scale).scatter_(dim, at, moved)
+    return (input * shaping.scale).scatter_(dim, at, moved.to(input.dtype).unsqueeze(dim))
 
 
 class Shaped(NamedTuple):
@@ -74,9 +74,10 @@ def shape(
     """Overwrites logits of shape (N, C, ...), those of some classes from the first on."""
     at = slope = None
     if shaping.margin:
-        at, own, inside = _own(logits, target - first_class)
+        at, own, inside = logit_at(logits, target - first_class)
+        own = own.to(accumulate_dtype(logits.dtype))
         given = own, shaping.margin, shaping.margin_kind
-        at, slope = at.unsqueeze(1), slope_of_penalized(*given).where(inside, 1).unsqueeze(1)
+        slope = slope_of_penalized(*given).where(inside, 1).unsqueeze(1)
         moved = penalized(*given).where(inside, own)
         logits.scatter_(1, at, moved.to(logits.dtype).unsqueeze(1))
     if shaping.scale != 1:
@@ -97,13 +98,3 @@ def gradient_of(backend: Backend, shaping: Shaping, shaped: Shaped, gradient: Te
         own = gradient.gather(1, shaped.at) * shaped.slope
         gradient.scatter_(1, shaped.at, own.to(gradient.dtype))
     return gradient
-
-
-def _own(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each target's place, its logit, and whether it is one of these classes."""
-    dim = min(logits.dim() - 1, 1)
-    target, classes = target.long().reshape(loss_shape(logits, "none")), logits.shape[dim]
-    inside = (target >= 0) & (target < classes)
-    at = target.clamp(0, classes - 1)
-    own = logits.gather(dim, at.unsqueeze(dim)).squeeze(dim)
-    return at, own.to(accumulate_dtype(logits.dtype)), inside

@@ -358,7 +358,7 @@ def inspect(target: str, case: Case, name: str, kernel: Any) -> Compiled:
     if found["spills"]:
         wrong.append("spills")
     little = name in READ_LITTLE and READ_LITTLE[name] in case.name
-    if case.dtype in VECTORS and not little and found["wide"] < 40:
+    if case.dtype in VECTORS and not little and found["wide"] < 50:
         wrong.append("narrow loads")
     metadata = kernel.metadata
     return Compiled(

@@ -307,8 +307,8 @@ def liger_case(shape: tuple[int, int], dtype: torch.dtype) -> ahead.Case:
     rows, classes = shape
     x, target = ahead.empty(dtype, *shape), ahead.empty(torch.int64, rows)
     options = {"lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean"}
-    options |= dict.fromkeys(("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "softcap"))
-    options |= dict.fromkeys(("predicted_tokens_ptr",))
+    pointers = "weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr"
+    options |= dict.fromkeys((*pointers, "softcap"))
     flags = ("RETURN_Z_LOSS", "RETURN_TOKEN_ACCURACY", "RETURN_PREDICTED_TOKENS", "HAS_WEIGHT")
     options |= dict.fromkeys((*flags, "HAS_SOFTCAPPING"), False)
 
