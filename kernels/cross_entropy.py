@@ -42,7 +42,6 @@ from .tiles import (
     add_exponentials,
     block_of,
     exp_shifted,
-    load_tile,
     pivot_of,
     place,
     read_tile,
@@ -99,10 +98,12 @@ class Constants(NamedTuple):
     CLASSES: Any
     EXACT: Any
     SLOPE: Any
-    DENSE: Any  # every class is aimed at, not the target alone
-    UNIFORM: Any  # and each with the same weight
+    UNIFORM: Any  # every class is aimed at, not the target alone
+    AIMS: Any  # and each class's aim is read
     EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
+    APART: Any  # a target's own gradient is stored by itself, after those of its tile
+    CLUSTER: Any  # programs share a tile
     FOCAL: Any  # gamma is not 0
     SQUARES: Any  # z_loss is not 0
 
@@ -216,7 +217,7 @@ def given_sums(inputs, at, constants):
     high = lse.to(constants.A)
     lacks = (lse - high.to(tl.float64)).to(constants.A)
     aimed = tl.zeros_like(high)
-    if constants.DENSE and not constants.UNIFORM:
+    if constants.AIMS:
         aimed += tl.load(inputs.aimed).to(constants.A)
     return Sums(high, 1.0 + tl.where(lacks == lacks, lacks, 0.0), aimed)
 
@@ -239,7 +240,7 @@ def sum_classes(inputs, scalars, at, first, last, constants):
         c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
         x = read_logits(inputs, at, c, last, constants)
         aim = None  # a function may not return it: so each kernel reads its tiles in full
-        if constants.DENSE and not constants.UNIFORM:
+        if constants.AIMS:
             aim = read_aim(inputs, scalars, at, c, last, constants)
         sums = add_classes(sums, x, aim, constants)
     return sums
@@ -314,7 +315,7 @@ def mass_of(inputs, scalars, at, sums, constants):
     level = tl.full([], scalars.level, constants.A)
     if constants.UNIFORM:
         mass += level * inputs.all_classes
-    elif constants.DENSE:
+    elif constants.AIMS:
         mass += level * sums.aimed
     return mass
 
@@ -330,16 +331,17 @@ def factor_of(inputs, scalars, at, sums, constants):
 def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     """Writes the gradients of a tile, and returns its part of the dense terms of the loss.
 
-    Where classes lie side by side the target's own gradient is left to `finish_own`.
+    The targets' own gradients may be left to `finish_own`: one store a position, rather than a
+    choice a class. It waits for a program, which positions side by side and clusters would not do.
     """
     mask = at.present[:, None] & (c < last)[None, :]
     pivot = pivot_of(sums.high)[:, None]
     log_total = tl.log(sums.total)[:, None]
     level = tl.full([], scalars.level, constants.A)
     loss = tl.zeros_like(at.spike)
-    if constants.DENSE:
+    if constants.UNIFORM or constants.AIMS:
         distance = (pivot - x) + log_total
-        if not constants.UNIFORM:
+        if constants.AIMS:
             distance *= aim
         loss = level * tl.sum(tl.where(mask, distance, 0.0), 1)
     if outputs.grad_logits is not None:
@@ -347,12 +349,12 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
         gradient = exp_shifted(x - pivot, constants) * factor[:, None]
         if constants.UNIFORM:
             gradient -= (level * at.scale)[:, None]
-        elif constants.DENSE:
+        elif constants.AIMS:
             gradient -= aim * (level * at.scale)[:, None]
+        if inputs.target is not None and not constants.APART:
+            spike = (at.spike * at.scale)[:, None]
+            gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
         if constants.COLUMNS:
-            if inputs.target is not None:
-                spike = (at.spike * at.scale)[:, None]
-                gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
             gradient = tl.where(at.live[:, None], gradient, 0.0)
         if constants.INPLACE:
             tl.debug_barrier()  # no thread is to read a logit that another has overwritten
@@ -367,19 +369,35 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
 
 @triton.jit
 def finish_own(inputs, outputs, scalars, at, sums, own, constants):
-    """Writes the gradient at the targets, one store a position rather than a choice a class."""
-    if outputs.grad_logits is not None and inputs.target is not None and not constants.COLUMNS:
+    """Writes the gradient at the targets."""
+    if outputs.grad_logits is not None and inputs.target is not None and constants.APART:
         factor = factor_of(inputs, scalars, at, sums, constants)
         gradient = exp_shifted(own.logit - pivot_of(sums.high), constants) * factor
         aim = tl.zeros_like(gradient)
-        if constants.DENSE:
+        if constants.UNIFORM or constants.AIMS:
             aim += tl.full([], scalars.level, constants.A)
             if inputs.weight is not None:
                 weight = inputs.weight + inputs.first_class + at.hit
                 aim *= tl.load(weight, mask=own.here, other=0.0)
         gradient -= (aim + at.spike) * at.scale
-        tl.debug_barrier()  # the tile's gradients are there
+        gradient = after_the_tile(gradient, constants)
         tl.store(place_of_hit(outputs.grad_logits, at), gradient, mask=own.here)
+
+
+@triton.jit
+def after_the_tile(x, constants):
+    """x, once all threads have stored their part of a tile."""
+    if constants.CLUSTER:
+        return tl.inline_asm_elementwise(
+            "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; mov.b32 $0, $1;",
+            "=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    tl.debug_barrier()
+    return x
 
 
 @triton.jit
@@ -450,46 +468,12 @@ def one_read_kernel(
 
 
 @triton.jit
-def in_turn_kernel(
-    inputs,
-    outputs,
-    programs,
-    level: tl.float64,
-    offset: tl.float64,
-    share: tl.float64,
-    scale: tl.float64,
-    gamma: tl.float64,
-    z_loss: tl.float64,
-    constants,
-):
-    """The same, by programs that stay: each loads its next tile while it works on one."""
-    scalars, step = Scalars(level, offset, share, scale, gamma, z_loss), tl.num_programs(0)
-    last, c = (
-        whole_row(inputs.classes, constants),
-        tl.arange(0, constants.CLASSES).to(constants.INDEX),
-    )
-    tile = tile_of(inputs, tl.program_id(0), c, last, constants)
-    for program in range(tl.program_id(0), programs, step):
-        x = tile
-        tile = tile_of(inputs, program + step, c, last, constants)
-        at = pick(inputs, scalars, program, constants)
-        x = tl.where(at.live[:, None], x.to(constants.A), -float("inf"))
-        one_tile(inputs, outputs, scalars, program, at, c, x, constants)
-
-
-@triton.jit
-def tile_of(inputs, program, c, last, constants):
-    at = block_of(inputs.inner, program, constants)
-    return load_tile(inputs.logits, at, at.present, c, last, -float("inf"), constants)
-
-
-@triton.jit
 def one_tile(inputs, outputs, scalars, program, at, c, x, constants):
     """All there is to do for positions whose logits are here."""
     last = whole_row(inputs.classes, constants)
     own = own_logit(inputs, at, 0, last, constants)
     aim = None
-    if constants.DENSE and not constants.UNIFORM:
+    if constants.AIMS:
         aim = read_aim(inputs, scalars, at, c, last, constants)
     if inputs.lse is None:
         sums = add_classes(no_sums(constants), x, aim, constants)
@@ -594,12 +578,13 @@ def two_read_kernel(
     at = focused(scalars, at, sums, constants)
     distance = tl.zeros_like(at.spike)
     leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
-    if constants.DENSE or outputs.grad_logits is not None or outputs.entropy is not None:
+    reads = constants.UNIFORM or constants.AIMS or outputs.grad_logits is not None
+    if reads or outputs.entropy is not None:
         for start in range(first, last, constants.CLASSES):
             c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
             x = read_logits(inputs, at, c, last, constants)
             aim = None
-            if constants.DENSE and not constants.UNIFORM:
+            if constants.AIMS:
                 aim = read_aim(inputs, scalars, at, c, last, constants)
             if outputs.entropy is not None:
                 measured = measure(sums, x, c, constants)

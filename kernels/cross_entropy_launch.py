@@ -19,7 +19,6 @@ from .cross_entropy import (
     Outputs,
     Scalars,
     Shares,
-    in_turn_kernel,
     one_read_kernel,
     split_kernel,
     two_read_kernel,
@@ -43,15 +42,10 @@ def run(
     scalars: Scalars,
     constants: Constants,
     programs: int,
-    stay: int,
     options: dict[str, Any],
 ) -> None:
     """Launches one kernel that reads once, or one or two that read twice."""
     grid, compiled = (programs,), compiled_in(constants)
-    stay *= launch.multiprocessors(inputs.logits.data.device) if stay else 0
-    if 0 < stay < programs:
-        in_turn_kernel[(stay,)](inputs, outputs, programs, *scalars, compiled, **options)
-        return
     if inputs.classes <= constants.CLASSES:
         one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
         return
@@ -97,14 +91,14 @@ def cross_entropy(
 
     smoothing = max(0.0, options.label_smoothing)
     follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
-    uniform, aimed = dense and target is not None and weight is None, None
+    aims = dense and (target is None or weight is not None)
+    aimed = None
     if lse is not None and dense and weight is not None:
         aimed = weight.sum(dtype=torch.float64)
-    kind = "uniform" if uniform else "dense" if dense else ""
+    kind = "dense" if aims else "short" if dense or grad_logits is None else ""
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
-    stay = tile.stay if outer == 1 and splits == 1 and launch.may_stay() else 0
     parts = loss
     if loss is not None and not (each and splits == 1):
         parts = loss.new_empty(positions * splits if each else programs)
@@ -141,16 +135,17 @@ def cross_entropy(
         Constants(
             *compiled,
             SLOPE=float(follows),
-            DENSE=dense,
-            UNIFORM=uniform,
+            UNIFORM=dense and not aims,
+            AIMS=aims,
             EACH=each,
             INPLACE=grad_logits is logits,
+            APART=not compiled.COLUMNS,
+            CLUSTER=tile.cluster > 1,
             FOCAL=options.gamma > 0,
             SQUARES=options.z_loss > 0,
         ),
         programs,
-        stay,
-        launch.options(tile.threads, stay),
+        launch.options(tile.threads, tile.cluster),
     )
     if parts is not loss:
         sum_parts(parts, loss, denominator, scale)

@@ -46,14 +46,12 @@ class Row(NamedTuple):
     elements: int  # a program holds at a time
     positions: int  # at least, of these, so that lanes lie along positions
     threads: int
-    stay: int = 0  # programs on a multiprocessor, which load the next row ahead; 0: one for each
+    cluster: int = 1  # programs that share them, through each other's memory
 
 
 # Classes side by side, class indices without smoothing, by bytes of an element. Up to the last row
 # but one a row of logits is held in registers, 32 of them a lane (16 in float64). Up to 1,024 of
 # them are a warp's, which waits for no other; few classes share it, so that it has enough to do.
-# The largest of half precision fill a multiprocessor with one program: it stays, and loads the next
-# row meanwhile, for which float32 has no registers left, nor have two programs of half that size.
 # Beyond, a row is read twice, in chunks of 16 elements a lane, by programs so small that several
 # are under way on each multiprocessor.
 CLASSES_INNER = {
@@ -62,7 +60,7 @@ CLASSES_INNER = {
         Row(4096, 4096, 1, 128),
         Row(8192, 8192, 1, 256),
         Row(16384, 16384, 1, 512),
-        Row(32768, 32768, 1, 1024, 1),
+        Row(32768, 32768, 1, 1024),
         Row(ANY, 4096, 1, 256),
     ),
     8: (
@@ -73,11 +71,35 @@ CLASSES_INNER = {
         Row(ANY, 2048, 1, 256),
     ),
 }
-CLASSES_INNER[4] = tuple(row._replace(stay=0) for row in CLASSES_INNER[2])
+CLASSES_INNER[4] = CLASSES_INNER[2]
 
-# With smoothing a lane takes twice the registers, so that beyond 4,096 classes a row in registers
-# would leave one or two programs to a multiprocessor: it is read twice.
-UNIFORM_CLASSES_INNER = {
+# The same with gradients, where programs form clusters: instead of one that fills a multiprocessor,
+# and has nothing to do while it waits for its row, several that each leave room for others.
+CLUSTERED = {
+    2: (
+        *CLASSES_INNER[2][:3],
+        Row(16384, 16384, 1, 128, 4),
+        Row(32768, 32768, 1, 128, 8),
+        Row(65536, 4096, 1, 256),  # of which many programs are under way: as fast, and simpler
+        Row(131072, 131072, 1, 256, 16),
+        CLASSES_INNER[2][-1],
+    ),
+    4: (
+        *CLASSES_INNER[4][:4],
+        Row(32768, 32768, 1, 128, 8),
+        Row(65536, 65536, 1, 256, 8),
+        Row(131072, 131072, 1, 256, 16),
+        Row(262144, 262144, 1, 512, 16),
+        CLASSES_INNER[4][-1],
+    ),
+    8: CLASSES_INNER[8],
+}
+
+# Where only short rows are to be held in registers: with smoothing, for which a lane takes twice as
+# many, so that one or two programs would be left to a multiprocessor; of rows that are no multiples
+# of 16 bytes, which are loaded element by element; and of a loss without gradients, which reads a
+# row once either way.
+SHORT_CLASSES_INNER = {
     size: tuple(row for row in rows if row.most <= 4096 or row.most == ANY)
     for size, rows in CLASSES_INNER.items()
 }
@@ -126,23 +148,25 @@ class Tile(NamedTuple):
     positions: int
     classes: int
     threads: int
-    stay: int
+    cluster: int
 
 
 def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, kind: str = "") -> Tile:
     """From the tables, cut to inputs that are smaller.
 
     Args:
-        kind: ``"dense"`` where what is aimed at is held beside the logits, ``"uniform"`` where it
-            is the same for all classes.
+        kind: ``"dense"`` where what is aimed at is held beside the logits, ``"short"`` where only
+            short rows are to be held.
     """
-    tables = {"dense": DENSE_CLASSES_INNER, "uniform": UNIFORM_CLASSES_INNER}
-    table = POSITIONS_INNER if positions_inner else tables.get(kind, CLASSES_INNER)
+    sparse = CLUSTERED if has_clusters() else CLASSES_INNER
+    tables = {"": sparse, "dense": DENSE_CLASSES_INNER, "short": SHORT_CLASSES_INNER}
+    table = POSITIONS_INNER if positions_inner else tables[kind]
     row = next(row for row in table[itemsize] if classes <= row.most)
     padded = triton.next_power_of_2(classes)
     positions = max(row.positions, row.elements // padded)
     positions = min(positions, triton.next_power_of_2(inner))
-    return Tile(positions, min(padded, max(1, row.elements // positions)), row.threads, row.stay)
+    held = min(padded, max(1, row.elements // positions))
+    return Tile(positions, held, row.threads, row.cluster)
 
 
 def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
@@ -154,29 +178,16 @@ def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
     return triton.cdiv(classes, length), length
 
 
-def options(threads: int, stay: int = 0) -> dict[str, Any]:
-    """What Triton is told of every launch; products may become part of additions, as in C++.
-
-    Args:
-        stay: Programs that have to fit on a multiprocessor together.
-    """
+def options(threads: int, cluster: int = 1) -> dict[str, Any]:
+    """What Triton is told of every launch; products may become part of additions, as in C++."""
     told = {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
-    if stay and _warp_size() == 32 and not knobs.runtime.interpret:
-        told["maxnreg"] = 65_536 // (threads * stay)
-    return told
+    return told if cluster == 1 else told | {"num_ctas": cluster}
 
 
 @functools.cache
-def may_stay() -> bool:
-    """Where the compiler finds registers for the next row: on Hopper; elsewhere it spills some."""
-    return knobs.runtime.interpret or driver.active.get_current_target().arch == 90
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    if knobs.runtime.interpret:
-        return 2
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def has_clusters() -> bool:
+    """Hopper, and the data centres' Blackwell, whose clusters are as large."""
+    return not knobs.runtime.interpret and driver.active.get_current_target().arch in (90, 100, 103)
 
 
 @functools.cache
@@ -196,12 +207,8 @@ def accumulate_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def unit(*lengths: int) -> int:
-    """What all of these are multiples of: 2, 4 or 8; 1 where Triton finds out by itself.
-
-    It looks whether a number is a multiple of 16, and else loads element by element.
-    """
-    common = math.gcd(16, *lengths)
-    return common if common < 16 else 1
+    """The most that all of these are multiples of: 1, 2, 4, 8 or 16."""
+    return math.gcd(16, *lengths)
 
 
 def index_type(*reaches: int) -> tl.dtype:

@@ -133,5 +133,5 @@ def softmax(
         LOGARITHM=logarithm,
         WHOLE=classes <= tile.classes,
         constants=compiled_in(constants),
-        **launch.options(tile.threads),
+        **launch.options(tile.threads, tile.cluster),
     )

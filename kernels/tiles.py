@@ -52,8 +52,8 @@ class Block(NamedTuple):
 
 @triton.jit
 def in_units(n, constants):
-    """The size or stride itself. Triton sees how wide it may load where it is a multiple of 16."""
-    if constants.UNIT == 1:
+    """The size or stride itself, as a multiple that Triton sees: by itself it sees those of 16."""
+    if constants.UNIT == 1 or constants.UNIT == 16:
         return n
     return n // constants.UNIT * constants.UNIT
 
@@ -90,14 +90,9 @@ def place(view, at, c, constants):
 
 
 @triton.jit
-def load_tile(view, at, present, c, last, other, constants):
-    mask = present[:, None] & (c < last)[None, :]
-    return tl.load(place(view, at, c, constants), mask=mask, other=other)
-
-
-@triton.jit
 def read_tile(view, at, present, c, last, other, constants):
-    return load_tile(view, at, present, c, last, other, constants).to(constants.A)
+    mask = present[:, None] & (c < last)[None, :]
+    return tl.load(place(view, at, c, constants), mask=mask, other=other).to(constants.A)
 
 
 @triton.jit
@@ -138,20 +133,21 @@ def layout(
         kind: See `launch.tile`.
     """
     (_, inner, classes), x = sizes, views[0]
-    columns = inner > 1 and x.inner < x.classes
-    tile = launch.tile(x.data.element_size(), inner, classes, columns, kind)
+    columns, size = inner > 1 and x.inner < x.classes, x.data.element_size()
+    unit = launch.unit(
+        inner if columns else classes,
+        *(view.outer for view in views),
+        *(view.classes if columns else view.inner for view in views),
+    )
+    tile = launch.tile(size, inner, classes, columns, kind or ("short" if unit * size < 16 else ""))
     return Layout(
         A=launch.accumulate_type(x.data.dtype),
         INDEX=launch.index_type(classes, *(classes * view.classes for view in views)),
         COLUMNS=columns,
-        UNIT=launch.unit(
-            inner if columns else classes,
-            *(view.outer for view in views),
-            *(view.classes if columns else view.inner for view in views),
-        ),
+        UNIT=unit,
         POSITIONS=tile.positions,
         CLASSES=tile.classes,
-        EXACT=x.data.element_size() > 2,
+        EXACT=size > 2,
     ), tile
 
 

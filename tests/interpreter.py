@@ -44,8 +44,8 @@ def use_small_tiles() -> None:
     launch.MOST_PROGRAMS = 3
     launch.SUM = launch.Elements(8, 32)
     launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
-    classes = launch.Row(4, 8, 1, 32, 1), launch.Row(64, 64, 1, 32), launch.Row(any_, 64, 1, 32)
-    for table in ("CLASSES_INNER", "UNIFORM_CLASSES_INNER", "DENSE_CLASSES_INNER"):
+    classes = launch.Row(4, 8, 1, 32), launch.Row(64, 64, 1, 32), launch.Row(any_, 64, 1, 32)
+    for table in ("CLASSES_INNER", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):
         setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
     positions = launch.Row(8, 32, 4, 32), launch.Row(any_, 128, 8, 32)
     launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), positions)

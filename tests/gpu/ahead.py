@@ -58,7 +58,6 @@ TARGETS = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 VECTORS = (torch.bfloat16, torch.float32)  # loads of 128 bits are asked of these
-MULTIPROCESSORS = 132  # where programs stay, one or two on each
 # Kernels that read next to nothing, in cases of these words.
 READ_LITTLE = {"sum_kernel": "", "count_kernel": "", "two_read_kernel": "2x262144 forward"}
 
@@ -131,9 +130,10 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
     kinds = ("", "forward", "upstream", "inplace")
     dense = ("weight smoothing", "probabilities weight smoothing")
     size = dtype.itemsize
-    sparse_rows, dense_rows = launch.CLASSES_INNER[size], launch.DENSE_CLASSES_INNER[size]
-    for row, kind in (*product(sparse_rows, kinds), *product(dense_rows, dense)):
-        classes = 128_256 if row.most == launch.ANY else int(row.most)
+    sparse_rows = {row.most: row for row in launch.CLASSES_INNER[size] + launch.CLUSTERED[size]}
+    dense_rows = launch.DENSE_CLASSES_INNER[size]
+    for row, kind in (*product(sparse_rows.values(), kinds), *product(dense_rows, dense)):
+        classes = 300_032 if row.most == launch.ANY else int(row.most)
         yield cross_entropy_case((4096, classes), dtype, kind)
     blocks = "forward block", "block upstream inplace", "block upstream weight smoothing"
     measured = "measured", "forward measured"
@@ -253,19 +253,16 @@ class Recorder:
             self.programs.append(math.prod(grid(kwargs) if callable(grid) else grid))
 
         JITFunction.run = compile_only
-        self.multiprocessors = launch.multiprocessors
-        launch.multiprocessors = lambda _: MULTIPROCESSORS
         driver.set_active(Driver(self.target))
         launch._warp_size.cache_clear()
-        launch.may_stay.cache_clear()
+        launch.has_clusters.cache_clear()
         return launched
 
     def __exit__(self, *_: object) -> None:
         JITFunction.run = self.run
-        launch.multiprocessors = self.multiprocessors
         driver.set_active(None)  # the next to ask finds the real one
         launch._warp_size.cache_clear()
-        launch.may_stay.cache_clear()
+        launch.has_clusters.cache_clear()
 
 
 def compile_cases(target: str, names: Sequence[str]) -> list[Compiled]:

@@ -58,6 +58,8 @@ ALONE = 0.4  # instructions a cycle of a warp by itself, whose results wait for 
 MEMORY_NS, L2_NS, START_NS, BARRIER_NS = 600, 220, 300, 12
 L2_BYTES_A_NS = 5500
 CHUNK = 24  # instructions until another warp's turn
+# Cycles that are assumed of a barrier of a cluster beyond a program's, and until stores are there.
+CLUSTER, DRAINED = 600, 600
 
 
 class Step(NamedTuple):
@@ -105,7 +107,7 @@ def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iter
     loop_of = {i: first for first, last in loops or [code.whole()] for i in range(first, last + 1)}
     pending: dict[int, tuple[str, int]] = {}
     block: list[Instruction] = []
-    number = 0
+    number, stored = 0, False
 
     def work() -> Iterator[Step]:
         for start in range(0, len(block), CHUNK):
@@ -124,9 +126,16 @@ def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iter
             pending = {r: p for r, p in pending.items() if p != (kind, load)}
         for register in written:
             pending.pop(register, None)
-        if instruction.name == "BAR":
+        if instruction.name in ("BAR", "UCGABAR_WAIT"):
             yield from work()
             yield Step("barrier")
+            if instruction.name != "BAR":
+                yield Step("delay", bytes=CLUSTER)
+            continue
+        if instruction.name == "MEMBAR" and stored:
+            yield from work()
+            yield Step("delay", bytes=DRAINED)
+            stored = False
             continue
         block.append(instruction)
         if instruction.name in ("LDG", *WAITS):
@@ -138,6 +147,7 @@ def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iter
             size = 32 * instruction.width * scale
             if instruction.name == "STG":
                 yield Step("store", bytes=size if row else 0.0)
+                stored = True
             else:
                 hit = 1.0 if not row else second * (place in again)
                 yield Step("load", bytes=size if row else 32.0, hits=hit, load=number)
@@ -223,6 +233,7 @@ def _predict(
     case: ahead.Case, kernel: Any, programs: int, traffic: Traffic, gpu: Gpu, launches: int
 ) -> Prediction:
     code, warps = Code.of(kernel), kernel.metadata.num_warps
+    programs *= kernel.metadata.num_ctas
     used = ahead.on_nvidia(kernel, 128)
     loops, share = code.loading_loops(), traffic.read / programs
     lanes = 32 * warps

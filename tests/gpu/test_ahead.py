@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from unittest.mock import Mock
 
@@ -57,7 +58,7 @@ def test_nothing_spills_and_loads_are_wide(target: str) -> None:
 def compile_with(
     monkeypatch: pytest.MonkeyPatch, row: launch.Row, classes: int
 ) -> list[ahead.Compiled]:
-    monkeypatch.setattr(launch, "CLASSES_INNER", {4: (row,)})
+    monkeypatch.setattr(launch, "SHORT_CLASSES_INNER", {4: (row,)})
     case = ahead.cross_entropy_case((4096, classes), torch.float32, "forward")
     with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
         case.run()
@@ -97,6 +98,22 @@ def test_narrow_loads_in_a_loop_are_found(target: str, step: int, wrong: str) ->
     assert found.wrong == wrong
     assert found.load == (32 if wrong else 128)
     assert found.wide == (0 if wrong else 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_targets_gradient_waits_for_the_whole_cluster(dtype: torch.dtype) -> None:
+    with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
+        ahead.cross_entropy_case((4096, 128_256), dtype, "").run()
+    kernel = dict(launched)["one_read_kernel"]
+    assert kernel.metadata.num_ctas == 16
+    events = re.findall(r"st\.global(?:\.v4)?|cluster\.wait", kernel.asm["ptx"])
+    assert events[-5:] == [
+        "st.global.v4",
+        "cluster.wait",
+        "st.global",  # the target's gradient
+        "st.global",  # the loss
+        "cluster.wait",  # so that no program's memory goes while another reads it
+    ]
 
 
 def test_a_branch_from_behind_the_end_is_no_loop() -> None:

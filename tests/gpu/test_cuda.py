@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -73,6 +74,25 @@ def test_against_torch_in_float64(call: Call, dtype: torch.dtype) -> None:
     x, target, other = inputs(dtype)
     exact = x.detach().double().requires_grad_(), target, other.double()
     close(results(fused, call, x, target, other), results(F, call, *exact), dtype)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("classes", [16_384, 32_000, 50_304, 128_256, 262_144])
+@pytest.mark.parametrize("dtype", DTYPES[:1] + DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
+def test_rows_that_programs_share(dtype: torch.dtype, classes: int, inplace: bool) -> None:
+    """Targets in each program's share, and a gradient stored after all of them have theirs."""
+    x = (3 * torch.randn(300, classes, device="cuda")).to(dtype)
+    target = torch.linspace(0, classes - 1, 300, device="cuda").long()
+    target[::7] = -100
+
+    def loss(functional: Any, x: Tensor, **options: bool) -> Tensor:
+        return functional.cross_entropy(x * 1, target, **options)
+
+    expected = results(F, loss, x.double().requires_grad_())
+    for _ in range(5):
+        fresh = x.clone().requires_grad_()
+        got = results(fused, partial(loss, inplace=inplace), fresh)
+        close(got, expected, dtype)
 
 
 def test_every_kernel_runs() -> None:
