@@ -36,6 +36,7 @@ SHARED = (
     "test_pointwise_loss.py",
     "test_softmax.py",
     "test_strides.py",
+    "test_totals.py",
 )
 
 

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log, tanh
+from .sums import add_up, counting
 from .tiles import (
     View,
     add_exponentials,
@@ -70,7 +71,9 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """None where not wanted."""
 
-    loss: Any  # its parts: one a position and split where `each`, else one a program
+    each: Any  # loss, its parts: one a position and split
+    total: Any  # loss, a `Total`
+    parts: Any  # of it, one a program, where another kernel adds them up
     lse: Any  # of these classes, one a position
     entropy: Any  # its parts, one a position and split
     prediction: Any  # the first of these classes with the largest logit, FAR on: likewise
@@ -100,7 +103,6 @@ class Constants(NamedTuple):
     SLOPE: Any
     UNIFORM: Any  # every class is aimed at, not the target alone
     AIMS: Any  # and each class's aim is read
-    EACH: Any  # one loss a position
     INPLACE: Any  # grad_logits are the logits' memory
     APART: Any  # a target's own gradient is stored by itself, after those of its tile
     CLUSTER: Any  # programs share a tile
@@ -432,7 +434,7 @@ def store_loss(inputs, outputs, scalars, program, at, sums, loss, part, splits, 
     if outputs.lse is not None:
         lse = tl.where(at.live, lse_of(sums), 0.0)
         tl.store(outputs.lse + at.flat, lse, mask=once)
-    if outputs.loss is not None:
+    if outputs.each is not None or outputs.parts is not None or outputs.total is not None:
         if constants.SQUARES:
             lse = lse_of(sums)
             square = tl.full([], scalars.z_loss, constants.A) * lse * lse
@@ -440,10 +442,12 @@ def store_loss(inputs, outputs, scalars, program, at, sums, loss, part, splits, 
         if inputs.token_weight is not None:
             loss *= tl.load(inputs.token_weight + at.flat, mask=at.present, other=0.0)
         loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))
-        if constants.EACH:
-            tl.store(outputs.loss + at.flat * splits + part, loss, mask=at.present)
+        if outputs.each is not None:
+            tl.store(outputs.each + at.flat * splits + part, loss, mask=at.present)
+        elif outputs.parts is not None:
+            tl.store(outputs.parts + program, tl.sum(loss))
         else:
-            tl.store(outputs.loss + program, tl.sum(loss))
+            add_up(outputs.total, program, tl.sum(loss), scalars.scale, inputs.denominator)
 
 
 @triton.jit
@@ -497,6 +501,7 @@ class Shares(NamedTuple):
     length: int
     sums: Any  # three planes of positions x splits
     plane: int
+    denominator: Any  # of a mean, None where it is known
 
 
 @triton.jit
@@ -521,8 +526,9 @@ def split_kernel(
     gamma: tl.float64,
     z_loss: tl.float64,
     constants,
+    ALL: tl.constexpr,
 ):
-    """The first read of positions that several programs share: the sums over one share."""
+    """The first read of positions, ALL at most, that programs share: the sums over one share."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     sums = sum_classes(inputs, scalars, at, first, last, constants)
@@ -531,6 +537,24 @@ def split_kernel(
     tl.store(out, sums.high, mask=at.present)
     tl.store(out + shares.plane, sums.total, mask=at.present)
     tl.store(out + 2 * shares.plane, sums.aimed, mask=at.present)
+    if shares.denominator is not None:
+        count_all(inputs, shares, ALL)
+
+
+@triton.jit
+def count_all(inputs, shares, ALL: tl.constexpr):
+    """The first program counts the targets, which are so few."""
+    if tl.program_id(0) == 0:
+        counts = counting(
+            inputs.target,
+            inputs.weight,
+            inputs.token_weight,
+            tl.arange(0, ALL),
+            shares.plane // shares.splits,
+            inputs.ignore_index,
+            inputs.all_classes,
+        )
+        tl.store(shares.denominator, tl.sum(counts))
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The launch of cross-entropy's kernels: what they are compiled for, how many, on what.
 
 One kernel where a tile holds all classes, else one or two that read twice. A mean over class
-indices counts them first; parts of a loss are added up last.
+indices counts them first. Where programs are many, or form clusters, another kernel adds up their
+parts of a loss: for that each would wait at its end, which costs more than a launch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .cross_entropy import (
     split_kernel,
     two_read_kernel,
 )
-from .sums import count, sum_parts
+from .sums import count, sum_parts, total
 from .tiles import Viewed, compiled_in, layout, viewed
 
 
@@ -49,11 +50,9 @@ def run(
     if inputs.classes <= constants.CLASSES:
         one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
         return
-    if shares.splits > 1 and inputs.lse is None:
-        x = inputs.logits.data
-        dtype = launch.accumulate_dtype(x.dtype)
-        shares = shares._replace(sums=x.new_empty((3, shares.plane), dtype=dtype))
-        split_kernel[grid](inputs, shares, *scalars, compiled, **options)
+    if shares.sums is not None:
+        most = triton.next_power_of_2(launch.SPLIT.positions)
+        split_kernel[grid](inputs, shares, *scalars, compiled, ALL=most, **options)
     powers = triton.next_power_of_2(shares.splits)
     two_read_kernel[grid](inputs, outputs, shares, *scalars, compiled, SPLITS=powers, **options)
 
@@ -78,17 +77,6 @@ def cross_entropy(
     first_class, all_classes, lse = among
     positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
     views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
-    denominator, scale = options.denominator if mean else None, 1.0
-    if isinstance(denominator, (int, float)):
-        denominator, scale = None, 1 / denominator
-    elif mean and denominator is None and target is None:
-        if token_weight is None:
-            scale = 1 / positions
-        else:
-            denominator = token_weight.sum(dtype=torch.float64)
-    elif mean and denominator is None:
-        denominator = count(target, weight, token_weight, options.ignore_index, all_classes)
-
     smoothing = max(0.0, options.label_smoothing)
     follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
     aims = dense and (target is None or weight is not None)
@@ -99,9 +87,29 @@ def cross_entropy(
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * triton.cdiv(inner, tile.positions) * splits
-    parts = loss
-    if loss is not None and not (each and splits == 1):
-        parts = loss.new_empty(positions * splits if each else programs)
+    sums = counted = None
+    if splits > 1 and lse is None:
+        sums = logits[0].new_empty(
+            3, positions * splits, dtype=launch.accumulate_dtype(logits[0].dtype)
+        )
+    denominator, scale = options.denominator if mean else None, 1.0
+    if isinstance(denominator, (int, float)):
+        denominator, scale = None, 1 / denominator
+    elif mean and denominator is None and target is None and token_weight is None:
+        scale = 1 / positions
+    elif mean and denominator is None and target is None:
+        denominator = token_weight.sum(dtype=torch.float64)
+    elif mean and denominator is None and sums is not None:
+        denominator = counted = target.new_empty((), dtype=torch.float64)
+    elif mean and denominator is None:
+        denominator = count(target, weight, token_weight, options.ignore_index, all_classes)
+    each_out = parts = added = None
+    if loss is not None and each:
+        each_out = loss if splits == 1 else loss.new_empty(positions, splits)
+    elif loss is not None and (tile.cluster > 1 or programs > launch.MOST_PROGRAMS):
+        parts = loss.new_empty(programs)
+    elif loss is not None:
+        added = total(loss, programs)
     own_lse, *measured = measures or (None, None, None)
     measured_parts = measured
     if splits > 1:
@@ -124,8 +132,8 @@ def cross_entropy(
             first_class,
             all_classes,
         ),
-        Outputs(parts, own_lse, *measured_parts, *views[2:]),
-        Shares(splits, length, None, positions * splits),
+        Outputs(each_out, added, parts, own_lse, *measured_parts, *views[2:]),
+        Shares(splits, length, sums, positions * splits, counted),
         Scalars(
             *terms(smoothing, all_classes, follows),
             scale,
@@ -137,7 +145,6 @@ def cross_entropy(
             SLOPE=float(follows),
             UNIFORM=dense and not aims,
             AIMS=aims,
-            EACH=each,
             INPLACE=grad_logits is logits,
             APART=not compiled.COLUMNS,
             CLUSTER=tile.cluster > 1,
@@ -147,8 +154,10 @@ def cross_entropy(
         programs,
         launch.options(tile.threads, tile.cluster),
     )
-    if parts is not loss:
+    if parts is not None:
         sum_parts(parts, loss, denominator, scale)
+    if each_out is not loss and each_out is not None:
+        torch.sum(each_out, 1, out=loss.view(positions))
     entropy, prediction = measured
     if entropy is not None:
         if splits > 1:

@@ -32,7 +32,9 @@ POINTWISE = {2: Elements(2048, 128), 4: Elements(1024, 128), 8: Elements(512, 12
 # Programs of a kernel that sums, or that may have nothing to do: some waves on any GPU of today,
 # and so few partial sums that they are added up in a microsecond or two.
 MOST_PROGRAMS = 4096
-# Adding up partial sums: so many a program.
+# Programs that add up their parts at a time; the last of them reads so many.
+GROUP = 512
+# Adding up the parts of a kernel whose programs cannot: so many a program.
 SUM = Elements(4096, 256)
 # Counting targets, 8 bytes each: two loads of 16 bytes a lane, at most so many programs by turns.
 COUNT = Elements(1024, 256)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .sums import sum_parts
+from .sums import add_up, total
 from .tiles import View, block_of, compiled_in, layout, place, read_tile, whole_row
 
 
@@ -31,14 +31,14 @@ def multi_margin_kernel(
     weight,
     upstream,
     upstream_step,
-    loss,
+    each,
+    total,
     gradient,
     rows,
     classes,
     margin: tl.float64,
     scale: tl.float64,
     SQUARED: tl.constexpr,
-    EACH: tl.constexpr,
     constants,
 ):
     at = block_of(rows, tl.program_id(0), constants)
@@ -76,12 +76,12 @@ def multi_margin_kernel(
     if gradient is not None:
         to = gradient.data + at.inner * gradient.inner + hit * gradient.classes
         tl.store(to, -slopes * factor, mask=live)
-    if loss is not None:
+    if each is not None or total is not None:
         value = tl.where(live, share * losses, tl.where(at.present, float("nan"), 0.0))
-        if EACH:
-            tl.store(loss + at.inner, value, mask=at.present)
+        if each is not None:
+            tl.store(each + at.inner, value, mask=at.present)
         else:
-            tl.store(loss + tl.program_id(0), tl.sum(value))
+            add_up(total, tl.program_id(0), tl.sum(value), scale, None)
 
 
 def multi_margin_loss(
@@ -101,23 +101,20 @@ def multi_margin_loss(
     x = View(input, rows * classes, classes, 1)
     constants, tile = layout((1, rows, classes), [x], "dense")
     programs = triton.cdiv(rows, tile.positions)
-    parts = loss if each or loss is None else loss.new_empty(programs)
     multi_margin_kernel[(programs,)](
         x,
         target,
         weight,
         upstream,
         int(each),
-        parts,
+        loss if each else None,
+        None if each or loss is None else total(loss, programs),
         None if grad_input is None else x._replace(data=grad_input),
         rows,
         classes,
         float(options.margin),
         scale,
         SQUARED=options.p == 2,
-        EACH=each,
         constants=compiled_in(constants),
         **launch.options(tile.threads),
     )
-    if parts is not loss:
-        sum_parts(parts, loss, None, scale)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .sums import count, sum_parts
+from .sums import add_up, count, total
 from .tiles import Viewed, viewed
 
 
@@ -31,17 +31,17 @@ def nll_kernel(
     upstream,
     upstream_step,
     denominator,
-    loss,
+    each,
+    total,
     gradient,
     n,
     inner,
     classes,
     ignore_index,
-    EACH: tl.constexpr,
     A: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses, one a position where EACH and else one a program; gradients of targets that count."""
+    """Losses, one a position or their total; gradients of targets that count."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     hit = tl.load(target + i, mask=mask, other=0)
@@ -50,14 +50,14 @@ def nll_kernel(
     factor = tl.zeros([BLOCK], A) - 1.0
     if weight is not None:
         factor *= tl.load(weight + hit, mask=live, other=0.0)
-    if loss is not None:
+    if each is not None or total is not None:
         at = x.data + (i // inner) * x.outer + (i % inner) * x.inner + hit * x.classes
         value = factor * tl.load(at, mask=live, other=0.0).to(A)
         value = tl.where(live, value, tl.where(counts, float("nan"), 0.0))
-        if EACH:
-            tl.store(loss + i, value, mask=mask)
+        if each is not None:
+            tl.store(each + i, value, mask=mask)
         else:
-            tl.store(loss + tl.program_id(0), tl.sum(value))
+            add_up(total, tl.program_id(0), tl.sum(value), 1.0, denominator)
     if gradient is not None:
         if denominator is not None:
             factor /= tl.load(denominator).to(A)
@@ -82,7 +82,6 @@ def nll_loss(
     n, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
     denominator = count(target, weight, None, options.ignore_index, classes) if mean else None
     programs = triton.cdiv(n, launch.COUNT.block)
-    parts = loss if each or loss is None else loss.new_empty(programs)
     if grad_input is not None:
         grad_input[0].zero_()
     nll_kernel[(programs,)](
@@ -92,16 +91,14 @@ def nll_loss(
         upstream,
         int(each),
         denominator,
-        parts,
+        loss if each else None,
+        None if each or loss is None else total(loss, programs),
         viewed(grad_input),
         n,
         inner,
         classes,
         options.ignore_index,
-        EACH=each,
         A=launch.accumulate_type(input[0].dtype),
         BLOCK=launch.COUNT.block,
         **launch.options(launch.COUNT.threads),
     )
-    if parts is not loss:
-        sum_parts(parts, loss, denominator)

@@ -32,7 +32,7 @@ from .arithmetic import (
     sigmoid,
     tanh,
 )
-from .sums import sum_parts
+from .sums import Total, add_up, total
 
 # ---- formulas ------------------------------------------------------------------------------------
 
@@ -416,7 +416,7 @@ class Outputs(NamedTuple):
     """None where not wanted."""
 
     each: torch.Tensor | None
-    parts: torch.Tensor | None
+    total: Total | None
     gradients: tuple[torch.Tensor | None, ...]  # one for each operand
 
 
@@ -448,9 +448,9 @@ def pointwise_loss_kernel(
 ):
     """Blocks of elements by turns, so that a program leaves one part of the sum."""
     program = tl.program_id(0)
-    scale = tl.full([], scale, A)
+    factor = tl.full([], scale, A)
     if operands.denominator is not None:
-        scale /= tl.load(operands.denominator).to(A)
+        factor /= tl.load(operands.denominator).to(A)
     p = parameter(operands.parameters[0], p, A)
     q = parameter(operands.parameters[1], q, A)
     r = parameter(operands.parameters[2], r, A)
@@ -462,17 +462,17 @@ def pointwise_loss_kernel(
         t = read(operands.variables[1], i, columns, mask, A)
         if len(operands.variables) == 2:
             value = VALUE(x, t, p, q, r)
-            gradients = GRADIENTS(x, t, p, q, r, scale)
+            gradients = GRADIENTS(x, t, p, q, r, factor)
         else:
             third = read(operands.variables[2], i, columns, mask, A)
             value = VALUE(x, t, third, p, q, r)
-            gradients = GRADIENTS(x, t, third, p, q, r, scale)
+            gradients = GRADIENTS(x, t, third, p, q, r, factor)
         if operands.weight is not None:
             weight = read(operands.weight, i, columns, mask, A)
             value *= weight
         if operands.upstream is not None:
             upstream = read(operands.upstream, i, columns, mask, A)
-        if outputs.parts is not None:
+        if outputs.total is not None:
             lanes += tl.where(mask, value, 0.0)
         if outputs.each is not None:
             tl.store(outputs.each + i, value, mask=mask)
@@ -484,8 +484,8 @@ def pointwise_loss_kernel(
                 if operands.upstream is not None:
                     gradient *= upstream
                 tl.store(outputs.gradients[k] + i, gradient, mask=mask)
-    if outputs.parts is not None:
-        tl.store(outputs.parts + program, tl.sum(lanes))
+    if outputs.total is not None:
+        add_up(outputs.total, program, tl.sum(lanes), scale, operands.denominator)
 
 
 def pointwise_loss(
@@ -511,13 +511,11 @@ def pointwise_loss(
     three = (*parameters, 0.0, 0.0, 0.0)[:3]
     tensors = tuple(p if isinstance(p, torch.Tensor) else None for p in three)
     numbers = (0.0 if isinstance(p, torch.Tensor) else float(p) for p in three)
-    parts = None
     if loss is not None:
         programs = min(blocks, launch.MOST_PROGRAMS)
-        parts = loss.new_empty(programs)
     pointwise_loss_kernel[(programs,)](
         Operands(tuple(variables), weight, upstream, tensors, counted),
-        Outputs(each, parts, gradients),
+        Outputs(each, None if loss is None else total(loss, programs), gradients),
         x.numel(),
         blocks,
         columns,
@@ -529,5 +527,3 @@ def pointwise_loss(
         BLOCK=elements.block,
         **launch.options(elements.threads),
     )
-    if parts is not None:
-        sum_parts(parts, loss, counted, scale)

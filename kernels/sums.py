@@ -1,10 +1,16 @@
 """Sums on the device in a fixed order: of parts of a loss, and of the targets that count.
 
-Each program adds up its own elements in float64, and a last one what the others found. Triton
-compiles anew for numbers of 1 and for multiples of 16, unless told that nothing is gained by it.
+The programs of a kernel add up what each of them has, without a launch of its own: the last of a
+group to come adds up its group's parts, in float64, and the last of all groups their sums. Nothing
+but the number of those that came is added atomically, so that the sum has the same order in every
+run. Triton compiles anew for numbers of 1 and for multiples of 16, unless told that nothing is
+gained by it.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,56 +19,130 @@ import triton.language as tl
 from . import launch
 
 
-@triton.jit(do_not_specialize=["length", "n"])
-def sum_kernel(parts, out, denominator, scale: tl.float64, length, n, BLOCK: tl.constexpr):
-    """out[k] = scale / denominator * sum(parts[k * length : (k + 1) * length]), in float64."""
-    first = tl.program_id(0).to(tl.int64) * length
-    last = tl.minimum(first + length, n)
-    lanes = tl.zeros([BLOCK], tl.float64)
-    for start in range(first, last, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        lanes += tl.load(parts + i, mask=i < last, other=0.0).to(tl.float64)
-    total = tl.sum(lanes) * tl.full([], scale, tl.float64)
+class Total(NamedTuple):
+    """Where the programs of a kernel add up."""
+
+    out: Any  # of one element
+    parts: Any  # one a program
+    sums: Any  # one a group
+    came: Any  # how many groups, and of each how many programs: 0 before and after
+    GROUP: Any
+
+
+@triton.jit
+def add_up(total, program, part, scale, denominator):
+    """out = scale / denominator * the sum of all programs' parts.
+
+    A program's part is there before the program is counted, and is read past L1 after. Whoever is
+    last leaves 0 behind, for the next kernel of the stream.
+    """
+    scale = tl.full([], scale, tl.float64)
     if denominator is not None:
-        total /= tl.load(denominator)
-    tl.store(out + tl.program_id(0), total)
+        scale /= tl.load(denominator)
+    if total.came is None:  # one program
+        tl.store(total.out, part * scale)
+    else:
+        tl.store(total.parts + program, part)
+        group, groups = program // total.GROUP, (tl.num_programs(0) - 1) // total.GROUP + 1
+        first = group * total.GROUP
+        programs = tl.minimum(total.GROUP, tl.num_programs(0) - first)
+        if tl.atomic_add(total.came + 1 + group, 1) == programs - 1:
+            tl.store(total.came + 1 + group, 0)
+            tl.store(total.sums + group, sum_of(total.parts + first, programs))
+            if tl.atomic_add(total.came, 1) == groups - 1:
+                tl.store(total.came, 0)
+                tl.store(total.out, sum_of(total.sums, groups) * scale)
+
+
+@triton.jit
+def sum_of(parts, n):
+    """Of what other programs have written."""
+    lanes = tl.zeros([128], tl.float64)
+    for start in range(0, n, 128):
+        i = start + tl.arange(0, 128)
+        lanes += tl.load(parts + i, mask=i < n, other=0.0, cache_modifier=".cg").to(tl.float64)
+    return tl.sum(lanes)
+
+
+def total(out: torch.Tensor, programs: int, dtype: torch.dtype | None = None) -> Total:
+    """What that many programs need to add up their parts, of the dtype of out unless given."""
+    if programs == 1:
+        return Total(out, None, None, None, tl.constexpr(launch.GROUP))
+    groups = triton.cdiv(programs, launch.GROUP)
+    return Total(
+        out,
+        out.new_empty(programs, dtype=dtype),
+        out.new_empty(groups, dtype=torch.float64),
+        counters(out.device, groups + 1),
+        tl.constexpr(launch.GROUP),
+    )
+
+
+def counters(device: torch.device, n: int) -> torch.Tensor:
+    """n zeros, which kernels that follow on one another may share.
+
+    Each stream has its own, as kernels of two may run together. A graph may run on any stream, and
+    so has its own too, in its memory.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _counters(device, stream, triton.next_power_of_2(max(n, 1024)))
+
+
+@functools.cache
+def _counters(device: torch.device, _stream: int, n: int) -> torch.Tensor:
+    return torch.zeros(n, dtype=torch.int32, device=device)
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_kernel(parts, total, denominator, scale: tl.float64, n, BLOCK: tl.constexpr):
+    """scale / denominator * sum(parts), in float64."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    lanes = tl.load(parts + i, mask=i < n, other=0.0).to(tl.float64)
+    add_up(total, tl.program_id(0), tl.sum(lanes), scale, denominator)
 
 
 def sum_parts(
-    parts: torch.Tensor,
-    out: torch.Tensor,
-    denominator: torch.Tensor | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """Adds up as many parts for each element of out, in the same order in every run."""
+    parts: torch.Tensor, out: torch.Tensor, denominator: torch.Tensor | None, scale: float
+) -> None:
+    """Of kernels whose programs cannot add up themselves."""
     n, block = parts.numel(), launch.SUM.block
-    options = launch.options(launch.SUM.threads)
-    while out.numel() == 1 and n > block:
-        sums = parts.new_empty(triton.cdiv(n, block), dtype=torch.float64)
-        sum_kernel[(sums.numel(),)](parts, sums, None, 1.0, block, n, BLOCK=block, **options)
-        parts, n = sums, sums.numel()
-    length = n // out.numel()
-    sum_kernel[(out.numel(),)](parts, out, denominator, scale, length, n, BLOCK=block, **options)
-    return out
+    programs = triton.cdiv(n, block)
+    sum_kernel[(programs,)](
+        parts,
+        total(out, programs, torch.float64),
+        denominator,
+        scale,
+        n,
+        BLOCK=block,
+        **launch.options(launch.SUM.threads),
+    )
+
+
+@triton.jit
+def counting(target, weight, token_weight, i, n, ignore_index, classes):
+    """What targets i count for in a mean."""
+    hit = tl.load(target + i, mask=i < n, other=-1)
+    live = (i < n) & (hit != ignore_index) & (hit >= 0) & (hit < classes)
+    counts = tl.where(live, 1.0, 0.0).to(tl.float64)
+    if weight is not None:
+        counts *= tl.load(weight + hit, mask=live, other=0.0).to(tl.float64)
+    if token_weight is not None:
+        counts *= tl.load(token_weight + i, mask=live, other=0.0).to(tl.float64)
+    return counts
 
 
 @triton.jit(do_not_specialize=["blocks", "ignore_index", "classes"])
 def count_kernel(
-    target, weight, token_weight, out, n, blocks, ignore_index, classes, BLOCK: tl.constexpr
+    target, weight, token_weight, total, n, blocks, ignore_index, classes, BLOCK: tl.constexpr
 ):
     """The weight of the targets that count, blocks of them by turns: what a mean divides by."""
     lanes = tl.zeros([BLOCK], tl.float64)
     for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
-        hit = tl.load(target + i, mask=i < n, other=-1)
-        live = (i < n) & (hit != ignore_index) & (hit >= 0) & (hit < classes)
-        counts = tl.where(live, 1.0, 0.0).to(tl.float64)
-        if weight is not None:
-            counts *= tl.load(weight + hit, mask=live, other=0.0).to(tl.float64)
-        if token_weight is not None:
-            counts *= tl.load(token_weight + i, mask=live, other=0.0).to(tl.float64)
-        lanes += counts
-    tl.store(out + tl.program_id(0), tl.sum(lanes))
+        lanes += counting(target, weight, token_weight, i, n, ignore_index, classes)
+    add_up(total, tl.program_id(0), tl.sum(lanes), 1.0, None)
 
 
 def count(
@@ -73,14 +153,14 @@ def count(
     classes: int,
 ) -> torch.Tensor:
     """The denominator of a mean, on the device: one float64."""
-    n = target.numel()
+    n, out = target.numel(), target.new_empty((), dtype=torch.float64)
     blocks = triton.cdiv(n, launch.COUNT.block)
-    parts = target.new_empty(min(blocks, launch.MOST_COUNTERS), dtype=torch.float64)
-    count_kernel[(parts.numel(),)](
+    programs = min(blocks, launch.MOST_COUNTERS)
+    count_kernel[(programs,)](
         target,
         weight,
         token_weight,
-        parts,
+        total(out, programs),
         n,
         blocks,
         ignore_index,
@@ -88,4 +168,4 @@ def count(
         BLOCK=launch.COUNT.block,
         **launch.options(launch.COUNT.threads),
     )
-    return parts if parts.numel() == 1 else sum_parts(parts, parts.new_empty(()))
+    return out

@@ -28,6 +28,7 @@ SHARED = (
     "test_class_losses.py",
     "test_softmax.py",
     "test_strides.py",
+    "test_totals.py",
 )
 OTHERS = sorted(
     path.name
@@ -36,13 +37,16 @@ OTHERS = sorted(
 )
 
 
+GROUP, MOST_PROGRAMS = 4, 30
+
+
 def use_small_tiles() -> None:
     from pyfused.kernels import launch
 
     any_ = launch.ANY
     launch.POINTWISE = dict.fromkeys((2, 4, 8), launch.Elements(32, 32))
-    launch.MOST_PROGRAMS = 3
-    launch.SUM = launch.Elements(8, 32)
+    launch.MOST_PROGRAMS = MOST_PROGRAMS
+    launch.SUM, launch.GROUP = launch.Elements(8, 32), GROUP
     launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
     classes = launch.Row(4, 8, 1, 32), launch.Row(64, 64, 1, 32), launch.Row(any_, 64, 1, 32)
     for table in ("CLASSES_INNER", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):

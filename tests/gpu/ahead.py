@@ -308,6 +308,7 @@ def widths(access: str, assembly: str) -> list[int]:
     return [int(count or 1) * int(units.get(bits, bits)) for count, bits in found]
 
 
+# Loads past L1 (cg, nt) are of what other programs found, and not the main loop's.
 def main_loops(load: str, assembly: str, wanted: int) -> dict[str, int]:
     """Of the loops that load, the least: the widest load, and the percentage as wide as wanted.
 
@@ -328,7 +329,7 @@ def on_nvidia(kernel: Any, bits: int) -> dict[str, int]:
             [tool, "-res-usage", cubin], check=True, text=True, capture_output=True
         ).stdout
     used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
-    access = r"\b{}\.global(?:\.\w+?)*?(?:\.v(\d))?\.[bfsu](\d+)"
+    access = r"\b{}\.global(?!\.cg)(?:\.\w+?)*?(?:\.v(\d))?\.[bfsu](\d+)"
     return {
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
@@ -340,7 +341,7 @@ def on_nvidia(kernel: Any, bits: int) -> dict[str, int]:
 def on_amd(kernel: Any, bits: int) -> dict[str, int]:
     assembly = kernel.asm["amdgcn"]
     used = {key: int(n) for key, n in re.findall(r"\.([vs]gpr\w*count):\s+(\d+)", assembly)}
-    access = r"\b(?:global|buffer|flat)_{}_[us]?(?=(?:dwordx(\d))?)(dword|short|byte)"
+    access = r"\b(?:global|buffer|flat)_{}_[us]?(?=(?:dwordx(\d))?)(dword|short|byte)(?!.*\bnt\b)"
     return {
         "registers": used["vgpr_count"],
         "spills": used["vgpr_spill_count"],  # scalar ones go to vector registers, not to memory

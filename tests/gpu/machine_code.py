@@ -29,7 +29,7 @@ UNITS = {
     "PLOP3 P2R R2P MOV SGXT BMSK VIADDMNMX F2FP IADD HSETP2 HMNMX2 FLO POPC I2FP CS2R",
 }
 UNIT = {opcode: unit for unit, opcodes in UNITS.items() for opcode in opcodes.split()}
-WAITS = {"LDS": 30, "SHFL": 24, "MUFU": 18}  # cycles until the result is there
+WAITS = {"LDS": 30, "SHFL": 24, "MUFU": 18, "ATOMG": 700}  # cycles until the result is there
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L\w+):")
 REGISTER = re.compile(r"\bR(\d+)\b")
@@ -94,8 +94,9 @@ class Code:
             elif instruction := INSTRUCTION.match(line):
                 found.append(Instruction(*instruction.groups()))
         ends: dict[int, int] = {}
-        end = len(found)
-        for place, instruction in enumerate(found):
+        counted = next((i for i, each in enumerate(found) if each.name == "ATOMG"), len(found))
+        end = next((i for i in range(counted, len(found)) if found[i].name == "EXIT"), len(found))
+        for place, instruction in enumerate(found[:end]):
             target = re.search(r"`\((\.L\w+)\)", instruction.rest)
             if instruction.name != "BRA" or target is None:
                 continue

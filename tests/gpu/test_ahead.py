@@ -21,6 +21,7 @@ from pyfused.ops import chunked
 
 QUICK = (
     "cross_entropy bfloat16 4096x8192",
+    "cross_entropy bfloat16 4096x16384",
     "cross_entropy float32 4096x4096 weight smoothing",
     "cross_entropy bfloat16 4096x1000",
     "cross_entropy bfloat16 2x262144",
@@ -39,7 +40,6 @@ def test_nothing_spills_and_loads_are_wide(target: str) -> None:
         "two_read_kernel",
         "split_kernel",
         "count_kernel",
-        "sum_kernel",
         "pointwise_loss_kernel",
         "activation_kernel",
     }
@@ -131,7 +131,7 @@ def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) ->
     options = CrossEntropyOptions(-100, "mean", 0.0)
     with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
         ahead.backend.cross_entropy(x, ahead.empty(torch.int64, 2), None, options, Want())
-    assert [name for name, _ in launched][1:3] == ["split_kernel", "two_read_kernel"]
+    assert [name for name, _ in launched] == ["split_kernel", "two_read_kernel"]
     assert record.call_args[0][0].INDEX is tl.int64
 
 
