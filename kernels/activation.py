@@ -186,7 +186,7 @@ def activation(
     Operands are as in `Operand`, out is dense.
     """
     n, elements = out.numel(), launch.POINTWISE[out.element_size()]
-    activation_kernel[(triton.cdiv(n, elements.block),)](
+    activation_kernel[(launch.cdiv(n, elements.block),)](
         tuple(Operand(*operand) for operand in operands),
         out,
         n,
@@ -203,7 +203,7 @@ def activation(
 def scale(tensor: torch.Tensor, factor: torch.Tensor) -> None:
     """Launches tensor *= factor."""
     n, elements = tensor.numel(), launch.POINTWISE[tensor.element_size()]
-    blocks = triton.cdiv(n, elements.block)
+    blocks = launch.cdiv(n, elements.block)
     scale_kernel[(min(blocks, launch.MOST_PROGRAMS),)](
         tensor,
         factor,

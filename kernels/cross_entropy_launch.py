@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
 from . import launch
 from .cross_entropy import (
@@ -51,9 +50,9 @@ def run(
         one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
         return
     if shares.sums is not None:
-        most = triton.next_power_of_2(launch.SPLIT.positions)
+        most = launch.power_of_2(launch.SPLIT.positions)
         split_kernel[grid](inputs, shares, *scalars, compiled, ALL=most, **options)
-    powers = triton.next_power_of_2(shares.splits)
+    powers = launch.power_of_2(shares.splits)
     two_read_kernel[grid](inputs, outputs, shares, *scalars, compiled, SPLITS=powers, **options)
 
 
@@ -86,7 +85,7 @@ def cross_entropy(
     kind = "dense" if aims else "short" if dense or grad_logits is None else ""
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
-    programs = outer * triton.cdiv(inner, tile.positions) * splits
+    programs = outer * launch.cdiv(inner, tile.positions) * splits
     sums = counted = None
     if splits > 1 and lse is None:
         sums = logits[0].new_empty(

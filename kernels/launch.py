@@ -11,7 +11,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
@@ -164,11 +163,24 @@ def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, kind: s
     tables = {"": sparse, "dense": DENSE_CLASSES_INNER, "short": SHORT_CLASSES_INNER}
     table = POSITIONS_INNER if positions_inner else tables[kind]
     row = next(row for row in table[itemsize] if classes <= row.most)
-    padded = triton.next_power_of_2(classes)
+    padded = power_of_2(classes)
     positions = max(row.positions, row.elements // padded)
-    positions = min(positions, triton.next_power_of_2(inner))
+    positions = min(positions, power_of_2(inner))
     held = min(padded, max(1, row.elements // positions))
     return Tile(positions, held, row.threads, row.cluster)
+
+
+# As Triton's, which take microseconds of the host.
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many of that size hold n."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The next from n on."""
+    return 1 << (n - 1).bit_length()
 
 
 def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
@@ -176,8 +188,8 @@ def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
     if positions >= SPLIT.positions or classes < 2 * SPLIT.classes or classes <= chunk:
         return 1, classes
     wanted = min(classes // SPLIT.classes, max(1, SPLIT.programs // positions))
-    length = triton.cdiv(triton.cdiv(classes, wanted), chunk) * chunk
-    return triton.cdiv(classes, length), length
+    length = cdiv(cdiv(classes, wanted), chunk) * chunk
+    return cdiv(classes, length), length
 
 
 def options(threads: int, cluster: int = 1) -> dict[str, Any]:

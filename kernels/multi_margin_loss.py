@@ -100,7 +100,7 @@ def multi_margin_loss(
         scale = 1.0 / rows
     x = View(input, rows * classes, classes, 1)
     constants, tile = layout((1, rows, classes), [x], "dense")
-    programs = triton.cdiv(rows, tile.positions)
+    programs = launch.cdiv(rows, tile.positions)
     multi_margin_kernel[(programs,)](
         x,
         target,

@@ -81,7 +81,7 @@ def nll_loss(
     outer, inner, classes = sizes
     n, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
     denominator = count(target, weight, None, options.ignore_index, classes) if mean else None
-    programs = triton.cdiv(n, launch.COUNT.block)
+    programs = launch.cdiv(n, launch.COUNT.block)
     if grad_input is not None:
         grad_input[0].zero_()
     nll_kernel[(programs,)](

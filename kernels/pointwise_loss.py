@@ -505,7 +505,7 @@ def pointwise_loss(
     *variables, weight, upstream = (o and Operand(*o) for o in operands)
     x = operands[0][0]
     elements = launch.POINTWISE[x.element_size()]
-    programs = blocks = triton.cdiv(x.numel(), elements.block)
+    programs = blocks = launch.cdiv(x.numel(), elements.block)
     known = not isinstance(denominator, torch.Tensor)
     scale, counted = (1 / denominator, None) if known else (1.0, denominator)
     three = (*parameters, 0.0, 0.0, 0.0)[:3]

@@ -126,7 +126,7 @@ def softmax(
     views = [view for tensor in given if (view := viewed(tensor)) is not None]
     constants, tile = layout(sizes, views, "" if grad_output is None else "dense")
     kernel = forward_kernel if grad_output is None else backward_kernel
-    kernel[(outer * triton.cdiv(inner, tile.positions),)](
+    kernel[(outer * launch.cdiv(inner, tile.positions),)](
         *views,
         inner,
         classes,

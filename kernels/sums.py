@@ -23,8 +23,7 @@ class Total(NamedTuple):
     """Where the programs of a kernel add up."""
 
     out: Any  # of one element
-    parts: Any  # one a program
-    sums: Any  # one a group
+    parts: Any  # one a program, and after them the sum of each group
     came: Any  # how many groups, and of each how many programs: 0 before and after
     GROUP: Any
 
@@ -43,15 +42,16 @@ def add_up(total, program, part, scale, denominator):
         tl.store(total.out, part * scale)
     else:
         tl.store(total.parts + program, part)
+        sums = total.parts + tl.num_programs(0)
         group, groups = program // total.GROUP, (tl.num_programs(0) - 1) // total.GROUP + 1
         first = group * total.GROUP
         programs = tl.minimum(total.GROUP, tl.num_programs(0) - first)
         if tl.atomic_add(total.came + 1 + group, 1) == programs - 1:
             tl.store(total.came + 1 + group, 0)
-            tl.store(total.sums + group, sum_of(total.parts + first, programs))
+            tl.store(sums + group, sum_of(total.parts + first, programs))
             if tl.atomic_add(total.came, 1) == groups - 1:
                 tl.store(total.came, 0)
-                tl.store(total.out, sum_of(total.sums, groups) * scale)
+                tl.store(total.out, sum_of(sums, groups) * scale)
 
 
 @triton.jit
@@ -64,18 +64,17 @@ def sum_of(parts, n):
     return tl.sum(lanes)
 
 
-def total(out: torch.Tensor, programs: int, dtype: torch.dtype | None = None) -> Total:
-    """What that many programs need to add up their parts, of the dtype of out unless given."""
+def total(out: torch.Tensor, programs: int) -> Total:
+    """What that many programs need to add up their parts."""
+    group = _constant(launch.GROUP)
     if programs == 1:
-        return Total(out, None, None, None, tl.constexpr(launch.GROUP))
-    groups = triton.cdiv(programs, launch.GROUP)
-    return Total(
-        out,
-        out.new_empty(programs, dtype=dtype),
-        out.new_empty(groups, dtype=torch.float64),
-        counters(out.device, groups + 1),
-        tl.constexpr(launch.GROUP),
-    )
+        return Total(out, None, None, group)
+    groups = launch.cdiv(programs, launch.GROUP)
+    parts = out.new_empty(programs + groups, dtype=torch.float64)
+    return Total(out, parts, counters(out.device, groups + 1), group)
+
+
+_constant = functools.cache(tl.constexpr)
 
 
 def counters(device: torch.device, n: int) -> torch.Tensor:
@@ -87,7 +86,7 @@ def counters(device: torch.device, n: int) -> torch.Tensor:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(n, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    return _counters(device, stream, triton.next_power_of_2(max(n, 1024)))
+    return _counters(device, stream, launch.power_of_2(max(n, 1024)))
 
 
 @functools.cache
@@ -108,10 +107,10 @@ def sum_parts(
 ) -> None:
     """Of kernels whose programs cannot add up themselves."""
     n, block = parts.numel(), launch.SUM.block
-    programs = triton.cdiv(n, block)
+    programs = launch.cdiv(n, block)
     sum_kernel[(programs,)](
         parts,
-        total(out, programs, torch.float64),
+        total(out, programs),
         denominator,
         scale,
         n,
@@ -154,7 +153,7 @@ def count(
 ) -> torch.Tensor:
     """The denominator of a mean, on the device: one float64."""
     n, out = target.numel(), target.new_empty((), dtype=torch.float64)
-    blocks = triton.cdiv(n, launch.COUNT.block)
+    blocks = launch.cdiv(n, launch.COUNT.block)
     programs = min(blocks, launch.MOST_COUNTERS)
     count_kernel[(programs,)](
         target,

@@ -132,17 +132,27 @@ def layout(
         views: The one whose memory decides, and the others.
         kind: See `launch.tile`.
     """
-    (_, inner, classes), x = sizes, views[0]
-    columns, size = inner > 1 and x.inner < x.classes, x.data.element_size()
+    return _layout(sizes, views[0].data.dtype, tuple([view[1:] for view in views]), kind)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    strides: tuple[tuple[int, int, int], ...],
+    kind: str,
+) -> tuple[Layout, launch.Tile]:
+    (_, inner, classes), (_, inner_stride, class_stride) = sizes, strides[0]
+    columns, size = inner > 1 and inner_stride < class_stride, dtype.itemsize
     unit = launch.unit(
         inner if columns else classes,
-        *(view.outer for view in views),
-        *(view.classes if columns else view.inner for view in views),
+        *(outer for outer, _, _ in strides),
+        *(each[2] if columns else each[1] for each in strides),
     )
     tile = launch.tile(size, inner, classes, columns, kind or ("short" if unit * size < 16 else ""))
     return Layout(
-        A=launch.accumulate_type(x.data.dtype),
-        INDEX=launch.index_type(classes, *(classes * view.classes for view in views)),
+        A=launch.accumulate_type(dtype),
+        INDEX=launch.index_type(classes, *(classes * each[2] for each in strides)),
         COLUMNS=columns,
         UNIT=unit,
         POSITIONS=tile.positions,

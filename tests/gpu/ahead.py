@@ -44,7 +44,7 @@ from pyfused.backends import (
     Want,
 )
 from pyfused.backends import triton as backend
-from pyfused.kernels import launch
+from pyfused.kernels import launch, tiles
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.ops.operators import OPERATORS
@@ -256,6 +256,7 @@ class Recorder:
         driver.set_active(Driver(self.target))
         launch._warp_size.cache_clear()
         launch.has_clusters.cache_clear()
+        tiles._layout.cache_clear()
         return launched
 
     def __exit__(self, *_: object) -> None:
@@ -263,6 +264,7 @@ class Recorder:
         driver.set_active(None)  # the next to ask finds the real one
         launch._warp_size.cache_clear()
         launch.has_clusters.cache_clear()
+        tiles._layout.cache_clear()
 
 
 def compile_cases(target: str, names: Sequence[str]) -> list[Compiled]:
