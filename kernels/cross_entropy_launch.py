@@ -82,7 +82,9 @@ def cross_entropy(
     aimed = None
     if lse is not None and dense and weight is not None:
         aimed = weight.sum(dtype=torch.float64)
-    kind = "dense" if aims else "short" if dense or grad_logits is None else ""
+    own_lse, *measured = measures or (None, None, None)
+    plain = grad_logits is not None and not dense and measured[0] is None
+    kind = "dense" if aims else "" if plain else "short"
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * launch.cdiv(inner, tile.positions) * splits
@@ -109,7 +111,6 @@ def cross_entropy(
         parts = loss.new_empty(programs)
     elif loss is not None:
         added = total(loss, programs)
-    own_lse, *measured = measures or (None, None, None)
     measured_parts = measured
     if splits > 1:
         measured_parts = [to if to is None else to.new_empty(positions, splits) for to in measured]

@@ -96,10 +96,10 @@ CLUSTERED = {
     8: CLASSES_INNER[8],
 }
 
-# Where only short rows are to be held in registers: with smoothing, for which a lane takes twice as
-# many, so that one or two programs would be left to a multiprocessor; of rows that are no multiples
-# of 16 bytes, which are loaded element by element; and of a loss without gradients, which reads a
-# row once either way.
+# Where only short rows are to be held in registers: with smoothing or measures, for which a lane
+# takes so many that one or two programs would be left to a multiprocessor; of rows that are no
+# multiples of 16 bytes, which are loaded element by element; and of a loss without gradients, which
+# reads a row once either way.
 SHORT_CLASSES_INNER = {
     size: tuple(row for row in rows if row.most <= 4096 or row.most == ANY)
     for size, rows in CLASSES_INNER.items()
@@ -124,11 +124,11 @@ DENSE_CLASSES_INNER = {
 DENSE_CLASSES_INNER[4] = DENSE_CLASSES_INNER[2]
 
 # Positions side by side, (N, C, d1, ..., dk): a warp's lanes lie along them, 8 bytes each, and a
-# lane walks over the classes of its own, 8 at a time: no lane waits for another.
+# lane walks over the classes of its own, 8 at a time (4 in float64): no lane waits for another.
 POSITIONS_INNER = {
     2: (Row(ANY, 1024, 128, 32),),
     4: (Row(ANY, 512, 64, 32),),
-    8: (Row(ANY, 256, 32, 32),),
+    8: (Row(ANY, 128, 32, 32),),
 }
 
 

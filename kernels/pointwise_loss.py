@@ -454,7 +454,7 @@ def pointwise_loss_kernel(
     p = parameter(operands.parameters[0], p, A)
     q = parameter(operands.parameters[1], q, A)
     r = parameter(operands.parameters[2], r, A)
-    lanes = tl.zeros([BLOCK], A)
+    pairs = tl.zeros([BLOCK // 2], A)  # of elements side by side, which a lane has anyway
     for block in range(program.to(INDEX), blocks, tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
         mask = i < n
@@ -473,7 +473,8 @@ def pointwise_loss_kernel(
         if operands.upstream is not None:
             upstream = read(operands.upstream, i, columns, mask, A)
         if outputs.total is not None:
-            lanes += tl.where(mask, value, 0.0)
+            counted = tl.where(mask, value, 0.0)
+            pairs += tl.sum(tl.reshape(counted, [BLOCK // 2, 2]), 1)
         if outputs.each is not None:
             tl.store(outputs.each + i, value, mask=mask)
         for k in tl.static_range(len(outputs.gradients)):
@@ -485,7 +486,7 @@ def pointwise_loss_kernel(
                     gradient *= upstream
                 tl.store(outputs.gradients[k] + i, gradient, mask=mask)
     if outputs.total is not None:
-        add_up(outputs.total, program, tl.sum(lanes), scale, operands.denominator)
+        add_up(outputs.total, program, tl.sum(pairs), scale, operands.denominator)
 
 
 def pointwise_loss(

@@ -35,11 +35,8 @@ def add_up(total, program, part, scale, denominator):
     A program's part is there before the program is counted, and is read past L1 after. Whoever is
     last leaves 0 behind, for the next kernel of the stream.
     """
-    scale = tl.full([], scale, tl.float64)
-    if denominator is not None:
-        scale /= tl.load(denominator)
     if total.came is None:  # one program
-        tl.store(total.out, part * scale)
+        finish(total, part, scale, denominator)
     else:
         tl.store(total.parts + program, part)
         sums = total.parts + tl.num_programs(0)
@@ -51,7 +48,15 @@ def add_up(total, program, part, scale, denominator):
             tl.store(sums + group, sum_of(total.parts + first, programs))
             if tl.atomic_add(total.came, 1) == groups - 1:
                 tl.store(total.came, 0)
-                tl.store(total.out, sum_of(sums, groups) * scale)
+                finish(total, sum_of(sums, groups), scale, denominator)
+
+
+@triton.jit
+def finish(total, value, scale, denominator):
+    value *= tl.full([], scale, tl.float64)
+    if denominator is not None:
+        value /= tl.load(denominator)
+    tl.store(total.out, value)
 
 
 @triton.jit
