@@ -454,7 +454,7 @@ def pointwise_loss_kernel(
     p = parameter(operands.parameters[0], p, A)
     q = parameter(operands.parameters[1], q, A)
     r = parameter(operands.parameters[2], r, A)
-    pairs = tl.zeros([BLOCK // 2], A)  # of elements side by side, which a lane has anyway
+    fours = tl.zeros([BLOCK // 4], A)  # of elements side by side: one register for what a lane has
     for block in range(program.to(INDEX), blocks, tl.num_programs(0)):
         i = block * BLOCK + tl.arange(0, BLOCK)
         mask = i < n
@@ -474,7 +474,7 @@ def pointwise_loss_kernel(
             upstream = read(operands.upstream, i, columns, mask, A)
         if outputs.total is not None:
             counted = tl.where(mask, value, 0.0)
-            pairs += tl.sum(tl.reshape(counted, [BLOCK // 2, 2]), 1)
+            fours += tl.sum(tl.reshape(counted, [BLOCK // 4, 4]), 1)
         if outputs.each is not None:
             tl.store(outputs.each + i, value, mask=mask)
         for k in tl.static_range(len(outputs.gradients)):
@@ -486,7 +486,7 @@ def pointwise_loss_kernel(
                     gradient *= upstream
                 tl.store(outputs.gradients[k] + i, gradient, mask=mask)
     if outputs.total is not None:
-        add_up(outputs.total, program, tl.sum(pairs), scale, operands.denominator)
+        add_up(outputs.total, program, tl.sum(fours), scale, operands.denominator)
 
 
 def pointwise_loss(
