@@ -56,6 +56,27 @@ def run(
     two_read_kernel[grid](inputs, outputs, shares, *scalars, compiled, SPLITS=powers, **options)
 
 
+def mean_by(
+    target: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    options: Any,
+    positions: int,
+    classes: int,
+) -> tuple[torch.Tensor | None, float]:
+    """What a mean is divided by, where only the GPU knows it, and multiplied by."""
+    given = options.denominator
+    if isinstance(given, (int, float)):
+        return None, 1 / given
+    if given is not None:
+        return given, 1.0
+    if target is not None:
+        return count(target, weight, token_weight, options.ignore_index, classes), 1.0
+    if token_weight is not None:
+        return token_weight.sum(dtype=torch.float64), 1.0
+    return None, 1 / positions
+
+
 def cross_entropy(
     sizes: tuple[int, int, int],
     logits: Viewed,
@@ -88,22 +109,18 @@ def cross_entropy(
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * launch.cdiv(inner, tile.positions) * splits
-    sums = counted = None
+    sums, counts_first = None, False
     if splits > 1 and lse is None:
+        counts_first = target is not None and options.denominator is None
         sums = logits[0].new_empty(
             3, positions * splits, dtype=launch.accumulate_dtype(logits[0].dtype)
         )
-    denominator, scale = options.denominator if mean else None, 1.0
-    if isinstance(denominator, (int, float)):
-        denominator, scale = None, 1 / denominator
-    elif mean and denominator is None and target is None and token_weight is None:
-        scale = 1 / positions
-    elif mean and denominator is None and target is None:
-        denominator = token_weight.sum(dtype=torch.float64)
-    elif mean and denominator is None and sums is not None:
-        denominator = counted = target.new_empty((), dtype=torch.float64)
-    elif mean and denominator is None:
-        denominator = count(target, weight, token_weight, options.ignore_index, all_classes)
+    denominator, scale = None, 1.0
+    if mean and counts_first:
+        denominator = target.new_empty((), dtype=torch.float64)
+    elif mean:
+        denominator, scale = mean_by(target, weight, token_weight, options, positions, all_classes)
+
     each_out = parts = added = None
     if loss is not None and each:
         each_out = loss if splits == 1 else loss.new_empty(positions, splits)
@@ -133,7 +150,7 @@ def cross_entropy(
             all_classes,
         ),
         Outputs(each_out, added, parts, own_lse, *measured_parts, *views[2:]),
-        Shares(splits, length, sums, positions * splits, counted),
+        Shares(splits, length, sums, positions * splits, denominator if counts_first else None),
         Scalars(
             *terms(smoothing, all_classes, follows),
             scale,

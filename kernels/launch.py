@@ -28,8 +28,9 @@ class Elements(NamedTuple):
 # Element by element, by bytes of an element: of each operand two loads of 16 bytes a lane, in
 # float64 as many. Twice as many, and a weighted loss spills on one target.
 POINTWISE = {2: Elements(2048, 128), 4: Elements(1024, 128), 8: Elements(512, 128)}
-# Programs of a kernel that sums, or that may have nothing to do: some waves on any GPU of today,
-# and so few partial sums that they are added up in a microsecond or two.
+# Programs of a kernel that sums, or that may have nothing to do: some waves on any GPU of today. So
+# many add up among themselves what they have found; of more each would wait at its end for longer
+# than another kernel takes.
 MOST_PROGRAMS = 4096
 # Programs that add up their parts at a time; the last of them reads so many.
 GROUP = 512
