@@ -104,7 +104,6 @@ class Constants(NamedTuple):
     UNIFORM: Any  # every class is aimed at, not the target alone
     AIMS: Any  # and each class's aim is read
     INPLACE: Any  # grad_logits are the logits' memory
-    APART: Any  # a target's own gradient is stored by itself, after those of its tile
     CLUSTER: Any  # programs share a tile
     FOCAL: Any  # gamma is not 0
     SQUARES: Any  # z_loss is not 0
@@ -333,8 +332,7 @@ def factor_of(inputs, scalars, at, sums, constants):
 def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
     """Writes the gradients of a tile, and returns its part of the dense terms of the loss.
 
-    The targets' own gradients may be left to `finish_own`: one store a position, rather than a
-    choice a class. It waits for a program, which positions side by side and clusters would not do.
+    Where classes lie side by side the target's own gradient is left to `finish_own`.
     """
     mask = at.present[:, None] & (c < last)[None, :]
     pivot = pivot_of(sums.high)[:, None]
@@ -353,7 +351,7 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
             gradient -= (level * at.scale)[:, None]
         elif constants.AIMS:
             gradient -= aim * (level * at.scale)[:, None]
-        if inputs.target is not None and not constants.APART:
+        if inputs.target is not None and constants.COLUMNS:
             spike = (at.spike * at.scale)[:, None]
             gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
         if constants.COLUMNS:
@@ -371,8 +369,8 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
 
 @triton.jit
 def finish_own(inputs, outputs, scalars, at, sums, own, constants):
-    """Writes the gradient at the targets."""
-    if outputs.grad_logits is not None and inputs.target is not None and constants.APART:
+    """Writes the gradient at the targets, one store a position rather than a choice a class."""
+    if outputs.grad_logits is not None and inputs.target is not None and not constants.COLUMNS:
         factor = factor_of(inputs, scalars, at, sums, constants)
         gradient = exp_shifted(own.logit - pivot_of(sums.high), constants) * factor
         aim = tl.zeros_like(gradient)
@@ -382,13 +380,13 @@ def finish_own(inputs, outputs, scalars, at, sums, own, constants):
                 weight = inputs.weight + inputs.first_class + at.hit
                 aim *= tl.load(weight, mask=own.here, other=0.0)
         gradient -= (aim + at.spike) * at.scale
-        gradient = after_the_tile(gradient, constants)
+        gradient = together(gradient, constants)  # the tile's gradients are there
         tl.store(place_of_hit(outputs.grad_logits, at), gradient, mask=own.here)
 
 
 @triton.jit
-def after_the_tile(x, constants):
-    """x, once all threads have stored their part of a tile."""
+def together(x, constants):
+    """x, once all threads that share a tile have come so far."""
     if constants.CLUSTER:
         return tl.inline_asm_elementwise(
             "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; mov.b32 $0, $1;",
@@ -483,6 +481,8 @@ def one_tile(inputs, outputs, scalars, program, at, c, x, constants):
         sums = add_classes(no_sums(constants), x, aim, constants)
     else:
         sums = given_sums(inputs, at, constants)
+        if constants.INPLACE and constants.CLUSTER:  # whose programs no sum has brought together
+            own = Own(together(own.logit, constants), own.here)
     sums = with_own_logit(sums, own, constants)
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     if outputs.entropy is not None:

@@ -163,7 +163,6 @@ def cross_entropy(
             UNIFORM=dense and not aims,
             AIMS=aims,
             INPLACE=grad_logits is logits,
-            APART=not compiled.COLUMNS,
             CLUSTER=tile.cluster > 1,
             FOCAL=options.gamma > 0,
             SQUARES=options.z_loss > 0,

@@ -100,6 +100,18 @@ def test_narrow_loads_in_a_loop_are_found(target: str, step: int, wrong: str) ->
     assert found.wide == (0 if wrong else 100)
 
 
+def test_a_target_is_read_before_its_cluster_overwrites_it() -> None:
+    """Though the log-sum-exp is given, and no sum brings the programs together."""
+    with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
+        ahead.cross_entropy_case((4096, 128_256), torch.float32, "block upstream inplace").run()
+    kernel = dict(launched)["one_read_kernel"]
+    assert kernel.metadata.num_ctas == 16
+    events = re.findall(r"[ls][dt]\.global(?:\.v4)?|cluster\.wait", kernel.asm["ptx"])
+    first_store = events.index("st.global.v4")
+    assert events[first_store - 1] == "cluster.wait"
+    assert "ld.global" in events[: first_store - 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_targets_gradient_waits_for_the_whole_cluster(dtype: torch.dtype) -> None:
     with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
