@@ -62,9 +62,9 @@ def finish(total, value, scale, denominator):
 @triton.jit
 def sum_of(parts, n):
     """Of what other programs have written."""
-    lanes = tl.zeros([256], tl.float64)
-    for start in range(0, n, 256):
-        i = start + tl.arange(0, 256)
+    lanes = tl.zeros([128], tl.float64)
+    for start in range(0, n, 128):
+        i = start + tl.arange(0, 128)
         lanes += tl.load(parts + i, mask=i < n, other=0.0, cache_modifier=".cg").to(tl.float64)
     return tl.sum(lanes)
 
