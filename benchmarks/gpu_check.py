@@ -19,25 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+from shared import SHARED  # noqa: E402
+
 SECONDS = 530  # for all of it
 BENCHMARK_SECONDS = 210  # no case starts after these
-# The tests that hold for every backend, on CUDA tensors: see tests/README.md.
-SHARED = (
-    "test_activation.py",
-    "test_autograd.py",
-    "test_backends.py",
-    "test_class_losses.py",
-    "test_cross_entropy.py",
-    "test_cross_entropy_options.py",
-    "test_derivatives.py",
-    "test_gradcheck.py",
-    "test_inplace.py",
-    "test_metrics.py",
-    "test_pointwise_loss.py",
-    "test_softmax.py",
-    "test_strides.py",
-    "test_totals.py",
-)
 
 
 @dataclass(frozen=True)

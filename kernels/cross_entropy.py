@@ -351,10 +351,10 @@ def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
             gradient -= (level * at.scale)[:, None]
         elif constants.AIMS:
             gradient -= aim * (level * at.scale)[:, None]
-        if inputs.target is not None and constants.COLUMNS:
-            spike = (at.spike * at.scale)[:, None]
-            gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
         if constants.COLUMNS:
+            if inputs.target is not None:
+                spike = (at.spike * at.scale)[:, None]
+                gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
             gradient = tl.where(at.live[:, None], gradient, 0.0)
         if constants.INPLACE:
             tl.debug_barrier()  # no thread is to read a logit that another has overwritten
@@ -464,15 +464,9 @@ def one_read_kernel(
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     program = tl.program_id(0)
     at = pick(inputs, scalars, program, constants)
-    c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
-    x = read_logits(inputs, at, c, whole_row(inputs.classes, constants), constants)
-    one_tile(inputs, outputs, scalars, program, at, c, x, constants)
-
-
-@triton.jit
-def one_tile(inputs, outputs, scalars, program, at, c, x, constants):
-    """All there is to do for positions whose logits are here."""
     last = whole_row(inputs.classes, constants)
+    c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
+    x = read_logits(inputs, at, c, last, constants)
     own = own_logit(inputs, at, 0, last, constants)
     aim = None
     if constants.AIMS:

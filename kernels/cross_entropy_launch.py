@@ -109,14 +109,14 @@ def cross_entropy(
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
     splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * launch.cdiv(inner, tile.positions) * splits
-    sums, counts_first = None, False
+    sums = None
     if splits > 1 and lse is None:
-        counts_first = target is not None and options.denominator is None
         sums = logits[0].new_empty(
             3, positions * splits, dtype=launch.accumulate_dtype(logits[0].dtype)
         )
     denominator, scale = None, 1.0
-    if mean and counts_first:
+    counts_first = mean and sums is not None and target is not None and options.denominator is None
+    if counts_first:
         denominator = target.new_empty((), dtype=torch.float64)
     elif mean:
         denominator, scale = mean_by(target, weight, token_weight, options, positions, all_classes)
@@ -172,7 +172,7 @@ def cross_entropy(
     )
     if parts is not None:
         sum_parts(parts, loss, denominator, scale)
-    if each_out is not loss and each_out is not None:
+    if each_out is not None and splits > 1:
         torch.sum(each_out, 1, out=loss.view(positions))
     entropy, prediction = measured
     if entropy is not None:

@@ -9,27 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from shared import SHARED
 
 from pyfused.ops import dispatch
 
 ON = dispatch.FORCED == "triton"
-# The files whose tests hold for every backend, and those that are about something else.
-SHARED = (
-    "test_autograd.py",
-    "test_backends.py",
-    "test_cross_entropy.py",
-    "test_cross_entropy_options.py",
-    "test_derivatives.py",
-    "test_gradcheck.py",
-    "test_inplace.py",
-    "test_metrics.py",
-    "test_pointwise_loss.py",
-    "test_activation.py",
-    "test_class_losses.py",
-    "test_softmax.py",
-    "test_strides.py",
-    "test_totals.py",
-)
+# The files that are about something else than every backend.
 OTHERS = sorted(
     path.name
     for path in Path(__file__).parent.iterdir()

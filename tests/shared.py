@@ -1,0 +1,18 @@
+"""The files whose tests hold for every backend: interpreted too, and on CUDA tensors."""
+
+SHARED = (
+    "test_activation.py",
+    "test_autograd.py",
+    "test_backends.py",
+    "test_class_losses.py",
+    "test_cross_entropy.py",
+    "test_cross_entropy_options.py",
+    "test_derivatives.py",
+    "test_gradcheck.py",
+    "test_inplace.py",
+    "test_metrics.py",
+    "test_pointwise_loss.py",
+    "test_softmax.py",
+    "test_strides.py",
+    "test_totals.py",
+)
