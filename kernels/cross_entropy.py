@@ -11,7 +11,7 @@
     (smoothing 1:  level = 1 / C,          slope = 0,  offset = 1)
 
 Shapes: as in `tiles.py`.
-Bytes: logits are read once where a tile holds all classes, else twice, and each gradient that is
+Bytes: logits are read once where all classes are held, else twice, and each gradient that is
 wanted is written once. Where positions are few and classes many, several programs share a position.
 
 A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero: a
@@ -42,11 +42,21 @@ from .tiles import (
     View,
     add_exponentials,
     block_of,
+    by_lane,
+    classes_of,
     exp_shifted,
+    exponentials_of,
+    mask_of,
+    no_sums,
+    of_all_lanes,
+    opened,
     pivot_of,
-    place,
-    read_tile,
+    read,
+    read_tiles,
+    unknown_zero,
     whole_row,
+    write,
+    write_rows,
 )
 
 
@@ -99,6 +109,12 @@ class Constants(NamedTuple):
     UNIT: Any
     POSITIONS: Any
     CLASSES: Any
+    TILES: Any
+    HELD: Any
+    PACKED: Any
+    LOADED: Any
+    WALKED: Any
+    WIDTH: Any
     EXACT: Any
     SLOPE: Any
     UNIFORM: Any  # every class is aimed at, not the target alone
@@ -118,6 +134,7 @@ class Positions(NamedTuple):
     outer: Any
     inner: Any
     flat: Any
+    lanes: Any
     present: Any
     live: Any  # neither ignored nor out of range
     read: Any  # those whose classes are
@@ -149,13 +166,13 @@ def pick(inputs, scalars, program, constants):
     Those that count for nothing are not read further, unless that would take apart what a thread
     loads at once.
     """
-    outer, inner, flat, present = block_of(inputs.inner, program, constants)
+    outer, inner, flat, lanes, present = block_of(inputs.inner, program, constants)
     hit = tl.full([constants.POSITIONS], -1, tl.int64)
     spike = tl.zeros([constants.POSITIONS], constants.A)
     live = present
     wrong = hit >= 0
     if inputs.target is not None:
-        target = tl.load(inputs.target + flat, mask=present, other=0)
+        target = tl.load(inputs.target + flat + lanes, mask=present, other=0)
         counts = present & (target != inputs.ignore_index)
         live = counts & (target >= 0) & (target < inputs.all_classes)
         wrong = counts & (live == 0)
@@ -163,33 +180,35 @@ def pick(inputs, scalars, program, constants):
         spike += tl.full([], scalars.share, constants.A)
         if inputs.weight is not None:
             spike *= tl.load(inputs.weight + target, mask=live, other=0.0)
-    scale = tl.full([], scalars.scale, constants.A) + tl.zeros_like(spike)
+    scale = tl.full([], scalars.scale, constants.A)
     if inputs.denominator is not None:
         scale /= tl.load(inputs.denominator).to(constants.A)
+    scale += tl.zeros_like(spike)
     if inputs.upstream is not None:
-        scale *= tl.load(inputs.upstream + flat * inputs.upstream_step, mask=present, other=0.0)
+        upstream = inputs.upstream + (flat + lanes) * inputs.upstream_step
+        scale *= tl.load(upstream, mask=present, other=0.0)
     if inputs.token_weight is not None:
-        scale *= tl.load(inputs.token_weight + flat, mask=present, other=0.0)
+        scale *= tl.load(inputs.token_weight + flat + lanes, mask=present, other=0.0)
     scale = tl.where(live, scale, 0.0)
     read = live
-    if constants.COLUMNS:
+    if constants.WALKED:
         read = present
-    return Positions(outer, inner, flat, present, live, read, wrong, hit, spike, scale)
+    return Positions(outer, inner, flat, lanes, present, live, read, wrong, hit, spike, scale)
 
 
 @triton.jit
-def read_logits(inputs, at, c, last, constants):
-    return read_tile(inputs.logits, at, at.read, c, last, -float("inf"), constants)
+def read_logits(inputs, at, start, last, constants):
+    return read_tiles(inputs.logits, at, at.read, start, last, -float("inf"), constants)
 
 
 @triton.jit
-def read_aim(inputs, scalars, at, c, last, constants):
+def read_aim(inputs, scalars, at, c, k: tl.constexpr, last, constants):
     """q / level but for the spike, where that differs from class to class."""
-    mask = at.read[:, None] & (c < last)[None, :]
+    mask = mask_of(at.read, c, k, last, constants)
     aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
-        y = read_tile(inputs.probabilities, at, at.read, c, last, 0.0, constants)
-        aim += y * constants.SLOPE
+        y = read(inputs.probabilities, at, at.read, c, k, last, 0.0, constants)
+        aim += y.to(constants.A) * constants.SLOPE
     if inputs.weight is not None:
         aim *= weight_of(inputs, c, last)
     return aim
@@ -201,12 +220,6 @@ def weight_of(inputs, c, last):
 
 
 @triton.jit
-def no_sums(constants):
-    nothing = tl.zeros([constants.POSITIONS], constants.A)
-    return Sums(nothing - float("inf"), nothing, nothing)
-
-
-@triton.jit
 def lse_of(sums):
     return pivot_of(sums.high) + tl.log(sums.total)
 
@@ -214,7 +227,7 @@ def lse_of(sums):
 @triton.jit
 def given_sums(inputs, at, constants):
     """Those over all classes, as far as their lse tells."""
-    lse = tl.load(inputs.lse + at.flat, mask=at.present, other=0.0)
+    lse = tl.load(inputs.lse + at.flat + at.lanes, mask=at.present, other=0.0)
     high = lse.to(constants.A)
     lacks = (lse - high.to(tl.float64)).to(constants.A)
     aimed = tl.zeros_like(high)
@@ -224,27 +237,32 @@ def given_sums(inputs, at, constants):
 
 
 @triton.jit
-def add_classes(sums, x, aim, constants):
-    """Takes a tile of logits, and of what they aim at, into the sums."""
-    high, total = add_exponentials(sums.high, sums.total, x, constants)
-    aimed = sums.aimed
-    if aim is not None:
-        aimed += tl.sum(aim, 1)
-    return Sums(high, total, aimed)
+def sum_classes(inputs, scalars, at, first, last, constants):
+    """The first of two reads: sums over classes first to last."""
+    total = no_sums(constants)
+    aimed = total
+    high = total - float("inf")
+    for start in range(first, last, constants.TILES * constants.CLASSES):
+        tiles = read_logits(inputs, at, start, last, constants)
+        high, total = add_exponentials(high, total, tiles, constants)
+        if constants.AIMS:
+            for k in tl.static_range(constants.TILES):
+                c = classes_of(start, k, constants)
+                aim = read_aim(inputs, scalars, at, c, k, last, constants)
+                aimed += tl.sum(by_lane(aim, constants), 2)
+    high, total = of_all_lanes(high, total, constants)
+    return Sums(high, total, tl.sum(aimed, 1))
 
 
 @triton.jit
-def sum_classes(inputs, scalars, at, first, last, constants):
-    """The first of two reads: sums over classes first to last."""
-    sums = no_sums(constants)
-    for start in range(first, last, constants.CLASSES):
-        c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
-        x = read_logits(inputs, at, c, last, constants)
-        aim = None  # a function may not return it: so each kernel reads its tiles in full
-        if constants.AIMS:
-            aim = read_aim(inputs, scalars, at, c, last, constants)
-        sums = add_classes(sums, x, aim, constants)
-    return sums
+def sum_tiles(inputs, tiles, aims, constants):
+    """The same of classes that are held."""
+    high, total = exponentials_of(tiles, inputs.classes, constants)
+    aimed = tl.zeros_like(total)
+    if constants.AIMS:
+        for k in tl.static_range(constants.TILES):
+            aimed += tl.sum(aims[k], 1)
+    return Sums(high, total, aimed)
 
 
 @triton.jit
@@ -259,8 +277,8 @@ def own_logit(inputs, at, first, last, constants):
 
 @triton.jit
 def place_of_hit(view, at):
-    rows = view.data + at.outer * view.outer + at.inner * view.inner
-    return rows + at.hit * view.classes
+    first = view.data + at.outer * view.outer + at.inner * view.inner
+    return first + (at.lanes.to(tl.int64) * view.inner + at.hit * view.classes)
 
 
 @triton.jit
@@ -303,7 +321,17 @@ def focused(scalars, at, sums, constants):
     factor = power * (1.0 + gamma * (1.0 - lacks) * steepness)
     spike = tl.where(at.live, at.spike * factor, 0.0)
     return Positions(
-        at.outer, at.inner, at.flat, at.present, at.live, at.read, at.wrong, at.hit, spike, at.scale
+        at.outer,
+        at.inner,
+        at.flat,
+        at.lanes,
+        at.present,
+        at.live,
+        at.read,
+        at.wrong,
+        at.hit,
+        spike,
+        at.scale,
     )
 
 
@@ -329,48 +357,72 @@ def factor_of(inputs, scalars, at, sums, constants):
 
 
 @triton.jit
-def finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants):
-    """Writes the gradients of a tile, and returns its part of the dense terms of the loss.
+def gradients_pivot(inputs, sums, constants):
+    """The pivot, but where exponentials are computed anew for the gradients, rather than held."""
+    pivot = pivot_of(sums.high)
+    if constants.PACKED or (constants.TILES > 1 and constants.UNIFORM):
+        pivot += unknown_zero(inputs.classes, 2)
+    return pivot[:, None]
 
-    Where classes lie side by side the target's own gradient is left to `finish_own`.
+
+@triton.jit
+def distance_of(at, sums, shifted, aim, c, k: tl.constexpr, last, constants):
+    """Of each lane, its part of a tile's sum_c q_c (lse - x_c) / level, but for the spike.
+
+    Where all q_c are the same, of sum_c pivot - x_c.
     """
-    mask = at.present[:, None] & (c < last)[None, :]
-    pivot = pivot_of(sums.high)[:, None]
-    log_total = tl.log(sums.total)[:, None]
+    distance = -shifted
+    if constants.AIMS:
+        distance = (distance + tl.log(sums.total)[:, None]) * aim
+    distance = tl.where(mask_of(at.present, c, k, last, constants), distance, 0.0)
+    return tl.sum(by_lane(distance, constants), 2)
+
+
+@triton.jit
+def dense_loss(scalars, sums, distance, classes, constants):
+    """The loss but for the target's own term, of the distances of all lanes."""
+    distance = tl.sum(distance, 1)
+    if constants.UNIFORM:
+        distance += classes * tl.log(sums.total)
+    return tl.full([], scalars.level, constants.A) * distance
+
+
+@triton.jit
+def gradient_of(inputs, scalars, at, sums, shifted, aim, c, constants):
+    """That of a tile's logits, of x - pivot.
+
+    Unless a lane has all classes the target's own is left to `finish_own`.
+    """
     level = tl.full([], scalars.level, constants.A)
-    loss = tl.zeros_like(at.spike)
-    if constants.UNIFORM or constants.AIMS:
-        distance = (pivot - x) + log_total
-        if constants.AIMS:
-            distance *= aim
-        loss = level * tl.sum(tl.where(mask, distance, 0.0), 1)
-    if outputs.grad_logits is not None:
-        factor = factor_of(inputs, scalars, at, sums, constants)
-        gradient = exp_shifted(x - pivot, constants) * factor[:, None]
-        if constants.UNIFORM:
-            gradient -= (level * at.scale)[:, None]
-        elif constants.AIMS:
-            gradient -= aim * (level * at.scale)[:, None]
-        if constants.COLUMNS:
-            if inputs.target is not None:
-                spike = (at.spike * at.scale)[:, None]
-                gradient = tl.where(c[None, :] == at.hit[:, None], gradient - spike, gradient)
-            gradient = tl.where(at.live[:, None], gradient, 0.0)
-        if constants.INPLACE:
-            tl.debug_barrier()  # no thread is to read a logit that another has overwritten
-        tl.store(place(outputs.grad_logits, at, c, constants), gradient, mask=mask)
-    if outputs.grad_probabilities is not None:
-        gradient = ((pivot - x) + log_total) * (level * constants.SLOPE * at.scale)[:, None]
-        if inputs.weight is not None:
-            gradient *= weight_of(inputs, c, last)
-        tl.store(place(outputs.grad_probabilities, at, c, constants), gradient, mask=mask)
-    return loss
+    factor = factor_of(inputs, scalars, at, sums, constants)
+    gradient = exp_shifted(shifted, constants) * factor[:, None]
+    if constants.UNIFORM:
+        gradient -= (level * at.scale)[:, None]
+    elif constants.AIMS:
+        gradient -= aim * (level * at.scale)[:, None]
+    if constants.WALKED:
+        if inputs.target is not None:
+            spike = (at.spike * at.scale)[:, None]
+            hits = c[None, :] == at.hit.to(constants.INDEX)[:, None]
+            gradient -= tl.where(hits, spike, 0.0)
+        gradient = tl.where(at.live[:, None], gradient, 0.0)
+    return gradient
+
+
+@triton.jit
+def gradient_of_probabilities(inputs, scalars, at, sums, shifted, c, last, constants):
+    gradient = tl.log(sums.total)[:, None] - shifted
+    level = tl.full([], scalars.level, constants.A)
+    gradient *= (level * constants.SLOPE * at.scale)[:, None]
+    if inputs.weight is not None:
+        gradient *= weight_of(inputs, c, last)
+    return gradient
 
 
 @triton.jit
 def finish_own(inputs, outputs, scalars, at, sums, own, constants):
     """Writes the gradient at the targets, one store a position rather than a choice a class."""
-    if outputs.grad_logits is not None and inputs.target is not None and not constants.COLUMNS:
+    if outputs.grad_logits is not None and inputs.target is not None and not constants.WALKED:
         factor = factor_of(inputs, scalars, at, sums, constants)
         gradient = exp_shifted(own.logit - pivot_of(sums.high), constants) * factor
         aim = tl.zeros_like(gradient)
@@ -416,10 +468,10 @@ def measure(sums, x, c, constants):
 
 
 @triton.jit
-def store_measures(inputs, outputs, at, sums, distance, leader, part, splits):
-    entropy = distance / sums.total
-    entropy += tl.where(part == tl.zeros_like(at.flat), tl.log(sums.total), 0.0)
-    out = at.flat * splits + part
+def store_measures(inputs, outputs, at, sums, entropy, leader, part, splits):
+    entropy /= sums.total
+    entropy += tl.where(part == tl.zeros_like(at.lanes), tl.log(sums.total), 0.0)
+    out = (at.flat + at.lanes) * splits + part
     tl.store(outputs.entropy + out, tl.where(at.live, entropy, 0.0), mask=at.present)
     leader = tl.where(at.live, leader + inputs.first_class, inputs.ignore_index)
     tl.store(outputs.prediction + out, leader, mask=at.present)
@@ -428,20 +480,20 @@ def store_measures(inputs, outputs, at, sums, distance, leader, part, splits):
 @triton.jit
 def store_loss(inputs, outputs, scalars, program, at, sums, loss, part, splits, constants):
     # Of programs that share a position the first.
-    once = at.present & (part == tl.zeros_like(at.flat))
+    once = at.present & (part == tl.zeros_like(at.lanes))
     if outputs.lse is not None:
         lse = tl.where(at.live, lse_of(sums), 0.0)
-        tl.store(outputs.lse + at.flat, lse, mask=once)
+        tl.store(outputs.lse + at.flat + at.lanes, lse, mask=once)
     if outputs.each is not None or outputs.parts is not None or outputs.total is not None:
         if constants.SQUARES:
             lse = lse_of(sums)
             square = tl.full([], scalars.z_loss, constants.A) * lse * lse
             loss += tl.where(once, square, 0.0)
         if inputs.token_weight is not None:
-            loss *= tl.load(inputs.token_weight + at.flat, mask=at.present, other=0.0)
+            loss *= tl.load(inputs.token_weight + at.flat + at.lanes, mask=at.present, other=0.0)
         loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))
         if outputs.each is not None:
-            tl.store(outputs.each + at.flat * splits + part, loss, mask=at.present)
+            tl.store(outputs.each + (at.flat + at.lanes) * splits + part, loss, mask=at.present)
         elif outputs.parts is not None:
             tl.store(outputs.parts + program, tl.sum(loss))
         else:
@@ -460,31 +512,64 @@ def one_read_kernel(
     z_loss: tl.float64,
     constants,
 ):
-    """Positions whose classes fit a tile."""
+    """Positions whose classes are held, in one or more tiles."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     program = tl.program_id(0)
     at = pick(inputs, scalars, program, constants)
     last = whole_row(inputs.classes, constants)
-    c = tl.arange(0, constants.CLASSES).to(constants.INDEX)
-    x = read_logits(inputs, at, c, last, constants)
+    tiles = read_logits(inputs, at, 0, last, constants)
     own = own_logit(inputs, at, 0, last, constants)
-    aim = None
+    aims = ()
     if constants.AIMS:
-        aim = read_aim(inputs, scalars, at, c, last, constants)
+        for k in tl.static_range(constants.TILES):
+            c = classes_of(0, k, constants)
+            aims += (read_aim(inputs, scalars, at, c, k, last, constants),)
     if inputs.lse is None:
-        sums = add_classes(no_sums(constants), x, aim, constants)
+        sums = sum_tiles(inputs, tiles, aims, constants)
     else:
         sums = given_sums(inputs, at, constants)
         if constants.INPLACE and constants.CLUSTER:  # whose programs no sum has brought together
             own = Own(together(own.logit, constants), own.here)
     sums = with_own_logit(sums, own, constants)
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
-    if outputs.entropy is not None:
-        distance, leader = measure(sums, x, c, constants)
-        store_measures(inputs, outputs, at, sums, distance, leader, 0, 1)
     at = focused(scalars, at, sums, constants)
-    loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
+    entropy = tl.zeros_like(at.spike)
+    leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
+    distance = no_sums(constants)
+    pivot = gradients_pivot(inputs, sums, constants)
+    if constants.INPLACE:
+        tl.debug_barrier()  # no thread is to read a logit that another has overwritten
+    gradients = ()
+    for k in tl.static_range(constants.TILES):
+        c = classes_of(0, k, constants)
+        x = opened(tiles[k], inputs.classes, 2, constants)
+        aim = None
+        if constants.AIMS:
+            aim = aims[k]
+        if outputs.entropy is not None:
+            measured = measure(sums, x, c, constants)
+            entropy += measured[0]
+            leader = tl.minimum(leader, measured[1])
+        if constants.UNIFORM or constants.AIMS:
+            distance += distance_of(at, sums, x - pivot, aim, c, k, last, constants)
+        if outputs.grad_logits is not None:
+            gradient = gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants)
+            if constants.WIDTH:
+                gradients += (gradient,)
+            else:
+                write(outputs.grad_logits, at, gradient, c, k, last, constants)
+        if outputs.grad_probabilities is not None:
+            gradient = gradient_of_probabilities(
+                inputs, scalars, at, sums, x - pivot, c, last, constants
+            )
+            write(outputs.grad_probabilities, at, gradient, c, k, last, constants)
+    if constants.WIDTH and outputs.grad_logits is not None:
+        write_rows(outputs.grad_logits, at, gradients, last, constants)
+    if constants.UNIFORM or constants.AIMS:
+        loss += dense_loss(scalars, sums, distance, last, constants)
     finish_own(inputs, outputs, scalars, at, sums, own, constants)
+    if outputs.entropy is not None:
+        store_measures(inputs, outputs, at, sums, entropy, leader, 0, 1)
     store_loss(inputs, outputs, scalars, program, at, sums, loss, 0, 1, constants)
 
 
@@ -527,7 +612,7 @@ def split_kernel(
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     sums = sum_classes(inputs, scalars, at, first, last, constants)
     sums = with_own_logit(sums, own_logit(inputs, at, first, last, constants), constants)
-    out = shares.sums + at.flat * shares.splits + part
+    out = shares.sums + (at.flat + at.lanes) * shares.splits + part
     tl.store(out, sums.high, mask=at.present)
     tl.store(out + shares.plane, sums.total, mask=at.present)
     tl.store(out + 2 * shares.plane, sums.aimed, mask=at.present)
@@ -556,7 +641,7 @@ def merge(shares, at, SPLITS: tl.constexpr):
     """The sums of all shares, taken together in the same way by each program."""
     part = tl.arange(0, SPLITS)[None, :]
     mask = at.present[:, None] & (part < shares.splits)
-    given = shares.sums + (at.flat * shares.splits)[:, None] + part
+    given = shares.sums + ((at.flat + at.lanes) * shares.splits)[:, None] + part
     high = tl.load(given, mask=mask, other=-float("inf"))
     total = tl.load(given + shares.plane, mask=mask, other=0.0)
     aimed = tl.load(given + 2 * shares.plane, mask=mask, other=0.0)
@@ -581,7 +666,7 @@ def two_read_kernel(
     constants,
     SPLITS: tl.constexpr,
 ):
-    """Positions whose classes no tile holds; of each one share, where programs share them."""
+    """Positions whose classes are not held; of each one share, where programs share them."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     at, part, first, last = own_share(inputs, shares, scalars, constants)
     own = own_logit(inputs, at, first, last, constants)
@@ -594,23 +679,40 @@ def two_read_kernel(
         sums = merge(shares, at, SPLITS)
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
-    distance = tl.zeros_like(at.spike)
+    entropy = tl.zeros_like(at.spike)
     leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
+    distance = no_sums(constants)
+    pivot = gradients_pivot(inputs, sums, constants)
     reads = constants.UNIFORM or constants.AIMS or outputs.grad_logits is not None
     if reads or outputs.entropy is not None:
-        for start in range(first, last, constants.CLASSES):
-            c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
-            x = read_logits(inputs, at, c, last, constants)
-            aim = None
-            if constants.AIMS:
-                aim = read_aim(inputs, scalars, at, c, last, constants)
-            if outputs.entropy is not None:
-                measured = measure(sums, x, c, constants)
-                distance += measured[0]
-                leader = tl.minimum(leader, measured[1])
-            loss += finish(inputs, outputs, scalars, at, sums, x, aim, c, last, constants)
+        for start in range(first, last, constants.TILES * constants.CLASSES):
+            tiles = read_logits(inputs, at, start, last, constants)
+            if constants.INPLACE:
+                tl.debug_barrier()
+            for k in tl.static_range(constants.TILES):
+                c = classes_of(start, k, constants)
+                x = tiles[k].to(constants.A)
+                aim = None
+                if constants.AIMS:
+                    aim = read_aim(inputs, scalars, at, c, k, last, constants)
+                if outputs.entropy is not None:
+                    measured = measure(sums, x, c, constants)
+                    entropy += measured[0]
+                    leader = tl.minimum(leader, measured[1])
+                if constants.UNIFORM or constants.AIMS:
+                    distance += distance_of(at, sums, x - pivot, aim, c, k, last, constants)
+                if outputs.grad_logits is not None:
+                    gradient = gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants)
+                    write(outputs.grad_logits, at, gradient, c, k, last, constants)
+                if outputs.grad_probabilities is not None:
+                    gradient = gradient_of_probabilities(
+                        inputs, scalars, at, sums, x - pivot, c, last, constants
+                    )
+                    write(outputs.grad_probabilities, at, gradient, c, k, last, constants)
+    if constants.UNIFORM or constants.AIMS:
+        loss += dense_loss(scalars, sums, distance, last - first, constants)
     finish_own(inputs, outputs, scalars, at, sums, own, constants)
     if outputs.entropy is not None:
-        store_measures(inputs, outputs, at, sums, distance, leader, part, shares.splits)
+        store_measures(inputs, outputs, at, sums, entropy, leader, part, shares.splits)
     program = tl.program_id(0)
     store_loss(inputs, outputs, scalars, program, at, sums, loss, part, shares.splits, constants)

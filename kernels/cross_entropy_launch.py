@@ -1,6 +1,6 @@
 """The launch of cross-entropy's kernels: what they are compiled for, how many, on what.
 
-One kernel where a tile holds all classes, else one or two that read twice. A mean over class
+One kernel where all classes are held, else one or two that read twice. A mean over class
 indices counts them first. Where programs are many, or form clusters, another kernel adds up their
 parts of a loss: for that each would wait at its end, which costs more than a launch.
 """
@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """Launches one kernel that reads once, or one or two that read twice."""
     grid, compiled = (programs,), compiled_in(constants)
-    if inputs.classes <= constants.CLASSES:
+    if constants.HELD:
         one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
         return
     if shares.sums is not None:
@@ -104,10 +104,12 @@ def cross_entropy(
     if lse is not None and dense and weight is not None:
         aimed = weight.sum(dtype=torch.float64)
     own_lse, *measured = measures or (None, None, None)
-    plain = grad_logits is not None and not dense and measured[0] is None
-    kind = "dense" if aims else "" if plain else "short"
+    plain = grad_logits is not None and measured[0] is None
+    kind = "dense" if aims else "short" if not plain else "smoothed" if dense else ""
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
-    splits, length = launch.splits(positions, classes, tile.classes)
+    splits, length = 1, classes
+    if not tile.held:
+        splits, length = launch.splits(positions, classes, tile.classes)
     programs = outer * launch.cdiv(inner, tile.positions) * splits
     sums = None
     if splits > 1 and lse is None:
@@ -168,7 +170,7 @@ def cross_entropy(
             SQUARES=options.z_loss > 0,
         ),
         programs,
-        launch.options(tile.threads, tile.cluster),
+        launch.options(tile.threads, tile.cluster, tile.registers),
     )
     if parts is not None:
         sum_parts(parts, loss, denominator, scale)

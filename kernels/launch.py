@@ -42,27 +42,36 @@ MOST_COUNTERS = 256
 
 
 class Row(NamedTuple):
-    """How cross-entropy takes inputs of up to `most` classes."""
+    """How cross-entropy takes inputs of up to `most` classes: held as one or more tiles, if any."""
 
     most: float
-    elements: int  # a program holds at a time
-    positions: int  # at least, of these, so that lanes lie along positions
+    elements: int  # of a tile
+    positions: int  # at least, of these, so that lanes lie along positions; of 32 lanes
     threads: int
     cluster: int = 1  # programs that share them, through each other's memory
+    registers: int | None = None  # of a lane, at most, where a compiler takes more than pays
 
 
-# Classes side by side, class indices without smoothing, by bytes of an element. Up to the last row
-# but one a row of logits is held in registers, 32 of them a lane (16 in float64). Up to 1,024 of
-# them are a warp's, which waits for no other; few classes share it, so that it has enough to do.
-# Beyond, a row is read twice, in chunks of 16 elements a lane, by programs so small that several
-# are under way on each multiprocessor.
+# Classes side by side, class indices, with gradients, by bytes of an element. Up to the last row
+# but one a row of logits is held in registers. Up to 1,024 classes are a warp's, 32 of them a lane,
+# which waits for no other. Longer ones of half precision are held packed, in tiles of one load of
+# 16 bytes a lane. Beyond, a row is read twice, in tiles of 16 elements a lane, by programs so small
+# that several are under way on each multiprocessor.
 CLASSES_INNER = {
     2: (
         Row(1024, 1024, 1, 32),
-        Row(4096, 4096, 1, 128),
-        Row(8192, 8192, 1, 256),
-        Row(16384, 16384, 1, 512),
-        Row(32768, 32768, 1, 1024),
+        Row(4096, 512, 1, 64),
+        Row(8192, 1024, 1, 128),
+        Row(16384, 2048, 1, 256),
+        Row(32768, 4096, 1, 512),
+        Row(ANY, 4096, 1, 256),
+    ),
+    4: (
+        Row(1024, 1024, 1, 32),
+        Row(4096, 512, 1, 128),
+        Row(8192, 1024, 1, 256),
+        Row(16384, 2048, 1, 512),
+        Row(32768, 4096, 1, 1024),
         Row(ANY, 4096, 1, 256),
     ),
     8: (
@@ -73,38 +82,43 @@ CLASSES_INNER = {
         Row(ANY, 2048, 1, 256),
     ),
 }
-CLASSES_INNER[4] = CLASSES_INNER[2]
 
-# The same with gradients, where programs form clusters: instead of one that fills a multiprocessor,
-# and has nothing to do while it waits for its row, several that each leave room for others.
+# The same, where programs form clusters: instead of one that fills a multiprocessor, and has
+# nothing to do while it waits for its row, several that each leave room for others.
 CLUSTERED = {
     2: (
-        *CLASSES_INNER[2][:3],
-        Row(16384, 16384, 1, 128, 4),
-        Row(32768, 32768, 1, 128, 8),
-        Row(65536, 4096, 1, 256),  # of which many programs are under way: as fast, and simpler
-        Row(131072, 131072, 1, 256, 16),
+        *CLASSES_INNER[2][:4],
+        Row(32768, 4096, 1, 128, 4, 56),
+        Row(65536, 8192, 1, 128, 8, 56),
+        Row(131072, 16384, 1, 128, 16, 56),
+        Row(262144, 32768, 1, 256, 16),
         CLASSES_INNER[2][-1],
     ),
     4: (
         *CLASSES_INNER[4][:4],
-        Row(32768, 32768, 1, 128, 8),
-        Row(65536, 65536, 1, 256, 8),
-        Row(131072, 131072, 1, 256, 16),
-        Row(262144, 262144, 1, 512, 16),
+        Row(32768, 4096, 1, 128, 8),
+        Row(65536, 8192, 1, 128, 16),
+        Row(131072, 32768, 1, 256, 16),
+        Row(262144, 32768, 1, 512, 16),
         CLASSES_INNER[4][-1],
     ),
     8: CLASSES_INNER[8],
 }
 
-# Where only short rows are to be held in registers: with smoothing or measures, for which a lane
-# takes so many that one or two programs would be left to a multiprocessor; of rows that are no
-# multiples of 16 bytes, which are loaded element by element; and of a loss without gradients, which
-# reads a row once either way.
-SHORT_CLASSES_INNER = {
-    size: tuple(row for row in rows if row.most <= 4096 or row.most == ANY)
-    for size, rows in CLASSES_INNER.items()
+# With smoothing, whose sums a lane takes beside its exponentials.
+SMOOTHED = {
+    size: tuple(row._replace(registers=64) if row.cluster > 1 else row for row in rows)
+    for size, rows in CLUSTERED.items()
 }
+
+# Where only short rows are held: with measures, for which a lane takes many registers; of rows that
+# are no multiples of 16 bytes, which are loaded element by element; and of a loss without
+# gradients, which reads a row once either way.
+SHORT_CLASSES_INNER = {
+    2: (Row(1024, 1024, 1, 32), Row(4096, 4096, 1, 128), Row(ANY, 4096, 1, 256)),
+    8: (*CLASSES_INNER[8][:3], Row(ANY, 2048, 1, 256)),
+}
+SHORT_CLASSES_INNER[4] = SHORT_CLASSES_INNER[2]
 
 # With probabilities or class weights: weights and probabilities take registers too, so that a
 # lane holds half as many logits. Rows of 16384 would spill.
@@ -124,13 +138,25 @@ DENSE_CLASSES_INNER = {
 }
 DENSE_CLASSES_INNER[4] = DENSE_CLASSES_INNER[2]
 
-# Positions side by side, (N, C, d1, ..., dk): a warp's lanes lie along them, 8 bytes each, and a
-# lane walks over the classes of its own, 8 at a time (4 in float64): no lane waits for another.
+# Positions side by side, (N, C, d1, ..., dk): a warp's lanes lie along them, and a lane walks over
+# the classes of its own, or those that its warp has of them. Few classes are held, of more 8 are
+# read at a time (4 in float64).
 POSITIONS_INNER = {
-    2: (Row(ANY, 1024, 128, 32),),
-    4: (Row(ANY, 512, 64, 32),),
+    2: (Row(32, 2048, 64, 32), Row(ANY, 512, 64, 32)),
+    4: (Row(32, 2048, 64, 64), Row(256, 16384, 64, 512), Row(ANY, 512, 64, 32)),
     8: (Row(ANY, 128, 32, 32),),
 }
+
+
+class Few(NamedTuple):
+    """Where classes lie side by side, but are so few that a lane walks over its rows' own."""
+
+    most: int
+    positions: int
+
+
+# A warp writes what its lanes have of rows through shared memory, in the order of memory.
+FEW = {2: Few(32, 64), 4: Few(32, 64)}
 
 
 class Split(NamedTuple):
@@ -149,26 +175,48 @@ class Tile(NamedTuple):
 
     positions: int
     classes: int
+    tiles: int  # so many at a time
+    held: bool  # which are all
+    walked: bool  # a lane goes from class to class of its positions
     threads: int
-    cluster: int
+    cluster: int = 1
+    registers: int | None = None
 
 
-def tile(itemsize: int, inner: int, classes: int, positions_inner: bool, kind: str = "") -> Tile:
+def tile(
+    itemsize: int, inner: int, classes: int, positions_inner: bool, unit: int, kind: str = ""
+) -> Tile:
     """From the tables, cut to inputs that are smaller.
 
     Args:
-        kind: ``"dense"`` where what is aimed at is held beside the logits, ``"short"`` where only
-            short rows are to be held.
+        unit: What all rows, or columns, begin at multiples of.
+        kind: ``"smoothed"`` where all classes are aimed at alike, ``"dense"`` where what is aimed
+            at is held beside the logits, ``"short"`` where only short rows are to be held.
     """
-    sparse = CLUSTERED if has_clusters() else CLASSES_INNER
-    tables = {"": sparse, "dense": DENSE_CLASSES_INNER, "short": SHORT_CLASSES_INNER}
+    few = FEW.get(itemsize)
+    if few is not None and classes <= few.most and not positions_inner and kind != "dense":
+        loaded = min(unit, 16 // itemsize)
+        return Tile(few.positions, loaded, cdiv(classes, loaded), True, True, 32)
+    if unit * itemsize < 16 and kind != "dense":
+        kind = "short"
+    tables = {
+        "": CLUSTERED if has_clusters() else CLASSES_INNER,
+        "smoothed": SMOOTHED if has_clusters() else CLASSES_INNER,
+        "dense": DENSE_CLASSES_INNER,
+        "short": SHORT_CLASSES_INNER,
+    }
     table = POSITIONS_INNER if positions_inner else tables[kind]
     row = next(row for row in table[itemsize] if classes <= row.most)
-    padded = power_of_2(classes)
-    positions = max(row.positions, row.elements // padded)
-    positions = min(positions, power_of_2(inner))
-    held = min(padded, max(1, row.elements // positions))
-    return Tile(positions, held, row.threads, row.cluster)
+    lanes, padded = _warp_size(), power_of_2(classes)
+    positions = row.positions * lanes // 32 if positions_inner else row.positions
+    positions = min(max(positions, row.elements // padded), power_of_2(inner))
+    at_a_time = max(1, row.elements // positions)
+    taken = min(padded, max(1, row.threads // lanes) if positions_inner else at_a_time)
+    tiles = cdiv(classes if row.most < ANY else min(classes, at_a_time), taken)
+    held = taken * tiles >= classes
+    return Tile(
+        positions, taken, tiles, held, positions_inner, row.threads, row.cluster, row.registers
+    )
 
 
 # As Triton's, which take microseconds of the host.
@@ -186,23 +234,31 @@ def power_of_2(n: int) -> int:
 
 def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
     """Over how many programs the classes of each position are spread, and how many each takes."""
-    if positions >= SPLIT.positions or classes < 2 * SPLIT.classes or classes <= chunk:
+    if positions >= SPLIT.positions or classes < 2 * SPLIT.classes:
         return 1, classes
     wanted = min(classes // SPLIT.classes, max(1, SPLIT.programs // positions))
     length = cdiv(cdiv(classes, wanted), chunk) * chunk
     return cdiv(classes, length), length
 
 
-def options(threads: int, cluster: int = 1) -> dict[str, Any]:
+def options(threads: int, cluster: int = 1, registers: int | None = None) -> dict[str, Any]:
     """What Triton is told of every launch; products may become part of additions, as in C++."""
     told = {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
-    return told if cluster == 1 else told | {"num_ctas": cluster}
+    if cluster > 1:
+        told["num_ctas"] = cluster
+    if registers is not None:
+        told["maxnreg"] = registers
+    return told
 
 
 @functools.cache
 def has_clusters() -> bool:
     """Hopper, and the data centres' Blackwell, whose clusters are as large."""
     return not knobs.runtime.interpret and driver.active.get_current_target().arch in (90, 100, 103)
+
+
+def is_nvidia() -> bool:
+    return not knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import launch
 from .sums import add_up, total
-from .tiles import View, block_of, compiled_in, layout, place, read_tile, whole_row
+from .tiles import View, block_of, classes_of, compiled_in, layout, mask_of, place, read, whole_row
 
 
 @triton.jit
@@ -43,9 +43,9 @@ def multi_margin_kernel(
 ):
     at = block_of(rows, tl.program_id(0), constants)
     last = whole_row(classes, constants)
-    hit = tl.load(target + at.inner, mask=at.present, other=-1)
+    hit = tl.load(target + at.inner + at.lanes, mask=at.present, other=-1)
     live = at.present & (hit >= 0) & (hit < classes)
-    own = tl.load(x.data + at.inner * x.inner + hit * x.classes, mask=live, other=0.0)
+    own = tl.load(x.data + (at.inner + at.lanes) * x.inner + hit * x.classes, mask=live, other=0.0)
     slack = tl.full([], margin, constants.A) - own.to(constants.A)
     share = tl.zeros_like(slack) + 1.0
     if weight is not None:
@@ -53,33 +53,37 @@ def multi_margin_kernel(
     share /= classes
     factor = share * tl.full([], scale, constants.A)
     if upstream is not None:
-        factor *= tl.load(upstream + at.inner * upstream_step, mask=at.present, other=0.0)
+        factor *= tl.load(
+            upstream + (at.inner + at.lanes) * upstream_step, mask=at.present, other=0.0
+        )
     if SQUARED:
         factor *= 2.0
     losses = tl.zeros_like(slack)
     slopes = tl.zeros_like(slack)
-    for start in range(0, last, constants.CLASSES):
-        c = start + tl.arange(0, constants.CLASSES).to(constants.INDEX)
-        others = live[:, None] & (c < last)[None, :] & (c[None, :] != hit[:, None])
-        z = slack[:, None] + read_tile(x, at, live, c, last, 0.0, constants)
-        z = tl.where(others & (z > 0.0), z, 0.0)  # NaN counts for nothing, as in torch
-        if SQUARED:
-            slope = z
-            losses += tl.sum(z * z, 1)
-        else:
-            slope = tl.where(z > 0.0, 1.0, 0.0).to(constants.A)
-            losses += tl.sum(z, 1)
-        if gradient is not None:
-            slopes += tl.sum(slope, 1)
-            mask = at.present[:, None] & (c < last)[None, :] & (c[None, :] != hit[:, None])
-            tl.store(place(gradient, at, c, constants), slope * factor[:, None], mask=mask)
+    for start in range(0, last, constants.TILES * constants.CLASSES):
+        for k in tl.static_range(constants.TILES):
+            c = classes_of(start, k, constants)
+            others = mask_of(at.present, c, k, last, constants) & (c[None, :] != hit[:, None])
+            z = read(x, at, live, c, k, last, 0.0, constants).to(constants.A)
+            z += slack[:, None]
+            z = tl.where(others & live[:, None] & (z > 0.0), z, 0.0)  # NaN is nothing, as in torch
+            if SQUARED:
+                slope = z
+                losses += tl.sum(z * z, 1)
+            else:
+                slope = tl.where(z > 0.0, 1.0, 0.0).to(constants.A)
+                losses += tl.sum(z, 1)
+            if gradient is not None:
+                slopes += tl.sum(slope, 1)
+                to = place(gradient, at, c, constants)
+                tl.store(to, slope * factor[:, None], mask=others)
     if gradient is not None:
-        to = gradient.data + at.inner * gradient.inner + hit * gradient.classes
+        to = gradient.data + (at.inner + at.lanes) * gradient.inner + hit * gradient.classes
         tl.store(to, -slopes * factor, mask=live)
     if each is not None or total is not None:
         value = tl.where(live, share * losses, tl.where(at.present, float("nan"), 0.0))
         if each is not None:
-            tl.store(each + at.inner, value, mask=at.present)
+            tl.store(each + at.inner + at.lanes, value, mask=at.present)
         else:
             add_up(total, tl.program_id(0), tl.sum(value), scale, None)
 

@@ -5,7 +5,7 @@
     backward  softmax      dx_c = y_c (dy_c - sum_k dy_k y_k)
               log_softmax  dx_c = dy_c - exp(y_c) sum_k dy_k
 
-Shapes: as in `tiles.py`. Bytes: operands are read once where a tile holds all classes, else twice,
+Shapes: as in `tiles.py`. Bytes: operands are read once where all classes are held, else twice,
 and the result is written once.
 
 torch: F.softmax(x, dim), F.log_softmax(x, dim)
@@ -22,20 +22,22 @@ from .tiles import (
     Viewed,
     add_exponentials,
     block_of,
+    by_lane,
+    classes_of,
     compiled_in,
     exp_shifted,
+    exponentials_of,
     layout,
-    place,
-    read_tile,
+    no_sums,
+    of_all_lanes,
+    opened,
+    read,
+    read_tiles,
     viewed,
     whole_row,
+    write,
+    write_rows,
 )
-
-
-@triton.jit
-def write_tile(output, at, value, c, last, constants):
-    mask = at.present[:, None] & (c < last)[None, :]
-    tl.store(place(output, at, c, constants), value, mask=mask)
 
 
 @triton.jit
@@ -47,34 +49,45 @@ def normalized(x, high, total, LOGARITHM: tl.constexpr, constants):
 
 
 @triton.jit
-def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, WHOLE: tl.constexpr, constants):
-    """WHOLE: a tile holds all classes."""
+def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants):
     at = block_of(inner, tl.program_id(0), constants)
     last = whole_row(classes, constants)
-    lanes = tl.arange(0, constants.CLASSES).to(constants.INDEX)
-    total = tl.zeros([constants.POSITIONS], constants.A)
-    high = total - float("inf")
-    if WHOLE:
-        tile = read_tile(x, at, at.present, lanes, last, -float("inf"), constants)
-        high, total = add_exponentials(high, total, tile, constants)
-        tile = normalized(tile, high, total, LOGARITHM, constants)
-        write_tile(y, at, tile, lanes, last, constants)
+    if constants.HELD:
+        tiles = read_tiles(x, at, at.present, 0, last, -float("inf"), constants)
+        high, total = exponentials_of(tiles, classes, constants)
+        rows = ()
+        for k in tl.static_range(constants.TILES):
+            value = opened(tiles[k], classes, 2, constants)
+            value = normalized(value, high, total, LOGARITHM, constants)
+            if constants.WIDTH:
+                rows += (value,)
+            else:
+                write(y, at, value, classes_of(0, k, constants), k, last, constants)
+        if constants.WIDTH:
+            write_rows(y, at, rows, last, constants)
     else:
-        for start in range(0, last, constants.CLASSES):
-            tile = read_tile(x, at, at.present, start + lanes, last, -float("inf"), constants)
-            high, total = add_exponentials(high, total, tile, constants)
-        for start in range(0, last, constants.CLASSES):
-            c = start + lanes
-            tile = read_tile(x, at, at.present, c, last, -float("inf"), constants)
-            tile = normalized(tile, high, total, LOGARITHM, constants)
-            write_tile(y, at, tile, c, last, constants)
+        total = no_sums(constants)
+        high = total - float("inf")
+        for start in range(0, last, constants.TILES * constants.CLASSES):
+            tiles = read_tiles(x, at, at.present, start, last, -float("inf"), constants)
+            high, total = add_exponentials(high, total, tiles, constants)
+        high, total = of_all_lanes(high, total, constants)
+        for start in range(0, last, constants.TILES * constants.CLASSES):
+            for k in tl.static_range(constants.TILES):
+                c = classes_of(start, k, constants)
+                value = read(x, at, at.present, c, k, last, -float("inf"), constants).to(
+                    constants.A
+                )
+                value = normalized(value, high, total, LOGARITHM, constants)
+                write(y, at, value, c, k, last, constants)
 
 
 @triton.jit
-def sum_of(dy, y, LOGARITHM: tl.constexpr):
-    if LOGARITHM:
-        return tl.sum(dy, 1)
-    return tl.sum(dy * y, 1)
+def summand(dy, y, LOGARITHM: tl.constexpr, constants):
+    """Each lane's part of a tile of the sum over the classes."""
+    if not LOGARITHM:
+        dy *= y
+    return tl.sum(by_lane(dy, constants), 2)
 
 
 @triton.jit
@@ -85,32 +98,37 @@ def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
 
 
 @triton.jit
-def backward_kernel(
-    dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, WHOLE: tl.constexpr, constants
-):
+def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constants):
     at = block_of(inner, tl.program_id(0), constants)
     last = whole_row(classes, constants)
-    lanes = tl.arange(0, constants.CLASSES).to(constants.INDEX)
-    total = tl.zeros([constants.POSITIONS], constants.A)
-    if WHOLE:
-        upstream = read_tile(dy, at, at.present, lanes, last, 0.0, constants)
-        output = read_tile(y, at, at.present, lanes, last, 0.0, constants)
-        total += sum_of(upstream, output, LOGARITHM)
-        result = gradient(upstream, output, total, LOGARITHM, constants)
-        write_tile(dx, at, result, lanes, last, constants)
+    total = no_sums(constants)
+    if constants.HELD:
+        upstream = read_tiles(dy, at, at.present, 0, last, 0.0, constants)
+        output = read_tiles(y, at, at.present, 0, last, 0.0, constants)
+        for k in tl.static_range(constants.TILES):
+            dy_k, y_k = upstream[k].to(constants.A), output[k].to(constants.A)
+            total += summand(dy_k, y_k, LOGARITHM, constants)
+        total = tl.sum(total, 1)
+        for k in tl.static_range(constants.TILES):
+            dy_k, y_k = upstream[k].to(constants.A), output[k].to(constants.A)
+            value = gradient(dy_k, y_k, total, LOGARITHM, constants)
+            write(dx, at, value, classes_of(0, k, constants), k, last, constants)
     else:
-        for start in range(0, last, constants.CLASSES):
-            c = start + lanes
-            upstream = read_tile(dy, at, at.present, c, last, 0.0, constants)
-            total += sum_of(
-                upstream, read_tile(y, at, at.present, c, last, 0.0, constants), LOGARITHM
-            )
-        for start in range(0, last, constants.CLASSES):
-            c = start + lanes
-            upstream = read_tile(dy, at, at.present, c, last, 0.0, constants)
-            output = read_tile(y, at, at.present, c, last, 0.0, constants)
-            result = gradient(upstream, output, total, LOGARITHM, constants)
-            write_tile(dx, at, result, c, last, constants)
+        for start in range(0, last, constants.TILES * constants.CLASSES):
+            for k in tl.static_range(constants.TILES):
+                c = classes_of(start, k, constants)
+                dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
+                y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
+                total += summand(dy_k, y_k, LOGARITHM, constants)
+        total = tl.sum(total, 1)
+        for start in range(0, last, constants.TILES * constants.CLASSES):
+            for k in tl.static_range(constants.TILES):
+                c = classes_of(start, k, constants)
+                dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
+                y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
+                write(
+                    dx, at, gradient(dy_k, y_k, total, LOGARITHM, constants), c, k, last, constants
+                )
 
 
 def softmax(
@@ -131,7 +149,6 @@ def softmax(
         inner,
         classes,
         LOGARITHM=logarithm,
-        WHOLE=classes <= tile.classes,
         constants=compiled_in(constants),
-        **launch.options(tile.threads, tile.cluster),
+        **launch.options(tile.threads, tile.cluster, tile.registers),
     )

@@ -33,20 +33,27 @@ class Layout(NamedTuple):
     """What a kernel is compiled for."""
 
     A: Any  # the type that is computed in
-    INDEX: Any  # that of offsets along the classes
+    INDEX: Any  # that of offsets from a program's first element
     COLUMNS: Any  # positions lie side by side, rather than classes
     UNIT: Any  # what lies side by side begins, and ends, at multiples of so many elements
     POSITIONS: Any  # of a program
     CLASSES: Any  # of a tile
+    TILES: Any  # so many tiles at a time
+    HELD: Any  # which are all
+    PACKED: Any  # and are held as they are in memory, two elements a register
+    LOADED: Any  # classes of a position that a lane reads at a time
+    WALKED: Any  # a lane goes from class to class of its positions
+    WIDTH: Any  # a power of 2 that holds them all, where such classes lie side by side, else 0
     EXACT: Any  # exponentials to 2 ULP, rather than as the GPU has them
 
 
 class Block(NamedTuple):
-    """The positions of a program."""
+    """The positions of a program: inner and flat are the first one's, to which lanes are added."""
 
     outer: Any
     inner: Any
     flat: Any
+    lanes: Any
     present: Any
 
 
@@ -63,11 +70,12 @@ def block_of(size, program, constants):
     """Those of a program, of `size` inner ones."""
     blocks = (size - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
     outer = (program // blocks).to(tl.int64)
+    inner = (program % blocks).to(tl.int64) * constants.POSITIONS
     lanes = tl.arange(0, constants.POSITIONS)
-    inner = (program % blocks).to(tl.int64) * constants.POSITIONS + lanes
     if constants.COLUMNS:
         size = in_units(size, constants)
-    return Block(outer, inner, outer * size + inner, inner < size)
+    present = lanes < tl.minimum(size - inner, constants.POSITIONS).to(tl.int32)
+    return Block(outer, inner, outer * size + inner, lanes, present)
 
 
 @triton.jit
@@ -79,20 +87,123 @@ def whole_row(classes, constants):
 
 
 @triton.jit
-def place(view, at, c, constants):
-    """Pointers to positions x classes."""
-    rows = view.data + at.outer * in_units(view.outer, constants)
-    if constants.COLUMNS:
-        columns = c * in_units(view.classes, constants)
-        return (rows + at.inner * view.inner)[:, None] + columns[None, :]
-    rows += at.inner * in_units(view.inner, constants)
-    return rows[:, None] + (c * view.classes)[None, :]
+def classes_of(start, k: tl.constexpr, constants):
+    """Those of the k-th tile from start on."""
+    lanes = tl.arange(0, constants.CLASSES).to(constants.INDEX)
+    return lanes + start + k * constants.CLASSES
 
 
 @triton.jit
-def read_tile(view, at, present, c, last, other, constants):
-    mask = present[:, None] & (c < last)[None, :]
-    return tl.load(place(view, at, c, constants), mask=mask, other=other).to(constants.A)
+def mask_of(present, c, k: tl.constexpr, last, constants):
+    """Of tiles that a lane walks over and holds, only the last may have fewer classes."""
+    full: tl.constexpr = constants.TILES - (constants.CLASSES > 1)
+    if constants.HELD and constants.WALKED and k < full:
+        mask = tl.broadcast_to(present[:, None], [constants.POSITIONS, constants.CLASSES])
+    else:
+        mask = present[:, None] & (c < last)[None, :]
+    return mask
+
+
+@triton.jit
+def place(view, at, c, constants):
+    """Pointers to positions x classes."""
+    first = view.data + at.outer * in_units(view.outer, constants)
+    lanes = at.lanes.to(constants.INDEX)
+    if constants.COLUMNS:
+        first += at.inner * view.inner
+        rows, columns = lanes * view.inner, c * in_units(view.classes, constants)
+    else:
+        step = in_units(view.inner, constants)
+        first += at.inner * step
+        rows, columns = lanes * step, c * view.classes
+    return (first + rows[:, None]) + columns[None, :]
+
+
+@triton.jit
+def read(view, at, present, c, k: tl.constexpr, last, other, constants):
+    """As it is in memory."""
+    mask = mask_of(present, c, k, last, constants)
+    return tl.load(place(view, at, c, constants), mask=mask, other=other)
+
+
+@triton.jit
+def read_tiles(view, at, present, start, last, other, constants):
+    """The next tiles, as they are in memory."""
+    tiles = ()
+    for k in tl.static_range(constants.TILES):
+        c = classes_of(start, k, constants)
+        tiles += (read(view, at, present, c, k, last, other, constants),)
+    return tiles
+
+
+@triton.jit
+def write(view, at, value, c, k: tl.constexpr, last, constants):
+    tl.store(place(view, at, c, constants), value, mask=mask_of(at.present, c, k, last, constants))
+
+
+@triton.jit
+def join_halves(tiles):
+    """Of positions x lanes x n: half as many of 2 n."""
+    half: tl.constexpr = len(tiles) // 2
+    pairs = ()
+    for k in tl.static_range(half):
+        pair = tl.join(tiles[k], tiles[k + half])
+        pairs += (tl.reshape(pair, [pair.shape[0], pair.shape[1], 2 * pair.shape[2]]),)
+    return pairs
+
+
+@triton.jit
+def write_rows(view, at, tiles, last, constants):
+    """All tiles at once, in the order of memory, where a lane has rows of its own."""
+    kind: tl.constexpr = view.data.dtype.element_ty
+    joined = ()
+    for k in tl.static_range(constants.WIDTH // constants.CLASSES):
+        if k < constants.TILES:
+            tile = tiles[k].to(kind)
+        else:
+            tile = tl.zeros([constants.POSITIONS, constants.CLASSES], kind)
+        joined += (tl.reshape(tile, [constants.POSITIONS, constants.CLASSES, 1]),)
+    for _ in tl.static_range(5):
+        if len(joined) > 1:
+            joined = join_halves(joined)
+    rows = tl.reshape(tl.permute(joined[0], (0, 2, 1)), [constants.POSITIONS, constants.WIDTH])
+    c = tl.arange(0, constants.WIDTH).to(constants.INDEX)
+    mask = at.present[:, None] & (c < last)[None, :]
+    tl.store(place(view, at, c, constants), rows, mask=mask)
+
+
+@triton.jit
+def unknown_zero(classes, turn: tl.constexpr):
+    """0, of which no compiler knows: what is computed with it is computed anew, and not held."""
+    return (classes < -turn).to(tl.int32)
+
+
+@triton.jit
+def opened(tile, classes, turn: tl.constexpr, constants):
+    """In the type that is computed in. Each turn converts anew what is held packed."""
+    if not constants.PACKED:
+        x = tile.to(constants.A)
+    elif tile.dtype == tl.bfloat16:
+        zero = unknown_zero(classes, turn)
+        x = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, $3; and.b32 $1, $2, $5;",
+            "=r,=r,r,r,r,r,r",
+            [tile, zero + 16, zero - 65536],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 x; .reg .b16 a, b; xor.b32 x, $2, $3; mov.b32 {a, b}, x; "
+            "cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+            "=r,=r,r,r,r",
+            [tile, unknown_zero(classes, turn)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return x
 
 
 @triton.jit
@@ -110,12 +221,52 @@ def exp_shifted(x, constants):
 
 
 @triton.jit
-def add_exponentials(high, total, x, constants):
-    """Takes a tile into the largest element so far and the sum of exp(x - pivot)."""
-    higher = tl.maximum(high, tl.max(x, 1))
+def by_lane(tile, constants):
+    """positions x classes as positions x lanes x what a lane reads at a time."""
+    size: tl.constexpr = constants.LOADED
+    return tl.reshape(tile, [constants.POSITIONS, constants.CLASSES // size, size])
+
+
+@triton.jit
+def no_sums(constants):
+    """0 for each lane."""
+    nothing = tl.zeros([constants.POSITIONS, constants.CLASSES], constants.A)
+    return tl.sum(by_lane(nothing, constants), 2)
+
+
+@triton.jit
+def add_exponentials(high, total, tiles, constants):
+    """Takes tiles into each lane's largest element so far and its sum of exp(x - pivot)."""
+    higher = high
+    for k in tl.static_range(constants.TILES):
+        higher = tl.maximum(higher, tl.max(by_lane(tiles[k].to(constants.A), constants), 2))
     pivot = pivot_of(higher)
     total *= exp_shifted(high - pivot, constants)
-    return higher, total + tl.sum(exp_shifted(x - pivot[:, None], constants), 1)
+    for k in tl.static_range(constants.TILES):
+        x = by_lane(tiles[k].to(constants.A), constants)
+        total += tl.sum(exp_shifted(x - pivot[:, :, None], constants), 2)
+    return higher, total
+
+
+@triton.jit
+def of_all_lanes(high, total, constants):
+    """The same of each position."""
+    highest = tl.max(high, 1)
+    return highest, tl.sum(total * exp_shifted(high - pivot_of(highest)[:, None], constants), 1)
+
+
+@triton.jit
+def exponentials_of(tiles, classes, constants):
+    """The largest element and the sum of exp(x - pivot)."""
+    tile = opened(tiles[0], classes, 0, constants)
+    for k in tl.static_range(1, constants.TILES):
+        tile = tl.maximum(tile, opened(tiles[k], classes, 0, constants))
+    high = tl.max(tile, 1)
+    pivot = pivot_of(high)[:, None]
+    tile = exp_shifted(opened(tiles[0], classes, 1, constants) - pivot, constants)
+    for k in tl.static_range(1, constants.TILES):
+        tile += exp_shifted(opened(tiles[k], classes, 1, constants) - pivot, constants)
+    return high, tl.sum(tile, 1)
 
 
 def viewed(given: Viewed | None) -> View | None:
@@ -149,14 +300,26 @@ def _layout(
         *(outer for outer, _, _ in strides),
         *(each[2] if columns else each[1] for each in strides),
     )
-    tile = launch.tile(size, inner, classes, columns, kind or ("short" if unit * size < 16 else ""))
+    tile = launch.tile(size, inner, classes, columns, unit, kind)
+    aligned = unit * size >= 16
+    packed = size == 2 and tile.held and tile.tiles > 1 and not tile.walked
+    if dtype is torch.float16 and tile.registers is not None:
+        tile = tile._replace(registers=64)  # its conversions take a step more than bfloat16's
     return Layout(
         A=launch.accumulate_type(dtype),
-        INDEX=launch.index_type(classes, *(classes * each[2] for each in strides)),
+        INDEX=launch.index_type(
+            classes, *(tile.positions * each[1] + classes * each[2] for each in strides)
+        ),
         COLUMNS=columns,
         UNIT=unit,
         POSITIONS=tile.positions,
         CLASSES=tile.classes,
+        TILES=tile.tiles,
+        HELD=tile.held,
+        PACKED=packed and launch.is_nvidia(),
+        LOADED=1 if columns else min(tile.classes, 16 // size if aligned else tile.classes),
+        WALKED=tile.walked,
+        WIDTH=launch.power_of_2(classes) if tile.walked and not columns else 0,
         EXACT=size > 2,
     ), tile
 

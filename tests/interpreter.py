@@ -33,11 +33,12 @@ def use_small_tiles() -> None:
     launch.MOST_PROGRAMS = MOST_PROGRAMS
     launch.SUM, launch.GROUP = launch.Elements(8, 32), GROUP
     launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
-    classes = launch.Row(4, 8, 1, 32), launch.Row(64, 64, 1, 32), launch.Row(any_, 64, 1, 32)
+    classes = launch.Row(4, 8, 1, 32), launch.Row(64, 32, 1, 32), launch.Row(any_, 64, 1, 32)
     for table in ("CLASSES_INNER", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):
         setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
-    positions = launch.Row(8, 32, 4, 32), launch.Row(any_, 128, 8, 32)
-    launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), positions)
+    held = launch.Row(4, 64, 16, 32), launch.Row(12, 64, 16, 128)
+    launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), (*held, launch.Row(any_, 256, 16, 256)))
+    launch.FEW = dict.fromkeys((2, 4), launch.Few(5, 16))
     launch.SPLIT = launch.Split(positions=4, classes=64, programs=12)
 
 

@@ -6,7 +6,7 @@
 The backend is called as users call it, but with tensors without memory and a driver that compiles
 for a GPU that is not there: what is compiled is what would be launched. Exits with 1 where a kernel
 spills registers, or where the main loop of one for contiguous bfloat16 or float32 does not load
-most of its bits 128 at a time, or 64 where a lane walks over the classes of its positions.
+most of its bits 128 at a time, or two elements where positions lie side by side.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def cross_entropy_case(shape: tuple[int, ...], dtype: torch.dtype, kind: str) ->
     want = Want("upstream" not in kind, gradients, "inplace" in kind, measures)
     arguments = (x, target, weight if "weight" in kind else None, options, want, upstream, among)
     name = f"cross_entropy {str(dtype)[6:]} {'x'.join(map(str, shape))} {kind}".strip()
-    bits = 128 if len(shape) == 2 else 64
+    bits = 128 if len(shape) == 2 else 16 * dtype.itemsize
     return Case(name, dtype, lambda: backend.cross_entropy(*arguments), bits)
 
 
@@ -132,7 +132,8 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
     size = dtype.itemsize
     sparse_rows = {row.most: row for row in launch.CLASSES_INNER[size] + launch.CLUSTERED[size]}
     dense_rows = launch.DENSE_CLASSES_INNER[size]
-    for row, kind in (*product(sparse_rows.values(), kinds), *product(dense_rows, dense)):
+    held = (*kinds, "smoothing")
+    for row, kind in (*product(sparse_rows.values(), held), *product(dense_rows, dense)):
         classes = 300_032 if row.most == launch.ANY else int(row.most)
         yield cross_entropy_case((4096, classes), dtype, kind)
     blocks = "forward block", "block upstream inplace", "block upstream weight smoothing"
@@ -152,7 +153,7 @@ def class_cases(dtype: torch.dtype) -> Iterator[Case]:
     kind = str(dtype)[6:]
     for shape, dim in (((4096, 1000), 1), ((4096, 32_000), 1), ((8, 21, 4096), 1)):
         x, name = empty(dtype, *shape), "x".join(map(str, shape))
-        bits = 128 if len(shape) == 2 else 64
+        bits = 128 if len(shape) == 2 else 16 * dtype.itemsize
         for op in ("softmax", "log_softmax"):
             forward = partial(backend.softmax, op, x, dim)
             backward = partial(backend.softmax_backward, op, x, x, dim)

@@ -22,9 +22,11 @@ from pyfused.ops import chunked
 QUICK = (
     "cross_entropy bfloat16 4096x8192",
     "cross_entropy bfloat16 4096x16384",
+    "cross_entropy bfloat16 4096x16384 smoothing",
+    "cross_entropy bfloat16 4096x16",
     "cross_entropy float32 4096x4096 weight smoothing",
     "cross_entropy bfloat16 4096x1000",
-    "cross_entropy bfloat16 2x262144",
+    "cross_entropy bfloat16 2x262144 forward",
     "cross_entropy float32 8x1000x4096",
     "cross_entropy float32 8x21x1000",
     "mse_loss float32",
@@ -98,6 +100,33 @@ def test_narrow_loads_in_a_loop_are_found(target: str, step: int, wrong: str) ->
     assert found.wrong == wrong
     assert found.load == (32 if wrong else 128)
     assert found.wide == (0 if wrong else 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_of_a_register_stay_in_order(dtype: torch.dtype) -> None:
+    """Of two elements that are loaded as one register, and whose gradients are stored as one."""
+    with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
+        ahead.cross_entropy_case((4096, 4096), dtype, "").run()
+    ptx = dict(launched)["one_read_kernel"].asm["ptx"]
+    statements = re.findall(r"([\w.]+)\s+(%\w+), ([^;]*);", ptx)
+    made = {
+        register: (operation, re.findall(r"%\w+\d|\b[ab]\b", operands))
+        for operation, register, operands in statements
+    }
+
+    def half(gradient: str) -> str:
+        """The conversion that its logit comes from."""
+        exponential = next(r for r in made[gradient][1] if made[r][0].startswith("ex2"))
+        scaled = made[exponential][1][0]
+        logit = made[made[scaled][1][0]][1][0]
+        return made[logit][0] if dtype is torch.bfloat16 else made[logit][1][0]
+
+    stored = re.search(r"st\.global\.v4\.b32 \[[^]]*\], \{ (%\w+)", ptx)
+    assert stored is not None
+    high, low = made[stored[1]][1]
+    assert (half(low), half(high)) == (
+        ("shl.b32", "and.b32") if dtype is torch.bfloat16 else ("a", "b")
+    )
 
 
 def accesses_of_a_cluster(dtype: torch.dtype, kind: str) -> list[str]:
