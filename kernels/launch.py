@@ -98,7 +98,7 @@ CLUSTERED = {
         *CLASSES_INNER[4][:4],
         Row(32768, 4096, 1, 128, 8),
         Row(65536, 8192, 1, 128, 16),
-        Row(131072, 32768, 1, 256, 16),
+        Row(131072, 32768, 1, 256, 16, 64),
         Row(262144, 32768, 1, 512, 16),
         CLASSES_INNER[4][-1],
     ),
@@ -112,8 +112,8 @@ SMOOTHED = {
 }
 
 # Where only short rows are held: with measures, for which a lane takes many registers; of rows that
-# are no multiples of 16 bytes, which are loaded element by element; and of a loss without
-# gradients, which reads a row once either way.
+# are no multiples of 16 bytes, which are loaded element by element, but for float32; and of a loss
+# without gradients, which reads a row once either way.
 SHORT_CLASSES_INNER = {
     2: (Row(1024, 1024, 1, 32), Row(4096, 4096, 1, 128), Row(ANY, 4096, 1, 256)),
     8: (*CLASSES_INNER[8][:3], Row(ANY, 2048, 1, 256)),
@@ -197,7 +197,7 @@ def tile(
     if few is not None and classes <= few.most and not positions_inner and kind != "dense":
         loaded = min(unit, 16 // itemsize)
         return Tile(few.positions, loaded, cdiv(classes, loaded), True, True, 32)
-    if unit * itemsize < 16 and kind != "dense":
+    if itemsize != 4 and unit * itemsize < 16 and kind != "dense":
         kind = "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,

@@ -74,7 +74,7 @@ def block_of(size, program, constants):
     lanes = tl.arange(0, constants.POSITIONS)
     if constants.COLUMNS:
         size = in_units(size, constants)
-    present = lanes < tl.minimum(size - inner, constants.POSITIONS).to(tl.int32)
+    present = inner + lanes < size
     return Block(outer, inner, outer * size + inner, lanes, present)
 
 

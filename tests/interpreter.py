@@ -36,7 +36,7 @@ def use_small_tiles() -> None:
     classes = launch.Row(4, 8, 1, 32), launch.Row(64, 32, 1, 32), launch.Row(any_, 64, 1, 32)
     for table in ("CLASSES_INNER", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):
         setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
-    held = launch.Row(4, 64, 16, 32), launch.Row(12, 64, 16, 128)
+    held = launch.Row(4, 64, 16, 32), launch.Row(22, 64, 16, 128)
     launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), (*held, launch.Row(any_, 256, 16, 256)))
     launch.FEW = dict.fromkeys((2, 4), launch.Few(5, 16))
     launch.SPLIT = launch.Split(positions=4, classes=64, programs=12)
