@@ -111,9 +111,12 @@ SMOOTHED = {
     for size, rows in CLUSTERED.items()
 }
 
-# Where only short rows are held: with measures, for which a lane takes many registers; of rows that
-# are no multiples of 16 bytes, which are loaded element by element, but for float32; and of a loss
-# without gradients, which reads a row once either way.
+# Up to so many classes rows that are no multiples of 16 bytes are held like others.
+UNALIGNED = {4: 65536}
+
+# Where only short rows are held: with measures, for which a lane takes many registers; of other
+# rows that are no multiples of 16 bytes, which are loaded element by element; and of a loss without
+# gradients, which reads a row once either way.
 SHORT_CLASSES_INNER = {
     2: (Row(1024, 1024, 1, 32), Row(4096, 4096, 1, 128), Row(ANY, 4096, 1, 256)),
     8: (*CLASSES_INNER[8][:3], Row(ANY, 2048, 1, 256)),
@@ -197,8 +200,8 @@ def tile(
     if few is not None and classes <= few.most and not positions_inner and kind != "dense":
         loaded = min(unit, 16 // itemsize)
         return Tile(few.positions, loaded, cdiv(classes, loaded), True, True, 32)
-    if itemsize != 4 and unit * itemsize < 16 and kind != "dense":
-        kind = "short"
+    if unit * itemsize < 16 and kind != "dense":
+        kind = "" if kind != "short" and classes <= UNALIGNED.get(itemsize, 0) else "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
         "smoothed": SMOOTHED if has_clusters() else CLASSES_INNER,
