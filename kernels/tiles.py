@@ -74,7 +74,10 @@ def block_of(size, program, constants):
     lanes = tl.arange(0, constants.POSITIONS)
     if constants.COLUMNS:
         size = in_units(size, constants)
-    present = inner + lanes < size
+    if constants.WALKED:  # many positions: compared in 32 bits
+        present = lanes < tl.minimum(size - inner, constants.POSITIONS).to(tl.int32)
+    else:
+        present = inner + lanes < size
     return Block(outer, inner, outer * size + inner, lanes, present)
 
 
