@@ -208,8 +208,10 @@ def tile(
         "dense": DENSE_CLASSES_INNER,
         "short": SHORT_CLASSES_INNER,
     }
-    table = POSITIONS_INNER if positions_inner else tables[kind]
-    row = next(row for row in table[itemsize] if classes <= row.most)
+    rows = POSITIONS_INNER[itemsize] if positions_inner else tables[kind][itemsize]
+    if positions_inner and kind == "dense":
+        rows = rows[-1:]  # what is aimed at would take as many registers as the logits
+    row = next(row for row in rows if classes <= row.most)
     lanes, padded = _warp_size(), power_of_2(classes)
     positions = row.positions * lanes // 32 if positions_inner else row.positions
     positions = min(max(positions, row.elements // padded), power_of_2(inner))
