@@ -150,5 +150,5 @@ def softmax(
         classes,
         LOGARITHM=logarithm,
         constants=compiled_in(constants),
-        **launch.options(tile.threads, tile.cluster, tile.registers),
+        **launch.options(tile.threads, tile.cluster),
     )
