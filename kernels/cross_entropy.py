@@ -478,7 +478,7 @@ def store_measures(inputs, outputs, at, sums, entropy, leader, part, splits):
 
 
 @triton.jit
-def store_loss(inputs, outputs, scalars, program, at, sums, loss, part, splits, constants):
+def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
     # Of programs that share a position the first.
     once = at.present & (part == tl.zeros_like(at.lanes))
     if outputs.lse is not None:
@@ -495,9 +495,62 @@ def store_loss(inputs, outputs, scalars, program, at, sums, loss, part, splits, 
         if outputs.each is not None:
             tl.store(outputs.each + (at.flat + at.lanes) * splits + part, loss, mask=at.present)
         elif outputs.parts is not None:
-            tl.store(outputs.parts + program, tl.sum(loss))
+            tl.store(outputs.parts + tl.program_id(0), tl.sum(loss))
         else:
+            program = tl.program_id(0)
             add_up(outputs.total, program, tl.sum(loss), scalars.scale, inputs.denominator)
+
+
+class Found(NamedTuple):
+    """In the tiles so far, of each position or lane."""
+
+    entropy: Any
+    leader: Any
+    distance: Any
+
+
+@triton.jit
+def nothing_found(constants):
+    entropy = tl.zeros([constants.POSITIONS], constants.A)
+    leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
+    return Found(entropy, leader, no_sums(constants))
+
+
+@triton.jit
+def finish_tile(
+    inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k: tl.constexpr, last, constants
+):
+    """Adds what a tile has to what was found, and writes its gradients.
+
+    Those of logits whose lanes have rows of their own are left to `write_rows`.
+    """
+    entropy, leader, distance = found
+    if outputs.entropy is not None:
+        measured = measure(sums, x, c, constants)
+        entropy += measured[0]
+        leader = tl.minimum(leader, measured[1])
+    if constants.UNIFORM or constants.AIMS:
+        distance += distance_of(at, sums, x - pivot, aim, c, k, last, constants)
+    if outputs.grad_logits is not None and not constants.WIDTH:
+        gradient = gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants)
+        write(outputs.grad_logits, at, gradient, c, k, last, constants)
+    if outputs.grad_probabilities is not None:
+        gradient = gradient_of_probabilities(
+            inputs, scalars, at, sums, x - pivot, c, last, constants
+        )
+        write(outputs.grad_probabilities, at, gradient, c, k, last, constants)
+    return Found(entropy, leader, distance)
+
+
+@triton.jit
+def finish(inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants):
+    """After the last tile of that many classes."""
+    if constants.UNIFORM or constants.AIMS:
+        loss += dense_loss(scalars, sums, found.distance, classes, constants)
+    finish_own(inputs, outputs, scalars, at, sums, own, constants)
+    if outputs.entropy is not None:
+        store_measures(inputs, outputs, at, sums, found.entropy, found.leader, part, splits)
+    store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants)
 
 
 @triton.jit
@@ -514,8 +567,7 @@ def one_read_kernel(
 ):
     """Positions whose classes are held, in one or more tiles."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
-    program = tl.program_id(0)
-    at = pick(inputs, scalars, program, constants)
+    at = pick(inputs, scalars, tl.program_id(0), constants)
     last = whole_row(inputs.classes, constants)
     tiles = read_logits(inputs, at, 0, last, constants)
     own = own_logit(inputs, at, 0, last, constants)
@@ -533,9 +585,7 @@ def one_read_kernel(
     sums = with_own_logit(sums, own, constants)
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
-    entropy = tl.zeros_like(at.spike)
-    leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
-    distance = no_sums(constants)
+    found = nothing_found(constants)
     pivot = gradients_pivot(inputs, sums, constants)
     if constants.INPLACE:
         tl.debug_barrier()  # no thread is to read a logit that another has overwritten
@@ -546,31 +596,14 @@ def one_read_kernel(
         aim = None
         if constants.AIMS:
             aim = aims[k]
-        if outputs.entropy is not None:
-            measured = measure(sums, x, c, constants)
-            entropy += measured[0]
-            leader = tl.minimum(leader, measured[1])
-        if constants.UNIFORM or constants.AIMS:
-            distance += distance_of(at, sums, x - pivot, aim, c, k, last, constants)
-        if outputs.grad_logits is not None:
-            gradient = gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants)
-            if constants.WIDTH:
-                gradients += (gradient,)
-            else:
-                write(outputs.grad_logits, at, gradient, c, k, last, constants)
-        if outputs.grad_probabilities is not None:
-            gradient = gradient_of_probabilities(
-                inputs, scalars, at, sums, x - pivot, c, last, constants
-            )
-            write(outputs.grad_probabilities, at, gradient, c, k, last, constants)
+        found = finish_tile(
+            inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
+        )
+        if constants.WIDTH and outputs.grad_logits is not None:
+            gradients += (gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants),)
     if constants.WIDTH and outputs.grad_logits is not None:
         write_rows(outputs.grad_logits, at, gradients, last, constants)
-    if constants.UNIFORM or constants.AIMS:
-        loss += dense_loss(scalars, sums, distance, last, constants)
-    finish_own(inputs, outputs, scalars, at, sums, own, constants)
-    if outputs.entropy is not None:
-        store_measures(inputs, outputs, at, sums, entropy, leader, 0, 1)
-    store_loss(inputs, outputs, scalars, program, at, sums, loss, 0, 1, constants)
+    finish(inputs, outputs, scalars, at, sums, own, found, loss, last, 0, 1, constants)
 
 
 class Shares(NamedTuple):
@@ -679,9 +712,7 @@ def two_read_kernel(
         sums = merge(shares, at, SPLITS)
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
-    entropy = tl.zeros_like(at.spike)
-    leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
-    distance = no_sums(constants)
+    found = nothing_found(constants)
     pivot = gradients_pivot(inputs, sums, constants)
     reads = constants.UNIFORM or constants.AIMS or outputs.grad_logits is not None
     if reads or outputs.entropy is not None:
@@ -691,28 +722,12 @@ def two_read_kernel(
                 tl.debug_barrier()
             for k in tl.static_range(constants.TILES):
                 c = classes_of(start, k, constants)
-                x = tiles[k].to(constants.A)
                 aim = None
                 if constants.AIMS:
                     aim = read_aim(inputs, scalars, at, c, k, last, constants)
-                if outputs.entropy is not None:
-                    measured = measure(sums, x, c, constants)
-                    entropy += measured[0]
-                    leader = tl.minimum(leader, measured[1])
-                if constants.UNIFORM or constants.AIMS:
-                    distance += distance_of(at, sums, x - pivot, aim, c, k, last, constants)
-                if outputs.grad_logits is not None:
-                    gradient = gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants)
-                    write(outputs.grad_logits, at, gradient, c, k, last, constants)
-                if outputs.grad_probabilities is not None:
-                    gradient = gradient_of_probabilities(
-                        inputs, scalars, at, sums, x - pivot, c, last, constants
-                    )
-                    write(outputs.grad_probabilities, at, gradient, c, k, last, constants)
-    if constants.UNIFORM or constants.AIMS:
-        loss += dense_loss(scalars, sums, distance, last - first, constants)
-    finish_own(inputs, outputs, scalars, at, sums, own, constants)
-    if outputs.entropy is not None:
-        store_measures(inputs, outputs, at, sums, entropy, leader, part, shares.splits)
-    program = tl.program_id(0)
-    store_loss(inputs, outputs, scalars, program, at, sums, loss, part, shares.splits, constants)
+                x = tiles[k].to(constants.A)
+                found = finish_tile(
+                    inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
+                )
+    classes, splits = last - first, shares.splits
+    finish(inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants)

@@ -151,15 +151,9 @@ POSITIONS_INNER = {
 }
 
 
-class Few(NamedTuple):
-    """Where classes lie side by side, but are so few that a lane walks over its rows' own."""
-
-    most: int
-    positions: int
-
-
-# A warp writes what its lanes have of rows through shared memory, in the order of memory.
-FEW = {2: Few(32, 64), 4: Few(32, 64)}
+# Where classes lie side by side, but are so few that a lane walks over its rows' own. A warp writes
+# them through shared memory, in the order of memory.
+FEW = {2: Row(32, 2048, 64, 32), 4: Row(32, 2048, 64, 32)}
 
 
 class Split(NamedTuple):
@@ -178,6 +172,7 @@ class Tile(NamedTuple):
 
     positions: int
     classes: int
+    loaded: int  # of those, by a lane at once
     tiles: int  # so many at a time
     held: bool  # which are all
     walked: bool  # a lane goes from class to class of its positions
@@ -199,8 +194,10 @@ def tile(
     few = FEW.get(itemsize)
     if few is not None and classes <= few.most and not positions_inner and kind != "dense":
         loaded = min(unit, 16 // itemsize)
-        return Tile(few.positions, loaded, cdiv(classes, loaded), True, True, 32)
-    if unit * itemsize < 16 and kind != "dense":
+        tiles = cdiv(classes, loaded)
+        return Tile(few.positions, loaded, loaded, tiles, True, True, few.threads)
+    aligned = unit * itemsize >= 16
+    if not aligned and kind != "dense":
         kind = "" if kind != "short" and classes <= UNALIGNED.get(itemsize, 0) else "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
@@ -219,9 +216,8 @@ def tile(
     taken = min(padded, max(1, row.threads // lanes) if positions_inner else at_a_time)
     tiles = cdiv(classes if row.most < ANY else min(classes, at_a_time), taken)
     held = taken * tiles >= classes
-    return Tile(
-        positions, taken, tiles, held, positions_inner, row.threads, row.cluster, row.registers
-    )
+    loaded = 1 if positions_inner else min(taken, 16 // itemsize) if aligned else taken
+    return Tile(positions, taken, loaded, tiles, held, positions_inner, *row[3:])
 
 
 # As Triton's, which take microseconds of the host.
@@ -237,12 +233,12 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def splits(positions: int, classes: int, chunk: int) -> tuple[int, int]:
+def splits(positions: int, classes: int, tile: Tile) -> tuple[int, int]:
     """Over how many programs the classes of each position are spread, and how many each takes."""
-    if positions >= SPLIT.positions or classes < 2 * SPLIT.classes:
+    if tile.held or positions >= SPLIT.positions or classes < 2 * SPLIT.classes:
         return 1, classes
     wanted = min(classes // SPLIT.classes, max(1, SPLIT.programs // positions))
-    length = cdiv(cdiv(classes, wanted), chunk) * chunk
+    length = cdiv(cdiv(classes, wanted), tile.classes) * tile.classes
     return cdiv(classes, length), length
 
 

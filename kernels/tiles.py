@@ -233,8 +233,8 @@ def by_lane(tile, constants):
 @triton.jit
 def no_sums(constants):
     """0 for each lane."""
-    nothing = tl.zeros([constants.POSITIONS, constants.CLASSES], constants.A)
-    return tl.sum(by_lane(nothing, constants), 2)
+    lanes: tl.constexpr = constants.CLASSES // constants.LOADED
+    return tl.zeros([constants.POSITIONS, lanes], constants.A)
 
 
 @triton.jit
@@ -304,7 +304,6 @@ def _layout(
         *(each[2] if columns else each[1] for each in strides),
     )
     tile = launch.tile(size, inner, classes, columns, unit, kind)
-    aligned = unit * size >= 16
     packed = size == 2 and tile.held and tile.tiles > 1 and not tile.walked
     if dtype is torch.float16 and tile.registers is not None:
         tile = tile._replace(registers=64)  # its conversions take a step more than bfloat16's
@@ -320,7 +319,7 @@ def _layout(
         TILES=tile.tiles,
         HELD=tile.held,
         PACKED=packed and launch.is_nvidia(),
-        LOADED=1 if columns else min(tile.classes, 16 // size if aligned else tile.classes),
+        LOADED=tile.loaded,
         WALKED=tile.walked,
         WIDTH=launch.power_of_2(classes) if tile.walked and not columns else 0,
         EXACT=size > 2,

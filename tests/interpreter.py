@@ -38,7 +38,7 @@ def use_small_tiles() -> None:
         setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
     held = launch.Row(4, 64, 16, 32), launch.Row(22, 64, 16, 128)
     launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), (*held, launch.Row(any_, 256, 16, 256)))
-    launch.FEW = dict.fromkeys((2, 4), launch.Few(5, 16))
+    launch.FEW = dict.fromkeys((2, 4), launch.Row(5, 80, 16, 32))
     launch.SPLIT = launch.Split(positions=4, classes=64, programs=12)
 
 
