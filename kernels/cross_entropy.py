@@ -43,7 +43,7 @@ from .tiles import (
     add_exponentials,
     block_of,
     by_lane,
-    classes_of,
+    columns_of,
     exp_shifted,
     exponentials_of,
     mask_of,
@@ -113,6 +113,7 @@ class Constants(NamedTuple):
     HELD: Any
     PACKED: Any
     LOADED: Any
+    SHIFTED: Any
     WALKED: Any
     WIDTH: Any
     EXACT: Any
@@ -136,6 +137,7 @@ class Positions(NamedTuple):
     flat: Any
     lanes: Any
     present: Any
+    shift: Any
     live: Any  # neither ignored nor out of range
     read: Any  # those whose classes are
     wrong: Any  # out of range
@@ -166,7 +168,8 @@ def pick(inputs, scalars, program, constants):
     Those that count for nothing are not read further, unless that would take apart what a thread
     loads at once.
     """
-    outer, inner, flat, lanes, present = block_of(inputs.inner, program, constants)
+    block = block_of(inputs.logits, inputs.inner, program, constants)
+    outer, inner, flat, lanes, present, shift = block
     hit = tl.full([constants.POSITIONS], -1, tl.int64)
     spike = tl.zeros([constants.POSITIONS], constants.A)
     live = present
@@ -193,7 +196,9 @@ def pick(inputs, scalars, program, constants):
     read = live
     if constants.WALKED:
         read = present
-    return Positions(outer, inner, flat, lanes, present, live, read, wrong, hit, spike, scale)
+    return Positions(
+        outer, inner, flat, lanes, present, shift, live, read, wrong, hit, spike, scale
+    )
 
 
 @triton.jit
@@ -204,19 +209,21 @@ def read_logits(inputs, at, start, last, constants):
 @triton.jit
 def read_aim(inputs, scalars, at, c, k: tl.constexpr, last, constants):
     """q / level but for the spike, where that differs from class to class."""
-    mask = mask_of(at.read, c, k, last, constants)
+    mask = mask_of(at, at.read, c, k, last, constants)
     aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
         y = read(inputs.probabilities, at, at.read, c, k, last, 0.0, constants)
         aim += y.to(constants.A) * constants.SLOPE
     if inputs.weight is not None:
-        aim *= weight_of(inputs, c, last)
+        aim *= weight_of(inputs, at, c, last)
     return aim
 
 
 @triton.jit
-def weight_of(inputs, c, last):
-    return tl.load(inputs.weight + inputs.first_class + c, mask=c < last, other=0.0)[None, :]
+def weight_of(inputs, at, c, last):
+    c -= at.shift
+    mask = (c >= 0) & (c < last - at.shift)
+    return tl.load(inputs.weight + inputs.first_class + c, mask=mask, other=0.0)[None, :]
 
 
 @triton.jit
@@ -247,7 +254,7 @@ def sum_classes(inputs, scalars, at, first, last, constants):
         high, total = add_exponentials(high, total, tiles, constants)
         if constants.AIMS:
             for k in tl.static_range(constants.TILES):
-                c = classes_of(start, k, constants)
+                c = columns_of(start, k, constants)
                 aim = read_aim(inputs, scalars, at, c, k, last, constants)
                 aimed += tl.sum(by_lane(aim, constants), 2)
     high, total = of_all_lanes(high, total, constants)
@@ -268,7 +275,8 @@ def sum_tiles(inputs, tiles, aims, constants):
 @triton.jit
 def own_logit(inputs, at, first, last, constants):
     """Of targets in classes first to last; else 0."""
-    here = at.live & (at.hit >= first) & (at.hit < last)
+    column = at.hit + at.shift
+    here = at.live & (column >= first) & (column < last)
     if inputs.target is None:
         return Own(tl.zeros_like(at.spike), here)
     x = tl.load(place_of_hit(inputs.logits, at), mask=here, other=0.0)
@@ -326,6 +334,7 @@ def focused(scalars, at, sums, constants):
         at.flat,
         at.lanes,
         at.present,
+        at.shift,
         at.live,
         at.read,
         at.wrong,
@@ -374,7 +383,7 @@ def distance_of(at, sums, shifted, aim, c, k: tl.constexpr, last, constants):
     distance = -shifted
     if constants.AIMS:
         distance = (distance + tl.log(sums.total)[:, None]) * aim
-    distance = tl.where(mask_of(at.present, c, k, last, constants), distance, 0.0)
+    distance = tl.where(mask_of(at, at.present, c, k, last, constants), distance, 0.0)
     return tl.sum(by_lane(distance, constants), 2)
 
 
@@ -415,7 +424,7 @@ def gradient_of_probabilities(inputs, scalars, at, sums, shifted, c, last, const
     level = tl.full([], scalars.level, constants.A)
     gradient *= (level * constants.SLOPE * at.scale)[:, None]
     if inputs.weight is not None:
-        gradient *= weight_of(inputs, c, last)
+        gradient *= weight_of(inputs, at, c, last)
     return gradient
 
 
@@ -453,7 +462,7 @@ def together(x, constants):
 
 
 @triton.jit
-def measure(sums, x, c, constants):
+def measure(at, sums, x, c, constants):
     """Of a tile: sum_c exp(x_c - pivot) (pivot - x_c), and the first class that leads.
 
     That is the first NaN, or else the first with the largest logit, FAR on.
@@ -463,6 +472,8 @@ def measure(sums, x, c, constants):
     distance = tl.sum(tl.where(e == 0.0, 0.0, e * away), 1)
     none: tl.constexpr = 2**31 - 1 if tl.int32 == constants.INDEX else 2**40 - 1
     first = tl.min(tl.where(x == sums.high[:, None], c[None, :], none), 1).to(tl.int64)
+    if constants.SHIFTED:  # all are -inf, as what is in front of them
+        first = tl.maximum(first, at.shift)
     first_nan = tl.min(tl.where(x == x, none, c[None, :]), 1).to(tl.int64)
     return distance, tl.where(first_nan < none, first_nan, first + FAR)
 
@@ -473,7 +484,7 @@ def store_measures(inputs, outputs, at, sums, entropy, leader, part, splits):
     entropy += tl.where(part == tl.zeros_like(at.lanes), tl.log(sums.total), 0.0)
     out = (at.flat + at.lanes) * splits + part
     tl.store(outputs.entropy + out, tl.where(at.live, entropy, 0.0), mask=at.present)
-    leader = tl.where(at.live, leader + inputs.first_class, inputs.ignore_index)
+    leader = tl.where(at.live, leader - at.shift + inputs.first_class, inputs.ignore_index)
     tl.store(outputs.prediction + out, leader, mask=at.present)
 
 
@@ -526,7 +537,7 @@ def finish_tile(
     """
     entropy, leader, distance = found
     if outputs.entropy is not None:
-        measured = measure(sums, x, c, constants)
+        measured = measure(at, sums, x, c, constants)
         entropy += measured[0]
         leader = tl.minimum(leader, measured[1])
     if constants.UNIFORM or constants.AIMS:
@@ -568,13 +579,13 @@ def one_read_kernel(
     """Positions whose classes are held, in one or more tiles."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
     at = pick(inputs, scalars, tl.program_id(0), constants)
-    last = whole_row(inputs.classes, constants)
+    last = whole_row(at, inputs.classes, constants)
     tiles = read_logits(inputs, at, 0, last, constants)
     own = own_logit(inputs, at, 0, last, constants)
     aims = ()
     if constants.AIMS:
         for k in tl.static_range(constants.TILES):
-            c = classes_of(0, k, constants)
+            c = columns_of(0, k, constants)
             aims += (read_aim(inputs, scalars, at, c, k, last, constants),)
     if inputs.lse is None:
         sums = sum_tiles(inputs, tiles, aims, constants)
@@ -591,7 +602,7 @@ def one_read_kernel(
         tl.debug_barrier()  # no thread is to read a logit that another has overwritten
     gradients = ()
     for k in tl.static_range(constants.TILES):
-        c = classes_of(0, k, constants)
+        c = columns_of(0, k, constants)
         x = opened(tiles[k], inputs.classes, 2, constants)
         aim = None
         if constants.AIMS:
@@ -603,7 +614,7 @@ def one_read_kernel(
             gradients += (gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants),)
     if constants.WIDTH and outputs.grad_logits is not None:
         write_rows(outputs.grad_logits, at, gradients, last, constants)
-    finish(inputs, outputs, scalars, at, sums, own, found, loss, last, 0, 1, constants)
+    finish(inputs, outputs, scalars, at, sums, own, found, loss, inputs.classes, 0, 1, constants)
 
 
 class Shares(NamedTuple):
@@ -623,7 +634,7 @@ def own_share(inputs, shares, scalars, constants):
     at = pick(inputs, scalars, program // shares.splits, constants)
     part = program % shares.splits
     first = part.to(constants.INDEX) * shares.length
-    last = whole_row(tl.minimum(first + shares.length, inputs.classes), constants)
+    last = tl.minimum(first + shares.length, whole_row(at, inputs.classes, constants))
     return at, part, first, last
 
 
@@ -721,7 +732,7 @@ def two_read_kernel(
             if constants.INPLACE:
                 tl.debug_barrier()
             for k in tl.static_range(constants.TILES):
-                c = classes_of(start, k, constants)
+                c = columns_of(start, k, constants)
                 aim = None
                 if constants.AIMS:
                     aim = read_aim(inputs, scalars, at, c, k, last, constants)
@@ -729,5 +740,5 @@ def two_read_kernel(
                 found = finish_tile(
                     inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
                 )
-    classes, splits = last - first, shares.splits
+    classes, splits = last - tl.maximum(first, at.shift), shares.splits
     finish(inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants)

@@ -107,7 +107,8 @@ def cross_entropy(
     plain = grad_logits is not None and measured[0] is None
     kind = "dense" if aims else "short" if not plain else "smoothed" if dense else ""
     compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
-    splits, length = launch.splits(positions, classes, tile)
+    columns = classes + (tile.loaded - 1 if compiled.SHIFTED else 0)
+    splits, length = launch.splits(positions, columns, tile)
     programs = outer * launch.cdiv(inner, tile.positions) * splits
     sums = None
     if splits > 1 and lse is None:

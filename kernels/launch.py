@@ -16,6 +16,7 @@ from triton import knobs
 from triton.runtime import driver
 
 ANY = math.inf
+LOAD = 16  # bytes of the widest
 
 
 class Elements(NamedTuple):
@@ -89,6 +90,7 @@ CLUSTERED = {
     2: (
         *CLASSES_INNER[2][:4],
         Row(32768, 4096, 1, 128, 4, 56),
+        Row(53248, 4096, 1, 32, 16, 80),
         Row(65536, 8192, 1, 128, 8, 56),
         Row(131072, 16384, 1, 128, 16, 56),
         Row(262144, 32768, 1, 256, 16),
@@ -107,12 +109,12 @@ CLUSTERED = {
 
 # With smoothing, whose sums a lane takes beside its exponentials.
 SMOOTHED = {
-    size: tuple(row._replace(registers=64) if row.cluster > 1 else row for row in rows)
+    size: tuple(
+        row._replace(registers=64 if row.threads > 32 else None) if row.cluster > 1 else row
+        for row in rows
+    )
     for size, rows in CLUSTERED.items()
 }
-
-# Up to so many classes rows that are no multiples of 16 bytes are held like others.
-UNALIGNED = {4: 65536}
 
 # Where only short rows are held: with measures, for which a lane takes many registers; of other
 # rows that are no multiples of 16 bytes, which are loaded element by element; and of a loss without
@@ -193,12 +195,12 @@ def tile(
     """
     few = FEW.get(itemsize)
     if few is not None and classes <= few.most and not positions_inner and kind != "dense":
-        loaded = min(unit, 16 // itemsize)
+        loaded = min(unit, LOAD // itemsize)
         tiles = cdiv(classes, loaded)
         return Tile(few.positions, loaded, loaded, tiles, True, True, few.threads)
-    aligned = unit * itemsize >= 16
+    aligned = unit * itemsize >= LOAD
     if not aligned and kind != "dense":
-        kind = "" if kind != "short" and classes <= UNALIGNED.get(itemsize, 0) else "short"
+        kind = "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
         "smoothed": SMOOTHED if has_clusters() else CLASSES_INNER,
@@ -216,7 +218,7 @@ def tile(
     taken = min(padded, max(1, row.threads // lanes) if positions_inner else at_a_time)
     tiles = cdiv(classes if row.most < ANY else min(classes, at_a_time), taken)
     held = taken * tiles >= classes
-    loaded = 1 if positions_inner else min(taken, 16 // itemsize) if aligned else taken
+    loaded = 1 if positions_inner else min(taken, LOAD // itemsize) if aligned else taken
     return Tile(positions, taken, loaded, tiles, held, positions_inner, *row[3:])
 
 

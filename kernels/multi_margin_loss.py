@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import launch
 from .sums import add_up, total
-from .tiles import View, block_of, classes_of, compiled_in, layout, mask_of, place, read, whole_row
+from .tiles import View, block_of, columns_of, compiled_in, layout, mask_of, place, read, whole_row
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def multi_margin_kernel(
     SQUARED: tl.constexpr,
     constants,
 ):
-    at = block_of(rows, tl.program_id(0), constants)
-    last = whole_row(classes, constants)
+    at = block_of(x, rows, tl.program_id(0), constants)
+    last = whole_row(at, classes, constants)
     hit = tl.load(target + at.inner + at.lanes, mask=at.present, other=-1)
     live = at.present & (hit >= 0) & (hit < classes)
     own = tl.load(x.data + (at.inner + at.lanes) * x.inner + hit * x.classes, mask=live, other=0.0)
@@ -62,8 +62,10 @@ def multi_margin_kernel(
     slopes = tl.zeros_like(slack)
     for start in range(0, last, constants.TILES * constants.CLASSES):
         for k in tl.static_range(constants.TILES):
-            c = classes_of(start, k, constants)
-            others = mask_of(at.present, c, k, last, constants) & (c[None, :] != hit[:, None])
+            c = columns_of(start, k, constants)
+            others = mask_of(at, at.present, c, k, last, constants) & (
+                c[None, :] != at.shift + hit[:, None]
+            )
             z = read(x, at, live, c, k, last, 0.0, constants).to(constants.A)
             z += slack[:, None]
             z = tl.where(others & live[:, None] & (z > 0.0), z, 0.0)  # NaN is nothing, as in torch

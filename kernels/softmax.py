@@ -23,7 +23,7 @@ from .tiles import (
     add_exponentials,
     block_of,
     by_lane,
-    classes_of,
+    columns_of,
     compiled_in,
     exp_shifted,
     exponentials_of,
@@ -50,8 +50,8 @@ def normalized(x, high, total, LOGARITHM: tl.constexpr, constants):
 
 @triton.jit
 def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants):
-    at = block_of(inner, tl.program_id(0), constants)
-    last = whole_row(classes, constants)
+    at = block_of(x, inner, tl.program_id(0), constants)
+    last = whole_row(at, classes, constants)
     if constants.HELD:
         tiles = read_tiles(x, at, at.present, 0, last, -float("inf"), constants)
         high, total = exponentials_of(tiles, classes, constants)
@@ -62,7 +62,7 @@ def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants):
             if constants.WIDTH:
                 rows += (value,)
             else:
-                write(y, at, value, classes_of(0, k, constants), k, last, constants)
+                write(y, at, value, columns_of(0, k, constants), k, last, constants)
         if constants.WIDTH:
             write_rows(y, at, rows, last, constants)
     else:
@@ -74,7 +74,7 @@ def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants):
         high, total = of_all_lanes(high, total, constants)
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                c = classes_of(start, k, constants)
+                c = columns_of(start, k, constants)
                 value = read(x, at, at.present, c, k, last, -float("inf"), constants).to(
                     constants.A
                 )
@@ -99,8 +99,8 @@ def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
 
 @triton.jit
 def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constants):
-    at = block_of(inner, tl.program_id(0), constants)
-    last = whole_row(classes, constants)
+    at = block_of(y, inner, tl.program_id(0), constants)
+    last = whole_row(at, classes, constants)
     total = no_sums(constants)
     if constants.HELD:
         upstream = read_tiles(dy, at, at.present, 0, last, 0.0, constants)
@@ -112,18 +112,18 @@ def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constant
         for k in tl.static_range(constants.TILES):
             dy_k, y_k = upstream[k].to(constants.A), output[k].to(constants.A)
             value = gradient(dy_k, y_k, total, LOGARITHM, constants)
-            write(dx, at, value, classes_of(0, k, constants), k, last, constants)
+            write(dx, at, value, columns_of(0, k, constants), k, last, constants)
     else:
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                c = classes_of(start, k, constants)
+                c = columns_of(start, k, constants)
                 dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
                 y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
                 total += summand(dy_k, y_k, LOGARITHM, constants)
         total = tl.sum(total, 1)
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                c = classes_of(start, k, constants)
+                c = columns_of(start, k, constants)
                 dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
                 y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
                 write(

@@ -3,6 +3,11 @@
 Positions are numbered outer by outer, and of each outer one inner by inner. A program has some that
 follow on one another, and reads and writes tiles of theirs, whichever of the two lies side by side
 in memory. `constants` is a tuple with the fields of `Layout`.
+
+Rows that are no multiple of 16 bytes begin anywhere within a lane's load. Where a program has one
+of them, its tiles begin at the load that holds the row's first class, a `shift` in front of it: all
+loads are whole, and what they have of the neighbours is dropped. Of the gradients only the elements
+of the first and the last load are stored one by one.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ class Layout(NamedTuple):
     HELD: Any  # which are all
     PACKED: Any  # and are held as they are in memory, two elements a register
     LOADED: Any  # classes of a position that a lane reads at a time
+    SHIFTED: Any  # 0, or in how many of the last tiles a row may end, where they begin anywhere
     WALKED: Any  # a lane goes from class to class of its positions
     WIDTH: Any  # a power of 2 that holds them all, where such classes lie side by side, else 0
     EXACT: Any  # exponentials to 2 ULP, rather than as the GPU has them
@@ -55,6 +61,7 @@ class Block(NamedTuple):
     flat: Any
     lanes: Any
     present: Any
+    shift: Any  # columns of a tile in front of the first class
 
 
 @triton.jit
@@ -66,7 +73,7 @@ def in_units(n, constants):
 
 
 @triton.jit
-def block_of(size, program, constants):
+def block_of(view, size, program, constants):
     """Those of a program, of `size` inner ones."""
     blocks = (size - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
     outer = (program // blocks).to(tl.int64)
@@ -78,32 +85,71 @@ def block_of(size, program, constants):
         present = lanes < tl.minimum(size - inner, constants.POSITIONS).to(tl.int32)
     else:
         present = inner + lanes < size
-    return Block(outer, inner, outer * size + inner, lanes, present)
+    shift = 0
+    if constants.SHIFTED:
+        offset = outer * view.outer + inner * view.inner
+        shift = (offset % constants.LOADED).to(constants.INDEX)
+    return Block(outer, inner, outer * size + inner, lanes, present, shift)
 
 
 @triton.jit
-def whole_row(classes, constants):
-    """Where the classes end, in units where they lie side by side."""
+def whole_row(at, classes, constants):
+    """The column where the classes end, in units where they lie side by side."""
     if constants.COLUMNS:
         return classes
-    return in_units(classes, constants)
+    return at.shift + in_units(classes, constants)
 
 
 @triton.jit
-def classes_of(start, k: tl.constexpr, constants):
-    """Those of the k-th tile from start on."""
+def columns_of(start, k: tl.constexpr, constants):
+    """Those of the k-th tile from start on: the classes, but for the shift."""
     lanes = tl.arange(0, constants.CLASSES).to(constants.INDEX)
     return lanes + start + k * constants.CLASSES
 
 
 @triton.jit
-def mask_of(present, c, k: tl.constexpr, last, constants):
+def mask_of(at, present, c, k: tl.constexpr, last, constants):
     """Of tiles that a lane walks over and holds, only the last may have fewer classes."""
     full: tl.constexpr = constants.TILES - (constants.CLASSES > 1)
-    if constants.HELD and constants.WALKED and k < full:
+    if constants.SHIFTED:
+        mask = present[:, None] & between(at.shift, c, k, last, constants)
+    elif constants.HELD and constants.WALKED and k < full:
         mask = tl.broadcast_to(present[:, None], [constants.POSITIONS, constants.CLASSES])
     else:
         mask = present[:, None] & (c < last)[None, :]
+    return mask
+
+
+@triton.jit
+def may_begin(k: tl.constexpr, constants):
+    """Whether a row that is shifted may do so in the k-th tile."""
+    return k == 0 or not constants.HELD
+
+
+@triton.jit
+def may_end(k: tl.constexpr, constants):
+    return k >= constants.TILES - constants.SHIFTED or not constants.HELD
+
+
+@triton.jit
+def has_end(k: tl.constexpr, constants):
+    return may_begin(k, constants) or may_end(k, constants)
+
+
+@triton.jit
+def up_to_load(column, constants):
+    """The next column that a lane's load begins at."""
+    return (column + constants.LOADED - 1) // constants.LOADED * constants.LOADED
+
+
+@triton.jit
+def between(first, c, k: tl.constexpr, last, constants):
+    """The columns from first, if any, to last, of rows that are shifted."""
+    mask = tl.full([1, constants.CLASSES], True, tl.int1)
+    if may_begin(k, constants) and first is not None:
+        mask &= (c >= first)[None, :]
+    if may_end(k, constants):
+        mask &= (c < last)[None, :]
     return mask
 
 
@@ -119,14 +165,25 @@ def place(view, at, c, constants):
         step = in_units(view.inner, constants)
         first += at.inner * step
         rows, columns = lanes * step, c * view.classes
+    if constants.SHIFTED:
+        offset = at.outer * view.outer + at.inner * view.inner
+        first = view.data + offset // constants.LOADED * constants.LOADED
     return (first + rows[:, None]) + columns[None, :]
 
 
 @triton.jit
 def read(view, at, present, c, k: tl.constexpr, last, other, constants):
     """As it is in memory."""
-    mask = mask_of(present, c, k, last, constants)
-    return tl.load(place(view, at, c, constants), mask=mask, other=other)
+    if constants.SHIFTED:
+        end = up_to_load(last, constants)
+        mask = present[:, None] & between(None, c, k, end, constants)
+        x = tl.load(place(view, at, c, constants), mask=mask, other=other)
+        if has_end(k, constants):
+            x = tl.where(between(at.shift, c, k, last, constants), x, other)
+    else:
+        mask = mask_of(at, present, c, k, last, constants)
+        x = tl.load(place(view, at, c, constants), mask=mask, other=other)
+    return x
 
 
 @triton.jit
@@ -134,14 +191,28 @@ def read_tiles(view, at, present, start, last, other, constants):
     """The next tiles, as they are in memory."""
     tiles = ()
     for k in tl.static_range(constants.TILES):
-        c = classes_of(start, k, constants)
+        c = columns_of(start, k, constants)
         tiles += (read(view, at, present, c, k, last, other, constants),)
     return tiles
 
 
 @triton.jit
 def write(view, at, value, c, k: tl.constexpr, last, constants):
-    tl.store(place(view, at, c, constants), value, mask=mask_of(at.present, c, k, last, constants))
+    if constants.SHIFTED:
+        to, present = place(view, at, c, constants), at.present[:, None]
+        first = up_to_load(at.shift, constants)
+        end = last // constants.LOADED * constants.LOADED
+        whole = between(first, c, k, end, constants)
+        tl.store(to, value, mask=present & whole)
+        if has_end(k, constants):
+            inside = between(at.shift, c, k, last, constants)
+            tl.store(to, value, mask=present & inside & (whole == 0))
+    else:
+        tl.store(
+            place(view, at, c, constants),
+            value,
+            mask=mask_of(at, at.present, c, k, last, constants),
+        )
 
 
 @triton.jit
@@ -286,7 +357,9 @@ def layout(
         views: The one whose memory decides, and the others.
         kind: See `launch.tile`.
     """
-    return _layout(sizes, views[0].data.dtype, tuple([view[1:] for view in views]), kind)
+    in_loads = all(view.data.data_ptr() % launch.LOAD == 0 for view in views)
+    strides = tuple([view[1:] for view in views])
+    return _layout(sizes, views[0].data.dtype, strides, in_loads, kind)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -294,6 +367,7 @@ def _layout(
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
     strides: tuple[tuple[int, int, int], ...],
+    in_loads: bool,
     kind: str,
 ) -> tuple[Layout, launch.Tile]:
     (_, inner, classes), (_, inner_stride, class_stride) = sizes, strides[0]
@@ -303,10 +377,23 @@ def _layout(
         *(outer for outer, _, _ in strides),
         *(each[2] if columns else each[1] for each in strides),
     )
-    tile = launch.tile(size, inner, classes, columns, unit, kind)
+    load, ends = launch.LOAD // size, 0
+    alike = in_loads and len(set(strides)) == 1
+    if alike and unit < load and class_stride == 1 and not columns:
+        slack = load - 1
+        tile = launch.tile(size, inner, classes + slack, columns, load, kind)
+        if tile.positions == 1:
+            most, least = (launch.cdiv(n, tile.classes) for n in (classes + slack, classes))
+            ends = 1 + most - least
+    if not ends:
+        tile = launch.tile(size, inner, classes, columns, unit, kind)
     packed = size == 2 and tile.held and tile.tiles > 1 and not tile.walked
-    if dtype is torch.float16 and tile.registers is not None:
-        tile = tile._replace(registers=64)  # its conversions take a step more than bfloat16's
+    if tile.registers is not None and size == 2:
+        if ends and kind == "smoothed":
+            tile = tile._replace(registers=None)
+        else:  # conversions of float16 and ends take a step more
+            steps = (dtype is torch.float16) + (ends > 0)
+            tile = tile._replace(registers=tile.registers + 8 * steps)
     return Layout(
         A=launch.accumulate_type(dtype),
         INDEX=launch.index_type(
@@ -320,6 +407,7 @@ def _layout(
         HELD=tile.held,
         PACKED=packed and launch.is_nvidia(),
         LOADED=tile.loaded,
+        SHIFTED=ends,
         WALKED=tile.walked,
         WIDTH=launch.power_of_2(classes) if tile.walked and not columns else 0,
         EXACT=size > 2,

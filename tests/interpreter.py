@@ -33,7 +33,7 @@ def use_small_tiles() -> None:
     launch.MOST_PROGRAMS = MOST_PROGRAMS
     launch.SUM, launch.GROUP = launch.Elements(8, 32), GROUP
     launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
-    classes = launch.Row(4, 8, 1, 32), launch.Row(64, 32, 1, 32), launch.Row(any_, 64, 1, 32)
+    classes = launch.Row(4, 8, 1, 32), launch.Row(100, 32, 1, 32), launch.Row(any_, 64, 1, 32)
     for table in ("CLASSES_INNER", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):
         setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
     held = launch.Row(4, 64, 16, 32), launch.Row(22, 64, 16, 128)

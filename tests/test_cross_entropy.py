@@ -170,6 +170,28 @@ def test_an_ignored_row_stays_out_of_the_gradient_whatever_it_holds(
         torch.testing.assert_close(got.gradients[0][kept], without.gradients[0])
 
 
+@pytest.mark.parametrize("classes", [45, 91, 131], ids="C{}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
+def test_rows_that_begin_anywhere_in_memory_have_nothing_of_their_neighbours(
+    classes: int, dtype: torch.dtype
+) -> None:
+    logits, target = problem((9, classes), "index", dtype)
+    with torch.no_grad():
+        logits[::2] = NAN
+    alone = logits.detach()[1::2].clone().requires_grad_()
+    for smoothing in (0.0, 0.1):
+        options = {"reduction": "none", "label_smoothing": smoothing}
+        loss = cross_entropy(logits, target, **options)
+        expected = cross_entropy(alone, target[1::2], **options)
+        upstream = torch.rand_like(loss)
+        (gradient,) = torch.autograd.grad(loss, logits, upstream)
+        (expected_gradient,) = torch.autograd.grad(expected, alone, upstream[1::2])
+        torch.testing.assert_close(loss[1::2], expected)
+        torch.testing.assert_close(gradient[1::2], expected_gradient)
+        assert loss[::2].isnan().all()
+        assert gradient[::2].isnan().all()
+
+
 SPECIAL_ROWS = {
     "one_minus_infinity": [-INF, 0.5, 1.0, -2.0, 3.0],
     "only_one_finite": [-INF, 0.5, -INF, -INF, -INF],

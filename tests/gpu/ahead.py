@@ -143,6 +143,11 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield cross_entropy_case((4096, 1000), dtype, kind)  # a multiple of 8, not of 16
         yield cross_entropy_case((8, 21, 1000), dtype, kind)
         yield cross_entropy_case((2, 262_144), dtype, kind)  # several programs a position
+    for row, kind in product(sparse_rows.values(), ("", "smoothing")):  # rows that begin anywhere
+        classes = 300_001 if row.most == launch.ANY else int(row.most) - 9
+        yield cross_entropy_case((4096, classes), dtype, kind)
+    for kind in (*kinds, *measured, *blocks, *dense):
+        yield cross_entropy_case((4096, 1013), dtype, kind)
     for row, kind in product(launch.POSITIONS_INNER[size], (*kinds, *dense)):
         classes = 1000 if row.most == launch.ANY else int(row.most)
         yield cross_entropy_case((8, classes, 4096), dtype, kind)
@@ -151,7 +156,12 @@ def cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
 def class_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Softmax, and the losses of class indices but for cross-entropy."""
     kind = str(dtype)[6:]
-    for shape, dim in (((4096, 1000), 1), ((4096, 32_000), 1), ((8, 21, 4096), 1)):
+    for shape, dim in (
+        ((4096, 1000), 1),
+        ((4096, 32_000), 1),
+        ((4096, 50_257), 1),
+        ((8, 21, 4096), 1),
+    ):
         x, name = empty(dtype, *shape), "x".join(map(str, shape))
         bits = 128 if len(shape) == 2 else 16 * dtype.itemsize
         for op in ("softmax", "log_softmax"):
