@@ -574,7 +574,7 @@ def one_read_kernel(
     scale: tl.float64,
     gamma: tl.float64,
     z_loss: tl.float64,
-    constants,
+    constants: tl.constexpr,
 ):
     """Positions whose classes are held, in one or more tiles."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
@@ -648,7 +648,7 @@ def split_kernel(
     scale: tl.float64,
     gamma: tl.float64,
     z_loss: tl.float64,
-    constants,
+    constants: tl.constexpr,
     ALL: tl.constexpr,
 ):
     """The first read of positions, ALL at most, that programs share: the sums over one share."""
@@ -707,7 +707,7 @@ def two_read_kernel(
     scale: tl.float64,
     gamma: tl.float64,
     z_loss: tl.float64,
-    constants,
+    constants: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Positions whose classes are not held; of each one share, where programs share them."""

@@ -24,7 +24,7 @@ from .cross_entropy import (
     two_read_kernel,
 )
 from .sums import count, sum_parts, total
-from .tiles import Viewed, compiled_in, layout, viewed
+from .tiles import Viewed, layout, viewed
 
 
 def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, float]:
@@ -45,15 +45,15 @@ def run(
     options: dict[str, Any],
 ) -> None:
     """Launches one kernel that reads once, or one or two that read twice."""
-    grid, compiled = (programs,), compiled_in(constants)
+    grid = (programs,)
     if constants.HELD:
-        one_read_kernel[grid](inputs, outputs, *scalars, compiled, **options)
+        one_read_kernel[grid](inputs, outputs, *scalars, constants, **options)
         return
     if shares.sums is not None:
         most = launch.power_of_2(launch.SPLIT.positions)
-        split_kernel[grid](inputs, shares, *scalars, compiled, ALL=most, **options)
+        split_kernel[grid](inputs, shares, *scalars, constants, ALL=most, **options)
     powers = launch.power_of_2(shares.splits)
-    two_read_kernel[grid](inputs, outputs, shares, *scalars, compiled, SPLITS=powers, **options)
+    two_read_kernel[grid](inputs, outputs, shares, *scalars, constants, SPLITS=powers, **options)
 
 
 def mean_by(

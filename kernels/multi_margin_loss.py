@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import launch
 from .sums import add_up, total
-from .tiles import View, block_of, columns_of, compiled_in, layout, mask_of, place, read, whole_row
+from .tiles import View, block_of, columns_of, layout, mask_of, place, read, whole_row
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def multi_margin_kernel(
     margin: tl.float64,
     scale: tl.float64,
     SQUARED: tl.constexpr,
-    constants,
+    constants: tl.constexpr,
 ):
     at = block_of(x, rows, tl.program_id(0), constants)
     last = whole_row(at, classes, constants)
@@ -121,6 +121,6 @@ def multi_margin_loss(
         float(options.margin),
         scale,
         SQUARED=options.p == 2,
-        constants=compiled_in(constants),
+        constants=constants,
         **launch.options(tile.threads),
     )

@@ -24,7 +24,6 @@ from .tiles import (
     block_of,
     by_lane,
     columns_of,
-    compiled_in,
     exp_shifted,
     exponentials_of,
     layout,
@@ -49,7 +48,7 @@ def normalized(x, high, total, LOGARITHM: tl.constexpr, constants):
 
 
 @triton.jit
-def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants):
+def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants: tl.constexpr):
     at = block_of(x, inner, tl.program_id(0), constants)
     last = whole_row(at, classes, constants)
     if constants.HELD:
@@ -98,7 +97,7 @@ def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
 
 
 @triton.jit
-def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constants):
+def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constants: tl.constexpr):
     at = block_of(y, inner, tl.program_id(0), constants)
     last = whole_row(at, classes, constants)
     total = no_sums(constants)
@@ -149,6 +148,6 @@ def softmax(
         inner,
         classes,
         LOGARITHM=logarithm,
-        constants=compiled_in(constants),
+        constants=constants,
         **launch.options(tile.threads, tile.cluster),
     )

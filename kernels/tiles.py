@@ -412,12 +412,3 @@ def _layout(
         WIDTH=launch.power_of_2(classes) if tile.walked and not columns else 0,
         EXACT=size > 2,
     ), tile
-
-
-Constants = Any  # a Layout, or a tuple with its fields
-
-
-@functools.cache
-def compiled_in(constants: Constants) -> Constants:
-    """As Triton takes them: the very same ones for the same call, which it compares faster."""
-    return type(constants)(*map(tl.constexpr, constants))

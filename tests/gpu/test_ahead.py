@@ -17,6 +17,7 @@ import triton.language as tl
 
 from pyfused.backends import CrossEntropyOptions, Head, Shaping, Want
 from pyfused.kernels import launch
+from pyfused.kernels.cross_entropy import Constants
 from pyfused.ops import chunked
 
 QUICK = (
@@ -73,7 +74,7 @@ def test_a_spill_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_narrow_loads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = launch.Row(launch.ANY, 1024, 1, 128)
+    row = launch.Row(launch.ANY, 1024, 2, 128)  # two rows, of which the second begins anywhere
     assert "narrow loads" in [kernel.wrong for kernel in compile_with(monkeypatch, row, 1023)]
 
 
@@ -167,14 +168,15 @@ def test_a_branch_from_behind_the_end_is_no_loop() -> None:
 @pytest.mark.parametrize("stride", [0, 1])
 def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["pyfused.kernels.cross_entropy_launch"]
-    monkeypatch.setattr(module, "compiled_in", record := Mock(wraps=module.compiled_in))
+    monkeypatch.setattr(module, "run", record := Mock(wraps=module.run))
     x = ahead.empty(torch.float32, 2, 2**31 // 2 if stride else 2**31)
     x = x.as_strided(x.shape, (2 * x.shape[1], 2 * stride))
     options = CrossEntropyOptions(-100, "mean", 0.0)
     with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
         ahead.backend.cross_entropy(x, ahead.empty(torch.int64, 2), None, options, Want())
     assert [name for name, _ in launched] == ["split_kernel", "two_read_kernel"]
-    assert record.call_args[0][0].INDEX is tl.int64
+    constants = next(given for given in record.call_args[0] if isinstance(given, Constants))
+    assert constants.INDEX is tl.int64
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
