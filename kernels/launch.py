@@ -116,9 +116,8 @@ SMOOTHED = {
     for size, rows in CLUSTERED.items()
 }
 
-# Where only short rows are held: with measures, for which a lane takes many registers; of other
-# rows that are no multiples of 16 bytes, which are loaded element by element; and of a loss without
-# gradients, which reads a row once either way.
+# Where only short rows are held: with measures, for which a lane takes many registers; of rows that
+# are loaded element by element; and of a loss without gradients, which reads a row once either way.
 SHORT_CLASSES_INNER = {
     2: (Row(1024, 1024, 1, 32), Row(4096, 4096, 1, 128), Row(ANY, 4096, 1, 256)),
     8: (*CLASSES_INNER[8][:3], Row(ANY, 2048, 1, 256)),
