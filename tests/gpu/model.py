@@ -2,21 +2,25 @@
 
     python tests/gpu/model.py             # what `make gpu-model` runs: a table in docs/gpu.md
     python tests/gpu/model.py --gpu H100 --match "bfloat16 1000"
+    python tests/gpu/model.py --measured gpu.json    # beside what benchmarks/gpu.py found
 
 One multiprocessor is followed: its resident programs, warp by warp through the instructions that
-`machine_code.py` reads, queueing for issue slots, units, L2 and memory. One constant is fitted,
-EFFICIENCY, to times that Liger's authors and others published for its cross-entropy on an H100.
+`machine_code.py` reads, queueing for issue slots, units, L2 and memory. One constant is fitted, a
+GPU's efficiency, to times that were published for Liger's cross-entropy on an H100.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
+import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +32,12 @@ from machine_code import WAITS, Code, Instruction, demand
 from rich.console import Console
 from rich.progress import track
 
-PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import gpu as benchmarked  # noqa: E402
+
+PAGE = ROOT / "docs" / "gpu.md"
 START, END = "<!-- model -->\n", "<!-- end of model -->"
 
 
@@ -43,6 +52,7 @@ class Gpu(NamedTuple):
     registers: int = 65_536
     warps: int = 64
     shared: int = 227 << 10
+    efficiency: float = 0.8  # of the issue slots that busy warps fill
 
 
 # NVIDIA's data sheets and architecture white papers; memory at nine tenths of its peak, as copies
@@ -53,7 +63,6 @@ GPUS = {
     "A100": Gpu("sm_80", 108, 1800, 1.41, 40, shared=163 << 10),
     "B200": Gpu("sm_100", 148, 7200, 1.85, 126),
 }
-EFFICIENCY = 0.8  # of the issue slots that busy warps fill
 ALONE = 0.4  # instructions a cycle of a warp by itself, whose results wait for one another
 MEMORY_NS, L2_NS, START_NS, BARRIER_NS = 600, 220, 300, 12
 L2_BYTES_A_NS = 5500
@@ -181,7 +190,7 @@ def run(steps: Sequence[Step], gpu: Gpu, warps: int, resident: int, programs: in
             then = now + step.cycles["issue"] / gpu.ghz / ALONE
             units = free[(program + w) % 4]
             for unit, cycles in step.cycles.items():
-                units[unit] = max(now, units[unit]) + cycles / gpu.ghz / EFFICIENCY
+                units[unit] = max(now, units[unit]) + cycles / gpu.ghz / gpu.efficiency
                 then = max(then, units[unit])
             now = then
         elif step.kind == "load":
@@ -219,22 +228,38 @@ class Traffic(NamedTuple):
 
 def predict(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> Prediction:
     """The kernel that takes longest, with the launches of the whole call."""
-    recorder = ahead.Recorder(ahead.TARGETS[gpu.target])
-    with recorder as launched:
-        case.run()
-    found = []
-    for (name, kernel), programs in zip(launched, recorder.programs, strict=True):
-        if name not in ("count_kernel", "sum_kernel"):
-            found.append(_predict(case, kernel, programs, traffic, gpu, len(launched)))
+    launched = launches_of(case, gpu.target)
+    main = [each for each in launched if each.name not in ("count_kernel", "sum_kernel")]
+    found = [_predict(case, each, traffic, gpu, len(launched)) for each in main]
     return min(found, key=lambda p: p.share)
 
 
+class Launched(NamedTuple):
+    """A kernel that a case launches, and what its compilers made of it."""
+
+    name: str
+    code: Code
+    used: dict[str, int]
+    metadata: Any
+    programs: int
+
+
+@cache
+def launches_of(case: ahead.Case, target: str) -> list[Launched]:
+    recorder = ahead.Recorder(ahead.TARGETS[target])
+    with recorder as launched:
+        case.run()
+    return [
+        Launched(name, Code.of(kernel), ahead.on_nvidia(kernel, 128), kernel.metadata, programs)
+        for (name, kernel), programs in zip(launched, recorder.programs, strict=True)
+    ]
+
+
 def _predict(
-    case: ahead.Case, kernel: Any, programs: int, traffic: Traffic, gpu: Gpu, launches: int
+    case: ahead.Case, launched: Launched, traffic: Traffic, gpu: Gpu, launches: int
 ) -> Prediction:
-    code, warps = Code.of(kernel), kernel.metadata.num_warps
-    programs *= kernel.metadata.num_ctas
-    used = ahead.on_nvidia(kernel, 128)
+    code, used, metadata = launched.code, launched.used, launched.metadata
+    warps, programs = metadata.num_warps, launched.programs * metadata.num_ctas
     loops, share = code.loading_loops(), traffic.read / programs
     lanes = 32 * warps
     turns, covered = {}, 0
@@ -251,7 +276,7 @@ def _predict(
             gpu.warps // warps,
             gpu.registers // registers,
             32,
-            gpu.shared // (kernel.metadata.shared + 1024),
+            gpu.shared // (metadata.shared + 1024),
         ),
     )
     footprint = min(resident * gpu.multiprocessors, programs) * share / 1e6
@@ -269,7 +294,7 @@ def _predict(
     total: Counter[str] = Counter()
     for step in steps:
         total.update(step.cycles)
-    scale = warps * programs / gpu.multiprocessors / 4 / gpu.ghz / EFFICIENCY
+    scale = warps * programs / gpu.multiprocessors / 4 / gpu.ghz / gpu.efficiency
     missed = traffic.read * (1 + (1 - again if len(loops) > 1 else 0)) + traffic.written
     bounds = {unit: cycles * scale for unit, cycles in total.items()}
     bounds["memory"] = missed / gpu.bytes_a_ns
@@ -373,11 +398,73 @@ def table(found: Sequence[Prediction], peers: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+# ---- what was measured ---------------------------------------------------------------------------
+
+
+Measured = tuple[ahead.Case, Traffic, float]  # and the share of a copy's speed
+
+
+def read_measured(file: Path) -> tuple[Gpu, list[Measured]]:
+    """Which GPU it was, and what benchmarks/gpu.py found of cross-entropy with its gradient."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    name = found["machine_info"]["gpu"]
+    gpu = next((gpu for key, gpu in GPUS.items() if key in name), None)
+    if gpu is None:
+        raise SystemExit(f"{file} is of {name!r}, expected one of {', '.join(GPUS)}")
+    known = {case.name: case for case in benchmarked.CASES}
+    measured = []
+    for row in (benchmark["extra_info"] for benchmark in found["benchmarks"]):
+        case = known.get(row["case"])
+        if case is None or case.op != "cross_entropy" or row["mode"] != "forward+backward":
+            continue
+        if case.ignored or "copy" not in row["peers"]:
+            continue
+        options = {
+            "weight": case.weight,
+            "probabilities": case.probabilities,
+            "smoothing": case.smoothing,
+            "upstream": case.reduction == "none",
+        }
+        kind = " ".join(word for word, chosen in options.items() if chosen)
+        size = case.elements * case.dtype.itemsize
+        traffic = Traffic(case.elements, size * (2 if case.probabilities else 1), size)
+        share = row["peers"]["copy"]["ratio"][1]
+        measured.append((ahead.cross_entropy_case(case.shape, case.dtype, kind), traffic, share))
+    return gpu, measured
+
+
+def fit(measured: Sequence[Measured], gpu: Gpu) -> Gpu:
+    """With the efficiency, of those in steps of 0.05, that comes closest to what was measured."""
+
+    def error(gpu: Gpu) -> float:
+        shares = [(predict(*each, gpu).share, share) for *each, share in measured]
+        return sum(math.log(predicted / share) ** 2 for predicted, share in shares)
+
+    return min((gpu._replace(efficiency=n / 20) for n in range(8, 21)), key=error)
+
+
+def compare(measured: Sequence[Measured], gpu: Gpu) -> str:
+    """Predicted beside measured, with the efficiency as it is and as it fits best."""
+    fitted = fit(measured, gpu)
+    columns = "measured", f"predicted ({gpu.efficiency})", f"fitted ({fitted.efficiency})"
+    lines = ["| case | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for case, traffic, share in measured:
+        shares = share, *(predict(case, traffic, each).share for each in (gpu, fitted))
+        told = " | ".join(f"{share:.0%}" for share in shares)
+        lines.append(f"| {case.name.removeprefix('cross_entropy ')} | {told} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", choices=GPUS, default="H200")
     parser.add_argument("--match", help="only cases whose name holds these words; writes no page")
+    parser.add_argument("--measured", type=Path, help="compare with that, and fit the efficiency")
     arguments = parser.parse_args()
+    if arguments.measured is not None:
+        gpu, measured = read_measured(arguments.measured)
+        print(compare(measured, gpu))
+        return
     gpu, words = GPUS[arguments.gpu], (arguments.match or "").split()
     chosen = [(c, traffic) for c, traffic in cases() if all(word in c.name for word in words)]
     found = [predict(*each, gpu) for each in track(chosen, console=Console(stderr=True))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_traffic_alone_takes_what_a_copy_takes() -> None:
 def test_work_alone_takes_its_slots() -> None:
     steps = [Step("work", Counter(issue=24, mufu=80))] * 50
     time = model.run(steps, H200, 8, 4, 64)
-    slots = 64 * 8 * 50 * 80 / 4 / H200.ghz / model.EFFICIENCY
+    slots = 64 * 8 * 50 * 80 / 4 / H200.ghz / H200.efficiency
     assert 1.0 <= time / slots < 1.1
 
 
@@ -102,6 +104,40 @@ def test_a_barrier_waits_for_the_last_warp() -> None:
 
 def test_second_reads_hit_below_half_of_l2_and_miss_above_it() -> None:
     assert [model.hits(mb, H200) for mb in (10, 25, 37.5, 50, 80)] == [1, 1, 0.5, 0, 0]
+
+
+def gpu_json(folder: Path, gpu: str, shares: dict[str, float]) -> Path:
+    """As benchmarks/gpu.py writes it."""
+    rows = [
+        {"case": case, "op": "cross_entropy", "mode": mode, "peers": {"copy": {"ratio": [0, s, 1]}}}
+        for case, s in shares.items()
+        for mode in ("forward", "forward+backward")
+    ]
+    found = {"machine_info": {"gpu": gpu}, "benchmarks": [{"extra_info": row} for row in rows]}
+    file = folder / "gpu.json"
+    file.write_text(json.dumps(found))
+    return file
+
+
+def test_what_was_measured_tells_the_efficiency(tmp_path: Path) -> None:
+    """Shares that the model says for another efficiency are taken for measured ones."""
+    name = "cross_entropy (1024, 1000) float32"
+    others = {"cross_entropy (8192, 32000) bfloat16, 50% ignored": 0.1, "mse_loss (1 M) float32": 1}
+    gpu, read = model.read_measured(gpu_json(tmp_path, "NVIDIA H200", {name: 0.5, **others}))
+    assert gpu == H200
+    ((case, traffic, share),) = read
+    assert (case.name, share) == ("cross_entropy float32 1024x1000", 0.5)
+    assert traffic == Traffic(1_024_000, 4_096_000, 4_096_000)
+    slower = H200._replace(efficiency=0.65)
+    measured = [(case, traffic, model.predict(case, traffic, slower).share)]
+    assert model.fit(measured, H200) == slower
+    said = f"{measured[0][2]:.0%} | {model.predict(case, traffic, H200).share:.0%}"
+    assert f"1024x1000 | {said} | {measured[0][2]:.0%} |" in model.compare(measured, H200)
+
+
+def test_a_gpu_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="'Radeon', expected one of H200, H100, A100, B200"):
+        model.read_measured(gpu_json(tmp_path, "Radeon", {}))
 
 
 # Case; then the most instructions an element, reads of a row, registers, launches.
