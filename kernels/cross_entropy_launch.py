@@ -7,7 +7,8 @@ parts of a loss: for that each would wait at its end, which costs more than a la
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ from .cross_entropy import (
     two_read_kernel,
 )
 from .sums import count, sum_parts, total
-from .tiles import Viewed, layout, viewed
+from .tiles import Memory, Viewed, layout, memory_of, viewed
 
 
 def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, float]:
@@ -35,17 +36,78 @@ def terms(smoothing: float, classes: int, follows: bool) -> tuple[float, float, 
     return uniform, 1.0, 1 - smoothing
 
 
+class Asked(NamedTuple):
+    """What decides on a plan, beside sizes and memory."""
+
+    indices: bool  # rather than probabilities
+    weighted: bool
+    label_smoothing: float
+    focal: bool
+    squares: bool
+    plain: bool  # gradients of logits, without measures
+    upstream: bool  # times those of the loss
+    inplace: bool
+    all_classes: int
+
+
+class Plan(NamedTuple):
+    """What all calls of the same sizes, memory and options have in common."""
+
+    terms: tuple[float, float, float]
+    dense: bool  # more than the target is aimed at
+    splits: int  # programs that share the classes of a position
+    length: int  # and how many each takes
+    programs: int
+    alone: bool  # they add up their parts themselves
+    constants: Constants
+    options: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def planned(sizes: tuple[int, int, int], memory: Memory, asked: Asked) -> Plan:
+    outer, inner, classes = sizes
+    smoothing = max(0.0, asked.label_smoothing)
+    follows, dense = not asked.indices and smoothing < 1, not asked.indices or smoothing > 0
+    aims = dense and (not asked.indices or asked.weighted)
+    kind = "roomier" if dense or asked.upstream else ""
+    if aims:
+        kind = "dense"
+    elif not asked.plain:
+        kind = "short"
+    compiled, tile = layout(sizes, memory, kind)
+    columns = classes + (tile.loaded - 1 if compiled.SHIFTED else 0)
+    splits, length = launch.splits(outer * inner, columns, tile)
+    programs = outer * launch.cdiv(inner, tile.positions) * splits
+    return Plan(
+        terms(smoothing, asked.all_classes, follows),
+        dense,
+        splits,
+        length,
+        programs,
+        tile.cluster == 1 and programs <= launch.MOST_PROGRAMS,
+        Constants(
+            *compiled,
+            SLOPE=float(follows),
+            UNIFORM=dense and not aims,
+            AIMS=aims,
+            INPLACE=asked.inplace,
+            CLUSTER=tile.cluster > 1,
+            FOCAL=asked.focal,
+            SQUARES=asked.squares,
+        ),
+        launch.options(tile.threads, tile.cluster, tile.registers),
+    )
+
+
 def run(
     inputs: Inputs,
     outputs: Outputs,
     shares: Shares,
     scalars: Scalars,
-    constants: Constants,
-    programs: int,
-    options: dict[str, Any],
+    plan: Plan,
 ) -> None:
     """Launches one kernel that reads once, or one or two that read twice."""
-    grid = (programs,)
+    grid, constants, options = (plan.programs,), plan.constants, plan.options
     if constants.HELD:
         one_read_kernel[grid](inputs, outputs, *scalars, constants, **options)
         return
@@ -96,25 +158,28 @@ def cross_entropy(
     outer, inner, classes = sizes
     first_class, all_classes, lse = among
     positions, each, mean = outer * inner, options.reduction == "none", options.reduction == "mean"
-    views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
-    smoothing = max(0.0, options.label_smoothing)
-    follows, dense = target is None and smoothing < 1, target is None or smoothing > 0
-    aims = dense and (target is None or weight is not None)
-    aimed = None
-    if lse is not None and dense and weight is not None:
-        aimed = weight.sum(dtype=torch.float64)
     own_lse, *measured = measures or (None, None, None)
-    plain = grad_logits is not None and measured[0] is None
-    kind = "dense" if aims else "short" if not plain else "smoothed" if dense else ""
-    compiled, tile = layout(sizes, [view for view in views if view is not None], kind)
-    columns = classes + (tile.loaded - 1 if compiled.SHIFTED else 0)
-    splits, length = launch.splits(positions, columns, tile)
-    programs = outer * launch.cdiv(inner, tile.positions) * splits
-    sums = None
+    views = [viewed(given) for given in (logits, probabilities, grad_logits, grad_probabilities)]
+    asked = Asked(
+        target is not None,
+        weight is not None,
+        options.label_smoothing,
+        options.gamma > 0,
+        options.z_loss > 0,
+        grad_logits is not None and measured[0] is None,
+        upstream is not None,
+        grad_logits is logits,
+        all_classes,
+    )
+    memory = memory_of([view for view in views if view is not None])
+    plan = planned(sizes, memory, asked)
+    splits, programs = plan.splits, plan.programs
+    sums = aimed = None
     if splits > 1 and lse is None:
-        sums = logits[0].new_empty(
-            3, positions * splits, dtype=launch.accumulate_dtype(logits[0].dtype)
-        )
+        kind = launch.accumulate_dtype(memory.dtype)
+        sums = logits[0].new_empty(3, positions * splits, dtype=kind)
+    if lse is not None and plan.dense and weight is not None:
+        aimed = weight.sum(dtype=torch.float64)
     denominator, scale = None, 1.0
     counts_first = mean and sums is not None and target is not None and options.denominator is None
     if counts_first:
@@ -125,10 +190,10 @@ def cross_entropy(
     each_out = parts = added = None
     if loss is not None and each:
         each_out = loss if splits == 1 else loss.new_empty(positions, splits)
-    elif loss is not None and (tile.cluster > 1 or programs > launch.MOST_PROGRAMS):
-        parts = loss.new_empty(programs)
-    elif loss is not None:
+    elif loss is not None and plan.alone:
         added = total(loss, programs)
+    elif loss is not None:
+        parts = loss.new_empty(programs)
     measured_parts = measured
     if splits > 1:
         measured_parts = [to if to is None else to.new_empty(positions, splits) for to in measured]
@@ -151,25 +216,11 @@ def cross_entropy(
             all_classes,
         ),
         Outputs(each_out, added, parts, own_lse, *measured_parts, *views[2:]),
-        Shares(splits, length, sums, positions * splits, denominator if counts_first else None),
-        Scalars(
-            *terms(smoothing, all_classes, follows),
-            scale,
-            float(options.gamma),
-            float(options.z_loss),
+        Shares(
+            splits, plan.length, sums, positions * splits, denominator if counts_first else None
         ),
-        Constants(
-            *compiled,
-            SLOPE=float(follows),
-            UNIFORM=dense and not aims,
-            AIMS=aims,
-            INPLACE=grad_logits is logits,
-            CLUSTER=tile.cluster > 1,
-            FOCAL=options.gamma > 0,
-            SQUARES=options.z_loss > 0,
-        ),
-        programs,
-        launch.options(tile.threads, tile.cluster, tile.registers),
+        Scalars(*plan.terms, scale, float(options.gamma), float(options.z_loss)),
+        plan,
     )
     if parts is not None:
         sum_parts(parts, loss, denominator, scale)

@@ -107,8 +107,8 @@ CLUSTERED = {
     8: CLASSES_INNER[8],
 }
 
-# With smoothing, whose sums a lane takes beside its exponentials.
-SMOOTHED = {
+# With smoothing, whose sums a lane takes beside its exponentials, or with the loss's gradient.
+ROOMIER = {
     size: tuple(
         row._replace(registers=64 if row.threads > 32 else None) if row.cluster > 1 else row
         for row in rows
@@ -189,8 +189,8 @@ def tile(
 
     Args:
         unit: What all rows, or columns, begin at multiples of.
-        kind: ``"smoothed"`` where all classes are aimed at alike, ``"dense"`` where what is aimed
-            at is held beside the logits, ``"short"`` where only short rows are to be held.
+        kind: ``"roomier"`` where a lane takes more registers, ``"dense"`` where what is aimed at
+            is held beside the logits, ``"short"`` where only short rows are to be held.
     """
     few = FEW.get(itemsize)
     if few is not None and classes <= few.most and not positions_inner and kind != "dense":
@@ -202,7 +202,7 @@ def tile(
         kind = "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
-        "smoothed": SMOOTHED if has_clusters() else CLASSES_INNER,
+        "roomier": ROOMIER if has_clusters() else CLASSES_INNER,
         "dense": DENSE_CLASSES_INNER,
         "short": SHORT_CLASSES_INNER,
     }
@@ -253,7 +253,6 @@ def options(threads: int, cluster: int = 1, registers: int | None = None) -> dic
     return told
 
 
-@functools.cache
 def has_clusters() -> bool:
     """Hopper, and the data centres' Blackwell, whose clusters are as large."""
     return not knobs.runtime.interpret and driver.active.get_current_target().arch in (90, 100, 103)

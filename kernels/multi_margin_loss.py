@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import launch
 from .sums import add_up, total
-from .tiles import View, block_of, columns_of, layout, mask_of, place, read, whole_row
+from .tiles import View, block_of, columns_of, layout, mask_of, memory_of, place, read, whole_row
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def multi_margin_loss(
     if options.reduction == "mean":
         scale = 1.0 / rows
     x = View(input, rows * classes, classes, 1)
-    constants, tile = layout((1, rows, classes), [x], "dense")
+    constants, tile = layout((1, rows, classes), memory_of([x]), "dense")
     programs = launch.cdiv(rows, tile.positions)
     multi_margin_kernel[(programs,)](
         x,

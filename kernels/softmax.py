@@ -27,6 +27,7 @@ from .tiles import (
     exp_shifted,
     exponentials_of,
     layout,
+    memory_of,
     no_sums,
     of_all_lanes,
     opened,
@@ -141,7 +142,7 @@ def softmax(
     outer, inner, classes = sizes
     given = (input, output) if grad_output is None else (grad_output, input, output)
     views = [view for tensor in given if (view := viewed(tensor)) is not None]
-    constants, tile = layout(sizes, views, "" if grad_output is None else "dense")
+    constants, tile = layout(sizes, memory_of(views), "" if grad_output is None else "dense")
     kernel = forward_kernel if grad_output is None else backward_kernel
     kernel[(outer * launch.cdiv(inner, tile.positions),)](
         *views,

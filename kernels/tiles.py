@@ -347,29 +347,33 @@ def viewed(given: Viewed | None) -> View | None:
     return given and View(given[0], *given[1])
 
 
+class Memory(NamedTuple):
+    """What decides on a layout: of several tensors the first one's dtype, and where they lie."""
+
+    device: torch.device
+    dtype: torch.dtype
+    strides: tuple[tuple[int, int, int], ...]
+    in_loads: bool  # all begin at a multiple of a lane's widest load
+
+
+def memory_of(views: list[View]) -> Memory:
+    first = views[0].data
+    in_loads = all(view.data.data_ptr() % launch.LOAD == 0 for view in views)
+    return Memory(first.device, first.dtype, tuple([view[1:] for view in views]), in_loads)
+
+
+@functools.lru_cache(maxsize=4096)
 def layout(
-    sizes: tuple[int, int, int], views: list[View], kind: str = ""
+    sizes: tuple[int, int, int], memory: Memory, kind: str = ""
 ) -> tuple[Layout, launch.Tile]:
     """What to compile for, and how large tiles are.
 
     Args:
         sizes: Outer and inner positions, and classes.
-        views: The one whose memory decides, and the others.
+        memory: That of the tensor that decides, and of the others.
         kind: See `launch.tile`.
     """
-    in_loads = all(view.data.data_ptr() % launch.LOAD == 0 for view in views)
-    strides = tuple([view[1:] for view in views])
-    return _layout(sizes, views[0].data.dtype, strides, in_loads, kind)
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(
-    sizes: tuple[int, int, int],
-    dtype: torch.dtype,
-    strides: tuple[tuple[int, int, int], ...],
-    in_loads: bool,
-    kind: str,
-) -> tuple[Layout, launch.Tile]:
+    _, dtype, strides, in_loads = memory
     (_, inner, classes), (_, inner_stride, class_stride) = sizes, strides[0]
     columns, size = inner > 1 and inner_stride < class_stride, dtype.itemsize
     unit = launch.unit(
@@ -389,8 +393,8 @@ def _layout(
         tile = launch.tile(size, inner, classes, columns, unit, kind)
     packed = size == 2 and tile.held and tile.tiles > 1 and not tile.walked
     if tile.registers is not None and size == 2:
-        if ends and kind == "smoothed":
-            tile = tile._replace(registers=None)
+        if kind == "roomier":
+            tile = tile._replace(registers=None if ends else tile.registers)
         else:  # conversions of float16 and ends take a step more
             steps = (dtype is torch.float16) + (ends > 0)
             tile = tile._replace(registers=tile.registers + 8 * steps)

@@ -17,7 +17,6 @@ import triton.language as tl
 
 from pyfused.backends import CrossEntropyOptions, Head, Shaping, Want
 from pyfused.kernels import launch
-from pyfused.kernels.cross_entropy import Constants
 from pyfused.ops import chunked
 
 QUICK = (
@@ -175,8 +174,8 @@ def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) ->
     with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
         ahead.backend.cross_entropy(x, ahead.empty(torch.int64, 2), None, options, Want())
     assert [name for name, _ in launched] == ["split_kernel", "two_read_kernel"]
-    constants = next(given for given in record.call_args[0] if isinstance(given, Constants))
-    assert constants.INDEX is tl.int64
+    *_, plan = record.call_args[0]
+    assert plan.constants.INDEX is tl.int64
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
