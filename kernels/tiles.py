@@ -112,6 +112,8 @@ def mask_of(at, present, c, k: tl.constexpr, last, constants):
     """Of tiles that a lane walks over and holds, only the last may have fewer classes."""
     full: tl.constexpr = constants.TILES - (constants.CLASSES > 1)
     if constants.SHIFTED:
+        if not constants.HELD:  # compared anew, rather than held since they were read
+            c += unknown_zero(last, 2)
         mask = present[:, None] & between(at.shift, c, k, last, constants)
     elif constants.HELD and constants.WALKED and k < full:
         mask = tl.broadcast_to(present[:, None], [constants.POSITIONS, constants.CLASSES])
@@ -392,12 +394,11 @@ def layout(
     if not ends:
         tile = launch.tile(size, inner, classes, columns, unit, kind)
     packed = size == 2 and tile.held and tile.tiles > 1 and not tile.walked
-    if tile.registers is not None and size == 2:
-        if kind == "roomier":
-            tile = tile._replace(registers=None if ends else tile.registers)
-        else:  # conversions of float16 and ends take a step more
-            steps = (dtype is torch.float16) + (ends > 0)
-            tile = tile._replace(registers=tile.registers + 8 * steps)
+    if tile.registers is not None and kind == "roomier":
+        tile = tile._replace(registers=None if ends else tile.registers)
+    elif tile.registers is not None and size == 2:
+        steps = (dtype is torch.float16) + (ends > 0)  # conversions and ends take one more each
+        tile = tile._replace(registers=tile.registers + 8 * steps)
     return Layout(
         A=launch.accumulate_type(dtype),
         INDEX=launch.index_type(
