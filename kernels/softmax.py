@@ -98,6 +98,15 @@ def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
 
 
 @triton.jit
+def read_pair(dy, y, at, start, k: tl.constexpr, last, constants):
+    """The k-th tile of each."""
+    c = columns_of(start, k, constants)
+    dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
+    y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
+    return c, dy_k, y_k
+
+
+@triton.jit
 def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constants: tl.constexpr):
     at = block_of(y, inner, tl.program_id(0), constants)
     last = whole_row(at, classes, constants)
@@ -116,19 +125,14 @@ def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constant
     else:
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                c = columns_of(start, k, constants)
-                dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
-                y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
+                _, dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
                 total += summand(dy_k, y_k, LOGARITHM, constants)
         total = tl.sum(total, 1)
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                c = columns_of(start, k, constants)
-                dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
-                y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
-                write(
-                    dx, at, gradient(dy_k, y_k, total, LOGARITHM, constants), c, k, last, constants
-                )
+                c, dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
+                value = gradient(dy_k, y_k, total, LOGARITHM, constants)
+                write(dx, at, value, c, k, last, constants)
 
 
 def softmax(
