@@ -86,8 +86,8 @@ CLASSES_INNER = {
 
 # The same, where programs form clusters: instead of one that fills a multiprocessor, and has
 # nothing to do while it waits for its row, several that each leave room for others.
-# Vocabularies of some 50,000 fill 12 to 13 tiles of programs of a warp each; of tiles twice as large
-# a seventh would be empty.
+# Vocabularies of some 50,000 fill 12 to 13 tiles of programs of a warp each; of tiles twice as
+# large a seventh would be empty.
 CLUSTERED = {
     2: (
         *CLASSES_INNER[2][:4],
