@@ -20,7 +20,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,6 +320,7 @@ def _predict(
 
 ELEMENTS = 1 << 28
 CLASSES = (1000, 1024, 4096, 8192, 16_384, 32_000, 50_257, 50_304, 128_256, 262_144)
+LOSS_PARAMETERS: dict[str, tuple[float, ...]] = {"mse_loss": (), "smooth_l1_loss": (1.0,)}
 SIDE_BY_SIDE = ((16, 21, 512, 512), (8, 150, 256, 256))
 
 
@@ -334,6 +335,37 @@ def cases() -> Iterator[tuple[ahead.Case, Traffic]]:
             size = n * dtype.itemsize
             traffic = Traffic(n, size, 0 if kind == "forward" else size)
             yield ahead.cross_entropy_case(shape, dtype, kind), traffic
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from family_cases(dtype)
+
+
+def family_cases(dtype: torch.dtype) -> Iterator[tuple[ahead.Case, Traffic]]:
+    """A softmax, a loss and an activation of each kind of kernel."""
+    kind, backend = str(dtype)[6:], ahead.backend
+    n, size = ELEMENTS, ELEMENTS * dtype.itemsize
+    for classes in (4096, 32_000):
+        x = ahead.empty(dtype, ELEMENTS // classes, classes)
+        name, moved = f"softmax {kind} {ELEMENTS // classes}x{classes}", x.numel() * dtype.itemsize
+        forward = partial(backend.softmax, "softmax", x, 1)
+        yield ahead.Case(name, dtype, forward), Traffic(x.numel(), moved, moved)
+        backward = partial(backend.softmax_backward, "softmax", x, x, 1)
+        yield ahead.Case(f"{name} backward", dtype, backward), Traffic(x.numel(), 2 * moved, moved)
+    x, want = ahead.empty(dtype, ELEMENTS), ahead.Want(True, (True, False))
+    for loss in ("mse_loss", "smooth_l1_loss"):
+        run = partial(
+            backend.pointwise_loss,
+            loss,
+            (x, x),
+            LOSS_PARAMETERS[loss],
+            None,
+            "mean",
+            float(n),
+            want,
+        )
+        yield ahead.Case(f"{loss} {kind}", dtype, run), Traffic(n, 2 * size, size)
+    for activation in ("relu", "silu", "gelu"):
+        run = partial(backend.activation, activation, x)
+        yield ahead.Case(f"{activation} {kind}", dtype, run), Traffic(n, size, size)
 
 
 def liger_case(shape: tuple[int, int], dtype: torch.dtype) -> ahead.Case:
@@ -375,7 +407,7 @@ def liger_case(shape: tuple[int, int], dtype: torch.dtype) -> ahead.Case:
 
 def liger_share(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> str:
     """Of the same rows, where it is installed and has them."""
-    shape = re.search(r" (\d+)x(\d+)$", case.name)
+    shape = re.fullmatch(r"cross_entropy \w+ (\d+)x(\d+)", case.name)
     if shape is None or find_spec("liger_kernel") is None:
         return ""
     rows, classes = map(int, shape.groups())
