@@ -215,15 +215,17 @@ def read_aim(inputs, scalars, at, c, k: tl.constexpr, last, constants):
         y = read(inputs.probabilities, at, at.read, c, k, last, 0.0, constants)
         aim += y.to(constants.A) * constants.SLOPE
     if inputs.weight is not None:
-        aim *= weight_of(inputs, at, c, last)
+        aim *= weight_of(inputs, at, c, last, constants)
     return aim
 
 
 @triton.jit
-def weight_of(inputs, at, c, last):
-    c -= at.shift
-    mask = (c >= 0) & (c < last - at.shift)
-    return tl.load(inputs.weight + inputs.first_class + c, mask=mask, other=0.0)[None, :]
+def weight_of(inputs, at, c, last, constants):
+    mask = c < last
+    if constants.SHIFTED:
+        mask &= c >= at.shift
+    first = inputs.weight + inputs.first_class - at.shift
+    return tl.load(first + c, mask=mask, other=0.0)[None, :]
 
 
 @triton.jit
@@ -424,7 +426,7 @@ def gradient_of_probabilities(inputs, scalars, at, sums, shifted, c, last, const
     level = tl.full([], scalars.level, constants.A)
     gradient *= (level * constants.SLOPE * at.scale)[:, None]
     if inputs.weight is not None:
-        gradient *= weight_of(inputs, at, c, last)
+        gradient *= weight_of(inputs, at, c, last, constants)
     return gradient
 
 

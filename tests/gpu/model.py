@@ -320,7 +320,6 @@ def _predict(
 
 ELEMENTS = 1 << 28
 CLASSES = (1000, 1024, 4096, 8192, 16_384, 32_000, 50_257, 50_304, 128_256, 262_144)
-LOSS_PARAMETERS: dict[str, tuple[float, ...]] = {"mse_loss": (), "smooth_l1_loss": (1.0,)}
 SIDE_BY_SIDE = ((16, 21, 512, 512), (8, 150, 256, 256))
 
 
@@ -351,17 +350,9 @@ def family_cases(dtype: torch.dtype) -> Iterator[tuple[ahead.Case, Traffic]]:
         backward = partial(backend.softmax_backward, "softmax", x, x, 1)
         yield ahead.Case(f"{name} backward", dtype, backward), Traffic(x.numel(), 2 * moved, moved)
     x, want = ahead.empty(dtype, ELEMENTS), ahead.Want(True, (True, False))
-    for loss in ("mse_loss", "smooth_l1_loss"):
-        run = partial(
-            backend.pointwise_loss,
-            loss,
-            (x, x),
-            LOSS_PARAMETERS[loss],
-            None,
-            "mean",
-            float(n),
-            want,
-        )
+    for loss, parameters in (("mse_loss", ()), ("smooth_l1_loss", (1.0,))):
+        arguments = loss, (x, x), parameters, None, "mean", float(n), want
+        run = partial(backend.pointwise_loss, *arguments)
         yield ahead.Case(f"{loss} {kind}", dtype, run), Traffic(n, 2 * size, size)
     for activation in ("relu", "silu", "gelu"):
         run = partial(backend.activation, activation, x)
@@ -459,7 +450,7 @@ def read_measured(file: Path) -> tuple[Gpu, list[Measured]]:
         }
         kind = " ".join(word for word, chosen in options.items() if chosen)
         size = case.elements * case.dtype.itemsize
-        traffic = Traffic(case.elements, size * (2 if case.probabilities else 1), size)
+        traffic = Traffic(case.elements, size * case.traffic("forward"), size)
         share = row["peers"]["copy"]["ratio"][1]
         measured.append((ahead.cross_entropy_case(case.shape, case.dtype, kind), traffic, share))
     return gpu, measured
