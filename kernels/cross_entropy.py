@@ -70,8 +70,9 @@ class Inputs(NamedTuple):
     aimed: Any  # with it, the weight of all classes
     upstream: Any  # the loss's gradient, None for ones
     upstream_step: int  # 1: one a position, 0: one for all
-    denominator: Any  # of one element, None for 1
+    denominator: Any  # of a mean, of one element, None for 1 or where programs count targets
     ignore_index: int
+    positions: int
     inner: int
     classes: int
     first_class: int  # where they stand among
@@ -83,7 +84,6 @@ class Outputs(NamedTuple):
 
     each: Any  # loss, its parts: one a position and split
     total: Any  # loss, a `Total`
-    parts: Any  # of it, one a program, where another kernel adds them up
     lse: Any  # of these classes, one a position
     entropy: Any  # its parts, one a position and split
     prediction: Any  # the first of these classes with the largest logit, FAR on: likewise
@@ -95,7 +95,7 @@ class Scalars(NamedTuple):
     level: Any
     offset: Any
     share: Any  # of the target's own class: 1 - smoothing
-    scale: Any  # of the gradients, beside upstream / denominator
+    scale: Any  # of gradients, beside upstream, and of the sum of losses
     gamma: Any  # of focal loss
     z_loss: Any
 
@@ -105,6 +105,7 @@ class Constants(NamedTuple):
 
     A: Any
     INDEX: Any
+    SEVERAL: Any
     COLUMNS: Any
     UNIT: Any
     POSITIONS: Any
@@ -116,10 +117,14 @@ class Constants(NamedTuple):
     SHIFTED: Any
     WALKED: Any
     WIDTH: Any
+    ROW: Any
+    TURNS: Any
+    ANEW: Any
     EXACT: Any
     SLOPE: Any
     UNIFORM: Any  # every class is aimed at, not the target alone
     AIMS: Any  # and each class's aim is read
+    COUNTED: Any  # a mean's targets, so many at most, which each program counts, or 0
     INPLACE: Any  # grad_logits are the logits' memory
     CLUSTER: Any  # programs share a tile
     FOCAL: Any  # gamma is not 0
@@ -162,6 +167,26 @@ class Own(NamedTuple):
 
 
 @triton.jit
+def scale_of(inputs, scale, constants):
+    """With what a mean is divided by."""
+    scale = tl.full([], scale, tl.float64)
+    if constants.COUNTED:
+        counts = counting(
+            inputs.target,
+            inputs.weight,
+            inputs.token_weight,
+            tl.arange(0, constants.COUNTED),
+            inputs.positions,
+            inputs.ignore_index,
+            inputs.all_classes,
+        )
+        scale /= tl.sum(counts)
+    elif inputs.denominator is not None:
+        scale /= tl.load(inputs.denominator)
+    return scale
+
+
+@triton.jit
 def pick(inputs, scalars, program, constants):
     """The positions of a program.
 
@@ -183,10 +208,7 @@ def pick(inputs, scalars, program, constants):
         spike += tl.full([], scalars.share, constants.A)
         if inputs.weight is not None:
             spike *= tl.load(inputs.weight + target, mask=live, other=0.0)
-    scale = tl.full([], scalars.scale, constants.A)
-    if inputs.denominator is not None:
-        scale /= tl.load(inputs.denominator).to(constants.A)
-    scale += tl.zeros_like(spike)
+    scale = tl.full([], scalars.scale, constants.A) + tl.zeros_like(spike)
     if inputs.upstream is not None:
         upstream = inputs.upstream + (flat + lanes) * inputs.upstream_step
         scale *= tl.load(upstream, mask=present, other=0.0)
@@ -492,12 +514,13 @@ def store_measures(inputs, outputs, at, sums, entropy, leader, part, splits):
 
 @triton.jit
 def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
+    """Stores what is wanted of each position, and returns their losses."""
     # Of programs that share a position the first.
     once = at.present & (part == tl.zeros_like(at.lanes))
     if outputs.lse is not None:
         lse = tl.where(at.live, lse_of(sums), 0.0)
         tl.store(outputs.lse + at.flat + at.lanes, lse, mask=once)
-    if outputs.each is not None or outputs.parts is not None or outputs.total is not None:
+    if outputs.each is not None or outputs.total is not None:
         if constants.SQUARES:
             lse = lse_of(sums)
             square = tl.full([], scalars.z_loss, constants.A) * lse * lse
@@ -507,11 +530,15 @@ def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants
         loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))
         if outputs.each is not None:
             tl.store(outputs.each + (at.flat + at.lanes) * splits + part, loss, mask=at.present)
-        elif outputs.parts is not None:
-            tl.store(outputs.parts + tl.program_id(0), tl.sum(loss))
-        else:
-            program = tl.program_id(0)
-            add_up(outputs.total, program, tl.sum(loss), scalars.scale, inputs.denominator)
+    return loss.to(tl.float64)
+
+
+@triton.jit
+def store_total(outputs, scalars, losses):
+    """Of all blocks of a program."""
+    if outputs.total is not None:
+        program = tl.program_id(0)
+        add_up(outputs.total, program, tl.sum(losses), scalars.scale, None)
 
 
 class Found(NamedTuple):
@@ -557,16 +584,16 @@ def finish_tile(
 
 @triton.jit
 def finish(inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants):
-    """After the last tile of that many classes."""
+    """After the last tile of that many classes; returns the losses."""
     if constants.UNIFORM or constants.AIMS:
         loss += dense_loss(scalars, sums, found.distance, classes, constants)
     finish_own(inputs, outputs, scalars, at, sums, own, constants)
     if outputs.entropy is not None:
         store_measures(inputs, outputs, at, sums, found.entropy, found.leader, part, splits)
-    store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants)
+    return store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def one_read_kernel(
     inputs,
     outputs,
@@ -576,11 +603,27 @@ def one_read_kernel(
     scale: tl.float64,
     gamma: tl.float64,
     z_loss: tl.float64,
+    blocks,
     constants: tl.constexpr,
 ):
-    """Positions whose classes are held, in one or more tiles."""
+    """Blocks of positions by turns, whose classes are held."""
+    scale = scale_of(inputs, scale, constants)
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
-    at = pick(inputs, scalars, tl.program_id(0), constants)
+    if constants.TURNS:
+        losses = tl.zeros([constants.POSITIONS], tl.float64)
+        for block in tl.range(
+            tl.program_id(0), blocks, tl.num_programs(0), disable_licm=constants.ANEW
+        ):
+            losses += one_read(inputs, outputs, scalars, block, constants)
+    else:
+        losses = one_read(inputs, outputs, scalars, tl.program_id(0), constants)
+    store_total(outputs, scalars, losses)
+
+
+@triton.jit
+def one_read(inputs, outputs, scalars, block, constants):
+    """A block of positions, in one or more tiles."""
+    at = pick(inputs, scalars, block, constants)
     last = whole_row(at, inputs.classes, constants)
     tiles = read_logits(inputs, at, 0, last, constants)
     own = own_logit(inputs, at, 0, last, constants)
@@ -616,7 +659,9 @@ def one_read_kernel(
             gradients += (gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants),)
     if constants.WIDTH and outputs.grad_logits is not None:
         write_rows(outputs.grad_logits, at, gradients, last, constants)
-    finish(inputs, outputs, scalars, at, sums, own, found, loss, inputs.classes, 0, 1, constants)
+    return finish(
+        inputs, outputs, scalars, at, sums, own, found, loss, inputs.classes, 0, 1, constants
+    )
 
 
 class Shares(NamedTuple):
@@ -626,16 +671,14 @@ class Shares(NamedTuple):
     length: int
     sums: Any  # three planes of positions x splits
     plane: int
-    denominator: Any  # of a mean, None where it is known
 
 
 @triton.jit
-def own_share(inputs, shares, scalars, constants):
-    """The positions of a program, which share of their classes it has, and from where to where."""
-    program = tl.program_id(0)
-    at = pick(inputs, scalars, program // shares.splits, constants)
-    part = program % shares.splits
-    first = part.to(constants.INDEX) * shares.length
+def own_share(inputs, shares, scalars, block, constants):
+    """Positions, which share of their classes a block has, and from where to where."""
+    at = pick(inputs, scalars, block // shares.splits, constants)
+    part = block % shares.splits
+    first = tl.cast(part, constants.INDEX) * shares.length
     last = tl.minimum(first + shares.length, whole_row(at, inputs.classes, constants))
     return at, part, first, last
 
@@ -651,35 +694,16 @@ def split_kernel(
     gamma: tl.float64,
     z_loss: tl.float64,
     constants: tl.constexpr,
-    ALL: tl.constexpr,
 ):
-    """The first read of positions, ALL at most, that programs share: the sums over one share."""
+    """The first read of positions that programs share: the sums over one share."""
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
-    at, part, first, last = own_share(inputs, shares, scalars, constants)
+    at, part, first, last = own_share(inputs, shares, scalars, tl.program_id(0), constants)
     sums = sum_classes(inputs, scalars, at, first, last, constants)
     sums = with_own_logit(sums, own_logit(inputs, at, first, last, constants), constants)
     out = shares.sums + (at.flat + at.lanes) * shares.splits + part
     tl.store(out, sums.high, mask=at.present)
     tl.store(out + shares.plane, sums.total, mask=at.present)
     tl.store(out + 2 * shares.plane, sums.aimed, mask=at.present)
-    if shares.denominator is not None:
-        count_all(inputs, shares, ALL)
-
-
-@triton.jit
-def count_all(inputs, shares, ALL: tl.constexpr):
-    """The first program counts the targets, which are so few."""
-    if tl.program_id(0) == 0:
-        counts = counting(
-            inputs.target,
-            inputs.weight,
-            inputs.token_weight,
-            tl.arange(0, ALL),
-            shares.plane // shares.splits,
-            inputs.ignore_index,
-            inputs.all_classes,
-        )
-        tl.store(shares.denominator, tl.sum(counts))
 
 
 @triton.jit
@@ -698,7 +722,7 @@ def merge(shares, at, SPLITS: tl.constexpr):
     return Sums(highest, nothing + tl.sum(total, axis), nothing + tl.sum(aimed, axis))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def two_read_kernel(
     inputs,
     outputs,
@@ -709,12 +733,25 @@ def two_read_kernel(
     scale: tl.float64,
     gamma: tl.float64,
     z_loss: tl.float64,
+    blocks,
     constants: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Positions whose classes are not held; of each one share, where programs share them."""
+    """Blocks by turns of positions whose classes are not held."""
+    scale = scale_of(inputs, scale, constants)
     scalars = Scalars(level, offset, share, scale, gamma, z_loss)
-    at, part, first, last = own_share(inputs, shares, scalars, constants)
+    losses = tl.zeros([constants.POSITIONS], tl.float64)
+    for block in tl.range(
+        tl.program_id(0), blocks, tl.num_programs(0), disable_licm=constants.ANEW
+    ):
+        losses += two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS)
+    store_total(outputs, scalars, losses)
+
+
+@triton.jit
+def two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS: tl.constexpr):
+    """A block of positions, of each one share where several share them."""
+    at, part, first, last = own_share(inputs, shares, scalars, block, constants)
     own = own_logit(inputs, at, first, last, constants)
     if inputs.lse is not None:
         sums = given_sums(inputs, at, constants)
@@ -743,4 +780,6 @@ def two_read_kernel(
                     inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
                 )
     classes, splits = last - tl.maximum(first, at.shift), shares.splits
-    finish(inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants)
+    return finish(
+        inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants
+    )

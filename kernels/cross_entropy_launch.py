@@ -1,8 +1,8 @@
 """The launch of cross-entropy's kernels: what they are compiled for, how many, on what.
 
-One kernel where all classes are held, else one or two that read twice. A mean over class
-indices counts them first. Where programs are many, or form clusters, another kernel adds up their
-parts of a loss: for that each would wait at its end, which costs more than a launch.
+One kernel where all classes are held, else one or two that read twice, of as many programs as a GPU
+runs at a time: each has blocks of positions by turns, and the last one adds up what all have found.
+A mean over class indices counts them first, or few of them in each program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .cross_entropy import (
     split_kernel,
     two_read_kernel,
 )
-from .sums import count, sum_parts, total
+from .sums import count, total
 from .tiles import Memory, Viewed, layout, memory_of, viewed
 
 
@@ -44,8 +44,10 @@ class Asked(NamedTuple):
     label_smoothing: float
     focal: bool
     squares: bool
-    plain: bool  # gradients of logits, without measures
-    upstream: bool  # times those of the loss
+    gradients: bool  # of logits
+    measures: bool
+    upstream: bool  # gradients are multiplied by the loss's
+    counts: bool  # a mean over targets
     inplace: bool
     all_classes: int
 
@@ -57,8 +59,8 @@ class Plan(NamedTuple):
     dense: bool  # more than the target is aimed at
     splits: int  # programs that share the classes of a position
     length: int  # and how many each takes
-    programs: int
-    alone: bool  # they add up their parts themselves
+    blocks: int  # of positions and splits
+    programs: int  # that take them by turns
     constants: Constants
     options: dict[str, Any]
 
@@ -72,24 +74,32 @@ def planned(sizes: tuple[int, int, int], memory: Memory, asked: Asked) -> Plan:
     kind = "roomier" if dense or asked.upstream else ""
     if aims:
         kind = "dense"
-    elif not asked.plain:
+    elif asked.measures:
         kind = "short"
+    elif not asked.gradients:
+        kind = "forward"
     compiled, tile = layout(sizes, memory, kind)
+    counted = launch.COUNTED if asked.counts and outer * inner <= launch.COUNTED else 0
+    if counted:  # a program's first work, for which registers are free: there are few of them
+        more = 32 if tile.threads == 32 else 16
+        most = launch.REGISTERS // tile.threads
+        tile = tile._replace(registers=min(tile.registers + more, most))
     columns = classes + (tile.loaded - 1 if compiled.SHIFTED else 0)
     splits, length = launch.splits(outer * inner, columns, tile)
-    programs = outer * launch.cdiv(inner, tile.positions) * splits
+    blocks = outer * launch.cdiv(inner, tile.positions) * splits
     return Plan(
         terms(smoothing, asked.all_classes, follows),
         dense,
         splits,
         length,
-        programs,
-        tile.cluster == 1 and programs <= launch.MOST_PROGRAMS,
+        blocks,
+        min(blocks, launch.resident(tile, memory.device)) if compiled.TURNS else blocks,
         Constants(
-            *compiled,
+            **compiled._asdict(),
             SLOPE=float(follows),
             UNIFORM=dense and not aims,
             AIMS=aims,
+            COUNTED=counted,
             INPLACE=asked.inplace,
             CLUSTER=tile.cluster > 1,
             FOCAL=asked.focal,
@@ -107,15 +117,16 @@ def run(
     plan: Plan,
 ) -> None:
     """Launches one kernel that reads once, or one or two that read twice."""
-    grid, constants, options = (plan.programs,), plan.constants, plan.options
+    constants, blocks, options = plan.constants, plan.blocks, plan.options
     if constants.HELD:
-        one_read_kernel[grid](inputs, outputs, *scalars, constants, **options)
+        one_read_kernel[(plan.programs,)](inputs, outputs, *scalars, blocks, constants, **options)
         return
     if shares.sums is not None:
-        most = launch.power_of_2(launch.SPLIT.positions)
-        split_kernel[grid](inputs, shares, *scalars, constants, ALL=most, **options)
+        split_kernel[(blocks,)](inputs, shares, *scalars, constants, **options)
     powers = launch.power_of_2(shares.splits)
-    two_read_kernel[grid](inputs, outputs, shares, *scalars, constants, SPLITS=powers, **options)
+    two_read_kernel[(plan.programs,)](
+        inputs, outputs, shares, *scalars, blocks, constants, SPLITS=powers, **options
+    )
 
 
 def mean_by(
@@ -166,14 +177,16 @@ def cross_entropy(
         options.label_smoothing,
         options.gamma > 0,
         options.z_loss > 0,
-        grad_logits is not None and measured[0] is None,
+        grad_logits is not None,
+        measured[0] is not None,
         upstream is not None,
+        mean and target is not None and options.denominator is None,
         grad_logits is logits,
         all_classes,
     )
     memory = memory_of([view for view in views if view is not None])
     plan = planned(sizes, memory, asked)
-    splits, programs = plan.splits, plan.programs
+    splits = plan.splits
     sums = aimed = None
     if splits > 1 and lse is None:
         kind = launch.accumulate_dtype(memory.dtype)
@@ -181,19 +194,14 @@ def cross_entropy(
     if lse is not None and plan.dense and weight is not None:
         aimed = weight.sum(dtype=torch.float64)
     denominator, scale = None, 1.0
-    counts_first = mean and sums is not None and target is not None and options.denominator is None
-    if counts_first:
-        denominator = target.new_empty((), dtype=torch.float64)
-    elif mean:
+    if mean and not plan.constants.COUNTED:
         denominator, scale = mean_by(target, weight, token_weight, options, positions, all_classes)
 
-    each_out = parts = added = None
+    each_out = added = None
     if loss is not None and each:
         each_out = loss if splits == 1 else loss.new_empty(positions, splits)
-    elif loss is not None and plan.alone:
-        added = total(loss, programs)
     elif loss is not None:
-        parts = loss.new_empty(programs)
+        added = total(loss, plan.programs)
     measured_parts = measured
     if splits > 1:
         measured_parts = [to if to is None else to.new_empty(positions, splits) for to in measured]
@@ -210,20 +218,17 @@ def cross_entropy(
             int(each),
             denominator,
             options.ignore_index,
+            positions,
             inner,
             classes,
             first_class,
             all_classes,
         ),
-        Outputs(each_out, added, parts, own_lse, *measured_parts, *views[2:]),
-        Shares(
-            splits, plan.length, sums, positions * splits, denominator if counts_first else None
-        ),
+        Outputs(each_out, added, own_lse, *measured_parts, *views[2:]),
+        Shares(splits, plan.length, sums, positions * splits),
         Scalars(*plan.terms, scale, float(options.gamma), float(options.z_loss)),
         plan,
     )
-    if parts is not None:
-        sum_parts(parts, loss, denominator, scale)
     if each_out is not None and splits > 1:
         torch.sum(each_out, 1, out=loss.view(positions))
     entropy, prediction = measured

@@ -1,7 +1,8 @@
 """Block sizes and threads, as tables: data, so that nobody waits for a search at a first call.
 
 Nothing here has been measured yet: the reasons are arithmetic, and what `make gpu-model` predicts.
-`make gpu-compile` shows that no row spills registers, `make gpu-check` measures them on a GPU.
+`make gpu-compile` shows that no row spills more than a few registers, and `make gpu-check` measures
+them on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from triton.runtime import driver
 
 ANY = math.inf
 LOAD = 16  # bytes of the widest
+REGISTERS = 65_536  # of a multiprocessor
 
 
 class Elements(NamedTuple):
@@ -29,28 +31,33 @@ class Elements(NamedTuple):
 # Element by element, by bytes of an element: of each operand two loads of 16 bytes a lane, in
 # float64 as many. Twice as many, and a weighted loss spills on one target.
 POINTWISE = {2: Elements(2048, 128), 4: Elements(1024, 128), 8: Elements(512, 128)}
-# Programs of a kernel that sums, or that may have nothing to do: some waves on any GPU of today. So
-# many add up among themselves what they have found; of more each would wait at its end for longer
-# than another kernel takes.
+# Programs of a kernel that sums, or that may have nothing to do: some waves on any GPU of today.
 MOST_PROGRAMS = 4096
 # Programs that add up their parts at a time; the last of them reads so many.
 GROUP = 512
-# Adding up the parts of a kernel whose programs cannot: so many a program.
-SUM = Elements(4096, 256)
 # Counting targets, 8 bytes each: two loads of 16 bytes a lane, at most so many programs by turns.
 COUNT = Elements(1024, 256)
 MOST_COUNTERS = 256
+# So few targets each program of cross-entropy counts itself, which costs less than a launch.
+COUNTED = 512
 
 
 class Row(NamedTuple):
-    """How cross-entropy takes inputs of up to `most` classes: held as one or more tiles, if any."""
+    """How cross-entropy takes inputs of up to `most` classes: held as one or more tiles, if any.
+
+    Turns: of ``"once"`` a program has one block of positions. Else there are as many programs as a
+    GPU runs at a time, which take blocks by turns, so that each waits but once for the others'
+    losses. What blocks have in common is ``"held"``, or computed ``"anew"`` for each: whichever
+    takes fewer registers.
+    """
 
     most: float
     elements: int  # of a tile
     positions: int  # at least, of these, so that lanes lie along positions; of 32 lanes
     threads: int
     cluster: int = 1  # programs that share them, through each other's memory
-    registers: int | None = None  # of a lane, at most, where a compiler takes more than pays
+    registers: int = 64  # of a lane, at most: a compiler takes more than pays
+    turns: str = "anew"
 
 
 # Classes side by side, class indices, with gradients, by bytes of an element. Up to the last row
@@ -60,7 +67,7 @@ class Row(NamedTuple):
 # that several are under way on each multiprocessor.
 CLASSES_INNER = {
     2: (
-        Row(1024, 1024, 1, 32),
+        Row(1024, 1024, 1, 32, turns="once"),
         Row(4096, 512, 1, 64),
         Row(8192, 1024, 1, 128),
         Row(16384, 2048, 1, 256),
@@ -69,18 +76,18 @@ CLASSES_INNER = {
     ),
     4: (
         Row(1024, 1024, 1, 32),
-        Row(4096, 512, 1, 128),
-        Row(8192, 1024, 1, 256),
-        Row(16384, 2048, 1, 512),
+        Row(4096, 512, 1, 128, turns="held"),
+        Row(8192, 1024, 1, 256, turns="held"),
+        Row(16384, 2048, 1, 512, turns="held"),
         Row(32768, 4096, 1, 1024),
         Row(ANY, 4096, 1, 256),
     ),
     8: (
-        Row(1024, 1024, 1, 128),
-        Row(2048, 2048, 1, 128),
-        Row(4096, 4096, 1, 256),
-        Row(8192, 8192, 1, 512),
-        Row(ANY, 2048, 1, 256),
+        Row(1024, 1024, 1, 128, registers=80),
+        Row(2048, 2048, 1, 128, registers=80),
+        Row(4096, 4096, 1, 256, registers=80),
+        Row(8192, 8192, 1, 512, registers=80),
+        Row(ANY, 2048, 1, 256, registers=80),
     ),
 }
 
@@ -92,7 +99,7 @@ CLUSTERED = {
     2: (
         *CLASSES_INNER[2][:4],
         Row(32768, 4096, 1, 128, 4, 56),
-        Row(53248, 4096, 1, 32, 16, 80),
+        Row(53248, 4096, 1, 32, 16, 80, "held"),
         Row(65536, 8192, 1, 128, 8, 56),
         Row(131072, 16384, 1, 128, 16, 56),
         Row(262144, 32768, 1, 256, 16),
@@ -102,7 +109,7 @@ CLUSTERED = {
         *CLASSES_INNER[4][:4],
         Row(32768, 4096, 1, 128, 8),
         Row(65536, 8192, 1, 128, 16),
-        Row(131072, 32768, 1, 256, 16, 64),
+        Row(131072, 32768, 1, 256, 16),
         Row(262144, 32768, 1, 512, 16),
         CLASSES_INNER[4][-1],
     ),
@@ -112,51 +119,77 @@ CLUSTERED = {
 # With smoothing, whose sums a lane takes beside its exponentials, or with the loss's gradient.
 ROOMIER = {
     size: tuple(
-        row._replace(registers=64 if row.threads > 32 else None) if row.cluster > 1 else row
+        row._replace(registers=72 if row.threads > 32 else 96) if row.cluster > 1 else row
         for row in rows
     )
     for size, rows in CLUSTERED.items()
 }
 
-# Where only short rows are held: with measures, for which a lane takes many registers; of rows that
-# are loaded element by element; and of a loss without gradients, which reads a row once either way.
-SHORT_CLASSES_INNER = {
-    2: (Row(1024, 1024, 1, 32), Row(4096, 4096, 1, 128), Row(ANY, 4096, 1, 256)),
+# A loss without gradients, for which a row is read once either way.
+FORWARD = {
+    2: (
+        Row(1024, 1024, 1, 32, registers=48),
+        Row(4096, 4096, 1, 128, registers=48),
+        Row(ANY, 4096, 1, 256, registers=32),
+    ),
     8: (*CLASSES_INNER[8][:3], Row(ANY, 2048, 1, 256)),
 }
-SHORT_CLASSES_INNER[4] = SHORT_CLASSES_INNER[2]
+FORWARD[4] = FORWARD[2]
+
+# Where only short rows are held: with measures, for which a lane takes many registers, and of rows
+# that are loaded element by element.
+SHORT_CLASSES_INNER = {
+    size: tuple(row._replace(registers=64 if row.most == ANY else 128) for row in rows)
+    for size, rows in FORWARD.items()
+}
 
 # With probabilities or class weights: weights and probabilities take registers too, so that a
 # lane holds half as many logits. Rows of 16384 would spill.
 DENSE_CLASSES_INNER = {
     2: (
-        Row(1024, 1024, 1, 64),
-        Row(4096, 4096, 1, 256),
-        Row(8192, 8192, 1, 512),
+        Row(1024, 1024, 1, 64, registers=80),
+        Row(4096, 4096, 1, 256, registers=80),
+        Row(8192, 8192, 1, 512, registers=80),
+        Row(ANY, 4096, 1, 512),
+    ),
+    4: (
+        Row(1024, 1024, 1, 64, registers=112),
+        Row(4096, 4096, 1, 256, registers=112),
+        Row(8192, 8192, 1, 512, registers=112),
         Row(ANY, 4096, 1, 512),
     ),
     8: (
-        Row(1024, 1024, 1, 128),
-        Row(2048, 2048, 1, 256),
-        Row(4096, 4096, 1, 512),
-        Row(ANY, 1024, 1, 256),
+        Row(1024, 1024, 1, 128, registers=128),
+        Row(2048, 2048, 1, 256, registers=128),
+        Row(4096, 4096, 1, 512, registers=128),
+        Row(ANY, 1024, 1, 256, registers=128),
     ),
 }
-DENSE_CLASSES_INNER[4] = DENSE_CLASSES_INNER[2]
 
 # Positions side by side, (N, C, d1, ..., dk): a warp's lanes lie along them, and a lane walks over
 # the classes of its own, or those that its warp has of them. Few classes are held, of more 8 are
 # read at a time (4 in float64).
 POSITIONS_INNER = {
-    2: (Row(32, 2048, 64, 32), Row(ANY, 512, 64, 32)),
-    4: (Row(32, 2048, 64, 64), Row(256, 16384, 64, 512), Row(ANY, 512, 64, 32)),
+    2: (
+        Row(32, 2048, 64, 32, registers=72, turns="once"),
+        Row(160, 8192, 64, 128, registers=72),
+        Row(ANY, 512, 64, 32),
+    ),
+    4: (
+        Row(32, 2048, 64, 64, registers=80),
+        Row(160, 16384, 64, 512),
+        Row(ANY, 512, 64, 32),
+    ),
     8: (Row(ANY, 128, 32, 32),),
 }
 
+# And the registers of a lane that has class weights, probabilities or measures beside its logits,
+# and so holds none.
+BESIDE = {"dense": 88, "short": 192}
 
 # Where classes lie side by side, but are so few that a lane walks over its rows' own. A warp writes
 # them through shared memory, in the order of memory.
-FEW = {2: Row(32, 2048, 64, 32), 4: Row(32, 2048, 64, 32)}
+FEW = dict.fromkeys((2, 4), Row(32, 1024, 32, 32, turns="held"))
 
 
 class Split(NamedTuple):
@@ -181,7 +214,8 @@ class Tile(NamedTuple):
     walked: bool  # a lane goes from class to class of its positions
     threads: int
     cluster: int = 1
-    registers: int | None = None
+    registers: int = 64
+    turns: str = "anew"
 
 
 def tile(
@@ -192,25 +226,27 @@ def tile(
     Args:
         unit: What all rows, or columns, begin at multiples of.
         kind: ``"roomier"`` where a lane takes more registers, ``"dense"`` where what is aimed at
-            is held beside the logits, ``"short"`` where only short rows are to be held.
+            is held beside the logits, ``"forward"`` where no gradient is wanted, ``"short"``
+            where only short rows are to be held.
     """
     few = FEW.get(itemsize)
     if few is not None and classes <= few.most and not positions_inner and kind != "dense":
         loaded = min(unit, LOAD // itemsize)
         tiles = cdiv(classes, loaded)
-        return Tile(few.positions, loaded, loaded, tiles, True, True, few.threads)
+        return Tile(few.positions, loaded, loaded, tiles, True, True, *few[3:])
     aligned = unit * itemsize >= LOAD
-    if not aligned and kind != "dense":
+    if not aligned and not positions_inner and kind != "dense":
         kind = "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
         "roomier": ROOMIER if has_clusters() else CLASSES_INNER,
         "dense": DENSE_CLASSES_INNER,
+        "forward": FORWARD,
         "short": SHORT_CLASSES_INNER,
     }
     rows = POSITIONS_INNER[itemsize] if positions_inner else tables[kind][itemsize]
-    if positions_inner and kind == "dense":
-        rows = rows[-1:]  # what is aimed at would take as many registers as the logits
+    if positions_inner and kind in BESIDE:
+        rows = (rows[-1]._replace(registers=BESIDE[kind]),)
     row = next(row for row in rows if classes <= row.most)
     lanes, padded = _warp_size(), power_of_2(classes)
     positions = row.positions * lanes // 32 if positions_inner else row.positions
@@ -245,12 +281,42 @@ def splits(positions: int, classes: int, tile: Tile) -> tuple[int, int]:
     return cdiv(classes, length), length
 
 
+def with_ends(tile: Tile, dtype: torch.dtype, plain: bool) -> Tile:
+    """For rows that begin anywhere, whose ends take registers."""
+    half, one_warp = dtype.itemsize == 2, tile.threads == 32
+    turns, registers = ("held" if half else "anew"), tile.registers
+    if tile.cluster == 1 and (one_warp or not half):
+        turns = "once"
+    if one_warp:
+        few = plain and half and (tile.cluster == 1 or dtype is torch.bfloat16)
+        registers = registers + 8 if few else 112
+    elif half:
+        registers = 88 if dtype is torch.float16 else 72
+    elif tile.cluster > 1:
+        registers += 8
+    return tile._replace(registers=registers, turns=turns)
+
+
+def resident(tile: Tile, device: torch.device) -> int:
+    """How many programs, or clusters of them, a GPU has room for."""
+    most = min(32, 2048 // tile.threads, REGISTERS // (tile.threads * tile.registers))
+    return max(1, multiprocessors(device) * most // tile.cluster)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """An H200's, where there is no GPU and kernels are compiled alone."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def options(threads: int, cluster: int = 1, registers: int | None = None) -> dict[str, Any]:
     """What Triton is told of every launch; products may become part of additions, as in C++."""
     told = {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
     if cluster > 1:
         told["num_ctas"] = cluster
-    if registers is not None:
+    if registers is not None and is_nvidia():
         told["maxnreg"] = registers
     return told
 

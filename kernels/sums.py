@@ -99,31 +99,6 @@ def _counters(device: torch.device, _stream: int, n: int) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.int32, device=device)
 
 
-@triton.jit(do_not_specialize=["n"])
-def sum_kernel(parts, total, denominator, scale: tl.float64, n, BLOCK: tl.constexpr):
-    """scale / denominator * sum(parts), in float64."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    lanes = tl.load(parts + i, mask=i < n, other=0.0).to(tl.float64)
-    add_up(total, tl.program_id(0), tl.sum(lanes), scale, denominator)
-
-
-def sum_parts(
-    parts: torch.Tensor, out: torch.Tensor, denominator: torch.Tensor | None, scale: float
-) -> None:
-    """Of kernels whose programs cannot add up themselves."""
-    n, block = parts.numel(), launch.SUM.block
-    programs = launch.cdiv(n, block)
-    sum_kernel[(programs,)](
-        parts,
-        total(out, programs),
-        denominator,
-        scale,
-        n,
-        BLOCK=block,
-        **launch.options(launch.SUM.threads),
-    )
-
-
 @triton.jit
 def counting(target, weight, token_weight, i, n, ignore_index, classes):
     """What targets i count for in a mean."""

@@ -39,6 +39,7 @@ class Layout(NamedTuple):
 
     A: Any  # the type that is computed in
     INDEX: Any  # that of offsets from a program's first element
+    SEVERAL: Any  # outer positions, rather than one
     COLUMNS: Any  # positions lie side by side, rather than classes
     UNIT: Any  # what lies side by side begins, and ends, at multiples of so many elements
     POSITIONS: Any  # of a program
@@ -50,6 +51,9 @@ class Layout(NamedTuple):
     SHIFTED: Any  # 0, or in how many of the last tiles a row may end, where they begin anywhere
     WALKED: Any  # a lane goes from class to class of its positions
     WIDTH: Any  # a power of 2 that holds them all, where such classes lie side by side, else 0
+    ROW: Any  # how many there are, where rows follow on one another, else 0
+    TURNS: Any  # a program has blocks of positions by turns, rather than one
+    ANEW: Any  # and computes for each what they have in common, rather than hold it
     EXACT: Any  # exponentials to 2 ULP, rather than as the GPU has them
 
 
@@ -75,9 +79,12 @@ def in_units(n, constants):
 @triton.jit
 def block_of(view, size, program, constants):
     """Those of a program, of `size` inner ones."""
-    blocks = (size - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
-    outer = (program // blocks).to(tl.int64)
-    inner = (program % blocks).to(tl.int64) * constants.POSITIONS
+    outer = 0
+    if constants.SEVERAL:
+        blocks = (size - 1) // constants.POSITIONS + 1  # tl.cdiv would overflow at 2**31
+        outer = tl.cast(program // blocks, tl.int64)
+        program %= blocks
+    inner = tl.cast(program, tl.int64) * constants.POSITIONS
     lanes = tl.arange(0, constants.POSITIONS)
     if constants.COLUMNS:
         size = in_units(size, constants)
@@ -97,6 +104,8 @@ def whole_row(at, classes, constants):
     """The column where the classes end, in units where they lie side by side."""
     if constants.COLUMNS:
         return classes
+    if constants.ROW:
+        return constants.ROW
     return at.shift + in_units(classes, constants)
 
 
@@ -165,6 +174,8 @@ def place(view, at, c, constants):
         rows, columns = lanes * view.inner, c * in_units(view.classes, constants)
     else:
         step = in_units(view.inner, constants)
+        if constants.ROW:
+            step = constants.ROW
         first += at.inner * step
         rows, columns = lanes * step, c * view.classes
     if constants.SHIFTED:
@@ -376,13 +387,14 @@ def layout(
         kind: See `launch.tile`.
     """
     _, dtype, strides, in_loads = memory
-    (_, inner, classes), (_, inner_stride, class_stride) = sizes, strides[0]
+    (outer, inner, classes), (_, inner_stride, class_stride) = sizes, strides[0]
     columns, size = inner > 1 and inner_stride < class_stride, dtype.itemsize
     unit = launch.unit(
         inner if columns else classes,
-        *(outer for outer, _, _ in strides),
+        *(each[0] for each in strides),
         *(each[2] if columns else each[1] for each in strides),
     )
+    dense = all(each[1:] == (classes, 1) for each in strides)
     load, ends = launch.LOAD // size, 0
     alike = in_loads and len(set(strides)) == 1
     if alike and unit < load and class_stride == 1 and not columns:
@@ -393,17 +405,18 @@ def layout(
             ends = 1 + most - least
     if not ends:
         tile = launch.tile(size, inner, classes, columns, unit, kind)
-    packed = size == 2 and tile.held and tile.tiles > 1 and not tile.walked
-    if tile.registers is not None and kind == "roomier":
-        tile = tile._replace(registers=None if ends else tile.registers)
-    elif tile.registers is not None and size == 2:
-        steps = (dtype is torch.float16) + (ends > 0)  # conversions and ends take one more each
-        tile = tile._replace(registers=tile.registers + 8 * steps)
+    packed = size == 2 and tile.held and tile.tiles > 1
+    packed &= not tile.walked or tile.threads > 32  # a lane that has all of them has few
+    if ends:
+        tile = launch.with_ends(tile, dtype, kind == "")
+    elif dtype is torch.float16 and tile.cluster > 1:  # whose conversions take more
+        tile = tile._replace(registers=tile.registers + 8)
     return Layout(
         A=launch.accumulate_type(dtype),
         INDEX=launch.index_type(
             classes, *(tile.positions * each[1] + classes * each[2] for each in strides)
         ),
+        SEVERAL=outer > 1,
         COLUMNS=columns,
         UNIT=unit,
         POSITIONS=tile.positions,
@@ -415,5 +428,8 @@ def layout(
         SHIFTED=ends,
         WALKED=tile.walked,
         WIDTH=launch.power_of_2(classes) if tile.walked and not columns else 0,
+        ROW=classes if tile.walked and dense else 0,
+        TURNS=tile.turns != "once",
+        ANEW=tile.turns == "anew",
         EXACT=size > 2,
     ), tile

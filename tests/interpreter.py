@@ -31,10 +31,13 @@ def use_small_tiles() -> None:
     any_ = launch.ANY
     launch.POINTWISE = dict.fromkeys((2, 4, 8), launch.Elements(32, 32))
     launch.MOST_PROGRAMS = MOST_PROGRAMS
-    launch.SUM, launch.GROUP = launch.Elements(8, 32), GROUP
+    launch.GROUP = GROUP
     launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
-    classes = launch.Row(4, 8, 1, 32), launch.Row(100, 32, 1, 32), launch.Row(any_, 64, 1, 32)
-    for table in ("CLASSES_INNER", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):
+    few = launch.Row(4, 8, 1, 32, turns="once")
+    classes = few, launch.Row(100, 32, 1, 32), launch.Row(any_, 64, 1, 32)
+    launch.resident = lambda *_: 3
+    launch.COUNTED = 16
+    for table in ("CLASSES_INNER", "FORWARD", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):
         setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
     held = launch.Row(4, 64, 16, 32), launch.Row(22, 64, 16, 128)
     launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), (*held, launch.Row(any_, 256, 16, 256)))

@@ -63,7 +63,7 @@ VECTORS = (torch.bfloat16, torch.float32)  # loads of 128 bits are asked of thes
 # Bytes of a lane. Two registers, once a program, ptxas stores also of kernels that take 40, to come
 # under a step of occupancy; which ones these are changes with any edit, and with the target.
 SPILLED = 8
-READ_LITTLE = {"sum_kernel": "", "count_kernel": "", "two_read_kernel": "2x262144 forward"}
+READ_LITTLE = {"count_kernel": "", "two_read_kernel": "2x262144 forward"}
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,7 @@ class Recorder:
         self.target = target
         self.launched: list[tuple[str, Any]] = []
         self.programs: list[int] = []  # of each launch
+        self.turns: list[int] = []  # at most, of each of them
 
     def __enter__(self) -> list[tuple[str, Any]]:
         self.run = JITFunction.run
@@ -262,7 +263,10 @@ class Recorder:
         def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             found = run(kernel, *args, grid=grid, warmup=True, **kwargs)
             launched.append((kernel.fn.__name__, found))
-            self.programs.append(math.prod(grid(kwargs) if callable(grid) else grid))
+            programs = math.prod(grid(kwargs) if callable(grid) else grid)
+            blocks = dict(zip(kernel.arg_names, args, strict=False)).get("blocks", programs)
+            self.programs.append(programs)
+            self.turns.append(-(-blocks // programs))
 
         JITFunction.run = compile_only
         driver.set_active(Driver(self.target))

@@ -104,7 +104,7 @@ class Code:
             if start == place:  # to itself: what stands behind a kernel's end
                 end = place
                 break
-            if start < place:
+            if start < min(place, counted):  # what only the last program does is left out
                 ends[start] = place
         return cls(found[:end], sorted(ends.items()))
 
@@ -117,6 +117,14 @@ class Code:
         ]
         return [
             (a, b) for a, b in loading if not any(a <= c and d < b for c, d in loading if c != a)
+        ]
+
+    def around(self, loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Loops that hold all of these, and more."""
+        return [
+            (a, b)
+            for a, b in self.loops
+            if (a, b) not in loops and all(a <= c and d <= b for c, d in loops)
         ]
 
     def whole(self) -> tuple[int, int]:
@@ -138,16 +146,20 @@ class Code:
     def steps(self, turns: dict[int, int]) -> list[int]:
         """A warp's instructions one after the other; each loop as often as is said of its first."""
         ends = {first: last for first, last in self.loops if first in turns}
-        order: list[int] = []
-        place = 0
-        while place < len(self.instructions):
-            if place in ends:
-                order += list(range(place, ends[place] + 1)) * turns[place]
-                place = ends[place] + 1
-            else:
-                order.append(place)
-                place += 1
-        return order
+
+        def between(place: int, end: int) -> list[int]:
+            order: list[int] = []
+            while place < end:
+                last = ends.pop(place, None)
+                if last is None:
+                    order.append(place)
+                    place += 1
+                else:
+                    order += between(place, last + 1) * turns[place]
+                    place = last + 1
+            return order
+
+        return between(0, len(self.instructions))
 
 
 def demand(steps: list[Instruction]) -> Counter[str]:

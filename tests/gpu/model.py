@@ -229,7 +229,7 @@ class Traffic(NamedTuple):
 def predict(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> Prediction:
     """The kernel that takes longest, with the launches of the whole call."""
     launched = launches_of(case, gpu.target)
-    main = [each for each in launched if each.name not in ("count_kernel", "sum_kernel")]
+    main = [each for each in launched if each.name != "count_kernel"]
     found = [_predict(case, each, traffic, gpu, len(launched)) for each in main]
     return min(found, key=lambda p: p.share)
 
@@ -242,6 +242,7 @@ class Launched(NamedTuple):
     used: dict[str, int]
     metadata: Any
     programs: int
+    turns: int  # of each program, from block to block
 
 
 @cache
@@ -250,8 +251,8 @@ def launches_of(case: ahead.Case, target: str) -> list[Launched]:
     with recorder as launched:
         case.run()
     return [
-        Launched(name, Code.of(kernel), ahead.on_nvidia(kernel, 128), kernel.metadata, programs)
-        for (name, kernel), programs in zip(launched, recorder.programs, strict=True)
+        Launched(name, Code.of(kernel), ahead.on_nvidia(kernel, 128), kernel.metadata, *grid)
+        for (name, kernel), *grid in zip(launched, recorder.programs, recorder.turns, strict=True)
     ]
 
 
@@ -263,10 +264,13 @@ def _predict(
     loops, share = code.loading_loops(), traffic.read / programs
     lanes = 32 * warps
     turns, covered = {}, 0
+    outer = code.around(loops) if loops else []
+    times = launched.turns if outer else 1
+    turns |= {first: times for first, _ in outer}
     for first, last in loops:
         body = code.loaded(first, last) * lanes
-        turns[first] = math.ceil(share / body)
-        covered = turns[first] * body
+        turns[first] = math.ceil(share / times / body)
+        covered = times * turns[first] * body
     if not loops:
         covered = code.loaded(*code.whole()) * lanes
     registers = -(-used["registers"] * 32 // 256) * 256 * warps
