@@ -95,7 +95,7 @@ class Scalars(NamedTuple):
     level: Any
     offset: Any
     share: Any  # of the target's own class: 1 - smoothing
-    scale: Any  # of gradients, beside upstream, and of the sum of losses
+    scale: Any  # of gradients, beside upstream
     gamma: Any  # of focal loss
     z_loss: Any
 
@@ -208,7 +208,7 @@ def pick(inputs, scalars, program, constants):
         spike += tl.full([], scalars.share, constants.A)
         if inputs.weight is not None:
             spike *= tl.load(inputs.weight + target, mask=live, other=0.0)
-    scale = tl.full([], scalars.scale, constants.A) + tl.zeros_like(spike)
+    scale = scalars.scale + tl.zeros_like(spike)
     if inputs.upstream is not None:
         upstream = inputs.upstream + (flat + lanes) * inputs.upstream_step
         scale *= tl.load(upstream, mask=present, other=0.0)
@@ -534,11 +534,14 @@ def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants
 
 
 @triton.jit
-def store_total(outputs, scalars, losses):
-    """Of all blocks of a program."""
+def store_total(inputs, outputs, scale, divided, losses, constants):
+    """Of all blocks of a program. Unless it was counted, the denominator is read anew, not held."""
     if outputs.total is not None:
         program = tl.program_id(0)
-        add_up(outputs.total, program, tl.sum(losses), scalars.scale, None)
+        if constants.COUNTED:
+            add_up(outputs.total, program, tl.sum(losses), divided, None)
+        else:
+            add_up(outputs.total, program, tl.sum(losses), scale, inputs.denominator)
 
 
 class Found(NamedTuple):
@@ -607,8 +610,8 @@ def one_read_kernel(
     constants: tl.constexpr,
 ):
     """Blocks of positions by turns, whose classes are held."""
-    scale = scale_of(inputs, scale, constants)
-    scalars = Scalars(level, offset, share, scale, gamma, z_loss)
+    divided = scale_of(inputs, scale, constants)
+    scalars = Scalars(level, offset, share, divided.to(constants.A), gamma, z_loss)
     if constants.TURNS:
         losses = tl.zeros([constants.POSITIONS], tl.float64)
         for block in tl.range(
@@ -617,7 +620,7 @@ def one_read_kernel(
             losses += one_read(inputs, outputs, scalars, block, constants)
     else:
         losses = one_read(inputs, outputs, scalars, tl.program_id(0), constants)
-    store_total(outputs, scalars, losses)
+    store_total(inputs, outputs, scale, divided, losses, constants)
 
 
 @triton.jit
@@ -738,14 +741,14 @@ def two_read_kernel(
     SPLITS: tl.constexpr,
 ):
     """Blocks by turns of positions whose classes are not held."""
-    scale = scale_of(inputs, scale, constants)
-    scalars = Scalars(level, offset, share, scale, gamma, z_loss)
+    divided = scale_of(inputs, scale, constants)
+    scalars = Scalars(level, offset, share, divided.to(constants.A), gamma, z_loss)
     losses = tl.zeros([constants.POSITIONS], tl.float64)
     for block in tl.range(
         tl.program_id(0), blocks, tl.num_programs(0), disable_licm=constants.ANEW
     ):
         losses += two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS)
-    store_total(outputs, scalars, losses)
+    store_total(inputs, outputs, scale, divided, losses, constants)
 
 
 @triton.jit

@@ -80,8 +80,8 @@ def planned(sizes: tuple[int, int, int], memory: Memory, asked: Asked) -> Plan:
         kind = "forward"
     compiled, tile = layout(sizes, memory, kind)
     counted = launch.COUNTED if asked.counts and outer * inner <= launch.COUNTED else 0
-    if counted:  # a program's first work, for which registers are free: there are few of them
-        more = 32 if tile.threads == 32 else 16
+    if counted or asked.focal or asked.squares:
+        more = 32 if counted and tile.threads == 32 else 16
         most = launch.REGISTERS // tile.threads
         tile = tile._replace(registers=min(tile.registers + more, most))
     columns = classes + (tile.loaded - 1 if compiled.SHIFTED else 0)

@@ -83,11 +83,11 @@ CLASSES_INNER = {
         Row(ANY, 4096, 1, 256),
     ),
     8: (
-        Row(1024, 1024, 1, 128, registers=80),
-        Row(2048, 2048, 1, 128, registers=80),
-        Row(4096, 4096, 1, 256, registers=80),
-        Row(8192, 8192, 1, 512, registers=80),
-        Row(ANY, 2048, 1, 256, registers=80),
+        Row(1024, 1024, 1, 128, registers=128),
+        Row(2048, 2048, 1, 128, registers=128),
+        Row(4096, 4096, 1, 256, registers=128),
+        Row(8192, 8192, 1, 512, registers=128),
+        Row(ANY, 2048, 1, 256, registers=128),
     ),
 }
 
@@ -118,11 +118,11 @@ CLUSTERED = {
 
 # With smoothing, whose sums a lane takes beside its exponentials, or with the loss's gradient.
 ROOMIER = {
-    size: tuple(
+    **CLUSTERED,
+    2: tuple(
         row._replace(registers=72 if row.threads > 32 else 96) if row.cluster > 1 else row
-        for row in rows
-    )
-    for size, rows in CLUSTERED.items()
+        for row in CLUSTERED[2]
+    ),
 }
 
 # A loss without gradients, for which a row is read once either way.
@@ -139,7 +139,9 @@ FORWARD[4] = FORWARD[2]
 # Where only short rows are held: with measures, for which a lane takes many registers, and of rows
 # that are loaded element by element.
 SHORT_CLASSES_INNER = {
-    size: tuple(row._replace(registers=64 if row.most == ANY else 128) for row in rows)
+    size: tuple(
+        row._replace(registers=max(size // 4, 1) * (64 if row.most == ANY else 128)) for row in rows
+    )
     for size, rows in FORWARD.items()
 }
 
@@ -166,18 +168,40 @@ DENSE_CLASSES_INNER = {
     ),
 }
 
+# The same where two rows are held, as softmax's backward pass does, and programs form clusters.
+PAIRED = {
+    2: (
+        *DENSE_CLASSES_INNER[2][:3],
+        Row(16384, 2048, 1, 128, 2, 80),
+        Row(32768, 4096, 1, 128, 4, 80),
+        Row(65536, 8192, 1, 128, 8, 80),
+        Row(131072, 16384, 1, 128, 16, 80),
+        DENSE_CLASSES_INNER[2][-1],
+    ),
+    4: (
+        *DENSE_CLASSES_INNER[4][:3],
+        Row(16384, 2048, 1, 128, 4, 80),
+        Row(32768, 4096, 1, 128, 8, 80),
+        Row(65536, 8192, 1, 128, 16, 80),
+        Row(131072, 16384, 1, 256, 16, 80),
+        DENSE_CLASSES_INNER[4][-1],
+    ),
+    8: DENSE_CLASSES_INNER[8],
+}
+
 # Positions side by side, (N, C, d1, ..., dk): a warp's lanes lie along them, and a lane walks over
 # the classes of its own, or those that its warp has of them. Few classes are held, of more 8 are
 # read at a time (4 in float64).
 POSITIONS_INNER = {
     2: (
-        Row(32, 2048, 64, 32, registers=72, turns="once"),
+        Row(24, 2048, 64, 32, registers=72, turns="once"),
+        Row(32, 2048, 64, 32, registers=112, turns="once"),
         Row(160, 8192, 64, 128, registers=72),
         Row(ANY, 512, 64, 32),
     ),
     4: (
         Row(32, 2048, 64, 64, registers=80),
-        Row(160, 16384, 64, 512),
+        Row(160, 16384, 64, 256, registers=72, turns="once"),
         Row(ANY, 512, 64, 32),
     ),
     8: (Row(ANY, 128, 32, 32),),
@@ -185,7 +209,7 @@ POSITIONS_INNER = {
 
 # And the registers of a lane that has class weights, probabilities or measures beside its logits,
 # and so holds none.
-BESIDE = {"dense": 88, "short": 192}
+BESIDE = {"dense": 88, "pair": 88, "short": 192}
 
 # Where classes lie side by side, but are so few that a lane walks over its rows' own. A warp writes
 # them through shared memory, in the order of memory.
@@ -227,20 +251,28 @@ def tile(
         unit: What all rows, or columns, begin at multiples of.
         kind: ``"roomier"`` where a lane takes more registers, ``"dense"`` where what is aimed at
             is held beside the logits, ``"forward"`` where no gradient is wanted, ``"short"``
-            where only short rows are to be held.
+            where only short rows are to be held, ``"pair"`` where two rows are.
     """
     few = FEW.get(itemsize)
-    if few is not None and classes <= few.most and not positions_inner and kind != "dense":
+    if (
+        few is not None
+        and classes <= few.most
+        and not positions_inner
+        and kind not in ("dense", "pair")
+    ):
         loaded = min(unit, LOAD // itemsize)
         tiles = cdiv(classes, loaded)
-        return Tile(few.positions, loaded, loaded, tiles, True, True, *few[3:])
+        positions = few.positions * _warp_size() // 32
+        held = Tile(positions, loaded, loaded, tiles, True, True, *few[3:])
+        return held._replace(registers=112) if kind == "short" else held
     aligned = unit * itemsize >= LOAD
-    if not aligned and not positions_inner and kind != "dense":
-        kind = "short"
+    if not aligned and not positions_inner:
+        kind = "dense" if kind in ("dense", "pair") else "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
         "roomier": ROOMIER if has_clusters() else CLASSES_INNER,
         "dense": DENSE_CLASSES_INNER,
+        "pair": PAIRED if has_clusters() else DENSE_CLASSES_INNER,
         "forward": FORWARD,
         "short": SHORT_CLASSES_INNER,
     }
@@ -284,16 +316,16 @@ def splits(positions: int, classes: int, tile: Tile) -> tuple[int, int]:
 def with_ends(tile: Tile, dtype: torch.dtype, plain: bool) -> Tile:
     """For rows that begin anywhere, whose ends take registers."""
     half, one_warp = dtype.itemsize == 2, tile.threads == 32
-    turns, registers = ("held" if half else "anew"), tile.registers
-    if tile.cluster == 1 and (one_warp or not half):
+    turns, registers = ("held" if half else "anew"), tile.registers + 8
+    if tile.cluster == 1:
         turns = "once"
     if one_warp:
         few = plain and half and (tile.cluster == 1 or dtype is torch.bfloat16)
-        registers = registers + 8 if few else 112
+        registers = registers if few else max(registers, 112)
     elif half:
-        registers = 88 if dtype is torch.float16 else 72
-    elif tile.cluster > 1:
-        registers += 8
+        registers = max(registers, 72 if tile.cluster == 1 else 80) + 8 * (dtype is torch.float16)
+    elif dtype is torch.float32 and tile.cluster == 1:
+        registers -= 8
     return tile._replace(registers=registers, turns=turns)
 
 

@@ -115,11 +115,13 @@ def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constant
         upstream = read_tiles(dy, at, at.present, 0, last, 0.0, constants)
         output = read_tiles(y, at, at.present, 0, last, 0.0, constants)
         for k in tl.static_range(constants.TILES):
-            dy_k, y_k = upstream[k].to(constants.A), output[k].to(constants.A)
+            dy_k = opened(upstream[k], classes, 1, constants)
+            y_k = opened(output[k], classes, 1, constants)
             total += summand(dy_k, y_k, LOGARITHM, constants)
         total = tl.sum(total, 1)
         for k in tl.static_range(constants.TILES):
-            dy_k, y_k = upstream[k].to(constants.A), output[k].to(constants.A)
+            dy_k = opened(upstream[k], classes, 2, constants)
+            y_k = opened(output[k], classes, 2, constants)
             value = gradient(dy_k, y_k, total, LOGARITHM, constants)
             write(dx, at, value, columns_of(0, k, constants), k, last, constants)
     else:
@@ -146,13 +148,14 @@ def softmax(
     outer, inner, classes = sizes
     given = (input, output) if grad_output is None else (grad_output, input, output)
     views = [view for tensor in given if (view := viewed(tensor)) is not None]
-    constants, tile = layout(sizes, memory_of(views), "" if grad_output is None else "dense")
+    constants, tile = layout(sizes, memory_of(views), "" if grad_output is None else "pair")
     kernel = forward_kernel if grad_output is None else backward_kernel
+    registers = None if grad_output is None or tile.cluster == 1 else tile.registers
     kernel[(outer * launch.cdiv(inner, tile.positions),)](
         *views,
         inner,
         classes,
         LOGARITHM=logarithm,
         constants=constants,
-        **launch.options(tile.threads, tile.cluster),
+        **launch.options(tile.threads, tile.cluster, registers),
     )

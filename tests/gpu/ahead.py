@@ -5,7 +5,7 @@
 
 The backend is called as users call it, but with tensors without memory and a driver that compiles
 for a GPU that is not there: what is compiled is what would be launched. Exits with 1 where a kernel
-spills more than two registers, or where the main loop of one for contiguous bfloat16 or float32
+spills more than `SPILLED`, or where the main loop of one for contiguous bfloat16 or float32
 does not load most of its bits 128 at a time, or two elements where positions lie side by side.
 """
 
@@ -59,10 +59,10 @@ TARGETS = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 VECTORS = (torch.bfloat16, torch.float32)  # loads of 128 bits are asked of these
+# Bytes of a lane, once a block of positions, beside the hundred elements that it has of them: more
+# registers would leave room for fewer programs, which by the model costs more.
+SPILLED = 96
 # Kernels that read next to nothing, in cases of these words.
-# Bytes of a lane. Two registers, once a program, ptxas stores also of kernels that take 40, to come
-# under a step of occupancy; which ones these are changes with any edit, and with the target.
-SPILLED = 8
 READ_LITTLE = {"count_kernel": "", "two_read_kernel": "2x262144 forward"}
 
 

@@ -60,7 +60,8 @@ def test_nothing_spills_and_loads_are_wide(target: str) -> None:
 def compile_with(
     monkeypatch: pytest.MonkeyPatch, row: launch.Row, classes: int
 ) -> list[ahead.Compiled]:
-    monkeypatch.setattr(launch, "SHORT_CLASSES_INNER", {4: (row,)})
+    for table in ("FORWARD", "SHORT_CLASSES_INNER"):
+        monkeypatch.setattr(launch, table, {4: (row,)})
     case = ahead.cross_entropy_case((4096, classes), torch.float32, "forward")
     with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
         case.run()
@@ -149,13 +150,14 @@ def test_a_target_is_read_before_its_cluster_overwrites_it() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_targets_gradient_waits_for_the_whole_cluster(dtype: torch.dtype) -> None:
     events = accesses_of_a_cluster(dtype, "")
-    assert [event for event in events if not event.startswith("ld")][-5:] == [
-        "st.global.v4",
+    events = [event for event in events if not event.startswith("ld")]
+    after = len(events) - events[::-1].index("st.global.v4")
+    assert events[after : after + 3] == [
         "cluster.wait",
         "st.global",  # the target's gradient
-        "st.global",  # the loss
-        "cluster.wait",  # so that no program's memory goes while another reads it
+        "cluster.wait",  # before the next row's sums
     ]
+    assert events[-1] == "cluster.wait"  # so that no memory goes while another program reads it
 
 
 def test_a_branch_from_behind_the_end_is_no_loop() -> None:
@@ -178,9 +180,32 @@ def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) ->
     assert plan.constants.INDEX is tl.int64
 
 
+@pytest.mark.parametrize("classes", [1000, 4096, 128_256])
+@pytest.mark.parametrize(
+    ("positions", "kernels"),
+    [(512, ["one_read_kernel"]), (513, ["count_kernel", "one_read_kernel"])],
+)
+def test_launches_of_a_mean(positions: int, kernels: list[str], classes: int) -> None:
+    with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
+        ahead.cross_entropy_case((positions, classes), torch.bfloat16, "").run()
+    assert [name for name, _ in launched] == kernels
+
+
+@pytest.mark.parametrize("classes", [10, 4096, 32_000, 50_304, 128_256])
+def test_programs_fill_a_gpu_once(classes: int) -> None:
+    recorder = ahead.Recorder(ahead.TARGETS["sm_90"])
+    with recorder as launched:
+        ahead.cross_entropy_case((1 << 20, classes), torch.bfloat16, "").run()
+    kernel, programs = launched[-1][1], recorder.programs[-1]
+    lanes = 32 * kernel.metadata.num_warps * kernel.metadata.num_ctas
+    lanes_at_a_time = 132 * min(2048, 65_536 // kernel.metadata.maxnreg, 32 * lanes)
+    assert 0.8 * lanes_at_a_time <= programs * lanes <= lanes_at_a_time
+    assert recorder.turns[-1] > 1
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
 def test_launches_for_each_chunk_of_a_linear_layers_logits(softcap: float | None) -> None:
-    """Beside the products: the loss with its gradient, the sum of its parts, and the cap's two."""
+    """Beside the products: the loss with its gradient, and the cap's two."""
     x, weight = ahead.empty(torch.bfloat16, 1024, 64), ahead.empty(torch.bfloat16, 32_000, 64)
     target = ahead.empty(torch.int64, 1024)
     head = Head(x, weight, None, target, None, Shaping(softcap))
@@ -188,4 +213,4 @@ def test_launches_for_each_chunk_of_a_linear_layers_logits(softcap: float | None
     wanted = chunked.Wanted(True, True)
     with ahead.Recorder(ahead.TARGETS["sm_90"]) as launched:
         chunked.by_rows(ahead.backend, head, options, 256, True, wanted, None, 0.0)
-    assert len(launched) == 4 * (2 if softcap is None else 4)
+    assert len(launched) == 4 * (1 if softcap is None else 3)
