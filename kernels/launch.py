@@ -120,7 +120,7 @@ CLUSTERED = {
 ROOMIER = {
     **CLUSTERED,
     2: tuple(
-        row._replace(registers=72 if row.threads > 32 else 96) if row.cluster > 1 else row
+        row._replace(registers=64 if row.threads > 32 else 88) if row.cluster > 1 else row
         for row in CLUSTERED[2]
     ),
 }
@@ -201,7 +201,7 @@ POSITIONS_INNER = {
     ),
     4: (
         Row(32, 2048, 64, 64, registers=80),
-        Row(160, 16384, 64, 256, registers=72, turns="once"),
+        Row(160, 16384, 64, 256, registers=80),
         Row(ANY, 512, 64, 32),
     ),
     8: (Row(ANY, 128, 32, 32),),

@@ -150,7 +150,7 @@ def softmax(
     views = [view for tensor in given if (view := viewed(tensor)) is not None]
     constants, tile = layout(sizes, memory_of(views), "" if grad_output is None else "pair")
     kernel = forward_kernel if grad_output is None else backward_kernel
-    registers = None if grad_output is None or tile.cluster == 1 else tile.registers
+    registers = tile.registers if tile.cluster > 1 else None
     kernel[(outer * launch.cdiv(inner, tile.positions),)](
         *views,
         inner,

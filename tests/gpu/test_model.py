@@ -140,43 +140,44 @@ def test_a_gpu_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
         model.read_measured(gpu_json(tmp_path, "Radeon", {}))
 
 
-# Case; then the most instructions an element, reads of a row, registers, launches.
+# Case; then the most instructions an element, reads of a row, registers, launches, bytes spilled.
 CEILINGS = (
-    ("bfloat16 268435x1000", 18.5, 1, 64, 3),
-    ("bfloat16 65536x4096", 18, 1, 64, 3),
-    ("bfloat16 16384x16384", 18.5, 1, 64, 3),
-    ("bfloat16 8388x32000", 19.5, 1, 56, 3),
-    ("bfloat16 5341x50257", 19.5, 1, 88, 3),
-    ("bfloat16 5336x50304", 18.5, 1, 80, 3),
-    ("bfloat16 2092x128256", 20, 1, 56, 3),
-    ("bfloat16 1024x262144", 19.5, 1, 64, 3),
-    ("bfloat16 8388x32000 forward", 11, 1, 40, 3),
-    ("bfloat16 26843545x10", 38, 1, 64, 3),
-    ("bfloat16 16x21x512x512", 25, 1, 72, 3),
-    ("bfloat16 8x150x256x256", 31, 2, 64, 3),
-    ("float32 65536x4096", 22, 1, 64, 3),
-    ("float32 16384x16384", 23, 1, 64, 3),
-    ("float32 5341x50257", 32, 1, 56, 3),
-    ("float32 2092x128256", 25, 1, 64, 3),
-    ("float32 1024x262144", 25, 1, 64, 3),
-    ("bfloat16 65536x4096 smoothing", 20, 1, 64, 3),
-    ("bfloat16 8388x32000 smoothing", 22, 1, 64, 3),
-    ("softmax bfloat16 8388x32000", 19.5, 1, 56, 1),
-    ("softmax bfloat16 8388x32000 backward", 16.5, 2, 32, 1),
-    ("mse_loss bfloat16", 10, 1, 32, 1),
-    ("gelu bfloat16", 36, 1, 32, 1),
+    ("bfloat16 268435x1000", 18, 1, 64, 2, 0),
+    ("bfloat16 65536x4096", 18, 1, 64, 2, 0),
+    ("bfloat16 16384x16384", 18, 1, 64, 2, 0),
+    ("bfloat16 8388x32000", 18, 1, 56, 2, 16),
+    ("bfloat16 5341x50257", 18, 1, 88, 2, 88),
+    ("bfloat16 5336x50304", 17, 1, 80, 2, 16),
+    ("bfloat16 2092x128256", 18.5, 1, 56, 2, 16),
+    ("bfloat16 1024x262144", 18.5, 1, 64, 2, 16),
+    ("bfloat16 8388x32000 forward", 11, 1, 32, 2, 0),
+    ("bfloat16 26843545x10", 27, 1, 64, 2, 0),
+    ("bfloat16 16x21x512x512", 25, 1, 72, 2, 0),
+    ("bfloat16 8x150x256x256", 29, 1, 72, 2, 48),
+    ("float32 65536x4096", 20, 1, 64, 2, 0),
+    ("float32 16384x16384", 21, 1, 64, 2, 0),
+    ("float32 5341x50257", 25, 1, 72, 2, 16),
+    ("float32 2092x128256", 22, 1, 64, 2, 0),
+    ("float32 1024x262144", 22, 1, 64, 2, 0),
+    ("float32 8x150x256x256", 33, 1, 80, 2, 48),
+    ("bfloat16 65536x4096 smoothing", 20, 1, 64, 2, 32),
+    ("bfloat16 8388x32000 smoothing", 22, 1, 64, 2, 96),
+    ("softmax bfloat16 8388x32000", 19.5, 1, 56, 1, 16),
+    ("softmax bfloat16 8388x32000 backward", 12, 1, 80, 1, 0),
+    ("mse_loss bfloat16", 10, 1, 32, 1, 0),
+    ("gelu bfloat16", 36, 1, 32, 1, 0),
 )
 
 
 @pytest.mark.parametrize("ceiling", CEILINGS, ids=lambda ceiling: ceiling[0])
-def test_no_kernel_takes_more_than_it_did(ceiling: tuple[str, float, int, int, int]) -> None:
-    name, instructions, reads, registers, launches = ceiling
+def test_no_kernel_takes_more_than_it_did(ceiling: tuple[str, float, int, int, int, int]) -> None:
+    name, instructions, reads, registers, launches, spills = ceiling
     cases = {case.name: (case, traffic) for case, traffic in model.cases()}
     found = model.predict(*cases.get(name) or cases[f"cross_entropy {name}"], H200)
     assert found.instructions <= instructions
-    assert (found.reads, found.spills) == (reads, 0)
+    assert (found.reads, found.launches) == (reads, launches)
     assert found.registers <= registers
-    assert found.launches <= launches
+    assert found.spills <= spills
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="Liger's kernels are not installed")
