@@ -161,7 +161,7 @@ DENSE_CLASSES_INNER = {
         Row(ANY, 4096, 1, 512),
     ),
     8: (
-        Row(1024, 1024, 1, 128, registers=128),
+        Row(1024, 1024, 1, 128, registers=192),
         Row(2048, 2048, 1, 256, registers=128),
         Row(4096, 4096, 1, 512, registers=128),
         Row(ANY, 1024, 1, 256, registers=128),
