@@ -673,7 +673,6 @@ class Shares(NamedTuple):
     splits: int
     length: int
     sums: Any  # three planes of positions x splits
-    plane: int
 
 
 @triton.jit
@@ -705,19 +704,21 @@ def split_kernel(
     sums = with_own_logit(sums, own_logit(inputs, at, first, last, constants), constants)
     out = shares.sums + (at.flat + at.lanes) * shares.splits + part
     tl.store(out, sums.high, mask=at.present)
-    tl.store(out + shares.plane, sums.total, mask=at.present)
-    tl.store(out + 2 * shares.plane, sums.aimed, mask=at.present)
+    plane = inputs.positions * shares.splits
+    tl.store(out + plane, sums.total, mask=at.present)
+    tl.store(out + 2 * plane, sums.aimed, mask=at.present)
 
 
 @triton.jit
-def merge(shares, at, SPLITS: tl.constexpr):
+def merge(inputs, shares, at, SPLITS: tl.constexpr):
     """The sums of all shares, taken together in the same way by each program."""
     part = tl.arange(0, SPLITS)[None, :]
     mask = at.present[:, None] & (part < shares.splits)
     given = shares.sums + ((at.flat + at.lanes) * shares.splits)[:, None] + part
+    plane = inputs.positions * shares.splits
     high = tl.load(given, mask=mask, other=-float("inf"))
-    total = tl.load(given + shares.plane, mask=mask, other=0.0)
-    aimed = tl.load(given + 2 * shares.plane, mask=mask, other=0.0)
+    total = tl.load(given + plane, mask=mask, other=0.0)
+    aimed = tl.load(given + 2 * plane, mask=mask, other=0.0)
     nothing = tl.zeros_like(at.spike)
     axis: tl.constexpr = None if high.shape[0] == 1 else 1
     highest = nothing + tl.max(high, axis)
@@ -762,7 +763,7 @@ def two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS: tl.con
         sums = sum_classes(inputs, scalars, at, first, last, constants)
         sums = with_own_logit(sums, own, constants)
     else:
-        sums = merge(shares, at, SPLITS)
+        sums = merge(inputs, shares, at, SPLITS)
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
     found = nothing_found(constants)

@@ -225,7 +225,7 @@ def cross_entropy(
             all_classes,
         ),
         Outputs(each_out, added, own_lse, *measured_parts, *views[2:]),
-        Shares(splits, plan.length, sums, positions * splits),
+        Shares(splits, plan.length, sums),
         Scalars(*plan.terms, scale, float(options.gamma), float(options.z_loss)),
         plan,
     )

@@ -140,7 +140,8 @@ FORWARD[4] = FORWARD[2]
 # that are loaded element by element.
 SHORT_CLASSES_INNER = {
     size: tuple(
-        row._replace(registers=max(size // 4, 1) * (64 if row.most == ANY else 128)) for row in rows
+        row._replace(registers=(64 if row.most == ANY else 128) * (2 if size == 8 else 1))
+        for row in rows
     )
     for size, rows in FORWARD.items()
 }
@@ -237,9 +238,9 @@ class Tile(NamedTuple):
     held: bool  # which are all
     walked: bool  # a lane goes from class to class of its positions
     threads: int
-    cluster: int = 1
-    registers: int = 64
-    turns: str = "anew"
+    cluster: int
+    registers: int
+    turns: str
 
 
 def tile(
@@ -253,13 +254,8 @@ def tile(
             is held beside the logits, ``"forward"`` where no gradient is wanted, ``"short"``
             where only short rows are to be held, ``"pair"`` where two rows are.
     """
-    few = FEW.get(itemsize)
-    if (
-        few is not None
-        and classes <= few.most
-        and not positions_inner
-        and kind not in ("dense", "pair")
-    ):
+    few, two = FEW.get(itemsize), kind in ("dense", "pair")
+    if few is not None and classes <= few.most and not positions_inner and not two:
         loaded = min(unit, LOAD // itemsize)
         tiles = cdiv(classes, loaded)
         positions = few.positions * _warp_size() // 32
@@ -267,7 +263,7 @@ def tile(
         return held._replace(registers=112) if kind == "short" else held
     aligned = unit * itemsize >= LOAD
     if not aligned and not positions_inner:
-        kind = "dense" if kind in ("dense", "pair") else "short"
+        kind = "dense" if two else "short"
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
         "roomier": ROOMIER if has_clusters() else CLASSES_INNER,
@@ -316,9 +312,8 @@ def splits(positions: int, classes: int, tile: Tile) -> tuple[int, int]:
 def with_ends(tile: Tile, dtype: torch.dtype, plain: bool) -> Tile:
     """For rows that begin anywhere, whose ends take registers."""
     half, one_warp = dtype.itemsize == 2, tile.threads == 32
-    turns, registers = ("held" if half else "anew"), tile.registers + 8
-    if tile.cluster == 1:
-        turns = "once"
+    turns = "once" if tile.cluster == 1 else "held" if half else "anew"
+    registers = tile.registers + 8
     if one_warp:
         few = plain and half and (tile.cluster == 1 or dtype is torch.bfloat16)
         registers = registers if few else max(registers, 112)
