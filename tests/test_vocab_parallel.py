@@ -199,10 +199,12 @@ def test_processes_together_are_one(
 ) -> None:
     loss, of_logits, linear, of_input, of_head, of_bias = expected[name, dtype]
     found = [rank[name, dtype] for rank in ranks]
-    exact = {"rtol": 0.02, "atol": 2e-3} if dtype is torch.bfloat16 else {}
 
     def close(got: Tensor, exactly: Tensor) -> None:
         assert got.dtype == dtype
+        exact = {}
+        if dtype is torch.bfloat16:  # in which some CPUs multiply
+            exact = {"rtol": 0.02, "atol": 4e-3 * max(1.0, float(exactly.abs().max()))}
         torch.testing.assert_close(got, exactly.to(dtype), **exact)
 
     for rank in found:
