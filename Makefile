@@ -7,6 +7,7 @@ BUILD := .venv/.build
 EXTRAS := .venv/.extras
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export CXX  # the compiler that was checked is the one that builds
+unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that it imports
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-model gpu-check bench \
