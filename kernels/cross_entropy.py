@@ -537,11 +537,9 @@ def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants
 def store_total(inputs, outputs, scale, divided, losses, constants):
     """Of all blocks of a program. Unless it was counted, the denominator is read anew, not held."""
     if outputs.total is not None:
-        program = tl.program_id(0)
         if constants.COUNTED:
-            add_up(outputs.total, program, tl.sum(losses), divided, None)
-        else:
-            add_up(outputs.total, program, tl.sum(losses), scale, inputs.denominator)
+            scale = divided
+        add_up(outputs.total, tl.program_id(0), tl.sum(losses), scale, inputs.denominator)
 
 
 class Found(NamedTuple):

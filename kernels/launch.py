@@ -100,8 +100,8 @@ CLUSTERED = {
         *CLASSES_INNER[2][:4],
         Row(32768, 4096, 1, 128, 4, 56),
         Row(53248, 4096, 1, 32, 16, 80, "held"),
-        Row(65536, 8192, 1, 128, 8, 56),
-        Row(131072, 16384, 1, 128, 16, 56),
+        Row(65536, 8192, 1, 128, 8),
+        Row(131072, 16384, 1, 128, 16),
         Row(262144, 32768, 1, 256, 16),
         CLASSES_INNER[2][-1],
     ),
@@ -119,9 +119,9 @@ CLUSTERED = {
 # With smoothing, whose sums a lane takes beside its exponentials, or with the loss's gradient.
 ROOMIER = {
     **CLUSTERED,
-    2: tuple(
-        row._replace(registers=64 if row.threads > 32 else 88) if row.cluster > 1 else row
-        for row in CLUSTERED[2]
+    2: (
+        CLUSTERED[2][0],
+        *(row._replace(registers=72 if row.threads > 32 else 88) for row in CLUSTERED[2][1:]),
     ),
 }
 
