@@ -13,17 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import launch
-from .cross_entropy import (
-    FAR,
-    Constants,
-    Inputs,
-    Outputs,
-    Scalars,
-    Shares,
-    one_read_kernel,
-    split_kernel,
-    two_read_kernel,
-)
+from .cross_entropy import Shares, one_read_kernel, split_kernel, two_read_kernel
+from .cross_entropy_terms import FAR, Constants, Inputs, Outputs, Scalars
 from .sums import count, total
 from .tiles import Memory, Viewed, layout, memory_of, viewed
 
