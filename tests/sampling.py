@@ -19,7 +19,6 @@ from samples import Loss
 from pyfused.ops.declaration import Operator
 
 FEW = 12  # a function of no more cases is tested whole
-MOST_INTERPRETED = 6
 
 
 def sample(items: list[pytest.Item], each_operator: bool = True) -> list[pytest.Item]:
@@ -27,7 +26,7 @@ def sample(items: list[pytest.Item], each_operator: bool = True) -> list[pytest.
 
     Args:
         each_operator: Cover what was said with each operator by itself; otherwise, as for kernels
-            that are interpreted, an operator is a value like others, and a function has few cases.
+            that are interpreted, an operator is a value like others.
     """
     if os.environ.get("PYFUSED_TEST_LARGE") == "1":
         return items
@@ -38,8 +37,7 @@ def sample(items: list[pytest.Item], each_operator: bool = True) -> list[pytest.
     chosen = set()
     for (_, operators), several in cases.items():
         pairs = each_operator and not operators
-        most = len(several) if each_operator else MOST_INTERPRETED
-        chosen.update(map(id, _covering(several, 2 if pairs else 1)[:most]))
+        chosen.update(map(id, _covering(several, 2 if pairs else 1)))
     return [item for item in items if id(item) in chosen]
 
 
