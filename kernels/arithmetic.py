@@ -1,4 +1,7 @@
-"""What the kernels of all families share: exponentials, logarithms, operands read by strides."""
+"""What the kernels of all families share: exponentials, logarithms, operands read by strides.
+
+What is rounded to half precision does without the last digits of float32: it is not EXACT.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import triton.language as tl
 
 
 @triton.jit
-def exp_nonpositive(x):
-    """exp(x) for x <= 0 to 2 ULP in float32, where exp2 alone would be x * 2**-24 off."""
+def exp_nonpositive(x, EXACT: tl.constexpr = True):
+    """exp(x) for x <= 89 to 2 ULP in float32, where exp2 alone would be x * 2**-24 off."""
     if x.dtype == tl.float64:
         return tl.exp(x)
+    if not EXACT:
+        return tl.exp2(x * 1.4426950408889634)
     x = tl.where(x < -150.0, -150.0, x)  # exp(-150) is 0; NaN passes
     high = x * 1.4426950408889634
     # What the product was rounded by, and the digits of log2(e) that float32 has no room for.
@@ -22,64 +27,140 @@ def exp_nonpositive(x):
 
 @triton.jit
 def exp(x):
-    """exp(x) to 2 ULP in float32: the smaller of two powers whose quotient or product it is."""
+    """exp(x) to 2 ULP in float32."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    small = exp_nonpositive(tl.where(x < 0.0, x, -x))
-    return tl.where(x > 87.0, tl.exp(x), tl.where(x > 0.0, 1.0 / small, small))
+    return exp_nonpositive(tl.where(x > 89.0, 89.0, x))
 
 
 @triton.jit
-def tanh(x):
-    """tanh(|x|) = -m / (2 + m), m = exp(-2 |x|) - 1: of small |x| by its series."""
-    y = -2.0 * tl.abs(x)
-    terms: tl.constexpr = 18 if x.dtype == tl.float64 else 9
-    series = tl.full([], 1.0, x.dtype)
-    for k in tl.static_range(terms, 1, -1):
-        series = 1.0 + series * y * (1.0 / k)
-    m = tl.where(y > -0.7, y * series, exp_nonpositive(y) - 1.0)
-    size = -m / (2.0 + m)
+def reciprocal(x, EXACT: tl.constexpr = True):
+    """1 / x to 1 ULP in float32, for 2**-100 <= x <= 2**100: half of what a division takes."""
+    if x.dtype == tl.float64:
+        return 1.0 / x
+    root = tl.rsqrt(x)
+    y = root * root
+    if not EXACT:
+        return y
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
+def polynomial(x, coefficients: tl.constexpr):
+    """Those of the highest power first."""
+    value = tl.full([], coefficients[0], x.dtype)
+    for k in tl.static_range(1, len(coefficients)):
+        value = value * x + coefficients[k]
+    return value
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr = True):
+    """Of small |x| by an odd polynomial, else 1 - 2 / (1 + exp(2 |x|)); to 2 ULP in float32."""
+    size = tl.abs(x)
+    if x.dtype == tl.float64:
+        y = -2.0 * size
+        series = tl.full([], 1.0, x.dtype)
+        for k in tl.static_range(18, 1, -1):
+            series = 1.0 + series * y * (1.0 / k)
+        m = tl.where(y > -0.7, y * series, tl.exp(y) - 1.0)
+        size = -m / (2.0 + m)
+    else:
+        z = x * x
+        small = polynomial(
+            z,
+            (
+                -0.005717049818485975,
+                0.02065059170126915,
+                -0.053743500262498856,
+                0.13331490755081177,
+                -0.3333328366279602,
+            ),
+        )
+        e = exp_nonpositive(-2.0 * size, EXACT)
+        large = 1.0 - 2.0 * e * reciprocal(1.0 + e, EXACT)
+        size = tl.where(size < 0.625, size + size * z * small, large)
     return tl.where(x == 0.0, x, tl.where(x < 0.0, -size, size))  # -0.0 stays what it is
 
 
 @triton.jit
-def log_of_1_plus(x):
-    """log(1 + x): what 1 + x was rounded by is put right."""
-    u = 1.0 + x
-    return tl.where(u > 0.0, log(u) + (x - (u - 1.0)) / u, log(u))
+def _exponent(u):
+    """k of u = m 2**k, 2/3 <= m < 4/3, 23 bits up: where a float32 has it."""
+    return (u.to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
 
 
 @triton.jit
-def _twice_atanh(s):
-    """For |s| <= 1/3, to float32's precision: the series up to s**15."""
-    z = s * s
-    series = 1.0 / 13 + z * (1.0 / 15)
-    series = 1.0 / 7 + z * (1.0 / 9 + z * (1.0 / 11 + z * series))
-    return 2.0 * (s + s * z * (1.0 / 3 + z * (1.0 / 5 + z * series)))
-
-
-@triton.jit
-def log1p(y):
-    """log(1 + y) for 0 <= y <= 1, however small."""
-    if y.dtype == tl.float64:
-        rounded = 1.0 + y
-        return tl.log(rounded) + (y - (rounded - 1.0)) / rounded
-    return _twice_atanh(y / (2.0 + y))
+def _log_of(u, f, k):
+    """log(u) where u = (1 + f) 2**k and f is exact, k 23 bits up; infinite of 0, NaN below it."""
+    rest = polynomial(
+        f,
+        (
+            -0.1331174373626709,
+            0.14006227254867554,
+            -0.12078148871660233,
+            0.14000825583934784,
+            -0.1668950319290161,
+            0.20010770857334137,
+            -0.24999506771564484,
+            0.3333320915699005,
+            -0.5,
+        ),
+    )
+    log = k.to(tl.float32) * 8.262958294867817e-08 + (f * f * rest + f)  # log(2) / 2**23
+    return tl.where((u > 0.0) & (u < float("inf")), log, u - tl.abs(tl.rsqrt(u)))
 
 
 @triton.jit
 def log(x):
-    """Around 1, too, where a GPU's own in float32 is 2**-22 off, however small the logarithm."""
+    """To 1 ULP in float32, where a GPU's own may be 2**-22 off, however small the logarithm."""
     if x.dtype == tl.float64:
         return tl.log(x)
-    return tl.where((x > 0.5) & (x < 2.0), _twice_atanh((x - 1.0) / (x + 1.0)), tl.log(x))
+    subnormal = x < 1.1754943508222875e-38
+    u = tl.where(subnormal, x * 8388608.0, x)
+    k = _exponent(u)
+    f = (u.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) - 1.0
+    return _log_of(u, f, k - tl.where(subnormal, 23 << 23, 0))
 
 
 @triton.jit
-def sigmoid(x):
+def log_of_1_plus(x):
+    """log(1 + x) for -1 <= x <= 1, however small: what 1 + x was rounded by is not lost."""
+    u = 1.0 + x
+    if x.dtype == tl.float64:
+        return tl.where(u > 0.0, tl.log(u) + (x - (u - 1.0)) / u, tl.log(u))
+    k = _exponent(u)
+    scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2**-k
+    return _log_of(u, x * scale + (scale - 1.0), k)
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for 0 <= y <= 1, however small; to 2 ULP in float32."""
+    if y.dtype == tl.float64:
+        rounded = 1.0 + y
+        return tl.log(rounded) + (y - (rounded - 1.0)) / rounded
+    rest = polynomial(
+        y,
+        (
+            -0.0032440251670777798,
+            0.01985146291553974,
+            -0.05695953592658043,
+            0.10603655129671097,
+            -0.15305592119693756,
+            0.1967593878507614,
+            -0.24954134225845337,
+            0.3332996368408203,
+            -0.4999990165233612,
+        ),
+    )
+    return y * y * rest + y
+
+
+@triton.jit
+def sigmoid(x, EXACT: tl.constexpr = True):
     """1 / (1 + exp(-x)), without overflow."""
-    z = exp_nonpositive(-tl.abs(x))
-    return tl.where(x < 0.0, z, 1.0) / (1.0 + z)
+    z = exp_nonpositive(-tl.abs(x), EXACT)
+    return tl.where(x < 0.0, z, 1.0) * reciprocal(1.0 + z, EXACT)
 
 
 class Operand(NamedTuple):

@@ -43,7 +43,6 @@ from .cross_entropy_terms import (
 from .sums import add_up, counting
 from .tiles import (
     columns_of,
-    exp_shifted,
     no_sums,
     opened,
     pivot_of,
@@ -78,7 +77,7 @@ def finish_own(inputs, outputs, scalars, at, sums, own, constants):
     """Writes the gradient at the targets, one store a position rather than a choice a class."""
     if outputs.grad_logits is not None and inputs.target is not None and not constants.WALKED:
         factor = factor_of(inputs, scalars, at, sums, constants)
-        gradient = exp_shifted(own.logit - pivot_of(sums.high), constants) * factor
+        gradient = exp_nonpositive(own.logit - pivot_of(sums.high), constants.EXACT) * factor
         aim = tl.zeros_like(gradient)
         if constants.UNIFORM or constants.AIMS:
             aim += tl.full([], scalars.level, constants.A)

@@ -36,7 +36,6 @@ from .tiles import (
     block_of,
     by_lane,
     columns_of,
-    exp_shifted,
     exponentials_of,
     mask_of,
     no_sums,
@@ -396,7 +395,7 @@ def gradient_of(inputs, scalars, at, sums, shifted, aim, c, constants):
     """
     level = tl.full([], scalars.level, constants.A)
     factor = factor_of(inputs, scalars, at, sums, constants)
-    gradient = exp_shifted(shifted, constants) * factor[:, None]
+    gradient = exp_nonpositive(shifted, constants.EXACT) * factor[:, None]
     if constants.UNIFORM:
         gradient -= (level * at.scale)[:, None]
     elif constants.AIMS:

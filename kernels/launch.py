@@ -123,6 +123,7 @@ ROOMIER = {
         CLUSTERED[2][0],
         *(row._replace(registers=72 if row.threads > 32 else 88) for row in CLUSTERED[2][1:]),
     ),
+    4: (CLUSTERED[4][0]._replace(registers=72), *CLUSTERED[4][1:]),
 }
 
 # A loss without gradients, for which a row is read once either way.

@@ -337,8 +337,10 @@ def focal_factor(t, alpha, ignored):
 
 @triton.jit
 def focal_power(u, gamma):
-    power = exp(gamma * log(u))
-    return tl.where(gamma == 2.0, u * u, tl.where(gamma == 0.0, 1.0, power))
+    power = u * u
+    if gamma != 2.0:
+        power = tl.where(gamma == 0.0, 1.0, exp(gamma * log(u)))
+    return power
 
 
 @triton.jit

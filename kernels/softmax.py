@@ -17,14 +17,13 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .arithmetic import log
+from .arithmetic import exp_nonpositive, log
 from .tiles import (
     Viewed,
     add_exponentials,
     block_of,
     by_lane,
     columns_of,
-    exp_shifted,
     exponentials_of,
     layout,
     memory_of,
@@ -45,7 +44,7 @@ def normalized(x, high, total, LOGARITHM: tl.constexpr, constants):
     """Against the largest element itself, so that a row of nothing but -inf is NaN, as in torch."""
     if LOGARITHM:
         return (x - high[:, None]) - log(total)[:, None]
-    return exp_shifted(x - high[:, None], constants) / total[:, None]
+    return exp_nonpositive(x - high[:, None], constants.EXACT) / total[:, None]
 
 
 @triton.jit
@@ -93,7 +92,7 @@ def summand(dy, y, LOGARITHM: tl.constexpr, constants):
 @triton.jit
 def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
     if LOGARITHM:
-        return dy - exp_shifted(y, constants) * total[:, None]
+        return dy - exp_nonpositive(y, constants.EXACT) * total[:, None]
     return y * (dy - total[:, None])
 
 

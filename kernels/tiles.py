@@ -300,14 +300,6 @@ def pivot_of(high):
 
 
 @triton.jit
-def exp_shifted(x, constants):
-    """exp(x), x <= 0. What is rounded to half precision does without the last digits of float32."""
-    if constants.EXACT:
-        return exp_nonpositive(x)
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
 def by_lane(tile, constants):
     """positions x classes as positions x lanes x what a lane reads at a time."""
     size: tl.constexpr = constants.LOADED
@@ -328,10 +320,10 @@ def add_exponentials(high, total, tiles, constants):
     for k in tl.static_range(constants.TILES):
         higher = tl.maximum(higher, tl.max(by_lane(tiles[k].to(constants.A), constants), 2))
     pivot = pivot_of(higher)
-    total *= exp_shifted(high - pivot, constants)
+    total *= exp_nonpositive(high - pivot, constants.EXACT)
     for k in tl.static_range(constants.TILES):
         x = by_lane(tiles[k].to(constants.A), constants)
-        total += tl.sum(exp_shifted(x - pivot[:, :, None], constants), 2)
+        total += tl.sum(exp_nonpositive(x - pivot[:, :, None], constants.EXACT), 2)
     return higher, total
 
 
@@ -339,7 +331,8 @@ def add_exponentials(high, total, tiles, constants):
 def of_all_lanes(high, total, constants):
     """The same of each position."""
     highest = tl.max(high, 1)
-    return highest, tl.sum(total * exp_shifted(high - pivot_of(highest)[:, None], constants), 1)
+    away = high - pivot_of(highest)[:, None]
+    return highest, tl.sum(total * exp_nonpositive(away, constants.EXACT), 1)
 
 
 @triton.jit
@@ -350,9 +343,9 @@ def exponentials_of(tiles, classes, constants):
         tile = tl.maximum(tile, opened(tiles[k], classes, 0, constants))
     high = tl.max(tile, 1)
     pivot = pivot_of(high)[:, None]
-    tile = exp_shifted(opened(tiles[0], classes, 1, constants) - pivot, constants)
+    tile = exp_nonpositive(opened(tiles[0], classes, 1, constants) - pivot, constants.EXACT)
     for k in tl.static_range(1, constants.TILES):
-        tile += exp_shifted(opened(tiles[k], classes, 1, constants) - pivot, constants)
+        tile += exp_nonpositive(opened(tiles[k], classes, 1, constants) - pivot, constants.EXACT)
     return high, tl.sum(tile, 1)
 
 

@@ -2,6 +2,7 @@
 
 SHARED = (
     "test_activation.py",
+    "test_arithmetic.py",
     "test_autograd.py",
     "test_backends.py",
     "test_class_losses.py",

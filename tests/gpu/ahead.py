@@ -337,7 +337,7 @@ def main_loops(load: str, assembly: str, wanted: int) -> dict[str, int]:
     loaded = [bits for bits in (widths(load, loop) for loop in loops(assembly)) if bits]
     loaded = loaded or [widths(load, assembly)]
     most = max(map(sum, loaded))  # what a block loads beside its tiles is no main loop
-    loaded = [bits for bits in loaded if 4 * sum(bits) >= most]
+    loaded = [bits for bits in loaded if 2 * sum(bits) >= most]
     wide = [100 * sum(b for b in bits if b >= wanted) // sum(bits) for bits in loaded]
     return {"load": min(max(bits) for bits in loaded), "wide": min(wide)}
 

@@ -165,7 +165,11 @@ CEILINGS = (
     ("softmax bfloat16 8388x32000", 19.5, 1, 56, 1, 16),
     ("softmax bfloat16 8388x32000 backward", 12, 1, 80, 1, 0),
     ("mse_loss bfloat16", 10, 1, 32, 1, 0),
-    ("gelu bfloat16", 36, 1, 32, 1, 0),
+    ("binary_cross_entropy_with_logits bfloat16", 38, 1, 64, 1, 0),
+    ("binary_cross_entropy_with_logits float32", 38, 1, 48, 1, 0),
+    ("gelu bfloat16", 18, 1, 32, 1, 0),
+    ("tanh bfloat16", 24, 1, 40, 1, 0),
+    ("tanh float32", 30, 1, 40, 1, 0),
 )
 
 

@@ -1,0 +1,163 @@
+"""The functions that Triton kernels compute with, against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import backend
+from torch import Tensor
+
+from pyfused.backends import cpu
+
+if backend is cpu:
+    pytest.skip("of Triton kernels", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from pyfused.kernels import arithmetic
+from pyfused.kernels.activation import FORMULAS
+
+BLOCK = 1 << 15
+
+
+@triton.jit
+def arithmetic_kernel(x, out, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, FUNCTION(tl.load(x + i)))
+
+
+@triton.jit
+def formula_kernel(gradients, x, out, FORMULA: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.full([], 30.0, tl.float32)
+    x = tl.load(x + i).to(tl.float32)
+    if len(gradients) == 0:
+        value = FORMULA(x, p, False)
+    else:
+        value = FORMULA(tl.load(gradients[0] + i).to(tl.float32), x, p, False)
+    tl.store(out + i, value)
+
+
+def of(function: Any, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    arithmetic_kernel[(x.numel() // BLOCK,)](x, out, FUNCTION=function, BLOCK=BLOCK)
+    return out
+
+
+def ulps(got: Tensor, exact: Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """The largest distance, in units of the last place that a dtype has of what is exact."""
+    info = torch.finfo(dtype)
+    unit = exact.abs().clamp(min=info.smallest_normal).log2().floor().exp2() * info.eps
+    there = exact.abs() <= info.max
+    return ((got.double() - exact).abs() / unit)[there].max().item()
+
+
+def uniform(low: float, high: float) -> Tensor:
+    return torch.rand(BLOCK, dtype=torch.float64).mul(high - low).add(low).float()
+
+
+def sizes(low: float, high: float) -> Tensor:
+    """As many of each order of magnitude."""
+    return uniform(math.log(low), math.log(high)).exp()
+
+
+Function = Callable[[Tensor], Tensor]
+# Function, torch's, numbers, and ULP at most; that of a GPU's powers of 2 may be 2 themselves.
+CASES: dict[str, tuple[Any, Function, Function, float]] = {
+    "exp": (arithmetic.exp, torch.exp, lambda: uniform(-87, 88.7), 4),
+    "exp near 0": (arithmetic.exp, torch.exp, lambda: uniform(-1, 1), 3),
+    "log": (arithmetic.log, torch.log, lambda: sizes(1e-38, 1e38), 1.5),
+    "log near 1": (arithmetic.log, torch.log, lambda: uniform(0.5, 2), 1.5),
+    "log beside 1": (arithmetic.log, torch.log, lambda: 1 + uniform(-1e-5, 1e-5), 1.5),
+    "log of subnormal": (arithmetic.log, torch.log, lambda: sizes(1e-44, 1e-38), 1.5),
+    "log1p": (arithmetic.log1p, torch.log1p, lambda: sizes(1e-30, 1), 2),
+    "log1p to 1": (arithmetic.log1p, torch.log1p, lambda: uniform(0, 1), 2),
+    "log_of_1_plus": (arithmetic.log_of_1_plus, torch.log1p, lambda: uniform(-1, 1), 2),
+    "log_of_1_plus little": (arithmetic.log_of_1_plus, torch.log1p, lambda: -sizes(1e-30, 1), 2),
+    "reciprocal": (arithmetic.reciprocal, torch.reciprocal, lambda: sizes(1e-30, 1e30), 1),
+    "sigmoid": (arithmetic.sigmoid, torch.sigmoid, lambda: uniform(-80, 20), 4),
+    "tanh": (arithmetic.tanh, torch.tanh, lambda: uniform(-10, 10), 3),
+    "tanh near 0": (arithmetic.tanh, torch.tanh, lambda: sizes(1e-30, 1), 3),
+}
+
+
+@pytest.mark.parametrize(("function", "torchs", "numbers", "most"), CASES.values(), ids=CASES)
+def test_of_float32(function: Any, torchs: Function, numbers: Any, most: float) -> None:
+    x = numbers()
+    assert ulps(of(function, x), torchs(x.double())) <= most
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "log_of_1_plus", "sigmoid", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
+def test_at_the_ends(name: str, dtype: torch.dtype) -> None:
+    inf, nan = math.inf, math.nan
+    given = [0.0, -0.0, inf, -inf, nan, 1.0, -1.0, -2.0, 1e-37, 1e30, -1e30, 88.72283, 89.0, -200.0]
+    if name == "log_of_1_plus":
+        given = [0.0, nan, 1.0, -1.0, -2.0, 1e-37, 0.5, -0.5]
+    x = torch.tensor(given, dtype=dtype)
+    torchs = torch.log1p if name == "log_of_1_plus" else getattr(torch, name)
+    got = of(getattr(arithmetic, name), x.repeat(BLOCK)[:BLOCK])[: len(x)]
+    expected = torchs(x)
+    torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-6, atol=0)
+    assert torch.equal(got.signbit()[~got.isnan()], expected.signbit()[~expected.isnan()])
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * torch.special.erfc(-x * math.sqrt(0.5))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+IN_HALF: dict[str, Function] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softcap": lambda x: 30 * torch.tanh(x / 30),
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+}
+half = pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"]
+)
+
+
+def every_number(dtype: torch.dtype) -> Tensor:
+    """Whose cube float32 can hold, and which is not subnormal there."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return x.where((x.double().abs() < 1e12) & (x.double().abs() > 1e-37), 0)
+
+
+def of_formula(name: str, x: Tensor, *gradients: Tensor) -> Tensor:
+    """Before it is rounded."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    formula = FORMULAS[name][len(gradients)]
+    formula_kernel[(x.numel() // BLOCK,)](gradients, x, out, FORMULA=formula, BLOCK=BLOCK)
+    return out
+
+
+@half
+@pytest.mark.parametrize("name", IN_HALF)
+def test_every_number_of_half_precision(name: str, dtype: torch.dtype) -> None:
+    """A twentieth of what numbers are apart, at most."""
+    x = every_number(dtype)
+    assert ulps(of_formula(name, x), IN_HALF[name](x.double()), dtype) <= 0.05
+
+
+@half
+@pytest.mark.parametrize("name", ["softcap", "silu", "gelu", "gelu_tanh"])
+def test_every_slope_of_half_precision(name: str, dtype: torch.dtype) -> None:
+    """The same where nothing cancels."""
+    x = every_number(dtype)
+    leaf = x.double().requires_grad_()
+    (exact,) = torch.autograd.grad(IN_HALF[name](leaf).sum(), leaf)
+    got = of_formula(name, x, torch.ones_like(x))
+    some = exact.abs() > 0.05
+    assert ulps(got[some], exact[some], dtype) <= 0.05
+    torch.testing.assert_close(got[~some].double(), exact[~some], rtol=0, atol=3e-6)
