@@ -99,10 +99,10 @@ def normal_below(x, EXACT: tl.constexpr):
     size near 0, where a result counts most, and 2e-4 at -13.
     """
     if EXACT:
-        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    size = tl.abs(x)
-    tail = tl.exp2(
-        polynomial(
+        share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    else:
+        size = tl.abs(x)
+        logarithm = polynomial(
             tl.where(size > 16.0, 16.0, size),
             (
                 -2.1101136393752995e-09,
@@ -117,8 +117,9 @@ def normal_below(x, EXACT: tl.constexpr):
                 -0.9999914765357971,
             ),
         )
-    )
-    return tl.where(x < 0.0, tail, 1.0 - tail)
+        tail = tl.exp2(logarithm)
+        share = tl.where(x < 0.0, tail, 1.0 - tail)
+    return share
 
 
 @triton.jit

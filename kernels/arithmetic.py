@@ -15,34 +15,37 @@ import triton.language as tl
 def exp_nonpositive(x, EXACT: tl.constexpr = True):
     """exp(x) for x <= 89 to 2 ULP in float32, where exp2 alone would be x * 2**-24 off."""
     if x.dtype == tl.float64:
-        return tl.exp(x)
-    if not EXACT:
-        return tl.exp2(x * 1.4426950408889634)
-    x = tl.where(x < -150.0, -150.0, x)  # exp(-150) is 0; NaN passes
-    high = x * 1.4426950408889634
-    # What the product was rounded by, and the digits of log2(e) that float32 has no room for.
-    low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-08
-    return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+        power = tl.exp(x)
+    elif EXACT:
+        x = tl.where(x < -150.0, -150.0, x)  # exp(-150) is 0; NaN passes
+        high = x * 1.4426950408889634
+        # What the product was rounded by, and the digits of log2(e) that float32 has no room for.
+        low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-08
+        power = tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+    else:
+        power = tl.exp2(x * 1.4426950408889634)
+    return power
 
 
 @triton.jit
 def exp(x):
     """exp(x) to 2 ULP in float32."""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    return exp_nonpositive(tl.where(x > 89.0, 89.0, x))
+    if x.dtype != tl.float64:
+        x = tl.where(x > 89.0, 89.0, x)
+    return exp_nonpositive(x)
 
 
 @triton.jit
 def reciprocal(x, EXACT: tl.constexpr = True):
     """1 / x to 1 ULP in float32, for 2**-100 <= x <= 2**100: half of what a division takes."""
     if x.dtype == tl.float64:
-        return 1.0 / x
-    root = tl.rsqrt(x)
-    y = root * root
-    if not EXACT:
-        return y
-    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+        y = 1.0 / x
+    else:
+        root = tl.rsqrt(x)
+        y = root * root
+        if EXACT:
+            y = tl.fma(y, tl.fma(-x, y, 1.0), y)
+    return y
 
 
 @triton.jit
@@ -114,12 +117,14 @@ def _log_of(u, f, k):
 def log(x):
     """To 1 ULP in float32, where a GPU's own may be 2**-22 off, however small the logarithm."""
     if x.dtype == tl.float64:
-        return tl.log(x)
-    subnormal = x < 1.1754943508222875e-38
-    u = tl.where(subnormal, x * 8388608.0, x)
-    k = _exponent(u)
-    f = (u.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) - 1.0
-    return _log_of(u, f, k - tl.where(subnormal, 23 << 23, 0))
+        log = tl.log(x)
+    else:
+        subnormal = x < 1.1754943508222875e-38
+        u = tl.where(subnormal, x * 8388608.0, x)
+        k = _exponent(u)
+        f = (u.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) - 1.0
+        log = _log_of(u, f, k - tl.where(subnormal, 23 << 23, 0))
+    return log
 
 
 @triton.jit
@@ -127,10 +132,12 @@ def log_of_1_plus(x):
     """log(1 + x) for -1 <= x <= 1, however small: what 1 + x was rounded by is not lost."""
     u = 1.0 + x
     if x.dtype == tl.float64:
-        return tl.where(u > 0.0, tl.log(u) + (x - (u - 1.0)) / u, tl.log(u))
-    k = _exponent(u)
-    scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2**-k
-    return _log_of(u, x * scale + (scale - 1.0), k)
+        log = tl.where(u > 0.0, tl.log(u) + (x - (u - 1.0)) / u, tl.log(u))
+    else:
+        k = _exponent(u)
+        scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2**-k
+        log = _log_of(u, x * scale + (scale - 1.0), k)
+    return log
 
 
 @triton.jit
@@ -138,22 +145,24 @@ def log1p(y):
     """log(1 + y) for 0 <= y <= 1, however small; to 2 ULP in float32."""
     if y.dtype == tl.float64:
         rounded = 1.0 + y
-        return tl.log(rounded) + (y - (rounded - 1.0)) / rounded
-    rest = polynomial(
-        y,
-        (
-            -0.0032440251670777798,
-            0.01985146291553974,
-            -0.05695953592658043,
-            0.10603655129671097,
-            -0.15305592119693756,
-            0.1967593878507614,
-            -0.24954134225845337,
-            0.3332996368408203,
-            -0.4999990165233612,
-        ),
-    )
-    return y * y * rest + y
+        log = tl.log(rounded) + (y - (rounded - 1.0)) / rounded
+    else:
+        rest = polynomial(
+            y,
+            (
+                -0.0032440251670777798,
+                0.01985146291553974,
+                -0.05695953592658043,
+                0.10603655129671097,
+                -0.15305592119693756,
+                0.1967593878507614,
+                -0.24954134225845337,
+                0.3332996368408203,
+                -0.4999990165233612,
+            ),
+        )
+        log = y * y * rest + y
+    return log
 
 
 @triton.jit

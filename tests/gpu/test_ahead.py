@@ -30,7 +30,9 @@ QUICK = (
     "cross_entropy float32 8x1000x4096",
     "cross_entropy float32 8x21x1000",
     "mse_loss float32",
+    "binary_cross_entropy float64",
     "relu bfloat16 backward",
+    "softcap float64",
 )
 
 
