@@ -29,6 +29,7 @@ from .arithmetic import (
     log_of_1_plus,
     reach,
     read,
+    reciprocal,
     sigmoid,
     tanh,
 )
@@ -232,7 +233,7 @@ def binary_cross_entropy(x, t, _p, _q, _r):
 def binary_cross_entropy_gradients(x, t, _p, _q, _r, scale):
     variance = (1.0 - x) * x
     variance = tl.where(variance < 1e-12, 1e-12, variance)
-    return scale * (x - t) / variance, scale * (log_of_1_plus(-x) - log(x))
+    return scale * (x - t) * reciprocal(variance), scale * (log_of_1_plus(-x) - log(x))
 
 
 @triton.jit
