@@ -21,6 +21,7 @@ from .cross_entropy_terms import (
     Own,
     Scalars,
     Sums,
+    aim_of,
     dense_loss,
     distance_of,
     factor_of,
@@ -33,8 +34,8 @@ from .cross_entropy_terms import (
     own_logit,
     pick,
     place_of_hit,
-    read_aim,
     read_logits,
+    read_probabilities,
     spike_loss,
     sum_classes,
     sum_tiles,
@@ -248,13 +249,9 @@ def one_read(inputs, outputs, scalars, block, constants):
     last = whole_row(at, inputs.classes, constants)
     tiles = read_logits(inputs, at, 0, last, constants)
     own = own_logit(inputs, at, 0, last, constants)
-    aims = ()
-    if constants.AIMS:
-        for k in tl.static_range(constants.TILES):
-            c = columns_of(0, k, constants)
-            aims += (read_aim(inputs, scalars, at, c, k, last, constants),)
+    probabilities = read_probabilities(inputs, at, 0, last, constants)
     if inputs.lse is None:
-        sums = sum_tiles(inputs, tiles, aims, constants)
+        sums = sum_tiles(inputs, scalars, at, tiles, probabilities, last, constants)
     else:
         sums = given_sums(inputs, at, constants)
         if constants.INPLACE and constants.CLUSTER:  # whose programs no sum has brought together
@@ -272,7 +269,7 @@ def one_read(inputs, outputs, scalars, block, constants):
         x = opened(tiles[k], inputs.classes, 2, constants)
         aim = None
         if constants.AIMS:
-            aim = aims[k]
+            aim = aim_of(inputs, scalars, at, probabilities[k], c, k, last, 2, constants)
         found = finish_tile(
             inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
         )
@@ -390,13 +387,15 @@ def two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS: tl.con
     if reads or outputs.entropy is not None:
         for start in range(first, last, constants.TILES * constants.CLASSES):
             tiles = read_logits(inputs, at, start, last, constants)
+            probabilities = read_probabilities(inputs, at, start, last, constants)
             if constants.INPLACE:
                 tl.debug_barrier()
             for k in tl.static_range(constants.TILES):
                 c = columns_of(start, k, constants)
                 aim = None
                 if constants.AIMS:
-                    aim = read_aim(inputs, scalars, at, c, k, last, constants)
+                    y = probabilities[k]
+                    aim = aim_of(inputs, scalars, at, y, c, k, last, 2, constants)
                 x = tiles[k].to(constants.A)
                 found = finish_tile(
                     inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants

@@ -64,7 +64,7 @@ def planned(sizes: tuple[int, int, int], memory: Memory, asked: Asked) -> Plan:
     aims = dense and (not asked.indices or asked.weighted)
     kind = "roomier" if dense or asked.upstream else ""
     if aims:
-        kind = "dense"
+        kind = "dense" if asked.weighted else "aimed"
     elif asked.measures:
         kind = "short"
     elif not asked.gradients:
@@ -78,8 +78,9 @@ def planned(sizes: tuple[int, int, int], memory: Memory, asked: Asked) -> Plan:
     columns = classes + (tile.loaded - 1 if compiled.SHIFTED else 0)
     splits, length = launch.splits(outer * inner, columns, tile)
     blocks = outer * launch.cdiv(inner, tile.positions) * splits
+    level, offset, share = terms(smoothing, asked.all_classes, follows)
     return Plan(
-        terms(smoothing, asked.all_classes, follows),
+        (level, offset, share),
         dense,
         splits,
         length,
@@ -88,6 +89,7 @@ def planned(sizes: tuple[int, int, int], memory: Memory, asked: Asked) -> Plan:
         Constants(
             **compiled._asdict(),
             SLOPE=float(follows),
+            OFFSET=offset != 0,
             UNIFORM=dense and not aims,
             AIMS=aims,
             COUNTED=counted,

@@ -40,8 +40,8 @@ from .tiles import (
     mask_of,
     no_sums,
     of_all_lanes,
+    opened,
     pivot_of,
-    read,
     read_tiles,
     unknown_zero,
 )
@@ -109,6 +109,7 @@ class Constants(NamedTuple):
     ANEW: Any
     EXACT: Any
     SLOPE: Any
+    OFFSET: Any  # is not 0
     UNIFORM: Any  # every class is aimed at, not the target alone
     AIMS: Any  # and each class's aim is read
     COUNTED: Any  # a mean's targets, so many at most, which each program counts, or 0
@@ -196,13 +197,23 @@ def read_logits(inputs, at, start, last, constants):
 
 
 @triton.jit
-def read_aim(inputs, scalars, at, c, k: tl.constexpr, last, constants):
-    """q / level but for the spike, where that differs from class to class."""
-    mask = mask_of(at, at.read, c, k, last, constants)
-    aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
+def read_probabilities(inputs, at, start, last, constants):
+    """The same of the probabilities, if any."""
+    tiles = (None,) * constants.TILES
     if inputs.probabilities is not None:
-        y = read(inputs.probabilities, at, at.read, c, k, last, 0.0, constants)
-        aim += y.to(constants.A) * constants.SLOPE
+        tiles = read_tiles(inputs.probabilities, at, at.read, start, last, 0.0, constants)
+    return tiles
+
+
+@triton.jit
+def aim_of(inputs, scalars, at, y, c, k: tl.constexpr, last, turn: tl.constexpr, constants):
+    """q / level but for the spike, where that differs from class to class."""
+    aim = tl.zeros([constants.POSITIONS, constants.CLASSES], constants.A)
+    if constants.OFFSET:
+        mask = mask_of(at, at.read, c, k, last, constants)
+        aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
+    if inputs.probabilities is not None:
+        aim += opened(y, inputs.classes, turn, constants) * constants.SLOPE
     if inputs.weight is not None:
         aim *= weight_of(inputs, at, c, last, constants)
     return aim
@@ -244,23 +255,26 @@ def sum_classes(inputs, scalars, at, first, last, constants):
         tiles = read_logits(inputs, at, start, last, constants)
         high, total = add_exponentials(high, total, tiles, constants)
         if constants.AIMS:
+            probabilities = read_probabilities(inputs, at, start, last, constants)
             for k in tl.static_range(constants.TILES):
-                c = columns_of(start, k, constants)
-                aim = read_aim(inputs, scalars, at, c, k, last, constants)
+                c, y = columns_of(start, k, constants), probabilities[k]
+                aim = aim_of(inputs, scalars, at, y, c, k, last, 1, constants)
                 aimed += tl.sum(by_lane(aim, constants), 2)
     high, total = of_all_lanes(high, total, constants)
     return Sums(high, total, tl.sum(aimed, 1))
 
 
 @triton.jit
-def sum_tiles(inputs, tiles, aims, constants):
+def sum_tiles(inputs, scalars, at, tiles, probabilities, last, constants):
     """The same of classes that are held."""
     high, total = exponentials_of(tiles, inputs.classes, constants)
-    aimed = tl.zeros_like(total)
+    aimed = no_sums(constants)
     if constants.AIMS:
         for k in tl.static_range(constants.TILES):
-            aimed += tl.sum(aims[k], 1)
-    return Sums(high, total, aimed)
+            c, y = columns_of(0, k, constants), probabilities[k]
+            aim = aim_of(inputs, scalars, at, y, c, k, last, 1, constants)
+            aimed += tl.sum(by_lane(aim, constants), 2)
+    return Sums(high, total, tl.sum(aimed, 1))
 
 
 @triton.jit
@@ -360,7 +374,7 @@ def factor_of(inputs, scalars, at, sums, constants):
 def gradients_pivot(inputs, sums, constants):
     """The pivot, but where exponentials are computed anew for the gradients, rather than held."""
     pivot = pivot_of(sums.high)
-    if constants.PACKED or (constants.TILES > 1 and constants.UNIFORM):
+    if constants.PACKED or (constants.TILES > 1 and (constants.UNIFORM or constants.AIMS)):
         pivot += unknown_zero(inputs.classes, 2)
     return pivot[:, None]
 
@@ -373,8 +387,10 @@ def distance_of(at, sums, shifted, aim, c, k: tl.constexpr, last, constants):
     """
     distance = -shifted
     if constants.AIMS:
-        distance = (distance + tl.log(sums.total)[:, None]) * aim
+        distance += tl.log(sums.total)[:, None]
     distance = tl.where(mask_of(at, at.present, c, k, last, constants), distance, 0.0)
+    if constants.AIMS:
+        distance *= aim
     return tl.sum(by_lane(distance, constants), 2)
 
 

@@ -191,6 +191,26 @@ PAIRED = {
     8: DENSE_CLASSES_INNER[8],
 }
 
+# With probabilities that begin where loads do, and no class weights: both rows are held in tiles,
+# half precision packed.
+AIMED = {
+    2: (
+        Row(1024, 256, 1, 32, registers=72),
+        Row(4096, 1024, 1, 128),
+        Row(8192, 2048, 1, 256),
+        *(row._replace(registers=96) for row in PAIRED[2][3:-1]),
+        DENSE_CLASSES_INNER[2][-1],
+    ),
+    4: (
+        Row(1024, 1024, 1, 64, registers=80),
+        Row(4096, 1024, 1, 256),
+        Row(8192, 2048, 1, 512),
+        *(row._replace(registers=96) for row in PAIRED[4][3:-1]),
+        DENSE_CLASSES_INNER[4][-1],
+    ),
+    8: DENSE_CLASSES_INNER[8],
+}
+
 # Positions side by side, (N, C, d1, ..., dk): a warp's lanes lie along them, and a lane walks over
 # the classes of its own, or those that its warp has of them. Few classes are held, of more 8 are
 # read at a time (4 in float64).
@@ -211,7 +231,7 @@ POSITIONS_INNER = {
 
 # And the registers of a lane that has class weights, probabilities or measures beside its logits,
 # and so holds none.
-BESIDE = {"dense": 88, "pair": 88, "short": 192}
+BESIDE = {"aimed": 88, "dense": 88, "pair": 88, "short": 192}
 
 # Where classes lie side by side, but are so few that a lane walks over its rows' own. A warp writes
 # them through shared memory, in the order of memory.
@@ -251,11 +271,12 @@ def tile(
 
     Args:
         unit: What all rows, or columns, begin at multiples of.
-        kind: ``"roomier"`` where a lane takes more registers, ``"dense"`` where what is aimed at
-            is held beside the logits, ``"forward"`` where no gradient is wanted, ``"short"``
-            where only short rows are to be held, ``"pair"`` where two rows are.
+        kind: ``"roomier"`` where a lane takes more registers, ``"aimed"`` where probabilities are
+            held beside the logits, ``"dense"`` where class weights are too, ``"forward"`` where no
+            gradient is wanted, ``"short"`` where only short rows are to be held, ``"pair"`` where
+            two rows are.
     """
-    few, two = FEW.get(itemsize), kind in ("dense", "pair")
+    few, two = FEW.get(itemsize), kind in ("aimed", "dense", "pair")
     if few is not None and classes <= few.most and not positions_inner and not two:
         loaded = min(unit, LOAD // itemsize)
         tiles = cdiv(classes, loaded)
@@ -268,6 +289,7 @@ def tile(
     tables = {
         "": CLUSTERED if has_clusters() else CLASSES_INNER,
         "roomier": ROOMIER if has_clusters() else CLASSES_INNER,
+        "aimed": AIMED,
         "dense": DENSE_CLASSES_INNER,
         "pair": PAIRED if has_clusters() else DENSE_CLASSES_INNER,
         "forward": FORWARD,
@@ -276,7 +298,8 @@ def tile(
     rows = POSITIONS_INNER[itemsize] if positions_inner else tables[kind][itemsize]
     if positions_inner and kind in BESIDE:
         rows = (rows[-1]._replace(registers=BESIDE[kind]),)
-    row = next(row for row in rows if classes <= row.most)
+    alone = not has_clusters()
+    row = next(row for row in rows if classes <= row.most and not (alone and row.cluster > 1))
     lanes, padded = _warp_size(), power_of_2(classes)
     positions = row.positions * lanes // 32 if positions_inner else row.positions
     positions = min(max(positions, row.elements // padded), power_of_2(inner))

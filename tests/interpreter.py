@@ -25,6 +25,7 @@ OTHERS = sorted(
 
 
 GROUP, MOST_PROGRAMS = 4, 30
+TABLES = "CLASSES_INNER", "FORWARD", "SHORT_CLASSES_INNER", "AIMED", "DENSE_CLASSES_INNER"
 
 
 def use_small_tiles() -> None:
@@ -39,7 +40,7 @@ def use_small_tiles() -> None:
     classes = few, launch.Row(100, 32, 1, 32), launch.Row(any_, 64, 1, 32)
     launch.resident = lambda *_: 3
     launch.COUNTED = 16
-    for table in ("CLASSES_INNER", "FORWARD", "SHORT_CLASSES_INNER", "DENSE_CLASSES_INNER"):
+    for table in TABLES:
         setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
     held = launch.Row(4, 64, 16, 32), launch.Row(22, 64, 16, 128)
     launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), (*held, launch.Row(any_, 256, 16, 256)))

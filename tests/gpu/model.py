@@ -332,11 +332,13 @@ def cases() -> Iterator[tuple[ahead.Case, Traffic]]:
         shapes = [(ELEMENTS // classes, classes) for classes in (*CLASSES, 10)]
         kinds = [(shape, "") for shape in (*shapes, *SIDE_BY_SIDE)]
         kinds += [((ELEMENTS // c, c), "smoothing") for c in (4096, 32_000, 128_256)]
+        kinds += [((ELEMENTS // c, c), "probabilities") for c in (1000, 4096, 32_000, 128_256)]
         kinds += [((ELEMENTS // c, c), "forward") for c in (4096, 32_000, 128_256)]
         for shape, kind in kinds:
             n = math.prod(shape)
             size = n * dtype.itemsize
-            traffic = Traffic(n, size, 0 if kind == "forward" else size)
+            both = 2 if kind == "probabilities" else 1  # which have a gradient, too
+            traffic = Traffic(n, both * size, 0 if kind == "forward" else both * size)
             yield ahead.cross_entropy_case(shape, dtype, kind), traffic
     for dtype in (torch.bfloat16, torch.float32):
         yield from family_cases(dtype)
