@@ -173,7 +173,7 @@ class Found(NamedTuple):
 
 @triton.jit
 def nothing_found(constants):
-    entropy = tl.zeros([constants.POSITIONS], constants.A)
+    entropy = tl.full([constants.POSITIONS], 0.0, constants.A)
     leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
     return Found(entropy, leader, no_sums(constants))
 
@@ -232,7 +232,7 @@ def one_read_kernel(
     divided = scale_of(inputs, scale, constants)
     scalars = Scalars(level, offset, share, divided.to(constants.A), gamma, z_loss)
     if constants.TURNS:
-        losses = tl.zeros([constants.POSITIONS], tl.float64)
+        losses = tl.full([constants.POSITIONS], 0.0, tl.float64)
         for block in tl.range(
             tl.program_id(0), blocks, tl.num_programs(0), disable_licm=constants.ANEW
         ):
@@ -269,7 +269,7 @@ def one_read(inputs, outputs, scalars, block, constants):
         x = opened(tiles[k], inputs.classes, 2, constants)
         aim = None
         if constants.AIMS:
-            aim = aim_of(inputs, scalars, at, probabilities[k], c, k, last, 2, constants)
+            aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 2, constants)
         found = finish_tile(
             inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
         )
@@ -359,7 +359,7 @@ def two_read_kernel(
     """Blocks by turns of positions whose classes are not held."""
     divided = scale_of(inputs, scale, constants)
     scalars = Scalars(level, offset, share, divided.to(constants.A), gamma, z_loss)
-    losses = tl.zeros([constants.POSITIONS], tl.float64)
+    losses = tl.full([constants.POSITIONS], 0.0, tl.float64)
     for block in tl.range(
         tl.program_id(0), blocks, tl.num_programs(0), disable_licm=constants.ANEW
     ):
@@ -394,8 +394,7 @@ def two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS: tl.con
                 c = columns_of(start, k, constants)
                 aim = None
                 if constants.AIMS:
-                    y = probabilities[k]
-                    aim = aim_of(inputs, scalars, at, y, c, k, last, 2, constants)
+                    aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 2, constants)
                 x = tiles[k].to(constants.A)
                 found = finish_tile(
                     inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants

@@ -164,7 +164,7 @@ def pick(inputs, scalars, program, constants):
     block = block_of(inputs.logits, inputs.inner, program, constants)
     outer, inner, flat, lanes, present, shift = block
     hit = tl.full([constants.POSITIONS], -1, tl.int64)
-    spike = tl.zeros([constants.POSITIONS], constants.A)
+    spike = tl.full([constants.POSITIONS], 0.0, constants.A)
     live = present
     wrong = hit >= 0
     if inputs.target is not None:
@@ -199,21 +199,21 @@ def read_logits(inputs, at, start, last, constants):
 @triton.jit
 def read_probabilities(inputs, at, start, last, constants):
     """The same of the probabilities, if any."""
-    tiles = (None,) * constants.TILES
+    tiles = ()
     if inputs.probabilities is not None:
         tiles = read_tiles(inputs.probabilities, at, at.read, start, last, 0.0, constants)
     return tiles
 
 
 @triton.jit
-def aim_of(inputs, scalars, at, y, c, k: tl.constexpr, last, turn: tl.constexpr, constants):
+def aim_of(inputs, scalars, at, tiles, c, k: tl.constexpr, last, turn: tl.constexpr, constants):
     """q / level but for the spike, where that differs from class to class."""
-    aim = tl.zeros([constants.POSITIONS, constants.CLASSES], constants.A)
+    aim = tl.full([constants.POSITIONS, constants.CLASSES], 0.0, constants.A)
     if constants.OFFSET:
         mask = mask_of(at, at.read, c, k, last, constants)
         aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
-        aim += opened(y, inputs.classes, turn, constants) * constants.SLOPE
+        aim += opened(tiles[k], inputs.classes, turn, constants) * constants.SLOPE
     if inputs.weight is not None:
         aim *= weight_of(inputs, at, c, last, constants)
     return aim
@@ -257,8 +257,8 @@ def sum_classes(inputs, scalars, at, first, last, constants):
         if constants.AIMS:
             probabilities = read_probabilities(inputs, at, start, last, constants)
             for k in tl.static_range(constants.TILES):
-                c, y = columns_of(start, k, constants), probabilities[k]
-                aim = aim_of(inputs, scalars, at, y, c, k, last, 1, constants)
+                c = columns_of(start, k, constants)
+                aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 1, constants)
                 aimed += tl.sum(by_lane(aim, constants), 2)
     high, total = of_all_lanes(high, total, constants)
     return Sums(high, total, tl.sum(aimed, 1))
@@ -271,8 +271,8 @@ def sum_tiles(inputs, scalars, at, tiles, probabilities, last, constants):
     aimed = no_sums(constants)
     if constants.AIMS:
         for k in tl.static_range(constants.TILES):
-            c, y = columns_of(0, k, constants), probabilities[k]
-            aim = aim_of(inputs, scalars, at, y, c, k, last, 1, constants)
+            c = columns_of(0, k, constants)
+            aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 1, constants)
             aimed += tl.sum(by_lane(aim, constants), 2)
     return Sums(high, total, tl.sum(aimed, 1))
 

@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
@@ -372,9 +373,14 @@ def options(threads: int, cluster: int = 1, registers: int | None = None) -> dic
     return told
 
 
+CLUSTERS_COMPILE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
 def has_clusters() -> bool:
     """Hopper, and the data centres' Blackwell, whose clusters are as large."""
-    return not knobs.runtime.interpret and driver.active.get_current_target().arch in (90, 100, 103)
+    if knobs.runtime.interpret or not CLUSTERS_COMPILE:
+        return False
+    return driver.active.get_current_target().arch in (90, 100, 103)
 
 
 def is_nvidia() -> bool:

@@ -248,7 +248,7 @@ def write_rows(view, at, tiles, last, constants):
         if k < constants.TILES:
             tile = tiles[k].to(kind)
         else:
-            tile = tl.zeros([constants.POSITIONS, constants.CLASSES], kind)
+            tile = tl.full([constants.POSITIONS, constants.CLASSES], 0.0, kind)
         joined += (tl.reshape(tile, [constants.POSITIONS, constants.CLASSES, 1]),)
     for _ in tl.static_range(5):
         if len(joined) > 1:
@@ -310,7 +310,7 @@ def by_lane(tile, constants):
 def no_sums(constants):
     """0 for each lane."""
     lanes: tl.constexpr = constants.CLASSES // constants.LOADED
-    return tl.zeros([constants.POSITIONS, lanes], constants.A)
+    return tl.full([constants.POSITIONS, lanes], 0.0, constants.A)
 
 
 @triton.jit

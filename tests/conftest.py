@@ -36,10 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: minutes or gigabytes; run with PYFUSED_TEST_LARGE=1")
     if interpreter.ON:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
-        # What the interpreter of Triton 3.6 does with NumPy.
-        config.addinivalue_line(
-            "filterwarnings", "ignore:Conversion of an array:DeprecationWarning"
-        )
     # Parallel regions of tiny tensors cost more than the tests, most of all on busy cores;
     # test_threads.py holds every other number of threads to the very bits of this one.
     torch.set_num_threads(1)

@@ -67,6 +67,14 @@ def test_a_missing_triton_is_named() -> None:
 
 
 @pytest.mark.cpu
+def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    reason = dispatch.without_triton.__wrapped__(torch.device("cuda"))
+    assert reason == "Triton is 3.7.1, expected 3.8 or later"
+
+
+@pytest.mark.cpu
 def test_an_unknown_backend_is_an_error_that_names_the_known() -> None:
     refused = run(CALL, PYFUSED_BACKEND="cuda")
     assert "PYFUSED_BACKEND: expected cpu, triton or torch, got 'cuda'" in refused.stderr

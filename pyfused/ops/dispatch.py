@@ -244,6 +244,10 @@ def without_triton(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on a device, None where they can."""
     if util.find_spec("triton") is None:
         return "Triton is not installed"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        return f"Triton is {triton.__version__}, expected 3.8 or later"
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "that takes TRITON_INTERPRET=1"

@@ -36,6 +36,9 @@ QUICK = (
 )
 
 
+clusters = pytest.mark.skipif(not launch.CLUSTERS_COMPILE, reason="its clusters do not compile")
+
+
 @pytest.mark.parametrize("target", ahead.TARGETS)
 def test_nothing_spills_and_loads_are_wide(target: str) -> None:
     found = ahead.compile_cases(target, QUICK)
@@ -141,6 +144,7 @@ def accesses_of_a_cluster(dtype: torch.dtype, kind: str) -> list[str]:
     return re.findall(r"[ls][dt]\.global(?:\.v4)?|cluster\.wait", kernel.asm["ptx"])
 
 
+@clusters
 def test_a_target_is_read_before_its_cluster_overwrites_it() -> None:
     """Though the log-sum-exp is given, and no sum brings the programs together."""
     events = accesses_of_a_cluster(torch.float32, "block upstream inplace")
@@ -149,6 +153,7 @@ def test_a_target_is_read_before_its_cluster_overwrites_it() -> None:
     assert "ld.global" in events[: first_store - 1]
 
 
+@clusters
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_targets_gradient_waits_for_the_whole_cluster(dtype: torch.dtype) -> None:
     events = accesses_of_a_cluster(dtype, "")
@@ -182,6 +187,7 @@ def test_offsets_beyond_32_bits(stride: int, monkeypatch: pytest.MonkeyPatch) ->
     assert plan.constants.INDEX is tl.int64
 
 
+@clusters
 @pytest.mark.parametrize("classes", [1000, 4096, 128_256])
 @pytest.mark.parametrize(
     ("positions", "kernels"),
