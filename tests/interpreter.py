@@ -73,8 +73,18 @@ def interpret_faster() -> None:
     GridExecutor.__call__, InterpretedFunction.__call__ = launch_anew, call_patched
 
 
+def with_constants_of_bfloat16() -> None:
+    """Which interpreters before Triton 3.9 lack."""
+    from triton.language import bfloat16
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    if not hasattr(Builder, "get_bf16"):
+        Builder.get_bf16 = lambda self, x: self.create_fp_trunc(self.get_fp32(x), bfloat16)
+
+
 if ON:
     use_small_tiles()
+    with_constants_of_bfloat16()
     interpret_faster()
     np.seterr(all="ignore")  # NaN and infinities are the kernels' business, as on a GPU
 
