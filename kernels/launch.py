@@ -287,20 +287,20 @@ def tile(
     aligned = unit * itemsize >= LOAD
     if not aligned and not positions_inner:
         kind = "dense" if two else "short"
+    clusters = has_clusters()
     tables = {
-        "": CLUSTERED if has_clusters() else CLASSES_INNER,
-        "roomier": ROOMIER if has_clusters() else CLASSES_INNER,
+        "": CLUSTERED if clusters else CLASSES_INNER,
+        "roomier": ROOMIER if clusters else CLASSES_INNER,
         "aimed": AIMED,
         "dense": DENSE_CLASSES_INNER,
-        "pair": PAIRED if has_clusters() else DENSE_CLASSES_INNER,
+        "pair": PAIRED,
         "forward": FORWARD,
         "short": SHORT_CLASSES_INNER,
     }
     rows = POSITIONS_INNER[itemsize] if positions_inner else tables[kind][itemsize]
     if positions_inner and kind in BESIDE:
         rows = (rows[-1]._replace(registers=BESIDE[kind]),)
-    alone = not has_clusters()
-    row = next(row for row in rows if classes <= row.most and not (alone and row.cluster > 1))
+    row = next(row for row in rows if classes <= row.most and (clusters or row.cluster == 1))
     lanes, padded = _warp_size(), power_of_2(classes)
     positions = row.positions * lanes // 32 if positions_inner else row.positions
     positions = min(max(positions, row.elements // padded), power_of_2(inner))

@@ -356,8 +356,8 @@ def family_cases(dtype: torch.dtype) -> Iterator[tuple[ahead.Case, Traffic]]:
         backward = partial(backend.softmax_backward, "softmax", x, x, 1)
         yield ahead.Case(f"{name} backward", dtype, backward), Traffic(x.numel(), 2 * moved, moved)
     x, want = ahead.empty(dtype, ELEMENTS), ahead.Want(True, (True, False))
-    for loss in ("mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"):
-        parameters = (1.0,) if loss == "smooth_l1_loss" else ()
+    losses = {"mse_loss": (), "smooth_l1_loss": (1.0,), "binary_cross_entropy_with_logits": ()}
+    for loss, parameters in losses.items():
         arguments = loss, (x, x), parameters, None, "mean", float(n), want
         run = partial(backend.pointwise_loss, *arguments)
         yield ahead.Case(f"{loss} {kind}", dtype, run), Traffic(n, 2 * size, size)
