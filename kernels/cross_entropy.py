@@ -180,27 +180,31 @@ def nothing_found(constants):
 
 @triton.jit
 def finish_tile(
-    inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k: tl.constexpr, last, constants
+    inputs, outputs, scalars, at, sums, found, x, aims, start, k: tl.constexpr, last, constants
 ):
     """Adds what a tile has to what was found, and writes its gradients.
 
-    Those of logits whose lanes have rows of their own are left to `write_rows`.
+    Those of logits whose lanes have rows of their own are left to `write_rows`. The aims are tiles
+    of probabilities, if any.
     """
     entropy, leader, distance = found
+    c = columns_of(start, k, constants)
+    shifted = x - gradients_pivot(inputs, sums, constants)
+    aim = None
+    if constants.AIMS:
+        aim = aim_of(inputs, scalars, at, aims, start, k, last, 2, constants)
     if outputs.entropy is not None:
         measured = measure(at, sums, x, c, constants)
         entropy += measured[0]
         leader = tl.minimum(leader, measured[1])
     if constants.UNIFORM or constants.AIMS:
-        distance += distance_of(at, sums, x - pivot, aim, c, k, last, constants)
+        distance += distance_of(at, sums, shifted, aim, start, k, last, constants)
     if outputs.grad_logits is not None and not constants.WIDTH:
-        gradient = gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants)
-        write(outputs.grad_logits, at, gradient, c, k, last, constants)
+        gradient = gradient_of(inputs, scalars, at, sums, shifted, aim, c, constants)
+        write(outputs.grad_logits, at, gradient, start, k, last, constants)
     if outputs.grad_probabilities is not None:
-        gradient = gradient_of_probabilities(
-            inputs, scalars, at, sums, x - pivot, c, last, constants
-        )
-        write(outputs.grad_probabilities, at, gradient, c, k, last, constants)
+        gradient = gradient_of_probabilities(inputs, scalars, at, sums, shifted, c, last, constants)
+        write(outputs.grad_probabilities, at, gradient, start, k, last, constants)
     return Found(entropy, leader, distance)
 
 
@@ -260,21 +264,17 @@ def one_read(inputs, outputs, scalars, block, constants):
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
     found = nothing_found(constants)
-    pivot = gradients_pivot(inputs, sums, constants)
     if constants.INPLACE:
         tl.debug_barrier()  # no thread is to read a logit that another has overwritten
     gradients = ()
     for k in tl.static_range(constants.TILES):
-        c = columns_of(0, k, constants)
         x = opened(tiles[k], inputs.classes, 2, constants)
-        aim = None
-        if constants.AIMS:
-            aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 2, constants)
         found = finish_tile(
-            inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
+            inputs, outputs, scalars, at, sums, found, x, probabilities, 0, k, last, constants
         )
         if constants.WIDTH and outputs.grad_logits is not None:
-            gradients += (gradient_of(inputs, scalars, at, sums, x - pivot, aim, c, constants),)
+            c, shifted = columns_of(0, k, constants), x - gradients_pivot(inputs, sums, constants)
+            gradients += (gradient_of(inputs, scalars, at, sums, shifted, None, c, constants),)
     if constants.WIDTH and outputs.grad_logits is not None:
         write_rows(outputs.grad_logits, at, gradients, last, constants)
     return finish(
@@ -382,22 +382,17 @@ def two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS: tl.con
     loss = spike_loss(inputs, scalars, at, sums, own, constants)
     at = focused(scalars, at, sums, constants)
     found = nothing_found(constants)
-    pivot = gradients_pivot(inputs, sums, constants)
     reads = constants.UNIFORM or constants.AIMS or outputs.grad_logits is not None
     if reads or outputs.entropy is not None:
         for start in range(first, last, constants.TILES * constants.CLASSES):
             tiles = read_logits(inputs, at, start, last, constants)
-            probabilities = read_probabilities(inputs, at, start, last, constants)
+            aims = read_probabilities(inputs, at, start, last, constants)
             if constants.INPLACE:
                 tl.debug_barrier()
             for k in tl.static_range(constants.TILES):
-                c = columns_of(start, k, constants)
-                aim = None
-                if constants.AIMS:
-                    aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 2, constants)
                 x = tiles[k].to(constants.A)
                 found = finish_tile(
-                    inputs, outputs, scalars, at, sums, found, x, pivot, aim, c, k, last, constants
+                    inputs, outputs, scalars, at, sums, found, x, aims, start, k, last, constants
                 )
     classes, splits = last - tl.maximum(first, at.shift), shares.splits
     return finish(

@@ -85,7 +85,7 @@ def planned(sizes: tuple[int, int, int], memory: Memory, asked: Asked) -> Plan:
         splits,
         length,
         blocks,
-        min(blocks, launch.resident(tile, memory.device)) if compiled.TURNS else blocks,
+        launch.programs(blocks, tile, memory.device),
         Constants(
             **compiled._asdict(),
             SLOPE=float(follows),

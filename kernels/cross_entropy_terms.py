@@ -206,16 +206,16 @@ def read_probabilities(inputs, at, start, last, constants):
 
 
 @triton.jit
-def aim_of(inputs, scalars, at, tiles, c, k: tl.constexpr, last, turn: tl.constexpr, constants):
+def aim_of(inputs, scalars, at, tiles, start, k: tl.constexpr, last, turn: tl.constexpr, constants):
     """q / level but for the spike, where that differs from class to class."""
     aim = tl.full([constants.POSITIONS, constants.CLASSES], 0.0, constants.A)
     if constants.OFFSET:
-        mask = mask_of(at, at.read, c, k, last, constants)
+        mask = mask_of(at, at.read, start, k, last, constants)
         aim = tl.where(mask, tl.full([], scalars.offset, constants.A), 0.0)
     if inputs.probabilities is not None:
         aim += opened(tiles[k], inputs.classes, turn, constants) * constants.SLOPE
     if inputs.weight is not None:
-        aim *= weight_of(inputs, at, c, last, constants)
+        aim *= weight_of(inputs, at, columns_of(start, k, constants), last, constants)
     return aim
 
 
@@ -257,8 +257,7 @@ def sum_classes(inputs, scalars, at, first, last, constants):
         if constants.AIMS:
             probabilities = read_probabilities(inputs, at, start, last, constants)
             for k in tl.static_range(constants.TILES):
-                c = columns_of(start, k, constants)
-                aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 1, constants)
+                aim = aim_of(inputs, scalars, at, probabilities, start, k, last, 1, constants)
                 aimed += tl.sum(by_lane(aim, constants), 2)
     high, total = of_all_lanes(high, total, constants)
     return Sums(high, total, tl.sum(aimed, 1))
@@ -271,8 +270,7 @@ def sum_tiles(inputs, scalars, at, tiles, probabilities, last, constants):
     aimed = no_sums(constants)
     if constants.AIMS:
         for k in tl.static_range(constants.TILES):
-            c = columns_of(0, k, constants)
-            aim = aim_of(inputs, scalars, at, probabilities, c, k, last, 1, constants)
+            aim = aim_of(inputs, scalars, at, probabilities, 0, k, last, 1, constants)
             aimed += tl.sum(by_lane(aim, constants), 2)
     return Sums(high, total, tl.sum(aimed, 1))
 
@@ -380,7 +378,7 @@ def gradients_pivot(inputs, sums, constants):
 
 
 @triton.jit
-def distance_of(at, sums, shifted, aim, c, k: tl.constexpr, last, constants):
+def distance_of(at, sums, shifted, aim, start, k: tl.constexpr, last, constants):
     """Of each lane, its part of a tile's sum_c q_c (lse - x_c) / level, but for the spike.
 
     Where all q_c are the same, of sum_c pivot - x_c.
@@ -388,7 +386,7 @@ def distance_of(at, sums, shifted, aim, c, k: tl.constexpr, last, constants):
     distance = -shifted
     if constants.AIMS:
         distance += tl.log(sums.total)[:, None]
-    distance = tl.where(mask_of(at, at.present, c, k, last, constants), distance, 0.0)
+    distance = tl.where(mask_of(at, at.present, start, k, last, constants), distance, 0.0)
     if constants.AIMS:
         distance *= aim
     return tl.sum(by_lane(distance, constants), 2)

@@ -43,13 +43,15 @@ MOST_COUNTERS = 256
 COUNTED = 512
 
 
+# Programs that take blocks by turns: as many as fit a GPU, so often, each with so many turns.
+ROUNDS, TURNS = 4, 16
+
+
 class Row(NamedTuple):
     """How cross-entropy takes inputs of up to `most` classes: held as one or more tiles, if any.
 
-    Turns: of ``"once"`` a program has one block of positions. Else there are as many programs as a
-    GPU runs at a time, which take blocks by turns, so that each waits but once for the others'
-    losses. What blocks have in common is ``"held"``, or computed ``"anew"`` for each: whichever
-    takes fewer registers.
+    By turns as many programs as a GPU runs at a time take blocks of positions, so that each waits
+    but once for the others' losses. Else each has one block.
     """
 
     most: float
@@ -58,7 +60,7 @@ class Row(NamedTuple):
     threads: int
     cluster: int = 1  # programs that share them, through each other's memory
     registers: int = 64  # of a lane, at most: a compiler takes more than pays
-    turns: str = "anew"
+    turns: bool = True
 
 
 # Classes side by side, class indices, with gradients, by bytes of an element. Up to the last row
@@ -68,7 +70,7 @@ class Row(NamedTuple):
 # that several are under way on each multiprocessor.
 CLASSES_INNER = {
     2: (
-        Row(1024, 1024, 1, 32, turns="once"),
+        Row(1024, 1024, 1, 32),
         Row(4096, 512, 1, 64),
         Row(8192, 1024, 1, 128),
         Row(16384, 2048, 1, 256),
@@ -77,9 +79,9 @@ CLASSES_INNER = {
     ),
     4: (
         Row(1024, 1024, 1, 32),
-        Row(4096, 512, 1, 128, turns="held"),
-        Row(8192, 1024, 1, 256, turns="held"),
-        Row(16384, 2048, 1, 512, turns="held"),
+        Row(4096, 512, 1, 128),
+        Row(8192, 1024, 1, 256),
+        Row(16384, 2048, 1, 512),
         Row(32768, 4096, 1, 1024),
         Row(ANY, 4096, 1, 256),
     ),
@@ -94,14 +96,11 @@ CLASSES_INNER = {
 
 # The same, where programs form clusters: instead of one that fills a multiprocessor, and has
 # nothing to do while it waits for its row, several that each leave room for others.
-# Vocabularies of some 50,000 fill 12 to 13 tiles of programs of a warp each; of tiles twice as
-# large a seventh would be empty.
 CLUSTERED = {
     2: (
         *CLASSES_INNER[2][:4],
         Row(32768, 4096, 1, 128, 4, 56),
-        Row(53248, 4096, 1, 32, 16, 80, "held"),
-        Row(65536, 8192, 1, 128, 8),
+        Row(65536, 8192, 1, 128, 8, 56),
         Row(131072, 16384, 1, 128, 16),
         Row(262144, 32768, 1, 256, 16),
         CLASSES_INNER[2][-1],
@@ -217,8 +216,8 @@ AIMED = {
 # read at a time (4 in float64).
 POSITIONS_INNER = {
     2: (
-        Row(24, 2048, 64, 32, registers=72, turns="once"),
-        Row(32, 2048, 64, 32, registers=112, turns="once"),
+        Row(24, 2048, 64, 32, registers=72, turns=False),
+        Row(32, 2048, 64, 32, registers=96, turns=False),
         Row(160, 8192, 64, 128, registers=72),
         Row(ANY, 512, 64, 32),
     ),
@@ -236,7 +235,7 @@ BESIDE = {"aimed": 88, "dense": 88, "pair": 88, "short": 192}
 
 # Where classes lie side by side, but are so few that a lane walks over its rows' own. A warp writes
 # them through shared memory, in the order of memory.
-FEW = dict.fromkeys((2, 4), Row(32, 1024, 32, 32, turns="held"))
+FEW = dict.fromkeys((2, 4), Row(32, 1024, 32, 32))
 
 
 class Split(NamedTuple):
@@ -262,7 +261,7 @@ class Tile(NamedTuple):
     threads: int
     cluster: int
     registers: int
-    turns: str
+    turns: bool
 
 
 def tile(
@@ -336,23 +335,49 @@ def splits(positions: int, classes: int, tile: Tile) -> tuple[int, int]:
 
 def with_ends(tile: Tile, dtype: torch.dtype, plain: bool) -> Tile:
     """For rows that begin anywhere, whose ends take registers."""
-    half, one_warp = dtype.itemsize == 2, tile.threads == 32
-    turns = "once" if tile.cluster == 1 else "held" if half else "anew"
-    registers = tile.registers + 8
-    if one_warp:
-        few = plain and half and (tile.cluster == 1 or dtype is torch.bfloat16)
-        registers = registers if few else max(registers, 112)
-    elif half:
-        registers = max(registers, 72 if tile.cluster == 1 else 80) + 8 * (dtype is torch.float16)
-    elif dtype is torch.float32 and tile.cluster == 1:
-        registers -= 8
-    return tile._replace(registers=registers, turns=turns)
+    least = 64
+    if tile.threads == 32:
+        half = dtype.itemsize == 2
+        least = (64 if half else 72) if plain else (96 if half else 128)
+    return tile._replace(registers=max(tile.registers, least))
+
+
+def programs(blocks: int, tile: Tile, device: torch.device) -> int:
+    """How many there are for so many blocks.
+
+    Those that take them by turns come in rounds, where each still has many turns: else what fits
+    less than counted would take as long again, and all would wait for the slowest.
+    """
+    if not tile.turns:
+        return blocks
+    room = resident(tile, device)
+    return min(blocks, room * max(1, min(ROUNDS, blocks // (room * TURNS))))
 
 
 def resident(tile: Tile, device: torch.device) -> int:
-    """How many programs, or clusters of them, a GPU has room for."""
-    most = min(32, 2048 // tile.threads, REGISTERS // (tile.threads * tile.registers))
-    return max(1, multiprocessors(device) * most // tile.cluster)
+    """How many programs, or clusters of them, a GPU has room for at a time.
+
+    A cluster lies within a group of multiprocessors, which has 16 of them, or some pairs more.
+    """
+    each = fit(tile.threads, tile.registers)
+    group = next(n for n in (1, 2, 16) if n == 16 or n * each % tile.cluster == 0)
+    return max(1, multiprocessors(device) // group * (group * each // tile.cluster))
+
+
+def fit(threads: int, registers: int) -> int:
+    """How many programs a multiprocessor has room for.
+
+    Each quarter of it has registers of its own, which its warps take by eights of each lane.
+    """
+    warps = min(16, REGISTERS // 4 // (32 * cdiv(registers, 8) * 8)) * 4
+    return min(32, warps * 32 // threads)
+
+
+@functools.cache
+def roomiest(threads: int, registers: int) -> int:
+    """The most registers with which as many programs fit."""
+    alike = (n for n in range(248, registers, -8) if fit(threads, n) == fit(threads, registers))
+    return next(alike, registers)
 
 
 @functools.cache
@@ -369,7 +394,7 @@ def options(threads: int, cluster: int = 1, registers: int | None = None) -> dic
     if cluster > 1:
         told["num_ctas"] = cluster
     if registers is not None and is_nvidia():
-        told["maxnreg"] = registers
+        told["maxnreg"] = roomiest(threads, registers)
     return told
 
 

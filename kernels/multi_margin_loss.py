@@ -63,10 +63,10 @@ def multi_margin_kernel(
     for start in range(0, last, constants.TILES * constants.CLASSES):
         for k in tl.static_range(constants.TILES):
             c = columns_of(start, k, constants)
-            others = mask_of(at, at.present, c, k, last, constants) & (
+            others = mask_of(at, at.present, start, k, last, constants) & (
                 c[None, :] != at.shift + hit[:, None]
             )
-            z = read(x, at, live, c, k, last, 0.0, constants).to(constants.A)
+            z = read(x, at, live, start, k, last, 0.0, constants).to(constants.A)
             z += slack[:, None]
             z = tl.where(others & live[:, None] & (z > 0.0), z, 0.0)  # NaN is nothing, as in torch
             if SQUARED:

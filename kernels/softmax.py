@@ -23,7 +23,6 @@ from .tiles import (
     add_exponentials,
     block_of,
     by_lane,
-    columns_of,
     exponentials_of,
     layout,
     memory_of,
@@ -61,7 +60,7 @@ def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants: tl.
             if constants.WIDTH:
                 rows += (value,)
             else:
-                write(y, at, value, columns_of(0, k, constants), k, last, constants)
+                write(y, at, value, 0, k, last, constants)
         if constants.WIDTH:
             write_rows(y, at, rows, last, constants)
     else:
@@ -73,12 +72,9 @@ def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants: tl.
         high, total = of_all_lanes(high, total, constants)
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                c = columns_of(start, k, constants)
-                value = read(x, at, at.present, c, k, last, -float("inf"), constants).to(
-                    constants.A
-                )
-                value = normalized(value, high, total, LOGARITHM, constants)
-                write(y, at, value, c, k, last, constants)
+                value = read(x, at, at.present, start, k, last, -float("inf"), constants)
+                value = normalized(value.to(constants.A), high, total, LOGARITHM, constants)
+                write(y, at, value, start, k, last, constants)
 
 
 @triton.jit
@@ -99,10 +95,9 @@ def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
 @triton.jit
 def read_pair(dy, y, at, start, k: tl.constexpr, last, constants):
     """The k-th tile of each."""
-    c = columns_of(start, k, constants)
-    dy_k = read(dy, at, at.present, c, k, last, 0.0, constants).to(constants.A)
-    y_k = read(y, at, at.present, c, k, last, 0.0, constants).to(constants.A)
-    return c, dy_k, y_k
+    dy_k = read(dy, at, at.present, start, k, last, 0.0, constants).to(constants.A)
+    y_k = read(y, at, at.present, start, k, last, 0.0, constants).to(constants.A)
+    return dy_k, y_k
 
 
 @triton.jit
@@ -122,18 +117,18 @@ def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constant
             dy_k = opened(upstream[k], classes, 2, constants)
             y_k = opened(output[k], classes, 2, constants)
             value = gradient(dy_k, y_k, total, LOGARITHM, constants)
-            write(dx, at, value, columns_of(0, k, constants), k, last, constants)
+            write(dx, at, value, 0, k, last, constants)
     else:
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                _, dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
+                dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
                 total += summand(dy_k, y_k, LOGARITHM, constants)
         total = tl.sum(total, 1)
         for start in range(0, last, constants.TILES * constants.CLASSES):
             for k in tl.static_range(constants.TILES):
-                c, dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
+                dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
                 value = gradient(dy_k, y_k, total, LOGARITHM, constants)
-                write(dx, at, value, c, k, last, constants)
+                write(dx, at, value, start, k, last, constants)
 
 
 def softmax(

@@ -117,17 +117,17 @@ def columns_of(start, k: tl.constexpr, constants):
 
 
 @triton.jit
-def mask_of(at, present, c, k: tl.constexpr, last, constants):
+def mask_of(at, present, start, k: tl.constexpr, last, constants):
     """Of tiles that a lane walks over and holds, only the last may have fewer classes."""
     full: tl.constexpr = constants.TILES - (constants.CLASSES > 1)
     if constants.SHIFTED:
         if not constants.HELD:  # compared anew, rather than held since they were read
-            c += unknown_zero(last, 2)
-        mask = present[:, None] & between(at.shift, c, k, last, constants)
+            start += unknown_zero(last, 2)
+        mask = present[:, None] & between(at.shift, start, k, last, constants)
     elif constants.HELD and constants.WALKED and k < full:
         mask = tl.broadcast_to(present[:, None], [constants.POSITIONS, constants.CLASSES])
     else:
-        mask = present[:, None] & (c < last)[None, :]
+        mask = present[:, None] & (columns_of(start, k, constants) < last)[None, :]
     return mask
 
 
@@ -154,14 +154,22 @@ def up_to_load(column, constants):
 
 
 @triton.jit
-def between(first, c, k: tl.constexpr, last, constants):
-    """The columns from first, if any, to last, of rows that are shifted."""
-    mask = tl.full([1, constants.CLASSES], True, tl.int1)
+def between(first, start, k: tl.constexpr, last, constants):
+    """The columns from first, if any, to last, of rows that are shifted.
+
+    Of a lane's load each element's number is compared with the distance from its first one, which
+    takes a register a tile. Columns, which all blocks have in common, would take one an element.
+    """
+    lanes: tl.constexpr = constants.CLASSES // constants.LOADED
+    load = tl.arange(0, lanes).to(constants.INDEX) * constants.LOADED
+    load += start + k * constants.CLASSES
+    each = tl.arange(0, constants.LOADED).to(constants.INDEX)[None, :]
+    mask = tl.full([lanes, constants.LOADED], True, tl.int1)
     if may_begin(k, constants) and first is not None:
-        mask &= (c >= first)[None, :]
+        mask &= each >= (first - load)[:, None]
     if may_end(k, constants):
-        mask &= (c < last)[None, :]
-    return mask
+        mask &= each < (last - load)[:, None]
+    return tl.reshape(mask, [1, constants.CLASSES])
 
 
 @triton.jit
@@ -185,17 +193,18 @@ def place(view, at, c, constants):
 
 
 @triton.jit
-def read(view, at, present, c, k: tl.constexpr, last, other, constants):
+def read(view, at, present, start, k: tl.constexpr, last, other, constants):
     """As it is in memory."""
+    source = place(view, at, columns_of(start, k, constants), constants)
     if constants.SHIFTED:
         end = up_to_load(last, constants)
-        mask = present[:, None] & between(None, c, k, end, constants)
-        x = tl.load(place(view, at, c, constants), mask=mask, other=other)
+        mask = present[:, None] & between(None, start, k, end, constants)
+        x = tl.load(source, mask=mask, other=other)
         if has_end(k, constants):
-            x = tl.where(between(at.shift, c, k, last, constants), x, other)
+            x = tl.where(between(at.shift, start, k, last, constants), x, other)
     else:
-        mask = mask_of(at, present, c, k, last, constants)
-        x = tl.load(place(view, at, c, constants), mask=mask, other=other)
+        mask = mask_of(at, present, start, k, last, constants)
+        x = tl.load(source, mask=mask, other=other)
     return x
 
 
@@ -204,28 +213,24 @@ def read_tiles(view, at, present, start, last, other, constants):
     """The next tiles, as they are in memory."""
     tiles = ()
     for k in tl.static_range(constants.TILES):
-        c = columns_of(start, k, constants)
-        tiles += (read(view, at, present, c, k, last, other, constants),)
+        tiles += (read(view, at, present, start, k, last, other, constants),)
     return tiles
 
 
 @triton.jit
-def write(view, at, value, c, k: tl.constexpr, last, constants):
+def write(view, at, value, start, k: tl.constexpr, last, constants):
+    to = place(view, at, columns_of(start, k, constants), constants)
     if constants.SHIFTED:
-        to, present = place(view, at, c, constants), at.present[:, None]
+        present = at.present[:, None]
         first = up_to_load(at.shift, constants)
         end = last // constants.LOADED * constants.LOADED
-        whole = between(first, c, k, end, constants)
+        whole = between(first, start, k, end, constants)
         tl.store(to, value, mask=present & whole)
         if has_end(k, constants):
-            inside = between(at.shift, c, k, last, constants)
+            inside = between(at.shift, start, k, last, constants)
             tl.store(to, value, mask=present & inside & (whole == 0))
     else:
-        tl.store(
-            place(view, at, c, constants),
-            value,
-            mask=mask_of(at, at.present, c, k, last, constants),
-        )
+        tl.store(to, value, mask=mask_of(at, at.present, start, k, last, constants))
 
 
 @triton.jit
@@ -402,8 +407,6 @@ def layout(
     packed &= not tile.walked or tile.threads > 32  # a lane that has all of them has few
     if ends:
         tile = launch.with_ends(tile, dtype, kind == "")
-    elif dtype is torch.float16 and tile.cluster > 1:  # whose conversions take more
-        tile = tile._replace(registers=tile.registers + 8)
     return Layout(
         A=launch.accumulate_type(dtype),
         INDEX=launch.index_type(
@@ -422,7 +425,7 @@ def layout(
         WALKED=tile.walked,
         WIDTH=launch.power_of_2(classes) if tile.walked and not columns else 0,
         ROW=classes if tile.walked and dense else 0,
-        TURNS=tile.turns != "once",
-        ANEW=tile.turns == "anew",
+        TURNS=tile.turns,
+        ANEW=columns or kind in ("aimed", "dense"),  # whichever takes fewer registers
         EXACT=size > 2,
     ), tile

@@ -36,7 +36,7 @@ def use_small_tiles() -> None:
     launch.MOST_PROGRAMS = MOST_PROGRAMS
     launch.GROUP = GROUP
     launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
-    few = launch.Row(4, 8, 1, 32, turns="once")
+    few = launch.Row(4, 8, 1, 32, turns=False)
     classes = few, launch.Row(100, 32, 1, 32), launch.Row(any_, 64, 1, 32)
     launch.resident = lambda *_: 3
     launch.COUNTED = 16

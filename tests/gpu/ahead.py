@@ -252,14 +252,15 @@ class Driver:
 class Recorder:
     """While entered, kernels are compiled for a target where they would be launched."""
 
-    def __init__(self, target: GPUTarget) -> None:
+    def __init__(self, target: GPUTarget, multiprocessors: int = 132) -> None:
         self.target = target
+        self.multiprocessors = multiprocessors
         self.launched: list[tuple[str, Any]] = []
         self.programs: list[int] = []  # of each launch
         self.turns: list[int] = []  # at most, of each of them
 
     def __enter__(self) -> list[tuple[str, Any]]:
-        self.run = JITFunction.run
+        self.run, self.counted = JITFunction.run, launch.multiprocessors
         run, launched = self.run, self.launched
 
         def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -271,6 +272,7 @@ class Recorder:
             self.turns.append(-(-blocks // programs))
 
         JITFunction.run = compile_only
+        launch.multiprocessors = lambda _: self.multiprocessors
         driver.set_active(Driver(self.target))
         launch._warp_size.cache_clear()
         tiles.layout.cache_clear()
@@ -278,7 +280,7 @@ class Recorder:
         return launched
 
     def __exit__(self, *_: object) -> None:
-        JITFunction.run = self.run
+        JITFunction.run, launch.multiprocessors = self.run, self.counted
         driver.set_active(None)  # the next to ask finds the real one
         launch._warp_size.cache_clear()
         tiles.layout.cache_clear()
@@ -372,8 +374,12 @@ def on_amd(kernel: Any, bits: int) -> dict[str, int]:
     }
 
 
+def used_by(kernel: Any, bits: int) -> dict[str, int]:
+    return (on_amd if "amdgcn" in kernel.asm else on_nvidia)(kernel, bits)
+
+
 def inspect(target: str, case: Case, name: str, kernel: Any) -> Compiled:
-    found = (on_amd if "amdgcn" in kernel.asm else on_nvidia)(kernel, case.bits)
+    found = used_by(kernel, case.bits)
     wrong = []
     if found["spills"] > SPILLED_OF.get(name, SPILLED):
         wrong.append("spills")

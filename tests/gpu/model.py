@@ -5,8 +5,8 @@
     python tests/gpu/model.py --measured gpu.json    # beside what benchmarks/gpu.py found
 
 One multiprocessor is followed: its resident programs, warp by warp through the instructions that
-`machine_code.py` reads, queueing for issue slots, units, L2 and memory. One constant is fitted, a
-GPU's efficiency, to times that were published for Liger's cross-entropy on an H100.
+`nvidia.py` and `amd.py` read, queueing for issue slots, units, L2 and memory. One constant is
+fitted, a GPU's efficiency, to times that were published for Liger's cross-entropy on an H100.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ahead
+import amd
+import nvidia
 import torch
 import triton
-from machine_code import WAITS, Code, Instruction, demand
+from machine_code import Code, Instruction, demand
 from rich.console import Console
 from rich.progress import track
 
@@ -48,24 +50,53 @@ class Gpu(NamedTuple):
     multiprocessors: int
     bytes_a_ns: float  # of memory
     ghz: float
-    l2_mb: float
+    l2_mb: float  # the last cache in front of memory
     registers: int = 65_536
     warps: int = 64
     shared: int = 227 << 10
     efficiency: float = 0.8  # of the issue slots that busy warps fill
+    # Instructions a cycle of a warp by itself, whose results wait for one another.
+    alone: float = 0.4
+    memory_ns: float = 600
+    l2_ns: float = 220
+    l2_bytes_a_ns: float = 5500
+
+    @property
+    def lanes(self) -> int:
+        """Of a warp."""
+        return int(ahead.TARGETS[self.target].warp_size)
+
+    def resident(self, warps: int, registers: int, shared: int) -> int:
+        """How many programs a multiprocessor has room for, whose quarters have registers each."""
+        each = -(-registers // 8) * 8 * self.lanes
+        fit = min(self.warps // 4, self.registers // 4 // each) * 4
+        return max(1, min(fit // warps, 32, self.shared // (shared + 1024)))
 
 
-# NVIDIA's data sheets and architecture white papers; memory at nine tenths of its peak, as copies
-# reach, clocks at what full load leaves.
+# The makers' data sheets and architecture white papers; memory at nine tenths of its peak, as
+# copies reach, clocks at what full load leaves. AMD's memory is what its acceptance test asks of a
+# copy, its last cache what Chips and Cheese measured.
 GPUS = {
     "H200": Gpu("sm_90", 132, 4300, 1.755, 50),
     "H100": Gpu("sm_90", 132, 3010, 1.755, 50),
     "A100": Gpu("sm_80", 108, 1800, 1.41, 40, shared=163 << 10),
     "B200": Gpu("sm_100", 148, 7200, 1.85, 126),
+    "MI300X": Gpu(
+        "gfx942",
+        304,
+        4180,
+        1.9,
+        256,
+        registers=131_072,
+        warps=32,
+        shared=64 << 10,
+        alone=0.25,
+        memory_ns=800,
+        l2_ns=300,
+        l2_bytes_a_ns=11_900,
+    ),
 }
-ALONE = 0.4  # instructions a cycle of a warp by itself, whose results wait for one another
-MEMORY_NS, L2_NS, START_NS, BARRIER_NS = 600, 220, 300, 12
-L2_BYTES_A_NS = 5500
+START_NS, BARRIER_NS = 300, 12
 CHUNK = 24  # instructions until another warp's turn
 # Cycles that are assumed of a barrier of a cluster beyond a program's, and until stores are there.
 CLUSTER, DRAINED = 600, 600
@@ -102,7 +133,48 @@ def hits(footprint_mb: float, gpu: Gpu) -> float:
     return max(0.0, min(1.0, 2 * (1 - footprint_mb / gpu.l2_mb)))
 
 
-def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iterator[Step]:
+@dataclass
+class UnderWay:
+    """An access whose result is not there yet."""
+
+    kind: str
+    number: int
+    delay: int
+    registers: set[int]  # that it will be in
+
+
+class Flight:
+    """What a warp has under way, in order."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.all: list[UnderWay] = []
+
+    def begin(self, instruction: Instruction) -> int:
+        self.number += 1
+        kind = "shared" if instruction.kind == "shared" else "load"
+        written = set(instruction.written)
+        self.all.append(UnderWay(kind, self.number, instruction.delay, written))
+        return self.number
+
+    def end(self, instruction: Instruction) -> list[UnderWay]:
+        """Those that an instruction waits for."""
+        if instruction.kind == "wait":
+            awaited = []
+            for kind, left in instruction.left.items():
+                alike = [each for each in self.all if each.kind == kind]
+                awaited += alike[: max(0, len(alike) - left)]
+        else:
+            awaited = [each for each in self.all if each.registers & instruction.read]
+            for each in self.all:
+                each.registers -= instruction.written
+        self.all = [each for each in self.all if each not in awaited]
+        return awaited
+
+
+def warp(
+    code: Code, turns: dict[int, int], scale: float, second: float, lanes: int
+) -> Iterator[Step]:
     """Its steps.
 
     Args:
@@ -114,9 +186,9 @@ def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iter
     again = range(loops[1][0], loops[1][1] + 1) if len(loops) > 1 else range(0)
     widths = {first: code.row_width(first, last) for first, last in loops or [code.whole()]}
     loop_of = {i: first for first, last in loops or [code.whole()] for i in range(first, last + 1)}
-    pending: dict[int, tuple[str, int]] = {}
+    flight = Flight()
     block: list[Instruction] = []
-    number, stored = 0, False
+    stored = False
 
     def work() -> Iterator[Step]:
         for start in range(0, len(block), CHUNK):
@@ -125,37 +197,32 @@ def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iter
 
     for place in code.steps(turns):
         instruction = code.instructions[place]
-        written, read = instruction.registers()
-        for kind, load in {pending[r] for r in read if r in pending}:
+        for each in flight.end(instruction):
             yield from work()
-            if kind == "LDG":
-                yield Step("await", load=load)
+            if each.delay:
+                yield Step("delay", bytes=each.delay)
             else:
-                yield Step("delay", bytes=WAITS[kind])
-            pending = {r: p for r, p in pending.items() if p != (kind, load)}
-        for register in written:
-            pending.pop(register, None)
-        if instruction.name in ("BAR", "UCGABAR_WAIT"):
+                yield Step("await", load=each.number)
+        if instruction.kind in ("barrier", "cluster"):
             yield from work()
             yield Step("barrier")
-            if instruction.name != "BAR":
+            if instruction.kind == "cluster":
                 yield Step("delay", bytes=CLUSTER)
             continue
-        if instruction.name == "MEMBAR" and stored:
+        if instruction.kind == "fence" and stored:
             yield from work()
             yield Step("delay", bytes=DRAINED)
             stored = False
             continue
         block.append(instruction)
-        if instruction.name in ("LDG", *WAITS):
-            number += 1
-            pending |= dict.fromkeys(written, (instruction.name, number))
-        if instruction.name in ("LDG", "STG"):
+        if instruction.kind in ("load", "store", "shared", "slow", "count"):
+            number = flight.begin(instruction)
+        if instruction.kind in ("load", "store"):
             yield from work()
             row = instruction.width == widths.get(loop_of.get(place, -1))
-            size = 32 * instruction.width * scale
-            if instruction.name == "STG":
-                yield Step("store", bytes=size if row else 0.0)
+            size = lanes * instruction.width * scale
+            if instruction.kind == "store":
+                yield Step("store", bytes=size if row else 0.0, load=number)
                 stored = True
             else:
                 hit = 1.0 if not row else second * (place in again)
@@ -165,7 +232,7 @@ def warp(code: Code, turns: dict[int, int], scale: float, second: float) -> Iter
 
 def run(steps: Sequence[Step], gpu: Gpu, warps: int, resident: int, programs: int) -> float:
     """Nanoseconds that a multiprocessor takes for so many programs."""
-    bandwidth, l2_bandwidth = (b / gpu.multiprocessors for b in (gpu.bytes_a_ns, L2_BYTES_A_NS))
+    bandwidth, l2_bandwidth = (b / gpu.multiprocessors for b in (gpu.bytes_a_ns, gpu.l2_bytes_a_ns))
     free: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(4)]
     memory = l2 = end = 0.0
     events: list[tuple[float, int, int, int]] = []
@@ -187,7 +254,7 @@ def run(steps: Sequence[Step], gpu: Gpu, warps: int, resident: int, programs: in
             continue
         step = steps[place]
         if step.kind == "work":
-            then = now + step.cycles["issue"] / gpu.ghz / ALONE
+            then = now + step.cycles["issue"] / gpu.ghz / gpu.alone
             units = free[(program + w) % 4]
             for unit, cycles in step.cycles.items():
                 units[unit] = max(now, units[unit]) + cycles / gpu.ghz / gpu.efficiency
@@ -197,10 +264,11 @@ def run(steps: Sequence[Step], gpu: Gpu, warps: int, resident: int, programs: in
             l2 = max(l2, now) + step.bytes / l2_bandwidth
             missed = step.bytes * (1 - step.hits)
             memory = max(memory, now) + missed / bandwidth
-            arrival = memory + MEMORY_NS if missed else l2 + L2_NS
+            arrival = memory + gpu.memory_ns if missed else l2 + gpu.l2_ns
             arrivals[program, w][step.load] = arrival
         elif step.kind == "store":
             memory = max(memory, now) + step.bytes / bandwidth
+            arrivals[program, w][step.load] = memory + gpu.l2_ns
         elif step.kind == "await":
             now = max(now, arrivals[program, w].get(step.load, now))
         elif step.kind == "delay":
@@ -228,7 +296,7 @@ class Traffic(NamedTuple):
 
 def predict(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> Prediction:
     """The kernel that takes longest, with the launches of the whole call."""
-    launched = launches_of(case, gpu.target)
+    launched = launches_of(case, gpu.target, gpu.multiprocessors)
     main = [each for each in launched if each.name != "count_kernel"]
     found = [_predict(case, each, traffic, gpu, len(launched)) for each in main]
     return min(found, key=lambda p: p.share)
@@ -246,12 +314,13 @@ class Launched(NamedTuple):
 
 
 @cache
-def launches_of(case: ahead.Case, target: str) -> list[Launched]:
-    recorder = ahead.Recorder(ahead.TARGETS[target])
+def launches_of(case: ahead.Case, target: str, multiprocessors: int) -> list[Launched]:
+    recorder = ahead.Recorder(ahead.TARGETS[target], multiprocessors)
     with recorder as launched:
         case.run()
+    read = (amd if ahead.TARGETS[target].backend == "hip" else nvidia).read
     return [
-        Launched(name, Code.of(kernel), ahead.on_nvidia(kernel, 128), kernel.metadata, *grid)
+        Launched(name, read(kernel), ahead.used_by(kernel, 128), kernel.metadata, *grid)
         for (name, kernel), *grid in zip(launched, recorder.programs, recorder.turns, strict=True)
     ]
 
@@ -262,7 +331,7 @@ def _predict(
     code, used, metadata = launched.code, launched.used, launched.metadata
     warps, programs = metadata.num_warps, launched.programs * metadata.num_ctas
     loops, share = code.loading_loops(), traffic.read / programs
-    lanes = 32 * warps
+    lanes = gpu.lanes * warps
     turns, covered = {}, 0
     outer = code.around(loops) if loops else []
     times = launched.turns if outer else 1
@@ -273,19 +342,10 @@ def _predict(
         covered = times * turns[first] * body
     if not loops:
         covered = code.loaded(*code.whole()) * lanes
-    registers = -(-used["registers"] * 32 // 256) * 256 * warps
-    resident = max(
-        1,
-        min(
-            gpu.warps // warps,
-            gpu.registers // registers,
-            32,
-            gpu.shared // (metadata.shared + 1024),
-        ),
-    )
+    resident = gpu.resident(warps, used["registers"], metadata.shared)
     footprint = min(resident * gpu.multiprocessors, programs) * share / 1e6
     again = hits(footprint, gpu)
-    steps = list(warp(code, turns, min(1.0, share / covered), again))
+    steps = list(warp(code, turns, min(1.0, share / covered), again, gpu.lanes))
     each = programs / gpu.multiprocessors
     some = max(1, min(6 * resident, round(each)))
     time = run(steps, gpu, warps, resident, some)

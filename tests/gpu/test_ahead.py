@@ -199,18 +199,6 @@ def test_launches_of_a_mean(positions: int, kernels: list[str], classes: int) ->
     assert [name for name, _ in launched] == kernels
 
 
-@pytest.mark.parametrize("classes", [10, 4096, 32_000, 50_304, 128_256])
-def test_programs_fill_a_gpu_once(classes: int) -> None:
-    recorder = ahead.Recorder(ahead.TARGETS["sm_90"])
-    with recorder as launched:
-        ahead.cross_entropy_case((1 << 20, classes), torch.bfloat16, "").run()
-    kernel, programs = launched[-1][1], recorder.programs[-1]
-    lanes = 32 * kernel.metadata.num_warps * kernel.metadata.num_ctas
-    lanes_at_a_time = 132 * min(2048, 65_536 // kernel.metadata.maxnreg, 32 * lanes)
-    assert 0.8 * lanes_at_a_time <= programs * lanes <= lanes_at_a_time
-    assert recorder.turns[-1] > 1
-
-
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
 def test_launches_for_each_chunk_of_a_linear_layers_logits(softcap: float | None) -> None:
     """Beside the products: the loss with its gradient, and the cap's two."""
