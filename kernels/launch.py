@@ -66,8 +66,8 @@ class Row(NamedTuple):
 # Classes side by side, class indices, with gradients, by bytes of an element. Up to the last row
 # but one a row of logits is held in registers. Up to 1,024 classes are a warp's, 32 of them a lane,
 # which waits for no other. Longer ones of half precision are held packed, in tiles of one load of
-# 16 bytes a lane. Beyond, a row is read twice, in tiles of 16 elements a lane, by programs so small
-# that several are under way on each multiprocessor.
+# 16 bytes a lane. Beyond, a row is read twice, by programs as large as they come: so few rows are
+# under way that the last cache still has what the second read asks for.
 CLASSES_INNER = {
     2: (
         Row(1024, 1024, 1, 32),
@@ -75,7 +75,7 @@ CLASSES_INNER = {
         Row(8192, 1024, 1, 128),
         Row(16384, 2048, 1, 256),
         Row(32768, 4096, 1, 512),
-        Row(ANY, 4096, 1, 256),
+        Row(ANY, 8192, 1, 1024),
     ),
     4: (
         Row(1024, 1024, 1, 32),
@@ -83,7 +83,7 @@ CLASSES_INNER = {
         Row(8192, 1024, 1, 256),
         Row(16384, 2048, 1, 512),
         Row(32768, 4096, 1, 1024),
-        Row(ANY, 4096, 1, 256),
+        Row(ANY, 8192, 1, 1024),
     ),
     8: (
         Row(1024, 1024, 1, 128, registers=128),

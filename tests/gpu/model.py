@@ -343,7 +343,7 @@ def _predict(
     if not loops:
         covered = code.loaded(*code.whole()) * lanes
     resident = gpu.resident(warps, used["registers"], metadata.shared)
-    footprint = min(resident * gpu.multiprocessors, programs) * share / 1e6
+    footprint = min(resident * gpu.multiprocessors, programs) * share / times / 1e6
     again = hits(footprint, gpu)
     steps = list(warp(code, turns, min(1.0, share / covered), again, gpu.lanes))
     each = programs / gpu.multiprocessors
