@@ -344,19 +344,20 @@ def main_loops(load: str, assembly: str, wanted: int) -> dict[str, int]:
     return {"load": min(max(bits) for bits in loaded), "wide": min(wide)}
 
 
-def on_nvidia(kernel: Any, bits: int) -> dict[str, int]:
+def usage(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        tool = knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "-res-usage", cubin], check=True, text=True, capture_output=True
-        ).stdout
-    used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file]
+        told = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", told)}
+    return {"registers": used["REG"], "spills": used["STACK"] + used["LOCAL"]}
+
+
+def on_nvidia(kernel: Any, bits: int) -> dict[str, int]:
     access = r"\b{}\.global(?!\.cg)(?:\.\w+?)*?(?:\.v(\d))?\.[bfsu](\d+)"
     return {
-        "registers": used["REG"],
-        "spills": used["STACK"] + used["LOCAL"],
+        **usage(kernel.asm["cubin"]),
         **main_loops(access.format("ld"), kernel.asm["ptx"], bits),
         "store": max(widths(access.format("st"), kernel.asm["ptx"])),
     }

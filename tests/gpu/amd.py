@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from machine_code import Code, Instruction
 
@@ -22,10 +21,6 @@ GLOBAL = re.compile(
 KINDS = {"s_barrier": "barrier", "s_endpgm": "end", "s_waitcnt": "wait", "buffer_wbl2": "fence"}
 COUNTERS = {"vmcnt": "load", "lgkmcnt": "shared"}
 DELAYS = {"ds": 64, "s": 200}  # cycles, of shared memory and of the scalar cache
-
-
-def read(kernel: Any) -> Code:
-    return parse(kernel.asm["amdgcn"])
 
 
 def parse(text: str) -> Code:

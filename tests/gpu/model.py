@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ahead
 import amd
 import nvidia
+import peers
 import torch
-import triton
 from machine_code import Code, Instruction, demand
 from rich.console import Console
 from rich.progress import track
@@ -313,14 +314,19 @@ class Launched(NamedTuple):
     turns: int  # of each program, from block to block
 
 
+def code_of(kernel: Any) -> Code:
+    if "amdgcn" in kernel.asm:
+        return amd.parse(kernel.asm["amdgcn"])
+    return nvidia.read(kernel.asm["cubin"])
+
+
 @cache
 def launches_of(case: ahead.Case, target: str, multiprocessors: int) -> list[Launched]:
     recorder = ahead.Recorder(ahead.TARGETS[target], multiprocessors)
     with recorder as launched:
         case.run()
-    read = (amd if ahead.TARGETS[target].backend == "hip" else nvidia).read
     return [
-        Launched(name, read(kernel), ahead.used_by(kernel, 128), kernel.metadata, *grid)
+        Launched(name, code_of(kernel), ahead.used_by(kernel, 128), kernel.metadata, *grid)
         for (name, kernel), *grid in zip(launched, recorder.programs, recorder.turns, strict=True)
     ]
 
@@ -426,65 +432,55 @@ def family_cases(dtype: torch.dtype) -> Iterator[tuple[ahead.Case, Traffic]]:
         yield ahead.Case(f"{activation} {kind}", dtype, run), Traffic(n, size, size)
 
 
-def liger_case(shape: tuple[int, int], dtype: torch.dtype) -> ahead.Case:
-    """Liger's kernel for the same, as its wrapper launches it on an H100."""
-    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel as kernel
-
-    rows, classes = shape
-    x, target = ahead.empty(dtype, *shape), ahead.empty(torch.int64, rows)
-    options = {"lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean"}
-    pointers = "weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr"
-    options |= dict.fromkeys((*pointers, "softcap"))
-    flags = ("RETURN_Z_LOSS", "RETURN_TOKEN_ACCURACY", "RETURN_PREDICTED_TOKENS", "HAS_WEIGHT")
-    options |= dict.fromkeys((*flags, "HAS_SOFTCAPPING"), False)
-
-    def launch() -> None:
-        kernel[(rows,)](
-            X_ptr=x,
-            X_stride=classes,
-            Y_ptr=target,
-            Y_stride=1,
-            loss_ptr=ahead.empty(torch.float32, rows),
-            loss_stride=1,
-            token_accuracy_stride=0,
-            predicted_tokens_stride=0,
-            n_cols=classes,
-            n_non_ignore=rows,
-            sum_non_ignore_weight=rows,
-            weight_sum=0.0,
-            ignore_index=-100,
-            BLOCK_SIZE=min(32_768, triton.next_power_of_2(classes)),
-            HAS_GRADIENTS=True,
-            num_warps=32,
-            enable_fp_fusion=True,
-            **options,
-        )
-
-    return ahead.Case(f"{str(dtype)[6:]} {rows}x{classes}", dtype, launch)
-
-
-def liger_share(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> str:
-    """Of the same rows, where it is installed and has them."""
+def peers_of(case: ahead.Case, traffic: Traffic, gpu: Gpu) -> list[str]:
+    """Liger's and quack's share with the same rows, where they are installed and have them."""
     shape = re.fullmatch(r"cross_entropy \w+ (\d+)x(\d+)", case.name)
-    if shape is None or find_spec("liger_kernel") is None:
-        return ""
+    if shape is None or gpu.target != "sm_90":
+        return ["", ""]
     rows, classes = map(int, shape.groups())
-    return f"{predict(liger_case((rows, classes), case.dtype), traffic, gpu).share:.0%}"
+    shares = ["", ""]
+    if find_spec("liger_kernel"):
+        shares[0] = f"{predict(peers.liger(rows, classes, case.dtype), traffic, gpu).share:.0%}"
+    if find_spec("quack") and classes * case.dtype.itemsize % 4 == 0:  # else it does not compile
+        shares[1] = f"{predict_quack(rows, classes, case, traffic, gpu).share:.0%}"
+    return shares
 
 
-def table(found: Sequence[Prediction], peers: Sequence[str]) -> str:
+def predict_quack(
+    rows: int, classes: int, case: ahead.Case, traffic: Traffic, gpu: Gpu
+) -> Prediction:
+    kernel = peers.quack(rows, classes, case.dtype)
+    metadata = SimpleNamespace(
+        num_warps=kernel.warps, num_ctas=kernel.cluster, shared=kernel.shared
+    )
+    code, used = nvidia.read(kernel.cubin), ahead.usage(kernel.cubin)
+    launched = Launched("quack", code, used, metadata, kernel.programs, 1)
+    return _predict(case, launched, traffic, gpu, 1)
+
+
+def table(found: Sequence[Prediction], others: Sequence[Sequence[str]]) -> str:
     head = "case", "instructions", "registers", "warps x programs", "reads", "launches", "share"
     lines = [
-        "| " + " | ".join((*head, "Liger", "limited by")) + " |",
-        "| --- |" + " ---: |" * len(head) + " --- |",
+        "| " + " | ".join((*head, "Liger", "quack", "limited by")) + " |",
+        "| --- |" + " ---: |" * (len(head) + 1) + " --- |",
     ]
-    for p, peer in zip(found, peers, strict=True):
+    for p, shares in zip(found, others, strict=True):
         spills = f", {p.spills} bytes spilled" if p.spills else ""
         lines.append(
             f"| {p.case.removeprefix('cross_entropy ')} | {p.instructions:.1f} "
             f"| {p.registers}{spills} | {p.warps} x {p.resident} | {p.reads} | {p.launches} "
-            f"| {p.share:.0%} | {peer} | {p.limit} |"
+            f"| {p.share:.0%} | {' | '.join(shares)} | {p.limit} |"
         )
+    return "\n".join(lines)
+
+
+def overview(chosen: Sequence[tuple[ahead.Case, Traffic]]) -> str:
+    """The share of a copy's speed on each GPU."""
+    lines = ["| case | " + " | ".join(GPUS) + " |", "| --- |" + " ---: |" * len(GPUS)]
+    for case, traffic in track(chosen, console=Console(stderr=True)):
+        shares = (predict(case, traffic, gpu).share for gpu in GPUS.values())
+        told = " | ".join(f"{share:.0%}" for share in shares)
+        lines.append(f"| {case.name.removeprefix('cross_entropy ')} | {told} |")
     return "\n".join(lines)
 
 
@@ -558,11 +554,12 @@ def main() -> None:
     gpu, words = GPUS[arguments.gpu], (arguments.match or "").split()
     chosen = [(c, traffic) for c, traffic in cases() if all(word in c.name for word in words)]
     found = [predict(*each, gpu) for each in track(chosen, console=Console(stderr=True))]
-    text = table(found, [liger_share(*each, gpu) for each in chosen])
+    text = table(found, [peers_of(*each, gpu) for each in chosen])
     if arguments.match is None and arguments.gpu == "H200":
         page = PAGE.read_text(encoding="utf-8")
         before, rest = page.split(START)
         after = rest.split(END)[1]
+        text += f"\n\nThe share on other GPUs, too:\n\n{overview(chosen)}"
         PAGE.write_text(f"{before}{START}\n{text}\n\n{END}{after}", encoding="utf-8")
     print(text)
 

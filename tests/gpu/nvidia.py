@@ -6,7 +6,6 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from machine_code import Code, Instruction
 from triton import knobs
@@ -20,13 +19,15 @@ UNITS = {
     "mufu": "MUFU",
     "conversion": "F2I I2F F2F FRND I2I",
     "fp64": "DADD DMUL DFMA DSETP DMNMX",
-    "memory": "LDG LD STG ST LDL STL LDS STS ATOMS SHFL REDUX ATOMG RED",
+    "memory": "LDG LDGSTS LD STG ST LDL STL LDS STS ATOMS SHFL REDUX ATOMG RED",
     "alu": "FMNMX FSETP FSEL FSET FCHK ISETP IADD3 LOP3 SEL PRMT SHF LEA IABS VIADD VIMNMX IMNMX "
     "PLOP3 P2R R2P MOV SGXT BMSK VIADDMNMX F2FP IADD HSETP2 HMNMX2 FLO POPC I2FP CS2R",
 }
 UNIT = {opcode: unit for unit, opcodes in UNITS.items() for opcode in opcodes.split()}
 KINDS = {
     "LDG": "load",
+    "LDGSTS": "load",  # to shared memory
+    "DEPBAR": "wait",  # for the same
     "STG": "store",
     "LDS": "shared",
     "LDL": "shared",
@@ -45,11 +46,11 @@ LABEL = re.compile(r"^(\.L\w+):")
 REGISTER = re.compile(r"\bR(\d+)\b")
 
 
-def read(kernel: Any) -> Code:
+def read(cubin: bytes) -> Code:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        command = [knobs.nvidia.nvdisasm.path, "-c", cubin]
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.nvdisasm.path, "-c", file]
         text = subprocess.run(command, check=True, text=True, capture_output=True).stdout
     return parse(text)
 
@@ -69,11 +70,13 @@ def instruction(opcode: str, rest: str = "") -> Instruction:
     name, unit = opcode.split(".")[0], UNIT.get(opcode.split(".")[0], "")
     wide = re.search(r"\.(?:[US]?(8|16)|(64)|(128))(?:\.|$)", opcode)
     width = int(next(filter(None, wide.groups()))) // 8 if wide else 4
+    kind = "cluster" if "TRYWAIT" in opcode else KINDS.get(name, "")  # of barriers in memory
     target = re.search(r"`\((\.L\w+)\)", rest) if name == "BRA" else None
+    groups = re.search(r"0x([0-9a-f]+)$", rest) if kind == "wait" else None
     written, read = registers(name, rest, width)
     return Instruction(
         name,
-        KINDS.get(name, ""),
+        kind,
         unit,
         CYCLES.get(unit, 0),
         issued=name not in ("NOP", "EXIT"),
@@ -82,6 +85,7 @@ def instruction(opcode: str, rest: str = "") -> Instruction:
         target=target[1] if target else "",
         written=frozenset(written),
         read=frozenset(read),
+        left={"load": int(groups[1], 16)} if groups else {},
     )
 
 

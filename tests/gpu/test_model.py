@@ -18,6 +18,7 @@ import ahead
 import amd
 import model
 import nvidia
+import peers
 from machine_code import demand
 from model import GPUS, Step, Traffic
 
@@ -298,9 +299,22 @@ def test_what_was_published_of_ligers_kernel(dtype: torch.dtype, published: floa
     shape = 8192, 128_256
     n = math.prod(shape)
     traffic = Traffic(n, n * dtype.itemsize, n * dtype.itemsize)
-    share = model.predict(model.liger_case(shape, dtype), traffic, GPUS["H100"]).share
+    share = model.predict(peers.liger(*shape, dtype), traffic, GPUS["H100"]).share
     predicted = 2 * traffic.read / GPUS["H100"].bytes_a_ns / share / 1e6
     assert predicted == pytest.approx(published, rel=0.15)
+
+
+@pytest.mark.skipif(find_spec("quack") is None, reason="quack's kernels are not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_was_published_of_quacks_kernel() -> None:
+    """Some 3 TB/s on an H100, which is what a copy reaches."""
+    rows, classes = 32_768, 4096
+    size = 2 * rows * classes
+    case = ahead.Case("quack", torch.bfloat16, lambda: None)
+    traffic = Traffic(rows * classes, size, size)
+    found = model.predict_quack(rows, classes, case, traffic, GPUS["H100"])
+    assert found.share > 0.9
+    assert found.instructions < 20
 
 
 def test_cases_are_those_that_users_call() -> None:
