@@ -59,7 +59,7 @@ class Row(NamedTuple):
     positions: int  # at least, of these, so that lanes lie along positions; of 32 lanes
     threads: int
     cluster: int = 1  # programs that share them, through each other's memory
-    registers: int = 64  # of a lane, at most: a compiler takes more than pays
+    registers: int = 64  # of a lane: no more than leave room for as many programs
     turns: bool = True
 
 
