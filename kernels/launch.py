@@ -151,7 +151,7 @@ SHORT_CLASSES_INNER = {
 # lane holds half as many logits. Rows of 16384 would spill.
 DENSE_CLASSES_INNER = {
     2: (
-        Row(1024, 1024, 1, 64, registers=80),
+        Row(1024, 1024, 1, 64, registers=96),
         Row(4096, 4096, 1, 256, registers=80),
         Row(8192, 8192, 1, 512, registers=80),
         Row(ANY, 4096, 1, 512),
