@@ -1,8 +1,8 @@
 """The launch of cross-entropy's kernels: what they are compiled for, how many, on what.
 
 One kernel where all classes are held, else one or two that read twice, of as many programs as a GPU
-runs at a time: each has blocks of positions by turns, and the last one adds up what all have found.
-A mean over class indices counts them first, or few of them in each program.
+runs at a time, or some times as many: each has blocks of positions by turns, and the last one adds
+up what all have found. A mean over class indices counts them first, or few of them in each program.
 """
 
 from __future__ import annotations

@@ -359,17 +359,17 @@ def resident(tile: Tile, device: torch.device) -> int:
 
     A cluster lies within a group of multiprocessors, which has 16 of them, or some pairs more.
     """
-    each = fit(tile.threads, tile.registers)
+    each = fit(tile.threads, tile.registers, most_threads(device))
     group = next(n for n in (1, 2, 16) if n == 16 or n * each % tile.cluster == 0)
     return max(1, multiprocessors(device) // group * (group * each // tile.cluster))
 
 
-def fit(threads: int, registers: int) -> int:
-    """How many programs a multiprocessor has room for.
+def fit(threads: int, registers: int, most: int = 2048) -> int:
+    """How many programs a multiprocessor has room for, of at most so many threads.
 
     Each quarter of it has registers of its own, which its warps take by eights of each lane.
     """
-    warps = min(16, REGISTERS // 4 // (32 * cdiv(registers, 8) * 8)) * 4
+    warps = min(most // 128, REGISTERS // 4 // (32 * cdiv(registers, 8) * 8)) * 4
     return min(32, warps * 32 // threads)
 
 
@@ -386,6 +386,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def most_threads(device: torch.device) -> int:
+    """Of a multiprocessor; a data centre's, where there is no GPU."""
+    if device.type != "cuda":
+        return 2048
+    return torch.cuda.get_device_properties(device).max_threads_per_multi_processor
 
 
 def options(threads: int, cluster: int = 1, registers: int | None = None) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def test_programs_that_fit() -> None:
     ]
     assert [fit(8, registers, 0) for registers in (32, 64, 72, 80)] == [8, 4, 3, 3]
     assert fit(4, 32, 100 << 10) == 2
+    assert [launch.fit(128, 64, most) for most in (2048, 1536, 1024)] == [8, 8, 8]
+    assert [launch.fit(128, 32, most) for most in (2048, 1536, 1024)] == [16, 12, 8]
     fit = model.GPUS["MI300X"].resident
     assert [fit(4, registers, 0) for registers in (64, 65, 128, 130)] == [8, 7, 4, 3]
 
