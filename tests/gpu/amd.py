@@ -20,7 +20,8 @@ GLOBAL = re.compile(
 )
 KINDS = {"s_barrier": "barrier", "s_endpgm": "end", "s_waitcnt": "wait", "buffer_wbl2": "fence"}
 COUNTERS = {"vmcnt": "load", "lgkmcnt": "shared"}
-DELAYS = {"ds": 64, "s": 200}  # cycles, of shared memory and of the scalar cache
+# Cycles that are assumed until a result is there, of shared memory, the scalar cache and L2.
+SHARED, SCALAR, COUNTED = 64, 200, 1500
 
 
 def parse(text: str) -> Code:
@@ -38,14 +39,13 @@ def instruction(name: str, rest: str = "") -> Instruction:
     if access := GLOBAL.match(name):
         small = {"byte": 1, "short": 2}.get(access[2])
         width = small or 4 * int(access[3] or 1)
-        kind = {"atomic": "count"}.get(access[1], access[1])
-        delay = 1500 if kind == "count" else 0
+        kind, delay = ("count", COUNTED) if access[1] == "atomic" else (access[1], 0)
         return Instruction(name, kind, "memory", max(16, 4 * width), width=width, delay=delay)
     if name.startswith("ds_"):
         width = 8 if name.endswith("b64") else 16 if name.endswith("b128") else 4
-        return Instruction(name, "shared", "shared", 2 * width, width=width, delay=DELAYS["ds"])
+        return Instruction(name, "shared", "shared", 2 * width, width=width, delay=SHARED)
     if name.startswith("s_load"):
-        return Instruction(name, "shared", "scalar", 4, delay=DELAYS["s"])
+        return Instruction(name, "shared", "scalar", 4, delay=SCALAR)
     if name.startswith("v_"):
         return Instruction(name, "", "vector", 16 if QUARTER_RATE.match(name) else 4)
     if name == "s_nop":
