@@ -99,8 +99,8 @@ CLASSES_INNER = {
 CLUSTERED = {
     2: (
         *CLASSES_INNER[2][:4],
-        Row(32768, 4096, 1, 128, 4, 56),
-        Row(65536, 8192, 1, 128, 8, 56),
+        Row(32768, 4096, 1, 128, 4),
+        Row(65536, 8192, 1, 128, 8),
         Row(131072, 16384, 1, 128, 16),
         Row(262144, 32768, 1, 256, 16),
         CLASSES_INNER[2][-1],
@@ -114,16 +114,6 @@ CLUSTERED = {
         CLASSES_INNER[4][-1],
     ),
     8: CLASSES_INNER[8],
-}
-
-# With smoothing, whose sums a lane takes beside its exponentials, or with the loss's gradient.
-ROOMIER = {
-    **CLUSTERED,
-    2: (
-        CLUSTERED[2][0],
-        *(row._replace(registers=72 if row.threads > 32 else 88) for row in CLUSTERED[2][1:]),
-    ),
-    4: (CLUSTERED[4][0]._replace(registers=72), *CLUSTERED[4][1:]),
 }
 
 # A loss without gradients, for which a row is read once either way.
@@ -271,10 +261,10 @@ def tile(
 
     Args:
         unit: What all rows, or columns, begin at multiples of.
-        kind: ``"roomier"`` where a lane takes more registers, ``"aimed"`` where probabilities are
-            held beside the logits, ``"dense"`` where class weights are too, ``"forward"`` where no
-            gradient is wanted, ``"short"`` where only short rows are to be held, ``"pair"`` where
-            two rows are.
+        kind: ``"roomier"`` where rows that begin anywhere take more registers, ``"aimed"`` where
+            probabilities are held beside the logits, ``"dense"`` where class weights are too,
+            ``"forward"`` where no gradient is wanted, ``"short"`` where only short rows are to be
+            held, ``"pair"`` where two rows are.
     """
     few, two = FEW.get(itemsize), kind in ("aimed", "dense", "pair")
     if few is not None and classes <= few.most and not positions_inner and not two:
@@ -287,9 +277,10 @@ def tile(
     if not aligned and not positions_inner:
         kind = "dense" if two else "short"
     clusters = has_clusters()
+    plain = CLUSTERED if clusters else CLASSES_INNER
     tables = {
-        "": CLUSTERED if clusters else CLASSES_INNER,
-        "roomier": ROOMIER if clusters else CLASSES_INNER,
+        "": plain,
+        "roomier": plain,
         "aimed": AIMED,
         "dense": DENSE_CLASSES_INNER,
         "pair": PAIRED,
