@@ -15,22 +15,19 @@ import argparse
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+import nvidia
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -344,20 +341,10 @@ def main_loops(load: str, assembly: str, wanted: int) -> dict[str, int]:
     return {"load": min(max(bits) for bits in loaded), "wide": min(wide)}
 
 
-def usage(cubin: bytes) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file]
-        told = subprocess.run(command, check=True, text=True, capture_output=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", told)}
-    return {"registers": used["REG"], "spills": used["STACK"] + used["LOCAL"]}
-
-
 def on_nvidia(kernel: Any, bits: int) -> dict[str, int]:
     access = r"\b{}\.global(?!\.cg)(?:\.\w+?)*?(?:\.v(\d))?\.[bfsu](\d+)"
     return {
-        **usage(kernel.asm["cubin"]),
+        **nvidia.usage(kernel.asm["cubin"]),
         **main_loops(access.format("ld"), kernel.asm["ptx"], bits),
         "store": max(widths(access.format("st"), kernel.asm["ptx"])),
     }
