@@ -1,400 +1,505 @@
-"""The kernels of cross-entropy and its gradients; `cross_entropy_terms.py` says what they compute.
+"""Cross-entropy of logits x beside a class index t or class probabilities y, and its gradients.
 
-Shapes: as in `tiles.py`.
-Bytes: logits are read once where all classes are held, else twice, and each gradient that is
-wanted is written once. Where positions are few and classes many, several programs share a position.
+    lse        = log sum_c exp(x_c)
+    q_c        = (1 - smoothing) w_t [c = t] + smoothing / C w_c            class index
+    q_c        = w_c ((1 - smoothing) y_c + smoothing / C)                  class probabilities
+    loss       = sum_c q_c (lse - x_c) + z_loss lse^2
+    dloss/dx_c = p_c (sum_k q_k + 2 z_loss lse) - q_c,                      p_c = exp(x_c - lse)
+    dloss/dy_c = (1 - smoothing) w_c (lse - x_c)
 
-A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero: a
-GPU cannot raise without a wait, and an assertion in a kernel would take the whole context down.
+w are the class weights. With gamma (class index, no smoothing) the loss is w_t (1 - p_t)^gamma nll,
+nll = lse - x_t, and dloss/dx_c is w_t (p_c - [c = t]) times the derivative of that by nll.
+Loss and gradient of a row are multiplied by `row_weight` and divided by `denominator`.
+
+Shapes: as in `rows.py`; row outer_index * inner + inner_index has one target.
+Bytes: `row_kernel` reads logits once and writes the gradient once; the other kernels read logits
+twice, the second time mostly from cache.
+
+A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero: an
+error would have to wait for the GPU.
+
+torch: F.cross_entropy(x, t, w, ignore_index=..., label_smoothing=..., reduction=...)
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from .arithmetic import exp_nonpositive
-from .cross_entropy_terms import (
-    FAR,
-    Own,
-    Scalars,
-    Sums,
-    aim_of,
-    dense_loss,
-    distance_of,
-    factor_of,
-    focused,
-    given_sums,
-    gradient_of,
-    gradient_of_probabilities,
-    gradients_pivot,
-    lse_of,
-    own_logit,
-    pick,
-    place_of_hit,
-    read_logits,
-    read_probabilities,
-    spike_loss,
-    sum_classes,
-    sum_tiles,
-    with_own_logit,
+from .arithmetic import exp_nonpositive, log, tanh
+from .reductions import target_weights
+from .rows import (
+    block_of_rows,
+    finite_or_zero,
+    first_pass,
+    multiple,
+    pointers,
+    row_starts,
+    scalar,
 )
-from .sums import add_up, counting
-from .tiles import (
-    columns_of,
-    no_sums,
-    opened,
-    pivot_of,
-    whole_row,
-    write,
-    write_rows,
-)
+
+# ---- what the kernels share ----------------------------------------------------------------------
 
 
 @triton.jit
-def scale_of(inputs, scale, constants):
-    """With what a mean is divided by."""
-    scale = tl.full([], scale, tl.float64)
-    if constants.COUNTED:
-        counts = counting(
-            inputs.target,
-            inputs.weight,
-            inputs.token_weight,
-            tl.arange(0, constants.COUNTED),
-            inputs.positions,
-            inputs.ignore_index,
-            inputs.all_classes,
-        )
-        scale /= tl.sum(counts)
-    elif inputs.denominator is not None:
-        scale /= tl.load(inputs.denominator)
+def read_target(target, weight, rows, in_bounds, classes, ignore_index):
+    """Class index, whether it is valid, whether it is out of range, and its class weight or 1."""
+    label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
+    counted = in_bounds & (label != ignore_index)
+    valid = counted & (label >= 0) & (label < classes)
+    target_weight = tl.where(valid, 1.0, 0.0)
+    if weight is not None:
+        target_weight = tl.load(weight + label, mask=valid, other=0.0)
+    return label, valid, counted & (valid == 0), target_weight
+
+
+@triton.jit
+def row_scale(row_weight, denominator, rows, counted, A: tl.constexpr):
+    """row_weight / denominator of each row; the denominator is None, an int or a pointer."""
+    scale = tl.where(counted, 1.0, 0.0).to(A)
+    if row_weight is not None:
+        scale = tl.load(row_weight + rows, mask=counted, other=0.0)
+    if denominator is not None:
+        if denominator.dtype.is_ptr():
+            denominator = tl.load(denominator)
+        scale /= denominator.to(A)
     return scale
 
 
 @triton.jit
-def finish_own(inputs, outputs, scalars, at, sums, own, constants):
-    """Writes the gradient at the targets, one store a position rather than a choice a class."""
-    if outputs.grad_logits is not None and inputs.target is not None and not constants.WALKED:
-        factor = factor_of(inputs, scalars, at, sums, constants)
-        gradient = exp_nonpositive(own.logit - pivot_of(sums.high), constants.EXACT) * factor
-        aim = tl.zeros_like(gradient)
-        if constants.UNIFORM or constants.AIMS:
-            aim += tl.full([], scalars.level, constants.A)
-            if inputs.weight is not None:
-                weight = inputs.weight + inputs.first_class + at.hit
-                aim *= tl.load(weight, mask=own.here, other=0.0)
-        gradient -= (aim + at.spike) * at.scale
-        gradient = together(gradient, constants)  # the tile's gradients are there
-        tl.store(place_of_hit(outputs.grad_logits, at), gradient, mask=own.here)
+def mean_scale(
+    row_weight,
+    denominator,
+    target,
+    weight,
+    rows,
+    counted,
+    n,
+    classes,
+    ignore_index,
+    A: tl.constexpr,
+):
+    """The same, where the denominator may be the n class indices, whose weights are added up here.
 
-
-@triton.jit
-def together(x, constants):
-    """x, once all threads that share a tile have come so far."""
-    if constants.CLUSTER:
-        return tl.inline_asm_elementwise(
-            "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; mov.b32 $0, $1;",
-            "=r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=False,
-            pack=1,
-        )
-    tl.debug_barrier()
-    return x
-
-
-@triton.jit
-def measure(at, sums, x, c, constants):
-    """Of a tile: sum_c exp(x_c - pivot) (pivot - x_c), and the first class that leads.
-
-    That is the first NaN, or else the first with the largest logit, FAR on.
+    Of few indices that takes less time than the launch of another kernel.
     """
-    away = pivot_of(sums.high)[:, None] - x
-    e = exp_nonpositive(-away)
-    distance = tl.sum(tl.where(e == 0.0, 0.0, e * away), 1)
-    none: tl.constexpr = 2**31 - 1 if tl.int32 == constants.INDEX else 2**40 - 1
-    first = tl.min(tl.where(x == sums.high[:, None], c[None, :], none), 1).to(tl.int64)
-    if constants.SHIFTED:  # all are -inf, as what is in front of them
-        first = tl.maximum(first, at.shift)
-    first_nan = tl.min(tl.where(x == x, none, c[None, :]), 1).to(tl.int64)
-    return distance, tl.where(first_nan < none, first_nan, first + FAR)
+    if denominator is None:
+        scale = row_scale(row_weight, None, rows, counted, A)
+    elif denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
+        total = tl.zeros([1024], tl.float64)
+        for start in range(0, n, 1024):
+            i = start + tl.arange(0, 1024)
+            total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
+        scale = row_scale(row_weight, tl.sum(total), rows, counted, A)
+    else:
+        scale = row_scale(row_weight, denominator, rows, counted, A)
+    return scale
 
 
 @triton.jit
-def store_measures(inputs, outputs, at, sums, entropy, leader, part, splits):
-    entropy /= sums.total
-    entropy += tl.where(part == tl.zeros_like(at.lanes), tl.log(sums.total), 0.0)
-    out = (at.flat + at.lanes) * splits + part
-    tl.store(outputs.entropy + out, tl.where(at.live, entropy, 0.0), mask=at.present)
-    leader = tl.where(at.live, leader - at.shift + inputs.first_class, inputs.ignore_index)
-    tl.store(outputs.prediction + out, leader, mask=at.present)
+def focal(nll, GAMMA: tl.constexpr):
+    """(1 - p)^gamma, p = exp(-nll), and the derivative of (1 - p)^gamma nll by nll."""
+    half = tanh(0.5 * tl.where(nll < 0.0, 0.0, nll))
+    miss = 2.0 * half / (1.0 + half)  # 1 - p, however close to 0
+    power = exp_nonpositive(GAMMA * log(miss))
+    ratio = tl.where(miss > 0.0, nll / miss, 1.0)
+    return power, power * (1.0 + GAMMA * (1.0 - miss) * ratio)
 
 
 @triton.jit
-def store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants):
-    """Stores what is wanted of each position, and returns their losses."""
-    # Of programs that share a position the first.
-    once = at.present & (part == tl.zeros_like(at.lanes))
-    if outputs.lse is not None:
-        lse = tl.where(at.live, lse_of(sums), 0.0)
-        tl.store(outputs.lse + at.flat + at.lanes, lse, mask=once)
-    if outputs.each is not None or outputs.total is not None:
-        if constants.SQUARES:
-            lse = lse_of(sums)
-            square = tl.full([], scalars.z_loss, constants.A) * lse * lse
-            loss += tl.where(once, square, 0.0)
-        if inputs.token_weight is not None:
-            loss *= tl.load(inputs.token_weight + at.flat + at.lanes, mask=at.present, other=0.0)
-        loss = tl.where(at.live, loss, tl.where(at.wrong, float("nan"), 0.0))
-        if outputs.each is not None:
-            tl.store(outputs.each + (at.flat + at.lanes) * splits + part, loss, mask=at.present)
-    return loss.to(tl.float64)
+def index_terms(nll, lse, here, index_weight, z_loss, GAMMA: tl.constexpr):
+    """The loss without smoothing, the gradient's q_t, and dloss/dlse without smoothing.
 
-
-@triton.jit
-def store_total(inputs, outputs, scale, divided, losses, constants):
-    """Of all blocks of a program. Unless it was counted, the denominator is read anew, not held."""
-    if outputs.total is not None:
-        if constants.COUNTED:
-            scale = divided
-        add_up(outputs.total, tl.program_id(0), tl.sum(losses), scale, inputs.denominator)
-
-
-class Found(NamedTuple):
-    """In the tiles so far, of each position or lane."""
-
-    entropy: Any
-    leader: Any
-    distance: Any
-
-
-@triton.jit
-def nothing_found(constants):
-    entropy = tl.full([constants.POSITIONS], 0.0, constants.A)
-    leader = tl.full([constants.POSITIONS], 2 * FAR, tl.int64)
-    return Found(entropy, leader, no_sums(constants))
-
-
-@triton.jit
-def finish_tile(
-    inputs, outputs, scalars, at, sums, found, x, aims, start, k: tl.constexpr, last, constants
-):
-    """Adds what a tile has to what was found, and writes its gradients.
-
-    Those of logits whose lanes have rows of their own are left to `write_rows`. The aims are tiles
-    of probabilities, if any.
+    here: whether the target is one of the classes of the kernel.
     """
-    entropy, leader, distance = found
-    c = columns_of(start, k, constants)
-    shifted = x - gradients_pivot(inputs, sums, constants)
-    aim = None
-    if constants.AIMS:
-        aim = aim_of(inputs, scalars, at, aims, start, k, last, 2, constants)
-    if outputs.entropy is not None:
-        measured = measure(at, sums, x, c, constants)
-        entropy += measured[0]
-        leader = tl.minimum(leader, measured[1])
-    if constants.UNIFORM or constants.AIMS:
-        distance += distance_of(at, sums, shifted, aim, start, k, last, constants)
-    if outputs.grad_logits is not None and not constants.WIDTH:
-        gradient = gradient_of(inputs, scalars, at, sums, shifted, aim, c, constants)
-        write(outputs.grad_logits, at, gradient, start, k, last, constants)
-    if outputs.grad_probabilities is not None:
-        gradient = gradient_of_probabilities(inputs, scalars, at, sums, shifted, c, last, constants)
-        write(outputs.grad_probabilities, at, gradient, start, k, last, constants)
-    return Found(entropy, leader, distance)
+    loss = index_weight * nll
+    if GAMMA > 0.0:
+        power, derivative = focal(nll, GAMMA)
+        loss *= power
+        index_weight *= derivative
+    squared, slope = squared_lse(lse, z_loss)
+    return tl.where(here, loss, 0.0) + squared, index_weight, index_weight + slope
 
 
 @triton.jit
-def finish(inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants):
-    """After the last tile of that many classes; returns the losses."""
-    if constants.UNIFORM or constants.AIMS:
-        loss += dense_loss(scalars, sums, found.distance, classes, constants)
-    finish_own(inputs, outputs, scalars, at, sums, own, constants)
-    if outputs.entropy is not None:
-        store_measures(inputs, outputs, at, sums, found.entropy, found.leader, part, splits)
-    return store_loss(inputs, outputs, scalars, at, sums, loss, part, splits, constants)
+def squared_lse(lse, z_loss):
+    """z_loss lse^2 and its derivative by lse, 0 without z_loss even if lse is infinite."""
+    weight = scalar(z_loss, lse.dtype)
+    lse = tl.where(z_loss > 0.0, lse, 0.0)
+    return weight * lse * lse, 2.0 * weight * lse
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def one_read_kernel(
-    inputs,
-    outputs,
-    level: tl.float64,
-    offset: tl.float64,
-    share: tl.float64,
-    scale: tl.float64,
-    gamma: tl.float64,
+@triton.jit
+def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
+    """Stores the loss of each row, or the sum over the program's rows."""
+    value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
+    if EACH:
+        tl.store(loss + rows, value, mask=in_bounds)
+    else:
+        tl.store(loss + tl.program_id(0), tl.sum(tl.where(in_bounds, value, 0.0)))
+
+
+# ---- rows that fit into registers ----------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["denominator", "ignore_index"])
+def row_kernel(
+    logits,
+    target,
+    weight,
+    row_weight,
+    denominator,
+    loss,
+    grad,
+    n,
+    classes,
+    logits_stride,
+    grad_stride,
+    ignore_index,
+    smoothing: tl.float64,
     z_loss: tl.float64,
-    blocks,
-    constants: tl.constexpr,
+    GAMMA: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    EACH: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Blocks of positions by turns, whose classes are held."""
-    divided = scale_of(inputs, scale, constants)
-    scalars = Scalars(level, offset, share, divided.to(constants.A), gamma, z_loss)
-    if constants.TURNS:
-        losses = tl.full([constants.POSITIONS], 0.0, tl.float64)
-        for block in tl.range(
-            tl.program_id(0), blocks, tl.num_programs(0), disable_licm=constants.ANEW
-        ):
-            losses += one_read(inputs, outputs, scalars, block, constants)
-    else:
-        losses = one_read(inputs, outputs, scalars, tl.program_id(0), constants)
-    store_total(inputs, outputs, scale, divided, losses, constants)
+    """Class indices, and n contiguous rows of at most BLOCK classes."""
+    A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    classes = multiple(classes, UNIT)
+    _, rows, in_bounds = block_of_rows(n, ROWS)
+    label, valid, invalid, target_weight = read_target(
+        target, weight, rows, in_bounds, classes, ignore_index
+    )
+    scale = mean_scale(
+        row_weight, denominator, target, weight, rows, valid | invalid, n, classes, ignore_index, A
+    )
+    starts = row_starts(logits, 0, rows, 0, logits_stride, 1, UNIT)
+    c = tl.arange(0, BLOCK)
+    mask = (c < classes)[None, :]
+    x = tl.load(pointers(starts, c, 1, 1), mask=mask & valid[:, None], other=-float("inf")).to(A)
+    target_logit = tl.load(starts + label, mask=valid, other=0.0).to(A)
+
+    maximum = finite_or_zero(tl.max(x, 1))
+    x -= maximum[:, None]
+    e = exp_nonpositive(x, logits.dtype.element_ty.primitive_bitwidth > 16)
+    total = tl.sum(e, 1)
+    log_total = tl.log(total)
+    index_weight = scalar(1.0 - smoothing, A) * target_weight.to(A)
+    value, index_weight, slope = index_terms(
+        maximum - target_logit + log_total, maximum + log_total, valid, index_weight, z_loss, GAMMA
+    )
+    smooth_weight = scalar(smoothing, A) / classes
+    if SMOOTHING:
+        distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
+        value += smooth_weight * distance
+        slope += scalar(smoothing, A)
+    if loss is not None:
+        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+    if grad is not None:
+        scale = tl.where(valid, scale, 0.0)
+        factor = tl.where(valid, slope * scale / total, 0.0)
+        gradient = e * factor[:, None]
+        if SMOOTHING:
+            gradient -= (smooth_weight * scale)[:, None]
+        is_target = c[None, :] == label.to(tl.int32)[:, None]
+        gradient -= tl.where(is_target, (index_weight * scale)[:, None], 0.0)
+        tl.debug_barrier()  # in place, all threads have read the target's logit before it changes
+        to = row_starts(grad, 0, rows, 0, grad_stride, 1, UNIT)
+        tl.store(pointers(to, c, 1, 1), gradient, mask=mask & in_bounds[:, None])
+
+
+# ---- class indices otherwise: long rows, other strides, blocks of classes ------------------------
 
 
 @triton.jit
-def one_read(inputs, outputs, scalars, block, constants):
-    """A block of positions, in one or more tiles."""
-    at = pick(inputs, scalars, block, constants)
-    last = whole_row(at, inputs.classes, constants)
-    tiles = read_logits(inputs, at, 0, last, constants)
-    own = own_logit(inputs, at, 0, last, constants)
-    probabilities = read_probabilities(inputs, at, 0, last, constants)
-    if inputs.lse is None:
-        sums = sum_tiles(inputs, scalars, at, tiles, probabilities, last, constants)
-    else:
-        sums = given_sums(inputs, at, constants)
-        if constants.INPLACE and constants.CLUSTER:  # whose programs no sum has brought together
-            own = Own(together(own.logit, constants), own.here)
-    sums = with_own_logit(sums, own, constants)
-    loss = spike_loss(inputs, scalars, at, sums, own, constants)
-    at = focused(scalars, at, sums, constants)
-    found = nothing_found(constants)
-    if constants.INPLACE:
-        tl.debug_barrier()  # no thread is to read a logit that another has overwritten
-    gradients = ()
-    for k in tl.static_range(constants.TILES):
-        x = opened(tiles[k], inputs.classes, 2, constants)
-        found = finish_tile(
-            inputs, outputs, scalars, at, sums, found, x, probabilities, 0, k, last, constants
+def read_lse(lse, rows, in_bounds, A: tl.constexpr):
+    """A given log-sum-exp in float64, as the maximum and the total that a first pass would find."""
+    exact = tl.load(lse + rows, mask=in_bounds, other=0.0)
+    maximum = exact.to(A)
+    rest = (exact - maximum.to(tl.float64)).to(A)
+    return finite_or_zero(maximum), 1.0 + tl.where(rest == rest, rest, 0.0)
+
+
+@triton.jit
+def class_weight(weight, c, classes, A: tl.constexpr):
+    """The weights of classes c as a row; they are 1 if there are none."""
+    row = tl.full([c.shape[0]], 1.0, A)
+    if weight is not None:
+        row = tl.load(weight + c, mask=c < classes, other=0.0)
+    return row[None, :]
+
+
+@triton.jit
+def mean_class_weight(weight, classes, A: tl.constexpr):
+    mean = tl.full([], 1.0, A)
+    if weight is not None:
+        total = tl.zeros([1024], A)
+        for start in range(0, classes, 1024):
+            c = start + tl.arange(0, 1024)
+            total += tl.load(weight + c, mask=c < classes, other=0.0)
+        mean = tl.sum(total) / classes
+    return mean
+
+
+@triton.jit(do_not_specialize=["denominator", "ignore_index"])
+def two_pass_kernel(
+    logits,
+    target,
+    weight,
+    row_weight,
+    denominator,
+    lse,
+    loss,
+    grad,
+    sizes,
+    strides,
+    ignore_index,
+    smoothing: tl.float64,
+    z_loss: tl.float64,
+    GAMMA: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    EACH: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CLASS_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Class indices, any strides and number of classes; given `lse`, also a block of all classes.
+
+    sizes: inner, classes, the first one's index among all classes, number of all classes.
+    strides: outer, inner and class stride of logits and of grad.
+    """
+    A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
+    inner, classes, first_class, all_classes = sizes
+    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
+    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    rows = outer * inner + lanes
+    label, valid, invalid, target_weight = read_target(
+        target, weight, rows, in_bounds, all_classes, ignore_index
+    )
+    label = (label - first_class).to(tl.int32)
+    here = valid & (label >= 0) & (label < classes)
+    n = tl.num_programs(0) // tl.cdiv(inner, ROWS) * inner
+    scale = mean_scale(
+        row_weight,
+        denominator,
+        target,
+        weight,
+        rows,
+        valid | invalid,
+        n,
+        all_classes,
+        ignore_index,
+        A,
+    )
+    starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
+    target_logit = tl.load(starts + label.to(tl.int64) * strides[2], mask=here, other=0.0).to(A)
+    # Rows that are ignored are not read, unless a thread loads several rows at once.
+    read = valid if ROWS == 1 else in_bounds
+    if lse is None:
+        maximum, total = first_pass(
+            starts, classes, strides[2], read, A, EXACT, INNER_UNIT, ROWS, BLOCK
         )
-        if constants.WIDTH and outputs.grad_logits is not None:
-            c, shifted = columns_of(0, k, constants), x - gradients_pivot(inputs, sums, constants)
-            gradients += (gradient_of(inputs, scalars, at, sums, shifted, None, c, constants),)
-    if constants.WIDTH and outputs.grad_logits is not None:
-        write_rows(outputs.grad_logits, at, gradients, last, constants)
-    return finish(
-        inputs, outputs, scalars, at, sums, own, found, loss, inputs.classes, 0, 1, constants
-    )
-
-
-class Shares(NamedTuple):
-    """Which classes each program takes, where several share a position."""
-
-    splits: int
-    length: int
-    sums: Any  # three planes of positions x splits
-
-
-@triton.jit
-def own_share(inputs, shares, scalars, block, constants):
-    """Positions, which share of their classes a block has, and from where to where."""
-    at = pick(inputs, scalars, block // shares.splits, constants)
-    part = block % shares.splits
-    first = tl.cast(part, constants.INDEX) * shares.length
-    last = tl.minimum(first + shares.length, whole_row(at, inputs.classes, constants))
-    return at, part, first, last
-
-
-@triton.jit
-def split_kernel(
-    inputs,
-    shares,
-    level: tl.float64,
-    offset: tl.float64,
-    share: tl.float64,
-    scale: tl.float64,
-    gamma: tl.float64,
-    z_loss: tl.float64,
-    constants: tl.constexpr,
-):
-    """The first read of positions that programs share: the sums over one share."""
-    scalars = Scalars(level, offset, share, scale, gamma, z_loss)
-    at, part, first, last = own_share(inputs, shares, scalars, tl.program_id(0), constants)
-    sums = sum_classes(inputs, scalars, at, first, last, constants)
-    sums = with_own_logit(sums, own_logit(inputs, at, first, last, constants), constants)
-    out = shares.sums + (at.flat + at.lanes) * shares.splits + part
-    tl.store(out, sums.high, mask=at.present)
-    plane = inputs.positions * shares.splits
-    tl.store(out + plane, sums.total, mask=at.present)
-    tl.store(out + 2 * plane, sums.aimed, mask=at.present)
-
-
-@triton.jit
-def merge(inputs, shares, at, SPLITS: tl.constexpr):
-    """The sums of all shares, taken together in the same way by each program."""
-    part = tl.arange(0, SPLITS)[None, :]
-    mask = at.present[:, None] & (part < shares.splits)
-    given = shares.sums + ((at.flat + at.lanes) * shares.splits)[:, None] + part
-    plane = inputs.positions * shares.splits
-    high = tl.load(given, mask=mask, other=-float("inf"))
-    total = tl.load(given + plane, mask=mask, other=0.0)
-    aimed = tl.load(given + 2 * plane, mask=mask, other=0.0)
-    nothing = tl.zeros_like(at.spike)
-    axis: tl.constexpr = None if high.shape[0] == 1 else 1
-    highest = nothing + tl.max(high, axis)
-    total *= exp_nonpositive(high - pivot_of(highest)[:, None])
-    return Sums(highest, nothing + tl.sum(total, axis), nothing + tl.sum(aimed, axis))
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def two_read_kernel(
-    inputs,
-    outputs,
-    shares,
-    level: tl.float64,
-    offset: tl.float64,
-    share: tl.float64,
-    scale: tl.float64,
-    gamma: tl.float64,
-    z_loss: tl.float64,
-    blocks,
-    constants: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Blocks by turns of positions whose classes are not held."""
-    divided = scale_of(inputs, scale, constants)
-    scalars = Scalars(level, offset, share, divided.to(constants.A), gamma, z_loss)
-    losses = tl.full([constants.POSITIONS], 0.0, tl.float64)
-    for block in tl.range(
-        tl.program_id(0), blocks, tl.num_programs(0), disable_licm=constants.ANEW
-    ):
-        losses += two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS)
-    store_total(inputs, outputs, scale, divided, losses, constants)
-
-
-@triton.jit
-def two_reads(inputs, outputs, shares, scalars, block, constants, SPLITS: tl.constexpr):
-    """A block of positions, of each one share where several share them."""
-    at, part, first, last = own_share(inputs, shares, scalars, block, constants)
-    own = own_logit(inputs, at, first, last, constants)
-    if inputs.lse is not None:
-        sums = given_sums(inputs, at, constants)
-    elif shares.sums is None:
-        sums = sum_classes(inputs, scalars, at, first, last, constants)
-        sums = with_own_logit(sums, own, constants)
     else:
-        sums = merge(inputs, shares, at, SPLITS)
-    loss = spike_loss(inputs, scalars, at, sums, own, constants)
-    at = focused(scalars, at, sums, constants)
-    found = nothing_found(constants)
-    reads = constants.UNIFORM or constants.AIMS or outputs.grad_logits is not None
-    if reads or outputs.entropy is not None:
-        for start in range(first, last, constants.TILES * constants.CLASSES):
-            tiles = read_logits(inputs, at, start, last, constants)
-            aims = read_probabilities(inputs, at, start, last, constants)
-            if constants.INPLACE:
-                tl.debug_barrier()
-            for k in tl.static_range(constants.TILES):
-                x = tiles[k].to(constants.A)
-                found = finish_tile(
-                    inputs, outputs, scalars, at, sums, found, x, aims, start, k, last, constants
-                )
-    classes, splits = last - tl.maximum(first, at.shift), shares.splits
-    return finish(
-        inputs, outputs, scalars, at, sums, own, found, loss, classes, part, splits, constants
+        maximum, total = read_lse(lse, rows, in_bounds, A)
+    log_total = tl.log(total)
+    index_weight = scalar(1.0 - smoothing, A) * target_weight.to(A)
+    value, index_weight, slope = index_terms(
+        maximum - target_logit + log_total, maximum + log_total, here, index_weight, z_loss, GAMMA
     )
+    smooth_weight = scalar(smoothing, A) / all_classes
+    if SMOOTHING:
+        slope += scalar(smoothing, A) * mean_class_weight(weight, all_classes, A)
+    if SMOOTHING or grad is not None:
+        factor = tl.where(valid, slope * scale / total, 0.0)
+        grad_scale = tl.where(valid, scale, 0.0)
+        distance = tl.zeros([ROWS, BLOCK], A)
+        tl.debug_barrier()  # in place, all threads have read the target's logit before it changes
+        for start in range(0, classes, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = in_bounds[:, None] & (c < classes)[None, :]
+            x = tl.load(
+                pointers(starts, c, strides[2], INNER_UNIT), mask=mask & read[:, None], other=0.0
+            )
+            x = x.to(A) - maximum[:, None]
+            gradient = exp_nonpositive(x, EXACT) * factor[:, None]
+            if SMOOTHING:
+                q = smooth_weight * class_weight(weight, first_class + c, all_classes, A)
+                distance += tl.where(mask, q * (log_total[:, None] - x), 0.0)
+                gradient -= q * grad_scale[:, None]
+            if grad is not None:
+                is_target = c[None, :] == label[:, None]
+                gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
+                gradient = tl.where(valid[:, None], gradient, 0.0)
+                to = row_starts(grad, outer, lanes, strides[3], strides[4], INNER_UNIT, CLASS_UNIT)
+                tl.store(pointers(to, c, strides[5], INNER_UNIT), gradient, mask=mask)
+        value += tl.sum(distance, 1)
+    if loss is not None:
+        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+
+
+# ---- class probabilities -------------------------------------------------------------------------
+
+
+@triton.jit
+def smoothed(
+    y_starts,
+    weight,
+    c,
+    mask,
+    classes,
+    class_stride,
+    smoothing,
+    A: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+):
+    """q_c of class probabilities; 0 outside of the mask."""
+    y = tl.load(pointers(y_starts, c, class_stride, INNER_UNIT), mask=mask, other=0.0).to(A)
+    q = scalar(1.0 - smoothing, A) * y + scalar(smoothing, A) / classes
+    return tl.where(mask, q * class_weight(weight, c, classes, A), 0.0)
+
+
+@triton.jit(do_not_specialize=["denominator"])
+def probabilities_kernel(
+    logits,
+    target,
+    weight,
+    row_weight,
+    denominator,
+    loss,
+    grad,
+    grad_target,
+    inner,
+    classes,
+    strides,
+    smoothing: tl.float64,
+    z_loss: tl.float64,
+    EACH: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CLASS_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Class probabilities of the logits' shape, any strides and number of classes.
+
+    strides: outer, inner and class stride of logits, target, grad and grad_target.
+    """
+    A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
+    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
+    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    rows = outer * inner + lanes
+    scale = row_scale(row_weight, denominator, rows, in_bounds, A)
+    x_starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
+    y_starts = row_starts(target, outer, lanes, strides[3], strides[4], INNER_UNIT, CLASS_UNIT)
+    maximum, total = first_pass(
+        x_starts, classes, strides[2], in_bounds, A, EXACT, INNER_UNIT, ROWS, BLOCK
+    )
+    log_total = tl.log(total)
+    value, slope = squared_lse(maximum + log_total, z_loss)
+    if grad is not None:
+        targets = tl.zeros([ROWS, BLOCK], A)
+        for start in range(0, classes, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = in_bounds[:, None] & (c < classes)[None, :]
+            targets += smoothed(
+                y_starts, weight, c, mask, classes, strides[5], smoothing, A, INNER_UNIT
+            )
+        slope += tl.sum(targets, 1)
+    factor = slope * scale / total
+    distance = tl.zeros([ROWS, BLOCK], A)
+    tl.debug_barrier()  # in place, the first pass is over
+    for start in range(0, classes, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        mask = in_bounds[:, None] & (c < classes)[None, :]
+        x = (
+            tl.load(pointers(x_starts, c, strides[2], INNER_UNIT), mask=mask, other=0.0).to(A)
+            - maximum[:, None]
+        )
+        q = smoothed(y_starts, weight, c, mask, classes, strides[5], smoothing, A, INNER_UNIT)
+        away = log_total[:, None] - x
+        distance += tl.where(mask, q * away, 0.0)
+        if grad is not None:
+            gradient = exp_nonpositive(x, EXACT) * factor[:, None] - q * scale[:, None]
+            to = row_starts(grad, outer, lanes, strides[6], strides[7], INNER_UNIT, CLASS_UNIT)
+            tl.store(pointers(to, c, strides[8], INNER_UNIT), gradient, mask=mask)
+        if grad_target is not None:
+            share = scalar(1.0 - smoothing, A) * class_weight(weight, c, classes, A)
+            to = row_starts(
+                grad_target, outer, lanes, strides[9], strides[10], INNER_UNIT, CLASS_UNIT
+            )
+            tl.store(
+                pointers(to, c, strides[11], INNER_UNIT), away * share * scale[:, None], mask=mask
+            )
+    if loss is not None:
+        value += tl.sum(distance, 1)
+        store_loss(loss, value, scale, rows, in_bounds, in_bounds, rows < 0, EACH)
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def statistics_kernel(
+    logits,
+    target,
+    lse,
+    entropy,
+    prediction,
+    inner,
+    classes,
+    strides,
+    first_class,
+    ignore_index,
+    INNER_UNIT: tl.constexpr,
+    CLASS_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Log-sum-exp, entropy and the class with the largest logit, of each row that is not ignored.
+
+    target: class indices, or None if no row is ignored.
+    entropy, prediction: both None, or the first of several largest logits, NaN being the largest.
+    strides: outer, inner and class stride.
+    """
+    A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
+    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    rows = outer * inner + lanes
+    counted = in_bounds
+    if target is not None:
+        counted &= tl.load(target + rows, mask=in_bounds, other=ignore_index) != ignore_index
+    starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
+    maximum, total = first_pass(
+        starts, classes, strides[2], counted, A, True, INNER_UNIT, ROWS, BLOCK
+    )
+    log_total = tl.log(total)
+    exact = maximum.to(tl.float64) + log_total.to(tl.float64)
+    tl.store(lse + rows, tl.where(counted, exact, 0.0), mask=in_bounds)
+    if entropy is not None:
+        distance = tl.zeros([ROWS, BLOCK], A)
+        best = tl.full([ROWS, BLOCK], -float("inf"), A)
+        index = tl.zeros([ROWS, BLOCK], tl.int64)
+        for start in range(0, classes, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = counted[:, None] & (c < classes)[None, :]
+            x = tl.load(
+                pointers(starts, c, strides[2], INNER_UNIT), mask=mask, other=-float("inf")
+            ).to(A)
+            away = maximum[:, None] - x
+            e = exp_nonpositive(-away)
+            distance += tl.where(e == 0.0, 0.0, e * away)
+            better = (x > best) | ((x != x) & (best == best))
+            best = tl.where(better, x, best)
+            index = tl.where(better, c[None, :].to(tl.int64), index)
+        is_nan = best != best
+        largest = tl.where(is_nan, float("inf"), best)
+        leads = largest == tl.max(largest, 1)[:, None]
+        leads = tl.where(tl.max(is_nan.to(tl.int32), 1)[:, None] > 0, is_nan, leads)
+        index = tl.min(tl.where(leads, index, classes), 1) + first_class
+        value = log_total + tl.sum(distance, 1) / total
+        tl.store(entropy + rows, tl.where(counted, value, 0.0), mask=in_bounds)
+        tl.store(prediction + rows, tl.where(counted, index, ignore_index), mask=in_bounds)

@@ -1,533 +1,351 @@
 """Losses that compare input and target element by element: one formula each.
 
-    loss       = reduce(w f(x, t)),  reduce: each, or sum / denominator
-    dloss/dx   = u w df/dx,          dloss/dt = u w df/dt,   u = upstream gradient / denominator
+    loss   = reduce(w f(x, t)),       reduce: each element, or the sum / denominator
+    grad_x = g w df/dx,               g = grad_output, / denominator
+    grad_t = g w df/dt
 
-Some formulas have a third operand. Shapes: operands, w and u are of one shape, seen as rows x
-columns with strides; outputs are dense. Bytes: operands (and w, where given) are read once, the
-gradients that are wanted written once.
+Shapes: all of one shape. Operands may be strided or broadcast, outputs are dense.
+Bytes: each operand and w are read once, each gradient that is wanted is written once.
 
-A formula takes its operands, three parameters of which it names its own, and for gradients `scale`,
-1 / denominator: so they are divided before they can overflow.
+A formula maps the operands, three parameters p, q and r, and scale = 1 / denominator to the loss
+and the gradients, 0.0 for an operand that has none; the compiler drops what the kernel does not
+store. It multiplies by scale before anything that may overflow.
+
+torch: (w * F.mse_loss(x, t, reduction="none")).sum() / denominator
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .arithmetic import (
-    Operand,
-    exp,
-    exp_nonpositive,
-    log,
-    log1p,
-    log_of_1_plus,
-    reach,
-    read,
-    reciprocal,
-    sigmoid,
-    tanh,
-)
-from .sums import Total, add_up, total
+from .arithmetic import exp, log, log1p, read, reciprocal, sigmoid, softplus_nonpositive, tanh
 
 # ---- formulas ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def mse_loss(x, t, _p, _q, _r):
-    """torch: F.mse_loss(x, t)."""
-    return (x - t) * (x - t)
-
-
-@triton.jit
-def mse_loss_gradients(x, t, _p, _q, _r, scale):
-    gradient = 2.0 * scale * (x - t)
-    return gradient, -gradient
-
-
-@triton.jit
-def smooth_l1_loss(x, t, beta, _q, _r):
-    """torch: F.smooth_l1_loss(x, t, beta=beta); F.l1_loss(x, t) where beta is 0."""
-    distance = tl.abs(x - t)
-    return tl.where(distance < beta, 0.5 * distance * (distance / beta), distance - 0.5 * beta)
-
-
-@triton.jit
-def smooth_l1_loss_gradients(x, t, beta, _q, _r, scale):
-    """Of NaN: NaN, but 0 where beta is 0."""
+def mse_loss(x, t, _p, _q, _r, scale):
+    """torch: F.mse_loss(x, t)"""
     d = x - t
+    gradient = 2.0 * scale * d
+    return d * d, gradient, -gradient
+
+
+@triton.jit
+def smooth_l1_loss(x, t, beta, _q, _r, scale):
+    """torch: F.smooth_l1_loss(x, t, beta=beta)
+
+    It is F.l1_loss where beta is 0. The gradient of NaN is NaN, but 0 where beta is 0.
+    """
+    d = x - t
+    size = tl.abs(d)
+    ratio = size / beta
+    loss = tl.where(size < beta, 0.5 * size * ratio, size - 0.5 * beta)
     rest = tl.where(beta > 0.0, scale * d, 0.0)
     sign = tl.where(d > 0.0, scale, tl.where(d < 0.0, -scale, rest))
-    distance = tl.abs(d)
-    gradient = tl.where(distance < beta, sign * (distance / beta), sign)
-    return gradient, -gradient
+    gradient = tl.where(size < beta, sign * ratio, sign)
+    return loss, gradient, -gradient
 
 
 @triton.jit
-def l1_loss(x, t, _p, _q, _r):
-    """torch: F.l1_loss(x, t)."""
-    return tl.abs(x - t)
-
-
-@triton.jit
-def l1_loss_gradients(x, t, _p, _q, _r, scale):
+def l1_loss(x, t, _p, _q, _r, scale):
+    """torch: F.l1_loss(x, t)"""
     gradient = tl.where(x > t, scale, tl.where(x < t, -scale, 0.0))
-    return gradient, -gradient
+    return tl.abs(x - t), gradient, -gradient
 
 
 @triton.jit
-def huber_loss(x, t, delta, _q, _r):
-    """torch: F.huber_loss(x, t, delta=delta)."""
-    size = tl.abs(x - t)
-    return tl.where(size < delta, 0.5 * size * size, delta * (size - 0.5 * delta))
-
-
-@triton.jit
-def huber_loss_gradients(x, t, delta, _q, _r, scale):
+def huber_loss(x, t, delta, _q, _r, scale):
+    """torch: F.huber_loss(x, t, delta=delta)"""
     d = x - t
+    size = tl.abs(d)
+    loss = tl.where(size < delta, 0.5 * size * size, delta * (size - 0.5 * delta))
     most = scale * delta
     gradient = tl.where(d <= -delta, -most, tl.where(d >= delta, most, scale * d))
-    return gradient, -gradient
+    return loss, gradient, -gradient
 
 
 @triton.jit
 def log_sigmoid(x):
-    return tl.where(x < 0.0, x, 0.0) - log1p(exp_nonpositive(-tl.abs(x)))
+    return tl.where(x < 0.0, x, 0.0) - softplus_nonpositive(-tl.abs(x))
 
 
 @triton.jit
-def soft_margin_loss(x, t, _p, _q, _r):
-    """torch: F.soft_margin_loss(x, t). Where torch's exp(-t x) overflows, this does not."""
-    return -log_sigmoid(t * x)
+def soft_margin_loss(x, t, _p, _q, _r, scale):
+    """torch: F.soft_margin_loss(x, t), whose exp(-t x) overflows"""
+    return -log_sigmoid(t * x), -t * sigmoid(-t * x) * scale, 0.0
 
 
 @triton.jit
-def soft_margin_loss_gradients(x, t, _p, _q, _r, scale):
-    return -t * sigmoid(-t * x) * scale, None
+def hinge_embedding_loss(x, t, margin, _q, _r, scale):
+    """torch: F.hinge_embedding_loss(x, t, margin), where t that is neither 1 nor -1 is both"""
+    slack = margin - x
+    loss = tl.where(t != 1.0, tl.where(slack < 0.0, 0.0, slack), 0.0)
+    gradient = tl.where((t != 1.0) & (slack >= 0.0), -scale, 0.0)
+    return loss + tl.where(t != -1.0, x, 0.0), gradient + tl.where(t != -1.0, scale, 0.0), 0.0
 
 
 @triton.jit
-def hinge_embedding_loss(x, t, margin, _q, _r):
-    """torch: F.hinge_embedding_loss(x, t, margin). A target not of 1 and -1 counts as both."""
-    far = margin - x
-    unlike = tl.where(t != 1.0, tl.where(far < 0.0, 0.0, far), 0.0)
-    return unlike + tl.where(t != -1.0, x, 0.0)
-
-
-@triton.jit
-def hinge_embedding_loss_gradients(x, t, margin, _q, _r, scale):
-    unlike = tl.where((t != 1.0) & (margin - x >= 0.0), -scale, 0.0)
-    return unlike + tl.where(t != -1.0, scale, 0.0), None
-
-
-@triton.jit
-def margin_ranking_loss(x, other, y, margin, _q, _r):
-    """torch: F.margin_ranking_loss(x, other, y, margin)."""
+def margin_ranking_loss(x, other, y, margin, _q, _r, scale):
+    """torch: F.margin_ranking_loss(x, other, y, margin)"""
     slack = -y * (x - other) + margin
-    return tl.where(slack < 0.0, 0.0, slack)
+    factor = tl.where(slack >= 0.0, scale, 0.0)
+    return tl.where(slack < 0.0, 0.0, slack), -y * factor, y * factor, (other - x) * factor
 
 
 @triton.jit
-def margin_ranking_loss_gradients(x, other, y, margin, _q, _r, scale):
-    factor = tl.where(-y * (x - other) + margin >= 0.0, scale, 0.0)
-    return -y * factor, y * factor, (other - x) * factor
+def poisson_nll_loss(x, t, eps, _q, _r, scale):
+    """torch: F.poisson_nll_loss(x, t, log_input=False, eps=eps)"""
+    log_rate = log(x + eps)
+    return x - t * log_rate, scale * (1.0 - t / (x + eps)), -scale * log_rate
+
+
+@triton.jit
+def poisson_nll_loss_log_input(x, t, _p, _q, _r, scale):
+    """torch: F.poisson_nll_loss(x, t)"""
+    rate = exp(x)
+    return rate - t * x, scale * (rate - t), -scale * x
 
 
 @triton.jit
 def stirling(t):
-    """Stirling's approximation of log(t!), from 1 on."""
+    """Stirling's approximation of log(t!) and its derivative, from t = 1 on."""
     log_t = log(t)
-    return tl.where(t <= 1.0, 0.0, t * log_t - t + 0.5 * (1.8378770664093453 + log_t))
+    value = t * log_t - t + 0.5 * (1.8378770664093453 + log_t)  # log(2 pi)
+    return tl.where(t <= 1.0, 0.0, value), tl.where(t <= 1.0, 0.0, log_t + 0.5 / t)
 
 
 @triton.jit
-def stirling_slope(t):
-    return tl.where(t <= 1.0, 0.0, log(t) + 0.5 / t)
+def poisson_nll_loss_full(x, t, eps, _q, _r, scale):
+    """torch: F.poisson_nll_loss(x, t, log_input=False, full=True, eps=eps)"""
+    log_rate = log(x + eps)
+    constant, slope = stirling(t)
+    loss = x - t * log_rate + constant
+    return loss, scale * (1.0 - t / (x + eps)), scale * (slope - log_rate)
 
 
 @triton.jit
-def poisson_nll_loss(x, t, eps, _q, _r):
-    """torch: F.poisson_nll_loss(x, t, log_input=False, eps=eps)."""
-    return x - t * log(x + eps)
+def poisson_nll_loss_log_input_full(x, t, _p, _q, _r, scale):
+    """torch: F.poisson_nll_loss(x, t, full=True)"""
+    rate = exp(x)
+    constant, slope = stirling(t)
+    return rate - t * x + constant, scale * (rate - t), scale * (slope - x)
 
 
 @triton.jit
-def poisson_nll_loss_gradients(x, t, eps, _q, _r, scale):
-    return scale * (1.0 - t / (x + eps)), -scale * log(x + eps)
+def kl_div(x, t, _p, _q, _r, scale):
+    """torch: F.kl_div(x, t)"""
+    log_t = log(t)
+    loss = tl.where(t == 0.0, 0.0, t * log_t) - t * x
+    return loss, -t * scale, scale * (log_t + t / t - x)
 
 
 @triton.jit
-def poisson_nll_loss_full(x, t, eps, _q, _r):
-    """torch: F.poisson_nll_loss(x, t, log_input=False, full=True, eps=eps)."""
-    return x - t * log(x + eps) + stirling(t)
-
-
-@triton.jit
-def poisson_nll_loss_full_gradients(x, t, eps, _q, _r, scale):
-    return scale * (1.0 - t / (x + eps)), scale * (stirling_slope(t) - log(x + eps))
-
-
-@triton.jit
-def poisson_nll_loss_log_input(x, t, _eps, _q, _r):
-    """torch: F.poisson_nll_loss(x, t)."""
-    return exp(x) - t * x
-
-
-@triton.jit
-def poisson_nll_loss_log_input_gradients(x, t, _eps, _q, _r, scale):
-    return scale * (exp(x) - t), -scale * x
-
-
-@triton.jit
-def poisson_nll_loss_log_input_full(x, t, _eps, _q, _r):
-    """torch: F.poisson_nll_loss(x, t, full=True)."""
-    return exp(x) - t * x + stirling(t)
-
-
-@triton.jit
-def poisson_nll_loss_log_input_full_gradients(x, t, _eps, _q, _r, scale):
-    return scale * (exp(x) - t), scale * (stirling_slope(t) - x)
-
-
-@triton.jit
-def kl_div(x, t, _p, _q, _r):
-    """torch: F.kl_div(x, t)."""
-    return tl.where(t == 0.0, 0.0, t * log(t)) - t * x
-
-
-@triton.jit
-def kl_div_gradients(x, t, _p, _q, _r, scale):
-    return -t * scale, scale * (log(t) + t / t - x)
-
-
-@triton.jit
-def kl_div_log_target(x, t, _p, _q, _r):
-    """torch: F.kl_div(x, t, log_target=True)."""
-    return exp(t) * (t - x)
-
-
-@triton.jit
-def kl_div_log_target_gradients(x, t, _p, _q, _r, scale):
+def kl_div_log_target(x, t, _p, _q, _r, scale):
+    """torch: F.kl_div(x, t, log_target=True)"""
     e = exp(t)
-    return -e * scale, (e * (t - x) + e) * scale
+    loss = e * (t - x)
+    return loss, -e * scale, (loss + e) * scale
 
 
 @triton.jit
-def bounded(log):
-    return tl.where(log < -100.0, -100.0, log)
+def at_least(x, least):
+    return tl.where(x < least, least, x)  # unlike tl.maximum NaN passes
 
 
 @triton.jit
-def binary_cross_entropy(x, t, _p, _q, _r):
-    """torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least; NaN of no probability."""
-    loss = (t - 1.0) * bounded(log_of_1_plus(-x)) - t * bounded(log(x))
-    return tl.where((t >= 0.0) & (t <= 1.0), loss, float("nan"))
+def binary_cross_entropy(x, t, _p, _q, _r, scale):
+    """torch: F.binary_cross_entropy(x, t), but NaN where t is no probability"""
+    log_x, log_rest = log(x), log1p(-x)
+    loss = (t - 1.0) * at_least(log_rest, -100.0) - t * at_least(log_x, -100.0)
+    loss = tl.where((t >= 0.0) & (t <= 1.0), loss, float("nan"))
+    variance = at_least((1.0 - x) * x, 1e-12)
+    return loss, scale * (x - t) * reciprocal(variance), scale * (log_rest - log_x)
 
 
 @triton.jit
-def binary_cross_entropy_gradients(x, t, _p, _q, _r, scale):
-    variance = (1.0 - x) * x
-    variance = tl.where(variance < 1e-12, 1e-12, variance)
-    return scale * (x - t) * reciprocal(variance), scale * (log_of_1_plus(-x) - log(x))
+def binary_cross_entropy_with_logits(x, t, _p, _q, _r, scale):
+    """torch: F.binary_cross_entropy_with_logits(x, t)"""
+    return (1.0 - t) * x - log_sigmoid(x), scale * (sigmoid(x) - t), -scale * x
 
 
 @triton.jit
-def binary_cross_entropy_with_logits(x, t, _p, _q, _r):
-    """torch: F.binary_cross_entropy_with_logits(x, t)."""
-    return (1.0 - t) * x - log_sigmoid(x)
-
-
-@triton.jit
-def binary_cross_entropy_with_logits_gradients(x, t, _p, _q, _r, scale):
-    return scale * (sigmoid(x) - t), -scale * x
-
-
-@triton.jit
-def binary_cross_entropy_with_logits_pos_weight(x, t, pos_weight, _p, _q, _r):
-    """The same with pos_weight, which gets no gradient."""
-    return (1.0 - t) * x - (1.0 + (pos_weight - 1.0) * t) * log_sigmoid(x)
-
-
-@triton.jit
-def binary_cross_entropy_with_logits_pos_weight_gradients(x, t, pos_weight, _p, _q, _r, scale):
+def binary_cross_entropy_with_logits_pos_weight(x, t, pos_weight, _p, _q, _r, scale):
+    """torch: F.binary_cross_entropy_with_logits(x, t, pos_weight=pos_weight)"""
+    log_p = log_sigmoid(x)
+    loss = (1.0 - t) * x - (1.0 + (pos_weight - 1.0) * t) * log_p
     positive = pos_weight * t
     grad_x = scale * ((positive + 1.0 - t) * sigmoid(x) - positive)
-    grad_t = scale * (log_sigmoid(-x) - pos_weight * log_sigmoid(x))
-    return grad_x, grad_t, None
+    return loss, grad_x, scale * (log_sigmoid(-x) - pos_weight * log_p), 0.0
 
 
 @triton.jit
-def gaussian_nll_loss(x, t, var, full, eps, _r):
-    """torch: F.gaussian_nll_loss(x, t, var, full, eps)."""
-    variance = tl.where(var < eps, eps, var)
-    constant = tl.where(full != 0.0, tl.full([], 0.9189385332046727, x.dtype), 0.0)
-    return 0.5 * (log(variance) + (x - t) * (x - t) / variance) + constant
-
-
-@triton.jit
-def gaussian_nll_loss_gradients(x, t, var, _full, eps, _r, scale):
-    """As in torch the clamp passes the gradient of var."""
+def gaussian_nll_loss(x, t, var, full, eps, _r, scale):
+    """torch: F.gaussian_nll_loss(x, t, var, full, eps); the clamp of var passes its gradient"""
     variance = tl.where(var < eps, eps, var)
     d = x - t
+    constant = tl.where(full != 0.0, tl.full([], 0.9189385332046727, x.dtype), 0.0)  # log(2 pi) / 2
+    loss = 0.5 * (log(variance) + d * d / variance) + constant
     grad_x = 2.0 * d * (0.5 * scale / variance)  # overflows where torch's does
     grad_var = (variance - d * d) / variance / variance * (0.5 * scale)
-    return grad_x, -grad_x, grad_var
+    return loss, grad_x, -grad_x, grad_var
 
 
 @triton.jit
-def quantile_loss(x, t, q, _q, _r):
-    """The larger of q (t - x) and (q - 1) (t - x); as torch.maximum, half of each where equal."""
-    return (t - x) * tl.where(t < x, q - 1.0, q)
-
-
-@triton.jit
-def quantile_loss_gradients(x, t, q, _q, _r, scale):
+def quantile_loss(x, t, q, _q, _r, scale):
+    """torch: torch.maximum(q * (t - x), (q - 1) * (t - x)), whose gradient is halved at a tie"""
     d = t - x
     equal = tl.where(d == 0.0, 0.5 - q, 1.0 - 2.0 * q)  # of NaN both, as of torch.maximum
     gradient = scale * tl.where(d > 0.0, -q, tl.where(d < 0.0, 1.0 - q, equal))
-    return gradient, -gradient
+    return d * tl.where(t < x, q - 1.0, q), gradient, -gradient
 
 
 @triton.jit
-def log_cosh_loss(x, t, _p, _q, _r):
-    """log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t."""
-    size = tl.abs(x - t)
-    return size + (log1p(exp_nonpositive(-2.0 * size)) - 0.6931471805599453)
+def log_cosh_loss(x, t, _p, _q, _r, scale):
+    """log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t"""
+    d = x - t
+    size = tl.abs(d)
+    gradient = scale * tanh(d)
+    return size + (softplus_nonpositive(-2.0 * size) - 0.6931471805599453), gradient, -gradient
 
 
 @triton.jit
-def log_cosh_loss_gradients(x, t, _p, _q, _r, scale):
-    gradient = scale * tanh(x - t)
-    return gradient, -gradient
-
-
-@triton.jit
-def hinge_loss(x, t, margin, _q, _r):
+def hinge_loss(x, t, margin, _q, _r, scale):
     """max(0, margin - t x)"""
     slack = margin - t * x
-    return tl.where(slack < 0.0, 0.0, slack)
+    return tl.where(slack < 0.0, 0.0, slack), -t * tl.where(slack >= 0.0, scale, 0.0), 0.0
 
 
 @triton.jit
-def hinge_loss_gradients(x, t, margin, _q, _r, scale):
-    return -t * tl.where(margin - t * x >= 0.0, scale, 0.0), None
-
-
-@triton.jit
-def hinge_loss_squared(x, t, margin, _q, _r):
-    slack = hinge_loss(x, t, margin, _q, _r)
-    return slack * slack
-
-
-@triton.jit
-def hinge_loss_squared_gradients(x, t, margin, _q, _r, scale):
+def hinge_loss_squared(x, t, margin, _q, _r, scale):
+    """max(0, margin - t x) ** 2"""
     slack = margin - t * x
-    return -t * tl.where(slack >= 0.0, 2.0 * scale * slack, 0.0), None
+    positive = tl.where(slack < 0.0, 0.0, slack)
+    return positive * positive, -t * tl.where(slack >= 0.0, 2.0 * scale * slack, 0.0), 0.0
 
 
 @triton.jit
-def focal_factor(t, alpha, ignored):
-    factor = tl.where(alpha < 0.0, 1.0, alpha * t + (1.0 - alpha) * (1.0 - t))
-    return tl.where(t == ignored, 0.0, factor)
+def sigmoid_focal_loss(x, t, alpha, gamma, ignored, scale):
+    """torchvision: sigmoid_focal_loss(x, t, alpha, gamma); 0 where t is `ignored`
 
-
-@triton.jit
-def focal_power(u, gamma):
+    (alpha t + (1 - alpha) (1 - t)) u**gamma ((1 - t) x + softplus(-x)), where p = sigmoid(x) and
+    u = p (1 - t) + (1 - p) t. No factor of alpha where it is negative.
+    """
+    p, q = sigmoid(x), sigmoid(-x)
+    u = p * (1.0 - t) + q * t
     power = u * u
     if gamma != 2.0:
         power = tl.where(gamma == 0.0, 1.0, exp(gamma * log(u)))
-    return power
-
-
-@triton.jit
-def sigmoid_focal_loss(x, t, alpha, gamma, ignored):
-    """As torchvision's, with p = sigmoid(x) and u = p (1 - t) + (1 - p) t, what is missing:
-    (alpha t + (1 - alpha) (1 - t)) u^gamma ((1 - t) x + softplus(-x)).
-    """
-    u = sigmoid(x) * (1.0 - t) + sigmoid(-x) * t
-    loss = ((1.0 - t) * x - log_sigmoid(x)) * focal_power(u, gamma)
-    return focal_factor(t, alpha, ignored) * loss
-
-
-@triton.jit
-def sigmoid_focal_loss_gradients(x, t, alpha, gamma, ignored, scale):
-    p, q = sigmoid(x), sigmoid(-x)
-    u = p * (1.0 - t) + q * t
-    ratio = tl.where(u > 0.0, p * q / u, 1.0)
+    factor = tl.where(alpha < 0.0, 1.0, alpha * t + (1.0 - alpha) * (1.0 - t))
+    factor = tl.where(t == ignored, 0.0, factor)
     loss = (1.0 - t) * x - log_sigmoid(x)
+    ratio = tl.where(u > 0.0, p * q / u, 1.0)
     slope = (p - t) + gamma * loss * ratio * (1.0 - 2.0 * t)
-    return focal_factor(t, alpha, ignored) * scale * (focal_power(u, gamma) * slope), None
-
-
-class Formula(NamedTuple):
-    value: Any
-    gradients: Any
+    return factor * (loss * power), factor * scale * (power * slope), 0.0
 
 
 FORMULAS = {
-    "mse_loss": Formula(mse_loss, mse_loss_gradients),
-    "smooth_l1_loss": Formula(smooth_l1_loss, smooth_l1_loss_gradients),
-    "l1_loss": Formula(l1_loss, l1_loss_gradients),
-    "huber_loss": Formula(huber_loss, huber_loss_gradients),
-    "soft_margin_loss": Formula(soft_margin_loss, soft_margin_loss_gradients),
-    "hinge_embedding_loss": Formula(hinge_embedding_loss, hinge_embedding_loss_gradients),
-    "poisson_nll_loss": Formula(poisson_nll_loss, poisson_nll_loss_gradients),
-    "poisson_nll_loss_full": Formula(poisson_nll_loss_full, poisson_nll_loss_full_gradients),
-    "poisson_nll_loss_log_input": Formula(
-        poisson_nll_loss_log_input, poisson_nll_loss_log_input_gradients
-    ),
-    "poisson_nll_loss_log_input_full": Formula(
-        poisson_nll_loss_log_input_full, poisson_nll_loss_log_input_full_gradients
-    ),
-    "kl_div": Formula(kl_div, kl_div_gradients),
-    "kl_div_log_target": Formula(kl_div_log_target, kl_div_log_target_gradients),
-    "margin_ranking_loss": Formula(margin_ranking_loss, margin_ranking_loss_gradients),
-    "quantile_loss": Formula(quantile_loss, quantile_loss_gradients),
-    "log_cosh_loss": Formula(log_cosh_loss, log_cosh_loss_gradients),
-    "hinge_loss": Formula(hinge_loss, hinge_loss_gradients),
-    "hinge_loss_squared": Formula(hinge_loss_squared, hinge_loss_squared_gradients),
-    "sigmoid_focal_loss": Formula(sigmoid_focal_loss, sigmoid_focal_loss_gradients),
-    "binary_cross_entropy": Formula(binary_cross_entropy, binary_cross_entropy_gradients),
-    "binary_cross_entropy_with_logits": Formula(
-        binary_cross_entropy_with_logits, binary_cross_entropy_with_logits_gradients
-    ),
-    "binary_cross_entropy_with_logits_pos_weight": Formula(
+    formula.__name__: formula
+    for formula in (
+        mse_loss,
+        smooth_l1_loss,
+        l1_loss,
+        huber_loss,
+        soft_margin_loss,
+        hinge_embedding_loss,
+        margin_ranking_loss,
+        poisson_nll_loss,
+        poisson_nll_loss_log_input,
+        poisson_nll_loss_full,
+        poisson_nll_loss_log_input_full,
+        kl_div,
+        kl_div_log_target,
+        binary_cross_entropy,
+        binary_cross_entropy_with_logits,
         binary_cross_entropy_with_logits_pos_weight,
-        binary_cross_entropy_with_logits_pos_weight_gradients,
-    ),
-    "gaussian_nll_loss": Formula(gaussian_nll_loss, gaussian_nll_loss_gradients),
+        gaussian_nll_loss,
+        quantile_loss,
+        log_cosh_loss,
+        hinge_loss,
+        hinge_loss_squared,
+        sigmoid_focal_loss,
+    )
 }
 
 
-# ---- all of them ---------------------------------------------------------------------------------
+# ---- the kernel of all of them -------------------------------------------------------------------
 
 
-class Operands(NamedTuple):
-    variables: tuple[Operand, ...]  # the formula's operands
-    weight: Operand | None
-    upstream: Operand | None  # the loss's gradient; None stands for ones
-    parameters: tuple[torch.Tensor | None, ...]  # three, each of one element, or None for a number
-    denominator: torch.Tensor | None  # of one element, beside what `scale` holds
-
-
-class Outputs(NamedTuple):
-    """None where not wanted."""
-
-    each: torch.Tensor | None
-    total: Total | None
-    gradients: tuple[torch.Tensor | None, ...]  # one for each operand
-
-
-@triton.jit
-def parameter(tensor, number, A: tl.constexpr):
-    """The number, or what only the GPU knows."""
-    value = tl.full([], number, A)
-    if tensor is not None:
-        value = tl.load(tensor).to(A)
-    return value
-
-
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["denominator"])
 def pointwise_loss_kernel(
-    operands,
-    outputs,
+    x,
+    t,
+    third,
+    weight,
+    grad_output,
+    loss,
+    grad_x,
+    grad_t,
+    grad_third,
     n,
-    blocks,
     columns,
-    scale: tl.float64,
+    strides,
     p: tl.float64,
     q: tl.float64,
     r: tl.float64,
-    VALUE: tl.constexpr,
-    GRADIENTS: tl.constexpr,
-    A: tl.constexpr,
-    INDEX: tl.constexpr,
+    parameters,
+    denominator,
+    FORMULA: tl.constexpr,
+    REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Blocks of elements by turns, so that a program leaves one part of the sum."""
-    program = tl.program_id(0)
-    factor = tl.full([], scale, A)
-    if operands.denominator is not None:
-        factor /= tl.load(operands.denominator).to(A)
-    p = parameter(operands.parameters[0], p, A)
-    q = parameter(operands.parameters[1], q, A)
-    r = parameter(operands.parameters[2], r, A)
-    fours = tl.zeros([BLOCK // 4], A)  # of elements side by side: one register for what a lane has
-    for block in range(program.to(INDEX), blocks, tl.num_programs(0)):
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        mask = i < n
-        x = read(operands.variables[0], i, columns, mask, A)
-        t = read(operands.variables[1], i, columns, mask, A)
-        if len(operands.variables) == 2:
-            value = VALUE(x, t, p, q, r)
-            gradients = GRADIENTS(x, t, p, q, r, factor)
-        else:
-            third = read(operands.variables[2], i, columns, mask, A)
-            value = VALUE(x, t, third, p, q, r)
-            gradients = GRADIENTS(x, t, third, p, q, r, factor)
-        if operands.weight is not None:
-            weight = read(operands.weight, i, columns, mask, A)
-            value *= weight
-        if operands.upstream is not None:
-            upstream = read(operands.upstream, i, columns, mask, A)
-        if outputs.total is not None:
-            counted = tl.where(mask, value, 0.0)
-            fours += tl.sum(tl.reshape(counted, [BLOCK // 4, 4]), 1)
-        if outputs.each is not None:
-            tl.store(outputs.each + i, value, mask=mask)
-        for k in tl.static_range(len(outputs.gradients)):
-            if outputs.gradients[k] is not None:
-                gradient = gradients[k]
-                if operands.weight is not None:
-                    gradient *= weight
-                if operands.upstream is not None:
-                    gradient *= upstream
-                tl.store(outputs.gradients[k] + i, gradient, mask=mask)
-    if outputs.total is not None:
-        add_up(outputs.total, program, tl.sum(fours), scale, operands.denominator)
+    """Outputs that are None are not wanted; with REDUCE `loss` takes one partial sum a program.
 
-
-def pointwise_loss(
-    formula: str,
-    columns: int | None,
-    operands: list[tuple[torch.Tensor, int, int] | None],
-    parameters: tuple[float | torch.Tensor, ...],
-    denominator: float | torch.Tensor,
-    each: torch.Tensor | None,
-    loss: torch.Tensor | None,
-    gradients: tuple[torch.Tensor | None, ...],
-) -> None:
-    """Launches what the outputs that are not None take.
-
-    operands: the formula's, the weight and the upstream gradient, as in `Operand` or None.
+    denominator: None for 1, an integer, or a pointer to a number that only the GPU knows.
+    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them.
     """
-    *variables, weight, upstream = (o and Operand(*o) for o in operands)
-    x = operands[0][0]
-    elements = launch.POINTWISE[x.element_size()]
-    programs = blocks = launch.cdiv(x.numel(), elements.block)
-    known = not isinstance(denominator, torch.Tensor)
-    scale, counted = (1 / denominator, None) if known else (1.0, denominator)
-    three = (*parameters, 0.0, 0.0, 0.0)[:3]
-    tensors = tuple(p if isinstance(p, torch.Tensor) else None for p in three)
-    numbers = (0.0 if isinstance(p, torch.Tensor) else float(p) for p in three)
-    if loss is not None:
-        programs = min(blocks, launch.MOST_PROGRAMS)
-    pointwise_loss_kernel[(programs,)](
-        Operands(tuple(variables), weight, upstream, tensors, counted),
-        Outputs(each, None if loss is None else total(loss, programs), gradients),
-        x.numel(),
-        blocks,
-        columns,
-        scale,
-        *numbers,
-        *FORMULAS[formula],
-        A=launch.accumulate_type(x.dtype),
-        INDEX=launch.index_type(*reach(columns, operands)),
-        BLOCK=elements.block,
-        **launch.options(elements.threads),
-    )
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    divisor = tl.full([], 1.0, tl.float64)
+    if denominator is not None:
+        divisor *= tl.load(denominator) if denominator.dtype.is_ptr() else denominator
+    scale = (1.0 / divisor).to(dtype)
+    if parameters is not None:
+        p, q, r = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
+    p, q, r = tl.full([], p, dtype), tl.full([], q, dtype), tl.full([], r, dtype)
+    total = tl.zeros([BLOCK], dtype)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < n
+        a = read(x, 0, i, n, columns, strides)
+        b = read(t, 1, i, n, columns, strides)
+        c = read(third, 2, i, n, columns, strides)
+        w = read(weight, 3, i, n, columns, strides)
+        g = read(grad_output, 4, i, n, columns, strides)
+        if third is None:
+            value, by_x, by_t = FORMULA(a, b, p, q, r, scale)
+            by_third = None
+        else:
+            value, by_x, by_t, by_third = FORMULA(a, b, c, p, q, r, scale)
+        if weight is not None:
+            value *= w
+        if REDUCE:
+            total += tl.where(mask, value, 0.0)
+        elif loss is not None:
+            tl.store(loss + i, value, mask=mask)
+        store_gradient(grad_x, i, mask, by_x, w, g)
+        store_gradient(grad_t, i, mask, by_t, w, g)
+        store_gradient(grad_third, i, mask, by_third, w, g)
+    if REDUCE:
+        tl.store(loss + tl.program_id(0), tl.sum(total).to(tl.float64) / divisor)
+
+
+@triton.jit
+def store_gradient(out, i, mask, gradient, weight, grad_output):
+    if out is not None:
+        if weight is not None:
+            gradient *= weight
+        if grad_output is not None:
+            gradient *= grad_output
+        tl.store(out + i, gradient, mask=mask)

@@ -1,12 +1,12 @@
-"""Softmax and its logarithm along the classes of each position, with their gradients.
+"""Softmax and its logarithm along the classes of each row, with their gradients.
 
     forward   softmax      y_c  = exp(x_c - lse),          lse = log sum_c exp(x_c)
               log_softmax  y_c  = x_c - lse
     backward  softmax      dx_c = y_c (dy_c - sum_k dy_k y_k)
               log_softmax  dx_c = dy_c - exp(y_c) sum_k dy_k
 
-Shapes: as in `tiles.py`. Bytes: operands are read once where all classes are held, else twice,
-and the result is written once.
+Shapes: as in `rows.py`. Bytes: operands are read once if a tile holds all classes, else twice, the
+second time mostly from cache; the result is written once.
 
 torch: F.softmax(x, dim), F.log_softmax(x, dim)
 """
@@ -16,140 +16,120 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import launch
 from .arithmetic import exp_nonpositive, log
-from .tiles import (
-    Viewed,
-    add_exponentials,
-    block_of,
-    by_lane,
-    exponentials_of,
-    layout,
-    memory_of,
-    no_sums,
-    of_all_lanes,
-    opened,
-    read,
-    read_tiles,
-    viewed,
-    whole_row,
-    write,
-    write_rows,
-)
+from .rows import block_of_rows, first_pass, multiple, pointers, row_starts
 
 
 @triton.jit
-def normalized(x, high, total, LOGARITHM: tl.constexpr, constants):
-    """Against the largest element itself, so that a row of nothing but -inf is NaN, as in torch."""
+def normalize(x, maximum, total, LOGARITHM: tl.constexpr, EXACT: tl.constexpr):
     if LOGARITHM:
-        return (x - high[:, None]) - log(total)[:, None]
-    return exp_nonpositive(x - high[:, None], constants.EXACT) / total[:, None]
+        return (x - maximum[:, None]) - log(total)[:, None]
+    return exp_nonpositive(x - maximum[:, None], EXACT) / total[:, None]
 
 
 @triton.jit
-def forward_kernel(x, y, inner, classes, LOGARITHM: tl.constexpr, constants: tl.constexpr):
-    at = block_of(x, inner, tl.program_id(0), constants)
-    last = whole_row(at, classes, constants)
-    if constants.HELD:
-        tiles = read_tiles(x, at, at.present, 0, last, -float("inf"), constants)
-        high, total = exponentials_of(tiles, classes, constants)
-        rows = ()
-        for k in tl.static_range(constants.TILES):
-            value = opened(tiles[k], classes, 2, constants)
-            value = normalized(value, high, total, LOGARITHM, constants)
-            if constants.WIDTH:
-                rows += (value,)
-            else:
-                write(y, at, value, 0, k, last, constants)
-        if constants.WIDTH:
-            write_rows(y, at, rows, last, constants)
+def softmax_kernel(
+    x,
+    y,
+    inner,
+    classes,
+    x_strides,
+    y_strides,
+    LOGARITHM: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CLASS_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = softmax(x); strides are those of outer index, inner index and class."""
+    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
+    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
+    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    x_starts = row_starts(x, outer, lanes, x_strides[0], x_strides[1], INNER_UNIT, CLASS_UNIT)
+    y_starts = row_starts(y, outer, lanes, y_strides[0], y_strides[1], INNER_UNIT, CLASS_UNIT)
+    if WHOLE_ROW:
+        c = tl.arange(0, BLOCK)
+        mask = in_bounds[:, None] & (c < classes)[None, :]
+        row = tl.load(
+            pointers(x_starts, c, x_strides[2], INNER_UNIT), mask=mask, other=-float("inf")
+        ).to(A)
+        maximum = tl.max(row, 1)
+        total = tl.sum(exp_nonpositive(row - maximum[:, None], EXACT), 1)
+        value = normalize(row, maximum, total, LOGARITHM, EXACT)
+        tl.store(pointers(y_starts, c, y_strides[2], INNER_UNIT), value, mask=mask)
     else:
-        total = no_sums(constants)
-        high = total - float("inf")
-        for start in range(0, last, constants.TILES * constants.CLASSES):
-            tiles = read_tiles(x, at, at.present, start, last, -float("inf"), constants)
-            high, total = add_exponentials(high, total, tiles, constants)
-        high, total = of_all_lanes(high, total, constants)
-        for start in range(0, last, constants.TILES * constants.CLASSES):
-            for k in tl.static_range(constants.TILES):
-                value = read(x, at, at.present, start, k, last, -float("inf"), constants)
-                value = normalized(value.to(constants.A), high, total, LOGARITHM, constants)
-                write(y, at, value, start, k, last, constants)
+        maximum, total = first_pass(
+            x_starts, classes, x_strides[2], in_bounds, A, EXACT, INNER_UNIT, ROWS, BLOCK
+        )
+        for start in range(0, classes, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = in_bounds[:, None] & (c < classes)[None, :]
+            part = tl.load(
+                pointers(x_starts, c, x_strides[2], INNER_UNIT), mask=mask, other=0.0
+            ).to(A)
+            value = normalize(part, maximum, total, LOGARITHM, EXACT)
+            tl.store(pointers(y_starts, c, y_strides[2], INNER_UNIT), value, mask=mask)
 
 
 @triton.jit
-def summand(dy, y, LOGARITHM: tl.constexpr, constants):
-    """Each lane's part of a tile of the sum over the classes."""
-    if not LOGARITHM:
-        dy *= y
-    return tl.sum(by_lane(dy, constants), 2)
+def read_pair(
+    dy_starts, y_starts, c, class_stride, mask, A: tl.constexpr, INNER_UNIT: tl.constexpr
+):
+    dy = tl.load(pointers(dy_starts, c, class_stride, INNER_UNIT), mask=mask, other=0.0).to(A)
+    y = tl.load(pointers(y_starts, c, class_stride, INNER_UNIT), mask=mask, other=0.0).to(A)
+    return dy, y
 
 
 @triton.jit
-def gradient(dy, y, total, LOGARITHM: tl.constexpr, constants):
+def gradient(dy, y, total, LOGARITHM: tl.constexpr, EXACT: tl.constexpr):
     if LOGARITHM:
-        return dy - exp_nonpositive(y, constants.EXACT) * total[:, None]
+        return dy - exp_nonpositive(y, EXACT) * total[:, None]
     return y * (dy - total[:, None])
 
 
 @triton.jit
-def read_pair(dy, y, at, start, k: tl.constexpr, last, constants):
-    """The k-th tile of each."""
-    dy_k = read(dy, at, at.present, start, k, last, 0.0, constants).to(constants.A)
-    y_k = read(y, at, at.present, start, k, last, 0.0, constants).to(constants.A)
-    return dy_k, y_k
-
-
-@triton.jit
-def backward_kernel(dy, y, dx, inner, classes, LOGARITHM: tl.constexpr, constants: tl.constexpr):
-    at = block_of(y, inner, tl.program_id(0), constants)
-    last = whole_row(at, classes, constants)
-    total = no_sums(constants)
-    if constants.HELD:
-        upstream = read_tiles(dy, at, at.present, 0, last, 0.0, constants)
-        output = read_tiles(y, at, at.present, 0, last, 0.0, constants)
-        for k in tl.static_range(constants.TILES):
-            dy_k = opened(upstream[k], classes, 1, constants)
-            y_k = opened(output[k], classes, 1, constants)
-            total += summand(dy_k, y_k, LOGARITHM, constants)
-        total = tl.sum(total, 1)
-        for k in tl.static_range(constants.TILES):
-            dy_k = opened(upstream[k], classes, 2, constants)
-            y_k = opened(output[k], classes, 2, constants)
-            value = gradient(dy_k, y_k, total, LOGARITHM, constants)
-            write(dx, at, value, 0, k, last, constants)
+def softmax_backward_kernel(
+    dy,
+    y,
+    dx,
+    inner,
+    classes,
+    strides,
+    LOGARITHM: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CLASS_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx from dy and y, all with the same strides, of outer index, inner index and class."""
+    A: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = y.dtype.element_ty.primitive_bitwidth > 16
+    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
+    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    dy_starts = row_starts(dy, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
+    y_starts = row_starts(y, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
+    dx_starts = row_starts(dx, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
+    if WHOLE_ROW:
+        c = tl.arange(0, BLOCK)
+        mask = in_bounds[:, None] & (c < classes)[None, :]
+        dy_row, y_row = read_pair(dy_starts, y_starts, c, strides[2], mask, A, INNER_UNIT)
+        total = tl.sum(dy_row if LOGARITHM else dy_row * y_row, 1)
+        value = gradient(dy_row, y_row, total, LOGARITHM, EXACT)
+        tl.store(pointers(dx_starts, c, strides[2], INNER_UNIT), value, mask=mask)
     else:
-        for start in range(0, last, constants.TILES * constants.CLASSES):
-            for k in tl.static_range(constants.TILES):
-                dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
-                total += summand(dy_k, y_k, LOGARITHM, constants)
-        total = tl.sum(total, 1)
-        for start in range(0, last, constants.TILES * constants.CLASSES):
-            for k in tl.static_range(constants.TILES):
-                dy_k, y_k = read_pair(dy, y, at, start, k, last, constants)
-                value = gradient(dy_k, y_k, total, LOGARITHM, constants)
-                write(dx, at, value, start, k, last, constants)
-
-
-def softmax(
-    logarithm: bool,
-    sizes: tuple[int, int, int],
-    input: Viewed,
-    grad_output: Viewed | None,
-    output: Viewed,
-) -> None:
-    """Launches the forward pass, or with a grad_output the backward pass, of which input is y."""
-    outer, inner, classes = sizes
-    given = (input, output) if grad_output is None else (grad_output, input, output)
-    views = [view for tensor in given if (view := viewed(tensor)) is not None]
-    constants, tile = layout(sizes, memory_of(views), "" if grad_output is None else "pair")
-    kernel = forward_kernel if grad_output is None else backward_kernel
-    registers = tile.registers if tile.cluster > 1 else None
-    kernel[(outer * launch.cdiv(inner, tile.positions),)](
-        *views,
-        inner,
-        classes,
-        LOGARITHM=logarithm,
-        constants=constants,
-        **launch.options(tile.threads, tile.cluster, registers),
-    )
+        sums = tl.zeros([ROWS, BLOCK], A)
+        for start in range(0, classes, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = in_bounds[:, None] & (c < classes)[None, :]
+            dy_part, y_part = read_pair(dy_starts, y_starts, c, strides[2], mask, A, INNER_UNIT)
+            sums += dy_part if LOGARITHM else dy_part * y_part
+        total = tl.sum(sums, 1)
+        for start in range(0, classes, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = in_bounds[:, None] & (c < classes)[None, :]
+            dy_part, y_part = read_pair(dy_starts, y_starts, c, strides[2], mask, A, INNER_UNIT)
+            value = gradient(dy_part, y_part, total, LOGARITHM, EXACT)
+            tl.store(pointers(dx_starts, c, strides[2], INNER_UNIT), value, mask=mask)

@@ -6,19 +6,23 @@ captured in CUDA graphs. A class index out of range is no error but a loss of Na
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-import pyfused.kernels as native
 from pyfused.backends import (
     Among,
     CrossEntropyOptions,
     Gradients,
     MarginOptions,
+    Measures,
     NllOptions,
     Want,
 )
 from pyfused.backends.layout import (
+    Strides,
     accumulate_dtype,
     along,
     contiguous_in,
@@ -28,6 +32,61 @@ from pyfused.backends.layout import (
     positions,
     viewed,
 )
+from pyfused.kernels import launch
+from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
+from pyfused.kernels.activation import activation_kernel
+from pyfused.kernels.cross_entropy import (
+    probabilities_kernel,
+    row_kernel,
+    statistics_kernel,
+    two_pass_kernel,
+)
+from pyfused.kernels.multi_margin_loss import multi_margin_kernel
+from pyfused.kernels.nll_loss import nll_kernel
+from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
+from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
+from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
+from pyfused.kernels.softmax import softmax_backward_kernel, softmax_kernel
+
+Sizes = tuple[int, int, int]  # outer, inner, classes
+NO_STRIDES = (0, 0, 0)
+# Programs add up the weights of so few class indices themselves, which saves a launch.
+COUNTED_BY_PROGRAMS = 1024
+
+MOST_PROGRAMS = 4096  # of a kernel that adds up: several waves on any GPU, and few partial sums
+MOST_PARTS = 1 << 15  # that one program adds up; more are added up in two steps
+
+
+def _sum(parts: Tensor, out: Tensor) -> None:
+    """Launches out = the sum of all parts, added up in float64 and in a fixed order."""
+    n = parts.numel()
+    if n > MOST_PARTS:
+        first = parts.new_empty(-(-n // MOST_PARTS), dtype=torch.float64)
+        sum_kernel[(first.numel(),)](parts, first, n, BLOCK=1024, num_warps=8)
+        parts, n = first, first.numel()
+    sum_kernel[(1,)](parts, out, n, BLOCK=1024, num_warps=8)
+
+
+def _count(
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+) -> Tensor:
+    """Launches the sum of the weights of the targets that count: a mean's denominator, float64."""
+    n, count = target.numel(), target.new_empty((), dtype=torch.float64)
+    programs = min(-(-n // (1 << 14)), 256)
+    parts = count if programs == 1 else count.new_empty(programs)
+    count_kernel[(programs,)](
+        target, weight, token_weight, parts, n, ignore_index, classes, BLOCK=1024, num_warps=8
+    )
+    if programs > 1:
+        _sum(parts, count)
+    return count
+
+
+# ---- losses over classes -------------------------------------------------------------------------
 
 
 def cross_entropy(
@@ -43,78 +102,184 @@ def cross_entropy(
 
     A class index out of range makes the loss of its position NaN and its gradient zero.
     """
-    accumulate = accumulate_dtype(input.dtype)
-    indices = probabilities = None
-    if target.dtype is torch.int64:
-        indices = target.contiguous()
-    else:
-        probabilities = viewed(target)
-    of_input, of_target = want.gradients or (False, False)
-    grad_input = grad_target = None
-    loss = _loss_of(input, options.reduction, want)
-    weight, grad_output, token_weight = contiguous_in(
-        accumulate, weight, grad_output, options.token_weight
-    )
-    logits = viewed(input)
-    if of_input:
-        grad_input = logits if want.inplace else empty_viewed(logits[0])
-    if of_target:
-        assert probabilities is not None
-        grad_target = empty_viewed(probabilities[0])
-    with torch.cuda.device_of(input):
-        native.cross_entropy(
-            positions(input),
-            logits,
-            indices,
-            probabilities,
-            weight,
-            token_weight,
-            options,
-            among or Among(0, positions(input)[2]),
-            grad_output,
-            loss,
-            grad_input,
-            grad_target,
-            want.measures,
+    if grad_output is not None and want.loss:  # by which only gradients are multiplied
+        loss, _ = cross_entropy(
+            input, target, weight, options, want._replace(gradients=()), None, among
         )
-    return loss, (
-        None if grad_input is None else grad_input[0].detach(),
-        None if grad_target is None else grad_target[0],
+        want = want._replace(loss=False, measures=None)
+        return loss, cross_entropy(input, target, weight, options, want, grad_output, among)[1]
+    of_input, of_target = want.gradients or (False, False)
+    indices = target.dtype is torch.int64
+    logits, strides = viewed(input)
+    target, target_strides = (target.contiguous(), NO_STRIDES) if indices else viewed(target)
+    grad, grad_strides = None, NO_STRIDES
+    if of_input:
+        grad, grad_strides = (logits.detach(), strides) if want.inplace else empty_viewed(logits)
+    grad_target, grad_target_strides = empty_viewed(target) if of_target else (None, NO_STRIDES)
+    all_strides = strides, grad_strides, target_strides, grad_target_strides
+    outer, inner, classes = sizes = _with_one_outer(positions(logits), all_strides)
+    weight, token_weight, grad_output = contiguous_in(
+        accumulate_dtype(input.dtype), weight, options.token_weight, grad_output
+    )
+    among = among or Among(0, classes, None)
+    smoothing = max(0.0, float(options.label_smoothing))
+    gamma, z_loss = float(options.gamma), float(options.z_loss)
+    with torch.cuda.device_of(input):
+        if want.measures is not None:
+            _statistics(sizes, logits, strides, target, among.first, options, want.measures)
+        if not (want.loss or of_input or of_target):
+            return None, (None, None)
+        lse = among.lse
+        if lse is None and classes < among.classes:
+            lse = logits.new_empty(outer * inner, dtype=torch.float64)
+            _statistics(sizes, logits, strides, target, among.first, options, Measures(lse))
+        row_weight = _row_weight(outer * inner, token_weight, grad_output)
+        denominator = _denominator(
+            target, weight, token_weight, row_weight, options, outer * inner, among.classes
+        )
+        dense = not indices or (smoothing > 0 and weight is not None)
+        choice, programs, meta = _tiling(sizes, logits, *all_strides, tensors=2 if dense else 1)
+        loss, parts = _loss_of(logits, options.reduction, want, programs)
+        meta["EACH"] = options.reduction == "none"
+        rows_alone = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
+        given = logits, target, weight, row_weight, denominator
+        if not indices:
+            all_strides = strides + target_strides + grad_strides + grad_target_strides
+            probabilities_kernel[(programs,)](
+                *given,
+                parts,
+                grad,
+                grad_target,
+                inner,
+                classes,
+                all_strides,
+                smoothing,
+                z_loss,
+                **meta,
+            )
+        elif choice.whole_row and rows_alone and lse is None and not dense:
+            row_kernel[(programs,)](
+                *given,
+                parts,
+                grad,
+                inner,
+                classes,
+                strides[1],
+                grad_strides[1],
+                options.ignore_index,
+                smoothing,
+                z_loss,
+                GAMMA=gamma,
+                SMOOTHING=smoothing > 0,
+                UNIT=meta.pop("INNER_UNIT") * meta.pop("CLASS_UNIT"),
+                **meta,
+            )
+        else:
+            block = inner, classes, among.first, among.classes
+            two_pass_kernel[(programs,)](
+                *given,
+                lse,
+                parts,
+                grad,
+                block,
+                strides + grad_strides,
+                options.ignore_index,
+                smoothing,
+                z_loss,
+                GAMMA=gamma,
+                SMOOTHING=smoothing > 0,
+                **meta,
+            )
+        _add_up(parts, loss)
+    return loss, (grad, grad_target)
+
+
+def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
+    """The sizes with one outer index, if all rows of each tensor are at one stride."""
+    outer, inner, classes = sizes
+    if all(stride[0] == inner * stride[1] for stride in strides):
+        return 1, outer * inner, classes
+    return sizes
+
+
+def _tiling(
+    sizes: Sizes, input: Tensor, *strides: Strides, tensors: int = 1
+) -> tuple[launch.Choice, int, dict[str, Any]]:
+    """The launch choice of a kernel of `rows.py`, its number of programs, and its constants."""
+    outer, inner, classes = sizes
+    contiguous = 2 if strides[0][2] == 1 else 1  # dimension
+    choice = launch.choose(
+        input.element_size(), classes, inner, tensors=tensors, inner_contiguous=contiguous == 1
+    )
+    unit = math.gcd(
+        16,
+        sizes[contiguous],
+        *(s for each in strides for dim, s in enumerate(each) if dim != contiguous or s != 1),
+    )
+    meta = {
+        "INNER_UNIT": unit if contiguous == 1 else 1,
+        "CLASS_UNIT": unit if contiguous == 2 else 1,
+        "ROWS": choice.rows,
+        "BLOCK": choice.block,
+        **choice.options(),
+    }
+    return choice, outer * -(-inner // choice.rows), meta
+
+
+def _statistics(
+    sizes: Sizes,
+    logits: Tensor,
+    strides: Strides,
+    target: Tensor,
+    first_class: int,
+    options: CrossEntropyOptions,
+    measures: Measures,
+) -> None:
+    """Writes the measures of each row that is not ignored."""
+    _, programs, meta = _tiling(sizes, logits, strides, tensors=2)
+    statistics_kernel[(programs,)](
+        logits,
+        target if target.dtype is torch.int64 else None,
+        *measures,
+        *sizes[1:],
+        strides,
+        first_class,
+        options.ignore_index,
+        **meta,
     )
 
 
-Operands = list[tuple[Tensor, int, int] | None]
+def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
+    """What the loss or the gradient of each of n rows is multiplied by."""
+    if grad_output is None:
+        return token_weight
+    each = grad_output.flatten().expand(n)
+    return each.contiguous() if token_weight is None else token_weight.flatten() * each
 
 
-def _operands(order: Tensor, tensors: list[Tensor | None]) -> tuple[int | None, Operands]:
-    """Tensors as rows x columns, in the order in memory of ``order``, which is dense.
-
-    Returns:
-        The number of columns, None where one row will do; and each tensor with its two strides,
-        copied if it takes more than two.
-    """
-    stride = order.stride()
-    if all(tensor is None or tensor.stride() == stride for tensor in tensors):
-        return None, [tensor if tensor is None else (tensor, 0, 1) for tensor in tensors]
-    given = [tensor for tensor in tensors if tensor is not None]
-    groups: list[tuple[int, list[int]]] = []  # a size, and each tensor's stride
-    for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
-        size, strides = order.shape[dim], [tensor.stride(dim) for tensor in given]
-        if size == 1:
-            continue
-        if groups and groups[-1][1] == [step * size for step in strides]:
-            size *= groups.pop()[0]
-        groups.append((size, strides))
-    if len(groups) > 2:
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.stride() != stride:
-                tensors[i] = torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)
-        return _operands(order, tensors)
-    groups = groups or [(1, [0] * len(given))]
-    (columns, inner), (_, outer) = groups[-1], groups[0]
-    steps = iter(zip(outer, inner, strict=True))
-    operands = [tensor if tensor is None else (tensor, *next(steps)) for tensor in tensors]
-    return (columns if len(groups) == 2 else None), operands
+def _denominator(
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    options: CrossEntropyOptions,
+    n: int,
+    classes: int,
+) -> Tensor | int | None:
+    """What a mean divides by, as the kernels take it: see `mean_scale` in cross_entropy.py."""
+    given = options.denominator
+    if options.reduction != "mean":
+        return None
+    if isinstance(given, Tensor):
+        return given.to(torch.float64)
+    if given is not None:
+        exact = float(given).is_integer()
+        return int(given) if exact else target.new_full((), given, dtype=torch.float64)
+    if target.dtype is not torch.int64:
+        return n if token_weight is None else token_weight.sum(dtype=torch.float64)
+    if n <= COUNTED_BY_PROGRAMS and row_weight is token_weight:
+        return target
+    return _count(target, weight, token_weight, options.ignore_index, classes)
 
 
 def nll_loss(
@@ -127,22 +292,41 @@ def nll_loss(
 ) -> tuple[Tensor | None, Gradients]:
     """Of log-probabilities and class indices; otherwise as ``cross_entropy``."""
     accumulate = accumulate_dtype(input.dtype)
-    view = viewed(input)
-    grad_input = empty_viewed(view[0]) if any(want.gradients) else None
-    loss = _loss_of(input, options.reduction, want)
+    log_probabilities, strides = viewed(input)
+    outer, inner, classes = positions(input)
+    n, target = outer * inner, target.contiguous()
+    grad, grad_strides = None, NO_STRIDES
+    if any(want.gradients):
+        grad, grad_strides = empty_viewed(log_probabilities)
+        grad.zero_()
     weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+    choice = launch.choose(input.element_size())
     with torch.cuda.device_of(input):
-        native.nll_loss(
-            positions(input),
-            view,
-            target.contiguous(),
+        denominator = None
+        if options.reduction == "mean":
+            denominator = _count(target, weight, None, options.ignore_index, classes)
+        programs = -(-n // choice.block)
+        loss, parts = _loss_of(input, options.reduction, want, programs)
+        nll_kernel[(programs,)](
+            log_probabilities,
+            target,
             weight,
-            options,
-            grad_output,
-            loss,
-            grad_input,
+            _row_weight(n, None, grad_output),
+            denominator,
+            parts,
+            grad,
+            n,
+            inner,
+            classes,
+            strides,
+            grad_strides,
+            options.ignore_index,
+            EACH=options.reduction == "none",
+            BLOCK=choice.block,
+            **choice.options(),
         )
-    return loss, (None if grad_input is None else grad_input[0], None)
+        _add_up(parts, loss)
+    return loss, (grad, None)
 
 
 def multi_margin_loss(
@@ -154,23 +338,119 @@ def multi_margin_loss(
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Of scores of shape (N, C) and class indices; otherwise as ``cross_entropy``."""
-    accumulate = accumulate_dtype(input.dtype)
     input = input.contiguous()
-    grad_input = torch.empty_like(input) if any(want.gradients) else None
-    loss = _loss_of(input, options.reduction, want)
-    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+    n, classes = input.shape
+    grad = torch.empty_like(input) if any(want.gradients) else None
+    weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
+    _, programs, meta = _tiling((1, n, classes), input, (0, classes, 1), tensors=2)
     with torch.cuda.device_of(input):
-        native.multi_margin_loss(
-            input, target.contiguous(), weight, options, grad_output, loss, grad_input
+        loss, parts = _loss_of(input, options.reduction, want, programs)
+        multi_margin_kernel[(programs,)](
+            input,
+            target.contiguous(),
+            weight,
+            _row_weight(n, None, grad_output),
+            n if options.reduction == "mean" else None,
+            parts,
+            grad,
+            n,
+            classes,
+            float(options.margin),
+            SQUARED=options.p == 2,
+            EACH=options.reduction == "none",
+            UNIT=meta.pop("INNER_UNIT") * meta.pop("CLASS_UNIT"),
+            **meta,
         )
-    return loss, (grad_input, None)
+        _add_up(parts, loss)
+    return loss, (grad, None)
 
 
-def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:
-    """A new tensor for the loss of (N, C, d1, ..., dk), None where none is wanted."""
+def _loss_of(
+    input: Tensor, reduction: str, want: Want, programs: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """New tensors for the loss of (N, C, d1, ..., dk), and for what the programs store of it."""
     if not want.loss:
-        return None
-    return input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
+        return None, None
+    loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
+    return loss, loss if reduction == "none" or programs == 1 else loss.new_empty(programs)
+
+
+def _add_up(parts: Tensor | None, loss: Tensor | None) -> None:
+    if parts is not None and loss is not None and parts is not loss:
+        _sum(parts, loss)
+
+
+def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
+    """``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0; contiguous."""
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    x, sizes, strides = along(input, dim)
+    y, _, y_strides = along(output, dim)
+    choice, programs, meta = _tiling(sizes, x, strides, y_strides)
+    with torch.cuda.device_of(input):
+        softmax_kernel[(programs,)](
+            x,
+            y,
+            *sizes[1:],
+            strides,
+            y_strides,
+            LOGARITHM=formula == "log_softmax",
+            WHOLE_ROW=choice.whole_row,
+            **meta,
+        )
+    return output
+
+
+def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    """The input's gradient, from the output; contiguous."""
+    grad_input = torch.empty_like(output, memory_format=torch.contiguous_format)
+    y, sizes, strides = along(output, dim)
+    choice, programs, meta = _tiling(sizes, y, strides, tensors=2)
+    with torch.cuda.device_of(output):
+        softmax_backward_kernel[(programs,)](
+            grad_output.contiguous(),
+            y,
+            grad_input,
+            *sizes[1:],
+            strides,
+            LOGARITHM=formula == "log_softmax",
+            WHOLE_ROW=choice.whole_row,
+            **meta,
+        )
+    return grad_input
+
+
+# ---- element by element --------------------------------------------------------------------------
+
+Operands = list[Tensor | None]
+
+
+def _operands(
+    order: Tensor, tensors: Operands
+) -> tuple[Operands, int | None, tuple[int, ...] | None]:
+    """How a kernel reads tensors in the order in memory of ``order``, which is dense.
+
+    Returns:
+        The tensors, copied where rows x columns do not describe them; the number of columns and two
+        strides a tensor, of its rows and its columns, or None and None if all are dense.
+    """
+    groups: list[tuple[int, list[int]]] = []  # a size, and a stride for each tensor
+    for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
+        size, strides = order.shape[dim], [(order if x is None else x).stride(dim) for x in tensors]
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == [stride * size for stride in strides]:
+            size *= groups.pop()[0]
+        groups.append((size, strides))
+    if not groups or (len(groups) == 1 and set(groups[0][1]) == {1}):
+        return tensors, None, None
+    if len(groups) > 2:
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and tensor.stride() != order.stride():
+                tensors[i] = torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)
+        return tensors, None, None
+    (columns, of_columns), (_, of_rows) = groups[-1], groups[0]
+    pairs = zip(of_rows, of_columns, strict=True)
+    return tensors, columns, tuple([stride for pair in pairs for stride in pair])
 
 
 def pointwise_loss(
@@ -187,48 +467,51 @@ def pointwise_loss(
 
     A parameter may be a tensor of one element, which only the GPU reads.
     """
-    order = order_of(operands)
-    columns, views = _operands(order, [*operands, weight, grad_output])
-    each = loss = None
-    if want.loss and reduction == "none":
-        each = torch.empty_like(order)
+    order, n = order_of(operands), operands[0].numel()
+    choice = launch.choose(order.element_size())
+    programs, reduce = -(-n // choice.block), want.loss and reduction != "none"
+    loss = parts = None
+    if reduce:
+        programs = min(programs, MOST_PROGRAMS)
+        loss = parts = order.new_empty((), dtype=accumulate_dtype(order.dtype))
+        if programs > 1:
+            parts = order.new_empty(programs, dtype=torch.float64)
     elif want.loss:
-        loss = order.new_empty((), dtype=accumulate_dtype(order.dtype))
+        loss = parts = torch.empty_like(order)
     wanted = want.gradients or (False,) * len(operands)
     gradients = tuple([torch.empty_like(order) if w else None for w in wanted])
+    x, t, third = (*operands, None)[:3]
+    views, columns, strides = _operands(order, [x, t, third, weight, grad_output])
+    divisor: Tensor | int | None = None
+    if isinstance(denominator, Tensor):
+        divisor = denominator
+    elif denominator != 1:
+        divisor = int(denominator)  # exact, where a float would be passed as float32
+    numbers, stacked = (*parameters, 0.0, 0.0, 0.0)[:3], None
+    if any(isinstance(number, Tensor) for number in numbers):
+        # Numbers are filled in, as a copy from the host would wait for the GPU.
+        stacked = order.new_empty(3, dtype=torch.float64)
+        for i, number in enumerate(numbers):
+            stacked[i] = number
+        numbers = (0.0, 0.0, 0.0)
     with torch.cuda.device_of(order):
-        native.pointwise_loss(
-            formula, columns, views, parameters, denominator, each, loss, gradients
+        pointwise_loss_kernel[(programs,)](
+            *views,
+            parts,
+            *(*gradients, None)[:3],
+            n,
+            columns,
+            strides,
+            *numbers,
+            stacked,
+            divisor,
+            FORMULA=LOSSES[formula],
+            REDUCE=reduce,
+            BLOCK=choice.block,
+            **choice.options(),
         )
-    return loss if each is None else each, gradients
-
-
-def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
-    """``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0; contiguous."""
-    output = torch.empty_like(input, memory_format=torch.contiguous_format)
-    return _softmax(formula, dim, input, None, output)
-
-
-def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
-    """The input's gradient, from the output; contiguous."""
-    grad_input = torch.empty_like(output, memory_format=torch.contiguous_format)
-    return _softmax(formula, dim, output, grad_output.contiguous(), grad_input)
-
-
-def _softmax(
-    formula: str, dim: int, input: Tensor, grad_output: Tensor | None, output: Tensor
-) -> Tensor:
-    view, sizes, strides = along(input, dim)
-    out, _, out_strides = along(output, dim)
-    upstream = None
-    if grad_output is not None:
-        of_grad, _, grad_strides = along(grad_output, dim)
-        upstream = of_grad, grad_strides
-    with torch.cuda.device_of(input):
-        native.softmax(
-            formula == "log_softmax", sizes, (view, strides), upstream, (out, out_strides)
-        )
-    return output
+        _add_up(parts, loss)
+    return loss, gradients
 
 
 def activation(
@@ -240,9 +523,7 @@ def activation(
 ) -> Tensor:
     """``formula`` of each element; ``inplace`` needs a dense input."""
     output = input if inplace else torch.empty_like(input)
-    columns, operands = _operands(output, [input])
-    with torch.cuda.device_of(input):
-        native.activation(formula, columns, parameter, operands, output)
+    _activation(ACTIVATIONS[formula][0], input, None, parameter, output)
     return output
 
 
@@ -254,13 +535,33 @@ def activation_backward(
 ) -> Tensor:
     """The input's gradient, from what the formula saves: its output or its input, dense."""
     grad_input = torch.empty_like(saved)
-    columns, operands = _operands(saved, [grad_output, saved])
-    with torch.cuda.device_of(saved):
-        native.activation(formula, columns, parameter, operands, grad_input)
+    _activation(ACTIVATIONS[formula][1], saved, grad_output, parameter, grad_input)
     return grad_input
+
+
+def _activation(
+    formula: Any, x: Tensor, grad_output: Tensor | None, parameter: float, output: Tensor
+) -> None:
+    n, choice = output.numel(), launch.choose(output.element_size())
+    (x_view, grad_view), columns, strides = _operands(output, [x, grad_output])
+    with torch.cuda.device_of(output):
+        activation_kernel[(-(-n // choice.block),)](
+            x_view,
+            grad_view,
+            output,
+            n,
+            columns,
+            strides,
+            parameter,
+            FORMULA=formula,
+            BLOCK=choice.block,
+            **choice.options(),
+        )
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """Multiplies a dense tensor in place by a tensor of one element, which only the GPU reads."""
+    n, choice = tensor.numel(), launch.choose(tensor.element_size())
+    programs = min(-(-n // choice.block), MOST_PROGRAMS)
     with torch.cuda.device_of(tensor):
-        native.scale(tensor, factor)
+        scale_kernel[(programs,)](tensor, factor, n, BLOCK=choice.block, **choice.options())

@@ -1,0 +1,92 @@
+"""Rows of classes, as the kernels of cross-entropy and softmax read them.
+
+A tensor is (outer, classes, inner) with any strides: (N, C) has one outer index and N inner ones,
+(N, C, d1, ..., dk) has N and d1 * ... * dk. A row has one outer and one inner index. A program has
+rows of one outer index, in tiles of `ROWS` x `BLOCK`. Classes or inner indices are contiguous in
+memory, and loaded 16 bytes a thread if all of them begin at a multiple of 16 bytes. CLASS_UNIT or
+INNER_UNIT says so: a power of 2 up to 16 that divides their number and all other strides; the unit
+of what is not contiguous is 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import exp_nonpositive
+
+
+@triton.jit
+def scalar(number, A: tl.constexpr):
+    """An argument as a scalar of a dtype; to Triton's interpreter it is a Python number."""
+    return tl.full([], number, A)
+
+
+@triton.jit
+def multiple(n, UNIT: tl.constexpr):
+    """A multiple of UNIT, said so that Triton knows: by itself it sees multiples of 16."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
+def block_of_rows(inner, ROWS: tl.constexpr):
+    """The outer index of a program's rows, their inner indices, and which of these exist."""
+    blocks = tl.cdiv(inner, ROWS)
+    lanes = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    return (tl.program_id(0) // blocks).to(tl.int64), lanes, lanes < inner
+
+
+@triton.jit
+def row_starts(
+    tensor,
+    outer,
+    lanes,
+    outer_stride,
+    inner_stride,
+    INNER_UNIT: tl.constexpr,
+    CLASS_UNIT: tl.constexpr,
+):
+    """Pointers to the first class of each row."""
+    offset = outer * multiple(outer_stride, INNER_UNIT * CLASS_UNIT)
+    return tensor + offset + lanes.to(tl.int64) * multiple(inner_stride, CLASS_UNIT)
+
+
+@triton.jit
+def pointers(starts, c, class_stride, INNER_UNIT: tl.constexpr):
+    """Pointers to the classes c of each row."""
+    return starts[:, None] + (c.to(tl.int64) * multiple(class_stride, INNER_UNIT))[None, :]
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """What to subtract before exp: 0 while all elements are -inf, so that only NaN gives NaN."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def first_pass(
+    starts,
+    classes,
+    class_stride,
+    live,
+    A: tl.constexpr,
+    EXACT: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each row, the maximum (0 if it is -inf) and the sum of exp(x - maximum), in one read."""
+    maximum = tl.full([ROWS], -float("inf"), A)
+    total = tl.zeros([ROWS, BLOCK], A)  # by lane, so that lanes are added up once
+    for start in range(0, classes, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        mask = live[:, None] & (c < classes)[None, :]
+        x = tl.load(
+            pointers(starts, c, class_stride, INNER_UNIT), mask=mask, other=-float("inf")
+        ).to(A)
+        higher = tl.maximum(maximum, tl.max(x, 1))
+        pivot = finite_or_zero(higher)
+        total *= exp_nonpositive(maximum - pivot, EXACT)[:, None]
+        total += exp_nonpositive(x - pivot[:, None], EXACT)
+        maximum = higher
+    return finite_or_zero(maximum), tl.sum(total, 1)
