@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -359,6 +360,25 @@ def test_multilabel_soft_margin_loss(
         assert ours.dtype == dtype
         assert ours.shape == theirs.shape
         close(ours, theirs.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("weight", [None, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [*itertools.permutations((*HALF, torch.float32, torch.float64), 2)],
+    ids=str,
+)
+def test_multilabel_soft_margin_loss_of_two_dtypes(
+    first: torch.dtype, second: torch.dtype, weight: torch.dtype | None
+) -> None:
+    """It computes in the wider one, as torch does, and returns torch's dtype."""
+    x, y = torch.randn(64, 50).to(first), torch.rand(64, 50).to(second)
+    w = None if weight is None else torch.rand(50).to(weight)
+    got, torchs = (f.multilabel_soft_margin_loss(x, y, w) for f in (fused, F))
+    exact = F.multilabel_soft_margin_loss(x.double(), y.double(), None if w is None else w.double())
+    assert got.dtype is torchs.dtype
+    eps = torch.finfo(got.dtype).eps
+    assert (got - exact).abs() <= 2 * (torchs - exact).abs() + 2 * eps * exact
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -305,14 +305,24 @@ def _no_row_of_labels(input: Tensor, target: Tensor, weight: Tensor | None, *_: 
     return _differ_in_shape(input, target)
 
 
+def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])
+
+
+def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> tuple[Any, ...]:
+    """The arguments of binary_cross_entropy_with_logits, which computes in its target's dtype."""
+    dtype = _common_dtype(input, target, weight)
+    return input.to(dtype), target.to(dtype), weight, *rest, None
+
+
 def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
-    input, target, _, size_average, reduce, reduction = arguments
+    input, target, weight, size_average, reduce, reduction = arguments
     reduction = reduction_of(size_average, reduce, reduction)
     if reduction == "none":
         loss = loss.mean(-1)
     elif reduction == "sum":
         loss = loss / input.shape[-1]
-    return loss.to(torch.promote_types(input.dtype, target.dtype))
+    return loss.to(_common_dtype(input, target, weight))
 
 
 MULTILABEL_SOFT_MARGIN_LOSS = Composed(
@@ -320,7 +330,7 @@ MULTILABEL_SOFT_MARGIN_LOSS = Composed(
     module="MultiLabelSoftMarginLoss",
     operands=(INPUT, Operand("target", low=0.0, high=1.0), WEIGHT),
     of=BINARY_CROSS_ENTROPY_WITH_LOGITS,
-    given=lambda *arguments: (*arguments, None),
+    given=_in_common_dtype,
     finish=_mean_of_rows,
     against=_no_row_of_labels,
 )
