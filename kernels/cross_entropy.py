@@ -161,13 +161,13 @@ def row_kernel(
     GAMMA: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EACH: tl.constexpr,
-    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CLASS_UNIT: tl.constexpr = 1,
 ):
     """Class indices, and n contiguous rows of at most BLOCK classes."""
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, UNIT)
+    classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     label, valid, invalid, target_weight = read_target(
         target, weight, rows, in_bounds, classes, ignore_index
@@ -175,7 +175,7 @@ def row_kernel(
     scale = mean_scale(
         row_weight, denominator, target, weight, rows, valid | invalid, n, classes, ignore_index, A
     )
-    starts = row_starts(logits, 0, rows, 0, logits_stride, 1, UNIT)
+    starts = row_starts(logits, 0, rows, 0, logits_stride, 1, CLASS_UNIT)
     c = tl.arange(0, BLOCK)
     mask = (c < classes)[None, :]
     x = tl.load(pointers(starts, c, 1, 1), mask=mask & valid[:, None], other=-float("inf")).to(A)
@@ -206,7 +206,7 @@ def row_kernel(
         is_target = c[None, :] == label.to(tl.int32)[:, None]
         gradient -= tl.where(is_target, (index_weight * scale)[:, None], 0.0)
         tl.debug_barrier()  # in place, all threads have read the target's logit before it changes
-        to = row_starts(grad, 0, rows, 0, grad_stride, 1, UNIT)
+        to = row_starts(grad, 0, rows, 0, grad_stride, 1, CLASS_UNIT)
         tl.store(pointers(to, c, 1, 1), gradient, mask=mask & in_bounds[:, None])
 
 
@@ -261,10 +261,10 @@ def two_pass_kernel(
     GAMMA: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EACH: tl.constexpr,
-    INNER_UNIT: tl.constexpr,
-    CLASS_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER_UNIT: tl.constexpr = 1,
+    CLASS_UNIT: tl.constexpr = 1,
 ):
     """Class indices, any strides and number of classes; given `lse`, also a block of all classes.
 
@@ -378,10 +378,10 @@ def probabilities_kernel(
     smoothing: tl.float64,
     z_loss: tl.float64,
     EACH: tl.constexpr,
-    INNER_UNIT: tl.constexpr,
-    CLASS_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER_UNIT: tl.constexpr = 1,
+    CLASS_UNIT: tl.constexpr = 1,
 ):
     """Class probabilities of the logits' shape, any strides and number of classes.
 
@@ -454,10 +454,10 @@ def statistics_kernel(
     strides,
     first_class,
     ignore_index,
-    INNER_UNIT: tl.constexpr,
-    CLASS_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER_UNIT: tl.constexpr = 1,
+    CLASS_UNIT: tl.constexpr = 1,
 ):
     """Log-sum-exp, entropy and the class with the largest logit, of each row that is not ignored.
 

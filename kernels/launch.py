@@ -22,8 +22,12 @@ class Choice(NamedTuple):
     whole_row: bool = True  # the tile holds all classes, so that they are read once
 
     def options(self) -> dict[str, Any]:
-        """What a launch takes beside the kernel's arguments."""
+        """What Triton takes with every launch."""
         return {"num_warps": max(1, self.threads // warp_size()), "enable_fp_fusion": True}
+
+    def tile(self) -> dict[str, Any]:
+        """The same, with the constants of a kernel of `rows.py`."""
+        return {"ROWS": self.rows, "BLOCK": self.block, **self.options()}
 
 
 def choose(

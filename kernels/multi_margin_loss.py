@@ -34,17 +34,17 @@ def multi_margin_kernel(
     margin: tl.float64,
     SQUARED: tl.constexpr,
     EACH: tl.constexpr,
-    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CLASS_UNIT: tl.constexpr = 1,
 ):
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, UNIT)
+    classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
     invalid = in_bounds & (valid == 0)  # no class index is ignored
     scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
-    starts = row_starts(x, 0, rows, 0, classes, 1, UNIT)
+    starts = row_starts(x, 0, rows, 0, classes, 1, CLASS_UNIT)
     slack = scalar(margin, A) - tl.load(starts + label, mask=valid, other=0.0).to(A)
     share = target_weight.to(A) / classes
     factor = tl.where(valid, share * scale, 0.0) * (2.0 if SQUARED else 1.0)
@@ -62,10 +62,10 @@ def multi_margin_kernel(
         losses += z * z if SQUARED else z
         slopes += slope
         if grad is not None:
-            to = row_starts(grad, 0, rows, 0, classes, 1, UNIT)
+            to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
             tl.store(pointers(to, c, 1, 1), slope * factor[:, None], mask=mask)
     if grad is not None:
-        to = row_starts(grad, 0, rows, 0, classes, 1, UNIT)
+        to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
         tl.store(to + label, -tl.sum(slopes, 1) * factor, mask=valid)
     if loss is not None:
         value = share * tl.sum(losses, 1)

@@ -37,10 +37,10 @@ def softmax_kernel(
     y_strides,
     LOGARITHM: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
-    INNER_UNIT: tl.constexpr,
-    CLASS_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER_UNIT: tl.constexpr = 1,
+    CLASS_UNIT: tl.constexpr = 1,
 ):
     """y = softmax(x); strides are those of outer index, inner index and class."""
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -99,10 +99,10 @@ def softmax_backward_kernel(
     strides,
     LOGARITHM: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
-    INNER_UNIT: tl.constexpr,
-    CLASS_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER_UNIT: tl.constexpr = 1,
+    CLASS_UNIT: tl.constexpr = 1,
 ):
     """dx from dy and y, all with the same strides, of outer index, inner index and class."""
     A: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32

@@ -52,9 +52,10 @@ Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
 # Programs add up the weights of so few class indices themselves, which saves a launch.
 COUNTED_BY_PROGRAMS = 1024
-
 MOST_PROGRAMS = 4096  # of a kernel that adds up: several waves on any GPU, and few partial sums
 MOST_PARTS = 1 << 15  # that one program adds up; more are added up in two steps
+
+# ---- sums ----------------------------------------------------------------------------------------
 
 
 def _sum(parts: Tensor, out: Tensor) -> None:
@@ -68,22 +69,27 @@ def _sum(parts: Tensor, out: Tensor) -> None:
 
 
 def _count(
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    ignore_index: int,
-    classes: int,
+    target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int, classes: int
 ) -> Tensor:
     """Launches the sum of the weights of the targets that count: a mean's denominator, float64."""
     n, count = target.numel(), target.new_empty((), dtype=torch.float64)
     programs = min(-(-n // (1 << 14)), 256)
     parts = count if programs == 1 else count.new_empty(programs)
-    count_kernel[(programs,)](
-        target, weight, token_weight, parts, n, ignore_index, classes, BLOCK=1024, num_warps=8
-    )
-    if programs > 1:
-        _sum(parts, count)
+    given = target, weight, token_weight, parts, n, ignore, classes
+    count_kernel[(programs,)](*given, BLOCK=1024, num_warps=8)
+    _add_up(parts, count)
     return count
+
+
+def _loss_of(input: Tensor, reduction: str, programs: int) -> tuple[Tensor, Tensor]:
+    """New tensors for the loss of (N, C, d1, ..., dk), and for what the programs store of it."""
+    loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
+    return loss, loss if reduction == "none" or programs == 1 else loss.new_empty(programs)
+
+
+def _add_up(parts: Tensor | None, out: Tensor | None) -> None:
+    if parts is not None and out is not None and parts is not out:
+        _sum(parts, out)
 
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -102,14 +108,13 @@ def cross_entropy(
 
     A class index out of range makes the loss of its position NaN and its gradient zero.
     """
-    if grad_output is not None and want.loss:  # by which only gradients are multiplied
-        loss, _ = cross_entropy(
-            input, target, weight, options, want._replace(gradients=()), None, among
-        )
+    if grad_output is not None and want.loss:  # only gradients are multiplied by it
+        loss_alone = want._replace(gradients=())
+        loss, _ = cross_entropy(input, target, weight, options, loss_alone, None, among)
         want = want._replace(loss=False, measures=None)
         return loss, cross_entropy(input, target, weight, options, want, grad_output, among)[1]
     of_input, of_target = want.gradients or (False, False)
-    indices = target.dtype is torch.int64
+    indices, each = target.dtype is torch.int64, options.reduction == "none"
     logits, strides = viewed(input)
     target, target_strides = (target.contiguous(), NO_STRIDES) if indices else viewed(target)
     grad, grad_strides = None, NO_STRIDES
@@ -121,75 +126,44 @@ def cross_entropy(
     weight, token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), weight, options.token_weight, grad_output
     )
-    among = among or Among(0, classes, None)
-    smoothing = max(0.0, float(options.label_smoothing))
-    gamma, z_loss = float(options.gamma), float(options.z_loss)
+    among = among or Among(0, classes)
+    lse, measures = among.lse, want.measures
+    smoothing, z_loss = max(0.0, float(options.label_smoothing)), float(options.z_loss)
+    itemsize, dense = input.element_size(), not indices or (smoothing > 0 and weight is not None)
     with torch.cuda.device_of(input):
-        if want.measures is not None:
-            _statistics(sizes, logits, strides, target, among.first, options, want.measures)
+        if measures is None and lse is None and classes < among.classes:
+            measures = Measures(logits.new_empty(outer * inner, dtype=torch.float64))
+        if measures is not None:
+            choice, programs, units = _tiling(sizes, itemsize, strides, tensors=2)
+            given: Any = logits, target if indices else None, *measures, inner, classes, strides
+            scalars: Any = among.first, options.ignore_index
+            statistics_kernel[(programs,)](*given, *scalars, **choice.tile(), **units)
+            lse = measures.log_sum_exp if classes < among.classes else None
         if not (want.loss or of_input or of_target):
             return None, (None, None)
-        lse = among.lse
-        if lse is None and classes < among.classes:
-            lse = logits.new_empty(outer * inner, dtype=torch.float64)
-            _statistics(sizes, logits, strides, target, among.first, options, Measures(lse))
+        loss = parts = None
+        choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=2 if dense else 1)
+        if want.loss:
+            loss, parts = _loss_of(logits, options.reduction, programs)
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
-        denominator = _denominator(
-            target, weight, token_weight, row_weight, options, outer * inner, among.classes
-        )
-        dense = not indices or (smoothing > 0 and weight is not None)
-        choice, programs, meta = _tiling(sizes, logits, *all_strides, tensors=2 if dense else 1)
-        loss, parts = _loss_of(logits, options.reduction, want, programs)
-        meta["EACH"] = options.reduction == "none"
-        rows_alone = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
+        counted = target, weight, token_weight, options.ignore_index, among.classes
+        denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
         given = logits, target, weight, row_weight, denominator
+        meta = {"EACH": each, **choice.tile(), **units}
+        index_meta = {"GAMMA": float(options.gamma), "SMOOTHING": smoothing > 0}
+        scalars = options.ignore_index, smoothing, z_loss
+        whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
         if not indices:
-            all_strides = strides + target_strides + grad_strides + grad_target_strides
-            probabilities_kernel[(programs,)](
-                *given,
-                parts,
-                grad,
-                grad_target,
-                inner,
-                classes,
-                all_strides,
-                smoothing,
-                z_loss,
-                **meta,
-            )
-        elif choice.whole_row and rows_alone and lse is None and not dense:
-            row_kernel[(programs,)](
-                *given,
-                parts,
-                grad,
-                inner,
-                classes,
-                strides[1],
-                grad_strides[1],
-                options.ignore_index,
-                smoothing,
-                z_loss,
-                GAMMA=gamma,
-                SMOOTHING=smoothing > 0,
-                UNIT=meta.pop("INNER_UNIT") * meta.pop("CLASS_UNIT"),
-                **meta,
-            )
+            four = strides + target_strides + grad_strides + grad_target_strides
+            outputs: Any = parts, grad, grad_target, inner, classes, four
+            probabilities_kernel[(programs,)](*given, *outputs, *scalars[1:], **meta)
+        elif whole_rows and lse is None and not dense:
+            outputs = parts, grad, inner, classes, strides[1], grad_strides[1]
+            row_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
         else:
             block = inner, classes, among.first, among.classes
-            two_pass_kernel[(programs,)](
-                *given,
-                lse,
-                parts,
-                grad,
-                block,
-                strides + grad_strides,
-                options.ignore_index,
-                smoothing,
-                z_loss,
-                GAMMA=gamma,
-                SMOOTHING=smoothing > 0,
-                **meta,
-            )
+            outputs = lse, parts, grad, block, strides + grad_strides
+            two_pass_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
         _add_up(parts, loss)
     return loss, (grad, grad_target)
 
@@ -203,50 +177,16 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
 
 
 def _tiling(
-    sizes: Sizes, input: Tensor, *strides: Strides, tensors: int = 1
-) -> tuple[launch.Choice, int, dict[str, Any]]:
-    """The launch choice of a kernel of `rows.py`, its number of programs, and its constants."""
+    sizes: Sizes, itemsize: int, *strides: Strides, tensors: int = 1
+) -> tuple[launch.Choice, int, dict[str, int]]:
+    """The launch choice of a kernel of `rows.py`, its number of programs, and its unit."""
     outer, inner, classes = sizes
-    contiguous = 2 if strides[0][2] == 1 else 1  # dimension
-    choice = launch.choose(
-        input.element_size(), classes, inner, tensors=tensors, inner_contiguous=contiguous == 1
-    )
-    unit = math.gcd(
-        16,
-        sizes[contiguous],
-        *(s for each in strides for dim, s in enumerate(each) if dim != contiguous or s != 1),
-    )
-    meta = {
-        "INNER_UNIT": unit if contiguous == 1 else 1,
-        "CLASS_UNIT": unit if contiguous == 2 else 1,
-        "ROWS": choice.rows,
-        "BLOCK": choice.block,
-        **choice.options(),
-    }
-    return choice, outer * -(-inner // choice.rows), meta
-
-
-def _statistics(
-    sizes: Sizes,
-    logits: Tensor,
-    strides: Strides,
-    target: Tensor,
-    first_class: int,
-    options: CrossEntropyOptions,
-    measures: Measures,
-) -> None:
-    """Writes the measures of each row that is not ignored."""
-    _, programs, meta = _tiling(sizes, logits, strides, tensors=2)
-    statistics_kernel[(programs,)](
-        logits,
-        target if target.dtype is torch.int64 else None,
-        *measures,
-        *sizes[1:],
-        strides,
-        first_class,
-        options.ignore_index,
-        **meta,
-    )
+    dim = 2 if strides[0][2] == 1 else 1  # the contiguous one
+    choice = launch.choose(itemsize, classes, inner, tensors=tensors, inner_contiguous=dim == 1)
+    others = [s for each in strides for i, s in enumerate(each) if i != dim or s != 1]
+    unit = math.gcd(16, sizes[dim], *others)
+    units = {"CLASS_UNIT" if dim == 2 else "INNER_UNIT": unit}
+    return choice, outer * -(-inner // choice.rows), units
 
 
 def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
@@ -258,16 +198,15 @@ def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None)
 
 
 def _denominator(
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    row_weight: Tensor | None,
-    options: CrossEntropyOptions,
-    n: int,
-    classes: int,
+    options: CrossEntropyOptions, n: int, may_count: bool, target: Tensor, *counted: Any
 ) -> Tensor | int | None:
-    """What a mean divides by, as the kernels take it: see `mean_scale` in cross_entropy.py."""
-    given = options.denominator
+    """What a mean of n rows divides by, as the kernels take it: see `mean_scale`.
+
+    Args:
+        may_count: The kernel's row_weight is that of the tokens, so that it can count itself.
+        target, counted: The arguments of ``_count``.
+    """
+    given, token_weight = options.denominator, counted[1]
     if options.reduction != "mean":
         return None
     if isinstance(given, Tensor):
@@ -277,9 +216,7 @@ def _denominator(
         return int(given) if exact else target.new_full((), given, dtype=torch.float64)
     if target.dtype is not torch.int64:
         return n if token_weight is None else token_weight.sum(dtype=torch.float64)
-    if n <= COUNTED_BY_PROGRAMS and row_weight is token_weight:
-        return target
-    return _count(target, weight, token_weight, options.ignore_index, classes)
+    return target if may_count and n <= COUNTED_BY_PROGRAMS else _count(target, *counted)
 
 
 def nll_loss(
@@ -291,40 +228,24 @@ def nll_loss(
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Of log-probabilities and class indices; otherwise as ``cross_entropy``."""
-    accumulate = accumulate_dtype(input.dtype)
-    log_probabilities, strides = viewed(input)
+    input, strides = viewed(input)
     outer, inner, classes = positions(input)
-    n, target = outer * inner, target.contiguous()
+    n, target, choice = outer * inner, target.contiguous(), launch.choose(input.element_size())
     grad, grad_strides = None, NO_STRIDES
     if any(want.gradients):
-        grad, grad_strides = empty_viewed(log_probabilities)
+        grad, grad_strides = empty_viewed(input)
         grad.zero_()
-    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-    choice = launch.choose(input.element_size())
+    weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
+    programs, loss, parts, denominator = -(-n // choice.block), None, None, None
     with torch.cuda.device_of(input):
-        denominator = None
         if options.reduction == "mean":
             denominator = _count(target, weight, None, options.ignore_index, classes)
-        programs = -(-n // choice.block)
-        loss, parts = _loss_of(input, options.reduction, want, programs)
-        nll_kernel[(programs,)](
-            log_probabilities,
-            target,
-            weight,
-            _row_weight(n, None, grad_output),
-            denominator,
-            parts,
-            grad,
-            n,
-            inner,
-            classes,
-            strides,
-            grad_strides,
-            options.ignore_index,
-            EACH=options.reduction == "none",
-            BLOCK=choice.block,
-            **choice.options(),
-        )
+        if want.loss:
+            loss, parts = _loss_of(input, options.reduction, programs)
+        given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
+        numbers = n, inner, classes, strides, grad_strides, options.ignore_index
+        meta = {"EACH": options.reduction == "none", "BLOCK": choice.block, **choice.options()}
+        nll_kernel[(programs,)](*given, *numbers, **meta)
         _add_up(parts, loss)
     return loss, (grad, None)
 
@@ -338,46 +259,21 @@ def multi_margin_loss(
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Of scores of shape (N, C) and class indices; otherwise as ``cross_entropy``."""
-    input = input.contiguous()
+    input, target = input.contiguous(), target.contiguous()
     n, classes = input.shape
     grad = torch.empty_like(input) if any(want.gradients) else None
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
-    _, programs, meta = _tiling((1, n, classes), input, (0, classes, 1), tensors=2)
+    sizes, loss, parts = (1, n, classes), None, None
+    choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=2)
     with torch.cuda.device_of(input):
-        loss, parts = _loss_of(input, options.reduction, want, programs)
-        multi_margin_kernel[(programs,)](
-            input,
-            target.contiguous(),
-            weight,
-            _row_weight(n, None, grad_output),
-            n if options.reduction == "mean" else None,
-            parts,
-            grad,
-            n,
-            classes,
-            float(options.margin),
-            SQUARED=options.p == 2,
-            EACH=options.reduction == "none",
-            UNIT=meta.pop("INNER_UNIT") * meta.pop("CLASS_UNIT"),
-            **meta,
-        )
+        if want.loss:
+            loss, parts = _loss_of(input, options.reduction, programs)
+        denominator = n if options.reduction == "mean" else None
+        given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
+        meta = {"SQUARED": options.p == 2, "EACH": options.reduction == "none", **choice.tile()}
+        multi_margin_kernel[(programs,)](*given, n, classes, float(options.margin), **meta, **units)
         _add_up(parts, loss)
     return loss, (grad, None)
-
-
-def _loss_of(
-    input: Tensor, reduction: str, want: Want, programs: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """New tensors for the loss of (N, C, d1, ..., dk), and for what the programs store of it."""
-    if not want.loss:
-        return None, None
-    loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
-    return loss, loss if reduction == "none" or programs == 1 else loss.new_empty(programs)
-
-
-def _add_up(parts: Tensor | None, loss: Tensor | None) -> None:
-    if parts is not None and loss is not None and parts is not loss:
-        _sum(parts, loss)
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
@@ -385,18 +281,10 @@ def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     x, sizes, strides = along(input, dim)
     y, _, y_strides = along(output, dim)
-    choice, programs, meta = _tiling(sizes, x, strides, y_strides)
+    choice, programs, units = _tiling(sizes, x.element_size(), strides, y_strides)
+    meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
     with torch.cuda.device_of(input):
-        softmax_kernel[(programs,)](
-            x,
-            y,
-            *sizes[1:],
-            strides,
-            y_strides,
-            LOGARITHM=formula == "log_softmax",
-            WHOLE_ROW=choice.whole_row,
-            **meta,
-        )
+        softmax_kernel[(programs,)](x, y, *sizes[1:], strides, y_strides, **meta, **units)
     return output
 
 
@@ -404,17 +292,11 @@ def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int
     """The input's gradient, from the output; contiguous."""
     grad_input = torch.empty_like(output, memory_format=torch.contiguous_format)
     y, sizes, strides = along(output, dim)
-    choice, programs, meta = _tiling(sizes, y, strides, tensors=2)
+    choice, programs, units = _tiling(sizes, y.element_size(), strides, tensors=2)
+    meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
     with torch.cuda.device_of(output):
         softmax_backward_kernel[(programs,)](
-            grad_output.contiguous(),
-            y,
-            grad_input,
-            *sizes[1:],
-            strides,
-            LOGARITHM=formula == "log_softmax",
-            WHOLE_ROW=choice.whole_row,
-            **meta,
+            grad_output.contiguous(), y, grad_input, *sizes[1:], strides, **meta, **units
         )
     return grad_input
 
@@ -433,24 +315,27 @@ def _operands(
         The tensors, copied where rows x columns do not describe them; the number of columns and two
         strides a tensor, of its rows and its columns, or None and None if all are dense.
     """
+    stride = order.stride()
+    if all(tensor is None or tensor.stride() == stride for tensor in tensors):
+        return tensors, None, None
     groups: list[tuple[int, list[int]]] = []  # a size, and a stride for each tensor
     for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
         size, strides = order.shape[dim], [(order if x is None else x).stride(dim) for x in tensors]
         if size == 1:
             continue
-        if groups and groups[-1][1] == [stride * size for stride in strides]:
+        if groups and groups[-1][1] == [step * size for step in strides]:
             size *= groups.pop()[0]
         groups.append((size, strides))
     if not groups or (len(groups) == 1 and set(groups[0][1]) == {1}):
         return tensors, None, None
     if len(groups) > 2:
         for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.stride() != order.stride():
+            if tensor is not None and tensor.stride() != stride:
                 tensors[i] = torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)
         return tensors, None, None
     (columns, of_columns), (_, of_rows) = groups[-1], groups[0]
     pairs = zip(of_rows, of_columns, strict=True)
-    return tensors, columns, tuple([stride for pair in pairs for stride in pair])
+    return tensors, columns, tuple([step for pair in pairs for step in pair])
 
 
 def pointwise_loss(
