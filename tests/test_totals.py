@@ -1,93 +1,87 @@
-"""What the programs of a Triton kernel add up among themselves, whichever of them is last."""
+"""Sums on the device: what `reductions.py` computes, and what reaches it from each loss."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
 
-import interpreter
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import backend
 from torch import Tensor
 
+from pyfused.backends import cpu
+
+if backend is cpu:
+    pytest.skip("of Triton kernels", allow_module_level=True)
+
 from pyfused import functional as fused
-
-if not interpreter.ON:
-    pytest.skip("of Triton's interpreter", allow_module_level=True)
-
-from triton.runtime.interpreter import interpreter_builder
-
-from pyfused.kernels import sums
-
-Call = Callable[[Any, Tensor, Tensor], Tensor]
-CALLS: dict[str, Call] = {
-    "cross_entropy": lambda f, x, t: f.cross_entropy(x, t),
-    "smoothing": lambda f, x, t: f.cross_entropy(x, t, x[0].detach().exp(), label_smoothing=0.1),
-    "few rows": lambda f, x, t: f.cross_entropy(x.reshape(2, -1), t[:2]),
-    "nll_loss": lambda f, x, t: f.nll_loss(x, t),
-    "multi_margin_loss": lambda f, x, t: f.multi_margin_loss(x, t),
-    "mse_loss": lambda f, x, t: f.mse_loss(x, x.flip(0).detach()),
-}
-every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-
-
-def results(functional: Any, call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(5)
-    x = torch.randn(90, 5).to(dtype).requires_grad_()
-    loss = call(functional, x, torch.randint(5, (90,)))
-    return loss.detach(), torch.autograd.grad(loss, x)[0]
+from pyfused.backends import triton
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_there_before() -> Iterator[None]:
-    """New memory is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def parts_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "MOST_PARTS", 3000)
 
 
-@pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The counters that calls are given: one tensor for all, as on a stream of a GPU."""
-    shared, calls = torch.zeros(1024, dtype=torch.int32), []
-
-    def counters(device: torch.device, n: int) -> Tensor:
-        calls.append(shared)
-        return shared
-
-    monkeypatch.setattr(sums, "counters", counters)
-    return calls
-
-
-@every_call
-def test_the_order_in_which_programs_come_changes_no_bit(
-    call: Call, given: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = results(fused, call, torch.float32)
-    exact = tuple(each.float() for each in results(F, call, torch.float64))
-    torch.testing.assert_close(expected, exact)
-    assert given
-    set_grid_idx = interpreter_builder.set_grid_idx
-    draw = random.Random(7)
-    orders: dict[int, list[int]] = {}
-
-    def shuffled(x: int, *others: Any) -> None:
-        programs = interpreter_builder.grid_dim[0]
-        if x == 0:
-            orders[programs] = draw.sample(range(programs), programs)
-        set_grid_idx(orders[programs][x], *others)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
-    for _ in range(3):
-        for got, of_before in zip(results(fused, call, torch.float32), expected, strict=True):
-            assert torch.equal(got, of_before)
-    assert max(orders) > interpreter.GROUP
+@pytest.mark.parametrize("n", [1, 2, 1024, 1025, 3000, 3001, 100_003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_sum(n: int, dtype: torch.dtype) -> None:
+    """In one step or two, and in float64 whatever the parts are."""
+    parts = torch.randn(n, dtype=dtype)
+    exact = math.fsum(parts.tolist())
+    for out in (torch.empty(()), torch.empty((), dtype=torch.float64)):
+        triton._sum(parts, out)
+        torch.testing.assert_close(out, torch.tensor(exact).to(out), rtol=0, atol=1e-6 * n**0.5)
+    assert abs(out.item() - exact) <= 1e-12 * n**0.5
 
 
-@every_call
-def test_who_is_last_leaves_the_counters_as_they_were(call: Call, given: list[Tensor]) -> None:
-    for _ in range(2):
-        results(fused, call, torch.float32)
-        assert not given[0].any()
+def test_sum_of_nan_and_infinity() -> None:
+    parts, out = torch.ones(40_000, dtype=torch.float64), torch.empty(())
+    for value in (math.inf, -math.inf, math.nan):
+        parts[39_999] = value
+        triton._sum(parts, out)
+        assert str(out.item()) == str(value)
+
+
+def counted(target: Tensor, weights: list[Tensor | None], ignore_index: int) -> float:
+    """By torch."""
+    weight, token_weight = weights
+    valid = (target != ignore_index) & (target >= 0) & (target < 7)
+    counts = valid.double()
+    if weight is not None:
+        counts *= weight[target.where(valid, 0)]
+    if token_weight is not None:
+        counts *= token_weight.flatten()
+    return counts.sum().item()
+
+
+@pytest.mark.parametrize("n", [1, 5, 1025, 40_000])
+@pytest.mark.parametrize("weighted", range(4))
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_count(n: int, weighted: int, ignore_index: int) -> None:
+    """Ignored targets, and those that are no class, count for nothing."""
+    target = torch.randint(-1, 9, (n,))
+    target[::4] = -100
+    weights = [
+        torch.rand(7) if weighted & 1 else None,
+        torch.rand(n, dtype=torch.float64) if weighted & 2 else None,
+    ]
+    got = triton._count(target, *weights, ignore_index, 7)
+    assert (got.dtype, got.shape) == (torch.float64, ())
+    assert got.item() == pytest.approx(counted(target, weights, ignore_index), rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, math.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scale(factor: float, dtype: torch.dtype) -> None:
+    x = torch.randn(5000).to(dtype)
+    expected = x * factor
+    triton.scale_(x, torch.tensor(factor))
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_programs_share_a_sum() -> None:
+    """More blocks than programs, and more than one part."""
+    x, target = torch.randn(2, 4999, dtype=torch.float64)
+    torch.testing.assert_close(fused.mse_loss(x, target), (x - target).square().mean())
+    torch.testing.assert_close(fused.mse_loss(x[:1], target[:1]), (x - target)[0].square())

@@ -54,6 +54,7 @@ NO_STRIDES = (0, 0, 0)
 COUNTED_BY_PROGRAMS = 1024
 MOST_PROGRAMS = 4096  # of a kernel that adds up: several waves on any GPU, and few partial sums
 MOST_PARTS = 1 << 15  # that one program adds up; more are added up in two steps
+SUMMANDS = launch.Choice(1, 1024, 256)  # of a program at a time
 
 # ---- sums ----------------------------------------------------------------------------------------
 
@@ -63,9 +64,9 @@ def _sum(parts: Tensor, out: Tensor) -> None:
     n = parts.numel()
     if n > MOST_PARTS:
         first = parts.new_empty(-(-n // MOST_PARTS), dtype=torch.float64)
-        sum_kernel[(first.numel(),)](parts, first, n, BLOCK=1024, num_warps=8)
+        sum_kernel[(first.numel(),)](parts, first, n, BLOCK=SUMMANDS.block, **SUMMANDS.options())
         parts, n = first, first.numel()
-    sum_kernel[(1,)](parts, out, n, BLOCK=1024, num_warps=8)
+    sum_kernel[(1,)](parts, out, n, BLOCK=SUMMANDS.block, **SUMMANDS.options())
 
 
 def _count(
@@ -76,7 +77,7 @@ def _count(
     programs = min(-(-n // (1 << 14)), 256)
     parts = count if programs == 1 else count.new_empty(programs)
     given = target, weight, token_weight, parts, n, ignore, classes
-    count_kernel[(programs,)](*given, BLOCK=1024, num_warps=8)
+    count_kernel[(programs,)](*given, BLOCK=SUMMANDS.block, **SUMMANDS.options())
     _add_up(parts, count)
     return count
 
