@@ -10,7 +10,7 @@ export CXX  # the compiler that was checked is the one that builds
 unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that it imports
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-model gpu-check bench \
+.PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-check bench \
 	bench-quick bench-busy bench-compare sizes docs lint sanitize clean
 
 help: ## list the targets
@@ -36,11 +36,16 @@ test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 
 INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
 
-gpu-compile: $(BUILD) ## compile the GPU kernels for each target, without a GPU
-	$(BIN)/python tests/gpu/ahead.py $(AHEAD_ARGS)
+# A Triton beside the installed one lies in a folder of its own, which comes first on Python's path.
+SUPPORTED = $(shell sed -n 's/^    "\([0-9.]*\)": .*/\1/p' pyfused/backends/versions.py)
+TRITONS = $(if $(filter all,$(TRITON)),$(SUPPORTED),$(TRITON))
 
-gpu-model: $(BUILD) ## predict the GPU kernels' speed from their machine code, in docs/gpu.md
-	$(BIN)/python tests/gpu/model.py $(MODEL_ARGS)
+gpu-compile: $(BUILD) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, without a GPU (TRITON=3.6.0 or all)
+	for version in $(or $(TRITONS),installed); do PYTHONPATH=.venv/triton-$$version \
+		$(BIN)/python tests/gpu/compile_ahead.py $(AHEAD_ARGS) || exit 1; done
+
+.venv/triton-%: | $(ENVIRONMENT)
+	@$(PIP) install --no-deps --target $@ triton==$*
 
 gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it is (OUT=folder)
 	@$(PYTHON) benchmarks/gpu_check.py $(or $(OUT),$(error gpu-check needs OUT=folder))

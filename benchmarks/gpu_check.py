@@ -1,8 +1,9 @@
 """Build, test and time the Triton kernels on this machine's GPU: `make gpu-check OUT=folder`.
 
 Needs no network: torch, Triton, pytest, setuptools and a C++ compiler are there. All that was found
-lies under the folder, also when a step fails: a log of each step, summary.md, and from the
-benchmarks gpu.json, a table and, where matplotlib is there, a picture. Under 9 minutes in all.
+lies under the folder, also when a step fails: a log of each step, summary.md, from the benchmarks
+gpu.json, a table and, where matplotlib is there, a picture, and launch.md, which compares launch
+choices with their neighbours. Under 10 minutes in all.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ sys.path.append(str(ROOT / "tests"))
 
 from shared import SHARED  # noqa: E402
 
-SECONDS = 530  # for all of it
-BENCHMARK_SECONDS = 210  # no case starts after these
+SECONDS = 590  # for all of it
+BENCHMARK_SECONDS, LAUNCH_SECONDS = 180, 100  # no case starts after these
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,17 @@ def steps(out: Path) -> list[Step]:
             "report",
             (python, ROOT / "benchmarks/report.py", out / "gpu.json", "--results", out / "results"),
             30,
+        ),
+        Step(
+            "launch choices",
+            (
+                python,
+                ROOT / "benchmarks/gpu_launch.py",
+                out / "launch.md",
+                "--seconds",
+                str(LAUNCH_SECONDS),
+            ),
+            LAUNCH_SECONDS + 40,
         ),
         Step("shared tests", (*pytest, *shared), 240),
     ]

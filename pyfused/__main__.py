@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from importlib import metadata, util
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 import pyfused
 from pyfused.backends import cpu
+from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
 from pyfused.ops.operators import OPERATORS
 from pyfused.run import run
 
@@ -42,9 +44,17 @@ def openmp() -> str:
     return f"yes, {pool} ({', '.join(runtimes)})"
 
 
+def triton() -> str:
+    found = triton_version() or "not installed"
+    if unsupported_triton() is None:
+        return found
+    pinned = pinned_triton(torch.__version__)
+    return f"{found}, needed is {NEEDED}" + (f"; torch requires {pinned}" if pinned else "")
+
+
 def on_gpus() -> str:
-    if util.find_spec("triton") is None:
-        return "torch's operators, as Triton is not installed"
+    if reason := unsupported_triton():
+        return f"torch's operators: {reason}"
     return "Triton kernels; other devices: torch's operators"
 
 
@@ -54,7 +64,7 @@ def report() -> dict[str, str]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "triton": installed("triton"),
+        "triton": triton(),
         "compiler": cpu.native.compiler,
         "ISAs built": ", ".join(built()),
         "ISAs supported": ", ".join(cpu.supported),
@@ -71,14 +81,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m pyfused", description="Print what a bug report needs."
     )
+    parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
     commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("run", help="run a script under pyfused.patch(), and count")
-    command.add_argument("script")
-    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    command = commands.add_parser(
+        "run",
+        help="run a program under pyfused.patch(), and count",
+        usage="python -m pyfused run (script | -m module | -c code | -) [argument ...]",
+        description="Run python with these arguments under pyfused.patch(), and count.",
+    )
+    if sys.argv[1:2] == ["run"] and sys.argv[2:] not in ([], ["-h"], ["--help"]):
+        run(sys.argv[2:])
     options = parser.parse_args()
     if options.command == "run":
-        run(options.script, options.arguments)
-        return
+        command.error("expected a program")
     for key, value in report().items():
         print(f"{key:<24}{value}")
 

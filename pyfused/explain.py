@@ -10,6 +10,7 @@ import torch
 
 import pyfused.functional as functional
 from pyfused.backends import cpu
+from pyfused.backends.versions import triton_version
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import backend_of, reason_for_torch
 from pyfused.ops.operators import OPERATORS
@@ -72,5 +73,6 @@ def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
     if reason is not None:
         return Explanation(op.name, "torch", reason)
     if backend_of(input) is not cpu:
-        return Explanation(op.name, "triton", f"kernels on {input.device}")
-    return Explanation(op.name, "cpu", op.manner(input), cpu.capability, torch.get_num_threads())
+        reason = f"kernels on {input.device}, Triton {triton_version()}"
+        return Explanation(op.name, "triton", reason)
+    return Explanation(op.name, "cpu", op.strategy(input), cpu.capability, torch.get_num_threads())

@@ -1,7 +1,7 @@
 """The Triton kernels on CPU tensors, interpreted: PYFUSED_BACKEND=triton TRITON_INTERPRET=1.
 
 The same tests hold for them. The interpreter takes milliseconds for each program of a kernel, so
-that tiles are small here: a few elements make several blocks, by turns, in every layout.
+tests are small, and so are the tiles here.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ OTHERS = sorted(
 )
 
 
-GROUP, MOST_PROGRAMS = 4, 30
-TABLES = "CLASSES_INNER", "FORWARD", "SHORT_CLASSES_INNER", "AIMED", "PAIRED", "DENSE_CLASSES_INNER"
-
-
 def use_small_tiles() -> None:
+    """So that few elements take several tiles and programs, and 65 classes or more two passes."""
+    from pyfused.backends import triton as backend
     from pyfused.kernels import launch
 
-    any_ = launch.ANY
-    launch.POINTWISE = dict.fromkeys((2, 4, 8), launch.Elements(32, 32))
-    launch.MOST_PROGRAMS = MOST_PROGRAMS
-    launch.GROUP = GROUP
-    launch.COUNT, launch.MOST_COUNTERS = launch.Elements(8, 32), 3
-    few = launch.Row(4, 8, 1, 32, turns=False)
-    classes = few, launch.Row(100, 32, 1, 32), launch.Row(any_, 64, 1, 32)
-    launch.resident = lambda *_: 3
-    launch.COUNTED = 16
-    for table in TABLES:
-        setattr(launch, table, dict.fromkeys((2, 4, 8), classes))
-    held = launch.Row(4, 64, 16, 32), launch.Row(22, 64, 16, 128)
-    launch.POSITIONS_INNER = dict.fromkeys((2, 4, 8), (*held, launch.Row(any_, 256, 16, 256)))
-    launch.FEW = dict.fromkeys((2, 4), launch.Row(5, 80, 16, 32))
-    launch.SPLIT = launch.Split(positions=4, classes=64, programs=12)
+    def choose(
+        itemsize: int,
+        classes: int = 0,
+        inner: int = 1,
+        *,
+        tensors: int = 1,
+        inner_contiguous: bool = False,
+    ) -> launch.Choice:
+        if not classes:
+            return launch.Choice(1, 32, 32)
+        all_classes = launch.power_of_2(classes)
+        if inner_contiguous:
+            block = min(all_classes, 4)
+            return launch.Choice(min(launch.power_of_2(inner), 16), block, 32, block >= classes)
+        if all_classes <= 64:
+            return launch.Choice(64 // all_classes, all_classes, 32)
+        return launch.Choice(1, 64, 32, whole_row=False)
+
+    launch.choose = choose
+    backend.MOST_PROGRAMS, backend.MOST_PARTS, backend.COUNTED_BY_PROGRAMS = 30, 8, 16
 
 
 def interpret_faster() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from compare import evaluate
 from conftest import KernelCalls, backend
 
-from pyfused.backends import cpu
+from pyfused.backends import cpu, versions
 from pyfused.functional import cross_entropy
 from pyfused.ops import dispatch, operators
 
@@ -63,15 +63,33 @@ def test_a_missing_triton_is_named() -> None:
     hidden = "import importlib.util as u\nfind = u.find_spec\n"
     hidden += "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
     refused = run(hidden + CALL, PYFUSED_BACKEND="triton", TRITON_INTERPRET="1")
-    assert "triton cannot run on cpu: Triton is not installed" in refused.stderr
+    assert "triton cannot run on cpu: Triton is not installed, expected 3.6 or later" in (
+        refused.stderr
+    )
 
 
 @pytest.mark.cpu
 def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
     reason = dispatch.without_triton.__wrapped__(torch.device("cuda"))
-    assert reason == "Triton is 3.7.1, expected 3.8 or later"
+    assert reason == "Triton is 3.5.1, expected 3.6 or later"
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("version", [*versions.TORCH_OF_TRITON, "3.7.1+gitabcdef", "3.10.0"])
+def test_every_triton_since_the_oldest_is_supported(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    assert versions.unsupported_triton() is None
+
+
+@pytest.mark.cpu
+def test_the_triton_that_a_torch_requires() -> None:
+    assert versions.pinned_triton("2.13.0+cu130") == "3.7.1"
+    assert versions.pinned_triton("2.10.0") is None
 
 
 @pytest.mark.cpu

@@ -96,12 +96,13 @@ def test_the_modes_that_are_active() -> None:
         assert pyfused.explain("relu", X).backend == "cpu"
 
 
-def test_kernels_of_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("pyfused.explain")
     monkeypatch.setattr(module, "backend_of", lambda _: None)
+    monkeypatch.setattr(module, "triton_version", lambda: "3.7.1")
     said = pyfused.explain("relu", X)
-    assert said == ("relu", "triton", "kernels on cpu", None, None)
-    assert str(said) == "relu: triton: kernels on cpu"
+    assert said == ("relu", "triton", "kernels on cpu, Triton 3.7.1", None, None)
+    assert str(said) == "relu: triton: kernels on cpu, Triton 3.7.1"
 
 
 @pytest.mark.thresholds

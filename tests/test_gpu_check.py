@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_make_passes_its_words_on(tmp_path: Path) -> None:
 def test_steps_name_files_that_exist(tmp_path: Path) -> None:
     steps = gpu_check.steps(tmp_path)
     assert sorted(gpu_check.SHARED) == sorted(interpreter.SHARED)
-    assert [step.name for step in steps][:3] == ["build", "gpu tests", "benchmarks"]
+    names = ["build", "gpu tests", "benchmarks", "report", "launch choices", "shared tests"]
+    assert [step.name for step in steps][:6] == names
     for step in steps:
         for word in map(str, step.command):
             if word.startswith(str(ROOT)):
@@ -158,3 +160,72 @@ def test_goals_count_the_cases_that_reach_them(rehearsed: Path) -> None:
         ),
         "- peak memory beyond the inputs, in gradients: 1.00 (to reach: 1)",
     ]
+
+
+# ---- launch choices ------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """Tells how long a call takes by the choice that it launches: 1 ms, less with 64 threads."""
+
+    def __init__(self) -> None:
+        self.chosen: list[Any] = []
+
+    def call(self, *_: Any) -> tuple[torch.Tensor, ...]:
+        """An operator, whose result is wrong with half the rows."""
+        choose = sys.modules["pyfused.kernels.launch"].choose
+        self.chosen.append(choose(2, 1000, 4096))
+        if self.chosen[-1].threads > 64:
+            raise RuntimeError("out of resources")
+        return (torch.tensor(self.chosen[-1].rows >= 2, dtype=torch.float32),)
+
+    def of(self, call: Any) -> float:
+        call()
+        return 0.5 if self.chosen[-1].threads == 32 else 1.0
+
+
+def test_neighbours_of_a_choice_are_timed_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    import gpu_launch
+
+    from pyfused.kernels import launch
+
+    clock = FakeClock()
+    monkeypatch.setattr(launch, "choose", lambda *_, **__: launch.Choice(2, 1024, 64))
+    monkeypatch.setattr(launch, "warp_size", lambda: 32)
+    monkeypatch.setattr(gpu_launch, "evaluate", clock.call)
+    monkeypatch.setattr(gpu_launch, "step", lambda *_: clock.call)
+    monkeypatch.setattr(gpu_launch, "assert_right", lambda *_: None)
+    file = tmp_path / "launch.md"
+    case = Case("cross_entropy", (4096, 1000), BF16)
+    gpu_launch.run((case,), "cpu", clock, 60, file.write_text)
+    row = file.read_text().splitlines()[-1]
+    assert row.split(" | ")[1:] == [
+        "2 x 1024, 64",
+        "1",
+        "AssertionError",  # half the rows
+        "1.00",
+        "1.00",  # two passes
+        "",
+        "0.50",  # half the threads
+        "RuntimeError |",
+    ]
+    two_passes = launch.Choice(2, 512, 64, whole_row=False)
+    assert two_passes in clock.chosen
+
+
+def test_launch_choices_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, ROOT / "benchmarks/gpu_launch.py", tmp_path / "launch.md"]
+    interpreted = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"}
+    subprocess.run(
+        [*command, "--device", "cpu", "--tiny"],
+        env={**os.environ, **interpreted},
+        check=True,
+        capture_output=True,
+    )
+    rows = (tmp_path / "launch.md").read_text().splitlines()[-2:]
+    assert [row.split(" (")[0] for row in rows] == ["| cross_entropy", "| mse_loss"]
+    assert "Error" not in "".join(rows)

@@ -1,0 +1,44 @@
+"""The releases of Triton that the GPU kernels are tested with, and the torch that pins each."""
+
+from __future__ import annotations
+
+import re
+from importlib import util
+
+# torch's GPU builds require exactly one Triton, so pip installs the one of its torch.
+TORCH_OF_TRITON: dict[str, tuple[str, ...]] = {
+    "3.6.0": ("2.11",),
+    "3.7.1": ("2.12", "2.13"),
+    "3.8.0": ("2.14",),
+    "3.9.0": (),
+}
+OLDEST = next(iter(TORCH_OF_TRITON))
+NEEDED = f"{OLDEST.removesuffix('.0')} or later"
+
+
+def triton_version() -> str | None:
+    """That of the Triton which would be imported, whatever its distribution is called."""
+    if util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
+
+
+def unsupported_triton() -> str | None:
+    """What is wrong with the Triton found, None where the kernels run with it."""
+    found = triton_version()
+    if found is not None and _release(found) >= _release(OLDEST):
+        return None
+    return f"Triton is {found or 'not installed'}, expected {NEEDED}"
+
+
+def pinned_triton(torch_version: str) -> str | None:
+    """The Triton that a torch requires, None of a torch that is not in the table."""
+    release = ".".join(map(str, _release(torch_version)))
+    return next((triton for triton, torches in TORCH_OF_TRITON.items() if release in torches), None)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor, of 3.7.1+gitabc too."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -1,0 +1,472 @@
+"""Compile the Triton kernels for GPUs that are not here, and look at their machine code.
+
+    python tests/gpu/compile_ahead.py                       # what `make gpu-compile` runs
+    python tests/gpu/compile_ahead.py --targets sm_90 --match "cross_entropy bfloat16" --all
+
+The backend is called as users call it, but with tensors without memory and a driver that names a
+GPU that is not there: what is compiled is what would be launched. Exits with 1 where a kernel
+
+- does not compile, or spills more than `SPILLED` bytes a thread (float64 excepted);
+- loads or stores most bits of aligned rows less than 128 at a time, or 64 where positions are
+  contiguous, in the loops that load most, or in the whole kernel where it has no loop;
+- takes more instructions an element than `INSTRUCTIONS` allows;
+
+or where a call takes more launches than its case allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from pyfused.backends import (
+    CrossEntropyOptions,
+    MarginOptions,
+    Measures,
+    NllOptions,
+    VocabShard,
+    Want,
+)
+from pyfused.backends import triton as backend
+from pyfused.kernels import launch
+from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
+from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
+from pyfused.ops.operators import OPERATORS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SOME = ("sm_90", "gfx942")  # for what is rare: one of each maker
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SPILLED = 16  # bytes of a thread
+# An element of cross-entropy with class indices and its gradient, on sm_90.
+INSTRUCTIONS = {
+    **{(c, BF16): 20 for c in (1000, 4096, 16_384)},
+    **{(c, F32): 28 for c in (1000, 4096, 16_384)},
+    **{(c, BF16): 26 for c in (32_000, 128_256)},
+    **{(c, F32): 36 for c in (32_000, 128_256)},
+    (21, 512, 512, F32): 40,
+}
+READ_LITTLE = ("count_kernel", "sum_kernel")  # 8 bytes a row
+WRITE_LITTLE = ("statistics_kernel",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the backend on tensors without memory."""
+
+    name: str
+    dtype: torch.dtype
+    elements: int  # of the input
+    run: Callable[[], object]
+    targets: Sequence[str] = tuple(TARGETS)
+    vector: int = 128  # bits that a thread is to load and store at a time; 0: not looked at
+    launches: int = 1  # at most
+    instructions: int = 0  # an element, at most; 0: not looked at
+
+
+# ---- the calls -----------------------------------------------------------------------------------
+
+
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def case(
+    op: str, dtype: torch.dtype, shape: tuple[int, ...], run: Any, kind: str = "", **fields: Any
+) -> Case:
+    """Vectors have 128 bits where rows begin at multiples of 16 bytes, or 64 bits of positions."""
+    contiguous = math.prod(shape[2:]) if len(shape) > 2 else shape[-1]
+    vector = 0 if contiguous * dtype.itemsize % 16 else 64 if len(shape) > 2 else 128
+    size = "x".join(map(str, shape)) if len(shape) > 1 else ""
+    name = " ".join(filter(None, (op, str(dtype)[6:], size, kind)))
+    return Case(name, dtype, math.prod(shape), run, **{"vector": vector, **fields})
+
+
+def cross_entropy(
+    dtype: torch.dtype, shape: tuple[int, ...], kind: str = "", **fields: Any
+) -> Case:
+    """A mean with its gradient; the words of `kind` say what is different."""
+    words = kind.split()
+    x, indices = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
+    n, classes, target = indices.numel(), shape[1], x if "probabilities" in words else indices
+    # A mean takes the loss's kernel and one that adds up; class indices are counted by one before.
+    # Many rows are counted, and very many are added up, in two steps.
+    launches = 2 if target is x else 3 + (n > 1 << 14) + (n > 1 << 20)
+    coefficients = (0.1 * (word in words) for word in ("smoothing", "focal", "z_loss"))
+    options = CrossEntropyOptions(-100, "mean", *coefficients)
+    want = Want(True, ("forward" not in words, target is x), "inplace" in words)
+    each, grad_output, among = empty(F64, n), None, None
+    if "z_loss" in words:
+        options = options._replace(token_weight=empty(F32, *indices.shape))
+    if "grad_output" in words:
+        options, want, launches = options._replace(reduction="none"), want._replace(loss=False), 1
+        grad_output = empty(dtype, *indices.shape)
+    if "block" in words:  # of all classes, whose log-sum-exp is given
+        classes, among = 1 << 20, VocabShard(1 << 16, 1 << 20, each)
+    if "metrics" in words:
+        launches, measures = launches + 1, Measures(each, each, empty(torch.int64, n))
+        want = want._replace(measures=measures)
+    if "statistics" in words:
+        want, launches = Want(False, (), False, Measures(each)), 1
+    if kind == "forward block":  # reads no row
+        fields["vector"] = 0
+    fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
+    weight = empty(dtype, classes) if "weight" in words else None
+    run = partial(backend.cross_entropy, x, target, weight, options, want, grad_output, among)
+    return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
+
+
+CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256, 262_144)
+SHAPES = *((4096, n) for n in CLASSES), (8, 21, 1000), (8, 150, 4096), (16, 21, 512, 512)
+KINDS = (
+    *("forward", "grad_output", "inplace", "smoothing", "weight", "weight smoothing"),
+    *("focal", "z_loss", "metrics", "statistics", "forward block"),
+    *("block grad_output inplace", "block grad_output weight smoothing"),
+    *("probabilities", "probabilities weight smoothing"),
+)
+
+
+def cross_entropy_cases() -> Iterator[Case]:
+    """Every shape for all targets; every kind at three shapes, for some targets."""
+    for dtype, shape in product((BF16, F32, F16, F64), SHAPES):
+        targets = tuple(TARGETS) if dtype in (BF16, F32) else SOME
+        yield cross_entropy(dtype, shape, targets=targets)
+    shapes = (4096, 1000), (4096, 32_000), (8, 21, 1000)
+    for dtype, kind, shape in product((BF16, F32), KINDS, shapes):
+        yield cross_entropy(dtype, shape, kind, targets=SOME)
+    for dtype, kind in product((F16, F64), KINDS):
+        yield cross_entropy(dtype, (4096, 1000), kind, targets=SOME[:1])
+
+
+def class_cases() -> Iterator[Case]:
+    """Softmax, and the losses of class indices but for cross-entropy."""
+    shapes = (4096, 1000), (4096, 32_000), (4096, 50_257), (8, 21, 4096)
+    for dtype, shape in product((BF16, F32, F16, F64), shapes):
+        x, target = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
+        common = shape[1] == 32_000 and dtype in (BF16, F32)
+        of, fields = (dtype, shape), {"targets": tuple(TARGETS) if common else SOME}
+        for op in ("softmax", "log_softmax"):
+            yield case(op, *of, partial(backend.softmax, op, x, 1), **fields)
+            run = partial(backend.softmax_backward, op, x, x, 1)
+            yield case(op, *of, run, "backward", **fields)
+        want, launches = Want(True, (True, False)), 3 + (target.numel() > 1 << 14)
+        run = partial(backend.nll_loss, x, target, None, NllOptions(-100, "mean"), want)
+        yield case("nll_loss", *of, run, vector=0, launches=launches, **fields)
+        for p in (1, 2) if len(shape) == 2 else ():
+            options = MarginOptions(p, 1.0, "mean")
+            run = partial(backend.multi_margin_loss, x, target, None, options, want)
+            yield case("multi_margin_loss", *of, run, f"p {p}", launches=2, **fields)
+
+
+def differentiated(formula: str) -> tuple[bool, ...]:
+    """Of which operands there is a gradient, as the operator declares that the formula is of."""
+    op: Any = OPERATORS[max((name for name in OPERATORS if formula.startswith(name)), key=len)]
+    return tuple(operand.differentiated for operand in op.variables)
+
+
+def pointwise_cases() -> Iterator[Case]:
+    n = 1 << 24
+    for dtype in (BF16, F32, F16, F64):
+        x, rows, total = empty(dtype, n), empty(dtype, 4096, 4096), empty(F64)
+        row = empty(dtype, 4096).expand(4096, 4096)
+        of, fields = (dtype, (n,)), {"targets": tuple(TARGETS) if dtype in (BF16, F32) else SOME}
+        both, after = Want(True, (True, True)), Want(False, (True, True))
+        calls: dict[str, tuple[int, tuple[Any, ...]]] = {
+            "mse_loss forward": (2, ((x, x), (), None, "sum", 1.0, Want())),
+            "mse_loss weight": (2, ((x, x), (), x, "mean", total, both)),
+            "mse_loss none": (1, ((x, x), (), None, "none", 1.0, Want())),
+            "mse_loss grad_output": (1, ((x, x), (), None, "none", 1.0, after, x)),
+            "mse_loss broadcast": (2, ((rows, row), (), None, "mean", 1.0 * n, both)),
+        }
+        for name, formula in LOSSES.items():
+            count = formula.fn.__code__.co_argcount - 4  # three parameters and a scale
+            want = Want(True, differentiated(name)[:count])
+            calls[name] = 2, ((x,) * count, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, want)
+        for name, (launches, arguments) in calls.items():
+            loss, _, kind = name.partition(" ")
+            run = partial(backend.pointwise_loss, loss, *arguments)
+            yield case(loss, *of, run, kind, launches=launches, **fields)
+        for op in ACTIVATIONS:
+            yield case(op, *of, partial(backend.activation, op, x), **fields)
+            run = partial(backend.activation_backward, op, x, x)
+            yield case(op, *of, run, "backward", **fields)
+        yield case("scale", *of, partial(backend.scale_, x, total), **fields)
+
+
+def all_cases() -> list[Case]:
+    return [*pointwise_cases(), *cross_entropy_cases(), *class_cases()]
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+class Launched(NamedTuple):
+    name: str
+    kernel: Any  # Triton's CompiledKernel
+    programs: int
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Launched]]:
+    """While entered, kernels are compiled for a GPU that is not there, and not launched."""
+    gpu, run, launched = TARGETS[target], JITFunction.run, []
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        programs = math.prod(grid(kwargs) if callable(grid) else grid)
+        launched.append(Launched(kernel.fn.__name__, found, programs))
+
+    named = SimpleNamespace(
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: str(gpu.arch),
+        get_current_stream=lambda _: 0,
+    )
+    with patch.object(JITFunction, "run", compile_only):
+        driver.set_active(named)
+        launch.warp_size.cache_clear()
+        try:
+            yield launched
+        finally:
+            driver.set_active(None)  # the next to ask finds the real one
+            launch.warp_size.cache_clear()
+
+
+# ---- machine code --------------------------------------------------------------------------------
+
+LABEL = re.compile(r"^(\.L\w+):")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;|^\t([a-z]\w*(?:\s.*)?)$")
+BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)|^s_c?branch\w*\s+(\.L\w+)")
+ENDS = re.compile(r"^(EXIT|s_endpgm)")
+LOAD = re.compile(r"\bLDG(?:STS)?(\.\S*)|^(?:global|buffer|flat)_load_(\w+)")
+STORE = re.compile(r"\bSTG(\.\S*)|^(?:global|buffer|flat)_store_(\w+)")
+WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)\b|dwordx(\d)|(byte)|(short)")
+
+
+class Code(NamedTuple):
+    """A kernel's instructions, and the first and last of each of its innermost loops."""
+
+    instructions: list[str]
+    loops: list[tuple[int, int]]
+
+    @classmethod
+    def read(cls, text: str) -> Code:
+        found: list[str] = []
+        labels: dict[str, int] = {}
+        for line in text.splitlines():
+            if label := LABEL.match(line):
+                labels[label[1]] = len(found)
+            elif instruction := INSTRUCTION.match(line):
+                found.append(instruction[1] or instruction[2])
+        loops = []
+        for i, branch in enumerate(map(BRANCH.search, found)):
+            first = labels.get(branch[1] or branch[2], i) if branch else i
+            # A branch from behind the program's end returns from a block put out of the way, and a
+            # loop that ends here is innermost if no other begins in it.
+            ends = any(map(ENDS.match, found[first:i]))
+            if first < i and not ends and not any(first <= begun for begun, _ in loops):
+                loops.append((first, i))
+        return cls(found, loops)
+
+    def body(self, loop: tuple[int, int]) -> list[str]:
+        return self.instructions[loop[0] : loop[1] + 1]
+
+
+def widths(access: re.Pattern[str], instructions: Sequence[str]) -> list[int]:
+    """Bits of each access of global memory."""
+    found = []
+    for each in filter(None, map(access.search, instructions)):
+        width = WIDTH.search(each[1] or each[2])
+        bits, words, byte, short = width.groups() if width else (None,) * 4
+        found.append(int(bits or 32 * int(words or 0) or (byte and 8) or (short and 16) or 32))
+    return found
+
+
+def wide(bits: Sequence[int], vector: int) -> int:
+    """Percentage of the bits that come at least `vector` at a time."""
+    return 100 * sum(b for b in bits if b >= vector) // max(1, sum(bits))
+
+
+def wide_loads(code: Code, vector: int) -> int:
+    """The least percentage of the loops that load much, or what is in none if that loads more."""
+    loaded = [widths(LOAD, code.body(loop)) for loop in code.loops]
+    within = {i for first, last in code.loops for i in range(first, last + 1)}
+    rest = widths(LOAD, [x for i, x in enumerate(code.instructions) if i not in within])
+    most = max(map(sum, loaded), default=0)
+    loaded = [rest] if sum(rest) > most else [bits for bits in loaded if 2 * sum(bits) >= most]
+    return min(wide(bits, vector) for bits in loaded)
+
+
+def per_element(code: Code, case: Case, launched: Launched) -> float:
+    """Instructions that a thread executes for each of its elements.
+
+    Those of a loop count as often as it takes to load all elements of a thread with the loads in
+    its body; all others count once, behind branches too. That holds where loops load logits alone.
+    """
+    threads = 32 * launched.kernel.metadata.num_warps
+    elements = case.elements / launched.programs / threads
+    issued = [i for i, text in enumerate(code.instructions) if text != "NOP"]
+    executed = len(issued)
+    for first, last in code.loops:
+        bits = sum(widths(LOAD, code.body((first, last))))
+        times = math.ceil(elements * 8 * case.dtype.itemsize / bits) if bits else 1
+        executed += (times - 1) * sum(first <= i <= last for i in issued)
+    return executed / elements
+
+
+def tool(name: str, option: str, cubin: bytes) -> str:
+    """What a tool of CUDA, which comes with Triton, writes of machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [getattr(knobs.nvidia, name).path, option, file]
+        return subprocess.run(command, check=True, text=True, capture_output=True).stdout
+
+
+def disassembled(kernel: Any) -> tuple[Code, int, int]:
+    """Code, registers, and bytes that a thread spills."""
+    if text := kernel.asm.get("amdgcn"):
+        used = {key: int(n) for key, n in re.findall(r"\.(vgpr\w*count):\s+(\d+)", text)}
+        # Scalar registers are spilled to vector registers, not to memory.
+        return Code.read(text), used["vgpr_count"], 4 * used["vgpr_spill_count"]
+    cubin = kernel.asm["cubin"]
+    usage = dict(re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage", cubin)))
+    spilled = int(usage["STACK"]) + int(usage["LOCAL"])
+    return Code.read(tool("nvdisasm", "-c", cubin)), int(usage["REG"]), spilled
+
+
+# ---- what is wrong -------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """What became of one kernel of a case."""
+
+    target: str
+    case: str
+    kernel: str = ""
+    warps: int = 0
+    registers: int = 0
+    spilled: int = 0  # bytes of a thread
+    loads: int = 0  # percentage that is as wide as it should be
+    stores: int = 0
+    instructions: float = 0  # an element, where there is a limit
+    wrong: str = ""
+
+
+def inspect(target: str, case: Case, launched: Launched) -> Found:
+    code, registers, spilled = disassembled(launched.kernel)
+    name, warps = launched.name, launched.kernel.metadata.num_warps
+    stored, vector = widths(STORE, code.instructions), case.vector or 128
+    loads, stores = wide_loads(code, vector), wide(stored, vector)
+    little, rounded = name in READ_LITTLE, case.dtype is not F64
+    counted = target == "sm_90" and case.instructions and not little
+    instructions = per_element(code, case, launched) if counted else 0
+    judged = case.vector and rounded and not little
+    much = sum(stored) > vector and name not in WRITE_LITTLE  # more than losses
+    wrong = {
+        "spills": spilled > SPILLED and rounded,
+        "narrow loads": judged and loads < 50,
+        "narrow stores": judged and stores < 50 and much,
+        f"more than {case.instructions} instructions": instructions > case.instructions,
+    }
+    words = ", ".join(words for words, holds in wrong.items() if holds)
+    numbers = warps, registers, spilled, loads, stores, instructions
+    return Found(target, case.name, name, *numbers, words)
+
+
+def compile_cases(target: str, cases: Sequence[Case]) -> list[Found]:
+    """The kernels of some cases; one that several cases launch is looked at once."""
+    found: list[Found] = []
+    seen = set()
+    for case in cases:
+        try:
+            with compiling(target) as launched, warnings.catch_warnings():
+                warnings.simplefilter("error")
+                case.run()
+        except Exception as error:
+            while error.__cause__ is not None:
+                error = error.__cause__
+            wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+            found.append(Found(target, case.name, wrong=wrong))
+            continue
+        if len(launched) > case.launches:
+            found.append(
+                Found(target, case.name, wrong=f"{len(launched)} launches, not {case.launches}")
+            )
+        for each in launched:
+            if (key := (each.kernel.hash, case.vector, case.instructions)) not in seen:
+                seen.add(key)
+                found.append(inspect(target, case, each))
+    return found
+
+
+def compile_piece(target: str, names: Sequence[str]) -> list[Found]:
+    """The same, in a process of its own: a case cannot be sent to it."""
+    return compile_cases(target, [case for case in all_cases() if case.name in names])
+
+
+def show(found: Sequence[Found]) -> None:
+    columns = "warps", "registers", "spilled", "wide loads", "wide stores", "instructions"
+    print(f"{'Triton ' + triton.__version__:88}", *columns)
+    for f in found:
+        case = f"{f.target:8}{f.case:60}{f.kernel:20}"
+        numbers = f"{f.warps:5} {f.registers:9} {f.spilled:7} {f.loads:9}% {f.stores:10}%"
+        print(case, numbers, f"{f.instructions:12.1f}" if f.instructions else 12 * " ", f.wrong)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--match", default="", help="only cases whose name holds these words")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
+    parser.add_argument("--all", action="store_true", help="print every kernel")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+
+    started, words = time.perf_counter(), arguments.match.split()
+    pieces = []
+    for target in arguments.targets:
+        names = [c.name for c in all_cases() if target in c.targets]
+        names = [name for name in names if set(words) <= set(name.split())][:: arguments.every]
+        pieces += [(target, names[i::8]) for i in range(8)]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        found = [f for piece in pool.map(compile_piece, *zip(*pieces, strict=True)) for f in piece]
+    found.sort(key=lambda f: (arguments.targets.index(f.target), f.case, f.kernel))
+    wrong = [f for f in found if f.wrong]
+    show(found if arguments.all else [f for f in found if f.wrong or f.instructions])
+    seconds = time.perf_counter() - started
+    print(f"{len(found)} kernels in {seconds:.0f} s, {len(wrong)} of them not as they should be")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

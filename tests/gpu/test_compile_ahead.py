@@ -1,0 +1,141 @@
+"""Some kernels compile for GPUs that are not here; and what is wrong with a kernel is found."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import compile_ahead as ahead
+import triton
+import triton.language as tl
+from compile_ahead import BF16, F32, Case, compiling, empty
+
+from pyfused.backends import CrossEntropyOptions, Want
+
+QUICK = (
+    "cross_entropy bfloat16 4096x1000",
+    "cross_entropy bfloat16 4096x32000",
+    "cross_entropy float32 8x21x1000",
+    "softmax bfloat16 4096x32000 backward",
+    "multi_margin_loss float32 4096x32000 p 1",
+    "nll_loss float32 4096x1000",
+    "binary_cross_entropy float32",
+    "gelu bfloat16 backward",
+)
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_kernels_compile_well(target: str) -> None:
+    found = ahead.compile_piece(target, QUICK)
+    assert {kernel.case for kernel in found} == set(QUICK)
+    for kernel in found:
+        assert not kernel.wrong, kernel
+        assert kernel.registers > 0
+
+
+@triton.jit
+def copy_kernel(x, out, n, step: tl.constexpr, block: tl.constexpr, spread: tl.constexpr):  # noqa: ANN001, ANN201
+    """Loads wide before its loop, and within if the step is 1; stores wide if the spread is 1."""
+    lanes = tl.arange(0, block)
+    total = tl.load(x + lanes)
+    for start in range(0, n, block):
+        total += tl.load(x + (start + lanes) * step)
+    tl.store(out + lanes * spread, total)
+
+
+def judged(
+    target: str, step: int = 1, block: int = 2048, spread: int = 1, warps: int = 4
+) -> list[str]:
+    x, options = empty(F32, 1 << 20), {"num_warps": warps, "enable_fp_fusion": True}
+
+    def run() -> None:
+        copy_kernel[(1,)](x, x, 1 << 18, step=step, block=block, spread=spread, **options)
+
+    (found,) = ahead.compile_cases(target, [Case("copy", F32, x.numel(), run)])
+    return found.wrong.split(", ") if found.wrong else []
+
+
+@pytest.mark.parametrize("target", ahead.SOME)
+def test_what_is_wrong_is_found(target: str) -> None:
+    assert judged(target) == []
+    assert judged(target, step=3) == ["narrow loads"]
+    assert judged(target, spread=3) == ["narrow stores"]
+    elements = 1 << (13 if target == "sm_90" else 15)  # of one warp
+    assert judged(target, block=elements, warps=1) == ["spills"]
+
+
+def test_too_many_launches_and_what_fails_to_compile_are_found() -> None:
+    softmax = next(case for case in ahead.all_cases() if case.name == "softmax float32 4096x1000")
+    assert [f.wrong for f in ahead.compile_cases("sm_90", [softmax])] == [""]
+    unwanted = replace(softmax, launches=0)
+    assert [f.wrong for f in ahead.compile_cases("sm_90", [unwanted])] == ["1 launches, not 0", ""]
+    failing = replace(softmax, run=lambda: copy_kernel[(1,)](1, 2, 3))
+    (failed,) = ahead.compile_cases("sm_90", [failing])
+    assert "missing" in failed.wrong
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/                   FADD R0, R0, R4 ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+        /*0040*/                   STG.E [R2.64], R0 ;
+        /*0050*/                   EXIT ;
+.L_x_1:
+        /*0060*/                   BRA `(.L_x_1);
+        /*0070*/                   NOP;
+"""
+AMDGCN = """
+.LBB0_1:
+	global_load_dwordx4 v[0:3], v[4:5], off
+	s_cbranch_scc1 .LBB0_1
+.LBB0_2:
+	s_endpgm
+.LBB0_3:
+	s_branch .LBB0_2
+"""
+
+
+def test_instructions_of_loops_are_counted() -> None:
+    """A thread loads 4 of its 40 elements at a time. A branch to the end makes no loop."""
+    code = ahead.Code.read(SASS)
+    assert code.loops == [(1, 3)]
+    assert ahead.widths(ahead.LOAD, code.instructions) == [128]
+    assert ahead.widths(ahead.STORE, code.instructions) == [32]
+    kernel = SimpleNamespace(metadata=SimpleNamespace(num_warps=4))
+    case = Case("", F32, 128 * 40, lambda: None)
+    assert ahead.per_element(code, case, ahead.Launched("", kernel, 1)) == (4 + 10 * 3) / 40
+    amd = ahead.Code.read(AMDGCN)
+    assert amd.loops == [(0, 1)]
+    assert ahead.widths(ahead.LOAD, amd.instructions) == [128]
+
+
+@pytest.mark.parametrize("classes_contiguous", [False, True])
+def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
+    """Rows, or classes, that begin more than 2**31 elements apart are reached by 64 bits."""
+    strides = (2**32, 1) if classes_contiguous else (1, 2**32)
+    x = torch.empty_strided((2, 4096), strides, dtype=F32, device="meta")
+    options = CrossEntropyOptions(-100, "mean", 0.0)
+    target = empty(torch.int64, 2)
+    with compiling("sm_90") as launched:
+        ahead.backend.cross_entropy(x, target, None, options, Want())
+    text = launched[0].kernel.asm["ttir"]
+    offsets = re.findall(r"tt\.addptr (%\w+),.*ptr<f32>.*, (?:tensor<\w+x)?(i\d+)>? loc", text)
+    assert {bits for pointer, bits in offsets if pointer != "%loss"} == {"i64"}
+
+
+@pytest.mark.parametrize(
+    ("positions", "kernels"),
+    [(512, ["row_kernel", "sum_kernel"]), (4096, ["count_kernel", "row_kernel", "sum_kernel"])],
+)
+def test_launches_of_a_mean(positions: int, kernels: list[str]) -> None:
+    with compiling("sm_90") as launched:
+        ahead.cross_entropy(BF16, (positions, 1000)).run()
+    assert [each.name for each in launched] == kernels
