@@ -34,9 +34,9 @@ NO_RECYCLING = {"PYFUSED_RECYCLE": "0"}
 def ways() -> dict[str, Side]:
     """A process for each; the first is what the others are compared with."""
     settings = available()
-    torchs = {f"torch, {name}": Side("torch", environment=environment(name)) for name in settings}
+    of_torch = {f"torch, {name}": Side("torch", environment=environment(name)) for name in settings}
     plain, kept = environment("as it comes"), environment("kept pages")
-    return torchs | {
+    return of_torch | {
         "pyfused, PYFUSED_RECYCLE=0": Side("pyfused", environment=plain | NO_RECYCLING),
         "pyfused, as it comes": Side("pyfused", environment=plain),
         "pyfused, kept pages": Side("pyfused", environment=kept | NO_RECYCLING),

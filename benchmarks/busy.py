@@ -44,8 +44,8 @@ def main() -> None:
             times = by_turns([partial(timed, call, calls) for call in steps], rounds)
         cells = []
         for value in (median, ninth_decile):
-            torchs, ours = (1e3 * value(taken) / calls for taken in times)
-            cells += [f"{torchs:,.3g}", f"{ours:,.3g}", f"{torchs / ours:.2f}"]
+            of_torch, ours = (1e3 * value(taken) / calls for taken in times)
+            cells += [f"{of_torch:,.3g}", f"{ours:,.3g}", f"{of_torch / ours:.2f}"]
         table.add_row(case.name, *cells)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 

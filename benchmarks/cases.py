@@ -34,7 +34,7 @@ class Torchs:
     """torch's operators, and in its terms those that it does not have."""
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
-        setattr(self, op, getattr(F, op) if hasattr(F, op) else OPERATORS[op].torchs)
+        setattr(self, op, getattr(F, op) if hasattr(F, op) else OPERATORS[op].reference)
         return getattr(self, op)
 
 
@@ -165,7 +165,7 @@ class Arguments:
     input: Tensor
     others: tuple[Tensor, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    upstream: Tensor | None = None  # the gradient of a result that is no scalar
+    grad_output: Tensor | None = None  # the gradient of a result that is no scalar
 
     def to(self, dtype: torch.dtype) -> Arguments:
         """The same values in another dtype, on a leaf of its own."""
@@ -178,7 +178,7 @@ class Arguments:
             self.input.detach().to(dtype).requires_grad_(),
             tuple(map(convert, self.others)),
             {name: convert(value) for name, value in self.options.items()},
-            convert(self.upstream),
+            convert(self.grad_output),
         )
 
 
@@ -202,10 +202,10 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
     first = OPERATORS[case.op].operands[0]
     input = (within(first) if first.enforced else normal(*case.shape)).requires_grad_()
     if case.op in ACTIVATIONS:
-        return Arguments(input, upstream=normal(*case.shape))
+        return Arguments(input, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
-        return Arguments(input, options={"dim": -1}, upstream=normal(*case.shape))
-    upstream, options = None, {}
+        return Arguments(input, options={"dim": -1}, grad_output=normal(*case.shape))
+    grad_output, options = None, {}
     if case.op in POINTWISE:
         target, *further = map(within, variables(case)[1:])
         others, shape = (target,), case.shape
@@ -222,8 +222,8 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
             ignored = torch.rand(shape, **here) < case.ignored
             others = (indices.masked_fill(ignored, -100),)
     if case.reduction == "none":
-        upstream = normal(*shape)
-    return Arguments(input, others, options | {"reduction": case.reduction}, upstream)
+        grad_output = normal(*shape)
+    return Arguments(input, others, options | {"reduction": case.reduction}, grad_output)
 
 
 def operator(operators: Any, case: Case) -> Callable[..., Tensor]:
@@ -254,7 +254,7 @@ def training_step(function: Callable[..., Tensor], arguments: Arguments) -> Step
 
     def forward_and_backward() -> None:
         leaf.grad = None
-        function(leaf, *a.others, **a.options).backward(a.upstream)
+        function(leaf, *a.others, **a.options).backward(a.grad_output)
 
     return forward_and_backward
 
@@ -262,12 +262,12 @@ def training_step(function: Callable[..., Tensor], arguments: Arguments) -> Step
 def assert_right(case: Case, arguments: Arguments) -> None:
     """Value and gradient are torch's, bit for bit or within a rounding of a wider torch."""
     wide = arguments.to(F64 if arguments.input.numel() <= 8 * M else F32)
-    exact = _evaluate(getattr(TORCH, case.op), wide)
-    native = _evaluate(operator(TORCH, case), arguments)
-    ours = _evaluate(operator(pyfused.functional, case), arguments)
-    for got, torchs, expected in zip(ours, native, exact, strict=True):
-        assert got.dtype == torchs.dtype
-        if not torch.equal(got, torchs):
+    exact = evaluate(getattr(TORCH, case.op), wide)
+    native = evaluate(operator(TORCH, case), arguments)
+    ours = evaluate(operator(pyfused.functional, case), arguments)
+    for got, of_torch, expected in zip(ours, native, exact, strict=True):
+        assert got.dtype == of_torch.dtype
+        if not torch.equal(got, of_torch):
             scale = expected.abs().max().item()
             rtol = max(1e-5, 2 * torch.finfo(got.dtype).eps)
             torch.testing.assert_close(
@@ -275,8 +275,8 @@ def assert_right(case: Case, arguments: Arguments) -> None:
             )
 
 
-def _evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
+def evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
     a = arguments
     value = function(a.input, *a.others, **a.options)
-    (gradient,) = torch.autograd.grad(value, a.input, a.upstream)
+    (gradient,) = torch.autograd.grad(value, a.input, a.grad_output)
     return value.detach(), gradient

@@ -132,7 +132,7 @@ def steps(case: Case, mode: str) -> tuple[Step, Step]:
         rest = (torch.randint(case.shape[1], (case.shape[:1] + case.shape[2:])),)
     elif case.op == "mse_loss":
         rest = (torch.randn(case.shape, generator=generator),)
-    upstream = torch.randn(case.shape, generator=generator) if case.op == "relu" else None
+    grad_output = torch.randn(case.shape, generator=generator) if case.op == "relu" else None
     before = case.before or (lambda x: x)
 
     def step(operator: Callable[..., Tensor]) -> Step:
@@ -146,7 +146,7 @@ def steps(case: Case, mode: str) -> tuple[Step, Step]:
 
         if mode == "forward":
             return forward
-        return training_step(compiled, Arguments(input, rest, upstream=upstream))
+        return training_step(compiled, Arguments(input, rest, grad_output=grad_output))
 
     return step(getattr(F, case.op)), step(case.walled or getattr(fused, case.op))
 

@@ -60,7 +60,7 @@ class Given:
         logits = x @ w.t()
         return logits @ w, logits.t() @ x
 
-    def torchs(self) -> tuple[Tensor, ...]:
+    def reference(self) -> tuple[Tensor, ...]:
         return self.gradients(F.cross_entropy(F.linear(self.input, self.head), self.target))
 
     def in_chunks(self) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ class Given:
     def ways(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         return {
             "three products": self.bare,
-            "torch": self.torchs,
+            "torch": self.reference,
             "torch, in chunks": self.in_chunks,
             "pyfused": self.ours,
             "pyfused, a 16th of the logits": partial(self.ours, share=16),
@@ -90,9 +90,9 @@ class Given:
 def check(given: Given) -> None:
     """torch's gradients, before anything is timed."""
     for share in (None, 16):
-        for ours, torchs in zip(given.ours(share=share), given.torchs(), strict=True):
+        for ours, of_torch in zip(given.ours(share=share), given.reference(), strict=True):
             torch.testing.assert_close(
-                ours, torchs, rtol=1e-3, atol=1e-5 * float(torchs.abs().max())
+                ours, of_torch, rtol=1e-3, atol=1e-5 * float(of_torch.abs().max())
             )
 
 

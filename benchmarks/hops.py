@@ -24,7 +24,7 @@ from pyfused.functional import cross_entropy, relu
 from pyfused.ops import operators
 from pyfused.ops.activation import Activation
 from pyfused.ops.dispatch import reason_for_torch
-from pyfused.ops.torchs import original
+from pyfused.ops.originals import original
 
 ROUNDS, CALLS = 301, 200
 Call = Callable[[], object]
@@ -52,12 +52,12 @@ def patched_ways() -> Ways:
     for place, (owner, name, op) in names.items():
         drawn = draw(Case(op.name, (8, 10)))
         tensors = drawn.input.detach(), *drawn.others
-        torchs = original(getattr(owner, name))
+        of_torch = original(getattr(owner, name))
         with pyfused.patch():
             patched = original(getattr(owner, name))
         ways[f"{place}, 80 elements"] = {
             f"patched {place}": partial(patched, *tensors, **drawn.options),
-            place: partial(torchs, *tensors, **drawn.options),
+            place: partial(of_torch, *tensors, **drawn.options),
         }
     return ways
 

@@ -64,7 +64,7 @@ def taken(case: Case, implementation: str) -> int:
         value = getattr(operators, case.op)(
             input, *arguments.others, **arguments.options, **options
         )
-        return torch.autograd.grad(value, input, arguments.upstream)
+        return torch.autograd.grad(value, input, arguments.grad_output)
 
     return growth(call, lambda: arguments.input * 1)
 

@@ -121,7 +121,7 @@ void map(T* output, int64_t n, int threads, const Value& value) {
   });
 }
 
-// x *= a: what is left to do for a gradient that was computed before its upstream was known.
+// x *= a: what is left to do for a gradient that was computed before its grad_output was known.
 template <class T> void scale(T* x, Accumulate<T> a, int64_t n, int threads) {
   if (a == 1) return;
   map(x, n, threads, [=](int64_t i) { return a * widen(x[i]); });

@@ -51,9 +51,9 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
                           int64_t ignore_index, double smoothing, double gamma, double z_loss,
                           int64_t token_weight, std::optional<double> divisor, int reduction,
-                          int64_t upstream, int64_t loss, const ViewTuple& grad_logits,
+                          int64_t grad_output, int64_t loss, const ViewTuple& grad_logits,
                           const ViewTuple& grad_probabilities,
-                          std::optional<std::array<int64_t, 2>> among, int64_t lse,
+                          std::optional<std::array<int64_t, 2>> shard, int64_t lse,
                           const std::array<int64_t, 3>& measures, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -64,12 +64,12 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     CrossEntropy<T> ce{
         {sizes[0], sizes[1], sizes[2]}, view<const T>(logits), pointer<const int64_t>(target),
         view<const T>(probabilities), pointer<const A>(weight), ignore_index, smoothing, gamma,
-        Reduction(reduction), pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_logits),
+        Reduction(reduction), pointer<const A>(grad_output), pointer<A>(loss), view<T>(grad_logits),
         view<T>(grad_probabilities), threads};
     ce.z_loss = z_loss;
     ce.token_weight = pointer<const A>(token_weight);
     ce.divisor = divisor ? &*divisor : nullptr;
-    if (among) ce.among = {(*among)[0], (*among)[1]};
+    if (shard) ce.shard = {(*shard)[0], (*shard)[1]};
     ce.lse = pointer<const double>(lse);
     ce.own_lse = pointer<double>(measures[0]);
     ce.entropy = pointer<double>(measures[1]);
@@ -79,7 +79,7 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
 }
 
 int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input, int64_t target,
-                     int64_t weight, int64_t ignore_index, int reduction, int64_t upstream,
+                     int64_t weight, int64_t ignore_index, int reduction, int64_t grad_output,
                      int64_t loss, const ViewTuple& grad_input, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -89,13 +89,13 @@ int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& i
     return nll_loss(CrossEntropy<T>{
         {sizes[0], sizes[1], sizes[2]}, view<const T>(input), pointer<const int64_t>(target),
         {}, pointer<const A>(weight), ignore_index, 0, 0, Reduction(reduction),
-        pointer<const A>(upstream), pointer<A>(loss), view<T>(grad_input), {}, threads});
+        pointer<const A>(grad_output), pointer<A>(loss), view<T>(grad_input), {}, threads});
   });
 }
 
 int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t input, int64_t target,
                               int64_t weight, bool squared, double margin, int reduction,
-                              int64_t upstream, int64_t loss, int64_t grad_input, int threads) {
+                              int64_t grad_output, int64_t loss, int64_t grad_input, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
@@ -103,7 +103,7 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
     prefer_huge_pages(pointer<void>(grad_input), grad_input ? bytes : 0);
     return multi_margin_loss(MultiMargin<T>{
         sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
-        pointer<const A>(weight), squared, margin, Reduction(reduction), pointer<const A>(upstream),
+        pointer<const A>(weight), squared, margin, Reduction(reduction), pointer<const A>(grad_output),
         pointer<A>(loss), pointer<T>(grad_input), threads});
   });
 }
@@ -131,7 +131,7 @@ template <class T> Operand<T> operand(const OperandTuple& o) {
 
 void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
                         const std::array<OperandTuple, 3>& operands, const Parameters& parameters,
-                        const OperandTuple& weight, double denominator, const OperandTuple& upstream,
+                        const OperandTuple& weight, double denominator, const OperandTuple& grad_output,
                         int64_t each, int64_t reduced, const std::array<int64_t, 3>& gradients,
                         int threads) {
   with_dtype(dtype, [&](auto element) {
@@ -141,7 +141,7 @@ void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
     }
     pointwise_loss(formula, PointwiseLoss<T>{
         n, {operand<T>(operands[0]), operand<T>(operands[1]), operand<T>(operands[2])}, parameters,
-        operand<T>(weight), denominator, operand<T>(upstream), pointer<T>(each),
+        operand<T>(weight), denominator, operand<T>(grad_output), pointer<T>(each),
         pointer<Accumulate<T>>(reduced),
         {pointer<T>(gradients[0]), pointer<T>(gradients[1]), pointer<T>(gradients[2])}, threads});
   });
@@ -275,9 +275,9 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
     m.def(formula.name,
           [&formula](int dtype, int64_t n, const std::array<OperandTuple, 3>& operands,
                      const Parameters& parameters, const OperandTuple& weight, double denominator,
-                     const OperandTuple& upstream, int64_t each, int64_t reduced,
+                     const OperandTuple& grad_output, int64_t each, int64_t reduced,
                      const std::array<int64_t, 3>& gradients, int threads) {
-            run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator, upstream,
+            run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator, grad_output,
                                each, reduced, gradients, threads);
           },
           unlocked);

@@ -32,12 +32,12 @@ template <class T> Census count_targets(const CrossEntropy<T>& ce) {
     for (int64_t i = block * kBlock; i < end; ++i) {
       const int64_t counts = ce.target[i] != ce.ignore_index;
       counted += counts;
-      wrong += counts & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.among.all));
+      wrong += counts & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.shard.all));
     }
     Census& part = parts[block];
     part.denominator = double(counted);
     for (int64_t i = block * kBlock; wrong && part.out_of_range < 0; ++i) {
-      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.among.all;
+      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.shard.all;
       if (!ce.ignored(i) && outside) part.out_of_range = i;
     }
     if (wrong || !(ce.weight || ce.token_weight)) return;
@@ -67,16 +67,16 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const double denominator = !mean ? 1 : ce.divisor ? *ce.divisor : census.denominator;
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
   Sum weights;
-  const int64_t classes = ce.lse ? ce.among.all : ce.classes;
+  const int64_t classes = ce.lse ? ce.shard.all : ce.classes;
   const A* const weight = ce.lse ? ce.weight : ce.class_weight();
   for (int64_t c = 0; ce.weight && c < classes; ++c) weights.add(weight[c]);
-  const double uniform_mass = ce.uniform() * (ce.weight ? weights.value() : double(classes));
+  const double uniform_sum = ce.uniform() * (ce.weight ? weights.value() : double(classes));
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses<T> &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
   T* const grad = ce.grad_logits.data;
   bool streams = bytes >= kStreamBytes;
   if (streams && rows) streams = grad != ce.logits.data && has_pages(grad, bytes);
-  const Scaled<T> scaled(ce, uniform_mass, denominator, streams);
+  const Scaled<T> scaled(ce, uniform_sum, denominator, streams);
 
   using Tall = CrossEntropyColumns<T, 32, 128>;
   using Wide = CrossEntropyColumns<T, 128, kFewClasses>;

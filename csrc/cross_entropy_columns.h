@@ -36,7 +36,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
       find_sparse_loss();
     }
     for (int64_t b = 0; ce.lse && b < n; ++b) {
-      if (!ce.ignored(first + b) && !ce.hits(first + b)) mass[b] += ce.spike(first + b);
+      if (!ce.ignored(first + b) && !ce.has_target(first + b)) target_sum[b] += ce.one_hot(first + b);
     }
     if (ce.entropy) measure();
     if (ce.grad_probabilities.data) write_probability_gradient();
@@ -55,13 +55,13 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
  private:
   const Scaled<T>& ce;
   bool any_ignored = false;
-  int64_t hit[kColumns];  // -1 for a target that is ignored or elsewhere
+  int64_t label[kColumns];  // -1 for a target that is ignored or elsewhere
   alignas(kVectorBytes) Lanes scale;
-  alignas(kVectorBytes) Lanes spike;
-  alignas(kVectorBytes) Lanes hit_aim;  // q at the target
-  alignas(kVectorBytes) Lanes mass;  // dloss/dlse: sum_c q_c, and what z_loss adds
+  alignas(kVectorBytes) Lanes one_hot;
+  alignas(kVectorBytes) Lanes target_q;  // q at the target
+  alignas(kVectorBytes) Lanes target_sum;  // dloss/dlse: sum_c q_c, and what z_loss adds
   alignas(kVectorBytes) Lanes loss;
-  alignas(kVectorBytes) A hit_logit[kColumns];
+  alignas(kVectorBytes) A target_logit[kColumns];
   alignas(kVectorBytes) Tile q;
 
   template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
@@ -69,49 +69,49 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   void find_targets() {
     std::fill_n(scale, kColumns, ce.common);
     for (int64_t b = 0; ce.scales_each() && b < n; ++b) scale[b] = ce.scale(first + b);
-    std::fill_n(hit, kColumns, -1);
+    std::fill_n(label, kColumns, -1);
     int64_t ignored = 0;
     for (int64_t b = 0; ce.target && b < n; ++b) {
-      hit[b] = ce.hit(first + b);
+      label[b] = ce.label(first + b);
       ignored += ce.target[first + b] == ce.ignore_index;
     }
     any_ignored = ignored > 0;
-    for (int64_t b = 0; any_ignored && b < n; ++b) hit[b] = ce.ignored(first + b) ? -1 : hit[b];
-    if (ce.classes < ce.among.all) return find_targets_among();
+    for (int64_t b = 0; any_ignored && b < n; ++b) label[b] = ce.ignored(first + b) ? -1 : label[b];
+    if (ce.classes < ce.shard.all) return find_targets_in_shard();
     if (!ce.weight) {
-      const double spiked = ce.spike(first), aimed = ce.hit_aim(first);  // the same for all
+      const double one_hot_of_all = ce.one_hot(first), target_q_of_all = ce.target_q(first);
       for (int64_t b = 0; b < kColumns; ++b) {
-        spike[b] = hit[b] < 0 ? 0 : spiked;
-        hit_aim[b] = hit[b] < 0 ? 0 : aimed;
+        one_hot[b] = label[b] < 0 ? 0 : one_hot_of_all;
+        target_q[b] = label[b] < 0 ? 0 : target_q_of_all;
       }
       return;
     }
     for (int64_t b = 0; b < kColumns; ++b) {
-      spike[b] = hit[b] < 0 ? 0 : ce.spike(first + b);
-      hit_aim[b] = hit[b] < 0 ? 0 : ce.hit_aim(first + b);
+      one_hot[b] = label[b] < 0 ? 0 : ce.one_hot(first + b);
+      target_q[b] = label[b] < 0 ? 0 : ce.target_q(first + b);
     }
   }
 
   // Where these are not all classes.
-  void find_targets_among() {
+  void find_targets_in_shard() {
     for (int64_t b = 0; b < kColumns; ++b) {
-      const bool hits = b < n && !ce.ignored(first + b) && ce.hits(first + b);
-      spike[b] = hits ? ce.spike(first + b) : 0;
-      hit_aim[b] = hits ? ce.hit_aim(first + b) : 0;
-      if (!hits) hit[b] = -1;
+      const bool has_target = b < n && !ce.ignored(first + b) && ce.has_target(first + b);
+      one_hot[b] = has_target ? ce.one_hot(first + b) : 0;
+      target_q[b] = has_target ? ce.target_q(first + b) : 0;
+      if (!has_target) label[b] = -1;
     }
   }
 
   // Once the logits are in cache.
   void find_hit_logits() {
-    std::fill_n(hit_logit, kColumns, A(0));
+    std::fill_n(target_logit, kColumns, A(0));
     if (ce.target && ce.classes <= kColumnClasses && !ce.lse) {
-      for_hits(0, ce.classes, [&](int64_t i, int64_t b) { hit_logit[b] = x[i][b]; });
+      for_hits(0, ce.classes, [&](int64_t i, int64_t b) { target_logit[b] = x[i][b]; });
       return;
     }
     for (int64_t b = 0; ce.target && b < n; ++b) {
-      if (hit[b] < 0) continue;
-      hit_logit[b] = widen(ce.at(ce.logits, first + b)[hit[b] * ce.logits.classes]);
+      if (label[b] < 0) continue;
+      target_logit[b] = widen(ce.at(ce.logits, first + b)[label[b] * ce.logits.classes]);
     }
   }
 
@@ -167,18 +167,18 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     for (int64_t b = 0; b < n; ++b) {
       const bool ignored = ce.ignored(first + b);
       ce.entropy[first + b] = ignored ? 0 : log_sum[b] + distance[b] / sum[b];
-      ce.prediction[first + b] = ignored ? ce.ignore_index : ce.among.first + prediction[b];
+      ce.prediction[first + b] = ignored ? ce.ignore_index : ce.shard.first + prediction[b];
     }
   }
 
-  // q / level of a tile, but for the spike.
+  // q / level of a tile, without the one-hot part.
   void load_aim(int64_t c, int64_t k) {
     const A slope = ce.slope(), offset = ce.offset();
     if (!ce.target) load_tile(ce.probabilities, c, k, q);
     for (int64_t i = 0; i < k; ++i) {
       const A weight = ce.weight ? ce.class_weight()[c + i] : A(1);
       for (int64_t b = 0; b < kColumns; ++b) {
-        q[i][b] = aim(weight, ce.target ? A(0) : q[i][b], slope, offset);
+        q[i][b] = soft_target(weight, ce.target ? A(0) : q[i][b], slope, offset);
       }
     }
   }
@@ -186,7 +186,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   // Calls body(class in the tile, position in the block) for the targets within the tile.
   template <class Body> void for_hits(int64_t c, int64_t k, const Body& body) {
     for (int64_t b = 0; ce.target && b < n; ++b) {
-      if (uint64_t(hit[b] - c) < uint64_t(k)) body(hit[b] - c, b);
+      if (uint64_t(label[b] - c) < uint64_t(k)) body(label[b] - c, b);
     }
   }
 
@@ -195,56 +195,56 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     alignas(kVectorBytes) A shift[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) shift[b] = shifted ? A(log_sum[b]) : A(0);
     std::fill_n(loss, kColumns, 0.0);
-    std::fill_n(mass, kColumns, 0.0);
+    std::fill_n(target_sum, kColumns, 0.0);
     for_tiles([&](int64_t c, int64_t k) {
       load_aim(c, k);
       for_groups(k, [&](int64_t begin, int64_t end) {
-        alignas(kVectorBytes) A part[kColumns] = {}, aimed[kColumns] = {};
+        alignas(kVectorBytes) A part[kColumns] = {}, part_sum[kColumns] = {};
         for (int64_t i = begin; i < end; ++i) {
           for (int64_t b = 0; b < kColumns; ++b) {
             part[b] += q[i][b] * ((max[b] - x[i][b]) + shift[b]);
-            aimed[b] += q[i][b];
+            part_sum[b] += q[i][b];
           }
         }
         for (int64_t b = 0; b < kColumns; ++b) {
           loss[b] += double(part[b]);
-          mass[b] += double(aimed[b]);
+          target_sum[b] += double(part_sum[b]);
         }
       });
     });
     const double common = ce.level();
     for (int64_t b = 0; b < kColumns; ++b) {
-      mass[b] = ce.target ? ce.uniform_mass + spike[b] : common * mass[b];
+      target_sum[b] = ce.target ? ce.uniform_sum + one_hot[b] : common * target_sum[b];
       loss[b] *= common;
-      if (!shifted) loss[b] += mass[b] * log_sum[b];
-      if (ce.target) loss[b] += spike[b] * (double(max[b] - hit_logit[b]) + double(shift[b]));
+      if (!shifted) loss[b] += target_sum[b] * log_sum[b];
+      if (ce.target) loss[b] += one_hot[b] * (double(max[b] - target_logit[b]) + double(shift[b]));
     }
   }
 
   void find_sparse_loss() {
     for (int64_t b = 0; b < kColumns; ++b) {
-      mass[b] = spike[b];
-      loss[b] = spike[b] * (log_sum[b] + double(max[b] - hit_logit[b]));
+      target_sum[b] = one_hot[b];
+      loss[b] = one_hot[b] * (log_sum[b] + double(max[b] - target_logit[b]));
     }
     for (int64_t b = 0; ce.gamma > 0 && b < n; ++b) {
-      const Focus focus(ce.gamma, log_sum[b] + double(max[b] - hit_logit[b]));
+      const Focus focus(ce.gamma, log_sum[b] + double(max[b] - target_logit[b]));
       loss[b] *= focus.loss;
-      mass[b] *= focus.gradient;
-      hit_aim[b] *= focus.gradient;
+      target_sum[b] *= focus.gradient;
+      target_q[b] *= focus.gradient;
     }
   }
 
   void write_gradient() {
     const double common = ce.level();  // asked for in a loop it keeps the loop scalar
-    alignas(kVectorBytes) A factor[kColumns], level[kColumns], at_hit[kColumns];
+    alignas(kVectorBytes) A factor[kColumns], level[kColumns], at_target[kColumns];
     for (int64_t b = 0; ce.z_loss > 0 && b < kColumns; ++b) {
-      mass[b] += 2 * ce.z_loss * (double(max[b]) + log_sum[b]);
+      target_sum[b] += 2 * ce.z_loss * (double(max[b]) + log_sum[b]);
     }
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(mass[b] * scale[b] / sum[b]);
+      factor[b] = A(target_sum[b] * scale[b] / sum[b]);
       level[b] = A(common * scale[b]);
-      const double p = double(exp_shifted(hit_logit[b] - max[b])) / sum[b];
-      at_hit[b] = A((p * mass[b] - hit_aim[b]) * scale[b]);
+      const double p = double(exp_shifted(target_logit[b] - max[b])) / sum[b];
+      at_target[b] = A((p * target_sum[b] - target_q[b]) * scale[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_aim(c, k);
@@ -257,7 +257,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= q[i][b] * level[b];
       }
-      for_hits(c, k, [&](int64_t i, int64_t b) { e[i][b] = at_hit[b]; });
+      for_hits(c, k, [&](int64_t i, int64_t b) { e[i][b] = at_target[b]; });
       for (int64_t b = 0; any_ignored && b < n; ++b) {
         if (!ce.ignored(first + b)) continue;
         for (int64_t i = 0; i < k; ++i) e[i][b] = 0;

@@ -18,7 +18,7 @@ template <class T> class Row {
  public:
   Row(const Scaled<T>& ce, int64_t position)
       : ce(ce), position(position), logits(ce.at(ce.logits, position)),
-        hits(ce.hits(position)),
+        has_target(ce.has_target(position)),
         keeps(ce.grad_logits.data && !ce.lse && ce.classes <= kKept<T>) {}
 
   static A peek(const Scaled<T>& ce, int64_t position) {
@@ -28,7 +28,7 @@ template <class T> class Row {
 
   void read(A peeked) {
     if (ce.ignored(position)) return;
-    if (hits) hit_logit = widen(logits[ce.hit(position)]);
+    if (has_target) target_logit = widen(logits[ce.label(position)]);
     if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, std::min(kChunk, ce.classes), A(1));
     if (ce.lse) return take_lse();
     keeps ? read<true>(peeked) : read<false>(peeked);
@@ -46,18 +46,18 @@ template <class T> class Row {
     }
     if (ce.entropy) measure();
     LossOfRow loss;
-    const double spike = ce.target && ce.counts(position) ? ce.spike(position) : 0;
+    const double one_hot = ce.target && ce.counts(position) ? ce.one_hot(position) : 0;
     if (ce.dense()) {
-      mass = ce.target ? ce.uniform_mass + spike : ce.level() * aimed.value();
+      target_sum = ce.target ? ce.uniform_sum + one_hot : ce.level() * prob_sum.value();
       const double log_sum = ce.lse ? 0 : std::log(row.sum);
       loss = {1, dense_loss(log_sum), 1, double(row.pivot) + log_sum};
     } else {
-      const double distance = hits ? double(row.pivot - hit_logit) : 0;
+      const double distance = has_target ? double(row.pivot - target_logit) : 0;
       if (ce.gamma > 0) focus = Focus(ce.gamma, distance + std::log(row.sum));
-      mass = spike * focus.gradient;
-      loss = {hits ? spike * focus.loss : 0, distance, row.sum, double(row.pivot)};
+      target_sum = one_hot * focus.gradient;
+      loss = {has_target ? one_hot * focus.loss : 0, distance, row.sum, double(row.pivot)};
     }
-    if (ce.z_loss > 0) mass += 2 * ce.z_loss * (double(row.pivot) + std::log(row.sum));
+    if (ce.z_loss > 0) target_sum += 2 * ce.z_loss * (double(row.pivot) + std::log(row.sum));
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
     return loss;
@@ -67,13 +67,13 @@ template <class T> class Row {
   const Scaled<T>& ce;
   const int64_t position;
   const T* const logits;
-  const bool hits, keeps;
+  const bool has_target, keeps;
   Normalizer<T> row;
-  A hit_logit = 0;
+  A target_logit = 0;
   Focus focus;
-  double mass = 0;  // dloss/dlse: sum_c q_c, and what z_loss adds
-  Sum distance;     // sum_c q_c / level (pivot - x_c), but for the spike
-  Sum aimed;        // sum_c q_c / level of probabilities
+  double target_sum = 0;  // dloss/dlse: sum_c q_c, and what z_loss adds
+  Sum distance;     // sum_c q_c / level (pivot - x_c), without the one-hot part
+  Sum prob_sum;        // sum_c q_c / level of probabilities
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A buffer[kChunk];
 
@@ -93,15 +93,15 @@ template <class T> class Row {
     row.template read<Keeps>(
         logits, grad, ce.classes, peeked,
         [&](int64_t first, double by) {
-          if (ce.dense()) distance.add(by * aimed_before(first));
+          if (ce.dense()) distance.add(by * prob_sum_before(first));
         },
         [&](int64_t first, int64_t n) {
           if (ce.dense()) add_distance(distance, first, n, 0);
         });
   }
 
-  // q / level of a part, but for the spike.
-  const A* aim_at(int64_t first, int64_t n) {
+  // q / level of a part, without the one-hot part.
+  const A* soft_target_at(int64_t first, int64_t n) {
     const A slope = ce.slope(), offset = ce.offset();
     const A* const weight = ce.weight ? ce.class_weight() + first : nullptr;
     if (ce.target) return weight ? weight : q;
@@ -113,7 +113,7 @@ template <class T> class Row {
     }
     load(y, stride, q, n);
     for (int64_t i = 0; !plain && i < n; ++i) {
-      q[i] = aim(weight ? weight[i] : A(1), q[i], slope, offset);
+      q[i] = soft_target(weight ? weight[i] : A(1), q[i], slope, offset);
     }
     return q;
   }
@@ -121,15 +121,15 @@ template <class T> class Row {
   // Adds q / level and its product with pivot - x + shift.
   void add_distance(Sum& to, int64_t first, int64_t n, A shift) {
     const T* const x = logits + first;
-    const A* const q = aim_at(first, n);
+    const A* const q = soft_target_at(first, n);
     const A high = row.pivot;
     add_terms<A>(to, n, [=](int64_t i) { return q[i] * ((high - widen(x[i])) + shift); });
-    if (shift == 0 && !ce.target) add_terms<A>(aimed, n, [=](int64_t i) { return q[i]; });
+    if (shift == 0 && !ce.target) add_terms<A>(prob_sum, n, [=](int64_t i) { return q[i]; });
   }
 
   // sum of q_c / level over the classes read so far.
-  double aimed_before(int64_t first) const {
-    if (!ce.target) return aimed.value();
+  double prob_sum_before(int64_t first) const {
+    if (!ce.target) return prob_sum.value();
     if (!ce.weight) return double(first);
     Sum weights;
     add_terms<A>(weights, first, [&](int64_t i) { return ce.class_weight()[i]; });
@@ -139,15 +139,15 @@ template <class T> class Row {
   // sum_c q_c (lse - x_c). Where that is NaN it is added up term by term: an infinite weight times no
   // distance is NaN, times their sum it is not.
   double dense_loss(double log_sum) {
-    const double loss = ce.level() * distance.value() + mass * log_sum + spike_loss(0);
+    const double loss = ce.level() * distance.value() + target_sum * log_sum + one_hot_loss(0);
     if (!std::isnan(loss)) return loss;
     Sum terms;
     for_parts([&](int64_t, int64_t first, int64_t n) { add_distance(terms, first, n, A(log_sum)); });
-    return ce.level() * terms.value() + spike_loss(log_sum);
+    return ce.level() * terms.value() + one_hot_loss(log_sum);
   }
 
-  double spike_loss(double shift) const {
-    return hits ? ce.spike(position) * (double(row.pivot - hit_logit) + shift) : 0;
+  double one_hot_loss(double shift) const {
+    return has_target ? ce.one_hot(position) * (double(row.pivot - target_logit) + shift) : 0;
   }
 
   // sum_c p_c (lse - x_c), and which class is the first with the largest logit.
@@ -176,13 +176,13 @@ template <class T> class Row {
       found = logits + part_of_highest;
       while (widen(*found) != highest) ++found;
     }
-    ce.prediction[position] = ce.among.first + (found - logits);
+    ce.prediction[position] = ce.shard.first + (found - logits);
   }
 
   // p_c sum_k q_k - q_c
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
-    const double scale = ce.scale(position), factor = mass * scale / row.sum;
+    const double scale = ce.scale(position), factor = target_sum * scale / row.sum;
     const A high = row.pivot, level = A(ce.level() * scale);
     if (keeps) {
       for_parts([&](int64_t part, int64_t first, int64_t n) {
@@ -190,7 +190,7 @@ template <class T> class Row {
         const A rescaled = A(factor * row.rescale(part));
         if (!ce.dense()) return scaled(e, rescaled, buffer, grad + first, n);
         A* const wide = staged(grad + first, buffer);
-        const A* const q = aim_at(first, n);
+        const A* const q = soft_target_at(first, n);
         for (int64_t i = 0; i < n; ++i) wide[i] = e[i] * rescaled - q[i] * level;
         store(wide, grad + first, n);
       });
@@ -202,14 +202,14 @@ template <class T> class Row {
         }
         A* const wide = staged(grad + first, buffer);
         scaled_exponentials(x, high, A(factor), buffer, wide, n, false);
-        const A* const q = aim_at(first, n);
+        const A* const q = soft_target_at(first, n);
         for (int64_t i = 0; i < n; ++i) wide[i] -= q[i] * level;
         store(wide, grad + first, n);
       });
     }
-    if (!hits) return;
-    const double p = double(exp_shifted(hit_logit - high)) / row.sum;
-    grad[ce.hit(position)] = narrow<T>(A((p * mass - ce.hit_aim(position) * focus.gradient) * scale));
+    if (!has_target) return;
+    const double p = double(exp_shifted(target_logit - high)) / row.sum;
+    grad[ce.label(position)] = narrow<T>(A((p * target_sum - ce.target_q(position) * focus.gradient) * scale));
   }
 
   // level slope weight_c (lse - x_c)

@@ -1,13 +1,13 @@
 // What cross-entropy computes, and the arguments it computes it from.
 //
 //   lse     = log sum_c exp(x_c) = max + log sum_c exp(x_c - max)
-//   q_c     = level weight_c (slope y_c + offset) + spike [c = target]     what the row aims at
+//   q_c     = level weight_c (slope y_c + offset) + one_hot [c = target]     the soft target
 //   loss    = sum_c q_c (lse - x_c)
 //   dloss/dx_c = p_c sum_k q_k - q_c,    p_c = exp(x_c - lse)
 //   dloss/dy_c = level slope weight_c (lse - x_c)
 //
-//   class index:    level = smoothing / C,  slope = 0,  offset = 1,  spike = (1 - smoothing) weight_t
-//   probabilities:  level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  spike = 0
+//   class index:    level = smoothing / C,  slope = 0,  offset = 1,  one_hot = (1 - smoothing) weight_t
+//   probabilities:  level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  one_hot = 0
 //   (smoothing 1:   level = 1 / C,          slope = 0,  offset = 1)
 //
 // The logits may be those of some classes alone, a block of columns of a larger matrix. Then the loss is
@@ -37,8 +37,8 @@ namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
 
-// Where the classes of the logits stand among all classes.
-struct Among { int64_t first, all; };
+// The classes of the logits as a shard of the vocabulary: the first of them, and the number of all.
+struct VocabShard { int64_t first, all; };
 
 template <class T> struct CrossEntropy : Positions {
   using A = Accumulate<T>;
@@ -50,7 +50,7 @@ template <class T> struct CrossEntropy : Positions {
   double smoothing;
   double gamma;
   Reduction reduction;
-  const A* upstream;  // the loss's gradient: one a position for none, else one; null for ones
+  const A* grad_output;  // the loss's gradient: one a position for none, else one; null for ones
   A* loss;            // one a position for none, else one; null where not wanted
   View<T> grad_logits;         // data is null where not wanted
   View<T> grad_probabilities;  // likewise
@@ -59,7 +59,7 @@ template <class T> struct CrossEntropy : Positions {
   double z_loss = 0;
   const A* token_weight = nullptr;  // one a position, multiplies its loss; null for ones
   const double* divisor = nullptr;  // of the mean; null for the weight of the targets that count
-  Among among{0, this->classes};
+  VocabShard shard{0, this->classes};
   const double* lse = nullptr;  // of all classes, one a position; null for that of these
 
   double* own_lse = nullptr;      // of these classes, one a position; null where not wanted
@@ -67,46 +67,46 @@ template <class T> struct CrossEntropy : Positions {
   int64_t* prediction = nullptr;  // the first of them with the largest logit, with entropy
 
   bool dense() const { return target == nullptr || smoothing > 0; }
-  double uniform() const { return smoothing / double(among.all); }
+  double uniform() const { return smoothing / double(shard.all); }
   bool follows_probabilities() const { return !target && smoothing < 1; }
   double level() const { return follows_probabilities() ? 1 - smoothing : uniform(); }
   A slope() const { return A(follows_probabilities()); }
   A offset() const { return follows_probabilities() ? A(uniform() / level()) : A(1); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
-  int64_t hit(int64_t position) const { return target[position] - among.first; }
-  bool hits(int64_t position) const { return target && uint64_t(hit(position)) < uint64_t(classes); }
-  const A* class_weight() const { return weight ? weight + among.first : nullptr; }
-  double spike(int64_t position) const {
+  int64_t label(int64_t position) const { return target[position] - shard.first; }
+  bool has_target(int64_t position) const { return target && uint64_t(label(position)) < uint64_t(classes); }
+  const A* class_weight() const { return weight ? weight + shard.first : nullptr; }
+  double one_hot(int64_t position) const {
     return weight ? (1 - smoothing) * double(weight[target[position]]) : 1 - smoothing;
   }
-  double hit_aim(int64_t position) const {  // q at the target
+  double target_q(int64_t position) const {  // q at the target
     const double one = weight ? double(weight[target[position]]) : 1;
-    return smoothing > 0 ? uniform() * one + spike(position) : spike(position);  // 0 * inf is NaN
+    return smoothing > 0 ? uniform() * one + one_hot(position) : one_hot(position);  // 0 * inf is NaN
   }
 };
 
 // With what is summed up over the batch first. The few numbers of a row are doubles, so that only its
 // vectors are rounded to A.
 template <class T> struct Scaled : CrossEntropy<T> {
-  double uniform_mass;  // uniform * sum_c weight_c, over the classes that lse is of
+  double uniform_sum;  // uniform * sum_c weight_c, over the classes that lse is of
   double denominator;
   double common;  // the scale of all positions; a division for each costs as much as an exponential
   bool streams;   // gradients too large to stay in cache are written past it
 
-  Scaled(const CrossEntropy<T>& ce, double uniform_mass, double denominator, bool streams)
-      : CrossEntropy<T>(ce), uniform_mass(uniform_mass), denominator(denominator),
-        common((ce.upstream ? double(*ce.upstream) : 1) / denominator), streams(streams) {}
+  Scaled(const CrossEntropy<T>& ce, double uniform_sum, double denominator, bool streams)
+      : CrossEntropy<T>(ce), uniform_sum(uniform_sum), denominator(denominator),
+        common((ce.grad_output ? double(*ce.grad_output) : 1) / denominator), streams(streams) {}
 
   bool scales_each() const {
-    return this->token_weight || (this->upstream && this->reduction == Reduction::none);
+    return this->token_weight || (this->grad_output && this->reduction == Reduction::none);
   }
   double scale(int64_t position) const {
-    const bool each = this->upstream && this->reduction == Reduction::none;
-    const double scale = each ? double(this->upstream[position]) / denominator : common;
+    const bool each = this->grad_output && this->reduction == Reduction::none;
+    const double scale = each ? double(this->grad_output[position]) / denominator : common;
     return this->token_weight ? scale * double(this->token_weight[position]) : scale;
   }
   // Of a target elsewhere: it counts for the gradient of lse, and not for a loss of these classes.
-  bool counts(int64_t position) const { return this->lse || this->hits(position); }
+  bool counts(int64_t position) const { return this->lse || this->has_target(position); }
 };
 
 // What focal loss multiplies the loss and its gradients by.
@@ -122,8 +122,8 @@ struct Focus {
   }
 };
 
-// What q_c is but for its level and its spike.
-template <class A> PYFUSED_INLINE A aim(A weight, A probability, A slope, A offset) {
+// What q_c is without its level and its one-hot part.
+template <class A> PYFUSED_INLINE A soft_target(A weight, A probability, A slope, A offset) {
   return weight * (slope * probability + offset);
 }
 

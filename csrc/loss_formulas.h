@@ -1,7 +1,7 @@
 // Losses that compare element by element: what each makes of one element, and its gradients.
 //
 // A formula is compiled for float and double alone, as loops over a chunk that lies in L1. Reading and
-// rounding, weights, upstream gradients and sums are pointwise_loss.h's, once for all of them.
+// rounding, weights, grad_output and sums are pointwise_loss.h's, once for all of them.
 #pragma once
 
 #include <array>

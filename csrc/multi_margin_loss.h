@@ -28,7 +28,7 @@ template <class T> struct MultiMargin {
   bool squared;     // p = 2
   double margin;
   Reduction reduction;
-  const A* upstream;  // the loss's gradient: one a row for none, else one; null for ones
+  const A* grad_output;  // the loss's gradient: one a row for none, else one; null for ones
   A* loss;            // one a row for none, else one; null where not wanted
   T* grad_input;      // null where not wanted
   int threads;
@@ -40,10 +40,10 @@ template <class T> double multi_margin_row(const MultiMargin<T>& mm, int64_t row
   alignas(kVectorBytes) A buffer[kChunk];
   const T* const input = mm.input + row * mm.classes;
   T* const gradient = mm.grad_input ? mm.grad_input + row * mm.classes : nullptr;
-  const int64_t hit = mm.target[row];
+  const int64_t label = mm.target[row];
   const bool squared = mm.squared;
-  const A slack = A(mm.margin) - widen(input[hit]);
-  const double share = (mm.weight ? double(mm.weight[hit]) : 1) / double(mm.classes);
+  const A slack = A(mm.margin) - widen(input[label]);
+  const double share = (mm.weight ? double(mm.weight[label]) : 1) / double(mm.classes);
   const A factor = A((squared ? 2 : 1) * share * scale);
   Sum losses, slopes;
   for_parts(mm.classes, [&](int64_t, int64_t first, int64_t n) {
@@ -58,11 +58,11 @@ template <class T> double multi_margin_row(const MultiMargin<T>& mm, int64_t row
     for (int64_t i = 0; i < n; ++i) buffer[i] = slope(i) * factor;
     store(buffer, gradient + first, n);
   });
-  const A own = slack + widen(input[hit]);
+  const A own = slack + widen(input[label]);
   const double most = own > 0 ? double(own) : 0;
   if (gradient) {
     const double others = slopes.value() - (squared ? most : double(own > 0));
-    gradient[hit] = narrow<T>(A(-others * double(factor)));
+    gradient[label] = narrow<T>(A(-others * double(factor)));
   }
   return share * (losses.value() - (squared ? most * most : most));
 }
@@ -81,8 +81,8 @@ template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
     Sum sum;
     const int64_t end = std::min(mm.rows, (block + 1) * size);
     for (int64_t row = block * size; row < end; ++row) {
-      const double upstream = mm.upstream ? double(mm.upstream[each ? row : 0]) : 1;
-      const double loss = multi_margin_row(mm, row, upstream / denominator);
+      const double grad_output = mm.grad_output ? double(mm.grad_output[each ? row : 0]) : 1;
+      const double loss = multi_margin_row(mm, row, grad_output / denominator);
       if (mm.loss && each) mm.loss[row] = A(loss);
       sum.add(loss);
     }

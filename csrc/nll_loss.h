@@ -55,16 +55,16 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
     const int64_t end = std::min(nll.positions(), (block + 1) * kBlock);
     for (int64_t position = block * kBlock; position < end; ++position) {
       const bool ignored = nll.ignored(position);
-      const int64_t hit = ignored ? 0 : nll.target[position];
-      const double weight = ignored ? 0 : nll.weight ? double(nll.weight[hit]) : 1;
+      const int64_t label = ignored ? 0 : nll.target[position];
+      const double weight = ignored ? 0 : nll.weight ? double(nll.weight[label]) : 1;
       if (nll.loss) {
-        const T* const x = nll.at(nll.logits, position) + hit * nll.logits.classes;
+        const T* const x = nll.at(nll.logits, position) + label * nll.logits.classes;
         const double loss = ignored ? 0 : -weight * double(widen(*x));
         if (each) nll.loss[position] = A(loss);
         sum.add(loss);
       }
       if (nll.grad_logits.data && !ignored) {
-        T* const gradient = nll.at(nll.grad_logits, position) + hit * nll.grad_logits.classes;
+        T* const gradient = nll.at(nll.grad_logits, position) + label * nll.grad_logits.classes;
         *gradient = narrow<T>(A(-weight * scaled.scale(position)));
       }
     }

@@ -1,7 +1,7 @@
 // Losses that compare operands element by element. The formulas are in loss_formulas.h.
 //
 //   loss       = reduce(w f(x, t)),  reduce: each, or sum / denominator
-//   dloss/dx   = u w df/dx,          dloss/dt = u w df/dt,   u = upstream gradient / denominator
+//   dloss/dx   = u w df/dx,          dloss/dt = u w df/dt,   u = grad_output / denominator
 //
 // Bytes: each operand (and w, where given) is read once, the gradients that are wanted written once.
 #pragma once
@@ -31,7 +31,7 @@ template <class T> struct PointwiseLoss {
   Parameters parameters;
   Operand<T> weight;
   double denominator;           // of the mean; 1 for the others
-  Operand<T> upstream;          // the loss's gradient
+  Operand<T> grad_output;          // the loss's gradient
   T* each;                      // n losses, or null
   A* reduced;                   // their scaled sum, or null
   std::array<T*, 3> gradients;  // null where not wanted
@@ -62,15 +62,15 @@ template <class A> struct Factors {
 
 template <class T>
 Factors<Accumulate<T>> factors(const PointwiseLoss<T>& p, int64_t first, int64_t n,
-                               Accumulate<T>* weight, Accumulate<T>* upstream) {
+                               Accumulate<T>* weight, Accumulate<T>* grad_output) {
   Factors<Accumulate<T>> found;
   if (p.weight.data) found.value = found.gradient = elements(p.weight, first, n, weight);
-  if (!p.upstream.data) return found;
-  found.gradient = elements(p.upstream, first, n, upstream);
+  if (!p.grad_output.data) return found;
+  found.gradient = elements(p.grad_output, first, n, grad_output);
   if (!found.value) return found;
   PYFUSED_SIMD()
-  for (int64_t i = 0; i < n; ++i) upstream[i] = found.gradient[i] * found.value[i];
-  found.gradient = upstream;
+  for (int64_t i = 0; i < n; ++i) grad_output[i] = found.gradient[i] * found.value[i];
+  found.gradient = grad_output;
   return found;
 }
 
@@ -85,7 +85,7 @@ void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum&
                      int64_t n, bool streams) {
   using A = Accumulate<T>;
   using Buffer = A[kLossChunk];
-  alignas(kVectorBytes) Buffer read[3], written[3], buffer, weight, upstream;
+  alignas(kVectorBytes) Buffer read[3], written[3], buffer, weight, grad_output;
   A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
   Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
   LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
@@ -96,7 +96,7 @@ void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum&
     if (gradient) chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);
   }
   formula.in<A>()(p.parameters, chunk);
-  const Factors<A> by = factors(p, first, n, weight, upstream);
+  const Factors<A> by = factors(p, first, n, weight, grad_output);
   if (p.reduced && by.value) {
     add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
   }

@@ -67,14 +67,14 @@ template <class T> class SoftmaxRow {
     const T* const grad_output = softmax.at(softmax.grad_output, position);
     Sum sum;
     for_parts(classes, [&](int64_t, int64_t first, int64_t n) {
-      const A* const dy = widened(grad_output + first, upstream, n);
+      const A* const dy = widened(grad_output + first, grad_buffer, n);
       if (softmax.logarithm) return add_terms<A>(sum, n, [=](int64_t i) { return dy[i]; });
       const A* const y = widened(input + first, buffer, n);
       add_terms<A>(sum, n, [=](int64_t i) { return dy[i] * y[i]; });
     });
     const A total = A(sum.value());
     for_parts(classes, [&](int64_t, int64_t first, int64_t n) {
-      const A* const dy = widened(grad_output + first, upstream, n);
+      const A* const dy = widened(grad_output + first, grad_buffer, n);
       if (softmax.logarithm) {
         scaled_exponentials(input + first, A(0), total, buffer, buffer, n, false);
         for (int64_t i = 0; i < n; ++i) buffer[i] = dy[i] - buffer[i];
@@ -94,7 +94,7 @@ template <class T> class SoftmaxRow {
   T* const output;
   Normalizer<T> row;
   alignas(kVectorBytes) A buffer[kChunk];
-  alignas(kVectorBytes) A upstream[kChunk];
+  alignas(kVectorBytes) A grad_buffer[kChunk];
 
   template <bool Keeps> void read() {
     const A peeked = Normalizer<T>::peek(input, classes);

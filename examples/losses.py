@@ -120,10 +120,10 @@ def run(experiment: Experiment, steps: int) -> list[Result]:
     results = []
     for choice in experiment.choices:
         losses, outputs = train(pyfused.functional, experiment, choice, steps)
-        torchs = None
+        of_torch = None
         if choice.is_torchs:
-            torchs, _ = train(torch.nn.functional, experiment, choice, steps)
-        results.append(Result(choice, losses, torchs, outputs))
+            of_torch, _ = train(torch.nn.functional, experiment, choice, steps)
+        results.append(Result(choice, losses, of_torch, outputs))
     return results
 
 

@@ -17,7 +17,7 @@ _FUSED: dict[type[Module], type[Module]] = {
     for op in OPERATORS.values()
     if hasattr(torch.nn, op.module)
 }
-_TORCHS = {fused: torchs for torchs, fused in _FUSED.items()}
+_TORCH_CLASSES = {fused: torch_class for torch_class, fused in _FUSED.items()}
 _MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
 
 
@@ -99,8 +99,8 @@ def revert(model: Module) -> tuple[str, ...]:
     for _, module in converted:
         if _MARK in vars(module):
             delattr(module, _MARK)
-            if type(module) in _TORCHS:
-                module.__class__ = _TORCHS[type(module)]
+            if type(module) in _TORCH_CLASSES:
+                module.__class__ = _TORCH_CLASSES[type(module)]
             else:
                 del module.forward
     return tuple(name for name, _ in converted)
@@ -134,13 +134,13 @@ def _wrapper(module: Module) -> str | None:
 
 
 def _reason_to_leave(module: Module) -> str | None:
-    if type(module) in _TORCHS:
+    if type(module) in _TORCH_CLASSES:
         return "is pyfused's already"
-    for torchs in _FUSED:
-        if type(module) is torchs and "forward" in vars(module):
+    for torch_class in _FUSED:
+        if type(module) is torch_class and "forward" in vars(module):
             return "its forward was replaced"
-        if type(module) is not torchs and isinstance(module, torchs):
-            return f"is a subclass of torch.nn.{torchs.__name__}"
-        if getattr(module, "original_name", None) == torchs.__name__:
+        if type(module) is not torch_class and isinstance(module, torch_class):
+            return f"is a subclass of torch.nn.{torch_class.__name__}"
+        if getattr(module, "original_name", None) == torch_class.__name__:
             return "is compiled by torch.jit"
     return None

@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary that is shared out among processes, some classes each.
 
 No logits are gathered. A row takes three numbers of communication: the largest of the processes'
-log-sum-exps, and the sums of their exponentials and of what the row aims at. The gradient of logits
+log-sum-exps, and the sums of their exponentials and of q_c x_c. The gradient of logits
 takes none.
 """
 

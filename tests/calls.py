@@ -21,7 +21,7 @@ class Torchs:
     """torch.nn.functional, with the definitions of what it does not have."""
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].torchs
+        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].reference
 
 
 TORCH = Torchs()
@@ -43,7 +43,7 @@ class Case:
     def ours(self, x: Tensor) -> Tensor:
         return self.run(fused, x)
 
-    def torchs(self, x: Tensor) -> Tensor:
+    def reference(self, x: Tensor) -> Tensor:
         return self.run(TORCH, x)
 
 
@@ -75,12 +75,12 @@ def pointwise(loss: Loss, differentiated: str, reduction: str, weighted: bool) -
 
 
 def focal(functional: Any, x: Tensor) -> Tensor:
-    has_gamma = fused.cross_entropy if functional is fused else CROSS_ENTROPY.torchs
+    has_gamma = fused.cross_entropy if functional is fused else CROSS_ENTROPY.reference
     return has_gamma(x, CLASSES, gamma=2.0)
 
 
 def beyond_torch(functional: Any, x: Tensor) -> Tensor:
-    has_them = fused.cross_entropy if functional is fused else CROSS_ENTROPY.torchs
+    has_them = fused.cross_entropy if functional is fused else CROSS_ENTROPY.reference
     return has_them(
         x,
         CLASSES,

@@ -36,15 +36,15 @@ def like_argument(argument: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 def evaluate(
     operator: Operator, *args: Any, convert: Callable[[Tensor], Tensor] = lambda x: x, **kwargs: Any
 ) -> Outcome:
-    """Value, and gradients for a random upstream gradient that is the same in every call."""
+    """Value, and gradients for a random grad_output that is the same in every call."""
     args = tuple(like_argument(a, convert) for a in args)
     kwargs = {name: like_argument(a, convert) for name, a in kwargs.items()}
     leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
     value = operator(*args, **kwargs)
     if not leaves:
         return Outcome(value, [])
-    upstream = evaluate_upstream(value.shape).to(value)
-    gradients = torch.autograd.grad(value, leaves, upstream)
+    grad_output = evaluate_upstream(value.shape).to(value)
+    gradients = torch.autograd.grad(value, leaves, grad_output)
     return Outcome(value.detach(), list(gradients))
 
 
@@ -62,7 +62,7 @@ def exactly(x: Tensor) -> Tensor:
 
 
 def assert_matches_torch(
-    ours: Operator, torchs: Operator, *args: Any, widened: bool = True, **kwargs: Any
+    ours: Operator, of_torch: Operator, *args: Any, widened: bool = True, **kwargs: Any
 ) -> Outcome:
     """Same dtype, shape and values (NaN and infinities included), and so for the gradients.
 
@@ -71,8 +71,8 @@ def assert_matches_torch(
     those of gradients computed from a rounded output: they are not `widened`.
     """
     got = evaluate(ours, *args, **kwargs)
-    native = evaluate(torchs, *args, **kwargs)
-    wide = evaluate(torchs, *args, convert=widen, **kwargs) if widened else native
+    native = evaluate(of_torch, *args, **kwargs)
+    wide = evaluate(of_torch, *args, convert=widen, **kwargs) if widened else native
     assert_same(got.value, native.value, wide.value)
     assert len(got.gradients) == len(native.gradients)
     for ours_, theirs, wider in zip(got.gradients, native.gradients, wide.gradients, strict=True):
@@ -105,14 +105,14 @@ class Errors:
     def __init__(self) -> None:
         self.luck = 1.75
         self.ours: dict[str, float] = defaultdict(float)
-        self.torchs: dict[str, float] = defaultdict(float)
+        self.reference: dict[str, float] = defaultdict(float)
         self.where: dict[str, str] = {}
 
     def add(
         self,
         result: str,
         got: Tensor,
-        torchs: Tensor,
+        of_torch: Tensor,
         exact: Tensor | Extended,
         term: float = 0.0,
     ) -> None:
@@ -120,12 +120,12 @@ class Errors:
 
         Where the exact value does not fit the dtype, both must say so alike.
         """
-        assert got.dtype == torchs.dtype
+        assert got.dtype == of_torch.dtype
         self.luck = 2.0 if got.dtype == torch.float64 else 1.75
         exact = extended(exact) if isinstance(exact, Tensor) else exact
-        assert got.shape == torchs.shape == exact.shape
+        assert got.shape == of_torch.shape == exact.shape
         fits = np.abs(exact) <= torch.finfo(got.dtype).max
-        ours, theirs = extended(got), extended(torchs)
+        ours, theirs = extended(got), extended(of_torch)
         assert np.array_equal(ours[~fits], theirs[~fits])
         if not fits.any():
             return
@@ -133,7 +133,9 @@ class Errors:
         error = np.abs(ours - exact)[fits] / unit
         torchs_error = np.abs(theirs - exact)[fits] / unit
         # torch gives NaN for more than 65504 smoothed classes in float16: that excuses nothing.
-        self.torchs[result] = max(self.torchs[result], np.nan_to_num(torchs_error, posinf=0).max())
+        self.reference[result] = max(
+            self.reference[result], np.nan_to_num(torchs_error, posinf=0).max()
+        )
         if not error.max() <= self.ours[result]:  # a NaN is the worst of all
             worst = int(np.argmax(error))
             self.ours[result] = float(error[worst])
@@ -147,14 +149,14 @@ class Errors:
         where sums have no wider type to go to, it may be twice as large.
         """
         for result, error in self.ours.items():
-            assert error <= self.luck * self.torchs[result] + roundings, (
+            assert error <= self.luck * self.reference[result] + roundings, (
                 f"{result} is {error:.2f} roundings off ({self.where[result]}), "
-                f"torch's at most {self.torchs[result]:.2f}"
+                f"torch's at most {self.reference[result]:.2f}"
             )
 
 
-def assert_as_accurate(got: Tensor, torchs: Tensor, exact: Tensor) -> None:
+def assert_as_accurate(got: Tensor, of_torch: Tensor, exact: Tensor) -> None:
     errors = Errors()
-    errors.add("result", got, torchs, exact)
+    errors.add("result", got, of_torch, exact)
     # In float64 the reference is itself rounded, in each of its steps.
     errors.check(roundings=4 if got.dtype == torch.float64 else 1)

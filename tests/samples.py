@@ -321,7 +321,7 @@ class Loss:
         """The flags in effect that choose the formula."""
         given = {
             name: parameter.default
-            for name, parameter in inspect.signature(self.torchs).parameters.items()
+            for name, parameter in inspect.signature(self.reference).parameters.items()
         } | self.parameters
         return tuple(p.name for p in self.op.parameters if p.chooses and given[p.name])
 
@@ -340,7 +340,7 @@ class Loss:
     @property
     def broadcasts(self) -> bool:
         """Whether the kernel takes an input and a target of different shapes."""
-        against = self.op.against
+        against = self.op.fallback_reason
         reason = against and against(*(torch.empty(n) for n in range(1, 1 + len(self.operands))))
         return self.op.shapes is checks.broadcasting and not reason
 
@@ -357,8 +357,8 @@ class Loss:
         return getattr(fused, self.op.name)
 
     @property
-    def torchs(self) -> Callable[..., Tensor]:
-        return self.op.torchs
+    def reference(self) -> Callable[..., Tensor]:
+        return self.op.reference
 
     def draw(
         self,
@@ -377,7 +377,7 @@ class Loss:
             for operand, shape in zip(self.bounded, each, strict=False)
         }
 
-    def exact(self, given: dict[str, Tensor], reduction: str, upstream: Tensor) -> Exact:
+    def exact(self, given: dict[str, Tensor], reduction: str, grad_output: Tensor) -> Exact:
         """Of tensors of one shape."""
         wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
         each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
@@ -389,7 +389,7 @@ class Loss:
         value, size = weight * each / divisor, 0.0
         if reduction != "none":
             value, size = value.sum(), float(abs(value).sum())
-        factor = weight * extended(upstream) / divisor
+        factor = weight * extended(grad_output) / divisor
         found = {n: g * factor for n, g in zip(self.differentiated, gradients, strict=True)}
         unit = float(abs(factor).max(initial=0)) if SAMPLES[self.op.name].cancels else 0.0
         return Exact(value, size, found, unit)

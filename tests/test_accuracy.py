@@ -89,7 +89,7 @@ def add_errors(
 ) -> None:
     options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
     got = evaluate(cross_entropy, logits, target, weight, **options)
-    torchs = evaluate(F.cross_entropy, logits, target, weight, **options)
+    of_torch = evaluate(F.cross_entropy, logits, target, weight, **options)
     if logits.dtype == torch.float64:
         value, *gradients = extended_cross_entropy(logits, target, weight, smoothing, reduction)
     else:
@@ -97,19 +97,19 @@ def add_errors(
             reference.cross_entropy, logits, target, weight, convert=exactly, **options
         )
         value, gradients = exact.value, exact.gradients
-    errors.add("value", got.value, torchs.value, value)
+    errors.add("value", got.value, of_torch.value, value)
     names = ["gradient", "gradient to the target"][: len(gradients)]
-    for name, *three in zip(names, got.gradients, torchs.gradients, gradients, strict=True):
+    for name, *three in zip(names, got.gradients, of_torch.gradients, gradients, strict=True):
         errors.add(name, *three, term=gradient_term(target, weight, reduction))
 
 
 def gradient_term(target: Tensor, weight: Tensor | None, reduction: str) -> float:
     """What the softmax is subtracted from, at its largest: weight times target, scaled."""
     rows = target.numel() if not target.is_floating_point() else target[:, 0].numel()
-    upstream = evaluate_upstream((rows,) if reduction == "none" else ()).abs().max().item()
+    grad_output = evaluate_upstream((rows,) if reduction == "none" else ()).abs().max().item()
     term = target.max().item() if target.is_floating_point() else 1.0
     term *= weight.max().item() if weight is not None else 1.0
-    return term * upstream / (rows if reduction == "mean" else 1)
+    return term * grad_output / (rows if reduction == "mean" else 1)
 
 
 def extended_cross_entropy(
@@ -125,9 +125,9 @@ def extended_cross_entropy(
     denominator: Any = np.longdouble(1)
     if reduction == "mean":
         denominator = w[target.numpy()].sum() if index else np.longdouble(rows)
-    upstream = evaluate_upstream((rows,) if reduction == "none" else ())
+    grad_output = evaluate_upstream((rows,) if reduction == "none" else ())
     loss, gradient = reference.extended_cross_entropy(
-        extended(logits), q, w, denominator, extended(upstream)
+        extended(logits), q, w, denominator, extended(grad_output)
     )
     return loss if reduction == "none" else loss.sum(), gradient
 
@@ -210,7 +210,7 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
     """Elements far below the largest one hide in an absolute error; here each counts by itself."""
     logits, target = make(kind, (9, classes), torch.float32, "index")
     got = evaluate(cross_entropy, logits, target, reduction="sum").gradients[0].double()
-    torchs = evaluate(F.cross_entropy, logits, target, reduction="sum").gradients[0].double()
+    of_torch = evaluate(F.cross_entropy, logits, target, reduction="sum").gradients[0].double()
     exact = evaluate(reference.cross_entropy, logits, target, convert=exactly, reduction="sum")
     best = exact.gradients[0]
     judged = (best.abs() > torch.finfo(torch.float32).tiny) & ~F.one_hot(target, classes).bool()
@@ -218,7 +218,7 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
         assert kind == "extreme"
         return
     error = ((got - best) / best)[judged].abs().max()
-    torchs_error = ((torchs - best) / best)[judged].abs().max()
+    torchs_error = ((of_torch - best) / best)[judged].abs().max()
     # exp, its argument, the sum, the factor and the product are each rounded once.
     assert error <= torchs_error + 4 * torch.finfo(torch.float32).eps
 
@@ -243,12 +243,12 @@ def test_pointwise_losses(
             given["weight"] = loss.weight((size,), dtype)
         options = loss.parameters | {"reduction": reduction}
         got = evaluate(loss.ours, **given, **options)
-        torchs = evaluate(loss.torchs, **given, **options)
-        upstream = evaluate_upstream(got.value.shape).to(dtype)
-        exact = loss.exact(given, reduction, upstream)
-        errors.add("value", got.value, torchs.value, exact.value, exact.terms)
+        of_torch = evaluate(loss.reference, **given, **options)
+        grad_output = evaluate_upstream(got.value.shape).to(dtype)
+        exact = loss.exact(given, reduction, grad_output)
+        errors.add("value", got.value, of_torch.value, exact.value, exact.terms)
         for name, ours, theirs in zip(
-            loss.differentiated, got.gradients, torchs.gradients, strict=True
+            loss.differentiated, got.gradients, of_torch.gradients, strict=True
         ):
             expected = exact.gradients[name]
             errors.add(f"gradient to the {name}", ours, theirs, expected, exact.gradients_terms)
@@ -263,10 +263,10 @@ def test_activations(op: Activation, dtype: torch.dtype, scale: float, isa: str)
     errors = Errors()
     for size in SIZES:
         x = (scale * torch.randn(size)).to(dtype).requires_grad_()
-        got, torchs = evaluate(getattr(functional, op.name), x), evaluate(op.torchs, x)
+        got, of_torch = evaluate(getattr(functional, op.name), x), evaluate(op.reference, x)
         value, derivative = SAMPLES[op.name].define(extended(x))
-        upstream = extended(evaluate_upstream((size,)).to(dtype))
-        errors.add("value", got.value, torchs.value, value)
-        exact, term = derivative * upstream, float(abs(upstream).max())
-        errors.add("gradient", got.gradients[0], torchs.gradients[0], exact, term)
+        grad_output = extended(evaluate_upstream((size,)).to(dtype))
+        errors.add("value", got.value, of_torch.value, value)
+        exact, term = derivative * grad_output, float(abs(grad_output).max())
+        errors.add("gradient", got.gradients[0], of_torch.gradients[0], exact, term)
     errors.check()

@@ -34,7 +34,7 @@ def ours(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
     return lambda x: call(op, (x, *op.defaults), inplace)
 
 
-def torchs(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
+def of_torch(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
     return lambda x: (op.aten_ if inplace else op.aten)(x, *op.defaults)
 
 
@@ -59,16 +59,16 @@ def test_values_and_gradients_are_torchs(
 ) -> None:
     x = torch.randn(size).to(dtype).requires_grad_()
     if dtype in HALF and op.saves == "output":  # of which the last digit counts in the gradient
-        got, expected = evaluate(ours(op), x), evaluate(torchs(op), x)
+        got, expected = evaluate(ours(op), x), evaluate(of_torch(op), x)
         eps = torch.finfo(dtype).eps
         close(got.value, expected.value, rtol=2 * eps, atol=0)
         close(got.gradients, expected.gradients, rtol=2 * eps, atol=4 * eps)
     else:
-        got = assert_matches_torch(ours(op), torchs(op), x)
+        got = assert_matches_torch(ours(op), of_torch(op), x)
     assert got.gradients[0].dtype == dtype
     assert kernel_calls[op.name] == kernel_calls[f"{op.name}_backward"] == 1
     if not SAMPLES[op.name].rounds:
-        expected = evaluate(torchs(op), x)
+        expected = evaluate(of_torch(op), x)
         assert torch.equal(got.value, expected.value)
         assert torch.equal(got.gradients[0], expected.gradients[0])
 
@@ -82,7 +82,7 @@ def test_nan_infinities_and_signed_zeros(
 ) -> None:
     special = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0])
     x = special.to(dtype).repeat(repeats)
-    got, expected = ours(op, inplace)(x.clone()), torchs(op)(widest(op, x)).to(dtype)
+    got, expected = ours(op, inplace)(x.clone()), of_torch(op)(widest(op, x)).to(dtype)
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps if SAMPLES[op.name].rounds else 0, "atol": 0}
     if op.name == "softcap":
         tolerance["atol"] = 2e-45  # divided by the cap it is 0
@@ -96,10 +96,10 @@ def test_gradient_at_the_edges(op: Activation, dtype: torch.dtype) -> None:
     points = torch.tensor([NAN, -1.0, -0.0, 0.0, 1.0, INF, -INF, 1e-45]).to(dtype)
     upstreams = torch.tensor([2.0, NAN, INF, -0.0]).to(dtype)
     x = points.repeat_interleave(4).requires_grad_()
-    upstream = upstreams.repeat(8)
-    (got,) = torch.autograd.grad(ours(op)(x), x, upstream)
+    grad_output = upstreams.repeat(8)
+    (got,) = torch.autograd.grad(ours(op)(x), x, grad_output)
     wide = widest(op, x)
-    (expected,) = torch.autograd.grad(torchs(op)(wide), wide, upstream.to(wide.dtype))
+    (expected,) = torch.autograd.grad(of_torch(op)(wide), wide, grad_output.to(wide.dtype))
     expected = expected.to(dtype)
     tolerance = {"rtol": 4 * torch.finfo(dtype).eps if SAMPLES[op.name].rounds else 0, "atol": 0}
     close(got, expected, **tolerance, equal_nan=True)
@@ -112,9 +112,9 @@ def test_a_gradient_computed_from_the_input(kernel_calls: KernelCalls) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         value = ours(op)(x)
     assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
-    upstream = torch.randn(5, 7)
-    (got,) = torch.autograd.grad(value, x, upstream)
-    assert torch.equal(got, upstream.where(x > 0, 0))
+    grad_output = torch.randn(5, 7)
+    (got,) = torch.autograd.grad(value, x, grad_output)
+    assert torch.equal(got, grad_output.where(x > 0, 0))
     assert kernel_calls["relu_backward"]
 
 
@@ -137,7 +137,7 @@ def test_options(
     kernel_calls: KernelCalls,
 ) -> None:
     x = torch.randn(4097).to(dtype).requires_grad_()
-    ours, theirs = (lambda x: call(op, (x, *options))), (lambda x: op.torchs(x, *options))
+    ours, theirs = (lambda x: call(op, (x, *options))), (lambda x: op.reference(x, *options))
     assert_matches_torch(ours, theirs, x, widened=op.saves == "input")
     assert kernel_calls[kernel] == kernel_calls[f"{kernel}_backward"] == 1
     y = torch.randn(9, dtype=torch.float64, requires_grad=True)
@@ -168,7 +168,7 @@ def test_a_negative_slope_is_torchs_business(inplace: bool, kernel_calls: Kernel
 @by_dtype
 def test_in_place_writes_into_its_argument(op: Activation, dtype: torch.dtype) -> None:
     x = torch.randn(100).to(dtype)
-    expected, version = torchs(op)(x), x._version
+    expected, version = of_torch(op)(x), x._version
     got = ours(op, inplace=True)(x)
     assert got is x
     assert torch.equal(x, expected)
@@ -182,9 +182,9 @@ def test_in_place_within_a_graph(op: Activation, kernel_calls: KernelCalls) -> N
     y = ours(op, inplace=True)(hidden)
     assert y is hidden
     assert not y.is_leaf
-    upstream = torch.randn(100)
-    (got,) = torch.autograd.grad(y, x, upstream)
-    (expected,) = torch.autograd.grad(torchs(op)(x * 2), x, upstream)
+    grad_output = torch.randn(100)
+    (got,) = torch.autograd.grad(y, x, grad_output)
+    (expected,) = torch.autograd.grad(of_torch(op)(x * 2), x, grad_output)
     close(got, expected)
     assert kernel_calls[op.name] == (op.saves == "output")
 
@@ -193,13 +193,13 @@ def test_in_place_within_a_graph(op: Activation, kernel_calls: KernelCalls) -> N
 def test_in_place_on_a_view_reaches_its_base(op: Activation) -> None:
     x = torch.randn(4, 6, requires_grad=True)
     bases = []
-    for operator in (ours(op, inplace=True), torchs(op, inplace=True)):
+    for operator in (ours(op, inplace=True), of_torch(op, inplace=True)):
         base = x * 1
         operator(base[:, 1:3])
         bases.append(base)
     close(*bases)
-    upstream = torch.randn(4, 6)
-    close(*(torch.autograd.grad(base, x, upstream)[0] for base in bases))
+    grad_output = torch.randn(4, 6)
+    close(*(torch.autograd.grad(base, x, grad_output)[0] for base in bases))
 
 
 @in_place
@@ -218,7 +218,7 @@ def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> Non
     before = memory.clone()
     view = memory[1::2, ::3]
     assert ours(op, inplace=True)(view) is view
-    close(memory[1::2, ::3], torchs(op)(before[1::2, ::3]))
+    close(memory[1::2, ::3], of_torch(op)(before[1::2, ::3]))
     memory[1::2, ::3] = before[1::2, ::3]
     assert torch.equal(memory, before)
 
@@ -232,7 +232,7 @@ def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> Non
 def test_integers(op: Activation, dtype: torch.dtype, inplace: bool) -> None:
     x = torch.randint(-9 if dtype.is_signed else 0, 9, (50,)).to(dtype)
     try:
-        expected = torchs(op, inplace)(x.clone())
+        expected = of_torch(op, inplace)(x.clone())
     except RuntimeError as error:
         with pytest.raises(type(error)):
             ours(op, inplace)(x)
@@ -249,7 +249,7 @@ def test_integers(op: Activation, dtype: torch.dtype, inplace: bool) -> None:
 def test_scalars_and_nothing(op: Activation, shape: tuple[int, ...], inplace: bool) -> None:
     x = torch.randn(shape, requires_grad=True)
     assert_matches_torch(
-        lambda x: ours(op, inplace)(x * 1), lambda x: torchs(op, inplace)(x * 1), x
+        lambda x: ours(op, inplace)(x * 1), lambda x: of_torch(op, inplace)(x * 1), x
     )
 
 
@@ -261,7 +261,7 @@ def test_autocast_changes_nothing(
 ) -> None:
     x = torch.randn(20).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=autocast):
-        assert_matches_torch(ours(op), torchs(op), x, widened=op.saves == "input")
+        assert_matches_torch(ours(op), of_torch(op), x, widened=op.saves == "input")
 
 
 @pytest.mark.thresholds
@@ -271,5 +271,5 @@ def test_autocast_changes_nothing(
 def test_where_small_inputs_may_go_to_torch(op: Activation, size: int, inplace: bool) -> None:
     x = torch.randn(size, requires_grad=True)
     assert_matches_torch(
-        lambda x: ours(op, inplace)(x * 1), lambda x: torchs(op, inplace)(x * 1), x
+        lambda x: ours(op, inplace)(x * 1), lambda x: of_torch(op, inplace)(x * 1), x
     )

@@ -104,10 +104,10 @@ CASES: dict[str, tuple[Any, Function, Function, float]] = {
 }
 
 
-@pytest.mark.parametrize(("function", "torchs", "numbers", "most"), CASES.values(), ids=CASES)
-def test_of_float32(function: Any, torchs: Function, numbers: Any, most: float) -> None:
+@pytest.mark.parametrize(("function", "of_torch", "numbers", "most"), CASES.values(), ids=CASES)
+def test_of_float32(function: Any, of_torch: Function, numbers: Any, most: float) -> None:
     x = numbers()
-    assert ulps(of(function, x), torchs(x.double())) <= most
+    assert ulps(of(function, x), of_torch(x.double())) <= most
 
 
 @pytest.mark.parametrize("name", ["exp", "log", "log1p", "sigmoid", "tanh"])
@@ -118,9 +118,9 @@ def test_at_the_ends(name: str, dtype: torch.dtype) -> None:
     if name == "log1p":
         given = [0.0, nan, 1.0, -1.0, -2.0, 1e-37, 0.5, -0.5]
     x = torch.tensor(given, dtype=dtype)
-    torchs = torch.log1p if name == "log1p" else getattr(torch, name)
+    of_torch = torch.log1p if name == "log1p" else getattr(torch, name)
     got = of(getattr(arithmetic, name), x.repeat(BLOCK)[:BLOCK])[: len(x)]
-    expected = torchs(x)
+    expected = of_torch(x)
     torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-6, atol=0)
     assert torch.equal(got.signbit()[~got.isnan()], expected.signbit()[~expected.isnan()])
 

@@ -27,25 +27,25 @@ def x() -> Tensor:
     return torch.randn(6, 5, requires_grad=True)
 
 
-def gradient(operator: Operator, x: Tensor, upstream: Tensor | None = None) -> Tensor:
+def gradient(operator: Operator, x: Tensor, grad_output: Tensor | None = None) -> Tensor:
     value = operator(x)
-    upstream = torch.ones_like(value) if upstream is None else upstream.expand(value.shape)
-    return torch.autograd.grad(value, x, upstream)[0]
+    grad_output = torch.ones_like(value) if grad_output is None else grad_output.expand(value.shape)
+    return torch.autograd.grad(value, x, grad_output)[0]
 
 
 close = torch.testing.assert_close
 
 
-# ---- the upstream gradient ----------------------------------------------------------------------
+# ---- grad_output --------------------------------------------------------------------------------
 
 
 @every_case
-@pytest.mark.parametrize("upstream", [0.0, 1.0, -2.5, float("nan"), float("inf")], ids=str)
-def test_a_scalar_for_all(case: Case, upstream: float, x: Tensor) -> None:
+@pytest.mark.parametrize("grad_output", [0.0, 1.0, -2.5, float("nan"), float("inf")], ids=str)
+def test_a_scalar_for_all(case: Case, grad_output: float, x: Tensor) -> None:
     """expand() makes it a tensor without strides where the loss is not reduced."""
-    got = gradient(case.ours, x, torch.tensor(upstream))
-    expected = gradient(case.torchs, x, torch.tensor(upstream))
-    if not torch.isfinite(torch.tensor(upstream)):
+    got = gradient(case.ours, x, torch.tensor(grad_output))
+    expected = gradient(case.reference, x, torch.tensor(grad_output))
+    if not torch.isfinite(torch.tensor(grad_output)):
         # 0 * inf: what is not finite in one may be NaN or inf in the other, but nothing else.
         assert torch.equal(got.isfinite() & (got != 0), expected.isfinite() & (expected != 0))
         return
@@ -55,29 +55,29 @@ def test_a_scalar_for_all(case: Case, upstream: float, x: Tensor) -> None:
 @every_case
 @pytest.mark.parametrize("layout", ["random", "strided", "transposed", "expanded_rows"])
 def test_one_for_each_element(case: Case, layout: str, x: Tensor) -> None:
-    shape = case.torchs(x).shape
-    upstream = torch.randn((2, *shape))[0]
+    shape = case.reference(x).shape
+    grad_output = torch.randn((2, *shape))[0]
     if layout == "strided":
-        upstream = torch.randn((*shape, 3))[..., 1]
+        grad_output = torch.randn((*shape, 3))[..., 1]
     elif layout == "transposed":
-        upstream = torch.randn(shape[::-1]).permute(tuple(range(len(shape)))[::-1])
+        grad_output = torch.randn(shape[::-1]).permute(tuple(range(len(shape)))[::-1])
     elif layout == "expanded_rows" and len(shape) == 2:
-        upstream = torch.randn(shape[1]).expand(shape)
-    close(gradient(case.ours, x, upstream), gradient(case.torchs, x, upstream))
+        grad_output = torch.randn(shape[1]).expand(shape)
+    close(gradient(case.ours, x, grad_output), gradient(case.reference, x, grad_output))
 
 
 @every_case
 def test_through_a_sum(case: Case, x: Tensor) -> None:
     case.ours(x).sum().backward()
     assert x.grad is not None
-    close(x.grad, gradient(case.torchs, x))
+    close(x.grad, gradient(case.reference, x))
 
 
 @every_case
 def test_within_a_larger_graph(case: Case, x: Tensor) -> None:
     close(
         gradient(lambda x: case.ours(x.tanh()).sigmoid().sum(), x),
-        gradient(lambda x: case.torchs(x.tanh()).sigmoid().sum(), x),
+        gradient(lambda x: case.reference(x.tanh()).sigmoid().sum(), x),
     )
 
 
@@ -85,16 +85,16 @@ def test_within_a_larger_graph(case: Case, x: Tensor) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("upstream", [1.0, 3.0])
-def test_backward_twice_through_a_kept_graph(case: Case, upstream: float, x: Tensor) -> None:
+@pytest.mark.parametrize("grad_output", [1.0, 3.0])
+def test_backward_twice_through_a_kept_graph(case: Case, grad_output: float, x: Tensor) -> None:
     value = case.ours(x)
-    given = torch.full_like(value, upstream)
+    given = torch.full_like(value, grad_output)
     gradients = []
     for _ in range(3):
         (got,) = torch.autograd.grad(value, x, given, retain_graph=True)
         gradients.append(got.clone())
         got.fill_(float("nan"))  # whoever holds a gradient may write into it
-    expected = gradient(case.torchs, x, given)
+    expected = gradient(case.reference, x, given)
     for got in gradients:
         close(got, expected)
 
@@ -103,9 +103,9 @@ def test_backward_twice_through_a_kept_graph(case: Case, upstream: float, x: Ten
 def test_different_upstreams_through_a_kept_graph(case: Case, x: Tensor) -> None:
     value = case.ours(x)
     for scale in (1.0, -0.5, 1.0):
-        upstream = torch.full_like(value, scale)
-        (got,) = torch.autograd.grad(value, x, upstream, retain_graph=True)
-        close(got, gradient(case.torchs, x, upstream))
+        grad_output = torch.full_like(value, scale)
+        (got,) = torch.autograd.grad(value, x, grad_output, retain_graph=True)
+        close(got, gradient(case.reference, x, grad_output))
 
 
 @every_case
@@ -119,10 +119,10 @@ def test_backward_twice_without_keeping_the_graph_is_torchs_error(case: Case, x:
 @every_case
 def test_the_upstream_gradient_is_left_as_it_was(case: Case, x: Tensor) -> None:
     value = case.ours(x)
-    upstream = torch.randn_like(value)
-    before = upstream.clone()
-    torch.autograd.grad(value, x, upstream)
-    assert torch.equal(upstream, before)
+    grad_output = torch.randn_like(value)
+    before = grad_output.clone()
+    torch.autograd.grad(value, x, grad_output)
+    assert torch.equal(grad_output, before)
 
 
 @every_case
@@ -130,14 +130,14 @@ def test_accumulation_into_grad(case: Case, x: Tensor) -> None:
     for _ in range(3):
         case.ours(x).sum().backward()
     assert x.grad is not None
-    close(x.grad, 3 * gradient(case.torchs, x))
+    close(x.grad, 3 * gradient(case.reference, x))
 
 
 @every_case
 def test_the_same_input_twice_in_a_graph(case: Case, x: Tensor) -> None:
     close(
         gradient(lambda x: case.ours(x).sum() * case.ours(x).sum(), x),
-        gradient(lambda x: case.torchs(x).sum() * case.torchs(x).sum(), x),
+        gradient(lambda x: case.reference(x).sum() * case.reference(x).sum(), x),
     )
 
 
@@ -171,12 +171,12 @@ def test_no_gradient_wanted(case: Case, x: Tensor, kernel_calls: KernelCalls) ->
     assert kernel_calls.total() <= 1  # torch may take the in-place one
     with torch.no_grad():
         assert not case.ours(x).requires_grad
-    close(value, case.torchs(x.detach()))
+    close(value, case.reference(x.detach()))
 
 
 @every_case
 def test_inference_mode(case: Case, x: Tensor) -> None:
-    expected = case.torchs(x).detach()
+    expected = case.reference(x).detach()
     with torch.inference_mode():
         value = case.ours(x)
         assert value.is_inference()
@@ -238,23 +238,23 @@ def test_inputs_are_not_changed(case: Case, x: Tensor) -> None:
         assert torch.equal(constant, copy)
 
 
-def gradient_or_version_error(value: Tensor, x: Tensor, upstream: float) -> Tensor | None:
+def gradient_or_version_error(value: Tensor, x: Tensor, grad_output: float) -> Tensor | None:
     try:
-        return torch.autograd.grad(value, x, torch.tensor(upstream))[0]
+        return torch.autograd.grad(value, x, torch.tensor(grad_output))[0]
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)  # noqa: PT017
         return None
 
 
 @every_case
-@pytest.mark.parametrize("upstream", [1.0, 0.5])
-def test_input_overwritten_before_backward(case: Case, upstream: float, x: Tensor) -> None:
+@pytest.mark.parametrize("grad_output", [1.0, 0.5])
+def test_input_overwritten_before_backward(case: Case, grad_output: float, x: Tensor) -> None:
     hidden = x * 1
     value = case.ours(hidden).sum()
-    expected = upstream * gradient(case.torchs, x)
+    expected = grad_output * gradient(case.reference, x)
     with torch.no_grad():
         hidden.fill_(7.0)
-    got = gradient_or_version_error(value, x, upstream)
+    got = gradient_or_version_error(value, x, grad_output)
     if got is not None:
         close(got, expected)
 
@@ -298,7 +298,7 @@ def test_value_overwritten_after_the_call(case: Case, x: Tensor) -> None:
             value.zero_()
     close(
         torch.autograd.grad(doubled.sum(), x)[0],
-        2 * gradient(case.torchs, x),
+        2 * gradient(case.reference, x),
     )
 
 
@@ -312,8 +312,8 @@ def test_hooks_see_and_change_the_gradient(case: Case, x: Tensor) -> None:
         hidden.register_hook(lambda grad: grad * 3)
         return torch.autograd.grad(operator(hidden).sum(), x)[0]
 
-    close(tripled(case.ours), 3 * gradient(case.torchs, x))
-    close(tripled(case.ours), tripled(case.torchs))
+    close(tripled(case.ours), 3 * gradient(case.reference, x))
+    close(tripled(case.ours), tripled(case.reference))
 
 
 @every_case
@@ -325,7 +325,7 @@ def test_checkpoint(case: Case, reentrant: bool, x: Tensor) -> None:
     value = wrapped(x).sum()
     value.backward()
     assert x.grad is not None
-    close(x.grad, gradient(lambda x: case.torchs(x.tanh()), x))
+    close(x.grad, gradient(lambda x: case.reference(x.tanh()), x))
 
 
 @every_case
@@ -339,7 +339,7 @@ def test_saved_tensors_hooks(case: Case, x: Tensor) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index].clone()):
         value = case.ours(x)
-    expected = gradient(case.torchs, x)
+    expected = gradient(case.reference, x)
     for _ in range(2):
         (got,) = torch.autograd.grad(value, x, torch.ones_like(value), retain_graph=True)
         close(got, expected)
@@ -352,7 +352,7 @@ def test_saved_tensors_hooks(case: Case, x: Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:Error detected in")
 def test_anomaly_mode(case: Case, x: Tensor) -> None:
     with torch.autograd.detect_anomaly():
-        close(gradient(case.ours, x), gradient(case.torchs, x))
+        close(gradient(case.ours, x), gradient(case.reference, x))
         with pytest.raises(RuntimeError, match="returned nan values"):
             gradient(case.ours, x, torch.tensor(float("nan")))
 
@@ -363,7 +363,7 @@ def test_anomaly_mode(case: Case, x: Tensor) -> None:
 @every_case
 def test_several_python_threads_at_once(case: Case) -> None:
     inputs = [torch.randn(6, 5) for _ in range(8)]
-    expected = [gradient(case.torchs, x.clone().requires_grad_()) for x in inputs]
+    expected = [gradient(case.reference, x.clone().requires_grad_()) for x in inputs]
 
     def work(x: Tensor) -> list[Tensor]:
         return [gradient(case.ours, x.clone().requires_grad_()) for _ in range(10)]

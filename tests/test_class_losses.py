@@ -113,7 +113,7 @@ def test_closed_form(
     isa: str,
     kernel_calls: KernelCalls,
 ) -> None:
-    name, define, options, torchs = LOSSES[loss]
+    name, define, options, of_torch = LOSSES[loss]
     ignores = name != "multi_margin_loss"
     x, target = scores(shape, dtype), classes(shape, ignores)
     if reduction == "mean" and not (target != IGNORED).any():
@@ -134,15 +134,15 @@ def test_closed_form(
     divisor = np.longdouble(1)
     if reduction == "mean":
         divisor = factor.sum() if ignores else np.longdouble(len(each))
-    upstream = evaluate_upstream(got.value.shape).to(dtype)
-    of_each = np.broadcast_to(extended(upstream).reshape(-1), each.shape) * factor / divisor
+    grad_output = evaluate_upstream(got.value.shape).to(dtype)
+    of_each = np.broadcast_to(extended(grad_output).reshape(-1), each.shape) * factor / divisor
     value, gradient = each * factor / divisor, slopes * of_each[:, None]
     value = value.reshape(got.value.shape) if reduction == "none" else value.sum().reshape(())
     gradient = from_rows(gradient, shape)
 
     wide = torch.float32 if dtype in HALF else dtype
     as_torch = {k: v.to(wide) if isinstance(v, Tensor) else v for k, v in given.items()}
-    theirs = evaluate(lambda x: torchs(x, target, **as_torch), x, convert=lambda x: x.to(wide))
+    theirs = evaluate(lambda x: of_torch(x, target, **as_torch), x, convert=lambda x: x.to(wide))
     errors = Errors()
     errors.add("value", got.value, theirs.value.to(dtype), value, float(abs(value).max()))
     term = float(abs(of_each).max()) * (1 if "margin" not in loss else abs(slopes).max())
@@ -200,7 +200,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(9, 40), (9, 150), (3, 6, 4, 5)], ids=str)
 def test_strides(loss: str, layout: str, shape: tuple[int, ...], reduction: str) -> None:
-    name, _, options, torchs = LOSSES[loss]
+    name, _, options, of_torch = LOSSES[loss]
     if shape not in shapes_of(loss) and "margin" in loss and len(shape) > 2:
         pytest.skip("rows alone")
     x = LAYOUTS[layout](scores(shape).detach()).requires_grad_()
@@ -208,7 +208,7 @@ def test_strides(loss: str, layout: str, shape: tuple[int, ...], reduction: str)
     given = options | {"reduction": reduction}
     got = evaluate(lambda x: getattr(fused, name)(x, target, **given), x)
     # torch's nll_loss refuses to write a gradient that is laid out as a transposed input.
-    expected = evaluate(lambda x: torchs(x.contiguous(), target, **given), x)
+    expected = evaluate(lambda x: of_torch(x.contiguous(), target, **given), x)
     close(got.value, expected.value)
     close(got.gradients, expected.gradients)
 
@@ -216,11 +216,11 @@ def test_strides(loss: str, layout: str, shape: tuple[int, ...], reduction: str)
 @every_loss
 def test_a_class_that_is_right_and_one_that_is_hopeless(loss: str) -> None:
     """Where nothing is missing gamma's power is 0, and where all is, exponentials underflow."""
-    name, _, options, torchs = LOSSES[loss]
+    name, _, options, of_torch = LOSSES[loss]
     x = torch.tensor([[200.0, 0.0, -50.0], [-300.0, 0.0, 1.0]]).requires_grad_()
     target = torch.tensor([0, 0])
     got = evaluate(lambda x: getattr(fused, name)(x, target, **options), x)
-    wide = evaluate(lambda x: torchs(x, target, **options), x, convert=Tensor.double)
+    wide = evaluate(lambda x: of_torch(x, target, **options), x, convert=Tensor.double)
     close(got.value, wide.value.float())
     gradient = wide.gradients[0].float().nan_to_num(0.0)  # of torch's 0 ** gamma
     close(got.gradients[0], gradient)
@@ -272,9 +272,9 @@ def test_errors_are_torchs_and_say_more(case: str, grad: bool) -> None:
     name, (input, *rest), options, told = WRONG[case]
     input = input.clone().requires_grad_(grad)
     kinds = IndexError, RuntimeError, TypeError, ValueError
-    with pytest.raises(kinds) as torchs:
+    with pytest.raises(kinds) as of_torch:
         getattr(F, name)(input, *rest, **options)
-    with pytest.raises(torchs.type, match=told):
+    with pytest.raises(of_torch.type, match=told):
         getattr(fused, name)(input, *rest, **options)
     assert input.grad is None
 
@@ -374,11 +374,11 @@ def test_multilabel_soft_margin_loss_of_two_dtypes(
     """It computes in the wider one, as torch does, and returns torch's dtype."""
     x, y = torch.randn(64, 50).to(first), torch.rand(64, 50).to(second)
     w = None if weight is None else torch.rand(50).to(weight)
-    got, torchs = (f.multilabel_soft_margin_loss(x, y, w) for f in (fused, F))
+    got, of_torch = (f.multilabel_soft_margin_loss(x, y, w) for f in (fused, F))
     exact = F.multilabel_soft_margin_loss(x.double(), y.double(), None if w is None else w.double())
-    assert got.dtype is torchs.dtype
+    assert got.dtype is of_torch.dtype
     eps = torch.finfo(got.dtype).eps
-    assert (got - exact).abs() <= 2 * (torchs - exact).abs() + 2 * eps * exact
+    assert (got - exact).abs() <= 2 * (of_torch - exact).abs() + 2 * eps * exact
 
 
 @pytest.mark.parametrize(
@@ -395,8 +395,10 @@ def test_multilabel_shapes_that_broadcast(
     target: tuple[int, ...], weight: tuple[int, ...] | None, reduction: str
 ) -> None:
     y, w = torch.rand(target), None if weight is None else torch.rand(weight)
-    ours, torchs = (f.multilabel_soft_margin_loss(X, y, w, reduction=reduction) for f in (fused, F))
-    close(ours, torchs)
+    ours, of_torch = (
+        f.multilabel_soft_margin_loss(X, y, w, reduction=reduction) for f in (fused, F)
+    )
+    close(ours, of_torch)
 
 
 @by_dtype
@@ -406,12 +408,12 @@ def test_rmse_loss(dtype: torch.dtype, eps: float, weighted: bool, reduction: st
     x, target = scores((6, 5), dtype), torch.randn(6, 5).to(dtype).requires_grad_()
     weight = (0.5 + torch.rand(6, 5)).to(dtype) if weighted else None
 
-    def torchs(x: Tensor, y: Tensor) -> Tensor:
+    def of_torch(x: Tensor, y: Tensor) -> Tensor:
         w = None if weight is None else weight.to(x.dtype)
         return (F.mse_loss(x, y, reduction=reduction, weight=w) + eps).sqrt()
 
     got = evaluate(lambda x, y: fused.rmse_loss(x, y, reduction, weight, eps), x, target)
-    wide = evaluate(torchs, x, target, convert=Tensor.double)
+    wide = evaluate(of_torch, x, target, convert=Tensor.double)
     tolerance: dict[str, float] = {"rtol": 1.6e-2, "atol": 1e-2} if dtype in HALF else {}
     close(got.value, wide.value.to(dtype), **tolerance)
     close(got.gradients, [g.to(dtype) for g in wide.gradients], **tolerance)

@@ -253,9 +253,9 @@ def test_opcheck(sample: tuple[Any, ...]) -> None:
     arguments = (target, weight, -100, *options)
     forward, backward = torch.ops.pyfused.cross_entropy, torch.ops.pyfused.cross_entropy_backward
     torch.library.opcheck(forward.default, (input.clone().requires_grad_(), *arguments))
-    upstream = torch.rand_like(forward(input, *arguments))
+    grad_output = torch.rand_like(forward(input, *arguments))
     wanted = [True, target.is_floating_point()]
-    torch.library.opcheck(backward.default, (upstream, input, *arguments, wanted))
+    torch.library.opcheck(backward.default, (grad_output, input, *arguments, wanted))
     both = torch.ops.pyfused.cross_entropy_ahead
     torch.library.opcheck(both.default, (input, *arguments, wanted))
 

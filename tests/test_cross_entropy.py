@@ -41,10 +41,10 @@ def test_the_reference_is_torch_in_float64(target_kind: str, reduction: str) -> 
         if target_kind == "index":
             options["ignore_index"] = 1
         spec = evaluate(reference.cross_entropy, logits, target, **options)
-        torchs = evaluate(F.cross_entropy, logits, target, **options)
+        of_torch = evaluate(F.cross_entropy, logits, target, **options)
         tight = {"rtol": 1e-13, "atol": 1e-14, "equal_nan": True}
-        torch.testing.assert_close(spec.value, torchs.value, **tight)
-        torch.testing.assert_close(spec.gradients, torchs.gradients, **tight)
+        torch.testing.assert_close(spec.value, of_torch.value, **tight)
+        torch.testing.assert_close(spec.gradients, of_torch.gradients, **tight)
 
 
 @pytest.mark.parametrize(("probability", "loss"), [(0.6, 0.5108), (0.1, 2.3026)])
@@ -183,9 +183,9 @@ def test_rows_that_begin_anywhere_in_memory_have_nothing_of_their_neighbours(
         options = {"reduction": "none", "label_smoothing": smoothing}
         loss = cross_entropy(logits, target, **options)
         expected = cross_entropy(alone, target[1::2], **options)
-        upstream = torch.rand_like(loss)
-        (gradient,) = torch.autograd.grad(loss, logits, upstream)
-        (expected_gradient,) = torch.autograd.grad(expected, alone, upstream[1::2])
+        grad_output = torch.rand_like(loss)
+        (gradient,) = torch.autograd.grad(loss, logits, grad_output)
+        (expected_gradient,) = torch.autograd.grad(expected, alone, grad_output[1::2])
         torch.testing.assert_close(loss[1::2], expected)
         torch.testing.assert_close(gradient[1::2], expected_gradient)
         assert loss[::2].isnan().all()

@@ -13,10 +13,10 @@ from conftest import KernelCalls, backend
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.backends import Among, CrossEntropyOptions, Measures, Want, cpu
+from pyfused.backends import CrossEntropyOptions, Measures, VocabShard, Want, cpu
 from pyfused.ops.operators import CROSS_ENTROPY
 
-definition = CROSS_ENTROPY.torchs
+definition = CROSS_ENTROPY.reference
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6))
 
@@ -225,13 +225,13 @@ def test_blocks_of_classes_add_up(
     wide = accumulated(dtype)
     given = target, weight.to(wide) if weighted else None
     plain = CrossEntropyOptions(-100, "none", smoothing)
-    logits, upstream = input.detach(), torch.rand(9, dtype=wide)
+    logits, grad_output = input.detach(), torch.rand(9, dtype=wide)
     cuts = [0, 1, classes // 3, classes // 2, classes]
     blocks = list(itertools.pairwise(cuts))
     own = torch.empty(len(blocks), 9, dtype=torch.float64)
     for i, (first, last) in enumerate(blocks):
         want = Want(False, measures=Measures(own[i]))
-        among = Among(first, classes)
+        among = VocabShard(first, classes)
         backend.cross_entropy(logits[:, first:last], *given, plain, want, None, among)
     lse = own.logsumexp(0)
     live = target != -100
@@ -245,14 +245,14 @@ def test_blocks_of_classes_add_up(
             *given,
             plain,
             Want(True, (True, False)),
-            upstream,
-            Among(first, classes, lse),
+            grad_output,
+            VocabShard(first, classes, lse),
         )
         assert loss is not None
         total += loss
         parts.append(gradient)
     whole, (gradient, _) = backend.cross_entropy(
-        logits, *given, plain, Want(True, (True, False)), upstream
+        logits, *given, plain, Want(True, (True, False)), grad_output
     )
     assert whole is not None
     torch.testing.assert_close(total.to(whole.dtype), whole)

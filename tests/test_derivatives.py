@@ -26,14 +26,14 @@ def x() -> Tensor:
 def test_double_backward(case: Case, x: Tensor) -> None:
     def penalty(operator: Operator) -> Tensor:
         value = operator(x)
-        upstream = torch.linspace(1, 2, value.numel()).view_as(value).requires_grad_()
-        (first,) = torch.autograd.grad(value, x, upstream, create_graph=True)
+        grad_output = torch.linspace(1, 2, value.numel()).view_as(value).requires_grad_()
+        (first,) = torch.autograd.grad(value, x, grad_output, create_graph=True)
         assert first.requires_grad
-        inputs = (x, upstream)
+        inputs = (x, grad_output)
         second = torch.autograd.grad(first.square().sum(), inputs, allow_unused=True)
         return torch.stack([g.sum() if g is not None else torch.zeros(()) for g in second])
 
-    close(penalty(case.ours), penalty(case.torchs))
+    close(penalty(case.ours), penalty(case.reference))
 
 
 @every_case
@@ -45,7 +45,7 @@ def test_third_derivative(case: Case, x: Tensor) -> None:
             value = value.square().sum()
         return torch.autograd.grad(value, x)[0]
 
-    close(third(case.ours), third(case.torchs), rtol=1e-4, atol=1e-4)
+    close(third(case.ours), third(case.reference), rtol=1e-4, atol=1e-4)
 
 
 @every_case
@@ -54,10 +54,10 @@ def test_forward_mode(case: Case, x: Tensor) -> None:
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x.detach(), tangent)
         got = forward_ad.unpack_dual(case.ours(dual)).tangent
-        expected = forward_ad.unpack_dual(case.torchs(dual)).tangent
+        expected = forward_ad.unpack_dual(case.reference(dual)).tangent
         plain = case.ours(torch.ones(6, 5))
     close(got, expected)
-    close(plain, case.torchs(torch.ones(6, 5)))
+    close(plain, case.reference(torch.ones(6, 5)))
 
 
 @every_case
@@ -72,11 +72,12 @@ def test_torch_func(case: Case, x: Tensor) -> None:
             return None
 
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
-        close(of_total(transform, case.ours), of_total(transform, case.torchs))
+        close(of_total(transform, case.ours), of_total(transform, case.reference))
     close(
-        torch.func.jvp(case.ours, (x,), (tangent,)), torch.func.jvp(case.torchs, (x,), (tangent,))
+        torch.func.jvp(case.ours, (x,), (tangent,)),
+        torch.func.jvp(case.reference, (x,), (tangent,)),
     )
-    close(torch.func.vjp(case.ours, x)[0], torch.func.vjp(case.torchs, x)[0])
+    close(torch.func.vjp(case.ours, x)[0], torch.func.vjp(case.reference, x)[0])
 
 
 @every_case
@@ -84,7 +85,7 @@ def test_torch_func(case: Case, x: Tensor) -> None:
 def test_vmap(case: Case) -> None:
     batch = torch.randn(3, 6, 5)
     try:
-        expected = torch.vmap(case.torchs)(batch)
+        expected = torch.vmap(case.reference)(batch)
     except RuntimeError as error:  # torch looks at a variance's values
         assert "data-dependent" in str(error)  # noqa: PT017
         with pytest.raises(RuntimeError, match="vmap"):
@@ -92,7 +93,7 @@ def test_vmap(case: Case) -> None:
         return
     close(torch.vmap(case.ours)(batch), expected)
     per_sample = torch.vmap(torch.func.grad(lambda x: case.ours(x).sum()))(batch)
-    close(per_sample, torch.vmap(torch.func.grad(lambda x: case.torchs(x).sum()))(batch))
+    close(per_sample, torch.vmap(torch.func.grad(lambda x: case.reference(x).sum()))(batch))
 
 
 @every_case
@@ -104,7 +105,7 @@ def test_batched_gradients(case: Case, x: Tensor) -> None:
         upstreams = torch.randn((4, *value.shape), generator=torch.Generator().manual_seed(1))
         return torch.autograd.grad(value, x, upstreams, is_grads_batched=True)[0]
 
-    close(jacobian(case.ours), jacobian(case.torchs))
+    close(jacobian(case.ours), jacobian(case.reference))
 
 
 @every_case
@@ -112,9 +113,9 @@ def test_functional_jacobian_and_hessian(case: Case, x: Tensor) -> None:
     for vectorize in (False, True):
         options: dict[str, Any] = {"vectorize": vectorize}
         jacobian = torch.autograd.functional.jacobian
-        close(jacobian(case.ours, x, **options), jacobian(case.torchs, x, **options))
+        close(jacobian(case.ours, x, **options), jacobian(case.reference, x, **options))
         hessian = torch.autograd.functional.hessian
         close(
             hessian(lambda x: case.ours(x).sum(), x, **options),
-            hessian(lambda x: case.torchs(x).sum(), x, **options),
+            hessian(lambda x: case.reference(x).sum(), x, **options),
         )

@@ -73,7 +73,7 @@ def test_outputs_that_leave_the_cache(dtype: torch.dtype, isa: str) -> None:
     x, y = torch.randn(2, rows, length).to(dtype)
     x.requires_grad_()
     target = torch.randint(3, (rows // 3, length))
-    for ours, torchs in (
+    for ours, of_torch in (
         (lambda: relu(x), lambda: F.relu(x)),
         (lambda: mse_loss(x, y), lambda: F.mse_loss(widen(x), widen(y))),
         (
@@ -85,10 +85,10 @@ def test_outputs_that_leave_the_cache(dtype: torch.dtype, isa: str) -> None:
             lambda: F.cross_entropy(widen(x).view(-1, 3, length), target, reduction="sum"),
         ),
     ):
-        got, expected = ours(), torchs()
-        upstream = torch.full_like(got, 0.5)
-        (gradient,) = torch.autograd.grad(got, x, upstream)
-        (wanted,) = torch.autograd.grad(expected, x, upstream.to(expected.dtype))
+        got, expected = ours(), of_torch()
+        grad_output = torch.full_like(got, 0.5)
+        (gradient,) = torch.autograd.grad(got, x, grad_output)
+        (wanted,) = torch.autograd.grad(expected, x, grad_output.to(expected.dtype))
         eps = torch.finfo(dtype).eps
         close = torch.testing.assert_close
         close(got, expected.to(dtype), rtol=max(4 * eps, 1e-5), atol=8 * eps)

@@ -18,7 +18,7 @@ from pyfused.ops import chunked
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-materialised = LINEAR_CROSS_ENTROPY.torchs
+materialised = LINEAR_CROSS_ENTROPY.reference
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -89,13 +89,13 @@ KINDS: dict[str, dict[str, Any]] = {
 def add(errors: Errors, given: Given, names: str, **more: Any) -> None:
     arguments, options = (given.input, given.head, given.target), given.options(names)
     got = evaluate(fused.linear_cross_entropy, *arguments, **options, **more)
-    torchs = evaluate(materialised, *arguments, **options)
+    of_torch = evaluate(materialised, *arguments, **options)
     exact = evaluate(materialised, *arguments, convert=exactly, **options)
-    errors.add("loss", got.value, torchs.value, exact.value)
-    assert got.value.dtype == torchs.value.dtype
+    errors.add("loss", got.value, of_torch.value, exact.value)
+    assert got.value.dtype == of_torch.value.dtype
     for i, ours in enumerate(got.gradients):
-        assert ours.dtype == torchs.gradients[i].dtype
-        errors.add(f"gradient {i}", ours, torchs.gradients[i], exact.gradients[i])
+        assert ours.dtype == of_torch.gradients[i].dtype
+        errors.add(f"gradient {i}", ours, of_torch.gradients[i], exact.gradients[i])
 
 
 @every_dtype
@@ -306,8 +306,8 @@ def test_autocast() -> None:
     exact = evaluate(materialised, *arguments, convert=exactly)
     assert got.dtype == native.dtype == torch.float32
     leaves = given.input, given.head
-    ours, torchs = torch.autograd.grad(got, leaves), torch.autograd.grad(native, leaves)
-    for mine, theirs, best in zip(ours, torchs, exact.gradients, strict=True):
+    ours, of_torch = torch.autograd.grad(got, leaves), torch.autograd.grad(native, leaves)
+    for mine, theirs, best in zip(ours, of_torch, exact.gradients, strict=True):
         assert mine.dtype == theirs.dtype
         assert (mine - best).abs().max() <= 1.5 * (theirs - best).abs().max()
 

@@ -121,10 +121,10 @@ def test_mse_loss_takes_the_gradients_that_are_wanted(wanted: int) -> None:
 @linux_only
 def test_relu_takes_output_and_gradient() -> None:
     code = """
-    upstream = torch.randn(rows, classes)
+    grad_output = torch.randn(rows, classes)
     def call():
         leaf.grad = None
-        F.relu(leaf).backward(upstream)
+        F.relu(leaf).backward(grad_output)
         leaf.grad = None
     measured(call)
     """

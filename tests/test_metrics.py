@@ -105,8 +105,8 @@ def test_of_cross_entropy(
     assert_metrics(metrics, exact(input, target), dtype)
     plain = fused.cross_entropy(input, target, **options)
     assert_same(loss, plain)
-    upstream = torch.rand_like(loss)
-    of_loss, of_plain = (torch.autograd.grad(each, input, upstream) for each in (loss, plain))
+    grad_output = torch.rand_like(loss)
+    of_loss, of_plain = (torch.autograd.grad(each, input, grad_output) for each in (loss, plain))
     assert_same(*of_loss, *of_plain)
 
 

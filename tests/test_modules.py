@@ -87,9 +87,9 @@ def test_value_and_gradient(name: str, options: dict[str, Any], kernel_calls: Ke
     x = torch.randn(6, 5, requires_grad=True)
     got, expected = call(ours, x), call(theirs, x)
     torch.testing.assert_close(got, expected)
-    upstream = torch.randn_like(expected)
+    grad_output = torch.randn_like(expected)
     torch.testing.assert_close(
-        torch.autograd.grad(got, x, upstream), torch.autograd.grad(expected, x, upstream)
+        torch.autograd.grad(got, x, grad_output), torch.autograd.grad(expected, x, grad_output)
     )
     assert kernel_calls.total() > 0
 
@@ -125,10 +125,10 @@ def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if hasattr(nn.functional, name)])
 def test_functional_signatures_are_torchs(name: str) -> None:
-    torchs = getattr(TORCH, name)
+    of_torch = getattr(TORCH, name)
     if name == "gelu":  # a built-in, of which nothing can be read
-        torchs = lambda input, *, approximate="none": None  # noqa: E731
-    assert_same_signature(getattr(fused_functional, name), torchs)
+        of_torch = lambda input, *, approximate="none": None  # noqa: E731
+    assert_same_signature(getattr(fused_functional, name), of_torch)
 
 
 @every_module

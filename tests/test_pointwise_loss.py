@@ -67,7 +67,7 @@ def test_shapes_and_options_against_torch(
 ) -> None:
     given = loss.draw(shape, dtype) | weight_of(loss, weighted, shape, dtype)
     options = loss.parameters | {"reduction": reduction}
-    assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+    assert_matches_torch(loss.ours, loss.reference, **given, **options)
     assert kernel_calls[loss.kernel]
 
 
@@ -80,7 +80,7 @@ def test_gradients_to_those_that_ask(
         requiring = tuple(name for name, ask in zip(loss.differentiated, asked, strict=True) if ask)
         given = loss.draw((3, 5), requiring=requiring) | weight
         options = loss.parameters | {"reduction": reduction}
-        got = assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+        got = assert_matches_torch(loss.ours, loss.reference, **given, **options)
         assert len(got.gradients) == len(requiring)
     assert kernel_calls[loss.kernel]
 
@@ -92,7 +92,7 @@ def test_the_same_tensor_for_each_that_is_differentiated(loss: Loss, reduction: 
         return operator(**given, reduction=reduction)
 
     x = torch.rand(3, 5, requires_grad=True)
-    for operator in (loss.ours, loss.torchs):
+    for operator in (loss.ours, loss.reference):
         torch.manual_seed(1)
         x.grad = None
         twice(operator, x).sum().backward()
@@ -140,10 +140,10 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 def test_broadcasting(loss: Loss, shapes: Shapes, dtype: torch.dtype, reduction: str) -> None:
     given = loss.draw(list(shapes), dtype)
     options = loss.parameters | {"reduction": reduction}
-    assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+    assert_matches_torch(loss.ours, loss.reference, **given, **options)
     if loss.takes_weight:
         given["weight"] = loss.weight(shapes[0], dtype)
-        assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+        assert_matches_torch(loss.ours, loss.reference, **given, **options)
 
 
 @BROADCAST
@@ -155,7 +155,7 @@ def test_broadcasting_in_half_precision(loss: Loss, shapes: Shapes, dtype: torch
     input = (torch.rand(shapes[0]) + 2).to(dtype).requires_grad_()
     target = torch.rand(shapes[1]).to(dtype).requires_grad_("target" in loss.differentiated)
     got = evaluate(loss.ours, input, target)
-    exact = evaluate(loss.torchs, input, target, convert=exactly)
+    exact = evaluate(loss.reference, input, target, convert=exactly)
     for ours, expected in zip(
         (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True
     ):
@@ -167,7 +167,7 @@ def test_broadcasting_in_half_precision(loss: Loss, shapes: Shapes, dtype: torch
 def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> None:
     given = loss.draw([(3, 5), (5,)])
     caught = []
-    for function in (loss.ours, loss.torchs):
+    for function in (loss.ours, loss.reference):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", UserWarning)
             function(**given)
@@ -181,7 +181,7 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> Non
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0, 2)], ids=str)
 def test_no_elements(loss: Loss, shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
     given = loss.draw(shape) | weight_of(loss, weighted, shape)
-    assert_matches_torch(loss.ours, loss.torchs, **given, **loss.parameters, reduction=reduction)
+    assert_matches_torch(loss.ours, loss.reference, **given, **loss.parameters, reduction=reduction)
 
 
 # ---- dtypes --------------------------------------------------------------------------------------
@@ -225,20 +225,20 @@ def test_type_promotion(
         weights += [{"weight": weight.to(dtype)} for dtype in (*FLOATS, torch.int64)]
     for weight_ in weights:
         got = outcome_or_error(loss.ours, given | weight_, reduction=reduction)
-        torchs = outcome_or_error(loss.torchs, given | weight_, reduction=reduction)
-        if isinstance(torchs, type):
+        of_torch = outcome_or_error(loss.reference, given | weight_, reduction=reduction)
+        if isinstance(of_torch, type):
             assert isinstance(got, type)
-            assert issubclass(got, torchs)
+            assert issubclass(got, of_torch)
             continue
-        upstream = evaluate_upstream(got.value.shape).to(got.value.dtype)
+        grad_output = evaluate_upstream(got.value.shape).to(got.value.dtype)
         if not kernel_calls[loss.kernel]:
-            assert got.value.dtype is torchs.value.dtype
+            assert got.value.dtype is of_torch.value.dtype
             continue
-        exact = loss.exact(given | weight_, reduction, upstream)
+        exact = loss.exact(given | weight_, reduction, grad_output)
         errors = Errors()
-        errors.add("value", got.value, torchs.value, exact.value, exact.terms)
+        errors.add("value", got.value, of_torch.value, exact.value, exact.terms)
         asked = [name for name in loss.differentiated if given[name].requires_grad]
-        for name, ours, theirs in zip(asked, got.gradients, torchs.gradients, strict=True):
+        for name, ours, theirs in zip(asked, got.gradients, of_torch.gradients, strict=True):
             expected = exact.gradients[name]
             errors.add(f"gradient to the {name}", ours, theirs, expected, exact.gradients_terms)
         errors.check(roundings=4 if got.value.dtype == torch.float64 else 2)
@@ -254,10 +254,10 @@ def test_autocast_gives_torchs_dtypes(
     options = loss.parameters | {"reduction": reduction}
     with torch.autocast("cpu", dtype=autocast):
         got = evaluate(loss.ours, **given, **options)
-        expected = evaluate(loss.torchs, **given, **options)
+        expected = evaluate(loss.reference, **given, **options)
     assert got.value.dtype == expected.value.dtype
-    upstream = evaluate_upstream(got.value.shape).to(got.value.dtype)
-    exact = loss.exact(given, reduction, upstream)
+    grad_output = evaluate_upstream(got.value.shape).to(got.value.dtype)
+    exact = loss.exact(given, reduction, grad_output)
     assert_rounded(got.value, exact.value, exact.terms)
     for ours, name in zip(got.gradients, loss.differentiated, strict=True):
         assert ours.dtype == dtype
@@ -280,11 +280,11 @@ def test_a_scalar_target_promotes_as_in_torch(
 ) -> None:
     given = loss.draw((3, 5)) | {"target": torch.tensor(2, dtype=dtype)}
     options = loss.parameters | {"reduction": reduction}
-    torchs = outcome_or_error(loss.torchs, given, **options)
-    if isinstance(torchs, type):
-        assert outcome_or_error(loss.ours, given, **options) is torchs
+    of_torch = outcome_or_error(loss.reference, given, **options)
+    if isinstance(of_torch, type):
+        assert outcome_or_error(loss.ours, given, **options) is of_torch
     else:
-        assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+        assert_matches_torch(loss.ours, loss.reference, **given, **options)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.int64, torch.bool], ids=["int64", "bool"])
@@ -315,7 +315,7 @@ def test_special_values_come_out_as_torchs(
     if "pos_weight" in given:  # torch's gradient is NaN where their product overflows
         given["pos_weight"] /= 2
     options = loss.parameters | {"reduction": reduction}
-    assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+    assert_matches_torch(loss.ours, loss.reference, **given, **options)
 
 
 @every(loss for loss in FIRST if loss.takes_weight and loss.op.definition is None)
@@ -324,7 +324,7 @@ def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
     given = loss.draw((3, 5)) | weight_of(loss, True, (3, 5))
     for where in ((1, slice(2, None)), slice(None)):
         given["weight"][where] = value
-        assert_matches_torch(loss.ours, loss.torchs, **given, reduction=reduction)
+        assert_matches_torch(loss.ours, loss.reference, **given, reduction=reduction)
 
 
 @by_dtype
@@ -384,7 +384,7 @@ def test_size_average_and_reduce_warn_and_work(
     given = loss.draw(shape)
     options: dict[str, Any] = {"size_average": size_average, "reduce": reduce}
     results = []
-    for operator in (loss.ours, loss.torchs):
+    for operator in (loss.ours, loss.reference):
         with pytest.warns(UserWarning, match="size_average and reduce args will be") as warned:
             results.append(operator(**given, **options))
         assert len(warned) == 1
@@ -400,14 +400,14 @@ def test_the_arguments_by_position(loss: Loss) -> None:
     kinds = inspect.signature(loss.ours).parameters
     by_place = [n for n in loss.op.arguments if kinds[n].kind is not inspect.Parameter.KEYWORD_ONLY]
     arguments = [named[name] for name in by_place]
-    assert_matches_torch(loss.ours, loss.torchs, *arguments)
+    assert_matches_torch(loss.ours, loss.reference, *arguments)
 
 
 @every(loss for loss in FIRST if loss.takes_weight)
 def test_a_gradient_to_the_weight_is_torchs_business(loss: Loss, reduction: str) -> None:
     given = loss.draw((3, 5)) | weight_of(loss, True, (3, 5))
     given["weight"].requires_grad_()
-    expected = outcome_or_error(loss.torchs, given, reduction=reduction)
+    expected = outcome_or_error(loss.reference, given, reduction=reduction)
     got = outcome_or_error(loss.ours, given, reduction=reduction)
     if isinstance(expected, type):
         assert got is expected
@@ -422,7 +422,7 @@ def test_where_small_inputs_may_go_to_torch(
     loss: Loss, shape: tuple[int, ...], reduction: str
 ) -> None:
     options = loss.parameters | {"reduction": reduction}
-    assert_matches_torch(loss.ours, loss.torchs, **loss.draw(shape), **options)
+    assert_matches_torch(loss.ours, loss.reference, **loss.draw(shape), **options)
 
 
 # ---- what a declaration may say ------------------------------------------------------------------

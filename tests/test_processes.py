@@ -43,8 +43,8 @@ def compute(seed: int = 0) -> list[Any]:
         ]
     upstreams = [torch.ones(()).expand(value.shape) for value in values]
     gradients = [
-        torch.autograd.grad(value, x, upstream)[0]
-        for value, upstream in zip(values, upstreams, strict=True)
+        torch.autograd.grad(value, x, grad_output)[0]
+        for value, grad_output in zip(values, upstreams, strict=True)
     ]
     return [tensor.view(-1)[::50_001].tolist() for tensor in (*values, *gradients)]
 

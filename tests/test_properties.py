@@ -216,10 +216,10 @@ def test_pointwise_losses(
     if weighted and loss.takes_weight:
         options["weight"] = loss.weight(shapes[0], dtype)
     got = evaluate(loss.ours, **given, **options)
-    exact = evaluate(loss.torchs, convert=exactly, **given, **options)
+    exact = evaluate(loss.reference, convert=exactly, **given, **options)
     term = 0.0
     if SAMPLES[loss.op.name].cancels or reduction != "none" or shapes[0] != shapes[1]:
-        each = loss.torchs(**given, **options | {"reduction": "none"}).detach()
+        each = loss.reference(**given, **options | {"reduction": "none"}).detach()
         sizes = [x.detach().abs().max().item() for x in (each, *given.values()) if x.numel()]
         added = each.numel() / max(min(x.numel() for x in given.values()), 1)  # to one gradient
         term = max(sizes, default=0.0) * max(added, 1.0)
@@ -262,12 +262,15 @@ def test_activations(
             x.view(-1)[torch.randint(x.numel(), ())] = value
         x = layout(x)
     x.requires_grad_()
-    upstream = values(shape, 1.0, dtype, upstream_layout)
+    grad_output = values(shape, 1.0, dtype, upstream_layout)
     results = []
     arguments = op.defaults
     for operator, above in (
-        (lambda *a: call(op, a, inplace), upstream),
-        (op.aten_ if inplace else op.aten, upstream.contiguous()),  # gelu cannot describe windows
+        (lambda *a: call(op, a, inplace), grad_output),
+        (
+            op.aten_ if inplace else op.aten,
+            grad_output.contiguous(),
+        ),  # gelu cannot describe windows
     ):
         y = operator(x * 1 if inplace else x, *arguments)
         results.append((y.detach(), torch.autograd.grad(y, x, above)[0]))

@@ -84,10 +84,10 @@ def test_linear_cross_entropy(kind: str, budget: int | None, positions: tuple[in
         logits = (input @ head.flatten(0, -2).t()).view(12, 40, *positions)
         expected = by_hand(logits, target, **given)
         torch.testing.assert_close(got, expected)
-        leaves, upstream = (input, head), torch.rand_like(got)
+        leaves, grad_output = (input, head), torch.rand_like(got)
         for mine, best in zip(
-            torch.autograd.grad(got, leaves, upstream),
-            torch.autograd.grad(expected, leaves, upstream),
+            torch.autograd.grad(got, leaves, grad_output),
+            torch.autograd.grad(expected, leaves, grad_output),
             strict=True,
         ):
             torch.testing.assert_close(mine, best)
@@ -217,16 +217,16 @@ def test_filtered_gradients_are_off_by_less_than_is_said(
     epsilon, leaves = 2.0**-6, (input, head)
     options: dict[str, Any] = {"memory_budget": budget, "reduction": reduction}
     exact = fused.linear_cross_entropy(input, head, target, **options)
-    upstream = torch.rand_like(exact)
-    exactly = torch.autograd.grad(exact, leaves, upstream)
+    grad_output = torch.rand_like(exact)
+    exactly = torch.autograd.grad(exact, leaves, grad_output)
     blocks, everything = len(kept), sum(kept)
     kept.clear()
     loss = fused.linear_cross_entropy(input, head, target, filter_eps=epsilon, **options)
-    found = torch.autograd.grad(loss, leaves, upstream)
+    found = torch.autograd.grad(loss, leaves, grad_output)
     assert torch.equal(loss, exact)
     assert len(kept) == blocks
     assert sum(kept) < 0.3 * everything
-    least = epsilon * float(upstream.max()) / (len(target) if reduction == "mean" else 1)
+    least = epsilon * float(grad_output.max()) / (len(target) if reduction == "mean" else 1)
     sums = head.detach().float().abs().sum(0), input.detach().float().abs().sum(0)
     rounding = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-6
     for mine, best, of_all in zip(found, exactly, sums, strict=True):

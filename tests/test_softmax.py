@@ -52,13 +52,13 @@ by_shape = pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
 
 
 def both(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Tensor], ...]:
-    ours, torchs = getattr(fused, name), getattr(F, name)
-    return (lambda x: ours(x, *args, **kwargs)), (lambda x: torchs(x, *args, **kwargs))
+    ours, of_torch = getattr(fused, name), getattr(F, name)
+    return (lambda x: ours(x, *args, **kwargs)), (lambda x: of_torch(x, *args, **kwargs))
 
 
-def assert_alike(ours: Callable[..., Tensor], torchs: Callable[..., Tensor], x: Tensor) -> None:
+def assert_alike(ours: Callable[..., Tensor], of_torch: Callable[..., Tensor], x: Tensor) -> None:
     """In half precision the last digit of an output counts in the gradient, and in sums of it."""
-    got, expected = evaluate(ours, x), evaluate(torchs, x)
+    got, expected = evaluate(ours, x), evaluate(of_torch, x)
     eps = torch.finfo(expected.value.dtype).eps
     half = expected.value.dtype in HALF
     close(got.value, expected.value, equal_nan=True, **({"rtol": eps, "atol": eps} if half else {}))
@@ -78,21 +78,21 @@ def test_as_accurate_as_torchs(
     isa: str,
     kernel_calls: KernelCalls,
 ) -> None:
-    ours, torchs = both(name, dim)
+    ours, of_torch = both(name, dim)
     errors = Errors()
     for scale in (1, 20):
         x = (scale * torch.randn(shape)).to(dtype).requires_grad_()
-        upstream = evaluate_upstream(shape).to(dtype)
-        got, expected = ours(x), torchs(x)
+        grad_output = evaluate_upstream(shape).to(dtype)
+        got, expected = ours(x), of_torch(x)
         assert got.is_contiguous()
         wide = extended(x)
         shifted = wide - wide.max(dim, keepdims=True)
         lse = np.log(np.exp(shifted).sum(dim, keepdims=True))
         exact = shifted - lse if name == "log_softmax" else np.exp(shifted - lse)
         errors.add("value", got, expected, exact)
-        (of_ours,) = torch.autograd.grad(got, x, upstream)
-        (of_torchs,) = torch.autograd.grad(expected, x, upstream)
-        y, dy = extended(got), extended(upstream)  # the output's rounding is not the gradient's
+        (of_ours,) = torch.autograd.grad(got, x, grad_output)
+        (of_torchs,) = torch.autograd.grad(expected, x, grad_output)
+        y, dy = extended(got), extended(grad_output)  # the output's rounding is not the gradient's
         if name == "softmax":
             ideal = y * (dy - (dy * y).sum(dim, keepdims=True))
             term = float(abs(y * dy).max())
@@ -113,23 +113,23 @@ def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: in
     x = torch.randn(4, classes)
     x[0] = -INF
     x[1, 2], x[2, 3], x[3, :4] = INF, NAN, -INF
-    ours, torchs = both(name, dim)
+    ours, of_torch = both(name, dim)
     x = x.to(dtype)
-    close(ours(x), torchs(x), equal_nan=True)
+    close(ours(x), of_torch(x), equal_nan=True)
     finite = torch.randn(4, classes).to(dtype)
     finite[:, 1] = -INF  # as a mask makes it
-    assert_alike(ours, torchs, finite.requires_grad_())
+    assert_alike(ours, of_torch, finite.requires_grad_())
 
 
 @by_name
 @by_dtype
 @pytest.mark.parametrize("classes", [9, 300])
 def test_constant_rows_and_large_values(name: str, dtype: torch.dtype, classes: int) -> None:
-    ours, torchs = both(name, -1)
+    ours, of_torch = both(name, -1)
     for value in (0.0, 3e4, -3e4):
         x = torch.full((3, classes), value).to(dtype)
         x[1, 0] += 100
-        close(ours(x), torchs(x))
+        close(ours(x), of_torch(x))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -147,14 +147,14 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("shape", [(3, 20, 5), (3, 5, 140)], ids=str)
 def test_strides(name: str, layout: str, dim: int, shape: tuple[int, ...]) -> None:
     x = LAYOUTS[layout](torch.randn(shape)).requires_grad_()
-    ours, torchs = both(name, dim)
-    got, expected = ours(x), torchs(x)
+    ours, of_torch = both(name, dim)
+    got, expected = ours(x), of_torch(x)
     assert got.stride() == expected.stride()
     close(got, expected)
-    upstream = LAYOUTS[layout](torch.randn(shape))
-    found = [torch.autograd.grad(y, x, upstream)[0] for y in (got, expected)]
+    grad_output = LAYOUTS[layout](torch.randn(shape))
+    found = [torch.autograd.grad(y, x, grad_output)[0] for y in (got, expected)]
     close(*found)
-    sums = [torch.autograd.grad(f(x).sum(), x)[0] for f in (ours, torchs)]
+    sums = [torch.autograd.grad(f(x).sum(), x)[0] for f in (ours, of_torch)]
     close(*sums, atol=1e-6, rtol=1e-4)
 
 
@@ -163,14 +163,14 @@ def test_strides(name: str, layout: str, dim: int, shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("asked", [None, torch.float64, torch.float32, torch.float16])
 def test_dtype(name: str, given: torch.dtype, asked: torch.dtype | None) -> None:
     x = torch.randint(-4, 5, (6, 50)).to(given)
-    ours, torchs = both(name, 1, dtype=asked)
+    ours, of_torch = both(name, 1, dtype=asked)
     if asked is None and given is torch.int64:
         with pytest.raises(NotImplementedError):
             ours(x)
         return
     if given.is_floating_point:
-        assert_alike(ours, torchs, x.requires_grad_())
-    close(ours(x), torchs(x))
+        assert_alike(ours, of_torch, x.requires_grad_())
+    close(ours(x), of_torch(x))
 
 
 @by_name
@@ -210,8 +210,8 @@ def test_errors(name: str, dim: Any, error: type[Exception], told: str) -> None:
 @by_name
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3), (2, 0, 3)], ids=str)
 def test_scalars_and_nothing(name: str, shape: tuple[int, ...]) -> None:
-    ours, torchs = both(name, -1)
-    assert_matches_torch(ours, torchs, torch.randn(shape, requires_grad=True))
+    ours, of_torch = both(name, -1)
+    assert_matches_torch(ours, of_torch, torch.randn(shape, requires_grad=True))
 
 
 @by_name
@@ -227,14 +227,14 @@ def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("shape", "dim"), [((3, 5), 1), ((3, 5), 0), ((2, 4, 3), 1)], ids=str)
 def test_gradcheck(name: str, shape: tuple[int, ...], dim: int) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    ours, torchs = both(name, dim)
+    ours, of_torch = both(name, dim)
     assert torch.autograd.gradcheck(ours, x)
     assert torch.autograd.gradgradcheck(ours, x)
     second = [
         torch.autograd.grad(
             torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0].square().sum(), x
         )[0]
-        for f in (ours, torchs)
+        for f in (ours, of_torch)
     ]
     close(*second)
 
@@ -246,9 +246,9 @@ def test_the_output_is_all_that_is_kept(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = getattr(fused, name)(x, 1)
     assert [tensor.data_ptr() for tensor in saved] == [y.data_ptr()]
-    upstream = torch.randn(20, 300)
-    first = torch.autograd.grad(y, x, upstream, retain_graph=True)
-    assert torch.equal(first[0], torch.autograd.grad(y, x, upstream)[0])
+    grad_output = torch.randn(20, 300)
+    first = torch.autograd.grad(y, x, grad_output, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(y, x, grad_output)[0])
 
 
 @pytest.mark.thresholds

@@ -111,10 +111,10 @@ def test_pointwise_losses(
         given |= {name: other(given[name]) for name in others} | {first: layout(given[first])}
         for name in loss.differentiated:
             given[name].requires_grad_()
-        assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+        assert_matches_torch(loss.ours, loss.reference, **given, **options)
         if loss.takes_weight:
             given["weight"] = other(loss.weight(shape))
-            assert_matches_torch(loss.ours, loss.torchs, **given, **options)
+            assert_matches_torch(loss.ours, loss.reference, **given, **options)
     assert kernel_calls[loss.kernel] >= (1 + loss.takes_weight) * len(LAYOUTS)
 
 
@@ -133,7 +133,7 @@ def test_activations(
     rounded = dtype in HALF and SAMPLES[op.name].rounds
     # Where elements share memory, the sums of their gradients cancel; of rounded ones not alike.
     x.requires_grad_(not (rounded and layout is LAYOUTS["overlapping_windows"]))
-    assert_matches_torch(getattr(functional, op.name), op.torchs, x, widened=False)
+    assert_matches_torch(getattr(functional, op.name), op.reference, x, widened=False)
     assert kernel_calls[op.name] == 1
 
 
@@ -142,14 +142,14 @@ def test_activations(
 def test_upstream_gradients(case: Case, layout: Layout) -> None:
     """The gradient from above has strides of its own."""
     x = torch.randn(6, 5, requires_grad=True)
-    ours, torchs = case.ours(x), case.torchs(x)
+    ours, of_torch = case.ours(x), case.reference(x)
     above = layout(torch.randn(6, 5))
     if ours.dim() == 1:
         above = above[:, 0] if above.stride(0) else above[0, :1].expand(6)
     elif not ours.dim():
         above = above[0, 0]
     # torch's gelu takes a library that cannot describe windows which overlap
-    close(torch.autograd.grad(ours, x, above), torch.autograd.grad(torchs, x, above.contiguous()))
+    close(torch.autograd.grad(ours, x, above), torch.autograd.grad(of_torch, x, above.contiguous()))
 
 
 @pytest.mark.parametrize("layout", SAME_VALUES.values(), ids=SAME_VALUES.keys())
@@ -176,7 +176,7 @@ def test_a_view_that_works_on_torchs_result_works_on_ours(
 @every_activation
 def test_activations_keep_the_layout_of_dense_memory(op: Activation, layout: str) -> None:
     x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))
-    assert getattr(functional, op.name)(x).stride() == op.torchs(x).stride() == x.stride()
+    assert getattr(functional, op.name)(x).stride() == op.reference(x).stride() == x.stride()
 
 
 def test_memory_is_not_read_or_written_beyond_the_view() -> None:

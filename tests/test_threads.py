@@ -110,8 +110,8 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
 
     def backward(op: Operator) -> Callable[[], Any]:
         x = torch.randn(shape, requires_grad=True)
-        output, upstream = call(op, arguments(op, x)), torch.ones(shape)
-        return lambda: torch.autograd.grad(output, x, upstream)
+        output, grad_output = call(op, arguments(op, x)), torch.ones(shape)
+        return lambda: torch.autograd.grad(output, x, grad_output)
 
     made: dict[str, Callable[[], Callable[[], Any]]] = {
         "cross_entropy": lambda: partial(

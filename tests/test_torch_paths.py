@@ -185,12 +185,12 @@ def test_a_lazily_negated_input() -> None:
 def test_upstream_gradient_of_another_kind() -> None:
     """Autograd may hand backward a lazily negated gradient, or one of zeros without memory."""
     x = torch.randn(6, 5, requires_grad=True)
-    upstream = torch.randn(6, 5, dtype=torch.complex64).conj().imag
+    grad_output = torch.randn(6, 5, dtype=torch.complex64).conj().imag
     zeros = torch._efficientzerotensor((6, 5))
     calls = [lambda f, op=op: getattr(f, op.name)(x) for op in ACTIVATIONS]
     calls += [lambda f, loss=loss: beside(loss, f, x, reduction="none") for loss in FIRST]
     for call in calls:
-        for above in (upstream, zeros):
+        for above in (grad_output, zeros):
             ours, theirs = (torch.autograd.grad(call(f), x, above) for f in (fused, F))
             close(ours, theirs)
 

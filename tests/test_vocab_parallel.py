@@ -221,8 +221,8 @@ def test_processes_together_are_one(
 def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
     for rank in ranks:
         *shared, other = rank["dtensor"]
-        for backend, manner, numbers, far in shared:
-            assert (backend, manner, numbers) == ("cpu", "some classes a process", 3)
+        for backend, strategy, numbers, far in shared:
+            assert (backend, strategy, numbers) == ("cpu", "some classes a process", 3)
             assert far < 1e-5
         assert other == "input is a DTensor"
 

@@ -39,7 +39,7 @@ class Want(NamedTuple):
 
 
 class CrossEntropyOptions(NamedTuple):
-    """The arguments of cross-entropy beside the logits, what they aim at and the classes' weight.
+    """The arguments of cross-entropy beside the logits, the target and the class weights.
 
     Attributes:
         token_weight: What each loss is multiplied by, None for ones.
@@ -57,8 +57,8 @@ class CrossEntropyOptions(NamedTuple):
     loss_dtype: torch.dtype | None = None
 
 
-class Among(NamedTuple):
-    """Where the logits' classes stand among all classes, if they are a block of them.
+class VocabShard(NamedTuple):
+    """The logits' classes as a shard of all classes.
 
     Attributes:
         first: The first of them.
@@ -89,7 +89,7 @@ class Shaping(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A linear layer, what goes into it, and what its logits are held against.
+    """A linear layer, what goes into it, and the targets of its logits.
 
     Attributes:
         input: (N, D).
@@ -145,7 +145,7 @@ class Backend(Protocol):
         options: CrossEntropyOptions,
         want: Want,
         grad_output: Tensor | None = None,
-        among: Among | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> tuple[Tensor | None, Gradients]: ...
 
     def nll_loss(

@@ -19,11 +19,11 @@ from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
 from pyfused.backends import (
-    Among,
     CrossEntropyOptions,
     Gradients,
     MarginOptions,
     NllOptions,
+    VocabShard,
     Want,
 )
 from pyfused.backends.layout import (
@@ -154,7 +154,7 @@ def cross_entropy(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None = None,
-    among: Among | None = None,
+    vocab_shard: VocabShard | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Loss, and gradients of input and target, each where wanted.
 
@@ -163,7 +163,7 @@ def cross_entropy(
         target: int64 class indices, or probabilities of the input's shape and dtype.
         weight: (C), or None; of all classes where the logits' are some of them.
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
-        among: Where the logits' classes are not all classes.
+        vocab_shard: Where the logits' classes are not all classes.
 
     Returns:
         The loss is in the accumulation dtype.
@@ -213,8 +213,8 @@ def cross_entropy(
         _address(loss),
         grad_input_view,
         grad_target_view,
-        None if among is None else among[:2],
-        0 if among is None else _address(among.lse),
+        None if vocab_shard is None else vocab_shard[:2],
+        0 if vocab_shard is None else _address(vocab_shard.lse),
         _NOT_MEASURED if want.measures is None else [*map(_address, want.measures)],
         torch.get_num_threads(),
     )
@@ -330,11 +330,11 @@ def pointwise_loss(
     """
     order = order_of(operands)
     views = [_operand(operand, order) for operand in operands]
-    weight_operand = upstream = _NO_OPERAND
+    weight_operand = grad_operand = _NO_OPERAND
     if weight is not None:
         weight, weight_operand = _operand(weight, order)
     if grad_output is not None:
-        grad_output, upstream = _operand(grad_output.to(order.dtype), order)
+        grad_output, grad_operand = _operand(grad_output.to(order.dtype), order)
     each = reduced = None
     if want.loss and reduction == "none":
         each = empty_like(order)
@@ -348,7 +348,7 @@ def pointwise_loss(
         (*parameters, 0.0, 0.0, 0.0)[:3],
         weight_operand,
         float(denominator),
-        upstream,
+        grad_operand,
         _address(each),
         _address(reduced),
         (*map(_address, gradients), 0, 0, 0)[:3],
@@ -374,16 +374,16 @@ def _softmax(
 ) -> Tensor:
     view, sizes, strides = along(input, dim)
     out, _, out_strides = along(output, dim)
-    upstream = _NO_VIEW
+    grad_view = _NO_VIEW
     if grad_output is not None:
         of_grad, _, grad_strides = along(grad_output, dim)
-        upstream = (of_grad.data_ptr(), *grad_strides)
+        grad_view = (of_grad.data_ptr(), *grad_strides)
     native.softmax(
         formula == "log_softmax",
         DTYPES[input.dtype],
         sizes,
         (view.data_ptr(), *strides),
-        upstream,
+        grad_view,
         (out.data_ptr(), *out_strides),
         torch.get_num_threads(),
     )
@@ -423,12 +423,12 @@ def activation_backward(
     parameter: float = 0.0,
 ) -> Tensor:
     """The input's gradient, from what the formula saves: its output or its input, dense."""
-    grad_output, upstream = _operand(grad_output, saved)
+    grad_output, grad_operand = _operand(grad_output, saved)
     grad_input = empty_like(saved)
     getattr(native, f"{formula}_backward")(
         DTYPES[saved.dtype],
         saved.numel(),
-        upstream,
+        grad_operand,
         saved.data_ptr(),
         grad_input.data_ptr(),
         parameter,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import (
-    Among,
     CrossEntropyOptions,
     Gradients,
     MarginOptions,
     Measures,
     NllOptions,
+    VocabShard,
     Want,
 )
 from pyfused.backends.layout import (
@@ -103,17 +103,19 @@ def cross_entropy(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None = None,
-    among: Among | None = None,
+    vocab_shard: VocabShard | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Loss, and gradients of input and target, each where wanted; see ``cpu.cross_entropy``.
 
     A class index out of range makes the loss of its position NaN and its gradient zero.
     """
-    if grad_output is not None and want.loss:  # only gradients are multiplied by it
+    if grad_output is not None and want.loss and options.reduction == "none":
         loss_alone = want._replace(gradients=())
-        loss, _ = cross_entropy(input, target, weight, options, loss_alone, None, among)
+        loss, _ = cross_entropy(input, target, weight, options, loss_alone, None, vocab_shard)
         want = want._replace(loss=False, measures=None)
-        return loss, cross_entropy(input, target, weight, options, want, grad_output, among)[1]
+        return loss, cross_entropy(input, target, weight, options, want, grad_output, vocab_shard)[
+            1
+        ]
     of_input, of_target = want.gradients or (False, False)
     indices, each = target.dtype is torch.int64, options.reduction == "none"
     logits, strides = viewed(input)
@@ -127,19 +129,19 @@ def cross_entropy(
     weight, token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), weight, options.token_weight, grad_output
     )
-    among = among or Among(0, classes)
-    lse, measures = among.lse, want.measures
+    vocab_shard = vocab_shard or VocabShard(0, classes)
+    lse, measures = vocab_shard.lse, want.measures
     smoothing, z_loss = max(0.0, float(options.label_smoothing)), float(options.z_loss)
     itemsize, dense = input.element_size(), not indices or (smoothing > 0 and weight is not None)
     with torch.cuda.device_of(input):
-        if measures is None and lse is None and classes < among.classes:
+        if measures is None and lse is None and classes < vocab_shard.classes:
             measures = Measures(logits.new_empty(outer * inner, dtype=torch.float64))
         if measures is not None:
             choice, programs, units = _tiling(sizes, itemsize, strides, tensors=2)
             given: Any = logits, target if indices else None, *measures, inner, classes, strides
-            scalars: Any = among.first, options.ignore_index
+            scalars: Any = vocab_shard.first, options.ignore_index
             statistics_kernel[(programs,)](*given, *scalars, **choice.tile(), **units)
-            lse = measures.log_sum_exp if classes < among.classes else None
+            lse = measures.log_sum_exp if classes < vocab_shard.classes else None
         if not (want.loss or of_input or of_target):
             return None, (None, None)
         loss = parts = None
@@ -147,7 +149,7 @@ def cross_entropy(
         if want.loss:
             loss, parts = _loss_of(logits, options.reduction, programs)
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
-        counted = target, weight, token_weight, options.ignore_index, among.classes
+        counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
         denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
         given = logits, target, weight, row_weight, denominator
         meta = {"EACH": each, **choice.tile(), **units}
@@ -162,10 +164,12 @@ def cross_entropy(
             outputs = parts, grad, inner, classes, strides[1], grad_strides[1]
             row_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
         else:
-            block = inner, classes, among.first, among.classes
+            block = inner, classes, vocab_shard.first, vocab_shard.classes
             outputs = lse, parts, grad, block, strides + grad_strides
             two_pass_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
         _add_up(parts, loss)
+        if loss is not None and grad_output is not None:  # by which only gradients are multiplied
+            loss /= grad_output
     return loss, (grad, grad_target)
 
 

@@ -42,9 +42,9 @@ class Activation(Operator):
         if self.definition is None:
             self.aten = _built_in(self.name)
             self.aten_ = _built_in(f"{self.name}_")
-        if self.torchs_ is self.torchs:  # which knows no `inplace`
-            self.torchs_ = self.aten_
-        self.overwrites = self.aten_ is not self.torchs
+        if self.reference_ is self.reference:  # which knows no `inplace`
+            self.reference_ = self.aten_
+        self.overwrites = self.aten_ is not self.reference
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         input = arguments[0]
@@ -60,7 +60,7 @@ class Activation(Operator):
     def check(self, arguments: Arguments) -> None:
         checks.tensor("input", arguments[0])
 
-    def against_inplace(self, input: Tensor) -> str | None:
+    def inplace_fallback_reason(self, input: Tensor) -> str | None:
         """torch has the errors for what must not be overwritten, and takes any strides.
 
         Unless a gradient follows, from the output, there is no new memory for a kernel to save,

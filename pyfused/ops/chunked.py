@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import (
-    Among,
     Backend,
     CrossEntropyOptions,
     Gradients,
     Head,
     Measures,
+    VocabShard,
     Want,
     cpu,
 )
@@ -102,14 +102,14 @@ def by_rows(
     rows: int,
     want_loss: bool,
     wanted: Wanted,
-    upstream: Tensor | None,
+    grad_output: Tensor | None,
     filter_eps: float,
     measured: Measured | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Loss and gradients, each where wanted; the loss is a sum in float64, or one a position.
 
     Args:
-        upstream: The loss's gradient, of the loss's shape; None stands for ones.
+        grad_output: The loss's gradient, of the loss's shape; None stands for ones.
         filter_eps: See `_classes_that_count`.
         measured: Where to write what is measured, None where nothing is.
     """
@@ -131,15 +131,17 @@ def by_rows(
         here = slice(first, min(first + rows, n))
         x, logits = input[here].to(dtype), memory[: here.stop - first]
         _linear(x, flat, bias, logits)
-        aims = target[here].to(dtype) if target.is_floating_point() else target[here]
-        shaped = shape(backend, shaping, logits.view(-1, *linear_weight.shape[:-1]), aims)
+        targets = target[here].to(dtype) if target.is_floating_point() else target[here]
+        shaped = shape(backend, shaping, logits.view(-1, *linear_weight.shape[:-1]), targets)
         if measured is not None:
             now = slice(here.start * of_row, here.stop * of_row)
-            measures = measured.at(now).before(backend, shaped.capped, aims, options.ignore_index)
+            measures = measured.at(now).before(
+                backend, shaped.capped, targets, options.ignore_index
+            )
             want = want._replace(measures=measures)
-        of_rows = upstream[here] if upstream is not None and each else upstream
+        of_rows = grad_output[here] if grad_output is not None and each else grad_output
         loss, (_, of_target) = backend.cross_entropy(
-            shaped.capped, aims, weight, _of_rows(options, here), want, of_rows
+            shaped.capped, targets, weight, _of_rows(options, here), want, of_rows
         )
         losses.append(loss)
         if wanted.logits():
@@ -188,18 +190,18 @@ def sums_by_blocks(
     input, _, _, target, weight, shaping = head
     classes = len(head.linear_weight) if classes is None else classes
     lse = input.new_full((len(input),), -torch.inf, dtype=torch.float64)
-    aimed = torch.zeros_like(lse)
+    target_logits = torch.zeros_like(lse)
     for logits, _, here, first in _tiles(head, tile):
-        among = Among(first_class + first, classes)
-        logits = shape(backend, shaping, logits, target[here], among.first).capped
+        vocab_shard = VocabShard(first_class + first, classes)
+        logits = shape(backend, shaping, logits, target[here], vocab_shard.first).capped
         block = Measured.empty(len(logits), logits)
         measures = Measures(*block[1:]) if blocks else Measures(block.log_sum_exp)
-        part = sums_of_block(backend, logits, target[here], weight, options, among, measures)
+        part = sums_of_block(backend, logits, target[here], weight, options, vocab_shard, measures)
         if blocks:
-            blocks.add(here, logits, target[here], among.first, measures)
+            blocks.add(here, logits, target[here], vocab_shard.first, measures)
         torch.logaddexp(lse[here], measures.log_sum_exp, out=lse[here])
-        aimed[here] += part
-    return lse, aimed
+        target_logits[here] += part
+    return lse, target_logits
 
 
 def sums_of_block(
@@ -208,7 +210,7 @@ def sums_of_block(
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    among: Among,
+    vocab_shard: VocabShard,
     measures: Measures,
 ) -> Tensor:
     """Measures logits that are there, and returns the sum of the ``q_c x_c``; one a position.
@@ -218,9 +220,9 @@ def sums_of_block(
     """
     plain = CrossEntropyOptions(options.ignore_index, "none", options.label_smoothing)
     given = logits, target, weight, plain
-    backend.cross_entropy(*given, Want(False, measures=measures), None, among)
-    among = among._replace(lse=torch.zeros_like(measures.log_sum_exp))
-    part, _ = backend.cross_entropy(*given, Want(), None, among)
+    backend.cross_entropy(*given, Want(False, measures=measures), None, vocab_shard)
+    vocab_shard = vocab_shard._replace(lse=torch.zeros_like(measures.log_sum_exp))
+    part, _ = backend.cross_entropy(*given, Want(), None, vocab_shard)
     assert part is not None
     return -part.flatten().double()
 
@@ -230,14 +232,14 @@ def each_of_sums(
     target: Tensor,
     weight: Tensor | None,
     lse: Tensor,
-    aimed: Tensor,
+    target_logits: Tensor,
 ) -> Tensor:
-    """The loss of each row, in float64: sum_c q_c lse, less what it aims at."""
-    mass: Tensor | float = 1.0
+    """The loss of each row, in float64: sum_c q_c lse, less what it targets at."""
+    target_sum: Tensor | float = 1.0
     if weight is not None:
         smoothing, own = max(0.0, options.label_smoothing), _own_weight(target, weight, options)
-        mass = smoothing * weight.double().mean() + (1 - smoothing) * own
-    loss = mass * lse - aimed
+        target_sum = smoothing * weight.double().mean() + (1 - smoothing) * own
+    loss = target_sum * lse - target_logits
     if options.z_loss:
         loss = loss + options.z_loss * lse.square()
     if options.token_weight is not None:
@@ -252,12 +254,12 @@ def gradients_by_blocks(
     tile: int,
     wanted: Wanted,
     lse: Tensor,
-    upstream: Tensor,
+    grad_output: Tensor,
     filter_eps: float = 0.0,
     first_class: int = 0,
     classes: int | None = None,
 ) -> Gradients:
-    """Those of the sum of ``upstream`` times the loss of each row.
+    """Those of the sum of ``grad_output`` times the loss of each row.
 
     Args:
         lse: The log-sum-exp of all classes, in float64.
@@ -274,9 +276,9 @@ def gradients_by_blocks(
     grad_bias = input.new_zeros(own_classes, dtype=sums) if wanted.linear_bias else None
     part = None
     for logits, (x, of_classes), here, first in _tiles(head, tile):
-        among = Among(first_class + first, classes, lse[here])
-        given = target[here], weight, _of_rows(options, here), want, upstream[here], among
-        shaped = shape(backend, shaping, logits, target[here], among.first)
+        vocab_shard = VocabShard(first_class + first, classes, lse[here])
+        given = target[here], weight, _of_rows(options, here), want, grad_output[here], vocab_shard
+        shaped = shape(backend, shaping, logits, target[here], vocab_shard.first)
         backend.cross_entropy(shaped.capped, *given)
         logits = gradient_of(backend, shaping, shaped, shaped.capped)
         block = slice(first, first + len(of_classes))
@@ -286,7 +288,7 @@ def gradients_by_blocks(
             part = _empty(of_classes.shape, sums, input)
         _add_products(
             (logits, of_classes, x),
-            _classes_that_count(logits, upstream[here], filter_eps),
+            _classes_that_count(logits, grad_output[here], filter_eps),
             None if grad_input is None else (grad_input[here], True),
             None if part is None else (part, here.start > 0),
         )
@@ -351,16 +353,16 @@ MOST_KEPT = 0.5
 
 
 def _classes_that_count(
-    gradient: Tensor, upstream: Tensor | None, filter_eps: float
+    gradient: Tensor, grad_output: Tensor | None, filter_eps: float
 ) -> Tensor | None:
     """The columns of a block of the logits' gradient where it is at least ``filter_eps``.
 
-    That is times the largest ``upstream`` of the block. None stands for all: where nothing is to be
-    left out, or not enough, or a GPU would have to be waited for.
+    That is times the largest ``grad_output`` of the block. None stands for all: where nothing is to
+    be left out, or not enough, or a GPU would have to be waited for.
     """
     if not filter_eps or not gradient.is_cpu:
         return None
-    least = filter_eps if upstream is None else filter_eps * float(upstream.abs().max())
+    least = filter_eps if grad_output is None else filter_eps * float(grad_output.abs().max())
     low, high = gradient.aminmax(dim=0)
     kept = (~((high < least) & (low > -least))).nonzero().flatten()  # a NaN counts
     return kept if len(kept) < MOST_KEPT * len(low) else None

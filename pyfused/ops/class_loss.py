@@ -96,7 +96,7 @@ class ClassLoss(Operator):
 class ClassLossFunction(torch.autograd.Function):
     """The gradients are computed by the forward pass, while each row of scores is in cache.
 
-    Except where the upstream gradient is needed first: one that differs from row to row, or one
+    Except where grad_output is needed first: one that differs from row to row, or one
     that keeps float16 gradients from underflowing. Or where the gradient could not be scaled by it
     later, as it is to lie in memory with gaps.
     """
@@ -157,11 +157,11 @@ def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     wanted = ctx.needs_input_grad[2:4]
-    return of_definition(ctx.op.torchs, _saved(ctx), ctx.options, wanted, grad_output)
+    return of_definition(ctx.op.reference, _saved(ctx), ctx.options, wanted, grad_output)
 
 
 def of_definition(
-    torchs: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
     saved: Saved,
     options: ClassLossOptions,
     wanted: Sequence[bool],
@@ -172,7 +172,7 @@ def of_definition(
     dtype = grad_output.dtype
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
-        return torchs(
+        return reference(
             input.to(dtype),
             target.to(dtype) if target.is_floating_point() else target,
             weight=None if weight is None else weight.to(dtype),
@@ -194,7 +194,7 @@ class NllLoss(ClassLoss):
         reduction = reduction_of(size_average, reduce, reduction)
         return Given(input, target, weight, NllOptions(ignore_index, reduction))
 
-    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "one element of a row"
 
 
@@ -215,5 +215,5 @@ class MultiMarginLoss(ClassLoss):
         loss = super().fused(arguments, inplace)
         return loss.reshape(arguments[1].shape) if loss.dim() else loss
 
-    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "row by row"

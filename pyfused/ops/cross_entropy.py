@@ -70,8 +70,8 @@ class CrossEntropy(ClassLoss):
             checks.overwritable(input)
             increment_version(input)
 
-    def against_subclass(self, arguments: Arguments) -> str | None:
-        return None if self._local_of(arguments) else super().against_subclass(arguments)
+    def subclass_fallback_reason(self, arguments: Arguments) -> str | None:
+        return None if self._local_of(arguments) else super().subclass_fallback_reason(arguments)
 
     def _local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
         """Of a DTensor whose classes are shared out."""
@@ -82,13 +82,13 @@ class CrossEntropy(ClassLoss):
             return None
         return vocab_parallel.local_of(input, target, weight, options)
 
-    def manner(self, input: Tensor) -> str:
+    def strategy(self, input: Tensor) -> str:
         if type(input).__name__ == "DTensor":
             return "some classes a process"
         return "rows in L2" if cpu.takes_rows(input) else "positions side by side"
 
 
-def against_cross_entropy(input: Tensor, *arguments: Any) -> str | None:
+def cross_entropy_fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     """Why torch's operator is the one for these arguments."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 
 from pyfused import checks
-from pyfused.ops.torchs import original
+from pyfused.ops.originals import original
 
 Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
 
@@ -72,12 +72,12 @@ class Operator(ABC):
         module: The module's name, in ``torch.nn`` and in ``pyfused.nn``.
         operands: The tensors, the input first.
         parameters: The numbers, in the order in which the formula takes them.
-        against: A reason of the operator's own for torch's to take a call.
+        fallback_reason: Why torch's operator takes a call, None where the kernel does.
         definition: The operator in torch's terms, where torch has none of this name.
         built_in: What has to be given to the functions of this name that torch has built in, by
             position or name; empty where these are no functions for users.
 
-        torchs, torchs_: torch's function, whatever pyfused.patch puts in its place, and as it
+        reference, reference_: torch's function, whatever pyfused.patch puts in its place, and as it
             overwrites the input.
         aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
         arguments: The names of what the function takes, but for ``inplace``, in its order.
@@ -90,11 +90,11 @@ class Operator(ABC):
     module: str
     operands: tuple[Operand, ...] = (Operand("input"),)
     parameters: tuple[Parameter, ...] = ()
-    against: Callable[..., str | None] | None = None
+    fallback_reason: Callable[..., str | None] | None = None
     definition: Callable[..., Tensor] | None = None
     built_in: tuple[str, ...] = ()
 
-    torchs: Callable[..., Tensor] = field(init=False)
+    reference: Callable[..., Tensor] = field(init=False)
     torchs_: Callable[..., Tensor] = field(init=False)
     aten: Callable[..., Tensor] = field(init=False)
     aten_: Callable[..., Tensor] = field(init=False)
@@ -104,11 +104,11 @@ class Operator(ABC):
     others: tuple[tuple[int, Operand], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.torchs = self.definition or original(getattr(F, self.name))
-        self.torchs_ = self.aten = self.aten_ = self.torchs
-        names = parameters_of(self.torchs)
+        self.reference = self.definition or original(getattr(F, self.name))
+        self.reference_ = self.aten = self.aten_ = self.reference
+        names = parameters_of(self.reference)
         if "inplace" in names:
-            self.torchs_ = partial(self.torchs, inplace=True)
+            self.reference_ = partial(self.reference, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
         self.defaults = tuple(names[name] for name in self.arguments[1:])
         self.numbers = tuple((self.arguments.index(p.name), p) for p in self.parameters)
@@ -131,15 +131,15 @@ class Operator(ABC):
     def give_up(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
         """Prepares an input whose memory a call is to take."""
 
-    def against_inplace(self, input: Tensor) -> str | None:  # noqa: ARG002
+    def inplace_fallback_reason(self, input: Tensor) -> str | None:  # noqa: ARG002
         """Why torch's operator is the one to overwrite the input, None where a kernel is."""
         return None
 
-    def against_subclass(self, arguments: Arguments) -> str | None:
+    def subclass_fallback_reason(self, arguments: Arguments) -> str | None:
         """Why torch's operator takes an input of another class than Tensor."""
         return f"input is a {type(arguments[0]).__name__}"
 
-    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         """How a CPU kernel goes through the input, in words."""
         return "element by element"
 

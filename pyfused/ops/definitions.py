@@ -13,8 +13,8 @@ from pyfused import checks
 from pyfused.backends import CrossEntropyOptions, Head, Shaping
 from pyfused.ops import metrics
 from pyfused.ops.declaration import reduction_of
+from pyfused.ops.originals import original
 from pyfused.ops.shaping import scaled_with_margin
-from pyfused.ops.torchs import original
 
 _cross_entropy = original(F.cross_entropy)
 _linear_cross_entropy = (  # from torch 2.13 on

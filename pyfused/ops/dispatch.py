@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
-from importlib import util
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.overrides import has_torch_function
 from torch.utils._device import DeviceContext
 
 from pyfused.backends import Backend, cpu
+from pyfused.backends.versions import unsupported_triton
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.sizes import ATEN_BELOW
 
@@ -70,12 +71,20 @@ _log = logging.getLogger("pyfused")
 _said: set[tuple[str, str]] = set()
 
 
-def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
+def call(
+    op: Operator,
+    arguments: Arguments,
+    inplace: bool = False,
+    patched: Callable[..., Tensor] | None = None,
+    given: Arguments = (),
+) -> Tensor:
     """An operator's result, from a fused kernel or from torch's own operator.
 
     Args:
         arguments: All that torch's function takes but for ``inplace``.
         inplace: The result takes the input's memory; with a loss, the input's gradient does.
+        patched, given: torch's function that was called where :func:`pyfused.patch` replaces it,
+            and its arguments: it raises the errors, once.
     """
     input = arguments[0]
     reason: str | None
@@ -91,19 +100,32 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
     if inplace and (reason is None or reason is SMALL):
         op.give_up(input)
     if reason is None:
-        return op.fused(arguments, inplace)
-    torchs = op.aten_ if inplace else op.aten
+        if patched is None:
+            return op.fused(arguments, inplace)
+        try:
+            return op.fused(arguments, inplace)
+        except _ERRORS as error:
+            ours = error
+        patched(*given)  # raises torch's error, if it is one of the arguments
+        raise ours
+    reference = op.aten_ if inplace else op.aten
     if reason is not SMALL:
         say_once(op.name, reason)
+        if patched is not None and not isinstance(input, Tensor):
+            return patched(*given)
         if has_torch_function(arguments):
-            torchs = op.torchs_ if inplace else op.torchs
+            reference = op.reference_ if inplace else op.reference
     try:
-        return torchs(*arguments)
+        return reference(*arguments)
     except NotImplementedError:
         raise
-    except _ERRORS:
-        op.check(arguments)
-        raise
+    except _ERRORS as error:
+        if patched is None:
+            op.check(arguments)
+        if patched in (None, reference) or not isinstance(error, TypeError):
+            raise
+    assert patched is not None
+    return patched(*given)  # each of torch's functions has other words for a wrong type
 
 
 def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) -> str | None:
@@ -119,7 +141,7 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     if type(input) not in _PLAIN:
         compiling = is_traced(input)
         if not compiling:
-            return op.against_subclass(arguments) or _active_mode()
+            return op.subclass_fallback_reason(arguments) or _active_mode()
     if not compiling and aten_is_faster(op.name, input):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
@@ -128,10 +150,10 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
         tensor = arguments[place]
         if reason is None and not (tensor is None and operand.optional):
             reason = unsupported(operand, tensor, input, compiling)
-    if reason is None and op.against is not None:
-        reason = op.against(*arguments)
+    if reason is None and op.fallback_reason is not None:
+        reason = op.fallback_reason(*arguments)
     if reason is None and inplace:
-        reason = op.against_inplace(input)
+        reason = op.inplace_fallback_reason(input)
     return reason
 
 
@@ -215,7 +237,7 @@ def _function_mode() -> bool:
 
 
 def backend_of(input: Tensor) -> Backend:
-    """The kernels for a tensor that ``reason_for_torch`` has nothing against."""
+    """The kernels for a tensor that ``reason_for_torch`` gives no reason for."""
     if input.is_cpu and FORCED != "triton":
         return cpu
     from pyfused.backends import triton  # not before a GPU tensor asks for it
@@ -224,7 +246,7 @@ def backend_of(input: Tensor) -> Backend:
 
 
 def _off_cpu(name: str, tensor: Tensor, input: Tensor) -> str | None:
-    """What is against a tensor that is not, or not simply, one for the C++ kernels."""
+    """Why a tensor is not, or not simply, one for the C++ kernels."""
     if FORCED == "torch":
         return "PYFUSED_BACKEND is torch"
     if tensor.device != input.device or not (tensor.is_cpu or tensor.is_cuda):
@@ -242,12 +264,8 @@ def _off_cpu(name: str, tensor: Tensor, input: Tensor) -> str | None:
 @cache
 def without_triton(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on a device, None where they can."""
-    if util.find_spec("triton") is None:
-        return "Triton is not installed"
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
-        return f"Triton is {triton.__version__}, expected 3.8 or later"
+    if reason := unsupported_triton():
+        return reason
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "that takes TRITON_INTERPRET=1"

@@ -23,7 +23,7 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def gradients_ahead(reduction: str, input: Tensor) -> bool:
     """Whether a loss's forward pass computes the gradients, which a scalar then only scales.
 
-    Not for float16: without the upstream gradient, which GradScaler makes large, it underflows.
+    Not for float16: without grad_output, which GradScaler makes large, it underflows.
     """
     return reduction != "none" and input.dtype is not torch.float16
 

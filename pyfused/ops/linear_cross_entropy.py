@@ -82,11 +82,13 @@ class LinearCrossEntropy(Operator):
         checks.linear_cross_entropy(head, *call[:3])
         checks.class_indices(len(head.linear_weight), head.target, call.options.ignore_index)
 
-    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "some logits at a time"
 
 
-def against_linear_cross_entropy(input: Tensor, linear_weight: Tensor, *rest: Any) -> str | None:
+def linear_cross_entropy_fallback_reason(
+    input: Tensor, linear_weight: Tensor, *rest: Any
+) -> str | None:
     """Why torch's operator is the one for these arguments."""
     compiled = is_dynamo_compiling() or is_traced(input)
     if input.dim() not in (1, 2) or linear_weight.dim() < 2:
@@ -248,12 +250,12 @@ def _loss(call: Call, head: Head, wanted: Wanted | None = None) -> Found:
     measured = blocks = None
     loss: Tensor | None
     if rows:
-        upstream = None
+        grad_output = None
         if wanted is not None:
-            upstream = _scalar(1.0, denominator, head)
+            grad_output = _scalar(1.0, denominator, head)
         if call.return_metrics:
             measured = Measured.empty(math.prod(_shape_of_losses(part)), part.input)
-        given = options, rows, True, wanted or Wanted(), upstream, call.filter_eps, measured
+        given = options, rows, True, wanted or Wanted(), grad_output, call.filter_eps, measured
         loss, found = by_rows(backend, part, *given)
         if wanted is not None:
             gradients = _of_all_rows(found, kept, n)
@@ -262,8 +264,8 @@ def _loss(call: Call, head: Head, wanted: Wanted | None = None) -> Found:
         if call.return_metrics:
             blocks = Blocks(len(part.input), part.input)
             measured = blocks.measured
-        lse, aimed = sums_by_blocks(backend, part, options, tile, blocks=blocks)
-        loss = each_of_sums(options, part.target, part.weight, lse, aimed)
+        lse, target_logits = sums_by_blocks(backend, part, options, tile, blocks=blocks)
+        loss = each_of_sums(options, part.target, part.weight, lse, target_logits)
         loss = loss if each else loss.sum(dtype=torch.float64)
     assert loss is not None
     loss = _spread(loss, kept, n) if each else loss / denominator
@@ -301,7 +303,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """The gradients of a scalar are computed by the forward pass, where it goes by rows.
 
     Otherwise the backward pass makes the logits once more. So it does for float16, whose gradient
-    would underflow without the upstream one.
+    would underflow without grad_output.
     """
 
     @staticmethod
@@ -341,19 +343,19 @@ def _gradients(
     kept, denominator = _targets(head, options)
     part, options = _keep(head, options, kept)
     each = options.reduction == "none"
-    upstream = grad_output if each else _scalar(grad_output, denominator, head)
-    upstream = upstream[kept] if each and kept is not None else upstream
+    grad_output = grad_output if each else _scalar(grad_output, denominator, head)
+    grad_output = grad_output[kept] if each and kept is not None else grad_output
     rows = rows_at_once(part, call.memory_budget)
     if rows:
-        given = options, rows, False, wanted, upstream, call.filter_eps
+        given = options, rows, False, wanted, grad_output, call.filter_eps
         _, found = by_rows(backend, part, *given)
     else:
         tile = tile_of(part, call.memory_budget)
         if lse is None:
             lse, _ = sums_by_blocks(backend, part, options, tile)
-        upstream = upstream.expand(len(lse))
-        upstreams = upstream, call.filter_eps
-        found = gradients_by_blocks(backend, part, options, tile, wanted, lse, *upstreams)
+        grad_output = grad_output.expand(len(lse))
+        arguments = grad_output, call.filter_eps
+        found = gradients_by_blocks(backend, part, options, tile, wanted, lse, *arguments)
     return _of_all_rows(found, kept, n)
 
 

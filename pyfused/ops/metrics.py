@@ -72,24 +72,24 @@ class Measured(NamedTuple):
         """Of a target in the shape of the logits, or of the positions."""
         own, lse, entropy, prediction = self
         if target.is_floating_point():
-            hit = target.argmax(min(target.dim() - 1, 1)).flatten()
-            live = torch.ones_like(hit, dtype=torch.bool)
+            label = target.argmax(min(target.dim() - 1, 1)).flatten()
+            valid = torch.ones_like(label, dtype=torch.bool)
             shape = loss_shape(target, "none")
         else:
-            hit, shape = target.flatten(), target.shape
-            live = hit != options.ignore_index
+            label, shape = target.flatten(), target.shape
+            valid = label != options.ignore_index
         found = Metrics(
             log_probability=own - lse,
             log_sum_exp=lse,
-            prediction=prediction.where(live, options.ignore_index),
-            correct=(prediction == hit) & live,
+            prediction=prediction.where(valid, options.ignore_index),
+            correct=(prediction == label) & valid,
             entropy=entropy,
             z_loss=options.z_loss * lse.square(),
         )
 
         def shaped(tensor: Tensor) -> Tensor:
             if tensor.is_floating_point():
-                tensor = tensor.where(live, 0).to(dtype)
+                tensor = tensor.where(valid, 0).to(dtype)
             return tensor.reshape(shape)
 
         return Metrics(*map(shaped, found))

@@ -15,9 +15,12 @@ from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
 from pyfused.ops.composed import Composed
-from pyfused.ops.cross_entropy import CrossEntropy, against_cross_entropy
+from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter, reduction_of
-from pyfused.ops.linear_cross_entropy import LinearCrossEntropy, against_linear_cross_entropy
+from pyfused.ops.linear_cross_entropy import (
+    LinearCrossEntropy,
+    linear_cross_entropy_fallback_reason,
+)
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
 from pyfused.ops.softmax import Softmax, not_along_one_dimension
 
@@ -33,7 +36,7 @@ CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
     operands=(INPUT, Operand("target", indices=True), WEIGHT, TOKEN_WEIGHT),
-    against=against_cross_entropy,
+    fallback_reason=cross_entropy_fallback_reason,
     definition=definitions.cross_entropy,
 )
 
@@ -48,7 +51,7 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
         WEIGHT,
         TOKEN_WEIGHT,
     ),
-    against=against_linear_cross_entropy,
+    fallback_reason=linear_cross_entropy_fallback_reason,
     definition=definitions.linear_cross_entropy,
 )
 
@@ -62,7 +65,9 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
     name="multi_margin_loss",
     module="MultiMarginLoss",
     operands=(INPUT, CLASSES, WEIGHT),
-    against=lambda input, *_: "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None,
+    fallback_reason=lambda input, *_: (
+        "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None
+    ),
 )
 
 # ---- pointwise losses ----------------------------------------------------------------------------
@@ -133,7 +138,7 @@ HUBER_LOSS = PointwiseLoss(
     operands=(INPUT, TARGET, WEIGHT),
     parameters=(Parameter("delta", positive=True),),
     weight_shape=checks.weight_of_inputs_shape,
-    against=_differ_in_dtype,
+    fallback_reason=_differ_in_dtype,
 )
 
 KL_DIV = PointwiseLoss(
@@ -144,7 +149,7 @@ KL_DIV = PointwiseLoss(
     warns=False,
     warning=_mean_of_kl_div,
     denominators={"mean": elements, "batchmean": _rows},
-    against=_differ_in_shape,
+    fallback_reason=_differ_in_shape,
 )
 
 POISSON_NLL_LOSS = PointwiseLoss(
@@ -165,7 +170,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     operands=(INPUT, SIGNS),
     shapes=checks.same_shape,
     warns=False,
-    against=_differ,
+    fallback_reason=_differ,
 )
 
 HINGE_EMBEDDING_LOSS = PointwiseLoss(
@@ -195,8 +200,8 @@ BINARY_CROSS_ENTROPY = PointwiseLoss(
     ),
     shapes=checks.same_shape,
     weight_shape=checks.weight_that_broadcasts,
-    tells=True,
-    against=_differ,
+    nan_on_invalid=True,
+    fallback_reason=_differ,
 )
 
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
@@ -332,7 +337,7 @@ MULTILABEL_SOFT_MARGIN_LOSS = Composed(
     of=BINARY_CROSS_ENTROPY_WITH_LOGITS,
     given=_in_common_dtype,
     finish=_mean_of_rows,
-    against=_no_row_of_labels,
+    fallback_reason=_no_row_of_labels,
 )
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -347,7 +352,7 @@ LEAKY_RELU = Activation(
     name="leaky_relu",
     module="LeakyReLU",
     formula=lambda negative_slope: ("leaky_relu", float(negative_slope)),
-    against=lambda _, negative_slope: (
+    fallback_reason=lambda _, negative_slope: (
         None
         if isinstance(negative_slope, (int, float)) and negative_slope >= 0
         else "negative_slope is not 0 or more"
@@ -369,7 +374,7 @@ SOFTCAP = Activation(
     module="Softcap",
     saves="input",
     formula=lambda cap: ("softcap", float(cap)),
-    against=lambda _, cap: (
+    fallback_reason=lambda _, cap: (
         None if isinstance(cap, (int, float)) and cap > 0 else "cap is no positive number"
     ),
     definition=definitions.softcap,
@@ -399,7 +404,7 @@ GELU = Activation(
     module="GELU",
     saves="input",
     formula=lambda approximate: ("gelu" if approximate == "none" else "gelu_tanh", 0.0),
-    against=lambda _, approximate: (
+    fallback_reason=lambda _, approximate: (
         None if approximate in ("none", "tanh") else "approximate is neither 'none' nor 'tanh'"
     ),
     definition=_gelu,
@@ -416,8 +421,10 @@ SIGMOID = Activation(
 
 # ---- along one dimension -------------------------------------------------------------------------
 
-SOFTMAX = Softmax(name="softmax", module="Softmax", against=not_along_one_dimension)
-LOG_SOFTMAX = Softmax(name="log_softmax", module="LogSoftmax", against=not_along_one_dimension)
+SOFTMAX = Softmax(name="softmax", module="Softmax", fallback_reason=not_along_one_dimension)
+LOG_SOFTMAX = Softmax(
+    name="log_softmax", module="LogSoftmax", fallback_reason=not_along_one_dimension
+)
 
 OPERATORS: dict[str, Operator] = {
     op.name: op

@@ -54,7 +54,7 @@ class PointwiseLoss(Operator):
     shapes: Callable[..., None] = checks.broadcasting
     warns: bool = True
     warning: Callable[[Arguments], str | None] | None = None
-    tells: bool = False
+    nan_on_invalid: bool = False
     weight_shape: Callable[[Tensor, Tensor], None] | None = None
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
@@ -98,7 +98,7 @@ class PointwiseLoss(Operator):
         else:
             loss, _ = call.kernel(operands, weight, Want())
         assert loss is not None
-        if self.tells and loss.is_cpu and loss.sum().isnan():
+        if self.nan_on_invalid and loss.is_cpu and loss.sum().isnan():
             self._bounds(operands)
         return loss if loss.dtype is result else loss.to(result)
 
@@ -109,7 +109,7 @@ class PointwiseLoss(Operator):
                 checks.tensor(operand.name, arguments[place], number)
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
-        if self.tells:
+        if self.nan_on_invalid:
             self._bounds(operands)
 
     def _bounds(self, operands: Sequence[Any]) -> None:
@@ -141,7 +141,7 @@ class PointwiseLoss(Operator):
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
             self.weight_shape(operands[0], weight)
-        if not self.tells:
+        if not self.nan_on_invalid:
             self._bounds(operands)
 
     def _dtypes(self, arguments: Arguments, input: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -188,7 +188,7 @@ def result_dtype(
     for name, dtype, dim in kinds:
         ones[name] = torch.ones([1] * dim, dtype=dtype, device=device)
     with torch.no_grad():
-        return op.torchs(**ones, reduction="none").dtype
+        return op.reference(**ones, reduction="none").dtype
 
 
 class Call(NamedTuple):
@@ -227,7 +227,7 @@ class Call(NamedTuple):
 class PointwiseLossFunction(torch.autograd.Function):
     """The gradients are computed by the forward pass, while the operands are in cache.
 
-    Except where the upstream gradient is needed first: one that differs from element to element,
+    Except where grad_output is needed first: one that differs from element to element,
     or one that keeps float16 gradients from underflowing.
     """
 
@@ -268,12 +268,12 @@ def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
 
     def definition(*operands: Tensor) -> Tensor:
         named = dict(zip(names, operands, strict=False))
-        each: Tensor = call.op.torchs(**named, **numbers, reduction="none")
+        each: Tensor = call.op.reference(**named, **numbers, reduction="none")
         loss: Tensor = (each / call.denominator).to(each.dtype)
         return loss if weight is None else loss * weight
 
-    upstream = grad_output.expand_as(operands[0])
-    return differentiate(definition, operands, ctx.needs_input_grad[2:], upstream)
+    grad_output = grad_output.expand_as(operands[0])
+    return differentiate(definition, operands, ctx.needs_input_grad[2:], grad_output)
 
 
 def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:

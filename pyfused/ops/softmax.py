@@ -53,7 +53,7 @@ class Softmax(Operator):
         checks.tensor("input", arguments[0])
         checks.dim(arguments[1], arguments[0])
 
-    def manner(self, input: Tensor) -> str:  # noqa: ARG002
+    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "rows, or positions side by side"
 
 

@@ -1,7 +1,7 @@
 """Losses over classes that are shared out among processes: the checks, and the autograd functions.
 
 A row takes three numbers of communication: the largest of the processes' log-sum-exps, and the sums
-of their exponentials and of what the row aims at.
+of their exponentials and of q_c x_c.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyfused import checks
-from pyfused.backends import Among, CrossEntropyOptions, Head, Measures, Shaping, Want
+from pyfused.backends import CrossEntropyOptions, Head, Measures, Shaping, VocabShard, Want
 from pyfused.ops.chunked import (
     Wanted,
     each_of_sums,
@@ -120,12 +120,12 @@ def _as(loss: Tensor, input: Tensor, options: CrossEntropyOptions) -> Tensor:
 # ---- loss and gradient ---------------------------------------------------------------------------
 
 
-def _of_all(own: Tensor, aimed: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp over all processes' classes, and the sum of what they aim at."""
+def _of_all(own: Tensor, target_logits: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp over all processes' classes, and the sum of their q_c x_c."""
     high = own.clone()
     dist.all_reduce(high, dist.ReduceOp.MAX, shard.group)
     pivot = high.where(high > -torch.inf, 0)  # so that a NaN is the only way to a NaN
-    sums = torch.stack([(own - pivot).exp(), aimed])
+    sums = torch.stack([(own - pivot).exp(), target_logits])
     dist.all_reduce(sums, group=shard.group)
     return pivot + sums[0].log(), sums[1]
 
@@ -145,7 +145,7 @@ def _reduced(
     return each.sum() / divisor, divisor
 
 
-def _upstream(grad_output: Tensor, divisor: Tensor | float, target: Tensor) -> Tensor:
+def _grad_of_rows(grad_output: Tensor, divisor: Tensor | float, target: Tensor) -> Tensor:
     """The gradient of each row's loss."""
     return (grad_output.double() / divisor).expand(target.shape)
 
@@ -162,14 +162,14 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         target, backend = target.to(torch.int64), backend_of(input)
         own = input.new_full((target.numel(),), -torch.inf, dtype=torch.float64)
-        aimed = torch.zeros_like(own)
+        target_logits = torch.zeros_like(own)
         if input.numel():
-            among = Among(shard.first, shard.classes)
-            given = backend, input, target, weight, options, among
-            aimed = sums_of_block(*given, Measures(own))
-        lse, aimed = _of_all(own, aimed, shard)
+            vocab_shard = VocabShard(shard.first, shard.classes)
+            given = backend, input, target, weight, options, vocab_shard
+            target_logits = sums_of_block(*given, Measures(own))
+        lse, target_logits = _of_all(own, target_logits, shard)
         shape = target.shape
-        each = each_of_sums(options, target, weight, lse.view(shape), aimed.view(shape))
+        each = each_of_sums(options, target, weight, lse.view(shape), target_logits.view(shape))
         loss, ctx.divisor = _reduced(each, target, weight, options)
         ctx.options, ctx.shard, ctx.backend = options, shard, backend
         ctx.save_for_backward(input, target, weight, lse)
@@ -180,11 +180,14 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, lse = ctx.saved_tensors
         options = ctx.options._replace(reduction="none", denominator=None)
-        upstream = _upstream(grad_output, ctx.divisor, target)
+        grad_output = _grad_of_rows(grad_output, ctx.divisor, target)
         gradient = torch.empty_like(input)
         if input.numel():
-            want, among = Want(False, (True, False)), Among(ctx.shard.first, ctx.shard.classes, lse)
-            given = input, target, weight, options, want, upstream, among
+            want, vocab_shard = (
+                Want(False, (True, False)),
+                VocabShard(ctx.shard.first, ctx.shard.classes, lse),
+            )
+            given = input, target, weight, options, want, grad_output, vocab_shard
             gradient = ctx.backend.cross_entropy(*given)[1][0]
         return gradient, None, None, None, None
 
@@ -205,9 +208,9 @@ class VocabParallelLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         head = Head(input, linear_weight, linear_bias, target.to(torch.int64), weight, shaping)
         ctx.tile, ctx.backend = tile_of(head, memory_budget), backend_of(input)
-        own, aimed = sums_by_blocks(ctx.backend, head, options, ctx.tile, *shard[1:])
-        lse, aimed = _of_all(own, aimed, shard)
-        each = each_of_sums(options, head.target, weight, lse, aimed)
+        own, target_logits = sums_by_blocks(ctx.backend, head, options, ctx.tile, *shard[1:])
+        lse, target_logits = _of_all(own, target_logits, shard)
+        each = each_of_sums(options, head.target, weight, lse, target_logits)
         loss, ctx.divisor = _reduced(each, head.target, weight, options)
         ctx.options, ctx.shard, ctx.shaping = options, shard, shaping
         ctx.save_for_backward(*head[:5], lse)
@@ -218,9 +221,9 @@ class VocabParallelLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
         head = Head(*tensors)._replace(shaping=ctx.shaping)
-        upstream = _upstream(grad_output, ctx.divisor, head.target)
+        grad_output = _grad_of_rows(grad_output, ctx.divisor, head.target)
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        given = ctx.backend, head, ctx.options, ctx.tile, wanted, lse, upstream
+        given = ctx.backend, head, ctx.options, ctx.tile, wanted, lse, grad_output
         grad_input, *found = gradients_by_blocks(*given, 0.0, *ctx.shard[1:])
         if grad_input is not None:
             dist.all_reduce(grad_input, group=ctx.shard.group)
