@@ -311,13 +311,15 @@ def _no_row_of_labels(input: Tensor, target: Tensor, weight: Tensor | None, *_: 
 
 
 def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])
+    return reduce(torch.promote_types, [t.dtype for t in tensors if isinstance(t, Tensor)])
 
 
 def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> tuple[Any, ...]:
     """The arguments of binary_cross_entropy_with_logits, which computes in its target's dtype."""
-    dtype = _common_dtype(input, target, weight)
-    return input.to(dtype), target.to(dtype), weight, *rest, None
+    if isinstance(input, Tensor) and isinstance(target, Tensor):  # else an error to come
+        dtype = _common_dtype(input, target, weight)
+        input, target = input.to(dtype), target.to(dtype)
+    return input, target, weight, *rest, None
 
 
 def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
