@@ -20,15 +20,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyfused import functional
 from pyfused.ops import dispatch
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
-from pyfused.ops.dispatch import compiler_traces
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.torchs import original
+from pyfused.ops.originals import original
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _log = logging.getLogger("pyfused")
 C_FUNCTIONS = (BuiltinFunctionType, MethodDescriptorType)
-_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 # ---- what is patched -----------------------------------------------------------------------------
@@ -47,11 +45,11 @@ class _Function:
         self.traced, self.copy = getattr(functional, op.name), original(self.function)
         # What stood there already when pyfused was imported may be someone's.
         torchs_own = getattr(self.function, "__globals__", None) is vars(F)
-        self.torchs = self.function.__code__ if torchs_own else None
+        self.reference = self.function.__code__ if torchs_own else None
 
     @cached_property
     def ours(self) -> Any:
-        if self.torchs is None:
+        if self.reference is None:
             return None
         op, names = self.op, parameters_of(self.function)
         given = [
@@ -59,7 +57,7 @@ class _Function:
             for name, default in zip(op.arguments, (None, *op.defaults), strict=True)
         ]
         call = f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})"
-        return code_calling(_fused(op, op.torchs, op.torchs_), call, self.torchs)
+        return code_calling(_fused(op), call, self.reference)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -87,38 +85,35 @@ class _BuiltIn:
     def __init__(self, owner: Any, op: Operator, inplace: bool) -> None:
         self.owner, self.name, self.op, self.inplace = owner, op.name + "_" * inplace, op, inplace
         self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
-        self.torchs = getattr(owner, self.name)
+        self.reference = getattr(owner, self.name)
 
     @cached_property
     def ours(self) -> Any:
-        op, inplace, torchs = self.op, self.inplace, self.torchs
-        required, defaults = set(op.built_in), dict(zip(op.arguments[1:], op.defaults, strict=True))
-        public = [name for name in defaults if not name.startswith("_")]
-        known = required.union(public)
-
-        def named(options: Arguments) -> dict[str, Any]:
-            given = dict(zip(defaults, options, strict=True))
-            return {name: given[name] for name in public}
-
-        def by_name(input: Any, *options: Any) -> Any:
-            return torchs(input, **named(options))
-
-        def overridden(input: Any, *options: Any) -> Any:
-            return handle_torch_function(torchs, (input,), input, **named(options))
-
-        fused = _fused(op, by_name, by_name, overridden)
+        op, inplace, torch_function = self.op, self.inplace, self.reference
+        method, needed = self.owner is Tensor, len(op.built_in)
+        defaults = dict(zip(op.arguments[1:], op.defaults, strict=True))
+        by_name = [name for name in defaults if not name.startswith("_")]
+        by_place = (*op.built_in, *by_name[1:]) if needed > 1 else op.built_in
+        required, known = {*op.built_in}, {*op.built_in, *by_name}
+        shown = _shown(torch_function) if method else torch_function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(args) == len(required) == 1 and not kwargs:
-                return fused(args + op.defaults, inplace)
-            given = dict(zip(op.built_in, args, strict=False)) | kwargs
-            if len(args) > len(required) or not required <= given.keys() <= known:
-                return torchs(*args, **kwargs)
-            options = defaults | given
-            return fused(tuple([options[name] for name in op.arguments]), inplace)
+            if len(args) == needed and not kwargs:
+                arguments = args + op.defaults[needed - 1 :]
+            else:
+                given = dict(zip(by_place, args, strict=False)) | kwargs
+                once = len(given) == len(args) + len(kwargs) and len(args) >= method
+                if not once or not required <= given.keys() <= known:
+                    return torch_function(*args, **kwargs)  # raises, or takes what pyfused does not
+                given = defaults | given
+                arguments = tuple([given[name] for name in op.arguments])
+            if has_torch_function(arguments):
+                return shown(*args, **kwargs)
+            torch_ = functools.partial(torch_function, **kwargs) if kwargs else torch_function
+            return dispatch.call(op, arguments, inplace, torch_, args)
 
         globals()[self.path.replace(".", "_")] = call
-        return functools.update_wrapper(call, torchs)
+        return functools.update_wrapper(call, torch_function)
 
     @property
     def traced(self) -> Any:
@@ -139,40 +134,50 @@ class _BuiltIn:
         self.ours.__qualname__ = (
             self.path.removeprefix(f"{owner}.") if here else self.path.replace(".", "_")
         )
-        if self.owner is Tensor and function is self.torchs:
+        if self.owner is Tensor and function is self.reference:
             delattr(self.owner, self.name)  # inherited from its base, and so found there again
         else:
             setattr(self.owner, self.name, function)
 
 
-def _fused(
-    op: Operator,
-    torchs: Callable[..., Any],
-    torchs_: Callable[..., Any],
-    overridden: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """What calls pyfused's operator, with torch's errors.
-
-    Args:
-        torchs, torchs_: torch's function, and as it overwrites the input.
-        overridden: What shows a call to subclasses and modes, where torch's function would not.
-    """
+def _fused(op: Operator) -> Callable[..., Any]:
+    """What calls pyfused's operator, and torch's function where a subclass or mode is to see it."""
 
     def call(arguments: Arguments, inplace: bool = False) -> Any:
-        torch_ = torchs_ if inplace else torchs
-        if has_torch_function(arguments) and not compiler_traces():  # whose modes do not care
-            return (overridden or torch_)(*arguments)
-        try:
-            return dispatch.call(op, arguments, inplace)
-        except _ERRORS as error:
-            ours = error
-        torch_(*arguments)  # raises torch's own error, if it is one of the arguments
-        raise ours
+        torch_function = op.reference_ if inplace else op.reference
+        if has_torch_function(arguments):
+            return torch_function(*arguments)
+        return dispatch.call(op, arguments, inplace, torch_function, arguments)
 
     return call
 
 
-def code_calling(callee: Callable[..., Any], call: str, torchs: CodeType) -> CodeType:
+def _shown(method: Any) -> Callable[..., Any]:
+    """Calls a method as torch does where a subclass or mode is to see it.
+
+    torch's own looks up its name in Tensor, and would show what stands there.
+    """
+    name = f"torch.Tensor.{method.__name__}"
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Tensor):
+            return method(self, *args, **kwargs)  # raises
+        try:
+            return handle_torch_function(method, (self,), self, *args, **kwargs)
+        except AttributeError as error:  # of torch's message that there is no implementation
+            if error.obj is not method:
+                raise
+        raise TypeError(
+            f"Multiple dispatch failed for '{name}'; all __torch_function__ handlers returned "
+            "NotImplemented:\n\n"
+            f"  - tensor subclass {type(self)}\n\n"
+            "For more information, try re-running with TORCH_LOGS=not_implemented"
+        )
+
+    return call
+
+
+def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType) -> CodeType:
     """Code that calls a function, and is torch's to whoever looks at its parameters and source.
 
     The globals of the function that is to have it are torch's: the callee is one of its constants.
@@ -180,17 +185,17 @@ def code_calling(callee: Callable[..., Any], call: str, torchs: CodeType) -> Cod
     Args:
         call: The call of ``callee`` with the parameters of torch's function.
     """
-    by_place = torchs.co_varnames[: torchs.co_argcount]
-    by_name = torchs.co_varnames[len(by_place) :][: torchs.co_kwonlyargcount]
+    by_place = torch_function.co_varnames[: torch_function.co_argcount]
+    by_name = torch_function.co_varnames[len(by_place) :][: torch_function.co_kwonlyargcount]
     parameters = ", ".join((*by_place, *("*",) * bool(by_name), *by_name))
-    source = f"def {torchs.co_name}({parameters}): callee = 'callee'; return {call}"
-    module = compile(source, torchs.co_filename, "exec")
+    source = f"def {torch_function.co_name}({parameters}): callee = 'callee'; return {call}"
+    module = compile(source, torch_function.co_filename, "exec")
     code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
     return code.replace(
         co_consts=tuple(
             callee if constant == "callee" else constant for constant in code.co_consts
         ),
-        co_firstlineno=torchs.co_firstlineno,
+        co_firstlineno=torch_function.co_firstlineno,
     )
 
 
@@ -325,7 +330,7 @@ def _install() -> None:
     if _installed:
         return
     for site in _SITES:
-        if not site.has(site.torchs):
+        if not site.has(site.reference):
             raise RuntimeError(
                 f"patch: expected torch's own function at {site.path}, got "
                 f"{_describe(site.now())}. Undo that patch first."
@@ -336,12 +341,12 @@ def _install() -> None:
     try:
         for site in _SITES:
             if isinstance(site, _BuiltIn):
-                stands_for(site.torchs, site.ours)
+                stands_for(site.reference, site.ours)
             site.put(site.ours)
     except BaseException:
         for site in _SITES:
             if site.has(site.ours):
-                site.put(site.torchs)
+                site.put(site.reference)
         raise
     _installed = True
 
@@ -357,7 +362,7 @@ def _remove_unless_wanted() -> None:
                 f"{_describe(site.now())}. Undo that patch first."
             )
     for site in _SITES:
-        site.put(site.torchs)
+        site.put(site.reference)
     _installed = False
     table = _compilers_table()
     if table and not table().keys().isdisjoint(site.traced for site in _SITES):

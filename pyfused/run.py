@@ -1,10 +1,12 @@
-"""Runs a script under :func:`pyfused.patch`, and counts: ``python -m pyfused run script.py``."""
+"""Runs a program under :func:`pyfused.patch`, and counts: ``python -m pyfused run script.py``."""
 
 from __future__ import annotations
 
 import functools
-import runpy
+import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from pyfused.ops import dispatch
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import compiler_traces
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.torchs import original
+from pyfused.ops.originals import original
 from pyfused.patch import C_FUNCTIONS, code_calling, patch, stands_for
 
 Calls = Counter[str]
@@ -43,14 +45,14 @@ def counted(paths: Calls) -> Callable[..., Tensor]:
     """:func:`pyfused.ops.dispatch.call`, which counts the path of each call."""
     function = dispatch.call
 
-    def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
+    def call(op: Operator, arguments: Arguments, inplace: bool = False, *patched: Any) -> Any:
         if compiler_traces():  # it is called while it is traced, and not when it runs
-            return function(op, arguments, inplace)
+            return function(op, arguments, inplace, *patched)
         try:
             path = str(path_of(op, arguments, inplace))
         except (AttributeError, TypeError):
-            return function(op, arguments, inplace)  # raises it, too
-        result = function(op, arguments, inplace)
+            return function(op, arguments, inplace, *patched)  # raises it, too
+        result = function(op, arguments, inplace, *patched)
         paths[path] += 1
         return result
 
@@ -68,21 +70,21 @@ def count_torchs(missing: Calls) -> None:
     """
     inside = threading.local()  # of the outermost call, which is the program's
     for owner, name in _places():
-        torchs = getattr(owner, name)
+        torch_function = getattr(owner, name)
         path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{name}"
-        call = _counting(path, original(torchs), missing, inside)
-        if not isinstance(torchs, FunctionType):
-            stands_for(torchs, call)
+        call = _counting(path, original(torch_function), missing, inside)
+        if not isinstance(torch_function, FunctionType):
+            stands_for(torch_function, call)
             call.__module__, _, call.__qualname__ = path.rpartition(".")
             if owner is Tensor:
                 call.__module__, call.__qualname__ = "torch", f"Tensor.{name}"
             setattr(owner, name, call)
-        elif torchs.__globals__ is vars(F):
-            code = torchs.__code__
+        elif torch_function.__globals__ is vars(F):
+            code = torch_function.__code__
             by_place = code.co_varnames[: code.co_argcount]
             by_name = code.co_varnames[len(by_place) :][: code.co_kwonlyargcount]
             arguments = ", ".join((*by_place, *(f"{name}={name}" for name in by_name)))
-            torchs.__code__ = code_calling(call, f"callee({arguments})", code)
+            torch_function.__code__ = code_calling(call, f"callee({arguments})", code)
 
 
 def _places() -> Iterator[tuple[Any, str]]:
@@ -98,51 +100,46 @@ def _places() -> Iterator[tuple[Any, str]]:
 
 
 def _counting(
-    path: str, torchs: Callable[..., Any], missing: Calls, inside: threading.local
+    path: str, torch_function: Callable[..., Any], missing: Calls, inside: threading.local
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if compiler_traces() or getattr(inside, "call", False):
-            return torchs(*args, **kwargs)
+            return torch_function(*args, **kwargs)
         inside.call = True
         try:
-            result = torchs(*args, **kwargs)
+            result = torch_function(*args, **kwargs)
         finally:
             inside.call = False
         missing[path] += 1
         return result
 
-    return functools.update_wrapper(call, torchs)
+    return functools.update_wrapper(call, torch_function)
 
 
-# ---- the script ----------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------
 
 
-def run(script: str, arguments: list[str]) -> None:
-    """Runs a script as ``python script.py arguments`` would, and prints what its calls took.
+def run(arguments: list[str]) -> None:
+    """Becomes ``python`` with these arguments, patched and counting, and so do its children.
 
-    And which of torch's losses and activations it called that pyfused does not have. The summary
-    goes to the standard error, also where the script raises or exits.
+    It prints what the calls took, to the standard error, when it ends.
     """
-    paths, missing = Calls(), Calls()
+    if sys.flags.ignore_environment or sys.flags.no_site:
+        raise SystemExit("pyfused: run: expected a Python that reads PYTHONPATH, got -E, -I or -S")
+    if "PYFUSED_RUN" not in os.environ:  # else another run counts, as its child
+        folder = tempfile.mkdtemp(prefix="pyfused-run-")
+        shutil.copy(Path(__file__).with_name("startup.py"), Path(folder, "sitecustomize.py"))
+        path = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = folder + (f"{os.pathsep}{path}" if path else "")
+        os.environ["PYFUSED_RUN"] = str(os.getpid())
+    # What python was given before "-m pyfused run".
+    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) - 1]
+    os.execv(sys.executable, [sys.executable, *options, *arguments])
+
+
+def start(paths: Calls, missing: Calls) -> None:
+    """Patches this process and counts, until it ends."""
     dispatch.call = counted(paths)
     setattr(functional, "call", dispatch.call)  # noqa: B010 it is there by name
     count_torchs(missing)
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).parent.resolve())
-    try:
-        with patch():
-            runpy.run_path(script, run_name="__main__")
-    finally:
-        print(summary(paths, missing), file=sys.stderr)
-
-
-def summary(paths: Calls, missing: Calls) -> str:
-    lines = ["pyfused: calls and the paths they took", *_table(paths)]
-    if missing:
-        lines += ["losses and activations that pyfused does not have", *_table(missing)]
-    return "\n".join(lines)
-
-
-def _table(calls: Calls) -> list[str]:
-    lines = [f"{count:>9,}  {name}" for name, count in calls.most_common()]
-    return lines or ["     none"]
+    patch().__enter__()

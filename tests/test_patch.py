@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import itertools
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -22,20 +25,20 @@ from torch import Tensor, nn
 from torch.nn.functional import relu as looked_before
 from torch.overrides import TorchFunctionMode, get_testing_overrides, resolve_name
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 from pyfused.ops import dispatch
-from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 
 NAMES = [name for name in OPERATORS if isinstance(getattr(F, name, None), FunctionType)]
-ACTIVATIONS = [name for name, op in OPERATORS.items() if isinstance(op, Activation)]
+BUILT_IN = [name for name, op in OPERATORS.items() if op.built_in]
 OWNERS = (
-    *((F, name) for name in OPERATORS if hasattr(F, name)),
+    *((F, name) for name in NAMES),
     *(
         (owner, name)
-        for activation in ACTIVATIONS
-        for name in (activation, f"{activation}_")
+        for operator in BUILT_IN
+        for name in (operator, f"{operator}_")
         for owner in (F, torch, Tensor)
         if isinstance(getattr(owner, name, None), (BuiltinFunctionType, MethodDescriptorType))
     ),
@@ -140,6 +143,22 @@ def test_wrong_arguments_are_torchs_own_error(call: Any) -> None:
     assert got.value.__context__ is None
 
 
+@pytest.mark.parametrize(("owner", "name"), OWNERS, ids=[f"{o.__name__}.{n}" for o, n in OWNERS])
+def test_a_call_that_fails_is_made_once(owner: Any, name: str) -> None:
+    class Refuses(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, *_: Any) -> Any:
+            self.calls += 1
+            raise RuntimeError("refused")
+
+    args, kwargs = next(iter(calls_of(owner, name).values()))
+    with pyfused.patch(), Refuses() as mode, pytest.raises(RuntimeError, match="refused") as raised:
+        getattr(owner, name)(*args, **kwargs)
+    assert raised.value.__context__ is None
+    assert mode.calls == 1
+
+
 def test_an_error_that_torch_does_not_have_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("of pyfused alone")
@@ -174,6 +193,212 @@ def test_subclasses_and_modes_see_torchs_functions() -> None:
         with Mode():
             torch.relu(X)
     assert Recording.seen == [F.relu, F.cross_entropy, torch.relu]
+
+
+# ---- what defines __torch_function__ ------------------------------------------------------------
+
+
+def tensors_of(name: str) -> dict[str, Tensor]:
+    operands = [operand for operand in OPERATORS[name].operands if not operand.optional]
+    given = {o.name: TARGET if o.indices else X.sigmoid() for o in operands}
+    return given | ({"linear_weight": X[:5]} if "linear_weight" in given else {})
+
+
+def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of right calls, and for built-ins of wrong ones."""
+    op = OPERATORS[name.removesuffix("_")]
+    tensors = tensors_of(op.name)
+    (first, x), *others = tensors.items()
+    if owner is F and isinstance(getattr(F, name), FunctionType):
+        dim = {"dim": 1} if "softmax" in name else {}
+        return {"by name": ((x,), dict(others) | dim), "by place": (tuple(tensors.values()), dim)}
+    if "softmax" in name:
+        return {
+            "by place": ((x, 1), {}),
+            "by name": ((x,), {"dim": 1, "dtype": torch.float64}),
+            "dtype by place": ((x, 1, torch.float64), {}),
+            "dim is missing": ((x,), {}),
+            "twice": ((x, 1), {"dim": 1}),
+            "too many": ((x, 1, None, None), {}),
+            "out of range": ((x, 7), {}),
+        }
+    more = {"more": ((x,), {"approximate": "tanh"})} if name == "gelu" else {}
+    return more | {
+        "by place": ((x,), {}),
+        "by name": ((), {first: x}),
+        "twice": ((x,), {first: x}),
+        "too many": ((x, True, 1, 1), {}),
+        "unknown": ((x,), {"inplace": True}),
+        "none": ((), {}),
+    }
+
+
+class Handler:
+    """Records what it is shown, and answers."""
+
+    seen: list[Any] = []  # noqa: RUF012
+    answer = "calls"
+
+    @classmethod
+    def handle(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        kwargs = kwargs or {}
+        Handler.seen.append((func, types, len(args), sorted(kwargs)))
+        if Handler.answer == "calls":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if Handler.answer == "raises":
+            raise RuntimeError("of the handler's own")
+        return NotImplemented if Handler.answer == "has none" else 42
+
+
+class Sub(Tensor, Handler):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls.handle(func, types, args, kwargs)
+
+
+class Alike(Handler):
+    """No tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls.handle(func, types, args, kwargs)
+
+
+class Mode(TorchFunctionMode, Handler):
+    def __repr__(self) -> str:  # which is part of torch's messages
+        return "Mode"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(func, (), args, kwargs)  # torch's own differ in whether Tensor is one
+
+
+def outcome(call: Any, within: Any) -> tuple[Any, list[float], Any]:
+    """What a call returns or raises, and what a handler saw of it."""
+    Handler.seen.clear()
+    try:
+        with within:
+            result = call()
+    except Exception as error:
+        result = type(error), str(error), error.__context__
+    seen = list(Handler.seen)
+    if isinstance(result, Tensor):
+        return type(result), result.as_subclass(Tensor).flatten().tolist(), seen
+    return result, [], seen
+
+
+@pytest.mark.parametrize("answer", ["calls", "answers", "has none", "raises"])
+@pytest.mark.parametrize(("owner", "name"), OWNERS, ids=[f"{o.__name__}.{n}" for o, n in OWNERS])
+def test_what_defines_torch_function_is_shown_what_torch_shows(
+    owner: Any, name: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "answer", answer)
+    classes = {"plain": None, "Sub": Sub, "Alike": Alike, "Mode": None}
+
+    calls = calls_of(owner, name)
+
+    def all_outcomes() -> dict[Any, Any]:
+        found = {}
+        for call, (args, kwargs) in calls.items():
+            places = [*range(len(args)), *kwargs]
+            for kind, place in itertools.product(classes, places or [0]):
+                if kind == "Mode" and answer == "has none":
+                    continue  # some of torch's own methods recurse
+
+                def made(value: Any, at: Any, kind: str = kind, place: Any = place) -> Any:
+                    if not isinstance(value, Tensor):
+                        return value
+                    if at != place or kind in ("plain", "Mode"):
+                        return value.clone()
+                    return value.clone().as_subclass(Sub) if kind == "Sub" else Alike()
+
+                given = [made(value, at) for at, value in enumerate(args)]
+                named = {at: made(value, at) for at, value in kwargs.items()}
+                mode = Mode() if kind == "Mode" else contextlib.nullcontext()
+                found[call, kind, place] = outcome(
+                    lambda given=given, named=named: getattr(owner, name)(*given, **named), mode
+                )
+        return found
+
+    expected = all_outcomes()
+    with pyfused.patch():
+        got = all_outcomes()
+    for case, (kind, values, seen) in expected.items():
+        assert got[case] == (kind, pytest.approx(values, rel=1e-4, abs=1e-6), seen), case
+
+
+@pytest.fixture
+def in_seconds() -> Iterator[None]:
+    """Ends a hang, which once was a function that called itself through torch."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Forms(nn.Module):
+    """An operator by all its names."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        module = getattr(nn, OPERATORS[name].module, None)
+        options = (1,) if "softmax" in name else (5, 5) if name == "linear_cross_entropy" else ()
+        self.module = module(*options) if module else None
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        dim = (1,) if "softmax" in self.name else ()
+        owners = [owner for owner, name in OWNERS if name == self.name]
+        results = [getattr(owner, self.name)(*tensors, *dim) for owner in owners]
+        inplace = [owner for owner, name in OWNERS if name == f"{self.name}_"]
+        results += [getattr(owner, f"{self.name}_")(tensors[0] * 1) for owner in inplace]
+        if self.module:
+            of_module = tensors[::2] if self.name == "linear_cross_entropy" else tensors
+            results.append(self.module(*of_module))
+        return results
+
+
+CANNOT = "gaussian_nll_loss"  # torch.export of torch's own fails
+EXPORTED = sorted({name for _, name in OWNERS if name in OPERATORS} - {CANNOT})
+
+
+def exported(
+    model: nn.Module, tensors: tuple[Tensor, ...], strict: bool
+) -> tuple[list[str], nn.Module]:
+    program = torch.export.export(model, tensors, strict=strict)
+    nodes = program.graph_module.graph.nodes
+    return [str(node.target) for node in nodes if node.op == "call_function"], program.module()
+
+
+@pytest.mark.usefixtures("in_seconds")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [(name, strict) for name in EXPORTED for strict in {False, name in BUILT_IN}],
+)
+def test_an_exported_program_is_torchs(name: str, strict: bool) -> None:
+    model, tensors = Forms(name), tuple(tensors_of(name).values())
+    expected, _ = exported(model, tensors, strict)
+    with pyfused.patch():
+        got, program = exported(model, tensors, strict)
+    assert got == expected
+    assert len(got) >= len(model(*tensors))
+    torch.testing.assert_close(program(*tensors), model(*tensors))
+
+
+@pytest.mark.usefixtures("in_seconds")
+def test_what_is_exported_to_onnx_is_torchs() -> None:
+    pytest.importorskip("onnxscript")
+    model = nn.Sequential(nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.GELU(), nn.Softmax(1))
+    expected = torch.onnx.export(model, (X,), dynamo=True)
+    with pyfused.patch():
+        got = torch.onnx.export(model, (X,), dynamo=True)
+    assert str(got) == str(expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
