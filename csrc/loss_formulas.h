@@ -272,6 +272,7 @@ template <class A, bool square> struct SigmoidFocal : Formula<A> {
     const A p = sigmoid(x), q = sigmoid(-x), u = p * (1 - t) + q * t;
     const A ratio = u > 0 ? p * q / u : A(1);
     const A c = (1 - t) * x + softplus(-x);
+    scale = t == ignored ? A(0) : scale;  // which is infinite if all targets are ignored
     return factor(t) * scale * (power(u) * ((p - t) + gamma * c * ratio * (1 - 2 * t)));
   }
   A grad_target(A, A, A, A) const { return 0; }

@@ -223,11 +223,11 @@ def read_lse(lse, rows, in_bounds, A: tl.constexpr):
 
 
 @triton.jit
-def class_weight(weight, c, classes, A: tl.constexpr):
-    """The weights of classes c as a row; they are 1 if there are none."""
+def class_weight(weight, c, classes, first_class, A: tl.constexpr):
+    """The weights of classes c of a block as a row; they are 1 if there are none."""
     row = tl.full([c.shape[0]], 1.0, A)
     if weight is not None:
-        row = tl.load(weight + c, mask=c < classes, other=0.0)
+        row = tl.load(weight + first_class + c, mask=c < classes, other=0.0)
     return row[None, :]
 
 
@@ -327,7 +327,7 @@ def two_pass_kernel(
             x = x.to(A) - maximum[:, None]
             gradient = exp_nonpositive(x, EXACT) * factor[:, None]
             if SMOOTHING:
-                q = smooth_weight * class_weight(weight, first_class + c, all_classes, A)
+                q = smooth_weight * class_weight(weight, c, classes, first_class, A)
                 distance += tl.where(mask, q * (log_total[:, None] - x), 0.0)
                 gradient -= q * grad_scale[:, None]
             if grad is not None:
@@ -359,7 +359,7 @@ def smoothed(
     """q_c of class probabilities; 0 outside of the mask."""
     y = tl.load(pointers(y_starts, c, class_stride, INNER_UNIT), mask=mask, other=0.0).to(A)
     q = scalar(1.0 - smoothing, A) * y + scalar(smoothing, A) / classes
-    return tl.where(mask, q * class_weight(weight, c, classes, A), 0.0)
+    return tl.where(mask, q * class_weight(weight, c, classes, 0, A), 0.0)
 
 
 @triton.jit(do_not_specialize=["denominator"])
@@ -427,7 +427,7 @@ def probabilities_kernel(
             to = row_starts(grad, outer, lanes, strides[6], strides[7], INNER_UNIT, CLASS_UNIT)
             tl.store(pointers(to, c, strides[8], INNER_UNIT), gradient, mask=mask)
         if grad_target is not None:
-            share = scalar(1.0 - smoothing, A) * class_weight(weight, c, classes, A)
+            share = scalar(1.0 - smoothing, A) * class_weight(weight, c, classes, 0, A)
             to = row_starts(
                 grad_target, outer, lanes, strides[9], strides[10], INNER_UNIT, CLASS_UNIT
             )
@@ -473,9 +473,9 @@ def statistics_kernel(
     if target is not None:
         counted &= tl.load(target + rows, mask=in_bounds, other=ignore_index) != ignore_index
     starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
-    maximum, total = first_pass(
-        starts, classes, strides[2], counted, A, True, INNER_UNIT, ROWS, BLOCK
-    )
+    # As in two_pass_kernel, a mask by row would take loads of several rows apart.
+    read = counted if ROWS == 1 else in_bounds
+    maximum, total = first_pass(starts, classes, strides[2], read, A, True, INNER_UNIT, ROWS, BLOCK)
     log_total = tl.log(total)
     exact = maximum.to(tl.float64) + log_total.to(tl.float64)
     tl.store(lse + rows, tl.where(counted, exact, 0.0), mask=in_bounds)
@@ -485,7 +485,7 @@ def statistics_kernel(
         index = tl.zeros([ROWS, BLOCK], tl.int64)
         for start in range(0, classes, BLOCK):
             c = start + tl.arange(0, BLOCK)
-            mask = counted[:, None] & (c < classes)[None, :]
+            mask = read[:, None] & (c < classes)[None, :]
             x = tl.load(
                 pointers(starts, c, strides[2], INNER_UNIT), mask=mask, other=-float("inf")
             ).to(A)

@@ -52,12 +52,12 @@ def multi_margin_kernel(
     slopes = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < classes)[None, :] & (c[None, :] != label[:, None])
+        mask = in_bounds[:, None] & (c < classes)[None, :]
         z = tl.load(pointers(starts, c, 1, 1), mask=mask & valid[:, None], other=-float("inf")).to(
             A
         )
         z += slack[:, None]
-        z = tl.where(z > 0.0, z, 0.0)  # NaN counts as 0, as in torch
+        z = tl.where((z > 0.0) & (c[None, :] != label[:, None]), z, 0.0)  # NaN is 0, as in torch
         slope = z if SQUARED else tl.where(z > 0.0, 1.0, 0.0).to(A)
         losses += z * z if SQUARED else z
         slopes += slope
@@ -65,6 +65,7 @@ def multi_margin_kernel(
             to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
             tl.store(pointers(to, c, 1, 1), slope * factor[:, None], mask=mask)
     if grad is not None:
+        tl.debug_barrier()  # the row's gradient is stored, with 0 for the target
         to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
         tl.store(to + label, -tl.sum(slopes, 1) * factor, mask=valid)
     if loss is not None:

@@ -239,6 +239,7 @@ def sigmoid_focal_loss(x, t, alpha, gamma, ignored, scale):
         power = tl.where(gamma == 0.0, 1.0, exp(gamma * log(u)))
     factor = tl.where(alpha < 0.0, 1.0, alpha * t + (1.0 - alpha) * (1.0 - t))
     factor = tl.where(t == ignored, 0.0, factor)
+    scale = tl.where(t == ignored, 0.0, scale)  # it is infinite if all targets are ignored
     loss = (1.0 - t) * x - log_sigmoid(x)
     ratio = tl.where(u > 0.0, p * q / u, 1.0)
     slope = (p - t) + gamma * loss * ratio * (1.0 - 2.0 * t)

@@ -365,9 +365,11 @@ def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
     _broadcasts("target", input.shape, target.shape)
 
 
-def same_shape(input: Tensor, target: Tensor, *_: Any, name: str = "target") -> None:
+def same_shape(
+    input: Tensor, target: Tensor, *_: Any, name: str = "target", error: Any = ValueError
+) -> None:
     if target.shape != input.shape:
-        raise ValueError(
+        raise error(
             f"{name}: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
 

@@ -446,3 +446,10 @@ def test_where_small_inputs_may_go_to_torch(
     expected = evaluate(lambda x: getattr(F, name)(x, target, **options), x)
     close(got.value, expected.value, equal_nan=True)
     close(got.gradients, expected.gradients, equal_nan=True)
+
+
+def test_focal_targets_that_are_all_ignored_get_no_gradient() -> None:
+    x = torch.randn(40, requires_grad=True)
+    fused.sigmoid_focal_loss(x, torch.zeros(40), ignore_index=0, reduction="mean").backward()
+    assert x.grad is not None
+    assert not x.grad.any()

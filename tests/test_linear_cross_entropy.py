@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from torch import Tensor
@@ -370,3 +371,14 @@ def test_class_index_out_of_range(rows: int | None) -> None:
     told = rf"target: expected class indices in \[0, 70\) .*, got 70 at position {place}"
     with pytest.raises(IndexError, match=told):
         fused.linear_cross_entropy(given.input, given.head, given.target)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_blocks_of_rows_that_are_all_ignored(reduction: str) -> None:
+    """The loss is 0, and its mean NaN, whatever the number of blocks."""
+    input, weight = torch.randn(2, 3), torch.randn(247, 3)
+    target = torch.full((2,), -100)
+    options: dict[str, Any] = {"reduction": reduction, "memory_budget": 1}
+    got = fused.linear_cross_entropy(input, weight, target, **options)
+    expected = F.cross_entropy(input @ weight.t(), target, reduction=reduction)
+    torch.testing.assert_close(got, expected, equal_nan=True)

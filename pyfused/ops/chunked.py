@@ -244,7 +244,7 @@ def each_of_sums(
         loss = loss + options.z_loss * lse.square()
     if options.token_weight is not None:
         loss = loss * options.token_weight
-    return loss
+    return loss.where(target != options.ignore_index, 0)
 
 
 def gradients_by_blocks(

@@ -41,7 +41,7 @@ class CrossEntropy(ClassLoss):
         measured = Measured.empty(math.prod(loss_shape(input, "none")), input)
         measures = measured.before(backend_of(input), input, target, options.ignore_index)
         loss = self.run(given, Want(inplace=inplace, measures=measures))
-        metrics = measured.metrics(target, options, accumulate_dtype(input.dtype))
+        metrics = measured.metrics(target, options, accumulate_dtype(arguments[0].dtype))
         return self.finished(given, loss), metrics
 
     def dtype_of(self, given: Given) -> torch.dtype:

@@ -64,6 +64,7 @@ def cross_entropy(
             input, target, weight, None, ignore_index, None, "none", label_smoothing
         )
     each = each + z_loss * input.logsumexp(dim).reshape(each.shape) ** 2 if z_loss else each
+    each = each if loss_dtype is None else each.to(loss_dtype)
     counts = torch.ones_like(each)
     if not target.is_floating_point():
         live = target.reshape(each.shape) != ignore_index
@@ -75,6 +76,8 @@ def cross_entropy(
         each, counts = each * token_weight, counts * token_weight
     if reduction != "mean":
         return each if reduction == "none" else each.sum()
+    if isinstance(denominator, Tensor):
+        denominator = denominator.reshape(()).to(each.dtype)
     return each.sum() / (counts.sum() if denominator is None else denominator)
 
 

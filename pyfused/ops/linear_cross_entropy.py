@@ -203,7 +203,8 @@ def _targets(head: Head, options: CrossEntropyOptions) -> Targets:
 def _divisor(options: CrossEntropyOptions, counted: float | Tensor) -> float | Tensor:
     if options.reduction != "mean":
         return 1.0
-    return counted if options.denominator is None else options.denominator
+    d = options.denominator
+    return counted if d is None else d.reshape(()) if isinstance(d, Tensor) else d
 
 
 def _keep(

@@ -168,7 +168,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     name="soft_margin_loss",
     module="SoftMarginLoss",
     operands=(INPUT, SIGNS),
-    shapes=checks.same_shape,
+    shapes=partial(checks.same_shape, error=RuntimeError),
     warns=False,
     fallback_reason=_differ,
 )
