@@ -67,33 +67,38 @@ def row_scale(row_weight, denominator, rows, counted, A: tl.constexpr):
 
 
 @triton.jit
-def mean_scale(
-    row_weight,
-    denominator,
+def read_rows(
     target,
     weight,
+    row_weight,
+    denominator,
     rows,
-    counted,
-    n,
+    in_bounds,
+    inner,
     classes,
     ignore_index,
     A: tl.constexpr,
 ):
-    """The same, where the denominator may be the n class indices, whose weights are added up here.
+    """What `read_target` and `row_scale` give for rows of class indices.
 
-    Of few indices that takes less time than the launch of another kernel.
+    The denominator may also be the class indices, whose weights each program then adds up itself:
+    of few that takes less time than the launch of another kernel.
     """
+    label, valid, invalid, target_weight = read_target(
+        target, weight, rows, in_bounds, classes, ignore_index
+    )
     if denominator is None:
-        scale = row_scale(row_weight, None, rows, counted, A)
+        scale = row_scale(row_weight, None, rows, valid | invalid, A)
     elif denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
+        n = tl.num_programs(0) // tl.cdiv(inner, rows.shape[0]) * inner
         total = tl.zeros([1024], tl.float64)
         for start in range(0, n, 1024):
             i = start + tl.arange(0, 1024)
             total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
-        scale = row_scale(row_weight, tl.sum(total), rows, counted, A)
+        scale = row_scale(row_weight, tl.sum(total), rows, valid | invalid, A)
     else:
-        scale = row_scale(row_weight, denominator, rows, counted, A)
-    return scale
+        scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
+    return label, valid, invalid, target_weight.to(A), scale
 
 
 @triton.jit
@@ -169,11 +174,8 @@ def row_kernel(
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
-    label, valid, invalid, target_weight = read_target(
-        target, weight, rows, in_bounds, classes, ignore_index
-    )
-    scale = mean_scale(
-        row_weight, denominator, target, weight, rows, valid | invalid, n, classes, ignore_index, A
+    label, valid, invalid, target_weight, scale = read_rows(
+        target, weight, row_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
     )
     starts = row_starts(logits, 0, rows, 0, logits_stride, 1, CLASS_UNIT)
     c = tl.arange(0, BLOCK)
@@ -186,7 +188,7 @@ def row_kernel(
     e = exp_nonpositive(x, logits.dtype.element_ty.primitive_bitwidth > 16)
     total = tl.sum(e, 1)
     log_total = tl.log(total)
-    index_weight = scalar(1.0 - smoothing, A) * target_weight.to(A)
+    index_weight = scalar(1.0 - smoothing, A) * target_weight
     value, index_weight, slope = index_terms(
         maximum - target_logit + log_total, maximum + log_total, valid, index_weight, z_loss, GAMMA
     )
@@ -268,71 +270,57 @@ def two_pass_kernel(
 ):
     """Class indices, any strides and number of classes; given `lse`, also a block of all classes.
 
-    sizes: inner, classes, the first one's index among all classes, number of all classes.
+    sizes: inner, classes, index of the first class, size of the vocabulary.
     strides: outer, inner and class stride of logits and of grad.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
-    inner, classes, first_class, all_classes = sizes
+    inner, classes, first_class, vocab = sizes
     inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
     outer, lanes, in_bounds = block_of_rows(inner, ROWS)
     rows = outer * inner + lanes
-    label, valid, invalid, target_weight = read_target(
-        target, weight, rows, in_bounds, all_classes, ignore_index
+    label, valid, invalid, target_weight, scale = read_rows(
+        target, weight, row_weight, denominator, rows, in_bounds, inner, vocab, ignore_index, A
     )
     label = (label - first_class).to(tl.int32)
     here = valid & (label >= 0) & (label < classes)
-    n = tl.num_programs(0) // tl.cdiv(inner, ROWS) * inner
-    scale = mean_scale(
-        row_weight,
-        denominator,
-        target,
-        weight,
-        rows,
-        valid | invalid,
-        n,
-        all_classes,
-        ignore_index,
-        A,
-    )
+    stride = strides[2]
     starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
-    target_logit = tl.load(starts + label.to(tl.int64) * strides[2], mask=here, other=0.0).to(A)
-    # Rows that are ignored are not read, unless a thread loads several rows at once.
-    read = valid if ROWS == 1 else in_bounds
+    target_logit = tl.load(starts + label.to(tl.int64) * stride, mask=here, other=0.0).to(A)
+    read = valid if ROWS == 1 else in_bounds  # a mask by row would take loads of many rows apart
     if lse is None:
         maximum, total = first_pass(
-            starts, classes, strides[2], read, A, EXACT, INNER_UNIT, ROWS, BLOCK
+            starts, classes, stride, read, A, EXACT, INNER_UNIT, ROWS, BLOCK
         )
     else:
         maximum, total = read_lse(lse, rows, in_bounds, A)
     log_total = tl.log(total)
-    index_weight = scalar(1.0 - smoothing, A) * target_weight.to(A)
+    index_weight = scalar(1.0 - smoothing, A) * target_weight
     value, index_weight, slope = index_terms(
         maximum - target_logit + log_total, maximum + log_total, here, index_weight, z_loss, GAMMA
     )
-    smooth_weight = scalar(smoothing, A) / all_classes
+    smooth_weight = scalar(smoothing, A) / vocab
     if SMOOTHING:
-        slope += scalar(smoothing, A) * mean_class_weight(weight, all_classes, A)
+        slope += scalar(smoothing, A) * mean_class_weight(weight, vocab, A)
     if SMOOTHING or grad is not None:
-        factor = tl.where(valid, slope * scale / total, 0.0)
-        grad_scale = tl.where(valid, scale, 0.0)
+        factor = slope * scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
         tl.debug_barrier()  # in place, all threads have read the target's logit before it changes
         for start in range(0, classes, BLOCK):
             c = start + tl.arange(0, BLOCK)
             mask = in_bounds[:, None] & (c < classes)[None, :]
             x = tl.load(
-                pointers(starts, c, strides[2], INNER_UNIT), mask=mask & read[:, None], other=0.0
+                pointers(starts, c, stride, INNER_UNIT), mask=mask & read[:, None], other=0.0
             )
             x = x.to(A) - maximum[:, None]
             gradient = exp_nonpositive(x, EXACT) * factor[:, None]
             if SMOOTHING:
                 q = smooth_weight * class_weight(weight, c, classes, first_class, A)
                 distance += tl.where(mask, q * (log_total[:, None] - x), 0.0)
-                gradient -= q * grad_scale[:, None]
+                gradient -= q * scale[:, None]
             if grad is not None:
                 is_target = c[None, :] == label[:, None]
-                gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
+                gradient -= tl.where(is_target, (index_weight * scale)[:, None], 0.0)
                 gradient = tl.where(valid[:, None], gradient, 0.0)
                 to = row_starts(grad, outer, lanes, strides[3], strides[4], INNER_UNIT, CLASS_UNIT)
                 tl.store(pointers(to, c, strides[5], INNER_UNIT), gradient, mask=mask)

@@ -205,7 +205,7 @@ def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None)
 def _denominator(
     options: CrossEntropyOptions, n: int, may_count: bool, target: Tensor, *counted: Any
 ) -> Tensor | int | None:
-    """What a mean of n rows divides by, as the kernels take it: see `mean_scale`.
+    """What a mean of n rows divides by, as the kernels take it: see `read_rows`.
 
     Args:
         may_count: The kernel's row_weight is that of the tokens, so that it can count itself.
