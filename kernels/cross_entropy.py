@@ -299,7 +299,6 @@ def two_pass_kernel(
     value, index_weight, slope = index_terms(
         maximum - target_logit + log_total, maximum + log_total, here, index_weight, z_loss, GAMMA
     )
-    smooth_weight = scalar(smoothing, A) / vocab
     if SMOOTHING:
         slope += scalar(smoothing, A) * mean_class_weight(weight, vocab, A)
     if SMOOTHING or grad is not None:
@@ -315,7 +314,7 @@ def two_pass_kernel(
             x = x.to(A) - maximum[:, None]
             gradient = exp_nonpositive(x, EXACT) * factor[:, None]
             if SMOOTHING:
-                q = smooth_weight * class_weight(weight, c, classes, first_class, A)
+                q = scalar(smoothing, A) / vocab * class_weight(weight, c, classes, first_class, A)
                 distance += tl.where(mask, q * (log_total[:, None] - x), 0.0)
                 gradient -= q * scale[:, None]
             if grad is not None:
