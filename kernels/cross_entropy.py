@@ -300,7 +300,9 @@ def two_pass_kernel(
         maximum - target_logit + log_total, maximum + log_total, here, index_weight, z_loss, GAMMA
     )
     if SMOOTHING:
-        slope += scalar(smoothing, A) * mean_class_weight(weight, vocab, A)
+        slope += scalar(smoothing, A) * mean_class_weight(
+            weight, classes if lse is None else vocab, A
+        )
     if SMOOTHING or grad is not None:
         factor = slope * scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
