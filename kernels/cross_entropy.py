@@ -234,7 +234,7 @@ def class_weight(weight, c, classes, first_class, A: tl.constexpr):
 
 
 @triton.jit
-def mean_class_weight(weight, classes, A: tl.constexpr):
+def mean_weight(weight, classes, A: tl.constexpr):
     mean = tl.full([], 1.0, A)
     if weight is not None:
         total = tl.zeros([1024], A)
@@ -300,9 +300,7 @@ def two_pass_kernel(
         maximum - target_logit + log_total, maximum + log_total, here, index_weight, z_loss, GAMMA
     )
     if SMOOTHING:
-        slope += scalar(smoothing, A) * mean_class_weight(
-            weight, classes if lse is None else vocab, A
-        )
+        slope += scalar(smoothing, A) * mean_weight(weight, classes if lse is None else vocab, A)
     if SMOOTHING or grad is not None:
         factor = slope * scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
