@@ -34,36 +34,14 @@ from .rows import (
     first_pass,
     multiple,
     pointers,
+    read_target,
+    row_scale,
     row_starts,
     scalar,
+    store_loss,
 )
 
 # ---- what the kernels share ----------------------------------------------------------------------
-
-
-@triton.jit
-def read_target(target, weight, rows, in_bounds, classes, ignore_index):
-    """Class index, whether it is valid, whether it is out of range, and its class weight or 1."""
-    label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
-    counted = in_bounds & (label != ignore_index)
-    valid = counted & (label >= 0) & (label < classes)
-    target_weight = tl.where(valid, 1.0, 0.0)
-    if weight is not None:
-        target_weight = tl.load(weight + label, mask=valid, other=0.0)
-    return label, valid, counted & (valid == 0), target_weight
-
-
-@triton.jit
-def row_scale(row_weight, denominator, rows, counted, A: tl.constexpr):
-    """row_weight / denominator of each row; the denominator is None, an int or a pointer."""
-    scale = tl.where(counted, 1.0, 0.0).to(A)
-    if row_weight is not None:
-        scale = tl.load(row_weight + rows, mask=counted, other=0.0)
-    if denominator is not None:
-        if denominator.dtype.is_ptr():
-            denominator = tl.load(denominator)
-        scale /= denominator.to(A)
-    return scale
 
 
 @triton.jit
@@ -87,17 +65,15 @@ def read_rows(
     label, valid, invalid, target_weight = read_target(
         target, weight, rows, in_bounds, classes, ignore_index
     )
-    if denominator is None:
-        scale = row_scale(row_weight, None, rows, valid | invalid, A)
-    elif denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
-        n = tl.num_programs(0) // tl.cdiv(inner, rows.shape[0]) * inner
-        total = tl.zeros([1024], tl.float64)
-        for start in range(0, n, 1024):
-            i = start + tl.arange(0, 1024)
-            total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
-        scale = row_scale(row_weight, tl.sum(total), rows, valid | invalid, A)
-    else:
-        scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
+    if denominator is not None:
+        if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
+            n = tl.num_programs(0) // tl.cdiv(inner, rows.shape[0]) * inner
+            total = tl.zeros([1024], tl.float64)
+            for start in range(0, n, 1024):
+                i = start + tl.arange(0, 1024)
+                total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
+            denominator = tl.sum(total)
+    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
     return label, valid, invalid, target_weight.to(A), scale
 
 
@@ -132,16 +108,6 @@ def squared_lse(lse, z_loss):
     weight = scalar(z_loss, lse.dtype)
     lse = tl.where(z_loss > 0.0, lse, 0.0)
     return weight * lse * lse, 2.0 * weight * lse
-
-
-@triton.jit
-def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
-    """Stores the loss of each row, or the sum over the program's rows."""
-    value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
-    if EACH:
-        tl.store(loss + rows, value, mask=in_bounds)
-    else:
-        tl.store(loss + tl.program_id(0), tl.sum(tl.where(in_bounds, value, 0.0)))
 
 
 # ---- rows that fit into registers ----------------------------------------------------------------

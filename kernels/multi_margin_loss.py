@@ -16,8 +16,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import read_target, row_scale, store_loss
-from .rows import block_of_rows, multiple, pointers, row_starts, scalar
+from .rows import (
+    block_of_rows,
+    multiple,
+    pointers,
+    read_target,
+    row_scale,
+    row_starts,
+    scalar,
+    store_loss,
+)
 
 
 @triton.jit(do_not_specialize=["denominator"])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import read_target, row_scale, store_loss
+from .rows import read_target, row_scale, store_loss
 
 
 @triton.jit(do_not_specialize=["n", "ignore_index"])

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows import read_target
+
 
 @triton.jit(do_not_specialize=["n"])
 def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
@@ -32,11 +34,8 @@ def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
 @triton.jit
 def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
     """What targets i contribute to the denominator of a mean: 0 if ignored or out of range."""
-    index = tl.load(target + i, mask=i < n, other=-1)
-    valid = (i < n) & (index != ignore_index) & (index >= 0) & (index < classes)
-    counted = tl.where(valid, 1.0, 0.0).to(tl.float64)
-    if weight is not None:
-        counted *= tl.load(weight + index, mask=valid, other=0.0).to(tl.float64)
+    _, valid, _, counted = read_target(target, weight, i, i < n, classes, ignore_index)
+    counted = counted.to(tl.float64)
     if token_weight is not None:
         counted *= tl.load(token_weight + i, mask=valid, other=0.0).to(tl.float64)
     return counted

@@ -90,3 +90,41 @@ def first_pass(
         total += exp_nonpositive(x - pivot[:, None], EXACT)
         maximum = higher
     return finite_or_zero(maximum), tl.sum(total, 1)
+
+
+# ---- losses over classes -------------------------------------------------------------------------
+
+
+@triton.jit
+def read_target(target, weight, rows, in_bounds, classes, ignore_index):
+    """Class index, whether it is valid, whether it is out of range, and its class weight or 1."""
+    label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
+    counted = in_bounds & (label != ignore_index)
+    valid = counted & (label >= 0) & (label < classes)
+    target_weight = tl.where(valid, 1.0, 0.0)
+    if weight is not None:
+        target_weight = tl.load(weight + label, mask=valid, other=0.0)
+    return label, valid, counted & (valid == 0), target_weight
+
+
+@triton.jit
+def row_scale(row_weight, denominator, rows, counted, A: tl.constexpr):
+    """row_weight / denominator of each row; the denominator is None, an int or a pointer."""
+    scale = tl.where(counted, 1.0, 0.0).to(A)
+    if row_weight is not None:
+        scale = tl.load(row_weight + rows, mask=counted, other=0.0)
+    if denominator is not None:
+        if denominator.dtype.is_ptr():
+            denominator = tl.load(denominator)
+        scale /= denominator.to(A)
+    return scale
+
+
+@triton.jit
+def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
+    """Stores the loss of each row, or the sum over the program's rows."""
+    value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
+    if EACH:
+        tl.store(loss + rows, value, mask=in_bounds)
+    else:
+        tl.store(loss + tl.program_id(0), tl.sum(tl.where(in_bounds, value, 0.0)))

@@ -82,8 +82,12 @@ def _count(
     return count
 
 
-def _loss_of(input: Tensor, reduction: str, programs: int) -> tuple[Tensor, Tensor]:
+def _loss_of(
+    input: Tensor, reduction: str, want: Want, programs: int
+) -> tuple[Tensor | None, Tensor | None]:
     """New tensors for the loss of (N, C, d1, ..., dk), and for what the programs store of it."""
+    if not want.loss:
+        return None, None
     loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
     return loss, loss if reduction == "none" or programs == 1 else loss.new_empty(programs)
 
@@ -113,9 +117,8 @@ def cross_entropy(
         loss_alone = want._replace(gradients=())
         loss, _ = cross_entropy(input, target, weight, options, loss_alone, None, vocab_shard)
         want = want._replace(loss=False, measures=None)
-        return loss, cross_entropy(input, target, weight, options, want, grad_output, vocab_shard)[
-            1
-        ]
+        arguments = input, target, weight, options, want, grad_output, vocab_shard
+        return loss, cross_entropy(*arguments)[1]
     of_input, of_target = want.gradients or (False, False)
     indices, each = target.dtype is torch.int64, options.reduction == "none"
     logits, strides = viewed(input)
@@ -134,20 +137,19 @@ def cross_entropy(
     smoothing, z_loss = max(0.0, float(options.label_smoothing)), float(options.z_loss)
     itemsize, dense = input.element_size(), not indices or (smoothing > 0 and weight is not None)
     with torch.cuda.device_of(input):
-        if measures is None and lse is None and classes < vocab_shard.classes:
+        lacks_lse = lse is None and classes < vocab_shard.classes
+        if measures is None and lacks_lse:
             measures = Measures(logits.new_empty(outer * inner, dtype=torch.float64))
         if measures is not None:
             choice, programs, units = _tiling(sizes, itemsize, strides, tensors=2)
             given: Any = logits, target if indices else None, *measures, inner, classes, strides
             scalars: Any = vocab_shard.first, options.ignore_index
             statistics_kernel[(programs,)](*given, *scalars, **choice.tile(), **units)
-            lse = measures.log_sum_exp if classes < vocab_shard.classes else None
+            lse = measures.log_sum_exp if lacks_lse else lse
         if not (want.loss or of_input or of_target):
             return None, (None, None)
-        loss = parts = None
         choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=2 if dense else 1)
-        if want.loss:
-            loss, parts = _loss_of(logits, options.reduction, programs)
+        loss, parts = _loss_of(logits, options.reduction, want, programs)
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
         counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
         denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
@@ -241,12 +243,11 @@ def nll_loss(
         grad, grad_strides = empty_viewed(input)
         grad.zero_()
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
-    programs, loss, parts, denominator = -(-n // choice.block), None, None, None
+    programs, denominator = -(-n // choice.block), None
     with torch.cuda.device_of(input):
         if options.reduction == "mean":
             denominator = _count(target, weight, None, options.ignore_index, classes)
-        if want.loss:
-            loss, parts = _loss_of(input, options.reduction, programs)
+        loss, parts = _loss_of(input, options.reduction, want, programs)
         given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
         numbers = n, inner, classes, strides, grad_strides, options.ignore_index
         meta = {"EACH": options.reduction == "none", "BLOCK": choice.block, **choice.options()}
@@ -268,11 +269,10 @@ def multi_margin_loss(
     n, classes = input.shape
     grad = torch.empty_like(input) if any(want.gradients) else None
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
-    sizes, loss, parts = (1, n, classes), None, None
+    sizes = 1, n, classes
     choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=2)
     with torch.cuda.device_of(input):
-        if want.loss:
-            loss, parts = _loss_of(input, options.reduction, programs)
+        loss, parts = _loss_of(input, options.reduction, want, programs)
         denominator = n if options.reduction == "mean" else None
         given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
         meta = {"SQUARED": options.p == 2, "EACH": options.reduction == "none", **choice.tile()}
