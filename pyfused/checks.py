@@ -366,7 +366,11 @@ def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
 
 
 def same_shape(
-    input: Tensor, target: Tensor, *_: Any, name: str = "target", error: Any = ValueError
+    input: Tensor,
+    target: Tensor,
+    *_: Any,
+    name: str = "target",
+    error: type[Exception] = ValueError,
 ) -> None:
     if target.shape != input.shape:
         raise error(

@@ -44,12 +44,12 @@ class _Function:
         self.function = getattr(F, op.name)
         self.traced, self.copy = getattr(functional, op.name), original(self.function)
         # What stood there already when pyfused was imported may be someone's.
-        torchs_own = getattr(self.function, "__globals__", None) is vars(F)
-        self.reference = self.function.__code__ if torchs_own else None
+        is_torch = getattr(self.function, "__globals__", None) is vars(F)
+        self.unpatched = self.function.__code__ if is_torch else None
 
     @cached_property
     def ours(self) -> Any:
-        if self.reference is None:
+        if self.unpatched is None:
             return None
         op, names = self.op, parameters_of(self.function)
         given = [
@@ -57,7 +57,7 @@ class _Function:
             for name, default in zip(op.arguments, (None, *op.defaults), strict=True)
         ]
         call = f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})"
-        return code_calling(_fused(op), call, self.reference)
+        return code_calling(_fused(op), call, self.unpatched)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -85,11 +85,11 @@ class _BuiltIn:
     def __init__(self, owner: Any, op: Operator, inplace: bool) -> None:
         self.owner, self.name, self.op, self.inplace = owner, op.name + "_" * inplace, op, inplace
         self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
-        self.reference = getattr(owner, self.name)
+        self.unpatched = getattr(owner, self.name)
 
     @cached_property
     def ours(self) -> Any:
-        op, inplace, torch_function = self.op, self.inplace, self.reference
+        op, inplace, torch_function = self.op, self.inplace, self.unpatched
         method, needed = self.owner is Tensor, len(op.built_in)
         defaults = dict(zip(op.arguments[1:], op.defaults, strict=True))
         by_name = [name for name in defaults if not name.startswith("_")]
@@ -134,7 +134,7 @@ class _BuiltIn:
         self.ours.__qualname__ = (
             self.path.removeprefix(f"{owner}.") if here else self.path.replace(".", "_")
         )
-        if self.owner is Tensor and function is self.reference:
+        if self.owner is Tensor and function is self.unpatched:
             delattr(self.owner, self.name)  # inherited from its base, and so found there again
         else:
             setattr(self.owner, self.name, function)
@@ -330,7 +330,7 @@ def _install() -> None:
     if _installed:
         return
     for site in _SITES:
-        if not site.has(site.reference):
+        if not site.has(site.unpatched):
             raise RuntimeError(
                 f"patch: expected torch's own function at {site.path}, got "
                 f"{_describe(site.now())}. Undo that patch first."
@@ -341,12 +341,12 @@ def _install() -> None:
     try:
         for site in _SITES:
             if isinstance(site, _BuiltIn):
-                stands_for(site.reference, site.ours)
+                stands_for(site.unpatched, site.ours)
             site.put(site.ours)
     except BaseException:
         for site in _SITES:
             if site.has(site.ours):
-                site.put(site.reference)
+                site.put(site.unpatched)
         raise
     _installed = True
 
@@ -362,7 +362,7 @@ def _remove_unless_wanted() -> None:
                 f"{_describe(site.now())}. Undo that patch first."
             )
     for site in _SITES:
-        site.put(site.reference)
+        site.put(site.unpatched)
     _installed = False
     table = _compilers_table()
     if table and not table().keys().isdisjoint(site.traced for site in _SITES):

@@ -62,7 +62,7 @@ def counted(paths: Calls) -> Callable[..., Tensor]:
 # ---- what pyfused does not have ------------------------------------------------------------------
 
 
-def count_torchs(missing: Calls) -> None:
+def count_others(missing: Calls) -> None:
     """Makes torch's losses and activations count their calls, for the rest of the process.
 
     They stay the objects that they are, as under :func:`pyfused.patch`, where they are no
@@ -141,5 +141,5 @@ def start(paths: Calls, missing: Calls) -> None:
     """Patches this process and counts, until it ends."""
     dispatch.call = counted(paths)
     setattr(functional, "call", dispatch.call)  # noqa: B010 it is there by name
-    count_torchs(missing)
+    count_others(missing)
     patch().__enter__()

@@ -61,13 +61,13 @@ def from_rows(rows: Extended, shape: tuple[int, ...]) -> Extended:
 # ---- each in closed form: the loss of a row of weight one, and its gradient ----------------------
 
 
-def nll(x: Extended, hit: np.ndarray) -> tuple[Extended, Extended]:
-    own = np.arange(x.shape[1]) == hit[:, None]
+def nll(x: Extended, label: np.ndarray) -> tuple[Extended, Extended]:
+    own = np.arange(x.shape[1]) == label[:, None]
     return -x[own], np.where(own, np.longdouble(-1), 0)
 
 
-def focal(x: Extended, hit: np.ndarray, gamma: float) -> tuple[Extended, Extended]:
-    own = np.arange(x.shape[1]) == hit[:, None]
+def focal(x: Extended, label: np.ndarray, gamma: float) -> tuple[Extended, Extended]:
+    own = np.arange(x.shape[1]) == label[:, None]
     shifted = x - x.max(1, keepdims=True)
     lse = np.log(np.exp(shifted).sum(1))
     loss = lse - shifted[own]
@@ -77,8 +77,8 @@ def focal(x: Extended, hit: np.ndarray, gamma: float) -> tuple[Extended, Extende
     return missing**gamma * loss, (np.exp(shifted - lse[:, None]) - own) * slope[:, None]
 
 
-def margin(x: Extended, hit: np.ndarray, p: int, margin: float) -> tuple[Extended, Extended]:
-    own = np.arange(x.shape[1]) == hit[:, None]
+def margin(x: Extended, label: np.ndarray, p: int, margin: float) -> tuple[Extended, Extended]:
+    own = np.arange(x.shape[1]) == label[:, None]
     z = np.where(own, 0, np.maximum(margin - x[own][:, None] + x, 0))
     slope = (p * z if p == 2 else np.heaviside(z, 0)) / np.longdouble(x.shape[1])
     return (z**p).sum(1) / x.shape[1], np.where(own, -slope.sum(1, keepdims=True), slope)
@@ -125,12 +125,12 @@ def test_closed_form(
     got = evaluate(lambda x: getattr(fused, name)(x, target, **given), x)
     assert kernel_calls[name] == (2 if reduction == "none" or dtype is torch.float16 else 1)
 
-    hit = target.reshape(-1).numpy()
-    live = hit != IGNORED
-    each, slopes = define(as_rows(x), np.where(live, hit, 0), **options)
-    factor = np.where(live, np.ones_like(each), 0)
+    label = target.reshape(-1).numpy()
+    valid = label != IGNORED
+    each, slopes = define(as_rows(x), np.where(valid, label, 0), **options)
+    factor = np.where(valid, np.ones_like(each), 0)
     if weight is not None:
-        factor = factor * extended(weight)[np.where(live, hit, 0)]
+        factor = factor * extended(weight)[np.where(valid, label, 0)]
     divisor = np.longdouble(1)
     if reduction == "mean":
         divisor = factor.sum() if ignores else np.longdouble(len(each))

@@ -1,4 +1,4 @@
-"""return_metrics: what the pass that computes a loss tells of the logits."""
+"""return_metrics: what the pass that computes a loss finds in the logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def exact(
     rows = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
     shape = logits.movedim(dim, -1).shape[:-1]
     if target.is_floating_point():
-        aims = target.detach().double().movedim(dim, -1).reshape(rows.shape)
+        target_prob = target.detach().double().movedim(dim, -1).reshape(rows.shape)
     found = []
     for i, row in enumerate(rows):
         lse = row.logsumexp(0)
@@ -41,15 +41,15 @@ def exact(
         entropy = -(log_p.exp() * log_p).where(log_p > -torch.inf, 0).sum()
         prediction = int(row.argmax())
         if target.is_floating_point():
-            own, hit = (aims[i] * log_p).sum(), int(aims[i].argmax())
+            own, label = (target_prob[i] * log_p).sum(), int(target_prob[i].argmax())
         else:
-            hit = int(target.flatten()[i])
-            if hit == ignore_index:
+            label = int(target.flatten()[i])
+            if label == ignore_index:
                 found.append([0.0, 0.0, ignore_index, False, 0.0, 0.0])
                 continue
-            own = log_p[hit]
+            own = log_p[label]
         square = Z_LOSS * lse**2
-        found.append([own, lse, prediction, prediction == hit, entropy, square])
+        found.append([own, lse, prediction, prediction == label, entropy, square])
     columns = [torch.tensor(column).reshape(shape) for column in zip(*found, strict=True)]
     return Metrics(*columns)
 

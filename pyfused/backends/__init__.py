@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Measures(NamedTuple):
-    """What cross-entropy's kernel tells of the logits of each position, beside its loss.
+    """What cross-entropy's kernel returns of the logits of each position, beside its loss.
 
     Attributes:
         log_sum_exp: float64; 0 where the target is ignored.

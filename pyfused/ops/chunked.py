@@ -234,7 +234,7 @@ def each_of_sums(
     lse: Tensor,
     target_logits: Tensor,
 ) -> Tensor:
-    """The loss of each row, in float64: sum_c q_c lse, less what it targets at."""
+    """The loss of each row, in float64: sum_c q_c lse - sum_c q_c x_c."""
     target_sum: Tensor | float = 1.0
     if weight is not None:
         smoothing, own = max(0.0, options.label_smoothing), _own_weight(target, weight, options)

@@ -95,7 +95,7 @@ class Operator(ABC):
     built_in: tuple[str, ...] = ()
 
     reference: Callable[..., Tensor] = field(init=False)
-    torchs_: Callable[..., Tensor] = field(init=False)
+    reference_: Callable[..., Tensor] = field(init=False)
     aten: Callable[..., Tensor] = field(init=False)
     aten_: Callable[..., Tensor] = field(init=False)
     arguments: tuple[str, ...] = field(init=False)

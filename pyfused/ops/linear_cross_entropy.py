@@ -203,8 +203,8 @@ def _targets(head: Head, options: CrossEntropyOptions) -> Targets:
 def _divisor(options: CrossEntropyOptions, counted: float | Tensor) -> float | Tensor:
     if options.reduction != "mean":
         return 1.0
-    d = options.denominator
-    return counted if d is None else d.reshape(()) if isinstance(d, Tensor) else d
+    given = counted if options.denominator is None else options.denominator
+    return given.reshape(()) if isinstance(given, Tensor) else given
 
 
 def _keep(

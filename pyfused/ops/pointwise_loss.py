@@ -42,7 +42,7 @@ class PointwiseLoss(Operator):
         shapes: Raises where shapes of the formula's operands do not go together.
         warns: Whether torch warns of an input and a target that broadcast.
         warning: What torch warns of in a call with a reduction, None where of nothing.
-        tells: Whether an operand out of its bounds makes the loss NaN, so that nobody looks before.
+        nan_on_invalid: An operand out of its bounds makes the loss NaN, so no check comes before.
         weight_shape: Raises where ``weight`` does not go with the input.
         denominators: What the sum is divided by in each reduction but none and sum, from the
             expanded operands, the weight and the parameters.

@@ -183,10 +183,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         grad_output = _grad_of_rows(grad_output, ctx.divisor, target)
         gradient = torch.empty_like(input)
         if input.numel():
-            want, vocab_shard = (
-                Want(False, (True, False)),
-                VocabShard(ctx.shard.first, ctx.shard.classes, lse),
-            )
+            want = Want(False, (True, False))
+            vocab_shard = VocabShard(ctx.shard.first, ctx.shard.classes, lse)
             given = input, target, weight, options, want, grad_output, vocab_shard
             gradient = ctx.backend.cross_entropy(*given)[1][0]
         return gradient, None, None, None, None
