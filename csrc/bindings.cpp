@@ -21,6 +21,24 @@
 #include "pointwise_loss.h"
 #include "softmax.h"
 
+// Options are a dict of fields, more of which may be there than are read.
+template <> struct pybind11::detail::type_caster<pyfused::CrossEntropyOptions> {
+  PYBIND11_TYPE_CASTER(pyfused::CrossEntropyOptions, const_name("dict[str, Any]"));
+
+  bool load(handle source, bool) {
+    const auto fields = reinterpret_borrow<dict>(source);
+    value.for_each([&](const char* name, auto& field) {
+      using Field = std::decay_t<decltype(field)>;
+      if constexpr (std::is_enum_v<Field>) {
+        field = Field(pybind11::cast<int>(fields[name]));
+      } else {
+        field = pybind11::cast<Field>(fields[name]);
+      }
+    });
+    return true;
+  }
+};
+
 namespace {
 
 using namespace pyfused;
@@ -49,31 +67,29 @@ template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), 
 
 int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
-                          int64_t ignore_index, double smoothing, double gamma, double z_loss,
-                          int64_t token_weight, std::optional<double> divisor, int reduction,
-                          int64_t grad_output, int64_t loss, const ViewTuple& grad_logits,
-                          const ViewTuple& grad_probabilities,
-                          std::optional<std::array<int64_t, 2>> shard, int64_t lse,
-                          const std::array<int64_t, 3>& measures, int threads) {
+                          const CrossEntropyOptions& options, int64_t grad_output, int64_t loss,
+                          const std::array<ViewTuple, 2>& gradients,
+                          std::optional<std::array<int64_t, 3>> shard,
+                          const std::array<int64_t, 3>& statistics, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
-    prefer_huge_pages(pointer<void>(grad_logits[0]), grad_logits[0] ? bytes : 0);
-    prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
+    for (const ViewTuple& gradient : gradients) {
+      prefer_huge_pages(pointer<void>(gradient[0]), gradient[0] ? bytes : 0);
+    }
     CrossEntropy<T> ce{
-        {sizes[0], sizes[1], sizes[2]}, view<const T>(logits), pointer<const int64_t>(target),
-        view<const T>(probabilities), pointer<const A>(weight), ignore_index, smoothing, gamma,
-        Reduction(reduction), pointer<const A>(grad_output), pointer<A>(loss), view<T>(grad_logits),
-        view<T>(grad_probabilities), threads};
-    ce.z_loss = z_loss;
-    ce.token_weight = pointer<const A>(token_weight);
-    ce.divisor = divisor ? &*divisor : nullptr;
-    if (shard) ce.shard = {(*shard)[0], (*shard)[1]};
-    ce.lse = pointer<const double>(lse);
-    ce.own_lse = pointer<double>(measures[0]);
-    ce.entropy = pointer<double>(measures[1]);
-    ce.prediction = pointer<int64_t>(measures[2]);
+        {sizes[0], sizes[1], sizes[2]}, options, view<const T>(logits),
+        pointer<const int64_t>(target), view<const T>(probabilities), pointer<const A>(weight),
+        pointer<const A>(grad_output), pointer<A>(loss), view<T>(gradients[0]),
+        view<T>(gradients[1]), threads};
+    if (shard) {
+      ce.shard = {(*shard)[0], (*shard)[1]};
+      ce.lse = pointer<const double>((*shard)[2]);
+    }
+    ce.own_lse = pointer<double>(statistics[0]);
+    ce.entropy = pointer<double>(statistics[1]);
+    ce.prediction = pointer<int64_t>(statistics[2]);
     return cross_entropy(ce);
   });
 }
@@ -87,9 +103,9 @@ int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& i
     const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
     prefer_huge_pages(pointer<void>(grad_input[0]), grad_input[0] ? bytes : 0);
     return nll_loss(CrossEntropy<T>{
-        {sizes[0], sizes[1], sizes[2]}, view<const T>(input), pointer<const int64_t>(target),
-        {}, pointer<const A>(weight), ignore_index, 0, 0, Reduction(reduction),
-        pointer<const A>(grad_output), pointer<A>(loss), view<T>(grad_input), {}, threads});
+        {sizes[0], sizes[1], sizes[2]}, {ignore_index, Reduction(reduction)}, view<const T>(input),
+        pointer<const int64_t>(target), {}, pointer<const A>(weight), pointer<const A>(grad_output),
+        pointer<A>(loss), view<T>(grad_input), {}, threads});
   });
 }
 

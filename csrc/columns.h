@@ -21,9 +21,9 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
  public:
   static constexpr int64_t kPositions = kColumns;
 
-  Columns(const Positions& shape, int64_t first, bool streams)
+  Columns(const Positions& shape, int64_t first, bool streams, double scale = 1)
       : shape(shape), first(first), n(std::min(kColumns, shape.positions() - first)),
-        streams(streams) {}
+        streams(streams), scale(scale) {}
 
  protected:
   using A = Accumulate<T>;
@@ -34,6 +34,7 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   const Positions& shape;
   const int64_t first, n;
   const bool streams;  // outputs too large to stay in cache are written past it
+  const A scale;       // of the elements read by for_tiles
   alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
   alignas(kVectorBytes) Lanes log_sum;
   alignas(kVectorBytes) A max[kColumns];
@@ -103,7 +104,12 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   template <class Body> void for_tiles(const View<const T>& view, const Body& body) {
     for (int64_t c = 0; c < shape.classes; c += kColumnClasses) {
       const int64_t k = std::min(kColumnClasses, shape.classes - c);
-      if (shape.classes > kColumnClasses || !loaded) load_tile(view, c, k, x);
+      if (shape.classes > kColumnClasses || !loaded) {
+        load_tile(view, c, k, x);
+        for (int64_t i = 0; scale != 1 && i < k; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) x[i][b] *= scale;
+        }
+      }
       loaded = true;
       body(c, k);
     }

@@ -20,8 +20,8 @@ struct Census {
 template <class T> Census count_targets(const CrossEntropy<T>& ce) {
   if (!ce.target) {
     Sum weights;
-    for (int64_t i = 0; ce.token_weight && i < ce.positions(); ++i) weights.add(ce.token_weight[i]);
-    return {ce.token_weight ? weights.value() : double(ce.positions()), -1};
+    for (int64_t i = 0; ce.token_weights && i < ce.positions(); ++i) weights.add(ce.token_weights[i]);
+    return {ce.token_weights ? weights.value() : double(ce.positions()), -1};
   }
   constexpr int64_t kBlock = 8192;
   const int64_t blocks = (ce.positions() + kBlock - 1) / kBlock;
@@ -40,12 +40,12 @@ template <class T> Census count_targets(const CrossEntropy<T>& ce) {
       const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.shard.all;
       if (!ce.ignored(i) && outside) part.out_of_range = i;
     }
-    if (wrong || !(ce.weight || ce.token_weight)) return;
+    if (wrong || !(ce.weight || ce.token_weights)) return;
     Sum weights;
     for (int64_t i = block * kBlock; i < end; ++i) {
       if (ce.ignored(i)) continue;
       const double weight = ce.weight ? double(ce.weight[ce.target[i]]) : 1;
-      weights.add(ce.token_weight ? weight * double(ce.token_weight[i]) : weight);
+      weights.add(ce.token_weights ? weight * double(ce.token_weights[i]) : weight);
     }
     part.denominator = weights.value();
   });
@@ -64,7 +64,7 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const Census census = count_targets(ce);
   if (census.out_of_range >= 0) return census.out_of_range;
   const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
-  const double denominator = !mean ? 1 : ce.divisor ? *ce.divisor : census.denominator;
+  const double denominator = mean ? ce.denominator.value_or(census.denominator) : 1;
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
   Sum weights;
   const int64_t classes = ce.lse ? ce.shard.all : ce.classes;

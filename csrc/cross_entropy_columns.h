@@ -22,7 +22,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
  public:
   using Base::kPositions;
 
-  CrossEntropyColumns(const Scaled<T>& ce, int64_t first) : Base(ce, first, ce.streams), ce(ce) {}
+  CrossEntropyColumns(const Scaled<T>& ce, int64_t first)
+      : Base(ce, first, ce.streams, ce.scale), ce(ce) {}
 
   double run() {
     find_targets();
@@ -42,7 +43,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
     if (ce.z_loss > 0 || ce.own_lse) use_lse();
-    for (int64_t b = 0; ce.token_weight && b < n; ++b) loss[b] *= double(ce.token_weight[first + b]);
+    for (int64_t b = 0; ce.token_weights && b < n; ++b) loss[b] *= double(ce.token_weights[first + b]);
     for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
     }
@@ -56,7 +57,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   const Scaled<T>& ce;
   bool any_ignored = false;
   int64_t label[kColumns];  // -1 for a target that is ignored or elsewhere
-  alignas(kVectorBytes) Lanes scale;
+  alignas(kVectorBytes) Lanes row_scale;
   alignas(kVectorBytes) Lanes one_hot;
   alignas(kVectorBytes) Lanes target_q;  // q at the target
   alignas(kVectorBytes) Lanes target_sum;  // dloss/dlse: sum_c q_c, and what z_loss adds
@@ -67,8 +68,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
 
   void find_targets() {
-    std::fill_n(scale, kColumns, ce.common);
-    for (int64_t b = 0; ce.scales_each() && b < n; ++b) scale[b] = ce.scale(first + b);
+    std::fill_n(row_scale, kColumns, ce.common);
+    for (int64_t b = 0; ce.scales_each() && b < n; ++b) row_scale[b] = ce.row_scale(first + b);
     std::fill_n(label, kColumns, -1);
     int64_t ignored = 0;
     for (int64_t b = 0; ce.target && b < n; ++b) {
@@ -111,7 +112,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
     for (int64_t b = 0; ce.target && b < n; ++b) {
       if (label[b] < 0) continue;
-      target_logit[b] = widen(ce.at(ce.logits, first + b)[label[b] * ce.logits.classes]);
+      const A logit = widen(ce.at(ce.logits, first + b)[label[b] * ce.logits.classes]);
+      target_logit[b] = A(ce.scale) * logit;
     }
   }
 
@@ -241,10 +243,11 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
       target_sum[b] += 2 * ce.z_loss * (double(max[b]) + log_sum[b]);
     }
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(target_sum[b] * scale[b] / sum[b]);
-      level[b] = A(common * scale[b]);
+      const double scale = row_scale[b] * ce.scale;
+      factor[b] = A(target_sum[b] * scale / sum[b]);
+      level[b] = A(common * scale);
       const double p = double(exp_shifted(target_logit[b] - max[b])) / sum[b];
-      at_target[b] = A((p * target_sum[b] - target_q[b]) * scale[b]);
+      at_target[b] = A((p * target_sum[b] - target_q[b]) * scale);
     }
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_aim(c, k);
@@ -270,7 +273,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     const double common = ce.level() * ce.slope();
     alignas(kVectorBytes) A factor[kColumns], low[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(common * scale[b]);
+      factor[b] = A(common * row_scale[b]);
       low[b] = A(log_sum[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {

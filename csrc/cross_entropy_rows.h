@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "cross_entropy_terms.h"
 #include "parallel.h"
@@ -16,14 +17,15 @@ template <class T> class Row {
   using A = Accumulate<T>;
 
  public:
-  Row(const Scaled<T>& ce, int64_t position)
-      : ce(ce), position(position), logits(ce.at(ce.logits, position)),
+  // `scaled`: memory for the row's logits times the scale, where that is not 1.
+  Row(const Scaled<T>& ce, int64_t position, T* scaled)
+      : ce(ce), position(position), logits(scaled_logits(ce, position, scaled)),
         has_target(ce.has_target(position)),
         keeps(ce.grad_logits.data && !ce.lse && ce.classes <= kKept<T>) {}
 
   static A peek(const Scaled<T>& ce, int64_t position) {
     if (ce.lse || ce.ignored(position)) return 0;
-    return Normalizer<T>::peek(ce.at(ce.logits, position), ce.classes);
+    return A(ce.scale) * Normalizer<T>::peek(ce.at(ce.logits, position), ce.classes);
   }
 
   void read(A peeked) {
@@ -64,6 +66,18 @@ template <class T> class Row {
   }
 
  private:
+  static const T* scaled_logits(const Scaled<T>& ce, int64_t position, T* scaled) {
+    const T* const x = ce.at(ce.logits, position);
+    if (ce.scale == 1) return x;
+    alignas(kVectorBytes) A part[kChunk];
+    pyfused::for_parts(ce.classes, [&](int64_t, int64_t first, int64_t n) {
+      load(x + first, part, n);
+      for (int64_t i = 0; i < n; ++i) part[i] *= A(ce.scale);
+      store(part, scaled + first, n);
+    });
+    return scaled;
+  }
+
   const Scaled<T>& ce;
   const int64_t position;
   const T* const logits;
@@ -182,7 +196,8 @@ template <class T> class Row {
   // p_c sum_k q_k - q_c
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
-    const double scale = ce.scale(position), factor = target_sum * scale / row.sum;
+    const double scale = ce.row_scale(position) * ce.scale;
+    const double factor = target_sum * scale / row.sum;
     const A high = row.pivot, level = A(ce.level() * scale);
     if (keeps) {
       for_parts([&](int64_t part, int64_t first, int64_t n) {
@@ -216,7 +231,7 @@ template <class T> class Row {
   void write_probability_gradient() {
     T* const grad = ce.at(ce.grad_probabilities, position);
     const int64_t stride = ce.grad_probabilities.classes;
-    const A factor = A(ce.level() * ce.slope() * ce.scale(position)), high = row.pivot, low = A(std::log(row.sum));
+    const A factor = A(ce.level() * ce.slope() * ce.row_scale(position)), high = row.pivot, low = A(std::log(row.sum));
     for_parts([&](int64_t, int64_t first, int64_t n) {
       const T* const x = logits + first;
       A* const out = stride == 1 ? staged(grad + first, buffer) : buffer;
@@ -235,9 +250,10 @@ template <class T> double run_rows(const Scaled<T>& ce, int64_t first, int64_t e
   constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
   double factor[kMostRows], distance[kMostRows], sum[kMostRows], pivot[kMostRows], loss[kMostRows];
   const int64_t n = end - first;
+  std::vector<T> scaled(ce.scale == 1 ? 0 : ce.classes);
   A peeked = Row<T>::peek(ce, first);
   for (int64_t i = 0; i < n; ++i) {
-    Row<T> row(ce, first + i);
+    Row<T> row(ce, first + i, scaled.data());
     row.read(peeked);
     if (i + 1 < n) peeked = Row<T>::peek(ce, first + i + 1);
     const LossOfRow part = row.finish();
@@ -254,8 +270,8 @@ template <class T> double run_rows(const Scaled<T>& ce, int64_t first, int64_t e
   }
   for (int64_t i = 0; ce.own_lse && i < n; ++i) ce.own_lse[first + i] = pivot[i];
   for (int64_t i = 0; ce.z_loss > 0 && i < n; ++i) loss[i] += ce.z_loss * pivot[i] * pivot[i];
-  for (int64_t i = 0; ce.token_weight && i < n; ++i) {
-    if (!ce.ignored(first + i)) loss[i] *= double(ce.token_weight[first + i]);
+  for (int64_t i = 0; ce.token_weights && i < n; ++i) {
+    if (!ce.ignored(first + i)) loss[i] *= double(ce.token_weights[first + i]);
   }
   if (ce.loss && ce.reduction == Reduction::none) {
     for (int64_t i = 0; i < n; ++i) ce.loss[first + i] = A(loss[i]);

@@ -15,6 +15,8 @@
 //
 // With z_loss the loss has z_loss lse^2 more, and dloss/dx_c has 2 z_loss lse p_c more.
 //
+// With a scale x stands for scale times the logits, whose gradient is scale dloss/dx.
+//
 // Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss is
 // weight_t (1 - p)^gamma nll, and the gradients are those above times
 //   (1 - p)^gamma + gamma (1 - p)^(gamma - 1) p nll
@@ -29,6 +31,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "positions.h"
 #include "vec.h"
@@ -40,25 +43,42 @@ enum class Reduction { none = 0, mean = 1, sum = 2 };
 // The classes of the logits as a shard of the vocabulary: the first of them, and the number of all.
 struct VocabShard { int64_t first, all; };
 
-template <class T> struct CrossEntropy : Positions {
+// Python passes the fields by name; pyfused/types.py has the same.
+struct CrossEntropyOptions {
+  int64_t ignore_index = -100;
+  Reduction reduction = Reduction::mean;
+  double label_smoothing = 0;
+  double gamma = 0;
+  double z_loss = 0;
+  double scale = 1;           // of the logits
+  int64_t token_weight = 0;   // address of one A a position, which multiplies its loss; 0 for ones
+  std::optional<double> denominator;  // of the mean; none: the weight of the targets that count
+
+  template <class Visit> void for_each(const Visit& visit) {
+    visit("ignore_index", ignore_index);
+    visit("reduction", reduction);
+    visit("label_smoothing", label_smoothing);
+    visit("gamma", gamma);
+    visit("z_loss", z_loss);
+    visit("scale", scale);
+    visit("token_weight", token_weight);
+    visit("denominator", denominator);
+  }
+};
+
+template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   using A = Accumulate<T>;
   View<const T> logits;
   const int64_t* target;        // one class index a position, or null:
   View<const T> probabilities;  // one distribution a position
   const A* weight;              // one for each of all classes, or null for ones
-  int64_t ignore_index;
-  double smoothing;
-  double gamma;
-  Reduction reduction;
   const A* grad_output;  // the loss's gradient: one a position for none, else one; null for ones
   A* loss;            // one a position for none, else one; null where not wanted
   View<T> grad_logits;         // data is null where not wanted
   View<T> grad_probabilities;  // likewise
   int threads;
 
-  double z_loss = 0;
-  const A* token_weight = nullptr;  // one a position, multiplies its loss; null for ones
-  const double* divisor = nullptr;  // of the mean; null for the weight of the targets that count
+  const A* token_weights = reinterpret_cast<const A*>(this->token_weight);
   VocabShard shard{0, this->classes};
   const double* lse = nullptr;  // of all classes, one a position; null for that of these
 
@@ -66,10 +86,10 @@ template <class T> struct CrossEntropy : Positions {
   double* entropy = nullptr;      // of their probabilities, likewise
   int64_t* prediction = nullptr;  // the first of them with the largest logit, with entropy
 
-  bool dense() const { return target == nullptr || smoothing > 0; }
-  double uniform() const { return smoothing / double(shard.all); }
-  bool follows_probabilities() const { return !target && smoothing < 1; }
-  double level() const { return follows_probabilities() ? 1 - smoothing : uniform(); }
+  bool dense() const { return target == nullptr || label_smoothing > 0; }
+  double uniform() const { return label_smoothing / double(shard.all); }
+  bool follows_probabilities() const { return !target && label_smoothing < 1; }
+  double level() const { return follows_probabilities() ? 1 - label_smoothing : uniform(); }
   A slope() const { return A(follows_probabilities()); }
   A offset() const { return follows_probabilities() ? A(uniform() / level()) : A(1); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
@@ -77,11 +97,11 @@ template <class T> struct CrossEntropy : Positions {
   bool has_target(int64_t position) const { return target && uint64_t(label(position)) < uint64_t(classes); }
   const A* class_weight() const { return weight ? weight + shard.first : nullptr; }
   double one_hot(int64_t position) const {
-    return weight ? (1 - smoothing) * double(weight[target[position]]) : 1 - smoothing;
+    return weight ? (1 - label_smoothing) * double(weight[target[position]]) : 1 - label_smoothing;
   }
   double target_q(int64_t position) const {  // q at the target
     const double one = weight ? double(weight[target[position]]) : 1;
-    return smoothing > 0 ? uniform() * one + one_hot(position) : one_hot(position);  // 0 * inf is NaN
+    return label_smoothing > 0 ? uniform() * one + one_hot(position) : one_hot(position);  // 0 * inf is NaN
   }
 };
 
@@ -98,12 +118,12 @@ template <class T> struct Scaled : CrossEntropy<T> {
         common((ce.grad_output ? double(*ce.grad_output) : 1) / denominator), streams(streams) {}
 
   bool scales_each() const {
-    return this->token_weight || (this->grad_output && this->reduction == Reduction::none);
+    return this->token_weights || (this->grad_output && this->reduction == Reduction::none);
   }
-  double scale(int64_t position) const {
+  double row_scale(int64_t position) const {
     const bool each = this->grad_output && this->reduction == Reduction::none;
     const double scale = each ? double(this->grad_output[position]) / denominator : common;
-    return this->token_weight ? scale * double(this->token_weight[position]) : scale;
+    return this->token_weights ? scale * double(this->token_weights[position]) : scale;
   }
   // Of a target elsewhere: it counts for the gradient of lse, and not for a loss of these classes.
   bool counts(int64_t position) const { return this->lse || this->has_target(position); }

@@ -65,7 +65,7 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
       }
       if (nll.grad_logits.data && !ignored) {
         T* const gradient = nll.at(nll.grad_logits, position) + label * nll.grad_logits.classes;
-        *gradient = narrow<T>(A(-weight * scaled.scale(position)));
+        *gradient = narrow<T>(A(-weight * scaled.row_scale(position)));
       }
     }
     partial[block] = sum.value();

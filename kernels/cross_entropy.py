@@ -7,7 +7,7 @@
     dloss/dx_c = p_c (sum_k q_k + 2 z_loss lse) - q_c,                      p_c = exp(x_c - lse)
     dloss/dy_c = (1 - smoothing) w_c (lse - x_c)
 
-w are the class weights. With gamma (class index, no smoothing) the loss is w_t (1 - p_t)^gamma nll,
+w are the class weights; x is SCALE times the logits, whose gradient is SCALE dloss/dx. With gamma (class index, no smoothing) the loss is w_t (1 - p_t)^gamma nll,
 nll = lse - x_t, and dloss/dx_c is w_t (p_c - [c = t]) times the derivative of that by nll.
 Loss and gradient of a row are multiplied by `row_weight` and divided by `denominator`.
 
@@ -32,6 +32,7 @@ from .rows import (
     block_of_rows,
     finite_or_zero,
     first_pass,
+    load_scaled,
     multiple,
     pointers,
     read_target,
@@ -124,30 +125,33 @@ def row_kernel(
     grad,
     n,
     classes,
-    logits_stride,
-    grad_stride,
+    strides,
     ignore_index,
     smoothing: tl.float64,
     z_loss: tl.float64,
     GAMMA: tl.constexpr,
+    SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Class indices, and n contiguous rows of at most BLOCK classes."""
+    """Class indices, and n contiguous rows of at most BLOCK classes.
+
+    strides: of the rows of logits and of grad.
+    """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     label, valid, invalid, target_weight, scale = read_rows(
         target, weight, row_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
     )
-    starts = row_starts(logits, 0, rows, 0, logits_stride, 1, CLASS_UNIT)
+    starts = row_starts(logits, 0, rows, 0, strides[0], 1, CLASS_UNIT)
     c = tl.arange(0, BLOCK)
     mask = (c < classes)[None, :]
-    x = tl.load(pointers(starts, c, 1, 1), mask=mask & valid[:, None], other=-float("inf")).to(A)
-    target_logit = tl.load(starts + label, mask=valid, other=0.0).to(A)
+    x = load_scaled(pointers(starts, c, 1, 1), mask & valid[:, None], -float("inf"), A, SCALE)
+    target_logit = load_scaled(starts + label, valid, 0.0, A, SCALE)
 
     maximum = finite_or_zero(tl.max(x, 1))
     x -= maximum[:, None]
@@ -166,7 +170,7 @@ def row_kernel(
     if loss is not None:
         store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
     if grad is not None:
-        scale = tl.where(valid, scale, 0.0)
+        scale = tl.where(valid, scale * SCALE, 0.0)
         factor = tl.where(valid, slope * scale / total, 0.0)
         gradient = e * factor[:, None]
         if SMOOTHING:
@@ -174,7 +178,7 @@ def row_kernel(
         is_target = c[None, :] == label.to(tl.int32)[:, None]
         gradient -= tl.where(is_target, (index_weight * scale)[:, None], 0.0)
         tl.debug_barrier()  # in place, all threads have read the target's logit before it changes
-        to = row_starts(grad, 0, rows, 0, grad_stride, 1, CLASS_UNIT)
+        to = row_starts(grad, 0, rows, 0, strides[1], 1, CLASS_UNIT)
         tl.store(pointers(to, c, 1, 1), gradient, mask=mask & in_bounds[:, None])
 
 
@@ -227,6 +231,7 @@ def two_pass_kernel(
     smoothing: tl.float64,
     z_loss: tl.float64,
     GAMMA: tl.constexpr,
+    SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -252,11 +257,11 @@ def two_pass_kernel(
     here = valid & (label >= 0) & (label < classes)
     stride = strides[2]
     starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
-    target_logit = tl.load(starts + label.to(tl.int64) * stride, mask=here, other=0.0).to(A)
+    target_logit = load_scaled(starts + label.to(tl.int64) * stride, here, 0.0, A, SCALE)
     read = valid if ROWS == 1 else in_bounds  # a mask by row would take loads of many rows apart
     if lse is None:
         maximum, total = first_pass(
-            starts, classes, stride, read, A, EXACT, INNER_UNIT, ROWS, BLOCK
+            starts, classes, stride, read, A, EXACT, INNER_UNIT, ROWS, BLOCK, SCALE
         )
     else:
         maximum, total = read_lse(lse, rows, in_bounds, A)
@@ -268,24 +273,23 @@ def two_pass_kernel(
     if SMOOTHING:
         slope += scalar(smoothing, A) * mean_weight(weight, classes if lse is None else vocab, A)
     if SMOOTHING or grad is not None:
-        factor = slope * scale / total
+        grad_scale = scale * SCALE
+        factor = slope * grad_scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
         tl.debug_barrier()  # in place, all threads have read the target's logit before it changes
         for start in range(0, classes, BLOCK):
             c = start + tl.arange(0, BLOCK)
             mask = in_bounds[:, None] & (c < classes)[None, :]
-            x = tl.load(
-                pointers(starts, c, stride, INNER_UNIT), mask=mask & read[:, None], other=0.0
-            )
-            x = x.to(A) - maximum[:, None]
+            at = pointers(starts, c, stride, INNER_UNIT)
+            x = load_scaled(at, mask & read[:, None], 0.0, A, SCALE) - maximum[:, None]
             gradient = exp_nonpositive(x, EXACT) * factor[:, None]
             if SMOOTHING:
                 q = scalar(smoothing, A) / vocab * class_weight(weight, c, classes, first_class, A)
                 distance += tl.where(mask, q * (log_total[:, None] - x), 0.0)
-                gradient -= q * scale[:, None]
+                gradient -= q * grad_scale[:, None]
             if grad is not None:
                 is_target = c[None, :] == label[:, None]
-                gradient -= tl.where(is_target, (index_weight * scale)[:, None], 0.0)
+                gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
                 gradient = tl.where(valid[:, None], gradient, 0.0)
                 to = row_starts(grad, outer, lanes, strides[3], strides[4], INNER_UNIT, CLASS_UNIT)
                 tl.store(pointers(to, c, strides[5], INNER_UNIT), gradient, mask=mask)
@@ -330,6 +334,7 @@ def probabilities_kernel(
     strides,
     smoothing: tl.float64,
     z_loss: tl.float64,
+    SCALE: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -349,7 +354,7 @@ def probabilities_kernel(
     x_starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
     y_starts = row_starts(target, outer, lanes, strides[3], strides[4], INNER_UNIT, CLASS_UNIT)
     maximum, total = first_pass(
-        x_starts, classes, strides[2], in_bounds, A, EXACT, INNER_UNIT, ROWS, BLOCK
+        x_starts, classes, strides[2], in_bounds, A, EXACT, INNER_UNIT, ROWS, BLOCK, SCALE
     )
     log_total = tl.log(total)
     value, slope = squared_lse(maximum + log_total, z_loss)
@@ -362,21 +367,20 @@ def probabilities_kernel(
                 y_starts, weight, c, mask, classes, strides[5], smoothing, A, INNER_UNIT
             )
         slope += tl.sum(targets, 1)
-    factor = slope * scale / total
+    grad_scale = scale * SCALE
+    factor = slope * grad_scale / total
     distance = tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # in place, the first pass is over
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
         mask = in_bounds[:, None] & (c < classes)[None, :]
-        x = (
-            tl.load(pointers(x_starts, c, strides[2], INNER_UNIT), mask=mask, other=0.0).to(A)
-            - maximum[:, None]
-        )
+        at = pointers(x_starts, c, strides[2], INNER_UNIT)
+        x = load_scaled(at, mask, 0.0, A, SCALE) - maximum[:, None]
         q = smoothed(y_starts, weight, c, mask, classes, strides[5], smoothing, A, INNER_UNIT)
         away = log_total[:, None] - x
         distance += tl.where(mask, q * away, 0.0)
         if grad is not None:
-            gradient = exp_nonpositive(x, EXACT) * factor[:, None] - q * scale[:, None]
+            gradient = exp_nonpositive(x, EXACT) * factor[:, None] - q * grad_scale[:, None]
             to = row_starts(grad, outer, lanes, strides[6], strides[7], INNER_UNIT, CLASS_UNIT)
             tl.store(pointers(to, c, strides[8], INNER_UNIT), gradient, mask=mask)
         if grad_target is not None:
@@ -407,6 +411,7 @@ def statistics_kernel(
     strides,
     first_class,
     ignore_index,
+    SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER_UNIT: tl.constexpr = 1,
@@ -428,7 +433,9 @@ def statistics_kernel(
     starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
     # As in two_pass_kernel, a mask by row would take loads of several rows apart.
     read = counted if ROWS == 1 else in_bounds
-    maximum, total = first_pass(starts, classes, strides[2], read, A, True, INNER_UNIT, ROWS, BLOCK)
+    maximum, total = first_pass(
+        starts, classes, strides[2], read, A, True, INNER_UNIT, ROWS, BLOCK, SCALE
+    )
     log_total = tl.log(total)
     exact = maximum.to(tl.float64) + log_total.to(tl.float64)
     tl.store(lse + rows, tl.where(counted, exact, 0.0), mask=in_bounds)
@@ -439,9 +446,8 @@ def statistics_kernel(
         for start in range(0, classes, BLOCK):
             c = start + tl.arange(0, BLOCK)
             mask = read[:, None] & (c < classes)[None, :]
-            x = tl.load(
-                pointers(starts, c, strides[2], INNER_UNIT), mask=mask, other=-float("inf")
-            ).to(A)
+            at = pointers(starts, c, strides[2], INNER_UNIT)
+            x = load_scaled(at, mask, -float("inf"), A, SCALE)
             away = maximum[:, None] - x
             e = exp_nonpositive(-away)
             distance += tl.where(e == 0.0, 0.0, e * away)

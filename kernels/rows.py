@@ -58,6 +58,13 @@ def pointers(starts, c, class_stride, INNER_UNIT: tl.constexpr):
 
 
 @triton.jit
+def load_scaled(pointers, mask, other, A: tl.constexpr, SCALE: tl.constexpr):
+    """Elements times SCALE, in dtype A."""
+    x = tl.load(pointers, mask=mask, other=other).to(A)
+    return x if SCALE == 1.0 else x * scalar(SCALE, A)
+
+
+@triton.jit
 def finite_or_zero(maximum):
     """What to subtract before exp: 0 while all elements are -inf, so that only NaN gives NaN."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
@@ -74,6 +81,7 @@ def first_pass(
     INNER_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALE: tl.constexpr = 1.0,
 ):
     """Of each row, the maximum (0 if it is -inf) and the sum of exp(x - maximum), in one read."""
     maximum = tl.full([ROWS], -float("inf"), A)
@@ -81,9 +89,8 @@ def first_pass(
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
         mask = live[:, None] & (c < classes)[None, :]
-        x = tl.load(
-            pointers(starts, c, class_stride, INNER_UNIT), mask=mask, other=-float("inf")
-        ).to(A)
+        at = pointers(starts, c, class_stride, INNER_UNIT)
+        x = load_scaled(at, mask, -float("inf"), A, SCALE)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
         total *= exp_nonpositive(maximum - pivot, EXACT)[:, None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,17 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from pyfused.backends import CrossEntropyOptions, Head, MarginOptions, NllOptions, Shaping
-from pyfused.backends.layout import loss_shape
+from pyfused.layout import loss_shape
+from pyfused.types import (
+    CrossEntropyOptions,
+    FusedOptions,
+    Head,
+    HeadOptions,
+    MarginOptions,
+    NllOptions,
+)
+
+Options = TypeVar("Options", bound=CrossEntropyOptions)
 
 
 def tensor(name: str, value: Any, also: type | None = None) -> None:
@@ -31,6 +41,13 @@ def reduction(value: Any, known: tuple[str, ...] = ("none", "mean", "sum")) -> N
     if value not in known:
         *others, last = map(repr, known)
         raise ValueError(f"reduction: expected {', '.join(others)} or {last}, got {value!r}")
+
+
+def keywords(function: str, options: FusedOptions) -> FusedOptions:
+    unknown = options.keys() - FusedOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
+    return options
 
 
 def dim(value: Any, input: Tensor) -> None:
@@ -51,52 +68,80 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
-    ignore_index, _, label_smoothing, gamma, *_ = options
     tensor("input", input)
     tensor("target", target)
     if options.token_weight is not None:
         tensor("token_weight", options.token_weight)
-    number("ignore_index", ignore_index, (int, Integral), "an int")
-    number("label_smoothing", label_smoothing, (float, Real), "a float")
+    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    number("label_smoothing", options.label_smoothing, (float, Real), "a float")
     if input.dim() == 0:
         raise (IndexError if target.is_floating_point() else RuntimeError)(
             "input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()"
         )
-    if label_smoothing > 1.0:
-        raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {label_smoothing}")
+    if options.label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {options.label_smoothing}")
     if target.is_floating_point() and target.shape == input.shape:
-        if ignore_index >= 0:
+        if options.ignore_index >= 0:
             raise RuntimeError(
                 "ignore_index: expected none (a negative number) with class probabilities as "
-                f"target, got {ignore_index}"
+                f"target, got {options.ignore_index}"
             )
     else:
         _class_index_target(input, target)
     if weight is not None:
         tensor("weight", weight)
         _class_weight(input, weight, alike=not target.is_floating_point())
-    number("gamma", gamma, (float, Real), "a float")
-    if gamma:
-        parameter("gamma", gamma, 0.0, math.inf, False)
-        if target.is_floating_point() or label_smoothing > 0.0:
+    for name, positive in _NUMBERS[type(options)]:
+        value = getattr(options, name)
+        if value is not None:
+            bounded(name, value, positive)
+    if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
+        raise ValueError(
+            "gamma: expected 0.0 with class probabilities or label smoothing, got "
+            f"{float(options.gamma)}"
+        )
+    if options.token_weight is not None:
+        shape, expected = options.token_weight.shape, loss_shape(input, "none")
+        if shape != expected:
             raise ValueError(
-                "gamma: expected 0.0 with class probabilities or label smoothing, got "
-                f"{float(gamma)}"
+                f"token_weight: expected shape {tuple(expected)}, one for each loss, got "
+                f"{tuple(shape)}"
             )
-    _beyond_torch(input, options)
+        values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
+    loss_dtype = options.loss_dtype
+    if loss_dtype is not None and not (
+        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
+    ):
+        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
 
 
-def linear_cross_entropy(
-    head: Head, options: CrossEntropyOptions, memory_budget: int | None, filter_eps: float = 0.0
-) -> None:
+_NUMBERS = {
+    kind: [(each.name, each.metadata["positive"]) for each in fields(kind) if each.metadata]
+    for kind in (CrossEntropyOptions, HeadOptions)
+}
+
+
+def normalized(options: Options) -> Options:
+    """Checked options as the kernels take them: floats, and no label smoothing below 0."""
+    changed: dict[str, Any] = {}
+    for name, _ in _NUMBERS[type(options)]:
+        value = getattr(options, name)
+        if type(value) is not float and isinstance(value, Real):
+            changed[name] = float(value)
+    smoothing = options.label_smoothing
+    if type(smoothing) is not float or not smoothing >= 0:  # NaN too
+        changed["label_smoothing"] = max(0.0, float(smoothing))
+    return replace(options, **changed) if changed else options
+
+
+def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
-    input, linear_weight, linear_bias, target, weight, shaped = head
-    for name, value in zip(head._fields, head[:5], strict=False):
+    input, linear_weight, linear_bias, target, weight = head
+    for name, value in head._asdict().items():
         if value is not None or name not in ("linear_bias", "weight"):
             tensor(name, value)
     if options.token_weight is not None:
         tensor("token_weight", options.token_weight)
-    shaping(shaped)
     reduction(options.reduction)
     if input.dim() not in (1, 2):
         raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}")
@@ -120,52 +165,26 @@ def linear_cross_entropy(
     for name, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if value is not None and value.dtype is not input.dtype and not autocast:
             raise RuntimeError(f"{name}: expected the input's {input.dtype}, got {value.dtype}")
-    if memory_budget is not None:
-        number("memory_budget", memory_budget, (int, Integral), "an int")
-        if memory_budget <= 0:
+    if options.memory_budget is not None:
+        number("memory_budget", options.memory_budget, (int, Integral), "an int")
+        if options.memory_budget <= 0:
             raise ValueError(
-                f"memory_budget: expected a positive number of bytes, got {memory_budget}"
+                f"memory_budget: expected a positive number of bytes, got {options.memory_budget}"
             )
-    bounded("filter_eps", filter_eps)
     logits_without_memory = input.new_empty(()).expand(*input.shape[:-1], *shape)
     cross_entropy(logits_without_memory, target, weight, options)
-    if shaped.margin:
-        target_of_margin(logits_without_memory, target)
 
 
-def shaping(value: Shaping) -> None:
-    if value.softcap is not None:
-        bounded("softcap", value.softcap, positive=True)
-    bounded("margin", value.margin)
-    bounded("scale", value.scale, positive=True)
-    if value.margin_kind not in ("cosface", "arcface"):
-        raise ValueError(f"margin_kind: expected 'cosface' or 'arcface', got {value.margin_kind!r}")
-
-
-def target_of_margin(input: Tensor, target: Tensor) -> None:
+def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:
+    """Types, shapes and options; a class index out of range stands for no class."""
+    tensor("input", input)
     tensor("target", target)
+    bounded("margin", margin)
+    if kind not in ("cosface", "arcface"):
+        raise ValueError(f"kind: expected 'cosface' or 'arcface', got {kind!r}")
     if target.is_floating_point():
-        raise ValueError(f"margin: expected 0.0 with a target of {target.dtype}")
+        raise ValueError(f"target: expected class indices, got {target.dtype}")
     _class_index_target(input, target)
-
-
-def _beyond_torch(input: Tensor, options: CrossEntropyOptions) -> None:
-    bounded("z_loss", options.z_loss)
-    if options.token_weight is not None:
-        shape, expected = options.token_weight.shape, loss_shape(input, "none")
-        if shape != expected:
-            raise ValueError(
-                f"token_weight: expected shape {tuple(expected)}, one for each loss, got "
-                f"{tuple(shape)}"
-            )
-        values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
-    if options.denominator is not None:
-        bounded("denominator", options.denominator, positive=True)
-    loss_dtype = options.loss_dtype
-    if loss_dtype is not None and not (
-        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
-    ):
-        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
 
 
 def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
@@ -305,7 +324,7 @@ def overwritable(input: Tensor) -> None:
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
-def parameter(name: str, value: Any, low: float, high: float, positive: bool) -> None:
+def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
     """A number in its bounds; a tensor's on a GPU is not waited for."""
     if isinstance(value, Tensor):
         if value.numel() != 1:

@@ -7,14 +7,16 @@ takes none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Head, Shaping
 from pyfused.ops import vocab_parallel
+from pyfused.types import CrossEntropyOptions, FusedOptions, Head, HeadOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
 
@@ -30,10 +32,7 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    loss_dtype: torch.dtype | None = None,
+    **options: Unpack[FusedOptions],
 ) -> Tensor:
     """:func:`pyfused.functional.cross_entropy` of logits of which each process has some classes.
 
@@ -49,8 +48,8 @@ def vocab_parallel_cross_entropy(
             communication.
         group: A process group of :mod:`torch.distributed`; None for all processes.
         weight: One factor for each of all classes, of shape (C).
-        ignore_index, reduction, label_smoothing, z_loss, token_weight, denominator, loss_dtype: As
-            in :func:`pyfused.functional.cross_entropy`.
+        ignore_index, reduction, label_smoothing: As in :func:`pyfused.functional.cross_entropy`.
+        options: ``z_loss``, ``scale``, ``token_weight``, ``denominator`` and ``loss_dtype``, as there.
 
     Returns:
         The loss in nats, the same in every process.
@@ -60,14 +59,13 @@ def vocab_parallel_cross_entropy(
         ValueError: The share of classes does not lie within all of them, or an option does not fit.
         RuntimeError: Shapes or dtypes do not fit, or no kernel takes such tensors.
     """
-    options = CrossEntropyOptions(
-        ignore_index, reduction, label_smoothing, 0.0, z_loss, token_weight, denominator, loss_dtype
-    )
+    checks.keywords("vocab_parallel_cross_entropy", options)
+    given = CrossEntropyOptions(ignore_index, reduction, label_smoothing, **options)
     checks.tensor("input", input)
     if input.dim() < 2:
         raise RuntimeError(f"input: expected shape (N, C, ...), got {tuple(input.shape)}")
     shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, input.shape[1])
-    return vocab_parallel.cross_entropy(input, target, weight, options, shard)
+    return vocab_parallel.cross_entropy(input, target, weight, given, shard)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -84,11 +82,8 @@ def vocab_parallel_linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
-    z_loss: float = 0.0,
     softcap: float | None = None,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    loss_dtype: torch.dtype | None = None,
+    **options: Unpack[FusedOptions],
 ) -> Tensor:
     """:func:`pyfused.functional.linear_cross_entropy` with some rows of the weight a process.
 
@@ -100,9 +95,8 @@ def vocab_parallel_linear_cross_entropy(
         linear_weight: The weight of this process' classes, of shape (C_own, D).
         linear_bias: Their bias, of shape (C_own), or None.
         memory_budget, softcap: As in :func:`pyfused.functional.linear_cross_entropy`.
-        target, vocab_start, vocab_size, group, weight, ignore_index, reduction: As in
-            :func:`vocab_parallel_cross_entropy`.
-        label_smoothing, z_loss, token_weight, denominator, loss_dtype: Likewise.
+        target, vocab_start, vocab_size, group, weight: As in :func:`vocab_parallel_cross_entropy`.
+        ignore_index, reduction, label_smoothing, options: Likewise.
 
     Returns:
         The loss in nats, the same in every process.
@@ -110,10 +104,16 @@ def vocab_parallel_linear_cross_entropy(
     Raises:
         IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
     """
-    options = CrossEntropyOptions(
-        ignore_index, reduction, label_smoothing, 0.0, z_loss, token_weight, denominator, loss_dtype
+    checks.keywords("vocab_parallel_linear_cross_entropy", options)
+    given = HeadOptions(
+        ignore_index,
+        reduction,
+        label_smoothing,
+        softcap=softcap,
+        memory_budget=memory_budget,
+        **options,
     )
     checks.tensor("linear_weight", linear_weight)
     shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, len(linear_weight))
-    head = Head(input, linear_weight, linear_bias, target, weight, Shaping(softcap))
-    return vocab_parallel.linear_cross_entropy(head, options, shard, memory_budget)
+    head = Head(input, linear_weight, linear_bias, target, weight)
+    return vocab_parallel.linear_cross_entropy(head, given, shard)

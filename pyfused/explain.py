@@ -6,13 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-
 import pyfused.functional as functional
-from pyfused.backends import cpu
-from pyfused.backends.versions import triton_version
+from pyfused.backends import backend_of
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import backend_of, reason_for_torch
+from pyfused.ops.dispatch import reason_for_torch
 from pyfused.ops.operators import OPERATORS
 
 
@@ -61,9 +58,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise ValueError(f"op: expected one of {', '.join(OPERATORS)}, got {name}")
     bound = inspect.signature(getattr(functional, name)).bind(*args, **kwargs)
     bound.apply_defaults()
-    values = bound.arguments
-    arguments = tuple(values[key] for key in OPERATORS[name].arguments)
-    return path_of(OPERATORS[name], arguments, values.get("inplace", False))
+    values = dict(bound.arguments)
+    inplace, operator = values.pop("inplace", False), OPERATORS[name]
+    return path_of(operator, operator.bind(**values), inplace)
 
 
 def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
@@ -72,7 +69,4 @@ def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
     reason = reason_for_torch(op, arguments, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
-    if backend_of(input) is not cpu:
-        reason = f"kernels on {input.device}, Triton {triton_version()}"
-        return Explanation(op.name, "triton", reason)
-    return Explanation(op.name, "cpu", op.strategy(input), cpu.capability, torch.get_num_threads())
+    return Explanation(op.name, *backend_of(input).describe(input, op.strategy))

@@ -7,12 +7,15 @@ operator.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyfused.backends import Shaping
+from pyfused import checks
+from pyfused.ops import custom_operators as custom_operators  # defines what torch.compile calls
+from pyfused.ops import margin as margins
+from pyfused.ops.declaration import reduction_of
 from pyfused.ops.dispatch import call
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import (
@@ -48,12 +51,17 @@ from pyfused.ops.operators import (
     SOFTMAX,
     TANH,
 )
-from pyfused.ops.shaping import scaled_with_margin
+from pyfused.types import CrossEntropyOptions, FusedOptions, HeadOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
+    "additive_margin",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "cross_entropy_with_metrics",
     "gaussian_nll_loss",
     "gelu",
     "hinge_embedding_loss",
@@ -63,6 +71,7 @@ __all__ = [
     "l1_loss",
     "leaky_relu",
     "linear_cross_entropy",
+    "linear_cross_entropy_with_metrics",
     "log_cosh_loss",
     "log_softmax",
     "margin_ranking_loss",
@@ -85,11 +94,6 @@ __all__ = [
 ]
 
 
-@overload
-def cross_entropy(
-    *args: Any, return_metrics: Literal[True], **kwargs: Any
-) -> tuple[Tensor, Metrics]: ...
-@overload
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -102,38 +106,12 @@ def cross_entropy(
     *,
     gamma: float = 0.0,
     z_loss: float = 0.0,
-    softcap: float | None = None,
+    scale: float = 1.0,
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-    margin: float = 0.0,
-    margin_kind: str = "cosface",
-    scale: float = 1.0,
-    return_metrics: Literal[False] = False,
     inplace: bool = False,
-) -> Tensor: ...
-def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    gamma: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    loss_dtype: torch.dtype | None = None,
-    margin: float = 0.0,
-    margin_kind: str = "cosface",
-    scale: float = 1.0,
-    return_metrics: bool = False,
-    inplace: bool = False,
-) -> Tensor | tuple[Tensor, Metrics]:
+) -> Tensor:
     """Cross-entropy between logits and class indices or class probabilities.
 
     With ``lse`` the log-sum-exp of a row of logits and ``q`` its target distribution, smoothed by
@@ -163,7 +141,8 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
         z_loss: ``z_loss * lse ** 2`` is added to the loss of a row, which keeps the logits from
             drifting (Chowdhery et al. 2022, arXiv 2204.02311). Here and in what follows torch has
             no such argument.
-        softcap: The logits are ``softcap * tanh(input / softcap)``, as :func:`softcap` makes them.
+        scale: What the logits are multiplied by: the inverse of a temperature, or the 64 or so of
+            losses of cosines (:func:`additive_margin`). No scaled copy of the logits is made.
         token_weight: What the loss of each row is multiplied by, of the shape of class indices.
             The mean then divides by the sum of ``token_weight * weight[target]``.
         denominator: What ``"mean"`` divides the sum by, in place of the weight of the targets that
@@ -172,16 +151,6 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
         loss_dtype: The dtype of the loss. ``torch.float32`` with logits of half precision gives
             the loss of ``input.float()``, which is not rounded to steps of 0.25 at a loss of 36,
             without that copy of the logits.
-        margin: Of logits that are cosines, what the target's is worsened by, so that classes stay
-            apart: ``input[target] - margin``, or the cosine of its angle plus ``margin``.
-        margin_kind: ``"cosface"`` (Wang et al. 2018, arXiv 1801.09414) for the one, ``"arcface"``
-            (Deng et al. 2019, arXiv 1801.07698) for the other.
-        scale: What the logits are multiplied by after that: of cosines by 64 or so; of others the
-            inverse of a temperature. ``margin`` and ``scale`` take a pass over the logits each way;
-            ``softcap`` is of what they make, and ``inplace`` takes its memory or theirs.
-        return_metrics: Also return the :class:`~pyfused.ops.metrics.Metrics` of each target, from
-            the same pass over the logits: log-probability, log-sum-exp, prediction and whether it
-            is right, entropy, z-loss.
         inplace: Let the gradient take the memory of ``input``, which saves as much as the logits
             take. What ``input`` holds afterwards is of no use, and autograd refuses to take it for
             another gradient. There is one backward pass then, without ``create_graph``. torch has
@@ -190,8 +159,7 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
 
     Returns:
         The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a
-        scalar, or of the shape of class indices for ``"none"``. NaN for a mean over nothing. With
-        ``return_metrics`` a tuple of the loss and the metrics.
+        scalar, or of the shape of class indices for ``"none"``. NaN for a mean over nothing.
 
     Raises:
         IndexError: A class index is out of range; the message names it and its position. On a GPU,
@@ -201,38 +169,84 @@ def cross_entropy(  # type: ignore[misc]  # its arguments are the second's
             expected and what was got.
         TypeError: ``input`` or ``target`` is no tensor.
     """
-    if margin or scale != 1:
-        shaping = Shaping(None, margin, margin_kind, scale)
-        input = scaled_with_margin(input, target, shaping)
-    if softcap is not None:
-        input = call(SOFTCAP, (input, softcap))
-    return call(
-        CROSS_ENTROPY,
-        (
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            gamma,
-            z_loss,
-            token_weight,
-            denominator,
-            loss_dtype,
-            return_metrics,
-        ),
-        inplace,
+    options = CrossEntropyOptions(
+        ignore_index,
+        reduction_of(size_average, reduce, reduction),
+        label_smoothing,
+        gamma=gamma,
+        z_loss=z_loss,
+        scale=scale,
+        token_weight=token_weight,
+        denominator=denominator,
+        loss_dtype=loss_dtype,
     )
+    return call(CROSS_ENTROPY, (input, target, weight, options), inplace)
 
 
-@overload
-def linear_cross_entropy(
-    *args: Any, return_metrics: Literal[True], **kwargs: Any
-) -> tuple[Tensor, Metrics]: ...
-@overload
+def cross_entropy_with_metrics(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    inplace: bool = False,
+    **options: Unpack[FusedOptions],
+) -> tuple[Tensor, Metrics]:
+    """:func:`cross_entropy`, and metrics of each target from the same pass over the logits.
+
+    Args:
+        input, target, weight, ignore_index, reduction, label_smoothing, gamma, inplace: As in
+            :func:`cross_entropy`.
+        options: Its other keywords.
+
+    Returns:
+        The loss, and the :class:`~pyfused.ops.metrics.Metrics`: log-probability, log-sum-exp,
+        prediction, whether it is correct, and entropy, of the logits times ``scale``.
+
+    Raises:
+        IndexError, RuntimeError, TypeError, ValueError: As :func:`cross_entropy`.
+    """
+    checks.keywords("cross_entropy_with_metrics", options)
+    given = CrossEntropyOptions(
+        ignore_index, reduction, label_smoothing, gamma, with_metrics=True, **options
+    )
+    found: Any = call(CROSS_ENTROPY, (input, target, weight, given), inplace)
+    return found  # type: ignore[no-any-return]
+
+
+def additive_margin(
+    input: Tensor, target: Tensor, margin: float = 0.35, kind: str = "cosface"
+) -> Tensor:
+    """Cosines with that of the target lowered by a margin, so that classes stay apart.
+
+    To be composed with a loss, here as CosFace::
+
+        cross_entropy(additive_margin(cosines, target), target, scale=64.0)
+
+    torch has no such function.
+
+    Args:
+        input: Cosines of the angles between embeddings and classes, of shape (C), (N, C) or
+            (N, C, d1, ..., dk) and a floating dtype.
+        target: Class indices, of shape (), (N) or (N, d1, ..., dk), int64 or uint8. Where an index
+            is not in [0, C), such as an ``ignore_index``, nothing is lowered.
+        margin: From 0.0 up; an angle in radians for ``"arcface"``.
+        kind: ``"cosface"`` for ``cosine - margin`` (Wang et al. 2018, arXiv 1801.09414),
+            ``"arcface"`` for ``cos(angle + margin)`` (Deng et al. 2019, arXiv 1801.07698).
+
+    Returns:
+        A new tensor like ``input``.
+
+    Raises:
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit.
+        TypeError: ``input`` or ``target`` is no tensor, or ``margin`` no number.
+    """
+    return margins.additive_margin(input, target, margin, kind)
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -245,40 +259,14 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     memory_budget: int | None = None,
-    z_loss: float = 0.0,
     softcap: float | None = None,
+    filter_eps: float = 0.0,
+    z_loss: float = 0.0,
+    scale: float = 1.0,
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-    margin: float = 0.0,
-    margin_kind: str = "cosface",
-    scale: float = 1.0,
-    filter_eps: float = 0.0,
-    return_metrics: Literal[False] = False,
-) -> Tensor: ...
-def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second's
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: Any = None,
-    memory_budget: int | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    loss_dtype: torch.dtype | None = None,
-    margin: float = 0.0,
-    margin_kind: str = "cosface",
-    scale: float = 1.0,
-    filter_eps: float = 0.0,
-    return_metrics: bool = False,
-) -> Tensor | tuple[Tensor, Metrics]:
+) -> Tensor:
     """:func:`cross_entropy` of a linear layer's output, which never exists as a whole.
 
     A language model's logits are what it needs most memory for. Here some rows of them at a time go
@@ -309,8 +297,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second'
         memory_budget: Bytes for the logits that exist at once and what they are made of. None
             takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
             by rounding alone.
-        z_loss, softcap, token_weight, denominator, loss_dtype: As in :func:`cross_entropy`.
-        margin, margin_kind, scale: Likewise.
+        softcap: The logits are ``softcap * tanh(logits / softcap)``, as :func:`softcap` makes them.
+        z_loss, scale, token_weight, denominator, loss_dtype: As in :func:`cross_entropy`.
         filter_eps: Classes are left out of a block's products for the gradients where the gradient
             of every logit of theirs is below ``filter_eps`` times the loss's own gradient (divided
             by what a mean divides by). The input's gradient is off by less than that times the sum
@@ -318,13 +306,11 @@ def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second'
             sum of ``input.abs()`` over the rows: little for a model that is sure of its
             predictions, much for one that is not, as small probabilities add up. Wijmans et al.
             2024 (arXiv 2411.09009) take 2 ** -12, what bfloat16 can tell from 1. 0.0 leaves out
-            nothing; nor do GPUs, which would have to be waited for.
-        return_metrics: As above; of each target, with the head's output as the logits.
+            nothing. On a GPU each block waits to know which classes these are.
 
     Returns:
         The loss in nats: a scalar, or of the shape of class indices for ``"none"``; of the input's
-        dtype, or float32 under autocast, or ``loss_dtype``. With ``return_metrics`` a tuple of the
-        loss and the metrics.
+        dtype, or float32 under autocast, or ``loss_dtype``.
 
     Raises:
         IndexError: A class index is out of range; as in :func:`cross_entropy`.
@@ -332,31 +318,66 @@ def linear_cross_entropy(  # type: ignore[misc]  # its arguments are the second'
             argument, what was expected and what was got.
         TypeError: What should be a tensor is none.
     """
-    return call(
-        LINEAR_CROSS_ENTROPY,
-        (
-            input,
-            linear_weight,
-            target,
-            linear_bias,
-            weight,
-            reduction,
-            ignore_index,
-            label_smoothing,
-            options,
-            memory_budget,
-            z_loss,
-            softcap,
-            token_weight,
-            denominator,
-            loss_dtype,
-            margin,
-            margin_kind,
-            scale,
-            filter_eps,
-            return_metrics,
-        ),
+    given = HeadOptions(
+        -100 if ignore_index is None else ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss=z_loss,
+        scale=scale,
+        token_weight=token_weight,
+        denominator=denominator,
+        loss_dtype=loss_dtype,
+        softcap=softcap,
+        memory_budget=memory_budget,
+        filter_eps=filter_eps,
     )
+    arguments = input, linear_weight, target, linear_bias, weight, given, options
+    return call(LINEAR_CROSS_ENTROPY, arguments)
+
+
+def linear_cross_entropy_with_metrics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    memory_budget: int | None = None,
+    softcap: float | None = None,
+    filter_eps: float = 0.0,
+    **options: Unpack[FusedOptions],
+) -> tuple[Tensor, Metrics]:
+    """:func:`linear_cross_entropy`, and metrics of each target from the same pass.
+
+    Args:
+        input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
+            :func:`linear_cross_entropy`.
+        label_smoothing, memory_budget, softcap, filter_eps: Likewise.
+        options: Its other keywords.
+
+    Returns:
+        As :func:`cross_entropy_with_metrics`, of the layer's capped output.
+
+    Raises:
+        IndexError, RuntimeError, TypeError, ValueError: As :func:`linear_cross_entropy`.
+    """
+    checks.keywords("linear_cross_entropy_with_metrics", options)
+    given = HeadOptions(
+        ignore_index,
+        reduction,
+        label_smoothing,
+        with_metrics=True,
+        softcap=softcap,
+        memory_budget=memory_budget,
+        filter_eps=filter_eps,
+        **options,
+    )
+    arguments = input, linear_weight, target, linear_bias, weight, given, None
+    found: Any = call(LINEAR_CROSS_ENTROPY, arguments)
+    return found  # type: ignore[no-any-return]
 
 
 def nll_loss(

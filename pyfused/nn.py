@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
+from pyfused import checks
+from pyfused.types import FusedOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "GELU",
+    "AdditiveMargin",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
@@ -53,15 +59,13 @@ _LinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _Weig
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
-    Its arguments are torch's, and by name ``gamma``, which makes it focal loss, ``z_loss``,
-    ``softcap``, ``loss_dtype``, ``margin``, ``margin_kind``, ``scale``, and ``inplace``, which lets
-    the gradient take the logits' memory.
+    Its arguments are torch's, and by name ``gamma``, which makes it focal loss, ``inplace``, which
+    lets the gradient take the logits' memory, and that function's other keywords.
     """
 
-    gamma, z_loss, inplace = 0.0, 0.0, False  # of a module that was torch's, too
-    margin, margin_kind, scale = 0.0, "cosface", 1.0
-    softcap: float | None = None
-    loss_dtype: torch.dtype | None = None
+    # Of a module that was torch's, too.
+    gamma, inplace = 0.0, False
+    fused_options: FusedOptions = {}  # noqa: RUF012 never changed
 
     def __init__(
         self,
@@ -73,21 +77,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         gamma: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        loss_dtype: torch.dtype | None = None,
-        margin: float = 0.0,
-        margin_kind: str = "cosface",
-        scale: float = 1.0,
         inplace: bool = False,
+        **options: Unpack[FusedOptions],
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.gamma = gamma
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.loss_dtype = loss_dtype
-        self.margin, self.margin_kind, self.scale = margin, margin_kind, scale
-        self.inplace = inplace
+        self.gamma, self.inplace = gamma, inplace
+        self.fused_options = checks.keywords("CrossEntropyLoss", options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -98,27 +93,23 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             gamma=self.gamma,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            loss_dtype=self.loss_dtype,
-            margin=self.margin,
-            margin_kind=self.margin_kind,
-            scale=self.scale,
             inplace=self.inplace,
+            **self.fused_options,
         )
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
     """torch's module of this name over :func:`pyfused.functional.linear_cross_entropy`.
 
-    Its arguments are torch's, and ``memory_budget``, ``z_loss``, ``softcap``, ``loss_dtype``. The
-    layer is its ``linear``: a model's own head goes with the function.
+    Its arguments are torch's, and ``memory_budget``, ``softcap``, ``filter_eps`` and that
+    function's other keywords. The layer is its ``linear``: a model's own head goes with the
+    function.
     """
 
     memory_budget: int | None = None
-    z_loss = 0.0
     softcap: float | None = None
-    loss_dtype: torch.dtype | None = None
+    filter_eps = 0.0
+    fused_options: FusedOptions = {}  # noqa: RUF012 never changed
 
     def __init__(
         self,
@@ -135,9 +126,9 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         label_smoothing: float = 0.0,
         options: Any = None,
         memory_budget: int | None = None,
-        z_loss: float = 0.0,
         softcap: float | None = None,
-        loss_dtype: torch.dtype | None = None,
+        filter_eps: float = 0.0,
+        **fused_options: Unpack[FusedOptions],
     ) -> None:
         _WeightedLoss.__init__(self, weight, None, None, reduction)
         if weight is not None and weight.shape != (num_classes,):
@@ -151,8 +142,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         columns = math.prod(out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
-        self.memory_budget, self.loss_dtype = memory_budget, loss_dtype
-        self.z_loss, self.softcap = z_loss, softcap
+        self.memory_budget, self.softcap, self.filter_eps = memory_budget, softcap, filter_eps
+        self.fused_options = checks.keywords("LinearCrossEntropyLoss", fused_options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         shape = self.num_classes, *self.out_features
@@ -168,10 +159,24 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
             label_smoothing=self.label_smoothing,
             options=self.options,
             memory_budget=self.memory_budget,
-            z_loss=self.z_loss,
             softcap=self.softcap,
-            loss_dtype=self.loss_dtype,
+            filter_eps=self.filter_eps,
+            **self.fused_options,
         )
+
+
+class AdditiveMargin(torch.nn.Module):
+    """:func:`pyfused.functional.additive_margin` as a module."""
+
+    def __init__(self, margin: float = 0.35, kind: str = "cosface") -> None:
+        super().__init__()
+        self.margin, self.kind = margin, kind
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.additive_margin(input, target, self.margin, self.kind)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, kind={self.kind!r}"
 
 
 class NLLLoss(torch.nn.NLLLoss):

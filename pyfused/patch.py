@@ -51,13 +51,12 @@ class _Function:
     def ours(self) -> Any:
         if self.unpatched is None:
             return None
-        op, names = self.op, parameters_of(self.function)
-        given = [
-            name if name in names else repr(default)
-            for name, default in zip(op.arguments, (None, *op.defaults), strict=True)
-        ]
-        call = f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})"
-        return code_calling(_fused(op), call, self.unpatched)
+        names = list(parameters_of(self.function))
+        inplace = "inplace" in names
+        given = [name for name in names if name != "inplace"]
+        call = f"callee(({', '.join(given)},){', inplace' * inplace})"
+        torch_functions = self.copy, functools.partial(self.copy, inplace=True)
+        return code_calling(_fused(self.op, torch_functions), call, self.unpatched)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -140,14 +139,18 @@ class _BuiltIn:
             setattr(self.owner, self.name, function)
 
 
-def _fused(op: Operator) -> Callable[..., Any]:
-    """What calls pyfused's operator, and torch's function where a subclass or mode is to see it."""
+def _fused(op: Operator, torch_functions: tuple[Any, Any]) -> Callable[..., Any]:
+    """What calls pyfused's operator, and torch's function where a subclass or mode is to see it.
+
+    Args:
+        torch_functions: torch's function, and the same as it overwrites the input.
+    """
 
     def call(arguments: Arguments, inplace: bool = False) -> Any:
-        torch_function = op.reference_ if inplace else op.reference
+        torch_function = torch_functions[inplace]
         if has_torch_function(arguments):
             return torch_function(*arguments)
-        return dispatch.call(op, arguments, inplace, torch_function, arguments)
+        return dispatch.call(op, op.bind(*arguments), inplace, torch_function, arguments)
 
     return call
 

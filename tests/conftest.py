@@ -15,13 +15,13 @@ import sampling
 import torch
 
 import pyfused
-from pyfused.backends import cpu
+from pyfused.backends import backend_of, cpu
 from pyfused.ops import dispatch, linear_cross_entropy
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
-backend = dispatch.backend_of(torch.empty(0))  # the one under test
+backend = backend_of(torch.empty(0))  # the one under test
 
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, max_examples=60

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from shared import SHARED
 
-from pyfused.ops import dispatch
+from pyfused import backends
 
-ON = dispatch.FORCED == "triton"
+ON = backends.FORCED == "triton"
 # The files that are about something else than every backend.
 OTHERS = sorted(
     path.name

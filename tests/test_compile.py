@@ -24,6 +24,7 @@ from pyfused import functional as fused
 from pyfused.ops import dispatch
 from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
+from pyfused.types import CrossEntropyOptions
 
 # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -250,13 +251,13 @@ SAMPLES: dict[str, tuple[Tensor, Tensor, Tensor | None, str, float]] = {
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
 def test_opcheck(sample: tuple[Any, ...]) -> None:
     input, target, weight, *options = sample
-    arguments = (target, weight, -100, *options)
+    arguments = (target, weight, *CrossEntropyOptions(-100, *options).values())
     forward, backward = torch.ops.pyfused.cross_entropy, torch.ops.pyfused.cross_entropy_backward
     torch.library.opcheck(forward.default, (input.clone().requires_grad_(), *arguments))
     grad_output = torch.rand_like(forward(input, *arguments))
     wanted = [True, target.is_floating_point()]
     torch.library.opcheck(backward.default, (grad_output, input, *arguments, wanted))
-    both = torch.ops.pyfused.cross_entropy_ahead
+    both = torch.ops.pyfused.cross_entropy_with_gradients
     torch.library.opcheck(both.default, (input, *arguments, wanted))
 
 

@@ -1,4 +1,4 @@
-"""What cross_entropy has beyond torch's: z_loss, softcap, token_weight, denominator, loss_dtype."""
+"""What cross_entropy has beyond torch's: z_loss, scale, token_weight, denominator, loss_dtype."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from conftest import KernelCalls, backend
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.backends import CrossEntropyOptions, Measures, VocabShard, Want, cpu
-from pyfused.ops.operators import CROSS_ENTROPY
+from pyfused.backends import cpu
+from pyfused.ops import definitions
+from pyfused.types import CrossEntropyOptions, Statistics, VocabShard, Want
 
-definition = CROSS_ENTROPY.reference
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6))
 
 
-def in_torchs_terms(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+def reference(input: Tensor, target: Tensor, **options: Any) -> Tensor:
     """As anybody would write it."""
-    z_loss, cap = options.pop("z_loss", 0.0), options.pop("softcap", None)
+    z_loss, scale = options.pop("z_loss", 0.0), options.pop("scale", 1.0)
     token_weight, divisor = options.pop("token_weight", None), options.pop("denominator", None)
     reduction = options.pop("reduction", "mean")
-    input = input if cap is None else cap * (input / cap).tanh()
+    input = scale * input
     dim = 0 if input.dim() == 1 else 1
     each = torch.nn.functional.cross_entropy(input, target, reduction="none", **options)
     counts, weight = torch.ones_like(each), options.get("weight")
     each = each + z_loss * input.logsumexp(dim) ** 2
     if not target.is_floating_point():
-        live = target != options.get("ignore_index", -100)
+        valid = target != options.get("ignore_index", -100)
         if weight is not None:
-            counts = weight[target.where(live, 0)]
-        each, counts = each.where(live, 0), counts.where(live, 0)
+            counts = weight[target.where(valid, 0)]
+        each, counts = each.where(valid, 0), counts.where(valid, 0)
     if token_weight is not None:
         each, counts = each * token_weight, counts * token_weight
     if reduction == "none":
@@ -63,18 +63,18 @@ def arguments(
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "z_loss": {"z_loss": 0.1},
-    "softcap": {"softcap": 3.0},
+    "scale": {"scale": 3.0},
     "denominator": {"denominator": 7},
-    "all_none": {"z_loss": 0.1, "softcap": 3.0, "reduction": "none", "label_smoothing": 0.2},
+    "all_none": {"z_loss": 0.1, "scale": 3.0, "reduction": "none", "label_smoothing": 0.2},
     "all_sum": {"z_loss": 0.1, "reduction": "sum"},
-    "all_mean": {"z_loss": 0.01, "softcap": 9.0, "denominator": torch.tensor(3)},
+    "all_mean": {"z_loss": 0.01, "scale": 0.4, "denominator": torch.tensor(3)},
 }
 
 
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
-def test_as_exact_as_in_torchs_terms(
+def test_as_exact_as_reference(
     shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, kernel_calls: KernelCalls
 ) -> None:
     input, target, weight, token_weight = arguments(shape, dtype, probabilities)
@@ -89,14 +89,14 @@ def test_as_exact_as_in_torchs_terms(
         for weights in combinations if backend is cpu else combinations[:1]:
             given = options | weights
             got = evaluate(fused.cross_entropy, input, target, **given)
-            native = evaluate(in_torchs_terms, input, target, **given)
-            exact = evaluate(in_torchs_terms, input, target, convert=exactly, **given)
+            native = evaluate(reference, input, target, **given)
+            exact = evaluate(reference, input, target, convert=exactly, **given)
             errors.add("loss", got.value, native.value.to(dtype), exact.value)
             for mine, theirs, best in zip(
                 got.gradients, native.gradients, exact.gradients, strict=True
             ):
                 errors.add("gradient", mine, theirs, best)
-    errors.check(roundings=16 if dtype is torch.float64 else 2)
+    errors.check(roundings=32 if dtype is torch.float64 else 2)
     assert kernel_calls["cross_entropy"] > 0
 
 
@@ -105,12 +105,11 @@ def test_as_exact_as_in_torchs_terms(
 def test_definition(names: str, dtype: torch.dtype) -> None:
     """What is computed where no kernel is."""
     input, target, weight, token_weight = arguments((6, 5), dtype, False)
-    options = OPTIONS[names] | {"weight": weight, "token_weight": token_weight}
-    if "softcap" not in options:
-        torch.testing.assert_close(
-            definition(input, target, **options),
-            in_torchs_terms(input, target, **options).to(dtype),
-        )
+    options = OPTIONS[names] | {"token_weight": token_weight}
+    torch.testing.assert_close(
+        definitions.cross_entropy(input, target, weight, CrossEntropyOptions(**options)),
+        reference(input, target, weight=weight, **options).to(dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
@@ -129,7 +128,7 @@ def test_loss_dtype(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 
 def test_gradients_of_both_orders() -> None:
     input, target, _, token_weight = arguments((6, 5), torch.float64, False)
-    options: dict[str, Any] = {"z_loss": 0.1, "softcap": 2.0, "token_weight": token_weight}
+    options: dict[str, Any] = {"z_loss": 0.1, "scale": 2.0, "token_weight": token_weight}
 
     def loss(input: Tensor) -> Tensor:
         return fused.cross_entropy(input, target, **options)
@@ -141,9 +140,9 @@ def test_gradients_of_both_orders() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_beside_inplace(inplace: bool) -> None:
     input, target, _, token_weight = arguments((6, 5), torch.float32, False)
-    options: dict[str, Any] = {"z_loss": 0.1, "softcap": 2.0, "token_weight": token_weight}
+    options: dict[str, Any] = {"z_loss": 0.1, "scale": 2.0, "token_weight": token_weight}
     got = fused.cross_entropy(input * 1, target, inplace=inplace, **options)
-    expected = in_torchs_terms(input, target, **options)
+    expected = reference(input, target, **options)
     torch.testing.assert_close(
         torch.autograd.grad(got, input), torch.autograd.grad(expected, input)
     )
@@ -165,8 +164,8 @@ def test_token_weight_of_nothing_and_of_what_is_ignored() -> None:
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"z_loss": -0.5}, ValueError, "z_loss: expected a number from 0.0 up, got -0.5"),
     ({"z_loss": "1"}, TypeError, "z_loss: expected a float, got str '1'"),
-    ({"softcap": 0}, ValueError, "cap: expected a positive number, got 0.0"),
-    ({"softcap": "1"}, TypeError, "cap: expected a float, got str '1'"),
+    ({"scale": "1"}, TypeError, "scale: expected a float, got str '1'"),
+    ({"gamma": -1.0}, ValueError, "gamma: expected a number from 0.0 up, got -1.0"),
     ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
     ({"denominator": -1.5}, ValueError, "denominator: expected a positive number, got -1.5"),
     ({"denominator": torch.zeros(())}, ValueError, "denominator: expected a positive number"),
@@ -230,14 +229,14 @@ def test_blocks_of_classes_add_up(
     blocks = list(itertools.pairwise(cuts))
     own = torch.empty(len(blocks), 9, dtype=torch.float64)
     for i, (first, last) in enumerate(blocks):
-        want = Want(False, measures=Measures(own[i]))
-        among = VocabShard(first, classes)
-        backend.cross_entropy(logits[:, first:last], *given, plain, want, None, among)
+        want = Want(False, statistics=Statistics(own[i]))
+        shard = VocabShard(first, classes)
+        backend.cross_entropy(logits[:, first:last], *given, plain, want, None, shard)
     lse = own.logsumexp(0)
-    live = target != -100
+    valid = target != -100
     epsilon = 1e-13 if wide is torch.float64 else 1e-6
     exact = logits.double().logsumexp(1)
-    assert np.allclose(lse[live], exact[live], rtol=epsilon, atol=0)
+    assert np.allclose(lse[valid], exact[valid], rtol=epsilon, atol=0)
     parts, total = [], torch.zeros(9, dtype=torch.float64)
     for first, last in blocks:
         loss, (gradient, _) = backend.cross_entropy(

@@ -280,7 +280,7 @@ def wrong_of_every_loss() -> Wrong:
         )
         missing = lambda f, name=name: getattr(f, name)(X)  # noqa: E731
         found[f"{name}_no_target"] = (missing, ["target"])
-        for parameter in loss.op.parameters:
+        for parameter in loss.op.scalars:
             if not parameter.flag:
                 wrong = {parameter.name: "a"}
                 words = [parameter.name, "float", "str"]

@@ -31,8 +31,8 @@ close = torch.testing.assert_close
 
 Step = Callable[[Any, Tensor], Any]
 Dtypes = list[torch.dtype]
-AHEAD, PAIR = (
-    ["pyfused.cross_entropy_ahead.default"],
+MERGED_OPERATOR, PAIR = (
+    ["pyfused.cross_entropy_with_gradients.default"],
     ["pyfused.cross_entropy.default", "pyfused.cross_entropy_backward.default"],
 )
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -182,7 +182,7 @@ def test_any_other_copy_is_left_alone(
     assert set(seen.given_to_operators()) == {after}
 
 
-# ---- gradients computed ahead --------------------------------------------------------------------
+# ---- gradients computed by the forward pass ------------------------------------------------------
 
 
 WEIGHT = torch.linspace(0.5, 1.5, C)
@@ -203,7 +203,7 @@ MERGED: dict[str, Step] = {
 @pytest.mark.parametrize("step", MERGED.values(), ids=MERGED.keys())
 def test_few_classes_take_one_operator(step: Step, dtype: torch.dtype, seen: Seen) -> None:
     assert_same(compiled_and_eager(step, logits(dtype)))
-    assert seen.operators() == AHEAD
+    assert seen.operators() == MERGED_OPERATOR
 
 
 @pytest.mark.parametrize("other", [INDICES, INDICES.flip(0)], ids=["same", "other"])
@@ -212,7 +212,7 @@ def test_each_of_two_losses_takes_one_operator(other: Tensor, seen: Seen) -> Non
         return f.cross_entropy(x, INDICES) + 3 * f.cross_entropy(x, other.clone())
 
     assert_same(compiled_and_eager(step, logits(F32)))
-    assert seen.operators() == AHEAD * 2
+    assert seen.operators() == MERGED_OPERATOR * 2
 
 
 def test_a_loss_without_gradient_beside_one_with(seen: Seen) -> None:
@@ -220,14 +220,14 @@ def test_a_loss_without_gradient_beside_one_with(seen: Seen) -> None:
         return f.cross_entropy(x, INDICES) + f.cross_entropy(x.detach(), INDICES.flip(0))
 
     assert_same(compiled_and_eager(step, logits(F32)))
-    assert sorted(seen.operators()) == sorted([*AHEAD, PAIR[0]])
+    assert sorted(seen.operators()) == sorted([*MERGED_OPERATOR, PAIR[0]])
 
 
-def test_a_bfloat16_gradient_is_computed_ahead(seen: Seen) -> None:
+def test_a_bfloat16_gradient_is_computed_by_the_forward_pass(seen: Seen) -> None:
     x = logits(BF16)
     got, _ = compiled_and_eager(MERGED["mean"], x)
     expected = evaluate(lambda x: F.cross_entropy(x.float(), INDICES), x)
-    assert seen.operators() == AHEAD
+    assert seen.operators() == MERGED_OPERATOR
     close(got.value, expected.value.to(BF16))
     close(got.gradients, expected.gradients)
 
@@ -237,7 +237,7 @@ def test_a_gradient_to_probabilities_alone_and_with_the_logits(seen: Seen) -> No
     compiled = torch.compile(fused.cross_entropy, fullgraph=True)
     for x in (logits(F32), logits(F32).detach()):
         assert_same((evaluate(compiled, x, target), evaluate(F.cross_entropy, x, target)))
-        assert seen.operators() == AHEAD
+        assert seen.operators() == MERGED_OPERATOR
 
 
 def test_a_graph_kept_for_a_second_backward(seen: Seen) -> None:
@@ -245,7 +245,7 @@ def test_a_graph_kept_for_a_second_backward(seen: Seen) -> None:
     compiled = torch.compile(MERGED["scaled"], fullgraph=True)
     loss = compiled(fused, x)
     first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
-    assert seen.operators() == AHEAD
+    assert seen.operators() == MERGED_OPERATOR
     close(first, torch.autograd.grad(MERGED["scaled"](F, x), x)[0])
     assert torch.equal(first, second)
 

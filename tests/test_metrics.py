@@ -1,4 +1,4 @@
-"""return_metrics: what the pass that computes a loss finds in the logits."""
+"""Metrics of the targets, from the pass that computes the loss."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyfused import functional as fused
-from pyfused.backends import Measures, cpu
-from pyfused.ops import chunked
-from pyfused.ops.metrics import Blocks, Metrics
+from pyfused.backends import cpu
+from pyfused.ops.metrics import MergedStatistics, Metrics
+from pyfused.types import Statistics
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 MANY = (1, 40_000 if backend is cpu else 2_000)  # more than a tile holds, for several programs
@@ -24,11 +24,15 @@ Z_LOSS = 0.125
 
 
 def exact(
-    input: Tensor, target: Tensor, cap: float | None = None, ignore_index: int = -100
+    input: Tensor,
+    target: Tensor,
+    cap: float | None = None,
+    ignore_index: int = -100,
+    scale: float = 1.0,
 ) -> Metrics:
     """In float64, one row at a time, as the definitions read."""
     dim = min(input.dim() - 1, 1)
-    logits = input.detach().double()
+    logits = input.detach().double() * scale
     logits = logits if cap is None else cap * (logits / cap).tanh()
     rows = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
     shape = logits.movedim(dim, -1).shape[:-1]
@@ -45,11 +49,10 @@ def exact(
         else:
             label = int(target.flatten()[i])
             if label == ignore_index:
-                found.append([0.0, 0.0, ignore_index, False, 0.0, 0.0])
+                found.append([0.0, 0.0, ignore_index, False, 0.0])
                 continue
             own = log_p[label]
-        square = Z_LOSS * lse**2
-        found.append([own, lse, prediction, prediction == label, entropy, square])
+        found.append([own, lse, prediction, prediction == label, entropy])
     columns = [torch.tensor(column).reshape(shape) for column in zip(*found, strict=True)]
     return Metrics(*columns)
 
@@ -100,7 +103,7 @@ def test_of_cross_entropy(
     """Exact, of one pass with class indices, and the loss is what it is without."""
     input, target = case(shape, dtype, probabilities)
     options: dict[str, Any] = {"reduction": reduction, "z_loss": Z_LOSS}
-    loss, metrics = fused.cross_entropy(input, target, return_metrics=True, **options)
+    loss, metrics = fused.cross_entropy_with_metrics(input, target, **options)
     assert kernel_calls["cross_entropy"] == 1 + probabilities
     assert_metrics(metrics, exact(input, target), dtype)
     plain = fused.cross_entropy(input, target, **options)
@@ -114,15 +117,19 @@ def test_of_cross_entropy(
 def test_beside_every_option(shape: tuple[int, int]) -> None:
     """They tell of the logits, whatever else the loss is told, in their memory too."""
     input, target = case(shape, torch.float32, False)
-    expected = exact(input, target, cap=9.0)
+    expected = exact(input, target, scale=0.5)
     token_weight, weight = torch.rand(shape[0]), torch.rand(shape[1])
     options: dict[str, Any] = {"weight": weight, "token_weight": token_weight, "denominator": 3}
-    options |= {"z_loss": Z_LOSS, "softcap": 9.0, "label_smoothing": 0.1}
-    _, metrics = fused.cross_entropy(input, target, return_metrics=True, **options)
+    options |= {"z_loss": Z_LOSS, "scale": 0.5, "label_smoothing": 0.1}
+    _, metrics = fused.cross_entropy_with_metrics(input, target, **options)
     assert_metrics(metrics, expected, torch.float32)
     logits = 1 * input
-    _, metrics = fused.cross_entropy(
-        logits, target, gamma=2.0, z_loss=Z_LOSS, inplace=True, return_metrics=True
+    _, metrics = fused.cross_entropy_with_metrics(
+        logits,
+        target,
+        gamma=2.0,
+        z_loss=Z_LOSS,
+        inplace=True,
     )
     assert not torch.equal(logits, input)
     assert_metrics(metrics, exact(input, target), torch.float32)
@@ -132,7 +139,11 @@ def test_beside_every_option(shape: tuple[int, int]) -> None:
 def test_strided(strides: str) -> None:
     input = torch.randn(300, 6).t() if strides == "columns" else torch.randn(6, 600)[:, ::2]
     target = torch.randint(0, 300, (6,))
-    _, metrics = fused.cross_entropy(input, target, z_loss=Z_LOSS, return_metrics=True)
+    _, metrics = fused.cross_entropy_with_metrics(
+        input,
+        target,
+        z_loss=Z_LOSS,
+    )
     assert_metrics(metrics, exact(input, target), torch.float32)
 
 
@@ -161,7 +172,11 @@ def test_special_logits(name: str, classes: int, isa: str) -> None:
     if name == "nothing":
         input[1] = -torch.inf
     target = torch.tensor([0, classes - 3])
-    _, metrics = fused.cross_entropy(input, target, z_loss=Z_LOSS, return_metrics=True)
+    _, metrics = fused.cross_entropy_with_metrics(
+        input,
+        target,
+        z_loss=Z_LOSS,
+    )
     lse, log_p = input.logsumexp(1), input.log_softmax(1)
     assert metrics.prediction.tolist() == input.argmax(1).tolist()
     if "inf" not in name:  # then it is NaN, as the loss is
@@ -198,9 +213,7 @@ def test_of_linear_cross_entropy(
     input, weight, bias, target = linear_case(dtype, of_row=of_row)
     options: dict[str, Any] = {"linear_bias": bias, "memory_budget": budget, "z_loss": Z_LOSS}
     options["softcap"] = softcap
-    loss, metrics = fused.linear_cross_entropy(
-        input, weight, target, return_metrics=True, **options
-    )
+    loss, metrics = fused.linear_cross_entropy_with_metrics(input, weight, target, **options)
     logits = logits_of(input, weight, bias)
     expected = exact(logits, target, softcap)
     assert metrics.prediction.tolist() == expected.prediction.tolist()
@@ -220,7 +233,10 @@ def test_of_linear_cross_entropy_with_probabilities() -> None:
     input, weight, bias, _ = linear_case(torch.float32)
     target = torch.randn(12, 50).softmax(1)
     given = input, weight, target
-    _, metrics = fused.linear_cross_entropy(*given, linear_bias=bias, return_metrics=True)
+    _, metrics = fused.linear_cross_entropy_with_metrics(
+        *given,
+        linear_bias=bias,
+    )
     expected = exact(logits_of(input, weight, bias), target)
     torch.testing.assert_close(metrics.log_probability, expected.log_probability.float())
     assert metrics.correct.tolist() == expected.correct.tolist()
@@ -231,10 +247,13 @@ def test_of_linear_cross_entropy_in_half_precision(
     multiplies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of logits in float32, unless the CPU multiplies in half precision."""
-    monkeypatch.setattr(chunked, "MULTIPLIES_BFLOAT16", multiplies)
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", multiplies)
     input, weight, bias, target = linear_case(torch.bfloat16, classes=3000)
-    _, metrics = fused.linear_cross_entropy(
-        input, weight, target, linear_bias=bias, return_metrics=True
+    _, metrics = fused.linear_cross_entropy_with_metrics(
+        input,
+        weight,
+        target,
+        linear_bias=bias,
     )
     exactly = exact(logits_of(input, weight, bias), target)
     tolerance = 1e-4 if backend is cpu and not multiplies else 0.1
@@ -244,21 +263,20 @@ def test_of_linear_cross_entropy_in_half_precision(
     assert metrics.entropy.dtype is torch.float32
 
 
-@pytest.mark.parametrize("lone", [False, True])
-def test_all_ignored_and_one_row(lone: bool) -> None:
+@pytest.mark.parametrize("single", [False, True])
+def test_all_ignored_and_one_row(single: bool) -> None:
     input, weight, bias, target = linear_case(torch.float32)
     target.fill_(7)
-    if lone:
+    if single:
         input, target = input[0], torch.tensor(7)
     for ignore_index in (-100, 7):
-        _, metrics = fused.linear_cross_entropy(
+        _, metrics = fused.linear_cross_entropy_with_metrics(
             input,
             weight,
             target,
             linear_bias=bias,
             ignore_index=ignore_index,
             reduction="sum",
-            return_metrics=True,
         )
         logits = logits_of(input.reshape(-1, 8), weight, bias)
         expected = exact(logits, target.reshape(-1), None, ignore_index)
@@ -270,15 +288,15 @@ def test_all_ignored_and_one_row(lone: bool) -> None:
 def test_blocks_without_a_share() -> None:
     """Of blocks whose logits are all -inf, or NaN, too."""
     rows = torch.tensor([[-torch.inf, -torch.inf, 1.0, 2.0], [1.0, torch.nan, 3.0, 0.0]])
-    blocks = Blocks(2, rows)
+    blocks = MergedStatistics(2, rows)
     for first in (0, 2):
         logits = rows[:, first : first + 2]
         log_p = logits.log_softmax(1)
         entropy = torch.special.entr(log_p.exp()).sum(1).double()
         lse = logits.logsumexp(1).double()
-        block = Measures(lse, entropy, first + logits.argmax(1))
+        block = Statistics(lse, entropy, first + logits.argmax(1))
         blocks.add(slice(0, 2), logits, torch.tensor([3, 0]), first, block)
-    own, lse, entropy, prediction = blocks.measured
+    own, lse, entropy, prediction = blocks.rows
     assert prediction.tolist() == rows.argmax(1).tolist()
     torch.testing.assert_close(lse, rows.double().logsumexp(1), equal_nan=True)
     expected = torch.special.entr(rows.double().log_softmax(1).exp()).sum(1)
@@ -294,8 +312,11 @@ def test_definition(probabilities: bool) -> None:
         input, target = case(shape, torch.float32, probabilities)
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(input.detach(), torch.ones_like(input))
-            loss, metrics = fused.cross_entropy(
-                dual, target, z_loss=Z_LOSS, reduction="sum", return_metrics=True
+            loss, metrics = fused.cross_entropy_with_metrics(
+                dual,
+                target,
+                z_loss=Z_LOSS,
+                reduction="sum",
             )
             assert forward_ad.unpack_dual(loss).tangent is not None
             assert all(forward_ad.unpack_dual(each).tangent is None for each in metrics)
@@ -306,8 +327,11 @@ def test_definition_of_linear_cross_entropy() -> None:
     input, weight, bias, target = linear_case(torch.float32)
 
     def metrics(input: Tensor) -> tuple[Tensor, ...]:
-        loss, found = fused.linear_cross_entropy(
-            input, weight, target, linear_bias=bias, return_metrics=True
+        loss, found = fused.linear_cross_entropy_with_metrics(
+            input,
+            weight,
+            target,
+            linear_bias=bias,
         )
         return loss, *found
 
@@ -320,7 +344,10 @@ def test_second_derivatives_of_the_loss() -> None:
     input, target = case((6, 5), torch.float64, False)
 
     def loss(input: Tensor) -> Tensor:
-        return fused.cross_entropy(input, target, return_metrics=True)[0]
+        return fused.cross_entropy_with_metrics(
+            input,
+            target,
+        )[0]
 
     assert torch.autograd.gradgradcheck(loss, input)
 
@@ -333,11 +360,19 @@ def test_compiled(linear: bool) -> None:
 
     def both(input: Tensor) -> tuple[Tensor, Metrics]:
         if linear:
-            return fused.linear_cross_entropy(
-                input, weight, target, linear_bias=bias, z_loss=Z_LOSS, return_metrics=True
+            return fused.linear_cross_entropy_with_metrics(
+                input,
+                weight,
+                target,
+                linear_bias=bias,
+                z_loss=Z_LOSS,
             )
         logits = torch.nn.functional.linear(input, weight, bias)
-        return fused.cross_entropy(logits, target, z_loss=Z_LOSS, return_metrics=True)
+        return fused.cross_entropy_with_metrics(
+            logits,
+            target,
+            z_loss=Z_LOSS,
+        )
 
     torch.compiler.reset()
     (loss, metrics), (plain, expected) = torch.compile(both, fullgraph=True)(input), both(input)
@@ -350,7 +385,13 @@ def test_out_of_range() -> None:
     target[2] = 9
     if backend is cpu:
         with pytest.raises(IndexError, match="got 9 at position"):
-            fused.cross_entropy(input, target, return_metrics=True)
+            fused.cross_entropy_with_metrics(
+                input,
+                target,
+            )
     else:
-        _, metrics = fused.cross_entropy(input, target, return_metrics=True)
+        _, metrics = fused.cross_entropy_with_metrics(
+            input,
+            target,
+        )
         assert metrics.log_probability.isnan().tolist() == [i == 2 for i in range(6)]

@@ -26,14 +26,11 @@ CLASSES = torch.tensor([0, 1, 2, 3, 4, 2])
 ADDED = {  # to cross_entropy and linear_cross_entropy
     "gamma": 0.0,
     "z_loss": 0.0,
+    "scale": 1.0,
     "softcap": None,
     "token_weight": None,
     "denominator": None,
     "loss_dtype": None,
-    "return_metrics": False,
-    "margin": 0.0,
-    "margin_kind": "cosface",
-    "scale": 1.0,
     "filter_eps": 0.0,
     "memory_budget": None,
     "inplace": False,
@@ -99,7 +96,8 @@ def assert_same_signature(ours: Callable[..., Any], theirs: Callable[..., Any]) 
     found = []
     for function in (ours, theirs):
         parameters = inspect.signature(function).parameters.values()
-        found.append([(p.name, p.default, p.kind) for p in parameters])
+        by_name = inspect.Parameter.VAR_KEYWORD  # a module's, which hands them to its function
+        found.append([(p.name, p.default, p.kind) for p in parameters if p.kind is not by_name])
     extra = [parameter for parameter in found[0] if parameter not in found[1]]
     added = [(name, value, inspect.Parameter.KEYWORD_ONLY) for name, value in ADDED.items()]
     assert not extra or ours.__name__.removeprefix("linear_") in (
@@ -191,5 +189,12 @@ def test_training_step_equals_torchs() -> None:
 def test_public_names() -> None:
     assert pyfused.functional is fused_functional
     assert pyfused.nn is fused
-    assert sorted(op.module for op in OPERATORS.values()) == sorted(fused.__all__)
-    assert sorted(OPERATORS) == sorted(fused_functional.__all__)
+    modules, functions = [op.module for op in OPERATORS.values()], list(OPERATORS)
+    with_metrics = ["cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"]
+    assert sorted([*modules, "AdditiveMargin"]) == sorted(fused.__all__)
+    assert sorted([*functions, "additive_margin", *with_metrics]) == sorted(fused_functional.__all__)
+
+
+def test_a_module_refuses_keywords_of_no_function() -> None:
+    with pytest.raises(TypeError, match=r"CrossEntropyLoss\(\) got an unexpected .* 'z_los'"):
+        fused.CrossEntropyLoss(z_los=0.1)  # type: ignore[call-arg]

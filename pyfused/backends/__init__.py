@@ -1,141 +1,63 @@
-"""One module per kind of device, each a set of kernels that take and return tensors."""
+"""The kernels, a module for each kind of device, and which of them a tensor takes.
+
+CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environment variable
+``PYFUSED_BACKEND`` names one of them for all: ``cpu``, ``triton`` (on CPU tensors too, where
+``TRITON_INTERPRET=1``) or ``torch``, which is no kernel at all.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pyfused.backends import cpu
+from pyfused.backends.versions import unsupported_triton
+from pyfused.types import (
+    CrossEntropyOptions,
+    Gradients,
+    MarginOptions,
+    NllOptions,
+    VocabShard,
+    Want,
+)
 
-class Measures(NamedTuple):
-    """What cross-entropy's kernel returns of the logits of each position, beside its loss.
+DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 
-    Attributes:
-        log_sum_exp: float64; 0 where the target is ignored.
-        entropy: Of their probabilities, float64, or None; 0 where the target is ignored.
-        prediction: The first class with the largest logit, int64, or None with ``entropy``;
-            ignore_index where the target is ignored.
-    """
-
-    log_sum_exp: Tensor
-    entropy: Tensor | None = None
-    prediction: Tensor | None = None
-
-
-class Want(NamedTuple):
-    """The outputs that a call of a loss kernel computes.
-
-    Attributes:
-        gradients: Of each operand, or () for none.
-        inplace: Cross-entropy's first gradient takes the input's memory.
-        measures: Where they are written, one a position, None where they are not wanted.
-    """
-
-    loss: bool = True
-    gradients: tuple[bool, ...] = ()
-    inplace: bool = False
-    measures: Measures | None = None
-
-
-class CrossEntropyOptions(NamedTuple):
-    """The arguments of cross-entropy beside the logits, the target and the class weights.
-
-    Attributes:
-        token_weight: What each loss is multiplied by, None for ones.
-        denominator: What a mean divides by; None for the weight of the targets that count.
-        loss_dtype: That of the loss; None for torch's.
-    """
-
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    gamma: float = 0.0
-    z_loss: float = 0.0
-    token_weight: Tensor | None = None
-    denominator: float | Tensor | None = None
-    loss_dtype: torch.dtype | None = None
-
-
-class VocabShard(NamedTuple):
-    """The logits' classes as a shard of all classes.
-
-    Attributes:
-        first: The first of them.
-        classes: The number of all.
-        lse: The log-sum-exp of all, float64, one a position; None where it is that of the logits'
-            classes, and where something is measured.
-    """
-
-    first: int
-    classes: int
-    lse: Tensor | None = None
-
-
-class Shaping(NamedTuple):
-    """What is done to logits before their loss, in the order margin, scale, softcap.
-
-    Attributes:
-        softcap: What they are capped at, or None.
-        margin: What the target's cosine, or angle, is worsened by.
-        margin_kind: ``"cosface"`` or ``"arcface"``.
-        scale: What they are multiplied by.
-    """
-
-    softcap: float | None = None
-    margin: float = 0.0
-    margin_kind: str = "cosface"
-    scale: float = 1.0
-
-
-class Head(NamedTuple):
-    """A linear layer, what goes into it, and the targets of its logits.
-
-    Attributes:
-        input: (N, D).
-        linear_weight: (C, D), or (C, d1, ..., dk, D).
-        linear_bias: (C), or (C, d1, ..., dk), or None.
-        target: int64 class indices (N) or (N, d1, ..., dk), or probabilities of the logits' shape.
-        weight: (C), or None.
-    """
-
-    input: Tensor
-    linear_weight: Tensor
-    linear_bias: Tensor | None
-    target: Tensor
-    weight: Tensor | None
-    shaping: Shaping = Shaping()
-
-    @property
-    def columns(self) -> int:
-        return self.linear_weight[..., 0].numel()
-
-    def takes_blocks(self) -> bool:
-        """Whether the classes can be taken apart."""
-        return self.linear_weight.dim() == 2 and not self.target.is_floating_point()
-
-
-class NllOptions(NamedTuple):
-    """Those of the negative log-likelihood."""
-
-    ignore_index: int
-    reduction: str
-
-
-class MarginOptions(NamedTuple):
-    """Those of the multi-class margin loss."""
-
-    p: int
-    margin: float
-    reduction: str
-
-
-ClassLossOptions = CrossEntropyOptions | NllOptions | MarginOptions
-Gradients = tuple[Tensor | None, ...]  # one for each operand
+FORCED = os.environ.get("PYFUSED_BACKEND") or None
+if FORCED not in (None, "cpu", "triton", "torch"):
+    raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
 
 
 class Backend(Protocol):
-    """The functions of a module of this package. `cpu.py` says what they take and return."""
+    """The functions of a module of this package. `cpu.py` says what they take and return.
+
+    Attributes:
+        ASYNCHRONOUS: Reading a tensor's value would wait for the device, so that a call does not.
+    """
+
+    ASYNCHRONOUS: bool
+
+    def describe(
+        self, input: Tensor, strategy: Callable[[Tensor], str]
+    ) -> tuple[str, str, str | None, int | None]:
+        """Of a kernel its backend, how it goes through the input, instruction set and threads."""
+
+    def supports_rows(self, logits: Tensor) -> bool:
+        """Whether the C++ kernel's vectors are along the classes of a row, not along rows."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+        """A new tensor on the device of ``like``."""
+
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What matrices of a dtype are best multiplied in."""
+
+    def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+        """``out = beta * out + a @ b``, where ``out`` may have a wider dtype."""
 
     def cross_entropy(
         self,
@@ -190,7 +112,7 @@ class Backend(Protocol):
         self,
         formula: str,
         input: Tensor,
-        parameter: float = 0.0,
+        parameters: tuple[float, ...] = (),
         *,
         inplace: bool = False,
     ) -> Tensor: ...
@@ -200,7 +122,56 @@ class Backend(Protocol):
         formula: str,
         grad_output: Tensor,
         saved: Tensor,
-        parameter: float = 0.0,
+        parameters: tuple[float, ...] = (),
     ) -> Tensor: ...
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None: ...
+
+
+def backend_of(input: Tensor) -> Backend:
+    """The kernels for a tensor that :func:`unsupported_device` gives no reason for."""
+    if input.is_cpu and FORCED != "triton":
+        return cpu
+    from pyfused.backends import triton  # not before a GPU tensor asks for it
+
+    return triton
+
+
+def takes_triton(input: Tensor) -> bool:
+    """Whether the Triton kernels are the ones for a tensor of this device."""
+    return not input.is_cpu or FORCED == "triton"
+
+
+def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
+    """Why no kernel runs on the device of a tensor beside an input, None where one does.
+
+    Raises:
+        RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
+    """
+    if FORCED is None and tensor.is_cpu and input.is_cpu:
+        return None  # as most are
+    if FORCED == "torch":
+        return "PYFUSED_BACKEND is torch"
+    if tensor.device != input.device or not (tensor.is_cpu or tensor.is_cuda):
+        return f"{name} is on {tensor.device}"
+    if tensor.is_cpu and FORCED != "triton":
+        return None
+    if FORCED == "cpu":
+        raise RuntimeError(f"PYFUSED_BACKEND: cpu cannot run on {tensor.device}")
+    missing = without_triton(tensor.device)
+    if missing and FORCED == "triton":
+        raise RuntimeError(f"PYFUSED_BACKEND: triton cannot run on {tensor.device}: {missing}")
+    return missing
+
+
+@cache
+def without_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device, None where they can."""
+    if reason := unsupported_triton():
+        return reason
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "that takes TRITON_INTERPRET=1"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton compiles for compute capability 8.0 and later"
+    return None

@@ -10,7 +10,7 @@ import importlib
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -18,15 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
-from pyfused.backends import (
-    CrossEntropyOptions,
-    Gradients,
-    MarginOptions,
-    NllOptions,
-    VocabShard,
-    Want,
-)
-from pyfused.backends.layout import (
+from pyfused.layout import (
     accumulate_dtype,
     along,
     contiguous_in,
@@ -34,15 +26,24 @@ from pyfused.backends.layout import (
     empty_viewed,
     loss_shape,
     order_of,
-    positions,
+    row_sizes,
     strides_of,
     viewed,
+)
+from pyfused.types import (
+    CrossEntropyOptions,
+    Gradients,
+    MarginOptions,
+    NllOptions,
+    VocabShard,
+    Want,
 )
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ASYNCHRONOUS = False
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -94,7 +95,7 @@ def _address(tensor: Tensor | None) -> int:
 _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0)
-_NOT_MEASURED = (0, 0, 0)
+_NO_STATISTICS = (0, 0, 0)
 
 
 # From this many bytes on, outputs come from recycled memory. glibc keeps smaller blocks by itself,
@@ -103,7 +104,12 @@ _NOT_MEASURED = (0, 0, 0)
 RECYCLED_BYTES = 32 << 20
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
+def empty(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    like: Tensor | None = None,  # noqa: ARG001 of any device; this one is the CPU
+    strides: Sequence[int] | None = None,
+) -> Tensor:
     """``torch.empty`` or ``empty_strided``, in recycled memory where it is large.
 
     See ``pyfused.memory``. Where there is no such memory, torch allocates and raises.
@@ -124,13 +130,16 @@ def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve
     if like.numel() * like.element_size() < RECYCLED_BYTES:
         return torch.empty_like(like, memory_format=memory_format)
     plan = torch.empty_like(like, device="meta", memory_format=memory_format)
-    return empty(plan.shape, like.dtype, plan.stride())
+    return empty(plan.shape, like.dtype, strides=plan.stride())
 
 
-def takes_rows(logits: Tensor) -> bool:
-    """Whether the kernel's vectors are along the classes of a row, and not along positions."""
+def describe(input: Tensor, strategy: Callable[[Tensor], str]) -> tuple[str, str, str, int]:
+    return "cpu", strategy(input), capability, torch.get_num_threads()
+
+
+def supports_rows(logits: Tensor) -> bool:
     views = [strides_of(tensor) for tensor in (logits, empty_viewed(logits)[0])]
-    enough = positions(logits)[2] >= native.row_classes[DTYPES[logits.dtype]]
+    enough = row_sizes(logits)[2] >= native.row_classes[DTYPES[logits.dtype]]
     return enough and all(view is not None and view[2] == 1 for view in views)
 
 
@@ -142,6 +151,29 @@ def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
         return tensor, (tensor.data_ptr(), 0)
     tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
     return tensor, (tensor.data_ptr(), 1)
+
+
+# ---- matrix products -----------------------------------------------------------------------------
+
+# A CPU without instructions for half precision multiplies it 3 to 250 times slower than float32.
+MULTIPLIES_BFLOAT16 = bool(
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype is torch.float16 or (dtype is torch.bfloat16 and not MULTIPLIES_BFLOAT16):
+        return torch.float32
+    return dtype
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    if out.dtype is a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif beta:
+        out += torch.mm(a, b)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -171,12 +203,16 @@ def cross_entropy(
     Raises:
         IndexError: A class index is out of range. Nothing has been computed then.
     """
-    accumulate = accumulate_dtype(input.dtype)
     logits, logits_strides = viewed(input)
     indices, probabilities_view = None, _NO_VIEW
     weight, grad_output, token_weight = contiguous_in(
-        accumulate, weight, grad_output, options.token_weight
+        accumulate_dtype(input.dtype), weight, grad_output, options.token_weight
     )
+    given = vars(options) | {
+        "reduction": _REDUCTIONS[options.reduction],
+        "token_weight": _address(token_weight),
+        "denominator": None if options.denominator is None else float(options.denominator),
+    }
     if target.dtype is torch.int64:
         indices = target.contiguous()
     else:
@@ -197,25 +233,17 @@ def cross_entropy(
         grad_target_view = (grad_target.data_ptr(), *strides)
     out_of_range = native.cross_entropy(
         DTYPES[input.dtype],
-        positions(input),
+        row_sizes(input),
         (logits.data_ptr(), *logits_strides),
         _address(indices),
         probabilities_view,
         _address(weight),
-        options.ignore_index,
-        max(0.0, options.label_smoothing),
-        float(options.gamma),
-        float(options.z_loss),
-        _address(token_weight),
-        None if options.denominator is None else float(options.denominator),
-        _REDUCTIONS[options.reduction],
+        given,
         _address(grad_output),
         _address(loss),
-        grad_input_view,
-        grad_target_view,
-        None if vocab_shard is None else vocab_shard[:2],
-        0 if vocab_shard is None else _address(vocab_shard.lse),
-        _NOT_MEASURED if want.measures is None else [*map(_address, want.measures)],
+        (grad_input_view, grad_target_view),
+        None if vocab_shard is None else (*vocab_shard[:2], _address(vocab_shard.lse)),
+        _NO_STATISTICS if want.statistics is None else [*map(_address, want.statistics)],
         torch.get_num_threads(),
     )
     if out_of_range >= 0:
@@ -244,7 +272,7 @@ def nll_loss(
         grad_view = (grad_input.data_ptr(), *grad_strides)
     out_of_range = native.nll_loss(
         DTYPES[input.dtype],
-        positions(input),
+        row_sizes(input),
         (view.data_ptr(), *strides),
         indices.data_ptr(),
         _address(weight),
@@ -393,7 +421,7 @@ def _softmax(
 def activation(
     formula: str,
     input: Tensor,
-    parameter: float = 0.0,
+    parameters: tuple[float, ...] = (),
     *,
     inplace: bool = False,
 ) -> Tensor:
@@ -410,7 +438,7 @@ def activation(
         input.numel(),
         input.data_ptr(),
         output.data_ptr(),
-        parameter,
+        (*parameters, 0.0)[0],
         torch.get_num_threads(),
     )
     return output
@@ -420,7 +448,7 @@ def activation_backward(
     formula: str,
     grad_output: Tensor,
     saved: Tensor,
-    parameter: float = 0.0,
+    parameters: tuple[float, ...] = (),
 ) -> Tensor:
     """The input's gradient, from what the formula saves: its output or its input, dense."""
     grad_output, grad_operand = _operand(grad_output, saved)
@@ -431,7 +459,7 @@ def activation_backward(
         grad_operand,
         saved.data_ptr(),
         grad_input.data_ptr(),
-        parameter,
+        (*parameters, 0.0)[0],
         torch.get_num_threads(),
     )
     return grad_input

@@ -7,31 +7,13 @@ captured in CUDA graphs. A class index out of range is no error but a loss of Na
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfused.backends import (
-    CrossEntropyOptions,
-    Gradients,
-    MarginOptions,
-    Measures,
-    NllOptions,
-    VocabShard,
-    Want,
-)
-from pyfused.backends.layout import (
-    Strides,
-    accumulate_dtype,
-    along,
-    contiguous_in,
-    empty_viewed,
-    loss_shape,
-    order_of,
-    positions,
-    viewed,
-)
+from pyfused.backends.versions import triton_version
 from pyfused.kernels import launch
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
 from pyfused.kernels.activation import activation_kernel
@@ -47,7 +29,28 @@ from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
 from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
 from pyfused.kernels.softmax import softmax_backward_kernel, softmax_kernel
+from pyfused.layout import (
+    Strides,
+    accumulate_dtype,
+    along,
+    contiguous_in,
+    empty_viewed,
+    loss_shape,
+    order_of,
+    row_sizes,
+    viewed,
+)
+from pyfused.types import (
+    CrossEntropyOptions,
+    Gradients,
+    MarginOptions,
+    NllOptions,
+    Statistics,
+    VocabShard,
+    Want,
+)
 
+ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
 # Programs add up the weights of so few class indices themselves, which saves a launch.
@@ -55,6 +58,35 @@ COUNTED_BY_PROGRAMS = 1024
 MOST_PROGRAMS = 4096  # of a kernel that adds up: several waves on any GPU, and few partial sums
 MOST_PARTS = 1 << 15  # that one program adds up; more are added up in two steps
 SUMMANDS = launch.Choice(1, 1024, 256)  # of a program at a time
+
+
+def describe(
+    input: Tensor,
+    strategy: Callable[[Tensor], str],  # noqa: ARG001 of the C++ kernels
+) -> tuple[str, str, None, None]:
+    return "triton", f"kernels on {input.device}, Triton {triton_version()}", None, None
+
+
+def supports_rows(logits: Tensor) -> bool:  # noqa: ARG001 any strides take the same kernels
+    return True
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    if out.dtype is a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.is_cuda:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, out=out)
+    else:  # interpreted, without such an operator
+        out.copy_(out * beta + torch.mm(a, b) if beta else torch.mm(a, b))
+
 
 # ---- sums ----------------------------------------------------------------------------------------
 
@@ -111,12 +143,12 @@ def cross_entropy(
 ) -> tuple[Tensor | None, Gradients]:
     """Loss, and gradients of input and target, each where wanted; see ``cpu.cross_entropy``.
 
-    A class index out of range makes the loss of its position NaN and its gradient zero.
+    A class index out of range makes the loss of its row NaN and its gradient zero.
     """
     if grad_output is not None and want.loss and options.reduction == "none":
         loss_alone = want._replace(gradients=())
         loss, _ = cross_entropy(input, target, weight, options, loss_alone, None, vocab_shard)
-        want = want._replace(loss=False, measures=None)
+        want = want._replace(loss=False, statistics=None)
         arguments = input, target, weight, options, want, grad_output, vocab_shard
         return loss, cross_entropy(*arguments)[1]
     of_input, of_target = want.gradients or (False, False)
@@ -128,24 +160,25 @@ def cross_entropy(
         grad, grad_strides = (logits.detach(), strides) if want.inplace else empty_viewed(logits)
     grad_target, grad_target_strides = empty_viewed(target) if of_target else (None, NO_STRIDES)
     all_strides = strides, grad_strides, target_strides, grad_target_strides
-    outer, inner, classes = sizes = _with_one_outer(positions(logits), all_strides)
+    outer, inner, classes = sizes = _with_one_outer(row_sizes(logits), all_strides)
     weight, token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), weight, options.token_weight, grad_output
     )
     vocab_shard = vocab_shard or VocabShard(0, classes)
-    lse, measures = vocab_shard.lse, want.measures
-    smoothing, z_loss = max(0.0, float(options.label_smoothing)), float(options.z_loss)
+    lse, statistics = vocab_shard.lse, want.statistics
+    smoothing = options.label_smoothing
     itemsize, dense = input.element_size(), not indices or (smoothing > 0 and weight is not None)
     with torch.cuda.device_of(input):
         lacks_lse = lse is None and classes < vocab_shard.classes
-        if measures is None and lacks_lse:
-            measures = Measures(logits.new_empty(outer * inner, dtype=torch.float64))
-        if measures is not None:
+        if statistics is None and lacks_lse:
+            statistics = Statistics(logits.new_empty(outer * inner, dtype=torch.float64))
+        if statistics is not None:
             choice, programs, units = _tiling(sizes, itemsize, strides, tensors=2)
-            given: Any = logits, target if indices else None, *measures, inner, classes, strides
+            given: Any = logits, target if indices else None, *statistics, inner, classes, strides
             scalars: Any = vocab_shard.first, options.ignore_index
-            statistics_kernel[(programs,)](*given, *scalars, **choice.tile(), **units)
-            lse = measures.log_sum_exp if lacks_lse else lse
+            meta: Any = {"SCALE": options.scale, **choice.tile()}
+            statistics_kernel[(programs,)](*given, *scalars, **meta, **units)
+            lse = statistics.log_sum_exp if lacks_lse else lse
         if not (want.loss or of_input or of_target):
             return None, (None, None)
         choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=2 if dense else 1)
@@ -154,16 +187,16 @@ def cross_entropy(
         counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
         denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
         given = logits, target, weight, row_weight, denominator
-        meta = {"EACH": each, **choice.tile(), **units}
-        index_meta = {"GAMMA": float(options.gamma), "SMOOTHING": smoothing > 0}
-        scalars = options.ignore_index, smoothing, z_loss
+        meta = {"SCALE": options.scale, "EACH": each, **choice.tile(), **units}
+        index_meta = {"GAMMA": options.gamma, "SMOOTHING": smoothing > 0}
+        scalars = options.ignore_index, smoothing, options.z_loss
         whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
         if not indices:
             four = strides + target_strides + grad_strides + grad_target_strides
             outputs: Any = parts, grad, grad_target, inner, classes, four
             probabilities_kernel[(programs,)](*given, *outputs, *scalars[1:], **meta)
         elif whole_rows and lse is None and not dense:
-            outputs = parts, grad, inner, classes, strides[1], grad_strides[1]
+            outputs = parts, grad, inner, classes, (strides[1], grad_strides[1])
             row_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
         else:
             block = inner, classes, vocab_shard.first, vocab_shard.classes
@@ -236,7 +269,7 @@ def nll_loss(
 ) -> tuple[Tensor | None, Gradients]:
     """Of log-probabilities and class indices; otherwise as ``cross_entropy``."""
     input, strides = viewed(input)
-    outer, inner, classes = positions(input)
+    outer, inner, classes = row_sizes(input)
     n, target, choice = outer * inner, target.contiguous(), launch.choose(input.element_size())
     grad, grad_strides = None, NO_STRIDES
     if any(want.gradients):
@@ -407,13 +440,13 @@ def pointwise_loss(
 def activation(
     formula: str,
     input: Tensor,
-    parameter: float = 0.0,
+    parameters: tuple[float, ...] = (),
     *,
     inplace: bool = False,
 ) -> Tensor:
     """``formula`` of each element; ``inplace`` needs a dense input."""
     output = input if inplace else torch.empty_like(input)
-    _activation(ACTIVATIONS[formula][0], input, None, parameter, output)
+    _activation(ACTIVATIONS[formula][0], input, None, parameters, output)
     return output
 
 
@@ -421,16 +454,16 @@ def activation_backward(
     formula: str,
     grad_output: Tensor,
     saved: Tensor,
-    parameter: float = 0.0,
+    parameters: tuple[float, ...] = (),
 ) -> Tensor:
     """The input's gradient, from what the formula saves: its output or its input, dense."""
     grad_input = torch.empty_like(saved)
-    _activation(ACTIVATIONS[formula][1], saved, grad_output, parameter, grad_input)
+    _activation(ACTIVATIONS[formula][1], saved, grad_output, parameters, grad_input)
     return grad_input
 
 
 def _activation(
-    formula: Any, x: Tensor, grad_output: Tensor | None, parameter: float, output: Tensor
+    formula: Any, x: Tensor, grad_output: Tensor | None, parameters: tuple[float, ...], output: Tensor
 ) -> None:
     n, choice = output.numel(), launch.choose(output.element_size())
     (x_view, grad_view), columns, strides = _operands(output, [x, grad_output])
@@ -442,7 +475,7 @@ def _activation(
             n,
             columns,
             strides,
-            parameter,
+            (*parameters, 0.0)[0],
             FORMULA=formula,
             BLOCK=choice.block,
             **choice.options(),

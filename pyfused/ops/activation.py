@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend
-from pyfused.backends.layout import dense, is_dense
+from pyfused.backends import Backend, backend_of
+from pyfused.layout import dense, is_dense
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import second_order, without_functorch
 
 
@@ -32,7 +31,7 @@ class Activation(Operator):
     """
 
     gradient: Callable[..., Tensor]
-    formula: Callable[..., tuple[str, float]] | None = None
+    formula: Callable[..., tuple[str, tuple[float, ...]]] | None = None
     saves: str = "output"
     built_in: tuple[str, ...] = ("input",)
     overwrites: bool = field(init=False)
@@ -49,12 +48,12 @@ class Activation(Operator):
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         input = arguments[0]
         backend = backend_of(input)
-        name, parameter = (self.name, 0.0) if self.formula is None else self.formula(*arguments[1:])
+        name, parameters = (self.name, ()) if self.formula is None else self.formula(*arguments[1:])
         if torch.is_grad_enabled() and input.requires_grad:
-            call = Call(self, backend, name, parameter, arguments[1:])
+            call = ActivationCall(self, backend, name, parameters, arguments[1:])
             output: Tensor = _apply(call, input, inplace)
         else:
-            output = backend.activation(name, input, parameter)
+            output = backend.activation(name, input, parameters)
         return output
 
     def check(self, arguments: Arguments) -> None:
@@ -78,13 +77,13 @@ def _built_in(name: str) -> Callable[..., Tensor]:
     return function
 
 
-class Call(NamedTuple):
+class ActivationCall(NamedTuple):
     """What a kernel takes beside tensors, and what torch's gradient does."""
 
     op: Activation
     backend: Backend
     name: str
-    parameter: float
+    parameters: tuple[float, ...]
     options: Arguments
 
 
@@ -92,8 +91,8 @@ class ActivationFunction(torch.autograd.Function):
     """Saves the output or the input, and no other tensor."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, input: Tensor, inplace: bool) -> Tensor:
-        output: Tensor = call.backend.activation(call.name, input, call.parameter, inplace=inplace)
+    def forward(ctx: Any, call: ActivationCall, input: Tensor, inplace: bool) -> Tensor:
+        output: Tensor = call.backend.activation(call.name, input, call.parameters, inplace=inplace)
         if inplace:
             ctx.mark_dirty(input)
         ctx.call = call
@@ -103,12 +102,12 @@ class ActivationFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
-        call: Call = ctx.call
+        call: ActivationCall = ctx.call
         if second_order(call.op.name, grad_output):
             gradient = call.op.gradient(grad_output, saved, *call.options)
         else:
             gradient = call.backend.activation_backward(
-                call.name, grad_output, dense(saved), call.parameter
+                call.name, grad_output, dense(saved), call.parameters
             )
         return None, gradient, None
 

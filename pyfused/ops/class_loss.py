@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,24 +12,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyfused import checks
-from pyfused.backends import (
-    Backend,
-    ClassLossOptions,
-    Gradients,
-    MarginOptions,
-    NllOptions,
-    Want,
-)
-from pyfused.backends.layout import is_dense
+from pyfused.backends import Backend, backend_of
+from pyfused.layout import is_dense
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
-from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import (
     autocast_dtype,
     backward,
     differentiate,
-    gradients_ahead,
+    gradients_in_forward,
     without_functorch,
 )
+from pyfused.types import ClassLossOptions, Gradients, MarginOptions, NllOptions, Want
 
 Saved = tuple[Tensor, Tensor, Tensor | None]
 
@@ -76,6 +69,11 @@ class ClassLoss(Operator):
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
         return given._replace(target=target.reshape(()) if given.input.dim() == 1 else target)
 
+    def define(self, given: Given) -> Tensor:
+        """The loss in torch's terms."""
+        input, target, weight, options = given
+        return self.reference(input, target, weight=weight, **options._asdict())
+
     def run(self, given: Given, want: Want) -> Tensor:
         input, target, weight, options = given
         backend = backend_of(input)
@@ -114,7 +112,7 @@ class ClassLossFunction(torch.autograd.Function):
     ) -> Tensor | None:
         ctx.op, ctx.backend, ctx.options, ctx.inplace = op, backend, options, want.inplace
         ctx.save_for_backward(input, target, weight)
-        now = gradients_ahead(options.reduction, input)
+        now = gradients_in_forward(options.reduction, input)
         now = now and (is_dense(input) or not want.inplace)
         want = want._replace(gradients=ctx.needs_input_grad[2:4] if now else ())
         loss: Tensor | None
@@ -156,30 +154,23 @@ def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    wanted = ctx.needs_input_grad[2:4]
-    return of_definition(ctx.op.reference, _saved(ctx), ctx.options, wanted, grad_output)
+    given = Given(*_saved(ctx), ctx.options)
+    return gradients_of_definition(ctx.op, given, ctx.needs_input_grad[2:4], grad_output)
 
 
-def of_definition(
-    reference: Callable[..., Tensor],
-    saved: Saved,
-    options: ClassLossOptions,
-    wanted: Sequence[bool],
-    grad_output: Tensor,
+def gradients_of_definition(
+    op: ClassLoss, given: Given, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
     """The gradients of torch's own operator, themselves differentiable."""
-    input, target, weight = saved
-    dtype = grad_output.dtype
+    dtype, weight = grad_output.dtype, given.weight
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
-        return reference(
-            input.to(dtype),
-            target.to(dtype) if target.is_floating_point() else target,
-            weight=None if weight is None else weight.to(dtype),
-            **options._asdict(),
-        )
+        input = input.to(dtype)
+        target = target.to(dtype) if target.is_floating_point() else target
+        as_dtype = None if weight is None else weight.to(dtype)
+        return op.define(Given(input, target, as_dtype, given.options))
 
-    return differentiate(definition, (input, target), wanted, grad_output)
+    return differentiate(definition, given[:2], wanted, grad_output)
 
 
 # ---- losses of class indices alone ---------------------------------------------------------------

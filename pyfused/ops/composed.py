@@ -26,10 +26,10 @@ class Composed(Operator):
     finish: Callable[..., Tensor]
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        self.check_parameters(arguments)
+        self.check_scalars(arguments)
         loss = self.of.fused(self.given(*arguments), inplace)
         return self.finish(loss, *arguments)
 
     def check(self, arguments: Arguments) -> None:
-        self.check_parameters(arguments)
+        self.check_scalars(arguments)
         self.of.check(self.given(*arguments))

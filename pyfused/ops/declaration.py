@@ -44,7 +44,7 @@ class Operand(NamedTuple):
     enforced: type[Exception] | None = None
 
 
-class Parameter(NamedTuple):
+class Scalar(NamedTuple):
     """A number among the arguments, in its bounds; a tensor of one element may hold it.
 
     Attributes:
@@ -63,6 +63,9 @@ class Parameter(NamedTuple):
     chooses: bool = False
 
 
+TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
+
+
 @dataclass(eq=False, kw_only=True, repr=False)
 class Operator(ABC):
     """What is known of an operator. Whatever else has to know it asks here.
@@ -71,7 +74,7 @@ class Operator(ABC):
         name: Ours, torch's and the kernel's.
         module: The module's name, in ``torch.nn`` and in ``pyfused.nn``.
         operands: The tensors, the input first.
-        parameters: The numbers, in the order in which the formula takes them.
+        scalars: The numbers, in the order in which the formula takes them.
         fallback_reason: Why torch's operator takes a call, None where the kernel does.
         definition: The operator in torch's terms, where torch has none of this name.
         built_in: What has to be given to the functions of this name that torch has built in, by
@@ -82,14 +85,14 @@ class Operator(ABC):
         aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
         arguments: The names of what the function takes, but for ``inplace``, in its order.
         defaults: Of the arguments but for the input.
-        numbers: The parameters, and where they stand among the arguments.
+        scalar_places: Where the scalars stand among the arguments, each beside its scalar.
         others: The tensors but for the input, likewise.
     """
 
     name: str
     module: str
     operands: tuple[Operand, ...] = (Operand("input"),)
-    parameters: tuple[Parameter, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
     fallback_reason: Callable[..., str | None] | None = None
     definition: Callable[..., Tensor] | None = None
     built_in: tuple[str, ...] = ()
@@ -100,7 +103,7 @@ class Operator(ABC):
     aten_: Callable[..., Tensor] = field(init=False)
     arguments: tuple[str, ...] = field(init=False)
     defaults: Arguments = field(init=False)
-    numbers: tuple[tuple[int, Parameter], ...] = field(init=False)
+    scalar_places: tuple[tuple[int, Scalar], ...] = field(init=False)
     others: tuple[tuple[int, Operand], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,8 +114,12 @@ class Operator(ABC):
             self.reference_ = partial(self.reference, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
         self.defaults = tuple(names[name] for name in self.arguments[1:])
-        self.numbers = tuple((self.arguments.index(p.name), p) for p in self.parameters)
+        self.scalar_places = tuple((self.arguments.index(s.name), s) for s in self.scalars)
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
+
+    def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
+        """The arguments as `call` takes them, from those of torch's function or of pyfused's."""
+        return arguments + tuple([by_name[name] for name in self.arguments[len(arguments) :]])
 
     @abstractmethod
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
@@ -122,11 +129,11 @@ class Operator(ABC):
     def check(self, arguments: Arguments) -> None:
         """Raises for arguments that are wrong, values included; torch's operator has raised."""
 
-    def check_parameters(self, arguments: Arguments) -> None:
-        for place, parameter in self.numbers:
-            if not (parameter.flag or (parameter.optional and arguments[place] is None)):
-                name, low, high, positive, *_ = parameter
-                checks.parameter(name, arguments[place], low, high, positive)
+    def check_scalars(self, arguments: Arguments) -> None:
+        for place, scalar in self.scalar_places:
+            if not (scalar.flag or (scalar.optional and arguments[place] is None)):
+                name, low, high, positive, *_ = scalar
+                checks.scalar(name, arguments[place], low, high, positive)
 
     def give_up(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
         """Prepares an input whose memory a call is to take."""

@@ -1,16 +1,12 @@
-"""The way of a call: to a fused kernel, on which backend, or to torch's own operator, and why.
+"""Whether a call takes a fused kernel or torch's own operator, and why.
 
-CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environment variable
-``PYFUSED_BACKEND`` names one of them for all: ``cpu``, ``triton`` (on CPU tensors too, where
-``TRITON_INTERPRET=1``) or ``torch``, at any size. What no kernel takes stays torch's.
+With ``PYFUSED_BACKEND`` set the kernels take tensors of any size.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,14 +20,9 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function
 from torch.utils._device import DeviceContext
 
-from pyfused.backends import Backend, cpu
-from pyfused.backends.versions import unsupported_triton
+from pyfused.backends import DTYPES, FORCED, takes_triton, unsupported_device
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.sizes import ATEN_BELOW
-
-FORCED = os.environ.get("PYFUSED_BACKEND") or None
-if FORCED not in (None, "cpu", "triton", "torch"):
-    raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
 
 # The table of sizes.py for GPUs. Not measured yet: a launch from Python takes some 10 us, and so
 # does an autograd.Function; in that time a GPU gets through about this much.
@@ -131,7 +122,8 @@ def call(
 def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) -> str | None:
     """Why torch's own operator takes a call, None where a fused kernel does.
 
-    Fused is first-order reverse mode on plain dense CPU and GPU tensors of the kernels' dtypes.
+    The kernels compute first derivatives, in reverse mode, of plain strided tensors on CPUs and
+    GPUs.
 
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
@@ -186,7 +178,7 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
         return False
     if elements == 0 or FORCED is not None:
         return elements == 0
-    if not input.is_cpu:
+    if takes_triton(input):
         return elements < ATEN_BELOW_ON_GPU.get(op, ATEN_BELOW_ON_GPU_ELSE)
     shape = input.shape
     dim = len(shape)
@@ -202,7 +194,7 @@ def aten_is_faster(op: str, input: Tensor) -> bool:
 def _left_to_compiler(op: str, input: Tensor) -> str | None:
     if torch.compiler.is_exporting():
         return "torch.export: a program of torch's operators runs without pyfused"
-    if not input.is_cpu or FORCED == "triton":
+    if takes_triton(input):
         return "torch.compile: Inductor writes Triton kernels, too"
     if op not in COMPILED_BELOW:
         return "torch.compile: Inductor fuses it with its neighbours"
@@ -236,56 +228,17 @@ def _function_mode() -> bool:
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in active)
 
 
-def backend_of(input: Tensor) -> Backend:
-    """The kernels for a tensor that ``reason_for_torch`` gives no reason for."""
-    if input.is_cpu and FORCED != "triton":
-        return cpu
-    from pyfused.backends import triton  # not before a GPU tensor asks for it
-
-    return triton
-
-
-def _off_cpu(name: str, tensor: Tensor, input: Tensor) -> str | None:
-    """Why a tensor is not, or not simply, one for the C++ kernels."""
-    if FORCED == "torch":
-        return "PYFUSED_BACKEND is torch"
-    if tensor.device != input.device or not (tensor.is_cpu or tensor.is_cuda):
-        return f"{name} is on {tensor.device}"
-    if tensor.is_cpu and FORCED != "triton":
-        return None
-    if FORCED == "cpu":
-        raise RuntimeError(f"PYFUSED_BACKEND: cpu cannot run on {tensor.device}")
-    missing = without_triton(tensor.device)
-    if missing and FORCED == "triton":
-        raise RuntimeError(f"PYFUSED_BACKEND: triton cannot run on {tensor.device}: {missing}")
-    return missing
-
-
-@cache
-def without_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on a device, None where they can."""
-    if reason := unsupported_triton():
-        return reason
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "that takes TRITON_INTERPRET=1"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "Triton compiles for compute capability 8.0 and later"
-    return None
-
-
 def unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) -> str | None:
     """Why the kernels for the input's device do not take a tensor, None where they do."""
     name, plain = operand.name, type(tensor) in _PLAIN
     if not plain and not is_traced(tensor):
         number = operand.number and type(tensor) is float
         return None if number else f"{name} is a {type(tensor).__name__}"
-    simple = tensor.is_cpu and input.is_cpu and FORCED is None
-    if not simple and (reason := _off_cpu(name, tensor, input)):
+    if reason := unsupported_device(name, tensor, input):
         return reason
     if tensor.layout is not torch.strided:
         return f"{name} has layout {tensor.layout}"
-    if tensor.dtype not in cpu.DTYPES and not (operand.indices and tensor.dtype in _INDEX_DTYPES):
+    if tensor.dtype not in DTYPES and not (operand.indices and tensor.dtype in _INDEX_DTYPES):
         return f"{name} has dtype {tensor.dtype}"
     # The dispatcher makes a lazy tensor whole on the way to a compiler's custom operator.
     if plain and not compiling:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
-from pyfused.backends import Gradients
-from pyfused.backends.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype
 from pyfused.ops.dispatch import say_once
+from pyfused.types import Gradients
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -20,7 +20,7 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype in halves and torch.is_autocast_enabled(device.type) else dtype
 
 
-def gradients_ahead(reduction: str, input: Tensor) -> bool:
+def gradients_in_forward(reduction: str, input: Tensor) -> bool:
     """Whether a loss's forward pass computes the gradients, which a scalar then only scales.
 
     Not for float16: without grad_output, which GradScaler makes large, it underflows.
@@ -59,10 +59,10 @@ Backward = Callable[[Any, Tensor], Gradients]
 def backward(
     op: str, ctx: Any, grad_output: Tensor, kernel: Backward, definition: Backward
 ) -> Gradients:
-    """A loss's gradients: those computed ahead, the kernel's, or those of torch's definition.
+    """A loss's gradients: those of the forward pass, the kernel's, or those of torch's definition.
 
-    Gradients computed ahead are handed over, so that nobody else holds them, and are gone for a
-    second backward pass.
+    Gradients that the forward pass computed are handed over, so that nobody else holds them, and
+    are gone for a second backward pass.
     """
     if second_order(op, grad_output):
         return definition(ctx, grad_output)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pyfused.ops.gradients import gradients_ahead
+from pyfused.ops.gradients import gradients_in_forward
 
 Node = Any  # torch.fx.Node, whose arguments may be anything
 
@@ -27,10 +27,10 @@ _HALVES = (torch.bfloat16, torch.float16)
 _CAST = torch.ops.prims.convert_element_type.default
 _VIEWS = tuple(getattr(torch.ops.aten, op).default for op in ("view", "reshape", "permute"))
 
-# Where a gradient computed ahead pays, by up to 1.5 times: with few classes, and in memory that is
-# not new each time. Beyond, the product costs more than it saves. Measured forward + backward,
-# 2 threads, x86-64-v4.
-_FEW_CLASSES, _RECYCLED_BYTES = 128, 31 << 20
+# Where a gradient computed in the forward pass pays, by up to 1.5 times: with few classes, and in
+# memory that malloc reuses. Otherwise the product costs more than it saves. Measured forward +
+# backward, 2 threads, x86-64-v4.
+_FEW_CLASSES, _REUSED_BYTES = 128, 31 << 20
 
 _registered = False
 
@@ -63,7 +63,7 @@ def _forward(match: Any, input: Node, target: Node, *_: Any) -> None:
     if half is not None:
         _replace_input(node, 0, half)
     else:
-        _compute_gradient_ahead(node)
+        _compute_gradient_in_forward(node)
 
 
 def _backward(match: Any, _grad_output: Node, input: Node, target: Node, *_: Any) -> None:
@@ -91,17 +91,19 @@ def _backward(match: Any, _grad_output: Node, input: Node, target: Node, *_: Any
         cast.graph.erase_node(cast)
 
 
-def _compute_gradient_ahead(forward: Node) -> None:
+def _compute_gradient_in_forward(forward: Node) -> None:
     """Merges an operator and its backward, which would read the logits and exponentiate again."""
     input, reduction, graph = forward.args[0], forward.args[4], forward.graph
     operator = torch.ops.pyfused.cross_entropy_backward.default
-    found = (n for n in input.users if n.target is operator and n.args[1:7] == forward.args)
+    found = (n for n in input.users if n.target is operator and n.args[1:-1] == forward.args)
     backward = next(found, None)
-    if backward is None or not _pays_ahead(input.meta["val"], reduction):
+    if backward is None or not _pays(input.meta["val"], reduction):
         return
     grad_output, *arguments = backward.args
     with graph.inserting_before(forward):
-        both = graph.call_function(torch.ops.pyfused.cross_entropy_ahead.default, tuple(arguments))
+        both = graph.call_function(
+            torch.ops.pyfused.cross_entropy_with_gradients.default, tuple(arguments)
+        )
         both.meta = {**forward.meta, "val": (forward.meta["val"], *backward.meta["val"])}
         both.meta.pop("eager_input_vals", None)
         loss = graph.call_function(getitem, (both, 0))
@@ -118,13 +120,13 @@ def _compute_gradient_ahead(forward: Node) -> None:
     graph.erase_node(backward)
 
 
-def _pays_ahead(input: torch.Tensor, reduction: str) -> bool:
+def _pays(input: torch.Tensor, reduction: str) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
     few = input.shape[min(1, input.dim() - 1)] <= _FEW_CLASSES
-    recycled = input.numel() * input.element_size() <= _RECYCLED_BYTES
-    known = statically_known_true(few) and statically_known_true(recycled)
-    return known and gradients_ahead(reduction, input)
+    reused = input.numel() * input.element_size() <= _REUSED_BYTES
+    known = statically_known_true(few) and statically_known_true(reused)
+    return known and gradients_in_forward(reduction, input)
 
 
 def _before_cast(node: Node, target: Node) -> Node | None:

@@ -1,11 +1,11 @@
-"""Cross-entropy of a linear layer's output, without that output."""
+"""Cross-entropy of a linear layer's output, without that output: the operator."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,136 +13,127 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Gradients, Head, Shaping
-from pyfused.backends.layout import accumulate_dtype
+from pyfused.backends import FORCED, Backend, backend_of
+from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
+from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
     Wanted,
     by_rows,
-    each_of_sums,
     gradients_by_blocks,
-    product_dtype,
-    rows_at_once,
+    loss_of_sums,
     sums_by_blocks,
-    tile_of,
     weight_of_targets,
 )
+from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import FORCED, SMALL, backend_of, is_traced
+from pyfused.ops.dispatch import SMALL, is_traced
 from pyfused.ops.gradients import (
     backward,
     differentiate,
-    gradients_ahead,
+    gradients_in_forward,
     without_functorch,
 )
-from pyfused.ops.metrics import Blocks, Measured, Metrics
+from pyfused.ops.metrics import MergedStatistics, Metrics, RowStatistics
+from pyfused.types import Gradients, Head, HeadOptions, VocabShard
 
 # Logits below which torch is faster, which makes them all and takes no chunks.
 SMALL_BELOW = 1 << 15
-
-
-class Call(NamedTuple):
-    """What a call has beside the tensors of its head."""
-
-    options: CrossEntropyOptions
-    memory_budget: int | None
-    filter_eps: float
-    return_metrics: bool = False
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class LinearCrossEntropy(Operator):
     """Of a linear layer's output."""
 
+    def bind(  # as torch's function
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        **others: Any,
+    ) -> Arguments:
+        ignore_index = -100 if ignore_index is None else ignore_index
+        given = HeadOptions(ignore_index, reduction, label_smoothing, **others)
+        return input, linear_weight, target, linear_bias, weight, given, options
+
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
-        head, call = _read(arguments)
-        checks.linear_cross_entropy(head, *call[:3])
-        device, dtype = head.input.device.type, _dtype_of_loss(head, call.options)
+        head, options = _checked(arguments)
+        options = checks.normalized(options)
+        device, dtype = head.input.device.type, _dtype_of_loss(head, options)
         autocast: AbstractContextManager[Any] = nullcontext()
         if torch.is_autocast_enabled(device):
             head = _cast(head, torch.get_autocast_dtype(device))
             autocast = torch.autocast(device, enabled=False)
-        compiled = is_dynamo_compiling() or is_traced(head.input)
-        if not compiled:
-            _check_indices(head, call.options)
-        lone = head.input.dim() == 1
-        if lone:
-            head, call = _as_batch(head, call)
+        if not (is_dynamo_compiling() or is_traced(head.input)):
+            check_indices(head, options)
+        single = head.input.dim() == 1
+        if single:
+            head, options = _as_batch(head, options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
         with autocast:
-            loss, *metrics = _run(head, call)
-        if lone:
+            loss, *metrics = _run(head, options)
+        if single:
             loss, *metrics = (found.reshape(()) for found in (loss, *metrics))
         loss = loss if loss.dtype is dtype else loss.to(dtype)
         return (loss, Metrics(*metrics)) if metrics else loss
 
     def check(self, arguments: Arguments) -> None:
-        head, call = _read(arguments)
-        checks.linear_cross_entropy(head, *call[:3])
-        checks.class_indices(len(head.linear_weight), head.target, call.options.ignore_index)
+        head, options = _checked(arguments)
+        checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "some logits at a time"
 
 
 def linear_cross_entropy_fallback_reason(
-    input: Tensor, linear_weight: Tensor, *rest: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    _target: Tensor,
+    _linear_bias: Tensor | None,
+    _weight: Tensor | None,
+    options: HeadOptions,
+    _torch_options: Any,
 ) -> str | None:
     """Why torch's operator is the one for these arguments."""
-    compiled = is_dynamo_compiling() or is_traced(input)
     if input.dim() not in (1, 2) or linear_weight.dim() < 2:
         return "input is neither (D) nor (N, D)"
-    denominator, *_, return_metrics = rest[-7:]
-    if compiled and return_metrics:
-        return "torch.compile: metrics are Inductor's"
-    if isinstance(denominator, Tensor):
-        if compiled:
-            return "torch.compile: denominator is a tensor"
-        if denominator.requires_grad:
-            return "denominator requires grad"
-    if compiled or FORCED is not None:
+    if reason := options_fallback_reason(input, options):
+        return reason
+    if FORCED is not None or is_dynamo_compiling() or is_traced(input):
         return None
     rows = input.shape[0] if input.dim() == 2 else 1
     return SMALL if rows * linear_weight[..., 0].numel() < SMALL_BELOW else None
 
 
-def _read(arguments: Arguments) -> tuple[Head, Call]:
-    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, *rest = arguments
-    label_smoothing, _, memory_budget, z_loss, softcap, *rest = rest
-    token_weight, denominator, loss_dtype, margin, margin_kind, scale, *last = rest
-    options = CrossEntropyOptions(
-        -100 if ignore_index is None else ignore_index,
-        reduction,
-        label_smoothing,
-        0.0,
-        z_loss,
-        token_weight,
-        denominator,
-        loss_dtype,
-    )
-    shaping = Shaping(softcap, margin, margin_kind, scale)
-    head = Head(input, linear_weight, linear_bias, target, weight, shaping)
-    return head, Call(options, memory_budget, *last)
+def _checked(arguments: Arguments) -> tuple[Head, HeadOptions]:
+    input, linear_weight, target, linear_bias, weight, options, _ = arguments
+    head = Head(input, linear_weight, linear_bias, target, weight)
+    checks.linear_cross_entropy(head, options)
+    return head, options
 
 
-def _check_indices(head: Head, options: CrossEntropyOptions) -> None:
-    """Unless a GPU would have to be waited for, where the loss is NaN instead."""
-    if head.target.is_cpu and not head.target.is_floating_point():
+def check_indices(head: Head, options: HeadOptions) -> None:
+    """Unless that would wait for the device, where the loss is NaN instead."""
+    if not (backend_of(head.input).ASYNCHRONOUS or head.target.is_floating_point()):
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
 
-def _as_batch(head: Head, call: Call) -> tuple[Head, Call]:
+def _as_batch(head: Head, options: HeadOptions) -> tuple[Head, HeadOptions]:
     """One row as a batch of one."""
-    options = call.options
-    probabilities, token_weight = head.target.is_floating_point(), options.token_weight
-    target = head.target[None] if probabilities else head.target.reshape(1)
-    if token_weight is not None:
-        options = options._replace(token_weight=token_weight.reshape(1))
-    return head._replace(input=head.input[None], target=target), call._replace(options=options)
+    target = head.target[None] if head.target.is_floating_point() else head.target.reshape(1)
+    if options.token_weight is not None:
+        options = replace(options, token_weight=options.token_weight.reshape(1))
+    return head._replace(input=head.input[None], target=target), options
 
 
-def _dtype_of_loss(head: Head, options: CrossEntropyOptions) -> torch.dtype:
+def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
     if options.loss_dtype is not None:
         return options.loss_dtype
     autocast = torch.is_autocast_enabled(head.input.device.type)
@@ -159,17 +150,14 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
     )
 
 
-def _run(head: Head, call: Call) -> tuple[Tensor, ...]:
+def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
     """The loss, and the metrics where they are wanted."""
     if is_dynamo_compiling() or is_traced(head.input):
-        options = call.options
-        rest = *options[:3], options.z_loss, options.token_weight, options.denominator
-        given = *head[:5], *head.shaping, *rest, call.memory_budget, call.filter_eps
-        return (torch.ops.pyfused.linear_cross_entropy(*given),)
+        return (torch.ops.pyfused.linear_cross_entropy(*head, *options.values()),)
     tensors = (tensor for tensor in head[:4] if tensor is not None)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _apply(call, *head)  # type: ignore[no-any-return]
-    found = _loss(call, head)
+        return _apply(options, *head)  # type: ignore[no-any-return]
+    found = compute(head, options)
     return found.loss, *found.metrics
 
 
@@ -183,37 +171,34 @@ class Targets(NamedTuple):
     denominator: float | Tensor
 
 
-def _targets(head: Head, options: CrossEntropyOptions) -> Targets:
+def _targets(head: Head, options: HeadOptions, backend: Backend) -> Targets:
     """Ignored rows are left out where nobody waits for that, unless none is left then."""
-    input, _, _, target, weight, _ = head
-    token_weight = options.token_weight
+    target, token_weight = head.target, options.token_weight
     if target.is_floating_point():
-        positions = target[:, 0].numel()
-        counted = positions if token_weight is None else token_weight.sum(dtype=torch.float64)
-        return Targets(None, _divisor(options, counted))
+        rows = target[:, 0].numel()
+        counted = rows if token_weight is None else token_weight.sum(dtype=torch.float64)
+        return Targets(None, _denominator(options, counted))
     kept = None
-    if input.is_cpu:
+    if not backend.ASYNCHRONOUS:
         counts = target != options.ignore_index
-        rows = counts if counts.dim() == 1 else counts.flatten(1).any(1)
-        found = rows.nonzero().flatten()
-        kept = found if 0 < len(found) < len(rows) else None
-    return Targets(kept, _divisor(options, weight_of_targets(target, weight, options)))
+        of_rows = counts if counts.dim() == 1 else counts.flatten(1).any(1)
+        found = of_rows.nonzero().flatten()
+        kept = found if 0 < len(found) < len(of_rows) else None
+    return Targets(kept, _denominator(options, weight_of_targets(target, head.weight, options)))
 
 
-def _divisor(options: CrossEntropyOptions, counted: float | Tensor) -> float | Tensor:
+def _denominator(options: HeadOptions, counted: float | Tensor) -> float | Tensor:
     if options.reduction != "mean":
         return 1.0
     given = counted if options.denominator is None else options.denominator
     return given.reshape(()) if isinstance(given, Tensor) else given
 
 
-def _keep(
-    head: Head, options: CrossEntropyOptions, kept: Tensor | None
-) -> tuple[Head, CrossEntropyOptions]:
+def _keep(head: Head, options: HeadOptions, kept: Tensor | None) -> tuple[Head, HeadOptions]:
     if kept is None:
         return head, options
     if options.token_weight is not None:
-        options = options._replace(token_weight=options.token_weight[kept])
+        options = replace(options, token_weight=options.token_weight[kept])
     return head._replace(input=head.input[kept], target=head.target[kept]), options
 
 
@@ -242,57 +227,49 @@ class Found(NamedTuple):
     metrics: Metrics | tuple[()]
 
 
-def _loss(call: Call, head: Head, wanted: Wanted | None = None) -> Found:
-    options, n, backend = call.options, len(head.input), backend_of(head.input)
-    kept, denominator = _targets(head, options)
+def compute(head: Head, options: HeadOptions, wanted: Wanted | None = None) -> Found:
+    """The loss and, where they are wanted, the gradients of a scalar loss, and the metrics."""
+    n, backend = len(head.input), backend_of(head.input)
+    kept, denominator = _targets(head, options, backend)
     part, options = _keep(head, options, kept)
     each, lse, gradients = options.reduction == "none", None, None
-    rows = rows_at_once(part, call.memory_budget)
-    measured = blocks = None
+    rows = rows_at_once(part, options, backend)
+    found: RowStatistics | None = None
     loss: Tensor | None
     if rows:
-        grad_output = None
-        if wanted is not None:
-            grad_output = _scalar(1.0, denominator, head)
-        if call.return_metrics:
-            measured = Measured.empty(math.prod(_shape_of_losses(part)), part.input)
-        given = options, rows, True, wanted or Wanted(), grad_output, call.filter_eps, measured
-        loss, found = by_rows(backend, part, *given)
-        if wanted is not None:
-            gradients = _of_all_rows(found, kept, n)
+        grad_output = None if wanted is None else _scalar(1.0, denominator, head)
+        if options.with_metrics:
+            found = RowStatistics.empty(math.prod(loss_shape(part)), part.input)
+        given = options, rows, True, wanted or Wanted(), grad_output, found
+        loss, of_part = by_rows(backend, part, *given)
+        gradients = None if wanted is None else _of_all_rows(of_part, kept, n)
     else:
-        tile = tile_of(part, call.memory_budget)
-        if call.return_metrics:
-            blocks = Blocks(len(part.input), part.input)
-            measured = blocks.measured
-        lse, target_logits = sums_by_blocks(backend, part, options, tile, blocks=blocks)
-        loss = each_of_sums(options, part.target, part.weight, lse, target_logits)
+        tile, shard = tile_of(part, options, backend), VocabShard(0, len(part.linear_weight))
+        merged = MergedStatistics(len(part.input), part.input) if options.with_metrics else None
+        lse, target_logits = sums_by_blocks(backend, part, options, tile, shard, merged)
+        found = None if merged is None else merged.rows
+        loss = loss_of_sums(options, part.target, part.weight, lse, target_logits)
         loss = loss if each else loss.sum(dtype=torch.float64)
     assert loss is not None
     loss = _spread(loss, kept, n) if each else loss / denominator
-    assert loss is not None
     metrics: Metrics | tuple[()] = ()
-    if measured is not None:
-        metrics = _metrics(measured, part, options, kept, n)
-    return Found(loss.to(_sums_dtype(head)), lse, gradients, metrics)
+    if found is not None:
+        of_kept = found.metrics(part.target, options.ignore_index, loss_dtype(part))
+        others = {"prediction": options.ignore_index}
+        metrics = Metrics(
+            *(_spread(m, kept, n, others.get(name, 0)) for name, m in of_kept._asdict().items())
+        )
+    return Found(loss.to(loss_dtype(head)), lse, gradients, metrics)
 
 
-def _metrics(
-    measured: Measured, part: Head, options: CrossEntropyOptions, kept: Tensor | None, n: int
-) -> Metrics:
-    found = measured.metrics(part.target, options, _sums_dtype(part))
-    others = {"prediction": options.ignore_index}
-    return Metrics(
-        *(_spread(values, kept, n, others.get(name, 0)) for name, values in found._asdict().items())
-    )
-
-
-def _shape_of_losses(head: Head) -> tuple[int, ...]:
+def loss_shape(head: Head) -> tuple[int, ...]:
+    """That of the loss of each row."""
     return len(head.input), *head.linear_weight.shape[1:-1]
 
 
-def _sums_dtype(head: Head) -> torch.dtype:
-    return accumulate_dtype(product_dtype(head))
+def loss_dtype(head: Head) -> torch.dtype:
+    """What the loss is computed in."""
+    return accumulate_dtype(product_dtype(head, backend_of(head.input)))
 
 
 def _scalar(value: Tensor | float, denominator: Tensor | float, head: Head) -> Tensor:
@@ -308,156 +285,74 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *head: Any) -> tuple[Tensor, ...]:
-        given = Head(*head)
-        ahead = gradients_ahead(call.options.reduction, given.input)
-        wanted = Wanted(*ctx.needs_input_grad[1:5]) if ahead else None
-        loss, lse, ctx.gradients, metrics = _loss(call, given, wanted)
-        ctx.call, ctx.shaping, ctx.backend = call, given.shaping, backend_of(given.input)
-        ctx.save_for_backward(*given[:5], lse)
+    def forward(ctx: Any, options: HeadOptions, *tensors: Any) -> tuple[Tensor, ...]:
+        head = Head(*tensors)
+        now = gradients_in_forward(options.reduction, head.input)
+        wanted = Wanted(*ctx.needs_input_grad[1:5]) if now else None
+        loss, lse, ctx.gradients, metrics = compute(head, options, wanted)
+        ctx.options, ctx.backend = options, backend_of(head.input)
+        ctx.save_for_backward(*head, lse)
         ctx.mark_non_differentiable(*metrics)
         return loss, *metrics
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         found = backward("linear_cross_entropy", ctx, grad_output, _kernel, _definition)
-        return None, *found, None, None
+        return None, *found, None
 
 
 _apply = without_functorch(LinearCrossEntropyFunction)
 
 
-def _saved(ctx: Any) -> tuple[Head, Tensor | None]:
-    *tensors, lse = ctx.saved_tensors
-    return Head(*tensors)._replace(shaping=ctx.shaping), lse
-
-
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    head, lse = _saved(ctx)
-    return _gradients(ctx.call, head, Wanted(*ctx.needs_input_grad[1:5]), lse, grad_output)
+    *tensors, lse = ctx.saved_tensors
+    wanted = Wanted(*ctx.needs_input_grad[1:5])
+    return compute_gradients(Head(*tensors), ctx.options, wanted, grad_output, lse)
 
 
-def _gradients(
-    call: Call, head: Head, wanted: Wanted, lse: Tensor | None, grad_output: Tensor
+def compute_gradients(
+    head: Head,
+    options: HeadOptions,
+    wanted: Wanted,
+    grad_output: Tensor,
+    lse: Tensor | None = None,
 ) -> Gradients:
-    options, n, backend = call.options, len(head.input), backend_of(head.input)
-    kept, denominator = _targets(head, options)
+    n, backend = len(head.input), backend_of(head.input)
+    kept, denominator = _targets(head, options, backend)
     part, options = _keep(head, options, kept)
     each = options.reduction == "none"
     grad_output = grad_output if each else _scalar(grad_output, denominator, head)
     grad_output = grad_output[kept] if each and kept is not None else grad_output
-    rows = rows_at_once(part, call.memory_budget)
+    rows = rows_at_once(part, options, backend)
     if rows:
-        given = options, rows, False, wanted, grad_output, call.filter_eps
-        _, found = by_rows(backend, part, *given)
+        _, found = by_rows(backend, part, options, rows, False, wanted, grad_output)
     else:
-        tile = tile_of(part, call.memory_budget)
+        tile, shard = tile_of(part, options, backend), VocabShard(0, len(part.linear_weight))
         if lse is None:
-            lse, _ = sums_by_blocks(backend, part, options, tile)
-        grad_output = grad_output.expand(len(lse))
-        arguments = grad_output, call.filter_eps
-        found = gradients_by_blocks(backend, part, options, tile, wanted, lse, *arguments)
+            lse, _ = sums_by_blocks(backend, part, options, tile, shard)
+        shard = shard._replace(lse=lse)
+        given = part, options, tile, wanted, shard, grad_output.expand(len(lse))
+        found = gradients_by_blocks(backend, *given)
     return _of_all_rows(found, kept, n)
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    head, _ = _saved(ctx)
-    return _of_definition(head, ctx.call.options, ctx.needs_input_grad[1:5], grad_output)
+    head = Head(*ctx.saved_tensors[:-1])
+    return gradients_of_definition(head, ctx.options, ctx.needs_input_grad[1:5], grad_output)
 
 
-def _of_definition(
-    head: Head, options: CrossEntropyOptions, wanted: Sequence[bool], grad_output: Tensor
+def gradients_of_definition(
+    head: Head, options: HeadOptions, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
     """The gradients in torch's own terms, themselves differentiable."""
+    options = replace(options, with_metrics=False)
 
     def widened(tensor: Any) -> Any:
         floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
         return tensor.to(grad_output.dtype) if floating else tensor
 
     def definition(*tensors: Any) -> Tensor:
-        loss: Tensor = definitions.of_logits(Head(*map(widened, (*tensors, *head[4:]))), options)
+        loss: Tensor = definitions.of_logits(Head(*map(widened, (*tensors, head.weight))), options)
         return loss
 
     return differentiate(definition, head[:4], wanted, grad_output)
-
-
-# ---- custom operators, which only a compiler sees ------------------------------------------------
-
-_ARGUMENTS = (
-    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-    "float? softcap, float margin, str margin_kind, float scale, "
-    "int ignore_index, str reduction, float label_smoothing, float z_loss, "
-    "Tensor? token_weight, float? denominator, int? memory_budget, float filter_eps"
-)
-_LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
-_LIBRARY.define(f"linear_cross_entropy({_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(
-    f"linear_cross_entropy_backward(Tensor grad_output, {_ARGUMENTS}, bool[4] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _called(given: tuple[Any, ...]) -> tuple[Call, Head]:
-    """From an operator's arguments."""
-    head, shaping = given[:5], Shaping(*given[5:9])
-    ignore_index, reduction, smoothing, *beyond, memory_budget, filter_eps = given[9:]
-    options = CrossEntropyOptions(ignore_index, reduction, smoothing, 0.0, *beyond)
-    return Call(options, memory_budget, filter_eps), Head(*head)._replace(shaping=shaping)
-
-
-def _operator(*given: Any) -> Tensor:
-    call, head = _called(given)
-    _check_indices(head, call.options)
-    return _loss(call, head).loss
-
-
-def _operator_backward(grad_output: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    call, head = _called(given[:-1])
-    found = _gradients(call, head, Wanted(*given[-1]), None, grad_output)
-    return tuple(head.input.new_empty(0) if gradient is None else gradient for gradient in found)
-
-
-def _fake(*given: Any) -> Tensor:
-    call, head = _called(given)
-    shape: Sequence[int] = ()
-    if call.options.reduction == "none":
-        shape = _shape_of_losses(head)
-    return head.input.new_empty(shape, dtype=_sums_dtype(head))
-
-
-def _fake_backward(_grad_output: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    _, head = _called(given[:-1])
-    return tuple(
-        torch.empty_like(of, memory_format=torch.contiguous_format)
-        if want and of is not None
-        else head.input.new_empty(0)
-        for of, want in zip(head[:4], given[-1], strict=True)
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.numbers = inputs[5:13], inputs[14:]
-    ctx.save_for_backward(*inputs[:5], inputs[13])
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    *head, token_weight = ctx.saved_tensors
-    before, after = ctx.numbers
-    given = (*head, *before, token_weight, *after)
-    wanted = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled():
-        call, of = _called(given)
-        found: Sequence[Tensor | None] = _of_definition(of, call.options, wanted, grad_output)
-    else:
-        found = torch.ops.pyfused.linear_cross_entropy_backward(grad_output, *given, wanted)
-    kept = (gradient if want else None for gradient, want in zip(found, wanted, strict=True))
-    return *kept, *[None] * 13
-
-
-_LIBRARY.impl("linear_cross_entropy", _operator, "CPU")
-_LIBRARY.impl("linear_cross_entropy_backward", _operator_backward, "CPU")
-torch.library.register_fake("pyfused::linear_cross_entropy", _fake, lib=_LIBRARY)
-torch.library.register_fake("pyfused::linear_cross_entropy_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "pyfused::linear_cross_entropy", _backward, setup_context=_save, lib=_LIBRARY
-)

@@ -16,7 +16,7 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
 from pyfused.ops.composed import Composed
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
-from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter, reduction_of
+from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops.linear_cross_entropy import (
     LinearCrossEntropy,
     linear_cross_entropy_fallback_reason,
@@ -27,7 +27,6 @@ from pyfused.ops.softmax import Softmax, not_along_one_dimension
 INPUT, TARGET = Operand("input"), Operand("target")
 CLASSES = Operand("target", differentiated=False, indices=True)
 SIGNS = Operand("target", differentiated=False, sign=True)
-TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -35,7 +34,7 @@ WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
-    operands=(INPUT, Operand("target", indices=True), WEIGHT, TOKEN_WEIGHT),
+    operands=(INPUT, Operand("target", indices=True), WEIGHT),
     fallback_reason=cross_entropy_fallback_reason,
     definition=definitions.cross_entropy,
 )
@@ -49,7 +48,6 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
         Operand("target", indices=True),
         Operand("linear_bias", optional=True),
         WEIGHT,
-        TOKEN_WEIGHT,
     ),
     fallback_reason=linear_cross_entropy_fallback_reason,
     definition=definitions.linear_cross_entropy,
@@ -129,14 +127,14 @@ SMOOTH_L1_LOSS = PointwiseLoss(
     name="smooth_l1_loss",
     module="SmoothL1Loss",
     operands=(INPUT, TARGET),
-    parameters=(Parameter("beta", low=0.0),),
+    scalars=(Scalar("beta", low=0.0),),
 )
 
 HUBER_LOSS = PointwiseLoss(
     name="huber_loss",
     module="HuberLoss",
     operands=(INPUT, TARGET, WEIGHT),
-    parameters=(Parameter("delta", positive=True),),
+    scalars=(Scalar("delta", positive=True),),
     weight_shape=checks.weight_of_inputs_shape,
     fallback_reason=_differ_in_dtype,
 )
@@ -145,7 +143,7 @@ KL_DIV = PointwiseLoss(
     name="kl_div",
     module="KLDivLoss",
     operands=(INPUT, Operand("target", low=0.0)),
-    parameters=(Parameter("log_target", flag=True, chooses=True),),
+    scalars=(Scalar("log_target", flag=True, chooses=True),),
     warns=False,
     warning=_mean_of_kl_div,
     denominators={"mean": elements, "batchmean": _rows},
@@ -156,10 +154,10 @@ POISSON_NLL_LOSS = PointwiseLoss(
     name="poisson_nll_loss",
     module="PoissonNLLLoss",
     operands=(INPUT, Operand("target", low=0.0)),
-    parameters=(
-        Parameter("log_input", flag=True, chooses=True),
-        Parameter("full", flag=True, chooses=True),
-        Parameter("eps"),
+    scalars=(
+        Scalar("log_input", flag=True, chooses=True),
+        Scalar("full", flag=True, chooses=True),
+        Scalar("eps"),
     ),
     warns=False,
 )
@@ -177,7 +175,7 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     name="hinge_embedding_loss",
     module="HingeEmbeddingLoss",
     operands=(INPUT, SIGNS),
-    parameters=(Parameter("margin"),),
+    scalars=(Scalar("margin"),),
     warns=False,
 )
 
@@ -185,7 +183,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     name="margin_ranking_loss",
     module="MarginRankingLoss",
     operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
-    parameters=(Parameter("margin"),),
+    scalars=(Scalar("margin"),),
     shapes=checks.of_one_dimension_and_broadcasting,
     warns=False,
 )
@@ -232,7 +230,7 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     name="gaussian_nll_loss",
     module="GaussianNLLLoss",
     operands=(INPUT, TARGET, Operand("var", low=0.0, number=True, enforced=ValueError)),
-    parameters=(Parameter("full", flag=True), Parameter("eps")),
+    scalars=(Scalar("full", flag=True), Scalar("eps")),
     shapes=checks.mean_and_variance,
     warns=False,
     arrange=_as_gaussian_nll_loss_has_it,
@@ -242,7 +240,7 @@ QUANTILE_LOSS = PointwiseLoss(
     name="quantile_loss",
     module="QuantileLoss",
     operands=(INPUT, TARGET),
-    parameters=(Parameter("quantile", low=0.0, high=1.0),),
+    scalars=(Scalar("quantile", low=0.0, high=1.0),),
     warns=False,
     definition=definitions.quantile_loss,
 )
@@ -259,7 +257,7 @@ HINGE_LOSS = PointwiseLoss(
     name="hinge_loss",
     module="HingeLoss",
     operands=(INPUT, SIGNS),
-    parameters=(Parameter("margin"), Parameter("squared", flag=True, chooses=True)),
+    scalars=(Scalar("margin"), Scalar("squared", flag=True, chooses=True)),
     warns=False,
     definition=definitions.hinge_loss,
 )
@@ -272,10 +270,10 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
         Operand("targets", low=0.0, high=1.0, differentiated=False),
         WEIGHT,
     ),
-    parameters=(
-        Parameter("alpha", high=1.0),
-        Parameter("gamma", low=0.0),
-        Parameter("ignore_index", optional=True),
+    scalars=(
+        Scalar("alpha", high=1.0),
+        Scalar("gamma", low=0.0),
+        Scalar("ignore_index", optional=True),
     ),
     shapes=partial(checks.same_shape, name="targets"),
     weight_shape=checks.weight_that_broadcasts,
@@ -287,7 +285,7 @@ RMSE_LOSS = Composed(
     name="rmse_loss",
     module="RMSELoss",
     operands=(INPUT, TARGET, WEIGHT),
-    parameters=(Parameter("eps", low=0.0),),
+    scalars=(Scalar("eps", low=0.0),),
     of=MSE_LOSS,
     given=lambda input, target, reduction, weight, _: (
         input,
@@ -353,7 +351,7 @@ RELU = Activation(
 LEAKY_RELU = Activation(
     name="leaky_relu",
     module="LeakyReLU",
-    formula=lambda negative_slope: ("leaky_relu", float(negative_slope)),
+    formula=lambda negative_slope: ("leaky_relu", (float(negative_slope),)),
     fallback_reason=lambda _, negative_slope: (
         None
         if isinstance(negative_slope, (int, float)) and negative_slope >= 0
@@ -375,7 +373,7 @@ SOFTCAP = Activation(
     name="softcap",
     module="Softcap",
     saves="input",
-    formula=lambda cap: ("softcap", float(cap)),
+    formula=lambda cap: ("softcap", (float(cap),)),
     fallback_reason=lambda _, cap: (
         None if isinstance(cap, (int, float)) and cap > 0 else "cap is no positive number"
     ),
@@ -405,7 +403,7 @@ GELU = Activation(
     name="gelu",
     module="GELU",
     saves="input",
-    formula=lambda approximate: ("gelu" if approximate == "none" else "gelu_tanh", 0.0),
+    formula=lambda approximate: ("gelu" if approximate == "none" else "gelu_tanh", ()),
     fallback_reason=lambda _, approximate: (
         None if approximate in ("none", "tanh") else "approximate is neither 'none' nor 'tanh'"
     ),

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend, Gradients, Want
-from pyfused.ops.declaration import Arguments, Operand, Operator, Parameter, reduction_of
-from pyfused.ops.dispatch import backend_of
-from pyfused.ops.gradients import backward, differentiate, gradients_ahead, without_functorch
+from pyfused.backends import Backend, backend_of
+from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
+from pyfused.ops.gradients import backward, differentiate, gradients_in_forward, without_functorch
+from pyfused.types import Gradients, Want
 
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
@@ -45,10 +45,10 @@ class PointwiseLoss(Operator):
         nan_on_invalid: An operand out of its bounds makes the loss NaN, so no check comes before.
         weight_shape: Raises where ``weight`` does not go with the input.
         denominators: What the sum is divided by in each reduction but none and sum, from the
-            expanded operands, the weight and the parameters.
+            expanded operands, the weight and the scalars.
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
-        chooses: Whether a parameter chooses the formula.
+        chooses: Whether a scalar chooses the formula.
     """
 
     shapes: Callable[..., None] = checks.broadcasting
@@ -66,7 +66,7 @@ class PointwiseLoss(Operator):
         self.variables = tuple(o for o in self.operands if o.name != "weight")
         place = self.arguments.index
         self._values = itemgetter(*[place(variable.name) for variable in self.variables])
-        self.chooses = any(parameter.chooses for parameter in self.parameters)
+        self.chooses = any(scalar.chooses for scalar in self.scalars)
         self._weight = place("weight") if self.weight_shape is not None else None
         self._reduction = place("reduction")
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
@@ -86,19 +86,19 @@ class PointwiseLoss(Operator):
         if any(operand.shape != shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)
         operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
-        numbers = tuple([_number(arguments[place], p) for place, p in self.numbers])
+        numbers = tuple([_number(arguments[place], s) for place, s in self.scalar_places])
         denominator: float | Tensor = 1.0
         if reduction in self.denominators:
             denominator = self.denominators[reduction](operands, weight, numbers)
         if weight is not None:
             weight = weight.to(dtype).expand_as(operands[0])
-        call = Call(self, backend_of(operands[0]), numbers, reduction, denominator)
+        call = PointwiseCall(self, backend_of(operands[0]), numbers, reduction, denominator)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             loss: Tensor | None = _apply(call, weight, *operands)
         else:
             loss, _ = call.kernel(operands, weight, Want())
         assert loss is not None
-        if self.nan_on_invalid and loss.is_cpu and loss.sum().isnan():
+        if self.nan_on_invalid and not call.backend.ASYNCHRONOUS and loss.sum().isnan():
             self._bounds(operands)
         return loss if loss.dtype is result else loss.to(result)
 
@@ -136,7 +136,7 @@ class PointwiseLoss(Operator):
         """Options, shapes and values, of tensors."""
         if reduction not in self.denominators:
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
-        self.check_parameters(arguments)
+        self.check_scalars(arguments)
         if operands[1].shape != operands[0].shape or len(operands) > 2:
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
@@ -160,11 +160,11 @@ class PointwiseLoss(Operator):
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
-def _number(value: Any, parameter: Parameter) -> Any:
-    """A parameter as a number, but for one that only a GPU knows."""
-    if parameter.flag:
+def _number(value: Any, scalar: Scalar) -> Any:
+    """A scalar as a number, but for a tensor that would have to be waited for."""
+    if scalar.flag:
         value = bool(value)
-    if parameter.optional and value is None:
+    if scalar.optional and value is None:
         return math.nan
     return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
 
@@ -191,7 +191,7 @@ def result_dtype(
         return op.reference(**ones, reduction="none").dtype
 
 
-class Call(NamedTuple):
+class PointwiseCall(NamedTuple):
     """What a kernel takes beside tensors."""
 
     op: PointwiseLoss
@@ -209,9 +209,9 @@ class Call(NamedTuple):
     ) -> tuple[Tensor | None, Gradients]:
         name, numbers, last = self.op.name, self.numbers, self.op.variables[len(operands) - 1]
         if self.op.chooses:
-            given = list(zip(self.op.parameters, numbers, strict=True))
-            name = "_".join([name, *(p.name for p, number in given if p.chooses and number)])
-            numbers = tuple([number for p, number in given if not p.chooses])
+            given = list(zip(self.op.scalars, numbers, strict=True))
+            name = "_".join([name, *(s.name for s, number in given if s.chooses and number)])
+            numbers = tuple([number for s, number in given if not s.chooses])
         return self.backend.pointwise_loss(
             f"{name}_{last.name}" if last.optional else name,
             tuple(operands),
@@ -232,10 +232,12 @@ class PointwiseLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, weight: Tensor | None, *operands: Tensor) -> Tensor | None:
+    def forward(
+        ctx: Any, call: PointwiseCall, weight: Tensor | None, *operands: Tensor
+    ) -> Tensor | None:
         ctx.call, ctx.backend = call, call.backend
         ctx.save_for_backward(weight, *operands)
-        now = gradients_ahead(call.reduction, operands[0])
+        now = gradients_in_forward(call.reduction, operands[0])
         want = Want(True, ctx.needs_input_grad[2:] if now else ())
         loss, gradients = call.kernel(operands, weight, want)
         ctx.gradients = gradients if now else None
@@ -252,19 +254,19 @@ _apply = without_functorch(PointwiseLossFunction)
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
     weight, *operands = ctx.saved_tensors
     want = Want(False, ctx.needs_input_grad[2:])
-    call: Call = ctx.call
+    call: PointwiseCall = ctx.call
     return call.kernel(operands, weight, want, grad_output.expand_as(operands[0]))[1]
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     weight, *operands = ctx.saved_tensors
-    call: Call = ctx.call
+    call: PointwiseCall = ctx.call
     names = [variable.name for variable in call.op.variables]
-    given = zip(call.op.parameters, call.numbers, strict=True)
-    numbers = {p.name: bool(number) if p.flag else number for p, number in given}
-    for parameter in call.op.parameters:
-        if parameter.optional and numbers[parameter.name] != numbers[parameter.name]:
-            numbers[parameter.name] = None  # which stood for NaN
+    given = zip(call.op.scalars, call.numbers, strict=True)
+    numbers = {s.name: bool(number) if s.flag else number for s, number in given}
+    for scalar in call.op.scalars:
+        if scalar.optional and numbers[scalar.name] != numbers[scalar.name]:
+            numbers[scalar.name] = None  # for which NaN stood
 
     def definition(*operands: Tensor) -> Tensor:
         named = dict(zip(names, operands, strict=False))

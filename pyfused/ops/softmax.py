@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import Backend, cpu
+from pyfused.backends import DTYPES, Backend, backend_of
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import backend_of
 from pyfused.ops.gradients import autocast_dtype, second_order, without_functorch
 
 
@@ -42,7 +41,7 @@ class Softmax(Operator):
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
         input = input if input.dtype is dtype else input.to(dtype)
-        call = Call(self.name, backend_of(input), dim % input.dim())
+        call = SoftmaxCall(self.name, backend_of(input), dim % input.dim())
         if torch.is_grad_enabled() and input.requires_grad:
             output: Tensor = _apply(call, input)
         else:
@@ -54,7 +53,7 @@ class Softmax(Operator):
         checks.dim(arguments[1], arguments[0])
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "rows, or positions side by side"
+        return "row by row, or several rows at a time"
 
 
 def not_along_one_dimension(
@@ -65,10 +64,10 @@ def not_along_one_dimension(
         return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
     if not -input.dim() <= dim < input.dim():
         return "dim is none of the input's"
-    return None if dtype is None or dtype in cpu.DTYPES else f"dtype is {dtype}"
+    return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"
 
 
-class Call(NamedTuple):
+class SoftmaxCall(NamedTuple):
     """What a kernel takes beside tensors."""
 
     name: str
@@ -80,7 +79,7 @@ class SoftmaxFunction(torch.autograd.Function):
     """Saves the output, and no other tensor."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, input: Tensor) -> Tensor:
+    def forward(ctx: Any, call: SoftmaxCall, input: Tensor) -> Tensor:
         output: Tensor = call.backend.softmax(call.name, input, call.dim)
         ctx.call = call
         ctx.save_for_backward(output)

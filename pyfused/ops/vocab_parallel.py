@@ -7,6 +7,7 @@ of their exponentials and of q_c x_c.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,27 +16,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyfused import checks
-from pyfused.backends import CrossEntropyOptions, Head, Measures, Shaping, VocabShard, Want
+from pyfused.backends import backend_of
+from pyfused.ops.chunk_sizes import tile_of
 from pyfused.ops.chunked import (
     Wanted,
-    each_of_sums,
     gradients_by_blocks,
+    loss_of_sums,
     sums_by_blocks,
     sums_of_block,
-    tile_of,
     weight_of_targets,
 )
 from pyfused.ops.declaration import Operand
-from pyfused.ops.dispatch import SMALL, backend_of, unsupported
+from pyfused.ops.dispatch import SMALL, unsupported
 from pyfused.ops.gradients import autocast_dtype
+from pyfused.types import (
+    CrossEntropyOptions,
+    Head,
+    HeadOptions,
+    Statistics,
+    VocabShard,
+    Want,
+)
 
 
 class Shard(NamedTuple):
-    """Which classes this process has, of how many."""
+    """The group of processes, and which of all classes this process has."""
 
     group: Any
-    first: int
-    classes: int
+    vocab: VocabShard
 
 
 def cross_entropy(
@@ -46,21 +54,22 @@ def cross_entropy(
     shard: Shard,
 ) -> Tensor:
     """Of logits of this process' classes."""
-    _check(input, (*input.shape[:1], shard.classes, *input.shape[2:]), target, weight, options)
+    classes = shard.vocab.classes
+    _check(input, (*input.shape[:1], classes, *input.shape[2:]), target, weight, options)
+    options = checks.normalized(options)
     apply: Callable[..., Tensor] = VocabParallelCrossEntropy.apply
     return _as(apply(input, target, weight, options, shard), input, options)
 
 
-def linear_cross_entropy(
-    head: Head, options: CrossEntropyOptions, shard: Shard, memory_budget: int | None
-) -> Tensor:
+def linear_cross_entropy(head: Head, options: HeadOptions, shard: Shard) -> Tensor:
     """Of a layer with the rows of this process' classes."""
-    input, linear_weight, linear_bias, target, weight, _ = head
-    checks.linear_cross_entropy(head._replace(weight=None), options, memory_budget)
-    _check(input, (len(input), shard.classes), target, weight, options)
+    input, linear_weight, linear_bias, target, weight = head
+    checks.linear_cross_entropy(head._replace(weight=None), options)
+    _check(input, (len(input), shard.vocab.classes), target, weight, options)
     _supported(input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
+    options = checks.normalized(options)
     apply: Callable[..., Tensor] = VocabParallelLinearCrossEntropy.apply
-    return _as(apply(*head, options, shard, memory_budget), input, options)
+    return _as(apply(*head, options, shard), input, options)
 
 
 # ---- what a call has to be -----------------------------------------------------------------------
@@ -77,7 +86,7 @@ def shard_of(group: Any, first: int, classes: int | None, own: int) -> Shard:
         raise ValueError(
             f"vocab_start: expected {own} classes within [0, {classes}), got those from {first} on"
         )
-    return Shard(group, first, classes)
+    return Shard(group, VocabShard(first, classes))
 
 
 def _check(
@@ -164,12 +173,11 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         own = input.new_full((target.numel(),), -torch.inf, dtype=torch.float64)
         target_logits = torch.zeros_like(own)
         if input.numel():
-            vocab_shard = VocabShard(shard.first, shard.classes)
-            given = backend, input, target, weight, options, vocab_shard
-            target_logits = sums_of_block(*given, Measures(own))
+            given = backend, input, target, weight, options, shard.vocab
+            target_logits = sums_of_block(*given, Statistics(own))
         lse, target_logits = _of_all(own, target_logits, shard)
         shape = target.shape
-        each = each_of_sums(options, target, weight, lse.view(shape), target_logits.view(shape))
+        each = loss_of_sums(options, target, weight, lse.view(shape), target_logits.view(shape))
         loss, ctx.divisor = _reduced(each, target, weight, options)
         ctx.options, ctx.shard, ctx.backend = options, shard, backend
         ctx.save_for_backward(input, target, weight, lse)
@@ -179,13 +187,13 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, lse = ctx.saved_tensors
-        options = ctx.options._replace(reduction="none", denominator=None)
+        options = replace(ctx.options, reduction="none", denominator=None)
         grad_output = _grad_of_rows(grad_output, ctx.divisor, target)
         gradient = torch.empty_like(input)
         if input.numel():
             want = Want(False, (True, False))
-            vocab_shard = VocabShard(ctx.shard.first, ctx.shard.classes, lse)
-            given = input, target, weight, options, want, grad_output, vocab_shard
+            vocab = ctx.shard.vocab._replace(lse=lse)
+            given = input, target, weight, options, want, grad_output, vocab
             gradient = ctx.backend.cross_entropy(*given)[1][0]
         return gradient, None, None, None, None
 
@@ -199,33 +207,32 @@ class VocabParallelLinearCrossEntropy(torch.autograd.Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        shaping: Shaping,
-        options: CrossEntropyOptions,
+        options: HeadOptions,
         shard: Shard,
-        memory_budget: int | None,
     ) -> Tensor:
-        head = Head(input, linear_weight, linear_bias, target.to(torch.int64), weight, shaping)
-        ctx.tile, ctx.backend = tile_of(head, memory_budget), backend_of(input)
-        own, target_logits = sums_by_blocks(ctx.backend, head, options, ctx.tile, *shard[1:])
+        head = Head(input, linear_weight, linear_bias, target.to(torch.int64), weight)
+        ctx.backend = backend_of(input)
+        ctx.tile = tile_of(head, options, ctx.backend)
+        own, target_logits = sums_by_blocks(ctx.backend, head, options, ctx.tile, shard.vocab)
         lse, target_logits = _of_all(own, target_logits, shard)
-        each = each_of_sums(options, head.target, weight, lse, target_logits)
+        each = loss_of_sums(options, head.target, weight, lse, target_logits)
         loss, ctx.divisor = _reduced(each, head.target, weight, options)
-        ctx.options, ctx.shard, ctx.shaping = options, shard, shaping
-        ctx.save_for_backward(*head[:5], lse)
+        ctx.options, ctx.shard = options, shard
+        ctx.save_for_backward(*head, lse)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
-        head = Head(*tensors)._replace(shaping=ctx.shaping)
+        head, shard = Head(*tensors), ctx.shard.vocab._replace(lse=lse)
         grad_output = _grad_of_rows(grad_output, ctx.divisor, head.target)
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        given = ctx.backend, head, ctx.options, ctx.tile, wanted, lse, grad_output
-        grad_input, *found = gradients_by_blocks(*given, 0.0, *ctx.shard[1:])
+        given = head, ctx.options, ctx.tile, wanted, shard, grad_output
+        grad_input, *found = gradients_by_blocks(ctx.backend, *given)
         if grad_input is not None:
             dist.all_reduce(grad_input, group=ctx.shard.group)
-        return grad_input, *found[:2], *[None] * 6
+        return grad_input, *found[:2], *[None] * 4
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
@@ -262,8 +269,8 @@ def local_of(input: Any, target: Any, weight: Any, options: CrossEntropyOptions)
         given.append(tensor)
     (dim,), classes = dims, input.shape[1]
     first = -(-classes // mesh.size(dim)) * mesh.get_local_rank(dim)
-    shard = Shard(mesh.get_group(dim), min(classes, first), classes)
-    return Local(given[0], given[1], options._replace(token_weight=given[2]), shard)
+    shard = Shard(mesh.get_group(dim), VocabShard(min(classes, first), classes))
+    return Local(given[0], given[1], replace(options, token_weight=given[2]), shard)
 
 
 def of_dtensor(input: Any, local: Local) -> Tensor:

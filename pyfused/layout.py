@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Strides = tuple[int, int, int]  # from one outer position to the next, one inner one, one class
+Strides = tuple[int, int, int]  # of the outer index of a row, the inner index, and the class
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in, whatever is read and written."""
+    """What the kernels compute in for tensors of a dtype."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -20,8 +20,8 @@ def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | 
     return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
 
 
-def positions(input: Tensor) -> tuple[int, int, int]:
-    """The sizes of (N, C, d1, ..., dk) as outer and inner positions and classes."""
+def row_sizes(input: Tensor) -> tuple[int, int, int]:
+    """The sizes of (N, C, d1, ..., dk): the rows as outer times inner ones, and the classes."""
     if input.dim() == 2:
         return 1, *input.shape
     classes = input.shape[0 if input.dim() == 1 else 1]
@@ -37,9 +37,9 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
 
 
 def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one class a position: its place for gather, its logit, and whether there is such a class.
+    """Of one class of each row: its index for gather, its logit, and whether it is in range.
 
-    Where there is none, the place and the logit are of another.
+    The index and the logit of a class out of range are those of another class.
     """
     dim = min(logits.dim() - 1, 1)
     index, classes = index.long().reshape(loss_shape(logits, "none")), logits.shape[dim]
@@ -48,7 +48,7 @@ def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def strides_of(tensor: Tensor) -> Strides | None:
-    """Strides of (N, C, d1, ..., dk), None if the inner positions have no single one."""
+    """Strides of (N, C, d1, ..., dk), None if no single stride leads along d1, ..., dk."""
     stride = tensor.stride()
     if len(stride) == 1:
         return 0, 0, stride[0]
@@ -69,8 +69,8 @@ def strides_of(tensor: Tensor) -> Strides | None:
 def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strides]:
     """The tensor, copied if its strides do not fit, its sizes and its strides.
 
-    Its classes are those of one dimension; the dimensions before and after hold its outer and inner
-    positions.
+    The classes are along one dimension; the dimensions before and after it are the outer and the
+    inner index of a row.
     """
     shape = tensor.shape
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])

@@ -1,0 +1,170 @@
+"""What a call is made of: options, and tensors that belong together; every layer passes them on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]  # one for each operand
+
+
+NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}  # of numbers; `checks` looks here
+
+
+@dataclass(eq=False)
+class CrossEntropyOptions:
+    """The arguments of cross-entropy beside its tensors, built once from a call's keywords.
+
+    The custom operators that torch.compile sees take these fields as their arguments, and the C++
+    kernels read them by name.
+
+    Attributes:
+        token_weight: What each loss is multiplied by, None for ones.
+        denominator: What a mean divides by; None for the weight of the targets that count.
+        loss_dtype: That of the loss; None for torch's.
+        with_metrics: The call returns a tuple of the loss and the metrics of each target.
+    """
+
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    gamma: float = field(default=0.0, metadata=NONNEGATIVE)
+    z_loss: float = field(default=0.0, metadata=NONNEGATIVE)
+    scale: float = field(default=1.0, metadata=POSITIVE)
+    token_weight: Tensor | None = None
+    denominator: float | Tensor | None = field(default=None, metadata=POSITIVE)
+    loss_dtype: torch.dtype | None = None
+    with_metrics: bool = False
+
+    def values(self) -> tuple[Any, ...]:
+        """The fields' values, in their order."""
+        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
+
+    def is_plain(self) -> bool:
+        """Whether torch's function of this name has all that is asked for."""
+        return all(getattr(self, name) == default for name, default in _BEYOND_TORCH[type(self)])
+
+
+@dataclass(eq=False)
+class HeadOptions(CrossEntropyOptions):
+    """Those of cross-entropy of a linear layer's output.
+
+    Attributes:
+        softcap: The logits are softcap * tanh(logits / softcap); None for no such bound.
+        memory_budget: Bytes for the logits that exist at once; None for the default.
+        filter_eps: Below which gradients of logits are left out of products.
+    """
+
+    softcap: float | None = field(default=None, metadata=POSITIVE)
+    memory_budget: int | None = None
+    filter_eps: float = field(default=0.0, metadata=NONNEGATIVE)
+
+
+class FusedOptions(TypedDict, total=False):
+    """The keywords beyond torch's of every kind of cross-entropy, as modules pass them on."""
+
+    z_loss: float
+    scale: float
+    token_weight: Tensor | None
+    denominator: float | Tensor | None
+    loss_dtype: torch.dtype | None
+
+
+_IN_TORCH = ("ignore_index", "reduction", "label_smoothing")
+_HOW = ("memory_budget", "filter_eps")  # which change the result by rounding alone
+_BEYOND_TORCH = {
+    kind: [(each.name, each.default) for each in fields(kind) if each.name not in _IN_TORCH + _HOW]
+    for kind in (CrossEntropyOptions, HeadOptions)
+}
+
+
+class NllOptions(NamedTuple):
+    """Those of the negative log-likelihood."""
+
+    ignore_index: int
+    reduction: str
+
+
+class MarginOptions(NamedTuple):
+    """Those of the multi-class margin loss."""
+
+    p: int
+    margin: float
+    reduction: str
+
+
+ClassLossOptions = CrossEntropyOptions | NllOptions | MarginOptions
+
+
+class Statistics(NamedTuple):
+    """What cross-entropy's kernel returns of the logits of each row, beside its loss.
+
+    Attributes:
+        log_sum_exp: float64; 0 where the target is ignored.
+        entropy: Of their probabilities, float64, or None; 0 where the target is ignored.
+        prediction: The first class with the largest logit, int64, or None with ``entropy``;
+            ignore_index where the target is ignored.
+    """
+
+    log_sum_exp: Tensor
+    entropy: Tensor | None = None
+    prediction: Tensor | None = None
+
+
+class Want(NamedTuple):
+    """The outputs that a call of a loss kernel computes.
+
+    Attributes:
+        gradients: Of each operand, or () for none.
+        inplace: Cross-entropy's first gradient takes the input's memory.
+        statistics: Where they are written, one a row, None where they are not wanted.
+    """
+
+    loss: bool = True
+    gradients: tuple[bool, ...] = ()
+    inplace: bool = False
+    statistics: Statistics | None = None
+
+
+class VocabShard(NamedTuple):
+    """The logits' classes as a shard of all classes.
+
+    Attributes:
+        first: The first of them.
+        classes: The number of all.
+        lse: The log-sum-exp of all, float64, one a row; None where it is that of the logits'
+            classes, and where statistics are wanted.
+    """
+
+    first: int
+    classes: int
+    lse: Tensor | None = None
+
+
+class Head(NamedTuple):
+    """A linear layer, its input, and the targets of its logits.
+
+    Attributes:
+        input: (N, D).
+        linear_weight: (C, D), or (C, d1, ..., dk, D).
+        linear_bias: (C), or (C, d1, ..., dk), or None.
+        target: int64 class indices (N) or (N, d1, ..., dk), or probabilities of the logits' shape.
+        weight: (C), or None.
+    """
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+
+    @property
+    def columns(self) -> int:
+        return self.linear_weight[..., 0].numel()
+
+    def takes_blocks(self) -> bool:
+        """Whether the logits can be computed for some classes at a time."""
+        return self.linear_weight.dim() == 2 and not self.target.is_floating_point()

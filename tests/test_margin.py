@@ -1,0 +1,182 @@
+"""additive_margin, and the scale of losses of cosines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import FLOATS, Errors, evaluate, exactly
+from conftest import backend
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfused import functional as fused
+from pyfused import nn
+
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+every_kind = pytest.mark.parametrize("kind", ["cosface", "arcface"])
+SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5))
+
+
+def by_hand(
+    input: Tensor, target: Tensor, margin: float, kind: str, scale: float = 1.0, **options: Any
+) -> Tensor:
+    """As the papers write it, of angles."""
+    dim = min(input.dim() - 1, 1)
+    one_hot = F.one_hot(target.clamp(min=0), input.shape[dim]).bool().movedim(-1, dim)
+    lowered = input - margin if kind == "cosface" else (input.acos() + margin).cos()
+    return F.cross_entropy(scale * lowered.where(one_hot, input), target, **options)
+
+
+def composed(
+    input: Tensor, target: Tensor, margin: float, kind: str, scale: float = 1.0, **options: Any
+) -> Tensor:
+    lowered = fused.additive_margin(input, target, margin, kind)
+    return fused.cross_entropy(lowered, target, scale=scale, **options)
+
+
+def cosines(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """And targets, some of them ignored."""
+    dim = min(len(shape) - 1, 1)
+    input = (torch.rand(shape) * 1.8 - 0.9).to(dtype).requires_grad_()
+    target = torch.randint(0, shape[dim], (*shape[:dim], *shape[dim + 1 :]))
+    target.view(-1)[1::3] = -100
+    return input, target
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"margin": 0.5, "scale": 16.0},
+    {"margin": 0.35},
+    {"margin": 0.5, "scale": 16.0, "reduction": "none", "label_smoothing": 0.1},
+)
+
+
+@every_dtype
+@every_kind
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_composed_with_cross_entropy(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    input, target = cosines(shape, dtype)
+    errors = Errors()
+    for options in OPTIONS:
+        given = options | {"kind": kind}
+        got = evaluate(composed, input, target, **given)
+        native = evaluate(by_hand, input, target, **given)
+        exact = evaluate(by_hand, input, target, convert=exactly, **given)
+        assert got.value.dtype is dtype
+        errors.add("loss", got.value, native.value, exact.value)
+        errors.add("gradient", got.gradients[0], native.gradients[0], exact.gradients[0])
+    errors.check(roundings=16 if dtype is torch.float64 else 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_kind
+def test_gradients_of_both_orders(kind: str) -> None:
+    input, target = cosines((4, 5), torch.float64)
+
+    def logits(input: Tensor) -> Tensor:
+        return nn.AdditiveMargin(0.4, kind)(input, target)
+
+    assert torch.autograd.gradcheck(logits, input, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(logits, input)
+
+
+@every_kind
+def test_at_the_ends_of_the_cosine(kind: str) -> None:
+    """An angle of 0 has no slope; rounding takes a cosine beyond 1. Neither makes a NaN."""
+    input = torch.tensor([[1.0, 0.2], [-1.0, 0.2], [1 + 1e-6, 0.0]], requires_grad=True)
+    target = torch.zeros(3, dtype=torch.int64)
+    loss = composed(input, target, 0.5, kind, reduction="none")
+    exact = input.detach().double().clamp(-1, 1)
+    expected = by_hand(exact, target, 0.5, kind, reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), input)
+    assert gradient.isfinite().all()
+
+
+def test_the_input_stays_and_no_class_is_lowered_for_an_index_out_of_range() -> None:
+    input, target = cosines((6, 5), torch.float32)
+    before, target[0] = input.detach().clone(), 5
+    lowered = fused.additive_margin(input, target, 0.3)
+    assert torch.equal(input, before)
+    in_range = (target >= 0) & (target < 5)
+    assert torch.equal((lowered != input).sum(1), in_range.long())
+
+
+WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+    ({"margin": -0.1}, ValueError, "margin: expected a number from 0.0 up, got -0.1"),
+    ({"margin": "1"}, TypeError, "margin: expected a float, got str '1'"),
+    ({"kind": "sphere"}, ValueError, "kind: expected 'cosface' or 'arcface', got 'sphere'"),
+    ({"target": torch.rand(6, 5)}, ValueError, "target: expected class indices, got torch.float32"),
+    (
+        {"target": torch.zeros(7, dtype=torch.int64)},
+        ValueError,
+        r"target: expected class indices of shape \(6,\)",
+    ),
+    ({"input": 1.0}, TypeError, "input: expected a Tensor, got float"),
+)
+
+
+@pytest.mark.parametrize(("wrong", "error", "told"), WRONG)
+def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
+    input, target = cosines((6, 5), torch.float32)
+    with pytest.raises(error, match=told):
+        fused.additive_margin(**({"input": input, "target": target} | wrong))
+
+
+# ---- scale, which the kernels of cross_entropy multiply the logits by ----------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 2500), (2, 150, 6)], ids=str)
+def test_scale(shape: tuple[int, ...], probabilities: bool, dtype: torch.dtype) -> None:
+    """As of logits that were multiplied before, with gradients of the ones that were given."""
+    input, target = cosines(shape, dtype)
+    if probabilities:
+        dim = min(len(shape) - 1, 1)
+        target = torch.randn(shape).softmax(dim).to(dtype).requires_grad_()
+
+    def scaled(function: Any) -> Any:
+        def call(input: Tensor, *rest: Any, scale: float, **options: Any) -> Tensor:
+            return function(input * scale, *rest, **options)
+
+        return call
+
+    errors = Errors()
+    for options in (
+        {"scale": 16.0},
+        {"scale": 0.3, "label_smoothing": 0.1, "reduction": "none"},
+        {"scale": 3, "weight": (torch.rand(shape[min(len(shape) - 1, 1)]) + 0.5).to(dtype)},
+    ):
+        got = evaluate(fused.cross_entropy, input, target, **options)
+        native = evaluate(scaled(F.cross_entropy), input, target, **options)
+        exact = evaluate(scaled(F.cross_entropy), input, target, convert=exactly, **options)
+        errors.add("loss", got.value, native.value, exact.value)
+        for mine, theirs, best in zip(
+            got.gradients, native.gradients, exact.gradients, strict=True
+        ):
+            errors.add("gradient", mine, theirs, best)
+    errors.check(roundings=16 if dtype is torch.float64 else 2)
+
+
+def test_scale_in_place_with_gamma_and_z_loss() -> None:
+    input, target = cosines((6, 300), torch.float32)
+    options: dict[str, Any] = {"gamma": 2.0, "z_loss": 0.1}
+    got = fused.cross_entropy(input * 1, target, scale=7.0, inplace=True, **options)
+    expected = fused.cross_entropy(input * 7, target, **options)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, input), torch.autograd.grad(expected, input)
+    )
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0])
+def test_bad_scale(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"scale: expected a positive number, got {scale}"):
+        fused.cross_entropy(*cosines((6, 5), torch.float32), scale=scale)
+    if backend is not None:
+        with pytest.raises(ValueError, match="scale: expected a positive number"):
+            fused.linear_cross_entropy(
+                torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]), scale=scale
+            )
