@@ -75,7 +75,7 @@ def first_pass(
     starts,
     classes,
     class_stride,
-    live,
+    counted,
     A: tl.constexpr,
     EXACT: tl.constexpr,
     INNER_UNIT: tl.constexpr,
@@ -88,7 +88,7 @@ def first_pass(
     total = tl.zeros([ROWS, BLOCK], A)  # by lane, so that lanes are added up once
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        mask = live[:, None] & (c < classes)[None, :]
+        mask = counted[:, None] & (c < classes)[None, :]
         at = pointers(starts, c, class_stride, INNER_UNIT)
         x = load_scaled(at, mask, -float("inf"), A, SCALE)
         higher = tl.maximum(maximum, tl.max(x, 1))

@@ -238,8 +238,8 @@ def multi_margin_loss(
     shape = input.shape
     if len(shape) not in (1, 2) or not shape[-1]:
         raise RuntimeError(f"input: expected shape (C) or (N, C), got {tuple(shape)}")
-    lone = len(shape) == 1 and target.shape == (1,)
-    if target.shape != shape[:-1] and not lone:
+    single = len(shape) == 1 and target.shape == (1,)
+    if target.shape != shape[:-1] and not single:
         raise RuntimeError(
             f"target: expected class indices of shape {tuple(shape[:-1])}, got shape "
             f"{tuple(target.shape)}"
@@ -258,16 +258,16 @@ def _class_index_target(input: Tensor, target: Tensor) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # as most are
     expected = loss_shape(input, "none")
-    lone = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
+    single = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
     if target.shape == input.shape or (
-        target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or lone)
+        target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or single)
     ):
         raise RuntimeError(
             "target: expected class indices of dtype torch.int64 or torch.uint8 and shape "
             f"{tuple(expected)}, or class probabilities of a floating dtype and the input's shape "
             f"{tuple(input.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
         )
-    if target.shape != expected and not lone:
+    if target.shape != expected and not single:
         batches = (*expected[:1], 1)[0], (*target.shape[:1], 1)[0]
         raise (ValueError if batches[0] != batches[1] else RuntimeError)(
             f"target: expected class indices of shape {tuple(expected)} or class probabilities of "

@@ -49,7 +49,7 @@ def vocab_parallel_cross_entropy(
         group: A process group of :mod:`torch.distributed`; None for all processes.
         weight: One factor for each of all classes, of shape (C).
         ignore_index, reduction, label_smoothing: As in :func:`pyfused.functional.cross_entropy`.
-        options: ``z_loss``, ``scale``, ``token_weight``, ``denominator`` and ``loss_dtype``, as there.
+        options: Its other keywords, but for ``gamma`` and ``inplace``.
 
     Returns:
         The loss in nats, the same in every process.

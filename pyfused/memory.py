@@ -1,29 +1,22 @@
-"""What becomes of the memory of large tensors when they are freed.
+"""Large outputs on CPU take the memory of earlier ones that have been freed.
 
-New memory is dear: the kernel zeroes each page at its first write, which takes longer than most
-kernels here take for what goes into it. So pyfused's own large outputs on CPU (gradients, losses
-without reduction, activations, from 32 MiB on) recycle what earlier ones have freed:
-:func:`recycle`. :func:`keep_pages` does the like for all of torch's tensors.
+New memory is expensive: the operating system zeroes each page at its first write, which takes
+longer than most kernels here take to compute what goes into it. So gradients, losses without
+reduction and activations of 32 MiB or more reuse blocks that earlier ones have freed.
 
-The environment variable ``PYFUSED_RECYCLE`` says it for a process: ``0`` switches recycling off, a
+The environment variable ``PYFUSED_RECYCLE`` sets this for a process: ``0`` switches it off, a
 larger number is the limit in bytes.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from pyfused.backends import cpu
 
-__all__ = ["Stats", "keep_pages", "recycle", "release", "stats"]
-
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
-
+__all__ = ["Stats", "recycle", "release", "stats"]
 
 _SHARE = 4  # free blocks may have one part in so many of the memory
 
@@ -147,39 +140,6 @@ def _as_asked() -> None:
         raise ImportError(f"PYFUSED_RECYCLE: expected 0 or a number of bytes, got {asked!r}")
     if cpu.RECYCLES:
         recycle(asked != "0", limit=int(asked) if int(asked) > 1 else None)
-
-
-def keep_pages() -> None:
-    """Asks glibc to keep the memory of freed tensors, for the whole process, and from now on.
-
-    Otherwise every CPU tensor of 32 MiB or more is mapped anew when it is made and unmapped when it
-    goes. The kernel then zeroes its pages one fault at a time, which can take longer than to
-    compute what is in them.
-
-    What it costs: the process holds on to the most memory that it ever used, and free memory in
-    pieces may not add up to the next large tensor. pyfused's own large outputs are recycled
-    without it: :func:`recycle`.
-
-    Raises:
-        RuntimeError: The process does not allocate with glibc; nothing has been changed.
-    """
-    try:
-        process, glibc = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
-        mallopt = glibc.mallopt
-    except (AttributeError, OSError, TypeError):
-        raise RuntimeError("keep_pages: expected glibc, which this system does not have") from None
-    if _address(process) != _address(glibc):
-        raise RuntimeError(
-            "keep_pages: expected glibc's malloc, got another that was loaded before it; "
-            "it has settings of its own"
-        )
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-        if not mallopt(parameter, value):
-            raise RuntimeError(f"keep_pages: glibc refused mallopt({parameter}, {value})")
-
-
-def _address(library: ctypes.CDLL) -> int | None:
-    return ctypes.cast(library.malloc, ctypes.c_void_p).value
 
 
 _as_asked()

@@ -55,7 +55,10 @@ class _Function:
         inplace = "inplace" in names
         given = [name for name in names if name != "inplace"]
         call = f"callee(({', '.join(given)},){', inplace' * inplace})"
-        torch_functions = self.copy, functools.partial(self.copy, inplace=True)
+        if self.op.definition is None:
+            torch_functions = self.op.reference, self.op.reference_
+        else:
+            torch_functions = (_by_name(self.copy, given),) * 2
         return code_calling(_fused(self.op, torch_functions), call, self.unpatched)
 
     def now(self) -> Any:
@@ -137,6 +140,11 @@ class _BuiltIn:
             delattr(self.owner, self.name)  # inherited from its base, and so found there again
         else:
             setattr(self.owner, self.name, function)
+
+
+def _by_name(function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """A function of arguments by position, some of which the other takes by name alone."""
+    return lambda *arguments: function(**dict(zip(names, arguments, strict=True)))
 
 
 def _fused(op: Operator, torch_functions: tuple[Any, Any]) -> Callable[..., Any]:

@@ -323,7 +323,7 @@ class Loss:
             name: parameter.default
             for name, parameter in inspect.signature(self.reference).parameters.items()
         } | self.parameters
-        return tuple(s.name for s in self.op.scalars if s.chooses and given[p.name])
+        return tuple(s.name for s in self.op.scalars if s.chooses and given[s.name])
 
     @property
     def kernel(self) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-
-from pyfused import memory
 
 linux_only = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
@@ -129,67 +125,3 @@ def test_relu_takes_output_and_gradient() -> None:
     measured(call)
     """
     assert 2 * SIZE - SLACK < growth(code) < 2 * SIZE + SLACK
-
-
-# ---- keep_pages ----------------------------------------------------------------------------------
-
-FAULTS = """
-import resource
-import pyfused.memory
-{keep}
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-x = torch.randn(16 << 20)
-def calls():
-    for _ in range(6):
-        torch.add(x, 1)
-calls()  # until freed blocks lie where the next ones fit
-calls()
-before = faults()
-calls()
-print(faults() - before)
-"""
-
-glibc_only = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or not shutil.which("ldd"), reason="for glibc"
-)
-
-
-@glibc_only
-def test_kept_pages_are_not_faulted_in_again() -> None:
-    kept = int(run(FAULTS.format(keep="pyfused.memory.keep_pages()")))
-    given_back = int(run(FAULTS.format(keep="")))
-    assert kept < given_back / 2
-
-
-@glibc_only
-def test_another_malloc_is_said_to_be_one(tmp_path: Path) -> None:
-    source, library = tmp_path / "other.c", tmp_path / "other.so"
-    source.write_text(
-        "#include <stddef.h>\n"
-        "extern void* __libc_malloc(size_t);\n"
-        "void* malloc(size_t size) { return __libc_malloc(size); }\n"
-    )
-    compiler = shutil.which("cc") or pytest.skip("no C compiler")
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    code = """
-    import pyfused.memory
-    try:
-        pyfused.memory.keep_pages()
-    except RuntimeError as error:
-        print(error)
-    """
-    assert "expected glibc's malloc, got another" in run(code, LD_PRELOAD=str(library))
-
-
-def test_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ctypes.CDLL
-
-    def without_glibc(name: str | None) -> ctypes.CDLL:
-        if name is None:
-            return real(None)
-        raise OSError(name)
-
-    monkeypatch.setattr(memory.ctypes, "CDLL", without_glibc)
-    with pytest.raises(RuntimeError, match="expected glibc, which this system does not have"):
-        memory.keep_pages()

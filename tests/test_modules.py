@@ -192,7 +192,9 @@ def test_public_names() -> None:
     modules, functions = [op.module for op in OPERATORS.values()], list(OPERATORS)
     with_metrics = ["cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"]
     assert sorted([*modules, "AdditiveMargin"]) == sorted(fused.__all__)
-    assert sorted([*functions, "additive_margin", *with_metrics]) == sorted(fused_functional.__all__)
+    assert sorted([*functions, "additive_margin", *with_metrics]) == sorted(
+        fused_functional.__all__
+    )
 
 
 def test_a_module_refuses_keywords_of_no_function() -> None:

@@ -463,7 +463,11 @@ def activation_backward(
 
 
 def _activation(
-    formula: Any, x: Tensor, grad_output: Tensor | None, parameters: tuple[float, ...], output: Tensor
+    formula: Any,
+    x: Tensor,
+    grad_output: Tensor | None,
+    parameters: tuple[float, ...],
+    output: Tensor,
 ) -> None:
     n, choice = output.numel(), launch.choose(output.element_size())
     (x_view, grad_view), columns, strides = _operands(output, [x, grad_output])
