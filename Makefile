@@ -10,7 +10,7 @@ export CXX  # the compiler that was checked is the one that builds
 unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that it imports
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-integrations gpu-compile gpu-check bench \
+.PHONY: help setup build demo demo-quick test test-full test-integrations gpu-compile gpu-check bench \
 	bench-quick bench-busy bench-compare sizes docs lint sanitize clean
 
 help: ## list the targets
@@ -34,6 +34,9 @@ test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none chosen
 
+test-full: override PYTEST_ARGS += --full
+test-full: test ## the same with every combination of parameters, and what takes minutes
+
 INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
 
 # A Triton beside the installed one lies in a folder of its own, which comes first on Python's path.
@@ -48,28 +51,26 @@ gpu-compile: $(BUILD) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, wi
 	@$(PIP) install --no-deps --target $@ triton==$*
 
 gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it is (OUT=folder)
-	@$(PYTHON) benchmarks/gpu_check.py $(or $(OUT),$(error gpu-check needs OUT=folder))
+	@$(PYTHON) benchmarks/run.py gpu-check $(or $(OUT),$(error gpu-check needs OUT=folder))
 
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
 bench: $(BUILD) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py report
 
 bench-quick: $(BUILD) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
-	$(BIN)/python benchmarks/run.py --quick $(BENCH_ARGS)
-
-BENCH_ARGS ?= -m quick
+	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
 bench-busy: $(BUILD) ## the headline cases beside other work: medians and 90th percentiles (5 minutes)
-	$(BIN)/python benchmarks/busy.py
+	$(BIN)/python benchmarks/run.py busy
 
 bench-compare: $(BUILD) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
-	$(BIN)/python benchmarks/compare.py $(BASE) $(COMPARE_ARGS)
+	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
 
 sizes: $(BUILD) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (10 minutes)
-	$(BIN)/python benchmarks/sizes.py $(SIZES_ARGS)
+	$(BIN)/python benchmarks/run.py sizes $(SIZES_ARGS)
 
 docs: $(BUILD) $(EXTRAS) ## write the documentation to site/
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
@@ -103,8 +104,9 @@ sanitize: $(ENVIRONMENT) ## find memory errors, undefined behaviour and races in
 		|| { echo 'A use after free goes unnoticed: free blocks are not poisoned'; exit 1; }
 	$(SANITIZED) -m pytest -n 2 --dist loadfile $(CHECKED:%=$(CURDIR)/tests/test_%.py) \
 		$(PYTEST_ARGS)
-	$(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=thread -Icsrc -c tests/threads.cpp -o $(SANITIZE)/threads.o
-	$(CXX) -fsanitize=thread $(SANITIZE)/threads.o -o $(SANITIZE)/threads
+	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=thread -I$(CURDIR)/csrc \
+		-c $(CURDIR)/tests/threads.cpp $(filter-out %/bindings.cpp,$(wildcard $(CURDIR)/csrc/*.cpp))
+	$(CXX) -fsanitize=thread $(SANITIZE)/*.o -o $(SANITIZE)/threads
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads
 
 clean: ## remove what was built and cached; .venv stays
@@ -137,7 +139,7 @@ COMPILE = $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null
 HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
 $(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp)
-	@echo 'Compiling the kernels: a minute at most'
+	@echo 'Compiling the kernels: minutes at first, then what changed'
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pyfused
 	@touch $@

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sysconfig
 import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -17,7 +19,7 @@ DEBUG = "-g" if "-g" in os.environ.get("CXXFLAGS", "").split() else "-g0"
 
 # Not -ffast-math: NaN, infinities and signed zeros come out as torch's.
 COMMON = {
-    "unix": f"-std=c++17 -O3 {DEBUG} -fvisibility=hidden "
+    "unix": f"-std=c++17 -O3 {DEBUG} -MMD -fvisibility=hidden "
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast",
     "msvc": "/std:c++17 /O2 /EHsc",
 }
@@ -51,8 +53,18 @@ int main() { return !std::string_view{}.empty(); }
 """
 
 
+def outdated(object_file: Path) -> bool:
+    """Whether it is missing, or older than a file that it was compiled from (-MMD lists them)."""
+    try:
+        sources = object_file.with_suffix(".d").read_text().replace("\\\n", " ").split()[1:]
+        compiled = object_file.stat().st_mtime
+        return any(Path(source).stat().st_mtime > compiled for source in sources)
+    except FileNotFoundError:
+        return True
+
+
 class BuildKernels(build_ext):
-    """Gives each module its flags, and compiles the modules side by side."""
+    """Compiles each source for each instruction set, in parallel, where it or a header changed."""
 
     def build_extensions(self) -> None:
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
@@ -66,9 +78,34 @@ class BuildKernels(build_ext):
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = [*common, *openmp, *isa[kind].split()]
             extension.extra_link_args = openmp if kind == "unix" else []
-        if kind == "unix":  # setuptools starts MSVC lazily, and not safely from two threads
-            self.parallel = self.parallel or os.cpu_count()
-        super().build_extensions()
+        if self.editable_mode:  # its own folder is a temporary one, and every build would be a full one
+            self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
+        # setuptools starts MSVC lazily, and not safely from two threads
+        jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            compiled = [
+                [pool.submit(self.compile_source, extension, source) for source in extension.sources]
+                for extension in self.extensions
+            ]
+        for extension, objects in zip(self.extensions, compiled, strict=True):
+            extension.sources, extension.extra_objects = [], [job.result() for job in objects]
+            extension.depends = extension.extra_objects
+        super().build_extensions()  # links
+
+    def compile_source(self, extension: Extension, source: str) -> str:
+        """Returns the object file, in a folder of its instruction set, compiler and flags."""
+        command = [*getattr(self.compiler, "compiler_so_cxx", ()), *extension.extra_compile_args]
+        folder = Path(self.build_temp, f"{extension.name}-{zlib.crc32(repr(command).encode()):08x}")
+        (object_file,) = self.compiler.object_filenames([source], output_dir=str(folder))
+        if outdated(Path(object_file)):
+            self.compiler.compile(
+                [source],
+                output_dir=str(folder),
+                macros=extension.define_macros,
+                include_dirs=extension.include_dirs,
+                extra_postargs=extension.extra_compile_args,
+            )
+        return object_file
 
     def check(self, flags: list[str], otherwise: str) -> None:
         """Raises with the words of `otherwise` unless a program compiles and links with `flags`."""
@@ -89,9 +126,9 @@ setup(
     ext_modules=[
         Extension(
             f"pyfused._cpu_{isa}",
-            [f"csrc/cpu_{isa}.cpp"],
+            sorted(file.as_posix() for file in Path("csrc").glob("*.cpp")),
             include_dirs=[pybind11.get_include()],
-            depends=["setup.py", "csrc/bindings.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
+            define_macros=[("PYFUSED_MODULE", f"_cpu_{isa}")],
             language="c++",
         )
         for isa in ISAS

@@ -11,12 +11,16 @@
 
 namespace pyfused {
 
-template <> struct Registers<2> { __m256 low, high; };
+template <> struct Registers<2> {
+  __m256 low, high;
+};
 
 PYFUSED_INLINE __m256 larger(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
 PYFUSED_INLINE __m256 larger(float x, __m256 y) { return larger(_mm256_set1_ps(x), y); }
-PYFUSED_INLINE __m256 at_most(float x, __m256 y) {  // as integers, x > 0: more units are free for these
-  const __m256i bits = _mm256_min_epi32(_mm256_castps_si256(_mm256_set1_ps(x)), _mm256_castps_si256(y));
+PYFUSED_INLINE __m256 at_most(float x,
+                              __m256 y) {  // as integers, x > 0: more units are free for these
+  const __m256i bits =
+      _mm256_min_epi32(_mm256_castps_si256(_mm256_set1_ps(x)), _mm256_castps_si256(y));
   return _mm256_castsi256_ps(bits);
 }
 PYFUSED_INLINE __m256 rounded(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT); }
@@ -42,14 +46,15 @@ PYFUSED_INLINE float largest_lane(Pair x) {
   return _mm_cvtss_f32(_mm_max_ps(z, _mm_movehdup_ps(z)));
 }
 
-// ---- halves: a bfloat16 is the upper half of a float's bits ---------------------------------------
+// ---- halves: a bfloat16 is the upper half of a float's bits -------------------------------------
 
 PYFUSED_INLINE __m256 widen(__m128i bits, bfloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 PYFUSED_INLINE __m256 widen(__m128i bits, float16) { return _mm256_cvtph_ps(bits); }
 template <class Half> PYFUSED_INLINE Pair widen(__m256i bits, Half type) {
-  return {widen(_mm256_castsi256_si128(bits), type), widen(_mm256_extracti128_si256(bits, 1), type)};
+  return {widen(_mm256_castsi256_si128(bits), type),
+          widen(_mm256_extracti128_si256(bits, 1), type)};
 }
 
 // Rounds to nearest, ties away from zero, as avx512.h does.
@@ -76,15 +81,19 @@ PYFUSED_INLINE __m256i first_halves(int64_t n) {
   return _mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(n)), lane);
 }
 
-PYFUSED_INLINE Pair load_pair(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+PYFUSED_INLINE Pair load_pair(const float* x) {
+  return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
+}
 template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), Half{});
 }
 
-// The first n halves, n < 17: by twos, and where n is odd the last by itself. What follows is of no use.
+// The first n halves, n < 17: by twos, and where n is odd the last by itself. What follows is of no
+// use.
 template <class Half> PYFUSED_INLINE __m256i load_halves(const Half* x, int64_t n) {
   const __m256i twos = _mm256_maskload_epi32(reinterpret_cast<const int*>(x), first_lanes(n / 2));
-  return _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(x[n - 1].bits)), twos, first_halves(n / 2 * 2));
+  return _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(x[n - 1].bits)), twos,
+                            first_halves(n / 2 * 2));
 }
 template <class Half> PYFUSED_INLINE void store_halves(__m256i bits, Half* to, int64_t n) {
   _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_lanes(n / 2), bits);
@@ -145,11 +154,16 @@ template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
 // ---- rows of 8, for transpose.h -----------------------------------------------------------------
 
 using Register = __m256;
-struct Some { __m256i lanes; int64_t n; };  // of a row's elements
+struct Some {
+  __m256i lanes;
+  int64_t n;
+};  // of a row's elements
 
 PYFUSED_INLINE Some first_of_row(int64_t n) { return {first_lanes(n), n}; }
 
-PYFUSED_INLINE __m256 load_row(const float* x, Some some) { return _mm256_maskload_ps(x, some.lanes); }
+PYFUSED_INLINE __m256 load_row(const float* x, Some some) {
+  return _mm256_maskload_ps(x, some.lanes);
+}
 template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, Some some) {
   return widen(_mm256_castsi256_si128(load_halves(x, some.n)), Half{});
 }
@@ -166,7 +180,9 @@ PYFUSED_INLINE __m128i nearest(__m256 x, bfloat16) {  // as narrow() in vec.h
 PYFUSED_INLINE __m128i nearest(__m256 x, float16) {
   return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 }
-PYFUSED_INLINE void store_row(__m256 x, float* to, Some some) { _mm256_maskstore_ps(to, some.lanes, x); }
+PYFUSED_INLINE void store_row(__m256 x, float* to, Some some) {
+  _mm256_maskstore_ps(to, some.lanes, x);
+}
 template <class Half> PYFUSED_INLINE void store_row(__m256 x, Half* to, Some some) {
   store_halves(_mm256_castsi128_si256(nearest(x, Half{})), to, some.n);
 }

@@ -11,15 +11,21 @@
 
 namespace pyfused {
 
-template <> struct Registers<2> { __m512 low, high; };
+template <> struct Registers<2> {
+  __m512 low, high;
+};
 
 PYFUSED_INLINE __m512 larger(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
 PYFUSED_INLINE __m512 larger(float x, __m512 y) { return larger(_mm512_set1_ps(x), y); }
-PYFUSED_INLINE __m512 at_most(float x, __m512 y) {  // as integers, x > 0: more units are free for these
-  const __m512i bits = _mm512_min_epi32(_mm512_castps_si512(_mm512_set1_ps(x)), _mm512_castps_si512(y));
+PYFUSED_INLINE __m512 at_most(float x,
+                              __m512 y) {  // as integers, x > 0: more units are free for these
+  const __m512i bits =
+      _mm512_min_epi32(_mm512_castps_si512(_mm512_set1_ps(x)), _mm512_castps_si512(y));
   return _mm512_castsi512_ps(bits);
 }
-PYFUSED_INLINE __m512 rounded(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+PYFUSED_INLINE __m512 rounded(__m512 x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+}
 PYFUSED_INLINE __m512 times_power_of_2(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
 
 PYFUSED_INLINE Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
@@ -29,13 +35,15 @@ PYFUSED_INLINE float largest_lane(Pair x) { return _mm512_reduce_max_ps(larger(x
 // The first n of a pair's elements, n < 32.
 PYFUSED_INLINE __mmask32 first_of_pair(int64_t n) { return (__mmask32(1) << n) - 1; }
 
-// For each lane of 32 bits, the numbers of two elements of 16 bits, from `first` in steps of `step`.
+// For each lane of 32 bits, the numbers of two elements of 16 bits, from `first` in steps of
+// `step`.
 PYFUSED_INLINE __m512i elements_of_lanes(int32_t first, int32_t step) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_mullo_epi32(_mm512_set1_epi32(step), lane));
+  return _mm512_add_epi32(_mm512_set1_epi32(first),
+                          _mm512_mullo_epi32(_mm512_set1_epi32(step), lane));
 }
 
-// ---- halves: a bfloat16 is the upper half of a float's bits ---------------------------------------
+// ---- halves: a bfloat16 is the upper half of a float's bits -------------------------------------
 
 PYFUSED_INLINE Pair widen(__m512i bits, bfloat16) {
   constexpr __mmask32 kUpper = 0xaaaaaaaa;
@@ -51,7 +59,8 @@ PYFUSED_INLINE Pair widen(__m512i bits, float16) {
 // Rounds to nearest, ties away from zero: to even, and with an eye to NaN whose lower half is not
 // empty, costs as much as half an exponential.
 PYFUSED_INLINE __m512i narrow(Pair x, bfloat16) {
-  const __m512i half = _mm512_set1_epi32(0x8000), upper = elements_of_lanes(3 << 16 | 1, 4 << 16 | 4);
+  const __m512i half = _mm512_set1_epi32(0x8000),
+                upper = elements_of_lanes(3 << 16 | 1, 4 << 16 | 4);
   return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x.low), half), upper,
                                    _mm512_add_epi32(_mm512_castps_si512(x.high), half));
 }
@@ -120,7 +129,9 @@ PYFUSED_INLINE __m512 load_row(const float16* x, Some some) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, x));
 }
 
-PYFUSED_INLINE void store_row(__m512 x, float* to, Some some) { _mm512_mask_storeu_ps(to, some, x); }
+PYFUSED_INLINE void store_row(__m512 x, float* to, Some some) {
+  _mm512_mask_storeu_ps(to, some, x);
+}
 PYFUSED_INLINE void store_row(__m512 x, bfloat16* to, Some some) {  // as narrow() in vec.h
   const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);

@@ -1,5 +1,6 @@
-// The Python face of the kernels: addresses, strides and sizes in, nothing out but what they wrote.
-// Compiled once for each instruction set, by the cpu_*.cpp files, which name the module.
+// The Python module. Its functions take addresses, strides and sizes, and write results to memory
+// that the caller allocated. setup.py compiles it for each instruction set, with the module's name
+// in PYFUSED_MODULE.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,6 +20,7 @@
 #include "multi_margin_loss.h"
 #include "nll_loss.h"
 #include "pointwise_loss.h"
+#include "rows.h"
 #include "softmax.h"
 
 // Options are a dict of fields, more of which may be there than are read.
@@ -75,43 +77,63 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     using T = decltype(element);
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
-    for (const ViewTuple& gradient : gradients) {
-      prefer_huge_pages(pointer<void>(gradient[0]), gradient[0] ? bytes : 0);
-    }
-    CrossEntropy<T> ce{
-        {sizes[0], sizes[1], sizes[2]}, options, view<const T>(logits),
-        pointer<const int64_t>(target), view<const T>(probabilities), pointer<const A>(weight),
-        pointer<const A>(grad_output), pointer<A>(loss), view<T>(gradients[0]),
-        view<T>(gradients[1]), threads};
-    if (shard) {
-      ce.shard = {(*shard)[0], (*shard)[1]};
-      ce.lse = pointer<const double>((*shard)[2]);
-    }
-    ce.own_lse = pointer<double>(statistics[0]);
-    ce.entropy = pointer<double>(statistics[1]);
-    ce.prediction = pointer<int64_t>(statistics[2]);
+    prefer_huge_pages(pointer<void>(grad_logits[0]), grad_logits[0] ? bytes : 0);
+    prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
+    CrossEntropy<T> ce{{sizes[0], sizes[1], sizes[2]},
+                       view<const T>(logits),
+                       pointer<const int64_t>(target),
+                       view<const T>(probabilities),
+                       pointer<const A>(weight),
+                       ignore_index,
+                       smoothing,
+                       gamma,
+                       Reduction(reduction),
+                       pointer<const A>(grad_output),
+                       pointer<A>(loss),
+                       view<T>(grad_logits),
+                       view<T>(grad_probabilities),
+                       threads};
+    ce.z_loss = z_loss;
+    ce.token_weight = pointer<const A>(token_weight);
+    ce.divisor = divisor ? &*divisor : nullptr;
+    if (shard) ce.shard = {(*shard)[0], (*shard)[1]};
+    ce.lse = pointer<const double>(lse);
+    ce.local_lse = pointer<double>(measures[0]);
+    ce.entropy = pointer<double>(measures[1]);
+    ce.prediction = pointer<int64_t>(measures[2]);
     return cross_entropy(ce);
   });
 }
 
-int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input, int64_t target,
-                     int64_t weight, int64_t ignore_index, int reduction, int64_t grad_output,
-                     int64_t loss, const ViewTuple& grad_input, int threads) {
+int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input,
+                     int64_t target, int64_t weight, int64_t ignore_index, int reduction,
+                     int64_t grad_output, int64_t loss, const ViewTuple& grad_input, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
     prefer_huge_pages(pointer<void>(grad_input[0]), grad_input[0] ? bytes : 0);
-    return nll_loss(CrossEntropy<T>{
-        {sizes[0], sizes[1], sizes[2]}, {ignore_index, Reduction(reduction)}, view<const T>(input),
-        pointer<const int64_t>(target), {}, pointer<const A>(weight), pointer<const A>(grad_output),
-        pointer<A>(loss), view<T>(grad_input), {}, threads});
+    return nll_loss(CrossEntropy<T>{{sizes[0], sizes[1], sizes[2]},
+                                    view<const T>(input),
+                                    pointer<const int64_t>(target),
+                                    {},
+                                    pointer<const A>(weight),
+                                    ignore_index,
+                                    0,
+                                    0,
+                                    Reduction(reduction),
+                                    pointer<const A>(grad_output),
+                                    pointer<A>(loss),
+                                    view<T>(grad_input),
+                                    {},
+                                    threads});
   });
 }
 
-int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t input, int64_t target,
-                              int64_t weight, bool squared, double margin, int reduction,
-                              int64_t grad_output, int64_t loss, int64_t grad_input, int threads) {
+int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t input,
+                              int64_t target, int64_t weight, bool squared, double margin,
+                              int reduction, int64_t grad_output, int64_t loss, int64_t grad_input,
+                              int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
@@ -119,21 +141,25 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
     prefer_huge_pages(pointer<void>(grad_input), grad_input ? bytes : 0);
     return multi_margin_loss(MultiMargin<T>{
         sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
-        pointer<const A>(weight), squared, margin, Reduction(reduction), pointer<const A>(grad_output),
-        pointer<A>(loss), pointer<T>(grad_input), threads});
+        pointer<const A>(weight), squared, margin, Reduction(reduction),
+        pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad_input), threads});
   });
 }
 
 // ---- softmax ------------------------------------------------------------------------------------
 
-// Of the forward pass, where there is no grad_output, and of the backward pass.
+// The forward pass, or the backward pass where there is a grad_output.
 void run_softmax(bool logarithm, int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input,
                  const ViewTuple& grad_output, const ViewTuple& output, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     prefer_huge_pages(pointer<void>(output[0]), size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T));
-    softmax(Softmax<T>{{sizes[0], sizes[1], sizes[2]}, logarithm, view<const T>(input),
-                       view<const T>(grad_output), view<T>(output), threads});
+    softmax(Softmax<T>{{sizes[0], sizes[1], sizes[2]},
+                       logarithm,
+                       view<const T>(input),
+                       view<const T>(grad_output),
+                       view<T>(output),
+                       threads});
   });
 }
 
@@ -147,62 +173,50 @@ template <class T> Operand<T> operand(const OperandTuple& o) {
 
 void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
                         const std::array<OperandTuple, 3>& operands, const Parameters& parameters,
-                        const OperandTuple& weight, double denominator, const OperandTuple& grad_output,
-                        int64_t each, int64_t reduced, const std::array<int64_t, 3>& gradients,
-                        int threads) {
+                        const OperandTuple& weight, double denominator,
+                        const OperandTuple& grad_output, int64_t each, int64_t reduced,
+                        const std::array<int64_t, 3>& gradients, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for (const int64_t output : {each, gradients[0], gradients[1], gradients[2]}) {
       prefer_huge_pages(pointer<void>(output), output ? size_t(n) * sizeof(T) : 0);
     }
-    pointwise_loss(formula, PointwiseLoss<T>{
-        n, {operand<T>(operands[0]), operand<T>(operands[1]), operand<T>(operands[2])}, parameters,
-        operand<T>(weight), denominator, operand<T>(grad_output), pointer<T>(each),
-        pointer<Accumulate<T>>(reduced),
-        {pointer<T>(gradients[0]), pointer<T>(gradients[1]), pointer<T>(gradients[2])}, threads});
+    pointwise_loss(
+        formula, PointwiseLoss<T>{
+                     n,
+                     {operand<T>(operands[0]), operand<T>(operands[1]), operand<T>(operands[2])},
+                     parameters,
+                     operand<T>(weight),
+                     denominator,
+                     operand<T>(grad_output),
+                     pointer<T>(each),
+                     pointer<Accumulate<T>>(reduced),
+                     {pointer<T>(gradients[0]), pointer<T>(gradients[1]), pointer<T>(gradients[2])},
+                     threads});
   });
 }
 
-template <template <class> class Formula>
-void run_activation(int dtype, int64_t n, int64_t input, int64_t output, double parameter,
-                    int threads) {
+void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,
+                    int64_t output, double parameter, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if (input != output) prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
-    activation<Formula>(pointer<const T>(input), pointer<T>(output), parameter, n, threads);
+    std::get<ActivationForward<T>*>(formula.forward)(pointer<const T>(input), pointer<T>(output),
+                                                     {parameter}, n, threads);
   });
 }
 
-template <template <class> class Formula>
-void run_activation_backward(int dtype, int64_t n, const OperandTuple& grad_output, int64_t saved,
-                             int64_t grad_input, double parameter, int threads) {
+void run_activation_backward(const ActivationFormula& formula, int dtype, int64_t n,
+                             const OperandTuple& grad_output, int64_t saved, int64_t grad_input,
+                             double parameter, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
-    activation_backward<Formula>(pointer<const T>(grad_output[0]), grad_output[1],
-                                 pointer<const T>(saved), pointer<T>(grad_input), parameter, n,
-                                 threads);
+    std::get<ActivationBackward<T>*>(formula.backward)(
+        pointer<const T>(grad_output[0]), grad_output[1], pointer<const T>(saved),
+        pointer<T>(grad_input), {parameter}, n, threads);
   });
 }
-
-struct ActivationFormula {
-  const char* name;
-  decltype(&run_activation<Relu>) forward;
-  decltype(&run_activation_backward<Relu>) backward;
-};
-
-#define PYFUSED_ACTIVATION(name, Formula) \
-  {name, &run_activation<Formula>, &run_activation_backward<Formula>}
-constexpr ActivationFormula kActivations[] = {
-    PYFUSED_ACTIVATION("relu", Relu),
-    PYFUSED_ACTIVATION("leaky_relu", LeakyRelu),
-    PYFUSED_ACTIVATION("sigmoid", Sigmoid),
-    PYFUSED_ACTIVATION("tanh", Tanh),
-    PYFUSED_ACTIVATION("softcap", Softcap),
-    PYFUSED_ACTIVATION("silu", Silu),
-    PYFUSED_ACTIVATION("gelu", Gelu),
-    PYFUSED_ACTIVATION("gelu_tanh", GeluTanh),
-};
 
 void run_scale(int dtype, int64_t n, int64_t data, int64_t factor, int threads) {
   with_dtype(dtype, [&](auto element) {
@@ -211,22 +225,22 @@ void run_scale(int dtype, int64_t n, int64_t data, int64_t factor, int threads) 
   });
 }
 
-// ---- outputs in recycled memory ------------------------------------------------------------------
+// ---- outputs in recycled memory -----------------------------------------------------------------
 
 #ifdef PYFUSED_RECYCLES
 constexpr DLDataType kDLTypes[] = {{2, 32, 1}, {2, 64, 1}, {4, 16, 1}, {2, 16, 1}};  // by DType
 
-// A DLPack capsule, or None where there is no block to be had.
+// A DLPack capsule, or None if there is no memory.
 pybind11::object recycled(int dtype, size_t bytes, std::vector<int64_t> shape,
                           std::vector<int64_t> strides) {
   DLManagedTensor* const made =
       RecycledTensor::make(bytes, kDLTypes[dtype], std::move(shape), std::move(strides));
   if (!made) return pybind11::none();
   return pybind11::capsule(made, "dltensor", [](PyObject* capsule) {
-    // Whoever takes the tensor renames the capsule.
+    // A consumer of the tensor has renamed the capsule.
     if (!PyCapsule_IsValid(capsule, "dltensor")) return;
-    auto* left = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    left->deleter(left);
+    auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    unused->deleter(unused);
   });
 }
 
@@ -238,14 +252,16 @@ std::array<uint64_t, 4> recycler_stats() {
 
 // ---- what this CPU can run ----------------------------------------------------------------------
 
-// Asked of the module built for the least of the instruction sets, before another one is loaded.
+// Python calls this in the module of the oldest instruction set before it loads another module.
 bool runs_here([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == "x86-64-v2") return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  if (isa == "x86-64-v2")
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
   unsigned eax, ebx, ecx = 0, edx;  // F16C has no name in older compilers
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && (ecx & bit_F16C);
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                  (ecx & bit_F16C);
   if (isa == "x86-64-v3") return v3;
   if (isa == "x86-64-v4") {
     return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -287,20 +303,33 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
   m.def("softmax", &run_softmax, unlocked);
-  for (const LossFormula& formula : kLossFormulas) {
-    m.def(formula.name,
-          [&formula](int dtype, int64_t n, const std::array<OperandTuple, 3>& operands,
-                     const Parameters& parameters, const OperandTuple& weight, double denominator,
-                     const OperandTuple& grad_output, int64_t each, int64_t reduced,
-                     const std::array<int64_t, 3>& gradients, int threads) {
-            run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator, grad_output,
-                               each, reduced, gradients, threads);
+  for (const LossFormula& formula : loss_formulas()) {
+    m.def(
+        formula.name,
+        [formula](int dtype, int64_t n, const std::array<OperandTuple, 3>& operands,
+                  const Parameters& parameters, const OperandTuple& weight, double denominator,
+                  const OperandTuple& grad_output, int64_t each, int64_t reduced,
+                  const std::array<int64_t, 3>& gradients, int threads) {
+          run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator,
+                             grad_output, each, reduced, gradients, threads);
+        },
+        unlocked);
+  }
+  for (const ActivationFormula& formula : activation_formulas()) {
+    m.def(
+        formula.name,
+        [formula](int dtype, int64_t n, int64_t input, int64_t output, double parameter,
+                  int threads) {
+          run_activation(formula, dtype, n, input, output, parameter, threads);
+        },
+        unlocked);
+    m.def((std::string(formula.name) + "_backward").c_str(),
+          [formula](int dtype, int64_t n, const OperandTuple& grad_output, int64_t saved,
+                    int64_t grad_input, double parameter, int threads) {
+            run_activation_backward(formula, dtype, n, grad_output, saved, grad_input, parameter,
+                                    threads);
           },
           unlocked);
-  }
-  for (const ActivationFormula& formula : kActivations) {
-    m.def(formula.name, formula.forward, unlocked);
-    m.def((std::string(formula.name) + "_backward").c_str(), formula.backward, unlocked);
   }
   m.def("scale", &run_scale, unlocked);
 

@@ -1,5 +1,6 @@
-// A block of positions that share vectors: they lie side by side in a (N, C, d1, ..., dk) tensor, or have so
-// few classes that they are transposed on the way.
+// Column layout: vectors run along a block of positions. The positions are contiguous and the
+// classes strided, as in a (N, C, d1, ..., dk) tensor; or the classes are contiguous but few, and
+// the block is transposed when it is loaded and stored.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +14,12 @@
 
 namespace pyfused {
 
-// A tile of positions and classes stays in L1. Where the classes are few, more positions make longer
-// pieces of memory that lies together: 1.1 to 1.5 times faster from 21 classes, as far as 32.
+// A tile of classes x positions stays in L1. With up to this many classes, a tile has more
+// positions, so that contiguous pieces of memory are longer: 1.1 to 1.5 times faster from 21
+// classes to 32.
 constexpr int64_t kFewClasses = 32;
 
-template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
+template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
  public:
   static constexpr int64_t kPositions = kColumns;
 
@@ -27,42 +29,42 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
 
  protected:
   using A = Accumulate<T>;
-  using Tile = A[kColumnClasses][kColumns];
+  using Tile = A[kTileClasses][kColumns];
   using Line = T[kColumns];
   using Lanes = double[kColumns];
 
   const Positions& shape;
   const int64_t first, n;
-  const bool streams;  // outputs too large to stay in cache are written past it
-  const A scale;       // of the elements read by for_tiles
+  const bool streams;  // outputs larger than the cache use non-temporal stores
   alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
   alignas(kVectorBytes) Lanes log_sum;
   alignas(kVectorBytes) A max[kColumns];
   alignas(kVectorBytes) Tile x;
   alignas(kVectorBytes) Tile e;  // exp(x - max)
 
-  // Whether one stride leads from each position to the next.
+  // Whether one stride separates all positions of the block.
   bool evenly_spaced() const { return shape.outer == 1 || first % shape.inner + n <= shape.inner; }
-  template <class U> bool side_by_side(const View<U>& view) const {
+  template <class U> bool positions_contiguous(const View<U>& view) const {
     return view.inner == 1 && evenly_spaced();
   }
   template <class U> bool transposes(const View<U>& view) const {
     return kTransposes<T> && view.classes == 1 && evenly_spaced();
   }
 
-  // Where a tile is turned, element by element: itself, or one of T.
-  Line* turning(Tile& tile) {
+  // Where a tile is transposed, element by element: itself, or one of T.
+  Line* transpose_buffer(Tile& tile) {
     if constexpr (std::is_same_v<T, A>) return tile;
     return narrow_tile;
   }
 
   void load_tile(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
-    if (side_by_side(view)) {
+    if (positions_contiguous(view)) {
       const T* from = shape.at(view, first) + c * view.classes;
       for (int64_t i = 0; i < k; ++i) {
         const T* const piece = from + i * view.classes;
         load(piece, tile[i], n);
-        // Hardware follows a few streams, not one a class: 1.1 to 1.3 times faster.
+        // The hardware prefetcher does not follow as many streams as classes: 1.1 to 1.3 times
+        // faster.
         for (int64_t b = 0; b < n; b += kLanes<T>) PYFUSED_PREFETCH(piece + n + b);
       }
     } else if (transposes(view)) {
@@ -70,20 +72,21 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
         load_transposed(shape.at(view, first) + c, view.inner, tile[0], kColumns, k, n);
       }
     } else {
-      Line* const turned = turning(tile);
+      Line* const transposed = transpose_buffer(tile);
       for (int64_t b = 0; b < n; ++b) {
         const T* const from = shape.at(view, first + b) + c * view.classes;
-        for (int64_t i = 0; i < k; ++i) turned[i][b] = from[i * view.classes];
+        for (int64_t i = 0; i < k; ++i) transposed[i][b] = from[i * view.classes];
       }
       if constexpr (!std::is_same_v<T, A>) {
-        for (int64_t i = 0; i < k; ++i) load(turned[i], tile[i], n);
+        for (int64_t i = 0; i < k; ++i) load(transposed[i], tile[i], n);
       }
     }
-    for (int64_t i = 0; n < kColumns && i < k; ++i) std::fill(tile[i] + n, tile[i] + kColumns, A(0));
+    for (int64_t i = 0; n < kColumns && i < k; ++i)
+      std::fill(tile[i] + n, tile[i] + kColumns, A(0));
   }
 
   void store_tile(Tile& tile, const View<T>& view, int64_t c, int64_t k) {
-    if (side_by_side(view)) {
+    if (positions_contiguous(view)) {
       T* to = shape.at(view, first) + c * view.classes;
       for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, streams);
     } else if (transposes(view)) {
@@ -91,31 +94,27 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
         store_transposed(tile[0], kColumns, shape.at(view, first) + c, view.inner, k, n);
       }
     } else {
-      Line* const turned = turning(tile);
-      for (int64_t i = 0; i < k; ++i) store(tile[i], turned[i], n);
+      Line* const transposed = transpose_buffer(tile);
+      for (int64_t i = 0; i < k; ++i) store(tile[i], transposed[i], n);
       for (int64_t b = 0; b < n; ++b) {
         T* const to = shape.at(view, first + b) + c * view.classes;
-        for (int64_t i = 0; i < k; ++i) to[i * view.classes] = turned[i][b];
+        for (int64_t i = 0; i < k; ++i) to[i * view.classes] = transposed[i][b];
       }
     }
   }
 
-  // Calls body(first class, classes) for the tiles, with that of `view` in x.
+  // Calls body(first class, classes) for each tile, with the tile of `view` in x.
   template <class Body> void for_tiles(const View<const T>& view, const Body& body) {
-    for (int64_t c = 0; c < shape.classes; c += kColumnClasses) {
-      const int64_t k = std::min(kColumnClasses, shape.classes - c);
-      if (shape.classes > kColumnClasses || !loaded) {
-        load_tile(view, c, k, x);
-        for (int64_t i = 0; scale != 1 && i < k; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) x[i][b] *= scale;
-        }
-      }
+    for (int64_t c = 0; c < shape.classes; c += kTileClasses) {
+      const int64_t k = std::min(kTileClasses, shape.classes - c);
+      if (shape.classes > kTileClasses || !loaded) load_tile(view, c, k, x);
       loaded = true;
       body(c, k);
     }
   }
 
-  // Sums are taken in groups of a few classes, so that rounding errors grow with neither.
+  // Sums in A take 8 classes at most and are added up in double, so that rounding errors do not
+  // grow with the number of classes.
   template <class Body> static void for_groups(int64_t k, const Body& body) {
     for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
   }
@@ -149,8 +148,8 @@ template <class T, int64_t kColumns, int64_t kColumnClasses> class Columns {
   }
 
  private:
-  bool loaded = false;  // a row that fits one tile is read once
-  alignas(kVectorBytes) Line narrow_tile[kColumnClasses];
+  bool loaded = false;  // classes that fit one tile are read once
+  alignas(kVectorBytes) Line narrow_tile[kTileClasses];
 };
 
 }  // namespace pyfused

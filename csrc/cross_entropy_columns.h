@@ -1,4 +1,5 @@
-// Cross-entropy of a block of positions that share vectors.
+// Cross-entropy of a block of positions: classes strided, positions contiguous, vectors along
+// positions.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +11,11 @@
 
 namespace pyfused {
 
-template <class T, int64_t kColumns, int64_t kColumnClasses>
-class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
-  using Base = Columns<T, kColumns, kColumnClasses>;
+template <class T, int64_t kColumns, int64_t kTileClasses>
+class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
+  using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
-  using Tile = A[kColumnClasses][kColumns];
+  using Tile = A[kTileClasses][kColumns];
   using Lanes = double[kColumns];
   using Base::first, Base::n, Base::sum, Base::log_sum, Base::max, Base::x, Base::e;
   using Base::load_tile, Base::store_tile, Base::for_groups;
@@ -22,28 +23,31 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
  public:
   using Base::kPositions;
 
-  CrossEntropyColumns(const Scaled<T>& ce, int64_t first)
-      : Base(ce, first, ce.streams, ce.scale), ce(ce) {}
+  CrossEntropyColumns(const CrossEntropyBatch<T>& ce, int64_t first)
+      : Base(ce, first, ce.streams), ce(ce) {}
 
   double run() {
     find_targets();
     ce.lse ? take_lse() : Base::find_normalizer(ce.logits);
-    find_hit_logits();
+    find_target_logits();
     if (ce.dense()) {
       find_dense_loss(false);
-      // An infinite weight times no distance is NaN, times their sum it is not.
-      if (std::any_of(loss, loss + n, [](double l) { return std::isnan(l); })) find_dense_loss(true);
+      // An infinite weight times a max - x of 0 is NaN, but times max - x + log_sum it is not.
+      if (std::any_of(loss, loss + n, [](double l) { return std::isnan(l); }))
+        find_dense_loss(true);
     } else {
       find_sparse_loss();
     }
     for (int64_t b = 0; ce.lse && b < n; ++b) {
-      if (!ce.ignored(first + b) && !ce.has_target(first + b)) target_sum[b] += ce.one_hot(first + b);
+      if (!ce.ignored(first + b) && !ce.has_target(first + b))
+        target_sum[b] += ce.one_hot(first + b);
     }
     if (ce.entropy) measure();
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
-    if (ce.z_loss > 0 || ce.own_lse) use_lse();
-    for (int64_t b = 0; ce.token_weights && b < n; ++b) loss[b] *= double(ce.token_weights[first + b]);
+    if (ce.z_loss > 0 || ce.local_lse) use_lse();
+    for (int64_t b = 0; ce.token_weight && b < n; ++b)
+      loss[b] *= double(ce.token_weight[first + b]);
     for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
     }
@@ -54,10 +58,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   }
 
  private:
-  const Scaled<T>& ce;
+  const CrossEntropyBatch<T>& ce;
   bool any_ignored = false;
-  int64_t label[kColumns];  // -1 for a target that is ignored or elsewhere
-  alignas(kVectorBytes) Lanes row_scale;
+  int64_t label[kColumns];  // -1 for a target that is ignored or in another shard
+  alignas(kVectorBytes) Lanes scale;
   alignas(kVectorBytes) Lanes one_hot;
   alignas(kVectorBytes) Lanes target_q;  // q at the target
   alignas(kVectorBytes) Lanes target_sum;  // dloss/dlse: sum_c q_c, and what z_loss adds
@@ -68,8 +72,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
 
   void find_targets() {
-    std::fill_n(row_scale, kColumns, ce.common);
-    for (int64_t b = 0; ce.scales_each() && b < n; ++b) row_scale[b] = ce.row_scale(first + b);
+    std::fill_n(scale, kColumns, ce.common_scale);
+    for (int64_t b = 0; ce.has_position_scale() && b < n; ++b) scale[b] = ce.scale(first + b);
     std::fill_n(label, kColumns, -1);
     int64_t ignored = 0;
     for (int64_t b = 0; ce.target && b < n; ++b) {
@@ -78,12 +82,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
     any_ignored = ignored > 0;
     for (int64_t b = 0; any_ignored && b < n; ++b) label[b] = ce.ignored(first + b) ? -1 : label[b];
-    if (ce.classes < ce.shard.all) return find_targets_in_shard();
+    if (ce.classes < ce.shard.total) return find_targets_in_shard();
     if (!ce.weight) {
-      const double one_hot_of_all = ce.one_hot(first), target_q_of_all = ce.target_q(first);
+      const double common_one_hot = ce.one_hot(first), common_target_q = ce.target_q(first);
       for (int64_t b = 0; b < kColumns; ++b) {
-        one_hot[b] = label[b] < 0 ? 0 : one_hot_of_all;
-        target_q[b] = label[b] < 0 ? 0 : target_q_of_all;
+        one_hot[b] = label[b] < 0 ? 0 : common_one_hot;
+        target_q[b] = label[b] < 0 ? 0 : common_target_q;
       }
       return;
     }
@@ -93,7 +97,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
   }
 
-  // Where these are not all classes.
+  // Where the vocabulary has more classes than the logits.
   void find_targets_in_shard() {
     for (int64_t b = 0; b < kColumns; ++b) {
       const bool has_target = b < n && !ce.ignored(first + b) && ce.has_target(first + b);
@@ -103,11 +107,11 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
   }
 
-  // Once the logits are in cache.
-  void find_hit_logits() {
+  // Called after the logits were read, so that they are in the cache.
+  void find_target_logits() {
     std::fill_n(target_logit, kColumns, A(0));
-    if (ce.target && ce.classes <= kColumnClasses && !ce.lse) {
-      for_hits(0, ce.classes, [&](int64_t i, int64_t b) { target_logit[b] = x[i][b]; });
+    if (ce.target && ce.classes <= kTileClasses && !ce.lse) {
+      for_targets(0, ce.classes, [&](int64_t i, int64_t b) { target_logit[b] = x[i][b]; });
       return;
     }
     for (int64_t b = 0; ce.target && b < n; ++b) {
@@ -131,18 +135,19 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     for (int64_t b = 0; b < n; ++b) {
       const double lse = double(max[b]) + log_sum[b];
       loss[b] += ce.z_loss > 0 ? ce.z_loss * lse * lse : 0;
-      if (ce.own_lse) ce.own_lse[first + b] = ce.ignored(first + b) ? 0 : lse;
+      if (ce.local_lse) ce.local_lse[first + b] = ce.ignored(first + b) ? 0 : lse;
     }
   }
 
-  // sum_c p_c (lse - x_c), and which class is the first with the largest logit, or is NaN.
+  // The entropy sum_c p_c (lse - x_c), and the first class with the largest logit, or the first
+  // NaN.
   void measure() {
     Lanes distance = {};
     alignas(kVectorBytes) A highest[kColumns];
     std::fill_n(highest, kColumns, -std::numeric_limits<A>::infinity());
     int64_t prediction[kColumns] = {};
     for_tiles([&](int64_t c, int64_t k) {
-      if (ce.classes > kColumnClasses) {
+      if (ce.classes > kTileClasses) {
         for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
       }
       for_groups(k, [&](int64_t begin, int64_t end) {
@@ -173,33 +178,33 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
     }
   }
 
-  // q / level of a tile, without the one-hot part.
-  void load_aim(int64_t c, int64_t k) {
-    const A slope = ce.slope(), offset = ce.offset();
+  // q / smooth_weight of a tile, without the one-hot term.
+  void load_soft_target(int64_t c, int64_t k) {
+    const A prob_weight = ce.prob_weight(), smooth_bias = ce.smooth_bias();
     if (!ce.target) load_tile(ce.probabilities, c, k, q);
     for (int64_t i = 0; i < k; ++i) {
       const A weight = ce.weight ? ce.class_weight()[c + i] : A(1);
       for (int64_t b = 0; b < kColumns; ++b) {
-        q[i][b] = soft_target(weight, ce.target ? A(0) : q[i][b], slope, offset);
+        q[i][b] = soft_target(weight, ce.target ? A(0) : q[i][b], prob_weight, smooth_bias);
       }
     }
   }
 
   // Calls body(class in the tile, position in the block) for the targets within the tile.
-  template <class Body> void for_hits(int64_t c, int64_t k, const Body& body) {
+  template <class Body> void for_targets(int64_t c, int64_t k, const Body& body) {
     for (int64_t b = 0; ce.target && b < n; ++b) {
       if (uint64_t(label[b] - c) < uint64_t(k)) body(label[b] - c, b);
     }
   }
 
-  // sum_c q_c (lse - x_c); with log_sum outside of the sum, or shifted into it.
+  // sum_c q_c (lse - x_c), with log_sum outside of the sum, or inside of it where `shifted`.
   void find_dense_loss(bool shifted) {
     alignas(kVectorBytes) A shift[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) shift[b] = shifted ? A(log_sum[b]) : A(0);
     std::fill_n(loss, kColumns, 0.0);
     std::fill_n(target_sum, kColumns, 0.0);
     for_tiles([&](int64_t c, int64_t k) {
-      load_aim(c, k);
+      load_soft_target(c, k);
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns] = {}, part_sum[kColumns] = {};
         for (int64_t i = begin; i < end; ++i) {
@@ -214,10 +219,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
         }
       });
     });
-    const double common = ce.level();
+    const double smooth_weight = ce.smooth_weight();
     for (int64_t b = 0; b < kColumns; ++b) {
-      target_sum[b] = ce.target ? ce.uniform_sum + one_hot[b] : common * target_sum[b];
-      loss[b] *= common;
+      target_sum[b] = ce.target ? ce.uniform_sum + one_hot[b] : smooth_weight * target_sum[b];
+      loss[b] *= smooth_weight;
       if (!shifted) loss[b] += target_sum[b] * log_sum[b];
       if (ce.target) loss[b] += one_hot[b] * (double(max[b] - target_logit[b]) + double(shift[b]));
     }
@@ -229,38 +234,38 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
       loss[b] = one_hot[b] * (log_sum[b] + double(max[b] - target_logit[b]));
     }
     for (int64_t b = 0; ce.gamma > 0 && b < n; ++b) {
-      const Focus focus(ce.gamma, log_sum[b] + double(max[b] - target_logit[b]));
-      loss[b] *= focus.loss;
-      target_sum[b] *= focus.gradient;
-      target_q[b] *= focus.gradient;
+      const FocalFactors focal(ce.gamma, log_sum[b] + double(max[b] - target_logit[b]));
+      loss[b] *= focal.loss;
+      target_sum[b] *= focal.gradient;
+      target_q[b] *= focal.gradient;
     }
   }
 
   void write_gradient() {
-    const double common = ce.level();  // asked for in a loop it keeps the loop scalar
-    alignas(kVectorBytes) A factor[kColumns], level[kColumns], at_target[kColumns];
+    // Called in the loop, smooth_weight() would keep the loop scalar.
+    const double common_weight = ce.smooth_weight();
+    alignas(kVectorBytes) A factor[kColumns], smooth_weight[kColumns], at_target[kColumns];
     for (int64_t b = 0; ce.z_loss > 0 && b < kColumns; ++b) {
       target_sum[b] += 2 * ce.z_loss * (double(max[b]) + log_sum[b]);
     }
     for (int64_t b = 0; b < kColumns; ++b) {
-      const double scale = row_scale[b] * ce.scale;
-      factor[b] = A(target_sum[b] * scale / sum[b]);
-      level[b] = A(common * scale);
+      factor[b] = A(target_sum[b] * scale[b] / sum[b]);
+      smooth_weight[b] = A(common_weight * scale[b]);
       const double p = double(exp_shifted(target_logit[b] - max[b])) / sum[b];
       at_target[b] = A((p * target_sum[b] - target_q[b]) * scale);
     }
     for_tiles([&](int64_t c, int64_t k) {
-      if (ce.dense()) load_aim(c, k);
-      if (ce.lse || ce.classes > kColumnClasses) {
+      if (ce.dense()) load_soft_target(c, k);
+      if (ce.lse || ce.classes > kTileClasses) {
         for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
       }
       for (int64_t i = 0; i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] *= factor[b];
       }
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= q[i][b] * level[b];
+        for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= q[i][b] * smooth_weight[b];
       }
-      for_hits(c, k, [&](int64_t i, int64_t b) { e[i][b] = at_target[b]; });
+      for_targets(c, k, [&](int64_t i, int64_t b) { e[i][b] = at_target[b]; });
       for (int64_t b = 0; any_ignored && b < n; ++b) {
         if (!ce.ignored(first + b)) continue;
         for (int64_t i = 0; i < k; ++i) e[i][b] = 0;
@@ -270,10 +275,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kColumnClasses> {
   }
 
   void write_probability_gradient() {
-    const double common = ce.level() * ce.slope();
+    const double grad_weight = ce.smooth_weight() * ce.prob_weight();
     alignas(kVectorBytes) A factor[kColumns], low[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(common * row_scale[b]);
+      factor[b] = A(grad_weight * scale[b]);
       low[b] = A(log_sum[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {

@@ -1,32 +1,35 @@
 // What cross-entropy computes, and the arguments it computes it from.
 //
 //   lse     = log sum_c exp(x_c) = max + log sum_c exp(x_c - max)
-//   q_c     = level weight_c (slope y_c + offset) + one_hot [c = target]     the soft target
+//   q_c     = smooth_weight weight_c (prob_weight y_c + smooth_bias) + one_hot [c = target]
 //   loss    = sum_c q_c (lse - x_c)
 //   dloss/dx_c = p_c sum_k q_k - q_c,    p_c = exp(x_c - lse)
-//   dloss/dy_c = level slope weight_c (lse - x_c)
+//   dloss/dy_c = smooth_weight prob_weight weight_c (lse - x_c)
 //
-//   class index:    level = smoothing / C,  slope = 0,  offset = 1,  one_hot = (1 - smoothing) weight_t
-//   probabilities:  level = 1 - smoothing,  slope = 1,  offset = smoothing / C / level,  one_hot = 0
-//   (smoothing 1:   level = 1 / C,          slope = 0,  offset = 1)
+// q is the soft target, p the softmax. The coefficients are
 //
-// The logits may be those of some classes alone, a block of columns of a larger matrix. Then the loss is
-// the sum over these classes, with their own lse or with that of all classes, where it is given.
+//                  smooth_weight  prob_weight  smooth_bias                    one_hot
+//   class indices  smoothing / C  0            1                              (1 - smoothing) w_t
+//   probabilities  1 - smoothing  1            smoothing / C / smooth_weight  0
+//   smoothing 1    1 / C          0            1                              0
+//
+// The last line is that of probabilities with smoothing 1.
+//
+// The logits may be those of a vocabulary shard. Then the loss is the sum over its classes, with
+// the shard's lse, or with the lse of all classes where it is given.
 //
 // With z_loss the loss has z_loss lse^2 more, and dloss/dx_c has 2 z_loss lse p_c more.
 //
-// With a scale x stands for scale times the logits, whose gradient is scale dloss/dx.
-//
-// Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss is
-// weight_t (1 - p)^gamma nll, and the gradients are those above times
+// Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss
+// is weight_t (1 - p)^gamma nll, and the gradients are those above times
 //   (1 - p)^gamma + gamma (1 - p)^(gamma - 1) p nll
 //
-// The level is applied to sums, in double: rounded to a float it would bias all of them alike.
+// smooth_weight multiplies sums in double: rounded to a float it would bias every term alike.
 //
 // torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
 //
-// Shapes: x is (N, C, d1, ..., dk). Bytes: the logits are read once from memory and the gradient written
-// once; what is read again is in cache.
+// Shapes: x is (N, C, d1, ..., dk). Memory traffic: the logits are read once from memory and the
+// gradient is written once; later reads hit the cache.
 #pragma once
 
 #include <cmath>
@@ -40,8 +43,11 @@ namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
 
-// The classes of the logits as a shard of the vocabulary: the first of them, and the number of all.
-struct VocabShard { int64_t first, all; };
+// The shard of the vocabulary that the logits' classes are.
+struct VocabShard {
+  int64_t first;  // its first class
+  int64_t total;  // classes of the whole vocabulary
+};
 
 // Python passes the fields by name; pyfused/types.py has the same.
 struct CrossEntropyOptions {
@@ -69,82 +75,95 @@ struct CrossEntropyOptions {
 template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   using A = Accumulate<T>;
   View<const T> logits;
-  const int64_t* target;        // one class index a position, or null:
-  View<const T> probabilities;  // one distribution a position
-  const A* weight;              // one for each of all classes, or null for ones
-  const A* grad_output;  // the loss's gradient: one a position for none, else one; null for ones
-  A* loss;            // one a position for none, else one; null where not wanted
-  View<T> grad_logits;         // data is null where not wanted
-  View<T> grad_probabilities;  // likewise
+  const int64_t* target;        // a class index for each position; null for probabilities
+  View<const T> probabilities;  // a distribution for each position
+  const A* weight;              // one for each class of the vocabulary; null for ones
+  int64_t ignore_index;
+  double smoothing;
+  double gamma;
+  Reduction reduction;
+  const A* grad_output;  // for each position with Reduction::none, else one; null for ones
+  A* loss;               // for each position with Reduction::none, else one; null if not wanted
+  View<T> grad_logits;         // data is null if not wanted
+  View<T> grad_probabilities;  // data is null if not wanted
   int threads;
 
-  const A* token_weights = reinterpret_cast<const A*>(this->token_weight);
+  double z_loss = 0;
+  const A* token_weight = nullptr;  // multiplies the loss of each position; null for ones
+  const double* divisor = nullptr;  // of the mean; null for the summed weight of valid targets
   VocabShard shard{0, this->classes};
-  const double* lse = nullptr;  // of all classes, one a position; null for that of these
+  const double* lse = nullptr;  // of the whole vocabulary, for each position; null: of the shard
 
-  double* own_lse = nullptr;      // of these classes, one a position; null where not wanted
-  double* entropy = nullptr;      // of their probabilities, likewise
-  int64_t* prediction = nullptr;  // the first of them with the largest logit, with entropy
+  // Outputs for each position; null if not wanted.
+  double* local_lse = nullptr;    // lse of the shard
+  double* entropy = nullptr;      // of the shard's softmax
+  int64_t* prediction = nullptr;  // the shard's first class with the largest logit; with entropy
 
-  bool dense() const { return target == nullptr || label_smoothing > 0; }
-  double uniform() const { return label_smoothing / double(shard.all); }
-  bool follows_probabilities() const { return !target && label_smoothing < 1; }
-  double level() const { return follows_probabilities() ? 1 - label_smoothing : uniform(); }
-  A slope() const { return A(follows_probabilities()); }
-  A offset() const { return follows_probabilities() ? A(uniform() / level()) : A(1); }
+  bool dense() const { return target == nullptr || smoothing > 0; }
+  double uniform() const { return smoothing / double(shard.total); }
+  bool follows_probabilities() const { return !target && smoothing < 1; }
+  double smooth_weight() const { return follows_probabilities() ? 1 - smoothing : uniform(); }
+  A prob_weight() const { return A(follows_probabilities()); }
+  A smooth_bias() const { return follows_probabilities() ? A(uniform() / smooth_weight()) : A(1); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
   int64_t label(int64_t position) const { return target[position] - shard.first; }
-  bool has_target(int64_t position) const { return target && uint64_t(label(position)) < uint64_t(classes); }
+  bool has_target(int64_t position) const {
+    return target && uint64_t(label(position)) < uint64_t(classes);
+  }
   const A* class_weight() const { return weight ? weight + shard.first : nullptr; }
   double one_hot(int64_t position) const {
     return weight ? (1 - label_smoothing) * double(weight[target[position]]) : 1 - label_smoothing;
   }
-  double target_q(int64_t position) const {  // q at the target
+  double target_q(int64_t position) const {  // q at the target class
     const double one = weight ? double(weight[target[position]]) : 1;
-    return label_smoothing > 0 ? uniform() * one + one_hot(position) : one_hot(position);  // 0 * inf is NaN
+    return smoothing > 0 ? uniform() * one + one_hot(position)
+                         : one_hot(position);  // 0 * inf is NaN
   }
 };
 
-// With what is summed up over the batch first. The few numbers of a row are doubles, so that only its
-// vectors are rounded to A.
-template <class T> struct Scaled : CrossEntropy<T> {
-  double uniform_sum;  // uniform * sum_c weight_c, over the classes that lse is of
+// The arguments with what is computed once for the batch. Scalars of a position are doubles, so
+// that only vectors are rounded to A.
+template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
+  double uniform_sum;   // uniform * sum_c weight_c, over the classes of lse
   double denominator;
-  double common;  // the scale of all positions; a division for each costs as much as an exponential
-  bool streams;   // gradients too large to stay in cache are written past it
+  double
+      common_scale;  // of the gradients, where positions share it: a division costs an exponential
+  bool streams;  // gradients larger than the cache use non-temporal stores
 
-  Scaled(const CrossEntropy<T>& ce, double uniform_sum, double denominator, bool streams)
+  CrossEntropyBatch(const CrossEntropy<T>& ce, double uniform_sum, double denominator, bool streams)
       : CrossEntropy<T>(ce), uniform_sum(uniform_sum), denominator(denominator),
-        common((ce.grad_output ? double(*ce.grad_output) : 1) / denominator), streams(streams) {}
+        common_scale((ce.grad_output ? double(*ce.grad_output) : 1) / denominator),
+        streams(streams) {}
 
-  bool scales_each() const {
-    return this->token_weights || (this->grad_output && this->reduction == Reduction::none);
+  bool has_position_scale() const {
+    return this->token_weight || (this->grad_output && this->reduction == Reduction::none);
   }
   double row_scale(int64_t position) const {
     const bool each = this->grad_output && this->reduction == Reduction::none;
-    const double scale = each ? double(this->grad_output[position]) / denominator : common;
-    return this->token_weights ? scale * double(this->token_weights[position]) : scale;
+    const double scale = each ? double(this->grad_output[position]) / denominator : common_scale;
+    return this->token_weight ? scale * double(this->token_weight[position]) : scale;
   }
-  // Of a target elsewhere: it counts for the gradient of lse, and not for a loss of these classes.
+  // A target in another shard counts in the gradient of the given lse, not in this shard's loss.
   bool counts(int64_t position) const { return this->lse || this->has_target(position); }
 };
 
-// What focal loss multiplies the loss and its gradients by.
-struct Focus {
+// The factors of the focal loss and of its gradients.
+struct FocalFactors {
   double loss = 1, gradient = 1;
 
-  Focus() = default;
-  Focus(double gamma, double nll) {
-    nll = nll < 0 ? 0 : nll;  // by a rounding
-    const double missing = -std::expm1(-nll), p = 1 - missing;
-    loss = std::pow(missing, gamma);
-    gradient = loss * (1 + gamma * p * (missing > 0 ? nll / missing : 1));
+  FocalFactors() = default;
+  FocalFactors(double gamma, double nll) {
+    nll = nll < 0 ? 0 : nll;  // rounding can make it negative
+    const double complement = -std::expm1(-nll), p = 1 - complement;
+    loss = std::pow(complement, gamma);
+    gradient = loss * (1 + gamma * p * (complement > 0 ? nll / complement : 1));
   }
 };
 
-// What q_c is without its level and its one-hot part.
-template <class A> PYFUSED_INLINE A soft_target(A weight, A probability, A slope, A offset) {
-  return weight * (slope * probability + offset);
+// q_c / smooth_weight without the one-hot term.
+template <class A>
+PYFUSED_INLINE A soft_target(A weight, A probability, A prob_weight, A smooth_bias) {
+  return weight * (prob_weight * probability + smooth_bias);
 }
 
 }  // namespace pyfused

@@ -1,4 +1,5 @@
-// Recycled memory as a tensor: the little of DLPack (dmlc.github.io/dlpack, version 0) that this takes.
+// Recycled memory as a tensor: the little of DLPack (dmlc.github.io/dlpack, version 0) that this
+// takes.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +45,9 @@ struct RecycledTensor {
     const Block block = Recycler::get().take(bytes);
     if (!block.data) return nullptr;
     auto* made = new RecycledTensor{{}, std::move(shape), std::move(strides), block};
-    made->managed.tensor = {block.data, {1, 0}, int32_t(made->shape.size()), dtype,
-                            made->shape.data(), made->strides.data(), 0};
+    made->managed.tensor = {
+        block.data,           {1, 0}, int32_t(made->shape.size()), dtype, made->shape.data(),
+        made->strides.data(), 0};
     made->managed.context = made;
     made->managed.deleter = [](DLManagedTensor* managed) {
       auto* self = static_cast<RecycledTensor*>(managed->context);

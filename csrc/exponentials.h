@@ -1,7 +1,7 @@
 // Exponentials of many elements at once, for the loops that cross-entropy spends its time in.
 //
-// The plain loops are what compilers vectorise. In registers of our own, several at a time and with masks
-// for what a row leaves over, rows take 1.2 to 1.9 times less.
+// The plain loops are what compilers vectorise. In registers of our own, several at a time and with
+// masks for what a row leaves over, rows take 1.2 to 1.9 times less.
 #pragma once
 
 #include <iterator>
@@ -19,8 +19,9 @@ template <class T, class A> A largest(const T* x, int64_t n, A highest) {
   return highest;
 }
 
-// The sum of exp(x - pivot), each kept in `e` where Keeps, on its way to `out`. Where an x is Unbounded
-// and exceeds the pivot by more than 88, the sum is as if it were 88: more than a row is content with.
+// The sum of exp(x - pivot), each kept in `e` where Keeps, on its way to `out`. Where an x is
+// Unbounded and exceeds the pivot by more than 88, the sum is as if it were 88: more than a row is
+// content with.
 constexpr float kTop = 88.0f;
 template <bool Keeps, bool Unbounded, class T, class A, class Out>
 A sum_exponentials(const T* x, A pivot, A* e, const Out* /* out */, int64_t n) {
@@ -38,8 +39,8 @@ A sum_exponentials(const T* x, A pivot, A* e, const Out* /* out */, int64_t n) {
 // out = exp(x - pivot) factor; past the cache where it `streams` and the ISA has a use for that.
 // Inlined, this loop is one that GCC 12 leaves scalar for double (13 times slower).
 template <class U, class A, class T>
-PYFUSED_NOINLINE void scaled_exponentials(const U* x, A pivot, A factor, A* buffer, T* out, int64_t n,
-                                          bool /* streams */) {
+PYFUSED_NOINLINE void scaled_exponentials(const U* x, A pivot, A factor, A* buffer, T* out,
+                                          int64_t n, bool /* streams */) {
   A* const wide = staged(out, buffer);
   PYFUSED_SIMD()
   for (int64_t i = 0; i < n; ++i) wide[i] = exp_shifted(widen(x[i]) - pivot) * factor;
@@ -61,8 +62,8 @@ PYFUSED_INLINE void exponentials(const A* x, const A* pivot, A* e, int64_t n) {
 }
 
 #ifdef PYFUSED_HAS_REGISTERS
-// exp(r), |r| <= ln(2) / 2, by powers of r from the highest down, as exactly as what is rounded to T can
-// tell: to 2^-23.7, 2^-18.4 for float16, 2^-13.2 for bfloat16.
+// exp(r), |r| <= ln(2) / 2, by powers of r from the highest down, as exactly as what is rounded to
+// T can tell: to 2^-23.7, 2^-18.4 for float16, 2^-13.2 for bfloat16.
 template <class T> constexpr float kExp[] = {8.29031505e-3f, 4.18979302e-2f, 1.66676402e-1f,
                                              4.99991506e-1f, 9.99999702e-1f, 1.0f};
 template <>
@@ -71,8 +72,8 @@ inline constexpr float kExp<float16>[] = {4.15035798e-2f, 1.67878997e-1f, 5.0003
 template <>
 inline constexpr float kExp<bfloat16>[] = {1.65178276e-1f, 5.04134497e-1f, 1.00019623f, 1.0f};
 
-// exp(x) factor, to 2 + |x| / 30 ULP of a float; falls to 0 below its range. Every instruction here is
-// some 6% of a row's time; four registers at a time take 1.2 times less than two.
+// exp(x) factor, to 2 + |x| / 30 ULP of a float; falls to 0 below its range. Every instruction here
+// is some 6% of a row's time; four registers at a time take 1.2 times less than two.
 template <class T, class V> PYFUSED_INLINE V exp_floats(V x, float factor = 1) {
   x = larger(-104.0f, x);
   const V n = rounded(x * 1.44269504f);
@@ -90,8 +91,8 @@ template <class T> float largest(const T* x, int64_t n, float highest) {
   return largest_lane(larger(high.low, high.high));
 }
 
-// Asks for the lines of `out` meanwhile, which the gradient waits for otherwise: 1.1 to 1.3 times faster,
-// if it does not look as far ahead in x as others do.
+// Asks for the lines of `out` meanwhile, which the gradient waits for otherwise: 1.1 to 1.3 times
+// faster, if it does not look as far ahead in x as others do.
 template <bool Keeps, bool Unbounded, class T, class Out>
 float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_t n) {
   constexpr int64_t kAheadOfX = Keeps ? kAhead<T> / 2 : kAhead<T>;
@@ -115,10 +116,11 @@ float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_
   return sum_of_lanes(sum);
 }
 
-// Rounds and writes f(x). Past the row's end stands what f has an easy time with: an exponential that
-// underflows there takes as long as some ten others.
+// Rounds and writes f(x). Past the row's end stands what f has an easy time with: an exponential
+// that underflows there takes as long as some ten others.
 template <class U, class F, class T>
-PYFUSED_INLINE void write_each(const U* x, float others, const F& f, T* out, int64_t n, bool streams) {
+PYFUSED_INLINE void write_each(const U* x, float others, const F& f, T* out, int64_t n,
+                               bool streams) {
   streams = streams && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
   int64_t i = 0;
   for (; i + kQuad <= n; i += kQuad) {
@@ -135,7 +137,8 @@ void scaled_exponentials(const U* x, float pivot, float factor, float*, T* out, 
     write_each(x, pivot, [=](auto y) { return exp_floats<T>(y - pivot, factor); }, out, n, streams);
   } else {
     factor = roundable(factor);
-    write_each(x, pivot, [=](auto y) { return exp_floats<T>(y - pivot) * factor; }, out, n, streams);
+    write_each(
+        x, pivot, [=](auto y) { return exp_floats<T>(y - pivot) * factor; }, out, n, streams);
   }
 }
 

@@ -1,7 +1,7 @@
-// Losses that compare element by element: what each makes of one element, and its gradients.
+// The formulas of the pointwise losses: the loss of one element and its gradients.
 //
-// A formula is compiled for float and double alone, as loops over a chunk that lies in L1. Reading and
-// rounding, weights, grad_output and sums are pointwise_loss.h's, once for all of them.
+// A formula is compiled for float and double only, as loops over a chunk in L1. pointwise_loss.cpp
+// reads, rounds, and applies weights, grad_output and sums, once for all formulas.
 #pragma once
 
 #include <array>
@@ -9,14 +9,13 @@
 #include <cstdint>
 
 #include "parallel.h"
+#include "pointwise_loss.h"
 #include "vec.h"
 
 namespace pyfused {
 
-using Parameters = std::array<double, 3>;
-
-// A formula's last operand is other than null where it takes three. What it does not differentiate has
-// a gradient of 0, which nobody asks for.
+// The third operand is meaningful only in formulas of three operands. The gradient of an operand
+// that a formula does not differentiate is never requested.
 template <class A> struct Formula {
   explicit Formula(const Parameters&) {}
   A grad_other(A, A, A, A) const { return 0; }
@@ -155,7 +154,8 @@ template <class A> struct KlDivLogTarget : Formula<A> {
   }
 };
 
-// torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least. What is no probability makes NaN.
+// torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least. What is no probability makes
+// NaN.
 template <class A> struct BinaryCrossEntropy : Formula<A> {
   using Formula<A>::Formula;
   static A bounded(A log) { return log < -100 ? A(-100) : log; }
@@ -189,8 +189,8 @@ template <class A> struct BinaryCrossEntropyWithLogitsPosWeight : Formula<A> {
   A grad_target(A x, A, A p, A scale) const { return scale * (p * softplus(-x) - softplus(x)); }
 };
 
-// torch: F.gaussian_nll_loss(x, t, v, full, eps). A variance below eps counts as eps; its gradient is
-// that of eps, too.
+// torch: F.gaussian_nll_loss(x, t, v, full, eps). A variance below eps counts as eps; its gradient
+// is that of eps, too.
 template <class A> struct GaussianNllLoss {
   A constant, eps;
   explicit GaussianNllLoss(const Parameters& p)
@@ -210,7 +210,8 @@ template <class A> struct GaussianNllLoss {
   }
 };
 
-// pyfused's own: the larger of q (t - x) and (q - 1) (t - x). As torch.maximum, half of each where equal.
+// pyfused's own: the larger of q (t - x) and (q - 1) (t - x). As torch.maximum, half of each where
+// equal.
 template <class A> struct QuantileLoss : Formula<A> {
   A above, below, both;  // to t, where it is above x and where below; to x, of NaN
   explicit QuantileLoss(const Parameters& p)
@@ -251,7 +252,8 @@ template <class A, bool squared> struct Hinge : Formula<A> {
 template <class A> using HingeLoss = Hinge<A, false>;
 template <class A> using HingeLossSquared = Hinge<A, true>;
 
-// pyfused's own, as torchvision's: with p = sigmoid(x) and u = p (1 - t) + (1 - p) t, what is missing,
+// pyfused's own, as torchvision's: with p = sigmoid(x) and u = p (1 - t) + (1 - p) t, what is
+// missing,
 //   loss = a c u^gamma,  a = alpha t + (1 - alpha) (1 - t), or 1,  c = (1 - t) x + softplus(-x)
 //   dloss/dx = a (u^gamma (p - t) + gamma c u^(gamma - 1) p (1 - p) (1 - 2 t))
 template <class A, bool square> struct SigmoidFocal : Formula<A> {
@@ -282,17 +284,15 @@ template <class A> using SigmoidFocalLossOfTwo = SigmoidFocal<A, true>;
 
 // ---- loops --------------------------------------------------------------------------------------
 
-// n elements of each operand, in L1. Of the gradients, those that are not null are wanted.
+// n elements of each operand, in L1. Gradients that are null are not wanted.
 template <class A> struct LossChunk {
   int64_t n;
   std::array<const A*, 3> operands;
   A scale;    // of the gradients
-  Sum* sum;   // what the losses are added to,
-  A* value;   // or, where it is null, written
+  Sum* sum;   // the losses are added to it; null to write them
+  A* value;   // to here
   std::array<A*, 3> gradients;
 };
-
-template <class A> using LossLoops = void(const Parameters&, const LossChunk<A>&);
 
 template <template <class> class Formula, class A>
 void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
@@ -310,12 +310,14 @@ void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   A* const value = chunk.value;
   A* const grad_input = chunk.gradients[0];
   const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
-  const auto both_at = [=](int64_t i) {  // the operands are read once, so that terms are shared
-    const A a = x[i], b = t[i], c = o[i], value = f.value(a, b, c);
-    grad_input[i] = f.grad_input(a, b, c, scale);
-    return value;
-  };
-  // The losses with the gradients, wanted or not: a second backward has the bits of the first.
+  const auto both_at =
+      [=](int64_t i) {  // reads the operands once, so that the compiler shares terms
+        const A a = x[i], b = t[i], c = o[i], value = f.value(a, b, c);
+        grad_input[i] = f.grad_input(a, b, c, scale);
+        return value;
+      };
+  // The loss is always computed with the input's gradient, so that a second backward gives the same
+  // bits.
   if (chunk.sum) {
     grad_input ? add_terms<A>(*chunk.sum, n, both_at) : add_terms<A>(*chunk.sum, n, value_at);
   } else if (grad_input) {
@@ -329,25 +331,15 @@ void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   fill(chunk.gradients[2], [=](A x, A t, A o) { return f.grad_other(x, t, o, scale); });
 }
 
-struct LossFormula {
-  const char* name;
-  LossLoops<float>* in_float;
-  LossLoops<double>* in_double;
-
-  template <class A> LossLoops<A>* in() const {
-    if constexpr (sizeof(A) == sizeof(float)) return in_float;
-    else return in_double;
-  }
-};
-
-// Focal losses of gamma 2, as most are, without a logarithm and an exponential.
-template <class A> void sigmoid_focal_loss(const Parameters& parameters, const LossChunk<A>& chunk) {
-  (parameters[1] == 2 ? evaluate<SigmoidFocalLossOfTwo, A> : evaluate<SigmoidFocalLoss, A>)(parameters,
-                                                                                          chunk);
+// gamma 2, the usual value, needs neither a logarithm nor an exponential.
+template <class A> void sigmoid_focal_loss(const Parameters& parameters,
+                                           const LossChunk<A>& chunk) {
+  (parameters[1] == 2 ? evaluate<SigmoidFocalLossOfTwo, A>
+                      : evaluate<SigmoidFocalLoss, A>)(parameters, chunk);
 }
 
 #define PYFUSED_LOSS(name, Formula) {name, &evaluate<Formula, float>, &evaluate<Formula, double>}
-inline constexpr LossFormula kLossFormulas[] = {
+constexpr LossFormula kLossFormulas[] = {
     PYFUSED_LOSS("mse_loss", MseLoss),
     PYFUSED_LOSS("smooth_l1_loss", SmoothL1Loss),
     PYFUSED_LOSS("l1_loss", L1Loss),
@@ -368,7 +360,8 @@ inline constexpr LossFormula kLossFormulas[] = {
     {"sigmoid_focal_loss", &sigmoid_focal_loss<float>, &sigmoid_focal_loss<double>},
     PYFUSED_LOSS("binary_cross_entropy", BinaryCrossEntropy),
     PYFUSED_LOSS("binary_cross_entropy_with_logits", BinaryCrossEntropyWithLogits),
-    PYFUSED_LOSS("binary_cross_entropy_with_logits_pos_weight", BinaryCrossEntropyWithLogitsPosWeight),
+    PYFUSED_LOSS("binary_cross_entropy_with_logits_pos_weight",
+                 BinaryCrossEntropyWithLogitsPosWeight),
     PYFUSED_LOSS("gaussian_nll_loss", GaussianNllLoss),
 };
 

@@ -18,9 +18,9 @@
 
 namespace pyfused {
 
-// How far ahead a loop asks for memory. The hardware stops at every page, and looks no further while
-// what is in L1 is computed with: sums of exponentials are 1.05 to 1.3 times faster, tiles of more than
-// 16 classes 1.1 to 2.1.
+// How far ahead a loop asks for memory. The hardware stops at every page, and looks no further
+// while what is in L1 is computed with: sums of exponentials are 1.05 to 1.3 times faster, tiles of
+// more than 16 classes 1.1 to 2.1.
 template <class T> constexpr int64_t kAhead = (1 << 14) / int64_t(sizeof(T));
 
 // From this size on, glibc maps every block anew and the kernel zeroes it page by page at the first
@@ -38,8 +38,8 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size
 #endif
 }
 
-// Whether a large block was written before. The kernel zeroes new pages through the cache, and stores
-// past it are 0.95 to 1 times as fast as others then.
+// Whether a large block was written before. The kernel zeroes new pages through the cache, and
+// stores past it are 0.95 to 1 times as fast as others then.
 inline bool has_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
@@ -53,9 +53,9 @@ inline bool has_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes
 }
 
 // From this size on, an output has left the cache before anybody reads it, and non-temporal stores
-// save reading its lines from memory first. Measured to pay where results come from a buffer (1.2 to
-// 1.4 times), or from logits in cache (1.2); a loop that reads memory and writes registers is better
-// off with plain stores (0.8).
+// save reading its lines from memory first. Measured to pay where results come from a buffer (1.2
+// to 1.4 times), or from logits in cache (1.2); a loop that reads memory and writes registers is
+// better off with plain stores (0.8).
 constexpr size_t kStreamBytes = size_t(16) << 20;
 
 #ifdef __SSE2__

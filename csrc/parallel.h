@@ -1,7 +1,8 @@
 // The only place that decides how work is spread over threads.
 //
-// A kernel names fixed blocks whose bounds do not depend on the number of threads, keeps one partial
-// result a block, and adds the partials up in order: the result has the same bits for any count.
+// A kernel names fixed blocks whose bounds do not depend on the number of threads, keeps one
+// partial result a block, and adds the partials up in order: the result has the same bits for any
+// count.
 #pragma once
 
 #include <algorithm>
@@ -31,20 +32,22 @@ inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = tru
 constexpr bool forked = false;
 #endif
 
-// A thread's own blocks. Whoever takes some moves `next`, on a cache line that nobody else writes to.
+// A thread's own blocks. Whoever takes some moves `next`, on a cache line that nobody else writes
+// to.
 struct alignas(64) Share {
   std::atomic<int64_t> next;
   int64_t end;
 };
 
-// What is taken at once is a 32nd of a share: an atomic operation waits until the stores before it have
-// left the core, and those past the cache are slow. One block at a time takes 1.07 times as long at
-// (8, 21, 256, 256), and with schedule(dynamic), which spreads neighbouring blocks, 1.2 times.
+// What is taken at once is a 32nd of a share: an atomic operation waits until the stores before it
+// have left the core, and those past the cache are slow. One block at a time takes 1.07 times as
+// long at (8, 21, 256, 256), and with schedule(dynamic), which spreads neighbouring blocks, 1.2
+// times.
 constexpr int64_t kParts = 32;
 
-// Each thread works off its share, and then what is left of the others': nobody waits for all that a
-// thread had to do which was put aside. Beside one process that computes, on two cores, calls of some
-// milliseconds are 1.1 to 1.25 times as fast as with schedule(static); alone, 1 to 1.05 times.
+// Each thread works off its share, and then what is left of the others': nobody waits for all that
+// a thread had to do which was put aside. Beside one process that computes, on two cores, calls of
+// some milliseconds are 1.1 to 1.25 times as fast as with schedule(static); alone, 1 to 1.05 times.
 template <class Body> void parallel_for(int64_t blocks, int threads, const Body& body) {
   if (threads > blocks) threads = int(blocks);
 #ifdef _OPENMP
@@ -84,9 +87,11 @@ class Sum {
   double sum = 0, error = 0;
 };
 
-// Adds term(0) + ... + term(n - 1) to a sum: few at a time in A, so that rounding errors do not grow
-// with n, and these parts in a double, or, fewer still, with their error carried along where A is one.
-template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n, const Term& term) {
+// Adds term(0) + ... + term(n - 1) to a sum: few at a time in A, so that rounding errors do not
+// grow with n, and these parts in a double, or, fewer still, with their error carried along where A
+// is one.
+template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n,
+                                                             const Term& term) {
   constexpr bool kCarries = std::is_same_v<A, double>;
 #ifdef __SANITIZE_ADDRESS__  // whose loops stay scalar: no lanes share the terms of a part
   constexpr int64_t kSideBySide = 1;

@@ -1,5 +1,5 @@
-// A tensor of shape (N, C, d1, ..., dk) as positions with classes: a position is one (n, i1, ..., ik) and
-// owns C elements. So is a tensor of any shape whose rows lie along one dimension.
+// A tensor of shape (N, C, d1, ..., dk) as positions with classes: a position is one (n, i1, ...,
+// ik) and owns C elements. So is a tensor of any shape whose rows lie along one dimension.
 #pragma once
 
 #include <cstdint>

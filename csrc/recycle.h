@@ -1,8 +1,9 @@
 // Memory for large outputs that is mapped already.
 //
-// The kernel zeroes every new page, which takes longer than most kernels here take for what goes into
-// it. So a block that is freed stays mapped and is surrendered (MADV_FREE): under memory pressure the
-// kernel takes its pages without asking, else the next output of about that size finds them in place.
+// The kernel zeroes every new page, which takes longer than most kernels here take for what goes
+// into it. So a block that is freed stays mapped and is surrendered (MADV_FREE): under memory
+// pressure the kernel takes its pages without asking, else the next output of about that size finds
+// them in place.
 #pragma once
 
 #include <cstddef>
@@ -57,9 +58,11 @@ class Recycler {
     // A limit of the address space counts what is mapped, surrendered or not.
     rlimit space;
     const bool counted = getrlimit(RLIMIT_AS, &space) || space.rlim_cur != RLIM_INFINITY;
-    const bool keep = !counted && block.bytes <= limit() &&
-                      madvise(block.data, block.bytes, MADV_FREE) == 0;
-    if (keep) { ASAN_POISON_MEMORY_REGION(block.data, block.bytes); }
+    const bool keep =
+        !counted && block.bytes <= limit() && madvise(block.data, block.bytes, MADV_FREE) == 0;
+    if (keep) {
+      ASAN_POISON_MEMORY_REGION(block.data, block.bytes);
+    }
     {
       const std::lock_guard<std::mutex> hold(mutex);
       stats_.in_use -= block.bytes;
@@ -144,8 +147,8 @@ class Recycler {
   }
 
   static void* map(size_t bytes) {
-    void* const start = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* const start =
+        mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) return nullptr;
     char* const from = static_cast<char*>(start);
     const size_t before = size_t(-reinterpret_cast<uintptr_t>(start)) % kPage;

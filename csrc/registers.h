@@ -1,10 +1,10 @@
-// Registers of floats by twos and fours, for exponentials.h. A file for each instruction set says what one
-// register does, how two of them are read and written as elements of any type, and what transpose.h
-// does with one.
+// Registers of floats by twos and fours, for exponentials.h. A file for each instruction set says
+// what one register does, how two of them are read and written as elements of any type, and what
+// transpose.h does with one.
 //
-// An operator is done for all registers before the next one is for any: a result takes some cycles, in
-// which the CPU needs others to work on, and it looks ahead to no more than some eight registers'
-// exponentials.
+// An operator is done for all registers before the next one is for any: a result takes some cycles,
+// in which the CPU needs others to work on, and it looks ahead to no more than some eight
+// registers' exponentials.
 #pragma once
 
 #include <limits>
@@ -13,7 +13,9 @@
 
 namespace pyfused {
 
-template <int N> struct Registers { Registers<N / 2> low, high; };
+template <int N> struct Registers {
+  Registers<N / 2> low, high;
+};
 using Pair = Registers<2>;
 using Quad = Registers<4>;
 

@@ -1,6 +1,6 @@
-// Between memory, a position after the other, and tiles, a class after the other: squares of 16 positions
-// and classes are turned within AVX-512 registers, 1.3 to 2.3 times faster than element by element, and
-// squares of 8 within AVX2's.
+// Between memory, a position after the other, and tiles, a class after the other: squares of 16
+// positions and classes are turned within AVX-512 registers, 1.3 to 2.3 times faster than element
+// by element, and squares of 8 within AVX2's.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,8 @@ template <> inline constexpr bool kTransposes<float16> = true;
 constexpr int kSquare = sizeof(Register) / sizeof(float);
 using Square = Register[kSquare];
 
-// Swaps lanes of 4 bytes across the diagonal, then of 8, of 16, and of 32 where a register has so many.
+// Swaps lanes of 4 bytes across the diagonal, then of 8, of 16, and of 32 where a register has so
+// many.
 PYFUSED_INLINE void transpose(Square& rows) {
   Square pairs, quads;
   for (int i = 0; i < kSquare; i += 2) {
@@ -55,10 +56,14 @@ PYFUSED_INLINE void transpose(Square& rows) {
 }
 
 PYFUSED_INLINE Register& row_of_tile(float* x) { return *reinterpret_cast<Register*>(x); }
-PYFUSED_INLINE Register row_of_tile(const float* x) { return *reinterpret_cast<const Register*>(x); }
+PYFUSED_INLINE Register row_of_tile(const float* x) {
+  return *reinterpret_cast<const Register*>(x);
+}
 
-// Calls body(first position, first class, classes, these of a row) for the squares that cover a tile.
-template <class Body> PYFUSED_INLINE void for_squares(int64_t classes, int64_t n, const Body& body) {
+// Calls body(first position, first class, classes, these of a row) for the squares that cover a
+// tile.
+template <class Body> PYFUSED_INLINE void for_squares(int64_t classes, int64_t n,
+                                                      const Body& body) {
   for (int64_t b = 0; b < n; b += kSquare) {
     for (int64_t c = 0; c < classes; c += kSquare) {
       const int64_t wide = std::min<int64_t>(kSquare, classes - c);

@@ -56,11 +56,19 @@
 
 namespace pyfused {
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
-template <class T> struct AccumulateType { using type = float; };
-template <> struct AccumulateType<double> { using type = double; };
+template <class T> struct AccumulateType {
+  using type = float;
+};
+template <> struct AccumulateType<double> {
+  using type = double;
+};
 template <class T> using Accumulate = typename AccumulateType<T>::type;
 
 // Buffers hold whole vectors: 64 bytes is the widest register of any ISA built here.
@@ -301,7 +309,8 @@ template <class A> PYFUSED_INLINE A softplus(A x) {
   return tail + (x < 0 ? A(0) : x);
 }
 
-// tanh(|x|) = -m / (1 + e) = 1 - 2 e / (1 + e), e = exp(-2 |x|), m = e - 1; whichever is the smaller.
+// tanh(|x|) = -m / (1 + e) = 1 - 2 e / (1 + e), e = exp(-2 |x|), m = e - 1; whichever is the
+// smaller.
 template <class A> PYFUSED_INLINE A tanh_of(A x) {
   const A size = std::abs(x);
   const Power<A> power = power_of(-2 * size);
@@ -379,8 +388,9 @@ PYFUSED_INLINE double normal_tail(double u) {
   return q * u + 0.239321975910893291;
 }
 
-// The standard normal distribution, with minimax polynomials: P(X <= x) = 1/2 + x M(x^2) where |x| < 1,
-// else P(X <= -a) = exp(-a^2 / 2) t Q(t), t = 1 / (1 + 0.3 a), Q around the middle of its range.
+// The standard normal distribution, with minimax polynomials: P(X <= x) = 1/2 + x M(x^2) where |x|
+// < 1, else P(X <= -a) = exp(-a^2 / 2) t Q(t), t = 1 / (1 + 0.3 a), Q around the middle of its
+// range.
 template <class A> struct Normal {
   A density, below;
 

@@ -1,2 +1,0 @@
-#define PYFUSED_MODULE _cpu_generic
-#include "bindings.cpp"

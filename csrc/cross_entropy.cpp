@@ -1,0 +1,59 @@
+// Checks the targets, runs blocks of positions in parallel in one of two layouts, and adds the
+// losses up in a fixed order.
+#include "cross_entropy.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cross_entropy_columns.h"
+#include "cross_entropy_rows.h"
+#include "memory.h"
+#include "parallel.h"
+#include "target_statistics.h"
+
+namespace pyfused {
+
+template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
+  using A = Accumulate<T>;
+  const TargetStatistics statistics = target_statistics(ce);
+  if (statistics.out_of_range >= 0) return statistics.out_of_range;
+  const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
+  const double denominator = !mean ? 1 : ce.divisor ? *ce.divisor : statistics.denominator;
+  const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
+  Sum weights;
+  const int64_t classes = ce.lse ? ce.shard.total : ce.classes;
+  const A* const weight = ce.lse ? ce.weight : ce.class_weight();
+  for (int64_t c = 0; ce.weight && c < classes; ++c) weights.add(weight[c]);
+  const double uniform_sum = ce.uniform() * (ce.weight ? weights.value() : double(classes));
+  const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses<T> &&
+                    (!ce.grad_logits.data || ce.grad_logits.classes == 1);
+  T* const grad = ce.grad_logits.data;
+  bool streams = bytes >= kStreamBytes;
+  if (streams && rows) streams = grad != ce.logits.data && has_pages(grad, bytes);
+  const CrossEntropyBatch<T> batch(ce, uniform_sum, denominator, streams);
+
+  using Tall = CrossEntropyColumns<T, 32, 128>;
+  using Wide = CrossEntropyColumns<T, 128, kFewClasses>;
+  const bool wide = ce.classes <= kFewClasses;
+  const int64_t columns = wide ? Wide::kPositions : Tall::kPositions;
+  const int64_t size = rows ? rows_of_block(ce.classes) : columns;
+  const int64_t blocks = (ce.positions() + size - 1) / size;
+  std::vector<double> partial(blocks);
+  parallel_for(blocks, ce.threads, [&](int64_t block) {
+    const int64_t first = block * size;
+    if (rows) {
+      partial[block] = run_rows(batch, first, std::min(ce.positions(), first + size));
+    } else {
+      partial[block] = wide ? Wide(batch, first).run() : Tall(batch, first).run();
+    }
+  });
+  if (ce.loss && !each) *ce.loss = A(total<T>(partial.data(), blocks) / denominator);
+  return -1;
+}
+
+template int64_t cross_entropy(const CrossEntropy<float>&);
+template int64_t cross_entropy(const CrossEntropy<double>&);
+template int64_t cross_entropy(const CrossEntropy<bfloat16>&);
+template int64_t cross_entropy(const CrossEntropy<float16>&);
+
+}  // namespace pyfused

@@ -1,0 +1,111 @@
+#include "pointwise_loss.h"
+
+#include <algorithm>
+#include <iterator>
+#include <type_traits>
+
+#include "loss_formulas.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace pyfused {
+
+constexpr int64_t kLossChunk = 1024;     // elements at a time, in L1
+constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time
+
+// The operand's elements from `first` on: in place if they have the accumulation type and are not
+// broadcast, else in the buffer.
+template <class T>
+const Accumulate<T>* elements(const Operand<T>& operand, int64_t first, int64_t n,
+                              Accumulate<T>* buffer) {
+  if (!operand.step) {
+    std::fill_n(buffer, n, widen(*operand.data));
+    return buffer;
+  }
+  if constexpr (std::is_same_v<T, Accumulate<T>>) return operand.data + first;
+  else load(operand.data + first, buffer, n);
+  return buffer;
+}
+
+// What the losses of a chunk, and their gradients, are multiplied by; null for 1.
+template <class A> struct Factors {
+  const A* value = nullptr;
+  const A* gradient = nullptr;
+};
+
+template <class T>
+Factors<Accumulate<T>> factors(const PointwiseLoss<T>& p, int64_t first, int64_t n,
+                               Accumulate<T>* weight, Accumulate<T>* grad_output) {
+  Factors<Accumulate<T>> found;
+  if (p.weight.data) found.value = found.gradient = elements(p.weight, first, n, weight);
+  if (!p.grad_output.data) return found;
+  found.gradient = elements(p.grad_output, first, n, grad_output);
+  if (!found.value) return found;
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) grad_output[i] = found.gradient[i] * found.value[i];
+  found.gradient = grad_output;
+  return found;
+}
+
+template <class A> void multiply(A* values, const A* by, int64_t n) {
+  if (!by) return;
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) values[i] *= by[i];
+}
+
+template <class T>
+void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum& sum, int64_t first,
+                     int64_t n, bool streams) {
+  using A = Accumulate<T>;
+  using Buffer = A[kLossChunk];
+  alignas(kVectorBytes) Buffer read[3], written[3], buffer, weight, grad_output;
+  A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
+  Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
+  LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
+  for (int k = 0; k < 3; ++k) {
+    const Operand<T>& operand = p.operands[k];
+    chunk.operands[k] = operand.data ? elements(operand, first, n, read[k]) : chunk.operands[0];
+    T* const gradient = p.gradients[k];
+    if (gradient) chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);
+  }
+  formula.in<A>()(p.parameters, chunk);
+  const Factors<A> by = factors(p, first, n, weight, grad_output);
+  if (p.reduced && by.value) {
+    add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
+  }
+  if (p.each) {
+    multiply(value, by.value, n);
+    write(value, p.each + first, n, streams);
+  }
+  for (int k = 0; k < 3; ++k) {
+    if (!chunk.gradients[k]) continue;
+    multiply(chunk.gradients[k], by.gradient, n);
+    write(chunk.gradients[k], p.gradients[k] + first, n, streams);
+  }
+}
+
+template <class T> void pointwise_loss(const LossFormula& formula, const PointwiseLoss<T>& p) {
+  const int64_t blocks = (p.n + kLossBlock - 1) / kLossBlock;
+  const bool streams = size_t(p.n) * sizeof(T) >= kStreamBytes;
+  std::vector<double> partial(blocks);
+  parallel_for(blocks, p.threads, [&](int64_t block) {
+    const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
+    Sum sum;
+    for (int64_t first = block * kLossBlock; first < end; first += kLossChunk) {
+      pointwise_chunk(formula, p, sum, first, std::min(kLossChunk, end - first), streams);
+    }
+    partial[block] = sum.value();
+  });
+  if (p.reduced) *p.reduced = Accumulate<T>(total<T>(partial.data(), blocks) / p.denominator);
+}
+
+std::vector<LossFormula> loss_formulas() {
+  return {std::begin(kLossFormulas), std::end(kLossFormulas)};
+}
+
+template void pointwise_loss(const LossFormula&, const PointwiseLoss<float>&);
+template void pointwise_loss(const LossFormula&, const PointwiseLoss<double>&);
+template void pointwise_loss(const LossFormula&, const PointwiseLoss<bfloat16>&);
+template void pointwise_loss(const LossFormula&, const PointwiseLoss<float16>&);
+
+}  // namespace pyfused

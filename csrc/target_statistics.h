@@ -1,0 +1,58 @@
+// Counts the class indices of a batch and checks them, before a loss is computed.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cross_entropy_terms.h"
+#include "parallel.h"
+
+namespace pyfused {
+
+struct TargetStatistics {
+  double denominator;    // of the mean: the summed weight of the targets that are not ignored
+  int64_t out_of_range;  // the first position whose target is not a class, or -1
+};
+
+template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce) {
+  if (!ce.target) {
+    Sum weights;
+    for (int64_t i = 0; ce.token_weight && i < ce.positions(); ++i) weights.add(ce.token_weight[i]);
+    return {ce.token_weight ? weights.value() : double(ce.positions()), -1};
+  }
+  constexpr int64_t kBlock = 8192;
+  const int64_t blocks = (ce.positions() + kBlock - 1) / kBlock;
+  std::vector<TargetStatistics> parts(blocks, TargetStatistics{0, -1});
+  parallel_for(blocks, ce.threads, [&](int64_t block) {
+    const int64_t end = std::min(ce.positions(), (block + 1) * kBlock);
+    int64_t not_ignored = 0, invalid = 0;
+    for (int64_t i = block * kBlock; i < end; ++i) {
+      const int64_t counted = ce.target[i] != ce.ignore_index;
+      not_ignored += counted;
+      invalid += counted & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.shard.total));
+    }
+    TargetStatistics& part = parts[block];
+    part.denominator = double(not_ignored);
+    for (int64_t i = block * kBlock; invalid && part.out_of_range < 0; ++i) {
+      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.shard.total;
+      if (!ce.ignored(i) && outside) part.out_of_range = i;
+    }
+    if (invalid || !(ce.weight || ce.token_weight)) return;
+    Sum weights;
+    for (int64_t i = block * kBlock; i < end; ++i) {
+      if (ce.ignored(i)) continue;
+      const double weight = ce.weight ? double(ce.weight[ce.target[i]]) : 1;
+      weights.add(ce.token_weight ? weight * double(ce.token_weight[i]) : weight);
+    }
+    part.denominator = weights.value();
+  });
+  Sum denominator;
+  int64_t out_of_range = -1;
+  for (const TargetStatistics& part : parts) {
+    denominator.add(part.denominator);
+    if (out_of_range < 0) out_of_range = part.out_of_range;
+  }
+  return {denominator.value(), out_of_range};
+}
+
+}  // namespace pyfused
