@@ -23,7 +23,7 @@
 #include "rows.h"
 #include "softmax.h"
 
-// Options are a dict of fields, more of which may be there than are read.
+// Options are a dict of fields, of which more may be there than are read.
 template <> struct pybind11::detail::type_caster<pyfused::CrossEntropyOptions> {
   PYBIND11_TYPE_CASTER(pyfused::CrossEntropyOptions, const_name("dict[str, Any]"));
 
@@ -77,30 +77,27 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     using T = decltype(element);
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
-    prefer_huge_pages(pointer<void>(grad_logits[0]), grad_logits[0] ? bytes : 0);
-    prefer_huge_pages(pointer<void>(grad_probabilities[0]), grad_probabilities[0] ? bytes : 0);
+    for (const ViewTuple& gradient : gradients) {
+      prefer_huge_pages(pointer<void>(gradient[0]), gradient[0] ? bytes : 0);
+    }
     CrossEntropy<T> ce{{sizes[0], sizes[1], sizes[2]},
+                       options,
                        view<const T>(logits),
                        pointer<const int64_t>(target),
                        view<const T>(probabilities),
                        pointer<const A>(weight),
-                       ignore_index,
-                       smoothing,
-                       gamma,
-                       Reduction(reduction),
                        pointer<const A>(grad_output),
                        pointer<A>(loss),
-                       view<T>(grad_logits),
-                       view<T>(grad_probabilities),
+                       view<T>(gradients[0]),
+                       view<T>(gradients[1]),
                        threads};
-    ce.z_loss = z_loss;
-    ce.token_weight = pointer<const A>(token_weight);
-    ce.divisor = divisor ? &*divisor : nullptr;
-    if (shard) ce.shard = {(*shard)[0], (*shard)[1]};
-    ce.lse = pointer<const double>(lse);
-    ce.local_lse = pointer<double>(measures[0]);
-    ce.entropy = pointer<double>(measures[1]);
-    ce.prediction = pointer<int64_t>(measures[2]);
+    if (shard) {
+      ce.shard = {(*shard)[0], (*shard)[1]};
+      ce.lse = pointer<const double>((*shard)[2]);
+    }
+    ce.local_lse = pointer<double>(statistics[0]);
+    ce.entropy = pointer<double>(statistics[1]);
+    ce.prediction = pointer<int64_t>(statistics[2]);
     return cross_entropy(ce);
   });
 }
@@ -114,14 +111,11 @@ int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& i
     const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
     prefer_huge_pages(pointer<void>(grad_input[0]), grad_input[0] ? bytes : 0);
     return nll_loss(CrossEntropy<T>{{sizes[0], sizes[1], sizes[2]},
+                                    {ignore_index, Reduction(reduction)},
                                     view<const T>(input),
                                     pointer<const int64_t>(target),
                                     {},
                                     pointer<const A>(weight),
-                                    ignore_index,
-                                    0,
-                                    0,
-                                    Reduction(reduction),
                                     pointer<const A>(grad_output),
                                     pointer<A>(loss),
                                     view<T>(grad_input),

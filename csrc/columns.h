@@ -25,7 +25,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
 
   Columns(const Positions& shape, int64_t first, bool streams, double scale = 1)
       : shape(shape), first(first), n(std::min(kColumns, shape.positions() - first)),
-        streams(streams), scale(scale) {}
+        streams(streams), scale(A(scale)) {}
 
  protected:
   using A = Accumulate<T>;
@@ -36,6 +36,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   const Positions& shape;
   const int64_t first, n;
   const bool streams;  // outputs larger than the cache use non-temporal stores
+  const A scale;       // of the elements that for_tiles reads
   alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
   alignas(kVectorBytes) Lanes log_sum;
   alignas(kVectorBytes) A max[kColumns];
@@ -107,7 +108,12 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   template <class Body> void for_tiles(const View<const T>& view, const Body& body) {
     for (int64_t c = 0; c < shape.classes; c += kTileClasses) {
       const int64_t k = std::min(kTileClasses, shape.classes - c);
-      if (shape.classes > kTileClasses || !loaded) load_tile(view, c, k, x);
+      if (shape.classes > kTileClasses || !loaded) {
+        load_tile(view, c, k, x);
+        for (int64_t i = 0; scale != 1 && i < k; ++i) {
+          for (int64_t b = 0; b < kColumns; ++b) x[i][b] *= scale;
+        }
+      }
       loaded = true;
       body(c, k);
     }

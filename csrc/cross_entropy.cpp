@@ -18,7 +18,7 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const TargetStatistics statistics = target_statistics(ce);
   if (statistics.out_of_range >= 0) return statistics.out_of_range;
   const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
-  const double denominator = !mean ? 1 : ce.divisor ? *ce.divisor : statistics.denominator;
+  const double denominator = mean ? ce.denominator.value_or(statistics.denominator) : 1;
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
   Sum weights;
   const int64_t classes = ce.lse ? ce.shard.total : ce.classes;

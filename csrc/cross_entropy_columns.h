@@ -24,7 +24,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   using Base::kPositions;
 
   CrossEntropyColumns(const CrossEntropyBatch<T>& ce, int64_t first)
-      : Base(ce, first, ce.streams), ce(ce) {}
+      : Base(ce, first, ce.streams, ce.scale), ce(ce) {}
 
   double run() {
     find_targets();
@@ -46,8 +46,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
     if (ce.z_loss > 0 || ce.local_lse) use_lse();
-    for (int64_t b = 0; ce.token_weight && b < n; ++b)
-      loss[b] *= double(ce.token_weight[first + b]);
+    for (int64_t b = 0; ce.token_weights && b < n; ++b)
+      loss[b] *= double(ce.token_weights[first + b]);
     for (int64_t b = 0; any_ignored && b < n; ++b) {
       if (ce.ignored(first + b)) loss[b] = 0;
     }
@@ -61,7 +61,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   const CrossEntropyBatch<T>& ce;
   bool any_ignored = false;
   int64_t label[kColumns];  // -1 for a target that is ignored or in another shard
-  alignas(kVectorBytes) Lanes scale;
+  alignas(kVectorBytes) Lanes row_scale;
   alignas(kVectorBytes) Lanes one_hot;
   alignas(kVectorBytes) Lanes target_q;  // q at the target
   alignas(kVectorBytes) Lanes target_sum;  // dloss/dlse: sum_c q_c, and what z_loss adds
@@ -72,8 +72,9 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
 
   void find_targets() {
-    std::fill_n(scale, kColumns, ce.common_scale);
-    for (int64_t b = 0; ce.has_position_scale() && b < n; ++b) scale[b] = ce.scale(first + b);
+    std::fill_n(row_scale, kColumns, ce.common_scale);
+    for (int64_t b = 0; ce.has_position_scale() && b < n; ++b)
+      row_scale[b] = ce.row_scale(first + b);
     std::fill_n(label, kColumns, -1);
     int64_t ignored = 0;
     for (int64_t b = 0; ce.target && b < n; ++b) {
@@ -249,8 +250,9 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       target_sum[b] += 2 * ce.z_loss * (double(max[b]) + log_sum[b]);
     }
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(target_sum[b] * scale[b] / sum[b]);
-      smooth_weight[b] = A(common_weight * scale[b]);
+      const double scale = row_scale[b] * ce.scale;
+      factor[b] = A(target_sum[b] * scale / sum[b]);
+      smooth_weight[b] = A(common_weight * scale);
       const double p = double(exp_shifted(target_logit[b] - max[b])) / sum[b];
       at_target[b] = A((p * target_sum[b] - target_q[b]) * scale);
     }
@@ -278,7 +280,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     const double grad_weight = ce.smooth_weight() * ce.prob_weight();
     alignas(kVectorBytes) A factor[kColumns], low[kColumns];
     for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(grad_weight * scale[b]);
+      factor[b] = A(grad_weight * row_scale[b]);
       low[b] = A(log_sum[b]);
     }
     for_tiles([&](int64_t c, int64_t k) {

@@ -20,14 +20,15 @@ template <class T> class Row {
   using A = Accumulate<T>;
 
  public:
-  Row(const CrossEntropyBatch<T>& ce, int64_t position)
-      : ce(ce), position(position), logits(ce.at(ce.logits, position)),
+  // `scaled` is memory for the row's logits times the scale, if that is not 1.
+  Row(const CrossEntropyBatch<T>& ce, int64_t position, T* scaled)
+      : ce(ce), position(position), logits(scaled_logits(ce, position, scaled)),
         has_target(ce.has_target(position)),
         keeps(ce.grad_logits.data && !ce.lse && ce.classes <= kKept<T>) {}
 
   static A first_max(const CrossEntropyBatch<T>& ce, int64_t position) {
     if (ce.lse || ce.ignored(position)) return 0;
-    return Normalizer<T>::first_max(ce.at(ce.logits, position), ce.classes);
+    return A(ce.scale) * Normalizer<T>::first_max(ce.at(ce.logits, position), ce.classes);
   }
 
   void read(A first_max) {
@@ -68,6 +69,18 @@ template <class T> class Row {
   }
 
  private:
+  static const T* scaled_logits(const CrossEntropyBatch<T>& ce, int64_t position, T* scaled) {
+    const T* const x = ce.at(ce.logits, position);
+    if (ce.scale == 1) return x;
+    alignas(kVectorBytes) A chunk[kChunk];
+    pyfused::for_chunks(ce.classes, [&](int64_t, int64_t first, int64_t n) {
+      load(x + first, chunk, n);
+      for (int64_t i = 0; i < n; ++i) chunk[i] *= A(ce.scale);
+      store(chunk, scaled + first, n);
+    });
+    return scaled;
+  }
+
   const CrossEntropyBatch<T>& ce;
   const int64_t position;
   const T* const logits;
@@ -188,7 +201,7 @@ template <class T> class Row {
   // p_c sum_k q_k - q_c
   void write_gradient() {
     T* const grad = ce.at(ce.grad_logits, position);
-    const double scale = ce.scale(position), factor = target_sum * scale / row.sum;
+    const double scale = ce.row_scale(position) * ce.scale, factor = target_sum * scale / row.sum;
     const A high = row.pivot, smooth_weight = A(ce.smooth_weight() * scale);
     if (keeps) {
       for_chunks([&](int64_t chunk, int64_t first, int64_t n) {
@@ -223,7 +236,7 @@ template <class T> class Row {
   void write_probability_gradient() {
     T* const grad = ce.at(ce.grad_probabilities, position);
     const int64_t stride = ce.grad_probabilities.classes;
-    const A factor = A(ce.smooth_weight() * ce.prob_weight() * ce.scale(position)),
+    const A factor = A(ce.smooth_weight() * ce.prob_weight() * ce.row_scale(position)),
             high = row.pivot;
     const A low = A(std::log(row.sum));
     for_chunks([&](int64_t, int64_t first, int64_t n) {
@@ -244,9 +257,10 @@ template <class T> double run_rows(const CrossEntropyBatch<T>& ce, int64_t first
   constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
   double factor[kMostRows], distance[kMostRows], sum[kMostRows], pivot[kMostRows], loss[kMostRows];
   const int64_t n = end - first;
+  std::vector<T> scaled(ce.scale == 1 ? 0 : ce.classes);
   A first_max = Row<T>::first_max(ce, first);
   for (int64_t i = 0; i < n; ++i) {
-    Row<T> row(ce, first + i);
+    Row<T> row(ce, first + i, scaled.data());
     row.read(first_max);
     if (i + 1 < n) first_max = Row<T>::first_max(ce, first + i + 1);
     const RowLoss part = row.finish();

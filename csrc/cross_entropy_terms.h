@@ -18,6 +18,8 @@
 // The logits may be those of a vocabulary shard. Then the loss is the sum over its classes, with
 // the shard's lse, or with the lse of all classes where it is given.
 //
+// With a scale, x is scale times the logits, whose gradient is scale dloss/dx.
+//
 // With z_loss the loss has z_loss lse^2 more, and dloss/dx_c has 2 z_loss lse p_c more.
 //
 // Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss
@@ -49,16 +51,16 @@ struct VocabShard {
   int64_t total;  // classes of the whole vocabulary
 };
 
-// Python passes the fields by name; pyfused/types.py has the same.
+// Python passes the fields by name: pyfused/types.py has the same.
 struct CrossEntropyOptions {
   int64_t ignore_index = -100;
   Reduction reduction = Reduction::mean;
   double label_smoothing = 0;
   double gamma = 0;
   double z_loss = 0;
-  double scale = 1;           // of the logits
-  int64_t token_weight = 0;   // address of one A a position, which multiplies its loss; 0 for ones
-  std::optional<double> denominator;  // of the mean; none: the weight of the targets that count
+  double scale = 1;
+  int64_t token_weight = 0;           // address of one A for each position; 0 for ones
+  std::optional<double> denominator;  // of the mean; the summed weight of valid targets if absent
 
   template <class Visit> void for_each(const Visit& visit) {
     visit("ignore_index", ignore_index);
@@ -75,34 +77,28 @@ struct CrossEntropyOptions {
 template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   using A = Accumulate<T>;
   View<const T> logits;
-  const int64_t* target;        // a class index for each position; null for probabilities
+  const int64_t* target;  // a class index for each position; null for probabilities
   View<const T> probabilities;  // a distribution for each position
-  const A* weight;              // one for each class of the vocabulary; null for ones
-  int64_t ignore_index;
-  double smoothing;
-  double gamma;
-  Reduction reduction;
+  const A* weight;  // one for each class of the vocabulary; null for ones
   const A* grad_output;  // for each position with Reduction::none, else one; null for ones
-  A* loss;               // for each position with Reduction::none, else one; null if not wanted
-  View<T> grad_logits;         // data is null if not wanted
+  A* loss;  // for each position with Reduction::none, else one; null if not wanted
+  View<T> grad_logits;  // data is null if not wanted
   View<T> grad_probabilities;  // data is null if not wanted
   int threads;
 
-  double z_loss = 0;
-  const A* token_weight = nullptr;  // multiplies the loss of each position; null for ones
-  const double* divisor = nullptr;  // of the mean; null for the summed weight of valid targets
+  const A* token_weights = reinterpret_cast<const A*>(token_weight);  // factors of the losses
   VocabShard shard{0, this->classes};
   const double* lse = nullptr;  // of the whole vocabulary, for each position; null: of the shard
 
   // Outputs for each position; null if not wanted.
-  double* local_lse = nullptr;    // lse of the shard
-  double* entropy = nullptr;      // of the shard's softmax
+  double* local_lse = nullptr;  // lse of the shard
+  double* entropy = nullptr;  // of the shard's softmax
   int64_t* prediction = nullptr;  // the shard's first class with the largest logit; with entropy
 
-  bool dense() const { return target == nullptr || smoothing > 0; }
-  double uniform() const { return smoothing / double(shard.total); }
-  bool follows_probabilities() const { return !target && smoothing < 1; }
-  double smooth_weight() const { return follows_probabilities() ? 1 - smoothing : uniform(); }
+  bool dense() const { return target == nullptr || label_smoothing > 0; }
+  double uniform() const { return label_smoothing / double(shard.total); }
+  bool follows_probabilities() const { return !target && label_smoothing < 1; }
+  double smooth_weight() const { return follows_probabilities() ? 1 - label_smoothing : uniform(); }
   A prob_weight() const { return A(follows_probabilities()); }
   A smooth_bias() const { return follows_probabilities() ? A(uniform() / smooth_weight()) : A(1); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
@@ -116,18 +112,18 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   }
   double target_q(int64_t position) const {  // q at the target class
     const double one = weight ? double(weight[target[position]]) : 1;
-    return smoothing > 0 ? uniform() * one + one_hot(position)
-                         : one_hot(position);  // 0 * inf is NaN
+    return label_smoothing > 0 ? uniform() * one + one_hot(position)
+                               : one_hot(position);  // 0 * inf is NaN
   }
 };
 
 // The arguments with what is computed once for the batch. Scalars of a position are doubles, so
 // that only vectors are rounded to A.
 template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
-  double uniform_sum;   // uniform * sum_c weight_c, over the classes of lse
+  double uniform_sum;  // uniform * sum_c weight_c, over the classes of lse
   double denominator;
-  double
-      common_scale;  // of the gradients, where positions share it: a division costs an exponential
+  // Of the gradients, where positions share it: a division costs as much as an exponential.
+  double common_scale;
   bool streams;  // gradients larger than the cache use non-temporal stores
 
   CrossEntropyBatch(const CrossEntropy<T>& ce, double uniform_sum, double denominator, bool streams)
@@ -136,12 +132,12 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
         streams(streams) {}
 
   bool has_position_scale() const {
-    return this->token_weight || (this->grad_output && this->reduction == Reduction::none);
+    return this->token_weights || (this->grad_output && this->reduction == Reduction::none);
   }
   double row_scale(int64_t position) const {
     const bool each = this->grad_output && this->reduction == Reduction::none;
     const double scale = each ? double(this->grad_output[position]) / denominator : common_scale;
-    return this->token_weight ? scale * double(this->token_weight[position]) : scale;
+    return this->token_weights ? scale * double(this->token_weights[position]) : scale;
   }
   // A target in another shard counts in the gradient of the given lse, not in this shard's loss.
   bool counts(int64_t position) const { return this->lse || this->has_target(position); }

@@ -55,7 +55,7 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
       }
       if (nll.grad_logits.data && !ignored) {
         T* const gradient = nll.at(nll.grad_logits, position) + label * nll.grad_logits.classes;
-        *gradient = narrow<T>(A(-weight * batch.scale(position)));
+        *gradient = narrow<T>(A(-weight * batch.row_scale(position)));
       }
     }
     partial[block] = sum.value();

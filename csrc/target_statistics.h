@@ -17,8 +17,9 @@ struct TargetStatistics {
 template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce) {
   if (!ce.target) {
     Sum weights;
-    for (int64_t i = 0; ce.token_weight && i < ce.positions(); ++i) weights.add(ce.token_weight[i]);
-    return {ce.token_weight ? weights.value() : double(ce.positions()), -1};
+    for (int64_t i = 0; ce.token_weights && i < ce.positions(); ++i)
+      weights.add(ce.token_weights[i]);
+    return {ce.token_weights ? weights.value() : double(ce.positions()), -1};
   }
   constexpr int64_t kBlock = 8192;
   const int64_t blocks = (ce.positions() + kBlock - 1) / kBlock;
@@ -37,12 +38,12 @@ template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce)
       const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.shard.total;
       if (!ce.ignored(i) && outside) part.out_of_range = i;
     }
-    if (invalid || !(ce.weight || ce.token_weight)) return;
+    if (invalid || !(ce.weight || ce.token_weights)) return;
     Sum weights;
     for (int64_t i = block * kBlock; i < end; ++i) {
       if (ce.ignored(i)) continue;
       const double weight = ce.weight ? double(ce.weight[ce.target[i]]) : 1;
-      weights.add(ce.token_weight ? weight * double(ce.token_weight[i]) : weight);
+      weights.add(ce.token_weights ? weight * double(ce.token_weights[i]) : weight);
     }
     part.denominator = weights.value();
   });
