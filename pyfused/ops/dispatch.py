@@ -54,6 +54,7 @@ _ALWAYS_BELOW = {
     if FORCED is None
     else 0
     for op in ATEN_BELOW
+    if ATEN_BELOW[op]
 }
 
 # Elements below which a compiled call is left to Inductor: a custom operator costs some 15 us, and
