@@ -1,36 +1,43 @@
-"""What is measured: the cases, one a line, and their arguments."""
+"""What is measured: the cases, one a line, with their arguments, and how two calls are timed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from measure import Step
-from settings import AS_IT_COMES, CURRENT, torch_in
 from torch import Tensor
 from torch.nn import functional as F
 
-import pyfused.functional
+from pyfused import functional as fused
 from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
 
+Step = Callable[[], object]
+Timer = Callable[[int], float]  # how many seconds so many calls take
+Times = list[list[float]]
+Quartiles = tuple[float, float, float]
+
 
 def of_family(*families: str) -> tuple[str, ...]:
-    """Operators by their families' names: a revision compared with may not have all of these."""
+    """Operators by their families' names: an older revision may not have all of these."""
     return tuple(name for name, op in OPERATORS.items() if type(op).__name__ in families)
 
 
 POINTWISE, ACTIVATIONS = of_family("PointwiseLoss", "Composed"), of_family("Activation")
 SOFTMAX = of_family("Softmax")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 M = 1 << 20
-MODES = "forward", "forward+backward"
+MODES = FORWARD, TRAINING = "forward", "forward+backward"
 
 
-class Torchs:
+class Torch:
     """torch's operators, and in its terms those that it does not have."""
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
@@ -38,21 +45,21 @@ class Torchs:
         return getattr(self, op)
 
 
-TORCH = Torchs()
+TORCH = Torch()
 
 
 class Compiled:
-    """torch's operators, each compiled by itself, as Inductor does by default."""
+    """Operators, each compiled by itself, as torch.compile does by default."""
+
+    def __init__(self, operators: Any = TORCH) -> None:
+        self.operators = operators
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
-        setattr(self, op, torch.compile(getattr(TORCH, op)))
+        setattr(self, op, torch.compile(getattr(self.operators, op)))
         return getattr(self, op)
 
 
-# What pyfused is compared with: a name for the reports, and where its operators are.
-PEERS: dict[str, Any] = {torch_in(CURRENT): TORCH}
-if AS_IT_COMES:
-    PEERS["torch.compile"] = Compiled()
+# ---- the cases -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,20 +70,19 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype = F32
     weight: bool = False
-    further: bool = False  # the operand that a pointwise loss may do without
+    optional: bool = False  # with the optional operands of a pointwise loss
     smoothing: float = 0.0
     probabilities: bool = False
     ignored: float = 0.0  # the share of the targets
     reduction: str = "mean"
     autocast: bool = False
     headline: bool = False  # in the README's table, and run by `-m quick`
-    curve: str = ""  # a point of the picture of time against "elements" or "classes"
 
     @property
     def name(self) -> str:
         options = {
             "weight": self.weight,
-            "further operand": self.further,
+            "optional operands": self.optional,
             f"smoothing {self.smoothing}": self.smoothing,
             "probability target": self.probabilities,
             f"{self.ignored:.0%} ignored": self.ignored,
@@ -92,23 +98,26 @@ class Case:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
     def traffic(self, mode: str) -> int:
         """How many tensors of the input's size must at least be read or written."""
-        backward = mode != "forward"
+        backward = mode == TRAINING
         if self.op in (*ACTIVATIONS, *SOFTMAX):
             return 5 if backward else 2
         if self.op == "nll_loss":
             return int(backward)
         if self.op in POINTWISE:
-            return len(variables(self)) + backward
+            return len(operands(self)) + backward
         return 1 + self.probabilities + backward
 
 
-def variables(case: Case) -> tuple[Operand, ...]:
+def operands(case: Case) -> tuple[Operand, ...]:
     """The operands of a pointwise loss that a case gives."""
     op: Any = OPERATORS[case.op]
-    variables = getattr(op, "of", op).variables
-    return tuple(o for o in variables if case.further or not o.optional)
+    return tuple(o for o in getattr(op, "of", op).variables if case.optional or not o.optional)
 
 
 def _count(size: int) -> str:
@@ -140,7 +149,7 @@ CASES = (
     *(Case(op, (n,)) for op in POINTWISE for n in (100, M)),
     *(Case(op, (32 * M,), headline=True) for op in POINTWISE),
     *(Case(op, (32 * M,), BF16) for op in POINTWISE),
-    Case("binary_cross_entropy_with_logits", (32 * M,), further=True),
+    Case("binary_cross_entropy_with_logits", (32 * M,), optional=True),
     *(
         Case(op, (n,), dtype)
         for op in ACTIVATIONS
@@ -149,15 +158,16 @@ CASES = (
     *(Case(op, (32 * M,), headline=True) for op in ACTIVATIONS),
     *(Case(op, (32 * M,), BF16) for op in ACTIVATIONS),
 )
-
+HEADLINES = tuple(case for case in CASES if case.headline)
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
-SIZES = (*(1 << k for k in range(10, 28, 2)), 100 * 10**6)
-CURVES = (
-    *(Case("cross_entropy", (n // 1000 or 1, 1000), curve="elements") for n in SIZES),
-    *(Case(op, (n,), curve="elements") for op in ("mse_loss", "relu") for n in SIZES),
-    *(Case("cross_entropy", ((1 << 24) >> k, 1 << k), curve="classes") for k in range(1, 19)),
-)
+
+def chosen(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
+    """Those whose name has one of the parts in it."""
+    return [case for case in cases if any(part in case.name for part in parts)]
+
+
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -168,7 +178,7 @@ class Arguments:
     grad_output: Tensor | None = None  # the gradient of a result that is no scalar
 
     def to(self, dtype: torch.dtype) -> Arguments:
-        """The same values in another dtype, on a leaf of its own."""
+        """The same values in another dtype, with a leaf of its own."""
 
         def convert(value: Any) -> Any:
             floating = isinstance(value, Tensor) and value.is_floating_point()
@@ -183,7 +193,7 @@ class Arguments:
 
 
 def draw(case: Case, device: str = "cpu") -> Arguments:
-    """Arguments of full scale, the same in every run."""
+    """Random arguments of full scale, the same in every run."""
     generator = torch.Generator(device).manual_seed(0)
     here: dict[str, Any] = {"generator": generator, "device": device}
 
@@ -191,7 +201,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         return torch.randn(shape, **here).to(case.dtype)
 
     def within(operand: Operand) -> Tensor:
-        """Values of the bounds that the operand declares."""
+        """Values between the bounds that the operand declares."""
         if operand.sign:
             return normal(*case.shape).sign()
         if math.isinf(operand.low):
@@ -207,9 +217,9 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         return Arguments(input, options={"dim": -1}, grad_output=normal(*case.shape))
     grad_output, options = None, {}
     if case.op in POINTWISE:
-        target, *further = map(within, variables(case)[1:])
+        target, *optional = map(within, operands(case)[1:])
         others, shape = (target,), case.shape
-        options = {o.name: x for o, x in zip(variables(case)[2:], further, strict=True)}
+        options = {o.name: x for o, x in zip(operands(case)[2:], optional, strict=True)}
     else:
         classes, shape = case.shape[1], case.shape[:1] + case.shape[2:]
         options = {"label_smoothing": case.smoothing} if case.smoothing else {}
@@ -226,53 +236,54 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
     return Arguments(input, others, options | {"reduction": case.reduction}, grad_output)
 
 
+# ---- calls ---------------------------------------------------------------------------------------
+
+
 def operator(operators: Any, case: Case) -> Callable[..., Tensor]:
     function: Callable[..., Tensor] = getattr(operators, case.op)
     return torch.autocast("cpu", torch.bfloat16)(function) if case.autocast else function
 
 
-def step(operators: Any, case: Case, arguments: Arguments, mode: str) -> Step:
-    """One call as a user makes it, of one peer."""
+def step(operators: Any, case: Case, arguments: Arguments, mode: str = TRAINING) -> Step:
+    """A call as a user makes it: the forward pass alone, or a step of a training loop.
+
+    The latter frees the gradient of the step before and makes a new one. Each step has a leaf of
+    its own, so that none frees the gradient of another.
+    """
     function, a = operator(operators, case), arguments
-    if mode != "forward":
-        return training_step(function, a)
-    constant = a.input.detach()
+    leaf = a.input.detach().requires_grad_(mode == TRAINING)
 
     def forward() -> None:
-        function(constant, *a.others, **a.options)
-
-    return forward
-
-
-def training_step(function: Callable[..., Tensor], arguments: Arguments) -> Step:
-    """Forward and backward as in a loop: the last step's gradient is freed, a new one is made.
-
-    On a leaf of its own with the arguments' values, so that nobody frees the gradient of another.
-    """
-    a = arguments
-    leaf = a.input.detach().requires_grad_()
+        function(leaf, *a.others, **a.options)
 
     def forward_and_backward() -> None:
         leaf.grad = None
         function(leaf, *a.others, **a.options).backward(a.grad_output)
 
-    return forward_and_backward
+    return forward_and_backward if mode == TRAINING else forward
 
 
-def assert_right(case: Case, arguments: Arguments) -> None:
-    """Value and gradient are torch's, bit for bit or within a rounding of a wider torch."""
-    wide = arguments.to(F64 if arguments.input.numel() <= 8 * M else F32)
-    exact = evaluate(getattr(TORCH, case.op), wide)
-    native = evaluate(operator(TORCH, case), arguments)
-    ours = evaluate(operator(pyfused.functional, case), arguments)
-    for got, of_torch, expected in zip(ours, native, exact, strict=True):
-        assert got.dtype == of_torch.dtype
-        if not torch.equal(got, of_torch):
-            scale = expected.abs().max().item()
-            rtol = max(1e-5, 2 * torch.finfo(got.dtype).eps)
-            torch.testing.assert_close(
-                got.to(expected.dtype), expected, rtol=rtol, atol=1e-6 * scale
-            )
+def copy_step(case: Case, mode: str, device: str = "cpu") -> Step:
+    """A copy that reads and writes as many bytes as the case has to at least."""
+    source = torch.ones(case.traffic(mode) * case.bytes // 2, dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def assert_correct(case: Case, given: Arguments, ours: Any = fused, theirs: Any = TORCH) -> None:
+    """Value and gradient are torch's, bit for bit or within a rounding of a wider dtype."""
+    wide = given.to(F64 if given.input.numel() <= 8 * M else F32)
+    exact = evaluate(getattr(theirs, case.op), wide)
+    both = (evaluate(operator(operators, case), given) for operators in (ours, theirs))
+    for got, expected, precise in zip(*both, exact, strict=True):
+        assert got.dtype == expected.dtype
+        if not torch.equal(got, expected):
+            assert_close(got.to(precise.dtype), precise, got.dtype)
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Within two roundings of the dtype, and of what is small beside the largest element."""
+    rtol, atol = max(1e-5, 2 * torch.finfo(dtype).eps), 1e-6 * expected.abs().max().item()
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
 
 def evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
@@ -280,3 +291,79 @@ def evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Ten
     value = function(a.input, *a.others, **a.options)
     (gradient,) = torch.autograd.grad(value, a.input, a.grad_output)
     return value.detach(), gradient
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+# A batch of calls is long beside the timer's own cost, some 50 ns, and short beside a time slice.
+BATCH_SECONDS = 1e-3
+MOST_ROUNDS = 200
+LONGER = (1, 3, 9)  # how many times as long, where a first measurement does not decide
+
+
+def settle_allocator() -> None:
+    """Bring glibc's mmap threshold to where it ends up in any process that frees large tensors.
+
+    It grows with each freed block, up to 32 MiB: else a case would depend on those before it.
+    """
+    for mib in (1, 4, 16, 31):
+        torch.empty(mib << 20, dtype=torch.uint8).fill_(0)
+
+
+def repeat(step: Step, calls: int) -> None:
+    for _ in range(calls):
+        step()
+
+
+def timed(step: Step, calls: int) -> float:
+    started = time.perf_counter()
+    repeat(step, calls)
+    return time.perf_counter() - started
+
+
+def plan(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> tuple[int, int]:
+    """How many rounds, and how many calls in each, fill the time."""
+    once = []
+    for timer in timers:
+        timer(1)
+        once.append(min(timer(1) for _ in range(2)))
+    calls = max(1, math.ceil(BATCH_SECONDS / max(once)))
+    rounds = round(seconds / (calls * sum(once)))
+    return min(max(rounds, fewest), MOST_ROUNDS), calls
+
+
+def interleaved(timers: Sequence[Timer], rounds: int, calls: int) -> Times:
+    """Milliseconds a call: one after the other in each round, in reverse in every other one."""
+    times: Times = [[] for _ in timers]
+    order = range(len(timers))
+    for turn in range(rounds):
+        for index in order if turn % 2 else reversed(order):
+            times[index].append(1e3 * timers[index](calls) / calls)
+    return times
+
+
+def measure(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> Times:
+    return interleaved(timers, *plan(timers, seconds, fewest))
+
+
+def timers_of(steps: Sequence[Step]) -> list[Timer]:
+    return [partial(timed, step) for step in steps]
+
+
+def remeasured(timers: Sequence[Timer], seconds: float, margin: float, fewest: int = 19) -> Times:
+    """Times of two; measured again, for longer, while the second one seems slower."""
+    for factor in LONGER:
+        times = measure(timers, factor * seconds, fewest)
+        if ratios(*times)[2] >= margin:
+            break
+    return times
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    low, median, high = statistics.quantiles(values, n=4)
+    return low, median, high
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Quartiles:
+    """The quartiles of the ratios within a round: what slows the machine then slows both."""
+    return quartiles([their / our for their, our in zip(theirs, ours, strict=True)])

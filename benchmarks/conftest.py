@@ -6,14 +6,14 @@ import os
 from typing import Any
 
 import pytest
-from measure import settle_allocator
-from report import machine_info, markdown
+from cases import settle_allocator
+from report import Found, machine_info, markdown
 
-MEMORY = pytest.StashKey[list[dict[str, object]]]()
+MEMORY = pytest.StashKey[list[Found]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: the headline cases, less than a minute")
+    config.addinivalue_line("markers", "quick: the headline cases")
     # Inductor's own, when it is imported.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
     config.option.benchmark_quiet = True  # its table has the times of pyfused alone
@@ -34,9 +34,13 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
         del benchmark["stats"]["data"], benchmark["params"], benchmark["param"]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     properties = [dict(r.user_properties) for r in terminalreporter.getreports("passed")]
-    rows = [found["row"] for found in properties if "row" in found]
-    if rows:
+    if rows := [found["row"] for found in properties if "row" in found]:
         terminalreporter.section("torch's time divided by pyfused's")
         terminalreporter.write_line(markdown(rows))
+    for found in config.stash.get(MEMORY, []):
+        named = f"{found['case']}, {found['implementation']}"
+        terminalreporter.write_line(f"{named}: {found['bytes'] / 2**20:,.0f} MiB at the peak")

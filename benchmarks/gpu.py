@@ -1,74 +1,44 @@
-"""Time pyfused and its peers on a GPU, by turns, beside a copy of as many bytes.
+"""The Triton kernels on a GPU: beside torch, torch.compile and Liger, and their launch choices.
 
-    python benchmarks/gpu.py gpu.json               # all cases, for as long as --seconds
-    python benchmarks/gpu.py gpu.json --match mse
-    python benchmarks/report.py gpu.json            # a table and a picture
-
-The bytes are those that a call has to move: logits read once, the gradient that is wanted written
-once. The copy reads half of them and writes the other half; its time divided by pyfused's is the
-share of the copy's bandwidth that was reached.
+Calls are interleaved, and timed by events after L2 was overwritten. A copy moves as many bytes as a
+call has to: its time divided by pyfused's is the share of its bandwidth that was reached.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import platform
-import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import cases
 import torch
-from cases import (
-    ACTIVATIONS,
-    BF16,
-    F32,
-    MODES,
-    POINTWISE,
-    Arguments,
-    Case,
-    Compiled,
-    M,
-    assert_right,
-    draw,
-    step,
-)
-from measure import Peer, Row, Step, ratios
-from torch.nn import functional as F
+from cases import ACTIVATIONS, BF16, F32, MODES, POINTWISE, Arguments, Case, M, Step, Timer, step
+from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
 from pyfused.__main__ import installed
 
-QUERY = "--query-gpu=driver_version"
-SECONDS, WARM_UP, FEWEST, MOST = 0.4, 3, 9, 100
-SMALL = 1 << 20  # elements below which the call itself is what takes time
-CALLS = 100  # of a small call between two looks at the clock
-VOCABULARIES = (
-    (262_144, 1024),
-    (65_536, 4096),
-    (16_384, 16_384),
-    (8192, 32_000),
-    (2048, 128_256),
-    (1024, 262_144),
-)
-TINY = (Case("cross_entropy", (8, 10)), Case("mse_loss", (100,)), Case("relu", (100,), BF16))
+ROUNDS, WARM_UP = 30, 3
+SMALL, CALLS = 1 << 20, 100  # elements below which the call itself takes the time: so many at once
+VOCABULARIES = tuple((2**28 // c, c) for c in (1024, 4096, 16_384, 32_000, 128_256, 262_144))
+TINY = (Case("cross_entropy", (8, 10)), Case("mse_loss", (100,)))
+LARGE = tuple((op, (64 * M,)) for op in (*POINTWISE, *ACTIVATIONS))
 CASES = (
     *(Case("cross_entropy", s, t, headline=True) for s in VOCABULARIES for t in (BF16, F32)),
-    *(
-        Case(op, (64 * M,), t, headline=True)
-        for op in (*POINTWISE, *ACTIVATIONS)
-        for t in (BF16, F32)
-    ),
-    Case("cross_entropy", (8, 10)),
-    Case("mse_loss", (100,)),
+    *(Case(op, shape, dtype, headline=True) for op, shape in LARGE for dtype in (BF16, F32)),
+    *TINY,
     Case("relu", (100,)),
     Case("cross_entropy", (8192, 32_000), BF16, weight=True, smoothing=0.1),
     Case("cross_entropy", (8192, 32_000), BF16, probabilities=True),
@@ -83,12 +53,9 @@ CASES = (
 )
 
 
-# ---- who is timed -------------------------------------------------------------------------------
-
-
 def peers_of(case: Case) -> dict[str, Any]:
-    """torch as it comes and compiled, and where it takes the case Liger."""
-    peers: dict[str, Any] = {"torch": F, "torch.compile": Compiled()}
+    """Eager and compiled torch, and Liger where it takes the case."""
+    peers: dict[str, Any] = {"torch": cases.TORCH, "torch.compile": cases.Compiled()}
     plain = case.op == "cross_entropy" and len(case.shape) == 2 and not case.probabilities
     if plain and case.reduction == "mean":
         with contextlib.suppress(ImportError):
@@ -98,25 +65,10 @@ def peers_of(case: Case) -> dict[str, Any]:
     return peers
 
 
-def copy_step(case: Case, mode: str, device: str) -> Step:
-    size = case.traffic(mode) * case.elements * case.dtype.itemsize
-    source = torch.ones(size // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-
-    return copy
-
-
-# ---- timing -------------------------------------------------------------------------------------
-
-
-AHEAD = 1_000_000  # cycles, half a millisecond, in which the launches of a call are queued
-
-
 class Clock:
-    """Milliseconds of a call: by events on a GPU, after its L2 was overwritten."""
+    """Seconds of calls: each by events after L2 was overwritten, or of small ones all at once."""
+
+    SLEEP = 1_000_000  # cycles, half a millisecond, in which the launches of a call are queued
 
     def __init__(self, device: str) -> None:
         self.gpu = device == "cuda"
@@ -124,33 +76,33 @@ class Clock:
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self.flushed = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def of(self, call: Step) -> float:
-        if not self.gpu:
-            return self.of_many(call, 1)
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(AHEAD)  # or the GPU would idle between launches, and that be timed
-        self.flushed.zero_()
-        started.record()
-        call()
-        ended.record()
-        ended.synchronize()
-        return started.elapsed_time(ended)
+    def timer(self, call: Step, small: bool) -> Timer:
+        return partial(self.at_once if small or not self.gpu else self.by_events, call)
 
-    def of_many(self, call: Step, calls: int) -> float:
-        self.wait()
-        started = time.perf_counter()
+    def by_events(self, call: Step, calls: int) -> float:
+        seconds = 0.0
         for _ in range(calls):
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(self.SLEEP)  # or the GPU would idle between launches
+            self.flushed.zero_()
+            started.record()
             call()
-        self.wait()
-        return 1e3 * (time.perf_counter() - started) / calls
+            ended.record()
+            ended.synchronize()
+            seconds += started.elapsed_time(ended) / 1e3
+        return seconds
 
-    def wait(self) -> None:
-        if self.gpu:
-            torch.cuda.synchronize()
+    def at_once(self, call: Step, calls: int) -> float:
+        wait = torch.cuda.synchronize if self.gpu else torch.cpu.synchronize
+        wait()
+        started = time.perf_counter()
+        cases.repeat(call, calls)
+        wait()
+        return time.perf_counter() - started
 
 
 def peak_gradients(call: Step, arguments: Arguments) -> float | None:
-    """The most memory that a first call takes beyond what was there, in gradients of the input."""
+    """The most memory that a call takes beyond what was there, in gradients of the input."""
     if not arguments.input.is_cuda:
         return None
     torch.cuda.synchronize()
@@ -158,134 +110,179 @@ def peak_gradients(call: Step, arguments: Arguments) -> float | None:
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    size = arguments.input.numel() * arguments.input.element_size()
-    return (torch.cuda.max_memory_allocated() - before) / size
+    return (torch.cuda.max_memory_allocated() - before) / arguments.input.nbytes
 
 
 def measure(case: Case, mode: str, arguments: Arguments, clock: Clock) -> Row:
-    device = arguments.input.device.type
-    ours = step(pyfused.functional, case, arguments, mode)
     steps: dict[str, Step] = {}
     for name, operators in peers_of(case).items():
         own = arguments
         if name == "liger":  # it writes the gradient over its logits
             own = replace(own, input=own.input.detach().clone().requires_grad_())
         steps[name] = step(operators, case, own, mode)
-    small = arguments.input.numel() < SMALL
+    small = case.elements < SMALL
     if not small:
-        steps["copy"] = copy_step(case, mode, device)
+        steps["copy"] = cases.copy_step(case, mode, arguments.input.device.type)
+    steps["pyfused"] = step(pyfused.functional, case, arguments, mode)
+    timers = [clock.timer(call, small) for call in steps.values()]
+    for timer in timers:
+        timer(WARM_UP)
     calls = CALLS if small else 1
-
-    def once(call: Step) -> float:
-        return clock.of_many(call, calls) if small else clock.of(call)
-
-    for call in (*steps.values(), ours):
-        for _ in range(WARM_UP):
-            once(call)
-    times: dict[str, list[float]] = {name: [] for name in ("pyfused", *steps)}
-    until = time.perf_counter() + SECONDS * (1 + len(steps))
-    while len(times["pyfused"]) < MOST:
-        for name, call in (*steps.items(), ("pyfused", ours)):
-            times[name].append(once(call))
-        if len(times["pyfused"]) >= FEWEST and time.perf_counter() > until:
-            break
-    mine = times.pop("pyfused")
-    return Row(
-        case=case.name,
-        op=case.op,
-        mode=mode,
-        headline=case.headline,
-        curve=case.curve,
-        elements=case.elements,
-        classes=case.shape[1] if case.op == "cross_entropy" else 1,
-        rounds=len(mine),
-        calls_per_round=calls,
-        peers={n: Peer(median(t), median(mine), ratios(t, mine)) for n, t in times.items()},
-        peak_gradients=peak_gradients(step(pyfused.functional, case, arguments, mode), arguments),
-    )
-
-
-# ---- the run ------------------------------------------------------------------------------------
+    times = dict(zip(steps, cases.interleaved(timers, ROUNDS, calls), strict=True))
+    ours = times.pop("pyfused")
+    peers = {name: peer(taken, ours) for name, taken in times.items()}
+    first = step(pyfused.functional, case, arguments, mode)  # which has no gradient to free
+    return row(case, mode, peers, peak_gradients(first, arguments))
 
 
 def driver() -> str:
-    """The GPU driver's version, as its own tool tells it."""
-    amd = torch.version.hip is not None
-    command = (
-        ["rocm-smi", "--showdriverversion"]
-        if amd
-        else ["nvidia-smi", QUERY, "--format=csv,noheader"]
-    )
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        told = subprocess.run(command, check=True, text=True, capture_output=True).stdout
-        if found := re.search(r"\d+(\.\d+)+", told):
-            return found.group()
-    return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(command, text=True).split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def machine_info(device: str) -> dict[str, Any]:
-    info: dict[str, Any] = {
-        "system": platform.system(),
-        "python": platform.python_version(),
+def measured_on(device: str) -> Found:
+    gpu = device == "cuda"
+    info = {
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "driver": driver() if gpu else "none",
         "torch": torch.__version__,
         "triton": installed("triton"),
         "liger": installed("liger-kernel"),
-        "gpu": "none",
-        "driver": "none",
+        "python": platform.python_version(),
+        "system": platform.system(),
     }
-    if device == "cuda":
-        info["gpu"] = torch.cuda.get_device_name()
-        info["driver"] = driver()
-    return info
+    return measured(info)
 
 
-def run(cases: Sequence[Case], device: str, seconds: float, save: Callable[[Any], None]) -> None:
+def run(wanted: Sequence[Case], device: str, seconds: float, file: Path) -> None:
     """Measures case by case, and saves after each one, so that nothing is lost to a failure."""
-    until = time.perf_counter() + seconds
-    found: dict[str, Any] = {
-        "machine_info": machine_info(device),
-        "datetime": datetime.now(timezone.utc).isoformat(),
-        "benchmarks": [],
-        "memory": [],
-        "left_out": [],
-    }
-    clock = Clock(device)
-    for case in cases:
-        if time.perf_counter() > until:
-            found["left_out"].append(f"{case.name}: out of time")
-            continue
+    until, clock = time.perf_counter() + seconds, Clock(device)
+    found = {**measured_on(device), "benchmarks": [], "memory": [], "left_out": []}
+    for case in wanted:
         try:
+            if time.perf_counter() > until:
+                raise TimeoutError("out of time")
             torch.compiler.reset()
-            arguments = draw(case, device)
-            assert_right(case, arguments)
+            arguments = cases.draw(case, device)
+            cases.assert_correct(case, arguments)
             for mode in MODES if case.headline else MODES[1:]:
-                row = measure(case, mode, arguments, clock)
-                found["benchmarks"].append({"extra_info": asdict(row)})
-                print(f"{row.case}, {mode}: {row.peers['torch'].pyfused_ms:.4g} ms", flush=True)
+                made = measure(case, mode, arguments, clock)
+                found["benchmarks"].append({"extra_info": asdict(made)})
+                print(f"{made.case}, {mode}: {made.peers['torch'].pyfused_ms:.4g} ms", flush=True)
         except Exception as error:  # the other cases are still worth their time
             found["left_out"].append(f"{case.name}: {type(error).__name__}: {error}"[:500])
-        save(found)
-    save(found)
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, help="where to write what was found")
-    parser.add_argument("--seconds", type=float, default=240, help="start no case after these")
-    parser.add_argument("--match", default="", help="only cases whose name holds these words")
-    parser.add_argument(
-        "--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to rehearse"
-    )
-    parser.add_argument("--tiny", action="store_true", help="cases of microseconds, as a rehearsal")
-    arguments = parser.parse_args()
-
-    cases = [c for c in (TINY if arguments.tiny else CASES) if arguments.match in c.name]
-
-    def save(found: Any) -> None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-    run(cases, arguments.device, arguments.seconds, save)
+def gpu(options: Namespace) -> None:
+    wanted = cases.chosen(TINY if options.trial else CASES, options.k)
+    run(wanted, "cpu" if options.trial else "cuda", options.seconds, options.file)
 
 
-if __name__ == "__main__":
-    main()
+# ---- launch choices ------------------------------------------------------------------------------
+
+LAUNCH_CASES = (
+    Case("cross_entropy", (262_144, 1000), BF16),
+    Case("cross_entropy", (65_536, 4096), BF16),
+    Case("cross_entropy", (8192, 32_000), BF16),
+    Case("cross_entropy", (16, 21, 512, 512)),
+    Case("mse_loss", (64 * M,), BF16),
+    Case("gelu", (64 * M,), BF16),
+    Case("softmax", (65_536, 4096), BF16),
+    Case("cross_entropy", (8192, 32_000), BF16, probabilities=True),
+    Case("cross_entropy", (8192, 32_000), BF16, weight=True, smoothing=0.1),
+    Case("cross_entropy", (1 << 22, 10)),
+    Case("softmax", (8192, 32_000), BF16),
+    Case("multi_margin_loss", (65_536, 4096)),
+    Case("nll_loss", (65_536, 4096)),
+)
+# Half or twice the rows, the block or the threads of a choice.
+NEIGHBOURS = {
+    f"{name} {word}": (name, factor)
+    for name, (word, factor) in product(("rows", "block", "threads"), (("/ 2", 0.5), ("x 2", 2.0)))
+}
+
+
+def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
+    """The neighbour; it is the choice itself where there is none."""
+    from pyfused.kernels import launch
+
+    if (name == "rows" and not classes) or (
+        name == "block" and classes and choice.whole_row and factor > 1
+    ):
+        return choice  # kernels without rows, and nothing is to the right of a whole one
+    least = launch.warp_size() if name == "threads" else 1
+    value = max(least, int(getattr(choice, name) * factor))
+    choice = choice._replace(**{name: min(value, 1024) if name == "threads" else value})
+    return choice._replace(whole_row=choice.block >= classes)  # else it makes two passes
+
+
+@contextlib.contextmanager
+def choosing(name: str = "", factor: float = 1.0) -> Iterator[list[Any]]:
+    """While entered, all kernels are launched by a neighbour of their choice."""
+    from pyfused.kernels import launch
+
+    choose, made = launch.choose, []
+
+    def choose_neighbour(itemsize: int, classes: int = 0, *args: Any, **kwargs: Any) -> Any:
+        choice = choose(itemsize, classes, *args, **kwargs)
+        choice = changed(choice, classes, name, factor) if name else choice
+        made.append((choice, classes))
+        return choice
+
+    with mock.patch.object(launch, "choose", choose_neighbour):
+        yield made
+
+
+def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) -> list[str]:
+    """A case, its first choice, the median time, and its neighbours' times divided by that."""
+    operator = getattr(pyfused.functional, case.op)
+    with choosing() as made:
+        expected = cases.evaluate(operator, arguments)
+    cells: dict[str, str] = dict.fromkeys(NEIGHBOURS, "")
+    variants = {"": ("", 1.0)}
+    for neighbour, change in NEIGHBOURS.items():
+        try:
+            with choosing(*change) as others:
+                got = cases.evaluate(operator, arguments)
+            if others == made:
+                continue
+            for ours, right in zip(got, expected, strict=True):
+                cases.assert_close(ours, right, ours.dtype)
+            variants[neighbour] = change
+        except Exception as error:  # too large for the GPU, or wrong: the table says so
+            cells[neighbour] = type(error).__name__
+    timer = clock.timer(step(pyfused.functional, case, arguments), small=False)
+
+    def timed_with(change: tuple[str, float], calls: int) -> float:
+        with choosing(*change):
+            return timer(calls)
+
+    timers = [partial(timed_with, change) for change in variants.values()]
+    cases.interleaved(timers, 1, WARM_UP)
+    ms, *others = map(median, cases.interleaved(timers, rounds, 1))
+    ratios = [f"{other / ms:.2f}" for other in others]
+    cells |= dict(zip([*variants][1:], ratios, strict=True))
+    rows, block, threads, *_ = made[0][0]
+    return [case.name, f"{rows} x {block}, {threads}", f"{ms:.4g}", *cells.values()]
+
+
+def gpu_launch(options: Namespace) -> None:
+    device, until = "cpu" if options.trial else "cuda", time.perf_counter() + options.seconds
+    clock, rows, rounds = Clock(device), [], 3 if options.trial else ROUNDS
+    columns = ["case", "rows x block, threads", "ms", *NEIGHBOURS]
+    words = "Time of a neighbour divided by that of the choice: above 1 the choice is faster."
+    head = f"{machine(measured_on(device))}. {words}"
+    for case in cases.chosen(TINY if options.trial else LAUNCH_CASES, options.k):
+        if time.perf_counter() > until:
+            print(f"{case.name}: left out, out of time")
+            continue
+        arguments = cases.draw(case, device)
+        cases.assert_correct(case, arguments)
+        rows.append(measure_choice(case, arguments, clock, rounds))
+        table = tabulated(columns, rows, names=2)
+        options.file.write_text(f"{head}\n\n{table}\n", encoding="utf-8")
+    print(options.file.read_text())

@@ -1,46 +1,61 @@
 """A language model's head and loss: bare products, torch's two ways, and linear_cross_entropy.
 
-    python benchmarks/head.py            measures, and fills docs/language-models.md
-    python benchmarks/head.py --quick    the smallest case alone, in the terminal
-
-Forward and backward in one process by turns, new outputs and their freeing included. The peak is
-what a process takes beyond the arguments and what it returns.
+Forward and backward in one process, interleaved, with new outputs and their freeing included. The
+peak is what a process takes beyond the arguments and what it returns.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import os
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import report
 import torch
-import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from measure import by_turns, quartiles, ratios, settle_allocator, timed
-from memory import growth
-from report import fill, machine, machine_info, slug, spread, tabulated
-from rich.progress import Progress
+from cases import interleaved, ratios, settle_allocator, timers_of
+from report import COLOURS, RESULTS, ROOT, Figure, finish, spread, tabulated
+from rich.progress import track
 from torch import Tensor
+from torch.nn import functional as F
 
 import pyfused.functional
+import pyfused.memory
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "language-models.md"
 # Tokens, features, classes.
 CASES = ((1024, 512, 32_000), (2048, 256, 128_256), (2048, 1024, 32_000))
 CURVE = (4_000, 8_000, 16_000, 32_000, 64_000, 128_000)  # classes of 1024 tokens, 256 features
-COLOURS = {"torch": "#0072B2", "torch, in chunks": "#009E73", "pyfused": "#D55E00"}
 ROUNDS = 5
 
 
+def peak_growth(call: Callable[[Any], object], argument: Callable[[], Any] = lambda: None) -> int:
+    """The growth of this process's peak by a call, in bytes; its second, as the first sets up."""
+    call(argument())
+    gc.collect()
+    pyfused.memory.release()  # what it left would not be counted when it is used again
+    given = argument()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    call(given)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found
+    return int(found[1]) << 10
+
+
 class Given:
+    """Arguments, and the ways from them to the gradients of input and head."""
+
     def __init__(self, tokens: int, features: int, classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
         randn = partial(torch.randn, generator=generator)
@@ -54,8 +69,8 @@ class Given:
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (self.input, self.head))
 
-    def bare(self) -> tuple[Tensor, ...]:
-        """The products without which there are no gradients, of logits that happen to be there."""
+    def products(self) -> tuple[Tensor, ...]:
+        """Those without which there are no gradients, of logits that happen to be there."""
         x, w = self.input.detach(), self.head.detach()
         logits = x @ w.t()
         return logits @ w, logits.t() @ x
@@ -68,132 +83,135 @@ class Given:
         given = self.input, self.head, self.target
         return self.gradients(F.linear_cross_entropy(*given, options=options))
 
-    def ours(self, target: Tensor | None = None, share: int | None = None) -> tuple[Tensor, ...]:
-        target = self.target if target is None else target
-        budget = None if share is None else self.logits // share
-        loss = pyfused.functional.linear_cross_entropy(
-            self.input, self.head, target, memory_budget=budget
-        )
-        return self.gradients(loss)
+    def ours(self, target: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+        given = self.input, self.head, self.target if target is None else target
+        return self.gradients(pyfused.functional.linear_cross_entropy(*given, **options))
 
     def ways(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         return {
-            "three products": self.bare,
+            "three products": self.products,
             "torch": self.reference,
             "torch, in chunks": self.in_chunks,
             "pyfused": self.ours,
-            "pyfused, a 16th of the logits": partial(self.ours, share=16),
-            "pyfused, half ignored": lambda: self.ours(self.half),
+            "pyfused, a 16th of the logits": partial(self.ours, memory_budget=self.logits // 16),
+            "pyfused, half ignored": partial(self.ours, self.half),
         }
 
 
 def check(given: Given) -> None:
     """torch's gradients, before anything is timed."""
-    for share in (None, 16):
-        for ours, of_torch in zip(given.ours(share=share), given.reference(), strict=True):
-            torch.testing.assert_close(
-                ours, of_torch, rtol=1e-3, atol=1e-5 * float(of_torch.abs().max())
-            )
+    for budget in (None, given.logits // 16):
+        both = zip(given.ours(memory_budget=budget), given.reference(), strict=True)
+        for got, expected in both:
+            atol = 1e-5 * float(expected.abs().max())
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=atol)
 
 
 def peak(way: str, case: tuple[int, ...]) -> int:
     """Bytes beyond the arguments and the gradients, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", way, *map(str, case)]
+    command = [sys.executable, __file__, way, *map(str, case)]
     # glibc would keep what is freed, and take it for the next call unseen.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout)
+    return int(subprocess.check_output(command, env=environment))
 
 
-def print_peak(way: str, case: tuple[int, ...]) -> None:
-    given = Given(*case)
-    held: list[Any] = []
-    call = given.ways()[way]
-    returned = 4 * (given.input.numel() + given.head.numel())
-    print(growth(lambda _: held.append(call()) or held.clear()) - returned)
-
-
-def measure(case: tuple[int, ...], progress: Progress) -> list[list[str]]:
-    settle_allocator()
+def measure(case: tuple[int, ...]) -> list[list[str]]:
     given = Given(*case)
     check(given)
     ways = given.ways()
-    bar = progress.add_task(str(case), total=ROUNDS * len(ways))
-
-    def clock(call: Callable[[], object]) -> float:
-        progress.advance(bar)
-        return timed(call, 1)
-
-    times = dict(
-        zip(ways, by_turns([partial(clock, way) for way in ways.values()], ROUNDS), strict=True)
-    )
-    rows = []
-    for way, taken in times.items():
-        share = "" if way == "three products" else f"{peak(way, case) / given.logits:.2f}"
-        rows.append(
-            [
-                f"({', '.join(map(str, case))})",
-                way,
-                f"{1e3 * quartiles(taken)[1]:.0f} ms",
-                spread(ratios(taken, times["three products"])),
-                spread(ratios(times["torch"], taken)),
-                share,
-            ]
-        )
-    return rows
+    times = dict(zip(ways, interleaved(timers_of([*ways.values()]), ROUNDS, 1), strict=True))
+    return [
+        [
+            f"({', '.join(map(str, case))})",
+            way,
+            f"{median(taken):.0f} ms",
+            spread(ratios(taken, times["three products"])),
+            spread(ratios(times["torch"], taken)),
+            "" if way == "three products" else f"{peak(way, case) / given.logits:.2f}",
+        ]
+        for way, taken in times.items()
+    ]
 
 
-def draw(progress: Progress) -> Figure:
+def draw() -> Figure:
     """Peak memory against the number of classes."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes: Axes = figure.subplots()
-    bar = progress.add_task("memory", total=len(COLOURS) * len(CURVE))
-    for way, colour in COLOURS.items():
-        taken = []
-        for classes in CURVE:
-            taken.append(peak(way, (1024, 256, classes)) / 2**20)
-            progress.advance(bar)
-        axes.plot(CURVE, taken, "o-", color=colour, label=way)
-    axes.plot(
-        CURVE, [classes * 4 / 2**10 for classes in CURVE], ":", color="black", label="the logits"
-    )
-    axes.set(
-        xlabel="classes",
-        ylabel="MiB beyond arguments and gradients",
-        title="Head and loss of 1,024 tokens, float32, forward and backward",
-        ylim=(0, None),
-    )
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes = figure.subplots()
+    ways = {"torch": "torch", "torch, in chunks": "torch.compile", "pyfused": "pyfused"}
+    for way, colour in ways.items():
+        taken = [peak(way, (1024, 256, classes)) / 2**20 for classes in CURVE]
+        axes.plot(CURVE, taken, "o-", color=COLOURS[colour], label=way)
+    logits = [classes * 4 / 2**10 for classes in CURVE]
+    axes.plot(CURVE, logits, ":", color="black", label="the logits")
+    title = "Head and loss of 1,024 tokens, float32, forward and backward"
+    axes.set(xlabel="classes", ylabel="MiB beyond arguments and gradients", title=title)
+    axes.set_ylim(0, None)
+    finish(axes, "both")
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the first case, and no file")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        print_peak(options.peak[0], tuple(map(int, options.peak[1:])))
-        return
-    with Progress(transient=True) as progress:
-        cases = CASES[:1] if options.quick else CASES
-        rows = [row for case in cases for row in measure(case, progress)]
-        columns = ["tokens, features, classes", "", "time", "of three products"]
-        columns += ["times as fast as torch", "peak / logits"]
-        table = tabulated(columns, rows, names=2)
-        if not options.quick:
-            found = {
-                "machine_info": machine_info(),
-                "datetime": datetime.now(timezone.utc).isoformat(),
-            }
-            folder = ROOT / "benchmarks" / "results" / slug(found)
-            folder.mkdir(parents=True, exist_ok=True)
-            draw(progress).savefig(folder / "head-memory.png", dpi=110)
-            fill(PAGE, f"{machine(found)}. Medians, and in brackets quartiles.\n\n{table}")
+def head(options: Namespace) -> None:
+    settle_allocator()
+    cases = CASES[:1] if options.quick else CASES
+    rows = [row for case in track(cases, "Measuring", transient=True) for row in measure(case)]
+    columns = ["tokens, features, classes", "", "time", "of three products"]
+    table = tabulated([*columns, "times as fast as torch", "peak / logits"], rows, names=2)
     print(table)
+    if not options.quick:
+        found = report.measured(report.machine_info())
+        folder = RESULTS / report.slug(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        draw().savefig(folder / "head-memory.png", dpi=110)
+        caption = f"{report.machine(found)}. Medians, and in brackets quartiles."
+        report.fill(ROOT / "docs/language-models.md", f"{caption}\n\n{table}")
+
+
+# ---- filter_eps ----------------------------------------------------------------------------------
+
+
+def trained(given: Given, steps: int) -> Given:
+    """The demo's GPT: its head, and 1,024 tokens that it has not seen."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import gpt
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    (ROOT / ".benchmarks").mkdir(exist_ok=True)
+    text, ours = gpt.load(ROOT / ".benchmarks" / "tokens.pt"), pyfused.functional
+    model = gpt.GPT(text["vocabulary"], relu=ours.relu)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    for _ in track(range(steps), "training"):
+        inputs, target = gpt.sample(text["training"], generator)
+        optimizer.zero_grad()
+        loss = gpt.loss_of(model, model(inputs).flatten(0, 1), target.flatten(), ours, True)
+        loss.backward()
+        optimizer.step()
+    print(f"loss after {steps} steps: {loss.item():.2f}")
+    inputs, target = gpt.sample(text["held_out"], generator)
+    given.input = model(inputs).flatten(0, 1).detach().requires_grad_()
+    given.head, given.target = model.head.weight.detach().requires_grad_(), target.flatten()
+    return given
+
+
+def filter_eps(options: Namespace) -> None:
+    """Time, and the largest error of each gradient as a share of its largest element."""
+    settle_allocator()
+    thresholds = (0.0, 2.0**-16, 2.0**-12, 2.0**-8)
+    rows, (random, model) = [], (Given(1024, 128, 32_000) for _ in range(2))
+    for name, given in (("random", random), ("trained", trained(model, options.steps))):
+        ways = [partial(given.ours, filter_eps=threshold) for threshold in thresholds]
+        exact, *others = [way() for way in ways]
+        first, *times = interleaved(timers_of(ways), rounds=7, calls=1)
+        for threshold, gradients, taken in zip(thresholds[1:], others, times, strict=True):
+            both = zip(gradients, exact, strict=True)
+            errors = [f"{(got - best).abs().max() / best.abs().max():.1e}" for got, best in both]
+            rows.append([name, f"{threshold:.1e}", spread(ratios(taken, first)), *errors])
+    columns = ["logits", "filter_eps", "time", "error of the input's gradient", "of the weight's"]
+    print(tabulated(columns, rows, names=1))
 
 
 if __name__ == "__main__":
-    main()
+    given, kept = Given(*map(int, sys.argv[2:])), []
+    call = given.ways()[sys.argv[1]]
+    growth = peak_growth(lambda _: kept.append(call()) or kept.clear())
+    print(growth - 4 * (given.input.numel() + given.head.numel()))

@@ -1,55 +1,126 @@
-"""Write what `pytest benchmarks --benchmark-json FILE` found as tables and pictures.
+"""Tables and pictures of what pytest-benchmark, the GPU suite and the allocators' comparison found.
 
-    python benchmarks/report.py FILE...
-    python benchmarks/report.py FILE... --readme README.md
-    python benchmarks/report.py FILE... --allocators FILE --page docs/memory.md
-
-They go to a folder named after the machine; --readme also puts the headline cases' table between
-the markers in that file, and --page what allocators.py found.
+They go to benchmarks/results/<machine>, and the headline cases to the pages that show them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-import cpuinfo
-import pictures
 import torch
-from measure import Peer, Row
+from cases import FORWARD, TRAINING, Case, Quartiles, ratios
 
 from pyfused.backends import cpu
 
-RESULTS = Path(__file__).parent / "results"
-# Who stands in the README, and in the picture above it.
-HEADLINE_PEERS = ("torch", "torch, THP", "torch.compile")
-KEY = """\
-- torch: eager, with the allocator as it comes, as a user has it.
-- torch.compile: the operator alone, by Inductor's defaults; pyfused beside it is eager.
-- torch, THP: eager, both in a process with THP_MEM_ALLOC_ENABLE=1, PyTorch's own switch.
-- torch, jemalloc: eager, both with jemalloc preloaded as PyTorch's tuning guide sets it.
-- torch, kept pages: eager, both in a process whose allocator keeps the pages of freed tensors.
-- copy: reading and writing as many bytes as the case must move at least, in warm memory. Its time
-  divided by pyfused's is the share of the memory's speed that pyfused reaches, with kept pages.
-"""
-GPU_KEY = """\
-- torch: eager. torch.compile: the operator alone, by Inductor's defaults.
-- copy: a copy of as many bytes as the case must move at least. Its time divided by pyfused's is the
-  share of the copy's bandwidth that pyfused reaches.
-- peak: the most memory that a call takes beyond what was there, in gradients of the input.
-"""
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+except ImportError:  # as on a machine with a GPU: there are no pictures then
+    Figure = None
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+HEADLINE_PEERS = ("torch", "torch, THP", "torch.compile")  # in the README
+KEY = {
+    "torch": "eager, with the defaults of its allocator.",
+    "torch, THP": "eager; torch and pyfused in a process with THP_MEM_ALLOC_ENABLE=1.",
+    "torch.compile": "the operator alone, with Inductor's defaults; pyfused beside it is eager.",
+    "copy": "a copy of as many bytes as the case must move at least, between buffers that are used"
+    " again. Its time divided by pyfused's is the share of the bandwidth that pyfused reaches.",
+}
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
+Found = dict[str, Any]  # the JSON of pytest-benchmark
 
 
-def load(files: Sequence[Path]) -> dict[str, Any]:
-    """What the files found; the runs of one machine are taken as one."""
+@dataclass(frozen=True)
+class Peer:
+    """How a peer did: milliseconds per call, beside pyfused's, and their ratio round by round."""
+
+    ms: float
+    pyfused_ms: float
+    ratio: Quartiles
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one benchmark found. Times are medians."""
+
+    case: str
+    op: str
+    mode: str
+    headline: bool
+    elements: int
+    classes: int
+    peers: dict[str, Peer]
+    peak_gradients: float | None = None  # memory beyond what was there, in gradients of the input
+
+
+def peer(theirs: Sequence[float], ours: Sequence[float]) -> Peer:
+    return Peer(median(theirs), median(ours), ratios(theirs, ours))
+
+
+def row(case: Case, mode: str, peers: dict[str, Peer], peak: float | None = None) -> Row:
+    classes = case.shape[1] if case.op == "cross_entropy" else 1
+    return Row(case.name, case.op, mode, case.headline, case.elements, classes, peers, peak)
+
+
+# ---- where it was measured -----------------------------------------------------------------------
+
+
+def machine_info() -> dict[str, Any]:
+    import cpuinfo  # comes with pytest-benchmark
+
+    found = cpuinfo.get_cpu_info()
+    brand = found.get("brand_raw") or found["arch"]
+    return {
+        "cpu": re.sub(r"\((R|TM)\)| CPU| @.*", "", brand).strip(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": cpu.capability,
+        "compiler": cpu.native.compiler,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def measured(info: dict[str, Any]) -> Found:
+    """What a report says of the machine and the day."""
+    return {"machine_info": info, "datetime": datetime.now(timezone.utc).isoformat()}
+
+
+def machine(found: Found) -> str:
+    words = {"cores": "{} cores", "threads": "{} threads", "driver": "driver {}"}
+    words |= {"torch": "torch {}", "triton": "Triton {}", "liger": "Liger {}"}
+    words |= {"python": "Python {}"}
+    info = found["machine_info"].items()
+    return ", ".join([*(words.get(k, "{}").format(v) for k, v in info), found["datetime"][:10]])
+
+
+def slug(found: Found) -> str:
+    """The name of a machine's folder: the instruction set decides which kernels were measured."""
+    info = found["machine_info"]
+    name = info.get("gpu") or f"{info['cpu']} {info['cores']} cores {info['isa']}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def load(files: Sequence[Path]) -> Found:
+    """What the files found, which are runs on one machine."""
     first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     for other in others:
         if other["machine_info"] != first["machine_info"]:
@@ -59,13 +130,13 @@ def load(files: Sequence[Path]) -> dict[str, Any]:
     return first
 
 
-def rows_of(found: dict[str, Any]) -> list[Row]:
+def rows_of(found: Found) -> list[Row]:
     """One row for each case and mode, with the peers of every run."""
-    rows: dict[tuple[str, str, str], Row] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for benchmark in found["benchmarks"]:
         fields = benchmark["extra_info"]
         row = Row(**fields | {"peers": {n: Peer(**peer) for n, peer in fields["peers"].items()}})
-        rows.setdefault((row.case, row.mode, row.curve), row).peers.update(row.peers)
+        rows.setdefault((row.case, row.mode), row).peers.update(row.peers)
     return sorted(rows.values(), key=lambda row: row.case.split()[0])
 
 
@@ -85,9 +156,7 @@ def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
         known = row.peers.get(first)
         cells = [row.case, row.mode]
         cells += [f"{known.pyfused_ms:.3g}", f"{known.ms:.3g}"] if known else ["", ""]
-        for name in peers:
-            peer = row.peers.get(name)
-            cells.append(spread(peer.ratio) if peer else "")
+        cells += [spread(row.peers[name].ratio) if name in row.peers else "" for name in peers]
         if peaks:
             cells.append("" if row.peak_gradients is None else f"{row.peak_gradients:.2f}")
         lines.append(cells)
@@ -103,110 +172,145 @@ def spread(ratio: Sequence[float]) -> str:
     return "{1:.2f} ({0:.2f} to {2:.2f})".format(*ratio)
 
 
-def allocators_markdown(found: Sequence[dict[str, Any]]) -> str:
-    """How many times as fast as torch with the allocator as it comes; a row for each way."""
+def allocators_markdown(found: Sequence[Found]) -> str:
+    """How many times as fast as torch by default; a row for each allocator."""
     cases = list(dict.fromkeys(entry["case"] for entry in found))
-    ways = list(dict.fromkeys(entry["way"] for entry in found))
-    by = {(entry["way"], entry["case"]): entry for entry in found}
-    first = [f"{by[ways[0], case]['ms']:.3g} ms" for case in cases]
-    rows = [[way, *(spread(by[way, case]["ratio"]) for case in cases)] for way in ways[1:]]
-    return tabulated(["", *cases], [[ways[0], *first], *rows], names=1)
-
-
-def machine_info() -> dict[str, Any]:
-    found = cpuinfo.get_cpu_info()
-    brand = found.get("brand_raw") or found["arch"]
-    return {
-        "cpu": re.sub(r"\((R|TM)\)| CPU| @.*", "", brand).strip(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": cpu.capability,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "compiler": cpu.native.compiler,
-    }
-
-
-def machine(found: dict[str, Any]) -> str:
-    info, date = found["machine_info"], found["datetime"][:10]
-    if "gpu" in info:
-        return (
-            f"{info['gpu']}, driver {info['driver']}, torch {info['torch']}, Triton "
-            f"{info['triton']}, Liger {info['liger']}, Python {info['python']}, {info['system']}, "
-            f"{date}"
-        )
-    return (
-        f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, {info['isa']}, "
-        f"{info['compiler']}, torch {info['torch']}, Python {info['python']}, {info['system']}, "
-        f"{date}"
-    )
-
-
-def slug(found: dict[str, Any]) -> str:
-    info = found["machine_info"]
-    name = info.get("gpu") or f"{info['cpu']} {info['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    first, *others = dict.fromkeys(entry["setting"] for entry in found)
+    by = {(entry["setting"], entry["case"]): entry for entry in found}
+    rows = [[first, *(f"{by[first, case]['ms']:.3g} ms" for case in cases)]]
+    rows += [[name, *(spread(by[name, case]["ratio"]) for case in cases)] for name in others]
+    return tabulated(["", *cases], rows, names=1)
 
 
 def fill(page: Path, table: str) -> None:
+    """Replace the table between the markers of a page."""
     text = page.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         sys.exit(f"{page} has no block between the markers of the benchmark table")
-    page.write_text(BLOCK.sub(lambda _: f"\n{table}\n", text), encoding="utf-8")
+    page.write_text(BLOCK.sub(lambda _: f"\n{table}\n\n", text), encoding="utf-8")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, nargs="+", help="what pytest-benchmark wrote")
-    parser.add_argument("--allocators", type=Path, help="what allocators.py wrote")
-    parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
-    parser.add_argument("--page", type=Path, help="the same, with the table of allocators")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    return parser.parse_args()
+# ---- pictures ------------------------------------------------------------------------------------
+
+# From Okabe and Ito's palette, which every kind of colour vision tells apart.
+STYLES = ((TRAINING, "#D55E00", "o", -0.17), (FORWARD, "#0072B2", "D", 0.17))
+COLOURS = {
+    "torch": "#0072B2",
+    "torch.compile": "#009E73",
+    "pyfused": "#D55E00",
+    "pyfused, inplace=True": "#E69F00",
+}
 
 
-def draw(found: dict[str, Any], cases: list[Row], points: list[Row]) -> dict[str, pictures.Titled]:
-    """A picture of each kind that there is something to show of."""
-    known = peers_of(cases)
-    peers = [name for name in (*HEADLINE_PEERS, "copy") if name in known]
-    drawn = {"ratios": pictures.ratios(cases, known if "gpu" in found["machine_info"] else peers)}
-    if points:
-        drawn["scaling"] = pictures.scaling(points)
-    if found["memory"]:
-        drawn["memory"] = pictures.memory(found["memory"])
-    if found.get("allocators"):
-        drawn["allocators"] = pictures.allocators(found["allocators"])
-    return drawn
+def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure = Figure(figsize=(3 + 4.5 * len(peers), 2 + 0.36 * len(cases)), layout="constrained")
+    panels = figure.subplots(1, len(peers), squeeze=False, sharey=True)[0]
+    for axes, name in zip(panels, peers, strict=True):
+        for mode, color, marker, offset in STYLES:
+            known = [row for row in rows if row.mode == mode and name in row.peers]
+            ratios = [row.peers[name].ratio for row in known]
+            places = [cases.index(row.case) + offset for row in known]
+            axes.hlines(places, [low for low, *_ in ratios], [high for *_, high in ratios], color)
+            axes.plot([middle for _, middle, _ in ratios], places, marker, color=color, label=mode)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xlim(left=min(0.7, axes.get_xlim()[0]))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_yticks(range(len(cases)), cases)
+        axes.set_ylim(len(cases) - 0.5, -0.5)
+        axes.set_xlabel(f"time of {name} / time of pyfused")
+        for place in range(0, len(cases), 2):
+            axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.04, linewidth=0)
+        finish(axes, "x", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    figure.suptitle("How many times faster pyfused is: median of the rounds, and quartiles")
+    return figure
 
 
-def main() -> None:
-    arguments = parse()
-    found = load(arguments.json)
-    if arguments.allocators:
-        found |= json.loads(arguments.allocators.read_text(encoding="utf-8"))
+def draw_memory(found: Sequence[Found]) -> Figure:
+    cases = list(dict.fromkeys(entry["case"] for entry in found))
+    figure = Figure(figsize=(10, 1.5 + 0.9 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(COLOURS)
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        entries = [entry for entry in found if entry["implementation"] == name]
+        places = [cases.index(entry["case"]) + (index - 1.5) * width for entry in entries]
+        taken = [entry["bytes"] / entry["input_bytes"] for entry in entries]
+        bars = axes.barh(places, taken, width, color=colour, label=name)
+        axes.bar_label(bars, [f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in entries], padding=3)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set_xlabel("peak memory beyond the arguments / memory of the input")
+    finish(axes, "x", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
+    figure.suptitle("What a forward and backward pass takes at its peak")
+    return figure
+
+
+def draw_allocators(found: Sequence[Found]) -> Figure:
+    """Milliseconds with each allocator, a panel for each case."""
+    cases = list(dict.fromkeys(entry["case"] for entry in found))
+    names = list(dict.fromkeys(entry["setting"] for entry in found))
+    figure = Figure(figsize=(2.5 + 2.6 * len(cases), 1.5 + 0.34 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
+    for axes, case in zip(panels, cases, strict=True):
+        times = {entry["setting"]: entry["ms"] for entry in found if entry["case"] == case}
+        colours = [COLOURS[name.partition(",")[0]] for name in names]
+        bars = axes.barh(names, [times[name] for name in names], color=colours)
+        axes.bar_label(bars, [f"{times[name]:.3g}" for name in names], padding=3, fontsize=8)
+        axes.margins(x=0.2)
+        axes.set_title(case, fontsize=8)
+        axes.set_xlabel("milliseconds")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.suptitle("Forward + backward of large tensors, by their allocator")
+    return figure
+
+
+def finish(axes: Axes, grid: Any, **legend: Any) -> None:
+    axes.grid(axis=grid, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, **legend)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def write(
+    files: Sequence[Path],
+    results: Path = RESULTS,
+    allocators: Path | None = None,
+    pages: Path | None = None,
+) -> None:
+    """Write a report; with `pages`, also the tables of README.md and docs/memory.md below it."""
+    found = load(files)
+    if allocators:
+        found |= json.loads(allocators.read_text(encoding="utf-8"))
     rows = rows_of(found)
-    cases, points = ([row for row in rows if bool(row.curve) is curve] for curve in (False, True))
-    folder = arguments.results / slug(found)
+    folder = results / slug(found)
     folder.mkdir(parents=True, exist_ok=True)
-    caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio.\n"
-    key = GPU_KEY if "gpu" in found["machine_info"] else KEY
-    tables = [caption, markdown(cases), f"\n{key}"]
-    if arguments.allocators:
-        allocators = allocators_markdown(found["allocators"])
-        tables.append(f"How many times as fast as torch, forward + backward:\n\n{allocators}\n")
-    (folder / "table.md").write_text("\n".join(tables), encoding="utf-8")
+    caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio."
+    known = peers_of(rows)
+    key = "\n".join(f"- {name}: {text}" for name, text in KEY.items() if name in known)
+    tables = [caption, markdown(rows), key]
+    peers = [name for name in (*HEADLINE_PEERS, "liger", "copy") if name in known]
+    drawn: dict[str, Callable[[], Figure]] = {"ratios": lambda: draw_ratios(rows, peers)}
+    if found["memory"]:
+        drawn["memory"] = lambda: draw_memory(found["memory"])
+    if "allocators" in found:
+        drawn["allocators"] = lambda: draw_allocators(found["allocators"])
+        table = allocators_markdown(found["allocators"])
+        tables.append(f"How many times as fast as torch, forward + backward:\n\n{table}")
+        if pages:
+            fill(pages / "docs/memory.md", f"{caption}\n\n{table}")
+    (folder / "table.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, (figure, title) in draw(found, cases, points).items():
-        figure.suptitle(f"{title}\n{machine(found)}", fontsize=10)
+    for name, draw in drawn.items() if Figure else ():
+        figure = draw()
+        figure.suptitle(f"{figure.get_suptitle()}\n{machine(found)}", fontsize=10)
         figure.savefig(folder / f"{name}.png", dpi=150)
-    if arguments.readme:
-        headline = [row for row in cases if row.headline and row.mode == "forward+backward"]
-        fill(arguments.readme, f"{caption}\n{markdown(headline, HEADLINE_PEERS)}\n")
-    if arguments.page:
-        fill(arguments.page, f"{caption}\n{allocators}\n")
-    print(markdown(cases), f"written to {folder}", sep="\n\n")
-
-
-if __name__ == "__main__":
-    main()
+    if pages:
+        headline = [row for row in rows if row.headline and row.mode == TRAINING]
+        fill(pages / "README.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")
+    print(markdown(rows), f"written to {folder}", sep="\n\n")

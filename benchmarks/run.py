@@ -1,45 +1,285 @@
-"""Run the benchmarks in each setting of settings.py, in a process of its own, and write the report.
+"""The benchmarks: `python benchmarks/run.py COMMAND`, and `COMMAND --help`.
 
-    python benchmarks/run.py
-    python benchmarks/run.py --quick -m quick
-
-What is not known here goes to pytest. --quick leaves the report in .benchmarks, beside what it is
-made of; otherwise it goes to benchmarks/results, README.md and docs/memory.md.
+This file imports neither torch nor pyfused, as `gpu-check` builds pyfused first.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
+import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from settings import available, environment
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 FOUND = ROOT / ".benchmarks"
+# A command of this file, or the module and the name of another, which needs torch and pyfused.
+Command = Callable[[argparse.Namespace], None] | str
+
+
+# ---- the suite and its report --------------------------------------------------------------------
+
+
+def suite(*arguments: str) -> list[Path]:
+    """Run the benchmarks in torch's default setting and with huge pages, each in a process."""
+    FOUND.mkdir(exist_ok=True)
+    files = []
+    for name, value in (("default", "0"), ("huge-pages", "1")):
+        files.append(FOUND / f"{name}.json")
+        pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *arguments]
+        variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": value}
+        subprocess.run(pytest, env=variables, cwd=ROOT, check=True)
+    return files
+
+
+def report(options: argparse.Namespace) -> None:
+    if options.json:
+        importlib.import_module("report").write(options.json, options.results)
+        return
+    files, allocators = suite(), FOUND / "allocators.json"
+    subprocess.run([sys.executable, __file__, "allocators", "--json", allocators], check=True)
+    importlib.import_module("report").write(files, options.results, allocators, pages=ROOT)
+
+
+def quick(options: argparse.Namespace) -> None:
+    files = suite(*(["-k", options.k] if options.k else ["-m", "quick"]))
+    importlib.import_module("report").write(files, FOUND)
+
+
+def memory(options: argparse.Namespace) -> None:
+    pytest = [sys.executable, "-m", "pytest", HERE / "test_memory.py", "-k", options.k]
+    subprocess.run(pytest, cwd=ROOT, check=True)
+
+
+# ---- gpu-check -----------------------------------------------------------------------------------
+
+SECONDS = 590  # for all of it
+BENCHMARK_SECONDS, LAUNCH_SECONDS = 180, 100  # no case starts after these
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: Sequence[str | Path]
+    seconds: float  # at most
+    needed: bool = False  # by all further steps
+
+
+def without_gpu() -> str | None:
+    """Why nothing can be checked here."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def environment(out: Path) -> dict[str, str]:
+    """The package comes from `out`. pybind11's headers come with torch, where it is missing."""
+    path = [out / "site"]
+    if subprocess.run([sys.executable, "-c", "import pybind11"], capture_output=True).returncode:
+        shim = out / "shim"
+        shim.mkdir(exist_ok=True)
+        code = "from torch.utils.cpp_extension import include_paths\n"
+        code += "def get_include():\n    return include_paths()[0]\n"
+        (shim / "pybind11.py").write_text(code)
+        path.append(shim)
+    before = os.environ.get("PYTHONPATH")
+    joined = os.pathsep.join([*map(str, path), *([before] if before else [])])
+    return {**os.environ, "PYTHONPATH": joined, "PYFUSED_TEST_DEVICE": "cuda"}
+
+
+def steps(out: Path) -> list[Step]:
+    sys.path.append(str(ROOT / "tests"))
+    from shared import SHARED
+
+    python, run = sys.executable, (sys.executable, __file__)
+    pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation")
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
+    shared = [ROOT / "tests" / name for name in SHARED]
+    gpu = (*run, "gpu", out / "gpu.json", "--seconds", str(BENCHMARK_SECONDS))
+    launch = (*run, "gpu-launch", out / "launch.md", "--seconds", str(LAUNCH_SECONDS))
+    written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
+    found = [
+        Step("build", (*pip, "--target", out / "site", ROOT), 150, needed=True),
+        Step("gpu tests", (*pytest, ROOT / "tests/gpu/test_cuda.py"), 120),
+        Step("benchmarks", gpu, BENCHMARK_SECONDS + 60),
+        Step("report", written, 30),
+        Step("launch choices", launch, LAUNCH_SECONDS + 40),
+        Step("shared tests", (*pytest, *shared), 240),
+    ]
+    if sanitizer := shutil.which("compute-sanitizer"):
+        one = ROOT / "tests/gpu/test_cuda.py::test_every_kernel_runs"
+        command = (sanitizer, "--error-exitcode", "9", *pytest, one)
+        found.append(Step("compute-sanitizer", command, 90))
+    return found
+
+
+def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -> str:
+    """What became of a step; its output is in a log of its name."""
+    log = out / f"{step.name.replace(' ', '-')}.log"
+    started = time.perf_counter()
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                list(map(str, step.command)),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=min(step.seconds, seconds),
+                env=variables,
+                cwd=ROOT,
+                check=False,
+            ).returncode
+            result = "passed" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            result = "out of time"
+    return f"{result}, {time.perf_counter() - started:.0f} s, {log.name}"
+
+
+def targets(found: dict[str, Any]) -> list[str]:
+    """The figures to reach, each with how many of its cases reach it."""
+    rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
+    rows = [row for row in rows if row["mode"] == "forward+backward"]
+    large = [row for row in rows if row["headline"]]
+    cross_entropy = [row for row in large if row["op"] == "cross_entropy"]
+    others = [row for row in large if row["op"] != "cross_entropy"]
+    many = [row for row in cross_entropy if row["classes"] >= 32_000]
+    lines = []
+    for what, least, peer, chosen in (
+        ("other operators, share of the copy's bandwidth", 0.9, "copy", others),
+        ("cross_entropy, share of the copy's bandwidth", 0.85, "copy", cross_entropy),
+        ("times as fast as torch.compile", 1.0, "torch.compile", rows),
+        ("times as fast as Liger", 1.0, "liger", rows),
+        ("times as fast as eager torch from 32000 classes on", 3.0, "torch", many),
+    ):
+        values = [row["peers"][peer]["ratio"][1] for row in chosen if peer in row["peers"]]
+        good, worst = sum(value >= least for value in values), min(values, default=0.0)
+        counted = f"{good} of {len(values)} cases reach {least}, the worst {worst:.2f}"
+        lines.append(f"- {what}: {counted if values else 'not measured'}")
+    peaks = [row["peak_gradients"] for row in large if row["peak_gradients"] is not None]
+    peak = f"{max(peaks):.2f} (to reach: 1)" if peaks else "not measured"
+    lines.append(f"- peak memory beyond the inputs, in gradients: {peak}")
+    return [*lines, *(f"- left out: {case}" for case in found["left_out"])]
+
+
+def gpu_check(options: argparse.Namespace) -> None:
+    """Build, test and time the Triton kernels on this machine's GPU, in under 10 minutes.
+
+    Needs no network: torch, Triton, pytest, setuptools and a C++ compiler are there. All that is
+    found lies in the folder, also when a step fails.
+    """
+    if reason := without_gpu():
+        sys.exit(f"gpu-check needs a GPU: {reason}")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    until = time.perf_counter() + SECONDS
+    variables = environment(out)
+    results: list[str] = []
+    for step in steps(out):
+        left = until - time.perf_counter()
+        result = run_step(step, out, left, variables) if left > 5 else "not run: out of time"
+        results.append(f"- {step.name}: {result}")
+        print(results[-1], flush=True)
+        summary = ["# gpu-check", "", *results]
+        if (out / "gpu.json").exists():
+            found = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+            summary += ["", "## To reach", "", *targets(found)]
+        (out / "summary.md").write_text("\n".join(summary) + "\n", encoding="utf-8")
+        if step.needed and not result.startswith("passed"):
+            break
+    print((out / "summary.md").read_text())
+    sys.exit(not all(": passed" in result for result in results))
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    named, declared = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    named.add_argument("-k", nargs="+", default=[""], help="names with one of these in them")
+    declared.add_argument("--op", nargs="+", help="these operators alone")
+    declared.add_argument("--dtype", nargs="+", help="these dtypes alone")
+
+    def command(
+        name: str, function: Command, words: str, *parents: argparse.ArgumentParser
+    ) -> Callable[..., Any]:
+        form = argparse.ArgumentDefaultsHelpFormatter
+        made = commands.add_parser(
+            name, help=words, description=words, parents=parents, formatter_class=form
+        )
+        made.set_defaults(function=function)
+        return made.add_argument
+
+    add = command("report", report, "time all cases, and write benchmarks/results")
+    add("--json", type=Path, nargs="+", help="report these measurements instead")
+    add("--results", type=Path, default=HERE / "results", help="the folder")
+    add = command("quick", quick, "time the headline cases, and report in .benchmarks")
+    add("-k", metavar="EXPRESSION", help="pytest's: these cases instead")
+    add = command("memory", memory, "measure what torch and pyfused take at their peaks")
+    add("-k", metavar="EXPRESSION", default="", help="pytest's: these cases alone")
+
+    add = command("busy", "pairs.busy", "time the headline cases beside other work", named)
+    add("--seconds", type=float, default=10, help="for a case")
+    add = command("compare", "pairs.compare", "time a revision and the working tree", named)
+    add("base", help="a git revision")
+    add("--seconds", type=float, default=0.7, help="for a case and mode")
+    add("--margin", type=float, default=0.95, help="a ratio below is slower")
+    add("--busy", action="store_true", help="beside other work")
+    add = command("allocators", "pairs.allocators", "time large cases by allocator", named)
+    add("--seconds", type=float, default=12, help="for a case")
+    add("--json", type=Path, help="where the report is to find it")
+    words = "time cross-entropy under torch.compile, small ones too"
+    add = command("compiled", "pairs.compiled", words, named)
+    add("--seconds", type=float, default=3, help="for a case and mode")
+    words = "time what a call of 80 elements costs beyond torch's"
+    add = command("overhead", "pairs.overhead", words, named)
+    add("--rounds", type=int, default=101, help="of 200 calls each")
+
+    words = "measure from which size on the kernels are faster, and write pyfused/ops/sizes.py"
+    add = command("sizes", "sizes.sizes", words, declared)
+    add("--dry-run", action="store_true", help="say what would change, only")
+    words = "time calls of random shapes; exits with 1 where one is slower than torch's"
+    add = command("sweep", "sizes.sweep", words, declared)
+    add("--threads", nargs="+", type=int, default=[1, 2], help="how many")
+    add("--seconds", type=float, default=0.08, help="for a call")
+    add("--margin", type=float, default=0.95, help="a ratio below is slower")
+    add("--shapes", type=int, default=6, help="how many for an operator and a dtype")
+    add("--seed", type=int, help="draw the shapes of another run again")
+
+    words = "time a language model's head and loss, and write docs/language-models.md"
+    add = command("head", "head.head", words)
+    add("--quick", action="store_true", help="the first case, and write nothing")
+    words = "measure what linear_cross_entropy's filter_eps gains and costs, on a trained model"
+    add = command("filter-eps", "head.filter_eps", words)
+    add("--steps", type=int, default=600, help="for how many to train")
+
+    for name, words in (("gpu", "time the cases on a GPU"), ("gpu-launch", "time launch choices")):
+        add = command(name, f"gpu.{name.replace('-', '_')}", words, named)
+        add("file", type=Path, help="where to write what was found")
+        add("--seconds", type=float, default=240, help="start no case after these")
+        add("--trial", action="store_true", help="cases of microseconds, on the CPU")
+    add = command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
+    add("out", type=Path, help="the folder for what is found")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="no report but in .benchmarks")
-    options, chosen = parser.parse_known_args()
-    FOUND.mkdir(exist_ok=True)
-    files = []
-    for name in available():
-        files.append(FOUND / f"{name.replace(' ', '-')}.json")
-        pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *chosen]
-        subprocess.run(pytest, env=environment(name), cwd=ROOT, check=True)
-    report = [sys.executable, HERE / "report.py", *files]
-    if options.quick:
-        report += ["--results", FOUND]
-    else:
-        allocators = FOUND / "allocators.json"
-        subprocess.run([sys.executable, HERE / "allocators.py", "--json", allocators], check=True)
-        report += ["--allocators", allocators, "--readme", ROOT / "README.md"]
-        report += ["--page", ROOT / "docs/memory.md"]
-    subprocess.run(report, cwd=ROOT, check=True)
+    options = parser().parse_args()
+    function = options.function
+    if isinstance(function, str):
+        module, name = function.split(".")
+        function = getattr(importlib.import_module(module), name)
+    function(options)
 
 
 if __name__ == "__main__":

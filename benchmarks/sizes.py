@@ -1,38 +1,32 @@
-"""Measure from which size on the kernels are faster than ATen, and write pyfused/ops/sizes.py.
-
-    python benchmarks/sizes.py
-    python benchmarks/sizes.py --op relu --dtype float32 bfloat16
-
-Forward + backward beside torch's own operator, by turns, on one thread and on all. From the largest
-size down, the kernels keep a size that they had unless they are slower, and get one that they had
-not if they are faster: beyond the spread, in every one of several measurements. So noise leaves an
-entry as it is. Entries that are not measured stay.
-"""
+"""Where the kernels are faster than ATen: `sizes` measures and writes it, `sweep` tries it out."""
 
 from __future__ import annotations
 
-import argparse
 import math
+import random
 import re
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 
+import cases
 import torch
-from cases import OPS, SOFTMAX, Case
-from measure import LONGER, settle_allocator
-from report import machine, machine_info
+from cases import DTYPES, OPS, SOFTMAX, Case, ratios
+from pairs import cells
+from report import machine, machine_info, measured, tabulated
 from rich.progress import track
-from sweep import DTYPES, Point, drawn, measure
 
-import pyfused
+import pyfused.functional
 from pyfused.ops import dispatch
 from pyfused.ops.sizes import ATEN_BELOW
 
-Rows = tuple[tuple[float, int], ...]
+Bands = tuple[tuple[float, int], ...]  # (classes up to, elements below which ATen is faster)
+Shape = tuple[int, ...]
+Table = dict[str, dict[torch.dtype, Bands]]
 
 FILE = Path(__file__).parents[1] / "pyfused/ops/sizes.py"
 MEASURED = re.compile(r'(?s)(?<=forward \+ backward on\n).*?(?=""")')
@@ -47,9 +41,20 @@ CLASSES = {
     "nll_loss": (10, 1000),
     "multi_margin_loss": (10, 1000),
 }
-COLUMNS = 256  # of what is taken along its rows
+ALL_THREADS = torch.get_num_threads()
+COLUMNS = 256  # of softmax, whose classes make no difference
 
-THREADS = sorted({1, torch.get_num_threads()})
+
+@lru_cache(maxsize=1)
+def both(case: Case) -> list[cases.Timer]:
+    """Of torch's operator and of pyfused's."""
+    arguments = cases.draw(case)
+    cases.assert_correct(case, arguments)
+    operators = cases.TORCH, pyfused.functional
+    return cases.timers_of([cases.step(each, case, arguments) for each in operators])
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 def keys(op: str) -> list[str]:
@@ -57,7 +62,7 @@ def keys(op: str) -> list[str]:
     return [op] + [key for key in CLASSES if key == f"{op}_kdim"]
 
 
-def shape(key: str, classes: int, elements: int) -> tuple[int, ...]:
+def shape(key: str, classes: int, elements: int) -> Shape:
     if key in SOFTMAX:
         return (max(1, elements // COLUMNS), COLUMNS)
     if key not in CLASSES:
@@ -66,7 +71,7 @@ def shape(key: str, classes: int, elements: int) -> tuple[int, ...]:
     return (2, classes, positions // 2) if key.endswith("_kdim") else (positions, classes)
 
 
-def sizes(classes: int, old: int) -> Iterator[int]:
+def tried(classes: int, old: int) -> Iterator[int]:
     """Powers of two from the largest down to one position; every other one far from the old."""
     elements = LARGEST
     while elements >= max(SMALLEST, classes):
@@ -74,35 +79,35 @@ def sizes(classes: int, old: int) -> Iterator[int]:
         elements //= 4 if old and elements >= 32 * old else 2
 
 
-def below(rows: Rows, classes: int) -> int:
+def below(bands: Bands, classes: int) -> int:
     """What the table says; an operator that is not in it has every size."""
-    return next((below for most, below in rows if classes <= most), 0)
+    return next((below for most, below in bands if classes <= most), 0)
 
 
 def kernels_keep(case: Case, had: bool) -> bool:
-    """Whether the kernels are not slower than ATen, or where they did not have it, faster."""
-    arguments = drawn(case)
-    explained = pyfused.explain(case.op, arguments.input, *arguments.others, **arguments.options)
-    assert explained.backend == "cpu", explained
-    return all(not_slower(case, n) if had else faster(case, n) for n in THREADS)
+    """Whether the kernels are not slower than ATen, or where they did not have it, faster.
 
-
-def not_slower(case: Case, threads: int) -> bool:
-    return any(
-        measure(Point(case, threads), factor * SECONDS).ratio[2] >= 1 - MARGIN for factor in LONGER
-    )
-
-
-def faster(case: Case, threads: int) -> bool:
-    return all(
-        measure(Point(case, threads), factor * SECONDS).ratio[0] > 1 + MARGIN for factor in LONGER
-    )
+    On one thread and on all, and in every one of several measurements, each longer than the last:
+    so noise leaves an entry as it is.
+    """
+    for threads in sorted({1, ALL_THREADS}):
+        torch.set_num_threads(threads)
+        for factor in cases.LONGER:
+            low, _, high = ratios(*cases.measure(both(case), factor * SECONDS, fewest=4))
+            if had and high >= 1 - MARGIN:
+                break  # not slower on so many threads
+            if not had and low <= 1 + MARGIN:
+                return False
+        else:
+            if had:
+                return False
+    return True
 
 
 def threshold(op: str, key: str, dtype: torch.dtype, classes: int, old: int) -> int:
     """From how many elements on the kernels take a call."""
     found = 2 * LARGEST
-    for elements in sizes(classes, old):
+    for elements in tried(classes, old):
         case = Case(op, shape(key, classes, elements), dtype)
         try:
             keep = kernels_keep(case, had=elements >= old)
@@ -114,57 +119,52 @@ def threshold(op: str, key: str, dtype: torch.dtype, classes: int, old: int) -> 
     return min(found, old or found)  # the table knows of smaller ones, with fewer classes
 
 
-def banded(found: dict[int, int]) -> Rows:
-    """Thresholds by class as rows: neighbours with the same one share it."""
-    rows: list[tuple[float, int]] = []
+def banded(found: dict[int, int]) -> Bands:
+    """Thresholds by class as bands: neighbours with the same one share it."""
+    bands: list[tuple[float, int]] = []
     for classes, below in found.items():
-        if rows and rows[-1][1] == below:
-            rows.pop()
-        rows.append((classes, below))
-    return *rows[:-1], (math.inf, rows[-1][1])
+        if bands and bands[-1][1] == below:
+            bands.pop()
+        bands.append((classes, below))
+    return *bands[:-1], (math.inf, bands[-1][1])
 
 
-def power_of_two(n: int) -> str:
-    return f"1 << {n.bit_length() - 1}" if n else "0"
-
-
-def written(table: dict[str, dict[torch.dtype, Rows]]) -> str:
+def written(table: Table) -> str:
     """The file with another table, and with what it was measured on."""
-    now = datetime.now(timezone.utc).isoformat()
-    found = {"machine_info": machine_info(), "datetime": now}
-    where = textwrap.fill(f"{machine(found)}.", 100)
+
+    def row(bands: Bands) -> str:
+        cells = [
+            f"({'ANY' if most == math.inf else int(most)}, "
+            f"{f'1 << {below.bit_length() - 1}' if below else 0})"
+            for most, below in bands
+        ]
+        return f"({', '.join(cells)}{',' * (len(cells) == 1)})"
+
     lines = []
-    for key, dtypes in table.items():
-        lines.append(f'    "{key}": {{\n')
-        for dtype, rows in dtypes.items():
-            cells = [
-                f"({'ANY' if most == math.inf else most}, {power_of_two(below)})"
-                for most, below in rows
-            ]
-            last = "," if len(cells) == 1 else ""
-            lines.append(f"        {dtype}: ({', '.join(cells)}{last}),\n")
-        lines.append("    },\n")
+    for key, rows in table.items():
+        if rows:  # an operator that was never measured has no entry
+            lines += [f'"{key}": {{', *(f"{d}: {row(bands)}," for d, bands in rows.items()), "},"]
+    where = textwrap.fill(f"{machine(measured(machine_info()))}.", 100)
     text = MEASURED.sub(lambda _: f"{where}\n", FILE.read_text(encoding="utf-8"))
-    return TABLE.sub(lambda _: "".join(lines), text)
+    text = TABLE.sub(lambda _: "\n".join(lines), text)
+    ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", FILE]
+    return subprocess.check_output(ruff, input=text, text=True)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--dry-run", action="store_true", help="say what would change, only")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    settle_allocator()
+def sizes(options: Namespace) -> None:
+    """Move each entry where the kernels are slower from it on, or faster below it."""
+    cases.settle_allocator()
     old = {key: dict(dtypes) for key, dtypes in ATEN_BELOW.items()}
-    new = {key: old.get(key, {}) | {} for op in OPS for key in keys(op)}
+    new: Table = {key: dict(old.get(key, {})) for op in OPS for key in keys(op)}
     for key in new:  # from here on the kernels take every call
         ATEN_BELOW[key] = dict.fromkeys(DTYPES.values(), ((math.inf, 0),))
         dispatch._ALWAYS_BELOW[key] = 0
-    asked = [(op, key, name) for op in options.op for key in keys(op) for name in options.dtype]
+    asked = [
+        (op, key, name)
+        for op in options.op or OPS
+        for key in keys(op)
+        for name in options.dtype or DTYPES
+    ]
     for op, key, name in track(asked, "Measuring", transient=True):
         dtype = DTYPES[name]
         before = old.get(key, {}).get(dtype, ())
@@ -176,11 +176,62 @@ def main() -> None:
         )
         if new[key][dtype] != before:
             print(f"{key} {name}: {before} becomes {new[key][dtype]}", flush=True)
-    torch.set_num_threads(THREADS[-1])  # as the file says
+    torch.set_num_threads(ALL_THREADS)  # as the file says
     if not options.dry_run:
         FILE.write_text(written(new), encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", FILE], check=True)
 
 
-if __name__ == "__main__":
-    main()
+# ---- sweep ---------------------------------------------------------------------------------------
+
+
+def shapes(
+    op: str, dtype: torch.dtype, count: int, draw: random.Random
+) -> Iterator[tuple[int, ...]]:
+    """Random ones, and the smallest that the kernels take: those that have the least to win."""
+    by_classes = op in (*SOFTMAX, *CLASSES)
+    edges = [(most, below) for most, below in ATEN_BELOW[op][dtype] if below]
+    for place in range(count + len(edges)):
+        elements, classes = round(2 ** draw.uniform(0, 25)), round(2 ** draw.uniform(1, 18))
+        if place >= count:
+            most, elements = edges[place - count]
+            classes = int(min(most, classes))
+        rows = max(1, -(-elements // classes))
+        if not by_classes:
+            yield (elements,)
+        elif op == "cross_entropy" and place < count and draw.random() < 0.3:
+            yield (1, classes, rows) if draw.random() < 0.5 else (rows, classes, 1)
+        else:
+            yield (rows, classes)
+
+
+def sweep(options: Namespace) -> None:
+    """A call is slower where the upper quartile of the ratio stays below the margin."""
+    cases.settle_allocator()
+    seed = random.randrange(1 << 16) if options.seed is None else options.seed
+    print(f"--seed {seed}")
+    draw = random.Random(seed)
+    points = [
+        (Case(op, shape, DTYPES[name]), threads)
+        for op in options.op or OPS
+        for name in options.dtype or DTYPES
+        for shape in shapes(op, DTYPES[name], options.shapes, draw)
+        for threads in options.threads
+    ]
+    draw.shuffle(points)  # a noisy minute spoils no one operator
+    found = []
+    for case, threads in track(points, "Measuring", transient=True):
+        torch.set_num_threads(threads)
+        times = cases.remeasured(both(case), options.seconds, options.margin, fewest=4)
+        found.append((case, threads, times))
+    found.sort(key=lambda each: ratios(*each[2])[1])
+    rows = []
+    for case, threads, times in found[:20]:
+        aten = dispatch.aten_is_faster(
+            case.op, torch.empty((), dtype=case.dtype).expand(case.shape)
+        )
+        rows.append([case.name, "ATen" if aten else "pyfused", str(threads), *cells(times)])
+    names = ["forward+backward", "taken by", "threads", "torch, ms", "pyfused, ms", "ratio"]
+    print(tabulated(names, rows, names=2))
+    slower = sum(ratios(*times)[2] < options.margin for *_, times in found)
+    print(f"{slower} of {len(found)} calls are slower than torch's beyond the spread")
+    sys.exit(slower > 0)

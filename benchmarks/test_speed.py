@@ -1,32 +1,31 @@
-"""Time pyfused and its peers, call beside call, on arguments that give equal results."""
+"""Time pyfused and its peers, call beside call, on arguments that give equal results.
+
+With THP_MEM_ALLOC_ENABLE=1 the peer is torch with huge pages, in forward+backward alone.
+"""
 
 from __future__ import annotations
 
-import statistics
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache, partial
+from itertools import product
+from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import (
-    CASES,
-    CURVES,
-    MODES,
-    PEERS,
-    Arguments,
-    Case,
-    assert_right,
-    draw,
-    step,
-)
-from measure import Peer, Row, Step, plan, ratios, repeat, timed
+from cases import CASES, MODES, TORCH, TRAINING, Arguments, Case, step, timed
 from pytest_benchmark.fixture import BenchmarkFixture
-from settings import AS_IT_COMES, KEEPS_PAGES
+from report import peer, row
 
 import pyfused.functional
 
-SECONDS = {"": 1.5, "elements": 0.5, "classes": 0.5}
+HUGE_PAGES = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+PEERS: dict[str, Any] = (
+    {"torch, THP": TORCH} if HUGE_PAGES else {"torch": TORCH, "torch.compile": cases.Compiled()}
+)
+SECONDS = 1.5
 # In a virtual machine the host may have to find memory too, the first times that it is touched.
 WARM_UP = 5
 
@@ -34,30 +33,17 @@ WARM_UP = 5
 @lru_cache(maxsize=1)
 def checked(case: Case) -> Arguments:
     torch.compiler.reset()  # or a compiled operator would become one for all shapes
-    arguments = draw(case)
-    assert_right(case, arguments)
+    arguments = cases.draw(case)
+    cases.assert_correct(case, arguments)
     return arguments
 
 
-def copying(arguments: Arguments) -> Step:
-    """The memory's own speed: reads the input and writes as much, in memory that is warm."""
-    source, destination = arguments.input.detach(), torch.empty_like(arguments.input)
-    return lambda: destination.copy_(source)
-
-
 def parameters() -> list[object]:
-    """All where there is something to draw; else what README.md and the table show of a setting."""
-    drawn = AS_IT_COMES or KEEPS_PAGES
-    return [
-        pytest.param(case, mode, id=f"{case.name} {mode}", marks=marks(case, mode))
-        for case in (*CASES, *(CURVES if drawn else ()))
-        for mode in MODES
-        if mode == MODES[-1] or (drawn and not case.curve)
-    ]
-
-
-def marks(case: Case, mode: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.quick] if case.headline and mode == MODES[-1] else []
+    found = []
+    for case, mode in product(CASES, MODES[1:] if HUGE_PAGES else MODES):
+        marks = [pytest.mark.quick] if case.headline and mode == TRAINING else []
+        found.append(pytest.param(case, mode, id=f"{case.name} {mode}", marks=marks))
+    return found
 
 
 @pytest.mark.parametrize(("case", "mode"), parameters())
@@ -69,20 +55,16 @@ def test_speed(
 ) -> None:
     arguments = checked(case)
     ours = step(pyfused.functional, case, arguments, mode)
-    peers = {
-        name: step(operators, case, arguments, mode)
-        for name, operators in PEERS.items()
-        if not (case.curve and name == "torch.compile")
-    }
-    if KEEPS_PAGES:
-        peers["copy"] = copying(arguments)
+    peers = {name: step(operators, case, arguments, mode) for name, operators in PEERS.items()}
+    if case.traffic(mode) and not HUGE_PAGES:
+        peers["copy"] = cases.copy_step(case, mode)
+    rounds, calls = cases.plan(cases.timers_of([ours, *peers.values()]), SECONDS)
     times: dict[str, list[float]] = {name: [] for name in peers}
     beside: dict[str, list[float]] = {name: [] for name in peers}  # pyfused's, right after each
-    rounds, calls = plan([ours, *peers.values()], SECONDS[case.curve])
+    *others, last = peers
 
     def time_the_peers() -> None:
         """Each is followed by pyfused: the last of them by the benchmark's own call."""
-        *others, last = peers
         for name in others:
             times[name].append(timed(peers[name], calls))
             beside[name].append(timed(ours, calls))
@@ -90,31 +72,18 @@ def test_speed(
 
     benchmark.group = case.name
     benchmark.pedantic(
-        partial(repeat, ours, calls), setup=time_the_peers, rounds=rounds, warmup_rounds=WARM_UP
+        partial(cases.repeat, ours, calls),
+        setup=time_the_peers,
+        rounds=rounds,
+        warmup_rounds=WARM_UP,
     )
     if benchmark.stats is None:  # --benchmark-disable
         return
-    beside[[*peers][-1]] = [0.0] * WARM_UP + benchmark.stats.stats.data
-    if KEEPS_PAGES:  # a copy reads and writes the input's size once
-        times["copy"] = [time * case.traffic(mode) / 2 for time in times["copy"]]
-    row = Row(
-        case=case.name,
-        op=case.op,
-        mode=mode,
-        headline=case.headline,
-        curve=case.curve,
-        elements=case.elements,
-        classes=case.shape[1] if case.op == "cross_entropy" else 1,
-        rounds=rounds,
-        calls_per_round=calls,
-        peers={
-            name: compared(times[name][WARM_UP:], beside[name][WARM_UP:], calls) for name in peers
-        },
-    )
-    benchmark.extra_info.update(asdict(row))
-    record_property("row", row)
-
-
-def compared(theirs: list[float], ours: list[float], calls: int) -> Peer:
-    ms, pyfused_ms = (1e3 * statistics.median(times) / calls for times in (theirs, ours))
-    return Peer(ms, pyfused_ms, ratios(theirs, ours))
+    beside[last] = [0.0] * WARM_UP + benchmark.stats.stats.data
+    compared = {
+        name: peer(*([1e3 * t / calls for t in of[name][WARM_UP:]] for of in (times, beside)))
+        for name in peers
+    }
+    found = row(case, mode, compared)
+    benchmark.extra_info.update(asdict(found))
+    record_property("row", found)

@@ -25,7 +25,7 @@ from pyfused.ops.operators import OPERATORS
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import report
-from measure import Row
+from report import Row
 
 POINTS = 401
 # Each has a contrast of 3 and more with a white page and with a black one.
@@ -155,7 +155,7 @@ def measured() -> dict[str, Row]:
             continue
         newer: dict[str, Row] = {}
         for row in report.rows_of(found):
-            if row.mode == "forward+backward" and not row.curve and "torch" in row.peers:
+            if row.mode == "forward+backward" and "torch" in row.peers:
                 first = newer.setdefault(row.op, row)
                 newer[row.op] = max(first, row, key=lambda row: (row.headline, row.elements))
         largest |= newer

@@ -1,9 +1,12 @@
-"""What benchmarks do beside timing: steps of a loop, the table of sizes, settings and reports."""
+"""What the benchmarks do beside timing: steps of a loop, the table of sizes, and reports."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +17,11 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import report
-import settings
+import run
 import sizes
-from cases import MODES, Case, draw, step
+from cases import DTYPES, OPS, TORCH, TRAINING, Case, assert_correct, draw, step
 
+from pyfused.ops import dispatch
 from pyfused.ops.sizes import ATEN_BELOW
 
 
@@ -30,7 +34,7 @@ def test_each_step_frees_the_gradient_that_it_made_last() -> None:
 
     case = Case("relu", (100,))
     arguments = draw(case)
-    one, other = (step(SimpleNamespace(relu=relu), case, arguments, MODES[-1]) for _ in range(2))
+    one, other = (step(SimpleNamespace(relu=relu), case, arguments, TRAINING) for _ in range(2))
     one()
     other()
     one()
@@ -42,6 +46,25 @@ def test_each_step_frees_the_gradient_that_it_made_last() -> None:
     assert first.grad is not None
     assert second.grad is not None
     assert arguments.input.grad is None
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    case = Case("relu", (100,))
+    wrong = SimpleNamespace(relu=lambda input: TORCH.relu(input) * 1.01)
+    assert_correct(case, draw(case), TORCH)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_correct(case, draw(case), wrong)
+
+
+# ---- the table of sizes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [key for op in OPS for key in sizes.keys(op)])
+def test_every_operator_has_its_rows_in_the_table_of_sizes(key: str) -> None:
+    """Else `make sizes SIZES_ARGS="--op ..."` is still to be run."""
+    rows = ATEN_BELOW.get(key, {})
+    assert sorted(map(str, rows)) == sorted(map(str, DTYPES.values()))
+    assert all(bands[-1][0] == math.inf for bands in rows.values())
 
 
 @pytest.mark.parametrize(
@@ -70,7 +93,26 @@ def test_a_threshold_below_what_a_case_can_be_stays(monkeypatch: pytest.MonkeyPa
     assert found == 1 << 12
 
 
-def test_classes_that_share_a_threshold_share_a_row() -> None:
+@pytest.mark.parametrize(
+    ("had", "ratios", "expected"),
+    [
+        (True, [0.9, 0.9, 0.9], False),  # slower in each
+        (True, [0.9, 1.0], True),
+        (False, [1.1, 1.1, 1.1], True),  # faster in each
+        (False, [1.1, 1.0], False),
+    ],
+)
+def test_what_moves_an_entry_is_measured_several_times(
+    monkeypatch: pytest.MonkeyPatch, had: bool, ratios: list[float], expected: bool
+) -> None:
+    monkeypatch.setattr(sizes, "ALL_THREADS", 1)
+    monkeypatch.setattr(sizes, "both", lambda _: [])
+    monkeypatch.setattr(sizes.cases, "measure", lambda *_, **__: ([ratios.pop(0)] * 3, [1.0] * 3))
+    assert sizes.kernels_keep(Case("relu", (100,)), had) == expected
+    assert not ratios
+
+
+def test_classes_that_share_a_threshold_share_a_band() -> None:
     found = {2: 1 << 12, 8: 1 << 12, 24: 1 << 15, 64: 1 << 16, 1000: 1 << 16}
     assert sizes.banded(found) == ((8, 1 << 12), (24, 1 << 15), (math.inf, 1 << 16))
     assert sizes.below(sizes.banded(found), 8) == 1 << 12
@@ -78,34 +120,77 @@ def test_classes_that_share_a_threshold_share_a_row() -> None:
     assert sizes.below((), 9) == 0  # a new operator
 
 
-def test_the_file_of_sizes_is_what_was_measured() -> None:
-    table = ATEN_BELOW | {"l1_loss": {torch.float16: ((8, 1 << 12), (math.inf, 1 << 17))}}
-    names: dict[str, object] = {}
-    exec(sizes.written(table), names)
-    assert names["ATEN_BELOW"] == table
-    assert "torch" in str(names["__doc__"])
-
-
-def test_jemalloc_is_left_out_where_it_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_file_of_sizes_is_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(settings, "JEMALLOC", None)
-    assert settings.available() == ["as it comes", "THP", "kept pages"]
-    assert "libjemalloc2" in capsys.readouterr().out
-    monkeypatch.setattr(settings, "JEMALLOC", "libjemalloc.so.2")
-    assert settings.available() == list(settings.SETTINGS)
-    assert settings.environment("THP")["THP_MEM_ALLOC_ENABLE"] == "1"
+    """An operator that was never measured has no entry: one without rows would break the import."""
+    file = tmp_path / "sizes.py"
+    file.write_text(sizes.FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(sizes, "FILE", file)
+    table = {key: dict(rows) for key, rows in ATEN_BELOW.items() if key != "softcap"}
+    for key in table:  # what a run of `make sizes` changes, put back afterwards
+        monkeypatch.setitem(ATEN_BELOW, key, table[key])
+        monkeypatch.setitem(dispatch._ALWAYS_BELOW, key, 0)
+    monkeypatch.delitem(ATEN_BELOW, "softcap", raising=False)
+    monkeypatch.setattr(sizes, "threshold", lambda *_, **__: 1 << 17)
+    sizes.sizes(Namespace(op=["l1_loss"], dtype=["float16"], dry_run=False))
+    names: dict[str, object] = {}
+    exec(file.read_text(encoding="utf-8"), names)
+    table["l1_loss"][torch.float16] = ((math.inf, 1 << 17),)
+    assert names["ATEN_BELOW"] == table
+    assert torch.__version__ in str(names["__doc__"])
+
+
+def test_a_seed_draws_the_same_shapes_again() -> None:
+    one, other = (
+        list(sizes.shapes("cross_entropy", torch.float32, 20, random.Random(3))) for _ in range(2)
+    )
+    assert one == other
+    assert {len(shape) for shape in one} == {2, 3}
+    edges = [below for _, below in ATEN_BELOW["cross_entropy"][torch.float32]]
+    assert [math.prod(shape) >= below for shape, below in zip(one[20:], edges, strict=True)]
+
+
+# ---- reports -------------------------------------------------------------------------------------
+
+
+def found_on(**info: object) -> report.Found:
+    return {"machine_info": {"cpu": "AMD EPYC", "cores": 2, "isa": "x86-64-v3"} | info}
+
+
+def test_machines_of_other_instruction_sets_have_folders_of_their_own() -> None:
+    assert report.slug(found_on()) == "amd-epyc-2-cores-x86-64-v3"
+    assert report.slug(found_on(isa="x86-64-v4")) == "amd-epyc-2-cores-x86-64-v4"
+    assert report.slug({"machine_info": {"gpu": "NVIDIA H100 80GB"}}) == "nvidia-h100-80gb"
+    for file in report.RESULTS.glob("*/results.json"):
+        assert file.parent.name == report.slug(report.load([file]))
 
 
 def test_the_table_of_allocators_is_filled_in(tmp_path: Path) -> None:
     found = [
-        {"case": "relu", "way": "torch, as it comes", "ms": 103.4, "ratio": [1, 1, 1]},
-        {"case": "relu", "way": "pyfused, as it comes", "ms": 37.8, "ratio": [2.1, 2.4, 2.61]},
+        {"case": "relu", "setting": "torch", "ms": 103.4, "ratio": [1, 1, 1]},
+        {"case": "relu", "setting": "pyfused", "ms": 37.8, "ratio": [2.1, 2.4, 2.61]},
     ]
     page = tmp_path / "memory.md"
     page.write_text("<!-- benchmark table -->\nold\n<!-- end of benchmark table -->\n")
     report.fill(page, report.allocators_markdown(found))
     lines = page.read_text().splitlines()
-    assert "| torch, as it comes | 103 ms |" in lines
-    assert "| pyfused, as it comes | 2.40 (2.10 to 2.61) |" in lines
+    assert "| torch | 103 ms |" in lines
+    assert "| pyfused | 2.40 (2.10 to 2.61) |" in lines
     assert "old" not in lines
+
+
+COMMANDS = (
+    *("report", "quick", "memory", "busy", "compare HEAD", "allocators", "compiled", "overhead"),
+    *("sizes", "sweep", "head", "filter-eps", "gpu gpu.json", "gpu-launch launch.md"),
+    "gpu-check folder",
+)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_has_its_function(words: str) -> None:
+    function = run.parser().parse_args(words.split()).function
+    if isinstance(function, str):
+        module, name = function.split(".")
+        function = getattr(importlib.import_module(module), name)
+    assert callable(function)

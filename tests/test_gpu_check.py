@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
-import gpu_check  # noqa: E402
 import report  # noqa: E402
+import run  # noqa: E402
 from cases import BF16, Case  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -28,9 +29,9 @@ def test_it_says_in_one_line_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["run.py", "gpu-check", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
-        gpu_check.main()
+        run.main()
     assert ended.value.code == "gpu-check needs a GPU: torch sees no GPU"
     assert not (tmp_path / "out").exists()
 
@@ -49,8 +50,9 @@ def test_make_passes_its_words_on(tmp_path: Path) -> None:
 
 
 def test_steps_name_files_that_exist(tmp_path: Path) -> None:
-    steps = gpu_check.steps(tmp_path)
-    assert sorted(gpu_check.SHARED) == sorted(interpreter.SHARED)
+    steps = run.steps(tmp_path)
+    shared = [Path(word).name for word in steps[5].command if "/tests/" in str(word)]
+    assert shared == list(interpreter.SHARED)
     names = ["build", "gpu tests", "benchmarks", "report", "launch choices", "shared tests"]
     assert [step.name for step in steps][:6] == names
     for step in steps:
@@ -60,11 +62,11 @@ def test_steps_name_files_that_exist(tmp_path: Path) -> None:
 
 
 def test_a_failing_and_an_endless_step_are_told_of(tmp_path: Path) -> None:
-    fail = gpu_check.Step("fail", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
-    sleep = gpu_check.Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 0.1)
-    assert gpu_check.run(fail, tmp_path, 60, {}).startswith("failed (3)")
+    fail = run.Step("fail", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
+    sleep = run.Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 0.1)
+    assert run.run_step(fail, tmp_path, 60, {}).startswith("failed (3)")
     assert (tmp_path / "fail.log").read_text() == "why\n"
-    assert gpu_check.run(sleep, tmp_path, 60, {}).startswith("out of time")
+    assert run.run_step(sleep, tmp_path, 60, {}).startswith("out of time")
 
 
 def test_the_tests_for_a_gpu_are_skipped_without_one() -> None:
@@ -79,7 +81,7 @@ def test_the_tests_for_a_gpu_are_skipped_without_one() -> None:
 @pytest.fixture
 def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the benchmarks find on a CPU, in the form that they have on a GPU."""
-    monkeypatch.setattr(gpu, "SECONDS", 0.01)
+    monkeypatch.setattr(gpu, "ROUNDS", 3)
     monkeypatch.setattr(gpu, "CALLS", 2)
     monkeypatch.setattr(gpu, "SMALL", 1000)
     peers = {"torch": torch.nn.functional, "torch.compile": torch.nn.functional}
@@ -90,7 +92,7 @@ def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Case("mse_loss", (5000,), headline=True),
         Case("relu", (100,)),
     )
-    gpu.run(cases, "cpu", 60, lambda found: file.write_text(json.dumps(found)))
+    gpu.run(cases, "cpu", 60, file)
     return file
 
 
@@ -114,29 +116,32 @@ def test_a_case_that_fails_is_left_out_and_named(
     def fail(*_: object) -> None:
         raise AssertionError("not torch's value")
 
-    monkeypatch.setattr(gpu, "assert_right", fail)
-    saved: list[Any] = []
-    gpu.run((Case("relu", (100,)),), "cpu", 60, saved.append)
-    assert saved[-1]["left_out"] == ["relu (100) float32: AssertionError: not torch's value"]
-    gpu.run((Case("relu", (100,)),), "cpu", -1, saved.append)
-    assert saved[-1]["left_out"] == ["relu (100) float32: out of time"]
+    monkeypatch.setattr(gpu.cases, "assert_correct", fail)
+    file = tmp_path / "gpu.json"
+    gpu.run((Case("relu", (100,)),), "cpu", 60, file)
+    left_out = json.loads(file.read_text())["left_out"]
+    assert left_out == ["relu (100) float32: AssertionError: not torch's value"]
+    gpu.run((Case("relu", (100,)),), "cpu", -1, file)
+    left_out = json.loads(file.read_text())["left_out"]
+    assert left_out == ["relu (100) float32: TimeoutError: out of time"]
 
 
+@pytest.mark.parametrize("drawn", [True, False], ids=["", "without matplotlib"])
 def test_the_report_is_that_of_cpus(
-    rehearsed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: bool, rehearsed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["report.py", str(rehearsed), "--results", str(tmp_path / "results")]
-    )
-    report.main()
+    if not drawn:
+        monkeypatch.setattr(report, "Figure", None)
+    report.write([rehearsed], tmp_path / "results")
     (folder,) = (tmp_path / "results").iterdir()
-    assert {file.name for file in folder.iterdir()} == {"table.md", "results.json", "ratios.png"}
+    expected = {"table.md", "results.json"} | ({"ratios.png"} if drawn else set())
+    assert {file.name for file in folder.iterdir()} == expected
     table = (folder / "table.md").read_text()
     assert "copy / pyfused" in table
     assert "driver" in table
 
 
-def test_goals_count_the_cases_that_reach_them(rehearsed: Path) -> None:
+def test_targets_count_the_cases_that_reach_them(rehearsed: Path) -> None:
     found = json.loads(rehearsed.read_text())
     for benchmark in found["benchmarks"]:
         row = benchmark["extra_info"]
@@ -144,13 +149,8 @@ def test_goals_count_the_cases_that_reach_them(rehearsed: Path) -> None:
         for name, peer in row["peers"].items():
             peer["ratio"] = [0.7, 0.8 if row["op"] == "mse_loss" else 1.2, 2.0]
             assert name in ("torch", "torch.compile", "copy")
-    rehearsed.write_text(json.dumps(found))
-    lines = gpu_check.goals(rehearsed)
-    assert lines == [
-        (
-            "- mse_loss and relu, share of the copy's bandwidth: "
-            "0 of 1 cases reach 0.9, the worst 0.80"
-        ),
+    assert run.targets(found) == [
+        "- other operators, share of the copy's bandwidth: 0 of 1 cases reach 0.9, the worst 0.80",
         "- cross_entropy, share of the copy's bandwidth: 1 of 1 cases reach 0.85, the worst 1.20",
         "- times as fast as torch.compile: 2 of 3 cases reach 1.0, the worst 0.80",
         "- times as fast as Liger: not measured",
@@ -179,32 +179,34 @@ class FakeClock:
             raise RuntimeError("out of resources")
         return (torch.tensor(self.chosen[-1].rows >= 2, dtype=torch.float32),)
 
-    def of(self, call: Any) -> float:
-        call()
-        return 0.5 if self.chosen[-1].threads == 32 else 1.0
+    def timer(self, call: Any, **_: bool) -> Any:
+        def seconds(calls: int) -> float:
+            call()
+            return 0.5 if self.chosen[-1].threads == 32 else 1.0
+
+        return seconds
 
 
 def test_neighbours_of_a_choice_are_timed_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    import gpu_launch
-
     from pyfused.kernels import launch
 
     clock = FakeClock()
     monkeypatch.setattr(launch, "choose", lambda *_, **__: launch.Choice(2, 1024, 64))
     monkeypatch.setattr(launch, "warp_size", lambda: 32)
-    monkeypatch.setattr(gpu_launch, "evaluate", clock.call)
-    monkeypatch.setattr(gpu_launch, "step", lambda *_: clock.call)
-    monkeypatch.setattr(gpu_launch, "assert_right", lambda *_: None)
+    monkeypatch.setattr(gpu.cases, "evaluate", clock.call)
+    monkeypatch.setattr(gpu.cases, "assert_correct", lambda *_: None)
+    monkeypatch.setattr(gpu, "step", lambda *_: clock.call)
+    monkeypatch.setattr(gpu, "Clock", lambda device: clock)
+    monkeypatch.setattr(gpu, "TINY", (Case("cross_entropy", (4096, 1000), BF16),))
     file = tmp_path / "launch.md"
-    case = Case("cross_entropy", (4096, 1000), BF16)
-    gpu_launch.run((case,), "cpu", clock, 60, file.write_text)
+    gpu.gpu_launch(Namespace(trial=True, seconds=60, k=[""], file=file))
     row = file.read_text().splitlines()[-1]
     assert row.split(" | ")[1:] == [
         "2 x 1024, 64",
-        "1",
+        "1000",
         "AssertionError",  # half the rows
         "1.00",
         "1.00",  # two passes
@@ -218,10 +220,10 @@ def test_neighbours_of_a_choice_are_timed_and_checked(
 
 def test_launch_choices_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, ROOT / "benchmarks/gpu_launch.py", tmp_path / "launch.md"]
+    command = [sys.executable, ROOT / "benchmarks/run.py", "gpu-launch", tmp_path / "launch.md"]
     interpreted = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"}
     subprocess.run(
-        [*command, "--device", "cpu", "--tiny"],
+        [*command, "--trial"],
         env={**os.environ, **interpreted},
         check=True,
         capture_output=True,

@@ -45,13 +45,14 @@ _ALWAYS_BELOW = {
     if FORCED is None
     else 0
     for op in ATEN_BELOW
+    if ATEN_BELOW[op]
 }
 
 # Elements below which a compiled call is left to Inductor: a custom operator costs some 15 us, and
 # at (64, 1000) makes 0.83 times the speed. An operator that is not here is always left to Inductor,
 # which fuses with what comes before, and a custom operator is a wall to it: behind 2 x + 1, at 32 M
 # elements, mse_loss has 0.18 times the speed forward and 0.78 with backward, relu 0.74 forward.
-# Measured by benchmarks/compiled.py, 2 threads, x86-64-v4.
+# Measured by `benchmarks/run.py compiled`, 2 threads, x86-64-v4.
 COMPILED_BELOW = {"cross_entropy": 1 << 18, "linear_cross_entropy": 0}
 
 SMALL = "ATen is faster at this size"

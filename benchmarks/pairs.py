@@ -1,0 +1,277 @@
+"""Two implementations side by side: a revision's and the working tree's, torch's and pyfused's.
+
+The commands of run.py: compare, busy, allocators, compiled, overhead. What cannot be had in one
+process is timed by workers, which answer in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import median, quantiles
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import torch
+from cases import CASES, HEADLINES, MODES, OPS, TORCH, TRAINING, Case, Step, draw, step, timers_of
+from report import ROOT, spread, tabulated
+from rich.progress import track
+from torch.nn import functional
+
+
+def cells(times: cases.Times) -> list[str]:
+    """The median times of two, and their ratio."""
+    return [*(f"{median(each):,.4g}" for each in times), spread(cases.ratios(*times))]
+
+
+# ---- other work on the same cores ----------------------------------------------------------------
+
+PROCESSES_PER_CORE, MEAN_SECONDS = 4, 20e-3
+
+
+def compute_and_sleep() -> None:
+    """As data loaders and compilers do: for random times, until the parent process is gone."""
+    draw, parent = random.Random(os.getpid()), os.getppid()
+    while os.getppid() == parent:
+        until = time.perf_counter() + draw.expovariate(1 / MEAN_SECONDS)
+        while time.perf_counter() < until:
+            pass
+        time.sleep(draw.expovariate(1 / MEAN_SECONDS))
+
+
+def start_load() -> None:
+    """A load of two for each core, until this process ends."""
+    for _ in range(PROCESSES_PER_CORE * (os.cpu_count() or 1)):
+        multiprocessing.get_context("fork").Process(target=compute_and_sleep, daemon=True).start()
+
+
+def busy(options: Namespace) -> None:
+    """torch and pyfused beside other work: medians, and the times that one call in ten exceeds."""
+    import pyfused.functional
+
+    cases.settle_allocator()
+    start_load()
+    rows = []
+    for case in track(cases.chosen(HEADLINES, options.k), "Measuring", transient=True):
+        arguments = draw(case)
+        cases.assert_correct(case, arguments)
+        steps = [step(o, case, arguments) for o in (TORCH, pyfused.functional)]
+        times = cases.measure(timers_of(steps), options.seconds, fewest=60)
+        theirs, ours = (quantiles(each, n=10)[-1] for each in times)
+        tails = [f"{theirs:,.4g}", f"{ours:,.4g}", f"{theirs / ours:.2f}"]
+        rows.append([case.name, *cells(times), *tails])
+    names = ["torch, ms", "pyfused, ms", "ratio", "torch, 90th", "pyfused, 90th", "ratio, 90th"]
+    print(tabulated(["forward+backward, beside other work", *names], rows, names=1))
+
+
+# ---- workers -------------------------------------------------------------------------------------
+
+# The threads of the worker before spin for about a millisecond before they sleep.
+HANDOVER_SECONDS = 3e-3
+
+
+class Worker:
+    """A process with torch's operators, or with the pyfused of a folder."""
+
+    def __init__(self, library: str, folder: Path = ROOT, **variables: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(folder), library],
+            env={**os.environ, **variables, "PYTHONPATH": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.known = self.answer()  # the names of the cases that it has an operator for
+
+    def seconds(self, case: Case, mode: str, calls: int) -> float:
+        print(json.dumps([case.name, mode, calls]), file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline() or sys.exit("a worker ended"))
+
+
+def work(folder: Path, library: str) -> None:
+    """Answer each line, a case's name, a mode and a number of calls, with the seconds they took."""
+    import pyfused.functional
+
+    assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
+    cases.settle_allocator()
+    operators = pyfused.functional if library == "pyfused" else TORCH
+    known = {case.name: case for case in CASES if hasattr(operators, case.op)}
+
+    @lru_cache(maxsize=1)
+    def prepared(case: Case, mode: str) -> Step:
+        arguments = draw(case)
+        cases.assert_correct(case, arguments, operators)
+        return step(operators, case, arguments, mode)
+
+    print(json.dumps([*known]), flush=True)
+    for line in sys.stdin:  # until the process that asks ends
+        name, mode, calls = json.loads(line)
+        call = prepared(known[name], mode)
+        time.sleep(HANDOVER_SECONDS)
+        print(cases.timed(call, calls), flush=True)
+
+
+# ---- a revision and the working tree -------------------------------------------------------------
+
+
+def built(folder: Path) -> Path:
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=folder, check=True)
+    return folder
+
+
+def extracted(revision: str, folder: Path) -> Path:
+    archive = folder / "base.tar"
+    subprocess.run(["git", "archive", "--output", archive, revision], cwd=ROOT, check=True)
+    shutil.unpack_archive(archive, folder / "base")
+    return folder / "base"
+
+
+def compare(options: Namespace) -> None:
+    """A revision's pyfused and the working tree's; exits with 1 where the tree is slower.
+
+    It is where the upper quartile of the ratio stays below the margin in several measurements, each
+    longer than the one before.
+    """
+    rows, slower = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        base = Worker("pyfused", built(extracted(options.base, Path(folder))))
+        workers = base, Worker("pyfused", built(ROOT))
+        if options.busy:
+            start_load()
+        wanted = [case for case in cases.chosen(CASES, options.k) if case.name in base.known]
+        both = [(case, mode) for case in wanted for mode in MODES]
+        for case, mode in track(both, "Measuring", transient=True):
+            timers = [partial(worker.seconds, case, mode) for worker in workers]
+            times = cases.remeasured(timers, options.seconds, options.margin)
+            low, _, high = cases.ratios(*times)
+            verdict = "slower" if high < options.margin else "faster" if low > 1 else ""
+            slower += high < options.margin
+            rows.append([case.name, mode, verdict, *cells(times)])
+    names = ["case", "mode", "working tree", f"{options.base}, ms", "working tree, ms", "ratio"]
+    print(tabulated(names, rows, names=3))
+    print(f"{slower} of {len(rows)} are slower than at {options.base}, beyond the margin")
+    sys.exit(slower > 0)
+
+
+# ---- allocators ----------------------------------------------------------------------------------
+
+LARGE = 32 << 20  # bytes: from here on glibc maps every block anew
+# glibc, told to give nothing back to the system: the most that torch can have of it.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "42949672960"}
+# What a user can choose without code; the first is what the others are compared with.
+SETTINGS: dict[str, dict[str, str]] = {
+    "torch": {},
+    "torch, THP": {"THP_MEM_ALLOC_ENABLE": "1"},
+    "torch, glibc keeps all": {**KEEP, "MALLOC_TOP_PAD_": "1073741824"},
+    "pyfused, PYFUSED_RECYCLE=0": {"PYFUSED_RECYCLE": "0"},
+    "pyfused": {},
+}
+
+
+def allocators(options: Namespace) -> None:
+    """Large cases with each allocator: what does new memory cost, and what gets rid of it?"""
+    families = ("cross_entropy", "mse_loss", "relu")  # each by one operator
+    large = [case for case in cases.chosen(HEADLINES, options.k) if case.bytes >= LARGE]
+    workers = {
+        name: Worker(name.partition(",")[0], **variables) for name, variables in SETTINGS.items()
+    }
+    found: list[dict[str, Any]] = []
+    for case in track([case for case in large if case.op in families], transient=True):
+        timers = [partial(worker.seconds, case, TRAINING) for worker in workers.values()]
+        times = cases.measure(timers, options.seconds)
+        for name, taken in zip(workers, times, strict=True):
+            ms, ratio = median(taken), cases.ratios(times[0], taken)
+            found.append({"case": case.name, "setting": name, "ms": ms, "ratio": ratio})
+    rows = [[e["case"], e["setting"], f"{e['ms']:.3g}", spread(e["ratio"])] for e in found]
+    print(tabulated(["case", "setting", "ms", "times as fast as torch"], rows, names=2))
+    if options.json:
+        options.json.write_text(json.dumps({"allocators": found}, indent=1), encoding="utf-8")
+
+
+# ---- compiled programs ---------------------------------------------------------------------------
+
+
+def program(operators: Any, case: Case, cast: bool) -> Any:
+    """An operator, of half-precision logits perhaps after a cast within the program."""
+    function = getattr(operators, case.op)
+    return SimpleNamespace(
+        **{case.op: lambda x, *rest, **given: function(x.float() if cast else x, *rest, **given)}
+    )
+
+
+def compiled(options: Namespace) -> None:
+    """Programs with torch's cross-entropy and with pyfused's, both under torch.compile.
+
+    pyfused leaves small ones to Inductor (COMPILED_BELOW in pyfused/ops/dispatch.py). Here it takes
+    all, so that the table shows from which size on that is worth it.
+    """
+    import pyfused.functional
+    from pyfused.ops import dispatch
+
+    cases.settle_allocator()
+    dispatch.COMPILED_BELOW["cross_entropy"] = 0
+    rows = []
+    for case in cases.chosen(CASES, options.k):
+        if case.op != "cross_entropy" or case.autocast:
+            continue
+        arguments = draw(case)
+        for cast in (False, True)[: 1 + (case.dtype is cases.BF16)]:
+            both = [program(each, case, cast) for each in (TORCH, pyfused.functional)]
+            cases.assert_correct(case, arguments, cases.Compiled(both[1]), both[0])
+            for mode in MODES:
+                torch.compiler.reset()
+                steps = [step(cases.Compiled(each), case, arguments, mode) for each in both]
+                times = cases.measure(timers_of(steps), options.seconds)
+                rows.append([case.name + ", made float32" * cast, mode, *cells(times)])
+    names = ["under torch.compile", "mode", "torch, ms", "pyfused, ms", "torch / pyfused"]
+    print(tabulated(names, rows, names=2))
+
+
+# ---- the overhead of a call ----------------------------------------------------------------------
+
+
+def overhead(options: Namespace) -> None:
+    """What a call of 80 elements costs beyond torch's own; ATen's operator computes all of them."""
+    import pyfused.functional
+
+    def call(owner: Any, op: str, arguments: cases.Arguments) -> Step:
+        function, input = getattr(owner, op), arguments.input.detach()
+        return lambda: function(input, *arguments.others, **arguments.options)
+
+    def patched(op: str, arguments: cases.Arguments, calls: int) -> float:
+        with pyfused.patch():
+            return cases.timed(call(functional, op, arguments), calls)
+
+    torch.set_num_threads(1)
+    rows = []
+    for op in (op for op in OPS if any(part in op for part in options.k)):
+        arguments = draw(Case(op, (8, 10)))
+        timers = timers_of([call(each, op, arguments) for each in (TORCH, pyfused.functional)])
+        if hasattr(functional, op):
+            timers.append(partial(patched, op, arguments))
+        first, *others = cases.interleaved(timers, options.rounds, calls=200)
+        more = [[b - a for a, b in zip(first, each, strict=True)] for each in others]
+        ns = [f"{1e6 * median(each):,.0f}" for each in (first, *more)]
+        rows.append([op, *ns, *[""] * (3 - len(ns))])
+    names = ["one thread", "torch, ns", "pyfused, ns more", "patched, ns more"]
+    print(tabulated(names, rows, names=1))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2])
