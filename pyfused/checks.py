@@ -91,9 +91,9 @@ def cross_entropy(
     if weight is not None:
         tensor("weight", weight)
         _class_weight(input, weight, alike=not target.is_floating_point())
-    for name, positive in _NUMBERS[type(options)]:
+    for name, positive, optional in _NUMBERS[type(options)]:
         value = getattr(options, name)
-        if value is not None:
+        if value is not None or not optional:
             bounded(name, value, positive)
     if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
         raise ValueError(
@@ -116,7 +116,11 @@ def cross_entropy(
 
 
 _NUMBERS = {
-    kind: [(each.name, each.metadata["positive"]) for each in fields(kind) if each.metadata]
+    kind: [
+        (each.name, each.metadata["positive"], each.default is None)
+        for each in fields(kind)
+        if each.metadata
+    ]
     for kind in (CrossEntropyOptions, HeadOptions)
 }
 
@@ -124,7 +128,7 @@ _NUMBERS = {
 def normalized(options: Options) -> Options:
     """Checked options as the kernels take them: floats, and no label smoothing below 0."""
     changed: dict[str, Any] = {}
-    for name, _ in _NUMBERS[type(options)]:
+    for name, *_ in _NUMBERS[type(options)]:
         value = getattr(options, name)
         if type(value) is not float and isinstance(value, Real):
             changed[name] = float(value)
