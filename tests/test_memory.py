@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from pyfused import memory
 
@@ -52,15 +53,9 @@ target = torch.randint(classes, (rows,))
 
 
 def run(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return result.stdout
+    done = python(PREAMBLE + textwrap.dedent(code), **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def growth(code: str) -> int:
@@ -179,7 +174,10 @@ def test_another_malloc_is_said_to_be_one(tmp_path: Path) -> None:
     except RuntimeError as error:
         print(error)
     """
-    assert "expected glibc's malloc, got another" in run(code, LD_PRELOAD=str(library))
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "expected glibc's malloc, got another" in said.stdout
 
 
 def test_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
