@@ -78,13 +78,18 @@ class BuildKernels(build_ext):
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = [*common, *openmp, *isa[kind].split()]
             extension.extra_link_args = openmp if kind == "unix" else []
-        if self.editable_mode:  # its own folder is a temporary one, and every build would be a full one
+        if (
+            self.editable_mode
+        ):  # its own folder is a temporary one, and every build would be a full one
             self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
         # setuptools starts MSVC lazily, and not safely from two threads
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
         with ThreadPoolExecutor(jobs) as pool:
             compiled = [
-                [pool.submit(self.compile_source, extension, source) for source in extension.sources]
+                [
+                    pool.submit(self.compile_source, extension, source)
+                    for source in extension.sources
+                ]
                 for extension in self.extensions
             ]
         for extension, objects in zip(self.extensions, compiled, strict=True):

@@ -7,8 +7,9 @@
     dloss/dx_c = p_c (sum_k q_k + 2 z_loss lse) - q_c,                      p_c = exp(x_c - lse)
     dloss/dy_c = (1 - smoothing) w_c (lse - x_c)
 
-w are the class weights; x is SCALE times the logits, whose gradient is SCALE dloss/dx. With gamma (class index, no smoothing) the loss is w_t (1 - p_t)^gamma nll,
-nll = lse - x_t, and dloss/dx_c is w_t (p_c - [c = t]) times the derivative of that by nll.
+w are the class weights; x is SCALE times the logits, whose gradient is SCALE dloss/dx. With gamma
+(class index, no smoothing) the loss is w_t (1 - p_t)^gamma nll, nll = lse - x_t, and dloss/dx_c is
+w_t (p_c - [c = t]) times the derivative of that by nll.
 Loss and gradient of a row are multiplied by `row_weight` and divided by `denominator`.
 
 Shapes: as in `rows.py`; row outer_index * inner + inner_index has one target.

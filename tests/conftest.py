@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grid
 import hypothesis
 import interpreter
 import pytest
-import sampling
 import torch
 
 import pyfused
@@ -24,40 +24,43 @@ collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the one under test
 
 hypothesis.settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, database=None, max_examples=60
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=20 if interpreter.ON else 100,
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="every combination of parameters, and what takes minutes, gigabytes or a build",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "thresholds: small inputs go to torch, as they do for users")
     config.addinivalue_line("markers", "cpu: what only the C++ kernels do, or torch on CPUs")
-    config.addinivalue_line("markers", "large: minutes or gigabytes; run with PYFUSED_TEST_LARGE=1")
+    config.addinivalue_line("markers", "large: minutes or gigabytes; run with --full")
     if interpreter.ON:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
+    grid.FULL = config.getoption("full")
     # Parallel regions of tiny tensors cost more than the tests, most of all on busy cores;
     # test_threads.py holds every other number of threads to the very bits of this one.
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    possible = items
-    if interpreter.ON:
-        beyond = interpreter.NOT_INTERPRETED
-        possible = [i for i in items if not any(word in i.nodeid for word in beyond)]
-    if any("[" in argument for argument in config.args):  # a case that someone asks for by name
-        return
-    kept = {id(item) for item in sampling.sample(possible, each_operator=not interpreter.ON)}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cpu") and backend is not cpu:
         pytest.skip("cpu: holds for the C++ kernels alone")
-    if item.get_closest_marker("large") and os.environ.get("PYFUSED_TEST_LARGE") != "1":
-        pytest.skip("large: set PYFUSED_TEST_LARGE=1 to run it")
+    if item.get_closest_marker("thresholds") and dispatch.FORCED:
+        pytest.skip("thresholds: no size is torch's where a backend is forced")
+    if item.get_closest_marker("large") and not grid.FULL:
+        pytest.skip("large: run with --full")
 
 
 @contextlib.contextmanager
@@ -113,7 +116,10 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     return calls
 
 
-@pytest.fixture(params=cpu.supported if backend is cpu else ["triton"])
+ISAS = cpu.supported if backend is cpu else ["triton"]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test once with each instruction set that this CPU can run."""
     if backend is cpu:

@@ -90,8 +90,3 @@ if ON:
     with_constants_of_bfloat16()
     interpret_faster()
     np.seterr(all="ignore")  # NaN and infinities are the kernels' business, as on a GPU
-
-
-# Beyond the interpreter: it knows one thread, and takes a minute for a check of this size. No size
-# is torch's where the backend is forced.
-NOT_INTERPRETED = ("several_python_threads", "where_small_inputs", "1023", "1025", "2049")

@@ -1,20 +1,50 @@
-"""Runs a function in several processes, as a test of torch.distributed needs it."""
+"""Runs Python code or a function in processes of their own, which have imported torch already."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import tempfile
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
+# Each process is a fork of one that has imported torch, and nothing of pyfused.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch"])
+
+
+def python(code: str, **environment: str) -> CompletedProcess[str]:
+    """What `python -c code` does, with the environment variables given."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = textwrap.dedent(code), {**os.environ, **environment}, folder
+        child = _context.Process(target=_execute, args=given)
+        child.start()
+        try:
+            child.join(SECONDS)
+            assert child.exitcode is not None, "the process hangs"
+        finally:
+            child.kill()
+        out, err = (Path(folder, name).read_text("utf-8") for name in ("out", "err"))
+    return CompletedProcess(code, child.exitcode, out, err)
+
+
+def _execute(code: str, environment: dict[str, str], folder: str) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
 
 def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> list[bytes]:
     """The bytes that ``function(rank, *arguments, pipe)`` sends, of each rank."""
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    pipes = [_context.Pipe(duplex=False) for _ in range(size)]
     children = [
-        context.Process(target=function, args=(rank, *arguments, pipes[rank][1]))
+        _context.Process(target=function, args=(rank, *arguments, pipes[rank][1]))
         for rank in range(size)
     ]
     for child in children:

@@ -1,4 +1,4 @@
-"""A random call of any operator, with any of its arguments, from a seed."""
+"""A random call of an operator, with any of its arguments, from a seed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.backends.layout import loss_shape
+from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import Operator
+from pyfused.ops.declaration import TOKEN_WEIGHT, Operator
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
     MULTI_MARGIN_LOSS,
     NLL_LOSS,
-    OPERATORS,
 )
 from pyfused.ops.softmax import Softmax
 
 OF_CLASSES = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS, NLL_LOSS)
-DRAWN = [CROSS_ENTROPY] * 20 + [*OF_CLASSES, *OPERATORS.values()]
-SHAPING = {"softcap": None, "scale": 1.0, "margin": 0.0}  # of the logits, before the loss
+ROUNDED = ("softcap", "scale")  # logits that are rounded to their dtype before the loss
 OPTIONS: dict[str, list[Any]] = {
     name: values
     for names, values in (
@@ -46,9 +44,8 @@ OPTIONS: dict[str, list[Any]] = {
         ("full log_input log_target reduce squared", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient where p = 1 is NaN
         ("ignore_index", [0, 1, 255, -1]),
-        ("inplace return_metrics", [True]),
+        ("inplace with_metrics", [True]),  # the latter is another function
         ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
-        ("margin_kind", ["cosface", "arcface"]),
         ("memory_budget", [1, 1000, 10000]),
         ("p", [1, 2]),
         ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
@@ -62,7 +59,7 @@ LEFT_OUT = ("_stacklevel", "options", "size_average")
 class Call:
     op: Operator
     given: dict[str, Any]
-    layout: Layout  # of the upstream gradient, and of what is overwritten
+    layout: Layout  # of the grad_output, and of what is overwritten
     seed: int
 
     def __str__(self) -> str:
@@ -79,20 +76,24 @@ class Random(random.Random):
         return self.random() < 1 / n
 
 
-def random_call(seed: int, elements: int) -> Call:
+def random_call(op: Operator, seed: int, elements: int) -> Call:
     """Of tensors with at most so many elements; the same otherwise."""
     rng = Random(seed)
     torch.manual_seed(seed)
-    op, dtype = rng.choice(DRAWN), rng.choice(FLOATS)
+    dtype = rng.choice(FLOATS)
     operands = {operand.name: operand for operand in op.operands}
+    names = [*inspect.signature(getattr(fused, op.name)).parameters]
+    if op in (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY):
+        operands["token_weight"] = TOKEN_WEIGHT
+        names.append("with_metrics")
     options = {
         name: rng.choice(OPTIONS[name])
-        for name in inspect.signature(getattr(fused, op.name)).parameters
+        for name in names
         if name not in (*operands, *LEFT_OUT)
-        and (name in ("dim", "reduction") or rng.once_in(12 if name in (*SHAPING, "reduce") else 4))
+        and (name in ("dim", "reduction") or rng.once_in(12 if name in (*ROUNDED, "reduce") else 4))
     }
-    if options.keys() & SHAPING or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
-        options.pop("return_metrics", None)  # rounded logits have ties of their own
+    if options.keys() & {*ROUNDED, "reduce"} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
+        options.pop("with_metrics", None)  # rounded logits have ties of their own
     if options.get("reduction") == "batchmean":
         options.pop("reduce", None)  # torch takes both, and divides what it does not sum
     if options.get("negative_slope") == 0.0:
@@ -160,16 +161,13 @@ def of_classes(
     if target.is_floating_point() or "label_smoothing" in options:
         options.pop("gamma", None)
     if target.is_floating_point():
-        options.pop("margin", None)
         options.pop("ignore_index", None)
     if classes == 1:
         options.pop("loss_dtype", None)  # torch computes in it
-    if "margin" in options and op is not MULTI_MARGIN_LOSS:
-        logits = logits.tanh() * 0.9  # cosines
-    elif not options.keys() & {*SHAPING, "gamma"} and logits.numel() and classes > 1:
+    if not options.keys() & {*ROUNDED, "gamma"} and logits.numel() and classes > 1:
         logits += 1e4 if rng.once_in(6) else 0.0
         if rng.once_in(4):  # metrics of inf are NaN, as the loss is
-            special = [-math.inf, math.nan, math.inf][: 3 - ("return_metrics" in options)]
+            special = [-math.inf, math.nan, math.inf][: 3 - ("with_metrics" in options)]
             logits.view(-1)[torch.randint(logits.numel(), (3,))] = rng.choice(special)
     features, columns = rng.randint(1, 20), shape[of_class:]
     return {

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mpmath
 import numpy as np
-import pytest
 import torch
 from reference import Extended, extended
 from torch import Tensor
@@ -423,18 +422,7 @@ def losses() -> list[Loss]:
     return found
 
 
-def every(items: Iterable[Loss]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("loss", list(items), ids=lambda loss: loss.id)
-
-
 LOSSES = losses()
 FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one way of each
 BROADCASTING = [loss for loss in LOSSES if loss.broadcasts]
 ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]
-every_loss, each_loss_once = every(LOSSES), every(FIRST)
-every_activation = pytest.mark.parametrize("op", ACTIVATIONS, ids=lambda op: op.name)
-with_and_without_weight = pytest.mark.parametrize(
-    ("loss", "weighted"),
-    [(loss, weighted) for loss in LOSSES for weighted in {False, loss.takes_weight}],
-    ids=lambda value: value.id if isinstance(value, Loss) else "weighted" * value,
-)

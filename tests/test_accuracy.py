@@ -17,9 +17,10 @@ import reference
 import torch
 import torch.nn.functional as F
 from compare import FLOATS, Errors, evaluate, evaluate_upstream, exactly
-from conftest import KernelCalls
+from conftest import ISAS, KernelCalls
+from grid import grid
 from reference import extended
-from samples import SAMPLES, Loss, every_activation, with_and_without_weight
+from samples import ACTIVATIONS, LOSSES, SAMPLES, Loss
 from torch import Tensor
 
 from pyfused import functional
@@ -44,9 +45,6 @@ LATE = {
         torch.randn(shape) + 9.0 * F.one_hot(torch.tensor(shape[1] - 5), shape[1])
     ),
 }
-by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
-by_logits = pytest.mark.parametrize("kind", LOGITS)
-by_logits_of_long_rows = pytest.mark.parametrize("kind", LOGITS | LATE)
 
 
 def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, targets: str) -> tuple[Any, ...]:
@@ -137,9 +135,7 @@ def skip_unless_judged(dtype: torch.dtype) -> None:
         pytest.skip("this platform's long double is no wider than float64")
 
 
-@by_dtype
-@by_logits
-@pytest.mark.parametrize("classes", CLASSES, ids="C{}".format)
+@grid(classes=CLASSES, dtype=FLOATS, kind=[*LOGITS, "normal"], isa=ISAS)
 def test_cross_entropy_few_classes(
     classes: int, kind: str, dtype: torch.dtype, isa: str, kernel_calls: KernelCalls
 ) -> None:
@@ -148,9 +144,7 @@ def test_cross_entropy_few_classes(
     assert kernel_calls["cross_entropy"] >= len(OPTIONS) or classes == 1  # torch is exact there
 
 
-@by_dtype
-@by_logits_of_long_rows
-@pytest.mark.parametrize("classes", MANY_CLASSES, ids="C{}".format)
+@grid(classes=MANY_CLASSES, dtype=FLOATS, kind=[*LOGITS, *LATE, "normal"])
 def test_cross_entropy_many_classes(
     classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
@@ -159,9 +153,7 @@ def test_cross_entropy_many_classes(
     assert kernel_calls["cross_entropy"] >= len(OPTIONS)
 
 
-@by_dtype
-@by_logits_of_long_rows
-@pytest.mark.parametrize("classes", VOCABULARIES, ids="C{}".format)
+@grid(kind=[*LOGITS, *LATE], dtype=FLOATS, classes=[*VOCABULARIES, VOCABULARIES[0]])
 def test_cross_entropy_vocabularies(
     classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
@@ -175,11 +167,12 @@ def test_cross_entropy_vocabularies(
     assert kernel_calls["cross_entropy"] >= 3
 
 
-@by_logits
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+@grid(
+    classes=[1, 2, 3, 21, 33, 130],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    kind=LOGITS,
+    isa=ISAS,
 )
-@pytest.mark.parametrize("classes", [1, 2, 3, 21, 33, 130], ids="C{}".format)
 def test_cross_entropy_with_classes_outside(
     classes: int, dtype: torch.dtype, kind: str, isa: str
 ) -> None:
@@ -192,8 +185,7 @@ def test_cross_entropy_with_classes_outside(
     check_options(kind, shapes, dtype, options)
 
 
-@by_dtype
-@by_logits
+@grid(dtype=FLOATS, kind=LOGITS)
 def test_gradient_to_probabilities(dtype: torch.dtype, kind: str) -> None:
     if dtype == torch.float64:
         pytest.skip("float64 against float64 says nothing; gradcheck covers it")
@@ -204,8 +196,7 @@ def test_gradient_to_probabilities(dtype: torch.dtype, kind: str) -> None:
     errors.check()
 
 
-@pytest.mark.parametrize("classes", [10, 65, 1000, 32000], ids="C{}".format)
-@by_logits_of_long_rows
+@grid(classes=[10, 65, 1000, 32000], kind=[*LOGITS, *LATE])
 def test_small_probabilities_keep_their_relative_precision(kind: str, classes: int) -> None:
     """Elements far below the largest one hide in an absolute error; here each counts by itself."""
     logits, target = make(kind, (9, classes), torch.float32, "index")
@@ -223,12 +214,10 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
     assert error <= torchs_error + 4 * torch.finfo(torch.float32).eps
 
 
-SIZES = (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097, 100_001)
+SIZES = (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097)
 
 
-@with_and_without_weight
-@by_dtype
-@pytest.mark.parametrize("large", [False, True], ids=["", "large"])
+@grid(loss=LOSSES, dtype=FLOATS, large=[False, False, True, True], weighted=[False, True], isa=ISAS)
 def test_pointwise_losses(
     loss: Loss, dtype: torch.dtype, large: bool, weighted: bool, isa: str
 ) -> None:
@@ -237,9 +226,10 @@ def test_pointwise_losses(
         pytest.skip("squares of more overflow, in torch sooner than they have to")
     scale = SAMPLES[loss.op.name].large if large else 1.0
     errors = Errors()
-    for size, reduction in product(SIZES, ("none", "mean", "sum")):
+    many = (100_001,) if loss is LOSSES[0] else ()  # of all losses the sums are alike
+    for size, reduction in product((*SIZES, *many), ("none", "mean", "sum")):
         given = loss.draw((size,), dtype, scale=scale)
-        if weighted:
+        if weighted and loss.takes_weight:
             given["weight"] = loss.weight((size,), dtype)
         options = loss.parameters | {"reduction": reduction}
         got = evaluate(loss.ours, **given, **options)
@@ -255,9 +245,7 @@ def test_pointwise_losses(
     errors.check(roundings=2 if SAMPLES[loss.op.name].heavy else 1)
 
 
-@every_activation
-@by_dtype
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 1e4])
+@grid(op=ACTIVATIONS, dtype=FLOATS, scale=[0.1, 1.0, 10.0, 1e4], isa=ISAS)
 def test_activations(op: Activation, dtype: torch.dtype, scale: float, isa: str) -> None:
     skip_unless_judged(dtype)
     errors = Errors()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from compare import FLOATS, HALF, assert_matches_torch, evaluate
 from conftest import KernelCalls
-from samples import ACTIVATIONS, SAMPLES, every_activation
+from grid import grid
+from samples import ACTIVATIONS, SAMPLES
 from torch import Tensor
 
 import pyfused
@@ -20,11 +21,7 @@ from pyfused.ops.operators import GELU, LEAKY_RELU, RELU
 
 INF, NAN = float("inf"), float("nan")
 SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4097]
-by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
-in_place = pytest.mark.parametrize(
-    "op", [op for op in ACTIVATIONS if op.overwrites], ids=lambda op: op.name
-)
-in_place_or_not = pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+OVERWRITING = [op for op in ACTIVATIONS if op.overwrites]
 close = torch.testing.assert_close
 
 
@@ -51,9 +48,7 @@ def widest(op: Activation, x: Tensor) -> Tensor:
 # ---- values and gradients ------------------------------------------------------------------------
 
 
-@every_activation
-@by_dtype
-@pytest.mark.parametrize("size", SIZES)
+@grid(op=ACTIVATIONS, size=SIZES, dtype=FLOATS)
 def test_values_and_gradients_are_torchs(
     op: Activation, size: int, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
@@ -73,10 +68,7 @@ def test_values_and_gradients_are_torchs(
         assert torch.equal(got.gradients[0], expected.gradients[0])
 
 
-@every_activation
-@in_place_or_not
-@by_dtype
-@pytest.mark.parametrize("repeats", [1, 3, 20])
+@grid(op=ACTIVATIONS, dtype=FLOATS, repeats=[1, 3, 20], inplace=[False, False, True, True])
 def test_nan_infinities_and_signed_zeros(
     op: Activation, dtype: torch.dtype, repeats: int, inplace: bool
 ) -> None:
@@ -89,8 +81,7 @@ def test_nan_infinities_and_signed_zeros(
     close(bits(got), bits(expected), **tolerance)
 
 
-@every_activation
-@by_dtype
+@grid(op=ACTIVATIONS, dtype=FLOATS)
 def test_gradient_at_the_edges(op: Activation, dtype: torch.dtype) -> None:
     """NaN and infinities from above, beside points where the derivative is zero or undefined."""
     points = torch.tensor([NAN, -1.0, -0.0, 0.0, 1.0, INF, -INF, 1e-45]).to(dtype)
@@ -125,17 +116,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("op", "options", "kernel"), OPTIONS, ids=["gelu_tanh", "leaky_relu_half", "leaky_relu_0"]
-)
-@by_dtype
+@grid(variant=OPTIONS, dtype=FLOATS)
 def test_options(
-    op: Activation,
-    options: tuple[Any, ...],
-    kernel: str,
-    dtype: torch.dtype,
-    kernel_calls: KernelCalls,
+    variant: tuple[Activation, tuple[Any, ...], str], dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
+    op, options, kernel = variant
     x = torch.randn(4097).to(dtype).requires_grad_()
     ours, theirs = (lambda x: call(op, (x, *options))), (lambda x: op.reference(x, *options))
     assert_matches_torch(ours, theirs, x, widened=op.saves == "input")
@@ -164,8 +149,7 @@ def test_a_negative_slope_is_torchs_business(inplace: bool, kernel_calls: Kernel
 # ---- in place ------------------------------------------------------------------------------------
 
 
-@in_place
-@by_dtype
+@grid(op=OVERWRITING, dtype=FLOATS)
 def test_in_place_writes_into_its_argument(op: Activation, dtype: torch.dtype) -> None:
     x = torch.randn(100).to(dtype)
     expected, version = of_torch(op)(x), x._version
@@ -175,7 +159,7 @@ def test_in_place_writes_into_its_argument(op: Activation, dtype: torch.dtype) -
     assert x._version > version
 
 
-@in_place
+@grid(op=OVERWRITING)
 def test_in_place_within_a_graph(op: Activation, kernel_calls: KernelCalls) -> None:
     x = torch.randn(100, requires_grad=True)
     hidden = x * 2
@@ -189,7 +173,7 @@ def test_in_place_within_a_graph(op: Activation, kernel_calls: KernelCalls) -> N
     assert kernel_calls[op.name] == (op.saves == "output")
 
 
-@in_place
+@grid(op=OVERWRITING)
 def test_in_place_on_a_view_reaches_its_base(op: Activation) -> None:
     x = torch.randn(4, 6, requires_grad=True)
     bases = []
@@ -202,7 +186,7 @@ def test_in_place_on_a_view_reaches_its_base(op: Activation) -> None:
     close(*(torch.autograd.grad(base, x, grad_output)[0] for base in bases))
 
 
-@in_place
+@grid(op=OVERWRITING)
 def test_in_place_over_what_another_backward_needs_is_torchs_error(op: Activation) -> None:
     x = torch.randn(10, requires_grad=True)
     needed = x.exp()
@@ -212,7 +196,7 @@ def test_in_place_over_what_another_backward_needs_is_torchs_error(op: Activatio
         y.sum().backward()
 
 
-@in_place
+@grid(op=OVERWRITING)
 def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> None:
     memory = torch.randn(8, 10)
     before = memory.clone()
@@ -226,9 +210,11 @@ def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> Non
 # ---- what is no kernel's business ----------------------------------------------------------------
 
 
-@every_activation
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
-@in_place_or_not
+@grid(
+    op=ACTIVATIONS,
+    dtype=[torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64],
+    inplace=[False, True],
+)
 def test_integers(op: Activation, dtype: torch.dtype, inplace: bool) -> None:
     x = torch.randint(-9 if dtype.is_signed else 0, 9, (50,)).to(dtype)
     try:
@@ -243,19 +229,7 @@ def test_integers(op: Activation, dtype: torch.dtype, inplace: bool) -> None:
     assert (got is x) == inplace
 
 
-@every_activation
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1, 1, 1)], ids=str)
-@in_place_or_not
-def test_scalars_and_nothing(op: Activation, shape: tuple[int, ...], inplace: bool) -> None:
-    x = torch.randn(shape, requires_grad=True)
-    assert_matches_torch(
-        lambda x: ours(op, inplace)(x * 1), lambda x: of_torch(op, inplace)(x * 1), x
-    )
-
-
-@every_activation
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@by_dtype
+@grid(op=ACTIVATIONS, dtype=FLOATS, autocast=HALF)
 def test_autocast_changes_nothing(
     op: Activation, autocast: torch.dtype, dtype: torch.dtype
 ) -> None:
@@ -265,11 +239,11 @@ def test_autocast_changes_nothing(
 
 
 @pytest.mark.thresholds
-@every_activation
-@pytest.mark.parametrize("size", [0, 1, 10, 1000, 100_000])
-@in_place_or_not
-def test_where_small_inputs_may_go_to_torch(op: Activation, size: int, inplace: bool) -> None:
-    x = torch.randn(size, requires_grad=True)
+@grid(op=ACTIVATIONS, shape=[(), (0,), (3, 0, 2), (10,), (100_000,)], inplace=[False, True])
+def test_where_small_inputs_may_go_to_torch(
+    op: Activation, shape: tuple[int, ...], inplace: bool
+) -> None:
+    x = torch.randn(shape, requires_grad=True)
     assert_matches_torch(
         lambda x: ours(op, inplace)(x * 1), lambda x: of_torch(op, inplace)(x * 1), x
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import evaluate
 from conftest import KernelCalls, backend
+from grid import grid
+from processes import python
 
 from pyfused.backends import cpu, versions
 from pyfused.functional import cross_entropy
@@ -30,14 +30,7 @@ print("triton" in sys.modules)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYFUSED", "TRITON"))}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env=inherited | environment,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    return python(code, **{"PYFUSED_BACKEND": "", "TRITON_INTERPRET": "0"} | environment)
 
 
 @pytest.mark.cpu
@@ -123,9 +116,12 @@ def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatc
 
 
 @on_triton
-@pytest.mark.parametrize("wrong", [5, -1, 2**40, -(2**40)])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (6, 130), (1, 300)], ids=str)
+@grid(
+    shape=[(6, 5), (2, 5, 3), (6, 130), (1, 300)],
+    wrong=[5, -1, 2**40, -(2**40)],
+    reduction=["none", "mean", "sum"],
+    smoothing=[0.0, 0.1],
+)
 def test_an_out_of_range_target_gives_nan_and_no_gradient(
     shape: tuple[int, ...], smoothing: float, wrong: int, reduction: str
 ) -> None:

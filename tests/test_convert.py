@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import KernelCalls
+from processes import python
 from torch import Tensor, nn
 
 import pyfused
@@ -38,7 +36,8 @@ class Net(nn.Module):
         return self.criterion(output, target) + self.other(output, x)
 
 
-X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+pytestmark = pytest.mark.thresholds
+X, TARGET = torch.linspace(-2, 2, 5 << 12).view(-1, 5), torch.arange(1 << 12) % 5
 SWAPPED = ("activation", "layers.1", "layers.4", "criterion", "other")
 
 
@@ -58,7 +57,7 @@ def test_what_is_swapped_and_what_is_left(kernel_calls: KernelCalls) -> None:
     for name in SWAPPED:
         assert type(model.get_submodule(name)).__module__ == "pyfused.nn"
     torch.testing.assert_close(model(X, TARGET), expected)
-    assert kernel_calls == {"relu": 2, "cross_entropy": 1, "mse_loss": 1}
+    assert kernel_calls == {"cross_entropy": 1}  # ATen is faster at the others' sizes
 
 
 def test_everything_else_is_kept() -> None:
@@ -157,9 +156,7 @@ def test_a_file_loaded_where_pyfused_is_missing_names_it(tmp_path: Path) -> None
     pyfused.convert(model)
     torch.save(model, tmp_path / "model.pt")
     code = "import sys; sys.modules['pyfused'] = None; import torch; "
-    code += "torch.load(sys.argv[1], weights_only=False)"
-    command = [sys.executable, "-c", code, tmp_path / "model.pt"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(code + f"torch.load('{tmp_path}/model.pt', weights_only=False)")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError")
     assert "pyfused" in last
@@ -223,5 +220,4 @@ def test_a_sharded_model_is_left_as_it_was(tmp_path: Path) -> None:
 def test_importing_pyfused_did_not_import_what_a_wrapped_model_needs() -> None:
     code = "import sys, pyfused, torch; pyfused.convert(torch.nn.ReLU());"
     code += "sys.exit(any(m in sys.modules for m in ('torch._dynamo', 'torch.distributed.fsdp')))"
-    environment = {**os.environ, "PYTHONWARNINGS": ""}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert python(code).returncode == 0

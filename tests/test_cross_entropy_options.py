@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import cross_entropy
 from compare import FLOATS, HALF, Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops import definitions
 from pyfused.types import CrossEntropyOptions, Statistics, VocabShard, Want
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
@@ -107,7 +107,7 @@ def test_definition(names: str, dtype: torch.dtype) -> None:
     input, target, weight, token_weight = arguments((6, 5), dtype, False)
     options = OPTIONS[names] | {"token_weight": token_weight}
     torch.testing.assert_close(
-        definitions.cross_entropy(input, target, weight, CrossEntropyOptions(**options)),
+        cross_entropy(input, target, weight, **options),
         reference(input, target, weight=weight, **options).to(dtype),
     )
 

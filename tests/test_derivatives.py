@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import Case, every_case
+from calls import Case, every_case, every_operator
 from compare import Operator
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -22,7 +22,7 @@ def x() -> Tensor:
     return torch.randn(6, 5, requires_grad=True)
 
 
-@every_case
+@every_operator
 def test_double_backward(case: Case, x: Tensor) -> None:
     def penalty(operator: Operator) -> Tensor:
         value = operator(x)
@@ -36,19 +36,7 @@ def test_double_backward(case: Case, x: Tensor) -> None:
     close(penalty(case.ours), penalty(case.reference))
 
 
-@every_case
-def test_third_derivative(case: Case, x: Tensor) -> None:
-    def third(operator: Operator) -> Tensor:
-        value = operator(x.square()).sum()
-        for _ in range(2):
-            (value,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=True)
-            value = value.square().sum()
-        return torch.autograd.grad(value, x)[0]
-
-    close(third(case.ours), third(case.reference), rtol=1e-4, atol=1e-4)
-
-
-@every_case
+@every_operator
 def test_forward_mode(case: Case, x: Tensor) -> None:
     tangent = torch.randn(6, 5)
     with forward_ad.dual_level():
@@ -80,7 +68,7 @@ def test_torch_func(case: Case, x: Tensor) -> None:
     close(torch.func.vjp(case.ours, x)[0], torch.func.vjp(case.reference, x)[0])
 
 
-@every_case
+@every_operator
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
 def test_vmap(case: Case) -> None:
     batch = torch.randn(3, 6, 5)
@@ -106,16 +94,3 @@ def test_batched_gradients(case: Case, x: Tensor) -> None:
         return torch.autograd.grad(value, x, upstreams, is_grads_batched=True)[0]
 
     close(jacobian(case.ours), jacobian(case.reference))
-
-
-@every_case
-def test_functional_jacobian_and_hessian(case: Case, x: Tensor) -> None:
-    for vectorize in (False, True):
-        options: dict[str, Any] = {"vectorize": vectorize}
-        jacobian = torch.autograd.functional.jacobian
-        close(jacobian(case.ours, x, **options), jacobian(case.reference, x, **options))
-        hessian = torch.autograd.functional.hessian
-        close(
-            hessian(lambda x: case.ours(x).sum(), x, **options),
-            hessian(lambda x: case.reference(x).sum(), x, **options),
-        )

@@ -13,11 +13,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import KernelCalls
+from conftest import KernelCalls, fused_always
 
 import pyfused.functional
 import pyfused.nn
 
+pytestmark = pytest.mark.thresholds
 pytest.importorskip("sklearn")
 pytest.importorskip("tokenizers")
 
@@ -26,6 +27,13 @@ pytest.importorskip("tokenizers")
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
     monkeypatch.setenv("PYFUSED_BACKEND", "cpu")  # what two examples set at import ends with a test
+
+
+@pytest.fixture
+def kernels_forced() -> Iterator[None]:
+    """As by PYFUSED_BACKEND=cpu, which two examples set before they import pyfused."""
+    with fused_always():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -107,14 +115,14 @@ def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def losses() -> ModuleType:
+def losses(kernels_forced: None) -> ModuleType:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     return example("losses")
 
 
 @pytest.fixture
-def descents() -> ModuleType:
+def descents(kernels_forced: None) -> ModuleType:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     return example("gradient_descent")

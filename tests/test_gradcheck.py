@@ -1,16 +1,16 @@
-"""gradcheck and gradgradcheck in float64 over every combination of the options."""
+"""gradcheck and gradgradcheck in float64 over the options, and across the lengths of vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import product
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from compare import Operator
-from conftest import KernelCalls
-from samples import ACTIVATIONS, BROADCASTING, LOSSES, Loss, every_activation, every_loss
+from conftest import ISAS, KernelCalls
+from grid import grid
+from samples import ACTIVATIONS, LOSSES, Loss
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -19,20 +19,13 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.dispatch import call
 
 BROADCAST = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+WEIGHTED, TWICE = [False, False, True, True], [False, True]
 REDUCTIONS = ["none", "mean", "sum"]
 CE_SHAPES = [(5,), (4, 5), (2, 5, 3), (2, 3, 2, 2)]
 SMOOTHINGS = [0.0, 0.2, 1.0]
 IGNORED = [-100, 1, 9]  # none of the targets, a class, a number that is no class
 
-INDEX_OPTIONS = list(product(CE_SHAPES, [False, True], SMOOTHINGS, IGNORED, REDUCTIONS))
-PROBABILITY_OPTIONS = list(
-    product(CE_SHAPES, [False, True], SMOOTHINGS, REDUCTIONS, ["input", "target", "both"])
-)
 SHAPES = [[()], [(7,)], [(2, 3)], [(2, 3), (3,)], [(3,), (2, 3)]]
-
-
-def name(options: tuple[Any, ...]) -> str:
-    return "-".join(str(option).replace(" ", "") for option in options)
 
 
 def double(*shape: int) -> Tensor:
@@ -81,30 +74,21 @@ def probability_case(
 
 
 def loss_case(
-    loss: Loss, shapes: list[tuple[int, ...]], weighted: bool, reduction: str, requiring: str
+    loss: Loss, shapes: list[tuple[int, ...]], requiring: int, reduction: str, weighted: bool
 ) -> tuple[Operator, tuple[Tensor, ...]]:
-    names = loss.differentiated if requiring == "all" else (requiring,)
+    """With gradients to all operands, or to one by its place."""
+    names = loss.differentiated
+    names = names if requiring < 0 else (names[requiring % len(names)],)
     each = shapes if len(shapes) > 1 else shapes[0]
     given = loss.draw(each, torch.float64, requiring=names)
     options: dict[str, Any] = loss.parameters | {"reduction": reduction}
-    if weighted:
+    if weighted and loss.takes_weight:
         options["weight"] = loss.weight(shapes[0], torch.float64)
 
     def function(*tensors: Tensor) -> Tensor:
         return loss.ours(**dict(zip(given, tensors, strict=True)), **options)
 
     return function, tuple(given.values())
-
-
-def loss_options() -> list[tuple[Any, ...]]:
-    """Every combination; of shapes, the broadcast ones where a loss takes them."""
-    found: list[tuple[Any, ...]] = []
-    for loss in LOSSES:
-        shapes = SHAPES if loss in BROADCASTING else SHAPES[:3]
-        weights = [False, True] if loss.takes_weight else [False]
-        requiring = [*loss.differentiated, "all"]
-        found += [(loss, *rest) for rest in product(shapes, weights, REDUCTIONS, requiring)]
-    return found
 
 
 def activation_case(
@@ -116,71 +100,124 @@ def activation_case(
     return (lambda x: call(op, (x.clone(), *op.defaults), inplace)), (x,)
 
 
-Case = Callable[..., tuple[Operator, tuple[Tensor, ...]]]
-ALL_CASES: list[Any] = [
-    *(pytest.param(index_case, o, id=f"index-{name(o)}") for o in INDEX_OPTIONS),
-    *(pytest.param(probability_case, o, id=f"probability-{name(o)}") for o in PROBABILITY_OPTIONS),
-    *(pytest.param(loss_case, o, id=f"{o[0].id}-{name(o[1:])}") for o in loss_options()),
-    *(
-        pytest.param(activation_case, o, id=f"{o[0].name}-{name(o[1:])}")
-        for o in product(ACTIVATIONS, [1, 9], [False, True])
-        if o[0].saves == "output" or not o[2]
-    ),
-]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65]
+ACROSS_CHUNKS = [] if interpreter.ON else [1023, 1025]
+
+
+def check(function: Operator, inputs: Any, kernel_calls: KernelCalls, twice: bool) -> None:
+    assert (gradgradcheck if twice else gradcheck)(function, inputs)
+    assert kernel_calls.total(), "torch's own forward says nothing"
+
+
+@grid(
+    shape=CE_SHAPES,
+    smoothing=SMOOTHINGS,
+    ignored=IGNORED,
+    reduction=REDUCTIONS,
+    weighted=WEIGHTED,
+    isa=ISAS,
+    twice=TWICE,
+)
+def test_class_indices(
+    shape: tuple[int, ...],
+    smoothing: float,
+    ignored: int,
+    reduction: str,
+    weighted: bool,
+    twice: bool,
+    isa: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    check(*index_case(shape, weighted, smoothing, ignored, reduction), kernel_calls, twice)
+
+
+@grid(
+    shape=CE_SHAPES,
+    smoothing=SMOOTHINGS,
+    requiring=["input", "target", "both"],
+    reduction=REDUCTIONS,
+    weighted=WEIGHTED,
+    isa=ISAS,
+    twice=TWICE,
+)
+def test_probabilities(
+    shape: tuple[int, ...],
+    smoothing: float,
+    requiring: str,
+    reduction: str,
+    weighted: bool,
+    twice: bool,
+    isa: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    check(*probability_case(shape, weighted, smoothing, reduction, requiring), kernel_calls, twice)
 
 
 @BROADCAST
-@pytest.mark.parametrize(("case", "options"), ALL_CASES)
-def test_gradcheck(case: Case, options: tuple[Any, ...], isa: str) -> None:
-    function, inputs = case(*options)
-    assert gradcheck(function, inputs)
+@grid(
+    loss=LOSSES,
+    shapes=SHAPES,
+    requiring=[*range(-1, 4)],
+    reduction=REDUCTIONS,
+    weighted=WEIGHTED,
+    isa=ISAS,
+    twice=TWICE,
+)
+def test_pointwise_losses(
+    loss: Loss,
+    shapes: list[tuple[int, ...]],
+    requiring: int,
+    reduction: str,
+    weighted: bool,
+    twice: bool,
+    isa: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    shapes = shapes if loss.broadcasts else shapes[:1]
+    check(*loss_case(loss, shapes, requiring, reduction, weighted), kernel_calls, twice)
 
 
-@BROADCAST
-@pytest.mark.parametrize(("case", "options"), ALL_CASES)
-def test_gradgradcheck(case: Case, options: tuple[Any, ...], kernel_calls: KernelCalls) -> None:
-    function, inputs = case(*options)
-    assert gradgradcheck(function, inputs)
-    assert kernel_calls.total(), "the double backward of torch's own forward says nothing"
+@grid(op=ACTIVATIONS, size=[1, 9], inplace=[False, True], isa=ISAS, twice=TWICE)
+def test_activations(
+    op: Activation, size: int, inplace: bool, kernel_calls: KernelCalls, isa: str, twice: bool
+) -> None:
+    inplace = inplace and op.saves == "output"
+    check(*activation_case(op, size, inplace), kernel_calls, twice)
 
 
-@pytest.mark.parametrize("size", [*SIZES, 127, 128, 129, 1023, 1025], ids="C{}".format)
-def test_gradcheck_across_vectors_of_classes(size: int, isa: str) -> None:
+@grid(size=[*SIZES, *ACROSS_CHUNKS], isa=ISAS, smoothing=[0.0, 0.1], reduction=REDUCTIONS)
+def test_across_vectors_of_classes(size: int, smoothing: float, reduction: str, isa: str) -> None:
     """Fast mode: one random direction, as the full Jacobian of 1025 classes takes minutes."""
-    target = torch.randint(size, (3,))
-    logits, weight = double(3, size).requires_grad_(), torch.rand(size, dtype=torch.float64)
-    for smoothing, reduction in product((0.0, 0.1), REDUCTIONS):
-        options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
-        function = lambda x, o=options: cross_entropy(x, target, weight, **o)  # noqa: E731
-        assert gradcheck(function, (logits,), fast_mode=True)
-        assert gradcheck(
-            lambda x, t, o=options: cross_entropy(x, t, weight, **o),
-            (logits, double(3, size).softmax(1).requires_grad_()),
-            fast_mode=True,
-        )
+    target, weight = torch.randint(size, (3,)), torch.rand(size, dtype=torch.float64)
+    logits, probabilities = double(3, size), double(3, size).softmax(1).requires_grad_()
+    options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(logits, target, weight, **options)
+
+    logits.requires_grad_()
+    for targets in (target, probabilities):
+        assert gradcheck(loss, (logits, targets), fast_mode=True)
 
 
-@pytest.mark.parametrize("size", SIZES, ids="d{}".format)
-def test_gradcheck_across_vectors_of_positions(size: int, isa: str) -> None:
+@grid(size=SIZES, isa=ISAS, smoothing=[0.0, 0.1], reduction=REDUCTIONS)
+def test_across_vectors_of_positions(size: int, smoothing: float, reduction: str, isa: str) -> None:
     target = torch.randint(3, (2, size))
     target[0, 0] = -100
-    for smoothing, reduction in product((0.0, 0.1), REDUCTIONS):
-        options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
-        function = lambda x, o=options: cross_entropy(x, target, **o)  # noqa: E731
-        assert gradcheck(function, (double(2, 3, size).requires_grad_(),), fast_mode=True)
+    options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
+    function = lambda x: cross_entropy(x, target, **options)  # noqa: E731
+    assert gradcheck(function, (double(2, 3, size).requires_grad_(),), fast_mode=True)
 
 
-@every_loss
-@pytest.mark.parametrize("size", SIZES, ids="n{}".format)
-def test_gradcheck_across_vectors_of_elements(loss: Loss, size: int, isa: str) -> None:
-    for weighted, reduction in product({False, loss.takes_weight}, REDUCTIONS):
-        function, inputs = loss_case(loss, [(size,)], weighted, reduction, "all")
+@grid(loss=LOSSES, isa=ISAS, reduction=REDUCTIONS, weighted=WEIGHTED)
+def test_across_vectors_of_elements(loss: Loss, weighted: bool, reduction: str, isa: str) -> None:
+    for size in SIZES:
+        function, inputs = loss_case(loss, [(size,)], -1, reduction, weighted)
         assert gradcheck(function, inputs, fast_mode=True)
 
 
-@every_activation
-@pytest.mark.parametrize("size", SIZES, ids="n{}".format)
-def test_gradcheck_of_activations(op: Activation, size: int, isa: str) -> None:
-    function, x = activation_case(op, size, inplace=False)
-    assert gradcheck(function, x, fast_mode=True)
+@grid(op=ACTIVATIONS, isa=ISAS)
+def test_activations_across_vectors(op: Activation, isa: str) -> None:
+    for size in SIZES:
+        function, x = activation_case(op, size, inplace=False)
+        assert gradcheck(function, x, fast_mode=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import linear_cross_entropy as materialised
 from compare import Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from torch import Tensor
@@ -16,26 +17,11 @@ from torch import Tensor
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import chunked, definitions
+from pyfused.ops import chunked
 from pyfused.types import HeadOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
-
-
-def materialised(
-    input: Tensor,
-    head: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """From all logits."""
-    given = HeadOptions(**options)
-    loss: Tensor = definitions.linear_cross_entropy(input, head, target, linear_bias, weight, given)
-    return loss
 
 
 class Given:

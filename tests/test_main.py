@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import python
 
 import pyfused
 from pyfused import __main__ as main
@@ -17,14 +17,10 @@ from pyfused.ops.operators import OPERATORS
 
 
 def run(**environment: str) -> dict[str, str]:
-    output = subprocess.run(
-        [sys.executable, "-m", "pyfused"],
-        env=environment,
-        check=True,
-        text=True,
-        capture_output=True,
-    ).stdout
-    return {line[:24].strip(): line[24:] for line in output.splitlines()}
+    code = "import runpy, sys; sys.argv = ['']; runpy.run_module('pyfused', run_name='__main__')"
+    done = python(code, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return {line[:24].strip(): line[24:] for line in done.stdout.splitlines()}
 
 
 def test_the_report_names_what_a_bug_report_needs() -> None:

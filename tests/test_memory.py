@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from processes import python
 
 linux_only = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
@@ -48,15 +46,9 @@ target = torch.randint(classes, (rows,))
 
 
 def run(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return result.stdout
+    done = python(PREAMBLE + textwrap.dedent(code), **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def growth(code: str) -> int:

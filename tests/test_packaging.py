@@ -16,6 +16,7 @@ from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
+import grid
 import pytest
 from packaging.requirements import Requirement
 
@@ -53,8 +54,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     if os.environ.get("PYFUSED_TEST_DIST"):
         return Path(os.environ["PYFUSED_TEST_DIST"])
-    if os.environ.get("PYFUSED_TEST_LARGE") != "1":
-        pytest.skip("a build takes minutes: name one in PYFUSED_TEST_DIST, as .ci/run does")
+    if not grid.FULL:
+        pytest.skip("a build takes minutes: name one in PYFUSED_TEST_DIST, or run with --full")
     folder = tmp_path_factory.mktemp("packaging")
     tree, dist = folder / "tree", folder / "dist"
     (folder / "torch.py").write_text("raise ImportError('the build may not need torch')")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,23 +13,15 @@ import torch
 import torch.nn.functional as F
 from compare import (
     FLOATS,
+    HALF,
     Errors,
     assert_matches_torch,
     evaluate,
     evaluate_upstream,
-    exactly,
 )
 from conftest import KernelCalls
-from samples import (
-    BROADCASTING,
-    FIRST,
-    SAMPLES,
-    Loss,
-    each_loss_once,
-    every,
-    every_loss,
-    with_and_without_weight,
-)
+from grid import grid
+from samples import BROADCASTING, FIRST, LOSSES, SAMPLES, Loss
 from torch import Tensor
 
 from pyfused import functional
@@ -40,23 +31,21 @@ from pyfused.ops.operators import MSE_LOSS
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(), (1,), (7,), (8,), (3, 5), (2, 3, 17), (2, 1, 3, 2)]
-BROADCAST = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+REDUCTIONS = ["none", "mean", "sum"]
+WEIGHTED = [False, True]
 close = torch.testing.assert_close
 
 
 def weight_of(
     loss: Loss, weighted: bool, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    return {"weight": loss.weight(shape, dtype)} if weighted else {}
+    return {"weight": loss.weight(shape, dtype)} if weighted and loss.takes_weight else {}
 
 
 # ---- values and gradients ------------------------------------------------------------------------
 
 
-@with_and_without_weight
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@by_dtype
+@grid(loss=LOSSES, shape=SHAPES, dtype=FLOATS, reduction=REDUCTIONS, weighted=WEIGHTED)
 def test_shapes_and_options_against_torch(
     loss: Loss,
     shape: tuple[int, ...],
@@ -71,21 +60,7 @@ def test_shapes_and_options_against_torch(
     assert kernel_calls[loss.kernel]
 
 
-@with_and_without_weight
-def test_gradients_to_those_that_ask(
-    loss: Loss, weighted: bool, reduction: str, kernel_calls: KernelCalls
-) -> None:
-    weight = weight_of(loss, weighted, (3, 5))
-    for asked in product((False, True), repeat=len(loss.differentiated)):
-        requiring = tuple(name for name, ask in zip(loss.differentiated, asked, strict=True) if ask)
-        given = loss.draw((3, 5), requiring=requiring) | weight
-        options = loss.parameters | {"reduction": reduction}
-        got = assert_matches_torch(loss.ours, loss.reference, **given, **options)
-        assert len(got.gradients) == len(requiring)
-    assert kernel_calls[loss.kernel]
-
-
-@each_loss_once
+@grid(loss=FIRST, reduction=REDUCTIONS)
 def test_the_same_tensor_for_each_that_is_differentiated(loss: Loss, reduction: str) -> None:
     def twice(operator: Any, x: Tensor) -> Tensor:
         given = loss.draw((3, 5), requiring=()) | dict.fromkeys(loss.differentiated, x)
@@ -118,52 +93,8 @@ def test_four_rows_by_hand() -> None:
 
 # ---- shapes --------------------------------------------------------------------------------------
 
-BROADCASTS = [
-    ((3, 5), (5,)),
-    ((5,), (3, 5)),
-    ((3, 1), (1, 5)),
-    ((3, 5), ()),
-    ((), (3, 5)),
-    ((2, 3, 17), (3, 1)),
-    ((4, 1), (4,)),
-    ((0, 3), (1, 3)),
-    ((1, 3), (0, 3)),
-]
-by_shapes = pytest.mark.parametrize("shapes", BROADCASTS, ids=str)
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
-
-@BROADCAST
-@every(BROADCASTING)
-@by_shapes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_broadcasting(loss: Loss, shapes: Shapes, dtype: torch.dtype, reduction: str) -> None:
-    given = loss.draw(list(shapes), dtype)
-    options = loss.parameters | {"reduction": reduction}
-    assert_matches_torch(loss.ours, loss.reference, **given, **options)
-    if loss.takes_weight:
-        given["weight"] = loss.weight(shapes[0], dtype)
-        assert_matches_torch(loss.ours, loss.reference, **given, **options)
-
-
-@BROADCAST
-@every(BROADCASTING)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("shapes", BROADCASTS[:-2], ids=str)
-def test_broadcasting_in_half_precision(loss: Loss, shapes: Shapes, dtype: torch.dtype) -> None:
-    """Differences of one sign, so that summing over the expanded dimensions cancels nothing."""
-    input = (torch.rand(shapes[0]) + 2).to(dtype).requires_grad_()
-    target = torch.rand(shapes[1]).to(dtype).requires_grad_("target" in loss.differentiated)
-    got = evaluate(loss.ours, input, target)
-    exact = evaluate(loss.reference, input, target, convert=exactly)
-    for ours, expected in zip(
-        (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True
-    ):
-        assert ours.dtype == dtype
-        close(ours, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
-
-
-@every(loss for loss in BROADCASTING if loss.op.warns)
+@grid(loss=[loss for loss in BROADCASTING if loss.op.warns])
 def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> None:
     given = loss.draw([(3, 5), (5,)])
     caught = []
@@ -177,8 +108,7 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> Non
     assert caught[0][2] == __file__
 
 
-@with_and_without_weight
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0, 2)], ids=str)
+@grid(loss=LOSSES, shape=[(0,), (3, 0, 2)], reduction=REDUCTIONS, weighted=WEIGHTED)
 def test_no_elements(loss: Loss, shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
     given = loss.draw(shape) | weight_of(loss, weighted, shape)
     assert_matches_torch(loss.ours, loss.reference, **given, **loss.parameters, reduction=reduction)
@@ -200,10 +130,7 @@ def outcome_or_error(operator: Any, given: dict[str, Any], **options: Any) -> An
 
 
 @DIFFERENTIATED
-@each_loss_once
-@pytest.mark.parametrize("other", PROMOTED, ids=lambda dtype: str(dtype)[6:])
-@by_dtype
-@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+@grid(loss=FIRST, other=PROMOTED, dtype=FLOATS, reduction=REDUCTIONS, swapped=[False, False, True])
 def test_type_promotion(
     loss: Loss,
     dtype: torch.dtype,
@@ -244,9 +171,7 @@ def test_type_promotion(
         errors.check(roundings=4 if got.value.dtype == torch.float64 else 2)
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@with_and_without_weight
-@by_dtype
+@grid(loss=LOSSES, dtype=FLOATS, autocast=HALF, reduction=REDUCTIONS, weighted=WEIGHTED)
 def test_autocast_gives_torchs_dtypes(
     autocast: torch.dtype, loss: Loss, dtype: torch.dtype, weighted: bool, reduction: str
 ) -> None:
@@ -271,9 +196,8 @@ def assert_rounded(got: Tensor, exact: Any, size_of_terms: float = 0.0) -> None:
     close(got.double(), expected, rtol=2 * eps, atol=4 * eps * scale)
 
 
-@every(BROADCASTING)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=["float64", "int64"])
-@BROADCAST
+@grid(loss=BROADCASTING, dtype=[torch.float64, torch.int64], reduction=REDUCTIONS)
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @DIFFERENTIATED
 def test_a_scalar_target_promotes_as_in_torch(
     loss: Loss, dtype: torch.dtype, reduction: str
@@ -298,9 +222,7 @@ def test_integers_with_a_weight(weight_dtype: torch.dtype, reduction: str) -> No
 # ---- values at the edges -------------------------------------------------------------------------
 
 
-@every_loss
-@by_dtype
-@pytest.mark.parametrize("size", [6, 6 * 7, 6 * 50])
+@grid(loss=LOSSES, dtype=FLOATS, size=[6, 6 * 7, 6 * 50], reduction=REDUCTIONS)
 def test_special_values_come_out_as_torchs(
     loss: Loss, dtype: torch.dtype, size: int, reduction: str
 ) -> None:
@@ -318,8 +240,11 @@ def test_special_values_come_out_as_torchs(
     assert_matches_torch(loss.ours, loss.reference, **given, **options)
 
 
-@every(loss for loss in FIRST if loss.takes_weight and loss.op.definition is None)
-@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF], ids=str)
+@grid(
+    loss=[loss for loss in FIRST if loss.takes_weight and loss.op.definition is None],
+    value=[0.0, -1.0, NAN, INF],
+    reduction=REDUCTIONS,
+)
 def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
     given = loss.draw((3, 5)) | weight_of(loss, True, (3, 5))
     for where in ((1, slice(2, None)), slice(None)):
@@ -327,7 +252,7 @@ def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
         assert_matches_torch(loss.ours, loss.reference, **given, reduction=reduction)
 
 
-@by_dtype
+@grid(dtype=FLOATS, reduction=REDUCTIONS)
 def test_variances_below_eps(dtype: torch.dtype, reduction: str, kernel_calls: KernelCalls) -> None:
     """They count as eps, and the gradient passes as if they had been."""
     x, t = (torch.randn(40).to(dtype).requires_grad_() for _ in range(2))
@@ -335,31 +260,6 @@ def test_variances_below_eps(dtype: torch.dtype, reduction: str, kernel_calls: K
     options = {"eps": 0.5, "reduction": reduction}
     assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, var, **options)
     assert kernel_calls["gaussian_nll_loss"]
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (1, 3), (2,)], ids=str)
-def test_variances_for_several_elements(
-    shape: tuple[int, ...], reduction: str, kernel_calls: KernelCalls
-) -> None:
-    x, t = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
-    var = (torch.rand(shape) + 0.1).requires_grad_()
-    options = {"full": True, "reduction": reduction}
-    assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, var, **options)
-    assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, 0.7, **options)
-    assert kernel_calls["gaussian_nll_loss"] >= 2
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (3,), (), (1, 1)], ids=str)
-def test_weights_that_broadcast(
-    shape: tuple[int, ...], reduction: str, kernel_calls: KernelCalls
-) -> None:
-    x, t = torch.randn(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
-    weight, name = torch.rand(shape), "binary_cross_entropy_with_logits"
-    for given in ({"weight": weight}, {"pos_weight": weight}):
-        options = given | {"reduction": reduction}
-        assert_matches_torch(getattr(functional, name), getattr(F, name), x, t, **options)
-    assert kernel_calls[name]
-    assert kernel_calls[f"{name}_pos_weight"]
 
 
 @pytest.mark.parametrize("value", [0.3, torch.tensor(0.3), torch.tensor([0.3])], ids=str)
@@ -375,14 +275,16 @@ def test_a_parameter_may_be_a_tensor_of_one_element(value: Any, kernel_calls: Ke
 LEGACY = [(a, b) for a in (None, True, False) for b in (None, True, False) if (a, b) != (None,) * 2]
 
 
-@every(loss for loss in FIRST if "reduce" in loss.op.arguments)
-@pytest.mark.parametrize(("size_average", "reduce"), LEGACY)
-@pytest.mark.parametrize("shape", [(4, 5), (0, 5)], ids=["", "empty"])
+@grid(
+    loss=[loss for loss in FIRST if "reduce" in loss.op.arguments],
+    legacy=LEGACY,
+    shape=[(4, 5), (0, 5), (6, 5)],
+)
 def test_size_average_and_reduce_warn_and_work(
-    loss: Loss, size_average: bool | None, reduce: bool | None, shape: tuple[int, ...]
+    loss: Loss, legacy: tuple[bool | None, bool | None], shape: tuple[int, ...]
 ) -> None:
     given = loss.draw(shape)
-    options: dict[str, Any] = {"size_average": size_average, "reduce": reduce}
+    options: dict[str, Any] = dict(zip(("size_average", "reduce"), legacy, strict=True))
     results = []
     for operator in (loss.ours, loss.reference):
         with pytest.warns(UserWarning, match="size_average and reduce args will be") as warned:
@@ -391,7 +293,7 @@ def test_size_average_and_reduce_warn_and_work(
     close(*results, equal_nan=True)
 
 
-@every_loss
+@grid(loss=LOSSES)
 def test_the_arguments_by_position(loss: Loss) -> None:
     defaults = {n: p.default for n, p in inspect.signature(loss.ours).parameters.items()}
     named = defaults | loss.draw((6, 5)) | loss.parameters | {"reduction": "sum"}
@@ -403,7 +305,7 @@ def test_the_arguments_by_position(loss: Loss) -> None:
     assert_matches_torch(loss.ours, loss.reference, *arguments)
 
 
-@every(loss for loss in FIRST if loss.takes_weight)
+@grid(loss=[loss for loss in FIRST if loss.takes_weight], reduction=REDUCTIONS)
 def test_a_gradient_to_the_weight_is_torchs_business(loss: Loss, reduction: str) -> None:
     given = loss.draw((3, 5)) | weight_of(loss, True, (3, 5))
     given["weight"].requires_grad_()
@@ -416,8 +318,7 @@ def test_a_gradient_to_the_weight_is_torchs_business(loss: Loss, reduction: str)
 
 
 @pytest.mark.thresholds
-@every_loss
-@pytest.mark.parametrize("shape", [(), (1,), (100,), (5000,), (300, 500)], ids=str)
+@grid(loss=LOSSES, shape=[(), (100,), (5000,), (300, 500)], reduction=REDUCTIONS)
 def test_where_small_inputs_may_go_to_torch(
     loss: Loss, shape: tuple[int, ...], reduction: str
 ) -> None:

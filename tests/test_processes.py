@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 import torch
 from conftest import fused_always
+from processes import SECONDS, python
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pyfused.backends import cpu
 from pyfused.functional import cross_entropy, mse_loss, relu
 
-SECONDS = 60  # far beyond what it takes, so that only a hang is cut short
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 # Python warns of a fork beside threads from 3.12 on, which is just what is tried here.
 ignore_fork_warning = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -53,10 +51,10 @@ def send(pipe: Connection, seed: int) -> None:
     pipe.send(compute(seed))
 
 
-def in_child(method: str, seed: int = 0) -> list[Any]:
-    context = multiprocessing.get_context(method)
+def in_forked_child() -> list[Any]:
+    context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=send, args=(sender, seed))
+    child = context.Process(target=send, args=(sender, 0))
     child.start()
     sender.close()  # so that a child that dies is seen as the end of the file
     try:
@@ -74,13 +72,8 @@ def test_fork_after_use(count: int, threads: Any) -> None:
     threads(count)
     expected = compute()
     for _ in range(2):
-        assert in_child("fork") == expected
+        assert in_forked_child() == expected
     assert compute() == expected
-
-
-def test_spawn(threads: Any) -> None:
-    threads(2)
-    assert in_child("spawn") == compute()
 
 
 class Losses(Dataset[Tensor]):
@@ -99,23 +92,12 @@ def test_data_loader_workers(method: str, threads: Any) -> None:
     threads(2)
     expected = torch.tensor([compute(index)[-1] for index in range(6)])
     loader = DataLoader(
-        Losses(), num_workers=2, multiprocessing_context=method, timeout=SECONDS, batch_size=2
+        Losses(), num_workers=1, multiprocessing_context=method, timeout=SECONDS, batch_size=2
     )
     assert torch.equal(torch.cat(list(loader)), expected)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("isa", cpu.supported)
+@pytest.mark.parametrize("isa", [*cpu.supported, ""])
 def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     code = (
         "import torch; from pyfused.backends import cpu; from pyfused.functional import relu;"
@@ -124,8 +106,8 @@ def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     done = python(code, PYFUSED_CPU_CAPABILITY=isa)
     assert done.returncode == 0, done.stderr
     capability, module, total = done.stdout.split()
-    assert capability == isa
-    assert module.endswith(isa.replace("-", "_"))
+    assert capability == (isa or cpu.supported[-1])
+    assert module.endswith(capability.replace("-", "_"))
     assert float(total) == 3.0
 
 
@@ -148,12 +130,3 @@ def test_fork_before_use() -> None:
         "assert relu(-torch.ones(2**20)).count_nonzero() == 0; os._exit(17)"
     )
     assert done.returncode == 17, done.stderr
-
-
-def test_the_best_instruction_set_is_the_default() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "PYFUSED_CPU_CAPABILITY"}
-    code = "from pyfused.backends import cpu; print(cpu.capability == cpu.supported[-1])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "True"

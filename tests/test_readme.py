@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from pyfused.ops.operators import OPERATORS
-
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "benchmarks/README.md"]
@@ -59,13 +57,6 @@ def test_make_knows_the_command(command: str) -> None:
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8"))
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links)
-
-
-def test_the_table_of_what_is_covered_is_that_of_the_declarations() -> None:
-    page = (ROOT / "README.md").read_text("utf-8")
-    table = page[page.index("| operator | module |") : page.index("Losses take every reduction")]
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE)
-    assert rows == [(op.name, op.module) for op in OPERATORS.values()]
 
 
 EXAMPLE = re.findall(

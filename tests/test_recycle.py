@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import os
 import pickle
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from grid import grid
+from processes import python
 from torch import Tensor
 
 from pyfused import memory
@@ -44,19 +46,13 @@ def empty_cache() -> Iterator[None]:
     memory.release()
 
 
+@functools.cache
+def ones() -> Tensor:
+    return torch.ones(3 * ELEMENTS)
+
+
 def output(elements: int = ELEMENTS) -> Tensor:
-    return relu(torch.ones(elements))
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return relu(ones()[:elements])
 
 
 # ---- blocks --------------------------------------------------------------------------------------
@@ -78,7 +74,7 @@ def test_the_next_output_takes_the_memory_of_the_last() -> None:
     ("factor", "fits"), [(1.0, True), (0.9, True), (0.85, False), (1.1, False)]
 )
 def test_a_block_serves_sizes_of_up_to_an_eighth_less(factor: float, fits: bool) -> None:
-    elements = 32 * MIB
+    elements = 10 * MIB
     del_me = output(elements)
     del del_me
     hits = memory.stats().hits
@@ -172,10 +168,9 @@ def test_every_kind_of_output() -> None:
         del result
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
-@pytest.mark.parametrize("dtype", list(cpu.DTYPES))
+@grid(dtype=cpu.DTYPES, layout=["channels_last", "transposed", "sliced"])
 def test_layout_and_dtype(layout: str, dtype: torch.dtype) -> None:
-    x = torch.randn(64, 8, 160, 160 if dtype.itemsize > 2 else 240).to(dtype)
+    x = torch.randn(9 * MIB * 4 // dtype.itemsize).to(dtype).view(64, 8, 128, -1)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     x = x.transpose(0, 2) if layout == "transposed" else x[..., 1:] if layout == "sliced" else x
@@ -325,7 +320,7 @@ def test_a_forked_child_starts_with_no_free_block() -> None:
 
 
 def test_tensors_outlive_the_interpreter() -> None:
-    done = python("""
+    code = """if True:
         import builtins, torch
         from pyfused.functional import relu
         builtins.kept = relu(torch.ones(9 << 20))
@@ -333,7 +328,9 @@ def test_tensors_outlive_the_interpreter() -> None:
             def __init__(self): self.tensor = relu(torch.ones(9 << 20))
             def __del__(self): self.tensor = None
         builtins.late = Late()
-    """)
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

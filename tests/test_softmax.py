@@ -18,7 +18,8 @@ from compare import (
     evaluate,
     evaluate_upstream,
 )
-from conftest import KernelCalls
+from conftest import ISAS, KernelCalls
+from grid import grid
 from reference import extended
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +29,6 @@ from pyfused import functional as fused
 INF, NAN = float("inf"), float("nan")
 NAMES = "softmax", "log_softmax"
 by_name = pytest.mark.parametrize("name", NAMES)
-by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 close = torch.testing.assert_close
 
 # Rows side by side and not; within a tile, a chunk, a row that is kept, and beyond.
@@ -48,7 +48,6 @@ SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((40, 3, 5), -3),
     ((4, 1, 6), 1),
 ]
-by_shape = pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
 
 
 def both(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Tensor], ...]:
@@ -67,17 +66,15 @@ def assert_alike(ours: Callable[..., Tensor], of_torch: Callable[..., Tensor], x
         close(gradient, torchs_, equal_nan=True, rtol=4 * eps if half else 1.3e-6, atol=unit)
 
 
-@by_name
-@by_dtype
-@by_shape
+@grid(name=NAMES, case=SHAPES, dtype=FLOATS, isa=ISAS)
 def test_as_accurate_as_torchs(
     name: str,
-    shape: tuple[int, ...],
-    dim: int,
+    case: tuple[tuple[int, ...], int],
     dtype: torch.dtype,
     isa: str,
     kernel_calls: KernelCalls,
 ) -> None:
+    shape, dim = case
     ours, of_torch = both(name, dim)
     errors = Errors()
     for scale in (1, 20):
@@ -105,10 +102,7 @@ def test_as_accurate_as_torchs(
     assert kernel_calls == {name: 2, f"{name}_backward": 2}
 
 
-@by_name
-@by_dtype
-@pytest.mark.parametrize("classes", [5, 200])
-@pytest.mark.parametrize("dim", [0, 1])
+@grid(name=NAMES, dtype=FLOATS, classes=[5, 200], dim=[0, 0, 1, 1])
 def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: int) -> None:
     x = torch.randn(4, classes)
     x[0] = -INF
@@ -121,9 +115,7 @@ def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: in
     assert_alike(ours, of_torch, finite.requires_grad_())
 
 
-@by_name
-@by_dtype
-@pytest.mark.parametrize("classes", [9, 300])
+@grid(name=NAMES, dtype=FLOATS, classes=[9, 300])
 def test_constant_rows_and_large_values(name: str, dtype: torch.dtype, classes: int) -> None:
     ours, of_torch = both(name, -1)
     for value in (0.0, 3e4, -3e4):
@@ -132,35 +124,11 @@ def test_constant_rows_and_large_values(name: str, dtype: torch.dtype, classes: 
         close(ours(x), of_torch(x))
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "sliced": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
-    "with gaps": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
-    "reversed": lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
-    "expanded": lambda x: x[:1].expand(x.shape),
-}
-
-
-@by_name
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dim", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(3, 20, 5), (3, 5, 140)], ids=str)
-def test_strides(name: str, layout: str, dim: int, shape: tuple[int, ...]) -> None:
-    x = LAYOUTS[layout](torch.randn(shape)).requires_grad_()
-    ours, of_torch = both(name, dim)
-    got, expected = ours(x), of_torch(x)
-    assert got.stride() == expected.stride()
-    close(got, expected)
-    grad_output = LAYOUTS[layout](torch.randn(shape))
-    found = [torch.autograd.grad(y, x, grad_output)[0] for y in (got, expected)]
-    close(*found)
-    sums = [torch.autograd.grad(f(x).sum(), x)[0] for f in (ours, of_torch)]
-    close(*sums, atol=1e-6, rtol=1e-4)
-
-
-@by_name
-@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
-@pytest.mark.parametrize("asked", [None, torch.float64, torch.float32, torch.float16])
+@grid(
+    name=NAMES,
+    given=[torch.float64, torch.float32, torch.bfloat16, torch.int64],
+    asked=[None, torch.float64, torch.float32, torch.float16, None],
+)
 def test_dtype(name: str, given: torch.dtype, asked: torch.dtype | None) -> None:
     x = torch.randint(-4, 5, (6, 50)).to(given)
     ours, of_torch = both(name, 1, dtype=asked)
@@ -207,16 +175,13 @@ def test_errors(name: str, dim: Any, error: type[Exception], told: str) -> None:
         getattr(fused, name)("logits", 0)
 
 
-@by_name
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3), (2, 0, 3)], ids=str)
+@grid(name=NAMES, shape=[(), (0,), (3, 0), (0, 3), (2, 0, 3)])
 def test_scalars_and_nothing(name: str, shape: tuple[int, ...]) -> None:
     ours, of_torch = both(name, -1)
     assert_matches_torch(ours, of_torch, torch.randn(shape, requires_grad=True))
 
 
-@by_name
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@by_dtype
+@grid(name=NAMES, dtype=FLOATS, autocast=HALF)
 def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
     x = torch.randn(4, 200).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=autocast):

@@ -5,27 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 from calls import TORCH as F
 from calls import Case, every_case
 from compare import FLOATS, HALF, assert_matches_torch
 from conftest import KernelCalls
+from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
-from samples import ACTIVATIONS, LOSSES, SAMPLES, Loss, every_activation, every_loss
+from samples import ACTIVATIONS, LOSSES, SAMPLES, Loss
 from torch import Tensor
 
 from pyfused import functional
-from pyfused.backends import layout as layouts
+from pyfused import layout as layouts
 from pyfused.functional import cross_entropy
 from pyfused.ops.activation import Activation
 
 close = torch.testing.assert_close
 
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+REDUCTIONS = ["none", "mean", "sum"]
 SHAPES = [(5,), (7, 5), (70, 3), (3, 130), (6, 5, 1), (2, 5, 3), (2, 3, 70), (3, 4, 2, 5)]
 SHAPES += [(7, 3, 1, 1), (2, 3, 2, 1, 5)]
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def logits_and_target(shape: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor]:
@@ -39,8 +38,12 @@ def logits_and_target(shape: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor
     return logits, target
 
 
-@every_shape
-@every_layout
+@grid(
+    layout=LAYOUTS.values(),
+    shape=SHAPES,
+    target_kind=["index", "probabilities"],
+    reduction=REDUCTIONS,
+)
 def test_logits(
     layout: Layout,
     shape: tuple[int, ...],
@@ -64,64 +67,34 @@ def test_a_row_of_one_position_is_one_of_many() -> None:
         assert layouts.strides_of(logits) == (0, 5, 1)
 
 
-@every_shape
-@every_layout
-def test_target(layout: Layout, shape: tuple[int, ...], target_kind: str, reduction: str) -> None:
-    logits, target = logits_and_target(shape, target_kind)
-    target = layout(target)
-    if target_kind == "probabilities":
-        target.requires_grad_()
-    logits.requires_grad_()
-    assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, reduction=reduction)
-
-
-@every_layout
-def test_logits_and_probabilities_laid_out_differently(layout: Layout, reduction: str) -> None:
-    for other in LAYOUTS.values():
-        logits, target = logits_and_target((3, 4, 2, 5), "probabilities")
-        logits, target = layout(logits).requires_grad_(), other(target).requires_grad_()
-        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, reduction=reduction)
-
-
-@pytest.mark.parametrize("layout", ["every_second", "misaligned", "one_element_expanded"])
-def test_class_weights(layout: str, target_kind: str, reduction: str) -> None:
-    for shape in ((7, 5), (2, 5, 3), (3, 130)):
-        logits, target = logits_and_target(shape, target_kind)
-        weight = LAYOUTS[layout](torch.rand(shape[1]))
-        options = {"reduction": reduction, "label_smoothing": 0.1}
-        logits.requires_grad_()
-        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, weight, **options)
-
-
-@every_loss
-@every_layout
-@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 70), (3, 4, 2, 5)], ids=str)
+@grid(
+    loss=LOSSES,
+    layout=LAYOUTS.values(),
+    other=[*LAYOUTS.values()][1:],
+    shape=[(5,), (7, 5), (2, 3, 70), (3, 4, 2, 5)],
+    reduction=REDUCTIONS,
+)
 def test_pointwise_losses(
     loss: Loss,
     layout: Layout,
+    other: Layout,
     shape: tuple[int, ...],
     reduction: str,
     kernel_calls: KernelCalls,
 ) -> None:
     options: dict[str, Any] = loss.parameters | {"reduction": reduction}
-    cancels = SAMPLES[loss.op.name].cancels
-    for other in LAYOUTS.values():
-        given = loss.draw(shape, requiring=(), scale=0.25 if cancels else 1.0)
-        first, *others = given
-        given |= {name: other(given[name]) for name in others} | {first: layout(given[first])}
-        for name in loss.differentiated:
-            given[name].requires_grad_()
-        assert_matches_torch(loss.ours, loss.reference, **given, **options)
-        if loss.takes_weight:
-            given["weight"] = other(loss.weight(shape))
-            assert_matches_torch(loss.ours, loss.reference, **given, **options)
-    assert kernel_calls[loss.kernel] >= (1 + loss.takes_weight) * len(LAYOUTS)
+    given = loss.draw(shape, requiring=(), scale=0.25 if SAMPLES[loss.op.name].cancels else 1.0)
+    first, *others = given
+    given |= {name: other(given[name]) for name in others} | {first: layout(given[first])}
+    for name in loss.differentiated:
+        given[name].requires_grad_()
+    if loss.takes_weight:
+        given["weight"] = other(loss.weight(shape))
+    assert_matches_torch(loss.ours, loss.reference, **given, **options)
+    assert kernel_calls[loss.kernel]
 
 
-@every_activation
-@every_shape
-@every_layout
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@grid(op=ACTIVATIONS, layout=LAYOUTS.values(), shape=SHAPES, dtype=FLOATS)
 def test_activations(
     op: Activation,
     layout: Layout,
@@ -137,23 +110,23 @@ def test_activations(
     assert kernel_calls[op.name] == 1
 
 
-@every_layout
 @every_case
-def test_upstream_gradients(case: Case, layout: Layout) -> None:
+def test_upstream_gradients(case: Case) -> None:
     """The gradient from above has strides of its own."""
     x = torch.randn(6, 5, requires_grad=True)
-    ours, of_torch = case.ours(x), case.reference(x)
-    above = layout(torch.randn(6, 5))
-    if ours.dim() == 1:
-        above = above[:, 0] if above.stride(0) else above[0, :1].expand(6)
-    elif not ours.dim():
-        above = above[0, 0]
-    # torch's gelu takes a library that cannot describe windows which overlap
-    close(torch.autograd.grad(ours, x, above), torch.autograd.grad(of_torch, x, above.contiguous()))
+    for layout in LAYOUTS.values():
+        ours, of_torch = case.ours(x), case.reference(x)
+        above = layout(torch.randn(6, 5))
+        if ours.dim() == 1:
+            above = above[:, 0] if above.stride(0) else above[0, :1].expand(6)
+        elif not ours.dim():
+            above = above[0, 0]
+        # torch's gelu takes a library that cannot describe windows which overlap
+        expected = torch.autograd.grad(of_torch, x, above.contiguous())
+        close(torch.autograd.grad(ours, x, above), expected)
 
 
-@pytest.mark.parametrize("layout", SAME_VALUES.values(), ids=SAME_VALUES.keys())
-@every_shape
+@grid(layout=SAME_VALUES.values(), shape=SHAPES)
 def test_a_view_that_works_on_torchs_result_works_on_ours(
     layout: Layout, shape: tuple[int, ...]
 ) -> None:
@@ -172,8 +145,7 @@ def test_a_view_that_works_on_torchs_result_works_on_ours(
             assert getattr(functional, name)(**arguments).is_contiguous()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "classes_innermost", "transposed"])
-@every_activation
+@grid(op=ACTIVATIONS, layout=["contiguous", "classes_innermost", "transposed"])
 def test_activations_keep_the_layout_of_dense_memory(op: Activation, layout: str) -> None:
     x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))
     assert getattr(functional, op.name)(x).stride() == op.reference(x).stride() == x.stride()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KernelCalls
+from processes import python
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
 from pyfused.backends import cpu
 
-X = torch.linspace(-2, 2, 24 * 5).view(24, 5)
-TARGET = torch.arange(24) % 3
+pytestmark = pytest.mark.thresholds
+ROWS = 4096  # so many that half of them are the kernels', by the measured table
+X = torch.linspace(-2, 2, ROWS * 5).view(ROWS, 5)
+TARGET = torch.arange(ROWS) % 3
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -100,7 +101,6 @@ def test_patched_training(loss_of: Loss, scaled: bool, kernel_calls: KernelCalls
         got = train(loss_of, scaled)
     assert got == pytest.approx(expected, rel=2e-2 if loss_of is autocast else 1e-4)
     assert kernel_calls["cross_entropy"] >= 8
-    assert kernel_calls["relu"] >= 8
 
 
 def test_autocast_makes_no_float32_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_autocast_makes_no_float32_copy_of_the_logits(monkeypatch: pytest.Monkey
         return kernel(input, *args, **kwargs)
 
     monkeypatch.setattr(cpu, "cross_entropy", spy)
-    logits = torch.randn(24, 3, dtype=torch.bfloat16, requires_grad=True)
+    logits = torch.randn(ROWS, 3, dtype=torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), pyfused.patch():
         loss = F.cross_entropy(logits, TARGET)
     loss.backward()
@@ -134,8 +134,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_an_import_loads_pyfused_and_nothing_else() -> None:
-    command = [sys.executable, "-c", LOADED]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = python(LOADED)
     loaded = {name for name in done.stdout.split() if not f"{name}.".startswith("pyfused.")}
     assert loaded <= {"torch.utils._device"}
     assert (done.stderr, "pyfused.functional" in done.stdout) == ("", True)

@@ -1,8 +1,8 @@
-// Races: the kernels on several threads, and called by several threads at once, for ThreadSanitizer,
-// with the bits of one thread as the result to expect.
+// Races: the kernels on several threads, and called by several threads at once, for
+// ThreadSanitizer, with the bits of one thread as the result to expect.
 //
-// ThreadSanitizer does not see the barriers within libgomp and would call every parallel loop a race.
-// So this program links no libgomp: what GCC makes of the loops calls the functions below.
+// ThreadSanitizer does not see the barriers within libgomp and would call every parallel loop a
+// race. So this program links no libgomp: what GCC makes of the loops calls the functions below.
 #include <cstdio>
 #include <string>
 #include <thread>
@@ -60,14 +60,14 @@ template <class T> void append(std::string& bytes, const std::vector<T>& values)
 
 struct Shape {
   int64_t outer, inner, classes;
-  bool classes_together;
+  bool classes_contiguous;
   template <class T> View<T> view(T* data) const {
-    return classes_together ? View<T>{data, inner * classes, classes, 1}
-                            : View<T>{data, inner * classes, 1, inner};
+    return classes_contiguous ? View<T>{data, inner * classes, classes, 1}
+                              : View<T>{data, inner * classes, 1, inner};
   }
 };
 
-// Rows; columns that lie side by side, or are transposed; more targets than one block counts.
+// Rows; columns, contiguous or transposed; more targets than one block counts.
 constexpr Shape kShapes[] = {
     {1, 150, 300, true}, {1, 50, 2100, true}, {3, 130, 11, false}, {1, 17000, 3, true}};
 
@@ -75,7 +75,8 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
   using A = Accumulate<T>;
   const int64_t positions = shape.outer * shape.inner, n = positions * shape.classes;
   const std::vector<T> logits = numbers<T>(n, 1), probabilities = numbers<T>(n, 2);
-  const std::vector<A> weight = numbers<A>(shape.classes, 3), upstream = numbers<A>(positions, 4);
+  const std::vector<A> weight = numbers<A>(shape.classes, 3),
+                       grad_output = numbers<A>(positions, 4);
   std::vector<int64_t> target(positions);
   for (int64_t i = 0; i < positions; ++i) target[i] = i % 7 ? i * 31 % shape.classes : -100;
   for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
@@ -83,42 +84,73 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
       std::vector<T> grad_logits(n), grad_probabilities(dense ? n : 0);
       std::vector<A> loss(reduction == Reduction::none ? positions : 1);
       T* const none = nullptr;
-      cross_entropy(CrossEntropy<T>{
-          {shape.outer, shape.inner, shape.classes}, shape.view(logits.data()),
-          dense ? nullptr : target.data(), shape.view(dense ? probabilities.data() : none),
-          weight.data(), -100, reduction == Reduction::mean ? 0.1 : 0.0, 0.0, reduction,
-          upstream.data(), loss.data(), shape.view(grad_logits.data()),
-          shape.view(dense ? grad_probabilities.data() : none), threads});
+      cross_entropy(CrossEntropy<T>{{shape.outer, shape.inner, shape.classes},
+                                    shape.view(logits.data()),
+                                    dense ? nullptr : target.data(),
+                                    shape.view(dense ? probabilities.data() : none),
+                                    weight.data(),
+                                    -100,
+                                    reduction == Reduction::mean ? 0.1 : 0.0,
+                                    0.0,
+                                    reduction,
+                                    grad_output.data(),
+                                    loss.data(),
+                                    shape.view(grad_logits.data()),
+                                    shape.view(dense ? grad_probabilities.data() : none),
+                                    threads});
       append(bytes, loss);
       append(bytes, grad_logits);
       append(bytes, grad_probabilities);
     }
   }
   target[positions / 2] = target[positions - 1] = shape.classes;
-  const int64_t wrong = cross_entropy(CrossEntropy<T>{
-      {shape.outer, shape.inner, shape.classes}, shape.view(logits.data()), target.data(), {},
-      nullptr, -100, 0, 0, Reduction::sum, nullptr, nullptr, {}, {}, threads});
-  append(bytes, std::vector<int64_t>{wrong});
+  const int64_t out_of_range =
+      cross_entropy(CrossEntropy<T>{{shape.outer, shape.inner, shape.classes},
+                                    shape.view(logits.data()),
+                                    target.data(),
+                                    {},
+                                    nullptr,
+                                    -100,
+                                    0,
+                                    0,
+                                    Reduction::sum,
+                                    nullptr,
+                                    nullptr,
+                                    {},
+                                    {},
+                                    threads});
+  append(bytes, std::vector<int64_t>{out_of_range});
 }
 
 template <class T> void run_class_losses(std::string& bytes, const Shape& shape, int threads) {
   using A = Accumulate<T>;
   const int64_t positions = shape.outer * shape.inner, n = positions * shape.classes;
   const std::vector<T> input = numbers<T>(n, 8);
-  const std::vector<A> weight = numbers<A>(shape.classes, 9), upstream = numbers<A>(positions, 10);
+  const std::vector<A> weight = numbers<A>(shape.classes, 9),
+                       grad_output = numbers<A>(positions, 10);
   std::vector<int64_t> target(positions);
   for (int64_t i = 0; i < positions; ++i) target[i] = i * 31 % shape.classes;
   for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
     std::vector<T> nll_gradient(n), margin_gradient(n);
     std::vector<A> nll(reduction == Reduction::none ? positions : 1), margin(nll);
-    nll_loss(CrossEntropy<T>{
-        {shape.outer, shape.inner, shape.classes}, shape.view(input.data()), target.data(), {},
-        weight.data(), -100, 0, 0, reduction, upstream.data(), nll.data(),
-        shape.view(nll_gradient.data()), {}, threads});
-    multi_margin_loss(MultiMargin<T>{
-        positions, shape.classes, input.data(), target.data(), weight.data(),
-        reduction == Reduction::mean, 1, reduction, upstream.data(), margin.data(),
-        margin_gradient.data(), threads});
+    nll_loss(CrossEntropy<T>{{shape.outer, shape.inner, shape.classes},
+                             shape.view(input.data()),
+                             target.data(),
+                             {},
+                             weight.data(),
+                             -100,
+                             0,
+                             0,
+                             reduction,
+                             grad_output.data(),
+                             nll.data(),
+                             shape.view(nll_gradient.data()),
+                             {},
+                             threads});
+    multi_margin_loss(MultiMargin<T>{positions, shape.classes, input.data(), target.data(),
+                                     weight.data(), reduction == Reduction::mean, 1, reduction,
+                                     grad_output.data(), margin.data(), margin_gradient.data(),
+                                     threads});
     append(bytes, nll);
     append(bytes, margin);
     append(bytes, nll_gradient);
@@ -128,14 +160,14 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
 
 template <class T> void run_softmax(std::string& bytes, const Shape& shape, int threads) {
   const int64_t n = shape.outer * shape.inner * shape.classes;
-  const std::vector<T> input = numbers<T>(n, 11), upstream = numbers<T>(n, 12);
+  const std::vector<T> input = numbers<T>(n, 11), grad_output = numbers<T>(n, 12);
   for (const bool logarithm : {false, true}) {
     std::vector<T> output(n), gradient(n);
     const Positions sizes{shape.outer, shape.inner, shape.classes};
-    softmax(Softmax<T>{sizes, logarithm, shape.view(input.data()), {}, shape.view(output.data()),
-                       threads});
+    softmax(Softmax<T>{
+        sizes, logarithm, shape.view(input.data()), {}, shape.view(output.data()), threads});
     const T* const y = output.data();
-    softmax(Softmax<T>{sizes, logarithm, shape.view(y), shape.view(upstream.data()),
+    softmax(Softmax<T>{sizes, logarithm, shape.view(y), shape.view(grad_output.data()),
                        shape.view(gradient.data()), threads});
     append(bytes, output);
     append(bytes, gradient);
@@ -146,15 +178,20 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
   using A = Accumulate<T>;
   constexpr int64_t n = 70003;  // no multiple of a block
   const std::vector<T> x = numbers<T>(n, 5), t = numbers<T>(n, 6), weight = numbers<T>(n, 7);
-  for (const LossFormula& formula : kLossFormulas) {
+  for (const LossFormula& formula : loss_formulas()) {
     for (const bool each : {false, true}) {
       std::vector<T> losses(each ? n : 0), grad_input(n), grad_target(n);
       std::vector<A> reduced(1);
-      pointwise_loss(formula, PointwiseLoss<T>{
-          n, {{{x.data(), 1}, {t.data(), 1}, {weight.data(), 1}}}, {1.0, 0.5},
-          {each ? weight.data() : nullptr, each}, each ? 1.0 : n, {weight.data(), each},
-          each ? losses.data() : nullptr, each ? nullptr : reduced.data(),
-          {grad_input.data(), grad_target.data(), nullptr}, threads});
+      pointwise_loss(formula, PointwiseLoss<T>{n,
+                                               {{{x.data(), 1}, {t.data(), 1}, {weight.data(), 1}}},
+                                               {1.0, 0.5},
+                                               {each ? weight.data() : nullptr, each},
+                                               each ? 1.0 : n,
+                                               {weight.data(), each},
+                                               each ? losses.data() : nullptr,
+                                               each ? nullptr : reduced.data(),
+                                               {grad_input.data(), grad_target.data(), nullptr},
+                                               threads});
       append(bytes, losses);
       append(bytes, reduced);
       append(bytes, grad_input);
@@ -162,14 +199,14 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
     }
   }
   std::vector<T> output(n), grad(n);
-  activation<Relu>(x.data(), output.data(), 0.0, n, threads);
-  activation_backward<Relu>(t.data(), 1, output.data(), grad.data(), 0.0, n, threads);
-  append(bytes, output);
-  append(bytes, grad);
-  activation<Sigmoid>(x.data(), output.data(), 0.0, n, threads);
-  activation_backward<Sigmoid>(t.data(), 1, output.data(), grad.data(), 0.0, n, threads);
+  for (const ActivationFormula& formula : activation_formulas()) {
+    std::get<ActivationForward<T>*>(formula.forward)(x.data(), output.data(), {1.0}, n, threads);
+    std::get<ActivationBackward<T>*>(formula.backward)(t.data(), 1, output.data(), grad.data(),
+                                                       {1.0}, n, threads);
+    append(bytes, output);
+    append(bytes, grad);
+  }
   scale(grad.data(), A(0.3), n, threads);
-  append(bytes, output);
   append(bytes, grad);
 }
 

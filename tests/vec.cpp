@@ -1,5 +1,5 @@
-// csrc/vec.h as test_vec.py sees it: each function over n elements, `piece` of them at a time. All at
-// once they fill vectors; one at a time they take what the loop and its intrinsics leave over.
+// csrc/vec.h as test_vec.py sees it: each function over n elements, `piece` of them at a time. All
+// at once they fill vectors; one at a time they take what the loop and its intrinsics leave over.
 #include <algorithm>
 
 #include "exponentials.h"
@@ -7,12 +7,12 @@
 
 using namespace pyfused;
 
-#define EACH_PIECE(name, From, To, body)                                                     \
-  extern "C" __attribute__((visibility("default"))) void name(const From* from, To* to,      \
-                                                              int64_t n, int64_t piece) {    \
-    for (int64_t first = 0; first < n; first += piece) {                                     \
-      body(from + first, to + first, std::min(piece, n - first));                            \
-    }                                                                                        \
+#define EACH_PIECE(name, From, To, body)                                                           \
+  extern "C" __attribute__((visibility("default"))) void name(const From* from, To* to, int64_t n, \
+                                                              int64_t piece) {                     \
+    for (int64_t first = 0; first < n; first += piece) {                                           \
+      body(from + first, to + first, std::min(piece, n - first));                                  \
+    }                                                                                              \
   }
 
 #define EACH_ELEMENT(name, T, function)                                                      \
@@ -51,7 +51,8 @@ template <class T> void third_of_exponentials(const float* x, T* y, int64_t n) {
     scaled_exponentials(x + i, 0.0f, kThird, buffer, y + i, count, false);
   }
 }
-constexpr uint32_t kOne = 0x3f800000, kNaN = 0x7fffffff;  // the NaN that rounding would carry out of
+constexpr uint32_t kOne = 0x3f800000,
+                   kNaN = 0x7fffffff;  // the NaN that rounding would carry out of
 
 EACH_ELEMENT(exp_float32, float, exp_shifted)
 EACH_ELEMENT(exp_float64, double, exp_shifted)

@@ -45,19 +45,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pyfused.backends import (
-    CrossEntropyOptions,
-    MarginOptions,
-    Measures,
-    NllOptions,
-    VocabShard,
-    Want,
-)
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.ops.operators import OPERATORS
+from pyfused.types import (
+    CrossEntropyOptions,
+    MarginOptions,
+    NllOptions,
+    Statistics,
+    VocabShard,
+    Want,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -124,20 +124,21 @@ def cross_entropy(
     launches = 2 if target is x else 3 + (n > 1 << 14) + (n > 1 << 20)
     coefficients = (0.1 * (word in words) for word in ("smoothing", "focal", "z_loss"))
     options = CrossEntropyOptions(-100, "mean", *coefficients)
+    options.scale = 16.0 if "scale" in words else 1.0
     want = Want(True, ("forward" not in words, target is x), "inplace" in words)
     each, grad_output, vocab_shard = empty(F64, n), None, None
     if "z_loss" in words:
-        options = options._replace(token_weight=empty(F32, *indices.shape))
+        options.token_weight = empty(F32, *indices.shape)
     if "grad_output" in words:
-        options, want, launches = options._replace(reduction="none"), want._replace(loss=False), 1
+        options.reduction, want, launches = "none", want._replace(loss=False), 1
         grad_output = empty(dtype, *indices.shape)
     if "block" in words:  # of all classes, whose log-sum-exp is given
         classes, vocab_shard = 1 << 20, VocabShard(1 << 16, 1 << 20, each)
     if "metrics" in words:
-        launches, measures = launches + 1, Measures(each, each, empty(torch.int64, n))
-        want = want._replace(measures=measures)
+        launches, statistics = launches + 1, Statistics(each, each, empty(torch.int64, n))
+        want = want._replace(statistics=statistics)
     if "statistics" in words:
-        want, launches = Want(False, (), False, Measures(each)), 1
+        want, launches = Want(False, (), False, Statistics(each)), 1
     if kind == "forward block":  # reads no row
         fields["vector"] = 0
     fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
@@ -150,7 +151,7 @@ CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256,
 SHAPES = *((4096, n) for n in CLASSES), (8, 21, 1000), (8, 150, 4096), (16, 21, 512, 512)
 KINDS = (
     *("forward", "grad_output", "inplace", "smoothing", "weight", "weight smoothing"),
-    *("focal", "z_loss", "metrics", "statistics", "forward block"),
+    *("focal", "z_loss", "scale", "metrics", "statistics", "forward block"),
     *("block grad_output inplace", "block grad_output weight smoothing"),
     *("probabilities", "probabilities weight smoothing"),
 )

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from compile_ahead import BF16, F32, Case, compiling, empty
 
-from pyfused.backends import CrossEntropyOptions, Want
+from pyfused.types import CrossEntropyOptions, Want
 
 QUICK = (
     "cross_entropy bfloat16 4096x1000",

@@ -1,0 +1,87 @@
+"""What a new operator needs beside its kernels: `pytest -k name_of_it` says what was forgotten."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from random_calls import LEFT_OUT, OPTIONS
+from samples import SAMPLES
+
+import pyfused
+from pyfused import functional, nn
+from pyfused.ops import sizes
+from pyfused.ops.activation import Activation
+from pyfused.ops.declaration import Operator
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseLoss
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs"))
+import gallery  # noqa: E402
+from entries import ENTRIES, GALLERY  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+every_operator = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
+README = (ROOT / "README.md").read_text("utf-8")
+# Their sizes are compared in code, or ATen has nothing of the kind.
+WITHOUT_SIZES = ("linear_cross_entropy", "softcap")
+
+
+def rows() -> list[tuple[str, str]]:
+    """Of the README's table: operator and module."""
+    table = README[README.index("| operator | module |") :]
+    return re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE)
+
+
+@every_operator
+def test_public_function_and_module(op: Operator) -> None:
+    assert op.name in functional.__all__
+    assert op.module in nn.__all__
+    assert callable(getattr(functional, op.name))
+    assert issubclass(getattr(nn, op.module), torch.nn.Module)
+
+
+@every_operator
+def test_row_in_the_readme(op: Operator) -> None:
+    assert (op.name, op.module) in rows()
+
+
+@every_operator
+def test_entry_in_the_changelog(op: Operator) -> None:
+    assert f"`{op.name}`" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+@every_operator
+def test_entry_in_the_documentation(op: Operator) -> None:
+    assert op.name in ENTRIES
+    assert op.name in [name for names in gallery.shown().values() for name in names]
+
+
+@every_operator
+def test_row_of_sizes(op: Operator) -> None:
+    assert op.name in WITHOUT_SIZES or op.name in sizes.ATEN_BELOW
+
+
+@every_operator
+def test_what_tests_need(op: Operator) -> None:
+    """A definition for the tests of its family, and values of each argument for test_fuzz.py."""
+    assert op.name in SAMPLES or not isinstance(op, (Activation, PointwiseLoss))
+    operands = [operand.name for operand in op.operands]
+    arguments = inspect.signature(getattr(functional, op.name)).parameters
+    assert not arguments.keys() - {*operands, *LEFT_OUT, *OPTIONS}
+
+
+def test_nothing_else_is_listed() -> None:
+    assert pyfused.functional is functional
+    assert pyfused.nn is nn
+    with_metrics = ["cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"]
+    assert sorted(functional.__all__) == sorted([*OPERATORS, "additive_margin", *with_metrics])
+    modules = [op.module for op in OPERATORS.values()]
+    assert sorted(nn.__all__) == sorted([*modules, "AdditiveMargin"])
+    assert [name for name, _ in rows()] == [*OPERATORS]
+    assert len(ENTRIES) == sum(map(len, GALLERY.values()))
