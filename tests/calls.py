@@ -46,7 +46,7 @@ class Torchs:
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
         own = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}
-        return getattr(F, name, None) or own.get(name) or OPERATORS[name].reference
+        return own.get(name) or getattr(F, name, None) or OPERATORS[name].reference
 
 
 TORCH = Torchs()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import cross_entropy
 from compare import FLOATS, HALF, Errors, evaluate, evaluate_upstream
 from conftest import ISAS, KernelCalls
 from grid import grid
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 import pyfused
 from pyfused import functional as fused
 from pyfused import nn
-from pyfused.ops.definitions import cross_entropy
 
 close = torch.testing.assert_close
 REDUCTIONS = ["none", "mean", "sum"]

@@ -16,7 +16,7 @@ import pyfused
 from pyfused import functional, nn
 from pyfused.ops import sizes
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import Operator
+from pyfused.ops.declaration import TOKEN_WEIGHT, Operator
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
@@ -71,7 +71,7 @@ def test_row_of_sizes(op: Operator) -> None:
 def test_what_tests_need(op: Operator) -> None:
     """A definition for the tests of its family, and values of each argument for test_fuzz.py."""
     assert op.name in SAMPLES or not isinstance(op, (Activation, PointwiseLoss))
-    operands = [operand.name for operand in op.operands]
+    operands = [operand.name for operand in (*op.operands, TOKEN_WEIGHT)]
     arguments = inspect.signature(getattr(functional, op.name)).parameters
     assert not arguments.keys() - {*operands, *LEFT_OUT, *OPTIONS}
 
