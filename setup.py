@@ -7,6 +7,7 @@ import sysconfig
 import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pybind11
@@ -78,22 +79,16 @@ class BuildKernels(build_ext):
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = [*common, *openmp, *isa[kind].split()]
             extension.extra_link_args = openmp if kind == "unix" else []
-        if (
-            self.editable_mode
-        ):  # its own folder is a temporary one, and every build would be a full one
+        if self.editable_mode:  # its own folder is removed after the build, with all object files
             self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
         # setuptools starts MSVC lazily, and not safely from two threads
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
         with ThreadPoolExecutor(jobs) as pool:
-            compiled = [
-                [
-                    pool.submit(self.compile_source, extension, source)
-                    for source in extension.sources
-                ]
-                for extension in self.extensions
-            ]
-        for extension, objects in zip(self.extensions, compiled, strict=True):
-            extension.sources, extension.extra_objects = [], [job.result() for job in objects]
+            for extension in self.extensions:
+                compile_source = partial(self.compile_source, extension)
+                extension.extra_objects = pool.map(compile_source, extension.sources)
+        for extension in self.extensions:
+            extension.sources, extension.extra_objects = [], list(extension.extra_objects)
             extension.depends = extension.extra_objects
         super().build_extensions()  # links
 

@@ -51,7 +51,6 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ]
         build = kernels.get_command_obj("build_ext")
         build.build_lib = build.build_temp = str(tmp_path_factory.mktemp("vec"))
-        build.parallel = 1  # they share a source file, and so an object file
         build.ensure_finalized()
         build.run()
     return {isa: build.get_ext_fullpath(f"_cpu_{isa.replace('-', '_')}") for isa in cpu.ISAS}
