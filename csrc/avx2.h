@@ -1,38 +1,48 @@
-// Two AVX2 registers of floats.
+// AVX2 registers of floats, in pairs: arithmetic, and conversion from and to elements of any type.
 #pragma once
 
 #include <immintrin.h>
 
-#include <limits>
+#include <cmath>
+#include <cstdint>
 
-#include "registers.h"
+#include "vec.h"
 
 #define PYFUSED_HAS_REGISTERS 1
 
 namespace pyfused {
 
-template <> struct Registers<2> {
-  __m256 low, high;
-};
+using Register = __m256;  // of floats
 
-PYFUSED_INLINE __m256 larger(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
-PYFUSED_INLINE __m256 larger(float x, __m256 y) { return larger(_mm256_set1_ps(x), y); }
-PYFUSED_INLINE __m256 at_most(float x,
-                              __m256 y) {  // as integers, x > 0: more units are free for these
+template <int N> struct Registers {
+  Registers<N / 2> low, high;
+};
+template <> struct Registers<2> {
+  Register low, high;
+};
+using Pair = Registers<2>;
+using Quad = Registers<4>;
+
+PYFUSED_INLINE __m256 maximum(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
+PYFUSED_INLINE __m256 maximum(float x, __m256 y) { return maximum(_mm256_set1_ps(x), y); }
+PYFUSED_INLINE __m256 minimum(float x, __m256 y) {
+  // Integers of the same order if x > 0: more execution units are free for them.
   const __m256i bits =
       _mm256_min_epi32(_mm256_castps_si256(_mm256_set1_ps(x)), _mm256_castps_si256(y));
   return _mm256_castsi256_ps(bits);
 }
-PYFUSED_INLINE __m256 rounded(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+PYFUSED_INLINE __m256 round_to_int(__m256 x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT);
+}
 
-// n < 128; 0 where it is less than -126.
+// x 2^n, n < 128; 0 where n < -126.
 PYFUSED_INLINE __m256 times_power_of_2(__m256 x, __m256 n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   const __m256i positive = _mm256_max_epi32(exponent, _mm256_setzero_si256());
   return x * _mm256_castsi256_ps(_mm256_slli_epi32(positive, 23));
 }
 
-PYFUSED_INLINE Pair both(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+PYFUSED_INLINE Pair broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 PYFUSED_INLINE float sum_of_lanes(Pair x) {
   const __m256 y = x.low + x.high;
   __m128 z = _mm256_castps256_ps128(y) + _mm256_extractf128_ps(y, 1);
@@ -40,7 +50,7 @@ PYFUSED_INLINE float sum_of_lanes(Pair x) {
   return _mm_cvtss_f32(z + _mm_movehdup_ps(z));
 }
 PYFUSED_INLINE float largest_lane(Pair x) {
-  const __m256 y = larger(x.low, x.high);
+  const __m256 y = maximum(x.low, x.high);
   __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   z = _mm_max_ps(z, _mm_movehl_ps(z, z));
   return _mm_cvtss_f32(_mm_max_ps(z, _mm_movehdup_ps(z)));
@@ -57,7 +67,7 @@ template <class Half> PYFUSED_INLINE Pair widen(__m256i bits, Half type) {
           widen(_mm256_extracti128_si256(bits, 1), type)};
 }
 
-// Rounds to nearest, ties away from zero, as avx512.h does.
+// Rounds to nearest; ties of bfloat16 away from zero, as in avx512.h, ties of float16 to even.
 PYFUSED_INLINE __m256i narrow(Pair x, bfloat16) {
   const __m256i half = _mm256_set1_epi32(0x8000);
   const __m256i low = _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x.low), half), 16);
@@ -71,7 +81,7 @@ PYFUSED_INLINE __m256i narrow(Pair x, float16) {
 
 // ---- load and store -----------------------------------------------------------------------------
 
-// Masks of the first n lanes: of 32 bits, counted from `from`, and of 16 bits.
+// Masks of the first n - `from` lanes of 32 bits, and of the first n lanes of 16 bits.
 PYFUSED_INLINE __m256i first_lanes(int64_t n, int32_t from = 0) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n) - from), lane);
@@ -88,11 +98,11 @@ template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), Half{});
 }
 
-// The first n halves, n < 17: by twos, and where n is odd the last by itself. What follows is of no
-// use.
+// The first n elements, 0 < n <= 16, in pairs, because AVX2 has no mask of 16 bits; if n is odd,
+// the last one separately. The lanes after them are undefined.
 template <class Half> PYFUSED_INLINE __m256i load_halves(const Half* x, int64_t n) {
-  const __m256i twos = _mm256_maskload_epi32(reinterpret_cast<const int*>(x), first_lanes(n / 2));
-  return _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(x[n - 1].bits)), twos,
+  const __m256i pairs = _mm256_maskload_epi32(reinterpret_cast<const int*>(x), first_lanes(n / 2));
+  return _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(x[n - 1].bits)), pairs,
                             first_halves(n / 2 * 2));
 }
 template <class Half> PYFUSED_INLINE void store_halves(__m256i bits, Half* to, int64_t n) {
@@ -103,23 +113,23 @@ template <class Half> PYFUSED_INLINE void store_halves(__m256i bits, Half* to, i
   to[n - 1] = all[n - 1];
 }
 
-// The first n elements, and -inf in place of the others.
-PYFUSED_INLINE Pair load_pair(const float* x, int64_t n, float others = kLowestFloat) {
+// The first n elements, n > 0, and `fill` in the other lanes.
+PYFUSED_INLINE Pair load_pair(const float* x, int64_t n, float fill = -INFINITY) {
   if (n >= 16) return load_pair(x);
-  const __m256 rest = _mm256_set1_ps(others);
+  const __m256 filled = _mm256_set1_ps(fill);
   const __m256i low = first_lanes(n), high = first_lanes(n, 8);
-  return {_mm256_blendv_ps(rest, _mm256_maskload_ps(x, low), _mm256_castsi256_ps(low)),
-          _mm256_blendv_ps(rest, _mm256_maskload_ps(x + 8, high), _mm256_castsi256_ps(high))};
+  return {_mm256_blendv_ps(filled, _mm256_maskload_ps(x, low), _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(filled, _mm256_maskload_ps(x + 8, high), _mm256_castsi256_ps(high))};
 }
 template <class Half>
-PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n, float others = kLowestFloat) {
+PYFUSED_INLINE Pair load_pair(const Half* x, int64_t n, float fill = -INFINITY) {
   if (n >= 16) return load_pair(x);
-  const __m256i rest = _mm256_set1_epi16(int16_t(pyfused::narrow<Half>(others).bits));
-  return widen(_mm256_blendv_epi8(rest, load_halves(x, n), first_halves(n)), Half{});
+  const __m256i filled = _mm256_set1_epi16(int16_t(pyfused::narrow<Half>(fill).bits));
+  return widen(_mm256_blendv_epi8(filled, load_halves(x, n), first_halves(n)), Half{});
 }
 
-// The first n elements, and 0 in place of the others.
-PYFUSED_INLINE Pair first_elements(Pair x, int64_t n) {
+// The first n elements, and 0 in the other lanes.
+PYFUSED_INLINE Pair zero_after(Pair x, int64_t n) {
   if (n >= 16) return x;
   return {_mm256_and_ps(x.low, _mm256_castsi256_ps(first_lanes(n))),
           _mm256_and_ps(x.high, _mm256_castsi256_ps(first_lanes(n, 8)))};
@@ -142,7 +152,7 @@ template <class Half> PYFUSED_INLINE void store_pair(Pair x, Half* to, int64_t n
   n >= 16 ? store_pair(x, to) : store_halves(narrow(x, Half{}), to, n);
 }
 
-// Past the cache, to whole lines.
+// Non-temporal stores. `to` is aligned to 64 bytes.
 PYFUSED_INLINE void stream_pair(Pair x, float* to) {
   _mm256_stream_ps(to, x.low);
   _mm256_stream_ps(to + 8, x.high);
@@ -151,21 +161,22 @@ template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(x, Half{}));
 }
 
-// ---- rows of 8, for transpose.h -----------------------------------------------------------------
+// ---- rows of up to 8 elements, for transpose.h
+// ----------------------------------------------------
 
-using Register = __m256;
-struct Some {
+// The first n elements of a row.
+struct RowMask {
   __m256i lanes;
   int64_t n;
-};  // of a row's elements
+};
 
-PYFUSED_INLINE Some first_of_row(int64_t n) { return {first_lanes(n), n}; }
+PYFUSED_INLINE RowMask first_of_row(int64_t n) { return {first_lanes(n), n}; }
 
-PYFUSED_INLINE __m256 load_row(const float* x, Some some) {
-  return _mm256_maskload_ps(x, some.lanes);
+PYFUSED_INLINE __m256 load_row(const float* x, RowMask mask) {
+  return _mm256_maskload_ps(x, mask.lanes);
 }
-template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, Some some) {
-  return widen(_mm256_castsi256_si128(load_halves(x, some.n)), Half{});
+template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, RowMask mask) {
+  return widen(_mm256_castsi256_si128(load_halves(x, mask.n)), Half{});
 }
 
 PYFUSED_INLINE __m128i nearest(__m256 x, bfloat16) {  // as narrow() in vec.h
@@ -180,20 +191,20 @@ PYFUSED_INLINE __m128i nearest(__m256 x, bfloat16) {  // as narrow() in vec.h
 PYFUSED_INLINE __m128i nearest(__m256 x, float16) {
   return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 }
-PYFUSED_INLINE void store_row(__m256 x, float* to, Some some) {
-  _mm256_maskstore_ps(to, some.lanes, x);
+PYFUSED_INLINE void store_row(__m256 x, float* to, RowMask mask) {
+  _mm256_maskstore_ps(to, mask.lanes, x);
 }
-template <class Half> PYFUSED_INLINE void store_row(__m256 x, Half* to, Some some) {
-  store_halves(_mm256_castsi128_si256(nearest(x, Half{})), to, some.n);
+template <class Half> PYFUSED_INLINE void store_row(__m256 x, Half* to, RowMask mask) {
+  store_halves(_mm256_castsi128_si256(nearest(x, Half{})), to, mask.n);
 }
 
-// From both, by turns and within each 16 bytes: floats, and floats by twos.
-PYFUSED_INLINE __m256 low_floats(__m256 x, __m256 y) { return _mm256_unpacklo_ps(x, y); }
-PYFUSED_INLINE __m256 high_floats(__m256 x, __m256 y) { return _mm256_unpackhi_ps(x, y); }
-PYFUSED_INLINE __m256 low_twos(__m256 x, __m256 y) {
+// Interleave the low or the high halves of each 16 bytes of x and y, in elements of 32 or 64 bits.
+PYFUSED_INLINE __m256 unpack_low_32(__m256 x, __m256 y) { return _mm256_unpacklo_ps(x, y); }
+PYFUSED_INLINE __m256 unpack_high_32(__m256 x, __m256 y) { return _mm256_unpackhi_ps(x, y); }
+PYFUSED_INLINE __m256 unpack_low_64(__m256 x, __m256 y) {
   return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
 }
-PYFUSED_INLINE __m256 high_twos(__m256 x, __m256 y) {
+PYFUSED_INLINE __m256 unpack_high_64(__m256 x, __m256 y) {
   return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
 }
 

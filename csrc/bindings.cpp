@@ -191,24 +191,24 @@ void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
 }
 
 void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,
-                    int64_t output, double parameter, int threads) {
+                    int64_t output, const Parameters& parameters, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if (input != output) prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
     std::get<ActivationForward<T>*>(formula.forward)(pointer<const T>(input), pointer<T>(output),
-                                                     {parameter}, n, threads);
+                                                     parameters, n, threads);
   });
 }
 
 void run_activation_backward(const ActivationFormula& formula, int dtype, int64_t n,
                              const OperandTuple& grad_output, int64_t saved, int64_t grad_input,
-                             double parameter, int threads) {
+                             const Parameters& parameters, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
     std::get<ActivationBackward<T>*>(formula.backward)(
         pointer<const T>(grad_output[0]), grad_output[1], pointer<const T>(saved),
-        pointer<T>(grad_input), {parameter}, n, threads);
+        pointer<T>(grad_input), parameters, n, threads);
   });
 }
 
@@ -312,15 +312,15 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   for (const ActivationFormula& formula : activation_formulas()) {
     m.def(
         formula.name,
-        [formula](int dtype, int64_t n, int64_t input, int64_t output, double parameter,
+        [formula](int dtype, int64_t n, int64_t input, int64_t output, const Parameters& parameters,
                   int threads) {
-          run_activation(formula, dtype, n, input, output, parameter, threads);
+          run_activation(formula, dtype, n, input, output, parameters, threads);
         },
         unlocked);
     m.def((std::string(formula.name) + "_backward").c_str(),
           [formula](int dtype, int64_t n, const OperandTuple& grad_output, int64_t saved,
-                    int64_t grad_input, double parameter, int threads) {
-            run_activation_backward(formula, dtype, n, grad_output, saved, grad_input, parameter,
+                    int64_t grad_input, const Parameters& parameters, int threads) {
+            run_activation_backward(formula, dtype, n, grad_output, saved, grad_input, parameters,
                                     threads);
           },
           unlocked);

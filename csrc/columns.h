@@ -52,7 +52,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     return kTransposes<T> && view.classes == 1 && evenly_spaced();
   }
 
-  // Where a tile is transposed, element by element: itself, or one of T.
+  // Where a tile is transposed element by element: the tile itself, or one of elements T.
   Line* transpose_buffer(Tile& tile) {
     if constexpr (std::is_same_v<T, A>) return tile;
     return narrow_tile;

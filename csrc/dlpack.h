@@ -1,5 +1,5 @@
-// Recycled memory as a tensor: the little of DLPack (dmlc.github.io/dlpack, version 0) that this
-// takes.
+// A recycled block as a DLPack tensor. The structures are those of DLPack 0
+// (dmlc.github.io/dlpack), as far as they are needed.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct DLDataType {
 struct DLTensor {
   void* data;
   struct {
-    int32_t type, id;  // type: 1 CPU
+    int32_t device_type, device_id;  // device_type: 1 CPU
   } device;
   int32_t ndim;
   DLDataType dtype;
@@ -27,30 +27,30 @@ struct DLTensor {
 };
 
 struct DLManagedTensor {
-  DLTensor tensor;
-  void* context;
+  DLTensor dl_tensor;
+  void* manager_ctx;
   void (*deleter)(DLManagedTensor*);
 };
 
 #ifdef PYFUSED_RECYCLES
-// A tensor in a block that goes back to where it came from, with whichever thread drops it last.
+// A tensor in a recycled block. The thread that drops the last reference returns the block.
 struct RecycledTensor {
   DLManagedTensor managed;
   std::vector<int64_t> shape, strides;
   Block block;
 
-  // Null where there is no block to be had.
+  // Null if there is no memory.
   static DLManagedTensor* make(size_t bytes, DLDataType dtype, std::vector<int64_t> shape,
                                std::vector<int64_t> strides) {
     const Block block = Recycler::get().take(bytes);
     if (!block.data) return nullptr;
     auto* made = new RecycledTensor{{}, std::move(shape), std::move(strides), block};
-    made->managed.tensor = {
+    made->managed.dl_tensor = {
         block.data,           {1, 0}, int32_t(made->shape.size()), dtype, made->shape.data(),
         made->strides.data(), 0};
-    made->managed.context = made;
+    made->managed.manager_ctx = made;
     made->managed.deleter = [](DLManagedTensor* managed) {
-      auto* self = static_cast<RecycledTensor*>(managed->context);
+      auto* self = static_cast<RecycledTensor*>(managed->manager_ctx);
       Recycler::get().give(self->block);
       delete self;
     };

@@ -21,7 +21,7 @@ template <class A> struct Formula {
   A grad_other(A, A, A, A) const { return 0; }
 };
 
-// torch: F.mse_loss(x, t). The gradients come divided by the denominator, before they can overflow.
+// torch: F.mse_loss(x, t). The gradients are scaled before they can overflow.
 template <class A> struct MseLoss : Formula<A> {
   using Formula<A>::Formula;
   A value(A x, A t, A) const { return (x - t) * (x - t); }
@@ -154,8 +154,8 @@ template <class A> struct KlDivLogTarget : Formula<A> {
   }
 };
 
-// torch: F.binary_cross_entropy(x, t). A logarithm is -100 at least. What is no probability makes
-// NaN.
+// torch: F.binary_cross_entropy(x, t). Logarithms are at least -100. The loss of a target outside
+// of [0, 1] is NaN.
 template <class A> struct BinaryCrossEntropy : Formula<A> {
   using Formula<A>::Formula;
   static A bounded(A log) { return log < -100 ? A(-100) : log; }
@@ -189,8 +189,8 @@ template <class A> struct BinaryCrossEntropyWithLogitsPosWeight : Formula<A> {
   A grad_target(A x, A, A p, A scale) const { return scale * (p * softplus(-x) - softplus(x)); }
 };
 
-// torch: F.gaussian_nll_loss(x, t, v, full, eps). A variance below eps counts as eps; its gradient
-// is that of eps, too.
+// torch: F.gaussian_nll_loss(x, t, v, full, eps). A variance below eps is replaced by eps, in its
+// gradient too.
 template <class A> struct GaussianNllLoss {
   A constant, eps;
   explicit GaussianNllLoss(const Parameters& p)
@@ -210,21 +210,21 @@ template <class A> struct GaussianNllLoss {
   }
 };
 
-// pyfused's own: the larger of q (t - x) and (q - 1) (t - x). As torch.maximum, half of each where
-// equal.
+// Not in torch: max(q (t - x), (q - 1) (t - x)). As of torch.maximum, the gradient is the mean
+// where equal.
 template <class A> struct QuantileLoss : Formula<A> {
-  A above, below, both;  // to t, where it is above x and where below; to x, of NaN
+  A above, below, equal;  // gradients of t above and below x; and of NaN
   explicit QuantileLoss(const Parameters& p)
-      : Formula<A>(p), above(A(p[0])), below(A(p[0] - 1)), both(A(1 - 2 * p[0])) {}
+      : Formula<A>(p), above(A(p[0])), below(A(p[0] - 1)), equal(A(1 - 2 * p[0])) {}
   A value(A x, A t, A) const { return (t - x) * (t < x ? below : above); }
   A grad_input(A x, A t, A, A scale) const {
     const A d = t - x;
-    return scale * (d > 0 ? -above : d < 0 ? -below : d == 0 ? both / 2 : both);
+    return scale * (d > 0 ? -above : d < 0 ? -below : d == 0 ? equal / 2 : equal);
   }
   A grad_target(A x, A t, A, A scale) const { return -grad_input(x, t, 0, scale); }
 };
 
-// pyfused's own: log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t.
+// Not in torch: log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t.
 template <class A> struct LogCoshLoss : Formula<A> {
   using Formula<A>::Formula;
   A value(A x, A t, A) const {
@@ -235,7 +235,7 @@ template <class A> struct LogCoshLoss : Formula<A> {
   A grad_target(A x, A t, A, A scale) const { return scale * tanh_of(t - x); }
 };
 
-// pyfused's own: max(0, margin - t x), or its square.
+// Not in torch: max(0, margin - t x), or its square.
 template <class A, bool squared> struct Hinge : Formula<A> {
   A margin;
   explicit Hinge(const Parameters& p) : Formula<A>(p), margin(A(p[0])) {}
@@ -252,12 +252,11 @@ template <class A, bool squared> struct Hinge : Formula<A> {
 template <class A> using HingeLoss = Hinge<A, false>;
 template <class A> using HingeLossSquared = Hinge<A, true>;
 
-// pyfused's own, as torchvision's: with p = sigmoid(x) and u = p (1 - t) + (1 - p) t, what is
-// missing,
+// As torchvision.ops.sigmoid_focal_loss: with p = sigmoid(x) and u = p (1 - t) + (1 - p) t,
 //   loss = a c u^gamma,  a = alpha t + (1 - alpha) (1 - t), or 1,  c = (1 - t) x + softplus(-x)
 //   dloss/dx = a (u^gamma (p - t) + gamma c u^(gamma - 1) p (1 - p) (1 - 2 t))
 template <class A, bool square> struct SigmoidFocal : Formula<A> {
-  A negative, positive, gamma, ignored;  // a of t = 0, and of t = 1; NaN ignores nothing
+  A negative, positive, gamma, ignored;  // a for t = 0 and t = 1; the target to ignore, or NaN
   explicit SigmoidFocal(const Parameters& p)
       : Formula<A>(p), negative(p[0] < 0 ? A(1) : A(1 - p[0])), positive(p[0] < 0 ? A(1) : A(p[0])),
         gamma(A(p[1])), ignored(A(p[2])) {}
@@ -274,7 +273,7 @@ template <class A, bool square> struct SigmoidFocal : Formula<A> {
     const A p = sigmoid(x), q = sigmoid(-x), u = p * (1 - t) + q * t;
     const A ratio = u > 0 ? p * q / u : A(1);
     const A c = (1 - t) * x + softplus(-x);
-    scale = t == ignored ? A(0) : scale;  // which is infinite if all targets are ignored
+    scale = t == ignored ? A(0) : scale;  // scale is infinite if all targets are ignored
     return factor(t) * scale * (power(u) * ((p - t) + gamma * c * ratio * (1 - 2 * t)));
   }
   A grad_target(A, A, A, A) const { return 0; }
@@ -310,19 +309,20 @@ void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   A* const value = chunk.value;
   A* const grad_input = chunk.gradients[0];
   const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
-  const auto both_at =
+  const auto value_and_grad_at =
       [=](int64_t i) {  // reads the operands once, so that the compiler shares terms
         const A a = x[i], b = t[i], c = o[i], value = f.value(a, b, c);
         grad_input[i] = f.grad_input(a, b, c, scale);
         return value;
       };
-  // The loss is always computed with the input's gradient, so that a second backward gives the same
-  // bits.
+  // With gradients, the loss is computed even if it is not wanted, so that a second backward gives
+  // the same bits.
   if (chunk.sum) {
-    grad_input ? add_terms<A>(*chunk.sum, n, both_at) : add_terms<A>(*chunk.sum, n, value_at);
+    grad_input ? add_terms<A>(*chunk.sum, n, value_and_grad_at)
+               : add_terms<A>(*chunk.sum, n, value_at);
   } else if (grad_input) {
     PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) value[i] = both_at(i);
+    for (int64_t i = 0; i < n; ++i) value[i] = value_and_grad_at(i);
   } else {
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) value[i] = value_at(i);

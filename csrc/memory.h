@@ -1,4 +1,4 @@
-// Reading ahead; pages for large new outputs, and stores that leave the cache alone.
+// Prefetching, huge pages for large outputs, and non-temporal stores.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,13 @@
 
 namespace pyfused {
 
-// How far ahead a loop asks for memory. The hardware stops at every page, and looks no further
-// while what is in L1 is computed with: sums of exponentials are 1.05 to 1.3 times faster, tiles of
-// more than 16 classes 1.1 to 2.1.
-template <class T> constexpr int64_t kAhead = (1 << 14) / int64_t(sizeof(T));
+// How many elements ahead a loop prefetches: 16 KiB. The hardware prefetcher stops at page
+// boundaries and does not run ahead while a loop computes on data in L1. Sums of exponentials are
+// 1.05 to 1.3 times faster, tiles of more than 16 classes 1.1 to 2.1 times.
+template <class T> constexpr int64_t kPrefetchDistance = (1 << 14) / int64_t(sizeof(T));
 
-// From this size on, glibc maps every block anew and the kernel zeroes it page by page at the first
-// write. Huge pages take one fault for every 512 small ones.
+// From this size on, glibc gets each block from mmap, and Linux zeroes its pages at the first
+// write. A huge page replaces 512 page faults by one.
 constexpr size_t kFreshBytes = size_t(32) << 20;
 
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
@@ -33,13 +33,13 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size
   constexpr uintptr_t kPage = uintptr_t(1) << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  // Advice only: where huge pages are switched off the call fails and nothing is lost.
+  // A hint: if huge pages are disabled, the call fails without harm.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
-// Whether a large block was written before. The kernel zeroes new pages through the cache, and
-// stores past it are 0.95 to 1 times as fast as others then.
+// Whether a large block has been written before. Linux zeroes new pages through the cache, and non-
+// temporal stores are 0.95 to 1 times as fast as plain ones then.
 inline bool has_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
@@ -52,10 +52,10 @@ inline bool has_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes
 #endif
 }
 
-// From this size on, an output has left the cache before anybody reads it, and non-temporal stores
-// save reading its lines from memory first. Measured to pay where results come from a buffer (1.2
-// to 1.4 times), or from logits in cache (1.2); a loop that reads memory and writes registers is
-// better off with plain stores (0.8).
+// From this size on, an output does not stay in the cache until it is read, and non-temporal stores
+// avoid reading its lines before they are written. They are faster where results come from a buffer
+// (1.2 to 1.4 times) or from logits in the cache (1.2), and slower in a loop that reads memory and
+// writes registers (0.8).
 constexpr size_t kStreamBytes = size_t(16) << 20;
 
 #ifdef __SSE2__
@@ -87,9 +87,10 @@ template <class T> PYFUSED_INLINE void stream(const T* source, T* destination, i
 }
 #endif
 
-constexpr int64_t kWriteElements = 1024;  // at most this many at a time
+constexpr int64_t kWriteElements = 1024;  // in the buffer of write()
 
-// Rounds a buffer to T and writes it; `streams` bypasses the cache where the ISA can.
+// Rounds a buffer of at most kWriteElements to T and writes it; `streams`: with non-temporal
+// stores.
 template <class T>
 PYFUSED_INLINE void write(const Accumulate<T>* PYFUSED_RESTRICT from, T* PYFUSED_RESTRICT to,
                           int64_t n, [[maybe_unused]] bool streams) {

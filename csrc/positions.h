@@ -1,5 +1,6 @@
-// A tensor of shape (N, C, d1, ..., dk) as positions with classes: a position is one (n, i1, ...,
-// ik) and owns C elements. So is a tensor of any shape whose rows lie along one dimension.
+// A tensor of shape (N, C, d1, ..., dk) as positions x classes: a position is an index (n, i1, ...,
+// ik) and has C elements. A softmax sees a tensor of any shape in this way, with its dimension as
+// the classes.
 #pragma once
 
 #include <cstdint>

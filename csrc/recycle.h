@@ -1,9 +1,8 @@
-// Memory for large outputs that is mapped already.
+// A pool of large blocks of memory for outputs.
 //
-// The kernel zeroes every new page, which takes longer than most kernels here take for what goes
-// into it. So a block that is freed stays mapped and is surrendered (MADV_FREE): under memory
-// pressure the kernel takes its pages without asking, else the next output of about that size finds
-// them in place.
+// Linux zeroes each new page, which takes longer than most kernels here take to fill it. So a freed
+// block stays mapped, marked with MADV_FREE: Linux reclaims its pages under memory pressure;
+// otherwise the next output of about that size reuses them.
 #pragma once
 
 #include <cstddef>
@@ -35,14 +34,15 @@ struct Block {
 
 class Recycler {
  public:
-  static constexpr size_t kPage = size_t(1) << 21;  // a huge one: blocks are whole ones of these
+  static constexpr size_t kPage = size_t(1)
+                                  << 21;  // a huge page; the size of a block is a multiple
 
   struct Stats {
     size_t in_use = 0, free = 0;  // bytes
     uint64_t hits = 0, misses = 0;
   };
 
-  // Of data null where there is no memory to be had, or none is to be kept.
+  // Its data is null if there is no memory, or the limit is 0.
   Block take(size_t bytes) {
     bytes = (bytes + kPage - 1) / kPage * kPage;
     if (Block block = reuse(bytes); block.data || !limit()) return block;
@@ -55,7 +55,7 @@ class Recycler {
   }
 
   void give(Block block) {
-    // A limit of the address space counts what is mapped, surrendered or not.
+    // A limit of the address space (RLIMIT_AS) counts free blocks, too: keep none then.
     rlimit space;
     const bool counted = getrlimit(RLIMIT_AS, &space) || space.rlim_cur != RLIM_INFINITY;
     const bool keep =
@@ -75,7 +75,7 @@ class Recycler {
     release(limit());
   }
 
-  // Unmaps the blocks that were freed first until no more bytes are left, and says how many went.
+  // Unmaps the oldest free blocks until at most `left` bytes are free. Returns the bytes unmapped.
   size_t release(size_t left) {
     std::vector<Block> gone;
     {
@@ -94,7 +94,7 @@ class Recycler {
     return bytes;
   }
 
-  // The most bytes that free blocks may have; with 0, nothing is taken from here.
+  // The most bytes of free blocks; 0 switches the pool off.
   void set_limit(size_t bytes) {
     {
       const std::lock_guard<std::mutex> hold(mutex);
@@ -116,7 +116,7 @@ class Recycler {
   // Never destroyed: tensors may outlive the interpreter.
   static Recycler& get() {
     static Recycler* const recycler = [] {
-      // A child starts without free blocks: what its parent has surrendered is not its to keep.
+      // A child process starts without free blocks.
       pthread_atfork([] { get().mutex.lock(); }, [] { get().mutex.unlock(); },
                      [] {
                        get().mutex.unlock();
@@ -154,12 +154,12 @@ class Recycler {
     const size_t before = size_t(-reinterpret_cast<uintptr_t>(start)) % kPage;
     if (before) munmap(from, before);
     munmap(from + before + bytes, kPage - before);
-    madvise(from + before, bytes, MADV_HUGEPAGE);  // advice only
+    madvise(from + before, bytes, MADV_HUGEPAGE);  // a hint
     return from + before;
   }
 
   std::mutex mutex;
-  std::vector<Block> blocks;  // free ones, the first freed first
+  std::vector<Block> blocks;  // free ones, the oldest first
   Stats stats_;
   size_t limit_ = 0;
 };

@@ -1,27 +1,13 @@
-// Registers of floats by twos and fours, for exponentials.h. A file for each instruction set says
-// what one register does, how two of them are read and written as elements of any type, and what
-// transpose.h does with one.
+// Pairs and quads of registers of floats, for exponentials.h. avx512.h and avx2.h define one
+// register and a pair. PYFUSED_HAS_REGISTERS tells whether there is one of them.
 //
-// An operator is done for all registers before the next one is for any: a result takes some cycles,
-// in which the CPU needs others to work on, and it looks ahead to no more than some eight
-// registers' exponentials.
+// An operator processes all registers before the next operator starts, so that the CPU has
+// independent instructions while a result is pending.
 #pragma once
 
 #include <limits>
 
 #include "vec.h"
-
-namespace pyfused {
-
-template <int N> struct Registers {
-  Registers<N / 2> low, high;
-};
-using Pair = Registers<2>;
-using Quad = Registers<4>;
-
-constexpr float kLowestFloat = -std::numeric_limits<float>::infinity();
-
-}  // namespace pyfused
 
 #if defined(__AVX512F__)
 #include "avx512.h"
@@ -53,25 +39,25 @@ template <int N> PYFUSED_INLINE Registers<N> operator*(Registers<N> x, float y) 
   return {x.low * y, x.high * y};
 }
 
-// Of a number and NaN, the second.
-template <int N> PYFUSED_INLINE Registers<N> larger(Registers<N> x, Registers<N> y) {
-  return {larger(x.low, y.low), larger(x.high, y.high)};
+// y where either is NaN.
+template <int N> PYFUSED_INLINE Registers<N> maximum(Registers<N> x, Registers<N> y) {
+  return {maximum(x.low, y.low), maximum(x.high, y.high)};
 }
-template <int N> PYFUSED_INLINE Registers<N> larger(float x, Registers<N> y) {
-  return {larger(x, y.low), larger(x, y.high)};
+template <int N> PYFUSED_INLINE Registers<N> maximum(float x, Registers<N> y) {
+  return {maximum(x, y.low), maximum(x, y.high)};
 }
-// Of a number and NaN, either.
-template <int N> PYFUSED_INLINE Registers<N> at_most(float x, Registers<N> y) {
-  return {at_most(x, y.low), at_most(x, y.high)};
+// x or y where y is NaN. x > 0.
+template <int N> PYFUSED_INLINE Registers<N> minimum(float x, Registers<N> y) {
+  return {minimum(x, y.low), minimum(x, y.high)};
 }
-template <int N> PYFUSED_INLINE Registers<N> rounded(Registers<N> x) {
-  return {rounded(x.low), rounded(x.high)};
+template <int N> PYFUSED_INLINE Registers<N> round_to_int(Registers<N> x) {
+  return {round_to_int(x.low), round_to_int(x.high)};
 }
 template <int N> PYFUSED_INLINE Registers<N> times_power_of_2(Registers<N> x, Registers<N> n) {
   return {times_power_of_2(x.low, n.low), times_power_of_2(x.high, n.high)};
 }
 
-// What rounding to half a float leaves a NaN.
+// x, with a NaN replaced by one that stays NaN when its lower bits are rounded away.
 PYFUSED_INLINE float roundable(float x) {
   return x != x ? std::numeric_limits<float>::quiet_NaN() : x;
 }

@@ -88,7 +88,7 @@ PYFUSED_INLINE float widen(float x) { return x; }
 PYFUSED_INLINE double widen(double x) { return x; }
 PYFUSED_INLINE float widen(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 PYFUSED_INLINE float widen(float16 x) {
-  // Placing the exponent by a multiplication makes subnormal halves come out right by themselves.
+  // A multiplication rebiases the exponent, which is right for subnormal numbers as well.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x70000000u : finite;
@@ -126,19 +126,19 @@ PYFUSED_INLINE void load(const T* PYFUSED_RESTRICT from, Accumulate<T>* PYFUSED_
 template <class T>
 PYFUSED_INLINE void store(const Accumulate<T>* PYFUSED_RESTRICT from, T* PYFUSED_RESTRICT to,
                           int64_t n) {
-  if (static_cast<const void*>(from) == to) return;  // staged there
+  if (static_cast<const void*>(from) == to) return;  // staged() returned `to`
   PYFUSED_SIMD()
   for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(from[i]);
 }
 
-// Where a kernel puts n results on their way to `to`: right there if no rounding is left to do.
+// Where a kernel puts results before store(): `to` itself if T needs no rounding, else the buffer.
 template <class T> PYFUSED_INLINE Accumulate<T>* staged(T* to, Accumulate<T>* buffer) {
   if constexpr (std::is_same_v<T, Accumulate<T>>) return to;
   return buffer;
 }
 
 #ifdef __F16C__
-// Compilers do not turn the scalar conversions into these two instructions by themselves.
+// Compilers do not vectorise the scalar conversions to these two instructions.
 PYFUSED_INLINE void load(const float16* PYFUSED_RESTRICT from, float* PYFUSED_RESTRICT to,
                          int64_t n) {
   int64_t i = 0;
@@ -160,7 +160,7 @@ PYFUSED_INLINE void store(const float* PYFUSED_RESTRICT from, float16* PYFUSED_R
 }
 #endif
 
-// n elements as they are computed with: where they lie, or widened into a buffer.
+// n elements in Accumulate<T>: `from` itself, or widened into the buffer.
 template <class T>
 PYFUSED_INLINE const Accumulate<T>* widened(const T* from, Accumulate<T>* buffer, int64_t n) {
   if constexpr (std::is_same_v<T, Accumulate<T>>) {
@@ -238,12 +238,12 @@ template <class A> PYFUSED_INLINE A exp_of(A x) {
   constexpr A kTop = sizeof(A) == 4 ? 89 : 710;  // infinite from here on
   const Power<A> power = power_of<1>(x);
   const A value = (power.less_1 + 1) * 2 * power.scale;
-  // Not left to the product: fused with a subtraction it would not overflow.
+  // Selected, because the product fused with a subtraction (FMA) would not overflow.
   return x >= kTop ? std::numeric_limits<A>::infinity() : value;
 }
 
 // log(x) = e ln 2 + log(1 + t), with x = 2^e (1 + t) and 1 + t in [sqrt(1/2), sqrt(2)).
-// With s = t / (2 + t), log(1 + t) = 2 s + s^3 P(s^2); written so that t is rounded last.
+// With s = t / (2 + t), log(1 + t) = 2 s + s^3 P(s^2); the order of additions rounds t last.
 PYFUSED_INLINE double log_positive(double x) {
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kFraction = 0x000fffffffffffff;
   const uint64_t bits = bit_cast<uint64_t>(x) - kSqrtHalf;
@@ -269,7 +269,7 @@ template <int terms, int k = 1, class A> PYFUSED_INLINE A log_series(A z) {
   else return term + z * log_series<terms, k + 1>(z);
 }
 
-// log(1 + t), in terms that leave t to be rounded last.
+// log(1 + t) + extra; the order of additions rounds t last.
 template <int terms, class A> PYFUSED_INLINE A log1p_series(A t, A extra) {
   const A s = t / (2 + t), z = s * s, half = A(0.5) * t * t;
   return t - (half - (s * (half + z * log_series<terms>(z)) + extra));
@@ -296,14 +296,14 @@ template <class A> PYFUSED_INLINE A log_of(A x) {
   return x > 0 && x < kInfinity ? value : special;
 }
 
-// log(1 + x): what 1 + x was rounded by is put right.
+// log(1 + x), with a correction of the rounding of 1 + x.
 template <class A> PYFUSED_INLINE A log1p_of(A x) {
   const A u = 1 + x, value = log_of(u) + (x - (u - 1)) / u;
   constexpr A kMost = std::numeric_limits<A>::max();
   return u > 0 && u <= kMost ? value : log_of(u);
 }
 
-// log(1 + exp(x)), of either sign.
+// log(1 + exp(x)).
 template <class A> PYFUSED_INLINE A softplus(A x) {
   const A tail = log1p_series<sizeof(A) == 4 ? 7 : 16>(exp_shifted(-std::abs(x)), A(0));
   return tail + (x < 0 ? A(0) : x);

@@ -5,6 +5,7 @@ docs/entries.py holds what is written by hand. The pictures are what the kernels
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import sys
@@ -54,7 +55,7 @@ def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
         for value in curve.arguments
     ]
     options = dict(curve.options)
-    if "reduction" in OPERATORS[name].arguments:
+    if "reduction" in inspect.signature(getattr(pyfused.functional, name)).parameters:
         options["reduction"] = "mean" if x.numel() == 1 else "none"
     path = pyfused.explain(name, input, *rest, **options)
     if path.backend == "torch":

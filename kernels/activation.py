@@ -6,8 +6,8 @@
 Shapes: all of one shape. Operands may be strided or broadcast, outputs are dense.
 Bytes: each operand is read once, each output written once.
 
-A formula takes its operands, a parameter p, and EXACT, which is False where the result is rounded
-to half precision.
+A formula takes its operands, three parameters p, q and r, and EXACT, which is False where the
+result is rounded to half precision.
 
 torch: F.relu(x), F.leaky_relu(x, slope), F.sigmoid(x), F.tanh(x), F.silu(x), F.gelu(x)
 """
@@ -21,45 +21,45 @@ from .arithmetic import exp_nonpositive, polynomial, read, sigmoid, tanh
 
 
 @triton.jit
-def relu(x, _p, _exact):
+def relu(x, _p, _q, _r, _exact):
     """NaN and -0.0 pass."""
     return tl.where(x < 0.0, 0.0, x)
 
 
 @triton.jit
-def relu_backward(grad_output, output, _p, _exact):
+def relu_backward(grad_output, output, _p, _q, _r, _exact):
     """The gradient passes where the output is NaN."""
     return tl.where(output <= 0.0, 0.0, grad_output)
 
 
 @triton.jit
-def leaky_relu(x, slope, _exact):
+def leaky_relu(x, slope, _q, _r, _exact):
     return tl.where(x > 0.0, x, x * slope)
 
 
 @triton.jit
-def leaky_relu_backward(grad_output, output, slope, _exact):
+def leaky_relu_backward(grad_output, output, slope, _q, _r, _exact):
     """The output has the input's sign, as the slope is not negative."""
     return tl.where(output > 0.0, grad_output, grad_output * slope)
 
 
 @triton.jit
-def sigmoid_of(x, _p, EXACT: tl.constexpr):
+def sigmoid_of(x, _p, _q, _r, EXACT: tl.constexpr):
     return sigmoid(x, EXACT)
 
 
 @triton.jit
-def sigmoid_backward(grad_output, output, _p, _exact):
+def sigmoid_backward(grad_output, output, _p, _q, _r, _exact):
     return grad_output * (1.0 - output) * output
 
 
 @triton.jit
-def tanh_of(x, _p, EXACT: tl.constexpr):
+def tanh_of(x, _p, _q, _r, EXACT: tl.constexpr):
     return tanh(x, EXACT)
 
 
 @triton.jit
-def tanh_backward(grad_output, output, _p, _exact):
+def tanh_backward(grad_output, output, _p, _q, _r, _exact):
     return grad_output * (1.0 - output * output)
 
 
@@ -70,23 +70,23 @@ def tanh_of_ratio(x, cap, EXACT: tl.constexpr):
 
 
 @triton.jit
-def softcap(x, cap, EXACT: tl.constexpr):
+def softcap(x, cap, _q, _r, EXACT: tl.constexpr):
     return cap * tanh_of_ratio(x, cap, EXACT)
 
 
 @triton.jit
-def softcap_backward(grad_output, x, cap, EXACT: tl.constexpr):
+def softcap_backward(grad_output, x, cap, _q, _r, EXACT: tl.constexpr):
     y = tanh_of_ratio(x, cap, EXACT)
     return grad_output * (1.0 - y * y)
 
 
 @triton.jit
-def silu(x, _p, EXACT: tl.constexpr):
+def silu(x, _p, _q, _r, EXACT: tl.constexpr):
     return x * sigmoid(x, EXACT)
 
 
 @triton.jit
-def silu_backward(grad_output, x, _p, EXACT: tl.constexpr):
+def silu_backward(grad_output, x, _p, _q, _r, EXACT: tl.constexpr):
     y = sigmoid(x, EXACT)
     return grad_output * (y * (1.0 + x * (1.0 - y)))
 
@@ -113,12 +113,12 @@ def normal_cdf(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def gelu(x, _p, EXACT: tl.constexpr):
+def gelu(x, _p, _q, _r, EXACT: tl.constexpr):
     return x * normal_cdf(x, EXACT)
 
 
 @triton.jit
-def gelu_backward(grad_output, x, _p, EXACT: tl.constexpr):
+def gelu_backward(grad_output, x, _p, _q, _r, EXACT: tl.constexpr):
     density = 0.3989422804014327 * exp_nonpositive(-0.5 * x * x, EXACT)
     return grad_output * (normal_cdf(x, EXACT) + x * density)
 
@@ -130,12 +130,12 @@ def tanh_cdf(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def gelu_tanh(x, _p, EXACT: tl.constexpr):
+def gelu_tanh(x, _p, _q, _r, EXACT: tl.constexpr):
     return x * tanh_cdf(x, EXACT)
 
 
 @triton.jit
-def gelu_tanh_backward(grad_output, x, _p, EXACT: tl.constexpr):
+def gelu_tanh_backward(grad_output, x, _p, _q, _r, EXACT: tl.constexpr):
     y = tanh_cdf(x, EXACT)
     slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return grad_output * (y + x * (y * (1.0 - y) * slope))
@@ -162,16 +162,19 @@ def activation_kernel(
     columns,
     strides,
     p: tl.float64,
+    q: tl.float64,
+    r: tl.float64,
     FORMULA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = FORMULA(x, p), or with grad_output FORMULA(grad_output, x, p); out may alias x."""
+    """out = FORMULA(x, p, q, r), or FORMULA(grad_output, x, p, q, r); out may alias x."""
     exact: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     saved = read(x, 0, i, n, columns, strides)
-    p = tl.full([], p, saved.dtype)
+    dtype: tl.constexpr = saved.dtype
+    p, q, r = tl.full([], p, dtype), tl.full([], q, dtype), tl.full([], r, dtype)
     if grad_output is None:
-        value = FORMULA(saved, p, exact)
+        value = FORMULA(saved, p, q, r, exact)
     else:
-        value = FORMULA(read(grad_output, 1, i, n, columns, strides), saved, p, exact)
+        value = FORMULA(read(grad_output, 1, i, n, columns, strides), saved, p, q, r, exact)
     tl.store(out + i, value, mask=i < n)

@@ -174,6 +174,15 @@ def test_in_place_within_a_graph(op: Activation, kernel_calls: KernelCalls) -> N
 
 
 @grid(op=OVERWRITING)
+def test_in_place_without_a_graph(op: Activation) -> None:
+    hidden = torch.randn(100, requires_grad=True) * 2
+    expected = of_torch(op)(hidden.detach())
+    with torch.no_grad():
+        assert ours(op, inplace=True)(hidden) is hidden
+    close(hidden.detach(), expected)
+
+
+@grid(op=OVERWRITING)
 def test_in_place_on_a_view_reaches_its_base(op: Activation) -> None:
     x = torch.randn(4, 6, requires_grad=True)
     bases = []

@@ -54,9 +54,9 @@ def formula_kernel(x, grad_output, out, FORMULA: tl.constexpr, BLOCK: tl.constex
     p = tl.full([], 30.0, tl.float32)
     x = tl.load(x + i).to(tl.float32)
     if grad_output is None:
-        value = FORMULA(x, p, False)
+        value = FORMULA(x, p, p, p, False)
     else:
-        value = FORMULA(tl.load(grad_output + i).to(tl.float32), x, p, False)
+        value = FORMULA(tl.load(grad_output + i).to(tl.float32), x, p, p, p, False)
     tl.store(out + i, value)
 
 

@@ -12,6 +12,7 @@ from conftest import KernelCalls, backend
 from grid import grid
 from processes import python
 
+from pyfused import backends
 from pyfused.backends import cpu, versions
 from pyfused.functional import cross_entropy
 from pyfused.ops import dispatch, operators
@@ -65,7 +66,7 @@ def test_a_missing_triton_is_named() -> None:
 def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    reason = dispatch.without_triton.__wrapped__(torch.device("cuda"))
+    reason = backends.without_triton.__wrapped__(torch.device("cuda"))
     assert reason == "Triton is 3.5.1, expected 3.6 or later"
 
 
@@ -95,7 +96,7 @@ def test_an_unknown_backend_is_an_error_that_names_the_known() -> None:
 def test_torch_takes_every_call_where_it_is_forced(
     monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
 ) -> None:
-    monkeypatch.setattr(dispatch, "FORCED", "torch")
+    monkeypatch.setattr(backends, "FORCED", "torch")
     x = torch.randn(6, 5)
     assert dispatch.reason_for_torch(operators.RELU, (x,)) == "PYFUSED_BACKEND is torch"
     target = torch.arange(5).repeat(2)[:6]
@@ -110,6 +111,20 @@ def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatc
     assert dispatch.reason_for_torch(operators.RELU, (small,)) is dispatch.SMALL
     monkeypatch.setattr(dispatch, "FORCED", "cpu")
     assert dispatch.reason_for_torch(operators.RELU, (small,)) is None
+
+
+@pytest.mark.cpu
+def test_a_forced_backend_takes_the_smallest_call() -> None:
+    code = """
+        import torch
+        from pyfused.backends import cpu
+        from pyfused.functional import relu
+        kernel = cpu.activation
+        cpu.activation = lambda *a, **k: print("kernel") or kernel(*a, **k)
+        relu(torch.ones(1))
+    """
+    assert run(code, PYFUSED_BACKEND="cpu").stdout == "kernel\n"
+    assert not run(code).stdout
 
 
 # ---- targets that are no class ------------------------------------------------------------------

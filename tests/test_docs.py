@@ -41,7 +41,7 @@ def test_a_curve_is_what_the_kernels_compute(
 
 def test_a_call_that_is_left_to_torch_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = ENTRIES["mse_loss"]
-    monkeypatch.setattr("pyfused.ops.dispatch.FORCED", "torch")
+    monkeypatch.setattr("pyfused.backends.FORCED", "torch")
     with pytest.raises(RuntimeError, match="not torch's: mse_loss: torch"):
         gallery.evaluate("mse_loss", entry, entry.curves[0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,7 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "integers": ("relu", (TARGET,), {}, "input has dtype torch.int64"),
     "sparse": ("relu", (X.to_sparse(),), {}, "input has layout torch.sparse_coo"),
     "meta": ("mse_loss", (X.to("meta"), X.to("meta")), {}, "input is on meta"),
+    "two devices": ("mse_loss", (X, X.to("meta")), {}, "target is on meta"),
     "target": ("mse_loss", (X, TARGET[:, None]), {}, "target has dtype torch.int64"),
     "weight": ("cross_entropy", (X, X.softmax(1)), {"weight": GRAD}, "weight requires grad"),
     "one class": ("cross_entropy", (X[:, :1], TARGET * 0), {}, "one class"),
@@ -113,21 +115,22 @@ def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyP
 def test_a_call_goes_to_aten_below_the_size_of_the_table(
     op: str, kernel_calls: KernelCalls
 ) -> None:
-    rows = sizes.ATEN_BELOW[op][torch.bfloat16]
-    classes, below = 4, rows[0][1]
-    for elements in {4, below - 4, max(below, 4)}:
-        if elements <= 0:
-            continue
-        x = torch.full((elements // classes, classes), 0.5, dtype=torch.bfloat16)
-        given = [x] * sum(not operand.optional for operand in OPERATORS[op].operands)
+    most, below = sizes.ATEN_BELOW[op][torch.bfloat16][0]
+    classes = 4 if math.isinf(most) else int(most)  # the most that this row is for
+    for rows in {1, max(below - 1, 0) // classes, -(-below // classes)} - {0}:
+        small = rows * classes < below
+        x = torch.full((rows, classes), 0.5, dtype=torch.bfloat16)
         if op in ("nll_loss", "multi_margin_loss", "cross_entropy"):
-            given[1] = torch.zeros(len(x), dtype=torch.int64)
+            given = [x, torch.zeros(len(x), dtype=torch.int64)]
+        else:  # of which the number of dimensions chooses no other row
+            x = x.view(-1, 2, 2)
+            given = [x] * sum(not operand.optional for operand in OPERATORS[op].operands)
         options = {"dim": 1} if "softmax" in op else {}
         said = pyfused.explain(op, *given, **options)
-        assert (said.reason == dispatch.SMALL) == (elements < below), elements
+        assert (said.reason == dispatch.SMALL) == small, rows
         kernel_calls.clear()
         getattr(fused, op)(*given, **options)
-        assert bool(kernel_calls) == (elements >= below), elements
+        assert bool(kernel_calls) != small, rows
 
 
 def test_layouts() -> None:

@@ -120,6 +120,8 @@ WRONG = {
     "range": lambda: F.cross_entropy(X, TARGET + 1),
     "reduction": lambda: F.mse_loss(X, X, reduction="most"),
     "no tensor": lambda: F.mse_loss(X, 1.0),
+    "type of an option": lambda: F.gelu(X, approximate=3),
+    "type of a dimension": lambda: torch.softmax(X, "1"),
     "relu of a list": lambda: F.relu([1.0]),
     "relu has no inplace": lambda: torch.relu(X, True),
     "nor by name": lambda: torch.relu(X, inplace=True),

@@ -262,6 +262,15 @@ def test_variances_below_eps(dtype: torch.dtype, reduction: str, kernel_calls: K
     assert kernel_calls["gaussian_nll_loss"]
 
 
+def test_a_second_derivative_ignores_the_same_elements() -> None:
+    x, target = torch.randn(20, dtype=torch.float64, requires_grad=True), torch.arange(20.0) % 2
+    for ignored in (None, 0):
+        loss = functional.sigmoid_focal_loss(x, target.double(), ignore_index=ignored)
+        (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.sum(), x)
+        assert second.count_nonzero() == (20 if ignored is None else 10)
+
+
 @pytest.mark.parametrize("value", [0.3, torch.tensor(0.3), torch.tensor([0.3])], ids=str)
 def test_a_parameter_may_be_a_tensor_of_one_element(value: Any, kernel_calls: KernelCalls) -> None:
     x, t = (torch.randn(20, requires_grad=True) for _ in range(2))

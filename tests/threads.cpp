@@ -3,6 +3,8 @@
 //
 // ThreadSanitizer does not see the barriers within libgomp and would call every parallel loop a
 // race. So this program links no libgomp: what GCC makes of the loops calls the functions below.
+#include <omp.h>
+
 #include <cstdio>
 #include <string>
 #include <thread>
@@ -85,14 +87,11 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
       std::vector<A> loss(reduction == Reduction::none ? positions : 1);
       T* const none = nullptr;
       cross_entropy(CrossEntropy<T>{{shape.outer, shape.inner, shape.classes},
+                                    {-100, reduction, reduction == Reduction::mean ? 0.1 : 0.0},
                                     shape.view(logits.data()),
                                     dense ? nullptr : target.data(),
                                     shape.view(dense ? probabilities.data() : none),
                                     weight.data(),
-                                    -100,
-                                    reduction == Reduction::mean ? 0.1 : 0.0,
-                                    0.0,
-                                    reduction,
                                     grad_output.data(),
                                     loss.data(),
                                     shape.view(grad_logits.data()),
@@ -106,14 +105,11 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
   target[positions / 2] = target[positions - 1] = shape.classes;
   const int64_t out_of_range =
       cross_entropy(CrossEntropy<T>{{shape.outer, shape.inner, shape.classes},
+                                    {-100, Reduction::sum},
                                     shape.view(logits.data()),
                                     target.data(),
                                     {},
                                     nullptr,
-                                    -100,
-                                    0,
-                                    0,
-                                    Reduction::sum,
                                     nullptr,
                                     nullptr,
                                     {},
@@ -134,14 +130,11 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
     std::vector<T> nll_gradient(n), margin_gradient(n);
     std::vector<A> nll(reduction == Reduction::none ? positions : 1), margin(nll);
     nll_loss(CrossEntropy<T>{{shape.outer, shape.inner, shape.classes},
+                             {-100, reduction},
                              shape.view(input.data()),
                              target.data(),
                              {},
                              weight.data(),
-                             -100,
-                             0,
-                             0,
-                             reduction,
                              grad_output.data(),
                              nll.data(),
                              shape.view(nll_gradient.data()),

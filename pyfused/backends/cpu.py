@@ -429,7 +429,7 @@ def activation(
 
     Args:
         formula: The kernel's name: ``"relu"``.
-        parameter: The formula's number, where it takes one.
+        parameters: The formula's numbers, at most three.
     """
     input = dense(input)
     output = input if inplace else empty_like(input)
@@ -438,7 +438,7 @@ def activation(
         input.numel(),
         input.data_ptr(),
         output.data_ptr(),
-        (*parameters, 0.0)[0],
+        (*parameters, 0.0, 0.0, 0.0)[:3],
         torch.get_num_threads(),
     )
     return output
@@ -459,7 +459,7 @@ def activation_backward(
         grad_operand,
         saved.data_ptr(),
         grad_input.data_ptr(),
-        (*parameters, 0.0)[0],
+        (*parameters, 0.0, 0.0, 0.0)[:3],
         torch.get_num_threads(),
     )
     return grad_input

@@ -165,20 +165,11 @@ def cross_entropy(
         accumulate_dtype(input.dtype), weight, options.token_weight, grad_output
     )
     vocab_shard = vocab_shard or VocabShard(0, classes)
-    lse, statistics = vocab_shard.lse, want.statistics
     smoothing = options.label_smoothing
     itemsize, dense = input.element_size(), not indices or (smoothing > 0 and weight is not None)
     with torch.cuda.device_of(input):
-        lacks_lse = lse is None and classes < vocab_shard.classes
-        if statistics is None and lacks_lse:
-            statistics = Statistics(logits.new_empty(outer * inner, dtype=torch.float64))
-        if statistics is not None:
-            choice, programs, units = _tiling(sizes, itemsize, strides, tensors=2)
-            given: Any = logits, target if indices else None, *statistics, inner, classes, strides
-            scalars: Any = vocab_shard.first, options.ignore_index
-            meta: Any = {"SCALE": options.scale, **choice.tile()}
-            statistics_kernel[(programs,)](*given, *scalars, **meta, **units)
-            lse = statistics.log_sum_exp if lacks_lse else lse
+        of_index = target if indices else None
+        lse = _log_sum_exp(logits, of_index, sizes, strides, options, want.statistics, vocab_shard)
         if not (want.loss or of_input or of_target):
             return None, (None, None)
         choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=2 if dense else 1)
@@ -186,10 +177,10 @@ def cross_entropy(
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
         counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
         denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
-        given = logits, target, weight, row_weight, denominator
-        meta = {"SCALE": options.scale, "EACH": each, **choice.tile(), **units}
+        given: Any = logits, target, weight, row_weight, denominator
+        meta: Any = {"SCALE": options.scale, "EACH": each, **choice.tile(), **units}
         index_meta = {"GAMMA": options.gamma, "SMOOTHING": smoothing > 0}
-        scalars = options.ignore_index, smoothing, options.z_loss
+        scalars: Any = options.ignore_index, smoothing, options.z_loss
         whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
         if not indices:
             four = strides + target_strides + grad_strides + grad_target_strides
@@ -206,6 +197,32 @@ def cross_entropy(
         if loss is not None and grad_output is not None:  # by which only gradients are multiplied
             loss /= grad_output
     return loss, (grad, grad_target)
+
+
+def _log_sum_exp(
+    logits: Tensor,
+    target: Tensor | None,
+    sizes: Sizes,
+    strides: Strides,
+    options: CrossEntropyOptions,
+    statistics: Statistics | None,
+    shard: VocabShard,
+) -> Tensor | None:
+    """Launches the statistics that are wanted.
+
+    Returns:
+        The log-sum-exp that the loss is of, where it is not that of all the logits' classes.
+    """
+    outer, inner, classes = sizes
+    lacks_lse = shard.lse is None and classes < shard.classes
+    if statistics is None and lacks_lse:
+        statistics = Statistics(logits.new_empty(outer * inner, dtype=torch.float64))
+    if statistics is None:
+        return shard.lse
+    choice, programs, units = _tiling(sizes, logits.element_size(), strides, tensors=2)
+    given = logits, target, *statistics, inner, classes, strides, shard.first, options.ignore_index
+    statistics_kernel[(programs,)](*given, SCALE=options.scale, **choice.tile(), **units)
+    return statistics.log_sum_exp if lacks_lse else shard.lse
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
@@ -479,7 +496,7 @@ def _activation(
             n,
             columns,
             strides,
-            (*parameters, 0.0)[0],
+            *(*parameters, 0.0, 0.0, 0.0)[:3],
             FORMULA=formula,
             BLOCK=choice.block,
             **choice.options(),

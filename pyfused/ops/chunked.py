@@ -100,16 +100,20 @@ def by_rows(
         if grad_target is not None:
             assert of_target is not None
             grad_target[here] = of_target
-    found = None
-    if want_loss:
-        parts = [loss for loss in losses if loss is not None]
-        found = torch.cat(parts) if each else torch.stack(parts).sum(dtype=torch.float64)
-    return found, (
+    return _joined(losses, each), (
         _as(grad_input, input),
         _as(grad_weight, linear_weight),
         _as(grad_bias, linear_bias),
         grad_target,
     )
+
+
+def _joined(losses: list[Tensor | None], each: bool) -> Tensor | None:
+    """The losses of chunks of rows as one tensor, None where they are not wanted."""
+    parts = [loss for loss in losses if loss is not None]
+    if not parts:
+        return None
+    return torch.cat(parts) if each else torch.stack(parts).sum(dtype=torch.float64)
 
 
 # ---- by blocks of classes ------------------------------------------------------------------------
