@@ -26,6 +26,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_math_renderer = "mathml"
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -39,6 +40,17 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
     raise nodes.SkipNode
 
 
+def prose(
+    _app: Sphinx, _what: str, _name: str, _object: object, _: object, lines: list[str]
+) -> None:
+    """Else Napoleon takes what stands before a colon, in the line after "Returns:", for a type."""
+    for index, line in enumerate(lines[:-1]):
+        if line.strip() == "Returns:":
+            text = lines[index + 1].lstrip()
+            lines[index + 1] = lines[index + 1].removesuffix(text) + f": {text}"
+
+
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", gallery.fill)
+    app.connect("autodoc-process-docstring", prose, priority=400)  # before Napoleon's 500

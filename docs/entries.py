@@ -1,4 +1,4 @@
-"""What the gallery of docs/losses.md says of each operator: a row for each, written by hand."""
+"""What the gallery of docs/losses.md says about each operator: a row for each, written by hand."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ HEAD = {"linear_weight": torch.tensor([[1.0], [0.0], [0.0]])}
 SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
 
 GALLERY: dict[str, dict[str, Entry]] = {
-    "Quantities": {
+    "Regression": {
         "mse_loss": Entry(
             r"(x - t)^2",
-            "No target is a mistake: one large error outweighs many small ones.",
+            "Targets have no outliers, since one large error outweighs many small ones.",
             (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
         ),
         "l1_loss": Entry(
             r"|x - t|",
-            "Some targets are far off, and the median is what is wanted.",
+            "Targets have outliers, and the model should predict the median.",
             (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
         ),
         "smooth_l1_loss": Entry(
@@ -67,29 +67,30 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "huber_loss": Entry(
             r"\begin{cases} \dfrac{(x - t)^2}{2} & |x - t| < \delta \\"
             r" \delta \left(|x - t| - \dfrac{\delta}{2}\right) & \text{else} \end{cases}",
-            "Noise is normal up to a size that you know, and what lies beyond is an outlier.",
+            "Errors up to a known size are normal noise, and larger errors are outliers.",
             tuple(Curve(f"delta {delta:g}", (0.0,), {"delta": delta}) for delta in (0.5, 1.0, 2.0)),
         ),
         "log_cosh_loss": Entry(
             r"\log\, \cosh (x - t)",
-            "As Huber's, but smooth everywhere and without a parameter.",
+            "Like huber_loss, but smooth everywhere and without a parameter.",
             (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
         ),
         "rmse_loss": Entry(
             r"\sqrt{\frac{1}{N} \sum_i (x_i - t_i)^2}",
-            "As the squared error, in the target's own unit; steps do not shrink with the error.",
+            "Like mse_loss, but in the target's unit; the gradient does not shrink with the error.",
             tuple(Curve(f"eps {eps:g}", (0.0,), {"eps": eps}) for eps in (0.01, 0.5)),
         ),
         "quantile_loss": Entry(
             r"\max\left(q \, (t - x),\; (q - 1) (t - x)\right)",
-            "Too little costs more than too much, or less: stocks, and intervals of two quantiles.",
+            "Predictions that are too low cost more, or less, than those that are too high: stock"
+            " levels, and prediction intervals between two quantiles.",
             tuple(Curve(f"quantile {q:g}", (0.0,), {"quantile": q}) for q in (0.1, 0.5, 0.9)),
         ),
     },
     "Distributions": {
         "gaussian_nll_loss": Entry(
             r"\frac{1}{2} \left(\log\, v + \frac{(x - t)^2}{v}\right)",
-            "The model says how sure it is, too: it predicts a variance v beside each mean.",
+            "The model also predicts how uncertain it is: a variance v for each mean.",
             tuple(Curve(f"variance {v:g}", (0.0, v)) for v in (0.25, 1.0, 4.0)),
         ),
         "poisson_nll_loss": Entry(
@@ -99,17 +100,17 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "kl_div": Entry(
             r"t \, (\log\, t - x)",
-            "A distribution is to follow another, as a student its teacher; x are logarithms.",
+            "One distribution should approach another, as in distillation; x is a log-probability.",
             tuple(Curve(f"target {t:g}", (t,)) for t in (0.1, 0.5, 0.9)),
             low=-4.0,
             high=0.0,
             axis="input, a logarithm",
         ),
     },
-    "Yes or no": {
+    "Binary and multi-label classification": {
         "binary_cross_entropy_with_logits": Entry(
             r"-p \, t \log\, \sigma(x) - (1 - t) \log (1 - \sigma(x))",
-            "Each output is a yes or no of its own; pos_weight p where yes is rare.",
+            "Each output is a separate yes or no; use pos_weight p if yes is rare.",
             (
                 Curve("target 0", (0.0,)),
                 Curve("target 1", (1.0,)),
@@ -121,13 +122,13 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "multilabel_soft_margin_loss": Entry(
             r"\frac{1}{C} \sum_c \left( \log(1 + e^{x_c}) - t_c \, x_c \right)",
-            "Several classes may be right at once: tags, genres, findings.",
+            "Several classes can be right at once: tags, genres, medical findings.",
             tuple(Curve(f"target {t:g}", (t,), others=(0.0,)) for t in (1.0, 0.0)),
             axis="logit of the first class of two",
         ),
         "binary_cross_entropy": Entry(
             r"-t \log\, x - (1 - t) \log (1 - x)",
-            "The model ends in probabilities that cannot be had as logits.",
+            "The model outputs probabilities, and its logits are not available.",
             tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 0.3, 1.0)),
             low=0.02,
             high=0.98,
@@ -135,8 +136,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "sigmoid_focal_loss": Entry(
             r"-\alpha \, (1 - p)^\gamma \log\, p",
-            "Nearly all answers are an easy no, as in dense detection: what is right already, with"
-            " p near 1 for the target, hardly counts.",
+            "Almost all answers are an easy no, as in dense detection: elements that are right"
+            " already, with p near 1 for the target, hardly count.",
             tuple(
                 Curve(f"gamma {gamma:g}", (1.0,), {"alpha": -1.0, "gamma": gamma})
                 for gamma in (0.0, 1.0, 2.0, 5.0)
@@ -147,20 +148,20 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "soft_margin_loss": Entry(
             r"\log \left(1 + e^{-t x}\right)",
-            "As the binary cross-entropy of logits, for targets of -1 and 1.",
+            "Like the binary cross-entropy of logits, for targets of -1 and 1.",
             SIGNS,
         ),
         "hinge_loss": Entry(
             r"\max(0,\; m - t \, x)",
-            "The side of the boundary is what counts, and no probability is needed: what is beyond"
-            " the margin m is done.",
+            "Only the side of the decision boundary matters, and no probability is needed: elements"
+            " beyond the margin m have no loss.",
             (*SIGNS, Curve("target 1, squared", (1.0,), {"squared": True})),
         ),
     },
-    "Likeness and order": {
+    "Similarity and ranking": {
         "hinge_embedding_loss": Entry(
             r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
-            "x is a distance: pairs that are alike come together, others stay a margin m apart.",
+            "x is a distance: similar pairs should be close, and others at least a margin m apart.",
             SIGNS,
             low=0.0,
             high=2.0,
@@ -177,7 +178,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
             axis="first score, the second is 0",
         ),
     },
-    "One class of several": {
+    "Classification": {
         "cross_entropy": Entry(
             r"\log\, \sum_c e^{x_c} - x_t",
             "One class of several is right: tokens, digits, pixels.",
@@ -193,8 +194,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_cross_entropy": Entry(
             r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
-            "The classes are many, as a language model's tokens are: the logits never exist as a"
-            " whole.",
+            "There are many classes, such as the tokens of a language model: the logits are never"
+            " held in memory as a whole.",
             tuple(
                 Curve(label, options=HEAD | {"target": torch.full((401,), target)} | options)
                 for label, target, options in (
@@ -210,7 +211,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "nll_loss": Entry(
             r"-w_t \, x_t",
-            "The model ends in log-probabilities already.",
+            "The model outputs log-probabilities.",
             (
                 Curve("the target", (0,), others=(-1.0, -1.0)),
                 Curve(
@@ -227,7 +228,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "multi_margin_loss": Entry(
             r"\frac{1}{C} \sum_{c \ne t} \max(0,\; m - x_t + x_c)^p",
-            "Only the order of the classes counts, and by how much the right one leads.",
+            "Only the order of the classes matters, and the margin by which the right one leads.",
             tuple(
                 Curve(f"p {p}, margin {m:g}", (0,), {"p": p, "margin": m}, others=(0.0, 0.0))
                 for p, m in ((1, 1.0), (1, 2.0), (2, 1.0))
@@ -236,7 +237,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "softmax": Entry(
             r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
-            "Scores become shares of one: attention, and probabilities to be read.",
+            "Scores become probabilities: attention, and output for people to read.",
             tuple(
                 Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
                 for a, b in ((0.0, 0.0), (0.0, 3.0))
@@ -247,7 +248,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "log_softmax": Entry(
             r"x_c - \log\, \sum_k e^{x_k}",
-            "Log-probabilities that do not underflow: for nll_loss, kl_div and sampling.",
+            "Log-probabilities that do not underflow, for nll_loss, kl_div and sampling.",
             tuple(
                 Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
                 for a, b in ((0.0, 0.0), (0.0, 3.0))
@@ -260,12 +261,12 @@ GALLERY: dict[str, dict[str, Entry]] = {
     "Activations": {
         "relu": Entry(
             r"\max(0,\; x)",
-            "Where nothing speaks for another: it costs the least.",
+            "The default choice: it is the cheapest.",
             (Curve(""),),
         ),
         "leaky_relu": Entry(
             r"\begin{cases} x & x > 0 \\ s \, x & \text{else} \end{cases}",
-            "Units of a ReLU die: a slope s is left to them, as in discriminators.",
+            "Units with ReLU can stop learning; the slope s keeps their gradient from being zero.",
             tuple(Curve(f"slope {s:g}", options={"negative_slope": s}) for s in (0.01, 0.2)),
         ),
         "gelu": Entry(
@@ -282,19 +283,19 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "tanh": Entry(
             r"\tanh\, x",
-            "Values between -1 and 1: recurrent networks, bounded actions.",
+            "Outputs between -1 and 1: recurrent networks, bounded actions.",
             (Curve(""),),
         ),
         "softcap": Entry(
             r"c \, \tanh\, \frac{x}{c}",
-            "Logits of language models that are not to grow without bounds.",
+            "Logits of language models that should stay bounded.",
             tuple(Curve(f"cap {c:g}", options={"cap": c}) for c in (1.0, 3.0)),
             low=-6.0,
             high=6.0,
         ),
         "sigmoid": Entry(
             r"\sigma(x) = \frac{1}{1 + e^{-x}}",
-            "Gates, and probabilities to be read; to train with, a loss of logits is exacter.",
+            "Gates, and probabilities to be read; for training, a loss of logits is more accurate.",
             (Curve(""),),
             low=-6.0,
             high=6.0,

@@ -1,4 +1,4 @@
-"""Fills pages with what follows from the declarations: the gallery, the ratios, what is covered.
+"""Fills pages with what follows from the declarations: the gallery, ratios, sizes, what is covered.
 
 docs/entries.py holds what is written by hand. The pictures are what the kernels compute.
 """
@@ -9,6 +9,7 @@ import inspect
 import io
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,9 @@ from torch import Tensor
 
 import pyfused
 import pyfused.functional
+from pyfused.backends import DTYPES
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.sizes import ATEN_BELOW
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -100,6 +103,8 @@ def ratios(rows: dict[str, Row]) -> str:
         ("torch.compile", "compiled", "D", COLOURS[2]),
     ):
         known = [name for name in names if peer in rows[name].peers]
+        if not known:  # else it is in the legend
+            continue
         medians = [rows[name].peers[peer].ratio[1] for name in known]
         places = [names.index(name) for name in known]
         axes.plot(medians, places, marker, color=colour, markersize=5, label=label)
@@ -149,8 +154,18 @@ _OPENING = (
 
 def measured() -> dict[str, Row]:
     """The largest case of each operator, forward and backward, in the newest report that has it."""
+    return {name: row for name, (row, _) in _newest().items()}
+
+
+def machines() -> str:
+    """Where these were measured."""
+    found = {report.machine(found): None for _, found in _newest().values()}
+    return "; ".join(found)
+
+
+def _newest() -> dict[str, tuple[Row, report.Found]]:
     reports = [report.load([path]) for path in report.RESULTS.glob("*/results.json")]
-    largest: dict[str, Row] = {}
+    largest: dict[str, tuple[Row, report.Found]] = {}
     for found in sorted(reports, key=lambda found: found["datetime"]):
         if "gpu" in found["machine_info"]:
             continue
@@ -159,8 +174,8 @@ def measured() -> dict[str, Row]:
             if row.mode == "forward+backward" and "torch" in row.peers:
                 first = newer.setdefault(row.op, row)
                 newer[row.op] = max(first, row, key=lambda row: (row.headline, row.elements))
-        largest |= newer
-    return {name: row for name, row in largest.items() if name in OPERATORS}
+        largest |= {name: (row, found) for name, row in newer.items()}
+    return {name: pair for name, pair in largest.items() if name in OPERATORS}
 
 
 def row_of(name: str, rows: dict[str, Row]) -> str:
@@ -218,12 +233,33 @@ def covered() -> str:
     )
 
 
+def sizes() -> str:
+    """The smallest inputs that take a kernel on CPUs."""
+    columns = ["operator", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]
+    names = {"cross_entropy_kdim": "`cross_entropy`, (N, C, d1, ..., dk)"}
+    rows = [
+        [names.get(op, f"`{op}`"), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
+        for op, below in ATEN_BELOW.items()
+    ]
+    return report.tabulated(columns, rows, names=1)
+
+
+def _elements(rows: Sequence[tuple[float, int]]) -> str:
+    least = min((below for _, below in rows), default=0)
+    most = max((below for _, below in rows), default=0)
+    if most == 0:
+        return "any"
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}, by classes"
+
+
 # What a page has in place of each of these comments.
 FILLED = {
     "<!-- gallery -->": gallery,
     "<!-- first row -->": first_row,
     "<!-- ratios -->": lambda: ratios(measured()),
     "<!-- covered -->": covered,
+    "<!-- machines -->": machines,
+    "<!-- sizes -->": sizes,
 }
 
 

@@ -9,7 +9,7 @@ call goes.
 import sys
 
 try:
-    from pyfused import functional, memory, nn
+    from pyfused import distributed, functional, memory, nn
     from pyfused.convert import convert, revert
     from pyfused.explain import explain
     from pyfused.patch import patch, unpatch
@@ -22,6 +22,7 @@ except ImportError as error:
 __all__ = [
     "__version__",
     "convert",
+    "distributed",
     "explain",
     "functional",
     "memory",

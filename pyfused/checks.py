@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -35,6 +36,30 @@ def tensor(name: str, value: Any, also: type | None = None) -> None:
 def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+
+
+Given = Sequence[tuple[str, Tensor, bool]]  # name, tensor, and whether it may hold class indices
+
+
+def devices(given: Given, error: Exception) -> None:
+    """Of a call that torch has refused with this error; it takes scalars of another device."""
+    for name, value, _ in given:
+        device = given[0][1].device
+        if value.device != device and value.dim():
+            raise type(error)(f"{name}: expected the input's device {device}, got {value.device}")
+
+
+def floating(given: Given, error: Exception) -> None:
+    """Of a call that torch has refused with this error, and whose shapes and options fit."""
+    for name, value, indices in given:
+        if not (value.is_floating_point() or indices):
+            hint = _are_swapped(given[0][1], given[1][1]) if len(given) > 1 else ""
+            raise type(error)(f"{name}: expected a floating dtype, got {value.dtype}{hint}")
+
+
+def _are_swapped(input: Tensor, target: Tensor) -> str:
+    swapped = target.is_floating_point() and not input.is_floating_point()
+    return ". Are input and target swapped?" if swapped else ""
 
 
 def reduction(value: Any, known: tuple[str, ...] = ("none", "mean", "sum")) -> None:
@@ -94,7 +119,14 @@ def cross_entropy(
     for name, positive, optional in _NUMBERS[type(options)]:
         value = getattr(options, name)
         if value is not None or not optional:
-            bounded(name, value, positive)
+            # A count in a tensor may be 0, as on a GPU, where nobody looks: the mean is NaN then.
+            count = name == "denominator" and isinstance(value, Tensor)
+            bounded(name, value, positive and not count)
+    if options.denominator is not None and options.reduction != "mean":
+        raise ValueError(
+            f"denominator: expected None with reduction {options.reduction!r}, got "
+            f"{options.denominator}"
+        )
     if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
         raise ValueError(
             "gamma: expected 0.0 with class probabilities or label smoothing, got "
@@ -148,7 +180,10 @@ def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
         tensor("token_weight", options.token_weight)
     reduction(options.reduction)
     if input.dim() not in (1, 2):
-        raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}")
+        hint = ". Pass input.flatten(0, -2) and target.flatten()" if input.dim() else ""
+        raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}{hint}")
+    if not input.is_floating_point():
+        raise RuntimeError(f"input: expected a floating dtype, got {input.dtype}")
     features = input.shape[-1]
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != features:
         raise RuntimeError(
@@ -217,7 +252,7 @@ def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllO
         batch = of_target[:1] != shape[:1] if len(shape) > 1 else len(of_target) == 1
         raise (ValueError if batch else RuntimeError)(
             f"target: expected class indices of shape {tuple(expected)}, got shape "
-            f"{tuple(of_target)}"
+            f"{tuple(of_target)}{_hint(input, target)}"
         )
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
@@ -246,7 +281,7 @@ def multi_margin_loss(
     if target.shape != shape[:-1] and not single:
         raise RuntimeError(
             f"target: expected class indices of shape {tuple(shape[:-1])}, got shape "
-            f"{tuple(target.shape)}"
+            f"{tuple(target.shape)}{_hint(input, target)}"
         )
     if target.dtype is not torch.int64:
         raise RuntimeError(
@@ -276,9 +311,20 @@ def _class_index_target(input: Tensor, target: Tensor) -> None:
         raise (ValueError if batches[0] != batches[1] else RuntimeError)(
             f"target: expected class indices of shape {tuple(expected)} or class probabilities of "
             f"the input's shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
+            f"{_hint(input, target)}"
         )
     if input.dim() > 2 and input.shape[1] == 0 and target.numel():
         raise RuntimeError(f"input: expected one class or more, got shape {tuple(input.shape)}")
+
+
+def _hint(input: Tensor, target: Tensor) -> str:
+    """What may have been meant by a target whose shape does not fit."""
+    if input.dim() > 2 and target.shape == input.shape[:-1]:
+        return (
+            ". Classes are dimension 1 of the input: move them there with input.movedim(-1, 1), or "
+            "pass input.flatten(0, -2) and target.flatten()"
+        )
+    return _are_swapped(input, target)
 
 
 def classes_of(input: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 A call that the fused kernels do not take (second derivatives, forward-mode AD, ``torch.func``,
 tensor subclasses, other devices and dtypes, sizes at which ATen is faster) goes to torch's own
-operator.
+operator. A function that has no counterpart here, such as ``conv2d``, is torch's.
 """
 
 from __future__ import annotations
@@ -92,6 +92,18 @@ __all__ = [
     "softmax",
     "tanh",
 ]
+
+
+# For type checkers, too: a star import would clash with the functions defined here.
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or not hasattr(torch.nn.functional, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(torch.nn.functional, name)
+
+
+def __dir__() -> list[str]:
+    of_torch = (name for name in dir(torch.nn.functional) if not name.startswith("_"))
+    return sorted({*__all__, *of_torch})
 
 
 def cross_entropy(

@@ -1,4 +1,7 @@
-"""Fused counterparts of ``torch.nn``'s modules: subclasses, alike but for their ``forward``."""
+"""Fused counterparts of ``torch.nn``'s modules: subclasses, alike but for their ``forward``.
+
+A name that has no counterpart here, such as ``Linear``, is torch's.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,21 @@ __all__ = [
     "Softmax",
     "Tanh",
 ]
+
+
+# For type checkers, too: a star import would clash with the classes defined here.
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or not hasattr(torch.nn, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    of_torch = (name for name in dir(torch.nn) if not name.startswith("_"))
+    return sorted({*__all__, *of_torch})
+
+
+functional = F  # as torch.nn has torch's
 
 
 # From torch 2.13 on; before it the module is this package's alone.

@@ -19,7 +19,7 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import TOKEN_WEIGHT, Operator
+from pyfused.ops.declaration import TOKEN_WEIGHT, Operator, reduction_of
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
@@ -96,6 +96,8 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
         options.pop("with_metrics", None)  # rounded logits have ties of their own
     if options.get("reduction") == "batchmean":
         options.pop("reduce", None)  # torch takes both, and divides what it does not sum
+    if reduction_of(None, options.get("reduce"), options.get("reduction", "mean")) != "mean":
+        options.pop("denominator", None)
     if options.get("negative_slope") == 0.0:
         options["negative_slope"] = -0.5
         options.pop("inplace", None)  # nor has torch that
@@ -124,6 +126,8 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
             if operand.differentiated and x.is_floating_point() and x.frac().any():  # no counts
                 x.requires_grad_(not rng.once_in(4))
         given[name] = x
+    if "linear_weight" in given and given["linear_weight"].stride(0) == 0:
+        options.pop("with_metrics", None)  # all classes have the same logit, but for rounding
     return Call(op, given | options, rng.choice(layouts), seed)
 
 

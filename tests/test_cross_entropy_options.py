@@ -168,8 +168,18 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gamma": -1.0}, ValueError, "gamma: expected a number from 0.0 up, got -1.0"),
     ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
     ({"denominator": -1.5}, ValueError, "denominator: expected a positive number, got -1.5"),
-    ({"denominator": torch.zeros(())}, ValueError, "denominator: expected a positive number"),
+    ({"denominator": torch.tensor(-1)}, ValueError, "denominator: expected a number from 0.0 up"),
     ({"denominator": torch.ones(2)}, ValueError, r"denominator: expected one number, got .*\(2,\)"),
+    (
+        {"denominator": 2.5, "reduction": "sum"},
+        ValueError,
+        "denominator: expected None with reduction 'sum', got 2.5",
+    ),
+    (
+        {"denominator": torch.tensor(2), "reduction": "none"},
+        ValueError,
+        "denominator: expected None with reduction 'none', got 2",
+    ),
     ({"token_weight": torch.ones(5)}, ValueError, r"token_weight: expected shape \(6,\)"),
     (
         {"token_weight": -torch.ones(6)},
@@ -180,6 +190,20 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"loss_dtype": torch.int32}, ValueError, "loss_dtype: expected a floating dtype or None"),
     ({"loss_dtype": "float32"}, ValueError, "loss_dtype: expected a floating dtype or None"),
 ]
+
+
+def test_a_count_of_no_targets() -> None:
+    """A mean over nothing, as torch's."""
+    input = torch.randn(6, 5, requires_grad=True)
+    target, none = torch.full((6,), -100), torch.tensor(0)
+    for loss in (
+        fused.cross_entropy(input, target, denominator=none),
+        fused.linear_cross_entropy(input, torch.randn(7, 5), target, denominator=none),
+        cross_entropy(input, target, denominator=none),
+    ):
+        assert loss.isnan()
+        (gradient,) = torch.autograd.grad(loss, input)
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize(("wrong", "error", "told"), WRONG)

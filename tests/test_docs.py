@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import KernelCalls
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
@@ -15,6 +16,7 @@ import gallery
 from entries import ENTRIES
 
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.sizes import ATEN_BELOW
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[1] / "docs"
@@ -77,6 +79,25 @@ def test_ratios_are_those_of_the_newest_report() -> None:
 
 def test_an_operator_that_nobody_measured_has_a_dash() -> None:
     assert "torch / pyfused: -\n" in gallery.row_of("relu", {})
+
+
+def test_the_legend_names_what_is_drawn_alone() -> None:
+    rows = gallery.measured()
+    peers = {peer for row in rows.values() for peer in row.peers}
+    drawn = gallery.ratios(rows)
+    assert "eager torch" in drawn
+    assert ("with huge pages" in drawn) == ("torch, THP" in peers)
+
+
+def test_the_machine_of_each_ratio_is_named() -> None:
+    assert gallery.machines().count("torch 2") == gallery.machines().count(";") + 1
+
+
+def test_sizes_are_listed() -> None:
+    lines = gallery.sizes().splitlines()
+    assert len(lines) == 2 + len(ATEN_BELOW)
+    (relu,) = (line for line in lines if line.startswith("| `relu` |"))
+    assert f"{ATEN_BELOW['relu'][torch.float32][0][1]:,}" in relu
 
 
 def test_the_pages_have_every_comment_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,8 +132,21 @@ CROSS_ENTROPY: Wrong = {
         lambda f: f.cross_entropy(K[:, :0], KY, label_smoothing=0.1),
         ["input", "one class", "(2, 0, 4)"],
     ),
-    "input_int64": (lambda f: f.cross_entropy(X.long(), Y), ["Long"]),
-    "input_complex": (lambda f: f.cross_entropy(X.cfloat(), Y), ["Complex"]),
+    "input_int64": (lambda f: f.cross_entropy(X.long(), Y), ["input", "floating", "int64"]),
+    "input_complex": (lambda f: f.cross_entropy(X.cfloat(), Y), ["input", "floating", "complex64"]),
+    "swapped": (lambda f: f.cross_entropy(Y, X), ["input", "int64", "target swapped?"]),
+    "target_elsewhere": (
+        lambda f: f.cross_entropy(X, Y.to("meta")),
+        ["target", "cpu", "meta"],
+    ),
+    "weight_elsewhere": (
+        lambda f: f.cross_entropy(X, Y, torch.ones(5, device="meta")),
+        ["weight", "cpu", "meta"],
+    ),
+    "classes_last": (
+        lambda f: f.cross_entropy(K.mT, KY),
+        ["target", "(2, 3)", "(2, 4)", "movedim(-1, 1)", "flatten(0, -2)"],
+    ),
     "no_target": (lambda f: f.cross_entropy(X), ["target"]),
     "unknown_argument": (lambda f: f.cross_entropy(X, Y, weights=None), ["weights"]),
 }
@@ -239,8 +252,34 @@ OTHERS: Wrong = {
         lambda f: f.smooth_l1_loss(X, X, beta=torch.ones(2)),
         ["beta", "(2,)"],
     ),
-    "relu_bool": (lambda f: f.relu(X.bool()), ["relu"]),
-    "relu_complex": (lambda f: f.relu(X.cfloat()), ["complex"]),
+    "mse_target_elsewhere": (
+        lambda f: f.mse_loss(X, X.to("meta")),
+        ["target", "cpu", "meta"],
+    ),
+    "mse_integers": (lambda f: f.mse_loss(X.long(), X.long()), ["input", "floating", "int64"]),
+    "bce_integers": (
+        lambda f: f.binary_cross_entropy(P, P.long()),
+        ["target", "floating", "int64"],
+    ),
+    "bce_with_logits_integers": (
+        lambda f: f.binary_cross_entropy_with_logits(X, P.long()),
+        ["target", "floating", "int64"],
+    ),
+    "soft_margin_shape": (
+        lambda f: f.soft_margin_loss(X, X[:3]),
+        ["target", "(4, 5)", "(3, 5)"],
+    ),
+    "nll_integers": (lambda f: f.nll_loss(X.long(), Y), ["input", "floating", "int64"]),
+    "nll_swapped": (lambda f: f.nll_loss(Y, X), ["target", "(4, 5)", "target swapped?"]),
+    "nll_classes_last": (
+        lambda f: f.nll_loss(K.mT, KY),
+        ["target", "(2, 3)", "(2, 4)", "movedim(-1, 1)", "flatten(0, -2)"],
+    ),
+    "nll_target_elsewhere": (lambda f: f.nll_loss(X, Y.to("meta")), ["target", "cpu", "meta"]),
+    "multi_margin_swapped": (lambda f: f.multi_margin_loss(Y, X), ["target", "swapped?"]),
+    "gelu_integers": (lambda f: f.gelu(X.long()), ["input", "floating", "int64"]),
+    "relu_bool": (lambda f: f.relu(X.bool()), ["input", "floating", "bool"]),
+    "relu_complex": (lambda f: f.relu(X.cfloat()), ["input", "floating", "complex64"]),
     "relu_inplace_leaf": (
         lambda f: f.relu(torch.ones(3, requires_grad=True), inplace=True),
         ["leaf"],

@@ -358,7 +358,13 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\).*\(3,\)"),
     ({"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),
     ({"linear_weight": torch.ones(70, 6).double()}, RuntimeError, "dtype|expected the input's"),
-    ({"input": torch.ones(2, 12, 6)}, RuntimeError, "dimensionality 1 or 2|shape"),
+    ({"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator: expected None with"),
+    (
+        {"input": torch.ones(2, 12, 6)},
+        RuntimeError,
+        r"input: expected shape \(D\) or \(N, D\), got \(2, 12, 6\)\. Pass input\.flatten",
+    ),
+    ({"input": torch.ones(12, 6).long()}, RuntimeError, "input: expected a floating dtype"),
     ({"target": torch.ones(5).long()}, ValueError, "batch_size|target"),
     ({"weight": torch.ones(5)}, RuntimeError, "weight"),
 ]

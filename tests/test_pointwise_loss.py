@@ -24,7 +24,8 @@ from grid import grid
 from samples import BROADCASTING, FIRST, LOSSES, SAMPLES, Loss
 from torch import Tensor
 
-from pyfused import functional
+import pyfused
+from pyfused import functional, nn
 from pyfused.functional import gaussian_nll_loss, mse_loss
 from pyfused.ops.dispatch import call
 from pyfused.ops.operators import MSE_LOSS
@@ -106,6 +107,16 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> Non
         caught.append((seen[0].category, str(seen[0].message), seen[0].filename))
     assert caught[0] == caught[1]
     assert caught[0][2] == __file__
+
+
+@pytest.mark.parametrize("package", [nn, torch.nn], ids=["pyfused", "patched"])
+def test_a_warning_names_the_line_that_calls_the_module(package: Any) -> None:
+    x = torch.rand(3, 5)
+    with pyfused.patch(), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        package.MSELoss()(x, x[0])
+        package.KLDivLoss()(x, x)
+    assert [warning.filename for warning in seen] == [__file__] * 2
 
 
 @grid(loss=LOSSES, shape=[(0,), (3, 0, 2)], reduction=REDUCTIONS, weighted=WEIGHTED)

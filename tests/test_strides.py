@@ -59,11 +59,11 @@ def test_logits(
     assert kernel_calls["cross_entropy"] >= 2
 
 
-def test_a_row_of_one_position_is_one_of_many() -> None:
-    """The kernels take several positions at a time, but of the same outer one."""
+def test_rows_of_a_batch_have_one_outer_index() -> None:
+    """The kernels take several rows at a time, of the same outer index."""
     for shape in ((6, 5), (6, 5, 1), (6, 5, 1, 1)):
         logits = torch.empty(shape)
-        assert layouts.positions(logits) == (1, 6, 5)
+        assert layouts.row_sizes(logits) == (1, 6, 5)
         assert layouts.strides_of(logits) == (0, 5, 1)
 
 

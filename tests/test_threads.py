@@ -162,7 +162,7 @@ def test_the_gil_is_released_within(
         sys.setswitchinterval(1000.0)
         try:
             start.set()
-            for _ in range(50):
+            for _ in range(2000):
                 result = run()
                 if progress:
                     break

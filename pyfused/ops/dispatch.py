@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function
 from torch.utils._device import DeviceContext
 
+from pyfused import checks
 from pyfused.backends import DTYPES, FORCED, takes_triton, unsupported_device
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.sizes import ATEN_BELOW
@@ -109,15 +110,23 @@ def call(
             reference = op.reference_ if inplace else op.reference
     try:
         return reference(*arguments)
-    except NotImplementedError:
-        raise
     except _ERRORS as error:
         if patched is None:
-            op.check(arguments)
+            _check(op, arguments, error)
         if patched in (None, reference) or not isinstance(error, TypeError):
             raise
     assert patched is not None
     return patched(*given)  # each of torch's functions has other words for a wrong type
+
+
+def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
+    """Raises what is to be said of a call that torch's operator has refused, in other words."""
+    tensors = [(arguments[0], op.operands[0]), *((arguments[i], o) for i, o in op.others)]
+    given = [(o.name, t, o.indices) for t, o in tensors if isinstance(t, Tensor)]
+    if not isinstance(error, NotImplementedError):  # that one is of a dtype, layout or device
+        checks.devices(given, error)
+        op.check(arguments)
+    checks.floating(given, error)
 
 
 def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) -> str | None:

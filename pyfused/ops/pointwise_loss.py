@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class PointwiseLoss(Operator):
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0])
         if self.warning is not None and (message := self.warning(arguments)):
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=_stacklevel())
         if self.arrange is not None:
             operands = self.arrange(*operands)
         shape = operands[0].shape
@@ -283,5 +284,13 @@ def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
         f"Using a target size ({target.shape}) that is different to the input size "
         f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
         "Please ensure they have the same size.",
-        stacklevel=5,  # who called the function, which called `call`, `fused` and this
+        stacklevel=_stacklevel(),
     )
+
+
+def _stacklevel() -> int:
+    """Whose line a warning of the caller names: the first outside pyfused and torch's modules."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(("pyfused.", "torch.nn.")):
+        frame, level = frame.f_back, level + 1
+    return level

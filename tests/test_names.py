@@ -1,0 +1,70 @@
+"""pyfused.functional and pyfused.nn have every public name that torch's modules have."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from processes import python
+
+import pyfused
+
+pytestmark = pytest.mark.cpu
+BOTH = [
+    pytest.param(pyfused.functional, torch.nn.functional, id="functional"),
+    pytest.param(pyfused.nn, torch.nn, id="nn"),
+]
+both = pytest.mark.parametrize(("ours", "theirs"), BOTH)
+
+
+@both
+def test_what_is_not_ours_is_torchs(ours: ModuleType, theirs: ModuleType) -> None:
+    names = {name for name in dir(theirs) if not name.startswith("_")}
+    for name in names - {*ours.__all__, "functional"}:
+        assert getattr(ours, name) is getattr(theirs, name), name
+    for name in ours.__all__:
+        assert getattr(ours, name).__module__ == ours.__name__
+    assert dir(ours) == sorted(names | {*ours.__all__})
+
+
+def test_functional_of_nn_is_ours() -> None:
+    assert pyfused.nn.functional is pyfused.functional
+
+
+def test_names_can_be_imported() -> None:
+    from pyfused.functional import conv2d, relu
+    from pyfused.nn import Linear, ReLU
+
+    assert (conv2d, Linear) == (torch.nn.functional.conv2d, torch.nn.Linear)
+    assert {relu.__module__, ReLU.__module__} == {"pyfused.functional", "pyfused.nn"}
+
+
+@both
+@pytest.mark.parametrize("name", ["conv5d", "_Loss", "__path__"])
+def test_a_name_that_torch_has_not(ours: ModuleType, theirs: ModuleType, name: str) -> None:
+    assert not hasattr(theirs, name) or name == "__path__"
+    with pytest.raises(AttributeError, match=f"module '{ours.__name__}' has no attribute '{name}'"):
+        getattr(ours, name)
+
+
+def test_a_star_import_has_what_is_ours() -> None:
+    names: dict[str, object] = {}
+    exec("from pyfused.functional import *", names)
+    assert names.keys() - {"__builtins__"} == {*pyfused.functional.__all__}
+
+
+def test_compiled() -> None:
+    weight, x = torch.ones(2, 3), torch.ones(4, 3)
+    compiled = torch.compile(
+        lambda x: pyfused.functional.linear(x, weight), backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), x @ weight.t())
+
+
+def test_what_is_in_the_package() -> None:
+    assert all(hasattr(pyfused, name) for name in pyfused.__all__)
+    code = "import pyfused; print(pyfused.distributed.vocab_parallel_cross_entropy.__name__)"
+    assert python(code).stdout == "vocab_parallel_cross_entropy\n"
+    assert sys.modules["pyfused.distributed"] is pyfused.distributed
