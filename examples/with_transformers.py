@@ -71,7 +71,8 @@ def train(name: str, steps: int, accumulate: int = 1, convert: bool = False) -> 
     torch.manual_seed(0)
     model = MODELS[name]()
     if convert:
-        print(pyfused.convert(model))
+        print(pyfused.plan_conversion(model))
+        pyfused.convert(model)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

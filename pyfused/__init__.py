@@ -10,7 +10,7 @@ import sys
 
 try:
     from pyfused import distributed, functional, memory, nn
-    from pyfused.convert import convert, revert
+    from pyfused.convert import convert, plan_conversion, revert
     from pyfused.explain import explain
     from pyfused.patch import patch, unpatch
 except ImportError as error:
@@ -28,6 +28,7 @@ __all__ = [
     "memory",
     "nn",
     "patch",
+    "plan_conversion",
     "revert",
     "unpatch",
 ]

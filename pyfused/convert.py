@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn import Module
@@ -12,17 +13,20 @@ import pyfused.nn as nn
 from pyfused import causal_lm
 from pyfused.ops.operators import OPERATORS
 
-_FUSED: dict[type[Module], type[Module]] = {
+Model = TypeVar("Model", bound=Module)
+
+_log = logging.getLogger("pyfused")
+FUSED: dict[type[Module], type[Module]] = {
     getattr(torch.nn, op.module): getattr(nn, op.module)
     for op in OPERATORS.values()
     if hasattr(torch.nn, op.module)
 }
-_TORCH_CLASSES = {fused: torch_class for torch_class, fused in _FUSED.items()}
+_TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
 _MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
 
 
 class Left(NamedTuple):
-    """A module that :func:`convert` left alone."""
+    """A module that :func:`convert` leaves alone."""
 
     name: str
     kind: str
@@ -30,18 +34,18 @@ class Left(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """What :func:`convert` did: the names of the modules swapped, and those left, with reasons."""
+    """What :func:`convert` does: the names of the modules swapped, and those left, with reasons."""
 
     swapped: tuple[str, ...]
     left: tuple[Left, ...]
 
     def __str__(self) -> str:
-        lines = [f"pyfused's now: {', '.join(self.swapped) or 'none'}"]
+        lines = [f"swapped: {', '.join(self.swapped) or 'none'}"]
         lines += [f"left alone: {name} ({kind}): {reason}" for name, kind, reason in self.left]
         return "\n".join(lines)
 
 
-def convert(model: Module) -> Conversion:
+def convert(model: Model) -> Model:
     """Makes every module of a model that pyfused has, too, pyfused's, in place.
 
     The module objects stay the same ones and only change their class: hooks, buffers, device,
@@ -52,35 +56,56 @@ def convert(model: Module) -> Conversion:
     output has the loss, and no logits. Known are those of Llama, Qwen 2 and 3, Mistral, Gemma 2 and
     GPT-2.
 
+    What is swapped and what is left, :func:`plan_conversion` says before; the logger ``pyfused``
+    has it at level INFO.
+
     Args:
         model: Any module; its submodules are swapped, and itself where pyfused has it.
 
     Returns:
-        The names of the modules that were swapped (``"."`` is the model itself), and those that
-        were left although they are losses or activations of these kinds, with the reasons.
+        The same model.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: ``model`` is compiled or wrapped by FSDP; nothing has been changed.
     """
-    modules = _modules(model)
+    plan, modules = plan_conversion(model), dict(_modules(model))
+    for name in plan.swapped:
+        module = modules[name]
+        if _MARK in vars(module):  # one that has several names is swapped once
+            continue
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
+        else:
+            causal_lm.replace_forward(module)
+        setattr(module, _MARK, True)
+    _log.info("convert: %s", plan)
+    return model
+
+
+def plan_conversion(model: Module) -> Conversion:
+    """Says what :func:`convert` would do to a model, and changes nothing.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The names of the modules that would be swapped (``"."`` is the model itself), and those that
+        would be left although they are losses or activations of these kinds, or named so, with the
+        reasons.
+
+    Raises:
+        TypeError, ValueError: As in :func:`convert`.
+    """
     swapped, left = [], []
-    for name, module in modules:
+    for name, module in _modules(model):
         head = causal_lm.has_head(module)
         reason = causal_lm.reason_to_leave(module) if head else _reason_to_leave(module)
         if reason:
             left.append(Left(name, type(module).__qualname__, reason))
-        elif head or type(module) in _FUSED:
-            swapped.append((name, module))
-    for _, module in swapped:
-        if _MARK in vars(module):  # one that has several names is swapped once
-            continue
-        if type(module) in _FUSED:
-            module.__class__ = _FUSED[type(module)]
-        else:
-            causal_lm.replace_forward(module)
-        setattr(module, _MARK, True)
-    return Conversion(tuple(name for name, _ in swapped), tuple(left))
+        elif head or type(module) in FUSED:
+            swapped.append(name)
+    return Conversion(tuple(swapped), tuple(left))
 
 
 def revert(model: Module) -> tuple[str, ...]:
@@ -136,11 +161,13 @@ def _wrapper(module: Module) -> str | None:
 def _reason_to_leave(module: Module) -> str | None:
     if type(module) in _TORCH_CLASSES:
         return "is pyfused's already"
-    for torch_class in _FUSED:
+    for torch_class in FUSED:
         if type(module) is torch_class and "forward" in vars(module):
             return "its forward was replaced"
         if type(module) is not torch_class and isinstance(module, torch_class):
             return f"is a subclass of torch.nn.{torch_class.__name__}"
         if getattr(module, "original_name", None) == torch_class.__name__:
             return "is compiled by torch.jit"
+        if type(module) is not torch_class and type(module).__name__ == torch_class.__name__:
+            return f"is a class of {type(module).__module__}, not torch.nn.{torch_class.__name__}"
     return None

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import inspect
 from collections.abc import Callable
+from functools import partial
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from torch.nn import Module, Parameter
+
 import pyfused.functional as functional
+import pyfused.nn as nn
 from pyfused.backends import backend_of
+from pyfused.convert import FUSED
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import reason_for_torch
 from pyfused.ops.operators import OPERATORS
@@ -37,7 +46,7 @@ class Explanation(NamedTuple):
         return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
 
-def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
     """Says which backend a call of an operator takes, and why, without making the call.
 
     It is asked of the code that decides for the call itself, so the two agree: here and now, with
@@ -46,21 +55,45 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     Args:
         op: The name of a function in :mod:`pyfused.functional`; or a function of that name,
-            torch's or pyfused's.
+            torch's or pyfused's; or a module of :mod:`pyfused.nn`, or of ``torch.nn`` as
+            :func:`pyfused.convert` makes it pyfused's.
         args, kwargs: The call's arguments.
 
     Raises:
         ValueError: There is no such operator.
         TypeError: The operator does not take these arguments.
+        Exception: What the call raises itself, where it would take a CPU kernel.
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if isinstance(op, Module):
+        return _explain_module(op, *args, **kwargs)
+    name = op if isinstance(op, str) else getattr(op, "__name__", "")
     if name not in OPERATORS:
-        raise ValueError(f"op: expected one of {', '.join(OPERATORS)}, got {name}")
+        close = difflib.get_close_matches(op, OPERATORS, 1) if isinstance(op, str) else []
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"op: expected a function that pyfused has a kernel of, got {op!r}{hint}")
     bound = inspect.signature(getattr(functional, name)).bind(*args, **kwargs)
     bound.apply_defaults()
     values = dict(bound.arguments)
     inplace, operator = values.pop("inplace", False), OPERATORS[name]
-    return path_of(operator, operator.bind(**values), inplace)
+    arguments = operator.bind(**values)
+    said = path_of(operator, arguments, inplace)
+    if said.backend == "cpu" and type(arguments[0]) in (Tensor, Parameter):
+        operator.check(arguments)
+    return said
+
+
+def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
+    """What is said of the call that a module makes: its ``forward``, where ``F`` explains."""
+    if type(module) in FUSED:
+        module = copy.copy(module)
+        module.__class__ = FUSED[type(module)]
+    forward: Any = type(module).forward
+    if forward.__globals__ is not vars(nn):
+        raise ValueError(f"op: expected a module that pyfused has a kernel of, got {module}")
+    explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
+    explained = FunctionType(forward.__code__, vars(nn) | {"F": explaining})
+    said: Explanation = explained(module, *args, **kwargs)
+    return said
 
 
 def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:

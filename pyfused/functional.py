@@ -158,16 +158,17 @@ def cross_entropy(
         token_weight: What the loss of each row is multiplied by, of the shape of class indices.
             The mean then divides by the sum of ``token_weight * weight[target]``.
         denominator: What ``"mean"`` divides the sum by, in place of the weight of the targets that
-            count: of all micro-batches, or all processes, together. A number or a tensor of one
-            element.
+            count: of all micro-batches, or all processes, together. A positive number, or a tensor
+            of one element, of which 0 makes the mean NaN. None for another reduction.
         loss_dtype: The dtype of the loss. ``torch.float32`` with logits of half precision gives
             the loss of ``input.float()``, which is not rounded to steps of 0.25 at a loss of 36,
             without that copy of the logits.
         inplace: Let the gradient take the memory of ``input``, which saves as much as the logits
-            take. What ``input`` holds afterwards is of no use, and autograd refuses to take it for
-            another gradient. There is one backward pass then, without ``create_graph``. torch has
-            no such argument; without a gradient, or where torch's operator is the one that runs,
-            nothing is overwritten.
+            take. Do not use ``input`` afterwards: it holds the gradient, from the forward pass on
+            if the loss is a scalar. Autograd raises where an operation had saved ``input`` before;
+            other uses give wrong numbers silently. There is one backward pass then, without
+            ``create_graph``. torch has no such argument; without a gradient, or where torch's
+            operator runs, nothing is overwritten.
 
     Returns:
         The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a

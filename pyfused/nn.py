@@ -14,7 +14,7 @@ from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
 from pyfused import checks
-from pyfused.types import FusedOptions
+from pyfused.types import CrossEntropyOptions, FusedOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,6 +70,20 @@ def __dir__() -> list[str]:
 functional = F  # as torch.nn has torch's
 
 
+def _changed(module: torch.nn.Module, **defaults: Any) -> str:
+    """The options that torch's module does not have and that are no defaults, for ``repr``."""
+    options = {name: getattr(module, name) for name in defaults}
+    for name, value in getattr(module, "fused_options", {}).items():
+        options[name], defaults[name] = value, getattr(CrossEntropyOptions, name)
+    shown = []
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            shown.append(f"{name}=<Tensor of shape {tuple(value.shape)}>")
+        elif value != defaults[name]:
+            shown.append(f"{name}={value!r}")
+    return ", ".join(shown)
+
+
 # From torch 2.13 on; before it the module is this package's alone.
 _LinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
 
@@ -114,6 +128,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             inplace=self.inplace,
             **self.fused_options,
         )
+
+    def extra_repr(self) -> str:
+        return _changed(self, gamma=0.0, inplace=False)
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
@@ -181,6 +198,10 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
             filter_eps=self.filter_eps,
             **self.fused_options,
         )
+
+    def extra_repr(self) -> str:
+        changed = _changed(self, memory_budget=None, softcap=None, filter_eps=0.0)
+        return ", ".join(filter(None, (super().extra_repr(), changed)))
 
 
 class AdditiveMargin(torch.nn.Module):
@@ -337,6 +358,9 @@ class QuantileLoss(torch.nn.modules.loss._Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.quantile_loss(input, target, self.quantile, self.reduction)
 
+    def extra_repr(self) -> str:
+        return _changed(self, quantile=0.5)
+
 
 class LogCoshLoss(torch.nn.modules.loss._Loss):
     """:func:`pyfused.functional.log_cosh_loss` as a module."""
@@ -359,6 +383,9 @@ class HingeLoss(torch.nn.modules.loss._Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.hinge_loss(input, target, self.margin, self.squared, self.reduction)
 
+    def extra_repr(self) -> str:
+        return _changed(self, margin=1.0, squared=False)
+
 
 class RMSELoss(torch.nn.modules.loss._WeightedLoss):
     """:func:`pyfused.functional.rmse_loss` as a module."""
@@ -371,6 +398,9 @@ class RMSELoss(torch.nn.modules.loss._WeightedLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.rmse_loss(input, target, self.reduction, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return _changed(self, eps=0.0)
 
 
 class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
@@ -409,6 +439,9 @@ class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
             weight=self.weight,
             ignore_index=self.ignore_index,
         )
+
+    def extra_repr(self) -> str:
+        return _changed(self, alpha=0.25, gamma=2, ignore_index=None)
 
 
 class ReLU(torch.nn.ReLU):

@@ -45,7 +45,8 @@ class CrossEntropyOptions:
 
     def is_plain(self) -> bool:
         """Whether torch's function of this name has all that is asked for."""
-        return all(getattr(self, name) == default for name, default in _BEYOND_TORCH[type(self)])
+        names, defaults = _BEYOND_TORCH[type(self)]
+        return [getattr(self, name) for name in names] == defaults
 
 
 @dataclass(eq=False)
@@ -75,10 +76,15 @@ class FusedOptions(TypedDict, total=False):
 
 _IN_TORCH = ("ignore_index", "reduction", "label_smoothing")
 _HOW = ("memory_budget", "filter_eps")  # which change the result by rounding alone
-_BEYOND_TORCH = {
-    kind: [(each.name, each.default) for each in fields(kind) if each.name not in _IN_TORCH + _HOW]
-    for kind in (CrossEntropyOptions, HeadOptions)
-}
+
+
+def _beyond_torch(kind: type[CrossEntropyOptions]) -> tuple[list[str], list[Any]]:
+    """The fields that torch's function does not have, and their defaults."""
+    beyond = [each for each in fields(kind) if each.name not in _IN_TORCH + _HOW]
+    return [each.name for each in beyond], [each.default for each in beyond]
+
+
+_BEYOND_TORCH = {kind: _beyond_torch(kind) for kind in (CrossEntropyOptions, HeadOptions)}
 
 
 class NllOptions(NamedTuple):

@@ -1,9 +1,10 @@
-"""convert() swaps exactly torch's three classes, in place, and revert() undoes it."""
+"""convert() swaps modules of exactly torch's classes, in place, and revert() undoes it."""
 
 from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,15 @@ def test_what_is_swapped_and_what_is_left(kernel_calls: KernelCalls) -> None:
     model = Net()
     expected = model(X, TARGET)
     modules = list(model.modules())
-    report = pyfused.convert(model)
-    assert report.swapped == SWAPPED
-    assert report.left == (("layers.3", "MyReLU", "is a subclass of torch.nn.ReLU"),)
-    assert "layers.3 (MyReLU): is a subclass of torch.nn.ReLU" in str(report)
+    plan = pyfused.plan_conversion(model)
+    assert plan.swapped == SWAPPED
+    assert plan.left == (("layers.3", "MyReLU", "is a subclass of torch.nn.ReLU"),)
+    assert str(plan) == (
+        "swapped: activation, layers.1, layers.4, criterion, other\n"
+        "left alone: layers.3 (MyReLU): is a subclass of torch.nn.ReLU"
+    )
+    assert types(model) == types(Net())
+    assert pyfused.convert(model) is model
     assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
     for name in SWAPPED:
         assert type(model.get_submodule(name)).__module__ == "pyfused.nn"
@@ -86,9 +92,9 @@ def test_revert_undoes_convert_and_nothing_else() -> None:
     model = Net()
     model.mine = pyfused.nn.ReLU()
     before = types(model)
-    report = pyfused.convert(model)
-    assert ("mine", "ReLU", "is pyfused's already") in report.left
-    assert pyfused.revert(model) == report.swapped
+    plan = pyfused.plan_conversion(model)
+    assert ("mine", "ReLU", "is pyfused's already") in plan.left
+    assert pyfused.revert(pyfused.convert(model)) == plan.swapped
     assert types(model) == before
     assert pyfused.revert(model) == ()
 
@@ -97,26 +103,44 @@ def test_converting_twice_changes_nothing() -> None:
     model = Net()
     pyfused.convert(model)
     before = types(model)
-    report = pyfused.convert(model)
-    assert report.swapped == ()
-    assert {name for name, *_ in report.left} == {*SWAPPED, "layers.3"}
+    plan = pyfused.plan_conversion(model)
+    assert plan.swapped == ()
+    assert {name for name, *_ in plan.left} == {*SWAPPED, "layers.3"}
+    pyfused.convert(model)
     assert types(model) == before
     assert pyfused.revert(model) == SWAPPED
 
 
 def test_the_model_itself() -> None:
     criterion = nn.CrossEntropyLoss()
-    assert pyfused.convert(criterion).swapped == (".",)
+    assert pyfused.plan_conversion(criterion).swapped == (".",)
+    pyfused.convert(criterion)
     assert type(criterion) is pyfused.nn.CrossEntropyLoss
     pyfused.revert(criterion)
     assert type(criterion) is nn.CrossEntropyLoss
-    assert str(pyfused.convert(nn.Linear(2, 2))) == "pyfused's now: none"
+    assert str(pyfused.plan_conversion(nn.Linear(2, 2))) == "swapped: none"
+
+
+def test_the_logger_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net()
+    with caplog.at_level(logging.INFO, "pyfused"):
+        plan = pyfused.plan_conversion(model)
+        assert not caplog.records
+        pyfused.convert(model)
+    assert [record.getMessage() for record in caplog.records] == [f"convert: {plan}"]
+
+
+def test_a_class_of_another_library_with_torchs_name() -> None:
+    theirs = type("GELU", (nn.Module,), {"__module__": "timm.layers.activations"})
+    (left,) = pyfused.plan_conversion(nn.Sequential(theirs(), nn.GELU())).left
+    assert left == ("0", "GELU", "is a class of timm.layers.activations, not torch.nn.GELU")
 
 
 def test_a_module_whose_forward_was_replaced() -> None:
     model = nn.Sequential(nn.ReLU())
     model[0].forward = torch.sigmoid
-    (left,) = pyfused.convert(model).left
+    (left,) = pyfused.plan_conversion(model).left
+    pyfused.convert(model)
     assert left.reason == "its forward was replaced"
     assert torch.equal(model(X), torch.sigmoid(X))
 
@@ -124,9 +148,9 @@ def test_a_module_whose_forward_was_replaced() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module() -> None:
     model = nn.Sequential(torch.jit.script(nn.ReLU()), nn.ReLU())
-    report = pyfused.convert(model)
-    assert report.swapped == ("1",)
-    assert report.left[0].reason == "is compiled by torch.jit"
+    plan = pyfused.plan_conversion(model)
+    assert plan.swapped == ("1",)
+    assert plan.left[0].reason == "is compiled by torch.jit"
 
 
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save", "weights_only"])
@@ -171,7 +195,7 @@ def test_a_file_loaded_where_pyfused_is_missing_names_it(tmp_path: Path) -> None
     ids=["function", "None", "str", "class", "tensor"],
 )
 def test_what_is_no_module(wrong: Any) -> None:
-    for function in (pyfused.convert, pyfused.revert):
+    for function in (pyfused.convert, pyfused.plan_conversion, pyfused.revert):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
             function(wrong)
 

@@ -88,7 +88,8 @@ def rank_of_two(rank: int, folder: str, pipe: Any) -> None:
         sharded = build()
         pyfused.convert(sharded)
         results["FSDP2"] = train(fully_shard(sharded, mesh=mesh), criterion, part)
-        results["backend"] = pyfused.explain(F.cross_entropy, *batches()[0]).backend
+        x, target = batches()[0]
+        results["backend"] = pyfused.explain(F.cross_entropy, build()(x), target).backend
         results["DTensor"] = dtensor_losses(mesh)
     dist.barrier()
     dist.destroy_process_group()

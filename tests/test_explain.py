@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import math
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -152,11 +154,63 @@ def test_threads(threads: Callable[[int], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["no_loss", len, F.ctc_loss, 3], ids=["name", "builtin", "function", "number"]
+    "op",
+    ["no", len, F.ctc_loss, 3, torch.nn.Linear(2, 2)],
+    ids=["name", "builtin", "function", "number", "module"],
 )
 def test_an_operator_that_does_not_exist(op: Any) -> None:
-    with pytest.raises(ValueError, match=f"op: expected one of {', '.join(OPERATORS)}, got"):
+    with pytest.raises(ValueError, match=re.escape(f"got {op!r}") + "$") as raised:
         pyfused.explain(op, X)
+    assert str(raised.value).startswith("op: expected a ")
+
+
+def test_a_name_that_is_nearly_right() -> None:
+    with pytest.raises(ValueError, match=r"got 'rellu'\. Did you mean 'relu'\?"):
+        pyfused.explain("rellu", X)
+
+
+@pytest.mark.parametrize("package", [torch.nn, pyfused.nn])
+def test_a_module_with_its_options(package: Any) -> None:
+    def said(name: str, *args: Any, **options: Any) -> str:
+        module = getattr(package, name)(**options)
+        before = type(module)
+        found = str(pyfused.explain(module, *args))
+        assert type(module) is before
+        return found
+
+    assert said("ReLU", X) == str(pyfused.explain("relu", X))
+    assert "overwriting" in said("ReLU", X, inplace=True)
+    assert "cross_entropy: cpu" in said("CrossEntropyLoss", X, TARGET, label_smoothing=0.1)
+    assert "weight requires grad" in said("CrossEntropyLoss", X, TARGET, weight=GRAD)
+    assert "poisson_nll_loss: cpu" in said("PoissonNLLLoss", X, X.exp(), full=True)
+    assert "softmax: cpu" in said("Softmax", X, dim=-1)
+    assert "dim is not given" in said("Softmax", X)
+
+
+def test_a_module_that_torch_has_not() -> None:
+    weighed = pyfused.nn.CrossEntropyLoss(token_weight=torch.ones(6, requires_grad=True))
+    assert pyfused.explain(weighed, X, TARGET).reason == "token_weight requires grad"
+    linear = pyfused.nn.LinearCrossEntropyLoss(5, 7, softcap=2.0)
+    assert pyfused.explain(linear, X, TARGET).op == "linear_cross_entropy"
+
+
+WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "shape": ("cross_entropy", (X, TARGET[:3]), {}),
+    "index": ("cross_entropy", (X, TARGET + 1), {}),
+    "reduction": ("mse_loss", (X, X), {"reduction": "avg"}),
+    "number": ("huber_loss", (X, X), {"delta": -1.0}),
+    "values": ("binary_cross_entropy", (X, X), {}),
+}
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), WRONG.values(), ids=WRONG.keys())
+def test_a_call_that_raises(op: str, args: Any, kwargs: Any) -> None:
+    raised = []
+    for function in (getattr(fused, op), functools.partial(pyfused.explain, op)):
+        with pytest.raises((IndexError, RuntimeError, ValueError)) as error:
+            function(*args, **kwargs)
+        raised.append((error.type, str(error.value)))
+    assert raised[0] == raised[1]
 
 
 def test_arguments_that_the_operator_does_not_take() -> None:

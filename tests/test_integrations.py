@@ -150,9 +150,9 @@ def test_language_models(kind: str, items: Any, kernel_calls: KernelCalls) -> No
 @as_users_run_it
 def test_language_models_where_logits_are_asked_for() -> None:
     model = language_model("Llama")
-    conversion = pyfused.convert(model)
-    assert "." in conversion.swapped
-    assert pyfused.convert(model).left[0].reason == "its forward was replaced"
+    assert "." in pyfused.plan_conversion(model).swapped
+    pyfused.convert(model)
+    assert pyfused.plan_conversion(model).left[0].reason == "its forward was replaced"
     assert model(input_ids=batch()["input_ids"]).logits is not None
     assert model(batch()["input_ids"], logits_to_keep=2).logits.shape[1] == 2
     assert len(model(**batch(), return_dict=False)) >= 2
@@ -175,13 +175,13 @@ def test_other_models_are_left_with_the_reason() -> None:
     config = transformers.BertConfig(**{**SIZES, "intermediate_size": 64})
     (left,) = [
         entry
-        for entry in pyfused.convert(transformers.BertForMaskedLM(config)).left
+        for entry in pyfused.plan_conversion(transformers.BertForMaskedLM(config)).left
         if entry.name == "."
     ]
     assert left.reason.startswith("what it does between head and loss is not known")
     model = language_model("Llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    assert pyfused.convert(model).left[0].reason == "its head is no plain torch.nn.Linear"
+    assert pyfused.plan_conversion(model).left[0].reason == "its head is no plain torch.nn.Linear"
 
 
 @as_users_run_it

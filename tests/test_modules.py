@@ -119,6 +119,33 @@ def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) 
     theirs.load_state_dict(ours.state_dict())
 
 
+SHOWN = {
+    "CrossEntropyLoss(gamma=2.0)": fused.CrossEntropyLoss(gamma=2.0),
+    "CrossEntropyLoss(inplace=True, scale=64.0)": fused.CrossEntropyLoss(
+        label_smoothing=0.1, inplace=True, z_loss=0.0, scale=64.0
+    ),
+    "CrossEntropyLoss(token_weight=<Tensor of shape (6,)>)": fused.CrossEntropyLoss(
+        token_weight=torch.ones(6)
+    ),
+    "QuantileLoss(quantile=0.9)": fused.QuantileLoss(0.9, reduction="sum"),
+    "HingeLoss(squared=True)": fused.HingeLoss(squared=True),
+    "RMSELoss(eps=1e-08)": fused.RMSELoss(eps=1e-8),
+    "SigmoidFocalLoss(alpha=-1)": fused.SigmoidFocalLoss(alpha=-1),
+    "SigmoidFocalLoss()": fused.SigmoidFocalLoss(),
+}
+
+
+@pytest.mark.parametrize(("expected", "module"), SHOWN.items(), ids=SHOWN.keys())
+def test_repr_shows_what_torch_has_not(expected: str, module: nn.Module) -> None:
+    assert repr(module) == expected
+
+
+def test_repr_of_a_head_with_its_loss() -> None:
+    module = fused.LinearCrossEntropyLoss(4, 7, softcap=30.0)
+    assert "softcap=30.0" in repr(module)
+    assert "filter_eps" not in repr(module)
+
+
 @pytest.mark.parametrize("name", [name for name in OPERATORS if hasattr(nn.functional, name)])
 def test_functional_signatures_are_torchs(name: str) -> None:
     of_torch = getattr(nn.functional, name)

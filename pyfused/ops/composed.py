@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyfused import checks
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
@@ -32,4 +33,7 @@ class Composed(Operator):
 
     def check(self, arguments: Arguments) -> None:
         self.check_scalars(arguments)
+        for operand, value in zip(self.operands[:2], arguments, strict=False):
+            checks.tensor(operand.name, value)
+        checks.broadcasting(*arguments[:2])
         self.of.check(self.given(*arguments))
