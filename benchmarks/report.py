@@ -209,6 +209,8 @@ def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
     for axes, name in zip(panels, peers, strict=True):
         for mode, color, marker, offset in STYLES:
             known = [row for row in rows if row.mode == mode and name in row.peers]
+            if not known:  # a legend names what is there
+                continue
             ratios = [row.peers[name].ratio for row in known]
             places = [cases.index(row.case) + offset for row in known]
             axes.hlines(places, [low for low, *_ in ratios], [high for *_, high in ratios], color)
