@@ -10,37 +10,31 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
+from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, Given
-from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, reduction_of
+from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, parameters_of, reduction_of
 from pyfused.ops.dispatch import is_traced, unsupported
 from pyfused.ops.metrics import RowStatistics
 from pyfused.types import CrossEntropyOptions, Want
+
+_OF_TORCH = tuple(parameters_of(F.cross_entropy))
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(ClassLoss):
     """Of logits, beside class indices or probabilities of the classes."""
 
-    def bind(  # as torch's function
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        **options: Any,
-    ) -> Arguments:
-        reduction = reduction_of(size_average, reduce, reduction)
-        given = CrossEntropyOptions(ignore_index, reduction, label_smoothing, **options)
-        return input, target, weight, given
+    def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
+        given = dict(zip(_OF_TORCH, arguments, strict=False)) | by_name
+        legacy = given.pop("size_average", None), given.pop("reduce", None)
+        reduction = reduction_of(*legacy, given.pop("reduction", "mean"))
+        tensors = given.pop("input"), given.pop("target"), given.pop("weight", None)
+        return *tensors, CrossEntropyOptions(reduction=reduction, **given)
 
     def read(self, arguments: Arguments) -> Given:
         return Given(*arguments)

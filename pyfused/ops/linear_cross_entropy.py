@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import FORCED, Backend, backend_of
@@ -26,7 +27,7 @@ from pyfused.ops.chunked import (
     weight_of_targets,
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.declaration import Arguments, Operator, parameters_of
 from pyfused.ops.dispatch import SMALL, is_traced
 from pyfused.ops.gradients import (
     backward,
@@ -41,26 +42,21 @@ from pyfused.types import Gradients, Head, HeadOptions, VocabShard
 SMALL_BELOW = 1 << 15
 
 
+# Before torch 2.13 there is none to patch.
+_OF_TORCH = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
+
+
 @dataclass(eq=False, kw_only=True, repr=False)
 class LinearCrossEntropy(Operator):
     """Of a linear layer's output."""
 
-    def bind(  # as torch's function
-        self,
-        input: Tensor,
-        linear_weight: Tensor,
-        target: Tensor,
-        linear_bias: Tensor | None = None,
-        weight: Tensor | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        options: Any = None,
-        **others: Any,
-    ) -> Arguments:
-        ignore_index = -100 if ignore_index is None else ignore_index
-        given = HeadOptions(ignore_index, reduction, label_smoothing, **others)
-        return input, linear_weight, target, linear_bias, weight, given, options
+    def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
+        given = dict(zip(_OF_TORCH, arguments, strict=False)) | by_name
+        if given.get("ignore_index") is None:
+            given["ignore_index"] = -100
+        torch_options = given.pop("options", None)
+        tensors = [given.pop(operand.name, None) for operand in self.operands]
+        return *tensors, HeadOptions(**given), torch_options
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
         head, options = _checked(arguments)
