@@ -345,11 +345,15 @@ def target_out_of_range(
 
 def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> None:
     """Raises for the first class index out of range, as the kernel finds it."""
-    wrong = (target < 0) | (target >= classes)
+    if target.is_floating_point():
+        return
+    index = target.long()  # a uint8 tensor is compared with 1462 as with 182
+    invalid = (index < 0) | (index >= classes)
     if ignore_index is not None:
-        wrong &= target != ignore_index
-    if not target.is_floating_point() and wrong.any():
-        raise target_out_of_range(classes, target, ignore_index, int(wrong.flatten().nonzero()[0]))
+        invalid &= index != ignore_index
+    if invalid.any():
+        first = int(invalid.flatten().nonzero()[0])
+        raise target_out_of_range(classes, target, ignore_index, first)
 
 
 def overwritable(input: Tensor) -> None:

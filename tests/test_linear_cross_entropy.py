@@ -400,6 +400,13 @@ def test_blocks_of_rows_that_are_all_ignored(reduction: str) -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
+def test_class_indices_of_uint8_among_more_classes_than_it_holds() -> None:
+    input, weight, target = torch.randn(3, 4), torch.randn(1462, 4), torch.tensor([226, 0, 156])
+    expected = F.cross_entropy(input @ weight.t(), target)
+    got = fused.linear_cross_entropy(input, weight, target.byte(), z_loss=0.0, scale=1.0)
+    torch.testing.assert_close(got, expected)
+
+
 # ---- classes left out of the gradients' products -------------------------------------------------
 
 
