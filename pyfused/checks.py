@@ -38,10 +38,12 @@ def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> Non
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
-Given = Sequence[tuple[str, Tensor, bool]]  # name, tensor, and whether it may hold class indices
+NamedTensors = Sequence[
+    tuple[str, Tensor, bool]
+]  # name, tensor, and whether it may hold class indices
 
 
-def devices(given: Given, error: Exception) -> None:
+def devices(given: NamedTensors, error: Exception) -> None:
     """Of a call that torch has refused with this error; it takes scalars of another device."""
     for name, value, _ in given:
         device = given[0][1].device
@@ -49,7 +51,7 @@ def devices(given: Given, error: Exception) -> None:
             raise type(error)(f"{name}: expected the input's device {device}, got {value.device}")
 
 
-def floating(given: Given, error: Exception) -> None:
+def floating(given: NamedTensors, error: Exception) -> None:
     """Of a call that torch has refused with this error, and whose shapes and options fit."""
     for name, value, indices in given:
         if not (value.is_floating_point() or indices):

@@ -143,8 +143,7 @@ def sums_by_blocks(
         of_block = Statistics(*every[1:]) if statistics else Statistics(every.log_sum_exp)
         part = sums_of_block(backend, logits, target[here], head.weight, options, block, of_block)
         if statistics:
-            scaled = logits * options.scale
-            statistics.add(here, scaled, target[here], block.first, of_block)
+            statistics.add(here, logits, target[here], block.first, of_block, options.scale)
         torch.logaddexp(lse[here], of_block.log_sum_exp, out=lse[here])
         target_logits[here] += part
     return lse, target_logits

@@ -73,11 +73,11 @@ class CompiledLoss:
         return tuple(arguments[:n]), self.options(*arguments[n:])
 
     def empty_gradients(self, tensors: Tensors, wanted: Sequence[bool]) -> list[Tensor]:
-        """An operator returns no None."""
-        return [
-            self.empty_gradient(tensor) if want and tensor is not None else tensors[0].new_empty(0)
+        found = [
+            self.empty_gradient(tensor) if want and tensor is not None else None
             for tensor, want in zip(tensors[: self.differentiable], wanted, strict=True)
         ]
+        return _filled(tuple(found), tensors[0])
 
     def define(self) -> None:
         arguments, outputs = ", ".join(self.arguments), ", ".join(["Tensor"] * self.differentiable)
@@ -91,7 +91,7 @@ class CompiledLoss:
 
         def run_backward(grad_output: Tensor, *given: Any) -> list[Tensor]:
             found = self.gradients(*self.read(given[:-1]), given[-1], grad_output)
-            return [given[0].new_empty(0) if each is None else each for each in found]
+            return _filled(found, given[0])
 
         def fake(*given: Any) -> Tensor:
             inductor.register()
@@ -122,6 +122,11 @@ class CompiledLoss:
             found = operator(grad_output, *given, wanted)
         kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         return *kept, *[None] * (len(given) - len(kept))
+
+
+def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
+    """An operator returns no None."""
+    return [input.new_empty(0) if each is None else each for each in gradients]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -180,7 +185,7 @@ def _loss_and_gradients(*given: Any) -> list[Tensor]:
     want, kernel = Want(True, tuple(given[-1])), backend_of(input).cross_entropy
     loss, found = kernel(input, target, weight, options, want)
     assert loss is not None
-    return [loss, *(input.new_empty(0) if each is None else each for each in found)]
+    return [loss, *_filled(found, input)]
 
 
 def _fake_loss_and_gradients(*given: Any) -> list[Tensor]:

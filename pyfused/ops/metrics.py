@@ -103,18 +103,24 @@ class MergedStatistics:
         self.largest = zeros - torch.inf
 
     def add(
-        self, rows: slice, logits: Tensor, target: Tensor, first_class: int, block: Statistics
+        self,
+        rows: slice,
+        logits: Tensor,
+        target: Tensor,
+        first_class: int,
+        block: Statistics,
+        scale: float = 1.0,
     ) -> None:
         """Merges the statistics of a block of classes, from the first class on, of some rows.
 
         Args:
-            logits: The block's, multiplied by the scale.
+            logits: The block's, before the scale, which is positive and so changes no order.
         """
         target_logit, lse, entropy, prediction = self.rows.at(rows)
         assert block.entropy is not None
         assert block.prediction is not None
         _, found, in_range = logit_at(logits, target - first_class)
-        target_logit.copy_(found.double().where(in_range, target_logit))
+        target_logit.copy_((found.double() * scale).where(in_range, target_logit))
         top, largest = logit_at(logits, block.prediction - first_class)[1], self.largest[rows]
         leads = (top > largest) | (top.isnan() & ~largest.isnan())
         prediction.copy_(block.prediction.where(leads, prediction))
