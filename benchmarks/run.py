@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -61,7 +62,7 @@ def memory(options: argparse.Namespace) -> None:
 
 # ---- gpu-check -----------------------------------------------------------------------------------
 
-SECONDS = 590  # for all of it
+SECONDS = 570  # for all of it
 BENCHMARK_SECONDS, LAUNCH_SECONDS = 180, 100  # no case starts after these
 
 
@@ -104,17 +105,19 @@ def steps(out: Path) -> list[Step]:
     python, run = sys.executable, (sys.executable, __file__)
     pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation")
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
+    workers = ("-n", str(min(12, os.cpu_count() or 1)))  # most of a test's time is Triton's compiler
+    parallel = (*pytest, *workers) if importlib.util.find_spec("xdist") else pytest
     shared = [ROOT / "tests" / name for name in SHARED]
     gpu = (*run, "gpu", out / "gpu.json", "--seconds", str(BENCHMARK_SECONDS))
     launch = (*run, "gpu-launch", out / "launch.md", "--seconds", str(LAUNCH_SECONDS))
     written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
     found = [
         Step("build", (*pip, "--target", out / "site", ROOT), 150, needed=True),
-        Step("gpu tests", (*pytest, ROOT / "tests/gpu/test_cuda.py"), 120),
+        Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120),
+        Step("shared tests", (*parallel, *shared), 240),
         Step("benchmarks", gpu, BENCHMARK_SECONDS + 60),
         Step("report", written, 30),
         Step("launch choices", launch, LAUNCH_SECONDS + 40),
-        Step("shared tests", (*pytest, *shared), 240),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
         one = ROOT / "tests/gpu/test_cuda.py::test_every_kernel_runs"
