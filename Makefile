@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.environment
 BUILD := .venv/.build
+TOOLS := .venv/.tools
 EXTRAS := .venv/.extras
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export CXX  # the compiler that was checked is the one that builds
@@ -16,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
-setup: $(ENVIRONMENT) ## make the environment in .venv (PYTHON=python3.12 chooses another Python)
+setup: $(TOOLS) ## make the environment for development in .venv (PYTHON=python3.12 chooses another Python)
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 chooses another compiler)
 
@@ -25,12 +26,12 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and dra
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
 
-demo-quick: $(BUILD) ## the same, cut to a minute
+demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free cores
 	$(BIN)/python examples/demo.py --quick
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
 
-test: $(BUILD) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
+test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none chosen
 
@@ -43,7 +44,7 @@ INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
 SUPPORTED = $(shell sed -n 's/^    "\([0-9.]*\)": .*/\1/p' pyfused/backends/versions.py)
 TRITONS = $(if $(filter all,$(TRITON)),$(SUPPORTED),$(TRITON))
 
-gpu-compile: $(BUILD) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, without a GPU (TRITON=3.6.0 or all)
+gpu-compile: $(BUILD) $(TOOLS) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, without a GPU (TRITON=3.6.0 or all)
 	for version in $(or $(TRITONS),installed); do PYTHONPATH=.venv/triton-$$version \
 		$(BIN)/python tests/gpu/compile_ahead.py $(AHEAD_ARGS) || exit 1; done
 
@@ -56,26 +57,28 @@ gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
-bench: $(BUILD) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes)
+bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes)
 	$(BIN)/python benchmarks/run.py report
 
-bench-quick: $(BUILD) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
+bench-quick: $(BUILD) $(TOOLS) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
-bench-busy: $(BUILD) ## the headline cases beside other work: medians and 90th percentiles (5 minutes)
+bench-busy: $(BUILD) $(TOOLS) ## the headline cases beside other work: medians and 90th percentiles (5 minutes)
 	$(BIN)/python benchmarks/run.py busy
 
-bench-compare: $(BUILD) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
+bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
 
-sizes: $(BUILD) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (10 minutes)
+sizes: $(BUILD) $(TOOLS) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (10 minutes)
 	$(BIN)/python benchmarks/run.py sizes $(SIZES_ARGS)
 
-docs: $(BUILD) $(EXTRAS) ## write the documentation to site/
+docs: $(BUILD) $(EXTRAS) ## write the documentation to site/; its links, code and spelling are checked
+	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests
+	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
-lint: $(ENVIRONMENT) ## check style, format and types
+lint: $(TOOLS) ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -101,7 +104,7 @@ OVERRUN = import torch; from pyfused.backends import cpu; x = torch.zeros(5); \
 
 sanitize: export CXXFLAGS = -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
-sanitize: $(ENVIRONMENT) ## find memory errors, undefined behaviour and races in the kernels (GCC, 5 minutes)
+sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the kernels (GCC, 5 minutes)
 	$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/temp --build-lib $(SANITIZE)/lib
 	@$(SANITIZED) -c '$(OVERRUN)' 2>&1 | grep -q heap-buffer-overflow \
 		|| { echo 'An overrun goes unnoticed: the kernels are not instrumented'; exit 1; }
@@ -128,15 +131,21 @@ $(ENVIRONMENT): constraints.txt
 		$(call need,a C++17 compiler: $(CXX) is $$($(CXX) --version | head -n 1))
 	@echo '#include <Python.h>' | $(COMPILE) -I$(HEADERS) \
 		$(call need,the headers of Python: there is no Python.h in $(HEADERS))
-	@echo 'Installing the development environment into .venv: minutes, once'
+	@echo 'Installing torch and what the demo needs into .venv: a minute or two, once'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install --no-compile --requirement constraints.txt  # Python compiles what it imports
 	@touch $@
 
-# What only two targets need stays out of the environment until one of them asks.
-$(EXTRAS): $(ENVIRONMENT) constraints-extras.txt
+# What the demo does not need stays out of the environment until a target asks for it.
+$(TOOLS): $(ENVIRONMENT) constraints-dev.txt
+	@echo 'Installing what tests, benchmarks and lint need into .venv: a minute or two, once'
+	@$(PIP) install --no-compile --requirement constraints-dev.txt --constraint constraints.txt
+	@touch $@
+
+$(EXTRAS): $(TOOLS) constraints-extras.txt
 	@echo 'Installing what documentation and integrations need into .venv: minutes, once'
-	@$(PIP) install --no-compile --requirement constraints-extras.txt --constraint constraints.txt
+	@$(PIP) install --no-compile --requirement constraints-extras.txt \
+		--constraint constraints-dev.txt --constraint constraints.txt
 	@touch $@
 
 need = || { echo "pyfused needs $(1)"; exit 1; }

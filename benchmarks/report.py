@@ -5,11 +5,13 @@ They go to benchmarks/results/<machine>, and the headline cases to the pages tha
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,12 +20,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cases import FORWARD, TRAINING, Case, Quartiles, ratios
+from cases import TRAINING, Case, Quartiles, ratios
 
 from pyfused.backends import cpu
 
 try:
+    from matplotlib import rc_context, rcParams
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 except ImportError:  # as on a machine with a GPU: there are no pictures then
     Figure = None
@@ -106,7 +110,8 @@ def machine(found: Found) -> str:
     words |= {"torch": "torch {}", "triton": "Triton {}", "liger": "Liger {}"}
     words |= {"python": "Python {}"}
     info = found["machine_info"].items()
-    return ", ".join([*(words.get(k, "{}").format(v) for k, v in info), found["datetime"][:10]])
+    described = [words.get(k, "{}").format(v) for k, v in info]
+    return ", ".join([*described, found["datetime"][:10]]).replace(", 1 threads", ", 1 thread")
 
 
 def slug(found: Found) -> str:
@@ -192,48 +197,57 @@ def fill(page: Path, table: str) -> None:
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-# From Okabe and Ito's palette, which every kind of colour vision tells apart.
-STYLES = ((TRAINING, "#D55E00", "o", -0.17), (FORWARD, "#0072B2", "D", 0.17))
+# Each has a contrast of 3 and more with a white page and with a black one, and every kind of colour
+# vision tells them apart (after Okabe and Ito).
+ORANGE, BLUE, GREEN, PINK, YELLOW = "#D55E00", "#2A86C7", "#009E73", "#CC79A7", "#B8860B"
 COLOURS = {
-    "torch": "#0072B2",
-    "torch.compile": "#009E73",
-    "pyfused": "#D55E00",
-    "pyfused, inplace=True": "#E69F00",
+    "torch": BLUE,
+    "torch.compile": GREEN,
+    "pyfused": ORANGE,
+    "pyfused, inplace=True": YELLOW,
 }
+STYLES = ((ORANGE, "o"), (BLUE, "s"), (GREEN, "D"), (PINK, "^"), (YELLOW, "v"))
+INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # of text and axes
+WIDTH = 8  # inches: a page shows a picture in its own size
 
 
 def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure = Figure(figsize=(3 + 4.5 * len(peers), 2 + 0.36 * len(cases)), layout="constrained")
-    panels = figure.subplots(1, len(peers), squeeze=False, sharey=True)[0]
-    for axes, name in zip(panels, peers, strict=True):
-        for mode, color, marker, offset in STYLES:
-            known = [row for row in rows if row.mode == mode and name in row.peers]
-            if not known:  # a legend names what is there
-                continue
-            ratios = [row.peers[name].ratio for row in known]
-            places = [cases.index(row.case) + offset for row in known]
-            axes.hlines(places, [low for low, *_ in ratios], [high for *_, high in ratios], color)
-            axes.plot([middle for _, middle, _ in ratios], places, marker, color=color, label=mode)
-        axes.axvline(1, color="black", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_xlim(left=min(0.7, axes.get_xlim()[0]))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(range(len(cases)), cases)
-        axes.set_ylim(len(cases) - 0.5, -0.5)
-        axes.set_xlabel(f"time of {name} / time of pyfused")
-        for place in range(0, len(cases), 2):
-            axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.04, linewidth=0)
-        finish(axes, "x", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    figure.suptitle("How many times faster pyfused is: median of the rounds, and quartiles")
+    """A line for each case, and on it the median and the quartiles of each peer's ratio."""
+    several = len({row.mode for row in rows}) > 1
+    names = [f"{row.case}, {row.mode}" if several else row.case for row in rows]
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(peers):
+        known = [(place, row) for place, row in enumerate(rows) if name in row.peers]
+        places = [place + 0.18 * (index - (len(peers) - 1) / 2) for place, _ in known]
+        ratios = [row.peers[name].ratio for _, row in known]
+        colour, marker = STYLES[index]
+        axes.hlines(places, [low for low, *_ in ratios], [high for *_, high in ratios], colour)
+        middle = [median for _, median, _ in ratios]
+        axes.plot(middle, places, marker, color=colour, markersize=4, label=name)
+    for place in range(0, len(rows), 2):
+        axes.axhspan(place - 0.5, place + 0.5, color=INK, alpha=0.06, linewidth=0)
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    finish_ratios(axes)
+    finish(axes, "x", ncols=len(peers))
+    figure.suptitle("Time of each divided by time of pyfused: median of the rounds, and quartiles")
     return figure
+
+
+def finish_ratios(axes: Axes) -> None:
+    """A logarithmic axis of ratios, with a line where both take as long."""
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_memory(found: Sequence[Found]) -> Figure:
     cases = list(dict.fromkeys(entry["case"] for entry in found))
-    figure = Figure(figsize=(10, 1.5 + 0.9 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.5 + 0.8 * len(cases)), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(COLOURS)
     for index, (name, colour) in enumerate(COLOURS.items()):
@@ -241,11 +255,12 @@ def draw_memory(found: Sequence[Found]) -> Figure:
         places = [cases.index(entry["case"]) + (index - 1.5) * width for entry in entries]
         taken = [entry["bytes"] / entry["input_bytes"] for entry in entries]
         bars = axes.barh(places, taken, width, color=colour, label=name)
-        axes.bar_label(bars, [f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in entries], padding=3)
+        sizes = [f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in entries]
+        axes.bar_label(bars, sizes, padding=3, fontsize=8)
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
     axes.set_xlabel("peak memory beyond the arguments / memory of the input")
-    finish(axes, "x", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
+    finish(axes, "x", ncols=4)
     figure.suptitle("What a forward and backward pass takes at its peak")
     return figure
 
@@ -254,26 +269,51 @@ def draw_allocators(found: Sequence[Found]) -> Figure:
     """Milliseconds with each allocator, a panel for each case."""
     cases = list(dict.fromkeys(entry["case"] for entry in found))
     names = list(dict.fromkeys(entry["setting"] for entry in found))
-    figure = Figure(figsize=(2.5 + 2.6 * len(cases), 1.5 + 0.34 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
-    for axes, case in zip(panels, cases, strict=True):
+    lines = -(-len(cases) // 2)
+    size = WIDTH, 0.8 + lines * (0.7 + 0.22 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, 2, squeeze=False, sharey=True).flat
+    for axes, case in zip(panels, cases, strict=False):
         times = {entry["setting"]: entry["ms"] for entry in found if entry["case"] == case}
         colours = [COLOURS[name.partition(",")[0]] for name in names]
         bars = axes.barh(names, [times[name] for name in names], color=colours)
         axes.bar_label(bars, [f"{times[name]:.3g}" for name in names], padding=3, fontsize=8)
-        axes.margins(x=0.2)
-        axes.set_title(case, fontsize=8)
-        axes.set_xlabel("milliseconds")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    figure.suptitle("Forward + backward of large tensors, by their allocator")
+        axes.margins(x=0.15)
+        axes.set_title(case, fontsize=9)
+    for axes in list(figure.axes)[len(cases) :]:
+        axes.remove()
+    figure.axes[0].invert_yaxis()
+    figure.suptitle("Milliseconds of a forward and backward pass, by allocator")
     return figure
 
 
 def finish(axes: Axes, grid: Any, **legend: Any) -> None:
-    axes.grid(axis=grid, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, **legend)
+    axes.grid(axis=grid, color=INK, alpha=0.15, linewidth=0.6)
+    axes.figure.legend(loc="outside lower center", frameon=False, **legend)
+
+
+def svg(figure: Figure, title: str) -> str:
+    """The text of a picture: transparent, with letters as letters, the same in every run."""
+    for axes in figure.axes:
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(colors=INK, labelsize=9)
+    for text in figure.findobj(Text):
+        text.set_color(INK)
+    file = io.StringIO()
+    options = {"svg.fonttype": "none", "svg.hashsalt": title, "svg.id": None}
+    with rc_context({name: value for name, value in options.items() if name in rcParams}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return re.sub(r"(?s)\s*<metadata>.*?</metadata>", "", file.getvalue())
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write NAME.svg for pages in dark ink on white, and NAME-dark.svg for light ink on black."""
+    text = svg(figure, path.stem)
+    path.with_suffix(".svg").write_text(text, encoding="utf-8")
+    dark = text.replace(INK, INK_ON_BLACK)
+    path.with_name(f"{path.stem}-dark.svg").write_text(dark, encoding="utf-8")
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -310,8 +350,9 @@ def write(
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, draw in drawn.items() if Figure else ():
         figure = draw()
-        figure.suptitle(f"{figure.get_suptitle()}\n{machine(found)}", fontsize=10)
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        where = textwrap.fill(machine(found), 90)
+        figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize=10)
+        save(figure, folder / name)
     if pages:
         headline = [row for row in rows if row.headline and row.mode == TRAINING]
         fill(pages / "README.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")

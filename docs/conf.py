@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Unpack
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -15,18 +16,39 @@ os.environ["PYFUSED_BACKEND"] = "cpu"  # the gallery's few points take the kerne
 sys.path.append(str(Path(__file__).parent))
 
 import gallery
+import pages
 
 import pyfused
+import pyfused.distributed
+
+# Type checkers alone import it. Signatures that name it can be evaluated now, and are linked.
+for module in (pyfused.functional, pyfused.nn, pyfused.distributed):
+    module.Unpack = Unpack
 
 project = "pyfused"
 author = "The pyfused authors"
 release = version = pyfused.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+]
+nitpicky = True  # a name that leads nowhere is an error
+nitpick_ignore = [
+    ("py:class", "Tensor"),  # of fields of a NamedTuple
+    ("py:class", "collections.abc.Callable"),
+    ("py:class", "typing.Unpack"),
+    ("py:class", "pyfused.convert.Model"),  # type variables
+    ("py:class", "pyfused.patch.Function"),
+]
+# The names of torch that pages link to; an inventory in the first format is plain text.
+intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", "torch-objects.inv")}
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_math_renderer = "mathml"
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["attrs_inline", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -40,17 +62,9 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
     raise nodes.SkipNode
 
 
-def prose(
-    _app: Sphinx, _what: str, _name: str, _object: object, _: object, lines: list[str]
-) -> None:
-    """Else Napoleon takes what stands before a colon, in the line after "Returns:", for a type."""
-    for index, line in enumerate(lines[:-1]):
-        if line.strip() == "Returns:":
-            text = lines[index + 1].lstrip()
-            lines[index + 1] = lines[index + 1].removesuffix(text) + f": {text}"
-
-
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", gallery.fill)
-    app.connect("autodoc-process-docstring", prose, priority=400)  # before Napoleon's 500
+    app.connect("builder-inited", pages.write)
+    app.connect("autodoc-process-docstring", pages.arguments, priority=400)  # Napoleon has 500
+    app.connect("autodoc-process-docstring", pages.returns, priority=400)

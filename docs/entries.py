@@ -303,3 +303,187 @@ GALLERY: dict[str, dict[str, Entry]] = {
     },
 }
 ENTRIES = {name: entry for group in GALLERY.values() for name, entry in group.items()}
+
+# What follows the imports of torch, and of pyfused.functional as F.
+EXAMPLES = {
+    "mse_loss": """
+prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
+loss = F.mse_loss(prediction, target)
+loss.backward()
+""",
+    "l1_loss": """
+prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
+loss = F.l1_loss(prediction, target)
+loss.backward()
+""",
+    "smooth_l1_loss": """
+boxes, target = torch.rand(64, 4, requires_grad=True), torch.rand(64, 4)
+loss = F.smooth_l1_loss(boxes, target, beta=0.1)
+loss.backward()
+""",
+    "huber_loss": """
+prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
+loss = F.huber_loss(prediction, target, delta=0.5)
+loss.backward()
+""",
+    "log_cosh_loss": """
+prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
+loss = F.log_cosh_loss(prediction, target)
+loss.backward()
+""",
+    "rmse_loss": """
+prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
+loss = F.rmse_loss(prediction, target, eps=1e-8)
+loss.backward()
+""",
+    "quantile_loss": """
+# An interval that holds 80% of the targets.
+low, high = torch.randn(2, 64, requires_grad=True)
+target = torch.randn(64)
+loss = F.quantile_loss(low, target, quantile=0.1)
+loss = loss + F.quantile_loss(high, target, quantile=0.9)
+loss.backward()
+""",
+    "gaussian_nll_loss": """
+mean, log_variance = torch.randn(2, 64, requires_grad=True)
+target = torch.randn(64)
+loss = F.gaussian_nll_loss(mean, target, log_variance.exp())
+loss.backward()
+""",
+    "poisson_nll_loss": """
+log_rate = torch.randn(64, requires_grad=True)
+counts = torch.poisson(torch.full((64,), 3.0))
+loss = F.poisson_nll_loss(log_rate, counts)
+loss.backward()
+""",
+    "kl_div": """
+student, teacher = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
+log_probabilities = F.log_softmax(student, dim=1)
+loss = F.kl_div(log_probabilities, F.softmax(teacher, dim=1), reduction="batchmean")
+loss.backward()
+""",
+    "binary_cross_entropy_with_logits": """
+logits = torch.randn(64, 10, requires_grad=True)
+target = torch.randint(2, (64, 10)).float()
+rare = torch.full((10,), 3.0)
+loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=rare)
+loss.backward()
+""",
+    "multilabel_soft_margin_loss": """
+logits = torch.randn(64, 10, requires_grad=True)
+tags = torch.randint(2, (64, 10)).float()  # any number of them for each row
+loss = F.multilabel_soft_margin_loss(logits, tags)
+loss.backward()
+""",
+    "binary_cross_entropy": """
+probabilities = torch.rand(64, 10, requires_grad=True)
+target = torch.randint(2, (64, 10)).float()
+loss = F.binary_cross_entropy(probabilities, target)
+loss.backward()
+""",
+    "sigmoid_focal_loss": """
+logits = torch.randn(64, 100, requires_grad=True)
+target = (torch.rand(64, 100) < 0.01).float()  # nearly all are 0
+loss = F.sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0, reduction="mean")
+loss.backward()
+""",
+    "soft_margin_loss": """
+scores = torch.randn(64, requires_grad=True)
+target = torch.randn(64).sign()  # -1 and 1
+loss = F.soft_margin_loss(scores, target)
+loss.backward()
+""",
+    "hinge_loss": """
+scores = torch.randn(64, requires_grad=True)
+target = torch.randn(64).sign()  # -1 and 1
+loss = F.hinge_loss(scores, target, squared=True)
+loss.backward()
+""",
+    "hinge_embedding_loss": """
+left, right = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
+alike = torch.randn(64).sign()  # 1 for pairs that are alike, -1 for others
+loss = F.hinge_embedding_loss((left - right).norm(dim=1), alike, margin=2.0)
+loss.backward()
+""",
+    "margin_ranking_loss": """
+first, second = torch.randn(2, 64, requires_grad=True)
+target = torch.randn(64).sign()  # 1: the first should be higher, -1: the second
+loss = F.margin_ranking_loss(first, second, target, margin=0.5)
+loss.backward()
+""",
+    "cross_entropy": """
+logits = torch.randn(64, 1000, requires_grad=True)
+target = torch.randint(1000, (64,))
+loss = F.cross_entropy(logits, target, label_smoothing=0.1)
+loss.backward()
+
+images = torch.randn(2, 21, 32, 32)  # a class for each pixel
+classes = torch.randint(21, (2, 32, 32))
+loss = F.cross_entropy(images, classes, ignore_index=0)
+""",
+    "linear_cross_entropy": """
+hidden = torch.randn(64, 32, requires_grad=True)  # the output of a model's last layer
+head = torch.nn.Linear(32, 1000, bias=False)
+target = torch.randint(1000, (64,))
+loss = F.linear_cross_entropy(hidden, head.weight, target)
+loss.backward()
+""",
+    "nll_loss": """
+logits = torch.randn(64, 10, requires_grad=True)
+target = torch.randint(10, (64,))
+loss = F.nll_loss(F.log_softmax(logits, dim=1), target)
+loss.backward()
+""",
+    "multi_margin_loss": """
+scores = torch.randn(64, 10, requires_grad=True)
+target = torch.randint(10, (64,))
+loss = F.multi_margin_loss(scores, target, margin=0.5)
+loss.backward()
+""",
+    "softmax": """
+scores = torch.randn(8, 64, 64)
+attention = F.softmax(scores, dim=-1)
+assert torch.allclose(attention.sum(-1), torch.ones(8, 64))
+""",
+    "log_softmax": """
+logits = torch.randn(64, 10)
+log_probabilities = F.log_softmax(logits, dim=1)
+assert (log_probabilities <= 0).all()
+""",
+    "relu": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.relu(x)
+y.sum().backward()
+""",
+    "leaky_relu": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.leaky_relu(x, negative_slope=0.2)
+y.sum().backward()
+""",
+    "gelu": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.gelu(x, approximate="tanh")
+y.sum().backward()
+""",
+    "silu": """
+gate, x = torch.randn(2, 64, 10, requires_grad=True)
+y = F.silu(gate) * x
+y.sum().backward()
+""",
+    "tanh": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.tanh(x)
+y.sum().backward()
+""",
+    "softcap": """
+logits = torch.randn(64, 1000, requires_grad=True)
+target = torch.randint(1000, (64,))
+loss = F.cross_entropy(F.softcap(logits, cap=30.0), target)
+loss.backward()
+""",
+    "sigmoid": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.sigmoid(x)
+y.sum().backward()
+""",
+}

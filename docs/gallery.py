@@ -6,17 +6,15 @@ docs/entries.py holds what is written by hand. The pictures are what the kernels
 from __future__ import annotations
 
 import inspect
-import io
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
 from entries import ENTRIES, GALLERY, Curve, Entry
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
@@ -32,9 +30,7 @@ import report
 from report import Row
 
 POINTS = 401
-# Each has a contrast of 3 and more with a white page and with a black one.
-COLOURS = "#D55E00", "#2A86C7", "#009E73", "#CC79A7"
-INK = "#0d0e0f"  # becomes the colour of the page's text
+COLOURS = report.ORANGE, report.BLUE, report.GREEN, report.PINK
 
 
 # ---- what the kernels compute --------------------------------------------------------------------
@@ -108,12 +104,7 @@ def ratios(rows: dict[str, Row]) -> str:
         medians = [rows[name].peers[peer].ratio[1] for name in known]
         places = [names.index(name) for name in known]
         axes.plot(medians, places, marker, color=colour, markersize=5, label=label)
-    axes.axvline(1, color=INK, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(0.8, None)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    report.finish_ratios(axes)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlabel("time of torch / time of pyfused", fontsize=9)
@@ -121,26 +112,51 @@ def ratios(rows: dict[str, Row]) -> str:
     return svg(figure, "Time of torch divided by time of pyfused, operator by operator")
 
 
+def gain() -> str:
+    """How many times as fast as torch a call is, over its size, as SVG."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    rows = newest_gain()["gain"]
+    for index, op in enumerate(dict.fromkeys(row["op"] for row in rows)):
+        known = [row for row in rows if row["op"] == op]
+        elements = [row["elements"] for row in known]
+        low, median, high = zip(*(row["ratio"] for row in known), strict=True)
+        colour, marker = report.STYLES[index]
+        axes.fill_between(elements, low, high, color=colour, alpha=0.2, linewidth=0)
+        label = f"{op}, 1,000 classes" if op == "cross_entropy" else op
+        axes.plot(elements, median, marker, ls="-", color=colour, markersize=4, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.axhline(1, color=report.INK, linewidth=1)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = elements[::2]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xlabel("elements of the input", fontsize=9)
+    axes.set_ylabel("time of torch / time of pyfused", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return svg(figure, "Time of torch divided by time of pyfused, over the size of the input")
+
+
+def newest_gain() -> report.Found:
+    files = report.RESULTS.glob("*/gain.json")
+    return max(
+        (json.loads(file.read_text(encoding="utf-8")) for file in files),
+        key=lambda found: found["datetime"],
+    )
+
+
 def svg(figure: Figure, title: str) -> str:
     """A figure as an element of HTML, in the colour of the text around it."""
     for axes in figure.axes:
-        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(INK)
-        axes.tick_params(colors=INK, labelsize=9)
-    for text in figure.findobj(Text):
-        text.set_color(INK)
-    file = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": title, "svg.id": None}
-    with matplotlib.rc_context({k: v for k, v in options.items() if k in matplotlib.rcParams}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = re.sub(r"(?s)<metadata>.*?</metadata>", "", text[text.index("<svg") :])
+        axes.grid(color=report.INK, alpha=0.15, linewidth=0.6)
+    text = report.svg(figure, title)
+    text = text[text.index("<svg") :]
     text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _OPENING.format(title), text, count=1)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
-    text = text.replace(INK, "currentColor")
+    text = text.replace(report.INK, "currentColor")
     return re.sub(r"\s*\n\s*", " ", text)  # a blank line would end the element
 
 
@@ -186,8 +202,7 @@ def row_of(name: str, rows: dict[str, Row]) -> str:
             '<div class="entry"><div>\n',
             f"```{{math}}\n{entry.formula}\n```\n",
             f"{entry.use}\n",
-            f"{{py:func}}`F.{name} <pyfused.functional.{name}>`,",
-            f"{{py:class}}`nn.{op.module} <pyfused.nn.{op.module}>`\n",
+            f"[`F.{name}`, `nn.{op.module}`](operators/{name}.md)\n",
             f"torch / pyfused: {_ratio(rows.get(name))}\n",
             f"</div>\n{picture(name, entry)}\n</div>\n",
         )
@@ -223,25 +238,26 @@ def gallery() -> str:
 
 def first_row() -> str:
     name = next(iter(shown().values()))[0]
-    return f"**[{name}](losses.md#{name})**\n\n{row_of(name, measured())}"
+    return f"**[{name}](operators/{name}.md)**\n\n{row_of(name, measured())}"
 
 
 def covered() -> str:
     return "\n".join(
-        f"- {group}: " + ", ".join(f"[{name}](losses.md#{name})" for name in names)
+        f"- {group}: " + ", ".join(f"[{name}](operators/{name}.md)" for name in names)
         for group, names in shown().items()
     )
 
 
-def sizes() -> str:
-    """The smallest inputs that take a kernel on CPUs."""
+def sizes(*operators: str) -> str:
+    """The smallest inputs that take a kernel on CPUs, of some operators, or of all."""
     columns = ["operator", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]
     names = {"cross_entropy_kdim": "`cross_entropy`, (N, C, d1, ..., dk)"}
     rows = [
-        [names.get(op, f"`{op}`"), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
-        for op, below in ATEN_BELOW.items()
+        [names.get(key, f"`{key}`"), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
+        for key, below in ATEN_BELOW.items()
+        if not operators or key.removesuffix("_kdim") in operators
     ]
-    return report.tabulated(columns, rows, names=1)
+    return report.tabulated(columns, rows, names=1) if rows else ""
 
 
 def _elements(rows: Sequence[tuple[float, int]]) -> str:
@@ -260,6 +276,8 @@ FILLED = {
     "<!-- covered -->": covered,
     "<!-- machines -->": machines,
     "<!-- sizes -->": sizes,
+    "<!-- gain -->": gain,
+    "<!-- gain machine -->": lambda: report.machine(newest_gain()),
 }
 
 

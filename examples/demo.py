@@ -283,7 +283,7 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps: less than a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument(
         "--output",
         type=Path,

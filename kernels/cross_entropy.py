@@ -30,6 +30,7 @@ import triton.language as tl
 from .arithmetic import exp_nonpositive, log, tanh
 from .reductions import target_weights
 from .rows import (
+    DROP,
     block_of_rows,
     finite_or_zero,
     first_pass,
@@ -205,12 +206,12 @@ def class_weight(weight, c, classes, first_class, A: tl.constexpr):
 
 
 @triton.jit
-def mean_weight(weight, classes, A: tl.constexpr):
+def mean_weight(weight, classes, A: tl.constexpr, BLOCK: tl.constexpr):
     mean = tl.full([], 1.0, A)
     if weight is not None:
-        total = tl.zeros([1024], A)
-        for start in range(0, classes, 1024):
-            c = start + tl.arange(0, 1024)
+        total = tl.zeros([BLOCK], A)
+        for start in range(0, classes, BLOCK):
+            c = start + tl.arange(0, BLOCK)
             total += tl.load(weight + c, mask=c < classes, other=0.0)
         mean = tl.sum(total) / classes
     return mean
@@ -272,7 +273,9 @@ def two_pass_kernel(
         maximum - target_logit + log_total, maximum + log_total, here, index_weight, z_loss, GAMMA
     )
     if SMOOTHING:
-        slope += scalar(smoothing, A) * mean_weight(weight, classes if lse is None else vocab, A)
+        slope += scalar(smoothing, A) * mean_weight(
+            weight, classes if lse is None else vocab, A, BLOCK
+        )
     if SMOOTHING or grad is not None:
         grad_scale = scale * SCALE
         factor = slope * grad_scale / total
@@ -282,7 +285,7 @@ def two_pass_kernel(
             c = start + tl.arange(0, BLOCK)
             mask = in_bounds[:, None] & (c < classes)[None, :]
             at = pointers(starts, c, stride, INNER_UNIT)
-            x = load_scaled(at, mask & read[:, None], 0.0, A, SCALE) - maximum[:, None]
+            x = load_scaled(at, mask & read[:, None], 0.0, A, SCALE, DROP) - maximum[:, None]
             gradient = exp_nonpositive(x, EXACT) * factor[:, None]
             if SMOOTHING:
                 q = scalar(smoothing, A) / vocab * class_weight(weight, c, classes, first_class, A)
@@ -293,7 +296,8 @@ def two_pass_kernel(
                 gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
                 gradient = tl.where(valid[:, None], gradient, 0.0)
                 to = row_starts(grad, outer, lanes, strides[3], strides[4], INNER_UNIT, CLASS_UNIT)
-                tl.store(pointers(to, c, strides[5], INNER_UNIT), gradient, mask=mask)
+                at = pointers(to, c, strides[5], INNER_UNIT)
+                tl.store(at, gradient, mask=mask, eviction_policy=DROP)
         value += tl.sum(distance, 1)
     if loss is not None:
         store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)

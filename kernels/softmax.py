@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
-from .rows import block_of_rows, first_pass, multiple, pointers, row_starts
+from .rows import DROP, block_of_rows, first_pass, load_scaled, multiple, pointers, row_starts
 
 
 @triton.jit
@@ -66,9 +66,8 @@ def softmax_kernel(
         for start in range(0, classes, BLOCK):
             c = start + tl.arange(0, BLOCK)
             mask = in_bounds[:, None] & (c < classes)[None, :]
-            part = tl.load(
-                pointers(x_starts, c, x_strides[2], INNER_UNIT), mask=mask, other=0.0
-            ).to(A)
+            at = pointers(x_starts, c, x_strides[2], INNER_UNIT)
+            part = load_scaled(at, mask, 0.0, A, 1.0, DROP)
             value = normalize(part, maximum, total, LOGARITHM, EXACT)
             tl.store(pointers(y_starts, c, y_strides[2], INNER_UNIT), value, mask=mask)
 

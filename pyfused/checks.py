@@ -70,6 +70,12 @@ def reduction(value: Any, known: tuple[str, ...] = ("none", "mean", "sum")) -> N
         raise ValueError(f"reduction: expected {', '.join(others)} or {last}, got {value!r}")
 
 
+def approximate(value: Any) -> None:
+    if value not in ("none", "tanh"):
+        error = RuntimeError if isinstance(value, str) else TypeError
+        raise error(f"approximate: expected 'none' or 'tanh', got {value!r}")
+
+
 def keywords(function: str, options: FusedOptions) -> FusedOptions:
     unknown = options.keys() - FusedOptions.__annotations__.keys()
     if unknown:

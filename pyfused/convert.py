@@ -26,7 +26,7 @@ _MARK = "_converted_by_pyfused"  # on the module, so that copies and saved model
 
 
 class Left(NamedTuple):
-    """A module that :func:`convert` leaves alone."""
+    """A module that :func:`pyfused.convert` leaves alone."""
 
     name: str
     kind: str
@@ -34,7 +34,12 @@ class Left(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """What :func:`convert` does: the names of the modules swapped, and those left, with reasons."""
+    """What :func:`pyfused.convert` does.
+
+    Attributes:
+        swapped: The names of the modules that it swaps.
+        left: The modules that it leaves, with reasons.
+    """
 
     swapped: tuple[str, ...]
     left: tuple[Left, ...]

@@ -51,7 +51,15 @@ from pyfused.ops.operators import (
     SOFTMAX,
     TANH,
 )
-from pyfused.types import CrossEntropyOptions, FusedOptions, HeadOptions
+from pyfused.types import (
+    Approximate,
+    CrossEntropyOptions,
+    FusedOptions,
+    HeadOptions,
+    MarginKind,
+    Reduction,
+    ReductionOfKlDiv,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -113,7 +121,7 @@ def cross_entropy(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     *,
     gamma: float = 0.0,
@@ -202,7 +210,7 @@ def cross_entropy_with_metrics(
     weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
     inplace: bool = False,
@@ -231,7 +239,7 @@ def cross_entropy_with_metrics(
 
 
 def additive_margin(
-    input: Tensor, target: Tensor, margin: float = 0.35, kind: str = "cosface"
+    input: Tensor, target: Tensor, margin: float = 0.35, kind: MarginKind = "cosface"
 ) -> Tensor:
     """Cosines with that of the target lowered by a margin, so that classes stay apart.
 
@@ -267,7 +275,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
@@ -305,7 +313,7 @@ def linear_cross_entropy(
             ``"sum"``; ``"mean"``: as in :func:`cross_entropy`.
         ignore_index: The class index of rows that count for nothing; None stands for -100.
         label_smoothing: The share, 0.0 to 1.0, of the target that is spread over all classes.
-        options: torch's :class:`~torch.nn.LinearCrossEntropyOptions`, for calls that go to torch's
+        options: torch's ``LinearCrossEntropyOptions``, for calls that go to torch's
             operator. Here nothing is chosen by it: the logits are taken apart in any case.
         memory_budget: Bytes for the logits that exist at once and what they are made of. None
             takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
@@ -356,7 +364,7 @@ def linear_cross_entropy_with_metrics(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
     softcap: float | None = None,
@@ -400,7 +408,7 @@ def nll_loss(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """The negative log-likelihood of class indices: ``-weight[target] * input[target]`` a row.
 
@@ -440,7 +448,7 @@ def multi_margin_loss(
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """How far other classes come within a margin of the target's score, as in a multi-class SVM.
 
@@ -479,7 +487,7 @@ def mse_loss(
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     """Squared difference between input and target, element by element.
@@ -514,7 +522,7 @@ def l1_loss(
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     """Absolute difference between input and target, element by element.
@@ -542,7 +550,7 @@ def smooth_l1_loss(
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     beta: float = 1.0,
 ) -> Tensor:
     """Difference of input and target, squared where it is small, element by element.
@@ -569,7 +577,7 @@ def smooth_l1_loss(
 def huber_loss(
     input: Tensor,
     target: Tensor,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -604,7 +612,7 @@ def binary_cross_entropy(
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Cross-entropy between probabilities of two classes, element by element.
 
@@ -642,7 +650,7 @@ def binary_cross_entropy_with_logits(
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy between logits and probabilities of two classes, element by element.
@@ -682,7 +690,7 @@ def kl_div(
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: ReductionOfKlDiv = "mean",
     log_target: bool = False,
 ) -> Tensor:
     """Kullback-Leibler divergence of a distribution's logarithms from a target, element by element.
@@ -721,7 +729,7 @@ def poisson_nll_loss(
     size_average: bool | None = None,
     eps: float = 1e-8,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Negative log-likelihood of counts drawn from Poisson distributions, element by element.
 
@@ -762,7 +770,7 @@ def gaussian_nll_loss(
     var: Tensor | float,
     full: bool = False,
     eps: float = 1e-6,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Negative log-likelihood of targets drawn from Gaussian distributions, element by element.
 
@@ -798,7 +806,7 @@ def soft_margin_loss(
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Logistic loss of two classes, -1 and 1, element by element.
 
@@ -831,7 +839,7 @@ def hinge_embedding_loss(
     margin: float = 1.0,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Distance of what is alike, and closeness of what is not, element by element.
 
@@ -867,7 +875,7 @@ def margin_ranking_loss(
     margin: float = 0,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """How far the lower of two scores is from being lower by a margin, element by element.
 
@@ -900,7 +908,7 @@ def margin_ranking_loss(
 
 
 def quantile_loss(
-    input: Tensor, target: Tensor, quantile: float = 0.5, reduction: str = "mean"
+    input: Tensor, target: Tensor, quantile: float = 0.5, reduction: Reduction = "mean"
 ) -> Tensor:
     """Difference of input and target that costs more on one side, element by element.
 
@@ -932,7 +940,7 @@ def quantile_loss(
     return call(QUANTILE_LOSS, (input, target, quantile, reduction))
 
 
-def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Logarithm of the hyperbolic cosine of the difference, element by element.
 
     Half of the difference's square where it is small, its size less log(2) where it is large, and
@@ -959,7 +967,7 @@ def hinge_loss(
     target: Tensor,
     margin: float = 1.0,
     squared: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """How far a score is from its side of zero by a margin, element by element.
 
@@ -991,7 +999,7 @@ def sigmoid_focal_loss(
     targets: Tensor,
     alpha: float = 0.25,
     gamma: float = 2,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     *,
     weight: Tensor | None = None,
     ignore_index: float | None = None,
@@ -1031,7 +1039,7 @@ def sigmoid_focal_loss(
 def rmse_loss(
     input: Tensor,
     target: Tensor,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
@@ -1065,7 +1073,7 @@ def multilabel_soft_margin_loss(
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Binary cross-entropy with logits of each class, one mean over the classes a row.
 
@@ -1179,7 +1187,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return call(SILU, (input,), inplace)
 
 
-def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
     """``input`` times the share of the standard normal distribution below it, for each element.
 
     Args:
@@ -1194,6 +1202,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
         RuntimeError: ``approximate`` is neither.
         TypeError: ``input`` is no tensor.
     """
+    checks.approximate(approximate)
     return call(GELU, (input, approximate))
 
 

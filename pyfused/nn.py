@@ -3,6 +3,9 @@
 A name that has no counterpart here, such as ``Linear``, is torch's.
 """
 
+# mypy: disable-error-code="arg-type"
+# torch's modules declare their reduction as a str, whose values are checked by the functions.
+
 from __future__ import annotations
 
 import math
@@ -14,7 +17,7 @@ from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
 from pyfused import checks
-from pyfused.types import CrossEntropyOptions, FusedOptions
+from pyfused.types import CrossEntropyOptions, FusedOptions, MarginKind, Reduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -105,7 +108,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         *,
         gamma: float = 0.0,
@@ -155,7 +158,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
@@ -207,7 +210,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
 class AdditiveMargin(torch.nn.Module):
     """:func:`pyfused.functional.additive_margin` as a module."""
 
-    def __init__(self, margin: float = 0.35, kind: str = "cosface") -> None:
+    def __init__(self, margin: float = 0.35, kind: MarginKind = "cosface") -> None:
         super().__init__()
         self.margin, self.kind = margin, kind
 
@@ -351,7 +354,7 @@ class MarginRankingLoss(torch.nn.MarginRankingLoss):
 class QuantileLoss(torch.nn.modules.loss._Loss):
     """:func:`pyfused.functional.quantile_loss` as a module."""
 
-    def __init__(self, quantile: float = 0.5, reduction: str = "mean") -> None:
+    def __init__(self, quantile: float = 0.5, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         self.quantile = quantile
 
@@ -365,7 +368,7 @@ class QuantileLoss(torch.nn.modules.loss._Loss):
 class LogCoshLoss(torch.nn.modules.loss._Loss):
     """:func:`pyfused.functional.log_cosh_loss` as a module."""
 
-    def __init__(self, reduction: str = "mean") -> None:
+    def __init__(self, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -375,7 +378,9 @@ class LogCoshLoss(torch.nn.modules.loss._Loss):
 class HingeLoss(torch.nn.modules.loss._Loss):
     """:func:`pyfused.functional.hinge_loss` as a module."""
 
-    def __init__(self, margin: float = 1.0, squared: bool = False, reduction: str = "mean") -> None:
+    def __init__(
+        self, margin: float = 1.0, squared: bool = False, reduction: Reduction = "mean"
+    ) -> None:
         super().__init__(reduction=reduction)
         self.margin = margin
         self.squared = squared
@@ -391,7 +396,7 @@ class RMSELoss(torch.nn.modules.loss._WeightedLoss):
     """:func:`pyfused.functional.rmse_loss` as a module."""
 
     def __init__(
-        self, reduction: str = "mean", weight: Tensor | None = None, eps: float = 0.0
+        self, reduction: Reduction = "mean", weight: Tensor | None = None, eps: float = 0.0
     ) -> None:
         super().__init__(weight, reduction=reduction)
         self.eps = eps
@@ -419,7 +424,7 @@ class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
         self,
         alpha: float = 0.25,
         gamma: float = 2,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         *,
         weight: Tensor | None = None,
         ignore_index: float | None = None,

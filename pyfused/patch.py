@@ -158,9 +158,18 @@ def _fused(op: Operator, torch_functions: tuple[Any, Any]) -> Callable[..., Any]
         torch_function = torch_functions[inplace]
         if has_torch_function(arguments):
             return torch_function(*arguments)
-        return dispatch.call(op, op.bind(*arguments), inplace, torch_function, arguments)
+        bound = one_frame_further(op, op.bind(*arguments))
+        return dispatch.call(op, bound, inplace, torch_function, arguments)
 
     return call
+
+
+def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
+    """The arguments where one more function stands between a call and what may warn its caller."""
+    if "_stacklevel" not in op.arguments:
+        return arguments
+    input, dim, stacklevel, dtype = arguments
+    return input, dim, stacklevel + 1, dtype
 
 
 def _shown(method: Any) -> Callable[..., Any]:
@@ -237,7 +246,7 @@ _installed = False
 
 
 class Patch:
-    """What :func:`patch` returns: to be ignored, or entered by ``with``, or used as decorator."""
+    """What :func:`pyfused.patch` returns: ignored, entered by ``with``, or used as decorator."""
 
     def __enter__(self) -> Patch:
         global _blocks

@@ -1,33 +1,47 @@
-"""Runs a program under :func:`pyfused.patch`, and counts: ``python -m pyfused run script.py``."""
+"""Runs a program under :func:`pyfused.patch`, and says what it was worth.
+
+``python -m pyfused run script.py``; ``startup.py`` prints what is counted here.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from pyfused import functional
-from pyfused.explain import path_of
-from pyfused.ops import dispatch
+from pyfused.backends import cpu
+from pyfused.ops import custom_operators, dispatch, linear_cross_entropy
+from pyfused.ops.activation import Activation
+from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import compiler_traces
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.originals import original
-from pyfused.patch import C_FUNCTIONS, code_calling, patch, stands_for
+from pyfused.ops.pointwise_loss import PointwiseLoss
+from pyfused.patch import C_FUNCTIONS, code_calling, one_frame_further, patch, stands_for
+from pyfused.startup import KERNEL, SMALL, Calls, Key
 
-Calls = Counter[str]
+SHARE = 0.008  # of the program's time that repeated calls may take
+MOST = 1 << 24  # elements of a repeated call; one of more is cut, for the sake of memory
+WARM = 0.01  # seconds: a shorter call is made once before it counts
 
 _LOSSES = (
     *(name for name in dir(F) if name.endswith("_loss")),
@@ -41,38 +55,225 @@ _ACTIVATIONS = (
 )
 
 
-def counted(paths: Calls) -> Callable[..., Tensor]:
-    """:func:`pyfused.ops.dispatch.call`, which counts the path of each call."""
-    function = dispatch.call
+class _Inside(threading.local):
+    """Whether a thread is within a call that is counted: those within that one are not."""
+
+    call = False
+
+
+_inside = _Inside()
+
+
+def counted(kinds: dict[Key, Calls]) -> Callable[..., Tensor]:
+    """:func:`pyfused.ops.dispatch.call`, which counts the path of each call, and takes its time."""
+    function, repeat = dispatch.call, Repeat()
 
     def call(op: Operator, arguments: Arguments, inplace: bool = False, *patched: Any) -> Any:
-        if compiler_traces():  # it is called while it is traced, and not when it runs
+        # What is traced is called while it is traced, and not when it runs.
+        if is_dynamo_compiling() or _inside.call:
             return function(op, arguments, inplace, *patched)
         try:
-            path = str(path_of(op, arguments, inplace))
+            input = arguments[0]
+            elements = input.numel()
+            if type(elements) is not int:  # a tensor, to torch.jit.trace
+                elements = 0
+            if len(arguments) == 4 and arguments[1] is None:  # a softmax that is to warn
+                arguments = one_frame_further(op, arguments)
+            # Most are small, and are asked no more, as in `dispatch.call`.
+            if type(input) is Tensor and elements < dispatch._ALWAYS_BELOW.get(op.name, 0):
+                path = SMALL
+            elif compiler_traces():
+                return function(op, arguments, inplace, *patched)
+            else:
+                reason = dispatch.reason_for_torch(op, arguments, inplace)
+                path = KERNEL if reason is None else f"torch: {reason}"
         except (AttributeError, TypeError):
             return function(op, arguments, inplace, *patched)  # raises it, too
-        result = function(op, arguments, inplace, *patched)
-        paths[path] += 1
+        _inside.call = True
+        try:
+            start = perf_counter()
+            result = function(op, arguments, inplace, *patched)
+            seconds = perf_counter() - start
+            needs_grad = getattr(result, "requires_grad", False) and torch.is_grad_enabled()
+            calls = kinds[op.name, path, elements.bit_length(), needs_grad]
+            calls.count += 1
+            calls.elements += elements
+            if elements > calls.largest:
+                calls.largest = elements
+            if input.is_cpu:  # another device computes later
+                calls.seconds += seconds
+                if calls.count >= calls.due:
+                    repeat(calls, op, arguments, inplace, path is KERNEL, result)
+        finally:
+            _inside.call = False
         return result
 
     return call
 
 
+def count_compiled(kinds: dict[Key, Calls]) -> None:
+    """Counts what the custom operators call, which compiled programs are made of."""
+    for owner, name, op in (
+        (cpu, "cross_entropy", "cross_entropy"),
+        (linear_cross_entropy, "compute", "linear_cross_entropy"),
+    ):
+        setattr(owner, name, _counting_compiled(kinds, op, getattr(owner, name)))
+
+
+def _counting_compiled(
+    kinds: dict[Key, Calls], op: str, function: Callable[..., Any]
+) -> Callable[..., Any]:
+    def call(given: Any, *args: Any) -> Any:
+        if sys._getframe(1).f_globals is not vars(custom_operators):
+            return function(given, *args)
+        start = perf_counter()
+        result = function(given, *args)
+        calls = kinds[op, f"{KERNEL}, compiled", 0, False]
+        calls.seconds += perf_counter() - start
+        calls.count += result[0] is not None  # the loss: a backward pass is no call
+        input = given if isinstance(given, Tensor) else given.input
+        calls.largest = max(calls.largest, input.numel())
+        return result
+
+    return call
+
+
+# ---- compared with torch -------------------------------------------------------------------------
+
+
+class Repeat:
+    """Repeats some calls, by pyfused and by torch, and takes the time of both.
+
+    Of each kind of calls the second, and then one more whenever there are a quarter more of them,
+    as long as that takes no more than SHARE of the program's time. The program sees nothing of it:
+    the tensors are detached, none is overwritten, no random number is drawn, and nothing is
+    repeated where hooks or modes look on.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.spent, self.torch_first = perf_counter(), 0.0, False
+
+    def __call__(
+        self,
+        calls: Calls,
+        op: Operator,
+        arguments: Arguments,
+        inplace: bool,
+        fused: bool,
+        result: Any,
+    ) -> None:
+        """Of a call that has returned this result, by a kernel where ``fused``."""
+        start = perf_counter()
+        expected = calls.cost or 10 * calls.seconds / calls.count
+        share = SHARE / 2 if calls.cost else SHARE  # half of it for kinds not seen yet
+        if self.spent + expected > share * (start - self.began):
+            return  # until there is time
+        calls.due = calls.count + max(1, calls.count // 4)
+        if not _can_be_repeated(op, arguments, inplace, result):
+            return
+        # An input that has been overwritten holds the result.
+        given = _cut(op, (result, *arguments[1:]) if inplace else arguments)
+        if _elements(op, given) > 4 * MOST:
+            return
+        torchs: Any = op.aten_ if inplace else op.aten
+        ours: Any = (lambda *given: op.fused(given, inplace)) if fused else torchs
+        functions = [ours, torchs] if fused else [ours]
+        if self.torch_first:
+            functions.reverse()
+        self.torch_first = not self.torch_first
+        try:
+            if not calls.cost:  # a function's first time takes longer: kernels' for new memory
+                _times(ours, given, inplace)
+            times = {function: _times(function, given, inplace) for function in functions}
+            if not calls.cost and perf_counter() - start < WARM:
+                times = {function: _times(function, given, inplace) for function in functions}
+        except Exception:
+            calls.due = math.inf
+        else:
+            elements = given[0].numel()
+            calls.repeats.append((times[ours][1] / elements, sum(times[torchs]) / elements))
+        calls.cost = perf_counter() - start
+        self.spent += calls.cost
+
+
+def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool, result: Any) -> bool:
+    """Whether nobody sees it, neither a hook or mode nor who reads warnings."""
+    named = dict(zip(op.arguments, arguments, strict=True))
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    pointwise = isinstance(op, (PointwiseLoss, Composed))
+    return (
+        type(result) is Tensor
+        and all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors)
+        and not (inplace and not isinstance(op, Activation))  # whose input holds a gradient now
+        and not (pointwise and tensors[0].shape != tensors[1].shape)
+        and (named.get("size_average"), named.get("reduce")) == (None, None)
+        and not (op.name == "kl_div" and named["reduction"] == "mean")
+        and named.get("dim", 0) is not None
+        and dispatch._active_mode() is None
+        and torch._C._current_graph_task_id() == -1  # no backward pass is running
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and not torch.is_anomaly_enabled()
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+def _elements(op: Operator, arguments: Sequence[Any]) -> int:
+    """Of the input, or of the logits that a linear layer makes of it."""
+    input = arguments[0]
+    if op.name != "linear_cross_entropy":
+        return int(input.numel())
+    features = input.shape[-1]
+    return int(input.numel() // features * (arguments[1].numel() // features))
+
+
+def _cut(op: Operator, arguments: Arguments) -> Arguments:
+    """The arguments, or the same of the first rows if there are too many."""
+    elements = _elements(op, arguments)
+    if elements <= MOST:
+        return arguments
+    rows = len(arguments[0])
+    kept = math.ceil(rows * MOST / elements)
+    return tuple(
+        value[:kept] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+        for value in arguments
+    )
+
+
+def _times(function: Callable[..., Tensor], given: Arguments, inplace: bool) -> tuple[float, float]:
+    """Seconds that the forward and the backward pass take."""
+    arguments = [
+        value.detach().requires_grad_(value.requires_grad and torch.is_grad_enabled())
+        if isinstance(value, Tensor)
+        else value
+        for value in given
+    ]
+    leaves = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
+    if inplace:
+        arguments[0] = arguments[0].clone()
+    start = perf_counter()
+    result = function(*arguments)
+    forward = perf_counter() - start
+    if not leaves:
+        return forward, 0.0
+    grad_output = torch.ones_like(result)
+    start = perf_counter()
+    grad(result, leaves, grad_output, allow_unused=True)
+    return forward, perf_counter() - start
+
+
 # ---- what pyfused does not have ------------------------------------------------------------------
 
 
-def count_others(missing: Calls) -> None:
+def count_others(missing: Counter[str]) -> None:
     """Makes torch's losses and activations count their calls, for the rest of the process.
 
     They stay the objects that they are, as under :func:`pyfused.patch`, where they are no
     built-ins. No mode counts: with one active pyfused's own operators would be torch's.
     """
-    inside = threading.local()  # of the outermost call, which is the program's
     for owner, name in _places():
         torch_function = getattr(owner, name)
         path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{name}"
-        call = _counting(path, original(torch_function), missing, inside)
+        call = _counting(path, original(torch_function), missing)
         if not isinstance(torch_function, FunctionType):
             stands_for(torch_function, call)
             call.__module__, _, call.__qualname__ = path.rpartition(".")
@@ -83,7 +284,8 @@ def count_others(missing: Calls) -> None:
             code = torch_function.__code__
             by_place = code.co_varnames[: code.co_argcount]
             by_name = code.co_varnames[len(by_place) :][: code.co_kwonlyargcount]
-            arguments = ", ".join((*by_place, *(f"{name}={name}" for name in by_name)))
+            further = [f"{name} + 2" if name == "_stacklevel" else name for name in by_place]
+            arguments = ", ".join((*further, *(f"{name}={name}" for name in by_name)))
             torch_function.__code__ = code_calling(call, f"callee({arguments})", code)
 
 
@@ -100,16 +302,16 @@ def _places() -> Iterator[tuple[Any, str]]:
 
 
 def _counting(
-    path: str, torch_function: Callable[..., Any], missing: Calls, inside: threading.local
+    path: str, torch_function: Callable[..., Any], missing: Counter[str]
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if compiler_traces() or getattr(inside, "call", False):
+        if compiler_traces() or _inside.call:
             return torch_function(*args, **kwargs)
-        inside.call = True
+        _inside.call = True
         try:
             result = torch_function(*args, **kwargs)
         finally:
-            inside.call = False
+            _inside.call = False
         missing[path] += 1
         return result
 
@@ -137,9 +339,10 @@ def run(arguments: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, *options, *arguments])
 
 
-def start(paths: Calls, missing: Calls) -> None:
+def start(kinds: dict[Key, Calls], missing: Counter[str]) -> None:
     """Patches this process and counts, until it ends."""
-    dispatch.call = counted(paths)
+    dispatch.call = counted(kinds)
     setattr(functional, "call", dispatch.call)  # noqa: B010 it is there by name
+    count_compiled(kinds)
     count_others(missing)
     patch().__enter__()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]  # one for each operand
+Reduction = Literal["none", "mean", "sum"]
+ReductionOfKlDiv = Literal["none", "mean", "sum", "batchmean"]
+Approximate = Literal["none", "tanh"]
+MarginKind = Literal["cosface", "arcface"]
 
 
 NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}  # of numbers; `checks` looks here

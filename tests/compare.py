@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from reference import Extended, extended
 from torch import Tensor
 
 Operator = Callable[..., Tensor]
+DEVICE = os.environ.get("PYFUSED_TEST_DEVICE", "cpu")
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -36,6 +36,8 @@ def use_small_tiles() -> None:
         *,
         tensors: int = 1,
         inner_contiguous: bool = False,
+        most_threads: int = 512,
+        once: bool = False,
     ) -> launch.Choice:
         if not classes:
             return launch.Choice(1, 32, 32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from calls import cross_entropy
-from compare import FLOATS, HALF, Errors, evaluate, evaluate_upstream
+from compare import DEVICE, FLOATS, HALF, Errors, evaluate, evaluate_upstream
 from conftest import ISAS, KernelCalls
 from grid import grid
 from reference import Extended, extended
@@ -116,7 +116,7 @@ def test_closed_form(
     got = evaluate(lambda x: getattr(fused, name)(x, target, **given), x)
     assert kernel_calls[name] == (2 if reduction == "none" or dtype is torch.float16 else 1)
 
-    label = target.reshape(-1).numpy()
+    label = target.reshape(-1).cpu().numpy()
     valid = label != IGNORED
     each, slopes = define(as_rows(x), np.where(valid, label, 0), **options)
     factor = np.where(valid, np.ones_like(each), 0)
@@ -145,10 +145,10 @@ def test_closed_form(
 def test_dtypes_and_autocast(loss: str, dtype: torch.dtype) -> None:
     name, _, options, _ = LOSSES[loss]
     x, target = scores((5, 4), dtype), classes((5, 4), ignored=False)
-    for context in (torch.autocast("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16)):
+    for context in (torch.autocast(DEVICE, enabled=False), torch.autocast(DEVICE, torch.bfloat16)):
         with context:
             value = getattr(fused, name)(x, target, **options)
-            wide = torch.is_autocast_enabled("cpu") and dtype in HALF
+            wide = torch.is_autocast_enabled(DEVICE) and dtype in HALF
         assert value.dtype == (torch.float32 if wide else dtype)
         assert torch.autograd.grad(value, x)[0].dtype == dtype
 

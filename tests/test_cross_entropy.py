@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from compare import FLOATS, HALF, assert_matches_torch, evaluate, exactly
+from compare import DEVICE, FLOATS, HALF, assert_matches_torch, evaluate, exactly
 from conftest import ISAS, KernelCalls
 from grid import grid
 
@@ -100,6 +100,8 @@ def test_options_and_shapes_against_torch(
 def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction: str) -> None:
     for shape in SHAPES[1:]:
         logits, target = problem(shape, "index")
+        if DEVICE != "cpu" and abs(ignored) >> 31 and len(shape) > 2:
+            continue  # where torch's kernel reads class indices of 32 bits
         target[torch.rand(target.shape) < 0.3] = ignored
         weight = torch.rand(shape[1]) if weighted else None
         got = assert_matches_torch(
@@ -323,8 +325,9 @@ def test_no_classes(shape: tuple[int, ...], smoothing: float, reduction: str) ->
     if len(shape) < 3:  # beyond, torch cannot tell ignored targets from a mismatch
         ignored = torch.full(shape[:-1], -100)
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, ignored, **options)
-        with pytest.raises(IndexError):
-            cross_entropy(logits, torch.zeros_like(ignored), **options)
+        if DEVICE == "cpu":  # elsewhere torch asserts, and nothing can be called after that
+            with pytest.raises(IndexError):
+                cross_entropy(logits, torch.zeros_like(ignored), **options)
 
 
 def test_one_sample_without_a_batch(reduction: str) -> None:
@@ -434,7 +437,7 @@ def test_autocast_gives_torchs_dtypes(
 ) -> None:
     logits, target = problem((4, 5), target_kind)
     logits = logits.detach().to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=autocast):
+    with torch.autocast(DEVICE, dtype=autocast):
         got = evaluate(cross_entropy, logits, target)
         expected = evaluate(F.cross_entropy, logits, target)
     assert got.value.dtype == expected.value.dtype

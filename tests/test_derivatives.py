@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from calls import Case, every_case, every_operator
-from compare import Operator
+from compare import Operator, evaluate_upstream
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -90,7 +90,7 @@ def test_batched_gradients(case: Case, x: Tensor) -> None:
 
     def jacobian(operator: Operator) -> Tensor:
         value = operator(x)
-        upstreams = torch.randn((4, *value.shape), generator=torch.Generator().manual_seed(1))
+        upstreams = evaluate_upstream((4, *value.shape)).to(value)
         return torch.autograd.grad(value, x, upstreams, is_grads_batched=True)[0]
 
     close(jacobian(case.ours), jacobian(case.reference))

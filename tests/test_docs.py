@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -12,14 +16,18 @@ from conftest import KernelCalls
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 
+import gain
 import gallery
-from entries import ENTRIES
+import pages
+from entries import ENTRIES, EXAMPLES
 
+import pyfused.functional
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.sizes import ATEN_BELOW
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = gallery.report.RESULTS
 CURVES = [
     pytest.param(name, curve, id=f"{name}-{curve.label}")
     for name, entry in ENTRIES.items()
@@ -64,12 +72,9 @@ def test_a_formula_can_be_typeset(name: str) -> None:
 
 def test_ratios_are_those_of_the_newest_report() -> None:
     rows = gallery.measured()
-    newest = max(
-        map(
-            gallery.report.load, ([path] for path in gallery.report.RESULTS.glob("*/results.json"))
-        ),
-        key=lambda found: found["datetime"],
-    )
+    reports = [gallery.report.load([path]) for path in RESULTS.glob("*/results.json")]
+    timed = [found for found in reports if found["benchmarks"]]
+    newest = max(timed, key=lambda found: found["datetime"])
     for row in gallery.report.rows_of(newest):
         if row.case == rows[row.op].case and row.mode == "forward+backward":
             assert rows[row.op].peers["torch"] == row.peers["torch"]
@@ -89,6 +94,25 @@ def test_the_legend_names_what_is_drawn_alone() -> None:
     assert ("with huge pages" in drawn) == ("torch, THP" in peers)
 
 
+def test_the_gain_over_size_has_every_operator_and_its_machine() -> None:
+    drawn = gallery.gain()
+    assert all(re.search(rf">{op}\b", drawn) for op in gain.OPERATORS)
+    found = gallery.newest_gain()
+    assert {row["op"] for row in found["gain"]} == {*gain.OPERATORS}
+    assert found["machine_info"]["cpu"] in gallery.FILLED["<!-- gain machine -->"]()
+
+
+def test_the_gain_is_measured_again_until_it_settles() -> None:
+    def peer(low: float, high: float) -> gallery.report.Peer:
+        return gallery.report.Peer(1.0, 1.0, (low, 1.0, high))
+
+    noisy, calm = peer(0.5, 2.0), peer(0.99, 1.01)
+    measured = iter([noisy, calm, noisy])
+    assert gain.settled(lambda: next(measured)) is calm
+    assert next(measured) is noisy
+    assert gain.settled(lambda: noisy) is noisy
+
+
 def test_the_machine_of_each_ratio_is_named() -> None:
     assert gallery.machines().count("torch 2") == gallery.machines().count(";") + 1
 
@@ -102,9 +126,147 @@ def test_sizes_are_listed() -> None:
 
 def test_the_pages_have_every_comment_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "picture", lambda *_: "")
-    pages = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
-    assert all(comment in pages for comment in gallery.FILLED)
-    source = [pages]
+    text = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
+    assert all(comment in text for comment in gallery.FILLED)
+    source = [text]
     gallery.fill(None, "", source)
     assert not any(comment in source[0] for comment in gallery.FILLED)
     assert all(f"### {name}\n" in source[0] for name in OPERATORS)
+
+
+# ---- a page for each operator --------------------------------------------------------------------
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_example_runs_and_calls_the_operator(name: str) -> None:
+    assert re.search(rf"\bF\.{name}\(", EXAMPLES[name])
+    exec(compile(pages.example(name), name, "exec"), {})
+
+
+def test_the_page_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "picture", lambda name, _: f"<svg>{name}</svg>")
+    page = pages.page("cross_entropy")
+    for part in (
+        ENTRIES["cross_entropy"].formula,
+        "<svg>cross_entropy</svg>",
+        pages.example("cross_entropy"),
+        ".. autofunction:: pyfused.functional.cross_entropy\n",
+        ".. autofunction:: pyfused.functional.cross_entropy_with_metrics\n",
+        ".. autoclass:: pyfused.nn.CrossEntropyLoss\n",
+        "{py:func}`torch.nn.functional.cross_entropy`",
+        "| cross_entropy (1024, 32000) float32 | forward+backward |",
+        "| `cross_entropy`, (N, C, d1, ..., dk) |",
+    ):
+        assert part in page
+    assert "mse_loss" not in page
+    machines = [gallery.report.load([path]) for path in RESULTS.glob("*/results.json")]
+    assert all(gallery.report.machine(found) in page for found in machines if found["benchmarks"])
+
+
+def test_the_page_of_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "picture", lambda *_: "")
+    assert "torch has no operator of this name." in pages.page("quantile_loss")
+
+
+def test_pages_of_operators_that_are_gone_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "page", lambda name: f"# {name}")
+    (tmp_path / "operators").mkdir()
+    (tmp_path / "operators/gone.md").touch()
+    pages.write(SimpleNamespace(srcdir=tmp_path))
+    assert {file.stem for file in tmp_path.glob("operators/*")} == {*OPERATORS}
+
+
+def documented(input: int, scale: float = 2.0, *, name: str = "mean", other: str = "") -> None: ...
+
+
+def test_arguments_become_a_table() -> None:
+    docstring = """What it does.
+
+Args:
+    input: Of any shape, and
+        two lines::
+
+            code
+
+    scale: A factor.
+    name, other: As elsewhere.
+
+Returns:
+    A number."""
+    lines = docstring.splitlines()
+    pages.arguments(None, "function", "documented", documented, None, lines)
+    table = """\
+   * - argument
+     - default
+     - meaning
+   * - ``input``
+     -\x20
+     - Of any shape, and
+       two lines::
+
+           code
+
+   * - ``scale``
+     - ``2.0``
+     - A factor.
+   * - ``name``, ``other``
+     -\x20
+     - As elsewhere.
+"""
+    assert table in "\n".join(lines)
+    assert lines[-2:] == ["Returns:", "    A number."]
+    assert "Args:" not in lines
+
+
+@pytest.mark.parametrize("name", pyfused.functional.__all__)
+def test_every_argument_is_in_the_table(name: str) -> None:
+    """Else a section of the docstring has another form than the others."""
+    function = getattr(pyfused.functional, name)
+    lines = inspect.getdoc(function).splitlines()
+    pages.arguments(None, "function", name, function, None, lines)
+    cells = [cell for line in lines if line.startswith("   * - ") for cell in line.split(" - ")[1:]]
+    assert set(re.findall(r"``(\w+)``", " ".join(cells))) == {
+        *inspect.signature(function).parameters
+    }
+
+
+# ---- links and pictures --------------------------------------------------------------------------
+
+
+def test_the_inventory_of_torch_has_its_operators_and_no_others() -> None:
+    lines = (DOCS / "torch-objects.inv").read_text("utf-8").splitlines()
+    assert lines[0] == "# Sphinx inventory version 1"
+    names = [line.split()[0] for line in lines[3:]]
+    newer = {"torch.nn.functional.linear_cross_entropy", "torch.nn.LinearCrossEntropyLoss"}
+    known = {*names} if hasattr(torch.nn, "LinearCrossEntropyLoss") else {*names} - newer
+    assert all(pkgutil.resolve_name(name) is not None for name in known)
+    for op in OPERATORS.values():
+        if hasattr(torch.nn.functional, op.name):
+            assert f"torch.nn.functional.{op.name}" in names
+            assert f"torch.nn.{op.module}" in names
+
+
+def test_a_picture_is_saved_for_both_themes(tmp_path: Path) -> None:
+    figure = gallery.Figure()
+    figure.subplots().plot([1, 2], label="line")
+    gallery.report.save(figure, tmp_path / "picture")
+    light, dark = ((tmp_path / f"picture{end}.svg").read_text() for end in ("", "-dark"))
+    assert light.replace(gallery.report.INK, gallery.report.INK_ON_BLACK) == dark
+    assert light != dark
+    assert "fill: #ffffff" not in light
+    ElementTree.fromstring(dark)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/memory.md", "docs/language-models.md"])
+def test_pictures_have_both_themes(page: str) -> None:
+    text = (DOCS.parent / page).read_text("utf-8")
+    pictures = re.findall(r"[\w./-]+\.(?:png|svg)", text)
+    assert pictures
+    assert all(picture.endswith(".svg") for picture in pictures)
+    light = [picture for picture in pictures if not picture.endswith("-dark.svg")]
+    assert {f"{picture.removesuffix('.svg')}-dark.svg" for picture in light} <= {*pictures}
+    for picture in pictures:
+        assert ((DOCS.parent / page).parent / picture).exists(), picture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -278,6 +278,14 @@ OTHERS: Wrong = {
     "nll_target_elsewhere": (lambda f: f.nll_loss(X, Y.to("meta")), ["target", "cpu", "meta"]),
     "multi_margin_swapped": (lambda f: f.multi_margin_loss(Y, X), ["target", "swapped?"]),
     "gelu_integers": (lambda f: f.gelu(X.long()), ["input", "floating", "int64"]),
+    "gelu_approximate": (
+        lambda f: f.gelu(X, approximate="foo"),
+        ["approximate", "'none' or 'tanh'", "'foo'"],
+    ),
+    "gelu_approximate_a_number": (
+        lambda f: f.gelu(X, approximate=3),
+        ["approximate", "'none' or 'tanh'", "3"],
+    ),
     "relu_bool": (lambda f: f.relu(X.bool()), ["input", "floating", "bool"]),
     "relu_complex": (lambda f: f.relu(X.cfloat()), ["input", "floating", "complex64"]),
     "relu_inplace_leaf": (
@@ -357,6 +365,16 @@ def test_type_of_torch_and_a_message_that_helps(
     assert isinstance(ours, type(theirs)), ours
     missing = [word for word in words if word not in str(ours)]
     assert not missing, f"{missing} missing in: {ours}"
+
+
+@pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
+def test_type_checkers_know_the_words_that_are_accepted(op: Operator) -> None:
+    hints = get_type_hints(getattr(fused, op.name))
+    if "reduction" in hints:
+        batchmean = {"batchmean"} if op.name == "kl_div" else set()
+        assert set(get_args(hints["reduction"])) == {"none", "mean", "sum"} | batchmean
+    if "approximate" in hints:
+        assert set(get_args(hints["approximate"])) == {"none", "tanh"}
 
 
 NO_TENSORS: dict[str, tuple[Any, str]] = {

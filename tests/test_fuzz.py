@@ -119,7 +119,8 @@ def run(call: Call, function: Callable[..., Any]) -> list[Tensor]:
     leaves = [x for x in call.given.values() if isinstance(x, Tensor) and x.requires_grad]
     found = function(call, **call.given)
     loss, *metrics = (found[0], *found[1]) if isinstance(found, tuple) else (found,)
-    grad_output = torch.randn(loss.shape, generator=torch.Generator().manual_seed(call.seed))
+    generator = torch.Generator().manual_seed(call.seed)
+    grad_output = torch.randn(loss.shape, generator=generator, device="cpu").to(loss.device)
     grad_output = grad_output.bfloat16().to(loss.dtype)  # the same number in all dtypes
     grad_output = call.layout(grad_output) if grad_output.numel() else grad_output
     gradients = torch.autograd.grad(loss, leaves, grad_output) if leaves else ()

@@ -134,7 +134,8 @@ def test_the_report_is_that_of_cpus(
         monkeypatch.setattr(report, "Figure", None)
     report.write([rehearsed], tmp_path / "results")
     (folder,) = (tmp_path / "results").iterdir()
-    expected = {"table.md", "results.json"} | ({"ratios.png"} if drawn else set())
+    pictures = {"ratios.svg", "ratios-dark.svg"} if drawn else set()
+    expected = {"table.md", "results.json"} | pictures
     assert {file.name for file in folder.iterdir()} == expected
     table = (folder / "table.md").read_text()
     assert "copy / pyfused" in table

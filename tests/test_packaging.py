@@ -105,7 +105,7 @@ def test_the_metadata_agrees_with_the_package(metadata: Message, wheel: zipfile.
 
 
 def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -> None:
-    files = ("constraints.txt", "constraints-extras.txt")
+    files = ("constraints.txt", "constraints-dev.txt", "constraints-extras.txt")
     lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     pinned = {
@@ -113,6 +113,30 @@ def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -
     }
     for asked in map(Requirement, metadata.get_all("Requires-Dist", [])):
         assert asked.name == "pyfused" or asked.specifier.contains(pinned[asked.name])
+
+
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [
+        ("constraints.txt", ["examples"]),
+        ("constraints-dev.txt", ["gpu", "test", "bench", "dev"]),
+        ("constraints-extras.txt", ["integrations", "peers", "docs"]),
+    ],
+)
+def test_each_environment_holds_its_extras(file: str, extras: list[str]) -> None:
+    """`make demo` works without the tools of the others, which come on top of it."""
+    tables = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    files = ["constraints.txt", "constraints-dev.txt", "constraints-extras.txt"]
+    lines = [
+        line
+        for each in files[: files.index(file) + 1]
+        for line in (ROOT / each).read_text("utf-8").splitlines()
+    ]
+    pinned = {Requirement(line).name for line in lines if not line.startswith("#")}
+    asked = tables["build-system"]["requires"] + tables["project"]["dependencies"]
+    for extra in extras:
+        asked += tables["project"]["optional-dependencies"][extra]
+    assert {Requirement(each).name for each in asked} - {"pyfused"} <= pinned
 
 
 # ---- the installed wheel -------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pickle
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +167,18 @@ def test_an_error_that_torch_does_not_have_is_not_hidden(monkeypatch: pytest.Mon
     monkeypatch.setattr(dispatch, "call", fails)
     with pyfused.patch(), pytest.raises(RuntimeError, match="of pyfused alone"):
         F.relu(X)
+
+
+@as_users_run_it
+@pytest.mark.parametrize("call", [F.softmax, F.log_softmax, nn.Softmax(), nn.LogSoftmax()])
+def test_a_missing_dim_is_warned_of_at_the_line_that_torch_names(call: Any) -> None:
+    lines = []
+    for context in (contextlib.nullcontext(), pyfused.patch()):
+        with context, warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call(X)
+        lines.append([(warning.filename, warning.lineno) for warning in seen])
+    assert lines[0] == lines[1] != []
 
 
 # ---- what defines __torch_function__ ------------------------------------------------------------
@@ -367,9 +380,10 @@ def test_an_exported_program_is_torchs(name: str, strict: bool) -> None:
 
 
 @pytest.mark.usefixtures("in_seconds")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")
 def test_what_is_exported_to_onnx_is_torchs() -> None:
     pytest.importorskip("onnxscript")
-    model = nn.Sequential(nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.GELU(), nn.Softmax(1))
+    model = nn.Sequential(nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.GELU(), nn.Softmax(1)).eval()
     expected = torch.onnx.export(model, (X,), dynamo=True)
     with pyfused.patch():
         got = torch.onnx.export(model, (X,), dynamo=True)

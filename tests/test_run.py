@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import subprocess
 import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from conftest import fused_always
+from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import pyfused
 from pyfused import __main__ as main
-from pyfused import run
+from pyfused import functional, run, startup
+from pyfused import functional as F
 from pyfused.backends import cpu
+from pyfused.ops import dispatch, linear_cross_entropy
+from pyfused.ops.operators import OPERATORS
+from pyfused.types import CrossEntropyOptions, HeadOptions
 
 Done = subprocess.CompletedProcess[str]
 SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
@@ -22,10 +37,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def counts(stderr: str) -> dict[str, int]:
-    """How often the summary says that each operator was called."""
-    lines = re.findall(r"^ +([\d,]+)  ([\w.]+)", stderr, re.MULTILINE)
+    """How often the summary says that each operator was called, "all" where it is one line."""
+    lines = re.findall(r"^(\w+) +([\d,]+) +[\d,]+  (?:kernel|torch)", stderr, re.MULTILINE)
+    lines += [("all", number) for number in re.findall(r"of all ([\d,]+) calls", stderr)]
+    lines += re.findall(r"([\w.]+) \(([\d,]+)\)", stderr)
     found: dict[str, int] = {}
-    for number, name in lines:
+    for name, number in lines:
         found[name] = found.get(name, 0) + int(number.replace(",", ""))
     return found
 
@@ -230,7 +247,8 @@ def test_a_script_runs_patched_and_its_calls_are_counted(tmp_path: Path) -> None
         "torch.nn.functional.cosine_embedding_loss": 12,
         "torch.nn.functional.softplus": 1,
     }
-    assert f"relu: cpu {cpu.supported[-1]}" in done.stderr
+    assert re.search(r"relu +1 +8,388,608  kernel +\d", done.stderr)
+    assert re.search(r"losses and activations took [\d.]+ s of [\d.]+ s.*\n\Z", done.stderr)
 
 
 CHILDREN = """
@@ -269,7 +287,8 @@ if __name__ == "__main__":
 def test_child_processes_are_patched_and_counted(tmp_path: Path) -> None:
     (tmp_path / "children.py").write_text(CHILDREN)
     done = counted("children.py", folder=tmp_path)
-    assert counts(done.stderr) == {"relu": 41_111, "sigmoid": 1, "tanh": 1}
+    assert counts(done.stderr) == {"all": 41_113}
+    assert " in 8 processes" in done.stderr
     assert not list(tmp_path.glob("pyfused-run-*"))
 
 
@@ -281,7 +300,7 @@ def test_what_launches_processes(launcher: list[str], tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("import torch; torch.relu(torch.ones(2))")
     done = counted("-m", *launcher, "train.py", folder=tmp_path)
     count = 1 if "pyfused" in launcher else 2
-    assert counts(done.stderr) == {"relu": count}
+    assert counts(done.stderr) == {"all": count}
 
 
 def test_a_thread_that_outlives_the_script_and_pyfused_imported_first(tmp_path: Path) -> None:
@@ -293,7 +312,7 @@ def late(): time.sleep(0.2); torch.relu(torch.ones(2)); time.sleep(0.1); torch.r
 threading.Thread(target=late).start()
 """
     done = counted("-c", code, folder=tmp_path)
-    assert counts(done.stderr) == {"relu": 2}
+    assert counts(done.stderr) == {"all": 2}
 
 
 def test_a_child_that_is_a_python_without_pyfused(tmp_path: Path) -> None:
@@ -302,3 +321,232 @@ def test_a_child_that_is_a_python_without_pyfused(tmp_path: Path) -> None:
     done = counted("-c", code, folder=tmp_path)
     assert done.stdout == f"{tmp_path}/torch.py\n"
     assert not counts(done.stderr)
+
+
+# ---- what it was worth ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[startup.Key, startup.Calls]]:
+    """What is counted of the test's calls: each takes a kernel if one can, and is repeated."""
+    found: defaultdict[startup.Key, startup.Calls] = defaultdict(startup.Calls)
+    monkeypatch.setattr(run, "SHARE", math.inf)
+    monkeypatch.setattr(startup.Calls, "due", 1)
+    monkeypatch.setattr(dispatch, "call", run.counted(found))
+    monkeypatch.setattr(functional, "call", dispatch.call)
+    with fused_always():
+        yield found
+
+
+X, TARGET = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "activation": lambda x: F.gelu(x, approximate="tanh"),
+    "in place": lambda x: F.relu(x * 1, inplace=True),
+    "loss": lambda x: F.cross_entropy(x, TARGET, torch.ones(5), ignore_index=1),
+    "each": lambda x: F.mse_loss(x, X.flip(0), reduction="none"),
+    "head": lambda x: F.linear_cross_entropy(x, X[:4], TARGET % 4, softcap=3.0),
+    "composed": lambda x: F.rmse_loss(x, X.flip(0)),
+    "strided": lambda x: F.softmax(x.mT, 1),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_repeated_call_is_compared_and_changes_nothing(
+    call: Callable[[Tensor], Tensor],
+    requires_grad: bool,
+    kinds: dict[startup.Key, startup.Calls],
+) -> None:
+    def results() -> tuple[Any, ...]:
+        x = X.clone().requires_grad_(requires_grad)
+        y = call(x)
+        gradient = torch.autograd.grad(y.sum(), x)[0].tolist() if requires_grad else None
+        return y.detach().tolist(), gradient, x._version, y._version, torch.get_rng_state().tolist()
+
+    got = results()
+    ((key, calls),) = kinds.items()
+    assert (key[1] == startup.KERNEL) == (key[0] != "relu" or requires_grad)
+    assert (key[3], calls.count, calls.largest, calls.elements) == (requires_grad, 1, 30, 30)
+    ((backward, by_torch),) = calls.repeats
+    assert (backward > 0) == requires_grad
+    assert by_torch > 0
+    assert calls.seconds > 0
+    calls.due = math.inf
+    assert got == results()
+
+
+def within_checkpoint() -> None:
+    x = X.clone().requires_grad_()
+    checkpoint(lambda x: F.relu(x).exp(), x, use_reentrant=False).sum().backward()
+
+
+def under_anomaly_detection() -> None:
+    with torch.autograd.detect_anomaly(check_nan=False):
+        F.relu(X)
+
+
+def under_a_mode() -> None:
+    with BaseTorchFunctionMode():
+        F.relu(X)
+
+
+def under_a_profiler() -> None:
+    with profile(activities=[ProfilerActivity.CPU]):
+        F.relu(X)
+
+
+SEEN = {
+    "checkpoint": within_checkpoint,
+    "anomaly detection": under_anomaly_detection,
+    "mode": under_a_mode,
+    "vmap": lambda: torch.func.vmap(F.relu)(X),
+    "subclass": lambda: F.relu(X.as_subclass(type("Mine", (Tensor,), {}))),
+    "another device": lambda: F.relu(X.to("meta")),
+    "warning of shapes": lambda: F.mse_loss(X, X[:1]),
+    "warning of kl_div": lambda: F.kl_div(X, X),
+    "warning of size_average": lambda: F.mse_loss(X, X, size_average=True),
+    "warning of softmax": lambda: F.softmax(X),
+    "inplace loss": lambda: F.cross_entropy(X.clone().requires_grad_() * 1, TARGET, inplace=True),
+    "metrics": lambda: F.cross_entropy_with_metrics(X, TARGET),
+    "profiler": under_a_profiler,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", SEEN.values(), ids=SEEN.keys())
+def test_a_call_is_not_repeated_where_that_is_seen(
+    call: Callable[[], Any], kinds: dict[startup.Key, startup.Calls]
+) -> None:
+    call()
+    assert sum(calls.count for calls in kinds.values()) >= 1
+    assert not [calls.repeats for calls in kinds.values() if calls.repeats]
+
+
+def test_a_large_call_is_cut_and_one_that_cannot_be_is_not_repeated(
+    kinds: dict[startup.Key, startup.Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Size] = []
+    times = run._times
+    monkeypatch.setattr(run, "MOST", 12)
+    monkeypatch.setattr(
+        run, "_times", lambda f, given, i: (seen.append(given[0].shape), times(f, given, i))[1]
+    )
+    F.mse_loss(X, X)
+    F.linear_cross_entropy(X, X[:4], TARGET % 4)
+    assert set(seen) == {(3, 5)}
+    assert all(calls.repeats for calls in kinds.values())
+    seen.clear()
+    F.relu(torch.ones(1, 60))
+    assert not seen
+
+
+def test_a_repetition_that_fails_is_not_seen_and_is_the_last(
+    kinds: dict[startup.Key, startup.Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(run, "_times", fails)
+    assert F.relu(X).equal(X.relu())
+    (calls,) = kinds.values()
+    assert (calls.count, calls.repeats, calls.due) == (1, [], math.inf)
+
+
+def test_repeating_takes_a_share_of_the_time(
+    kinds: dict[startup.Key, startup.Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count().__next__  # one second between any two readings
+    repeat = run.Repeat()
+    monkeypatch.setattr(run, "SHARE", 0.1)
+    monkeypatch.setattr(run, "Repeat", lambda: repeat)
+    monkeypatch.setattr(run, "perf_counter", clock)
+    repeat.began = 0
+    calls = defaultdict(startup.Calls)
+    call = run.counted(calls)
+    for _ in range(1000):
+        call(OPERATORS["relu"], (X,))
+    (kind,) = calls.values()
+    assert 3 < len(kind.repeats) < 40
+    assert repeat.spent <= 0.1 * clock()
+
+
+def test_compiled_calls_are_counted(
+    kinds: dict[startup.Key, startup.Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for owner, name in ((cpu, "cross_entropy"), (linear_cross_entropy, "compute")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # and so put back
+    run.count_compiled(kinds)
+    x = X.clone().requires_grad_()
+    options, of_head = CrossEntropyOptions(), HeadOptions()
+    torch.ops.pyfused.cross_entropy(x, TARGET, None, *options.values()).backward()
+    head = x, X[:4], None, TARGET % 4, None
+    torch.ops.pyfused.linear_cross_entropy(*head, *of_head.values()).backward()
+    found = {key[:2]: calls.count for key, calls in kinds.items()}
+    assert found == {
+        ("cross_entropy", "kernel, compiled"): 1,
+        ("linear_cross_entropy", "kernel, compiled"): 1,
+    }
+
+
+def said(monkeypatch: pytest.MonkeyPatch, *processes: float, **paths: Any) -> str:
+    """The summary of calls (operator: path, count, seconds, repeats)."""
+    found = {}
+    for op, (path, count, seconds, repeats) in paths.items():
+        calls = found[op, path, 10, True] = startup.Calls()
+        calls.add(1000, count, 1000 * count, seconds, repeats)
+    monkeypatch.setattr(startup, "CALLS", found)
+    monkeypatch.setattr(startup, "OTHERS", Counter({"torch.nn.functional.elu": 2}))
+    return startup.summary(list(processes))
+
+
+def test_the_summary_says_what_was_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeats = [(1e-6, 8e-6), (2e-6, 9e-6), (1e-5, 1e-4)]  # the median counts
+    got = said(
+        monkeypatch,
+        *(40.0, 20.0),
+        cross_entropy=("kernel", 1000, 1.0, repeats),
+        relu=(startup.SMALL, 1_200, 0.5, []),
+        tanh=("kernel", 1, 0.25, []),
+    )
+    assert [re.split("  +", line) for line in got.splitlines()] == [
+        ["operator", "calls", "largest input", "path", "time", "with torch"],
+        ["cross_entropy", "1,000", "1,000", "kernel", "3.0 s", "9.0 s"],
+        ["relu", "1,200", "1,000", startup.SMALL, "0.500 s", "0.500 s"],
+        ["tanh", "1", "1,000", "kernel", "0.250 s", "-"],
+        ["not in pyfused: torch.nn.functional.elu (2)"],
+        ["losses and activations took 3.8 s of 60 s in 2 processes; with torch 9.8 s"],
+    ]
+    assert len({len(line) for line in got.splitlines()[:4]}) == 1
+
+
+def test_the_summary_is_one_line_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"torch: {dispatch.SMALL}" == startup.SMALL
+    others = "not in pyfused: torch.nn.functional.elu (2)\n"
+    small = said(monkeypatch, 60.0, relu=(startup.SMALL, 1200, 0.5, [(1e-6, 1e-5)]))
+    assert small == (
+        f"{others}pyfused: nothing gained: ATen is faster at the size of all 1,200 calls, "
+        "which took 1.7 s of 60 s"
+    )
+    assert said(monkeypatch) == f"{others}pyfused: no calls of its losses and activations"
+    other = said(monkeypatch, 60.0, relu=("torch: input has dtype torch.int64", 1, 0.5, []))
+    assert other.endswith("losses and activations took 0.500 s of 60 s")
+    on_gpu = said(monkeypatch, 60.0, relu=("kernel", 1, 0.0, []))
+    assert on_gpu.endswith("took a time that is measured on CPUs alone")
+
+
+WARNS = """
+import sys, warnings, torch.nn.functional as F, torch
+x = torch.ones(2, 2)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    F.softmax(x); F.log_softmax(x); F.softmin(x); torch.nn.Softmax()(x)
+print([(each.filename, each.lineno) for each in seen])
+"""
+
+
+def test_warnings_name_the_same_lines(tmp_path: Path) -> None:
+    (tmp_path / "warns.py").write_text(WARNS)
+    expected = plain("warns.py", folder=tmp_path)
+    got = counted("warns.py", folder=tmp_path)
+    assert expected.stdout.count("warns.py', 6") == 3
+    assert got.stdout == expected.stdout

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from compare import (
+    DEVICE,
     FLOATS,
     HALF,
     Errors,
@@ -79,7 +80,7 @@ def test_as_accurate_as_torchs(
     errors = Errors()
     for scale in (1, 20):
         x = (scale * torch.randn(shape)).to(dtype).requires_grad_()
-        grad_output = evaluate_upstream(shape).to(dtype)
+        grad_output = evaluate_upstream(shape).to(x)
         got, expected = ours(x), of_torch(x)
         assert got.is_contiguous()
         wide = extended(x)
@@ -184,7 +185,7 @@ def test_scalars_and_nothing(name: str, shape: tuple[int, ...]) -> None:
 @grid(name=NAMES, dtype=FLOATS, autocast=HALF)
 def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
     x = torch.randn(4, 200).to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=autocast):
+    with torch.autocast(DEVICE, dtype=autocast):
         assert_alike(*both(name, 1), x)
 
 

@@ -172,12 +172,14 @@ def cross_entropy(
         lse = _log_sum_exp(logits, of_index, sizes, strides, options, want.statistics, vocab_shard)
         if not (want.loss or of_input or of_target):
             return None, (None, None)
-        choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=2 if dense else 1)
+        once = not (of_input or of_target or dense)
+        given: Any = {"tensors": 2 if dense else 1, "once": once}
+        choice, programs, units = _tiling(sizes, itemsize, *all_strides, **given)
         loss, parts = _loss_of(logits, options.reduction, want, programs)
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
         counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
         denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
-        given: Any = logits, target, weight, row_weight, denominator
+        given = logits, target, weight, row_weight, denominator
         meta: Any = {"SCALE": options.scale, "EACH": each, **choice.tile(), **units}
         index_meta = {"GAMMA": options.gamma, "SMOOTHING": smoothing > 0}
         scalars: Any = options.ignore_index, smoothing, options.z_loss
@@ -234,12 +236,12 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
 
 
 def _tiling(
-    sizes: Sizes, itemsize: int, *strides: Strides, tensors: int = 1
+    sizes: Sizes, itemsize: int, *strides: Strides, **given: int
 ) -> tuple[launch.Choice, int, dict[str, int]]:
     """The launch choice of a kernel of `rows.py`, its number of programs, and its unit."""
     outer, inner, classes = sizes
     dim = 2 if strides[0][2] == 1 else 1  # the contiguous one
-    choice = launch.choose(itemsize, classes, inner, tensors=tensors, inner_contiguous=dim == 1)
+    choice = launch.choose(itemsize, classes, inner, inner_contiguous=dim == 1, **given)
     others = [s for each in strides for i, s in enumerate(each) if i != dim or s != 1]
     unit = math.gcd(16, sizes[dim], *others)
     units = {"CLASS_UNIT" if dim == 2 else "INNER_UNIT": unit}
@@ -336,7 +338,8 @@ def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     x, sizes, strides = along(input, dim)
     y, _, y_strides = along(output, dim)
-    choice, programs, units = _tiling(sizes, x.element_size(), strides, y_strides)
+    most = {"most_threads": 1024}  # at 32,000 classes, 0.76 times the time of two passes
+    choice, programs, units = _tiling(sizes, x.element_size(), strides, y_strides, **most)
     meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
     with torch.cuda.device_of(input):
         softmax_kernel[(programs,)](x, y, *sizes[1:], strides, y_strides, **meta, **units)
@@ -347,7 +350,7 @@ def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int
     """The input's gradient, from the output; contiguous."""
     grad_input = torch.empty_like(output, memory_format=torch.contiguous_format)
     y, sizes, strides = along(output, dim)
-    choice, programs, units = _tiling(sizes, y.element_size(), strides, tensors=2)
+    choice, programs, units = _tiling(sizes, y.element_size(), strides, most_threads=1024)
     meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
     with torch.cuda.device_of(output):
         softmax_backward_kernel[(programs,)](

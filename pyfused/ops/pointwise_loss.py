@@ -76,7 +76,7 @@ class PointwiseLoss(Operator):
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
-        dtype, result = self._dtypes(arguments, operands[0])
+        dtype, result = self._dtypes(arguments, operands[0], reduction)
         if self.warning is not None and (message := self.warning(arguments)):
             warnings.warn(message, stacklevel=_stacklevel())
         if self.arrange is not None:
@@ -145,7 +145,9 @@ class PointwiseLoss(Operator):
         if not self.nan_on_invalid:
             self._bounds(operands)
 
-    def _dtypes(self, arguments: Arguments, input: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    def _dtypes(
+        self, arguments: Arguments, input: Tensor, reduction: str
+    ) -> tuple[torch.dtype, torch.dtype]:
         """What the kernel computes the loss of, and what the loss is returned in."""
         dtype, device, alike = input.dtype, input.device, True
         for place, _ in self.others:
@@ -157,7 +159,7 @@ class PointwiseLoss(Operator):
         given = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.others)]
         tensors = [(name, value) for name, value in given if isinstance(value, Tensor)]
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
-        result = result_dtype(self, kinds, device, to)
+        result = result_dtype(self, kinds, device, to, reduction == "none")
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
@@ -176,6 +178,7 @@ def result_dtype(
     kinds: tuple[tuple[str, torch.dtype, int], ...],
     device: torch.device,
     autocast: torch.dtype | None,  # noqa: ARG001 a key
+    each: bool,
 ) -> torch.dtype:
     """What torch's operator returns for tensors of these dtypes, asked of it with one element.
 
@@ -189,7 +192,7 @@ def result_dtype(
     for name, dtype, dim in kinds:
         ones[name] = torch.ones([1] * dim, dtype=dtype, device=device)
     with torch.no_grad():
-        return op.reference(**ones, reduction="none").dtype
+        return op.reference(**ones, reduction="none" if each else "sum").dtype
 
 
 class PointwiseCall(NamedTuple):
@@ -291,6 +294,6 @@ def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
 def _stacklevel() -> int:
     """Whose line a warning of the caller names: the first outside pyfused and torch's modules."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(("pyfused.", "torch.nn.")):
+    while frame.f_back and frame.f_globals["__name__"].startswith(("pyfused.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level

@@ -68,6 +68,9 @@ TARGETS = {
 SOME = ("sm_90", "gfx942")  # for what is rare: one of each maker
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPILLED = 16  # bytes of a thread
+MAY_SPILL = {
+    "softmax_backward_kernel": 80
+}  # of 32,000 classes: reading twice takes 1.3 times as long
 # An element of cross-entropy with class indices and its gradient, on sm_90.
 INSTRUCTIONS = {
     **{(c, BF16): 21 for c in (1000, 4096, 16_384)},
@@ -394,7 +397,7 @@ def inspect(target: str, case: Case, launched: Launched) -> Found:
     judged = case.vector and rounded and not little
     much = sum(stored) > vector and name not in WRITE_LITTLE  # more than losses
     wrong = {
-        "spills": spilled > SPILLED and rounded,
+        "spills": spilled > MAY_SPILL.get(name, SPILLED) and rounded,
         "narrow loads": judged and loads < 50,
         "narrow stores": judged and stores < 50 and much,
         f"more than {case.instructions} instructions": instructions > case.instructions,
