@@ -80,7 +80,8 @@ def counted(kinds: dict[Key, Calls]) -> Callable[..., Tensor]:
             if len(arguments) == 4 and arguments[1] is None:  # a softmax that is to warn
                 arguments = one_frame_further(op, arguments)
             # Most are small, and are asked no more, as in `dispatch.call`.
-            if type(input) is Tensor and elements < dispatch._ALWAYS_BELOW.get(op.name, 0):
+            small = type(input) is Tensor and elements < dispatch._ALWAYS_BELOW.get(op.name, 0)
+            if small and not (op.warns and dispatch.differ_in_shape(arguments)):
                 path = SMALL
             elif compiler_traces():
                 return function(op, arguments, inplace, *patched)

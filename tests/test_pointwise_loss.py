@@ -110,6 +110,18 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> Non
     assert caught[0][2] == __file__
 
 
+@pytest.mark.thresholds
+@grid(loss=[loss for loss in BROADCASTING if loss.op.warns])
+def test_a_warning_of_a_small_call_names_its_line(loss: Loss) -> None:
+    given = loss.draw([(3, 5), (5,)])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        got = loss.ours(**given)
+        expected = loss.reference(**given)
+    assert [warning.filename for warning in seen] == [__file__] * 2
+    close(got, expected)
+
+
 @pytest.mark.parametrize("package", [nn, torch.nn], ids=["pyfused", "patched"])
 def test_a_warning_names_the_line_that_calls_the_module(package: Any) -> None:
     x = torch.rand(3, 5)

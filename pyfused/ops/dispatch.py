@@ -99,6 +99,7 @@ def call(
         and type(input) in _PLAIN
         and type(elements := input.numel()) is int  # a tensor, to torch.jit.trace
         and elements < _ALWAYS_BELOW.get(op.name, 0)
+        and not (op.warns and differ_in_shape(arguments))
     ):
         reason = SMALL  # as most calls are, so that they are asked no more
     else:
@@ -157,7 +158,9 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
         compiling = is_traced(input)
         if not compiling:
             return op.subclass_fallback_reason(arguments) or _active_mode()
-    if not compiling and aten_is_faster(op.name, input):
+    # Of shapes that differ torch warns, and would name the line of ours that calls it.
+    warns = not compiling and op.warns and differ_in_shape(arguments)
+    if not compiling and not warns and aten_is_faster(op.name, input):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
     reason = reason or unsupported(op.operands[0], input, input, compiling)
@@ -170,6 +173,14 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     if reason is None and inplace:
         reason = op.inplace_fallback_reason(input)
     return reason
+
+
+def differ_in_shape(arguments: Arguments) -> bool:
+    input, target, *_ = arguments
+    try:
+        return isinstance(target, Tensor) and target.shape != input.shape and target.numel() > 0
+    except RuntimeError:  # a nested tensor has no shape
+        return False
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -41,7 +41,6 @@ class PointwiseLoss(Operator):
 
     Attributes:
         shapes: Raises where shapes of the formula's operands do not go together.
-        warns: Whether torch warns of an input and a target that broadcast.
         warning: What torch warns of in a call with a reduction, None where of nothing.
         nan_on_invalid: An operand out of its bounds makes the loss NaN, so no check comes before.
         weight_shape: Raises where ``weight`` does not go with the input.
