@@ -97,10 +97,14 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
 
   void forward() {
     Base::find_normalizer(softmax.input);
-    if (softmax.logarithm) Base::find_log_sum();
     alignas(kVectorBytes) A last[kColumns];  // what is subtracted, or multiplied by
-    for (int64_t b = 0; softmax.logarithm && b < kColumns; ++b) last[b] = A(log_sum[b]);
-    for (int64_t b = 0; !softmax.logarithm && b < kColumns; ++b) last[b] = A(1 / sum[b]);
+    if (softmax.logarithm) {
+      Base::find_log_sum();
+      std::copy_n(log_sum, kColumns, last);
+    } else {
+      PYFUSED_SIMD()
+      for (int64_t b = 0; b < kColumns; ++b) last[b] = A(1 / sum[b]);
+    }
     for_tiles(softmax.input, [&](int64_t c, int64_t k) {
       for (int64_t i = 0; i < k; ++i) {
         if (softmax.logarithm) {
@@ -157,132 +161,82 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   }
 };
 
-// ---- groups of short rows ------------------------------------------------------------------------
+// ---- groups of short rows -----------------------------------------------------------------------
 
 #ifdef PYFUSED_HAS_REGISTERS
-template <class T, int kRegisters> class SoftmaxGroup : RowGroup<T, kRegisters> {
-  using Base = RowGroup<T, kRegisters>;
-  using Base::first, Base::n, Base::width, Base::max, Base::sum, Base::e;
-  using Base::for_rows, Base::for_registers;
+template <class T> class SoftmaxGroup : RowGroup<T> {
+  using Base = RowGroup<T>;
+  using Base::classes, Base::width, Base::max, Base::sum, Base::e;
+  using Base::for_rows, Base::sums;
 
  public:
-  using Base::kMostClasses, Base::rows;
+  using Base::rows;
 
   SoftmaxGroup(const Softmax<T>& softmax, int64_t first, int64_t n)
-      : Base(softmax, first, n), softmax(softmax) {}
+      : Base(softmax.classes, first, n), softmax(softmax) {}
 
-  void forward() {
-    softmax.logarithm ? log_softmax() : plain();
-  }
-
-  void backward() {
-    Square parts;
-    for (Register& row : parts) row = Register{};
-    for_rows([&](int64_t r, const T* y, const T* dy) {
-      Register part = Register{};
-      for_registers([&](int64_t c, auto mask) {
-        const Register term = load_row(dy + c, mask);
-        part = part + (softmax.logarithm ? term : term * load_row(y + c, mask));
-      });
-      parts[r] = part;
-    }, softmax.input, softmax.grad_output);
-    row_of_tile(sum) = sum_of_rows(parts);
-    for_rows([&](int64_t r, const T* y, const T* dy, T* dx) {
-      const float total = sum[r];
-      for_registers([&](int64_t c, auto mask) {
-        const Register of_output = load_row(dy + c, mask), value = load_row(y + c, mask);
-        const Register gradient = softmax.logarithm
-                                      ? of_output - exp_floats<T>(value) * total
-                                      : value * (of_output - total);
-        store_row(gradient, dx + c, mask);
-      });
-    }, softmax.input, softmax.grad_output, softmax.output);
+  void run() {
+    if (!softmax.backward()) {
+      softmax.logarithm ? log_softmax() : plain_softmax();
+    } else {
+      classes <= kSquare ? backward<true>() : backward<false>();
+    }
   }
 
  private:
   const Softmax<T>& softmax;
 
-  void plain() {
+  void plain_softmax() {
     Base::template find_normalizer<true>(softmax.input);
     row_of_tile(sum) = 1.0f / row_of_tile(sum);
-    for_rows([&](int64_t r, T* y) {
-      const float factor = sum[r];
-      const float* const values = e + r * width;
-      for_registers([&](int64_t c, auto mask) {
-        store_row(row_of_tile(values + c) * factor, y + c, mask);
-      });
-    }, softmax.output);
+    for_rows(
+        [&](int64_t r, T* y) {
+          const float factor = sum[r];
+          const float* const kept = e + r * width;
+          Base::for_registers([&](int64_t c, auto mask) {
+            store_row(row_of_tile(kept + c) * factor, y + c, mask);
+          });
+        },
+        softmax.output);
   }
 
   void log_softmax() {
     Base::template find_normalizer<false>(softmax.input);
-    alignas(kVectorBytes) float low[kSquare];
-    for (int r = 0; r < kSquare; ++r) low[r] = log_of(sum[r]);
-    for_rows([&](int64_t r, const T* x, T* y) {
-      const float high = max[r], shift = low[r];
-      for_registers([&](int64_t c, auto mask) {
-        store_row((load_row(x + c, mask) - high) - shift, y + c, mask);
-      });
-    }, softmax.input, softmax.output);
-  }
-};
-#endif
-
-#ifdef PYFUSED_HAS_REGISTERS
-PYFUSED_INLINE Register log_of_lanes(Register x) {
-  alignas(kVectorBytes) float lanes[kSquare];
-  row_of_tile(lanes) = x;
-  for (int i = 0; i < kSquare; ++i) lanes[i] = log_of(lanes[i]);
-  return row_of_tile(lanes);
-}
-
-template <int kSquares, class T> class SoftmaxTransposed {
-  using Group = TransposedGroup<T, kSquares>;
-
- public:
-  SoftmaxTransposed(const Softmax<T>& softmax, int64_t first, int64_t n)
-      : softmax(softmax), classes(softmax.classes), group{classes, n}, first(first) {}
-
-  void forward() {
-    group.load(at(softmax.input), softmax.input.inner, x);
-    Register high = x[0], sum = Register{};
-    for (int64_t c = 1; c < classes; ++c) high = maximum(x[c], high);
-    for (int64_t c = 0; c < classes; ++c) {
-      const Register e = exp_floats<float>(x[c] - high);
-      if (!softmax.logarithm) x[c] = e;
-      sum = sum + e;
-    }
-    if (softmax.logarithm) {
-      const Register low = log_of_lanes(sum);
-      group.store([&](int64_t c) { return (x[c] - high) - low; }, at(softmax.output), softmax.output.inner);
-    } else {
-      const Register factor = 1.0f / sum;
-      group.store([&](int64_t c) { return x[c] * factor; }, at(softmax.output), softmax.output.inner);
-    }
+    for (float& lane : sum) lane = log_of(lane);
+    for_rows(
+        [&](int64_t r, const T* x, T* y) {
+          const float high = max[r], low = sum[r];
+          Base::for_registers([&](int64_t c, auto mask) {
+            store_row((load_row(x + c, mask) - high) - low, y + c, mask);
+          });
+        },
+        softmax.input, softmax.output);
   }
 
-  void backward() {
-    typename Group::Tile dy;
-    group.load(at(softmax.input), softmax.input.inner, x);
-    group.load(at(softmax.grad_output), softmax.grad_output.inner, dy);
-    Register sum = Register{};
-    if (softmax.logarithm) {
-      for (int64_t c = 0; c < classes; ++c) sum = sum + dy[c];
-      group.store([&](int64_t c) { return dy[c] - exp_floats<T>(x[c]) * sum; }, at(softmax.output), softmax.output.inner);
-    } else {
-      for (int64_t c = 0; c < classes; ++c) sum = sum + dy[c] * x[c];
-      group.store([&](int64_t c) { return x[c] * (dy[c] - sum); }, at(softmax.output), softmax.output.inner);
-    }
+  template <bool kOne> void backward() {
+    const bool logarithm = softmax.logarithm;
+    row_of_tile(sum) = sums(
+        [&](int64_t, const T* y, const T* dy) {
+          Register part = {};
+          Base::template for_registers<kOne>([&](int64_t c, auto mask) {
+            const Register term = load_row(dy + c, mask);
+            part = part + (logarithm ? term : term * load_row(y + c, mask));
+          });
+          return part;
+        },
+        softmax.input, softmax.grad_output);
+    for_rows(
+        [&](int64_t r, const T* y, const T* dy, T* dx) {
+          const float total = sum[r];
+          Base::template for_registers<kOne>([&](int64_t c, auto mask) {
+            const Register of_output = load_row(dy + c, mask), value = load_row(y + c, mask);
+            store_row(logarithm ? of_output - exp_floats<T>(value) * total
+                                : value * (of_output - total),
+                      dx + c, mask);
+          });
+        },
+        softmax.input, softmax.grad_output, softmax.output);
   }
-
- private:
-  const Softmax<T>& softmax;
-  const int64_t classes;
-  const Group group;
-  const int64_t first;
-  typename Group::Tile x;
-
-  template <class U> U* at(const View<U>& view) const { return view.data + first * view.inner; }
 };
 #endif
 
@@ -300,28 +254,13 @@ template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
 }
 
 #ifdef PYFUSED_HAS_REGISTERS
-template <int N, class T> void softmax_groups(const Softmax<T>& softmax) {
-  const int64_t rows = SoftmaxGroup<T, N>::rows(softmax.classes);
-  const int64_t size = std::max<int64_t>(1, rows_of_block(softmax.classes) / rows) * rows;
+template <class T> void softmax_groups(const Softmax<T>& softmax) {
+  const int64_t rows = SoftmaxGroup<T>::rows(softmax.classes);
+  const int64_t size = (rows_of_block(softmax.classes) + rows - 1) / rows * rows;
   parallel_for((softmax.positions() + size - 1) / size, softmax.threads, [&](int64_t block) {
     const int64_t end = std::min(softmax.positions(), (block + 1) * size);
     for (int64_t first = block * size; first < end; first += rows) {
-      SoftmaxGroup<T, N> group(softmax, first, std::min(rows, end - first));
-      softmax.backward() ? group.backward() : group.forward();
-    }
-  });
-}
-#endif
-
-#ifdef PYFUSED_HAS_REGISTERS
-template <int N, class T> void softmax_transposed(const Softmax<T>& softmax) {
-  const int64_t rows = kSquare;
-  const int64_t size = std::max<int64_t>(1, rows_of_block(softmax.classes) / rows) * rows;
-  parallel_for((softmax.positions() + size - 1) / size, softmax.threads, [&](int64_t block) {
-    const int64_t end = std::min(softmax.positions(), (block + 1) * size);
-    for (int64_t first = block * size; first < end; first += rows) {
-      SoftmaxTransposed<N, T> group(softmax, first, std::min(rows, end - first));
-      softmax.backward() ? group.backward() : group.forward();
+      SoftmaxGroup<T>(softmax, first, std::min(rows, end - first)).run();
     }
   });
 }
@@ -340,16 +279,9 @@ template <class T> void softmax(const Softmax<T>& softmax) {
   const bool streams = bytes >= kStreamBytes && has_pages(softmax.output.data, bytes);
 #ifdef PYFUSED_HAS_REGISTERS
   if constexpr (kTransposes<T>) {
-    static const int64_t lo = getenv("GLO") ? atoi(getenv("GLO")) : 9, hi = getenv("GHI") ? atoi(getenv("GHI")) : 256;
-    if (softmax.classes_contiguous() && softmax.classes >= lo && softmax.classes <= hi) {
-      static const int mx = getenv("GN") ? atoi(getenv("GN")) : 4;
-      static const int gt = getenv("GT") ? atoi(getenv("GT")) : 2;
-      const int64_t N = (softmax.classes + kSquare - 1) / kSquare;
-      if (N <= gt) switch (N) { case 1: return softmax_transposed<1>(softmax); case 2: return softmax_transposed<2>(softmax); case 3: return softmax_transposed<3>(softmax);
-       case 4: return softmax_transposed<4>(softmax); }
-      switch (N > mx ? 0 : N) { case 1: return softmax_groups<1>(softmax); case 2: return softmax_groups<2>(softmax); case 3: return softmax_groups<3>(softmax);
-       case 4: return softmax_groups<4>(softmax); }
-      return softmax_groups<0>(softmax);
+    static const int64_t lo = getenv("GLO") ? atoi(getenv("GLO")) : 33, hi = getenv("GHI") ? atoi(getenv("GHI")) : 1024, blo=getenv("BLO") ? atoi(getenv("BLO")) : kSquare/2+1;
+    if (softmax.outer == 1 && softmax.classes_contiguous() && softmax.classes >= (softmax.backward() ? blo : lo) && softmax.classes <= hi) {
+      return softmax_groups(softmax);
     }
   }
 #endif

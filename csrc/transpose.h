@@ -77,8 +77,12 @@ void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns
   for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, RowMask mask) {
     Square rows;
     const T* const corner = from + b * stride + c;
-    for (int i = 0; i < kSquare; ++i) {
-      rows[i] = b + i < n ? load_row(corner + i * stride, mask) : Register{};
+    if (b + kSquare <= n) {
+      for (int i = 0; i < kSquare; ++i) rows[i] = load_row(corner + i * stride, mask);
+    } else {
+      for (int i = 0; i < kSquare; ++i) {
+        rows[i] = b + i < n ? load_row(corner + i * stride, mask) : Register{};
+      }
     }
     if (classes > kSquare) {  // else a cache line has several rows
       for (int i = 0; i < kSquare; ++i)
@@ -101,8 +105,11 @@ void store_transposed(const float* tile, int64_t columns, T* to, int64_t stride,
       rows[i] = i < wide ? row_of_tile(tile + (c + i) * columns + b) : Register{};
     }
     transpose(rows);
-    for (int i = 0; i < kSquare; ++i) {
-      if (b + i < n) store_row(rows[i], to + (b + i) * stride + c, mask);
+    T* const corner = to + b * stride + c;
+    if (b + kSquare <= n) {
+      for (int i = 0; i < kSquare; ++i) store_row(rows[i], corner + i * stride, mask);
+    } else {
+      for (int i = 0; b + i < n; ++i) store_row(rows[i], corner + i * stride, mask);
     }
   });
 }
