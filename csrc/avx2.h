@@ -161,10 +161,10 @@ template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(x, Half{}));
 }
 
-// ---- rows of up to 8 elements, for transpose.h
-// ----------------------------------------------------
+// ---- one register of a row, for transpose.h and row_groups.h ------------------------------------
 
-struct EveryLane {};
+struct EveryLane {};  // instead of a mask
+
 // The first n elements of a row.
 struct RowMask {
   __m256i lanes;
@@ -179,11 +179,12 @@ PYFUSED_INLINE __m256 within(RowMask mask, __m256 x, float fill = 0) {
 }
 PYFUSED_INLINE __m256 within(EveryLane, __m256 x, float = 0) { return x; }
 
+// 0 in the lanes after the mask.
 PYFUSED_INLINE __m256 load_row(const float* x, RowMask mask) {
   return _mm256_maskload_ps(x, mask.lanes);
 }
 template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, RowMask mask) {
-  return widen(_mm256_castsi256_si128(load_halves(x, mask.n)), Half{});
+  return within(mask, widen(_mm256_castsi256_si128(load_halves(x, mask.n)), Half{}));
 }
 
 PYFUSED_INLINE __m256 load_row(const float* x, EveryLane) { return _mm256_loadu_ps(x); }

@@ -121,10 +121,10 @@ template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrow(x, Half{}));
 }
 
-// ---- rows of up to 16 elements, for transpose.h -------------------------------------------------
+// ---- one register of a row, for transpose.h and row_groups.h ------------------------------------
 
 using RowMask = __mmask16;
-struct EveryLane {};
+struct EveryLane {};  // instead of a mask
 
 PYFUSED_INLINE RowMask first_of_row(int64_t n) { return RowMask((1u << n) - 1); }
 
@@ -134,6 +134,7 @@ PYFUSED_INLINE __m512 within(RowMask mask, __m512 x, float fill = 0) {
 }
 PYFUSED_INLINE __m512 within(EveryLane, __m512 x, float = 0) { return x; }
 
+// 0 in the lanes after the mask.
 PYFUSED_INLINE __m512 load_row(const float* x, RowMask mask) {
   return _mm512_maskz_loadu_ps(mask, x);
 }

@@ -15,6 +15,7 @@ namespace pyfused {
 #ifdef PYFUSED_HAS_REGISTERS
 // The exponentials of a group stay in L1: rows of many classes have smaller groups.
 constexpr int64_t kGroupElements = 4096;
+constexpr int64_t kGroupClasses = 1024;  // at most
 
 // Combines, of each row, the lanes; the result is in the row's lane.
 template <class Combine> PYFUSED_INLINE Register across(Square& rows, const Combine& combine) {
@@ -43,10 +44,22 @@ template <class T> class RowGroup {
   alignas(kVectorBytes) float sum[kSquare];       // of exp(x - max)
   alignas(kVectorBytes) float e[kGroupElements];  // exp(x - max)
 
-  // Calls body(row in the group, address of the row in each view).
+  // The group's first row in memory, and the distance of its rows.
+  template <class U> struct Rows {
+    U* row;
+    int64_t stride;
+  };
+  template <class U> Rows<U> rows_of(const View<U>& view) const {
+    return {view.data + first * view.inner, view.inner};
+  }
+
+  // Calls body(row in the group, its address in each memory).
   template <class Body, class... U>
-  PYFUSED_INLINE void for_rows(const Body& body, const View<U>&... views) const {
-    for_rows_at(n, body, std::pair(views.data + first * views.inner, views.inner)...);
+  PYFUSED_INLINE void for_rows(const Body& body, Rows<U>... rows) const {
+    for (int64_t r = 0; r < n; ++r) {
+      body(r, rows.row...);
+      ((rows.row += rows.stride), ...);
+    }
   }
 
   // Calls body(first class, mask) for each register of a row. With kOne there is only one.
@@ -57,15 +70,15 @@ template <class T> class RowGroup {
     body(c, last);
   }
 
-  // The sums of the lanes of row(row in the group, address of the row in each view).
+  // The sums of the lanes of row(row in the group, its address in each memory).
   template <class Row, class... U>
-  PYFUSED_INLINE Register sums(const Row& row, const View<U>&... views) const {
+  PYFUSED_INLINE Register sums(const Row& row, Rows<U>... rows) const {
     Square lanes = {};
-    for_rows([&](int64_t r, auto... at) { lanes[r] = row(r, at...); }, views...);
+    for_rows([&](int64_t r, auto... at) { lanes[r] = row(r, at...); }, rows...);
     return across(lanes, [](Register x, Register y) { return x + y; });
   }
 
-  template <bool Keeps> PYFUSED_INLINE void find_normalizer(const View<const T>& view) {
+  template <bool Keeps> PYFUSED_INLINE void find_normalizer(Rows<const T> rows) {
     Square largest = {};
     for_rows(
         [&](int64_t r, const T* x) {
@@ -75,7 +88,7 @@ template <class T> class RowGroup {
             largest[r] = maximum(value, largest[r]);
           });
         },
-        view);
+        rows);
     row_of_tile(max) = across(largest, [](Register x, Register y) { return maximum(x, y); });
     row_of_tile(sum) = sums(
         [&](int64_t r, const T* x) {
@@ -83,6 +96,7 @@ template <class T> class RowGroup {
           float* const kept = e + r * width;
           Register part = {};
           for_registers([&](int64_t c, auto mask) {
+            PYFUSED_PREFETCH(x + c + kPrefetchDistance<T>);
             // 0 after the row's end, because an exponential that underflows is slow.
             const Register shifted = within(mask, load_row(x + c, mask) - high);
             const Register value = exp_floats<float>(shifted);
@@ -91,19 +105,11 @@ template <class T> class RowGroup {
           });
           return part;
         },
-        view);
+        rows);
   }
 
  private:
   static int64_t padded(int64_t classes) { return (classes + kSquare - 1) / kSquare * kSquare; }
-
-  template <class Body, class... Rows>
-  static PYFUSED_INLINE void for_rows_at(int64_t n, const Body& body, Rows... rows) {
-    for (int64_t r = 0; r < n; ++r) {
-      body(r, rows.first...);
-      ((rows.first += rows.second), ...);
-    }
-  }
 };
 #endif
 

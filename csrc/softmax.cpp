@@ -173,7 +173,8 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
   using Base::rows;
 
   SoftmaxGroup(const Softmax<T>& softmax, int64_t first, int64_t n)
-      : Base(softmax.classes, first, n), softmax(softmax) {}
+      : Base(softmax.classes, first, n), softmax(softmax), input(Base::rows_of(softmax.input)),
+        grad_output(Base::rows_of(softmax.grad_output)), output(Base::rows_of(softmax.output)) {}
 
   void run() {
     if (!softmax.backward()) {
@@ -185,9 +186,11 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
 
  private:
   const Softmax<T>& softmax;
+  const typename Base::template Rows<const T> input, grad_output;
+  const typename Base::template Rows<T> output;
 
   void plain_softmax() {
-    Base::template find_normalizer<true>(softmax.input);
+    Base::template find_normalizer<true>(input);
     row_of_tile(sum) = 1.0f / row_of_tile(sum);
     for_rows(
         [&](int64_t r, T* y) {
@@ -197,11 +200,11 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
             store_row(row_of_tile(kept + c) * factor, y + c, mask);
           });
         },
-        softmax.output);
+        output);
   }
 
   void log_softmax() {
-    Base::template find_normalizer<false>(softmax.input);
+    Base::template find_normalizer<false>(input);
     for (float& lane : sum) lane = log_of(lane);
     for_rows(
         [&](int64_t r, const T* x, T* y) {
@@ -210,7 +213,7 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
             store_row((load_row(x + c, mask) - high) - low, y + c, mask);
           });
         },
-        softmax.input, softmax.output);
+        input, output);
   }
 
   template <bool kOne> void backward() {
@@ -224,18 +227,18 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
           });
           return part;
         },
-        softmax.input, softmax.grad_output);
+        input, grad_output);
     for_rows(
         [&](int64_t r, const T* y, const T* dy, T* dx) {
           const float total = sum[r];
           Base::template for_registers<kOne>([&](int64_t c, auto mask) {
             const Register of_output = load_row(dy + c, mask), value = load_row(y + c, mask);
-            store_row(logarithm ? of_output - exp_floats<T>(value) * total
-                                : value * (of_output - total),
-                      dx + c, mask);
+            store_row(
+                logarithm ? of_output - exp_floats<T>(value) * total : value * (of_output - total),
+                dx + c, mask);
           });
         },
-        softmax.input, softmax.grad_output, softmax.output);
+        input, grad_output, output);
   }
 };
 #endif
@@ -254,6 +257,15 @@ template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
 }
 
 #ifdef PYFUSED_HAS_REGISTERS
+// Few classes leave lanes without work, which costs more than to transpose the rows. Large outputs
+// of floats are limited by memory, and groups have no non-temporal stores.
+template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
+  const int64_t classes = softmax.classes, few = softmax.backward() ? 8 : kFewClasses;
+  const bool limited_by_memory = streams && std::is_same_v<T, float> && classes >= kRowClasses<T>;
+  return softmax.outer == 1 && softmax.classes_contiguous() && classes > few &&
+         classes <= kGroupClasses && !limited_by_memory;
+}
+
 template <class T> void softmax_groups(const Softmax<T>& softmax) {
   const int64_t rows = SoftmaxGroup<T>::rows(softmax.classes);
   const int64_t size = (rows_of_block(softmax.classes) + rows - 1) / rows * rows;
@@ -279,10 +291,7 @@ template <class T> void softmax(const Softmax<T>& softmax) {
   const bool streams = bytes >= kStreamBytes && has_pages(softmax.output.data, bytes);
 #ifdef PYFUSED_HAS_REGISTERS
   if constexpr (kTransposes<T>) {
-    static const int64_t lo = getenv("GLO") ? atoi(getenv("GLO")) : 33, hi = getenv("GHI") ? atoi(getenv("GHI")) : 1024, blo=getenv("BLO") ? atoi(getenv("BLO")) : kSquare/2+1;
-    if (softmax.outer == 1 && softmax.classes_contiguous() && softmax.classes >= (softmax.backward() ? blo : lo) && softmax.classes <= hi) {
-      return softmax_groups(softmax);
-    }
+    if (takes_groups(softmax, streams)) return softmax_groups(softmax);
   }
 #endif
   if (softmax.classes_contiguous() && softmax.classes >= kRowClasses<T>) {
