@@ -84,10 +84,7 @@ void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns
         rows[i] = b + i < n ? load_row(corner + i * stride, mask) : Register{};
       }
     }
-    if (classes > kSquare) {  // else a cache line has several rows
-      for (int i = 0; i < kSquare; ++i)
-        PYFUSED_PREFETCH(corner + i * stride + kPrefetchDistance<T>);
-    }
+    for (int i = 0; i < kSquare; ++i) PYFUSED_PREFETCH(corner + i * stride + kPrefetchDistance<T>);
     transpose(rows);
     for (int i = 0; i < kSquare; ++i) {
       if (i < wide) row_of_tile(tile + (c + i) * columns + b) = rows[i];
@@ -106,6 +103,7 @@ void store_transposed(const float* tile, int64_t columns, T* to, int64_t stride,
     }
     transpose(rows);
     T* const corner = to + b * stride + c;
+    for (int i = 0; i < kSquare; ++i) PYFUSED_PREFETCH(corner + i * stride + kPrefetchDistance<T>);
     if (b + kSquare <= n) {
       for (int i = 0; i < kSquare; ++i) store_row(rows[i], corner + i * stride, mask);
     } else {
