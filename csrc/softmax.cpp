@@ -260,7 +260,7 @@ template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
 // Few classes leave lanes without work, which costs more than to transpose the rows. Large outputs
 // of floats are limited by memory, and groups have no non-temporal stores.
 template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
-  const int64_t classes = softmax.classes, few = softmax.backward() ? 8 : kFewClasses;
+  const int64_t classes = softmax.classes, few = softmax.backward() ? 15 : kFewClasses;
   const bool limited_by_memory = streams && std::is_same_v<T, float> && classes >= kRowClasses<T>;
   return softmax.outer == 1 && softmax.classes_contiguous() && classes > few &&
          classes <= kGroupClasses && !limited_by_memory;

@@ -65,7 +65,11 @@ template <class Body> PYFUSED_INLINE void for_squares(int64_t classes, int64_t n
   for (int64_t b = 0; b < n; b += kSquare) {
     for (int64_t c = 0; c < classes; c += kSquare) {
       const int64_t wide = std::min<int64_t>(kSquare, classes - c);
-      body(b, c, wide, first_of_row(wide));
+      if (wide == kSquare) {
+        body(b, c, wide, EveryLane{});
+      } else {
+        body(b, c, wide, first_of_row(wide));
+      }
     }
   }
 }
@@ -74,7 +78,7 @@ template <class Body> PYFUSED_INLINE void for_squares(int64_t classes, int64_t n
 template <class T>
 void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns, int64_t classes,
                      int64_t n) {
-  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, RowMask mask) {
+  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, auto mask) {
     Square rows;
     const T* const corner = from + b * stride + c;
     if (b + kSquare <= n) {
@@ -96,7 +100,7 @@ void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns
 template <class T>
 void store_transposed(const float* tile, int64_t columns, T* to, int64_t stride, int64_t classes,
                       int64_t n) {
-  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, RowMask mask) {
+  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, auto mask) {
     Square rows;
     for (int i = 0; i < kSquare; ++i) {
       rows[i] = i < wide ? row_of_tile(tile + (c + i) * columns + b) : Register{};
