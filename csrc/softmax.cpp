@@ -197,6 +197,7 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
           const float factor = sum[r];
           const float* const kept = e + r * width;
           Base::for_registers([&](int64_t c, auto mask) {
+            PYFUSED_PREFETCH(y + c + kPrefetchDistance<T>);
             store_row(row_of_tile(kept + c) * factor, y + c, mask);
           });
         },
@@ -210,6 +211,7 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
         [&](int64_t r, const T* x, T* y) {
           const float high = max[r], low = sum[r];
           Base::for_registers([&](int64_t c, auto mask) {
+            PYFUSED_PREFETCH(y + c + kPrefetchDistance<T>);
             store_row((load_row(x + c, mask) - high) - low, y + c, mask);
           });
         },
@@ -232,6 +234,7 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
         [&](int64_t r, const T* y, const T* dy, T* dx) {
           const float total = sum[r];
           Base::template for_registers<kOne>([&](int64_t c, auto mask) {
+            PYFUSED_PREFETCH(dx + c + kPrefetchDistance<T>);
             const Register of_output = load_row(dy + c, mask), value = load_row(y + c, mask);
             store_row(
                 logarithm ? of_output - exp_floats<T>(value) * total : value * (of_output - total),
