@@ -15,7 +15,9 @@ namespace pyfused {
 #ifdef PYFUSED_HAS_REGISTERS
 // The exponentials of a group stay in L1: rows of many classes have smaller groups.
 constexpr int64_t kGroupElements = 4096;
-constexpr int64_t kGroupClasses = 1024;  // at most
+
+// Rows of at most so many: a lane adds up to 32 terms, so that rounding errors stay small.
+constexpr int64_t kGroupClasses = 32 * kSquare;
 
 // Combines, of each row, the lanes; the result is in the row's lane.
 template <class Combine> PYFUSED_INLINE Register across(Square& rows, const Combine& combine) {
