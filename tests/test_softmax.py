@@ -109,7 +109,7 @@ def test_as_accurate_as_torchs(
 
 
 @grid(name=NAMES, dtype=FLOATS, classes=[20, 41, 300], isa=ISAS)
-def test_short_rows_apart(name: str, dtype: torch.dtype, classes: int, isa: str) -> None:  # noqa: ARG001
+def test_short_rows_apart(name: str, dtype: torch.dtype, classes: int, isa: str) -> None:
     """What lies between the rows is not read, and the last rows of a group are complete."""
     ours, of_torch = both(name, 1)
     wide = torch.full((35, classes + 7), NAN).to(dtype)
