@@ -17,7 +17,7 @@ namespace pyfused {
 constexpr int64_t kGroupElements = 4096;
 
 // Rows of at most so many: a lane adds up to 32 terms, so that rounding errors stay small.
-constexpr int64_t kGroupClasses = 32 * kSquare;
+constexpr int64_t kGroupClasses = int64_t(32) * kSquare;
 
 // Combines, of each row, the lanes; the result is in the row's lane.
 template <class Combine> PYFUSED_INLINE Register across(Square& rows, const Combine& combine) {
