@@ -161,8 +161,9 @@ template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(x, Half{}));
 }
 
-// ---- rows of up to 8 elements, for transpose.h
-// ----------------------------------------------------
+// ---- one register of a row, for transpose.h and row_groups.h ------------------------------------
+
+struct EveryLane {};  // instead of a mask
 
 // The first n elements of a row.
 struct RowMask {
@@ -172,11 +173,23 @@ struct RowMask {
 
 PYFUSED_INLINE RowMask first_of_row(int64_t n) { return {first_lanes(n), n}; }
 
+// The lanes of a mask of x, and `fill` in the others.
+PYFUSED_INLINE __m256 within(RowMask mask, __m256 x, float fill = 0) {
+  return _mm256_blendv_ps(_mm256_set1_ps(fill), x, _mm256_castsi256_ps(mask.lanes));
+}
+PYFUSED_INLINE __m256 within(EveryLane, __m256 x, float = 0) { return x; }
+
+// 0 in the lanes after the mask.
 PYFUSED_INLINE __m256 load_row(const float* x, RowMask mask) {
   return _mm256_maskload_ps(x, mask.lanes);
 }
 template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, RowMask mask) {
-  return widen(_mm256_castsi256_si128(load_halves(x, mask.n)), Half{});
+  return within(mask, widen(_mm256_castsi256_si128(load_halves(x, mask.n)), Half{}));
+}
+
+PYFUSED_INLINE __m256 load_row(const float* x, EveryLane) { return _mm256_loadu_ps(x); }
+template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, EveryLane) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)), Half{});
 }
 
 PYFUSED_INLINE __m128i nearest(__m256 x, bfloat16) {  // as narrow() in vec.h
@@ -196,6 +209,10 @@ PYFUSED_INLINE void store_row(__m256 x, float* to, RowMask mask) {
 }
 template <class Half> PYFUSED_INLINE void store_row(__m256 x, Half* to, RowMask mask) {
   store_halves(_mm256_castsi128_si256(nearest(x, Half{})), to, mask.n);
+}
+PYFUSED_INLINE void store_row(__m256 x, float* to, EveryLane) { _mm256_storeu_ps(to, x); }
+template <class Half> PYFUSED_INLINE void store_row(__m256 x, Half* to, EveryLane) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), nearest(x, Half{}));
 }
 
 // Interleave the low or the high halves of each 16 bytes of x and y, in elements of 32 or 64 bits.

@@ -121,12 +121,20 @@ template <class Half> PYFUSED_INLINE void stream_pair(Pair x, Half* to) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrow(x, Half{}));
 }
 
-// ---- rows of up to 16 elements, for transpose.h -------------------------------------------------
+// ---- one register of a row, for transpose.h and row_groups.h ------------------------------------
 
 using RowMask = __mmask16;
+struct EveryLane {};  // instead of a mask
 
 PYFUSED_INLINE RowMask first_of_row(int64_t n) { return RowMask((1u << n) - 1); }
 
+// The lanes of a mask of x, and `fill` in the others.
+PYFUSED_INLINE __m512 within(RowMask mask, __m512 x, float fill = 0) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, x);
+}
+PYFUSED_INLINE __m512 within(EveryLane, __m512 x, float = 0) { return x; }
+
+// 0 in the lanes after the mask.
 PYFUSED_INLINE __m512 load_row(const float* x, RowMask mask) {
   return _mm512_maskz_loadu_ps(mask, x);
 }
@@ -136,6 +144,11 @@ PYFUSED_INLINE __m512 load_row(const bfloat16* x, RowMask mask) {
 }
 PYFUSED_INLINE __m512 load_row(const float16* x, RowMask mask) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
+}
+
+PYFUSED_INLINE __m512 load_row(const float* x, EveryLane) { return _mm512_loadu_ps(x); }
+template <class Half> PYFUSED_INLINE __m512 load_row(const Half* x, EveryLane) {
+  return load_row(x, RowMask(~0));
 }
 
 PYFUSED_INLINE void store_row(__m512 x, float* to, RowMask mask) {
@@ -152,6 +165,9 @@ PYFUSED_INLINE void store_row(__m512 x, bfloat16* to, RowMask mask) {  // as nar
 }
 PYFUSED_INLINE void store_row(__m512 x, float16* to, RowMask mask) {
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+template <class T> PYFUSED_INLINE void store_row(__m512 x, T* to, EveryLane) {
+  store_row(x, to, RowMask(~0));
 }
 
 // Interleave the low or the high halves of each 16 bytes of x and y, in elements of 32 or 64 bits.

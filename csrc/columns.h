@@ -132,9 +132,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     alignas(kVectorBytes) A pivot[kColumns];
     for_tiles(view, [&](int64_t c, int64_t k) {
       for (int64_t b = 0; b < kColumns; ++b) pivot[b] = max[b];
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) pivot[b] = x[i][b] > pivot[b] ? x[i][b] : pivot[b];
-      }
+      largest_of_columns(x, k, pivot);
       for (int64_t b = 0; b < kColumns; ++b) {
         const A previous = max[b];
         max[b] = pivot[b];
@@ -142,14 +140,14 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
         if (c > 0) sum[b] *= double(exp_shifted(previous - pivot[b]));
       }
       for_groups(k, [&](int64_t begin, int64_t end) {
-        alignas(kVectorBytes) A part[kColumns] = {};
-        for (int64_t i = begin; i < end; ++i) {
-          exponentials(x[i], pivot, e[i], kColumns);
-          for (int64_t b = 0; b < kColumns; ++b) part[b] += e[i][b];
-        }
+        alignas(kVectorBytes) A part[kColumns];
+        exponentials_of_columns(x + begin, pivot, end - begin, e + begin, part);
         for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
       });
     });
+  }
+
+  void find_log_sum() {
     for (int64_t b = 0; b < kColumns; ++b) log_sum[b] = log_positive(sum[b]);
   }
 

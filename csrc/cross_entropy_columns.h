@@ -28,7 +28,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
 
   double run() {
     find_targets();
-    ce.lse ? take_lse() : Base::find_normalizer(ce.logits);
+    if (ce.lse) {
+      take_lse();
+    } else {
+      Base::find_normalizer(ce.logits);
+      Base::find_log_sum();
+    }
     find_target_logits();
     if (ce.dense()) {
       find_dense_loss(false);

@@ -5,6 +5,7 @@
 // are 1.2 to 1.9 times faster.
 #pragma once
 
+#include <algorithm>
 #include <iterator>
 
 #include "memory.h"
@@ -60,6 +61,25 @@ template <class A, class T> void scaled(const A* e, A factor, A* buffer, T* out,
 template <class A>
 PYFUSED_INLINE void exponentials(const A* x, const A* pivot, A* e, int64_t n) {
   for (int64_t i = 0; i < n; ++i) e[i] = exp_shifted(x[i] - pivot[i]);
+}
+
+// The largest of each column of k rows and of `highest`.
+template <class A, size_t kColumns>
+PYFUSED_INLINE void largest_of_columns(const A (*x)[kColumns], int64_t k, A* highest) {
+  for (int64_t i = 0; i < k; ++i) {
+    for (size_t b = 0; b < kColumns; ++b) highest[b] = x[i][b] > highest[b] ? x[i][b] : highest[b];
+  }
+}
+
+// e = exp(x - pivot), with a pivot for each column, and the sum of each column.
+template <class A, size_t kColumns>
+PYFUSED_INLINE void exponentials_of_columns(const A (*x)[kColumns], const A* pivot, int64_t k,
+                                            A (*e)[kColumns], A* sums) {
+  std::fill_n(sums, kColumns, A(0));
+  for (int64_t i = 0; i < k; ++i) {
+    exponentials(x[i], pivot, e[i], kColumns);
+    for (size_t b = 0; b < kColumns; ++b) sums[b] += e[i][b];
+  }
 }
 
 #ifdef PYFUSED_HAS_REGISTERS
@@ -156,6 +176,31 @@ PYFUSED_INLINE void exponentials(const float* x, const float* pivot, float* e, i
   }
   for (; i < n; i += kPair) {
     store_pair(exp_floats<float>(load_pair(x + i) - load_pair(pivot + i)), e + i);
+  }
+}
+
+// A maximum or a sum stays in registers while the rows are read. kColumns is a multiple of kPair.
+template <size_t kColumns>
+PYFUSED_INLINE void largest_of_columns(const float (*x)[kColumns], int64_t k, float* highest) {
+  for (size_t b = 0; b < kColumns; b += kPair) {
+    Pair high = load_pair(highest + b);
+    for (int64_t i = 0; i < k; ++i) high = maximum(load_pair(x[i] + b), high);
+    store_pair(high, highest + b);
+  }
+}
+
+template <size_t kColumns>
+PYFUSED_INLINE void exponentials_of_columns(const float (*x)[kColumns], const float* pivot,
+                                            int64_t k, float (*e)[kColumns], float* sums) {
+  for (size_t b = 0; b < kColumns; b += kPair) {
+    const Pair shift = load_pair(pivot + b);
+    Pair sum = broadcast(0);
+    for (int64_t i = 0; i < k; ++i) {
+      const Pair value = exp_floats<float>(load_pair(x[i] + b) - shift);
+      store_pair(value, e[i] + b);
+      sum = sum + value;
+    }
+    store_pair(sum, sums + b);
   }
 }
 #endif

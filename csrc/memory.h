@@ -20,7 +20,9 @@ namespace pyfused {
 
 // How many elements ahead a loop prefetches: 16 KiB. The hardware prefetcher stops at page
 // boundaries and does not run ahead while a loop computes on data in L1. Sums of exponentials are
-// 1.05 to 1.3 times faster, tiles of more than 16 classes 1.1 to 2.1 times.
+// 1.05 to 1.3 times faster, transposed tiles 1.1 to 2.1 times. Outputs are prefetched as well,
+// because a store waits for its cache line: 1.1 to 1.3 times faster where they are not in the
+// cache.
 template <class T> constexpr int64_t kPrefetchDistance = (1 << 14) / int64_t(sizeof(T));
 
 // From this size on, glibc gets each block from mmap, and Linux zeroes its pages at the first

@@ -6,6 +6,7 @@
 #include "columns.h"
 #include "memory.h"
 #include "parallel.h"
+#include "row_groups.h"
 #include "rows.h"
 
 namespace pyfused {
@@ -96,18 +97,21 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
 
   void forward() {
     Base::find_normalizer(softmax.input);
-    alignas(kVectorBytes) A factor[kColumns], low[kColumns];
-    for (int64_t b = 0; b < kColumns; ++b) {
-      factor[b] = A(1 / sum[b]);
-      low[b] = A(log_sum[b]);
+    alignas(kVectorBytes) A last[kColumns];  // what is subtracted, or multiplied by
+    if (softmax.logarithm) {
+      Base::find_log_sum();
+      std::copy_n(log_sum, kColumns, last);
+    } else {
+      PYFUSED_SIMD()
+      for (int64_t b = 0; b < kColumns; ++b) last[b] = A(1 / sum[b]);
     }
     for_tiles(softmax.input, [&](int64_t c, int64_t k) {
       for (int64_t i = 0; i < k; ++i) {
         if (softmax.logarithm) {
-          for (int64_t b = 0; b < kColumns; ++b) e[i][b] = (x[i][b] - max[b]) - low[b];
+          for (int64_t b = 0; b < kColumns; ++b) e[i][b] = (x[i][b] - max[b]) - last[b];
         } else {
-          exponentials(x[i], max, e[i], kColumns);
-          for (int64_t b = 0; b < kColumns; ++b) e[i][b] *= factor[b];
+          if (softmax.classes > kTileClasses) exponentials(x[i], max, e[i], kColumns);
+          for (int64_t b = 0; b < kColumns; ++b) e[i][b] *= last[b];
         }
       }
       store_tile(e, softmax.output, c, k);
@@ -157,6 +161,91 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   }
 };
 
+// ---- groups of short rows -----------------------------------------------------------------------
+
+#ifdef PYFUSED_HAS_REGISTERS
+template <class T> class SoftmaxGroup : RowGroup<T> {
+  using Base = RowGroup<T>;
+  using Base::classes, Base::width, Base::max, Base::sum, Base::e;
+  using Base::for_rows, Base::sums;
+
+ public:
+  using Base::rows;
+
+  SoftmaxGroup(const Softmax<T>& softmax, int64_t first, int64_t n)
+      : Base(softmax.classes, first, n), softmax(softmax), input(Base::rows_of(softmax.input)),
+        grad_output(Base::rows_of(softmax.grad_output)), output(Base::rows_of(softmax.output)) {}
+
+  void run() {
+    if (!softmax.backward()) {
+      softmax.logarithm ? log_softmax() : plain_softmax();
+    } else {
+      classes <= kSquare ? backward<true>() : backward<false>();
+    }
+  }
+
+ private:
+  const Softmax<T>& softmax;
+  const typename Base::template Rows<const T> input, grad_output;
+  const typename Base::template Rows<T> output;
+
+  void plain_softmax() {
+    Base::template find_normalizer<true>(input);
+    row_of_tile(sum) = 1.0f / row_of_tile(sum);
+    for_rows(
+        [&](int64_t r, T* y) {
+          const float factor = sum[r];
+          const float* const kept = e + r * width;
+          Base::for_registers([&](int64_t c, auto mask) {
+            PYFUSED_PREFETCH(y + c + kPrefetchDistance<T>);
+            store_row(row_of_tile(kept + c) * factor, y + c, mask);
+          });
+        },
+        output);
+  }
+
+  void log_softmax() {
+    Base::template find_normalizer<false>(input);
+    for (float& lane : sum) lane = log_of(lane);
+    for_rows(
+        [&](int64_t r, const T* x, T* y) {
+          const float high = max[r], low = sum[r];
+          Base::for_registers([&](int64_t c, auto mask) {
+            PYFUSED_PREFETCH(y + c + kPrefetchDistance<T>);
+            store_row((load_row(x + c, mask) - high) - low, y + c, mask);
+          });
+        },
+        input, output);
+  }
+
+  template <bool kOne> void backward() {
+    const bool logarithm = softmax.logarithm;
+    row_of_tile(sum) = sums(
+        [&](int64_t, const T* y, const T* dy) {
+          Register part = {};
+          Base::template for_registers<kOne>([&](int64_t c, auto mask) {
+            const Register term = load_row(dy + c, mask);
+            part = part + (logarithm ? term : term * load_row(y + c, mask));
+          });
+          return part;
+        },
+        input, grad_output);
+    for_rows(
+        [&](int64_t r, const T* y, const T* dy, T* dx) {
+          const float total = sum[r];
+          Base::template for_registers<kOne>([&](int64_t c, auto mask) {
+            PYFUSED_PREFETCH(dx + c + kPrefetchDistance<T>);
+            const Register of_output = load_row(dy + c, mask), value = load_row(y + c, mask);
+            store_row(
+                logarithm ? of_output - exp_floats<T>(value) * total : value * (of_output - total),
+                dx + c, mask);
+          });
+        },
+        input, grad_output, output);
+  }
+};
+#endif
+
 // ---- the batch ----------------------------------------------------------------------------------
 
 template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
@@ -170,6 +259,28 @@ template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
   });
 }
 
+#ifdef PYFUSED_HAS_REGISTERS
+// Few classes leave lanes without work, which costs more than to transpose the rows. Large outputs
+// of floats are limited by memory, and groups have no non-temporal stores.
+template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
+  const int64_t classes = softmax.classes, few = softmax.backward() ? 15 : kFewClasses;
+  const bool limited_by_memory = streams && std::is_same_v<T, float> && classes >= kRowClasses<T>;
+  return softmax.outer == 1 && softmax.classes_contiguous() && classes > few &&
+         classes <= kGroupClasses && !limited_by_memory;
+}
+
+template <class T> void softmax_groups(const Softmax<T>& softmax) {
+  const int64_t rows = SoftmaxGroup<T>::rows(softmax.classes);
+  const int64_t size = (rows_of_block(softmax.classes) + rows - 1) / rows * rows;
+  parallel_for((softmax.positions() + size - 1) / size, softmax.threads, [&](int64_t block) {
+    const int64_t end = std::min(softmax.positions(), (block + 1) * size);
+    for (int64_t first = block * size; first < end; first += rows) {
+      SoftmaxGroup<T>(softmax, first, std::min(rows, end - first)).run();
+    }
+  });
+}
+#endif
+
 template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, bool streams) {
   constexpr int64_t size = Block::kPositions;
   parallel_for((softmax.positions() + size - 1) / size, softmax.threads, [&](int64_t block) {
@@ -181,6 +292,11 @@ template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, 
 template <class T> void softmax(const Softmax<T>& softmax) {
   const size_t bytes = size_t(softmax.positions() * softmax.classes) * sizeof(T);
   const bool streams = bytes >= kStreamBytes && has_pages(softmax.output.data, bytes);
+#ifdef PYFUSED_HAS_REGISTERS
+  if constexpr (kTransposes<T>) {
+    if (takes_groups(softmax, streams)) return softmax_groups(softmax);
+  }
+#endif
   if (softmax.classes_contiguous() && softmax.classes >= kRowClasses<T>) {
     softmax_rows(softmax, streams);
   } else if (softmax.classes <= kFewClasses) {

@@ -65,7 +65,11 @@ template <class Body> PYFUSED_INLINE void for_squares(int64_t classes, int64_t n
   for (int64_t b = 0; b < n; b += kSquare) {
     for (int64_t c = 0; c < classes; c += kSquare) {
       const int64_t wide = std::min<int64_t>(kSquare, classes - c);
-      body(b, c, wide, first_of_row(wide));
+      if (wide == kSquare) {
+        body(b, c, wide, EveryLane{});
+      } else {
+        body(b, c, wide, first_of_row(wide));
+      }
     }
   }
 }
@@ -74,16 +78,17 @@ template <class Body> PYFUSED_INLINE void for_squares(int64_t classes, int64_t n
 template <class T>
 void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns, int64_t classes,
                      int64_t n) {
-  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, RowMask mask) {
+  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, auto mask) {
     Square rows;
     const T* const corner = from + b * stride + c;
-    for (int i = 0; i < kSquare; ++i) {
-      rows[i] = b + i < n ? load_row(corner + i * stride, mask) : Register{};
+    if (b + kSquare <= n) {
+      for (int i = 0; i < kSquare; ++i) rows[i] = load_row(corner + i * stride, mask);
+    } else {
+      for (int i = 0; i < kSquare; ++i) {
+        rows[i] = b + i < n ? load_row(corner + i * stride, mask) : Register{};
+      }
     }
-    if (classes > kSquare) {  // else a cache line has several rows
-      for (int i = 0; i < kSquare; ++i)
-        PYFUSED_PREFETCH(corner + i * stride + kPrefetchDistance<T>);
-    }
+    for (int i = 0; i < kSquare; ++i) PYFUSED_PREFETCH(corner + i * stride + kPrefetchDistance<T>);
     transpose(rows);
     for (int i = 0; i < kSquare; ++i) {
       if (i < wide) row_of_tile(tile + (c + i) * columns + b) = rows[i];
@@ -95,14 +100,18 @@ void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns
 template <class T>
 void store_transposed(const float* tile, int64_t columns, T* to, int64_t stride, int64_t classes,
                       int64_t n) {
-  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, RowMask mask) {
+  for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, auto mask) {
     Square rows;
     for (int i = 0; i < kSquare; ++i) {
       rows[i] = i < wide ? row_of_tile(tile + (c + i) * columns + b) : Register{};
     }
     transpose(rows);
-    for (int i = 0; i < kSquare; ++i) {
-      if (b + i < n) store_row(rows[i], to + (b + i) * stride + c, mask);
+    T* const corner = to + b * stride + c;
+    for (int i = 0; i < kSquare; ++i) PYFUSED_PREFETCH(corner + i * stride + kPrefetchDistance<T>);
+    if (b + kSquare <= n) {
+      for (int i = 0; i < kSquare; ++i) store_row(rows[i], corner + i * stride, mask);
+    } else {
+      for (int i = 0; b + i < n; ++i) store_row(rows[i], corner + i * stride, mask);
     }
   });
 }

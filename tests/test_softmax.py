@@ -32,7 +32,8 @@ NAMES = "softmax", "log_softmax"
 by_name = pytest.mark.parametrize("name", NAMES)
 close = torch.testing.assert_close
 
-# Rows side by side and not; within a tile, a chunk, a row that is kept, and beyond.
+# Rows side by side and not; within a tile, a group, a block of groups, a chunk, a row that is kept,
+# and beyond.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((7,), 0),
     ((1,), -1),
@@ -40,6 +41,11 @@ SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((130, 33), 1),
     ((3, 127), -1),
     ((3, 129), -1),
+    ((37, 16), 1),
+    ((900, 37), 1),
+    ((19, 256), 1),
+    ((9, 512), 1),
+    ((19, 1000), 1),
     ((2, 1025), 1),
     ((2, 9000), 1),
     ((2, 3, 4, 65), 3),
@@ -101,6 +107,15 @@ def test_as_accurate_as_torchs(
         errors.add("gradient", of_ours, of_torchs, ideal, term)
     errors.check(roundings=4 if dtype == torch.float64 else 2)
     assert kernel_calls == {name: 2, f"{name}_backward": 2}
+
+
+@grid(name=NAMES, dtype=FLOATS, classes=[20, 41, 300], isa=ISAS)
+def test_short_rows_apart(name: str, dtype: torch.dtype, classes: int, isa: str) -> None:
+    """What lies between the rows is not read, and the last rows of a group are complete."""
+    ours, of_torch = both(name, 1)
+    wide = torch.full((35, classes + 7), NAN).to(dtype)
+    wide[:, :classes] = torch.randn(35, classes)
+    assert_alike(ours, of_torch, wide[:, :classes].detach().requires_grad_())
 
 
 @grid(name=NAMES, dtype=FLOATS, classes=[5, 200], dim=[0, 0, 1, 1])
