@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare sizes docs lint sanitize clean
+	bench-quick bench-busy bench-compare bench-sweep sizes docs lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,9 @@ bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these:
 
 sizes: $(BUILD) $(TOOLS) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (10 minutes)
 	$(BIN)/python benchmarks/run.py sizes $(SIZES_ARGS)
+
+bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than torch's (20 minutes)
+	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
 docs: $(BUILD) $(EXTRAS) ## write the documentation to site/; its links, code and spelling are checked
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests

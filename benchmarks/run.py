@@ -274,6 +274,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=0.08, help="for a call")
     add("--margin", type=float, default=0.95, help="a ratio below is slower")
     add("--shapes", type=int, default=6, help="how many for an operator and a dtype")
+    add("--minutes", type=float, default=20, help="at most")
     add("--seed", type=int, help="draw the shapes of another run again")
 
     words = "time a language model's head and loss, and write docs/language-models.md"

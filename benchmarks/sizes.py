@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,18 +16,19 @@ from pathlib import Path
 
 import cases
 import torch
-from cases import DTYPES, OPS, SOFTMAX, Case, ratios
+from cases import ACTIVATIONS, DTYPES, OPS, SOFTMAX, Case, ratios
 from pairs import cells
 from report import machine, machine_info, measured, tabulated
 from rich.progress import track
 
 import pyfused.functional
 from pyfused.ops import dispatch
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseLoss
 from pyfused.ops.sizes import ATEN_BELOW
 
-Bands = tuple[tuple[float, int], ...]  # (classes up to, elements below which ATen is faster)
 Shape = tuple[int, ...]
-Table = dict[str, dict[torch.dtype, Bands]]
+Table = dict[str, dict[torch.dtype, dispatch.Bands]]
 
 FILE = Path(__file__).parents[1] / "pyfused/ops/sizes.py"
 MEASURED = re.compile(r'(?s)(?<=forward \+ backward on\n).*?(?=""")')
@@ -36,35 +38,34 @@ SECONDS = 0.06  # a measurement; what decides is measured again, for longer
 MARGIN = 0.03
 # Where an operator has classes, how many: each stands for those above the one before.
 CLASSES = {
+    **dict.fromkeys(SOFTMAX, (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 32000)),
     "cross_entropy": (2, 8, 15, 24, 32, 64, 256, 1000, 32000),
     "cross_entropy_kdim": (2, 21, 64, 256),
     "nll_loss": (10, 1000),
     "multi_margin_loss": (10, 1000),
 }
 ALL_THREADS = torch.get_num_threads()
-COLUMNS = 256  # of softmax, whose classes make no difference
 
 
 @lru_cache(maxsize=1)
-def both(case: Case) -> list[cases.Timer]:
+def both(case: Case, mode: str = cases.TRAINING) -> list[cases.Timer]:
     """Of torch's operator and of pyfused's."""
     arguments = cases.draw(case)
     cases.assert_correct(case, arguments)
     operators = cases.TORCH, pyfused.functional
-    return cases.timers_of([cases.step(each, case, arguments) for each in operators])
+    return cases.timers_of([cases.step(each, case, arguments, mode) for each in operators])
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
 def keys(op: str) -> list[str]:
-    """An operator's keys in the table: logits of more than two dimensions have one of their own."""
-    return [op] + [key for key in CLASSES if key == f"{op}_kdim"]
+    """An operator's keys in the table: k-dimensional logits and losses of elements have one."""
+    each = isinstance(OPERATORS[op], PointwiseLoss)
+    return [op, *[key for key in CLASSES if key == f"{op}_kdim"], *[f"{op}_none"] * each]
 
 
 def shape(key: str, classes: int, elements: int) -> Shape:
-    if key in SOFTMAX:
-        return (max(1, elements // COLUMNS), COLUMNS)
     if key not in CLASSES:
         return (elements,)
     positions = elements // classes
@@ -77,11 +78,6 @@ def tried(classes: int, old: int) -> Iterator[int]:
     while elements >= max(SMALLEST, classes):
         yield elements
         elements //= 4 if old and elements >= 32 * old else 2
-
-
-def below(bands: Bands, classes: int) -> int:
-    """What the table says; an operator that is not in it has every size."""
-    return next((below for most, below in bands if classes <= most), 0)
 
 
 def kernels_keep(case: Case, had: bool) -> bool:
@@ -108,7 +104,8 @@ def threshold(op: str, key: str, dtype: torch.dtype, classes: int, old: int) -> 
     """From how many elements on the kernels take a call."""
     found = 2 * LARGEST
     for elements in tried(classes, old):
-        case = Case(op, shape(key, classes, elements), dtype)
+        reduction = "none" if key.endswith("_none") else "mean"
+        case = Case(op, shape(key, classes, elements), dtype, reduction=reduction)
         try:
             keep = kernels_keep(case, had=elements >= old)
         except NotImplementedError:  # torch's
@@ -119,7 +116,7 @@ def threshold(op: str, key: str, dtype: torch.dtype, classes: int, old: int) -> 
     return min(found, old or found)  # the table knows of smaller ones, with fewer classes
 
 
-def banded(found: dict[int, int]) -> Bands:
+def banded(found: dict[int, int]) -> dispatch.Bands:
     """Thresholds by class as bands: neighbours with the same one share it."""
     bands: list[tuple[float, int]] = []
     for classes, below in found.items():
@@ -132,7 +129,7 @@ def banded(found: dict[int, int]) -> Bands:
 def written(table: Table) -> str:
     """The file with another table, and with what it was measured on."""
 
-    def row(bands: Bands) -> str:
+    def row(bands: dispatch.Bands) -> str:
         cells = [
             f"({'ANY' if most == math.inf else int(most)}, "
             f"{f'1 << {below.bit_length() - 1}' if below else 0})"
@@ -167,10 +164,10 @@ def sizes(options: Namespace) -> None:
     ]
     for op, key, name in track(asked, "Measuring", transient=True):
         dtype = DTYPES[name]
-        before = old.get(key, {}).get(dtype, ())
+        before = (old.get(key) or old.get(op, {})).get(dtype, ())
         new[key][dtype] = banded(
             {
-                classes: threshold(op, key, dtype, classes, below(before, classes))
+                classes: threshold(op, key, dtype, classes, dispatch.below(before, classes))
                 for classes in CLASSES.get(key, (1,))
             }
         )
@@ -184,54 +181,89 @@ def sizes(options: Namespace) -> None:
 # ---- sweep ---------------------------------------------------------------------------------------
 
 
-def shapes(
-    op: str, dtype: torch.dtype, count: int, draw: random.Random
-) -> Iterator[tuple[int, ...]]:
-    """Random ones, and the smallest that the kernels take: those that have the least to win."""
-    by_classes = op in (*SOFTMAX, *CLASSES)
-    edges = [(most, below) for most, below in ATEN_BELOW[op][dtype] if below]
-    for place in range(count + len(edges)):
-        elements, classes = round(2 ** draw.uniform(0, 25)), round(2 ** draw.uniform(1, 18))
-        if place >= count:
-            most, elements = edges[place - count]
-            classes = int(min(most, classes))
-        rows = max(1, -(-elements // classes))
-        if not by_classes:
-            yield (elements,)
-        elif op == "cross_entropy" and place < count and draw.random() < 0.3:
-            yield (1, classes, rows) if draw.random() < 0.5 else (rows, classes, 1)
-        else:
-            yield (rows, classes)
+# The lengths of rows in attention, detection, segmentation and language models.
+LENGTHS = ((64, 4096), (80, 1200), (19, 150), (2, 64), (10_000, 130_000))
+
+
+def between(low: float, high: float, draw: random.Random) -> int:
+    """As many of each order of magnitude."""
+    return round(math.exp(draw.uniform(math.log(low), math.log(high))))
+
+
+def split(elements: int, dims: int, draw: random.Random) -> Shape:
+    """About so many elements in so many dimensions."""
+    sizes = []
+    for _ in range(dims - 1):
+        sizes.append(between(1, max(2, elements), draw))
+        elements = max(1, elements // sizes[-1])
+    return (*sizes, elements)
+
+
+def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Iterator[Case]:
+    """Random shapes and reductions."""
+    for _ in range(count):
+        elements, reduction = between(1 << 6, 1 << 24, draw), "mean"
+        shape = split(elements, draw.randint(1, 4), draw)
+        if op in (*SOFTMAX, *CLASSES):
+            length = between(*draw.choice(LENGTHS), draw)
+            rows = max(1, elements // length)
+            shape = (*split(rows, draw.randint(1, 3), draw), length)
+            if op not in SOFTMAX:
+                shape = (rows, length)
+            if op == "cross_entropy" and draw.random() < 0.3:
+                n = between(1, 16, draw)
+                shape = (n, length, max(1, rows // n))
+        if op not in (*SOFTMAX, *ACTIVATIONS):
+            reduction = draw.choice(("mean", "mean", "none"))
+        yield Case(op, shape, dtype, reduction=reduction)
+
+
+def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The smallest that the kernels take: those that have the least to win."""
+    for key in keys(op):
+        for most, elements in ATEN_BELOW.get(key, {}).get(dtype, ()):
+            if elements:
+                reduction = "none" if key.endswith("_none") else "mean"
+                classes = min(most, 1 << 10)
+                yield Case(op, shape(key, int(classes), elements), dtype, reduction=reduction)
 
 
 def sweep(options: Namespace) -> None:
-    """A call is slower where the upper quartile of the ratio stays below the margin."""
+    """A call is slower where the upper quartile of the ratio, and that of minima, are."""
     cases.settle_allocator()
     seed = random.randrange(1 << 16) if options.seed is None else options.seed
     print(f"--seed {seed}")
     draw = random.Random(seed)
     points = [
-        (Case(op, shape, DTYPES[name]), threads)
+        (case, mode, threads)
         for op in options.op or OPS
-        for name in options.dtype or DTYPES
-        for shape in shapes(op, DTYPES[name], options.shapes, draw)
+        for name in options.dtype or ("float32", "bfloat16")
+        for case in (*drawn(op, DTYPES[name], options.shapes, draw), *edges(op, DTYPES[name]))
+        for mode in cases.MODES
         for threads in options.threads
     ]
     draw.shuffle(points)  # a noisy minute spoils no one operator
     found = []
-    for case, threads in track(points, "Measuring", transient=True):
+    until = time.perf_counter() + options.minutes * 60
+    for case, mode, threads in track(points, "Measuring", transient=True):
+        if time.perf_counter() > until:
+            print(f"out of time after {len(found)} of {len(points)} calls")
+            break
         torch.set_num_threads(threads)
-        times = cases.remeasured(both(case), options.seconds, options.margin, fewest=4)
-        found.append((case, threads, times))
-    found.sort(key=lambda each: ratios(*each[2])[1])
-    rows = []
-    for case, threads, times in found[:20]:
-        aten = dispatch.aten_is_faster(
-            case.op, torch.empty((), dtype=case.dtype).expand(case.shape)
-        )
-        rows.append([case.name, "ATen" if aten else "pyfused", str(threads), *cells(times)])
-    names = ["forward+backward", "taken by", "threads", "torch, ms", "pyfused, ms", "ratio"]
+        timers = both(case, mode)
+        times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
+        found.append((case, mode, threads, times))
+    found.sort(key=lambda each: ratios(*each[3])[1])
+    rows = [
+        [case.name, mode, str(threads), *cells(times), f"{min(times[0]) / min(times[1]):.2f}"]
+        for case, mode, threads, times in found
+        if ratios(*times)[1] < options.margin
+    ]
+    names = ["case", "mode", "threads", "torch, ms", "pyfused, ms", "ratio", "of minima"]
     print(tabulated(names, rows, names=2))
-    slower = sum(ratios(*times)[2] < options.margin for *_, times in found)
+    slower = sum(
+        ratios(*times)[2] < options.margin and min(times[0]) < options.margin * min(times[1])
+        for *_, times in found
+    )
     print(f"{slower} of {len(found)} calls are slower than torch's beyond the spread")
     sys.exit(slower > 0)

@@ -293,8 +293,9 @@ template <class A> struct LossChunk {
   std::array<A*, 3> gradients;
 };
 
+// Flattened, as GCC vectorizes no loop that calls, and stops inlining in a file with this many.
 template <template <class> class Formula, class A>
-void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
+PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   const Formula<A> f(parameters);
   const int64_t n = chunk.n;
   const A scale = chunk.scale;

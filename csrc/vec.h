@@ -31,15 +31,18 @@
 #define PYFUSED_RESTRICT __restrict__
 #define PYFUSED_INLINE inline __attribute__((always_inline))
 #define PYFUSED_NOINLINE __attribute__((noinline))
+#define PYFUSED_FLATTEN __attribute__((flatten))  // all that it calls is inlined
 #define PYFUSED_PREFETCH(address) __builtin_prefetch(address)
 #elif defined(_MSC_VER)
 #define PYFUSED_RESTRICT __restrict
 #define PYFUSED_INLINE __forceinline
 #define PYFUSED_NOINLINE __declspec(noinline)
+#define PYFUSED_FLATTEN
 #else
 #define PYFUSED_RESTRICT
 #define PYFUSED_INLINE inline
 #define PYFUSED_NOINLINE
+#define PYFUSED_FLATTEN
 #endif
 #ifndef PYFUSED_PREFETCH
 #define PYFUSED_PREFETCH(address)

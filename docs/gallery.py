@@ -253,11 +253,16 @@ def sizes(*operators: str) -> str:
     columns = ["operator", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]
     names = {"cross_entropy_kdim": "`cross_entropy`, (N, C, d1, ..., dk)"}
     rows = [
-        [names.get(key, f"`{key}`"), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
+        [names.get(key, _key(key)), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
         for key, below in ATEN_BELOW.items()
-        if not operators or key.removesuffix("_kdim") in operators
+        if not operators or key.removesuffix("_kdim").removesuffix("_none") in operators
     ]
     return report.tabulated(columns, rows, names=1) if rows else ""
+
+
+def _key(key: str) -> str:
+    op = key.removesuffix("_none")
+    return f"`{op}`" + ", without reduction" * (op != key)
 
 
 def _elements(rows: Sequence[tuple[float, int]]) -> str:

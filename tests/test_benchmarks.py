@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ import sizes
 from cases import DTYPES, OPS, TORCH, TRAINING, Case, assert_correct, draw, step
 
 from pyfused.ops import dispatch
+from pyfused.ops.operators import CROSS_ENTROPY, L1_LOSS, SOFTMAX
 from pyfused.ops.sizes import ATEN_BELOW
 
 
@@ -59,7 +61,10 @@ def test_a_wrong_result_is_not_timed() -> None:
 # ---- the table of sizes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [key for op in OPS for key in sizes.keys(op)])
+KEYS = [key for op in OPS for key in sizes.keys(op) if not key.endswith("_none")]
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_every_operator_has_its_rows_in_the_table_of_sizes(key: str) -> None:
     """Else `make sizes SIZES_ARGS="--op ..."` is still to be run."""
     rows = ATEN_BELOW.get(key, {})
@@ -115,9 +120,41 @@ def test_what_moves_an_entry_is_measured_several_times(
 def test_classes_that_share_a_threshold_share_a_band() -> None:
     found = {2: 1 << 12, 8: 1 << 12, 24: 1 << 15, 64: 1 << 16, 1000: 1 << 16}
     assert sizes.banded(found) == ((8, 1 << 12), (24, 1 << 15), (math.inf, 1 << 16))
-    assert sizes.below(sizes.banded(found), 8) == 1 << 12
-    assert sizes.below(sizes.banded(found), 9) == 1 << 15
-    assert sizes.below((), 9) == 0  # a new operator
+    assert dispatch.below(sizes.banded(found), 8) == 1 << 12
+    assert dispatch.below(sizes.banded(found), 9) == 1 << 15
+    assert dispatch.below((), 9) == 0  # a new operator
+
+
+def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_all = ATEN_BELOW["l1_loss"][torch.float16]
+    monkeypatch.setitem(ATEN_BELOW, "l1_loss_none", {torch.float32: ((math.inf, 1 << 5),)})
+    assert dispatch.bands("l1_loss_none", "l1_loss", torch.float16) == of_all
+    assert dispatch.bands("l1_loss_none", "l1_loss", torch.float32) == ((math.inf, 1 << 5),)
+    x, small = torch.rand(1 << 6), torch.rand(1 << 4)
+    for reduction in ("none", "mean"):
+        faster = [
+            dispatch.aten_is_faster(L1_LOSS, L1_LOSS.bind(y, y, None, None, reduction, None))
+            for y in (small, x)
+        ]
+        assert faster == ([True, False] if reduction == "none" else [True, True])
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "dim", "expected"),
+    [
+        (SOFTMAX, (7, 2, 5), 1, ("softmax", 2)),
+        (SOFTMAX, (7, 2, 5), -1, ("softmax", 5)),
+        (SOFTMAX, (7,), None, ("softmax", 1)),
+        (CROSS_ENTROPY, (7, 2, 5), None, ("cross_entropy_kdim", 2)),
+        (CROSS_ENTROPY, (7, 2), None, ("cross_entropy", 2)),
+        (CROSS_ENTROPY, (7,), None, ("cross_entropy", 7)),
+    ],
+    ids=str,
+)
+def test_rows_of_the_table_are_for_rows_of_a_length(
+    op: Any, shape: tuple[int, ...], dim: int | None, expected: tuple[str, int]
+) -> None:
+    assert op.size_key((torch.empty(shape), dim)) == expected
 
 
 def test_the_file_of_sizes_is_what_was_measured(
@@ -141,14 +178,22 @@ def test_the_file_of_sizes_is_what_was_measured(
     assert torch.__version__ in str(names["__doc__"])
 
 
-def test_a_seed_draws_the_same_shapes_again() -> None:
-    one, other = (
-        list(sizes.shapes("cross_entropy", torch.float32, 20, random.Random(3))) for _ in range(2)
-    )
+@pytest.mark.parametrize("op", ["cross_entropy", "softmax", "mse_loss", "relu"])
+def test_a_seed_draws_the_same_calls_again(op: str) -> None:
+    one, other = (list(sizes.drawn(op, torch.float32, 30, random.Random(3))) for _ in range(2))
     assert one == other
-    assert {len(shape) for shape in one} == {2, 3}
+    dims = {len(case.shape) for case in one}
+    assert dims == {"cross_entropy": {2, 3}, "softmax": {2, 3, 4}}.get(op, {1, 2, 3, 4})
+    assert {case.reduction for case in one} == (
+        {"mean", "none"} if "loss" in op or "entropy" in op else {"mean"}
+    )
+    assert len({case.elements for case in one}) > 20
+
+
+def test_the_edges_of_the_table_are_swept() -> None:
     edges = [below for _, below in ATEN_BELOW["cross_entropy"][torch.float32]]
-    assert [math.prod(shape) >= below for shape, below in zip(one[20:], edges, strict=True)]
+    swept = [case.elements for case in sizes.edges("cross_entropy", torch.float32)]
+    assert all(abs(got - below) < 1024 for got, below in zip(swept, edges, strict=False))
 
 
 # ---- reports -------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ class Given(NamedTuple):
 class ClassLoss(Operator):
     """A loss of each row of scores beside a class index, or beside probabilities of the classes."""
 
+    def size_key(self, arguments: Arguments) -> tuple[str, int]:
+        shape = arguments[0].shape
+        classes = shape[1] if len(shape) > 1 else arguments[0].numel()
+        return self.name + "_kdim" * (len(shape) > 2), classes
+
     @abstractmethod
     def read(self, arguments: Arguments) -> Given:
         """The arguments that kernels take, as they were given."""

@@ -123,6 +123,10 @@ class Operator(ABC):
         """The arguments as `call` takes them, from those of torch's function or of pyfused's."""
         return arguments + tuple([by_name[name] for name in self.arguments[len(arguments) :]])
 
+    def size_key(self, arguments: Arguments) -> tuple[str, int]:  # noqa: ARG002
+        """Which rows of the table of sizes are for a call, and the length of its rows there."""
+        return self.name, 1
+
     @abstractmethod
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         """The result, of arguments that the kernels take."""

@@ -32,9 +32,10 @@ from pyfused.ops.sizes import ATEN_BELOW
 # mse_loss in 150 us and pyfused in 400: a kernel pays where ATen's kernels take longer than that.
 # ATen's activations reach the memory's bandwidth, so that none is faster. Its loss of class indices
 # takes 1.6 us a thousand rows, whatever the number of classes.
+Bands = tuple[tuple[float, int], ...]  # (length of rows up to, elements below)
 NEVER = sys.maxsize
 _ANY = math.inf
-ATEN_BELOW_ON_GPU: dict[str, tuple[tuple[float, int], ...]] = {
+ATEN_BELOW_ON_GPU: dict[str, Bands] = {
     **dict.fromkeys(("relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu"), ((_ANY, NEVER),)),
     **dict.fromkeys(("mse_loss", "smooth_l1_loss", "huber_loss"), ((_ANY, 1 << 26),)),
     "l1_loss": ((_ANY, 1 << 25),),
@@ -46,15 +47,15 @@ ATEN_BELOW_ON_GPU: dict[str, tuple[tuple[float, int], ...]] = {
     "sigmoid_focal_loss": ((_ANY, 1 << 14),),
     "linear_cross_entropy": ((_ANY, 0),),  # its size is not the input's
 }
-_ON_GPU_ELSE = ((_ANY, 1 << 24),)
+_ON_GPU_ELSE: Bands = ((_ANY, 1 << 24),)
 
 # Most calls with small tensors need not look further.
 _ALWAYS_BELOW = {
     op: min(
-        below
-        for key in (op, f"{op}_kdim")
+        elements
+        for key in (op, f"{op}_kdim", f"{op}_none")
         for rows in ATEN_BELOW.get(key, {}).values()
-        for _, below in rows
+        for _, elements in rows
     )
     if FORCED is None
     else 0
@@ -160,7 +161,7 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
             return op.subclass_fallback_reason(arguments) or _active_mode()
     # Of shapes that differ torch warns, and would name the line of ours that calls it.
     warns = not compiling and op.warns and differ_in_shape(arguments)
-    if not compiling and not warns and aten_is_faster(op.name, input):
+    if not compiling and not warns and aten_is_faster(op, arguments):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
     reason = reason or unsupported(op.operands[0], input, input, compiling)
@@ -205,25 +206,30 @@ def say_once(op: str, reason: str) -> None:
         _log.info("%s: torch: %s", op, reason)
 
 
-def aten_is_faster(op: str, input: Tensor) -> bool:
+def aten_is_faster(op: Operator, arguments: Arguments) -> bool:
     """Whether a table gives a call of this size to ATen; one without elements always is."""
+    input = arguments[0]
     elements = input.numel()
     if type(elements) is not int:  # a tensor, to torch.jit.trace
         return False
     if elements == 0 or FORCED is not None:
         return elements == 0
-    shape = input.shape
-    dim = len(shape)
-    classes = shape[1 if dim > 1 else 0] if dim else 1
+    key, length = op.size_key(arguments)
     if takes_triton(input):
-        table = ATEN_BELOW_ON_GPU.get(op, _ON_GPU_ELSE)
+        table = ATEN_BELOW_ON_GPU.get(op.name, _ON_GPU_ELSE)
     else:
-        kdim = dim > 2 and op == "cross_entropy"
-        table = ATEN_BELOW.get("cross_entropy_kdim" if kdim else op, {}).get(input.dtype, ())
-    for most, below in table:
-        if classes <= most:
-            return elements < below
-    return False
+        table = bands(key, op.name, input.dtype)
+    return elements < below(table, length)
+
+
+def bands(key: str, op: str, dtype: torch.dtype) -> Bands:
+    """The table's row for a kind of call; one that was not measured has that of all calls."""
+    return ATEN_BELOW.get(key, {}).get(dtype) or ATEN_BELOW.get(op, {}).get(dtype, ())
+
+
+def below(table: Bands, length: int) -> int:
+    """The elements below which ATen is faster, for rows of a length."""
+    return next((elements for most, elements in table if length <= most), 0)
 
 
 def _left_to_compiler(op: str, input: Tensor) -> str | None:

@@ -72,6 +72,9 @@ class PointwiseLoss(Operator):
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
         self._legacy = itemgetter(*map(place, legacy)) if legacy else None
 
+    def size_key(self, arguments: Arguments) -> tuple[str, int]:
+        return self.name + "_none" * (arguments[self._reduction] == "none"), 1
+
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)

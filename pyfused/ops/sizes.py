@@ -17,6 +17,7 @@ ANY = math.inf
 # Rows of (classes up to, elements below which ATen is faster); the last is for all further
 # classes. Small calls cost more than their work: an autograd.Function alone as much as all of
 # ATen's. (N, C, d1, ..., dk) has rows of its own: ATen, too, has vectors along positions there.
+# So has a loss of each element, `_none`, as it is one more output.
 ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     "cross_entropy": {
         torch.float32: ((8, 1 << 12), (15, 1 << 11), (32, 1 << 15), (ANY, 1 << 16)),
@@ -43,16 +44,46 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float16: ((ANY, 0),),
     },
     "softmax": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 18),),
-        torch.bfloat16: ((ANY, 1 << 18),),
-        torch.float16: ((ANY, 1 << 19),),
+        torch.float32: ((8, 1 << 12), (ANY, 1 << 18)),
+        torch.float64: (
+            (8, 1 << 12),
+            (16, 1 << 14),
+            (32, 1 << 15),
+            (64, 1 << 16),
+            (1024, 1 << 18),
+            (4096, 1 << 22),
+            (ANY, 1 << 19),
+        ),
+        torch.bfloat16: (
+            (16, 1 << 13),
+            (32, 1 << 17),
+            (64, 1 << 18),
+            (128, 1 << 17),
+            (ANY, 1 << 18),
+        ),
+        torch.float16: (
+            (16, 1 << 13),
+            (32, 1 << 17),
+            (512, 1 << 18),
+            (4096, 1 << 19),
+            (ANY, 1 << 21),
+        ),
     },
     "log_softmax": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 18),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 18),),
+        torch.float32: ((8, 1 << 12), (ANY, 1 << 18)),
+        torch.float64: (
+            (8, 1 << 12),
+            (16, 1 << 14),
+            (32, 1 << 15),
+            (64, 1 << 16),
+            (128, 1 << 18),
+            (256, 1 << 20),
+            (1024, 1 << 18),
+            (4096, 1 << 22),
+            (ANY, 1 << 18),
+        ),
+        torch.bfloat16: ((16, 1 << 12), (128, 1 << 17), (4096, 1 << 18), (ANY, 1 << 17)),
+        torch.float16: ((16, 1 << 12), (512, 1 << 18), (1024, 1 << 19), (ANY, 1 << 18)),
     },
     "mse_loss": {
         torch.float32: ((ANY, 1 << 17),),
@@ -60,11 +91,21 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 15),),
         torch.float16: ((ANY, 1 << 20),),
     },
+    "mse_loss_none": {
+        torch.float32: ((ANY, 1 << 22),),
+        torch.bfloat16: ((ANY, 1 << 17),),
+        torch.float16: ((ANY, 1 << 20),),
+    },
     "l1_loss": {
         torch.float32: ((ANY, 1 << 15),),
         torch.float64: ((ANY, 1 << 14),),
         torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 16),),
+        torch.float16: ((ANY, 1 << 17),),
+    },
+    "l1_loss_none": {
+        torch.float32: ((ANY, 1 << 20),),
+        torch.bfloat16: ((ANY, 1 << 18),),
+        torch.float16: ((ANY, 1 << 20),),
     },
     "smooth_l1_loss": {
         torch.float32: ((ANY, 1 << 17),),
@@ -72,9 +113,19 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 17),),
         torch.float16: ((ANY, 1 << 20),),
     },
+    "smooth_l1_loss_none": {
+        torch.float32: ((ANY, 1 << 22),),
+        torch.bfloat16: ((ANY, 1 << 24),),
+        torch.float16: ((ANY, 1 << 20),),
+    },
     "huber_loss": {
         torch.float32: ((ANY, 1 << 17),),
         torch.float64: ((ANY, 1 << 17),),
+        torch.bfloat16: ((ANY, 1 << 15),),
+        torch.float16: ((ANY, 1 << 18),),
+    },
+    "huber_loss_none": {
+        torch.float32: ((ANY, 1 << 20),),
         torch.bfloat16: ((ANY, 1 << 15),),
         torch.float16: ((ANY, 1 << 18),),
     },
@@ -85,10 +136,15 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float16: ((ANY, 1 << 10),),
     },
     "binary_cross_entropy_with_logits": {
-        torch.float32: ((ANY, 1 << 14),),
+        torch.float32: ((ANY, 1 << 15),),
         torch.float64: ((ANY, 1 << 14),),
         torch.bfloat16: ((ANY, 1 << 14),),
         torch.float16: ((ANY, 1 << 15),),
+    },
+    "binary_cross_entropy_with_logits_none": {
+        torch.float32: ((ANY, 1 << 24),),
+        torch.bfloat16: ((ANY, 1 << 25),),
+        torch.float16: ((ANY, 1 << 25),),
     },
     "kl_div": {
         torch.float32: ((ANY, 1 << 14),),
@@ -100,7 +156,12 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.float32: ((ANY, 1 << 14),),
         torch.float64: ((ANY, 1 << 14),),
         torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 16),),
+        torch.float16: ((ANY, 1 << 17),),
+    },
+    "poisson_nll_loss_none": {
+        torch.float32: ((ANY, 1 << 15),),
+        torch.bfloat16: ((ANY, 1 << 17),),
+        torch.float16: ((ANY, 1 << 18),),
     },
     "gaussian_nll_loss": {
         torch.float32: ((ANY, 1 << 11),),

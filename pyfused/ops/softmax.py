@@ -36,6 +36,11 @@ class Softmax(Operator):
 
         self.aten = self.aten_ = aten
 
+    def size_key(self, arguments: Arguments) -> tuple[str, int]:
+        input, dim, *_ = arguments
+        along_one = type(dim) is int and -input.dim() <= dim < input.dim()
+        return self.name, input.shape[dim] if along_one else 1
+
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         input, dim, _, dtype = arguments
         if dtype is None:
