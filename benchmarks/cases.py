@@ -277,6 +277,10 @@ def assert_correct(case: Case, given: Arguments, ours: Any = fused, theirs: Any 
     for got, expected, precise in zip(*both, exact, strict=True):
         assert got.dtype == expected.dtype
         if not torch.equal(got, expected):
+            finite = expected.isfinite()  # float16 overflows, in torch's operator first
+            if not finite.any():
+                continue
+            got, expected, precise = got[finite], expected[finite], precise[finite]
             error = float((expected.to(precise.dtype) - precise).abs().max())
             assert_close(got.to(precise.dtype), precise, got.dtype, error)
 

@@ -132,22 +132,22 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     "binary_cross_entropy": {
         torch.float32: ((ANY, 1 << 12),),
         torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 12),),
+        torch.bfloat16: ((ANY, 1 << 11),),
         torch.float16: ((ANY, 1 << 10),),
     },
     "binary_cross_entropy_with_logits": {
         torch.float32: ((ANY, 1 << 15),),
         torch.float64: ((ANY, 1 << 14),),
         torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 15),),
+        torch.float16: ((ANY, 1 << 16),),
     },
     "binary_cross_entropy_with_logits_none": {
-        torch.float32: ((ANY, 1 << 24),),
-        torch.bfloat16: ((ANY, 1 << 25),),
-        torch.float16: ((ANY, 1 << 25),),
+        torch.float32: ((ANY, 1 << 16),),
+        torch.bfloat16: ((ANY, 1 << 16),),
+        torch.float16: ((ANY, 1 << 17),),
     },
     "kl_div": {
-        torch.float32: ((ANY, 1 << 14),),
+        torch.float32: ((ANY, 1 << 13),),
         torch.float64: ((ANY, 1 << 14),),
         torch.bfloat16: ((ANY, 1 << 13),),
         torch.float16: ((ANY, 1 << 14),),
@@ -175,6 +175,10 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
         torch.bfloat16: ((ANY, 1 << 14),),
         torch.float16: ((ANY, 1 << 16),),
     },
+    "soft_margin_loss_none": {
+        torch.float32: ((ANY, 1 << 15),),
+        torch.bfloat16: ((ANY, 1 << 15),),
+    },
     "hinge_embedding_loss": {
         torch.float32: ((ANY, 1 << 11),),
         torch.float64: ((ANY, 1 << 11),),
@@ -196,8 +200,11 @@ ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
     "log_cosh_loss": {
         torch.float32: ((ANY, 1 << 10),),
         torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 13),),
+        torch.bfloat16: ((ANY, 1 << 10),),
         torch.float16: ((ANY, 1 << 13),),
+    },
+    "log_cosh_loss_none": {
+        torch.float32: ((ANY, 1 << 13),),
     },
     "hinge_loss": {
         torch.float32: ((ANY, 1 << 13),),
