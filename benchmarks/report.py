@@ -111,7 +111,7 @@ def machine(found: Found) -> str:
     words |= {"python": "Python {}"}
     info = found["machine_info"].items()
     described = [words.get(k, "{}").format(v) for k, v in info]
-    return ", ".join([*described, found["datetime"][:10]]).replace(", 1 threads", ", 1 thread")
+    return ", ".join([*described, found["datetime"][:10]])
 
 
 def slug(found: Found) -> str:

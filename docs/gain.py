@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import cases
 import report
-import torch
 
 import pyfused.functional
 
@@ -28,17 +26,6 @@ OPERATORS: dict[str, tuple[int, ...]] = {
 }
 ELEMENTS = [1 << exponent for exponent in range(11, 27, 2)]
 SECONDS = 0.3
-SPREAD, MOST = 0.15, 12
-
-
-def settled(measure: Callable[[], report.Peer]) -> report.Peer:
-    """Measured again while other work spreads the ratios: the one with the narrowest quartiles."""
-    found: list[tuple[float, report.Peer]] = []
-    while not found or (min(spread for spread, _ in found) > SPREAD and len(found) < MOST):
-        peer = measure()
-        low, median, high = peer.ratio
-        found.append(((high - low) / median, peer))
-    return min(found, key=lambda each: each[0])[1]
 
 
 def measure(op: str, others: tuple[int, ...], elements: int) -> dict[str, object]:
@@ -47,14 +34,13 @@ def measure(op: str, others: tuple[int, ...], elements: int) -> dict[str, object
     cases.assert_correct(case, arguments)
     both = [cases.step(each, case, arguments) for each in (cases.TORCH, pyfused.functional)]
     timers = cases.timers_of(both)
-    found = settled(lambda: report.peer(*cases.measure(timers, SECONDS, fewest=9)))
+    found = report.peer(*cases.measure(timers, SECONDS, fewest=9))
     row = {"case": case.name, "op": op, "elements": case.elements}
     return row | {"ms": found.ms, "pyfused_ms": found.pyfused_ms, "ratio": found.ratio}
 
 
 def main() -> None:
     cases.settle_allocator()
-    torch.set_num_threads(1)  # with more, other work on the machine stalls whole calls
     found = report.measured(report.machine_info())
     found["gain"] = []
     for op, others in OPERATORS.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import cases
 import report
 import run
 import sizes
@@ -111,7 +112,8 @@ def test_what_moves_an_entry_is_measured_several_times(
     monkeypatch: pytest.MonkeyPatch, had: bool, ratios: list[float], expected: bool
 ) -> None:
     monkeypatch.setattr(sizes, "ALL_THREADS", 1)
-    monkeypatch.setattr(sizes, "both", lambda _: [])
+    monkeypatch.setattr(sizes, "both", lambda *_: [])
+    monkeypatch.setattr(sizes, "MARGINS", {cases.TRAINING: 0.03})
     monkeypatch.setattr(sizes.cases, "measure", lambda *_, **__: ([ratios.pop(0)] * 3, [1.0] * 3))
     assert sizes.kernels_keep(Case("relu", (100,)), had) == expected
     assert not ratios
@@ -125,6 +127,7 @@ def test_classes_that_share_a_threshold_share_a_band() -> None:
     assert dispatch.below((), 9) == 0  # a new operator
 
 
+@pytest.mark.thresholds
 def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     of_all = ATEN_BELOW["l1_loss"][torch.float16]
     monkeypatch.setitem(ATEN_BELOW, "l1_loss_none", {torch.float32: ((math.inf, 1 << 5),)})
@@ -149,7 +152,7 @@ def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.Mo
         (CROSS_ENTROPY, (7, 2), None, ("cross_entropy", 2)),
         (CROSS_ENTROPY, (7,), None, ("cross_entropy", 7)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_rows_of_the_table_are_for_rows_of_a_length(
     op: Any, shape: tuple[int, ...], dim: int | None, expected: tuple[str, int]
@@ -173,7 +176,7 @@ def test_the_file_of_sizes_is_what_was_measured(
     sizes.sizes(Namespace(op=["l1_loss"], dtype=["float16"], dry_run=False))
     names: dict[str, object] = {}
     exec(file.read_text(encoding="utf-8"), names)
-    table["l1_loss"][torch.float16] = ((math.inf, 1 << 17),)
+    table["l1_loss"][torch.float16] = table["l1_loss_none"][torch.float16] = ((math.inf, 1 << 17),)
     assert names["ATEN_BELOW"] == table
     assert torch.__version__ in str(names["__doc__"])
 

@@ -102,17 +102,6 @@ def test_the_gain_over_size_has_every_operator_and_its_machine() -> None:
     assert found["machine_info"]["cpu"] in gallery.FILLED["<!-- gain machine -->"]()
 
 
-def test_the_gain_is_measured_again_until_it_settles() -> None:
-    def peer(low: float, high: float) -> gallery.report.Peer:
-        return gallery.report.Peer(1.0, 1.0, (low, 1.0, high))
-
-    noisy, calm = peer(0.5, 2.0), peer(0.99, 1.01)
-    measured = iter([noisy, calm, noisy])
-    assert gain.settled(lambda: next(measured)) is calm
-    assert next(measured) is noisy
-    assert gain.settled(lambda: noisy) is noisy
-
-
 def test_the_machine_of_each_ratio_is_named() -> None:
     assert gallery.machines().count("torch 2") == gallery.machines().count(";") + 1
 
