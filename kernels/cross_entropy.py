@@ -274,7 +274,7 @@ def two_pass_kernel(
     )
     if SMOOTHING:
         slope += scalar(smoothing, A) * mean_weight(
-            weight, classes if lse is None else vocab, A, 1024 if BLOCK < 1024 else BLOCK
+            weight, classes if lse is None else vocab, A, max(BLOCK, 1024)
         )
     if SMOOTHING or grad is not None:
         grad_scale = scale * SCALE
