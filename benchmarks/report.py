@@ -33,6 +33,7 @@ except ImportError:  # as on a machine with a GPU: there are no pictures then
     Figure = None
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -240,9 +241,14 @@ def finish_ratios(axes: Axes) -> None:
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
     axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    label_ratios(axes.xaxis)
+
+
+def label_ratios(axis: Axis) -> None:
+    """1, 2 and 5 times each power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_memory(found: Sequence[Found]) -> Figure:

@@ -104,22 +104,10 @@ def steps(out: Path) -> list[Step]:
 
     python, run = sys.executable, (sys.executable, __file__)
     pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation")
-    pytest = (
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:randomly",
-        "-p",
-        "no:benchmark",
-    )
-    workers = (
-        "-n",
-        str(min(12, os.cpu_count() or 1)),
-    )  # most of a test's time is Triton's compiler
+    plugins = ["-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:benchmark"]
+    pytest = (python, "-m", "pytest", "-q", *plugins)
+    # Most of a test's time is Triton's compiler.
+    workers = ("-n", str(min(12, os.cpu_count() or 1)))
     parallel = (*pytest, *workers) if importlib.util.find_spec("xdist") else pytest
     shared = [ROOT / "tests" / name for name in SHARED]
     gpu = (*run, "gpu", out / "gpu.json", "--seconds", str(BENCHMARK_SECONDS))
@@ -181,9 +169,8 @@ def targets(found: dict[str, Any]) -> list[str]:
         good, worst = sum(value >= least for value in values), min(values, default=0.0)
         counted = f"{good} of {len(values)} cases reach {least}, the worst {worst:.2f}"
         lines.append(f"- {what}: {counted if values else 'not measured'}")
-    losses = [
-        row for row in large if row["op"] not in ("softmax", "softcap")
-    ]  # they return as much again
+    # softmax and softcap return as much again.
+    losses = [row for row in large if row["op"] not in ("softmax", "softcap")]
     peaks = [row["peak_gradients"] for row in losses if row["peak_gradients"] is not None]
     peak = f"{max(peaks):.2f} (to reach: 1)" if peaks else "not measured"
     lines.append(f"- peak memory beyond the inputs, in gradients: {peak}")

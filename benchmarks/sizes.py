@@ -50,7 +50,7 @@ ALL_THREADS = torch.get_num_threads()
 
 
 @lru_cache(maxsize=1)
-def both(case: Case, mode: str = cases.TRAINING) -> list[cases.Timer]:
+def both(case: Case, mode: str) -> list[cases.Timer]:
     """Of torch's operator and of pyfused's."""
     arguments = cases.draw(case)
     cases.assert_correct(case, arguments)
@@ -72,6 +72,11 @@ def shape(key: str, classes: int, elements: int) -> Shape:
         return (elements,)
     positions = elements // classes
     return (2, classes, positions // 2) if key.endswith("_kdim") else (positions, classes)
+
+
+def case_of(op: str, key: str, dtype: torch.dtype, classes: int, elements: int) -> Case:
+    reduction = "none" if key.endswith("_none") else "mean"
+    return Case(op, shape(key, classes, elements), dtype, reduction=reduction)
 
 
 def tried(classes: int, old: int) -> Iterator[int]:
@@ -108,8 +113,7 @@ def threshold(op: str, key: str, dtype: torch.dtype, classes: int, old: int) -> 
     """From how many elements on the kernels take a call."""
     found = 2 * LARGEST
     for elements in tried(classes, old):
-        reduction = "none" if key.endswith("_none") else "mean"
-        case = Case(op, shape(key, classes, elements), dtype, reduction=reduction)
+        case = case_of(op, key, dtype, classes, elements)
         try:
             keep = kernels_keep(case, had=elements >= old)
         except NotImplementedError:  # torch's
@@ -227,9 +231,7 @@ def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
     for key in keys(op):
         for most, elements in ATEN_BELOW.get(key, {}).get(dtype, ()):
             if elements:
-                reduction = "none" if key.endswith("_none") else "mean"
-                classes = min(most, 1 << 10)
-                yield Case(op, shape(key, int(classes), elements), dtype, reduction=reduction)
+                yield case_of(op, key, dtype, int(min(most, 1 << 10)), elements)
 
 
 def sweep(options: Namespace) -> None:

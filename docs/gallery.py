@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from entries import ENTRIES, GALLERY, Curve, Entry
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 import pyfused
@@ -128,9 +127,7 @@ def gain() -> str:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.axhline(1, color=report.INK, linewidth=1)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    report.label_ratios(axes.yaxis)
     ticks = elements[::2]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel("elements of the input", fontsize=9)

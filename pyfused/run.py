@@ -176,9 +176,9 @@ class Repeat:
         given = _cut(op, (result, *arguments[1:]) if inplace else arguments)
         if _elements(op, given) > 4 * MOST:
             return
-        torchs: Any = op.aten_ if inplace else op.aten
-        ours: Any = (lambda *given: op.fused(given, inplace)) if fused else torchs
-        functions = [ours, torchs] if fused else [ours]
+        reference: Any = op.aten_ if inplace else op.aten
+        ours: Any = (lambda *given: op.fused(given, inplace)) if fused else reference
+        functions = [ours, reference] if fused else [ours]
         if self.torch_first:
             functions.reverse()
         self.torch_first = not self.torch_first
@@ -192,7 +192,7 @@ class Repeat:
             calls.due = math.inf
         else:
             elements = given[0].numel()
-            calls.repeats.append((times[ours][1] / elements, sum(times[torchs]) / elements))
+            calls.repeats.append((times[ours][1] / elements, sum(times[reference]) / elements))
         calls.cost = perf_counter() - start
         self.spent += calls.cost
 

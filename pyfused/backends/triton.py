@@ -57,6 +57,8 @@ NO_STRIDES = (0, 0, 0)
 COUNTED_BY_PROGRAMS = 1024
 MOST_PROGRAMS = 4096  # of a kernel that adds up: several waves on any GPU, and few partial sums
 MOST_PARTS = 1 << 15  # that one program adds up; more are added up in two steps
+# That hold a whole row; at 32,000 classes, 0.76 times the time of two passes.
+SOFTMAX_THREADS = 1024
 SUMMANDS = launch.Choice(1, 1024, 256)  # of a program at a time
 
 
@@ -172,14 +174,14 @@ def cross_entropy(
         lse = _log_sum_exp(logits, of_index, sizes, strides, options, want.statistics, vocab_shard)
         if not (want.loss or of_input or of_target):
             return None, (None, None)
-        once = not (of_input or of_target or dense)
-        given: Any = {"tensors": 2 if dense else 1, "once": once}
-        choice, programs, units = _tiling(sizes, itemsize, *all_strides, **given)
+        tensors, once = (2, False) if dense else (1, not of_input)
+        tiling = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
+        choice, programs, units = tiling
         loss, parts = _loss_of(logits, options.reduction, want, programs)
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
         counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
         denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
-        given = logits, target, weight, row_weight, denominator
+        given: Any = logits, target, weight, row_weight, denominator
         meta: Any = {"SCALE": options.scale, "EACH": each, **choice.tile(), **units}
         index_meta = {"GAMMA": options.gamma, "SMOOTHING": smoothing > 0}
         scalars: Any = options.ignore_index, smoothing, options.z_loss
@@ -338,8 +340,9 @@ def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     x, sizes, strides = along(input, dim)
     y, _, y_strides = along(output, dim)
-    most = {"most_threads": 1024}  # at 32,000 classes, 0.76 times the time of two passes
-    choice, programs, units = _tiling(sizes, x.element_size(), strides, y_strides, **most)
+    most = SOFTMAX_THREADS
+    tiling = _tiling(sizes, x.element_size(), strides, y_strides, most_threads=most)
+    choice, programs, units = tiling
     meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
     with torch.cuda.device_of(input):
         softmax_kernel[(programs,)](x, y, *sizes[1:], strides, y_strides, **meta, **units)
@@ -350,7 +353,9 @@ def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int
     """The input's gradient, from the output; contiguous."""
     grad_input = torch.empty_like(output, memory_format=torch.contiguous_format)
     y, sizes, strides = along(output, dim)
-    choice, programs, units = _tiling(sizes, y.element_size(), strides, most_threads=1024)
+    choice, programs, units = _tiling(
+        sizes, y.element_size(), strides, most_threads=SOFTMAX_THREADS
+    )
     meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
     with torch.cuda.device_of(output):
         softmax_backward_kernel[(programs,)](

@@ -160,8 +160,11 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
         if not compiling:
             return op.subclass_fallback_reason(arguments) or _active_mode()
     # Of shapes that differ torch warns, and would name the line of ours that calls it.
-    warns = not compiling and op.warns and differ_in_shape(arguments)
-    if not compiling and not warns and aten_is_faster(op, arguments):
+    if (
+        not compiling
+        and aten_is_faster(op, arguments)
+        and not (op.warns and differ_in_shape(arguments))
+    ):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
     reason = reason or unsupported(op.operands[0], input, input, compiling)
