@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyfused import functional
 from pyfused.ops import dispatch
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
+from pyfused.ops.dispatch import is_small
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.originals import original
 
@@ -57,9 +58,12 @@ class _Function:
         call = f"callee(({', '.join(given)},){', inplace' * inplace})"
         if self.op.definition is None:
             torch_functions = self.op.reference, self.op.reference_
+            shortest = self.op.aten, self.op.aten_
         else:
-            torch_functions = (_by_name(self.copy, given),) * 2
-        return code_calling(_fused(self.op, torch_functions), call, self.unpatched)
+            by_name = self.unpatched.co_kwonlyargcount > 0
+            torch_function = _by_name(self.copy, given) if by_name else self.copy
+            torch_functions = shortest = torch_function, torch_function
+        return code_calling(_fused(self.op, torch_functions, shortest), call, self.unpatched)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -100,6 +104,8 @@ class _BuiltIn:
         shown = _shown(torch_function) if method else torch_function
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if args and not has_torch_function(args) and is_small(op, args):
+                return torch_function(*args, **kwargs)
             if len(args) == needed and not kwargs:
                 arguments = args + op.defaults[needed - 1 :]
             else:
@@ -147,17 +153,22 @@ def _by_name(function: Callable[..., Any], names: list[str]) -> Callable[..., An
     return lambda *arguments: function(**dict(zip(names, arguments, strict=True)))
 
 
-def _fused(op: Operator, torch_functions: tuple[Any, Any]) -> Callable[..., Any]:
+def _fused(
+    op: Operator, torch_functions: tuple[Any, Any], shortest: tuple[Any, Any]
+) -> Callable[..., Any]:
     """What calls pyfused's operator, and torch's function where a subclass or mode is to see it.
 
     Args:
         torch_functions: torch's function, and the same as it overwrites the input.
+        shortest: The same where no subclass or mode is to see the call.
     """
 
     def call(arguments: Arguments, inplace: bool = False) -> Any:
         torch_function = torch_functions[inplace]
         if has_torch_function(arguments):
             return torch_function(*arguments)
+        if is_small(op, arguments):
+            return shortest[inplace](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
         return dispatch.call(op, bound, inplace, torch_function, arguments)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -49,8 +49,14 @@ class CrossEntropyOptions:
 
     def is_plain(self) -> bool:
         """Whether torch's function of this name has all that is asked for."""
-        names, defaults = _BEYOND_TORCH[type(self)]
-        return [getattr(self, name) for name in names] == defaults
+        return (
+            self.gamma == self.z_loss == 0
+            and self.scale == 1
+            and self.token_weight is None
+            and self.denominator is None
+            and self.loss_dtype is None
+            and not self.with_metrics
+        )
 
 
 @dataclass(eq=False)
@@ -67,6 +73,9 @@ class HeadOptions(CrossEntropyOptions):
     memory_budget: int | None = None
     filter_eps: float = field(default=0.0, metadata=NONNEGATIVE)
 
+    def is_plain(self) -> bool:
+        return self.softcap is None and super().is_plain()
+
 
 class FusedOptions(TypedDict, total=False):
     """The keywords beyond torch's of every kind of cross-entropy, as modules pass them on."""
@@ -76,19 +85,6 @@ class FusedOptions(TypedDict, total=False):
     token_weight: Tensor | None
     denominator: float | Tensor | None
     loss_dtype: torch.dtype | None
-
-
-_IN_TORCH = ("ignore_index", "reduction", "label_smoothing")
-_HOW = ("memory_budget", "filter_eps")  # which change the result by rounding alone
-
-
-def _beyond_torch(kind: type[CrossEntropyOptions]) -> tuple[list[str], list[Any]]:
-    """The fields that torch's function does not have, and their defaults."""
-    beyond = [each for each in fields(kind) if each.name not in _IN_TORCH + _HOW]
-    return [each.name for each in beyond], [each.default for each in beyond]
-
-
-_BEYOND_TORCH = {kind: _beyond_torch(kind) for kind in (CrossEntropyOptions, HeadOptions)}
 
 
 class NllOptions(NamedTuple):

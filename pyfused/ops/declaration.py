@@ -79,7 +79,6 @@ class Operator(ABC):
         definition: The operator in torch's terms, where torch has none of this name.
         built_in: What has to be given to the functions of this name that torch has built in, by
             position or name; empty where these are no functions for users.
-        warns: Whether torch warns of an input and a target that broadcast.
 
         reference, reference_: torch's function, whatever pyfused.patch puts in its place, and as it
             overwrites the input.
@@ -97,7 +96,6 @@ class Operator(ABC):
     fallback_reason: Callable[..., str | None] | None = None
     definition: Callable[..., Tensor] | None = None
     built_in: tuple[str, ...] = ()
-    warns: bool = False
 
     reference: Callable[..., Tensor] = field(init=False)
     reference_: Callable[..., Tensor] = field(init=False)

@@ -49,19 +49,21 @@ ATEN_BELOW_ON_GPU: dict[str, Bands] = {
 }
 _ON_GPU_ELSE: Bands = ((_ANY, 1 << 24),)
 
-# Most calls with small tensors need not look further.
-_ALWAYS_BELOW = {
-    op: min(
-        elements
-        for key in (op, f"{op}_kdim", f"{op}_none")
-        for rows in ATEN_BELOW.get(key, {}).values()
-        for _, elements in rows
-    )
-    if FORCED is None
-    else 0
-    for op in ATEN_BELOW
-    if ATEN_BELOW[op]
-}
+_NO_ROWS: dict[torch.dtype, Any] = {}
+
+
+def operator_of(key: str) -> str:
+    """Of a key of the table."""
+    return key.removesuffix("_forward").removesuffix("_none").removesuffix("_kdim")
+
+
+# Most calls with small tensors need not look further: elements below which ATen is faster at
+# whatever is done with them, by operator and dtype.
+_ALWAYS_BELOW: dict[str, dict[torch.dtype, int]] = {}
+for _key, _rows in ({} if FORCED else ATEN_BELOW).items():
+    _least = _ALWAYS_BELOW.setdefault(operator_of(_key), {})
+    for _dtype, _bands in _rows.items():
+        _least[_dtype] = min(below for _, below in (*_bands, (_ANY, _least.get(_dtype, NEVER))))
 
 # Elements below which a compiled call is left to Inductor: a custom operator costs some 15 us, and
 # at (64, 1000) makes 0.83 times the speed. An operator that is not here is always left to Inductor,
@@ -94,17 +96,7 @@ def call(
             and its arguments: it raises the errors, once.
     """
     input = arguments[0]
-    reason: str | None
-    if (
-        not is_dynamo_compiling()
-        and type(input) in _PLAIN
-        and type(elements := input.numel()) is int  # a tensor, to torch.jit.trace
-        and elements < _ALWAYS_BELOW.get(op.name, 0)
-        and not (op.warns and differ_in_shape(arguments))
-    ):
-        reason = SMALL  # as most calls are, so that they are asked no more
-    else:
-        reason = reason_for_torch(op, arguments, inplace)
+    reason = SMALL if is_small(op, arguments) else reason_for_torch(op, arguments, inplace)
     if inplace and (reason is None or reason is SMALL):
         op.give_up(input)
     if reason is None:
@@ -159,12 +151,7 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
         compiling = is_traced(input)
         if not compiling:
             return op.subclass_fallback_reason(arguments) or _active_mode()
-    # Of shapes that differ torch warns, and would name the line of ours that calls it.
-    if (
-        not compiling
-        and aten_is_faster(op, arguments)
-        and not (op.warns and differ_in_shape(arguments))
-    ):
+    if not compiling and aten_is_faster(op, arguments):
         return SMALL
     reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
     reason = reason or unsupported(op.operands[0], input, input, compiling)
@@ -179,12 +166,15 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     return reason
 
 
-def differ_in_shape(arguments: Arguments) -> bool:
-    input, target, *_ = arguments
-    try:
-        return isinstance(target, Tensor) and target.shape != input.shape and target.numel() > 0
-    except RuntimeError:  # a nested tensor has no shape
-        return False
+def is_small(op: Operator, arguments: Arguments) -> bool:
+    """Whether a call is so small that torch's operator takes it, whatever else is asked of it."""
+    input = arguments[0]
+    return (
+        not is_dynamo_compiling()
+        and type(input) in _PLAIN
+        and type(elements := input.numel()) is int  # a tensor, to torch.jit.trace
+        and elements < _ALWAYS_BELOW.get(op.name, _NO_ROWS).get(input.dtype, 0)
+    )
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -221,13 +211,21 @@ def aten_is_faster(op: Operator, arguments: Arguments) -> bool:
     if takes_triton(input):
         table = ATEN_BELOW_ON_GPU.get(op.name, _ON_GPU_ELSE)
     else:
-        table = bands(key, op.name, input.dtype)
+        gradient = torch.is_grad_enabled() and input.requires_grad
+        table = bands(op, key, gradient, input.dtype)
     return elements < below(table, length)
 
 
-def bands(key: str, op: str, dtype: torch.dtype) -> Bands:
-    """The table's row for a kind of call; one that was not measured has that of all calls."""
-    return ATEN_BELOW.get(key, {}).get(dtype) or ATEN_BELOW.get(op, {}).get(dtype, ())
+def bands(op: Operator, key: str, gradient: bool, dtype: torch.dtype) -> Bands:
+    """The table's row for a kind of call, or of the nearest kind that was measured."""
+    kinds: tuple[str, ...] = key, op.name, type(op).__name__
+    if not gradient:
+        kinds = *[f"{kind}_forward" for kind in kinds], *kinds
+    for kind in kinds:
+        rows: Bands | None = ATEN_BELOW.get(kind, _NO_ROWS).get(dtype)
+        if rows:
+            return rows
+    return ()
 
 
 def below(table: Bands, length: int) -> int:

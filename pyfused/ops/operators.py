@@ -110,6 +110,7 @@ def _counted(
 MSE_LOSS = PointwiseLoss(
     name="mse_loss",
     module="MSELoss",
+    warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.weight_of_inputs_shape,
     denominators={"mean": weight_or_elements},
@@ -118,6 +119,7 @@ MSE_LOSS = PointwiseLoss(
 L1_LOSS = PointwiseLoss(
     name="l1_loss",
     module="L1Loss",
+    warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.weight_of_inputs_shape,
     denominators={"mean": weight_or_elements},
@@ -126,6 +128,7 @@ L1_LOSS = PointwiseLoss(
 SMOOTH_L1_LOSS = PointwiseLoss(
     name="smooth_l1_loss",
     module="SmoothL1Loss",
+    warns=True,
     operands=(INPUT, TARGET),
     scalars=(Scalar("beta", low=0.0),),
 )
@@ -133,6 +136,7 @@ SMOOTH_L1_LOSS = PointwiseLoss(
 HUBER_LOSS = PointwiseLoss(
     name="huber_loss",
     module="HuberLoss",
+    warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     scalars=(Scalar("delta", positive=True),),
     weight_shape=checks.weight_of_inputs_shape,
@@ -144,7 +148,6 @@ KL_DIV = PointwiseLoss(
     module="KLDivLoss",
     operands=(INPUT, Operand("target", low=0.0)),
     scalars=(Scalar("log_target", flag=True, chooses=True),),
-    warns=False,
     warning=_mean_of_kl_div,
     denominators={"mean": elements, "batchmean": _rows},
     fallback_reason=_differ_in_shape,
@@ -159,7 +162,6 @@ POISSON_NLL_LOSS = PointwiseLoss(
         Scalar("full", flag=True, chooses=True),
         Scalar("eps"),
     ),
-    warns=False,
 )
 
 SOFT_MARGIN_LOSS = PointwiseLoss(
@@ -167,7 +169,6 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     module="SoftMarginLoss",
     operands=(INPUT, SIGNS),
     shapes=partial(checks.same_shape, error=RuntimeError),
-    warns=False,
     fallback_reason=_differ,
 )
 
@@ -176,7 +177,6 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     module="HingeEmbeddingLoss",
     operands=(INPUT, SIGNS),
     scalars=(Scalar("margin"),),
-    warns=False,
 )
 
 MARGIN_RANKING_LOSS = PointwiseLoss(
@@ -185,7 +185,6 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
     scalars=(Scalar("margin"),),
     shapes=checks.of_one_dimension_and_broadcasting,
-    warns=False,
 )
 
 BINARY_CROSS_ENTROPY = PointwiseLoss(
@@ -232,7 +231,6 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     operands=(INPUT, TARGET, Operand("var", low=0.0, number=True, enforced=ValueError)),
     scalars=(Scalar("full", flag=True), Scalar("eps")),
     shapes=checks.mean_and_variance,
-    warns=False,
     arrange=_as_gaussian_nll_loss_has_it,
 )
 
@@ -241,7 +239,6 @@ QUANTILE_LOSS = PointwiseLoss(
     module="QuantileLoss",
     operands=(INPUT, TARGET),
     scalars=(Scalar("quantile", low=0.0, high=1.0),),
-    warns=False,
     definition=definitions.quantile_loss,
 )
 
@@ -249,7 +246,6 @@ LOG_COSH_LOSS = PointwiseLoss(
     name="log_cosh_loss",
     module="LogCoshLoss",
     operands=(INPUT, TARGET),
-    warns=False,
     definition=definitions.log_cosh_loss,
 )
 
@@ -258,7 +254,6 @@ HINGE_LOSS = PointwiseLoss(
     module="HingeLoss",
     operands=(INPUT, SIGNS),
     scalars=(Scalar("margin"), Scalar("squared", flag=True, chooses=True)),
-    warns=False,
     definition=definitions.hinge_loss,
 )
 
@@ -396,6 +391,8 @@ SILU = Activation(
 
 
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    if approximate == "none":  # reading an argument takes 0.2 us
+        return torch._C._nn.gelu(input)
     return torch._C._nn.gelu(input, approximate=approximate)
 
 

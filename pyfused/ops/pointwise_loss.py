@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops.gradients import backward, differentiate, gradients_in_forward, without_functorch
 from pyfused.types import Gradients, Want
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
+_OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
 
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
@@ -41,6 +45,8 @@ class PointwiseLoss(Operator):
 
     Attributes:
         shapes: Raises where shapes of the formula's operands do not go together.
+        warns: Whether torch warns of an input and a target that broadcast. Beside that, and
+            weights, its function does no more than call the built-in one of its name.
         warning: What torch warns of in a call with a reduction, None where of nothing.
         nan_on_invalid: An operand out of its bounds makes the loss NaN, so no check comes before.
         weight_shape: Raises where ``weight`` does not go with the input.
@@ -52,7 +58,7 @@ class PointwiseLoss(Operator):
     """
 
     shapes: Callable[..., None] = checks.broadcasting
-    warns: bool = True
+    warns: bool = False
     warning: Callable[[Arguments], str | None] | None = None
     nan_on_invalid: bool = False
     weight_shape: Callable[[Tensor, Tensor], None] | None = None
@@ -71,6 +77,30 @@ class PointwiseLoss(Operator):
         self._reduction = place("reduction")
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
         self._legacy = itemgetter(*map(place, legacy)) if legacy else None
+        if self.warns:
+            self.aten = self._built_in()
+
+    def _built_in(self) -> Callable[..., Tensor]:
+        """torch's function without most of its cost, whose warning names the caller's line."""
+        reference, built_in = self.reference, getattr(torch._C._nn, self.name)
+        of_python = [i for i, name in enumerate(self.arguments) if name in _OF_PYTHON]
+        scalars = [place for place, _ in self.scalar_places]
+
+        def aten(*arguments: Any) -> Tensor:
+            input, target = arguments[:2]
+            reduction = _REDUCTIONS.get(arguments[self._reduction])
+            if reduction is None or type(target) not in (Tensor, Parameter):
+                return reference(*arguments)
+            for place in of_python:
+                if arguments[place] is not None:
+                    return reference(*arguments)
+            if input.shape != target.shape:
+                _warn_of_broadcasting(input, target)
+                input, target = torch.broadcast_tensors(input, target)
+            loss: Tensor = built_in(input, target, reduction, *[arguments[i] for i in scalars])
+            return loss
+
+        return aten
 
     def size_key(self, arguments: Arguments) -> tuple[str, int]:
         return self.name + "_none" * (arguments[self._reduction] == "none"), 1
