@@ -87,17 +87,27 @@ def test_every_operator_has_its_rows_in_the_table_of_sizes(key: str) -> None:
 def test_a_threshold_moves_only_where_it_is_measured(
     monkeypatch: pytest.MonkeyPatch, slower_below: float, faster_from: float, expected: int
 ) -> None:
-    def kernels_keep(case: Case, had: bool) -> bool:
+    def faster(case: Case, mode: str, had: bool) -> bool:
+        assert mode == cases.FORWARD
         return case.elements >= (slower_below if had else faster_from)
 
-    monkeypatch.setattr(sizes, "kernels_keep", kernels_keep)
-    assert sizes.threshold("relu", "relu", torch.float32, 1, old=1 << 16) == expected
+    monkeypatch.setattr(sizes, "faster", faster)
+    found = sizes.threshold("relu", "relu", torch.float32, 1, cases.FORWARD, old=1 << 16)
+    assert found == expected
 
 
 def test_a_threshold_below_what_a_case_can_be_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "kernels_keep", lambda *_, **__: True)
-    found = sizes.threshold("cross_entropy", "cross_entropy", torch.float32, 32000, old=1 << 12)
-    assert found == 1 << 12
+    monkeypatch.setattr(sizes, "faster", lambda *_, **__: True)
+    op, mode = "cross_entropy", cases.TRAINING
+    assert sizes.threshold(op, op, torch.float32, 32000, mode, old=1 << 12) == 1 << 12
+
+
+def test_a_call_is_slower_beyond_the_spread_and_what_a_call_of_aten_may_cost() -> None:
+    assert sizes.slower(([1.0, 1.0, 1.1], [1.2, 1.2, 1.3]), 0.95)
+    assert not sizes.slower(([1.0, 1.0, 1.1], [1.02, 1.02, 1.1]), 0.95)
+    assert not sizes.slower(([1.0, 1.3, 1.3], [1.2, 1.2, 1.3]), 0.95)  # within the spread
+    assert not sizes.slower(([1e-3] * 3, [1.5e-3] * 3), 0.95)
+    assert sizes.slower(([1e-3] * 3, [1.7e-3] * 3), 0.95)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +124,8 @@ def test_what_moves_an_entry_is_measured_several_times(
 ) -> None:
     monkeypatch.setattr(sizes, "ALL_THREADS", 1)
     monkeypatch.setattr(sizes, "both", lambda *_: [])
-    monkeypatch.setattr(sizes, "MARGINS", {cases.TRAINING: 0.03})
     monkeypatch.setattr(sizes.cases, "measure", lambda *_, **__: ([ratios.pop(0)] * 3, [1.0] * 3))
-    assert sizes.kernels_keep(Case("relu", (100,)), had) == expected
+    assert sizes.faster(Case("relu", (100,)), cases.TRAINING, had) == expected
     assert not ratios
 
 
@@ -132,9 +141,10 @@ def test_classes_that_share_a_threshold_share_a_band() -> None:
 def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     of_all = ATEN_BELOW["l1_loss"][torch.float16]
     monkeypatch.setitem(ATEN_BELOW, "l1_loss_none", {torch.float32: ((math.inf, 1 << 5),)})
-    assert dispatch.bands("l1_loss_none", "l1_loss", torch.float16) == of_all
-    assert dispatch.bands("l1_loss_none", "l1_loss", torch.float32) == ((math.inf, 1 << 5),)
-    x, small = torch.rand(1 << 6), torch.rand(1 << 4)
+    assert dispatch.bands(L1_LOSS, "l1_loss_none", True, torch.float16) == of_all
+    assert dispatch.bands(L1_LOSS, "l1_loss_none", True, torch.float32) == ((math.inf, 1 << 5),)
+    monkeypatch.delitem(ATEN_BELOW, "l1_loss_none_forward", raising=False)
+    x, small = torch.rand(1 << 6).requires_grad_(), torch.rand(1 << 4).requires_grad_()
     for reduction in ("none", "mean"):
         faster = [
             dispatch.aten_is_faster(L1_LOSS, L1_LOSS.bind(y, y, None, None, reduction, None))
@@ -164,20 +174,25 @@ def test_rows_of_the_table_are_for_rows_of_a_length(
 def test_the_file_of_sizes_is_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An operator that was never measured has no entry: one without rows would break the import."""
     file = tmp_path / "sizes.py"
     file.write_text(sizes.FILE.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(sizes, "FILE", file)
-    table = {key: dict(rows) for key, rows in ATEN_BELOW.items() if key != "softcap"}
     monkeypatch.setattr(sizes, "threshold", lambda *_, **__: 1 << 17)
     with mock.patch.dict(ATEN_BELOW), mock.patch.dict(dispatch._ALWAYS_BELOW):
-        ATEN_BELOW.pop("softcap")
-        sizes.sizes(Namespace(op=["l1_loss"], dtype=["float16"], dry_run=False))
-    names: dict[str, object] = {}
+        for key in [key for key in ATEN_BELOW if "softcap" in key]:
+            del ATEN_BELOW[key]
+        options = Namespace(op=["l1_loss"], dtype=["float16"], raise_only=False, dry_run=False)
+        sizes.sizes(options)
+    names: dict[str, Any] = {}
     exec(file.read_text(encoding="utf-8"), names)
-    table["l1_loss"][torch.float16] = table["l1_loss_none"][torch.float16] = ((math.inf, 1 << 17),)
-    assert names["ATEN_BELOW"] == table
-    assert torch.__version__ in str(names["__doc__"])
+    table = names["ATEN_BELOW"]
+    for key in ("l1_loss", "l1_loss_none", "l1_loss_forward", "l1_loss_none_forward"):
+        assert table[key][torch.float16] == ((math.inf, 1 << 17),)
+    assert table["mse_loss"] == ATEN_BELOW["mse_loss"]
+    # An operator without a row, which would break the import, has its family's.
+    assert "softcap" not in table
+    assert table["Activation"][torch.bfloat16] == ATEN_BELOW["gelu"][torch.bfloat16]
+    assert torch.__version__ in names["__doc__"]
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "softmax", "mse_loss", "relu"])
