@@ -16,11 +16,13 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import cases
 import torch
@@ -28,6 +30,11 @@ from cases import CASES, HEADLINES, MODES, OPS, TORCH, TRAINING, Case, Step, dra
 from report import ROOT, spread, tabulated
 from rich.progress import track
 from torch.nn import functional
+
+import pyfused.functional
+from pyfused.backends import cpu
+from pyfused.ops import dispatch
+from pyfused.ops.sizes import ATEN_BELOW
 
 
 def cells(times: cases.Times) -> list[str]:
@@ -58,8 +65,6 @@ def start_load() -> None:
 
 def busy(options: Namespace) -> None:
     """torch and pyfused beside other work: medians, and the times that one call in ten exceeds."""
-    import pyfused.functional
-
     cases.settle_allocator()
     start_load()
     rows = []
@@ -105,8 +110,6 @@ class Worker:
 
 def work(folder: Path, library: str) -> None:
     """Answer each line, a case's name, a mode and a number of calls, with the seconds they took."""
-    import pyfused.functional
-
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     cases.settle_allocator()
     operators = pyfused.functional if library == "pyfused" else TORCH
@@ -221,7 +224,6 @@ def compiled(options: Namespace) -> None:
     pyfused leaves small ones to Inductor (COMPILED_BELOW in pyfused/ops/dispatch.py). Here it takes
     all, so that the table shows from which size on that is worth it.
     """
-    import pyfused.functional
     from pyfused.ops import dispatch
 
     cases.settle_allocator()
@@ -247,22 +249,16 @@ def compiled(options: Namespace) -> None:
 
 
 def overhead(options: Namespace) -> None:
-    """What a call of 80 elements costs beyond torch's own; ATen's operator computes all of them."""
-    import pyfused.functional
-
-    def call(owner: Any, op: str, arguments: cases.Arguments) -> Step:
-        function, input = getattr(owner, op), arguments.input.detach()
-        return lambda: function(input, *arguments.others, **arguments.options)
-
-    def patched(op: str, arguments: cases.Arguments, calls: int) -> float:
-        with pyfused.patch():
-            return cases.timed(call(functional, op, arguments), calls)
-
+    """What a call of 80 elements costs: beyond torch's own where ATen computes it, as most are, and
+    part by part where a kernel does.
+    """
     torch.set_num_threads(1)
     rows = []
     for op in (op for op in OPS if any(part in op for part in options.k)):
         arguments = draw(Case(op, (8, 10)))
-        timers = timers_of([call(each, op, arguments) for each in (TORCH, pyfused.functional)])
+        timers = timers_of(
+            [small_call(each, op, arguments) for each in (TORCH, pyfused.functional)]
+        )
         if hasattr(functional, op):
             timers.append(partial(patched, op, arguments))
         first, *others = cases.interleaved(timers, options.rounds, calls=200)
@@ -271,6 +267,68 @@ def overhead(options: Namespace) -> None:
         rows.append([op, *ns, *[""] * (3 - len(ns))])
     names = ["one thread", "torch, ns", "pyfused, ns more", "patched, ns more"]
     print(tabulated(names, rows, names=1))
+    parts_of_calls(options)
+
+
+def small_call(owner: Any, op: str, arguments: cases.Arguments) -> Callable[[], Any]:
+    function, input = getattr(owner, op), arguments.input.detach()
+    return lambda: function(input, *arguments.others, **arguments.options)
+
+
+def patched(op: str, arguments: cases.Arguments, calls: int) -> float:
+    with pyfused.patch():
+        return cases.timed(small_call(functional, op, arguments), calls)
+
+
+# A call, the function of backends/cpu.py that it reaches, and the kernel that this one calls.
+KERNEL_CALLS = (
+    (Case("mse_loss", (8, 10), reduction="none"), "pointwise_loss", "mse_loss"),
+    (
+        Case("binary_cross_entropy_with_logits", (8, 10)),
+        "pointwise_loss",
+        "binary_cross_entropy_with_logits",
+    ),
+    (Case("cross_entropy", (8, 10)), "cross_entropy", "cross_entropy"),
+    (Case("softmax", (8, 10)), "softmax", "softmax"),
+    (Case("relu", (8, 10)), "activation", "relu"),
+)
+
+
+def parts_of_calls(options: Namespace) -> None:
+    """Where the time of a call goes that takes a kernel, at a size where that has little to do."""
+    rows = []
+    with mock.patch.object(dispatch, "_ALWAYS_BELOW", {}), mock.patch.dict(ATEN_BELOW, clear=True):
+        for case, backend, kernel in KERNEL_CALLS:
+            arguments = draw(case)
+            ours = small_call(pyfused.functional, case.op, arguments)
+            steps = [
+                *[step(each, case, arguments) for each in (TORCH, pyfused.functional)],
+                *[small_call(TORCH, case.op, arguments), ours],
+                *[
+                    again(owner, name, ours)
+                    for owner, name in ((cpu, backend), (cpu.native, kernel))
+                ],
+            ]
+            times = cases.interleaved(timers_of(steps), options.rounds, calls=100)
+            theirs, both, their_forward, forward, of_backend, of_kernel = (
+                1e3 * median(each) for each in times
+            )
+            us = [
+                *[their_forward, forward, forward - of_backend],
+                *[of_backend - of_kernel, of_kernel, theirs, both],
+            ]
+            rows.append([f"{case.op} {case.reduction}", *[f"{each:.1f}" for each in us]])
+    names = ["one thread, us", "torch", "pyfused", "choice and checks", "tensors", "kernel"]
+    print(tabulated([*names, "torch, with backward", "pyfused"], rows, names=1))
+
+
+def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
+    """A function that a call reaches, with the arguments that it is called with."""
+    function = getattr(owner, name)
+    with mock.patch.object(owner, name, wraps=function) as seen:
+        result = call()
+    given, by_name = seen.call_args
+    return lambda: (function(*given, **by_name), result)  # to which a kernel writes
 
 
 if __name__ == "__main__":

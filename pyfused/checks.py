@@ -124,6 +124,8 @@ def cross_entropy(
     if weight is not None:
         tensor("weight", weight)
         _class_weight(input, weight, alike=not target.is_floating_point())
+    if options.is_plain():
+        return
     for name, positive, optional in _NUMBERS[type(options)]:
         value = getattr(options, name)
         if value is not None or not optional:

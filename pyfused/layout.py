@@ -72,13 +72,16 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
     The classes are along one dimension; the dimensions before and after it are the outer and the
     inner index of a row.
     """
-    shape = tensor.shape
+    shape, length = tensor.shape, tensor.shape[dim]
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    tensor = tensor.reshape(outer, shape[dim], inner)
-    strides = tensor.stride()
+    if tensor.is_contiguous():  # as most are: a view takes longer than a small kernel
+        strides: tuple[int, ...] = length * inner, inner, 1
+    else:
+        tensor = tensor.reshape(outer, length, inner)
+        strides = tensor.stride()
     if inner == 1:
-        return tensor, (1, outer, shape[dim]), (0, strides[0], strides[1])
-    return tensor, (outer, inner, shape[dim]), (strides[0], strides[2], strides[1])
+        return tensor, (1, outer, length), (0, strides[0], strides[1])
+    return tensor, (outer, inner, length), (strides[0], strides[2], strides[1])
 
 
 def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:

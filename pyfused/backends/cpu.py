@@ -368,11 +368,11 @@ def pointwise_loss(
         each = empty_like(order)
     elif want.loss:
         reduced = torch.empty_like(_SCALARS[accumulate_dtype(order.dtype)])
-    gradients = tuple(empty_like(order) if wanted else None for wanted in want.gradients)
+    gradients = tuple([empty_like(order) if wanted else None for wanted in want.gradients])
     getattr(native, formula)(
         DTYPES[order.dtype],
         order.numel(),
-        (*(view for _, view in views), _NO_OPERAND)[:3],
+        (*[view for _, view in views], _NO_OPERAND)[:3],
         (*parameters, 0.0, 0.0, 0.0)[:3],
         weight_operand,
         float(denominator),
@@ -387,13 +387,13 @@ def pointwise_loss(
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
     """``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0; contiguous."""
-    output = empty(input.shape, input.dtype)
+    output = empty_like(input, torch.contiguous_format)
     return _softmax(formula, dim, input, None, output)
 
 
 def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
     """The input's gradient, from the output; contiguous."""
-    grad_input = empty(output.shape, output.dtype)
+    grad_input = empty_like(output, torch.contiguous_format)
     return _softmax(formula, dim, output, grad_output.contiguous(), grad_input)
 
 

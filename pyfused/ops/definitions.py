@@ -31,11 +31,8 @@ def cross_entropy(
         loss = cross_entropy(input, target, weight, replace(options, with_metrics=False))
         logits = input if options.scale == 1 else input * options.scale
         return loss, metrics.of_logits(logits, target, options.ignore_index)
-    ignore_index, reduction, label_smoothing = (
-        options.ignore_index,
-        options.reduction,
-        options.label_smoothing,
-    )
+    ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
+    reduction = options.reduction
     if options.is_plain():
         return _cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing

@@ -218,13 +218,12 @@ def aten_is_faster(op: Operator, arguments: Arguments) -> bool:
 
 def bands(op: Operator, key: str, gradient: bool, dtype: torch.dtype) -> Bands:
     """The table's row for a kind of call, or of the nearest kind that was measured."""
-    kinds: tuple[str, ...] = key, op.name, type(op).__name__
-    if not gradient:
-        kinds = *[f"{kind}_forward" for kind in kinds], *kinds
-    for kind in kinds:
-        rows: Bands | None = ATEN_BELOW.get(kind, _NO_ROWS).get(dtype)
-        if rows:
-            return rows
+    suffixes = ("",) if gradient else ("_forward", "")
+    for suffix in suffixes:
+        for kind in (key, op.name, type(op).__name__):
+            rows: Bands | None = ATEN_BELOW.get(kind + suffix, _NO_ROWS).get(dtype)
+            if rows:
+                return rows
     return ()
 
 
