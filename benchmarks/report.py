@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-HEADLINE_PEERS = ("torch", "torch, THP", "torch.compile")  # in the README
+HEADLINE_PEERS = ("torch", "torch, THP", "torch.compile", "copy")  # in the README
 KEY = {
     "torch": "eager, with the defaults of its allocator.",
     "torch, THP": "eager; torch and pyfused in a process with THP_MEM_ALLOC_ENABLE=1.",
     "torch.compile": "the operator alone, with Inductor's defaults; pyfused beside it is eager.",
-    "copy": "a copy of as many bytes as the case must move at least, between buffers that are used"
-    " again. Its time divided by pyfused's is the share of the bandwidth that pyfused reaches.",
+    "copy": "of as many bytes as the case must move at least, between buffers that are used again."
+    " Its time divided by pyfused's is the share; GB/s are these bytes by pyfused's time.",
 }
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
 Found = dict[str, Any]  # the JSON of pytest-benchmark
@@ -70,6 +70,7 @@ class Row:
     classes: int
     peers: dict[str, Peer]
     peak_gradients: float | None = None  # memory beyond what was there, in gradients of the input
+    bytes: int = 0  # that have to be read or written at least
 
 
 def peer(theirs: Sequence[float], ours: Sequence[float]) -> Peer:
@@ -78,7 +79,8 @@ def peer(theirs: Sequence[float], ours: Sequence[float]) -> Peer:
 
 def row(case: Case, mode: str, peers: dict[str, Peer], peak: float | None = None) -> Row:
     classes = case.shape[1] if case.op == "cross_entropy" else 1
-    return Row(case.name, case.op, mode, case.headline, case.elements, classes, peers, peak)
+    moved = case.traffic(mode) * case.bytes
+    return Row(case.name, case.op, mode, case.headline, case.elements, classes, peers, peak, moved)
 
 
 # ---- where it was measured -----------------------------------------------------------------------
@@ -154,7 +156,10 @@ def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
     """A table of ratios, beside the times of pyfused and of the first peer."""
     peers = peers or peers_of(rows)
     first = peers[0]
-    columns = ["case", "mode", "pyfused, ms", f"{first}, ms", *(f"{n} / pyfused" for n in peers)]
+    columns = ["case", "mode", "pyfused, ms", f"{first}, ms"]
+    columns += ["share of a copy" if n == "copy" else f"{n} / pyfused" for n in peers]
+    speeds = any(row.bytes for row in rows)
+    columns += ["GB/s"] if speeds else []
     peaks = any(row.peak_gradients is not None for row in rows)
     columns += ["peak, gradients"] if peaks else []
     lines = []
@@ -163,6 +168,9 @@ def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
         cells = [row.case, row.mode]
         cells += [f"{known.pyfused_ms:.3g}", f"{known.ms:.3g}"] if known else ["", ""]
         cells += [spread(row.peers[name].ratio) if name in row.peers else "" for name in peers]
+        if speeds:
+            known = row.peers.get("copy")  # there, where bytes are what takes the time
+            cells.append(f"{row.bytes / known.pyfused_ms / 1e6:.3g}" if known else "")
         if peaks:
             cells.append("" if row.peak_gradients is None else f"{row.peak_gradients:.2f}")
         lines.append(cells)

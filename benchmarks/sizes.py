@@ -55,7 +55,8 @@ ALL_THREADS = torch.get_num_threads()
 @lru_cache(maxsize=1)
 def drawn_and_checked(case: Case) -> cases.Arguments:
     arguments = cases.draw(case)
-    cases.assert_correct(case, arguments)
+    if case.elements <= FAR:  # larger ones, of the same kernels, take seconds
+        cases.assert_correct(case, arguments)
     return arguments
 
 

@@ -256,3 +256,15 @@ def test_a_command_has_its_function(words: str) -> None:
         module, name = function.split(".")
         function = getattr(importlib.import_module(module), name)
     assert callable(function)
+
+
+def test_a_report_gives_gigabytes_a_second_beside_the_share_of_a_copy() -> None:
+    case = Case("mse_loss", (1 << 20,))  # reads two tensors and writes a gradient: 12 MiB
+    peers = {
+        name: report.peer([ms] * 3, [2.0] * 3) for name, ms in (("torch", 10.0), ("copy", 1.0))
+    }
+    table = report.markdown([report.row(case, cases.TRAINING, peers)])
+    names, _, cells = ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
+    found = dict(zip(names, cells, strict=True))
+    assert found["GB/s"] == "6.29"
+    assert found["share of a copy"] == "0.50 (0.50 to 0.50)"

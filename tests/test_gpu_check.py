@@ -138,7 +138,7 @@ def test_the_report_is_that_of_cpus(
     expected = {"table.md", "results.json"} | pictures
     assert {file.name for file in folder.iterdir()} == expected
     table = (folder / "table.md").read_text()
-    assert "copy / pyfused" in table
+    assert "share of a copy" in table
     assert "driver" in table
 
 
