@@ -41,6 +41,7 @@ from pyfused.startup import KERNEL, SMALL, Calls, Key
 
 SHARE = 0.008  # of the program's time that repeated calls may take
 MOST = 1 << 24  # elements of a repeated call; one of more is cut, for the sake of memory
+TIMED = 32  # of so many small calls two are timed: to time each takes longer than most of them
 WARM = 0.01  # seconds: a shorter call is made once before it counts
 
 _LOSSES = (
@@ -101,6 +102,7 @@ def counted(kinds: dict[Key, Calls]) -> Callable[..., Tensor]:
                 calls.largest = elements
             if input.is_cpu:  # another device computes later
                 calls.seconds += seconds
+                calls.latest = seconds
                 if calls.count >= calls.due:
                     repeat(calls, op, arguments, inplace, path is KERNEL, result)
         finally:
@@ -108,6 +110,31 @@ def counted(kinds: dict[Key, Calls]) -> Callable[..., Tensor]:
         return result
 
     return call
+
+
+def counted_if_small(kinds: dict[Key, Calls]) -> Callable[[Operator, Arguments], bool]:
+    """:func:`pyfused.ops.dispatch.is_small`, which counts calls of patched functions on their way
+    to torch's, but for some: these take the long way, where they are timed.
+    """
+
+    def is_small(op: Operator, arguments: Arguments) -> bool:
+        if not dispatch.is_small(op, arguments):
+            return False
+        if _inside.call:
+            return True
+        input = arguments[0]
+        elements = input.numel()
+        needs_grad = input.requires_grad and torch.is_grad_enabled()
+        calls = kinds.get((op.name, SMALL, elements.bit_length(), needs_grad))
+        if calls is None or calls.count % TIMED < 2:  # the second one may be repeated
+            return False
+        calls.count += 1
+        calls.elements += elements
+        calls.largest = max(calls.largest, elements)
+        calls.seconds += calls.latest
+        return True
+
+    return is_small
 
 
 def count_compiled(kinds: dict[Key, Calls]) -> None:
@@ -342,8 +369,7 @@ def start(kinds: dict[Key, Calls], missing: Counter[str]) -> None:
     """Patches this process and counts, until it ends."""
     dispatch.call = counted(kinds)
     setattr(functional, "call", dispatch.call)  # noqa: B010 it is there by name
-    # No call leaves for torch's function before it is counted.
-    vars(sys.modules["pyfused.patch"])["is_small"] = lambda *_: False
+    vars(sys.modules["pyfused.patch"])["is_small"] = counted_if_small(kinds)
     count_compiled(kinds)
     count_others(missing)
     patch().__enter__()

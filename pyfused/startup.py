@@ -39,10 +39,11 @@ class Calls:
             forward and backward passes together.
         due: The number of the next call to repeat.
         cost: The seconds that the last repetition took.
+        latest: The seconds of the latest call that was timed.
     """
 
     due: float = 2  # the first call of a kind starts threads, and takes new memory
-    cost = 0.0
+    cost = latest = 0.0
 
     def __init__(self) -> None:
         self.largest = self.count = self.elements = 0

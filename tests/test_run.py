@@ -470,6 +470,20 @@ def test_repeating_takes_a_share_of_the_time(
     assert repeat.spent <= 0.1 * clock()
 
 
+def test_small_calls_that_are_not_timed_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: defaultdict[startup.Key, startup.Calls] = defaultdict(startup.Calls)
+    monkeypatch.setattr(dispatch, "call", run.counted(found))
+    monkeypatch.setattr(sys.modules["pyfused.patch"], "is_small", run.counted_if_small(found))
+    with pyfused.patch():
+        for size in [5] * 90 + [7] * 10:
+            torch.nn.functional.mse_loss(torch.zeros(size), torch.ones(size))
+    (kind,) = found
+    assert kind[:2] == ("mse_loss", startup.SMALL)
+    calls = found[kind]
+    assert (calls.count, calls.elements, calls.largest) == (100, 520, 7)
+    assert calls.seconds > 0
+
+
 def test_compiled_calls_are_counted(
     kinds: dict[startup.Key, startup.Calls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
