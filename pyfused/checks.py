@@ -170,7 +170,7 @@ _NUMBERS = {
 def normalized(options: Options) -> Options:
     """Checked options as the kernels take them: floats, and no label smoothing below 0."""
     changed: dict[str, Any] = {}
-    for name, *_ in _NUMBERS[type(options)]:
+    for name, *_ in () if options.is_plain() else _NUMBERS[type(options)]:
         value = getattr(options, name)
         if type(value) is not float and isinstance(value, Real):
             changed[name] = float(value)
