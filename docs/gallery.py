@@ -20,6 +20,7 @@ from torch import Tensor
 import pyfused
 import pyfused.functional
 from pyfused.backends import DTYPES
+from pyfused.ops.dispatch import operator_of
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.sizes import ATEN_BELOW
 
@@ -248,18 +249,23 @@ def covered() -> str:
 def sizes(*operators: str) -> str:
     """The smallest inputs that take a kernel on CPUs, of some operators, or of all."""
     columns = ["operator", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]
-    names = {"cross_entropy_kdim": "`cross_entropy`, (N, C, d1, ..., dk)"}
     rows = [
-        [names.get(key, _key(key)), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
+        [_key(key), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
         for key, below in ATEN_BELOW.items()
-        if not operators or key.removesuffix("_kdim").removesuffix("_none") in operators
+        if operator_of(key) in (operators or OPERATORS)
+        and (operators or not key.endswith("_forward"))
     ]
     return report.tabulated(columns, rows, names=1) if rows else ""
 
 
 def _key(key: str) -> str:
-    op = key.removesuffix("_none")
-    return f"`{op}`" + ", without reduction" * (op != key)
+    op = operator_of(key)
+    words = {
+        "_kdim": "(N, C, d1, ..., dk)",
+        "_none": "without reduction",
+        "_forward": "forward alone",
+    }
+    return ", ".join([f"`{op}`", *(word for part, word in words.items() if part in key[len(op) :])])
 
 
 def _elements(rows: Sequence[tuple[float, int]]) -> str:
