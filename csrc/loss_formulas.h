@@ -224,12 +224,12 @@ template <class A> struct QuantileLoss : Formula<A> {
   A grad_target(A x, A t, A, A scale) const { return -grad_input(x, t, 0, scale); }
 };
 
-// Not in torch: log(cosh(d)) = |d| + softplus(-2 |d|) - log(2), d = x - t.
+// Not in torch: log(cosh(d)) = |d| + log(1 + e) - log(2), d = x - t, e = exp(-2 |d|) as in tanh(d).
 template <class A> struct LogCoshLoss : Formula<A> {
   using Formula<A>::Formula;
   A value(A x, A t, A) const {
     const A size = std::abs(x - t);
-    return size + (softplus(-2 * size) - A(0.6931471805599453));
+    return size + (log1p_unit(exp_shifted(-2 * size)) - A(0.6931471805599453));
   }
   A grad_input(A x, A t, A, A scale) const { return scale * tanh_of(x - t); }
   A grad_target(A x, A t, A, A scale) const { return scale * tanh_of(t - x); }
@@ -262,7 +262,8 @@ template <class A, bool square> struct SigmoidFocal : Formula<A> {
         gamma(A(p[1])), ignored(A(p[2])) {}
   A power(A u) const {
     if constexpr (square) return u * u;
-    return gamma == 0 ? A(1) : exp_of(gamma * log_of(u));
+    const A value = exp_of(gamma * log_of(u));  // unconditionally, so that loops have no branch
+    return gamma == 0 ? A(1) : value;
   }
   A factor(A t) const { return t == ignored ? A(0) : positive * t + negative * (1 - t); }
   A value(A x, A t, A) const {
@@ -271,10 +272,11 @@ template <class A, bool square> struct SigmoidFocal : Formula<A> {
   }
   A grad_input(A x, A t, A, A scale) const {
     const A p = sigmoid(x), q = sigmoid(-x), u = p * (1 - t) + q * t;
-    const A ratio = u > 0 ? p * q / u : A(1);
+    // u^(gamma - 1) p q
+    const A slope = square ? u * (p * q) : power(u) * (u > 0 ? p * q / u : A(1));
     const A c = (1 - t) * x + softplus(-x);
     scale = t == ignored ? A(0) : scale;  // scale is infinite if all targets are ignored
-    return factor(t) * scale * (power(u) * ((p - t) + gamma * c * ratio * (1 - 2 * t)));
+    return factor(t) * scale * (power(u) * (p - t) + gamma * c * slope * (1 - 2 * t));
   }
   A grad_target(A, A, A, A) const { return 0; }
 };

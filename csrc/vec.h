@@ -188,59 +188,53 @@ PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int6
 
 // ---- elementary functions -----------------------------------------------------------------------
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, with a minimax polynomial for exp(r).
-// Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves n in the low bits of the sum.
+// Adding 1.5 * 2^(mantissa bits) rounds to an integer, and adding the exponent's bias leaves the
+// exponent of 2^n in the low bits of the sum. It is 0 at kLeast, and so is 2^n.
 
 template <class A> struct Power {
   A less_1;  // exp(r) - 1
   A scale;   // 2^n, or half of it
 };
 
-// `lift` is 1 where 2^n alone would be infinite.
-template <int lift = 0> PYFUSED_INLINE Power<float> power_of(float x) {
-  constexpr float kRound = 0x1.8p23f;
-  x = -104.0f > x ? -104.0f : x;
+// `lift` is 1 where 2^n alone would be infinite. Without `clamps`, x is at least kLeast.
+template <int lift = 0, bool clamps = true> PYFUSED_INLINE Power<float> power_of(float x) {
+  constexpr float kRound = 0x1.8p23f + 127 - lift, kLeast = -88.0f + 0.7f * lift;
+  if constexpr (clamps) x = kLeast > x ? kLeast : x;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.38143183e-3f;
-  p = p * r + 8.36885128e-3f;
-  p = p * r + 4.16684011e-2f;
-  p = p * r + 1.66665195e-1f;
+  const float z = r * r;
+  float p = 1.38143183e-3f * r + 8.36885128e-3f;
+  p = p * z + (4.16684011e-2f * r + 1.66665195e-1f);
   p = p * r + 4.99999934e-1f;
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127 - lift;
-  return {p * (r * r) + r, bit_cast<float>(uint32_t(exponent > 0 ? exponent : 0) << 23)};
+  return {p * z + r, bit_cast<float>(bit_cast<uint32_t>(shifted) << 23)};
 }
 
-template <int lift = 0> PYFUSED_INLINE Power<double> power_of(double x) {
-  constexpr double kRound = 0x1.8p52;
-  x = -746.0 > x ? -746.0 : x;
+template <int lift = 0, bool clamps = true> PYFUSED_INLINE Power<double> power_of(double x) {
+  constexpr double kRound = 0x1.8p52 + 1023 - lift, kLeast = -709.0 + 0.7 * lift;
+  if constexpr (clamps) x = kLeast > x ? kLeast : x;
   const double shifted = x * 1.4426950408889634 + kRound;
   const double n = shifted - kRound;
   const double r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
-  double p = 2.082952690990506e-09;
-  p = p * r + 2.5112669132722643e-08;
-  p = p * r + 2.7557569101588205e-07;
-  p = p * r + 2.755723296538863e-06;
-  p = p * r + 2.4801586949222232e-05;
-  p = p * r + 0.00019841269898397378;
-  p = p * r + 0.0013888888889096167;
-  p = p * r + 0.008333333333316146;
-  p = p * r + 0.04166666666666617;
-  p = p * r + 0.16666666666666685;
+  const double z = r * r;
+  double p = 2.082952690990506e-09 * r + 2.5112669132722643e-08;
+  p = p * z + (2.7557569101588205e-07 * r + 2.755723296538863e-06);
+  p = p * z + (2.4801586949222232e-05 * r + 0.00019841269898397378);
+  p = p * z + (0.0013888888889096167 * r + 0.008333333333316146);
+  p = p * z + (0.04166666666666617 * r + 0.16666666666666685);
   p = p * r + 0.5;
-  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kRound) + 1023 - lift;
-  return {p * (r * r) + r, bit_cast<double>(uint64_t(exponent > 0 ? exponent : 0) << 52)};
+  return {p * z + r, bit_cast<double>(bit_cast<uint64_t>(shifted) << 52)};
 }
 
 template <class A> PYFUSED_INLINE A exp_shifted(A x) {
   const Power<A> power = power_of(x);
-  return (power.less_1 + 1) * power.scale;
+  return power.less_1 * power.scale + power.scale;
 }
 
 template <class A> PYFUSED_INLINE A exp_of(A x) {
   constexpr A kTop = sizeof(A) == 4 ? 89 : 710;  // infinite from here on
   const Power<A> power = power_of<1>(x);
-  const A value = (power.less_1 + 1) * 2 * power.scale;
+  const A value = 2 * (power.less_1 * power.scale + power.scale);
   // Selected, because the product fused with a subtraction (FMA) would not overflow.
   return x >= kTop ? std::numeric_limits<A>::infinity() : value;
 }
@@ -266,17 +260,28 @@ PYFUSED_INLINE double log_positive(double x) {
 }
 
 // 2/3 + 2/5 z + 2/7 z^2 + ...: log((1 + s) / (1 - s)) = 2 s + s z (this), with z = s^2.
-template <int terms, int k = 1, class A> PYFUSED_INLINE A log_series(A z) {
-  constexpr A term = A(2) / A(2 * k + 1);
+template <int terms, int k = 1> PYFUSED_INLINE double log_series(double z) {
+  constexpr double term = 2.0 / (2 * k + 1);
   if constexpr (k == terms) return term;
   else return term + z * log_series<terms, k + 1>(z);
 }
 
 // log(1 + t) + extra; the order of additions rounds t last.
-template <int terms, class A> PYFUSED_INLINE A log1p_series(A t, A extra) {
-  const A s = t / (2 + t), z = s * s, half = A(0.5) * t * t;
+template <int terms> PYFUSED_INLINE double log1p_series(double t, double extra) {
+  const double s = t / (2 + t), z = s * s, half = 0.5 * t * t;
   return t - (half - (s * (half + z * log_series<terms>(z)) + extra));
 }
+
+// log(1 + t) + extra, 1 + t in [sqrt(1/2), sqrt(2)).
+PYFUSED_INLINE float log1p_reduced(float t, float extra) {
+  const float z = t * t;
+  float p = -0.0763455331f * t + 0.12761648f;
+  p = p * z + (-0.131602049f * t + 0.142017901f);
+  p = p * z + (-0.166233793f * t + 0.200012296f);
+  p = p * z + (-0.250008196f * t + 0.333333313f);
+  return t - (0.5f * z - (p * (z * t) + extra));
+}
+PYFUSED_INLINE double log1p_reduced(double t, double extra) { return log1p_series<10>(t, extra); }
 
 template <class A> PYFUSED_INLINE A log_of(A x) {
   constexpr bool kFloat = sizeof(A) == 4;
@@ -287,41 +292,48 @@ template <class A> PYFUSED_INLINE A log_of(A x) {
   constexpr Bits kSqrtHalf = Bits(kFloat ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
   constexpr Bits kOne = Bits(kBias) << kMantissa, kFraction = (Bits(1) << kMantissa) - 1;
   const bool tiny = x < kLeast;  // a subnormal number is scaled to a normal one
-  const Bits bits = bit_cast<Bits>(tiny ? x * kInteger : x) - kSqrtHalf;
-  const A biased = bit_cast<A>(bit_cast<Bits>(kInteger) | (bits + kOne) >> kMantissa) - kInteger;
-  const A e = biased - (tiny ? kBias + kMantissa : kBias);
+  const Bits bits = bit_cast<Bits>(x * (tiny ? kInteger : A(1))) + (kOne - kSqrtHalf);
+  const A biased = bit_cast<A>(bit_cast<Bits>(kInteger) | bits >> kMantissa);
+  const A e = biased - (tiny ? kInteger + kBias + kMantissa : kInteger + kBias);
   const A t = bit_cast<A>((bits & kFraction) + kSqrtHalf) - 1;
   const A high = kFloat ? A(0.693359375) : A(0.6931471803691238);
   const A low = kFloat ? A(-2.12194440e-4) : A(1.9082149292705877e-10);
-  const A value = e * high + log1p_series<kFloat ? 4 : 10>(t, e * low);
+  const A value = e * high + log1p_reduced(t, e * low);
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
-  const A special = x == 0 ? -kInfinity : x < 0 ? std::numeric_limits<A>::quiet_NaN() : x;
-  return x > 0 && x < kInfinity ? value : special;
+  const A below = x == 0 ? -kInfinity : std::numeric_limits<A>::quiet_NaN();
+  const A finite = x < kInfinity ? value : x;
+  return x > 0 ? finite : below;
 }
 
-// log(1 + x), with a correction of the rounding of 1 + x.
+// log(1 + x) = log(u) + lost / u, where u is 1 + x rounded. 2 - u is near enough to 1 / u where the
+// correction counts.
 template <class A> PYFUSED_INLINE A log1p_of(A x) {
-  const A u = 1 + x, value = log_of(u) + (x - (u - 1)) / u;
-  constexpr A kMost = std::numeric_limits<A>::max();
-  return u > 0 && u <= kMost ? value : log_of(u);
+  const A u = 1 + x, lost = x - (u - 1);
+  return log_of(u) + (u < 2 ? lost * (2 - u) : A(0));
 }
+
+// log(1 + e), 0 <= e <= 1.
+PYFUSED_INLINE float log1p_unit(float e) {
+  const float z = e * e;
+  float p = -0.00329046859f * e + 0.0200862419f;
+  p = p * z + (-0.057457231f * e + 0.106611282f);
+  p = p * z + (-0.153448805f * e + 0.196921021f);
+  p = p * z + (-0.24958019f * e + 0.333304644f);
+  p = p * e + -0.499999315f;
+  return p * z + e;
+}
+PYFUSED_INLINE double log1p_unit(double e) { return log1p_series<16>(e, 0.0); }
 
 // log(1 + exp(x)).
 template <class A> PYFUSED_INLINE A softplus(A x) {
-  const A tail = log1p_series<sizeof(A) == 4 ? 7 : 16>(exp_shifted(-std::abs(x)), A(0));
-  return tail + (x < 0 ? A(0) : x);
+  return log1p_unit(exp_shifted(-std::abs(x))) + (x < 0 ? A(0) : x);
 }
 
-// tanh(|x|) = -m / (1 + e) = 1 - 2 e / (1 + e), e = exp(-2 |x|), m = e - 1; whichever is the
-// smaller.
+// tanh(|x|) = (1 - e) / (1 + e), e = exp(-2 |x|).
 template <class A> PYFUSED_INLINE A tanh_of(A x) {
-  const A size = std::abs(x);
-  const Power<A> power = power_of(-2 * size);
-  const A e = (power.less_1 + 1) * power.scale;
-  const A m = power.less_1 * power.scale + (power.scale - 1);
-  const bool small = size < A(0.55);
-  const A part = (small ? -m : 2 * e) / (1 + e);
-  return std::copysign(small ? part : 1 - part, x);
+  const Power<A> power = power_of(-2 * std::abs(x));
+  const A less_1 = power.less_1 * power.scale + (power.scale - 1);  // e - 1
+  return std::copysign(less_1 / (1 + (power.less_1 * power.scale + power.scale)), x);
 }
 
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
@@ -329,81 +341,54 @@ template <class A> PYFUSED_INLINE A sigmoid(A x) {
   return (x < 0 ? e : A(1)) / (1 + e);
 }
 
-PYFUSED_INLINE float normal_middle(float z) {
-  float p = -7.66053817e-06f;
-  p = p * z + 0.000113502296f;
-  p = p * z + -0.00118634399f;
-  p = p * z + 0.00997332848f;
-  p = p * z + -0.0664903606f;
-  return p * z + 0.39894228f;
+// exp(a^2 / 2) P(X <= -a), X of the standard normal distribution, as a minimax rational function.
+PYFUSED_INLINE float normal_tail(float a) {
+  float p = 0.00402866164f, q = 0.0100982161f;
+  p = p * a + 0.0400415957f;
+  p = p * a + 0.181477755f;
+  p = p * a + 0.435918361f;
+  q = q * a + 0.100376695f;
+  q = q * a + 0.464831591f;
+  q = q * a + 1.19519651f;
+  q = q * a + 1.6697216f;
+  return (p * a + 0.5f) / (q * a + 1);
 }
 
-PYFUSED_INLINE double normal_middle(double z) {
-  double p = 4.07432697742662748e-12;
-  p = p * z + -1.1064328282755891e-10;
-  p = p * z + 2.27041375856760001e-9;
-  p = p * z + -4.12241075141608136e-8;
-  p = p * z + 6.65967987965523131e-7;
-  p = p * z + -9.44465579310384581e-6;
-  p = p * z + 0.000115434687516559416;
-  p = p * z + -0.00118732821546803438;
-  p = p * z + 0.009973557010035022;
-  p = p * z + -0.0664903800669054265;
-  return p * z + 0.398942280401432678;
+PYFUSED_INLINE double normal_tail(double a) {
+  double p = 2.1502020922697467e-07, q = 5.389757360652774e-07;
+  p = p * a + 6.742430113733502e-06;
+  p = p * a + 0.00010362635356383029;
+  p = p * a + 0.0010160199928161886;
+  p = p * a + 0.006990281935566641;
+  p = p * a + 0.03513493000693753;
+  p = p * a + 0.13050944153673993;
+  p = p * a + 0.35426853679661285;
+  p = p * a + 0.6756961619839004;
+  p = p * a + 0.8254691295220501;
+  q = q * a + 1.6900765962838638e-05;
+  q = q * a + 0.0002602917235727818;
+  q = q * a + 0.002563685207760173;
+  q = q * a + 0.017780713134188386;
+  q = q * a + 0.09058319220124782;
+  q = q * a + 0.3441465712188851;
+  q = q * a + 0.971165327796318;
+  q = q * a + 1.988369000556898;
+  q = q * a + 2.805270244065429;
+  q = q * a + 2.4488228198469657;
+  return (p * a + 0.5) / (q * a + 1);
 }
 
-PYFUSED_INLINE float normal_tail(float u) {
-  float q = -0.0206127052f;
-  q = q * u + 0.00106651069f;
-  q = q * u + 0.0441939091f;
-  q = q * u + -0.00755319600f;
-  q = q * u + -0.0910454815f;
-  q = q * u + -0.0138199370f;
-  q = q * u + 0.225355872f;
-  q = q * u + 0.413744850f;
-  q = q * u + 0.405136748f;
-  return q * u + 0.258572679f;
-}
-
-PYFUSED_INLINE double normal_tail(double u) {
-  double q = -0.000929854603052670542;
-  q = q * u + 0.00536321384836522797;
-  q = q * u + -0.00028905854311420872;
-  q = q * u + -0.0100838364476720567;
-  q = q * u + 0.00590626967570077181;
-  q = q * u + 0.007755173124983604;
-  q = q * u + -0.0116660560810707799;
-  q = q * u + 0.000528937884994463158;
-  q = q * u + 0.0128458430454428005;
-  q = q * u + -0.010495493370460996;
-  q = q * u + -0.00856135520220586609;
-  q = q * u + 0.0194506792407715177;
-  q = q * u + 0.000264011952292224869;
-  q = q * u + -0.0281932681430898487;
-  q = q * u + 0.0107820048736303713;
-  q = q * u + 0.0431177617758887064;
-  q = q * u + -0.0227981047187217476;
-  q = q * u + -0.0865702515644366387;
-  q = q * u + 0.00846935603682139982;
-  q = q * u + 0.225874849598957775;
-  q = q * u + 0.379846938732905729;
-  q = q * u + 0.365456493286834938;
-  return q * u + 0.239321975910893291;
-}
-
-// The standard normal distribution, with minimax polynomials: P(X <= x) = 1/2 + x M(x^2) where |x|
-// < 1, else P(X <= -a) = exp(-a^2 / 2) t Q(t), t = 1 / (1 + 0.3 a), Q around the middle of its
-// range.
+// The standard normal distribution. exp(-a^2 / 2) is 0 from kMost on.
 template <class A> struct Normal {
   A density, below;
 
   PYFUSED_INLINE explicit Normal(A x) {
-    constexpr A kMiddle = A(sizeof(A) == 4 ? 0.6 : 0.55);
-    const A z = x * x, a = std::abs(x), power = exp_shifted(z * A(-0.5));
-    const A t = 1 / (1 + A(0.3) * a), tail = power * (t * normal_tail(t - kMiddle));
-    const A middle = A(0.5) + x * normal_middle(z);
+    constexpr A kMost = A(sizeof(A) == 4 ? 13.27 : 37.66);
+    const A size = std::abs(x), a = size > kMost ? kMost : size;
+    const Power<A> e = power_of<0, false>(a * a * A(-0.5));
+    const A power = e.less_1 * e.scale + e.scale, tail = power * normal_tail(a);
     density = power * A(0.39894228040143268);
-    below = a < 1 ? middle : x < 0 ? tail : 1 - tail;
+    below = x < 0 ? tail : 1 - tail;
   }
 };
 

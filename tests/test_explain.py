@@ -113,11 +113,12 @@ def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.thresholds
+@pytest.mark.parametrize("suffix", ["", "_forward"])
 @pytest.mark.parametrize("op", sorted(sizes.ATEN_BELOW.keys() & OPERATORS.keys()))
 def test_a_call_goes_to_aten_below_the_size_of_the_table(
-    op: str, kernel_calls: KernelCalls
+    op: str, suffix: str, kernel_calls: KernelCalls
 ) -> None:
-    most, below = sizes.ATEN_BELOW[op][torch.bfloat16][0]
+    most, below = sizes.ATEN_BELOW[op + suffix][torch.bfloat16][0]
     classes = 4 if math.isinf(most) else int(most)  # the most that this row is for
     for rows in {1, max(below - 1, 0) // classes, -(-below // classes)} - {0}:
         small = rows * classes < below
@@ -127,6 +128,7 @@ def test_a_call_goes_to_aten_below_the_size_of_the_table(
         else:  # of which the number of dimensions chooses no other row
             x = x.view(-1, 2, 2)
             given = [x] * sum(not operand.optional for operand in OPERATORS[op].operands)
+        given[0] = x.detach().requires_grad_(not suffix)
         options = {"dim": 1} if "softmax" in op else {}
         said = pyfused.explain(op, *given, **options)
         assert (said.reason == dispatch.SMALL) == small, rows
