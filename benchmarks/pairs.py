@@ -210,37 +210,47 @@ def allocators(options: Namespace) -> None:
 # ---- compiled programs ---------------------------------------------------------------------------
 
 
-def program(operators: Any, case: Case, cast: bool) -> Any:
-    """An operator, of half-precision logits perhaps after a cast within the program."""
+# What a program does with the input before the operator, in words and in code.
+BEFORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda x: x,
+    ", behind x / 2 + 1 / 4": lambda x: x * 0.5 + 0.25,
+    ", made float32": torch.Tensor.float,
+}
+
+
+def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """An operator of what is computed from the input."""
     function = getattr(operators, case.op)
-    return SimpleNamespace(
-        **{case.op: lambda x, *rest, **given: function(x.float() if cast else x, *rest, **given)}
-    )
+    call = lambda x, *rest, **given: function(before(x), *rest, **given)  # noqa: E731
+    return SimpleNamespace(**{case.op: call})
 
 
 def compiled(options: Namespace) -> None:
-    """Programs with torch's cross-entropy and with pyfused's, both under torch.compile.
+    """Programs with torch's operators and with pyfused's, both under torch.compile.
 
     pyfused leaves small ones to Inductor (COMPILED_BELOW in pyfused/ops/dispatch.py). Here it takes
-    all, so that the table shows from which size on that is worth it.
+    all, so that the table shows from which size on that is worth it. Behind arithmetic that
+    Inductor fuses with it, an operator is to be as fast as without pyfused.
     """
-    from pyfused.ops import dispatch
-
     cases.settle_allocator()
-    dispatch.COMPILED_BELOW["cross_entropy"] = 0
+    for table in (dispatch.COMPILED_BELOW, dispatch.COMPILED_FORWARD_BELOW):
+        table.update(dict.fromkeys(table, 0))
     rows = []
     for case in cases.chosen(CASES, options.k):
-        if case.op != "cross_entropy" or case.autocast:
-            continue
-        arguments = draw(case)
-        for cast in (False, True)[: 1 + (case.dtype is cases.BF16)]:
-            both = [program(each, case, cast) for each in (TORCH, pyfused.functional)]
+        logits = case.op == "cross_entropy"
+        for words, before in BEFORE.items():
+            if case.autocast or ("float32" in words) > (logits and case.dtype is cases.BF16):
+                continue
+            if logits and "behind" in words:  # where its operator stays
+                continue
+            arguments = draw(case)
+            both = [program(each, case, before) for each in (TORCH, pyfused.functional)]
             cases.assert_correct(case, arguments, cases.Compiled(both[1]), both[0])
             for mode in MODES:
                 torch.compiler.reset()
                 steps = [step(cases.Compiled(each), case, arguments, mode) for each in both]
                 times = cases.measure(timers_of(steps), options.seconds)
-                rows.append([case.name + ", made float32" * cast, mode, *cells(times)])
+                rows.append([case.name + words, mode, *cells(times)])
     names = ["under torch.compile", "mode", "torch, ms", "pyfused, ms", "torch / pyfused"]
     print(tabulated(names, rows, names=2))
 

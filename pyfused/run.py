@@ -27,8 +27,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from pyfused import functional
-from pyfused.backends import cpu
-from pyfused.ops import custom_operators, dispatch, linear_cross_entropy
+from pyfused.ops import custom_operators, dispatch, inductor
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operator
@@ -138,30 +137,24 @@ def counted_if_small(kinds: dict[Key, Calls]) -> Callable[[Operator, Arguments],
 
 
 def count_compiled(kinds: dict[Key, Calls]) -> None:
-    """Counts what the custom operators call, which compiled programs are made of."""
-    for owner, name, op in (
-        (cpu, "cross_entropy", "cross_entropy"),
-        (linear_cross_entropy, "compute", "linear_cross_entropy"),
-    ):
-        setattr(owner, name, _counting_compiled(kinds, op, getattr(owner, name)))
+    """Counts the calls of custom operators, and the places where compiled programs have torch's."""
+    compute, left = custom_operators.compute, inductor.left
 
-
-def _counting_compiled(
-    kinds: dict[Key, Calls], op: str, function: Callable[..., Any]
-) -> Callable[..., Any]:
-    def call(given: Any, *args: Any) -> Any:
-        if sys._getframe(1).f_globals is not vars(custom_operators):
-            return function(given, *args)
+    def counting(op: str, function: Callable[..., Any], given: Arguments, *backward: Any) -> Any:
         start = perf_counter()
-        result = function(given, *args)
+        result = compute(op, function, given, *backward)
         calls = kinds[op, f"{KERNEL}, compiled", 0, False]
         calls.seconds += perf_counter() - start
-        calls.count += result[0] is not None  # the loss: a backward pass is no call
-        input = given if isinstance(given, Tensor) else given.input
-        calls.largest = max(calls.largest, input.numel())
+        calls.count += not backward
+        calls.largest = max(calls.largest, given[0].numel())
         return result
 
-    return call
+    def counting_left(op: str) -> None:
+        left(op)
+        kinds[op, f"torch: {inductor.FUSED}", 0, False].count += 1
+
+    setattr(custom_operators, "compute", counting)  # noqa: B010 mypy knows it as a function
+    setattr(inductor, "left", counting_left)  # noqa: B010
 
 
 # ---- compared with torch -------------------------------------------------------------------------

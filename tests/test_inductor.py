@@ -284,10 +284,12 @@ def test_a_torch_without_such_patterns(seen: Seen, monkeypatch: pytest.MonkeyPat
         joint_graph.patterns.patterns.setdefault(("call_function", operator), [])
         monkeypatch.delitem(joint_graph.patterns.patterns, ("call_function", operator))
     monkeypatch.setattr(inductor, "_registered", False)
+    monkeypatch.setattr(inductor, "unavailable", False)  # so that it is put back
     monkeypatch.delattr(pattern_matcher, "register_graph_pattern")
     assert_same(compiled_and_eager(VIEWED["as_it_is"], logits()))
     assert seen.given_to_operators() == [torch.float32] * 2
     assert seen.operators() == PAIR
+    assert inductor.unavailable
 
 
 def test_patterns_are_for_inductor_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.dispatch import call, compiler_traces
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
 
@@ -28,7 +29,8 @@ class Composed(Operator):
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         self.check_scalars(arguments)
-        loss = self.of.fused(self.given(*arguments), inplace)
+        given = self.given(*arguments)
+        loss = call(self.of, given) if compiler_traces() else self.of.fused(given, inplace)
         return self.finish(loss, *arguments)
 
     def check(self, arguments: Arguments) -> None:

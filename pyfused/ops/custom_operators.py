@@ -1,28 +1,32 @@
 """The custom operators, which only a compiler sees: it cannot look into the kernels.
 
-A loss is an operator of its tensors and of each field of its options, so that the schema follows
-from these. Its gradients are an operator of their own, computed by the backward pass: a custom
-operator must not hand over what it saved.
+An operator's schema follows from its declaration, or from the fields of its options. Its gradients
+are an operator of their own, computed by the backward pass: a custom operator must not hand over
+what it saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import backend_of
-from pyfused.layout import accumulate_dtype, empty_viewed, loss_shape, viewed
-from pyfused.ops import inductor, linear_cross_entropy
+from pyfused.layout import accumulate_dtype, dense, empty_viewed, is_dense, loss_shape, viewed
+from pyfused.ops import inductor, linear_cross_entropy, pointwise_loss
+from pyfused.ops.activation import Activation
 from pyfused.ops.chunked import Wanted
-from pyfused.ops.class_loss import gradients_of_definition
-from pyfused.ops.operators import CROSS_ENTROPY
+from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
+from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.gradients import differentiate
+from pyfused.ops.operators import CROSS_ENTROPY, GAUSSIAN_NLL_LOSS, OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseCall, PointwiseLoss
+from pyfused.ops.softmax import Softmax
 from pyfused.types import CrossEntropyOptions, Gradients, Head, HeadOptions, Want
-
-Tensors = tuple[Any, ...]  # those of an operator's schema, of which some may be None
 
 _LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
 _SCHEMA = {  # of the types of fields
@@ -36,69 +40,65 @@ _SCHEMA = {  # of the types of fields
     "Tensor | None": "Tensor?",
     "torch.dtype | None": "ScalarType?",
 }
+_LOSS = Want()
+_NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?", "dim": "int", "dtype": "ScalarType?"}
 
 
 @dataclass(frozen=True)
-class CompiledLoss:
-    """What the custom operators of a loss are made of.
+class CompiledOperator:
+    """What the custom operators of an operator are made of.
+
+    Their functions take the arguments in the order of the schema. Those of the gradients take the
+    output in the input's place where that is what is saved.
 
     Attributes:
-        tensors: The tensors' schema; those that may have gradients come first.
+        schema: The arguments' schema; the tensors that may have gradients come first.
         differentiable: How many these are.
-        options: The class of the options.
-        loss: The loss, given tensors and options.
-        gradients: The gradients, given tensors, options, which are wanted, and grad_output.
+        value: The result.
+        gradients: The gradients, given arguments, which are wanted, and grad_output.
         definition: The same in torch's terms, differentiable.
-        empty_loss, empty_gradient: Tensors like the loss, and like the gradient of a tensor.
+        empty_value, empty_gradient: Tensors like the result, and like the gradient of a tensor.
+        saves_output: Whether the gradients are computed from the output.
     """
 
     name: str
-    tensors: tuple[str, ...]
+    schema: Sequence[str]
     differentiable: int
-    options: type[CrossEntropyOptions]
-    loss: Callable[[Tensors, Any], Tensor]
-    gradients: Callable[[Tensors, Any, Sequence[bool], Tensor], Gradients]
-    definition: Callable[[Tensors, Any, Sequence[bool], Tensor], Gradients]
-    empty_loss: Callable[[Tensors, Any], Tensor]
+    value: Callable[[Arguments], Tensor]
+    gradients: Callable[[Arguments, Sequence[bool], Tensor], Gradients]
+    definition: Callable[[Arguments, Sequence[bool], Tensor], Gradients]
     empty_gradient: Callable[[Tensor], Tensor]
+    empty_value: Callable[[Arguments], Tensor]
+    saves_output: bool = False
 
-    @property
-    def arguments(self) -> list[str]:
-        options = [f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(self.options)]
-        return [*self.tensors, *options]
-
-    def read(self, arguments: Sequence[Any]) -> tuple[Tensors, Any]:
-        """Tensors and options from an operator's arguments."""
-        n = len(self.tensors)
-        return tuple(arguments[:n]), self.options(*arguments[n:])
-
-    def empty_gradients(self, tensors: Tensors, wanted: Sequence[bool]) -> list[Tensor]:
+    def empty_gradients(self, given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
         found = [
             self.empty_gradient(tensor) if want and tensor is not None else None
-            for tensor, want in zip(tensors[: self.differentiable], wanted, strict=True)
+            for tensor, want in zip(given, wanted, strict=False)
         ]
-        return _filled(tuple(found), tensors[0])
+        return _filled(tuple(found), given[0])
 
     def define(self) -> None:
-        arguments, outputs = ", ".join(self.arguments), ", ".join(["Tensor"] * self.differentiable)
+        arguments, outputs = ", ".join(self.schema), ", ".join(["Tensor"] * self.differentiable)
         wanted = f"bool[{self.differentiable}] wanted"
         backward = f"{self.name}_backward"
         _LIBRARY.define(f"{self.name}({arguments}) -> Tensor")
         _LIBRARY.define(f"{backward}(Tensor grad_output, {arguments}, {wanted}) -> ({outputs})")
 
         def run(*given: Any) -> Tensor:
-            return self.loss(*self.read(given))
+            value: Tensor = compute(self.name, self.value, given)
+            return value
 
-        def run_backward(grad_output: Tensor, *given: Any) -> list[Tensor]:
-            found = self.gradients(*self.read(given[:-1]), given[-1], grad_output)
-            return _filled(found, given[0])
+        def run_backward(grad_output: Tensor, *given: Any) -> Any:
+            found = compute(self.name, self.gradients, given[:-1], given[-1], grad_output)
+            return _packed(_filled(found, given[0]))
 
         def fake(*given: Any) -> Tensor:
             inductor.register()
-            return self.empty_loss(*self.read(given))
+            return self.empty_value(given)
 
-        def fake_backward(_: Tensor, *given: Any) -> list[Tensor]:
-            return self.empty_gradients(self.read(given[:-1])[0], given[-1])
+        def fake_backward(_: Tensor, *given: Any) -> Any:
+            return _packed(self.empty_gradients(given[:-1], given[-1]))
 
         for name, kernel, meta in (
             (self.name, run, fake),
@@ -107,21 +107,45 @@ class CompiledLoss:
             _LIBRARY.impl(name, kernel, "CPU")
             torch.library.register_fake(f"pyfused::{name}", meta, lib=_LIBRARY)
         torch.library.register_autograd(
-            f"pyfused::{self.name}", self.backward, setup_context=_save, lib=_LIBRARY
+            f"pyfused::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
         )
+
+    def save(self, ctx: Any, inputs: Arguments, output: Tensor) -> None:
+        given = (output, *inputs[1:]) if self.saves_output else inputs
+        tensors = [value if isinstance(value, Tensor) else None for value in given]
+        ctx.save_for_backward(*tensors)
+        pairs = zip(given, tensors, strict=True)
+        ctx.others = [value if tensor is None else None for value, tensor in pairs]
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
-        given = [other if tensor is None else tensor for tensor, other in pairs]
+        given = tuple(other if tensor is None else tensor for tensor, other in pairs)
         wanted = ctx.needs_input_grad[: self.differentiable]
-        found: Sequence[Tensor | None]
+        found: Any
         if torch.is_grad_enabled():
-            found = self.definition(*self.read(given), wanted, grad_output)
+            found = self.definition(given, wanted, grad_output)
         else:
-            operator = getattr(torch.ops.pyfused, f"{self.name}_backward")
-            found = operator(grad_output, *given, wanted)
+            found = getattr(torch.ops.pyfused, f"{self.name}_backward")(grad_output, *given, wanted)
+            found = found if self.differentiable > 1 else (found,)
         kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         return *kept, *[None] * (len(given) - len(kept))
+
+    def gradients_in_torch(self, grad_output: Tensor, *given: Any) -> Tensor | list[Tensor]:
+        """What the operator of the gradients returns, in torch's terms."""
+        *arguments, wanted = given
+        for index, want in enumerate(wanted):
+            if want:
+                arguments[index] = arguments[index].detach().requires_grad_()
+        found = self.definition(tuple(arguments), wanted, grad_output)
+        return _packed(_filled(found, given[0]))
+
+
+def _compute(_: str, function: Callable[..., Any], given: Arguments, *backward: Any) -> Any:
+    return function(given, *backward)
+
+
+# What an operator of this name returns; run.py puts one here that counts.
+compute = _compute
 
 
 def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
@@ -129,73 +153,201 @@ def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
     return [input.new_empty(0) if each is None else each for each in gradients]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-    ctx.save_for_backward(*tensors)
-    pairs = zip(inputs, tensors, strict=True)
-    ctx.others = [value if tensor is None else None for value, tensor in pairs]
+def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
+    return gradients if len(gradients) > 1 else gradients[0]
 
+
+# ---- operators as they are declared --------------------------------------------------------------
+
+
+def _schema(op: Operator) -> list[str]:
+    types = {s.name: "bool" if s.flag else "float?" if s.optional else "float" for s in op.scalars}
+    types |= {o.name: "Tensor?" if o.optional else "Tensor" for o in op.operands}
+    for name, default in zip(op.arguments[1:], op.defaults, strict=True):
+        types.setdefault(name, _NO_DEFAULT.get(name, type(default).__name__))
+    return [f"{types[name]} {name.lstrip('_')}" for name in op.arguments]
+
+
+def _empty(like: Tensor) -> Tensor:
+    """Dense, and in the order of ``like`` where that is dense."""
+    preserve = torch.preserve_format if is_dense(like) else torch.contiguous_format
+    return torch.empty_like(like, memory_format=preserve)
+
+
+def _declared(op: Operator, **family: Any) -> CompiledOperator:
+    def value(given: Arguments) -> Tensor:
+        with torch.no_grad():
+            return op.fused(given, False)
+
+    count = sum(operand.differentiated for operand in op.operands)
+    return CompiledOperator(op.name, _schema(op), count, value, empty_gradient=_empty, **family)
+
+
+def _of_loss(op: PointwiseLoss | ClassLoss) -> CompiledOperator:
+    kernels = _gradients_of_pointwise if isinstance(op, PointwiseLoss) else _gradients_of_classes
+
+    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        found = kernels(op, given, wanted, grad_output)
+        pairs = zip(given, found, strict=False)
+        return tuple([None if each is None else _laid_out(each, like) for like, each in pairs])
+
+    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        def loss(*tensors: Tensor) -> Tensor:
+            return op.reference(*tensors, *given[len(wanted) :])
+
+        return differentiate(loss, given[: len(wanted)], wanted, grad_output)
+
+    return _declared(
+        op,
+        gradients=gradients,
+        definition=definition,
+        empty_value=lambda given: given[0].new_empty(()),
+    )
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """In the order that the compiler has been told."""
+    if gradient.stride() == like.stride():
+        return gradient
+    empty = _empty(like)
+    return gradient if gradient.stride() == empty.stride() else empty.copy_(gradient)
+
+
+def _gradients_of_pointwise(
+    op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
+) -> Gradients:
+    """Of operands alike in shape and dtype, as dispatch has made sure."""
+    operands, weight, reduction = op._read(given)
+    like = operands[0]
+    numbers = tuple([pointwise_loss._number(given[i], scalar) for i, scalar in op.scalar_places])
+    denominator: float | Tensor = 1.0
+    if reduction in op.denominators:
+        denominator = op.denominators[reduction](operands, weight, numbers)
+    weight = None if weight is None else weight.expand_as(like)
+    call = PointwiseCall(op, backend_of(like), numbers, reduction, denominator)
+    want = Want(False, (*wanted, *[False] * (len(operands) - len(wanted))))
+    return call.kernel(operands, weight, want, grad_output.expand_as(like))[1][: len(wanted)]
+
+
+def _gradients_of_classes(
+    op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
+) -> Gradients:
+    read = op.arranged(op.checked(given))
+    kernel = getattr(backend_of(read.input), op.name)
+    gradient, _ = kernel(*read, Want(False, (*wanted, False)), grad_output)[1]
+    return (gradient.reshape(given[0].shape),)
+
+
+def _of_activation(op: Activation) -> CompiledOperator:
+    def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
+        saved, *others = given
+        name, parameters = (op.name, ()) if op.formula is None else op.formula(*others)
+        backward = backend_of(saved).activation_backward
+        return (backward(name, grad_output, dense(saved), parameters),)
+
+    return _declared(
+        op,
+        gradients=gradients,
+        definition=lambda given, _, grad_output: (op.gradient(grad_output, *given),),
+        empty_value=lambda given: _empty(given[0]),
+        saves_output=op.saves == "output",
+    )
+
+
+def _of_softmax(op: Softmax) -> CompiledOperator:
+    def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
+        output, dim, *_others = given
+        backward = backend_of(output).softmax_backward
+        return (backward(op.name, grad_output, output, dim % output.dim()),)
+
+    def definition(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
+        output, dim, *_others = given
+        gradient = getattr(torch, f"_{op.name}_backward_data")
+        return (gradient(grad_output, output, dim, output.dtype),)
+
+    return _declared(
+        op,
+        gradients=gradients,
+        definition=definition,
+        empty_value=lambda given: given[0].new_empty(given[0].shape),
+        saves_output=True,
+    )
+
+
+for _op in OPERATORS.values():
+    if isinstance(_op, Activation):
+        _made = _of_activation(_op)
+    elif isinstance(_op, Softmax):
+        _made = _of_softmax(_op)
+    elif isinstance(_op, (PointwiseLoss, ClassLoss)) and _op is not CROSS_ENTROPY:
+        _made = _of_loss(_op)
+    else:
+        continue
+    _made.define()
+    if _op is not GAUSSIAN_NLL_LOSS:  # torch's looks at values, which no graph has
+        _has_short_way = isinstance(_op, (Activation, Softmax))
+        inductor.in_torch[_op.name] = _op.aten if _has_short_way else _op.reference
+        inductor.in_torch[f"{_op.name}_backward"] = _made.gradients_in_torch
 
 # ---- cross_entropy -------------------------------------------------------------------------------
 
 
-def _loss(tensors: Tensors, options: CrossEntropyOptions) -> Tensor:
-    input, target, weight = tensors
-    loss, _ = backend_of(input).cross_entropy(input, target, weight, options, Want())
+def _fields(options: type[CrossEntropyOptions]) -> list[str]:
+    return [f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(options)]
+
+
+def _read(given: Arguments) -> Given:
+    input, target, weight, *options = given
+    return Given(input, target, weight, CrossEntropyOptions(*options))
+
+
+def _loss(given: Arguments, want: Want = _LOSS) -> tuple[Tensor, Gradients]:
+    loss, gradients = backend_of(given[0]).cross_entropy(*_read(given), want)
     assert loss is not None
-    return loss
+    return loss, gradients
 
 
-def _gradients(
-    tensors: Tensors,
-    options: CrossEntropyOptions,
-    wanted: Sequence[bool],
-    grad_output: Tensor,
-) -> Gradients:
-    input, target, weight = tensors
-    want, kernel = Want(False, tuple(wanted)), backend_of(input).cross_entropy
-    return kernel(input, target, weight, options, want, grad_output)[1]
+def _gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+    want, kernel = Want(False, tuple(wanted)), backend_of(given[0]).cross_entropy
+    return kernel(*_read(given), want, grad_output)[1]
 
 
-def _empty_loss(tensors: Tensors, options: CrossEntropyOptions) -> Tensor:
-    input: Tensor = tensors[0]
+def _empty_loss(given: Arguments) -> Tensor:
+    input, *_, options = _read(given)
     shape = loss_shape(input, options.reduction)
     return input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
 
-cross_entropy = CompiledLoss(
-    "cross_entropy",
-    ("Tensor input", "Tensor target", "Tensor? weight"),
-    2,
-    CrossEntropyOptions,
-    _loss,
-    _gradients,
-    lambda tensors, options, wanted, grad_output: gradients_of_definition(
-        CROSS_ENTROPY, CROSS_ENTROPY.read((*tensors, options)), wanted, grad_output
+cross_entropy = CompiledOperator(
+    name="cross_entropy",
+    schema=["Tensor input", "Tensor target", "Tensor? weight", *_fields(CrossEntropyOptions)],
+    differentiable=2,
+    value=lambda given: _loss(given)[0],
+    gradients=_gradients,
+    definition=lambda given, wanted, grad_output: gradients_of_definition(
+        CROSS_ENTROPY, _read(given), wanted, grad_output
     ),
-    _empty_loss,
-    lambda tensor: empty_viewed(viewed(tensor)[0])[0],
+    empty_value=_empty_loss,
+    empty_gradient=lambda tensor: empty_viewed(viewed(tensor)[0])[0],
 )
 cross_entropy.define()
 
 
 # Inductor may multiply what was saved in place, so inductor.py puts this operator for the two.
 def _loss_and_gradients(*given: Any) -> list[Tensor]:
-    (input, target, weight), options = cross_entropy.read(given[:-1])
-    want, kernel = Want(True, tuple(given[-1])), backend_of(input).cross_entropy
-    loss, found = kernel(input, target, weight, options, want)
-    assert loss is not None
-    return [loss, *_filled(found, input)]
+    want = Want(True, tuple(given[-1]))
+    loss, gradients = compute("cross_entropy", partial(_loss, want=want), given[:-1])
+    return [loss, *_filled(gradients, given[0])]
 
 
 def _fake_loss_and_gradients(*given: Any) -> list[Tensor]:
-    tensors, options = cross_entropy.read(given[:-1])
-    return [_empty_loss(tensors, options), *cross_entropy.empty_gradients(tensors, given[-1])]
+    arguments, wanted = given[:-1], given[-1]
+    return [_empty_loss(arguments), *cross_entropy.empty_gradients(arguments, wanted)]
 
 
 _NAME = "cross_entropy_with_gradients"
 _LIBRARY.define(
-    f"{_NAME}({', '.join(cross_entropy.arguments)}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
+    f"{_NAME}({', '.join(cross_entropy.schema)}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl(_NAME, _loss_and_gradients, "CPU")
 torch.library.register_fake(f"pyfused::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
@@ -203,36 +355,43 @@ torch.library.register_fake(f"pyfused::{_NAME}", _fake_loss_and_gradients, lib=_
 # ---- linear_cross_entropy ------------------------------------------------------------------------
 
 
-def _loss_of_head(tensors: Tensors, options: HeadOptions) -> Tensor:
-    head = Head(*tensors)
+def _read_head(given: Arguments) -> tuple[Head, HeadOptions]:
+    return Head(*given[:5]), HeadOptions(*given[5:])
+
+
+def _loss_of_head(given: Arguments) -> Tensor:
+    head, options = _read_head(given)
     linear_cross_entropy.check_indices(head, options)
     return linear_cross_entropy.compute(head, options).loss
 
 
-def _empty_loss_of_head(tensors: Tensors, options: HeadOptions) -> Tensor:
-    head = Head(*tensors)
+def _gradients_of_head(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+    head, options = _read_head(given)
+    return linear_cross_entropy.compute_gradients(head, options, Wanted(*wanted), grad_output)
+
+
+def _empty_loss_of_head(given: Arguments) -> Tensor:
+    head, options = _read_head(given)
     shape = linear_cross_entropy.loss_shape(head) if options.reduction == "none" else ()
     return head.input.new_empty(shape, dtype=linear_cross_entropy.loss_dtype(head))
 
 
-CompiledLoss(
-    "linear_cross_entropy",
-    (
+CompiledOperator(
+    name="linear_cross_entropy",
+    schema=[
         "Tensor input",
         "Tensor linear_weight",
         "Tensor? linear_bias",
         "Tensor target",
         "Tensor? weight",
+        *_fields(HeadOptions),
+    ],
+    differentiable=4,
+    value=_loss_of_head,
+    gradients=_gradients_of_head,
+    definition=lambda given, wanted, grad_output: linear_cross_entropy.gradients_of_definition(
+        *_read_head(given), wanted, grad_output
     ),
-    4,
-    HeadOptions,
-    _loss_of_head,
-    lambda tensors, options, wanted, grad_output: linear_cross_entropy.compute_gradients(
-        Head(*tensors), options, Wanted(*wanted), grad_output
-    ),
-    lambda tensors, options, wanted, grad_output: linear_cross_entropy.gradients_of_definition(
-        Head(*tensors), options, wanted, grad_output
-    ),
-    _empty_loss_of_head,
-    lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format),
+    empty_value=_empty_loss_of_head,
+    empty_gradient=lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format),
 ).define()

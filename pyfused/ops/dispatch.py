@@ -65,12 +65,43 @@ for _key, _rows in ({} if FORCED else ATEN_BELOW).items():
     for _dtype, _bands in _rows.items():
         _least[_dtype] = min(below for _, below in (*_bands, (_ANY, _least.get(_dtype, NEVER))))
 
-# Elements below which a compiled call is left to Inductor: a custom operator costs some 15 us, and
-# at (64, 1000) makes 0.83 times the speed. An operator that is not here is always left to Inductor,
-# which fuses with what comes before, and a custom operator is a wall to it: behind 2 x + 1, at 32 M
-# elements, mse_loss has 0.18 times the speed forward and 0.78 with backward, relu 0.74 forward.
-# Measured by `benchmarks/run.py compiled`, 2 threads, x86-64-v4.
-COMPILED_BELOW = {"cross_entropy": 1 << 18, "linear_cross_entropy": 0}
+# What a compiler follows into, to the custom operators that are called there.
+FOLLOWED = (
+    "cross_entropy",
+    "linear_cross_entropy",
+    "rmse_loss",
+    "multilabel_soft_margin_loss",
+)
+# Elements below which a compiled call is left to Inductor: a custom operator costs some 30 us a
+# pass, and cross_entropy of (64, 1000) makes 0.83 times the speed. Most kernels are as fast as
+# Inductor's code until this has to take new memory for its outputs, page by page, which glibc
+# maps from 32 MiB on. They are faster earlier than that with exponentials, and where Inductor's
+# loop over the backward is not vectorised. Measured by `benchmarks/run.py compiled`, forward +
+# backward, 2 threads, x86-64-v4.
+_NEW_MEMORY = 1 << 24
+COMPILED_BELOW = {
+    "cross_entropy": 1 << 18,
+    "linear_cross_entropy": 0,
+    **dict.fromkeys(FOLLOWED[2:], 0),  # the loss that is called there decides
+    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), _NEW_MEMORY),
+    **dict.fromkeys(("kl_div", "poisson_nll_loss", "binary_cross_entropy"), _NEW_MEMORY),
+    **dict.fromkeys(("sigmoid", "silu", "gelu", "softmax", "log_softmax"), _NEW_MEMORY),
+    "nll_loss": _NEW_MEMORY,
+    **dict.fromkeys(("binary_cross_entropy_with_logits", "sigmoid_focal_loss"), 1 << 20),
+    **dict.fromkeys(("soft_margin_loss", "log_cosh_loss", "gaussian_nll_loss"), 1 << 20),
+    **dict.fromkeys(("tanh", "softcap"), 1 << 20),
+    **dict.fromkeys(("hinge_loss", "hinge_embedding_loss", "multi_margin_loss"), 1 << 16),
+    **dict.fromkeys(("margin_ranking_loss", "quantile_loss", "relu", "leaky_relu"), 1 << 16),
+}
+# The same of a graph without backward, where that is more: a loss without exponentials takes as
+# long as reading its operands does.
+COMPILED_FORWARD_BELOW = {
+    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), NEVER),
+    **dict.fromkeys(("kl_div", "poisson_nll_loss", "binary_cross_entropy", "nll_loss"), NEVER),
+    **dict.fromkeys(("hinge_loss", "hinge_embedding_loss", "multi_margin_loss"), NEVER),
+    **dict.fromkeys(("margin_ranking_loss", "quantile_loss"), NEVER),
+    **dict.fromkeys(("relu", "leaky_relu"), _NEW_MEMORY),
+}
 
 SMALL = "ATen is faster at this size"
 _PLAIN = (Tensor, Parameter)
@@ -100,6 +131,10 @@ def call(
     if inplace and (reason is None or reason is SMALL):
         op.give_up(input)
     if reason is None:
+        traced = is_dynamo_compiling() or (type(input) not in _PLAIN and is_traced(input))
+        if traced and op.name not in FOLLOWED:
+            output: Tensor = getattr(torch.ops.pyfused, op.name)(*arguments)
+            return output
         if patched is None:
             return op.fused(arguments, inplace)
         try:
@@ -153,7 +188,7 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
             return op.subclass_fallback_reason(arguments) or _active_mode()
     if not compiling and aten_is_faster(op, arguments):
         return SMALL
-    reason = _left_to_compiler(op.name, input) if compiling else _active_mode()
+    reason = _left_to_compiler(op, arguments, inplace) if compiling else _active_mode()
     reason = reason or unsupported(op.operands[0], input, input, compiling)
     for place, operand in op.others:
         tensor = arguments[place]
@@ -232,20 +267,53 @@ def below(table: Bands, length: int) -> int:
     return next((elements for most, elements in table if length <= most), 0)
 
 
-def _left_to_compiler(op: str, input: Tensor) -> str | None:
+def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
+    input = arguments[0]
     if torch.compiler.is_exporting():
         return "torch.export: a program of torch's operators runs without pyfused"
     if takes_triton(input):
         return "torch.compile: Inductor writes Triton kernels, too"
-    if op not in COMPILED_BELOW:
-        return "torch.compile: Inductor fuses it with its neighbours"
     # Imported by the compiler in any case, and slow to import.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    if statically_known_true(input.numel() < COMPILED_BELOW[op]):
+    if statically_known_true(input.numel() < COMPILED_BELOW[op.name]):
         return "torch.compile: Inductor is faster at this size"
     if torch._C._are_functorch_transforms_active():
         return "torch.func"
+    return None if op.name in FOLLOWED else _without_operator(op, arguments, inplace)
+
+
+def _without_operator(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
+    """Why a compiled call takes no custom operator; these are for the calls that most are."""
+    from pyfused.ops import inductor
+
+    input, named = arguments[0], dict(zip(op.arguments, arguments, strict=True))
+    warning = getattr(op, "warning", None)
+    if inductor.unavailable:
+        return "torch.compile: Inductor cannot replace operators"
+    if inplace:
+        return "torch.compile: inplace"
+    if named.get("reduction") == "none" or named.get("reduce") is not None:
+        return "torch.compile: Inductor fuses what follows an unreduced loss"
+    if warning is not None and warning(arguments):
+        return "torch.compile: a warning"
+    if "reduction" in named and torch.is_autocast_enabled(input.device.type):
+        return "torch.compile: autocast"
+    if named.get("dtype") not in (None, input.dtype):
+        return "torch.compile: dtype"
+    for place, scalar in op.scalar_places:
+        if isinstance(arguments[place], Tensor):
+            return f"torch.compile: {scalar.name} is a tensor"
+    for place, operand in op.others:
+        tensor = arguments[place]
+        if tensor is None or operand.indices:
+            continue
+        if not isinstance(tensor, Tensor):
+            return f"torch.compile: {operand.name} is no tensor"
+        if tensor.dtype is not input.dtype:
+            return f"torch.compile: {operand.name} differs in dtype"
+        if not operand.optional and tensor.shape != input.shape:
+            return f"torch.compile: {operand.name} differs in shape"
     return None
 
 

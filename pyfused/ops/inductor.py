@@ -1,24 +1,32 @@
-"""What the kernels can do with a compiled graph that Inductor cannot: two patterns of its table.
+"""What becomes of custom operators in Inductor's graph of forward and backward, by its patterns.
 
-To Inductor a custom operator is a wall: ``cross_entropy(logits.float(), target)`` would write a
-float32 copy for the operator to read. The kernels compute in float32 whatever they read, and round
-a gradient once, as the cast's backward does. So the cast goes, on the way in and on the way out.
+To Inductor a custom operator is a wall: what comes before it is written to memory for the operator
+to read, and what it returns is read there. So an operator stays only between tensors that are in
+memory anyway: inputs and outputs of the graph, and those of matrix products and the like. Any other
+becomes torch's again, forward and backward, and Inductor fuses it with its neighbours.
+
+cross_entropy stays anywhere, and loses a cast to float32 before it. The kernels compute in float32
+whatever they read, and round a gradient once, as the cast's backward does. So the cast goes, on the
+way in and on the way out.
 
 A loss of few classes takes its time for exponentials, which forward and backward both need. There
 the forward operator computes the gradient too, and what is left of the backward is a product.
 
 The patterns stand in Inductor's own table, beside those of its users. Where a version of torch has
-no such table, the graph stays as it was.
+no such table, the graph stays as it was, and dispatch leaves further calls to Inductor.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
 import torch
 
+from pyfused.layout import is_dense
+from pyfused.ops.dispatch import COMPILED_BELOW, COMPILED_FORWARD_BELOW, say_once
 from pyfused.ops.gradients import gradients_in_forward
 
 Node = Any  # torch.fx.Node, whose arguments may be anything
@@ -32,15 +40,22 @@ _VIEWS = tuple(getattr(torch.ops.aten, op).default for op in ("view", "reshape",
 # backward, 2 threads, x86-64-v4.
 _FEW_CLASSES, _REUSED_BYTES = 128, 31 << 20
 
+# What custom operators compute, in torch's terms; those that are not here are never put back.
+in_torch: dict[str, Callable[..., Any]] = {}
+# By Inductor from memory into memory; so are those without code of its own.
+_PRODUCTS = [
+    getattr(torch.ops.aten, op)
+    for op in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+]
+
+FUSED = "torch.compile: Inductor fuses it with its neighbours"
+unavailable = False
 _registered = False
-
-
-# ---- two patterns: an operator that is given a cast ----------------------------------------------
 
 
 def register() -> None:
     """Adds the patterns, once, if Inductor is compiling: nothing else imports what they go into."""
-    global _registered
+    global _registered, unavailable
     table = sys.modules.get("torch._inductor.fx_passes.joint_graph")
     if _registered or table is None:
         return
@@ -48,13 +63,151 @@ def register() -> None:
     try:
         from torch._inductor.pattern_matcher import CallFunctionVarArgs, register_graph_pattern
 
-        for op, rewrite in (
-            (torch.ops.pyfused.cross_entropy.default, _forward),
-            (torch.ops.pyfused.cross_entropy_backward.default, _backward),
-        ):
-            register_graph_pattern(CallFunctionVarArgs(op), pass_dict=table.patterns)(rewrite)
+        # Torch's operators come back before Inductor's own patterns look for them.
+        first = getattr(table, "early_patterns", table.patterns)
+        rewrites = [(name, _put_back, first) for name in in_torch]
+        rewrites += [("cross_entropy", _forward, table.patterns)]
+        rewrites += [("cross_entropy_backward", _backward, table.patterns)]
+        for name, rewrite, patterns in rewrites:
+            pattern = CallFunctionVarArgs(getattr(torch.ops.pyfused, name).default)
+            register_graph_pattern(pattern, pass_dict=patterns)(rewrite)
     except (AttributeError, ImportError, TypeError):
+        unavailable = True
+
+
+# ---- operators between tensors that are in memory ------------------------------------------------
+
+
+def _put_back(match: Any, *_: Any) -> None:
+    node = match.output_node()
+    if "pyfused_stays" not in node.meta:
+        call = _call_of(node)
+        stays = not _is_small(node, call) and all(_is_between_memory(part, call) for part in call)
+        for part in call:
+            part.meta["pyfused_stays"] = stays
+        if not stays:
+            left(_name(node).removesuffix("_backward"))
+    if node.meta["pyfused_stays"]:
         return
+    given, function = list(node.args), in_torch[_name(node)]
+    places = [place for place, value in enumerate(given) if isinstance(value, torch.fx.Node)]
+
+    def compute(*tensors: torch.Tensor) -> Any:
+        for place, tensor in zip(places, tensors, strict=True):
+            given[place] = tensor
+        return function(*given)
+
+    match.replace_by_example(compute, [given[place] for place in places], _traced)
+
+
+def _traced(compute: Callable[..., Any], tensors: Sequence[Any]) -> torch.fx.GraphModule:
+    """The graph of a function, which may overwrite what it has computed."""
+    from torch._inductor.pattern_matcher import fwd_only
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return fwd_only(torch.func.functionalize(make_fx(compute)(*tensors)), tensors)
+
+
+def left(op: str) -> None:
+    say_once(op, FUSED)
+
+
+def _name(node: Node) -> str:
+    """Of an operator of pyfused's, else empty."""
+    namespace, _, name = str(node.target).removesuffix(".default").partition(".")
+    return name if namespace == "pyfused" else ""
+
+
+def _call_of(node: Node) -> set[Node]:
+    """The operators of a call: forward, and backward if there is one."""
+    name, forwards = _name(node).removesuffix("_backward"), [node]
+    if _name(node) != name:
+        saved, others = node.args[1], node.args[2:-1]
+        forwards = [n for n in (saved, *saved.users) if _name(n) == name and n.args[1:] == others]
+    backwards = [
+        user
+        for n in forwards
+        for user in (*n.users, *n.args[0].users)
+        if _name(user) == f"{name}_backward" and user.args[2:-1] == n.args[1:]
+    ]
+    return {node, *forwards, *backwards}
+
+
+def _is_small(node: Node, call: set[Node]) -> bool:
+    """By the tables; dispatch knows neither sizes that change, of which the first one counts here,
+    nor whether there is a backward pass.
+    """
+    size = node.args[_name(node).endswith("_backward")].meta["val"].numel()
+    hint = size if isinstance(size, int) else size.node.hint
+    names = {_name(part) for part in call}
+    op = min(names, key=len)
+    below = COMPILED_BELOW[op]
+    if len(names) == 1:
+        below = COMPILED_FORWARD_BELOW.get(op, below)
+    return hint is not None and hint < below
+
+
+def _is_between_memory(node: Node, call: set[Node]) -> bool:
+    """Whether all tensors of the input's size are in memory anyway, in one dense order."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+    backward = _name(node).endswith("_backward")
+    first = node.args[backward].meta["val"]
+
+    def is_large(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return True
+        if not isinstance(value, torch.Tensor) or value.dim() < first.dim():
+            return False
+        return not statically_known_true(8 * value.numel() <= first.numel())
+
+    def is_read_from_memory(read: Node) -> bool:
+        value = read.meta["val"]
+        alike = not is_large(value) or statically_known_true(sym_eq(value.stride(), first.stride()))
+        return alike and (not is_large(value) or read in call or _is_in_memory(read))
+
+    def is_written_to_memory(written: Node) -> bool:
+        return not is_large(written.meta["val"]) or all(
+            user in call
+            or user.op == "output"
+            or _is_extern(user)
+            or (backward and _operator(user) is torch.ops.aten.sum)  # the gradient of a bias
+            or (_is_view(user) and is_written_to_memory(user))
+            for user in written.users
+        )
+
+    return (
+        is_dense(first)
+        and all(map(is_read_from_memory, node.all_input_nodes))
+        and is_written_to_memory(node)
+    )
+
+
+def _is_in_memory(node: Node) -> bool:
+    while _is_view(node):
+        node = node.args[0]
+    return node.op == "placeholder" or _is_extern(node)
+
+
+def _is_view(node: Node) -> bool:
+    return node.target in _VIEWS or node.target is getitem
+
+
+def _is_extern(node: Node) -> bool:
+    """Whether it reads from memory and writes there, so that Inductor fuses it with nothing."""
+    from torch._inductor.lowering import fallbacks
+
+    namespace = getattr(node.target, "namespace", "aten")
+    foreign = namespace not in ("aten", "prims") and _name(node) not in in_torch
+    return foreign or node.target in fallbacks or _operator(node) in _PRODUCTS
+
+
+def _operator(node: Node) -> Any:
+    """Whatever its overload."""
+    return getattr(node.target, "overloadpacket", None)
+
+
+# ---- an operator that is given a cast ------------------------------------------------------------
 
 
 def _forward(match: Any, input: Node, target: Node, *_: Any) -> None:
