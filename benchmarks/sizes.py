@@ -140,6 +140,10 @@ def banded(found: dict[int, int]) -> dispatch.Bands:
     return *bands[:-1], (math.inf, bands[-1][1])
 
 
+def below(bands: dispatch.Bands, classes: int) -> int:
+    return next((elements for most, elements in bands if classes <= most), 0)
+
+
 def of_families(table: Table) -> Table:
     """Rows for operators without any, by class: the largest of a class's operators."""
     found: Table = {}
@@ -200,19 +204,20 @@ def sizes(options: Namespace) -> None:
         mock.patch.dict(ATEN_BELOW, clear=True),
         mock.patch.dict(dispatch._ALWAYS_BELOW, clear=True),
     ):
-        # From here on the kernels take every call.
+        dispatch.bands.cache_clear()  # from here on the kernels take every call
         for op, key, mode, name in track(asked, "Measuring", transient=True):
             kind, dtype = key + SUFFIXES[mode], DTYPES[name]
             before = new[kind].get(dtype, ())
             found = {}
             for classes in CLASSES.get(key, (1,)):
-                below = dispatch.below(before, classes)
-                found[classes] = threshold(op, key, dtype, classes, mode, below)
+                least = below(before, classes)
+                found[classes] = threshold(op, key, dtype, classes, mode, least)
                 if options.raise_only:
-                    found[classes] = max(found[classes], below)
+                    found[classes] = max(found[classes], least)
             new[kind][dtype] = banded(found)
             if new[kind][dtype] != old.get(kind, {}).get(dtype):
                 print(f"{kind} {name}: {before} becomes {new[kind][dtype]}", flush=True)
+    dispatch.bands.cache_clear()
     torch.set_num_threads(ALL_THREADS)  # as the file says
     if not options.dry_run:
         known = {kind: rows for kind, rows in new.items() if rows}

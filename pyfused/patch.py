@@ -104,7 +104,7 @@ class _BuiltIn:
         shown = _shown(torch_function) if method else torch_function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if args and not has_torch_function(args) and is_small(op, args):
+            if len(args) >= needed and not has_torch_function(args) and is_small(op, args):
                 return torch_function(*args, **kwargs)
             if len(args) == needed and not kwargs:
                 arguments = args + op.defaults[needed - 1 :]

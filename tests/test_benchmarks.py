@@ -63,7 +63,7 @@ def test_a_wrong_result_is_not_timed() -> None:
 # ---- the table of sizes --------------------------------------------------------------------------
 
 
-KEYS = [key for op in OPS for key in sizes.keys(op) if not key.endswith("_none")]
+KEYS = [key + suffix for op in OPS for key in sizes.keys(op) for suffix in ("", "_forward")]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -132,14 +132,16 @@ def test_what_moves_an_entry_is_measured_several_times(
 def test_classes_that_share_a_threshold_share_a_band() -> None:
     found = {2: 1 << 12, 8: 1 << 12, 24: 1 << 15, 64: 1 << 16, 1000: 1 << 16}
     assert sizes.banded(found) == ((8, 1 << 12), (24, 1 << 15), (math.inf, 1 << 16))
-    assert dispatch.below(sizes.banded(found), 8) == 1 << 12
-    assert dispatch.below(sizes.banded(found), 9) == 1 << 15
-    assert dispatch.below((), 9) == 0  # a new operator
+    assert sizes.below(sizes.banded(found), 8) == 1 << 12
+    assert sizes.below(sizes.banded(found), 9) == 1 << 15
+    assert sizes.below((), 9) == 0  # a new operator
 
 
 @pytest.mark.thresholds
 def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     of_all = ATEN_BELOW["l1_loss"][torch.float16]
+    monkeypatch.setattr(dispatch, "bands", dispatch.bands.__wrapped__)  # which keeps what it finds
+    monkeypatch.setattr(dispatch, "_ALWAYS_BELOW", {})
     monkeypatch.setitem(ATEN_BELOW, "l1_loss_none", {torch.float32: ((math.inf, 1 << 5),)})
     assert dispatch.bands(L1_LOSS, "l1_loss_none", True, torch.float16) == of_all
     assert dispatch.bands(L1_LOSS, "l1_loss_none", True, torch.float32) == ((math.inf, 1 << 5),)
@@ -147,7 +149,7 @@ def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.Mo
     x, small = torch.rand(1 << 6).requires_grad_(), torch.rand(1 << 4).requires_grad_()
     for reduction in ("none", "mean"):
         faster = [
-            dispatch.aten_is_faster(L1_LOSS, L1_LOSS.bind(y, y, None, None, reduction, None))
+            dispatch.is_small(L1_LOSS, L1_LOSS.bind(y, y, None, None, reduction, None))
             for y in (small, x)
         ]
         assert faster == ([True, False] if reduction == "none" else [True, True])

@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,12 +59,13 @@ def operator_of(key: str) -> str:
 
 
 # Most calls with small tensors need not look further: elements below which ATen is faster at
-# whatever is done with them, by operator and dtype.
-_ALWAYS_BELOW: dict[str, dict[torch.dtype, int]] = {}
+# whatever is done with them, by operator and dtype; for the forward pass alone, and with gradients.
+_ALWAYS_BELOW: dict[str, dict[torch.dtype, list[int]]] = {}
 for _key, _rows in ({} if FORCED else ATEN_BELOW).items():
-    _least = _ALWAYS_BELOW.setdefault(operator_of(_key), {})
+    _gradient = not _key.endswith("_forward")
     for _dtype, _bands in _rows.items():
-        _least[_dtype] = min(below for _, below in (*_bands, (_ANY, _least.get(_dtype, NEVER))))
+        _least = _ALWAYS_BELOW.setdefault(operator_of(_key), {}).setdefault(_dtype, [NEVER] * 2)
+        _least[_gradient] = min(_least[_gradient], *[elements for _, elements in _bands])
 
 # What a compiler follows into, to the custom operators that are called there.
 FOLLOWED = (
@@ -127,7 +129,7 @@ def call(
             and its arguments: it raises the errors, once.
     """
     input = arguments[0]
-    reason = SMALL if is_small(op, arguments) else reason_for_torch(op, arguments, inplace)
+    reason = SMALL if is_small(op, arguments) else _reason_beside_size(op, arguments, inplace)
     if inplace and (reason is None or reason is SMALL):
         op.give_up(input)
     if reason is None:
@@ -180,14 +182,16 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
+    return SMALL if is_small(op, arguments) else _reason_beside_size(op, arguments, inplace)
+
+
+def _reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
     input = arguments[0]
     compiling = is_dynamo_compiling()  # first: comparing sizes would make a graph depend on them
     if type(input) not in _PLAIN:
         compiling = is_traced(input)
         if not compiling:
             return op.subclass_fallback_reason(arguments) or _active_mode()
-    if not compiling and aten_is_faster(op, arguments):
-        return SMALL
     reason = _left_to_compiler(op, arguments, inplace) if compiling else _active_mode()
     reason = reason or unsupported(op.operands[0], input, input, compiling)
     for place, operand in op.others:
@@ -202,14 +206,15 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
 
 
 def is_small(op: Operator, arguments: Arguments) -> bool:
-    """Whether a call is so small that torch's operator takes it, whatever else is asked of it."""
+    """Whether torch's operator takes a call for its size, whatever else is asked of it."""
     input = arguments[0]
-    return (
-        not is_dynamo_compiling()
-        and type(input) in _PLAIN
-        and type(elements := input.numel()) is int  # a tensor, to torch.jit.trace
-        and elements < _ALWAYS_BELOW.get(op.name, _NO_ROWS).get(input.dtype, 0)
-    )
+    if is_dynamo_compiling() or type(input) not in _PLAIN:
+        return False
+    elements = input.numel()
+    if type(elements) is not int:  # a tensor, to torch.jit.trace
+        return False
+    least = _ALWAYS_BELOW.get(op.name, _NO_ROWS).get(input.dtype, (0, 0))[input.requires_grad]
+    return elements < least or aten_is_faster(op, arguments, elements)
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -234,37 +239,32 @@ def say_once(op: str, reason: str) -> None:
         _log.info("%s: torch: %s", op, reason)
 
 
-def aten_is_faster(op: Operator, arguments: Arguments) -> bool:
+def aten_is_faster(op: Operator, arguments: Arguments, elements: int) -> bool:
     """Whether a table gives a call of this size to ATen; one without elements always is."""
-    input = arguments[0]
-    elements = input.numel()
-    if type(elements) is not int:  # a tensor, to torch.jit.trace
-        return False
     if elements == 0 or FORCED is not None:
         return elements == 0
+    input: Tensor = arguments[0]
     key, length = op.size_key(arguments)
-    if takes_triton(input):
-        table = ATEN_BELOW_ON_GPU.get(op.name, _ON_GPU_ELSE)
-    else:
-        gradient = torch.is_grad_enabled() and input.requires_grad
+    if input.is_cpu:
+        gradient = input.requires_grad and torch.is_grad_enabled()
         table = bands(op, key, gradient, input.dtype)
-    return elements < below(table, length)
+    else:
+        table = ATEN_BELOW_ON_GPU.get(op.name, _ON_GPU_ELSE)
+    for most, least in table:
+        if length <= most:
+            return elements < least
+    return False
 
 
+@cache
 def bands(op: Operator, key: str, gradient: bool, dtype: torch.dtype) -> Bands:
     """The table's row for a kind of call, or of the nearest kind that was measured."""
-    suffixes = ("",) if gradient else ("_forward", "")
-    for suffix in suffixes:
+    for suffix in ("",) if gradient else ("_forward", ""):
         for kind in (key, op.name, type(op).__name__):
             rows: Bands | None = ATEN_BELOW.get(kind + suffix, _NO_ROWS).get(dtype)
             if rows:
                 return rows
     return ()
-
-
-def below(table: Bands, length: int) -> int:
-    """The elements below which ATen is faster, for rows of a length."""
-    return next((elements for most, elements in table if length <= most), 0)
 
 
 def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str | None:

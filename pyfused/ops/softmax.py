@@ -38,8 +38,10 @@ class Softmax(Operator):
 
     def size_key(self, arguments: Arguments) -> tuple[str, int]:
         input, dim, *_ = arguments
-        along_one = type(dim) is int and -input.dim() <= dim < input.dim()
-        return self.name, input.shape[dim] if along_one else 1
+        try:
+            return self.name, input.size(dim) if type(dim) is int else 1
+        except IndexError:  # none of the input's
+            return self.name, 1
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         input, dim, _, dtype = arguments
