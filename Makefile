@@ -25,11 +25,13 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and dra
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
+	$(BIN)/python examples/custom_loss.py
 
 demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free cores
 	$(BIN)/python examples/demo.py --quick
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
+	$(BIN)/python examples/custom_loss.py
 
 test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)

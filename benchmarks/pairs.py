@@ -342,3 +342,53 @@ def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]), sys.argv[2])
+
+
+# ---- formulas of one's own -----------------------------------------------------------------------
+
+
+def formulas(options: Namespace) -> None:
+    """Forward and backward of the formulas of `examples/formulas.py`, of which some are written by
+    hand as well: in cache on one thread, and in memory on all.
+    """
+    sys.path.append(str(ROOT / "examples"))
+    from formulas import FORMULAS, HAND_WRITTEN
+
+    threads = torch.get_num_threads()
+    for elements, count in ((1 << 18, 1), (1 << 25, threads)):
+        torch.set_num_threads(count)
+        rows = []
+        for name, formula in (FORMULAS | HAND_WRITTEN).items():
+            if any(part in name for part in options.k):
+                rows.append([name, *of_formula(formula, name, elements, options.seconds)])
+        names = [f"{elements:,}, {count} threads", "torch, ms", "formula, ms", "ratio"]
+        print(tabulated([*names, "by hand, ms", "of that"], rows, names=1))
+
+
+def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[str]:
+    operands = [torch.rand(elements) for _ in formula.op.variables]
+    if name != "generalized_cross_entropy":  # which is of probabilities
+        operands[0] = torch.randn(elements)
+    operands[0].requires_grad_()
+
+    def step(function: Callable[..., Any]) -> Callable[[], None]:
+        def run() -> None:
+            operands[0].grad = None
+            result = function(*operands)
+            result.backward(None if result.dim() == 0 else torch.ones(()).expand_as(result))
+
+        return run
+
+    def unfused(*operands: torch.Tensor) -> torch.Tensor:
+        each = formula.function(*operands)
+        return each.mean() if formula.is_loss else each
+
+    by_hand = getattr(pyfused.functional, name, None) if formula.is_loss else None
+    functions = [unfused, formula]
+    if by_hand is not None:
+        functions.append(partial(by_hand, reduction="mean"))
+    times = cases.measure(timers_of([step(function) for function in functions]), seconds, 5)
+    found = cells(times[:2])
+    if by_hand is not None:
+        found += [f"{median(times[2]):,.4g}", spread(cases.ratios(times[1], times[2]))]
+    return [*found, *[""] * (5 - len(found))]

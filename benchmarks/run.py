@@ -252,6 +252,10 @@ def parser() -> argparse.ArgumentParser:
     add = command("overhead", "pairs.overhead", words, named)
     add("--rounds", type=int, default=101, help="of 200 calls each")
 
+    words = "time formulas of one's own beside eager torch and kernels written by hand"
+    add = command("formulas", "pairs.formulas", words, named)
+    add("--seconds", type=float, default=2, help="for a formula and size")
+
     words = "measure from which size on the kernels are faster, and write pyfused/ops/sizes.py"
     add = command("sizes", "sizes.sizes", words, declared)
     add("--dry-run", action="store_true", help="say what would change, only")

@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -20,6 +22,7 @@
 #include "multi_margin_loss.h"
 #include "nll_loss.h"
 #include "pointwise_loss.h"
+#include "program.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -165,29 +168,47 @@ template <class T> Operand<T> operand(const OperandTuple& o) {
   return {pointer<const T>(o[0]), o[1]};
 }
 
-void run_pointwise_loss(const LossFormula& formula, int dtype, int64_t n,
-                        const std::array<OperandTuple, 3>& operands, const Parameters& parameters,
-                        const OperandTuple& weight, double denominator,
-                        const OperandTuple& grad_output, int64_t each, int64_t reduced,
-                        const std::array<int64_t, 3>& gradients, int threads) {
+template <class Formula>
+void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
+                        const std::array<OperandTuple, kOperands>& operands,
+                        const Parameters& parameters, const OperandTuple& weight,
+                        double denominator, const OperandTuple& grad_output, int64_t each,
+                        int64_t reduced, const std::array<int64_t, kOperands>& gradients,
+                        int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    for (const int64_t output : {each, gradients[0], gradients[1], gradients[2]}) {
-      prefer_huge_pages(pointer<void>(output), output ? size_t(n) * sizeof(T) : 0);
+    PointwiseLoss<T> p{n,
+                       {},
+                       parameters,
+                       operand<T>(weight),
+                       denominator,
+                       operand<T>(grad_output),
+                       pointer<T>(each),
+                       pointer<Accumulate<T>>(reduced),
+                       {},
+                       threads};
+    prefer_huge_pages(p.each, each ? size_t(n) * sizeof(T) : 0);
+    for (int k = 0; k < kOperands; ++k) {
+      p.operands[k] = operand<T>(operands[k]);
+      p.gradients[k] = pointer<T>(gradients[k]);
+      prefer_huge_pages(p.gradients[k], gradients[k] ? size_t(n) * sizeof(T) : 0);
     }
-    pointwise_loss(
-        formula, PointwiseLoss<T>{
-                     n,
-                     {operand<T>(operands[0]), operand<T>(operands[1]), operand<T>(operands[2])},
-                     parameters,
-                     operand<T>(weight),
-                     denominator,
-                     operand<T>(grad_output),
-                     pointer<T>(each),
-                     pointer<Accumulate<T>>(reduced),
-                     {pointer<T>(gradients[0]), pointer<T>(gradients[1]), pointer<T>(gradients[2])},
-                     threads});
+    pointwise_loss(formula, p);
   });
+}
+
+using InstructionTuple = std::tuple<std::string, unsigned, int, std::array<int, 4>>;
+
+std::vector<Instruction> read_instructions(const std::vector<InstructionTuple>& given) {
+  std::vector<Instruction> found;
+  for (const auto& [name, constants, out, in] : given) {
+    const auto row = std::find_if(std::begin(kInstructions), std::end(kInstructions),
+                                  [&, &name = name](const auto& row) { return row.first == name; });
+    if (row == std::end(kInstructions)) throw std::invalid_argument("no instruction " + name);
+    const int opcode = int(row - std::begin(kInstructions));
+    found.push_back({opcode, constants, out, in});
+  }
+  return found;
 }
 
 void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,
@@ -300,15 +321,45 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   for (const LossFormula& formula : loss_formulas()) {
     m.def(
         formula.name,
-        [formula](int dtype, int64_t n, const std::array<OperandTuple, 3>& operands,
+        [formula](int dtype, int64_t n, const std::array<OperandTuple, kOperands>& operands,
                   const Parameters& parameters, const OperandTuple& weight, double denominator,
                   const OperandTuple& grad_output, int64_t each, int64_t reduced,
-                  const std::array<int64_t, 3>& gradients, int threads) {
+                  const std::array<int64_t, kOperands>& gradients, int threads) {
           run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator,
                              grad_output, each, reduced, gradients, threads);
         },
         unlocked);
   }
+  py::list instructions;
+  for (const auto& [name, operands] : kInstructions) {
+    instructions.append(py::make_tuple(name, operands));
+  }
+  m.attr("instructions") = py::tuple(instructions);
+  m.attr("program_registers") = kProgramRegisters;
+  m.attr("program_constants") = kProgramConstants;
+  py::class_<Program>(m, "Program", py::module_local())
+      .def(py::init([](const std::vector<InstructionTuple>& prologue,
+                       const std::vector<InstructionTuple>& body, std::vector<double> constants,
+                       int parameters, int registers, bool has_value) {
+        return Program{read_instructions(prologue),
+                       read_instructions(body),
+                       std::move(constants),
+                       parameters,
+                       registers,
+                       has_value};
+      }))
+      .def(
+          "__call__",
+          [](const Program& program, int dtype, int64_t n,
+             const std::array<OperandTuple, kOperands>& operands,
+             const std::vector<double>& parameters, const OperandTuple& weight, double denominator,
+             const OperandTuple& grad_output, int64_t each, int64_t reduced,
+             const std::array<int64_t, kOperands>& gradients, int threads) {
+            run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands,
+                               {}, weight, denominator, grad_output, each, reduced, gradients,
+                               threads);
+          },
+          unlocked);
   for (const ActivationFormula& formula : activation_formulas()) {
     m.def(
         formula.name,

@@ -285,16 +285,6 @@ template <class A> using SigmoidFocalLossOfTwo = SigmoidFocal<A, true>;
 
 // ---- loops --------------------------------------------------------------------------------------
 
-// n elements of each operand, in L1. Gradients that are null are not wanted.
-template <class A> struct LossChunk {
-  int64_t n;
-  std::array<const A*, 3> operands;
-  A scale;    // of the gradients
-  Sum* sum;   // the losses are added to it; null to write them
-  A* value;   // to here
-  std::array<A*, 3> gradients;
-};
-
 // Flattened, as GCC vectorizes no loop that calls, and stops inlining in a file with this many.
 template <template <class> class Formula, class A>
 PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {

@@ -7,6 +7,7 @@
 #include "loss_formulas.h"
 #include "memory.h"
 #include "parallel.h"
+#include "program.h"
 
 namespace pyfused {
 
@@ -53,22 +54,22 @@ template <class A> void multiply(A* values, const A* by, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] *= by[i];
 }
 
-template <class T>
-void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum& sum, int64_t first,
+template <class Formula, class T>
+void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p, Sum& sum, int64_t first,
                      int64_t n, bool streams) {
   using A = Accumulate<T>;
   using Buffer = A[kLossChunk];
-  alignas(kVectorBytes) Buffer read[3], written[3], buffer, weight, grad_output;
+  alignas(kVectorBytes) Buffer read[kOperands], written[kOperands], buffer, weight, grad_output;
   A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
   Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
   LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
-  for (int k = 0; k < 3; ++k) {
+  for (int k = 0; k < kOperands; ++k) {
     const Operand<T>& operand = p.operands[k];
     chunk.operands[k] = operand.data ? elements(operand, first, n, read[k]) : chunk.operands[0];
     T* const gradient = p.gradients[k];
     if (gradient) chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);
   }
-  formula.in<A>()(p.parameters, chunk);
+  formula.evaluate(p.parameters, chunk);
   const Factors<A> by = factors(p, first, n, weight, grad_output);
   if (p.reduced && by.value) {
     add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
@@ -77,14 +78,15 @@ void pointwise_chunk(const LossFormula& formula, const PointwiseLoss<T>& p, Sum&
     multiply(value, by.value, n);
     write(value, p.each + first, n, streams);
   }
-  for (int k = 0; k < 3; ++k) {
+  for (int k = 0; k < kOperands; ++k) {
     if (!chunk.gradients[k]) continue;
     multiply(chunk.gradients[k], by.gradient, n);
     write(chunk.gradients[k], p.gradients[k] + first, n, streams);
   }
 }
 
-template <class T> void pointwise_loss(const LossFormula& formula, const PointwiseLoss<T>& p) {
+template <class Formula, class T>
+void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
   const int64_t blocks = (p.n + kLossBlock - 1) / kLossBlock;
   const bool streams = size_t(p.n) * sizeof(T) >= kStreamBytes;
   std::vector<double> partial(blocks);
@@ -103,9 +105,16 @@ std::vector<LossFormula> loss_formulas() {
   return {std::begin(kLossFormulas), std::end(kLossFormulas)};
 }
 
-template void pointwise_loss(const LossFormula&, const PointwiseLoss<float>&);
-template void pointwise_loss(const LossFormula&, const PointwiseLoss<double>&);
-template void pointwise_loss(const LossFormula&, const PointwiseLoss<bfloat16>&);
-template void pointwise_loss(const LossFormula&, const PointwiseLoss<float16>&);
+template const InstructionRow<float>* instruction_rows();
+template const InstructionRow<double>* instruction_rows();
+
+#define PYFUSED_INSTANTIATE(Formula)                                            \
+  template void pointwise_loss(const Formula&, const PointwiseLoss<float>&);    \
+  template void pointwise_loss(const Formula&, const PointwiseLoss<double>&);   \
+  template void pointwise_loss(const Formula&, const PointwiseLoss<bfloat16>&); \
+  template void pointwise_loss(const Formula&, const PointwiseLoss<float16>&);
+PYFUSED_INSTANTIATE(LossFormula)
+PYFUSED_INSTANTIATE(ProgramFormula)
+#undef PYFUSED_INSTANTIATE
 
 }  // namespace pyfused

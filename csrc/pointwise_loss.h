@@ -10,13 +10,25 @@
 #include <cstdint>
 #include <vector>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace pyfused {
 
 using Parameters = std::array<double, 3>;  // a formula's numbers
 
-template <class A> struct LossChunk;
+constexpr int kOperands = 4;  // at most
+
+// n elements of each operand, in L1. Gradients that are null are not wanted.
+template <class A> struct LossChunk {
+  int64_t n;
+  std::array<const A*, kOperands> operands;
+  A scale;    // of the gradients
+  Sum* sum;   // the losses are added to it; null to write them
+  A* value;   // to here
+  std::array<A*, kOperands> gradients;
+};
+
 template <class A> using LossLoops = void(const Parameters&, const LossChunk<A>&);
 
 struct LossFormula {
@@ -24,9 +36,9 @@ struct LossFormula {
   LossLoops<float>* in_float;
   LossLoops<double>* in_double;
 
-  template <class A> LossLoops<A>* in() const {
-    if constexpr (sizeof(A) == sizeof(float)) return in_float;
-    else return in_double;
+  template <class A> void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) const {
+    if constexpr (sizeof(A) == sizeof(float)) in_float(parameters, chunk);
+    else in_double(parameters, chunk);
   }
 };
 
@@ -41,17 +53,19 @@ template <class T> struct Operand {
 template <class T> struct PointwiseLoss {
   using A = Accumulate<T>;
   int64_t n;
-  std::array<Operand<T>, 3> operands;
+  std::array<Operand<T>, kOperands> operands;
   Parameters parameters;
   Operand<T> weight;
   double denominator;           // of the mean; 1 for the others
   Operand<T> grad_output;
   T* each;                      // n losses, or null
   A* reduced;                   // their sum / denominator, or null
-  std::array<T*, 3> gradients;  // null if not wanted
+  std::array<T*, kOperands> gradients;  // null if not wanted
   int threads;
 };
 
-template <class T> void pointwise_loss(const LossFormula& formula, const PointwiseLoss<T>& p);
+// Formula: LossFormula, or ProgramFormula of program.h.
+template <class Formula, class T>
+void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p);
 
 }  // namespace pyfused

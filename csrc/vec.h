@@ -325,8 +325,11 @@ PYFUSED_INLINE float log1p_unit(float e) {
 PYFUSED_INLINE double log1p_unit(double e) { return log1p_series<16>(e, 0.0); }
 
 // log(1 + exp(x)).
+template <class A> PYFUSED_INLINE A softplus_from(A decay, A x) {  // decay = exp(-|x|)
+  return log1p_unit(decay) + (x < 0 ? A(0) : x);
+}
 template <class A> PYFUSED_INLINE A softplus(A x) {
-  return log1p_unit(exp_shifted(-std::abs(x))) + (x < 0 ? A(0) : x);
+  return softplus_from(exp_shifted(-std::abs(x)), x);
 }
 
 // tanh(|x|) = (1 - e) / (1 + e), e = exp(-2 |x|).
@@ -336,9 +339,11 @@ template <class A> PYFUSED_INLINE A tanh_of(A x) {
   return std::copysign(less_1 / (1 + (power.less_1 * power.scale + power.scale)), x);
 }
 
+template <class A> PYFUSED_INLINE A sigmoid_from(A decay, A x) {  // decay = exp(-|x|)
+  return (x < 0 ? decay : A(1)) / (1 + decay);
+}
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
-  const A e = exp_shifted(-std::abs(x));
-  return (x < 0 ? e : A(1)) / (1 + e);
+  return sigmoid_from(exp_shifted(-std::abs(x)), x);
 }
 
 // exp(a^2 / 2) P(X <= -a), X of the standard normal distribution, as a minimax rational function.
@@ -391,5 +396,97 @@ template <class A> struct Normal {
     below = x < 0 ? tail : 1 - tail;
   }
 };
+
+// (P(X <= x) - 1/2) / x, |x| < 1, of z = x^2.
+PYFUSED_INLINE float normal_middle(float z) {
+  float p = -7.66053817e-06f;
+  p = p * z + 0.000113502296f;
+  p = p * z + -0.00118634399f;
+  p = p * z + 0.00997332848f;
+  p = p * z + -0.0664903606f;
+  return p * z + 0.39894228f;
+}
+
+PYFUSED_INLINE double normal_middle(double z) {
+  double p = 4.07432697742662748e-12;
+  p = p * z + -1.1064328282755891e-10;
+  p = p * z + 2.27041375856760001e-9;
+  p = p * z + -4.12241075141608136e-8;
+  p = p * z + 6.65967987965523131e-7;
+  p = p * z + -9.44465579310384581e-6;
+  p = p * z + 0.000115434687516559416;
+  p = p * z + -0.00118732821546803438;
+  p = p * z + 0.009973557010035022;
+  p = p * z + -0.0664903800669054265;
+  return p * z + 0.398942280401432678;
+}
+
+// 2 P(X <= x sqrt(2)) - 1.
+template <class A> PYFUSED_INLINE A erf_of(A x) {
+  const A u = x * A(1.4142135623730951), a = std::abs(u);
+  const A small = 2 * u * normal_middle(u * u), tail = Normal<A>(-a).below;
+  return a < 1 ? small : std::copysign(1 - 2 * tail, x);
+}
+
+template <class A> PYFUSED_INLINE A expm1_of(A x) {
+  constexpr A kTop = sizeof(A) == 4 ? 89 : 710;
+  const Power<A> power = power_of<1>(x);
+  const A value = 2 * (power.less_1 * power.scale + (power.scale - A(0.5)));
+  return x >= kTop ? std::numeric_limits<A>::infinity() : value;
+}
+
+// Of a float through double, because the error of exp(y log(x)) grows with the exponent.
+PYFUSED_INLINE float pow_of(float base, float y) {
+  const double x = base, exponent = y, size = std::abs(x), half = exponent / 2;
+  const double power = size == 1 ? 1.0 : exp_of(exponent * log_of(size));
+  const bool whole = std::trunc(exponent) == exponent, odd = whole & (std::trunc(half) != half);
+  const double signed_power = odd ? std::copysign(power, x) : power;
+  const bool undefined = (x < 0) & !whole & (size <= std::numeric_limits<double>::max());
+  const double value = undefined ? std::numeric_limits<double>::quiet_NaN() : signed_power;
+  return float((exponent == 0) | (x == 1) ? 1.0 : value);
+}
+PYFUSED_INLINE double pow_of(double x, double y) { return std::pow(x, y); }
+
+// sin(x + quarter pi / 2), |x| <= kMostSine: x = n pi / 2 + r in three parts of pi / 2, and the
+// polynomials of Cephes and fdlibm for |r| <= pi / 4.
+template <class A> constexpr A kMostSine = sizeof(A) == 4 ? A(8192) : A(1 << 20);
+
+PYFUSED_INLINE float sine_rest(float z) {
+  return (z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f;
+}
+PYFUSED_INLINE float cosine_rest(float z) {
+  return (z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f;
+}
+PYFUSED_INLINE double sine_rest(double z) {
+  double s = 1.58969099521155010221e-10;
+  s = s * z - 2.50507602534068634195e-08;
+  s = s * z + 2.75573137070700676789e-06;
+  s = s * z - 1.98412698298579493134e-04;
+  s = s * z + 8.33333333332248946124e-03;
+  return s * z - 1.66666666666666324348e-01;
+}
+PYFUSED_INLINE double cosine_rest(double z) {
+  double c = -1.13596475577881948265e-11;
+  c = c * z + 2.08757232129817482790e-09;
+  c = c * z - 2.75573143513906633035e-07;
+  c = c * z + 2.48015872894767294178e-05;
+  c = c * z - 1.38888888888741095749e-03;
+  return c * z + 4.16666666666666019037e-02;
+}
+
+template <int quarter, class A> PYFUSED_INLINE A sine_of(A x) {
+  constexpr bool kFloat = sizeof(A) == 4;
+  using Bits = std::conditional_t<kFloat, int32_t, int64_t>;
+  constexpr A kRound = kFloat ? A(0x1.8p23) : A(0x1.8p52);
+  const A shifted = x * A(0.63661977236758134) + kRound, n = shifted - kRound;
+  A r = x - n * (kFloat ? A(1.5703125) : A(1.57079632673412561417));
+  r -= n * (kFloat ? A(4.837512969970703125e-4) : A(6.07710050630396597660e-11));
+  r -= n * (kFloat ? A(7.54978995489188216e-8) : A(2.02226624879595063154e-21));
+  const A z = r * r;
+  const A sine = r + r * z * sine_rest(z), cosine = 1 - (z / 2 - z * z * cosine_rest(z));
+  const Bits turn = bit_cast<Bits>(shifted) + quarter;
+  const A value = turn & 1 ? cosine : sine;
+  return turn & 2 ? -value : value;
+}
 
 }  // namespace pyfused

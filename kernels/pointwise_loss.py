@@ -289,6 +289,8 @@ def pointwise_loss_kernel(
     grad_x,
     grad_t,
     grad_third,
+    fourth,
+    grad_fourth,
     n,
     columns,
     strides,
@@ -298,20 +300,22 @@ def pointwise_loss_kernel(
     parameters,
     denominator,
     FORMULA: tl.constexpr,
+    IS_PROGRAM: tl.constexpr,
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Outputs that are None are not wanted; with REDUCE `loss` takes one partial sum a program.
 
     denominator: None for 1, an integer, or a pointer to a number that only the GPU knows.
-    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them.
+    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them; to those of
+        a program, which takes up to four operands.
     """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     divisor = tl.full([], 1.0, tl.float64)
     if denominator is not None:
         divisor *= tl.load(denominator) if denominator.dtype.is_ptr() else denominator
     scale = (1.0 / divisor).to(dtype)
-    if parameters is not None:
+    if parameters is not None and not IS_PROGRAM:
         p, q, r = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
     p, q, r = tl.full([], p, dtype), tl.full([], q, dtype), tl.full([], r, dtype)
     total = tl.zeros([BLOCK], dtype)
@@ -324,7 +328,11 @@ def pointwise_loss_kernel(
         c = read(third, 2, i, n, columns, strides)
         w = read(weight, 3, i, n, columns, strides)
         g = read(grad_output, 4, i, n, columns, strides)
-        if third is None:
+        by_fourth = None
+        if IS_PROGRAM:
+            d = read(fourth, 5, i, n, columns, strides)
+            value, by_x, by_t, by_third, by_fourth = FORMULA(a, b, c, d, parameters, scale)
+        elif third is None:
             value, by_x, by_t = FORMULA(a, b, p, q, r, scale)
             by_third = None
         else:
@@ -338,6 +346,7 @@ def pointwise_loss_kernel(
         store_gradient(grad_x, i, mask, by_x, w, g)
         store_gradient(grad_t, i, mask, by_t, w, g)
         store_gradient(grad_third, i, mask, by_third, w, g)
+        store_gradient(grad_fourth, i, mask, by_fourth, w, g)
     if REDUCE:
         tl.store(loss + tl.program_id(0), tl.sum(total).to(tl.float64) / divisor)
 

@@ -12,6 +12,7 @@ try:
     from pyfused import distributed, functional, memory, nn
     from pyfused.convert import convert, plan_conversion, revert
     from pyfused.explain import explain
+    from pyfused.formula import activation, loss
     from pyfused.patch import patch, unpatch
 except ImportError as error:
     # `python -m pyfused` is asked when something is wrong: one line says what.
@@ -21,10 +22,12 @@ except ImportError as error:
 
 __all__ = [
     "__version__",
+    "activation",
     "convert",
     "distributed",
     "explain",
     "functional",
+    "loss",
     "memory",
     "nn",
     "patch",

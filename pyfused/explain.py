@@ -17,6 +17,7 @@ import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused.backends import backend_of
 from pyfused.convert import FUSED
+from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import reason_for_torch
 from pyfused.ops.operators import OPERATORS
@@ -56,7 +57,8 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     Args:
         op: The name of a function in :mod:`pyfused.functional`; or a function of that name,
             torch's or pyfused's; or a module of :mod:`pyfused.nn`, or of ``torch.nn`` as
-            :func:`pyfused.convert` makes it pyfused's.
+            :func:`pyfused.convert` makes it pyfused's; or a formula of :func:`pyfused.loss` or
+            :func:`pyfused.activation`, or its module.
         args, kwargs: The call's arguments.
 
     Raises:
@@ -64,6 +66,10 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         TypeError: The operator does not take these arguments.
         Exception: What the call raises itself, where it would take a CPU kernel.
     """
+    if isinstance(op, FormulaModule):
+        return explain(op.formula, *args, **op.named, **kwargs)
+    if isinstance(op, Formula):
+        return path_of(op.op, op.arguments(args, kwargs), False)
     if isinstance(op, Module):
         return _explain_module(op, *args, **kwargs)
     name = op if isinstance(op, str) else getattr(op, "__name__", "")

@@ -224,7 +224,7 @@ def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool, result: 
         type(result) is Tensor
         and all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors)
         and not (inplace and not isinstance(op, Activation))  # whose input holds a gradient now
-        and not (pointwise and tensors[0].shape != tensors[1].shape)
+        and not (pointwise and any(t.shape != tensors[0].shape for t in tensors[1:2]))
         and (named.get("size_average"), named.get("reduce")) == (None, None)
         and not (op.name == "kl_div" and named["reduction"] == "mean")
         and named.get("dim", 0) is not None
@@ -363,6 +363,7 @@ def start(kinds: dict[Key, Calls], missing: Counter[str]) -> None:
     dispatch.call = counted(kinds)
     setattr(functional, "call", dispatch.call)  # noqa: B010 it is there by name
     vars(sys.modules["pyfused.patch"])["is_small"] = counted_if_small(kinds)
+    vars(sys.modules["pyfused.formula"])["is_small"] = lambda *_: False
     count_compiled(kinds)
     count_others(missing)
     patch().__enter__()

@@ -9,6 +9,7 @@ SHARED = (
     "test_cross_entropy.py",
     "test_cross_entropy_options.py",
     "test_derivatives.py",
+    "test_formula.py",
     "test_fuzz.py",
     "test_gradcheck.py",
     "test_inplace.py",

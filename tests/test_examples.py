@@ -52,7 +52,7 @@ def example(name: str) -> ModuleType:
 DRAWN = ["demo", "losses", "gradient_descent"]
 
 
-@pytest.mark.parametrize("name", ["digits", "regression", "gpt", *DRAWN])
+@pytest.mark.parametrize("name", ["digits", "regression", "gpt", "custom_loss", *DRAWN])
 def test_help(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +97,19 @@ def test_smallest_net_learns_the_sum() -> None:
     steps = regression.train(model, pyfused.nn.MSELoss(), inputs, targets, regression.STEPS)
     assert list(steps)[-1] < 1e-3
     torch.testing.assert_close(model(inputs), targets, rtol=0, atol=0.05)
+
+
+def test_formulas_of_ones_own_train_with_equal_losses(
+    kernels_forced: None,
+    kernel_calls: KernelCalls,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["custom_loss.py", "--steps", "20"])
+    example("custom_loss").main()  # exits where the losses differ
+    assert "value = mul(" in capsys.readouterr().out
+    assert kernel_calls["custom_loss.squared_error"] >= 20
+    assert kernel_calls["custom_loss.swish"] > 20
 
 
 def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:

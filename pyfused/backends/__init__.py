@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from pyfused.types import (
     VocabShard,
     Want,
 )
+
+if TYPE_CHECKING:
+    from pyfused.ops.program import Program
 
 DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 
@@ -92,7 +95,7 @@ class Backend(Protocol):
 
     def pointwise_loss(
         self,
-        formula: str,
+        formula: str | Program,
         operands: tuple[Tensor, ...],
         parameters: tuple[float, ...],
         weight: Tensor | None,

@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ from pyfused.types import (
     VocabShard,
     Want,
 )
+
+if TYPE_CHECKING:
+    from pyfused.ops.program import Program
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)
@@ -333,7 +337,7 @@ def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:
 
 
 def pointwise_loss(
-    formula: str,
+    formula: str | Program,
     operands: tuple[Tensor, ...],
     parameters: tuple[float, ...],
     weight: Tensor | None,
@@ -345,10 +349,10 @@ def pointwise_loss(
     """Loss, and a gradient of each operand, each where wanted.
 
     Args:
-        formula: The kernel's name: ``"mse_loss"``.
+        formula: The kernel's name: ``"mse_loss"``; or a program.
         operands: Input, target and what else the formula takes, of one shape (strides of 0
             included) and of one dtype in ``DTYPES``.
-        parameters: The formula's numbers, at most three.
+        parameters: The formula's numbers, at most three but of a program.
         weight: Of the operands' shape and dtype, or None.
         denominator: What the sum of the losses and the gradients are divided by.
         grad_output: The loss's gradient, of the input's shape; None stands for ones.
@@ -369,20 +373,47 @@ def pointwise_loss(
     elif want.loss:
         reduced = torch.empty_like(_SCALARS[accumulate_dtype(order.dtype)])
     gradients = tuple([empty_like(order) if wanted else None for wanted in want.gradients])
-    getattr(native, formula)(
+    if isinstance(formula, str):
+        kernel, parameters = getattr(native, formula), (*parameters, 0.0, 0.0, 0.0)[:3]
+    else:
+        kernel = formula.kernel(native, _program)
+    kernel(
         DTYPES[order.dtype],
         order.numel(),
-        (*[view for _, view in views], _NO_OPERAND)[:3],
-        (*parameters, 0.0, 0.0, 0.0)[:3],
+        (*[view for _, view in views], *[_NO_OPERAND] * 4)[:4],
+        parameters,
         weight_operand,
         float(denominator),
         grad_operand,
         _address(each),
         _address(reduced),
-        (*map(_address, gradients), 0, 0, 0)[:3],
+        (*map(_address, gradients), 0, 0, 0, 0)[:4],
         torch.get_num_threads(),
     )
     return reduced if each is None else each, gradients
+
+
+def _program(program: Program) -> Callable[..., None]:
+    def tuples(lines: Sequence[tuple[str, int, tuple[int, ...]]]) -> list[tuple[Any, ...]]:
+        return [
+            (
+                instruction,
+                sum(program.is_scalar(place) << k for k, place in enumerate(arguments)),
+                out,
+                (*arguments, *[arguments[0]] * 3)[:4],
+            )
+            for instruction, out, arguments in lines
+        ]
+
+    kernel: Callable[..., None] = native.Program(
+        tuples(program.prologue),
+        tuples(program.body),
+        program.constants,
+        program.parameters,
+        program.registers,
+        program.has_value,
+    )
+    return kernel
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
+from pyfused.kernels.program import formula_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
 from pyfused.kernels.softmax import softmax_backward_kernel, softmax_kernel
 from pyfused.layout import (
@@ -49,6 +50,9 @@ from pyfused.types import (
     VocabShard,
     Want,
 )
+
+if TYPE_CHECKING:
+    from pyfused.ops.program import Program
 
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
@@ -402,7 +406,7 @@ def _operands(
 
 
 def pointwise_loss(
-    formula: str,
+    formula: str | Program,
     operands: tuple[Tensor, ...],
     parameters: tuple[float, ...],
     weight: Tensor | None,
@@ -428,38 +432,53 @@ def pointwise_loss(
         loss = parts = torch.empty_like(order)
     wanted = want.gradients or (False,) * len(operands)
     gradients = tuple([torch.empty_like(order) if w else None for w in wanted])
-    x, t, third = (*operands, None)[:3]
-    views, columns, strides = _operands(order, [x, t, third, weight, grad_output])
+    x, t, third, fourth = (*operands, None, None, None)[:4]
+    tensors = [x, t, third, weight, grad_output, fourth]
+    (*views, fourth), columns, strides = _operands(order, tensors)
     divisor: Tensor | int | None = None
     if isinstance(denominator, Tensor):
         divisor = denominator
     elif denominator != 1:
         divisor = int(denominator)  # exact, where a float would be passed as float32
     numbers, stacked = (*parameters, 0.0, 0.0, 0.0)[:3], None
-    if any(isinstance(number, Tensor) for number in numbers):
-        # Numbers are filled in, as a copy from the host would wait for the GPU.
-        stacked = order.new_empty(3, dtype=torch.float64)
-        for i, number in enumerate(numbers):
-            stacked[i] = number
-        numbers = (0.0, 0.0, 0.0)
+    if isinstance(formula, str):
+        function = LOSSES[formula]
+        if any(isinstance(number, Tensor) for number in numbers):
+            stacked, numbers = _stack(order, numbers), (0.0, 0.0, 0.0)
+    else:
+        function, numbers = formula.kernel("triton", formula_of), (0.0, 0.0, 0.0)
+        if parameters:
+            key = order.device, parameters
+            stacked = formula.kernel(key, lambda _: _stack(order, parameters))
     with torch.cuda.device_of(order):
         pointwise_loss_kernel[(programs,)](
             *views,
             parts,
-            *(*gradients, None)[:3],
+            *(*gradients, None, None)[:3],
+            fourth,
+            gradients[3] if len(gradients) == 4 else None,
             n,
             columns,
             strides,
             *numbers,
             stacked,
             divisor,
-            FORMULA=LOSSES[formula],
+            FORMULA=function,
+            IS_PROGRAM=not isinstance(formula, str),
             REDUCE=reduce,
             BLOCK=choice.block,
             **choice.options(),
         )
         _add_up(parts, loss)
     return loss, gradients
+
+
+def _stack(order: Tensor, numbers: tuple[float | Tensor, ...]) -> Tensor:
+    """Numbers are filled in, as a copy from the host would wait for the GPU."""
+    stacked = order.new_empty(len(numbers), dtype=torch.float64)
+    for i, number in enumerate(numbers):
+        stacked[i] = number
+    return stacked
 
 
 def activation(

@@ -158,8 +158,11 @@ class Operator(ABC):
 def parameters_of(function: Any) -> dict[str, Any]:
     """The parameters of a Python function with their defaults, or `...`; a signature takes 0.1 ms.
 
-    Of one that someone wrapped those within.
+    Of one that someone wrapped those within; one with a ``__signature__`` has those of it.
     """
+    if signature := getattr(function, "__signature__", None):
+        given = signature.parameters.values()
+        return {p.name: ... if p.default is p.empty else p.default for p in given}
     function = inspect.unwrap(function)
     code, by_place = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[: code.co_argcount]

@@ -273,6 +273,8 @@ def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str 
         return "torch.export: a program of torch's operators runs without pyfused"
     if takes_triton(input):
         return "torch.compile: Inductor writes Triton kernels, too"
+    if op.name not in COMPILED_BELOW:
+        return "torch.compile: Inductor fuses it with its neighbours"
     # Imported by the compiler in any case, and slow to import.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, reduce
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from pyfused.backends import Backend, backend_of
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops.gradients import backward, differentiate, gradients_in_forward, without_functorch
 from pyfused.types import Gradients, Want
+
+if TYPE_CHECKING:
+    from pyfused.ops.program import Program
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
 _OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
@@ -119,7 +122,7 @@ class PointwiseLoss(Operator):
         if any(operand.shape != shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)
         operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
-        numbers = tuple([_number(arguments[place], s) for place, s in self.scalar_places])
+        numbers = self.numbers(arguments)
         denominator: float | Tensor = 1.0
         if reduction in self.denominators:
             denominator = self.denominators[reduction](operands, weight, numbers)
@@ -134,6 +137,34 @@ class PointwiseLoss(Operator):
         if self.nan_on_invalid and not call.backend.ASYNCHRONOUS and loss.sum().isnan():
             self._bounds(operands)
         return loss if loss.dtype is result else loss.to(result)
+
+    def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
+        """What is beside the tensors, hashable."""
+        return tuple([_number(arguments[place], s) for place, s in self.scalar_places])
+
+    def formula(
+        self,
+        numbers: tuple[Any, ...],
+        operands: int,
+        want: Want,  # noqa: ARG002
+    ) -> tuple[str | Program, tuple[Any, ...]]:
+        """The kernel and its numbers."""
+        name, last = self.name, self.variables[operands - 1]
+        if self.chooses:
+            given = list(zip(self.scalars, numbers, strict=True))
+            name = "_".join([name, *(s.name for s, number in given if s.chooses and number)])
+            numbers = tuple([number for s, number in given if not s.chooses])
+        return f"{name}_{last.name}" if last.optional else name, numbers
+
+    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+        """The losses in torch's terms."""
+        given = zip(self.scalars, numbers, strict=True)
+        named = {s.name: bool(number) if s.flag else number for s, number in given}
+        for scalar in self.scalars:
+            if scalar.optional and named[scalar.name] != named[scalar.name]:
+                named[scalar.name] = None  # for which NaN stood
+        names = [variable.name for variable in self.variables]
+        return self.reference(**dict(zip(names, operands, strict=False)), **named, reduction="none")
 
     def check(self, arguments: Arguments) -> None:
         for place, operand in ((0, self.operands[0]), *self.others):
@@ -243,13 +274,9 @@ class PointwiseCall(NamedTuple):
         want: Want,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        name, numbers, last = self.op.name, self.numbers, self.op.variables[len(operands) - 1]
-        if self.op.chooses:
-            given = list(zip(self.op.scalars, numbers, strict=True))
-            name = "_".join([name, *(s.name for s, number in given if s.chooses and number)])
-            numbers = tuple([number for s, number in given if not s.chooses])
+        formula, numbers = self.op.formula(self.numbers, len(operands), want)
         return self.backend.pointwise_loss(
-            f"{name}_{last.name}" if last.optional else name,
+            formula,
             tuple(operands),
             numbers,
             weight,
@@ -297,16 +324,9 @@ def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
     weight, *operands = ctx.saved_tensors
     call: PointwiseCall = ctx.call
-    names = [variable.name for variable in call.op.variables]
-    given = zip(call.op.scalars, call.numbers, strict=True)
-    numbers = {s.name: bool(number) if s.flag else number for s, number in given}
-    for scalar in call.op.scalars:
-        if scalar.optional and numbers[scalar.name] != numbers[scalar.name]:
-            numbers[scalar.name] = None  # for which NaN stood
 
     def definition(*operands: Tensor) -> Tensor:
-        named = dict(zip(names, operands, strict=False))
-        each: Tensor = call.op.reference(**named, **numbers, reduction="none")
+        each = call.op.of_each(operands, call.numbers)
         loss: Tensor = (each / call.denominator).to(each.dtype)
         return loss if weight is None else loss * weight
 

@@ -1,0 +1,63 @@
+"""A loss and an activation of one's own, as modules, train as torch's do, to the last step.
+
+    python examples/custom_loss.py
+
+MSELoss and SiLU, each written as one formula, are traced into fused kernels. A net learns how
+diabetes progresses with them and with torch's from the same seed, so the losses must agree, step by
+step, within rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+# These tensors are so small that the formulas would run unfused.
+os.environ.setdefault("PYFUSED_BACKEND", "cpu")
+
+import torch
+from common import require_equal
+from regression import STEPS, TOLERANCE, load_diabetes, train, variance_explained
+from torch import Tensor
+
+import pyfused
+
+
+@pyfused.loss
+def squared_error(input: Tensor, target: Tensor) -> Tensor:
+    return (input - target) ** 2
+
+
+@pyfused.activation
+def swish(input: Tensor) -> Tensor:
+    return input * torch.sigmoid(input)
+
+
+def build(activation: torch.nn.Module, hidden: int = 8) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(10, hidden), activation, torch.nn.Linear(hidden, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    steps = parser.parse_args().steps
+
+    print(swish.explain(), end="\n\n")
+    patients, test_patients, targets, test_targets = load_diabetes()
+    print(squared_error.explain(targets, targets), end="\n\n")
+    curves = []
+    for name, activation, criterion in (
+        ("torch", torch.nn.SiLU(), torch.nn.MSELoss()),
+        ("one's own", swish.module(), squared_error.module(reduction="mean")),
+    ):
+        model = build(activation)
+        losses = list(train(model, criterion, patients, targets, steps))
+        explained = variance_explained(model, test_patients, test_targets)
+        print(f"{name:<10}  last loss {losses[-1]:.6f}  test R squared {explained:.4f}")
+        curves.append(losses)
+    require_equal(*curves, TOLERANCE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Prints the program of a user's formula as a Triton function, in the place of a hand-written one.
+
+    value, gradients of each operand = program(operands, parameters, scale)
+
+Literals and parameters are float64 until they meet an operand; what the program computes of these
+alone is computed in float64.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from .arithmetic import (  # noqa: F401 programs call them
+    exp,
+    exp_nonpositive,
+    log,
+    reciprocal,
+    sigmoid,
+    softplus_nonpositive,
+    tanh,
+)
+
+if TYPE_CHECKING:
+    from pyfused.ops.program import Program
+
+OPERANDS = 4  # at most
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
+def root(x):
+    """Rounded correctly, as the GPU's own of float32 is not."""
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def expm1(x):
+    """Near 0 by tanh(x / 2) = expm1(x) / (expm1(x) + 2), to 4 ULP."""
+    t = tanh(0.5 * x)
+    return tl.where(tl.abs(x) < 0.5, 2.0 * t / (1.0 - t), exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of any x, with a correction of the rounding of 1 + x."""
+    u = 1.0 + x
+    corrected = tl.where(u < float("inf"), log(u) + (x - (u - 1.0)) / u, log(u))
+    return tl.where(u > 0.0, corrected, log(u))
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x > 0.0, x, 0.0) + softplus_nonpositive(-tl.abs(x))
+
+
+@triton.jit
+def power(x, y):
+    """x**y through float64, as the error of exp(y log(x)) grows with the exponent."""
+    base, exponent = x.to(tl.float64), y.to(tl.float64)
+    size = tl.abs(base)
+    found = tl.exp(exponent * tl.log(size))
+    found = tl.where(size == 0.0, tl.where(exponent > 0.0, 0.0, float("inf")), found)
+    half = 0.5 * exponent
+    of_whole = tl.where(tl.floor(half) != half, -found, found)
+    of_part = tl.where(size < float("inf"), float("nan"), found)
+    of_negative = tl.where(tl.floor(exponent) == exponent, of_whole, of_part)
+    found = tl.where(base < 0.0, of_negative, found)
+    return tl.where(exponent == 0.0, 1.0, tl.where(base == 1.0, 1.0, found)).to(x.dtype)
+
+
+# Of each instruction what it is of its arguments.
+INSTRUCTIONS = {
+    "copy": "{}",
+    "neg": "-{}",
+    "abs": "tl.abs({})",
+    "sign": "sign({})",
+    "reciprocal": "1.0 / {}",
+    "sqrt": "root({})",
+    "rsqrt": "1.0 / root({})",
+    "exp": "exp({})",
+    "expm1": "expm1({})",
+    "log": "log({})",
+    "log1p": "log1p({})",
+    "sin": "tl.sin({})",
+    "cos": "tl.cos({})",
+    "tanh": "tanh({})",
+    "sigmoid": "sigmoid({})",
+    "softplus": "softplus({})",
+    "erf": "tl.erf({})",
+    "decay": "exp_nonpositive(-tl.abs({}))",
+    "sigmoid_from": "tl.where({1} < 0.0, {0}, 1.0) * reciprocal(1.0 + {0})",
+    "softplus_from": "softplus({1})",
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "div": "{} / {}",
+    "pow": "power({}, {})",
+    "minimum": "tl.where({1} < {0}, {1}, tl.where({1} != {1}, {1}, {0}))",
+    "maximum": "tl.where({1} > {0}, {1}, tl.where({1} != {1}, {1}, {0}))",
+    "lt": "tl.where({} < {}, ONE, ZERO)",
+    "le": "tl.where({} <= {}, ONE, ZERO)",
+    "eq": "tl.where({} == {}, ONE, ZERO)",
+    "muladd": "{} * {} + {}",
+    "mulsub": "{} * {} - {}",
+    "submul": "{2} - {0} * {1}",
+    "where": "tl.where({} != 0.0, {}, {})",
+    "where_lt": "tl.where({} < {}, {}, {})",
+    "where_le": "tl.where({} <= {}, {}, {})",
+    "where_eq": "tl.where({} == {}, {}, {})",
+}
+
+
+def source_of(program: Program, name: str) -> str:
+    """The text of a Triton function of the operands, a pointer to the parameters, and the scale."""
+    first = 2 * OPERANDS + 1 + program.registers
+    names = {k: f"x{k}" for k in range(OPERANDS)} | {OPERANDS: "value"}
+    names |= {OPERANDS + 1 + k: f"by_x{k}" for k in range(OPERANDS)}
+    names |= {2 * OPERANDS + 1 + k: f"r{k}" for k in range(program.registers)}
+    operands = ", ".join(f"x{k}" for k in range(OPERANDS))
+    body = [f"{names[OPERANDS + k]} = 0.0" for k in range(OPERANDS + 1)]
+    body += ["ONE, ZERO = tl.full([], 1.0, scale.dtype), tl.full([], 0.0, scale.dtype)"]
+    body += ["c0 = scale.to(tl.float64)"]
+    for k, literal in enumerate(program.constants[1:], 1):
+        is_parameter = k <= program.parameters
+        value = f"tl.load(parameters + {k - 1})" if is_parameter else _full(literal)
+        body.append(f"c{k} = {value}")
+    for instruction, out, arguments in program.prologue:
+        given = [f"c{place - first}" for place in arguments]
+        body.append(f"c{out - first} = ({INSTRUCTIONS[instruction].format(*given)}).to(tl.float64)")
+    for k in range(len(program.constants)):
+        names[first + k] = f"c{k}"
+        body.append(f"c{k} = c{k}.to(scale.dtype)")
+    for instruction, out, arguments in program.body:
+        given = [names[place] for place in arguments]
+        body.append(f"{names[out]} = {INSTRUCTIONS[instruction].format(*given)}")
+    body.append(f"return {', '.join(names[OPERANDS + k] for k in range(OPERANDS + 1))}")
+    head = f"@triton.jit\ndef {name}({operands}, parameters, scale):\n"
+    return head + "".join(f"    {line}\n" for line in body)
+
+
+def _full(value: float) -> str:
+    text = (
+        f'float("{value!r}")' if value != value or value in (float("inf"), -float("inf")) else value
+    )
+    return f"tl.full([], {text}, tl.float64)"
+
+
+def formula_of(program: Program) -> Callable[..., Any]:
+    """The Triton function, which reads its text from Python's cache of lines."""
+    name = "formula_" + "".join(c if c.isalnum() else "_" for c in program.name)
+    source = source_of(program, name)
+    file = f"<{program.name} {hash(source):x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    found = dict(globals())
+    exec(compile(source, file, "exec"), found)
+    formula: Callable[..., Any] = found[name]
+    return formula

@@ -1,0 +1,712 @@
+"""pyfused.loss and pyfused.activation: a formula in Python as fused kernels."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import DEVICE, FLOATS, Errors, evaluate, exactly
+from conftest import KernelCalls
+from grid import grid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import pyfused
+from pyfused.formula import Formula, Traced
+from pyfused.ops import program as programs
+from pyfused.ops.program import Expressions, Lowered
+from pyfused.ops.trace import UntraceableError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from formulas import FORMULAS, charbonnier, mish, wing
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+N = 200 if interpreter.ON else 2000
+
+
+def operands_of(name: str, n: int = N, scale: float = 3.0) -> list[Tensor]:
+    """Operands in the domain of a formula, as float32."""
+    formula, generator = FORMULAS[name], torch.Generator().manual_seed(3)
+    input, target = torch.randn(2, n, generator=generator, device="cpu") * scale
+    uniform = torch.rand(n, generator=generator, device="cpu")
+    if name == "tweedie":
+        target = target.abs()
+    elif name == "asymmetric":
+        target = (uniform < 0.3).float()
+    elif name == "generalized_cross_entropy":
+        input = uniform * 0.999 + 1e-3
+    return [x.to(DEVICE) for x in (input, target)[: len(formula.op.variables)]]
+
+
+def called(formula: Formula, **named: Any) -> Callable[..., Tensor]:
+    return lambda *operands: formula(*operands, **named)
+
+
+def unreduced(formula: Formula) -> dict[str, str]:
+    return {"reduction": "none"} if formula.is_loss else {}
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+@pytest.mark.cpu  # the interpreter has no fused multiply-add
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e-4])
+@pytest.mark.parametrize("dtype", FLOATS[:1] + FLOATS[2:])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_accuracy(name: str, dtype: torch.dtype, scale: float, kernel_calls: KernelCalls) -> None:
+    formula = FORMULAS[name]
+    operands = [x.to(dtype).requires_grad_() for x in operands_of(name, scale=scale)]
+    errors = Errors()
+    got = evaluate(called(formula, **unreduced(formula)), *operands)
+    of_torch = evaluate(formula.function, *operands)
+    exact = evaluate(formula.function, *operands, convert=exactly)
+    for k, results in enumerate(
+        zip(
+            (got.value, *got.gradients),
+            (of_torch.value, *of_torch.gradients),
+            (exact.value, *exact.gradients),
+            strict=True,
+        )
+    ):
+        ours, theirs, right = results
+        fits = right.isfinite() & (right.abs() <= torch.finfo(dtype).max) & theirs.isfinite()
+        assert ours[fits].isfinite().all()
+        errors.add(f"result {k}", ours[fits], theirs[fits], right[fits])
+    errors.check()
+    assert kernel_calls[formula.op.name] == 2
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", FORMULAS)
+def test_each_instruction_set(name: str, isa: str) -> None:
+    formula = FORMULAS[name]
+    operands = [x.double().requires_grad_() for x in operands_of(name, 777)]
+    got = evaluate(called(formula, **unreduced(formula)), *operands)
+    expected = evaluate(formula.function, *operands)
+    for ours, theirs in zip(
+        (got.value, *got.gradients), (expected.value, *expected.gradients), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradcheck(name: str) -> None:
+    formula = FORMULAS[name]
+    operands = [x.double().requires_grad_() for x in operands_of(name, 7, 1.0)]
+    function = called(formula, **({"reduction": "mean"} if formula.is_loss else {}))
+    assert torch.autograd.gradcheck(function, operands)
+    assert torch.autograd.gradgradcheck(function, operands)
+    assert torch.autograd.gradcheck(function, operands, check_forward_ad=True)
+
+
+@grid(name=list(FORMULAS), reduction=["none", "mean", "sum"], weighted=[False, True])
+def test_reductions(name: str, reduction: str, weighted: bool, kernel_calls: KernelCalls) -> None:
+    formula = FORMULAS[name]
+    if not formula.is_loss:
+        pytest.skip("an activation has none")
+    operands = [x.double().view(4, -1).requires_grad_() for x in operands_of(name)]
+    weight = torch.rand(4, 1, dtype=torch.float64) if weighted else None
+    got = evaluate(called(formula, reduction=reduction, weight=weight), *operands)
+
+    def definition(*operands: Tensor) -> Tensor:
+        each = formula.function(*operands)
+        each = each if weight is None else each * weight
+        total = each.numel() if weight is None else weight.expand_as(each).sum()
+        return {"none": each, "sum": each.sum(), "mean": each.sum() / total}[reduction]
+
+    expected = evaluate(definition, *operands)
+    torch.testing.assert_close(got.value, expected.value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-8, atol=1e-12)
+    assert kernel_calls[formula.op.name]
+
+
+@pyfused.loss
+def kinks(input: Tensor, target: Tensor, *, low: float = -1.0, high: float = 2.0) -> Tensor:
+    d = input - target
+    return (
+        d.abs()
+        + F.relu(input)
+        + torch.maximum(input, target)
+        + torch.minimum(input, 0.5 * target)
+        + input.clamp(low, high)
+        + torch.where((input > target) & ~(target == 0), input, 2 * target)
+        + F.leaky_relu(target, 0.1)
+        + F.huber_loss(input, target, reduction="none")
+        + F.smooth_l1_loss(input, target, reduction="none")
+    )
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, math.inf, -math.inf, math.nan]
+
+
+def test_kinks_and_nan_are_torchs() -> None:
+    values = torch.tensor(SPECIAL, dtype=torch.float64)
+    pairs = [x.flatten().requires_grad_() for x in torch.meshgrid(values, values, indexing="ij")]
+    got = evaluate(called(kinks, reduction="none"), *pairs)
+    expected = evaluate(kinks.function, *pairs)
+    torch.testing.assert_close(got.value, expected.value, equal_nan=True)
+    torch.testing.assert_close(got.gradients, expected.gradients, equal_nan=True)
+
+
+@pyfused.activation
+def of_everything(input: Tensor) -> Tensor:
+    x = input.abs() + 0.5
+    y = torch.rsqrt(x) + torch.sqrt(x) + x.reciprocal() + x**1.5 + 2.0**input + x**-2 + input**3
+    y = y + torch.erf(input) + torch.expm1(input) + torch.log1p(x) + torch.log2(x) + x.log10()
+    y = y + input.sign() * (input >= 0.3) + (input != 0).float() + torch.cos(input)
+    y = y + F.gelu(input) + F.silu(input) + F.elu(input) + F.hardswish(input) + F.logsigmoid(input)
+    y = y + F.gelu(input, approximate="tanh") + F.hardtanh(input) + F.selu(input) + F.mish(input)
+    y = y + F.softplus(input, beta=2.0) + F.tanhshrink(input) + F.softsign(input) + F.celu(input)
+    y = y + F.relu6(input) + F.hardsigmoid(input) + F.hardshrink(input) + F.softshrink(input)
+    y = y.masked_fill(input == 0.25, 7.0).add_(1.0) + torch.ones_like(input)
+    return torch.where(torch.isnan(input), torch.zeros_like(input), y)
+
+
+def test_operations() -> None:
+    """Defining it has compared its kernel with torch; its values are looked at again here."""
+    input = torch.randn(1000, dtype=torch.float64, requires_grad=True)
+    got, expected = evaluate(of_everything, input), evaluate(of_everything.function, input)
+    torch.testing.assert_close(got.value, expected.value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.cpu  # Triton's have no negative zeros
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_powers_are_torchs(dtype: torch.dtype) -> None:
+    @pyfused.activation
+    def power(a: Tensor, b: Tensor, *, exponent: float = 1.7, base: float = 2.5) -> Tensor:
+        return torch.pow(a, b) + a**exponent + base**b
+
+    values = torch.tensor([*SPECIAL, 3.0, -3.0, 1.5, -1.5, 1e-40, 1e30], dtype=dtype)
+    a, b = (x.flatten() for x in torch.meshgrid(values, values, indexing="ij"))
+    for named in ({}, {"exponent": 5.0}, {"exponent": -7.0, "base": 0.7}):
+        got, expected = power(a, b, **named), power.function(a, b, **named)
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_bits_for_any_number_of_threads(
+    dtype: torch.dtype, reduction: str, threads: Callable[[int], None]
+) -> None:
+    operands = [x.to(dtype).requires_grad_() for x in operands_of("wing", 100_003)]
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        got = evaluate(called(wing, reduction=reduction), *operands)
+        results.append((got.value, *got.gradients))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> None:
+    input = torch.randn(6, 1, 5, dtype=torch.float64).requires_grad_()
+    target = torch.randn(5, 4).t().requires_grad_()  # (4, 5), float32, not contiguous
+    got = evaluate(called(wing, reduction="none"), input, target)
+    expected = evaluate(wing.function, input, target)
+    assert got.value.dtype == torch.float64
+    assert got.value.shape == (6, 4, 5)
+    torch.testing.assert_close(got.value, expected.value)
+    torch.testing.assert_close(got.gradients, expected.gradients)
+    assert kernel_calls[wing.op.name]
+
+
+def test_four_operands() -> None:
+    @pyfused.activation
+    def four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return a * b + torch.exp(-(c**2)) * d - b * d
+
+    operands = [torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    got, expected = evaluate(four, *operands), evaluate(four.function, *operands)
+    torch.testing.assert_close(got.value, expected.value)
+    torch.testing.assert_close(got.gradients, expected.gradients)
+    operands[1].requires_grad_(False)
+    assert len(evaluate(four, *operands).gradients) == 3
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dtypes_are_torchs(dtype: torch.dtype) -> None:
+    operands = [x.to(dtype) for x in operands_of("wing", 20)]
+    assert wing(*operands).dtype == wing.function(*operands).mean().dtype
+    assert wing(operands[0], operands[1].double()).dtype == torch.float64
+
+    @pyfused.activation
+    def masked(input: Tensor) -> Tensor:
+        return input * (input > 0).float()
+
+    assert masked(operands[0]).dtype == masked.function(operands[0]).dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wing(*operands).dtype == wing.function(*operands).mean().dtype
+
+
+def test_empty() -> None:
+    empty = torch.empty(0, 3, requires_grad=True)
+    assert wing(empty, empty, reduction="none").shape == (0, 3)
+    assert wing(empty, empty).isnan()
+    assert mish(empty).shape == (0, 3)
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the formulas that are traced by make_fx."""
+    found: list[str] = []
+    init = Traced.__init__
+
+    def counted(self: Traced, name: str, *args: Any, **kwargs: Any) -> None:
+        found.append(name)
+        init(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(Traced, "__init__", counted)
+    return found
+
+
+def test_parameters_take_no_new_trace(traces: list[str]) -> None:
+    @pyfused.loss
+    def mine(
+        input: Tensor,
+        target: Tensor,
+        *,
+        omega: float = 10.0,
+        power: float = 1.5,
+        flag: bool = False,
+    ) -> Tensor:
+        d = (input - target).abs()
+        value = omega * math.log1p(omega) * d**power + omega
+        return value * (2.0 - omega) if flag else value
+
+    operands = [x.double() for x in operands_of("wing")]
+    traces.clear()
+    for omega in (0.5, 1, 2.0, 7):
+        for power in (1.25, 1.5, 2.5):
+            got = mine(*operands, omega=omega, power=power, reduction="none")
+            expected = mine.function(*operands, omega=omega, power=power)
+            torch.testing.assert_close(got, expected)
+    assert not traces
+    named: dict[str, Any]
+    for named in ({"power": 2.0}, {"power": 2}, {"flag": True}, {"power": 2.0, "omega": 3.0}):
+        got = mine(*operands, **named, reduction="none")
+        torch.testing.assert_close(got, mine.function(*operands, **named))
+    assert len(traces) == 2  # squares have a program of their own, and so has the flag
+
+
+def test_a_trace_leaves_the_callers_state_alone() -> None:
+    @pyfused.loss
+    def mine(input: Tensor, target: Tensor, *, scale: float = 1.0, squared: bool = False) -> Tensor:
+        d = scale * (input - target)
+        return d * d if squared else d.abs()
+
+    input, target = operands_of("wing", 50)
+    state = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        mine(input, target, squared=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    got = evaluate(called(mine, squared=True), input.requires_grad_(), target)
+    expected = evaluate(lambda *x: mine.function(*x, squared=True).mean(), input, target)
+    torch.testing.assert_close(got.value, expected.value)
+    torch.testing.assert_close(got.gradients, expected.gradients)
+
+
+def test_a_parameter_of_an_operator_of_torchs() -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, slope: float = 0.1) -> Tensor:
+        return F.leaky_relu(input, slope)
+
+    input = torch.randn(100)
+    for slope in (0.1, 0.2, 0.1):
+        assert torch.equal(mine(input, slope=slope), F.leaky_relu(input, slope))
+    for k in range(40):  # each takes a trace, and there is an end to that
+        assert torch.equal(mine(input, slope=k / 64), F.leaky_relu(input, k / 64))
+    assert "its parameters have needed 32 traces" in mine.explain(input, slope=0.99).reason
+    assert mine.explain(input, slope=0.2).backend != "torch"
+
+
+def test_parameters_that_have_no_kernel() -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, rounds: bool = False) -> Tensor:
+        return input.round() if rounds else 2 * input
+
+    input = torch.randn(10)
+    assert torch.equal(mine(input, rounds=True), input.round())
+    assert "round" in mine.explain(input, rounds=True).reason
+    assert mine.explain(input).backend != "torch"
+    assert "Tensor" in wing.explain(input, input, omega=torch.tensor(3.0)).reason
+
+
+# ---- rewrites ------------------------------------------------------------------------------------
+
+
+def _rewritten(make: Callable[[Expressions, int], int]) -> tuple[Any, ...]:
+    """An expression of u as nested tuples."""
+    e = Expressions()
+
+    def tree(place: int) -> Any:
+        op, arguments = e.nodes[place]
+        if op == "operand":
+            return "u"
+        return arguments[0] if op == "literal" else (op, *map(tree, arguments))
+
+    return tree(make(e, e.input("operand", 0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda e, u: e.log(e.add(e.literal(1), e.exp(u))), ("softplus", "u")),
+        (lambda e, u: e.log1p(e.exp(u)), ("softplus", "u")),
+        (lambda e, u: e.log(e.sigmoid(u)), ("neg", ("softplus", ("neg", "u")))),
+        (lambda e, u: e.sub(e.literal(1), e.sigmoid(u)), ("sigmoid", ("neg", "u"))),
+        (lambda e, u: e.sub(e.sigmoid(u), e.literal(1)), ("neg", ("sigmoid", ("neg", "u")))),
+        (lambda e, u: e.div(e.literal(1), e.add(e.exp(e.neg(u)), e.literal(1))), ("sigmoid", "u")),
+        (lambda e, u: e.mul(e.sigmoid(e.neg(u)), e.exp(u)), ("sigmoid", "u")),
+        (lambda e, u: e.mul(e.div(u, e.exp(u)), e.exp(u)), "u"),
+        (lambda e, u: e.pow(u, e.literal(2)), ("mul", "u", "u")),
+        (lambda e, u: e.pow(u, e.literal(1)), "u"),
+        (lambda e, u: e.pow(u, e.literal(0)), 1.0),
+        (lambda e, u: e.pow(u, e.literal(3)), ("mul", "u", ("mul", "u", "u"))),
+        (lambda e, u: e.pow(u, e.literal(0.5)), ("sqrt", "u")),
+        (lambda e, u: e.pow(u, e.literal(-0.5)), ("rsqrt", "u")),
+        (lambda e, u: e.pow(u, e.literal(-1)), ("reciprocal", "u")),
+        (lambda e, u: e.pow(u, e.literal(-2)), ("reciprocal", ("mul", "u", "u"))),
+        (lambda e, u: e.neg(e.neg(u)), "u"),
+        (lambda e, u: e.add(u, e.neg(e.exp(u))), ("sub", "u", ("exp", "u"))),
+        (lambda e, u: e.mul(e.mul(u, e.literal(3)), e.literal(2)), ("mul", "u", 6.0)),
+        (lambda e, u: e.div(u, e.literal(4)), ("mul", "u", 0.25)),
+        (lambda e, u: e.add(e.mul(u, e.literal(1)), e.literal(0)), "u"),
+        (lambda e, u: e.where(e.make("not", e.lt(u, u)), u, e.exp(u)),
+         ("where", ("lt", "u", "u"), ("exp", "u"), "u")),
+        (lambda e, u: e.add(e.where(e.lt(u, u), u, e.literal(0)),
+                            e.where(e.lt(u, u), e.literal(0), e.exp(u))),
+         ("where", ("lt", "u", "u"), "u", ("exp", "u"))),
+    ],
+)  # fmt: skip
+def test_rewrites(make: Callable[[Expressions, int], int], expected: Any) -> None:
+    assert _rewritten(make) == expected
+
+
+def test_common_subexpressions_and_pairs() -> None:
+    e = Expressions()
+    a, b = e.input("operand", 0), e.input("operand", 1)
+    assert e.mul(a, b) == e.mul(b, a)
+    value = e.add(e.mul(a, b), e.where(e.lt(a, b), e.exp(a), b))
+    program = Lowered(e, value, (e.sub(e.exp(b), e.mul(a, a)), a)).program(
+        "", 0, True, (True, True)
+    )
+    assert [op for op, *_ in program.body] == [
+        "exp", "where_lt", "muladd", "exp", "submul", "copy",
+    ]  # fmt: skip
+    assert program.registers == 1
+    alone = Lowered(e, value, (value, a)).program("", 0, False, (False, True))
+    assert [op for op, *_ in alone.body] == ["copy"]
+    assert not alone.has_value
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda input: torch.log(1 + torch.exp(input)),
+        lambda input: torch.log(torch.sigmoid(input)),
+        lambda input: torch.log1p(torch.exp(-input)),
+        lambda input: torch.log(1 - torch.sigmoid(input)),
+        lambda input: 1 / (1 + torch.exp(-input)),
+        lambda input: -torch.log(1 / (1 + torch.exp(-input))),
+    ],
+)
+def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> None:
+    input = torch.tensor([-1e4, -500.0, -100.0, 100.0, 500.0, 1e4], requires_grad=True)
+    value = pyfused.activation(function)(input)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert input.grad.isfinite().all()
+    moderate = input.detach().double().clamp(-15, 15).requires_grad_()
+    got = evaluate(pyfused.activation(function), moderate)
+    torch.testing.assert_close(got.gradients, evaluate(function, moderate).gradients)
+
+
+# ---- where no kernel runs ------------------------------------------------------------------------
+
+
+def test_torch_func_and_higher_derivatives() -> None:
+    input, target = (x.double() for x in operands_of("charbonnier", 20))
+
+    def total(input: Tensor) -> Tensor:
+        return charbonnier(input, target)
+
+    def definition(input: Tensor) -> Tensor:
+        return charbonnier.function(input, target).mean()
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.vmap(torch.func.grad)):
+        if transform in (torch.func.grad, torch.func.hessian):
+            torch.testing.assert_close(transform(total)(input), transform(definition)(input))
+    each = torch.func.vmap(lambda x, t: charbonnier(x, t, reduction="none"))(input, target)
+    torch.testing.assert_close(each, charbonnier.function(input, target))
+    _, tangent = torch.func.jvp(total, (input,), (torch.ones_like(input),))
+    torch.testing.assert_close(
+        tangent, torch.func.jvp(definition, (input,), (torch.ones_like(input),))[1]
+    )
+
+
+@pytest.mark.cpu
+def test_compile_and_export() -> None:
+    input, target = operands_of("wing", 50)
+
+    def both(input: Tensor, target: Tensor) -> Tensor:
+        return wing(input, target, omega=3.0) + mish(input).sum()
+
+    compiled = torch.compile(both, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input, target), both(input, target))
+    exported = torch.export.export(wing.module(omega=3.0), (input, target)).module()
+    torch.testing.assert_close(exported(input, target), wing(input, target, omega=3.0))
+
+
+class Sub(Tensor):
+    pass
+
+
+def test_fallback(kernel_calls: KernelCalls) -> None:
+    input, target = operands_of("wing", 20)
+    sub = input.as_subclass(Sub)
+    assert type(wing(sub, target, reduction="none")) is Sub
+    assert "Sub" in wing.explain(sub, target).reason
+    assert wing.explain(input.to("meta"), target).backend == "torch"
+    assert wing(input.to("meta"), target.to("meta")).is_meta
+    weight = torch.rand(20, requires_grad=True)
+    assert wing.explain(input, target, weight=weight).reason == "weight requires grad"
+    wing(input, target, weight=weight).backward()
+    assert weight.grad is not None
+    assert not kernel_calls
+
+
+@pytest.mark.cpu
+@pytest.mark.thresholds
+def test_small_tensors_are_torchs(kernel_calls: KernelCalls) -> None:
+    input, target = operands_of("wing", 20)
+    assert torch.equal(wing(input, target), wing.function(input, target).mean())
+    assert "faster at this size" in wing.explain(input, target).reason
+    weight = torch.rand(20)
+    torch.testing.assert_close(
+        wing(input, target, weight=weight, reduction="sum"),
+        (wing.function(input, target) * weight).sum(),
+    )
+    assert not kernel_calls
+    wing(*operands_of("wing", 1 << 15))
+    assert kernel_calls[wing.op.name] == 1
+
+
+def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
+    input, target = operands_of("wing", 20)
+    said = wing.explain()
+    assert "value = where_lt" in said
+    assert "bytes" in said
+    assert str(wing.explain(input, target)) == str(pyfused.explain(wing, input, target))
+    assert wing.explain(input, target).backend != "torch"
+    assert pyfused.explain(wing.module(omega=2.0), input, target).backend != "torch"
+    caplog.set_level(logging.INFO, "pyfused")
+    wing(input.as_subclass(Sub), target)
+    assert "formulas.wing: torch: input is a Sub" in caplog.text
+
+
+# ---- as an object --------------------------------------------------------------------------------
+
+
+def test_module_pickle_and_copy() -> None:
+    input, target = operands_of("wing", 20)
+    assert pickle.loads(pickle.dumps(wing)) is wing
+    assert copy.deepcopy(wing) is wing
+    module = wing.module(omega=5.0, reduction="sum")
+    for same in (module, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert torch.equal(same(input, target), wing(input, target, omega=5.0, reduction="sum"))
+    assert "omega=5.0" in repr(module)
+    with pytest.raises(TypeError, match=r"expected keywords of .*'omega'.*got \['omga'\]"):
+        wing.module(omga=5.0)
+    with pytest.raises(TypeError, match="reduction"):
+        mish.module(reduction="sum")
+
+
+def test_signature_and_arguments() -> None:
+    input, target = operands_of("wing", 20)
+    assert wing.__doc__
+    assert wing.__name__ == "wing"
+    assert torch.equal(wing(target=target, input=input), wing(input, target))
+    with pytest.raises(TypeError, match="omga"):
+        wing(input, target, omga=1.0)
+    with pytest.raises(TypeError, match="target"):
+        wing(input)
+    with pytest.raises(TypeError, match="reduction"):
+        mish(input, reduction="sum")
+    with pytest.raises(ValueError, match="reduction: expected 'none', 'mean' or 'sum', got 'avg'"):
+        wing(input, target, reduction="avg")
+    with pytest.raises(RuntimeError, match="weight"):
+        wing(input, target, weight=torch.rand(3))
+    with pytest.raises(RuntimeError):
+        wing(input, target[:7])
+
+
+# ---- definitions ---------------------------------------------------------------------------------
+
+
+def _line(function: Any, offset: int) -> str:
+    return f"line {function.__code__.co_firstlineno + offset} of"
+
+
+def _branches(input: Tensor) -> Tensor:
+    if input > 0:
+        return input
+    return -input
+
+
+def _reduces(input: Tensor) -> Tensor:
+    return input - input.mean()
+
+
+def _rounds(input: Tensor) -> Tensor:
+    return torch.cumsum(input, 0)
+
+
+def _is_random(input: Tensor) -> Tensor:
+    return input * torch.rand_like(input)
+
+
+def _counts(input: Tensor) -> Tensor:
+    return input / input.shape[0]
+
+
+def _of_math(input: Tensor) -> Tensor:
+    return input * math.exp(input)
+
+
+def _casts(input: Tensor) -> Tensor:
+    return input.half() + 1
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (_branches, "torch.where instead of 'if'"),
+        (_reduces, "mean"),
+        (_rounds, "cumsum"),
+        (_is_random, "rand_like"),
+        (_counts, "shape, which is not the same for every call"),
+        (_of_math, "torch's functions instead of math's"),
+        (_casts, "float16"),
+    ],
+)
+def test_what_cannot_be_traced(function: Callable[[Tensor], Tensor], words: str) -> None:
+    with pytest.raises(UntraceableError) as error:
+        pyfused.activation(function)
+    message = str(error.value)
+    assert words in message
+    assert function.__name__ in message
+    assert _line(function, 1) in message
+    unfused = pyfused.activation(strict=False)(function)
+    assert words in str(unfused.explain())
+    if function is not _branches and function is not _of_math and function is not _is_random:
+        input = torch.randn(5)
+        assert torch.equal(unfused(input), function(input))
+        assert words in unfused.explain(input).reason
+
+
+def test_wrong_definitions() -> None:
+    with pytest.raises(TypeError, match="weight is added to a formula"):
+        pyfused.loss(lambda input, weight: input * weight)
+    with pytest.raises(TypeError, match="1 to 4 tensor operands, got 5"):
+        pyfused.loss(lambda a, b, c, d, e: a)
+    with pytest.raises(TypeError, match=r"expected operands and keywords, got \*inputs"):
+        pyfused.loss(lambda *inputs: inputs[0])
+    with pytest.raises(TypeError, match="expected a default of the parameter beta"):
+        exec("def f(input, *, beta): return input * beta\npyfused.loss(f)", {"pyfused": pyfused})
+    with pytest.raises(UntraceableError, match="expected it to return one tensor, got tuple"):
+        pyfused.activation(lambda input: (input, input))
+    with pytest.raises(UntraceableError, match=r"expected an elementwise formula.*\(6,\)"):
+        pyfused.activation(lambda input: input.flatten())
+    tensor = torch.ones(3)
+    with pytest.raises(UntraceableError, match="a tensor of its own"):
+        pyfused.activation(lambda input: input * tensor)
+
+
+def test_the_check_of_a_definition_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(input: Tensor) -> Tensor:
+        return input.sigmoid() ** 2
+
+    pyfused.activation(mine)
+    wrong = {**programs._REWRITES, "pow": lambda e, a, b: a}
+    monkeypatch.setattr(programs, "_REWRITES", wrong)
+    with pytest.raises(RuntimeError, match=r"mine: its kernel's value is .* at input=.*differ"):
+        pyfused.activation(mine)
+
+
+# ---- random programs -----------------------------------------------------------------------------
+
+UNARY = {
+    "abs": torch.abs, "neg": torch.neg, "exp": torch.exp, "tanh": torch.tanh, "sin": torch.sin,
+    "cos": torch.cos, "sigmoid": torch.sigmoid, "softplus": F.softplus, "erf": torch.erf,
+    "sqrt": lambda x: torch.sqrt(x * x + 0.1), "log": lambda x: torch.log(x.abs() + 0.5),
+    "log1p": lambda x: torch.log1p(x * x), "expm1": torch.expm1, "relu": torch.relu,
+    "square": lambda x: x**2, "cube": lambda x: x**3, "reciprocal": lambda x: 1 / (x.abs() + 0.3),
+    "power": lambda x: (x.abs() + 0.2) ** 1.3, "clamp": lambda x: x.clamp(-0.7, 1.1),
+    "half": lambda x: 0.5 * x, "rest": lambda x: 1 - x, "sign": torch.sign,
+    "log_sigmoid": F.logsigmoid, "silu": F.silu, "rsqrt": lambda x: torch.rsqrt(x * x + 1),
+}  # fmt: skip
+BINARY = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "minimum": torch.minimum,
+    "maximum": torch.maximum, "div": lambda a, b: a / (b * b + 0.5),
+    "less": lambda a, b: torch.where(a < b, a, b * 2), "equal": lambda a, b: (a == b) * a,
+    "most": lambda a, b: torch.where((a > 0) | (b <= 0.5), a + b, a * b),
+}  # fmt: skip
+
+
+@st.composite
+def random_formulas(draw: st.DrawFn) -> tuple[int, list[tuple[str, int, int]]]:
+    operands = draw(st.integers(1, 3))
+    steps = []
+    for k in range(draw(st.integers(1, 15))):
+        place = st.integers(0, operands + k - 1)
+        steps.append((draw(st.sampled_from([*UNARY, *BINARY])), draw(place), draw(place)))
+    return operands, steps
+
+
+def compute(steps: list[tuple[str, int, int]], *operands: Tensor) -> Tensor:
+    values = list(operands)
+    for op, i, j in steps:
+        values.append(UNARY[op](values[i]) if op in UNARY else BINARY[op](values[i], values[j]))
+    return values[-1] + 0.125 * sum(operands)
+
+
+HEADS = {
+    1: lambda steps: lambda a: compute(steps, a),
+    2: lambda steps: lambda a, b: compute(steps, a, b),
+    3: lambda steps: lambda a, b, c: compute(steps, a, b, c),
+}
+
+
+@given(random_formulas())
+@settings(max_examples=20 if interpreter.ON else max(200, settings().max_examples))
+def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
+    """A definition compares the CPU's kernel with torch; here are float32 and other backends."""
+    operands, steps = drawn
+    formula = pyfused.activation(HEADS[operands](steps))
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.rand(70, generator=generator, device="cpu") for _ in range(operands)]
+    inputs = [x.to(DEVICE).requires_grad_() for x in inputs]
+    got = evaluate(formula, *inputs)
+    expected = evaluate(formula.function, *[x.detach().double().requires_grad_() for x in inputs])
+    results = zip((got.value, *got.gradients), (expected.value, *expected.gradients), strict=True)
+    for ours, exact in results:
+        near = (ours - exact).abs() <= 1e-3 * exact.abs().clamp(1e-2)
+        assert near.float().mean() > 0.8 or not exact.isfinite().all()
