@@ -369,13 +369,16 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     operands = [torch.rand(elements) for _ in formula.op.variables]
     if name != "generalized_cross_entropy":  # which is of probabilities
         operands[0] = torch.randn(elements)
-    operands[0].requires_grad_()
+    grad_output = None if formula.is_loss else torch.randn(elements)
 
-    def step(function: Callable[..., Any]) -> Callable[[], None]:
-        def run() -> None:
-            operands[0].grad = None
-            result = function(*operands)
-            result.backward(None if result.dim() == 0 else torch.ones(()).expand_as(result))
+    def step(function: Callable[..., Any]) -> Callable[[], torch.Tensor]:
+        """With a leaf of its own, so that none frees the gradient of another."""
+        leaf = operands[0].detach().requires_grad_()
+
+        def run() -> torch.Tensor:
+            leaf.grad = None
+            function(leaf, *operands[1:]).backward(grad_output)
+            return leaf
 
         return run
 
@@ -387,7 +390,18 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     functions = [unfused, formula]
     if by_hand is not None:
         functions.append(partial(by_hand, reduction="mean"))
-    times = cases.measure(timers_of([step(function) for function in functions]), seconds, 5)
+    steps = [step(function) for function in functions]
+    if elements <= cases.M:  # larger ones, of the same kernels, take seconds
+        theirs, ours = (run().grad for run in steps[:2])
+        assert theirs is not None
+        assert ours is not None
+        leaf = operands[0].double().requires_grad_()
+        wide = None if grad_output is None else grad_output.double()
+        unfused(leaf, *(operand.double() for operand in operands[1:])).backward(wide)
+        assert leaf.grad is not None
+        error = float((theirs.double() - leaf.grad).abs().max())
+        cases.assert_close(ours.double(), leaf.grad, ours.dtype, error)
+    times = cases.measure(timers_of(steps), seconds, 5)
     found = cells(times[:2])
     if by_hand is not None:
         found += [f"{median(times[2]):,.4g}", spread(cases.ratios(times[1], times[2]))]
