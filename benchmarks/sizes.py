@@ -184,6 +184,7 @@ def written(table: Table) -> str:
 def sizes(options: Namespace) -> None:
     """Move each entry where the kernels are slower from it on, or faster below it."""
     cases.settle_allocator()
+    dispatch.bands.cache_clear()  # rows may have gone
     old = {key: dict(dtypes) for key, dtypes in ATEN_BELOW.items()}
     new: Table = {}
     for op in OPS:
