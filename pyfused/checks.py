@@ -124,7 +124,7 @@ def cross_entropy(
     if weight is not None:
         tensor("weight", weight)
         _class_weight(input, weight, alike=not target.is_floating_point())
-    if options.is_plain():
+    if type(options) is CrossEntropyOptions and options.is_plain():
         return
     for name, positive, optional in _NUMBERS[type(options)]:
         value = getattr(options, name)
@@ -170,7 +170,8 @@ _NUMBERS = {
 def normalized(options: Options) -> Options:
     """Checked options as the kernels take them: floats, and no label smoothing below 0."""
     changed: dict[str, Any] = {}
-    for name, *_ in () if options.is_plain() else _NUMBERS[type(options)]:
+    plain = type(options) is CrossEntropyOptions and options.is_plain()
+    for name, *_ in () if plain else _NUMBERS[type(options)]:
         value = getattr(options, name)
         if type(value) is not float and isinstance(value, Real):
             changed[name] = float(value)

@@ -110,6 +110,7 @@ def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatc
     small = torch.randn(6, 5)
     assert dispatch.reason_for_torch(operators.RELU, (small,)) is dispatch.SMALL
     monkeypatch.setattr(dispatch, "FORCED", "cpu")
+    monkeypatch.setattr(dispatch, "_ALWAYS_BELOW", {})  # as it is then
     assert dispatch.reason_for_torch(operators.RELU, (small,)) is None
 
 
