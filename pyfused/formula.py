@@ -279,7 +279,7 @@ def is_small(op: FormulaOperator, operands: tuple[Any, ...]) -> bool:
 
 
 class Formula:
-    """An elementwise function whose forward and backward are fused; see :func:`loss`.
+    """An elementwise function whose forward and backward are fused; see :func:`pyfused.loss`.
 
     Attributes:
         function: As it was written. It runs where no kernel does: small tensors, double backward,
@@ -378,7 +378,7 @@ class Formula:
 
 
 class FormulaModule(torch.nn.Module):
-    """A formula with some of its keywords."""
+    """A formula with some of its keywords, as :meth:`Formula.module` makes it."""
 
     def __init__(self, formula: Formula, named: dict[str, Any]) -> None:
         super().__init__()
