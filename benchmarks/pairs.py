@@ -340,10 +340,6 @@ def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
     return lambda: (function(*given, **by_name), result)  # to which a kernel writes
 
 
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2])
-
-
 # ---- formulas of one's own -----------------------------------------------------------------------
 
 
@@ -406,3 +402,7 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     if by_hand is not None:
         found += [f"{median(times[2]):,.4g}", spread(cases.ratios(times[1], times[2]))]
     return [*found, *[""] * (5 - len(found))]
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2])

@@ -151,7 +151,7 @@ def count_compiled(kinds: dict[Key, Calls]) -> None:
 
     def counting_left(op: str) -> None:
         left(op)
-        kinds[op, f"torch: {inductor.FUSED}", 0, False].count += 1
+        kinds[op, f"torch: {dispatch.FUSED}", 0, False].count += 1
 
     setattr(custom_operators, "compute", counting)  # noqa: B010 mypy knows it as a function
     setattr(inductor, "left", counting_left)  # noqa: B010

@@ -179,8 +179,7 @@ def cross_entropy(
         if not (want.loss or of_input or of_target):
             return None, (None, None)
         tensors, once = (2, False) if dense else (1, not of_input)
-        tiling = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
-        choice, programs, units = tiling
+        choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
         loss, parts = _loss_of(logits, options.reduction, want, programs)
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
         counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
@@ -344,9 +343,9 @@ def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     x, sizes, strides = along(input, dim)
     y, _, y_strides = along(output, dim)
-    most = SOFTMAX_THREADS
-    tiling = _tiling(sizes, x.element_size(), strides, y_strides, most_threads=most)
-    choice, programs, units = tiling
+    choice, programs, units = _tiling(
+        sizes, x.element_size(), strides, y_strides, most_threads=SOFTMAX_THREADS
+    )
     meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
     with torch.cuda.device_of(input):
         softmax_kernel[(programs,)](x, y, *sizes[1:], strides, y_strides, **meta, **units)

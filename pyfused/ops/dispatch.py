@@ -106,6 +106,7 @@ COMPILED_FORWARD_BELOW = {
 }
 
 SMALL = "ATen is faster at this size"
+FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _PLAIN = (Tensor, Parameter)
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
@@ -274,7 +275,7 @@ def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str 
     if takes_triton(input):
         return "torch.compile: Inductor writes Triton kernels, too"
     if op.name not in COMPILED_BELOW:
-        return "torch.compile: Inductor fuses it with its neighbours"
+        return FUSED
     # Imported by the compiler in any case, and slow to import.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from pyfused.layout import is_dense
-from pyfused.ops.dispatch import COMPILED_BELOW, COMPILED_FORWARD_BELOW, say_once
+from pyfused.ops.dispatch import COMPILED_BELOW, COMPILED_FORWARD_BELOW, FUSED, say_once
 from pyfused.ops.gradients import gradients_in_forward
 
 Node = Any  # torch.fx.Node, whose arguments may be anything
@@ -48,7 +48,6 @@ _PRODUCTS = [
     for op in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 ]
 
-FUSED = "torch.compile: Inductor fuses it with its neighbours"
 unavailable = False
 _registered = False
 

@@ -440,19 +440,8 @@ def _own(op: str) -> Callable[..., int]:
 
 _SAME_IN_BOTH = (
     *("abs", "cos", "eq", "erf", "exp", "expm1", "le", "log", "log1p", "lt", "maximum", "minimum"),
-    *(
-        "mul",
-        "neg",
-        "pow",
-        "reciprocal",
-        "rsqrt",
-        "sigmoid",
-        "sign",
-        "sin",
-        "sqrt",
-        "tanh",
-        "where",
-    ),
+    *("mul", "neg", "pow", "reciprocal", "rsqrt", "sigmoid", "sign", "sin", "sqrt", "tanh"),
+    "where",
 )
 _COPIES = "alias", "clone", "contiguous", "detach", "expand", "expand_copy", "lift_fresh_copy"
 
