@@ -72,7 +72,7 @@ bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these:
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
 
-sizes: $(BUILD) $(TOOLS) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (25 minutes)
+sizes: $(BUILD) $(TOOLS) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (15 minutes)
 	$(BIN)/python benchmarks/run.py sizes $(SIZES_ARGS)
 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than torch's (20 minutes)

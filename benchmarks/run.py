@@ -268,6 +268,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", type=int, default=6, help="how many for an operator and a dtype")
     add("--minutes", type=float, default=20, help="at most")
     add("--seed", type=int, help="draw the shapes of another run again")
+    add("--how", choices=("called", "patched", "compiled"), default="called", help="pyfused is")
 
     words = "time a language model's head and loss, and write docs/language-models.md"
     add = command("head", "head.head", words)

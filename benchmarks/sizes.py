@@ -11,7 +11,7 @@ import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -22,6 +22,7 @@ from cases import ACTIVATIONS, DTYPES, OPS, SOFTMAX, Case, ratios
 from pairs import cells
 from report import machine, machine_info, measured, tabulated
 from rich.progress import track
+from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.ops import dispatch
@@ -49,6 +50,7 @@ CLASSES = {
     "nll_loss": (10, 1000),
     "multi_margin_loss": (10, 1000),
 }
+HOW = CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
 ALL_THREADS = torch.get_num_threads()
 
 
@@ -60,11 +62,24 @@ def drawn_and_checked(case: Case) -> cases.Arguments:
     return arguments
 
 
-def both(case: Case, mode: str) -> list[cases.Timer]:
+def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
     """Of torch's operator and of pyfused's."""
-    arguments = drawn_and_checked(case)
-    operators = cases.TORCH, pyfused.functional
+    arguments, operators = drawn_and_checked(case), (cases.TORCH, pyfused.functional)
+    if how == PATCHED:
+        with pyfused.patch():
+            ours = cases.step(cases.Torch(), case, arguments, mode)
+        (theirs,) = cases.timers_of([cases.step(cases.TORCH, case, arguments, mode)])
+        return [theirs, partial(timed_patched, ours)]
+    if how == COMPILED:
+        torch._dynamo.reset()  # else the second shape compiles for all
+        operators = tuple(map(cases.Compiled, operators))
     return cases.timers_of([cases.step(each, case, arguments, mode) for each in operators])
+
+
+def timed_patched(step: cases.Step, calls: int) -> float:
+    with pyfused.patch():
+        step()  # the first call after a patch fills the interpreter's caches
+        return cases.timed(step, calls)
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -144,6 +159,12 @@ def below(bands: dispatch.Bands, classes: int) -> int:
     return next((elements for most, elements in bands if classes <= most), 0)
 
 
+def raised(*rows: dispatch.Bands) -> dispatch.Bands:
+    """The most that any of the rows leaves to ATen."""
+    limits = sorted({most for bands in rows for most, _ in bands})
+    return banded({most: max(below(bands, most) for bands in rows) for most in limits})
+
+
 def of_families(table: Table) -> Table:
     """Rows for operators without any, by class: the largest of a class's operators."""
     found: Table = {}
@@ -156,8 +177,8 @@ def of_families(table: Table) -> Table:
     return {key: rows for key, rows in found.items() if rows}
 
 
-def written(table: Table) -> str:
-    """The file with another table, and with what it was measured on."""
+def written(table: Table, further: bool) -> str:
+    """The file with another table, and with what it was measured on, perhaps as a further one."""
 
     def row(bands: dispatch.Bands) -> str:
         cells = [
@@ -170,8 +191,11 @@ def written(table: Table) -> str:
     lines = []
     for key, rows in table.items():
         lines += [f'"{key}": {{', *(f"{d}: {row(bands)}," for d, bands in rows.items()), "},"]
-    where = textwrap.fill(f"{machine(measured(machine_info()))}.", 100)
-    text = MEASURED.sub(lambda _: f"{where}\n", FILE.read_text(encoding="utf-8"))
+    text = FILE.read_text(encoding="utf-8")
+    where = f"{machine(measured(machine_info()))}."
+    if further and (found := MEASURED.search(text)):
+        where = f"{found[0].rstrip().rstrip('.')}, and on {where}"
+    text = MEASURED.sub(lambda _: f"{textwrap.fill(where, 100)}\n", text)
     text = TABLE.sub(lambda _: "\n".join(lines), text)
     ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", FILE]
     text = subprocess.check_output(ruff, input=text, text=True)
@@ -209,20 +233,21 @@ def sizes(options: Namespace) -> None:
         for op, key, mode, name in track(asked, "Measuring", transient=True):
             kind, dtype = key + SUFFIXES[mode], DTYPES[name]
             before = new[kind].get(dtype, ())
-            found = {}
-            for classes in CLASSES.get(key, (1,)):
-                least = below(before, classes)
-                found[classes] = threshold(op, key, dtype, classes, mode, least)
-                if options.raise_only:
-                    found[classes] = max(found[classes], least)
-            new[kind][dtype] = banded(found)
+            found = banded(
+                {
+                    classes: threshold(op, key, dtype, classes, mode, below(before, classes))
+                    for classes in CLASSES.get(key, (1,))
+                }
+            )
+            new[kind][dtype] = raised(before, found) if options.raise_only else found
             if new[kind][dtype] != old.get(kind, {}).get(dtype):
                 print(f"{kind} {name}: {before} becomes {new[kind][dtype]}", flush=True)
     dispatch.bands.cache_clear()
     torch.set_num_threads(ALL_THREADS)  # as the file says
     if not options.dry_run:
         known = {kind: rows for kind, rows in new.items() if rows}
-        FILE.write_text(written(known | of_families(known)), encoding="utf-8")
+        table = known | of_families(known)
+        FILE.write_text(written(table, options.raise_only), encoding="utf-8")
 
 
 # ---- sweep ---------------------------------------------------------------------------------------
@@ -282,12 +307,14 @@ def slower(times: cases.Times, margin: float) -> bool:
 def sweep(options: Namespace) -> None:
     """Times both, of calls of random shapes, and lists those that are slower than torch's."""
     cases.settle_allocator()
+    how = options.how
+    ops = [op for op in options.op or OPS if how != PATCHED or hasattr(F, op)]
     seed = random.randrange(1 << 16) if options.seed is None else options.seed
     print(f"--seed {seed}")
     draw = random.Random(seed)
     points = [
         (case, mode, threads)
-        for op in options.op or OPS
+        for op in ops
         for name in options.dtype or ("float32", "bfloat16")
         for case in (*drawn(op, DTYPES[name], options.shapes, draw), *edges(op, DTYPES[name]))
         for mode in cases.MODES
@@ -302,7 +329,7 @@ def sweep(options: Namespace) -> None:
             break
         torch.set_num_threads(threads)
         try:
-            timers = both(case, mode)
+            timers = both(case, mode, how)
         except NotImplementedError:  # torch's
             continue
         times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import random
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -25,7 +26,7 @@ import sizes
 from cases import DTYPES, OPS, TORCH, TRAINING, Case, assert_correct, draw, step
 
 from pyfused.ops import dispatch
-from pyfused.ops.operators import CROSS_ENTROPY, L1_LOSS, SOFTMAX
+from pyfused.ops.operators import CROSS_ENTROPY, L1_LOSS, SIGMOID, SOFTMAX
 from pyfused.ops.sizes import ATEN_BELOW
 
 
@@ -63,6 +64,7 @@ def test_a_wrong_result_is_not_timed() -> None:
 # ---- the table of sizes --------------------------------------------------------------------------
 
 
+FILE_OF_SIZES = sizes.FILE.read_text(encoding="utf-8")
 KEYS = [key + suffix for op in OPS for key in sizes.keys(op) for suffix in ("", "_forward")]
 
 
@@ -137,6 +139,16 @@ def test_classes_that_share_a_threshold_share_a_band() -> None:
     assert sizes.below((), 9) == 0  # a new operator
 
 
+def test_a_further_machine_only_raises_the_bands() -> None:
+    before = (24, 1 << 12), (math.inf, 1 << 16)
+    found = (8, 1 << 10), (64, 1 << 14), (math.inf, 1 << 15)
+    assert sizes.raised(before, found)[0] == (8, 1 << 12)
+    for classes in (2, 8, 9, 24, 25, 64, 65):
+        most = max(sizes.below(rows, classes) for rows in (before, found))
+        assert sizes.below(sizes.raised(before, found), classes) == most
+    assert sizes.raised((), found) == found
+
+
 @pytest.mark.thresholds
 def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     of_all = ATEN_BELOW["l1_loss"][torch.float16]
@@ -173,29 +185,34 @@ def test_rows_of_the_table_are_for_rows_of_a_length(
     assert op.size_key((torch.empty(shape), dim)) == expected
 
 
+@pytest.mark.parametrize("raised", [False, True])
 def test_the_file_of_sizes_is_what_was_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: bool
 ) -> None:
     file = tmp_path / "sizes.py"
-    file.write_text(sizes.FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    file.write_text(FILE_OF_SIZES, encoding="utf-8")
     monkeypatch.setattr(sizes, "FILE", file)
-    monkeypatch.setattr(sizes, "threshold", lambda *_, **__: 1 << 17)
+    monkeypatch.setattr(sizes, "threshold", lambda *_, **__: 1 << 24)
     with mock.patch.dict(ATEN_BELOW), mock.patch.dict(dispatch._ALWAYS_BELOW):
         for key in [key for key in ATEN_BELOW if "softcap" in key]:
             del ATEN_BELOW[key]
-        options = Namespace(op=["l1_loss"], dtype=["float16"], raise_only=False, dry_run=False)
+        options = Namespace(op=["l1_loss"], dtype=["float16"], raise_only=raised, dry_run=False)
         sizes.sizes(options)
     names: dict[str, Any] = {}
     exec(file.read_text(encoding="utf-8"), names)
     table = names["ATEN_BELOW"]
     for key in ("l1_loss", "l1_loss_none", "l1_loss_forward", "l1_loss_none_forward"):
-        assert table[key][torch.float16] == ((math.inf, 1 << 17),)
+        assert table[key][torch.float16] == ((math.inf, 1 << 24),)
     assert table["mse_loss"] == ATEN_BELOW["mse_loss"]
     # An operator without a row has its family's, which is the largest of all.
     assert table["softcap"] == ATEN_BELOW["Activation"]
     assert table["Activation"][torch.bfloat16] == max(
         rows[torch.bfloat16] for key, rows in ATEN_BELOW.items() if key in cases.ACTIVATIONS
     )
+    before = sizes.MEASURED.search(FILE_OF_SIZES)
+    assert before is not None
+    machines = len(re.findall(r"torch\s", before[0])) * raised + 1
+    assert len(re.findall(r"torch\s", names["__doc__"])) == machines
     assert torch.__version__ in names["__doc__"]
 
 
@@ -209,6 +226,19 @@ def test_a_seed_draws_the_same_calls_again(op: str) -> None:
         {"mean", "none"} if "loss" in op or "entropy" in op else {"mean"}
     )
     assert len({case.elements for case in one}) > 20
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("how", [sizes.CALLED, sizes.PATCHED])
+def test_a_sweep_times_torch_beside_the_kernels(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    fused = mock.Mock(side_effect=lambda arguments, _: torch.empty_like(arguments[0]))
+    sizes.drawn_and_checked(Case("sigmoid", (1 << 20,)))
+    monkeypatch.setattr(SIGMOID, "fused", fused)
+    theirs, ours = sizes.both(Case("sigmoid", (1 << 20,)), cases.FORWARD, how)
+    theirs(1)
+    assert not fused.called
+    ours(1)
+    assert fused.called
 
 
 def test_the_edges_of_the_table_are_swept() -> None:
