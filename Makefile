@@ -117,9 +117,9 @@ sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the k
 		|| { echo 'A use after free goes unnoticed: free blocks are not poisoned'; exit 1; }
 	$(SANITIZED) -m pytest -n 2 --dist loadfile $(CHECKED:%=$(CURDIR)/tests/test_%.py) \
 		$(PYTEST_ARGS)
-	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=thread -I$(CURDIR)/csrc \
+	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp-simd -fsanitize=thread -I$(CURDIR)/csrc \
 		-c $(CURDIR)/tests/threads.cpp $(filter-out %/bindings.cpp,$(wildcard $(CURDIR)/csrc/*.cpp))
-	$(CXX) -fsanitize=thread $(SANITIZE)/*.o -o $(SANITIZE)/threads
+	$(CXX) -fsanitize=thread -rdynamic $(SANITIZE)/*.o -ldl -lpthread -o $(SANITIZE)/threads
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads
 
 clean: ## remove what was built and cached; .venv stays

@@ -21,6 +21,7 @@
 #include "memory.h"
 #include "multi_margin_loss.h"
 #include "nll_loss.h"
+#include "parallel.h"
 #include "pointwise_loss.h"
 #include "program.h"
 #include "rows.h"
@@ -270,20 +271,21 @@ std::array<uint64_t, 4> recycler_stats() {
 // Python calls this in the module of the oldest instruction set before it loads another module.
 bool runs_here([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == "x86-64-v2")
-    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
-  unsigned eax, ebx, ecx = 0, edx;  // F16C has no name in older compilers
-  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                  (ecx & bit_F16C);
-  if (isa == "x86-64-v3") return v3;
-  if (isa == "x86-64-v4") {
-    return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  }
-  return false;
+  // Not __builtin_cpu_supports, whose table of features not every toolchain links.
+  const auto all = [](unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; };
+  unsigned eax, ebx, ecx, edx, enabled = 0, extended = 0;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned base = ecx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) extended = ebx;
+  // The registers that the operating system saves: 6 for AVX, and 0xe0 for AVX-512.
+  if (base & bit_OSXSAVE) asm("xgetbv" : "=a"(enabled), "=d"(edx) : "c"(0));
+  const bool v2 = all(base, bit_SSE4_2 | bit_POPCNT);
+  const bool v3 = v2 && all(enabled, 6) && all(base, bit_AVX | bit_FMA | bit_F16C) &&
+                  all(extended, bit_AVX2 | bit_BMI | bit_BMI2);
+  const bool v4 =
+      v3 && all(enabled, 0xe0) &&
+      all(extended, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL);
+  return isa == "x86-64-v4" ? v4 : isa == "x86-64-v3" ? v3 : isa == "x86-64-v2" && v2;
 #elif defined(_M_X64)
   return isa == "x86-64-v2";
 #else
@@ -300,11 +302,8 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
   m.def("runs_here", &runs_here);
   m.attr("row_classes") = py::make_tuple(kRowClasses<float>, kRowClasses<double>,
                                          kRowClasses<bfloat16>, kRowClasses<float16>);
-#ifdef _OPENMP
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
+  m.attr("runtime_file") = runtime_file();
+  m.def("runtime_threads", &runtime_threads);
 
 #if defined(__clang__)
   m.attr("compiler") = __VERSION__;

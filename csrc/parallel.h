@@ -6,72 +6,36 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <string>
 #include <type_traits>
-#include <vector>
 
 #include "vec.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#define PYFUSED_HAS_FORK 1
-#endif
-
 namespace pyfused {
 
-#ifdef PYFUSED_HAS_FORK
-// OpenMP's threads do not survive a fork, and a child that waits for them would hang. So a child
-// runs on one thread.
-inline bool forked = false;
-inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#else
-constexpr bool forked = false;
-#endif
+// ---- threads ------------------------------------------------------------------------------------
 
-// The blocks assigned to a thread, from which other threads steal. Aligned against false sharing.
-struct alignas(64) Queue {
-  std::atomic<int64_t> next;
-  int64_t end;
-};
+// Runs the blocks from `first` to `end`.
+using Blocks = void (*)(const void* data, int64_t first, int64_t end);
 
-// A thread takes a 32nd of a queue at a time, because an atomic operation waits for the stores
-// before it, and non-temporal stores are slow. One block at a time takes 1.07 times as long at (8,
-// 21, 256, 256), and schedule(dynamic), which spreads neighbouring blocks over threads, 1.2 times.
-constexpr int64_t kSteps = 32;
+// Calls body(data, first, end) for all blocks, in pieces, on up to so many of torch's threads: the
+// build links no OpenMP; the runtime that torch has loaded is found when the module is loaded. On
+// the calling thread alone if there is none, within a parallel region, and in a forked child.
+void run_blocks(int64_t blocks, int threads, Blocks body, const void* data);
 
-// Work stealing: each thread runs its own queue and then the rest of the others' queues, so that no
-// thread waits for one that the operating system has suspended. On two cores with another busy
-// process, calls of some milliseconds are 1.1 to 1.25 times as fast as with schedule(static);
-// alone, 1 to 1.05 times.
 template <class Body> void parallel_for(int64_t blocks, int threads, const Body& body) {
-  if (threads > blocks) threads = int(blocks);
-#ifdef _OPENMP
-  if (threads > 1 && !forked && !omp_in_parallel()) {
-    std::vector<Queue> queues(threads);
-    for (int i = 0; i < threads; ++i) {
-      queues[i].next = blocks * i / threads;
-      queues[i].end = blocks * (i + 1) / threads;
-    }
-    const int64_t step = std::max<int64_t>(1, blocks / (kSteps * threads));
-#pragma omp parallel num_threads(threads)
-    for (int i = 0; i < threads; ++i) {
-      Queue& queue = queues[(omp_get_thread_num() + i) % threads];
-      while (queue.next.load(std::memory_order_relaxed) < queue.end) {
-        const int64_t first = queue.next.fetch_add(step, std::memory_order_relaxed);
-        const int64_t end = std::min(queue.end, first + step);
-        for (int64_t block = first; block < end; ++block) body(block);
-      }
-    }
-    return;
-  }
-#endif
-  for (int64_t block = 0; block < blocks; ++block) body(block);
+  const auto run = [](const void* body, int64_t first, int64_t end) {
+    for (int64_t block = first; block < end; ++block) (*static_cast<const Body*>(body))(block);
+  };
+  run_blocks(blocks, threads, run, &body);
 }
+
+std::string runtime_file();  // of the OpenMP runtime; empty if there is none
+int runtime_threads();  // how many threads it would start by itself
+
+// ---- sums ---------------------------------------------------------------------------------------
 
 // A compensated sum (Neumaier's variant of Kahan's).
 class Sum {

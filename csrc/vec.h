@@ -49,9 +49,10 @@
 #endif
 
 // Tells the compiler that the loop's iterations are independent and its float reductions may be
-// reordered. Without OpenMP the loop is correct as it stands.
+// reordered. -fopenmp-simd switches these pragmas on, which need nothing of OpenMP at run time.
+// Without them the loop is correct as it stands.
 #define PYFUSED_PRAGMA(text) _Pragma(#text)
-#if defined(_OPENMP) && !defined(_MSC_VER)
+#ifdef __GNUC__
 #define PYFUSED_SIMD(...) PYFUSED_PRAGMA(omp simd __VA_ARGS__)
 #else
 #define PYFUSED_SIMD(...)

@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from importlib import metadata, util
-from pathlib import Path
 
 import torch
 
@@ -29,19 +28,21 @@ def built() -> list[str]:
     return [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
 
 
-def openmp() -> str:
-    """Whether the kernels share torch's threads: two runtimes in a process are two pools."""
-    if not cpu.native.openmp:
-        return "no, the kernels run on one thread"
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return "yes"
-    files = {Path(line.split(maxsplit=5)[-1]) for line in maps.read_text().splitlines()}
-    runtimes = [
-        file.name for file in files if file.name.startswith(("libgomp", "libomp", "libiomp"))
-    ]
-    pool = "torch's own pool" if len(runtimes) == 1 else "a pool beside torch's"
-    return f"yes, {pool} ({', '.join(runtimes)})"
+def is_torchs_runtime() -> bool:
+    """Whether torch's settings reach it: of two runtimes in a process each has its own."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(count + 1)
+    try:
+        return bool(cpu.native.runtime_threads() == count + 1)
+    finally:
+        torch.set_num_threads(count)
+
+
+def thread_runtime() -> str:
+    if not cpu.native.runtime_file:
+        return "none is loaded, the kernels run on one thread"
+    whose = "torch's own pool" if is_torchs_runtime() else "a pool beside torch's"
+    return f"{cpu.native.runtime_file}, {whose}"
 
 
 def triton() -> str:
@@ -70,7 +71,7 @@ def report() -> dict[str, str]:
         "ISAs supported": ", ".join(cpu.supported),
         "ISA chosen": cpu.capability,
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
-        "OpenMP": openmp(),
+        "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
         "operators": ", ".join(OPERATORS),
         "kernels": f"cpu: C++ kernels; GPUs: {on_gpus()}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import sys
 
 import pytest
 import torch
@@ -42,9 +41,23 @@ def test_the_report_names_the_isa_that_was_asked_for(isa: str) -> None:
     assert report["PYFUSED_CPU_CAPABILITY"] == report["ISA chosen"] == isa
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what a process has mapped")
 def test_the_kernels_run_in_the_pool_of_torch() -> None:
-    assert run()["OpenMP"].startswith("yes, torch's own pool (libgomp")
+    assert run()["thread runtime"].endswith(", torch's own pool")
+
+
+@pytest.mark.parametrize(
+    ("file", "reported"),
+    [
+        ("", "none is loaded, the kernels run on one thread"),
+        ("libgomp.so.1", "libgomp.so.1, a pool beside torch's"),
+    ],
+)
+def test_the_report_says_where_threads_are_not_those_of_torch(
+    file: str, reported: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.native, "runtime_file", file)
+    monkeypatch.setattr(cpu.native, "runtime_threads", lambda: 1000)
+    assert main.thread_runtime() == reported
 
 
 @pytest.mark.parametrize(

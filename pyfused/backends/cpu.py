@@ -7,6 +7,7 @@ import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 import platform
@@ -86,6 +87,11 @@ supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
 capability = _choose()
 native = load(capability)
 RECYCLES = hasattr(native, "recycled")  # where the system has what it takes
+
+if not native.runtime_file:
+    logging.getLogger("pyfused").warning(
+        "torch has loaded no OpenMP runtime that is known here; the kernels run on one thread"
+    )
 
 
 # ---- tensors as the kernels see them -------------------------------------------------------------

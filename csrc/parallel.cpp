@@ -1,0 +1,191 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+#include <vector>
+
+#ifdef _WIN32
+#define NOMINMAX
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+
+namespace pyfused {
+namespace {
+
+// ---- the OpenMP runtime that torch has loaded ---------------------------------------------------
+
+// Calls body(data) on each thread of a team.
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+struct Runtime {
+  std::string file;
+  Parallel parallel = nullptr;  // null: there is no runtime
+  int (*thread_number)() = nullptr;
+  int (*in_parallel)() = nullptr;
+  int (*max_threads)() = nullptr;
+};
+
+#ifdef _WIN32
+void* symbol(void* scope, const char* name) {
+  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(scope), name));
+}
+
+std::string file_of(void* address) {
+  HMODULE module = nullptr;
+  GetModuleHandleExA(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS, static_cast<const char*>(address),
+                     &module);
+  char file[MAX_PATH] = "";
+  GetModuleFileNameA(module, file, sizeof(file));
+  return file;
+}
+
+std::vector<void*> scopes() {
+  std::vector<void*> found;
+  for (const char* name : {"libiomp5md.dll", "libomp140.x86_64.dll"}) {
+    if (void* const module = GetModuleHandleA(name)) found.push_back(module);
+  }
+  return found;
+}
+#else
+void* symbol(void* scope, const char* name) { return dlsym(scope, name); }
+
+std::string file_of(void* address) {
+  Dl_info info;
+  return dladdr(address, &info) ? info.dli_fname : "";
+}
+
+// Where torch's own calls of OpenMP lead. Linux searches what is global in the process, then what
+// torch depends on; macOS binds a library to those that it depends on.
+std::vector<void*> scopes() {
+#ifdef __APPLE__
+  const char* const name = "@rpath/libtorch_cpu.dylib";
+#else
+  const char* const name = "libtorch_cpu.so";
+#endif
+  std::vector<void*> found{RTLD_DEFAULT};
+  if (void* const torch = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) found.push_back(torch);
+#ifdef __APPLE__
+  std::swap(found.front(), found.back());
+#endif
+  return found;
+}
+#endif
+
+template <class Function> bool find(void* scope, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(symbol(scope, name));
+  return function != nullptr;
+}
+
+// The runtimes of Intel and LLVM have GOMP_parallel, too, except on Windows and perhaps on macOS.
+// There, Clang's calls do the same.
+struct Location {
+  int32_t reserved, flags, reserved_2, reserved_3;
+  const char* source;
+};
+using Task = void (*)(int32_t* thread, int32_t* number, ...);
+int32_t (*kmpc_thread)(Location*);
+void (*kmpc_push_num_threads)(Location*, int32_t thread, int32_t count);
+void (*kmpc_fork_call)(Location*, int32_t arguments, Task task, ...);
+
+void kmpc_task(int32_t*, int32_t*, void (**body)(void*), void* data) { (*body)(data); }
+
+void kmpc_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  static Location location{0, 2, 0, 0, ";unknown;unknown;0;0;;"};  // 2: made by a compiler
+  kmpc_push_num_threads(&location, kmpc_thread(&location), int32_t(threads));
+  kmpc_fork_call(&location, 2, reinterpret_cast<Task>(kmpc_task), &body, data);
+}
+
+Runtime find_runtime() noexcept {
+  for (void* const scope : scopes()) {
+    Runtime found;
+    if (!find(scope, "omp_get_thread_num", found.thread_number) ||
+        !find(scope, "omp_in_parallel", found.in_parallel) ||
+        !find(scope, "omp_get_max_threads", found.max_threads)) {
+      continue;
+    }
+    found.file = file_of(reinterpret_cast<void*>(found.in_parallel));
+    if (find(scope, "GOMP_parallel", found.parallel)) return found;
+    found.parallel = &kmpc_parallel;
+    if (find(scope, "__kmpc_global_thread_num", kmpc_thread) &&
+        find(scope, "__kmpc_push_num_threads", kmpc_push_num_threads) &&
+        find(scope, "__kmpc_fork_call", kmpc_fork_call)) {
+      return found;
+    }
+  }
+  return {};
+}
+
+const Runtime runtime = find_runtime();
+
+// ---- fork ---------------------------------------------------------------------------------------
+
+#ifdef _WIN32
+constexpr bool forked = false;
+#else
+// OpenMP's threads do not survive a fork, and a child that waits for them would hang. So a child
+// runs on one thread.
+bool forked = false;
+const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+// ---- blocks on threads --------------------------------------------------------------------------
+
+// The blocks assigned to a thread, from which other threads steal. Aligned against false sharing.
+struct alignas(64) Queue {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// A thread takes a 32nd of a queue at a time, because an atomic operation waits for the stores
+// before it, and non-temporal stores are slow. One block at a time takes 1.07 times as long at (8,
+// 21, 256, 256), and schedule(dynamic), which spreads neighbouring blocks over threads, 1.2 times.
+constexpr int64_t kSteps = 32;
+
+struct Work {
+  std::vector<Queue> queues;
+  int64_t step;
+  Blocks body;
+  const void* data;
+};
+
+void run_queues(void* shared) {
+  Work& work = *static_cast<Work*>(shared);
+  const size_t threads = work.queues.size(), own = size_t(runtime.thread_number());
+  for (size_t i = 0; i < threads; ++i) {
+    Queue& queue = work.queues[(own + i) % threads];
+    while (queue.next.load(std::memory_order_relaxed) < queue.end) {
+      const int64_t first = queue.next.fetch_add(work.step, std::memory_order_relaxed);
+      const int64_t end = std::min(queue.end, first + work.step);
+      if (first < end) work.body(work.data, first, end);
+    }
+  }
+}
+
+}  // namespace
+
+// Work stealing: each thread runs its own queue and then the rest of the others' queues, so that no
+// thread waits for one that the operating system has suspended. On two cores with another busy
+// process, calls of some milliseconds are 1.1 to 1.25 times as fast as with schedule(static);
+// alone, 1 to 1.05 times.
+void run_blocks(int64_t blocks, int threads, Blocks body, const void* data) {
+  if (threads > blocks) threads = int(blocks);
+  if (threads <= 1 || forked || !runtime.parallel || runtime.in_parallel()) {
+    return body(data, 0, blocks);
+  }
+  const int64_t step = std::max<int64_t>(1, blocks / (kSteps * threads));
+  Work work{std::vector<Queue>(threads), step, body, data};
+  for (int i = 0; i < threads; ++i) {
+    work.queues[i].next = blocks * i / threads;
+    work.queues[i].end = blocks * (i + 1) / threads;
+  }
+  runtime.parallel(&run_queues, &work, unsigned(threads), 0);
+}
+
+std::string runtime_file() { return runtime.file; }
+int runtime_threads() { return runtime.max_threads ? runtime.max_threads() : 1; }
+
+}  // namespace pyfused

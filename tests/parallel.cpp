@@ -1,0 +1,55 @@
+// csrc/parallel.cpp as test_parallel.py sees it: which threads run the blocks.
+#include "parallel.h"
+
+#include <chrono>
+#include <cstdarg>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <vector>
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED int threads_used(int64_t blocks, int threads) {
+  std::mutex mutex;
+  std::set<std::thread::id> seen;
+  pyfused::parallel_for(blocks, threads, [&](int64_t) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that each gets some
+    const std::lock_guard<std::mutex> hold(mutex);
+    seen.insert(std::this_thread::get_id());
+  });
+  return int(seen.size());
+}
+
+EXPORTED int has_runtime() { return !pyfused::runtime_file().empty(); }
+
+#ifdef LLVM_RUNTIME
+// What macOS and Windows have: Clang's calls, and no GOMP_parallel. See kmp.h in LLVM's openmp.
+thread_local int32_t member = 0, pushed = 1;
+thread_local bool inside = false;
+
+EXPORTED int omp_get_thread_num() { return member; }
+EXPORTED int omp_in_parallel() { return inside; }
+EXPORTED int omp_get_max_threads() { return 2; }
+EXPORTED int32_t __kmpc_global_thread_num(void*) { return 7; }
+EXPORTED void __kmpc_push_num_threads(void*, int32_t thread, int32_t count) {
+  pushed = thread == 7 ? count : 0;
+}
+EXPORTED void __kmpc_fork_call(void*, int32_t arguments,
+                               void (*task)(int32_t*, int32_t*, void*, void*), ...) {
+  va_list list;
+  va_start(list, task);
+  void* const first = va_arg(list, void*);
+  void* const second = va_arg(list, void*);
+  va_end(list);
+  std::vector<std::thread> team;
+  for (int32_t i = 0; arguments == 2 && i < pushed; ++i) {
+    team.emplace_back([=] {
+      int32_t thread = member = i;
+      inside = true;
+      task(&thread, &thread, first, second);
+    });
+  }
+  for (std::thread& each : team) each.join();
+}
+#endif

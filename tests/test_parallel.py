@@ -1,0 +1,146 @@
+"""csrc/parallel.cpp: kernels run on the threads that torch has, whichever compiler built them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from processes import python
+
+from pyfused.backends import cpu
+
+ROOT = Path(__file__).parents[1]
+COMPILERS = {
+    name: [path] for name in ("g++", "clang++", "clang++-14") if (path := shutil.which(name))
+}
+if find_spec("ziglang"):
+    COMPILERS["zig"] = [sys.executable, "-m", "ziglang", "c++"]
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists a process's threads"),
+]
+
+COUNT = """
+import ctypes, os, sys
+def threads():
+    return len(os.listdir("/proc/self/task"))
+"""
+WARM = """
+import torch
+torch.set_num_threads(2)
+torch.ones(1 << 22).exp_()
+before = threads()
+"""
+
+
+def built(folder: Path, compiler: list[str], *flags: str) -> Path:
+    library = folder / "parallel.so"
+    sources = ROOT / "tests/parallel.cpp", ROOT / "csrc/parallel.cpp"
+    command = [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{ROOT}/csrc", *sources]
+    libraries = ["-ldl", "-lpthread"]
+    subprocess.run([*command, *libraries, "-o", library, *flags], check=True, capture_output=True)
+    return library
+
+
+def alone(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python without what torch would load."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", params=COMPILERS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("parallel"), COMPILERS[request.param])
+
+
+def test_each_compilers_build_takes_the_threads_of_torch(library: Path) -> None:
+    done = python(f"""{COUNT}{WARM}
+library = ctypes.CDLL({str(library)!r})
+print(library.threads_used(64, 2), before == threads())
+""")
+    assert done.stdout == "2 True\n", done.stderr
+
+
+def test_a_call_within_a_parallel_region_stays_on_its_thread(library: Path) -> None:
+    done = python(f"""{COUNT}{WARM}
+library, used = ctypes.CDLL({str(library)!r}), []
+body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: used.append(library.threads_used(9, 2)))
+ctypes.CDLL(None).GOMP_parallel(body, None, 2, 0)
+print(used, before == threads())
+""")
+    assert done.stdout == "[1, 1] True\n", done.stderr
+
+
+def test_a_forked_child_stays_on_its_thread(library: Path) -> None:
+    done = python(f"""{COUNT}{WARM}
+library = ctypes.CDLL({str(library)!r})
+library.threads_used(64, 2)
+child = os.fork()
+if child == 0:
+    os._exit(10 + library.threads_used(9, 2))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), library.threads_used(64, 2))
+""")
+    assert done.stdout == "11 2\n", done.stderr
+
+
+def test_without_a_runtime_there_is_one_thread(library: Path) -> None:
+    done = alone(f"""{COUNT}
+library = ctypes.CDLL({str(library)!r})
+print(library.has_runtime(), library.threads_used(9, 2), threads())
+""")
+    assert done.stdout == "0 1 1\n", done.stderr
+
+
+def test_a_runtime_with_clangs_calls_alone(tmp_path: Path) -> None:
+    library = built(tmp_path, next(iter(COMPILERS.values())), "-DLLVM_RUNTIME")
+    done = alone(f"""{COUNT}
+library = ctypes.CDLL({str(library)!r})
+print(library.has_runtime(), library.threads_used(64, 3), library.threads_used(1, 3))
+""")
+    assert done.stdout == "1 3 1\n", done.stderr
+
+
+# ---- the modules as they were built --------------------------------------------------------------
+
+CALLS = """
+from pyfused.functional import cross_entropy, gelu, mse_loss
+x = torch.randn(2000, 1500, requires_grad=True)
+total = cross_entropy(x, torch.arange(2000) % 1500) + mse_loss(x, -x.detach()) + gelu(x).sum()
+total.backward()
+"""
+
+
+@pytest.mark.parametrize("isa", cpu.supported)
+def test_a_large_call_starts_no_thread(isa: str) -> None:
+    """Backward runs on a thread of autograd's, which has a team of its own, as torch's calls do."""
+    warm = "y = torch.ones(1 << 22, requires_grad=True)\n(y.exp() * y).sum().backward()\n"
+    code = COUNT + WARM + warm + "before = threads()\n" + CALLS + "print(before == threads())"
+    done = python(code, PYFUSED_CPU_CAPABILITY=isa)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_modules_without_a_runtime_say_so_once() -> None:
+    """They look for it when they are loaded, which here is before torch loads it."""
+    files = [sys.modules[cpu.load(isa).__name__].__file__ for isa in cpu.ISAS]
+    done = alone(f"""{COUNT}
+from importlib.util import module_from_spec, spec_from_file_location
+for isa, file in zip({cpu.ISAS}, {files}):
+    name = "pyfused._cpu_" + isa.replace("-", "_")
+    spec = spec_from_file_location(name, file)
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+{CALLS.replace("from", "import torch; from", 1)}
+from pyfused.backends import cpu
+torch.set_num_threads(2)
+torch.ones(1 << 22).exp_()
+before = threads()
+gelu(x.detach())
+print(cpu.native.runtime_file == "", before == threads(), bool(total.isfinite()))
+""")
+    assert done.stdout == "True True True\n", done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "the kernels run on one thread" in done.stderr
