@@ -66,21 +66,23 @@ def softplus(x):
 def power(x, y):
     """x**y through float64, as the error of exp(y log(x)) grows with the exponent."""
     base, exponent = x.to(tl.float64), y.to(tl.float64)
-    size = tl.abs(base)
-    found = tl.exp(exponent * tl.log(size))
-    found = tl.where(size == 0.0, tl.where(exponent > 0.0, 0.0, float("inf")), found)
-    half = 0.5 * exponent
-    of_whole = tl.where(tl.floor(half) != half, -found, found)
-    of_part = tl.where(size < float("inf"), float("nan"), found)
+    size, half = tl.abs(base), 0.5 * exponent
+    found = tl.where(size == 1.0, 1.0, tl.exp(exponent * tl.log(size)))  # inf * 0 is NaN
+    of_zero = tl.where(exponent < 0.0, float("inf"), 0.0 * exponent)  # NaN where that is NaN
+    of_zero = tl.where(exponent > 0.0, 0.0, of_zero)
+    found = tl.where(size == 0.0, of_zero, found)
+    of_whole = tl.where(tl.floor(half) != half, -1.0 * found, found)  # -x is 0 - x, so never -0.0
+    of_part = tl.where(base == 0.0, found, tl.where(size < float("inf"), float("nan"), found))
     of_negative = tl.where(tl.floor(exponent) == exponent, of_whole, of_part)
-    found = tl.where(base < 0.0, of_negative, found)
-    return tl.where(exponent == 0.0, 1.0, tl.where(base == 1.0, 1.0, found)).to(x.dtype)
+    negative = tl.where(base == 0.0, 1.0 / base, base) < 0.0  # -0.0 too
+    found = tl.where(negative, of_negative, found)
+    return tl.where(exponent == 0.0, 1.0, found).to(x.dtype)
 
 
 # Of each instruction what it is of its arguments.
 INSTRUCTIONS = {
     "copy": "{}",
-    "neg": "-{}",
+    "neg": "-1.0 * {}",
     "abs": "tl.abs({})",
     "sign": "sign({})",
     "reciprocal": "1.0 / {}",

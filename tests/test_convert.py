@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 pytestmark = pytest.mark.thresholds
-X, TARGET = torch.linspace(-2, 2, 5 << 12).view(-1, 5), torch.arange(1 << 12) % 5
+X, TARGET = torch.linspace(-2, 2, 5 << 13).view(-1, 5), torch.arange(1 << 13) % 5
 SWAPPED = ("activation", "layers.1", "layers.4", "criterion", "other")
 
 

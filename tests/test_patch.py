@@ -624,7 +624,7 @@ def test_threads_that_train_at_once(kernel_calls: KernelCalls) -> None:
             losses.append(loss.item())
         return losses
 
-    x, target = X.repeat(200, 1), TARGET.repeat(200)  # too many for ATen
+    x, target = X.repeat(1600, 1), TARGET.repeat(1600)  # too many for ATen
     expected = [train(seed) for seed in range(6)]
     with pyfused.patch(), ThreadPoolExecutor(3) as pool:
         for got, wanted in zip(pool.map(train, range(6)), expected, strict=True):
