@@ -50,7 +50,7 @@ CLASSES = {
     "nll_loss": (10, 1000),
     "multi_margin_loss": (10, 1000),
 }
-HOW = CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
+CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
 ALL_THREADS = torch.get_num_threads()
 
 
