@@ -350,8 +350,9 @@ def write(
     known = peers_of(rows)
     key = "\n".join(f"- {name}: {text}" for name, text in KEY.items() if name in known)
     tables = [caption, markdown(rows), key]
-    peers = [name for name in (*HEADLINE_PEERS, "liger", "copy") if name in known]
-    drawn: dict[str, Callable[[], Figure]] = {"ratios": lambda: draw_ratios(rows, peers)}
+    peers = [name for name in (*HEADLINE_PEERS, "liger") if name in known]
+    headline = [row for row in rows if row.headline and row.mode == TRAINING]
+    drawn: dict[str, Callable[[], Figure]] = {"ratios": lambda: draw_ratios(headline, peers)}
     if found["memory"]:
         drawn["memory"] = lambda: draw_memory(found["memory"])
     if "allocators" in found:
@@ -368,6 +369,5 @@ def write(
         figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize=10)
         save(figure, folder / name)
     if pages:
-        headline = [row for row in rows if row.headline and row.mode == TRAINING]
         fill(pages / "README.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")
     print(markdown(rows), f"written to {folder}", sep="\n\n")

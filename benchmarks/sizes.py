@@ -330,9 +330,9 @@ def sweep(options: Namespace) -> None:
         torch.set_num_threads(threads)
         try:
             timers = both(case, mode, how)
+            times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
         except NotImplementedError:  # torch's
             continue
-        times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
         found.append((case, mode, threads, times))
     found.sort(key=lambda each: ratios(*each[3])[1])
     rows = [
