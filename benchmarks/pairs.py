@@ -365,7 +365,7 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     operands = [torch.rand(elements) for _ in formula.op.variables]
     if name != "generalized_cross_entropy":  # which is of probabilities
         operands[0] = torch.randn(elements)
-    grad_output = None if formula.is_loss else torch.randn(elements)
+    grad_output = None if formula.op.loss else torch.randn(elements)
 
     def step(function: Callable[..., Any]) -> Callable[[], torch.Tensor]:
         """With a leaf of its own, so that none frees the gradient of another."""
@@ -380,9 +380,9 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
 
     def unfused(*operands: torch.Tensor) -> torch.Tensor:
         each = formula.function(*operands)
-        return each.mean() if formula.is_loss else each
+        return each.mean() if formula.op.loss else each
 
-    by_hand = getattr(pyfused.functional, name, None) if formula.is_loss else None
+    by_hand = getattr(pyfused.functional, name, None) if formula.op.loss else None
     functions = [unfused, formula]
     if by_hand is not None:
         functions.append(partial(by_hand, reduction="mean"))

@@ -198,16 +198,18 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
   });
 }
 
-using InstructionTuple = std::tuple<std::string, unsigned, int, std::array<int, 4>>;
+using InstructionTuple = std::tuple<std::string, int, std::vector<int>>;  // name, out, in
 
 std::vector<Instruction> read_instructions(const std::vector<InstructionTuple>& given) {
   std::vector<Instruction> found;
-  for (const auto& [name, constants, out, in] : given) {
-    const auto row = std::find_if(std::begin(kInstructions), std::end(kInstructions),
-                                  [&, &name = name](const auto& row) { return row.first == name; });
+  for (const auto& [name, out, in] : given) {
+    const auto row = std::find(std::begin(kInstructions), std::end(kInstructions), name);
     if (row == std::end(kInstructions)) throw std::invalid_argument("no instruction " + name);
-    const int opcode = int(row - std::begin(kInstructions));
-    found.push_back({opcode, constants, out, in});
+    Instruction each{int(row - std::begin(kInstructions)), 0, out, {}};
+    each.in.fill(in[0]);
+    std::copy(in.begin(), in.end(), each.in.begin());
+    for (size_t k = 0; k < in.size(); ++k) each.constants |= unsigned(in[k] >= kConstantPlace) << k;
+    found.push_back(each);
   }
   return found;
 }
@@ -329,23 +331,13 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
         },
         unlocked);
   }
-  py::list instructions;
-  for (const auto& [name, operands] : kInstructions) {
-    instructions.append(py::make_tuple(name, operands));
-  }
-  m.attr("instructions") = py::tuple(instructions);
   m.attr("program_registers") = kProgramRegisters;
   m.attr("program_constants") = kProgramConstants;
   py::class_<Program>(m, "Program", py::module_local())
       .def(py::init([](const std::vector<InstructionTuple>& prologue,
-                       const std::vector<InstructionTuple>& body, std::vector<double> constants,
-                       int parameters, int registers, bool has_value) {
-        return Program{read_instructions(prologue),
-                       read_instructions(body),
-                       std::move(constants),
-                       parameters,
-                       registers,
-                       has_value};
+                       const std::vector<InstructionTuple>& body,
+                       const std::vector<double>& constants, size_t parameters) {
+        return Program{read_instructions(prologue), read_instructions(body), constants, parameters};
       }))
       .def(
           "__call__",

@@ -11,7 +11,6 @@
 
 namespace pyfused {
 
-constexpr int64_t kLossChunk = 1024;     // elements at a time, in L1
 constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time
 
 // The operand's elements from `first` on: in place if they have the accumulation type and are not
@@ -58,7 +57,7 @@ template <class Formula, class T>
 void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p, Sum& sum, int64_t first,
                      int64_t n, bool streams) {
   using A = Accumulate<T>;
-  using Buffer = A[kLossChunk];
+  using Buffer = A[Formula::kChunk];
   alignas(kVectorBytes) Buffer read[kOperands], written[kOperands], buffer, weight, grad_output;
   A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
   Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
@@ -73,6 +72,8 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p, Sum& sum
   const Factors<A> by = factors(p, first, n, weight, grad_output);
   if (p.reduced && by.value) {
     add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
+  } else if (p.reduced && !Formula::kSums) {
+    add_terms<A>(sum, n, [=](int64_t i) { return value[i]; });
   }
   if (p.each) {
     multiply(value, by.value, n);
@@ -93,8 +94,8 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
   parallel_for(blocks, p.threads, [&](int64_t block) {
     const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
     Sum sum;
-    for (int64_t first = block * kLossBlock; first < end; first += kLossChunk) {
-      pointwise_chunk(formula, p, sum, first, std::min(kLossChunk, end - first), streams);
+    for (int64_t first = block * kLossBlock; first < end; first += Formula::kChunk) {
+      pointwise_chunk(formula, p, sum, first, std::min(Formula::kChunk, end - first), streams);
     }
     partial[block] = sum.value();
   });

@@ -35,6 +35,8 @@ struct LossFormula {
   const char* name;
   LossLoops<float>* in_float;
   LossLoops<double>* in_double;
+  static constexpr bool kSums = true;  // itself, what it evaluates
+  static constexpr int64_t kChunk = 1024;  // elements at a time, in L1
 
   template <class A> void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) const {
     if constexpr (sizeof(A) == sizeof(float)) in_float(parameters, chunk);

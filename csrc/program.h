@@ -2,10 +2,10 @@
 //
 // pyfused/ops/program.py makes programs. A place is the number of
 //
-//   an operand (0 to 3), the value (4), a gradient (5 to 8), a register (from 9 on),
+//   an operand (0 to 3), the value (4), a gradient (5 to 8), a register (9 to 40), or a constant:
 //
-// or, after the registers, of a constant: the scale of the gradients, the formula's parameters,
-// literals, and what the prologue computes from these, once for a call and in double.
+// the scale of the gradients, the formula's parameters, literals, and what the prologue computes
+// from these, once for a call and in double.
 // pointwise_loss.cpp reads and rounds, and applies weights, grad_output and sums.
 #pragma once
 
@@ -14,6 +14,8 @@
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,12 +25,12 @@
 
 namespace pyfused {
 
-constexpr int64_t kProgramChunk = 512;  // elements of a register
 constexpr int kProgramRegisters = 32, kProgramConstants = 256;  // at most
 constexpr int kValuePlace = kOperands, kRegisterPlace = kValuePlace + 1 + kOperands;
+constexpr int kConstantPlace = kRegisterPlace + kProgramRegisters;
 
 // name, number of operands, and the result from a, b, c and d. Comparisons are 1 or 0. NaN passes
-// through minimum and maximum, as in torch.
+// through minimum and maximum, as in torch. pow_less is b**c, of a = b**(c + 1).
 #define PYFUSED_INSTRUCTIONS(X)                     \
   X(copy, 1, a)                                     \
   X(neg, 1, -a)                                     \
@@ -44,8 +46,6 @@ constexpr int kValuePlace = kOperands, kRegisterPlace = kValuePlace + 1 + kOpera
   X(sin, 1, sine_of<0>(a))                          \
   X(cos, 1, sine_of<1>(a))                          \
   X(tanh, 1, tanh_of(a))                            \
-  X(sigmoid, 1, pyfused::sigmoid(a))                \
-  X(softplus, 1, pyfused::softplus(a))              \
   X(erf, 1, erf_of(a))                              \
   X(decay, 1, exp_shifted(-std::abs(a)))            \
   X(sigmoid_from, 2, pyfused::sigmoid_from(a, b))   \
@@ -55,6 +55,7 @@ constexpr int kValuePlace = kOperands, kRegisterPlace = kValuePlace + 1 + kOpera
   X(mul, 2, a* b)                                   \
   X(div, 2, a / b)                                  \
   X(pow, 2, pow_of(a, b))                           \
+  X(pow_less, 3, a / b)                             \
   X(minimum, 2, b < a || b != b ? b : a)            \
   X(maximum, 2, b > a || b != b ? b : a)            \
   X(lt, 2, A(a < b))                                \
@@ -72,7 +73,7 @@ struct Instruction {
   int opcode;
   unsigned constants;  // bit k: operand k is a constant
   int out;             // a place
-  std::array<int, 4> in;
+  std::array<int, 4> in;  // one that does not exist is the first again
 };
 
 template <class A> using Inputs = std::array<const A*, 4>;
@@ -94,37 +95,30 @@ PYFUSED_INSTRUCTIONS(PYFUSED_INSTRUCTION)
 #undef PYFUSED_INSTRUCTION
 }  // namespace instructions
 
-template <class F> constexpr bool kPeriodic = false;
-template <> constexpr bool kPeriodic<instructions::sin_> = true;
-template <> constexpr bool kPeriodic<instructions::cos_> = true;
-
-// Whether sine_of() has too few digits of pi for one of them.
-template <class A> PYFUSED_INLINE bool far_from_zero(const A* a, int64_t n) {
-  A most = 0;
-  PYFUSED_SIMD(reduction(max : most))
-  for (int64_t i = 0; i < n; ++i) most = std::abs(a[i]) > most ? std::abs(a[i]) : most;
-  return most > kMostSine<A>;
-}
+// Whether quotients are as good as exact; not of NaN.
+template <class A> PYFUSED_INLINE bool is_moderate(A x) { return (x > 0x1p-60f) & (x < 0x1p60f); }
 
 // The output may be one of the inputs.
 template <class F, class A, unsigned constants>
 PYFUSED_FLATTEN void instruction_loop(A* out, const Inputs<A>& in, int64_t n) {
   const A *const a = in[0], *const b = in[1], *const c = in[2], *const d = in[3];
+  constexpr bool sine = std::is_same_v<F, instructions::sin_>;
+  if constexpr (sine || std::is_same_v<F, instructions::cos_>) {
+    A most = 0;
+    PYFUSED_SIMD(reduction(max : most))
+    for (int64_t i = 0; i < n; ++i) most = std::abs(a[i]) > most ? std::abs(a[i]) : most;
+    if (most > kMostSine<A>) {
+      for (int64_t i = 0; i < n; ++i) out[i] = sine ? std::sin(a[i]) : std::cos(a[i]);
+      return;
+    }
+  }
+  if constexpr (std::is_same_v<F, instructions::pow_less_>) {
+    int extremes = 0;
+    PYFUSED_SIMD(reduction(| : extremes))
+    for (int64_t i = 0; i < n; ++i) extremes |= !(is_moderate(a[i]) & is_moderate(b[i]));
+    if (extremes) return instruction_loop<instructions::pow_, A, 12>(out, {b, c, b, b}, n);
+  }
   const A a0 = *a, b0 = *b, c0 = *c, d0 = *d;
-  if (kPeriodic<F> && far_from_zero(a, constants & 1 ? 1 : n)) {
-    const auto exact = [](A x) {
-      return std::is_same_v<F, instructions::sin_> ? std::sin(x) : std::cos(x);
-    };
-    for (int64_t i = 0; i < n; ++i) out[i] = exact(constants & 1 ? a0 : a[i]);
-    return;
-  }
-  if constexpr (std::is_same_v<F, instructions::pow_> && constants != 0) {
-    // GCC does not vectorise the loop with conditions that are the same for all elements.
-    A same[kProgramChunk];
-    std::fill_n(same, n, constants & 1 ? a0 : b0);
-    const Inputs<A> vectors{constants & 1 ? same : a, constants & 2 ? same : b, a, a};
-    return instruction_loop<F, A, 0>(out, vectors, n);
-  }
   PYFUSED_SIMD()
   for (int64_t i = 0; i < n; ++i) {
     out[i] = F::template of<A>(constants & 1 ? a0 : a[i], constants & 2 ? b0 : b[i],
@@ -132,11 +126,11 @@ PYFUSED_FLATTEN void instruction_loop(A* out, const Inputs<A>& in, int64_t n) {
   }
 }
 
-// An operand that does not exist is another name of the first.
+// Of an operand that does not exist one element is read, as of a constant.
 template <class F, class A, unsigned... constants>
 constexpr InstructionRow<A> instruction_row(std::integer_sequence<unsigned, constants...>) {
-  constexpr unsigned all = (1u << F::operands) - 1;
-  return {&instruction_loop<F, A, (constants & all) | (constants & 1 ? 15u & ~all : 0u)>...};
+  constexpr unsigned none = 15u & ~((1u << F::operands) - 1);
+  return {&instruction_loop<F, A, constants | none>...};
 }
 
 template <class A> const InstructionRow<A>* instruction_rows() {
@@ -149,73 +143,63 @@ template <class A> const InstructionRow<A>* instruction_rows() {
 extern template const InstructionRow<float>* instruction_rows();  // in pointwise_loss.cpp
 extern template const InstructionRow<double>* instruction_rows();
 
-#define PYFUSED_NAME(name, count, result) {#name, count},
-constexpr std::pair<const char*, int> kInstructions[] = {PYFUSED_INSTRUCTIONS(PYFUSED_NAME)};
+#define PYFUSED_NAME(name, count, result) #name,
+constexpr const char* kInstructions[] = {PYFUSED_INSTRUCTIONS(PYFUSED_NAME)};
 #undef PYFUSED_NAME
 
 struct Program {
   std::vector<Instruction> prologue, body;
   std::vector<double> constants;  // the scale and the parameters are filled in by a call
-  int parameters, registers;
-  bool has_value;
+  size_t parameters;
 };
 
 // A program with the numbers of a call, in the place of a LossFormula.
 class ProgramFormula {
  public:
   ProgramFormula(const Program& program, const std::vector<double>& parameters, double denominator)
-      : program_(program), doubles_(program.constants) {
-    if (int(parameters.size()) != program.parameters) {
+      : body_(program.body) {
+    auto& [doubles, floats] = constants_;
+    doubles = program.constants;
+    if (parameters.size() != program.parameters) {
       throw std::invalid_argument("parameters: expected one for each of the program's");
     }
-    doubles_[0] = 1 / denominator;
-    std::copy(parameters.begin(), parameters.end(), doubles_.begin() + 1);
-    const int first = kRegisterPlace + program.registers;
+    doubles[0] = 1 / denominator;
+    std::copy(parameters.begin(), parameters.end(), doubles.begin() + 1);
     for (const Instruction& each : program.prologue) {
       Inputs<double> in;
-      for (int k = 0; k < 4; ++k) in[k] = &doubles_[each.in[k] - first];
-      instruction_rows<double>()[each.opcode][0](&doubles_[each.out - first], in, 1);
+      for (int k = 0; k < 4; ++k) in[k] = &doubles[each.in[k] - kConstantPlace];
+      instruction_rows<double>()[each.opcode][0](&doubles[each.out - kConstantPlace], in, 1);
     }
-    floats_.assign(doubles_.begin(), doubles_.end());
+    floats.assign(doubles.begin(), doubles.end());
+    for (const Instruction& each : body_) {
+      registers_ = std::max(registers_, each.out - kRegisterPlace + 1);
+    }
   }
 
+  static constexpr bool kSums = false;
+  static constexpr int64_t kChunk = 1024;  // elements of a register
+
   template <class A> void evaluate(const Parameters&, const LossChunk<A>& chunk) const {
-    alignas(kVectorBytes) A registers[kProgramRegisters][kProgramChunk];
-    const std::vector<A>& constants = constants_of(A());
-    std::array<const A*, kRegisterPlace + kProgramRegisters + kProgramConstants> place;
-    std::array<A*, kRegisterPlace + kProgramRegisters> out;
-    for (int i = 0; i < program_.registers; ++i) {
-      place[kRegisterPlace + i] = out[kRegisterPlace + i] = registers[i];
+    alignas(kVectorBytes) A registers[kProgramRegisters][kChunk];
+    const std::vector<A>& constants = std::get<std::vector<A>>(constants_);
+    std::array<const A*, kConstantPlace + kProgramConstants> place;
+    for (int k = 0; k < kOperands; ++k) {
+      place[k] = chunk.operands[k];
+      place[kValuePlace + 1 + k] = chunk.gradients[k];
     }
-    const int first_constant = kRegisterPlace + program_.registers;
-    for (size_t i = 0; i < constants.size(); ++i) place[first_constant + i] = &constants[i];
-    for (int64_t first = 0; first < chunk.n; first += kProgramChunk) {
-      const int64_t n = std::min(kProgramChunk, chunk.n - first);
-      for (int k = 0; k < kOperands; ++k) {
-        place[k] = chunk.operands[k] + first;
-        out[kValuePlace + 1 + k] = chunk.gradients[k] ? chunk.gradients[k] + first : nullptr;
-        place[kValuePlace + 1 + k] = out[kValuePlace + 1 + k];
-      }
-      place[kValuePlace] = out[kValuePlace] = chunk.value + first;
-      for (const Instruction& each : program_.body) {
-        const Inputs<A> in{place[each.in[0]], place[each.in[1]], place[each.in[2]],
-                           place[each.in[3]]};
-        instruction_rows<A>()[each.opcode][each.constants](out[each.out], in, n);
-      }
-      if (chunk.sum && program_.has_value) {
-        const A* const value = chunk.value + first;
-        add_terms<A>(*chunk.sum, n, [=](int64_t i) { return value[i]; });
-      }
+    place[kValuePlace] = chunk.value;
+    for (int i = 0; i < registers_; ++i) place[kRegisterPlace + i] = registers[i];
+    for (size_t i = 0; i < constants.size(); ++i) place[kConstantPlace + i] = &constants[i];
+    for (const auto& [opcode, constant, to, from] : body_) {
+      const Inputs<A> in{place[from[0]], place[from[1]], place[from[2]], place[from[3]]};
+      instruction_rows<A>()[opcode][constant](const_cast<A*>(place[to]), in, chunk.n);
     }
   }
 
  private:
-  const std::vector<float>& constants_of(float) const { return floats_; }
-  const std::vector<double>& constants_of(double) const { return doubles_; }
-
-  const Program& program_;
-  std::vector<double> doubles_;
-  std::vector<float> floats_;
+  const std::vector<Instruction>& body_;
+  std::tuple<std::vector<double>, std::vector<float>> constants_;
+  int registers_ = 0;
 };
 
 }  // namespace pyfused

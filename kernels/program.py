@@ -9,7 +9,6 @@ alone is computed in float64.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -20,13 +19,12 @@ from .arithmetic import (  # noqa: F401 programs call them
     exp_nonpositive,
     log,
     reciprocal,
-    sigmoid,
     softplus_nonpositive,
     tanh,
 )
 
 if TYPE_CHECKING:
-    from pyfused.ops.program import Program
+    from pyfused.ops.program import Line, Program
 
 OPERANDS = 4  # at most
 
@@ -95,8 +93,6 @@ INSTRUCTIONS = {
     "sin": "tl.sin({})",
     "cos": "tl.cos({})",
     "tanh": "tanh({})",
-    "sigmoid": "sigmoid({})",
-    "softplus": "softplus({})",
     "erf": "tl.erf({})",
     "decay": "exp_nonpositive(-tl.abs({}))",
     "sigmoid_from": "tl.where({1} < 0.0, {0}, 1.0) * reciprocal(1.0 + {0})",
@@ -106,6 +102,7 @@ INSTRUCTIONS = {
     "mul": "{} * {}",
     "div": "{} / {}",
     "pow": "power({}, {})",
+    "pow_less": "power({1}, {2})",
     "minimum": "tl.where({1} < {0}, {1}, tl.where({1} != {1}, {1}, {0}))",
     "maximum": "tl.where({1} > {0}, {1}, tl.where({1} != {1}, {1}, {0}))",
     "lt": "tl.where({} < {}, ONE, ZERO)",
@@ -123,40 +120,39 @@ INSTRUCTIONS = {
 
 def source_of(program: Program, name: str) -> str:
     """The text of a Triton function of the operands, a pointer to the parameters, and the scale."""
-    first = 2 * OPERANDS + 1 + program.registers
-    names = {k: f"x{k}" for k in range(OPERANDS)} | {OPERANDS: "value"}
-    names |= {OPERANDS + 1 + k: f"by_x{k}" for k in range(OPERANDS)}
-    names |= {2 * OPERANDS + 1 + k: f"r{k}" for k in range(program.registers)}
-    operands = ", ".join(f"x{k}" for k in range(OPERANDS))
-    body = [f"{names[OPERANDS + k]} = 0.0" for k in range(OPERANDS + 1)]
-    body += ["ONE, ZERO = tl.full([], 1.0, scale.dtype), tl.full([], 0.0, scale.dtype)"]
-    body += ["c0 = scale.to(tl.float64)"]
-    for k, literal in enumerate(program.constants[1:], 1):
-        is_parameter = k <= program.parameters
-        value = f"tl.load(parameters + {k - 1})" if is_parameter else _full(literal)
-        body.append(f"c{k} = {value}")
-    for instruction, out, arguments in program.prologue:
-        given = [f"c{place - first}" for place in arguments]
-        body.append(f"c{out - first} = ({INSTRUCTIONS[instruction].format(*given)}).to(tl.float64)")
-    for k in range(len(program.constants)):
-        names[first + k] = f"c{k}"
-        body.append(f"c{k} = c{k}.to(scale.dtype)")
-    for instruction, out, arguments in program.body:
-        given = [names[place] for place in arguments]
-        body.append(f"{names[out]} = {INSTRUCTIONS[instruction].format(*given)}")
-    body.append(f"return {', '.join(names[OPERANDS + k] for k in range(OPERANDS + 1))}")
-    head = f"@triton.jit\ndef {name}({operands}, parameters, scale):\n"
-    return head + "".join(f"    {line}\n" for line in body)
+    operands = [f"x{k}" for k in range(OPERANDS)]
+    outputs = ["value", *(f"grad_{x}" for x in operands)]
+    constants = [f"c{k}" for k in range(len(program.constants))]
+    names = program.names(operands, constants)
+    values = [
+        "scale.to(tl.float64)",
+        *(f"tl.load(parameters + {k})" for k in range(program.parameters)),
+    ]
+    values += [
+        f'tl.full([], float("{value!r}"), tl.float64)' for value in program.constants[len(values) :]
+    ]
 
+    def lines(instructions: list[Line], of: str) -> list[str]:
+        return [
+            f"{names[out]} = {of.format(INSTRUCTIONS[op].format(*[names[a] for a in arguments]))}"
+            for op, out, arguments in instructions
+        ]
 
-def _full(value: float) -> str:
-    text = (
-        f'float("{value!r}")' if value != value or value in (float("inf"), -float("inf")) else value
+    body = [
+        *[f"{name} = 0.0" for name in outputs],
+        "ONE, ZERO = tl.full([], 1.0, scale.dtype), tl.full([], 0.0, scale.dtype)",
+        *[f"{name} = {value}" for name, value in zip(constants, values, strict=True)],
+        *lines(program.prologue, "({}).to(tl.float64)"),
+        *[f"{name} = {name}.to(scale.dtype)" for name in constants],
+        *lines(program.body, "{}"),
+        f"return {', '.join(outputs)}",
+    ]
+    return "\n    ".join(
+        [f"@triton.jit\ndef {name}({', '.join(operands)}, parameters, scale):", *body]
     )
-    return f"tl.full([], {text}, tl.float64)"
 
 
-def formula_of(program: Program) -> Callable[..., Any]:
+def formula_of(program: Program) -> Any:
     """The Triton function, which reads its text from Python's cache of lines."""
     name = "formula_" + "".join(c if c.isalnum() else "_" for c in program.name)
     source = source_of(program, name)
@@ -164,5 +160,4 @@ def formula_of(program: Program) -> Callable[..., Any]:
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     found = dict(globals())
     exec(compile(source, file, "exec"), found)
-    formula: Callable[..., Any] = found[name]
-    return formula
+    return found[name]

@@ -1,49 +1,38 @@
-"""Losses and activations of one's own: one elementwise formula in Python becomes fused kernels.
-
-.. code-block:: python
-
-    @pyfused.loss
-    def wing_loss(input, target, *, omega=10.0, epsilon=2.0):
-        d = (input - target).abs()
-        constant = omega - omega * math.log1p(omega / epsilon)
-        return torch.where(d < omega, omega * torch.log1p(d / epsilon), d - constant)
-
-    loss = wing_loss(prediction, labels, omega=5.0)
-    criterion = wing_loss.module(omega=5.0)
-"""
+"""Losses and activations of one's own: one elementwise formula in Python becomes fused kernels."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial, update_wrapper
+from functools import cache, lru_cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map
 
 from pyfused import checks
 from pyfused.backends import FORCED, cpu
 from pyfused.ops import dispatch, trace
 from pyfused.ops.declaration import Arguments, Operand
-from pyfused.ops.pointwise_loss import PointwiseLoss, elements, result_dtype
-from pyfused.ops.program import OPERANDS, Lowered, Program, TooLargeError
-from pyfused.ops.trace import UntraceableError
+from pyfused.ops.pointwise_loss import PointwiseLoss, elements
+from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled
 from pyfused.types import Want
 
 if TYPE_CHECKING:
     from pyfused.explain import Explanation
 
-# Elements below which torch's own operators are faster: a call of a kernel costs as much as 10 to
-# 20 of them, of which a long formula has more.
-SMALL_BELOW = 0 if FORCED else 1 << 14
-_SMALL_BELOW_OF_LONG, _LONG = 1 << 10, 16  # instructions, gradients' included
+# Elements below which torch's own operators are faster, for short formulas and for long ones: a
+# call of a kernel costs as much as 10 to 20 of them (benchmarks/run.py formulas).
+SMALL_BELOW = (0, 0) if FORCED else (1 << 14, 1 << 10)
+_LONG = 16  # instructions, gradients' included
 _MOST_VALUES = 1024  # of parameters whose programs are kept
 _MOST_TRACES = 32  # of a formula
 _OF_CALLS = ("reduction", "weight")
 _KINDS_OF_PARAMETERS = (float, int, bool, str, type(None))
+_PLAIN = (Tensor, Parameter)
 
 
 class Traced:
@@ -56,60 +45,59 @@ class Traced:
     def __init__(
         self, name: str, recorded: trace.Recorded, lifted: Sequence[int], operands: int
     ) -> None:
-        self.name, self.recorded, self.lifted = name, recorded, tuple(lifted)
-        module = trace.with_inputs(recorded, self.lifted)
-        graph = trace.derive(module, operands, self.values(recorded))
-        self.expressions, value, gradients = trace.expressions(graph, operands)
-        self.lowered = Lowered(self.expressions, value, gradients)
-        self.programs: dict[tuple[bool, tuple[bool, ...]], Program] = {}
+        self.name, self.recorded, self.lifted = name, recorded, lifted
+        self.expressions, self.outputs = trace.derive(recorded, operands, lifted)
+        self.program = cache(self._program)
         self.program(Want(True, (True,) * operands))  # raises where it is too large
 
     def values(self, recorded: trace.Recorded) -> tuple[float, ...]:
         return tuple([float(recorded.literals[i]) for i in self.lifted])
 
     def fits(self, recorded: trace.Recorded) -> bool:
-        mine = self.recorded
-        return (
-            recorded.exponents == mine.exponents
-            and recorded.structure == mine.structure
-            and all(
-                i in self.lifted or one == other or (one != one and other != other)
-                for i, (one, other) in enumerate(zip(mine.literals, recorded.literals, strict=True))
-            )
-        )
+        if recorded[1::2] != self.recorded[1::2]:  # structure and exponents
+            return False
+        pairs = enumerate(zip(self.recorded.literals, recorded.literals, strict=True))
+        return all(i in self.lifted or repr(one) == repr(other) for i, (one, other) in pairs)
 
-    def program(self, want: Want) -> Program:
-        key = want.loss, want.gradients
-        found = self.programs.get(key)
-        if found is None:
-            found = self.lowered.program(self.name, len(self.lifted), *key)
-            self.programs[key] = found
-        return found
+    def _program(self, want: Want) -> Program:
+        wanted = want.loss, *(want.gradients or (False,) * (len(self.outputs) - 1))
+        return compiled(self.name, self.expressions, self.outputs, wanted, len(self.lifted))
 
 
 class FormulaOperator(PointwiseLoss):
     """A formula of a user's, declared at run time; an activation is a loss that is not reduced."""
 
+    asks_dtype = True  # a mask, as a float32 tensor, widens half precision
+
     def __init__(self, function: Callable[..., Tensor], loss: bool) -> None:
-        signature = inspect.signature(function)
-        operands, self.parameters = _read_signature(function.__name__, signature)
-        self.function, self.loss, self.title = function, loss, function.__name__
+        operands, self.parameters = _read_signature(function)
+        self.function, self.loss, self.long = function, loss, False
         self.traces: list[Traced] = []
-        self._found: dict[tuple[Any, ...], tuple[Traced, tuple[float, ...]] | str] = {}
+        self._found = lru_cache(_MOST_VALUES)(self._trace)
+        added = dict(zip(_OF_CALLS, ("mean" if loss else "none", None), strict=True))
+        self.keywords = self.parameters | added
+
+        def definition(*arguments: Any, **named: Any) -> Tensor:
+            values = self.keywords | dict(zip(self.arguments, arguments, strict=False)) | named
+            options = [values.pop(name) for name in added]
+            each = function(*[values.pop(name) for name in operands], **values)
+            return _reduced(each, *options)
+
+        signature, kind = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(n, kind, default=v) for n, v in added.items()]
+        signature = signature.replace(parameters=[*signature.parameters.values(), *parameters])
+        definition.__signature__ = signature  # type: ignore[attr-defined]
         weight = Operand("weight", differentiated=False, optional=True)
         super().__init__(
             name=f"{function.__module__}.{function.__qualname__}",  # no name of torch's
             module="",
             operands=(*map(Operand, operands), weight),
-            fallback_reason=self._untraceable,
-            definition=_Definition(self, operands),
+            fallback_reason=self._fallback_reason,
+            definition=definition,
             weight_shape=checks.weight_that_broadcasts,
             denominators={"mean": _mean_of_weights},
         )
-        self.small_below = SMALL_BELOW
         self.places = slice(len(operands), len(operands) + len(self.parameters))
-
-    # ---- as every operator ----------------------------------------------------------------------
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         return arguments[self.places]
@@ -139,30 +127,10 @@ class FormulaOperator(PointwiseLoss):
         weight: Tensor | None,
         reduction: str,
     ) -> None:
-        if reduction not in self.denominators:
-            checks.reduction(reduction)
+        checks.reduction(reduction)
         if weight is not None:
             shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
-            self.weight_shape(torch.empty(shape, device="meta"), weight)  # type: ignore[misc]
-
-    def _dtypes(
-        self, arguments: Arguments, input: Tensor, reduction: str
-    ) -> tuple[torch.dtype, torch.dtype]:
-        """Asked of torch's operators always: a mask, as a float32 tensor, widens half precision."""
-        device = input.device
-        autocast = torch.is_autocast_enabled(device.type)
-        to = torch.get_autocast_dtype(device.type) if autocast else None
-        tensors = [(o.name, v) for o, v in zip(self.variables, arguments, strict=False)]
-        if arguments[-1] is not None:
-            tensors.append(("weight", arguments[-1]))
-        kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
-        result = result_dtype(self, kinds, device, to, reduction == "none")
-        dtype = result
-        for kind in kinds:
-            dtype = torch.promote_types(dtype, kind[1])
-        return dtype, result
-
-    # ---- tracing --------------------------------------------------------------------------------
+            checks.weight_that_broadcasts(torch.empty(shape, device="meta"), weight)
 
     def traced(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]]:
         """The programs for some parameters, and their inputs.
@@ -170,78 +138,53 @@ class FormulaOperator(PointwiseLoss):
         Raises:
             UntraceableError: There is none.
         """
-        found = self._found.get(numbers)
-        if found is None:
-            if len(self._found) >= _MOST_VALUES:
-                self._found.clear()
-            try:
-                found = self._trace(numbers)
-            except (UntraceableError, TooLargeError) as error:
-                found = str(error)
-            self._found[numbers] = found
+        found = self._found(numbers)
         if isinstance(found, str):
             raise UntraceableError(found)
         return found
 
-    def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]]:
+    def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
+        """Those, or why there are none."""
         parameters = dict(zip(self.parameters, numbers, strict=True))
         names = [operand.name for operand in self.variables]
-        recorded = trace.record(self.function, names, parameters)
-        for traced in self.traces:
-            if traced.fits(recorded):
-                return traced, traced.values(recorded)
-        if len(self.traces) >= _MOST_TRACES:
-            raise UntraceableError(
-                f"its parameters have needed {_MOST_TRACES} traces: each new value takes another, "
-                "as an operator of torch's that is no arithmetic takes one of them"
-            )
-        lifted = trace.dependent(self.function, names, parameters, recorded)
-        make = partial(Traced, self.name, recorded, operands=len(names))
         try:
-            traced = make(sorted(lifted))
-        except UntraceableError:  # an operator takes no tensor there; then each value has a trace
-            traced = make(())
+            recorded = trace.record(self.function, names, parameters)
+            for traced in self.traces:
+                if traced.fits(recorded):
+                    return traced, traced.values(recorded)
+            if len(self.traces) >= _MOST_TRACES:
+                return (
+                    f"its parameters have needed {_MOST_TRACES} traces: each new value takes "
+                    "another, as an operator of torch's that is no arithmetic takes one of them"
+                )
+            lifted = trace.dependent(self.function, names, parameters, recorded)
+            try:
+                traced = Traced(self.name, recorded, lifted, len(names))
+            except UntraceableError:  # an operator takes no tensor there: a trace for each value
+                traced = Traced(self.name, recorded, (), len(names))
+        except UntraceableError as error:
+            return str(error)
         self.traces.append(traced)
         return traced, traced.values(recorded)
 
-    def _untraceable(self, *arguments: Any) -> str | None:
-        """Why torch's operators take a call."""
+    def _fallback_reason(self, *arguments: Any) -> str | None:
         for name, value in zip(self.parameters, self.numbers(arguments), strict=True):
             if type(value) not in _KINDS_OF_PARAMETERS:
                 return f"{name} is a {type(value).__name__}"
-        if arguments[0].numel() < min(SMALL_BELOW, self.small_below):
+        if arguments[0].numel() < SMALL_BELOW[self.long]:
             return dispatch.SMALL
-        try:
-            self.traced(self.numbers(arguments))
-        except UntraceableError as error:
-            return str(error)
-        return None
+        found = self._found(self.numbers(arguments))
+        return found if isinstance(found, str) else None
 
 
-class _Definition:
-    """The formula in torch's terms with a reduction, of arguments by position or by name."""
-
-    def __init__(self, op: FormulaOperator, operands: Sequence[str]) -> None:
-        self.op = op
-        named = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, named) for name in operands]
-        defaults = {**op.parameters, "reduction": "mean" if op.loss else "none", "weight": None}
-        parameters += [inspect.Parameter(n, named, default=v) for n, v in defaults.items()]
-        self.__signature__ = inspect.Signature(parameters)
-        self.names, self.defaults = [*operands, *defaults], defaults
-
-    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
-        values = self.defaults | dict(zip(self.names, arguments, strict=False)) | named
-        reduction, weight = values.pop("reduction"), values.pop("weight")
-        operands = [values.pop(variable.name) for variable in self.op.variables]
-        each: Tensor = self.op.function(*operands, **values)
-        if reduction == "none":
-            return each if weight is None else each * weight
-        checks.reduction(reduction)
-        if weight is None:
-            return each.mean() if reduction == "mean" else each.sum()
-        total: Tensor = (each * weight).sum()
-        return total if reduction == "sum" else total / weight.expand_as(each).sum()
+def _reduced(each: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
+    checks.reduction(reduction)
+    if weight is None:
+        return each if reduction == "none" else getattr(each, reduction)()
+    weighted = each * weight
+    if reduction == "mean":
+        return weighted.sum() / weight.expand_as(each).sum()
+    return weighted if reduction == "none" else weighted.sum()
 
 
 def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any) -> float | Tensor:
@@ -250,32 +193,23 @@ def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any)
     return weight.sum(dtype=torch.float64) * (operands[0].numel() / max(weight.numel(), 1))
 
 
-def _read_signature(name: str, signature: inspect.Signature) -> tuple[list[str], dict[str, Any]]:
+def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
     """The names of the operands, and the parameters with their defaults."""
-    operands, parameters = [], {}
-    for parameter in signature.parameters.values():
+    name, operands, parameters = function.__name__, [], {}
+    for parameter in inspect.signature(function).parameters.values():
         if parameter.name in _OF_CALLS:
             raise TypeError(f"{name}: {parameter.name} is added to a formula; take another name")
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{name}: expected operands and keywords, got {parameter}")
-        if parameter.default is parameter.empty:
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                raise TypeError(f"{name}: expected a default of the parameter {parameter.name}")
-            operands.append(parameter.name)
-        else:
+        if parameter.default is not parameter.empty:
             parameters[parameter.name] = parameter.default
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            raise TypeError(f"{name}: expected a default of the parameter {parameter.name}")
+        else:
+            operands.append(parameter.name)
     if not 1 <= len(operands) <= OPERANDS:
         raise TypeError(f"{name}: expected 1 to {OPERANDS} tensor operands, got {len(operands)}")
     return operands, parameters
-
-
-def is_small(op: FormulaOperator, operands: tuple[Any, ...]) -> bool:
-    """Whether the function itself is the faster way; ``run`` replaces this one, to count calls."""
-    return (
-        bool(operands)
-        and type(operands[0]) in (Tensor, Parameter)
-        and operands[0].numel() < min(SMALL_BELOW, op.small_below)
-    )
 
 
 class Formula:
@@ -293,16 +227,12 @@ class Formula:
     def __init__(self, function: Callable[..., Tensor], loss: bool, strict: bool) -> None:
         self.function, self.op = function, FormulaOperator(function, loss)
         update_wrapper(self, function)
-        signature = inspect.signature(function)
-        added = {"reduction": "mean", "weight": None} if loss else {}
-        named = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v)
-            for n, v in added.items()
-        ]
-        self.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *named])
-        self._count, self.is_loss = len(self.op.variables), loss
+        of_loss = self.op.reference.__signature__  # type: ignore[attr-defined]
+        self.__signature__ = of_loss if loss else inspect.signature(function)
+        self.keywords = {*self.op.parameters, *(_OF_CALLS if loss else ())}
         try:
-            check(self.op)
+            with torch.device("cpu"):
+                check(self.op)
         except UntraceableError as error:
             if strict:
                 raise UntraceableError(
@@ -310,18 +240,22 @@ class Formula:
                 ) from error
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
-        if is_dynamo_compiling() or is_small(self.op, operands):
-            return self._unfused(operands, named)
-        return dispatch.call(self.op, self.arguments(operands, named))
+        if is_dynamo_compiling() or (
+            operands
+            and type(operands[0]) in _PLAIN
+            and operands[0].numel() < SMALL_BELOW[self.op.long]
+        ):
+            if not self.op.loss:
+                return self.function(*operands, **named)
+            if "reduction" not in named and "weight" not in named:  # without what takes 0.2 us
+                return self.function(*operands, **named).mean()
+            reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
+            return _reduced(self.function(*operands, **named), reduction, weight)
+        return self.dispatched(*operands, **named)
 
-    def _unfused(self, operands: tuple[Tensor, ...], named: dict[str, Any]) -> Tensor:
-        if not self.is_loss:
-            return self.function(*operands, **named)
-        reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
-        if weight is None and reduction == "mean":
-            return self.function(*operands, **named).mean()
-        named |= {"reduction": reduction, "weight": weight}
-        return self.op.reference(*self.arguments(operands, named))
+    def dispatched(self, *operands: Tensor, **named: Any) -> Tensor:
+        """A call that is dispatched, and counted by ``pyfused.run``, whatever its size."""
+        return dispatch.call(self.op, self.arguments(operands, named))
 
     def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
         """Those of the operator.
@@ -329,13 +263,10 @@ class Formula:
         Raises:
             TypeError: The formula does not take these.
         """
-        defaults = self.op.reference.defaults  # type: ignore[attr-defined]
-        bad = not self.is_loss and not named.keys().isdisjoint(_OF_CALLS)
-        if bad or len(operands) != self._count or not named.keys() <= defaults.keys():
-            bound = self.__signature__.bind(*operands, **named).arguments
-            operands = tuple([bound.pop(variable.name) for variable in self.op.variables])
-            named = bound
-        return (*operands, *(defaults | named).values())
+        if len(operands) != len(self.op.variables) or not named.keys() <= self.keywords:
+            named = self.__signature__.bind(*operands, **named).arguments  # takes microseconds
+            operands = tuple([named.pop(variable.name) for variable in self.op.variables])
+        return (*operands, *(self.op.keywords | named).values())
 
     def module(self, **named: Any) -> FormulaModule:
         """A module with these parameters, and of a loss its ``reduction`` and no ``weight``.
@@ -355,26 +286,24 @@ class Formula:
             from pyfused.explain import explain  # which imports this module
 
             return explain(self, *operands, **named)
+        names = [variable.name for variable in self.op.variables]
         try:
             traced, values = self.op.traced(tuple(self.op.parameters.values()))
         except UntraceableError as error:
             return f"{self.__name__}: torch: {error}"
-        names = [variable.name for variable in self.op.variables]
         program = traced.program(Want(True, (True,) * len(names)))
-        lines = program.lines(names, [f"{value:g}" for value in values])
-        tensors = 2 * len(names) + (not self.is_loss)
-        return "\n".join([
-            (f"{self.__name__}: {len(program.body)} instructions for an element and its gradients, "
-            f"{program.registers} registers; {len(names)} tensors read, "
-            f"{tensors - len(names)} written: {4 * tensors} bytes of float32"),
-            *(f"  {line}" for line in lines),
+        read, written = len(names), len(names) + (not self.op.loss)
+        return "\n  ".join([
+            (f"{self.__name__}: {len(program.body)} instructions for an element and its gradients; "
+            f"{read} tensors read, {written} written: {4 * (read + written)} bytes of float32"),
+            *program.lines(names, values),
         ])  # fmt: skip
 
     def __reduce__(self) -> str:
         return self.__qualname__
 
     def __repr__(self) -> str:
-        return f"<pyfused.{'loss' if self.is_loss else 'activation'} {self.__name__}>"
+        return f"<pyfused.{'loss' if self.op.loss else 'activation'} {self.__name__}>"
 
 
 class FormulaModule(torch.nn.Module):
@@ -382,7 +311,7 @@ class FormulaModule(torch.nn.Module):
 
     def __init__(self, formula: Formula, named: dict[str, Any]) -> None:
         super().__init__()
-        allowed = {*formula.op.parameters, *(("reduction",) if formula.is_loss else ())}
+        allowed = formula.keywords - {"weight"}
         if unknown := named.keys() - allowed:
             raise TypeError(
                 f"{formula.__name__}: expected keywords of {sorted(allowed)}, got {sorted(unknown)}"
@@ -400,84 +329,104 @@ class FormulaModule(torch.nn.Module):
 # ---- the check of a definition -------------------------------------------------------------------
 
 
-def _points(op: FormulaOperator, traced: Traced) -> list[Tensor]:
+def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
     """Values of the operands: random, large, small, zeros, literals, ties, infinities and NaN."""
-    generator = torch.Generator().manual_seed(0)
-    n, count = 256, len(op.variables)
-
-    def normal(scale: float) -> list[Tensor]:
-        return [
-            torch.randn(n, dtype=torch.float64, generator=generator) * scale for _ in range(count)
-        ]
-
-    special = [0.0, -0.0, 0.5, 1.0, -1.0, 2.0, float("nan"), float("inf"), -float("inf")]
-    special += [sign * float(value) for value in traced.recorded.literals for sign in (1, -1)]
-    values = torch.tensor(special, dtype=torch.float64)
-    chosen = torch.randint(len(special), (count, 4 * n), generator=generator)
-    ties = torch.randn(n, dtype=torch.float64, generator=generator)
-    uniform = [torch.rand(n, dtype=torch.float64, generator=generator) for _ in range(count)]
-    parts = [normal(1.0), normal(30.0), normal(1e-5), [ties] * count, uniform]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return [torch.cat([column, values[pick]]) for column, pick in zip(columns, chosen, strict=True)]
+    generator, n = torch.Generator().manual_seed(0), 256
+    special = [0.0, 0.5, 1.0, 2.0, float("inf"), *map(float, literals)]
+    special += [-value for value in special]
+    values = torch.tensor([*special, float("nan")], dtype=torch.float64)
+    chosen = values[torch.randint(len(values), (operands, 4 * n), generator=generator)]
+    normal = torch.randn(operands, 3, n, generator=generator)
+    normal *= torch.tensor([1.0, 30.0, 1e-5])[:, None]
+    ties = torch.randn(n, generator=generator).expand(operands, n)
+    uniform = torch.rand(operands, n, generator=generator)
+    return [*torch.cat([normal.flatten(1), ties, uniform, chosen], 1).to(dtype)]
 
 
-def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tensor]) -> list[Tensor]:
-    """The function's value and gradients."""
+def _run(op: FormulaOperator, operands: Sequence[Tensor]) -> Tensor:
+    """The function's value and gradients, in float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
     with torch.enable_grad():
-        value = op.of_each(leaves, numbers)
+        value = op.function(*leaves)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
     pairs = zip(gradients, leaves, strict=True)
-    return [value.detach(), *(torch.zeros_like(x) if g is None else g for g, x in pairs)]
+    each = [value.detach(), *(torch.zeros_like(x) if g is None else g for g, x in pairs)]
+    return torch.stack(each).double()
 
 
-def check(op: FormulaOperator) -> None:
-    """Compares the kernel for the default parameters with the function, in float64.
+class _Roundings(trace.Mode):
+    """Rounds each result once more, at random, and to 0 below normal numbers, as kernels may."""
 
-    Where the function itself moves by more, as it does next to a jump, it is asked for its values
-    nearby.
+    def __init__(self, dtype: torch.dtype, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.limits, self.generator = torch.finfo(dtype), generator
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        return made if op.is_view or op._schema.is_mutable else tree_map(self.rounded, made)
+
+    def rounded(self, made: Any) -> Any:
+        if not isinstance(made, Tensor) or not made.is_floating_point():
+            return made
+        steps = torch.randn(made.shape, dtype=torch.float64, generator=self.generator)
+        rounded = (made * (1 + self.limits.eps * steps)).to(made.dtype)
+        return rounded.masked_fill_(made.abs() < self.limits.tiny, 0)
+
+
+def check(
+    op: FormulaOperator,
+    kernels: Callable[..., Any] = cpu.pointwise_loss,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Compares the kernel for the default parameters with the function.
+
+    The function's values nearby, with other roundings, say how much these may change, as they do
+    next to a jump or where numbers cancel.
 
     Raises:
         UntraceableError: There is no kernel.
         RuntimeError: They differ.
     """
-    numbers = tuple(op.parameters.values())
-    traced, values = op.traced(numbers)
-    operands = _points(op, traced)
-    want = Want(True, (True,) * len(operands))
+    traced, values = op.traced(tuple(op.parameters.values()))
+    points = _points(len(op.variables), traced.recorded.literals, dtype)
+    want = Want(True, (True,) * len(points))
     program = traced.program(want)
-    if len(program.body) >= _LONG:
-        op.small_below = _SMALL_BELOW_OF_LONG
-    value, gradients = cpu.pointwise_loss(program, tuple(operands), values, None, "none", 1.0, want)
-    expected = _run(op, numbers, operands)
-    of_float32 = _run(op, numbers, [x.float() for x in operands])
-    names = ["value", *(f"gradient of {operand.name}" for operand in op.variables)]
-    for k, (name, found) in enumerate(zip(names, (value, *gradients), strict=True)):
-        assert found is not None
-        low = high = expected[k]
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(6):
-            signs = [torch.randint(-1, 2, x.shape, generator=generator) for x in operands]
-            near = [x + s * (x.abs() * 1e-9 + 1e-30) for x, s in zip(operands, signs, strict=True)]
-            beside = _run(op, numbers, near)[k]
-            low, high = torch.fmin(low, beside), torch.fmax(high, beside)
-        slack = 1e-8 * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + 1e-12
-        within = (found >= low - slack) & (found <= high + slack)
-        same = (found == expected[k]) | (expected[k].isnan() & found.isnan())
-        if traced.expressions.stabilized:  # float32 says where the function itself is unstable
-            error = (of_float32[k] - expected[k]).abs()
-            same |= found.isfinite() & ~((found - expected[k]).abs() > 1e-6 * error)
-        if bool((wrong := ~(within | same)).any()):
-            i = int(wrong.nonzero()[0])
-            where = zip(op.variables, operands, strict=True)
-            at = ", ".join(f"{variable.name}={x[i].item():.6g}" for variable, x in where)
-            raise RuntimeError(
-                f"{op.title}: its kernel's {name} is {found[i].item():.9g} at {at}, and the "
-                f"function's {expected[k][i].item():.9g}; {int(wrong.sum())} of {wrong.numel()} "
-                "values differ"
-            )
+    op.long = len(program.body) >= _LONG
+    value, gradients = kernels(program, tuple(points), values, None, "none", 1.0, want)
+    found = torch.stack([value, *gradients]).double()
+    wide = [x.double() for x in points]
+    expected = _run(op, wide)
+    digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
+    beside = [expected, _run(op, points)]
+    for _ in range(8):
+        steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
+        near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
+        near = [torch.where(x.isinf(), x, y) for x, y in zip(wide, near, strict=True)]
+        with _Roundings(dtype, generator):
+            beside += [_run(op, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}]
+    values_beside = torch.stack(beside)
+    undefined = values_beside.isnan()
+    low = values_beside.masked_fill(undefined, torch.inf).amin(0)
+    high = values_beside.masked_fill(undefined, -torch.inf).amax(0)
+    slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
+    right = (found >= low - slack) & (found <= high + slack)
+    right |= (found == expected) | (undefined.any(0) & found.isnan())
+    if traced.expressions.stabilized:  # float32 says where the function itself is unstable
+        error = (_run(op, [x.float() for x in points]) - expected).abs()
+        right |= found.isfinite() & ~((found - expected).abs() > 1e-6 * error)
+    if not right.all():
+        wrong = (~right).nonzero()
+        k, i = map(int, wrong[0])
+        names = ["value", *(f"gradient of {operand.name}" for operand in op.variables)]
+        where = zip(op.variables, points, strict=True)
+        at = ", ".join(f"{variable.name}={x[i].item():.6g}" for variable, x in where)
+        raise RuntimeError(
+            f"{op.function.__name__}: its kernel's {names[k]} is {found[k, i].item():.9g} at {at}, "
+            f"and the function's {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} "
+            "values differ"
+        )
 
 
 # ---- decorators ----------------------------------------------------------------------------------
@@ -521,6 +470,5 @@ def activation(function: Callable[..., Tensor] | None = None, *, strict: bool = 
     Raises:
         TypeError, RuntimeError: As :func:`loss`.
     """
-    return (
-        partial(activation, strict=strict) if function is None else Formula(function, False, strict)
-    )
+    made = partial(activation, strict=strict)
+    return made if function is None else Formula(function, False, strict)

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from pyfused import functional
+from pyfused.formula import Formula
 from pyfused.ops import custom_operators, dispatch, inductor
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
@@ -363,7 +364,7 @@ def start(kinds: dict[Key, Calls], missing: Counter[str]) -> None:
     dispatch.call = counted(kinds)
     setattr(functional, "call", dispatch.call)  # noqa: B010 it is there by name
     vars(sys.modules["pyfused.patch"])["is_small"] = counted_if_small(kinds)
-    vars(sys.modules["pyfused.formula"])["is_small"] = lambda *_: False
+    setattr(Formula, "__call__", Formula.dispatched)  # noqa: B010
     count_compiled(kinds)
     count_others(missing)
     patch().__enter__()

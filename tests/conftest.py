@@ -71,7 +71,7 @@ def fused_always() -> Iterator[None]:
         patch.setattr(dispatch, "_ALWAYS_BELOW", {})
         patch.setattr(dispatch, "aten_is_faster", lambda *call: call[-1] == 0)
         patch.setattr(linear_cross_entropy, "SMALL_BELOW", 0)
-        patch.setattr(formula, "SMALL_BELOW", 0)
+        patch.setattr(formula, "SMALL_BELOW", (0, 0))
         yield
 
 

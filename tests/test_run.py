@@ -37,7 +37,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def counts(stderr: str) -> dict[str, int]:
     """How often the summary says that each operator was called, "all" where it is one line."""
-    lines = re.findall(r"^(\w+) +([\d,]+) +[\d,]+  (?:kernel|torch)", stderr, re.MULTILINE)
+    lines = re.findall(r"^([\w.]+) +([\d,]+) +[\d,]+  (?:kernel|torch)", stderr, re.MULTILINE)
     lines += [("all", number) for number in re.findall(r"of all ([\d,]+) calls", stderr)]
     lines += re.findall(r"([\w.]+) \(([\d,]+)\)", stderr)
     found: dict[str, int] = {}
@@ -320,6 +320,17 @@ def test_a_child_that_is_a_python_without_pyfused(tmp_path: Path) -> None:
     done = counted("-c", code, folder=tmp_path)
     assert done.stdout == f"{tmp_path}/torch.py\n"
     assert not counts(done.stderr)
+
+
+def test_calls_of_formulas_are_counted(tmp_path: Path) -> None:
+    code = """
+import pyfused, torch
+@pyfused.activation
+def double(input): return 2 * input
+for size in (5, 5, 1 << 20): double(torch.ones(size))
+"""
+    done = counted("-c", code, folder=tmp_path)
+    assert counts(done.stderr) == {"__main__.double": 3}
 
 
 # ---- what it was worth ---------------------------------------------------------------------------

@@ -120,6 +120,12 @@ FLOAT32 = [
     Row("tanh_of_float32", np.tanh, 0.0, 100.0, 3.0),
     Row("tanh_of_float32", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float32", sigmoid, 0.0, 100.0, 3.0),
+    Row("expm1_of_float32", np.expm1, -100.0, -0.0, 2.0, least=2.0**-126),
+    Row("expm1_of_float32", np.expm1, 0.0, 88.72, 2.0, least=2.0**-126),
+    Row("sine_float32", np.sin, 0.0, 8192.0, 2.5, least=2.0**-12),
+    Row("cosine_float32", np.cos, -8192.0, -0.0, 2.5, least=2.0**-12),
+    Row("power_float32", lambda x: x ** float(np.float32(0.7)), 2.0**-126, 2.0**127, 1.3),
+    Row("steep_power_float32", lambda x: x ** float(np.float32(-12.3)), 1e-3, 1e3, 1.3),
 ]
 FLOAT64 = [
     Row("exp_float64", np.exp, -708.0, -0.0, 1.0),
@@ -136,6 +142,10 @@ FLOAT64 = [
     Row("tanh_of_float64", np.tanh, 0.0, 100.0, 3.0),
     Row("tanh_of_float64", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float64", sigmoid, 0.0, 800.0, 3.0),
+    Row("expm1_of_float64", np.expm1, -800.0, -0.0, 2.0, least=2.0**-1022),
+    Row("expm1_of_float64", np.expm1, 0.0, 709.78, 2.0, least=2.0**-1022),
+    Row("sine_float64", np.sin, 0.0, 2.0**20, 2.5, least=2.0**-12),
+    Row("cosine_float64", np.cos, -(2.0**20), -0.0, 2.5, least=2.0**-12),
 ]
 
 
@@ -202,6 +212,18 @@ def test_the_normal_distribution(dtype: type, low: float, vec: Vec) -> None:
     assert np.max(abs(got - exact) / ulp - np.where(x < -1, x.astype(float) ** 2 / 2, 0)) <= 5
     edges = vec(f"normal_{np.dtype(dtype)}", np.array([-np.inf, np.inf, np.nan], dtype), dtype)
     assert np.array_equal(edges, [0, 1, np.nan], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_erf(dtype: type, vec: Vec) -> None:
+    x = np.concatenate([np.linspace(-7, 7, 4001), np.exp2(np.arange(-120.0, 0))]).astype(dtype)
+    with mpmath.workdps(30):
+        exact = np.array([np.longdouble(mpmath.nstr(mpmath.erf(float(v)), 25)) for v in x])
+    got = vec(f"erf_{np.dtype(dtype)}", x, dtype)
+    ulp = np.ldexp(np.longdouble(1), np.frexp(exact)[1] - np.finfo(dtype).nmant - 1)
+    assert np.max(abs(got - exact) / ulp) <= 2.5
+    edges = vec(f"erf_{np.dtype(dtype)}", np.array([-np.inf, np.inf, np.nan], dtype), dtype)
+    assert np.array_equal(edges, [-1, 1, np.nan], equal_nan=True)
 
 
 @pytest.mark.large

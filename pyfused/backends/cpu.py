@@ -13,7 +13,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -400,25 +400,8 @@ def pointwise_loss(
 
 
 def _program(program: Program) -> Callable[..., None]:
-    def tuples(lines: Sequence[tuple[str, int, tuple[int, ...]]]) -> list[tuple[Any, ...]]:
-        return [
-            (
-                instruction,
-                sum(program.is_scalar(place) << k for k, place in enumerate(arguments)),
-                out,
-                (*arguments, *[arguments[0]] * 3)[:4],
-            )
-            for instruction, out, arguments in lines
-        ]
-
-    kernel: Callable[..., None] = native.Program(
-        tuples(program.prologue),
-        tuples(program.body),
-        program.constants,
-        program.parameters,
-        program.registers,
-        program.has_value,
-    )
+    given = program.prologue, program.body, program.constants, program.parameters
+    kernel: Callable[..., None] = native.Program(*given)
     return kernel
 
 

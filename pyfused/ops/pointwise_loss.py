@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, reduce
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class PointwiseLoss(Operator):
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
         chooses: Whether a scalar chooses the formula.
+        asks_dtype: Whether the result of operands of one dtype may have another.
     """
 
     shapes: Callable[..., None] = checks.broadcasting
@@ -69,6 +70,7 @@ class PointwiseLoss(Operator):
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
     chooses: bool = field(init=False)
+    asks_dtype: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,7 +218,7 @@ class PointwiseLoss(Operator):
         for place, _ in self.others:
             alike = alike and getattr(arguments[place], "dtype", dtype) is dtype
         autocast = torch.is_autocast_enabled(device.type)
-        if alike and not autocast:
+        if alike and not autocast and not self.asks_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
         given = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.others)]

@@ -1,55 +1,134 @@
 """Programs: what the kernels run for a formula of the user's, simplified.
 
 An expression is a number: the place of its operation and arguments in an :class:`Expressions`,
-which has each once and rewrites it as it comes in. Some rewrites save work, such as ``x ** 2`` as
-``x * x``. Others are stable where the formula is not: ``log(1 + exp(u))`` is ``softplus(u)``, which
-does not overflow. They follow derivatives as well, so that these are stable, too.
+which has each once and rewrites it as it comes in, by a table. Derivatives are rewritten as well,
+so that they are stable where the formula is.
 """
 
 from __future__ import annotations
 
+import ast
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pyfused.backends.cpu import native
 
+Node = tuple[str, tuple[Any, ...]]  # an operation and its arguments
+Pattern = tuple[Any, ...] | str | float
+
 OPERANDS = 4  # at most
-_VALUE, _REGISTERS = OPERANDS, 2 * OPERANDS + 1  # places, as program.h counts them
-_NO_INSTRUCTIONS = ("operand", "scale", "parameter", "literal")
+# Places of a program, as program.h counts them: operands, and then these.
+VALUE, GRADIENTS, REGISTERS = OPERANDS, OPERANDS + 1, 2 * OPERANDS + 1
+CONSTANTS = REGISTERS + native.program_registers
+_SCALAR_LEAVES = ("scale", "parameter", "literal")
+_LEAVES = ("operand", *_SCALAR_LEAVES)
 _COMMUTATIVE = ("add", "mul", "eq")
-_POSITIVE = ("exp", "sigmoid")  # by which a quotient may be multiplied without a change
+_COMPARISONS = ("lt", "le", "eq")
 _MOST_KERNELS = 1024
 _FOLDED: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "div": operator.truediv,
     "neg": operator.neg,
 }
 
 
-class TooLargeError(ValueError):
-    """A program needs more registers or constants than the kernels have."""
+class UntraceableError(TypeError):
+    """A formula that no kernel can run, and why."""
+
+
+# ---- rewrites ------------------------------------------------------------------------------------
+# Letters stand for expressions: s, t and u for those that are the same for all elements, n for a
+# literal, x for what differs, others for any.
+
+SIMPLER = """
+neg(neg(a)) -> a
+neg(mul(a, n)) -> mul(a, neg(n))
+add(a, 0) -> a
+add(a, neg(b)) -> sub(a, b)
+add(where(a, b, 0), where(a, 0, c)) -> where(a, b, c)
+sub(a, 0) -> a
+sub(a, neg(b)) -> add(a, b)
+mul(a, 1) -> a
+mul(a, -1) -> neg(a)
+mul(neg(a), b) -> neg(mul(a, b))
+mul(mul(x, s), t) -> mul(x, mul(s, t))
+mul(where(a, s, t), u) -> where(a, mul(s, u), mul(t, u))
+div(1, a) -> reciprocal(a)
+div(neg(a), b) -> neg(div(a, b))
+div(where(a, s, t), u) -> where(a, div(s, u), div(t, u))
+logical_not(logical_not(a)) -> a
+where(a, b, b) -> b
+where(logical_not(a), b, c) -> where(a, c, b)
+pow(a, 0) -> 1
+pow(a, 1) -> a
+pow(a, 2) -> mul(a, a)
+pow(a, 3) -> mul(mul(a, a), a)
+pow(a, 4) -> mul(mul(a, a), mul(a, a))
+pow(a, 0.5) -> sqrt(a)
+pow(a, -0.5) -> rsqrt(a)
+pow(a, -1) -> reciprocal(a)
+pow(a, -2) -> reciprocal(mul(a, a))
+"""
+# The same functions, but finite where these overflow or lose all digits.
+STABLE = """
+log(add(exp(a), 1)) -> softplus(a)
+log1p(exp(a)) -> softplus(a)
+log(sigmoid(a)) -> neg(softplus(neg(a)))
+sub(1, sigmoid(a)) -> sigmoid(neg(a))
+sub(sigmoid(a), 1) -> neg(sigmoid(neg(a)))
+div(b, add(exp(a), 1)) -> mul(b, sigmoid(neg(a)))
+reciprocal(add(exp(a), 1)) -> sigmoid(neg(a))
+mul(exp(a), sigmoid(neg(a))) -> sigmoid(a)
+mul(exp(a), mul(b, sigmoid(neg(a)))) -> mul(b, sigmoid(a))
+mul(exp(a), div(b, exp(a))) -> b
+mul(sigmoid(a), div(b, sigmoid(a))) -> b
+mul(sigmoid(a), mul(c, div(b, sigmoid(a)))) -> mul(c, b)
+mul(div(b, sigmoid(a)), mul(sigmoid(a), sigmoid(a))) -> mul(b, sigmoid(a))
+mul(exp(a), mul(b, mul(c, sigmoid(neg(a))))) -> mul(b, mul(c, sigmoid(a)))
+"""
+
+
+def _pattern(node: ast.expr) -> Pattern:
+    if isinstance(node, ast.Call):
+        return node.func.id, *map(_pattern, node.args)  # type: ignore[attr-defined]
+    return node.id if isinstance(node, ast.Name) else float(ast.literal_eval(node))
+
+
+def _letters(pattern: Pattern) -> set[str]:
+    if isinstance(pattern, tuple):
+        return set().union(*map(_letters, pattern[1:]))
+    return {pattern} if isinstance(pattern, str) else set()
+
+
+def _read(table: str, stable: bool) -> Iterator[tuple[Any, Pattern, bool]]:
+    for line in table.strip().splitlines():
+        sides = [ast.parse(side.strip(), mode="eval").body for side in line.split("->")]
+        yield *map(_pattern, sides), stable  # type: ignore[misc]
+
+
+RULES: dict[str, list[tuple[Any, Pattern, bool]]] = {}  # by operation
+for _rule in (*_read(SIMPLER, False), *_read(STABLE, True)):
+    RULES.setdefault(_rule[0][0], []).append(_rule)
+EXPONENTS = {before[2] for before, *_ in RULES["pow"]}  # for which a power is something else
 
 
 class Expressions:
     """Expressions, each once; ``self.add(a, b)`` and the like make one."""
 
     def __init__(self) -> None:
-        self.nodes: list[tuple[str, tuple[Any, ...]]] = []
-        self._places: dict[tuple[str, tuple[Any, ...]], int] = {}
+        self.nodes: list[Node] = []
         self.scalars: list[bool] = []  # whether it is the same for all elements
         self.stabilized = False  # whether one is finite where torch's overflows
+        self._places: dict[Any, int] = {}
 
     def __getattr__(self, op: str) -> Callable[..., int]:
-        def make(*arguments: int) -> int:
-            return self.make(op, *arguments)
-
-        return make
+        return partial(self.make, op)
 
     def literal(self, value: float) -> int:
         return self._place("literal", (float(value),))
@@ -60,211 +139,61 @@ class Expressions:
 
     def make(self, op: str, *arguments: int) -> int:
         values = [self.value(argument) for argument in arguments]
-        if op in _FOLDED and None not in values and not (op == "div" and not values[1]):
+        if op in _FOLDED and None not in values:
             return self.literal(_FOLDED[op](*values))
+        if op == "div" and values[1] and math.frexp(values[1])[0] in (0.5, -0.5):
+            return self.mul(arguments[0], self.literal(1 / values[1]))  # of a power of two: exact
         if op in _COMMUTATIVE:  # scalars come last
-            a, b = arguments
-            if (self.scalars[a], a) > (self.scalars[b], b):
-                arguments = b, a
-        rewrite = _REWRITES.get(op)
-        found = rewrite(self, *arguments) if rewrite else None
-        return self._place(op, arguments) if found is None else found
-
-    def _place(self, op: str, arguments: tuple[Any, ...]) -> int:
-        key = (op, (str(arguments[0]),)) if op == "literal" else (op, arguments)  # -0.0 is not 0.0
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = len(self.nodes)
-            self.nodes.append((op, arguments))
-            of_scalars = op not in _NO_INSTRUCTIONS and all(self.scalars[a] for a in arguments)
-            self.scalars.append(op in ("scale", "parameter", "literal") or of_scalars)
+            arguments = tuple(sorted(arguments, key=lambda place: (self.scalars[place], place)))
+        place = self._place(op, arguments)
+        for before, after, stable in RULES.get(op, ()):
+            for found in self._match(before, place, {}):
+                self.stabilized |= stable
+                return self._build(after, found)
         return place
 
     def value(self, place: int) -> float | None:
         op, arguments = self.nodes[place]
         return arguments[0] if op == "literal" else None
 
-    def arguments(self, place: int, op: str) -> tuple[int, ...] | None:
-        """The arguments, None of another operation."""
-        found = self.nodes[place]
-        return found[1] if found[0] == op else None
-
-    def without(self, place: int, factor: int) -> int | None:
-        """A product without one of its factors, None where it is none."""
-        if place == factor:
-            return self.literal(1.0)
-        for left, right in _pairs(self.arguments(place, "mul")):
-            rest = self.without(left, factor)
-            if rest is not None:
-                return self.make("mul", rest, right)
-        return None
-
-    def divisors(self, place: int) -> Iterator[tuple[int, int]]:
-        """What a factor of a product is divided by, and the product without that."""
-        if quotient := self.arguments(place, "div"):
-            yield quotient[1], quotient[0]
-        for left, right in _pairs(self.arguments(place, "mul")):
-            for divisor, rest in self.divisors(left):
-                yield divisor, self.make("mul", rest, right)
-
-    def stable(self, place: int) -> int:
-        self.stabilized = True
+    def _place(self, op: str, arguments: tuple[Any, ...]) -> int:
+        key = (op, str(arguments[0])) if op == "literal" else (op, arguments)  # -0.0 is not 0.0
+        place = self._places.setdefault(key, len(self.nodes))
+        if place == len(self.nodes):
+            self.nodes.append((op, arguments))
+            computed = op not in (*_LEAVES, "copy") and all(self.scalars[a] for a in arguments)
+            self.scalars.append(op in _SCALAR_LEAVES or computed)
         return place
 
-    def one_plus_exp(self, place: int) -> int | None:
-        """u of 1 + exp(u)."""
-        for power, one in _pairs(self.arguments(place, "add")):
-            exponent = self.arguments(power, "exp")
-            if exponent and self.value(one) == 1:
-                return exponent[0]
-        return None
+    def _match(
+        self, pattern: Pattern, place: int, letters: dict[str, int]
+    ) -> Iterator[dict[str, int]]:
+        """What the letters stand for, in each way in which an expression has a pattern."""
+        op, arguments = self.nodes[place]
+        if isinstance(pattern, float):
+            if self.value(place) == pattern:
+                yield letters
+        elif _letters(pattern) <= letters.keys():
+            if self._build(pattern, letters) == place:
+                yield letters
+        elif isinstance(pattern, tuple):
+            for order in (arguments, arguments[::-1])[: 1 + (op in _COMMUTATIVE)]:
+                found = [letters] if op == pattern[0] else []
+                for part, argument in zip(pattern[1:], order, strict=False):
+                    found = [more for each in found for more in self._match(part, argument, each)]
+                yield from found
+        elif (
+            (pattern not in "stu" or self.scalars[place])
+            and (pattern != "n" or self.value(place) is not None)
+            and (pattern != "x" or not self.scalars[place])
+        ):
+            yield {**letters, pattern: place}
 
+    def _build(self, pattern: Pattern, letters: dict[str, int]) -> int:
+        if isinstance(pattern, tuple):
+            return self.make(pattern[0], *[self._build(part, letters) for part in pattern[1:]])
+        return letters[pattern] if isinstance(pattern, str) else self.literal(pattern)
 
-def _pairs(arguments: tuple[int, ...] | None) -> Iterator[tuple[int, int]]:
-    if arguments:
-        yield arguments[0], arguments[1]
-        yield arguments[1], arguments[0]
-
-
-# ---- rewrites ------------------------------------------------------------------------------------
-
-
-def _neg(e: Expressions, a: int) -> int | None:
-    if inner := e.arguments(a, "neg"):
-        return inner[0]
-    if inner := e.arguments(a, "sub"):
-        return e.sub(inner[1], inner[0])
-    if (inner := e.arguments(a, "mul")) and e.value(inner[1]) is not None:
-        return e.mul(inner[0], e.neg(inner[1]))
-    return None
-
-
-def _add(e: Expressions, a: int, b: int) -> int | None:
-    if e.value(b) == 0:
-        return a
-    for one, other in ((a, b), (b, a)):
-        if negative := e.arguments(other, "neg"):
-            return e.sub(one, negative[0])
-    first, second = e.arguments(a, "where"), e.arguments(b, "where")
-    if first and second and first[0] == second[0]:  # of a mask one, and of its complement the other
-        mask, *values = first
-        if e.value(values[1]) == 0 and e.value(second[1]) == 0:
-            return e.where(mask, values[0], second[2])
-        if e.value(values[0]) == 0 and e.value(second[2]) == 0:
-            return e.where(mask, second[1], values[1])
-    return None
-
-
-def _sub(e: Expressions, a: int, b: int) -> int | None:
-    if e.value(b) == 0:
-        return a
-    if negative := e.arguments(b, "neg"):
-        return e.add(a, negative[0])
-    if (inner := e.arguments(b, "sigmoid")) and e.value(a) == 1:
-        return e.stable(e.sigmoid(e.neg(inner[0])))
-    if (inner := e.arguments(a, "sigmoid")) and e.value(b) == 1:
-        return e.stable(e.neg(e.sigmoid(e.neg(inner[0]))))
-    return None
-
-
-def _mul(e: Expressions, a: int, b: int) -> int | None:
-    if e.value(b) == 1:
-        return a
-    if e.value(b) == -1:
-        return e.neg(a)
-    if negative := e.arguments(a, "neg"):
-        return e.neg(e.mul(negative[0], b))
-    if negative := e.arguments(b, "neg"):
-        return e.neg(e.mul(a, negative[0]))
-    if e.scalars[b] and not e.scalars[a]:
-        if (inner := e.arguments(a, "mul")) and e.scalars[inner[1]]:
-            return e.mul(inner[0], e.mul(inner[1], b))
-        if (inner := e.arguments(a, "where")) and e.scalars[inner[1]] and e.scalars[inner[2]]:
-            return e.where(inner[0], e.mul(inner[1], b), e.mul(inner[2], b))
-    for one, other in ((a, b), (b, a)):
-        for divisor, undivided in e.divisors(one):
-            rest = e.without(other, divisor) if e.nodes[divisor][0] in _POSITIVE else None
-            if rest is not None:
-                return e.stable(e.mul(undivided, rest))
-        if exponent := e.arguments(other, "exp"):  # exp(u) sigmoid(-u) = sigmoid(u)
-            rest = e.without(one, e.sigmoid(e.neg(exponent[0])))
-            if rest is not None:
-                return e.stable(e.mul(rest, e.sigmoid(exponent[0])))
-    return None
-
-
-def _div(e: Expressions, a: int, b: int) -> int | None:
-    value = e.value(b)
-    if value and math.frexp(value)[0] in (0.5, -0.5):  # a power of two: exact
-        return e.mul(a, e.literal(1 / value))
-    exponent = e.one_plus_exp(b)
-    if exponent is not None:  # 1 / (1 + exp(u))
-        return e.stable(e.mul(a, e.sigmoid(e.neg(exponent))))
-    return e.reciprocal(b) if e.value(a) == 1 else None
-
-
-def _reciprocal(e: Expressions, a: int) -> int | None:
-    exponent = e.one_plus_exp(a)
-    return None if exponent is None else e.stable(e.sigmoid(e.neg(exponent)))
-
-
-def _log(e: Expressions, a: int) -> int | None:
-    exponent = e.one_plus_exp(a)
-    if exponent is not None:
-        return e.stable(e.softplus(exponent))
-    if inner := e.arguments(a, "sigmoid"):
-        return e.stable(e.neg(e.softplus(e.neg(inner[0]))))
-    return None
-
-
-def _log1p(e: Expressions, a: int) -> int | None:
-    inner = e.arguments(a, "exp")
-    return e.stable(e.softplus(inner[0])) if inner else None
-
-
-POWERS: dict[float | None, Callable[[Expressions, int], int]] = {  # of exponents
-    0.0: lambda e, _: e.literal(1.0),
-    1.0: lambda _, a: a,
-    2.0: lambda e, a: e.mul(a, a),
-    3.0: lambda e, a: e.mul(e.mul(a, a), a),
-    4.0: lambda e, a: e.mul(e.mul(a, a), e.mul(a, a)),
-    0.5: lambda e, a: e.sqrt(a),
-    -0.5: lambda e, a: e.rsqrt(a),
-    -1.0: lambda e, a: e.reciprocal(a),
-    -2.0: lambda e, a: e.reciprocal(e.mul(a, a)),
-}
-
-
-def _pow(e: Expressions, a: int, b: int) -> int | None:
-    make = POWERS.get(e.value(b))
-    return make(e, a) if make else None
-
-
-def _not(e: Expressions, a: int) -> int | None:
-    inner = e.arguments(a, "not")
-    return inner[0] if inner else None
-
-
-def _where(e: Expressions, mask: int, a: int, b: int) -> int | None:
-    if a == b:
-        return a
-    inner = e.arguments(mask, "not")
-    return e.where(inner[0], b, a) if inner else None
-
-
-_REWRITES: dict[str, Callable[..., int | None]] = {
-    "neg": _neg,
-    "add": _add,
-    "sub": _sub,
-    "mul": _mul,
-    "div": _div,
-    "reciprocal": _reciprocal,
-    "log": _log,
-    "log1p": _log1p,
-    "pow": _pow,
-    "not": _not,
-    "where": _where,
-}
 
 # ---- programs ------------------------------------------------------------------------------------
 
@@ -273,203 +202,149 @@ Line = tuple[str, int, tuple[int, ...]]  # an instruction, the place of its resu
 
 @dataclass(eq=False)
 class Program:
-    """Instructions on places, as csrc/program.h has them, and what they make.
+    """Instructions on places, as csrc/program.h has them.
 
     Attributes:
         name: The formula's.
         prologue: Those on scalars.
         constants: Literals; the scale of the gradients and the parameters come first.
-        has_value: Whether the value is among the outputs.
+        parameters: How many there are.
     """
 
     name: str
-    prologue: tuple[Line, ...]
-    body: tuple[Line, ...]
-    constants: tuple[float, ...]
+    prologue: list[Line]
+    body: list[Line]
+    constants: list[float]
     parameters: int
-    registers: int
-    has_value: bool
     _kernels: dict[Any, Any] = field(default_factory=dict)
 
     def kernel(self, key: Any, make: Callable[[Program], Any]) -> Any:
         """What a backend makes of it, once for a key."""
-        found = self._kernels.get(key)
-        if found is None:
+        if key not in self._kernels:
             if len(self._kernels) >= _MOST_KERNELS:
                 self._kernels.clear()
-            found = self._kernels[key] = make(self)
-        return found
+            self._kernels[key] = make(self)
+        return self._kernels[key]
 
-    def is_scalar(self, place: int) -> bool:
-        return place >= _REGISTERS + self.registers
+    def names(self, operands: Sequence[str], constants: Sequence[str]) -> dict[int, str]:
+        """Of places."""
+        names = [*operands, *[""] * (OPERANDS - len(operands))]
+        names += ["value", *(f"grad_{name}" for name in names)]
+        names += [f"r{k}" for k in range(native.program_registers)]
+        return dict(enumerate([*names, *constants]))
 
-    def lines(self, operands: Sequence[str], parameters: Sequence[str]) -> list[str]:
+    def lines(self, operands: Sequence[str], parameters: Sequence[float]) -> list[str]:
         """In words, one instruction a line."""
-        names = dict(enumerate(operands)) | {_VALUE: "value"}
-        names |= {_VALUE + 1 + k: f"grad_{name}" for k, name in enumerate(operands)}
-        names |= {_REGISTERS + k: f"r{k}" for k in range(self.registers)}
-        first, given = _REGISTERS + self.registers, ("scale", *parameters)
-        for k, value in enumerate(self.constants):
-            names[first + k] = given[k] if k < len(given) else f"{value:g}"
+        literals = self.constants[1 + self.parameters :]
+        constants = ["scale", *[f"{value:g}" for value in (*parameters, *literals)]]
         for k, (_, out, _arguments) in enumerate(self.prologue):
-            names[out] = f"s{k}"
+            constants[out - CONSTANTS] = f"s{k}"
+        names = self.names(operands, constants)
         return [
             f"{names[out]} = {op}({', '.join(names[a] for a in arguments)})"
             for op, out, arguments in (*self.prologue, *self.body)
         ]
 
 
-class Lowered:
-    """Expressions in the instructions of the kernels, pairs of them fused."""
-
-    def __init__(self, e: Expressions, value: int, gradients: Sequence[int]) -> None:
-        self.outputs, one = (value, *gradients), e.literal(1.0)
-        self.nodes = [
-            ("sub", (one, *arguments)) if op == "not" else (op, arguments)
-            for op, arguments in e.nodes
-        ]
-        self._order: dict[int, float] = {}  # of an expression that is made after its first use
-        self._share_decays(e)
-        self.scalars = e.scalars
-        alive = self._alive(self.outputs)
-        uses = Counter(self.outputs)
-        for place in alive:
-            uses.update(self._arguments(place))
-        for place in alive:
-            if not self.scalars[place]:
-                self.nodes[place] = self._fused(*self.nodes[place], uses)
-
-    def _share_decays(self, e: Expressions) -> None:
-        """Of sigmoid(u), sigmoid(-u), softplus(u) and softplus(-u) exp(-|u|) is computed once."""
-        of_size: dict[int, list[int]] = {}
-        for place in self._alive(self.outputs):
-            op, arguments = self.nodes[place]
-            if op in ("sigmoid", "softplus") and not e.scalars[place]:
-                negative = e.arguments(arguments[0], "neg")
-                of_size.setdefault((negative or arguments)[0], []).append(place)
-        for size, places in of_size.items():
-            if len(places) > 1:
-                decay = e.make("decay", size)
-                self.nodes.append(e.nodes[decay])
-                self._order[decay] = places[0] - 0.5
-                for place in places:
-                    op, arguments = self.nodes[place]
-                    self.nodes[place] = f"{op}_from", (decay, *arguments)
-
-    def _arguments(self, place: int) -> tuple[int, ...]:
-        op, arguments = self.nodes[place]
-        return () if op in _NO_INSTRUCTIONS else arguments
-
-    def _alive(self, outputs: Sequence[int]) -> list[int]:
-        found, todo = set(), list(outputs)
-        while todo:
+def _needed(nodes: Mapping[int, Node], outputs: Sequence[int]) -> dict[int, Node]:
+    """What the outputs are computed from, each after its arguments."""
+    found: dict[int, Node] = {}
+    todo = list(reversed(outputs))
+    while todo:
+        op, arguments = nodes[todo[-1]]
+        missing = [a for a in arguments if a not in found] if op not in _LEAVES else []
+        if missing:
+            todo += missing[::-1]
+        else:
             place = todo.pop()
-            if place not in found:
-                found.add(place)
-                todo += self._arguments(place)
-        return sorted(found, key=lambda place: self._order.get(place, place))
+            found[place] = nodes[place]
+    return found
 
-    def _fused(
-        self, op: str, arguments: tuple[Any, ...], uses: Counter[int]
-    ) -> tuple[str, tuple[Any, ...]]:
-        def product(place: int) -> tuple[int, ...] | None:
-            alone = uses[place] == 1 and not self.scalars[place]
-            return self.nodes[place][1] if alone and self.nodes[place][0] == "mul" else None
 
-        if op == "where" and self.nodes[arguments[0]][0] in ("lt", "le", "eq"):
-            comparison, operands = self.nodes[arguments[0]]
-            return f"where_{comparison}", (*operands, *arguments[1:])
+def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
+    """The instructions for the outputs: pairs are one, and exp(-|a|) is computed once.
+
+    ``sigmoid`` and ``softplus`` are two: one loop with both is not faster.
+    """
+    one = e.literal(1.0)
+    nodes = _needed(dict(enumerate(e.nodes)), outputs)
+    uses = Counter(outputs)
+    for op, arguments in nodes.values():
+        if op not in _LEAVES:
+            uses.update(arguments)
+
+    # Of each power the one whose exponent is less by 1, as its derivative has.
+    powers = {k: (a[0], e.sub(a[1], one)) for k, (op, a) in nodes.items() if op == "pow"}
+
+    def product(place: int) -> tuple[int, ...]:
+        alone = uses[place] == 1 and not e.scalars[place] and e.nodes[place][0] == "mul"
+        return e.nodes[place][1] if alone else ()
+
+    def instruction(place: int, op: str, arguments: tuple[Any, ...]) -> Node:
+        if op == "logical_not":
+            return "sub", (one, *arguments)
+        if op in ("sigmoid", "softplus"):
+            negated, inner = e.nodes[arguments[0]]
+            size = inner[0] if negated == "neg" else arguments[0]
+            return f"{op}_from", (e.decay(size), *arguments)
+        if e.scalars[place]:
+            return op, arguments
+        if op == "where" and e.nodes[arguments[0]][0] in _COMPARISONS:
+            comparison, compared = e.nodes[arguments[0]]
+            return f"where_{comparison}", (*compared, *arguments[1:])
         if op in ("add", "sub"):
             a, b = arguments
             if factors := product(a):
                 return ("muladd" if op == "add" else "mulsub"), (*factors, b)
             if factors := product(b):
                 return ("muladd" if op == "add" else "submul"), (*factors, a)
+        if op == "pow":  # the compiler vectorises no loop with conditions on a constant
+            more = [k for k, node in powers.items() if node == arguments and k != place]
+            arguments = tuple([e.copy(a) if e.scalars[a] else a for a in arguments])
+            return ("pow_less", (more[0], *arguments)) if more else (op, arguments)
         return op, arguments
 
-    def program(
-        self, name: str, parameters: int, wants_value: bool, wanted: Sequence[bool]
-    ) -> Program:
-        """That of the wanted outputs; registers are free again after their last use.
+    fused = {place: instruction(place, *node) for place, node in nodes.items()}
+    return _needed(dict(enumerate(e.nodes)) | fused, outputs)
 
-        Raises:
-            TooLargeError: There are not enough registers or constants.
-        """
-        wants = (wants_value, *wanted)
-        outputs = {_VALUE + k: o for k, o in enumerate(self.outputs) if k < len(wants) and wants[k]}
-        alive = self._alive([*outputs.values()])
-        places: dict[int, int] = {}
-        constants, scalars = [0.0] * (1 + parameters), [p for p in alive if self.scalars[p]]
-        for place in scalars:
-            op, arguments = self.nodes[place]
-            if op in ("scale", "parameter"):
-                places[place] = arguments[0] + 1 if op == "parameter" else 0
-            else:
-                places[place] = len(constants)
-                constants.append(arguments[0] if op == "literal" else 0.0)
-        body, registers = self._allocate(alive, outputs, places)
-        first = _REGISTERS + registers
-        if registers > native.program_registers or len(constants) > native.program_constants:
-            raise TooLargeError("the formula has too many operations")
 
-        def moved(place: int) -> int:
-            return places[place] + first
+def compiled(
+    name: str, e: Expressions, outputs: Sequence[int], wanted: Sequence[bool], parameters: int
+) -> Program:
+    """The program of the wanted outputs: the value, and the gradient of each operand.
 
-        prologue = [
-            (self.nodes[p][0], moved(p), tuple(map(moved, self.nodes[p][1])))
-            for p in scalars
-            if self.nodes[p][0] not in _NO_INSTRUCTIONS
-        ]
-        return Program(
-            name,
-            tuple(prologue),
-            tuple([
-                (op, out, tuple([moved(a) if scalar else a for scalar, a in arguments]))
-                for op, out, arguments in body
-            ]),
-            tuple(constants),
-            parameters,
-            registers,
-            wants_value,
-        )  # fmt: skip
-
-    def _allocate(
-        self, alive: Sequence[int], outputs: dict[int, int], places: dict[int, int]
-    ) -> tuple[list[tuple[str, int, list[tuple[bool, int]]]], int]:
-        """The body, whose arguments that are scalars are expressions still, and its registers."""
-        last: dict[int, int] = {}
-        for place in alive:
-            for argument in self._arguments(place):
-                last[argument] = place
-        written: dict[int, int] = {}  # expressions by the first output that they are
-        for out, place in outputs.items():
-            written.setdefault(place, out)
-        body, free, registers = [], list[int](), 0
-
-        def arguments_of(arguments: Sequence[int]) -> list[tuple[bool, int]]:
-            return [(self.scalars[a], a if self.scalars[a] else places[a]) for a in arguments]
-
-        for place in alive:
-            op, arguments = self.nodes[place]
-            if self.scalars[place]:
-                continue
-            if op == "operand":
-                places[place] = arguments[0]
-                continue
-            read = arguments_of(arguments)
-            for argument in set(arguments):
-                in_register = not self.scalars[argument] and places[argument] >= _REGISTERS
-                if in_register and last[argument] == place:
-                    free.append(places[argument])
-            if place in written:
-                places[place] = written[place]
-            elif free:
-                places[place] = free.pop()
-            else:
-                places[place] = _REGISTERS + registers
-                registers += 1
-            body.append((op, places[place], read))
-        for out, place in outputs.items():
-            if self.scalars[place] or places[place] != out:
-                body.append(("copy", out, arguments_of([place])))
-        return body, registers
+    Raises:
+        UntraceableError: There are not enough registers or constants.
+    """
+    found = {VALUE + k: o for k, (o, w) in enumerate(zip(outputs, wanted, strict=True)) if w}
+    nodes = _fused(e, [*found.values()])
+    last = {a: place for place, (op, given) in nodes.items() if op not in _LEAVES for a in given}
+    written = {place: out for out, place in reversed(found.items())}
+    free = list(range(CONSTANTS - 1, REGISTERS - 1, -1))
+    program = Program(name, [], [], [0.0] * (1 + parameters), parameters)
+    places: dict[int, int] = {}
+    for place, (op, arguments) in nodes.items():
+        if op == "operand":
+            places[place] = arguments[0]
+        elif op in ("scale", "parameter"):
+            places[place] = CONSTANTS + (op == "parameter") * (1 + arguments[0])
+        elif e.scalars[place]:
+            places[place] = CONSTANTS + len(program.constants)
+            program.constants.append(arguments[0] if op == "literal" else 0.0)
+            if op != "literal":
+                line = op, places[place], tuple([places[a] for a in arguments])
+                program.prologue.append(line)
+        else:
+            given = tuple([places[a] for a in arguments])
+            ended = {places[a] for a in arguments if last[a] == place}
+            free += [a for a in ended if REGISTERS <= a < CONSTANTS]
+            if place not in written and not free:
+                raise UntraceableError("the formula has too many operations")
+            places[place] = written[place] if place in written else free.pop()
+            program.body.append((op, places[place], given))
+    for out, place in found.items():
+        if places[place] != out:
+            program.body.append(("copy", out, (places[place],)))
+    if len(program.constants) > native.program_constants:
+        raise UntraceableError("the formula has too many constants")
+    return program
