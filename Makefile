@@ -26,6 +26,8 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and dra
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+	$(BIN)/python examples/grpo.py
+	$(BIN)/python examples/distillation.py
 
 demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free cores
 	$(BIN)/python examples/demo.py --quick
@@ -100,7 +102,7 @@ SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
-CHECKED = recycle cross_entropy cross_entropy_options metrics shaping linear_cross_entropy class_losses softmax pointwise_loss activation strides inplace properties threads errors large vec
+CHECKED = recycle cross_entropy cross_entropy_options metrics shaping linear_cross_entropy log_probs distillation class_losses softmax pointwise_loss activation strides inplace properties threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; from pyfused.functional import relu; \
 	x = torch.ones(9 << 20); address = relu(x).data_ptr(); \
 	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1)

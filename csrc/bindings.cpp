@@ -18,6 +18,8 @@
 #include "activation.h"
 #include "cross_entropy.h"
 #include "dlpack.h"
+#include "kl_div_with_logits.h"
+#include "log_probs.h"
 #include "memory.h"
 #include "multi_margin_loss.h"
 #include "nll_loss.h"
@@ -141,6 +143,57 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
         sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
         pointer<const A>(weight), squared, margin, Reduction(reduction),
         pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad_input), threads});
+  });
+}
+
+// ---- log-probabilities --------------------------------------------------------------------------
+
+using ValuesTuple = std::array<int64_t, 2>;  // address; from one value of a row to the next
+
+template <class D> RowValues<D> row_values(const ValuesTuple& v) {
+  return {pointer<D>(v[0]), v[1]};
+}
+
+// sizes: rows, classes, the first class, the logits' stride; numbers: scale, softcap. A forward
+// pass has no grad_values.
+void run_log_probs(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
+                   int64_t ignore_index, const std::array<double, 2>& numbers,
+                   const ValuesTuple& values, bool continues, const ValuesTuple& grad_values,
+                   const std::array<int64_t, 2>& grad, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const LogProbs<T> given{sizes[0],     sizes[1],
+                            sizes[2],     pointer<const T>(logits),
+                            sizes[3],     pointer<const int64_t>(target),
+                            ignore_index, numbers[0],
+                            numbers[1],   threads};
+    if (!grad_values[0]) return log_probs(given, row_values<double>(values), continues);
+    const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
+    prefer_huge_pages(pointer<void>(grad[0]), grad[0] == logits ? 0 : bytes);
+    log_probs_backward(given,
+                       {row_values<const double>(values), row_values<const double>(grad_values),
+                        pointer<T>(grad[0]), grad[1]});
+  });
+}
+
+// ---- divergences --------------------------------------------------------------------------------
+
+using RowsTuple =
+    std::array<int64_t, 2>;  // address; from one row of contiguous classes to the next
+
+void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const RowsTuple& student,
+                            const RowsTuple& teacher, double beta, double scale,
+                            int64_t token_weight, bool each, int64_t grad_output, int64_t loss,
+                            const RowsTuple& grad, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulate<T>;
+    const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
+    prefer_huge_pages(pointer<void>(grad[0]), grad[0] && grad[0] != student[0] ? bytes : 0);
+    kl_div_with_logits(KlDiv<T>{sizes[0], sizes[1], pointer<const T>(student[0]), student[1],
+                                pointer<const T>(teacher[0]), teacher[1], beta, scale,
+                                pointer<const A>(token_weight), each, pointer<const A>(grad_output),
+                                pointer<A>(loss), pointer<T>(grad[0]), grad[1], threads});
   });
 }
 
@@ -316,8 +369,10 @@ PYBIND11_MODULE(PYFUSED_MODULE, m) {
 #endif
 
   m.def("cross_entropy", &run_cross_entropy, unlocked);
+  m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
   m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
+  m.def("log_probs", &run_log_probs, unlocked);
   m.def("softmax", &run_softmax, unlocked);
   for (const LossFormula& formula : loss_formulas()) {
     m.def(

@@ -44,6 +44,16 @@ class Entry:
 
 LOGIT = "logit of the first class of three"
 HEAD = {"linear_weight": torch.tensor([[1.0], [0.0], [0.0]])}
+TEACHER_HEAD = {
+    **HEAD,
+    "teacher_input": torch.zeros(401, 1),
+    "teacher_linear_weight": torch.ones(3, 1),
+}
+TOP_1 = {
+    **HEAD,
+    "teacher_indices": torch.zeros(401, 1, dtype=torch.int64),
+    "teacher_log_probs": torch.full((401, 1), 0.6).log(),
+}
 SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
 
 GALLERY: dict[str, dict[str, Entry]] = {
@@ -105,6 +115,35 @@ GALLERY: dict[str, dict[str, Entry]] = {
             low=-4.0,
             high=0.0,
             axis="input, a logarithm",
+        ),
+        "kl_div_with_logits": Entry(
+            r"\beta \, \mathrm{KL}(q \| m) + (1 - \beta) \, \mathrm{KL}(p \| m), \quad"
+            r" m = \beta q + (1 - \beta) p",
+            "Distillation: the student's softmax p should approach the teacher's q. With beta 0 the"
+            " loss is KL(q || p), and with beta 1 KL(p || q).",
+            tuple(Curve(f"beta {b:g}", (0.0,), {"beta": b}, (0.0, 0.0)) for b in (0.0, 0.5, 1.0)),
+            low=-5.0,
+            high=5.0,
+            axis=LOGIT,
+        ),
+        "linear_kl_div": Entry(
+            r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
+            "The same, of the last layers of two language models, whose logits are large.",
+            tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
+            low=-5.0,
+            high=5.0,
+            axis=LOGIT,
+        ),
+        "linear_topk_kl_div": Entry(
+            r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
+            "The same, where only the k largest probabilities of the teacher were saved; r is all"
+            " the rest.",
+            tuple(
+                Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")
+            ),
+            low=-5.0,
+            high=5.0,
+            axis=LOGIT,
         ),
     },
     "Binary and multi-label classification": {
@@ -203,6 +242,34 @@ GALLERY: dict[str, dict[str, Entry]] = {
                     ("another class", 1, {}),
                     ("the target, softcap 2", 0, {"softcap": 2.0}),
                     ("the target, z_loss 0.1", 0, {"z_loss": 0.1}),
+                )
+            ),
+            low=-6.0,
+            high=6.0,
+            axis="feature that is the first class's logit",
+        ),
+        "log_probs": Entry(
+            r"x_t - \log\, \sum_c e^{x_c}",
+            "Reinforcement learning: the log-probability of each token that was sampled and, with"
+            " gradients too, the entropy and the log-sum-exp.",
+            (
+                Curve("the target", (0,), others=(0.0, 0.0)),
+                Curve("another class", (1,), others=(0.0, 0.0)),
+                Curve("the target, temperature 2", (0,), {"temperature": 2.0}, (0.0, 0.0)),
+            ),
+            low=-6.0,
+            high=6.0,
+            axis=LOGIT,
+        ),
+        "linear_log_probs": Entry(
+            r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
+            "The same, of the last layer of a language model, whose logits are large.",
+            tuple(
+                Curve(label, options=HEAD | {"target": torch.full((401,), target)} | options)
+                for label, target, options in (
+                    ("the target", 0, {}),
+                    ("another class", 1, {}),
+                    ("the target, softcap 2", 0, {"softcap": 2.0}),
                 )
             ),
             low=-6.0,
@@ -428,6 +495,23 @@ target = torch.randint(1000, (64,))
 loss = F.linear_cross_entropy(hidden, head.weight, target)
 loss.backward()
 """,
+    "log_probs": """
+logits = torch.randn(64, 1000, requires_grad=True)
+tokens = torch.randint(1000, (64,))  # sampled by an older policy, in which they had
+old_log_p, advantage = torch.full((64,), -7.0), torch.randn(64)
+found = F.log_probs(logits, tokens, return_entropy=True)
+ratio = (found.log_probability - old_log_p).exp()
+loss = -(ratio * advantage).mean() - 0.01 * found.entropy.mean()
+loss.backward()
+""",
+    "linear_log_probs": """
+hidden = torch.randn(64, 32, requires_grad=True)  # the output of a model's last layer
+head = torch.nn.Linear(32, 1000, bias=False)
+tokens = torch.randint(1000, (64,))
+found = F.linear_log_probs(hidden, head.weight, tokens, return_lse=True)
+loss = -found.log_probability.mean() + 1e-4 * found.log_sum_exp.square().mean()
+loss.backward()
+""",
     "nll_loss": """
 logits = torch.randn(64, 10, requires_grad=True)
 target = torch.randint(10, (64,))
@@ -438,6 +522,26 @@ loss.backward()
 scores = torch.randn(64, 10, requires_grad=True)
 target = torch.randint(10, (64,))
 loss = F.multi_margin_loss(scores, target, margin=0.5)
+loss.backward()
+""",
+    "kl_div_with_logits": """
+teacher_logits = torch.randn(2, 16, 1000)
+logits = torch.randn(2, 16, 1000, requires_grad=True)
+loss = F.kl_div_with_logits(logits, teacher_logits, beta=0.5, temperature=2.0)
+loss.backward()
+""",
+    "linear_kl_div": """
+hidden, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 1000)
+teacher_hidden, teacher_weight = torch.randn(32, 128), torch.randn(1000, 128)
+loss = F.linear_kl_div(
+    hidden, head.weight, teacher_hidden, teacher_weight, linear_bias=head.bias
+)
+loss.backward()
+""",
+    "linear_topk_kl_div": """
+hidden, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 1000, bias=False)
+log_probs, indices = torch.randn(32, 1000).log_softmax(-1).topk(20)
+loss = F.linear_topk_kl_div(hidden, head.weight, indices, log_probs)
 loss.backward()
 """,
     "softmax": """

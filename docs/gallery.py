@@ -60,6 +60,7 @@ def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
     if path.backend == "torch":
         raise RuntimeError(f"the gallery is to show the kernels' output, not torch's: {path}")
     value = getattr(pyfused.functional, name)(input, *rest, **options)
+    value = value[0] if isinstance(value, tuple) else value
     drawn = value[:, 0] if value.dim() > x.dim() else value  # an activation over classes
     (gradient,) = torch.autograd.grad(drawn, x, torch.ones_like(drawn))
     return drawn.detach(), gradient

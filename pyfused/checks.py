@@ -17,9 +17,11 @@ from torch.nn import Parameter
 from pyfused.layout import loss_shape
 from pyfused.types import (
     CrossEntropyOptions,
+    DivergenceOptions,
     FusedOptions,
     Head,
     HeadOptions,
+    LogProbsOptions,
     MarginOptions,
     NllOptions,
 )
@@ -195,34 +197,188 @@ def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
         raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}{hint}")
     if not input.is_floating_point():
         raise RuntimeError(f"input: expected a floating dtype, got {input.dtype}")
-    features = input.shape[-1]
-    if linear_weight.dim() < 2 or linear_weight.shape[-1] != features:
-        raise RuntimeError(
-            f"linear_weight: expected shape (C, ..., {features}), with as many features as the "
-            f"input, got {tuple(linear_weight.shape)}"
-        )
-    shape = linear_weight.shape[:-1]
+    linear_layer(input, linear_weight, linear_bias)
+    features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
         raise RuntimeError(
             f"input: expected shape (N, {features}) beside a linear_weight of shape "
             f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
-    if linear_bias is not None and linear_bias.shape != shape:
-        raise RuntimeError(
-            f"linear_bias: expected shape {tuple(shape)}, got {tuple(linear_bias.shape)}"
-        )
-    autocast = torch.is_autocast_enabled(input.device.type)
-    for name, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if value is not None and value.dtype is not input.dtype and not autocast:
-            raise RuntimeError(f"{name}: expected the input's {input.dtype}, got {value.dtype}")
-    if options.memory_budget is not None:
-        number("memory_budget", options.memory_budget, (int, Integral), "an int")
-        if options.memory_budget <= 0:
-            raise ValueError(
-                f"memory_budget: expected a positive number of bytes, got {options.memory_budget}"
-            )
+    memory_budget(options.memory_budget)
     logits_without_memory = input.new_empty(()).expand(*input.shape[:-1], *shape)
     cross_entropy(logits_without_memory, target, weight, options)
+
+
+def memory_budget(value: Any) -> None:
+    if value is not None:
+        number("memory_budget", value, (int, Integral), "an int")
+        if value <= 0:
+            raise ValueError(f"memory_budget: expected a positive number of bytes, got {value}")
+
+
+def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str = "") -> None:
+    """Shapes and dtypes of a layer's tensors; the messages put `whose` before their names."""
+    features, shape = input.shape[-1], weight.shape[:-1]
+    if weight.dim() < 2 or weight.shape[-1] != features:
+        raise RuntimeError(
+            f"{whose}linear_weight: expected shape (C, ..., {features}), with as many features as "
+            f"the {whose}input, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != shape:
+        raise RuntimeError(
+            f"{whose}linear_bias: expected shape {tuple(shape)}, got {tuple(bias.shape)}"
+        )
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype is not input.dtype and not autocast:
+            raise RuntimeError(
+                f"{whose}linear_{name}: expected the {whose}input's {input.dtype}, got "
+                f"{value.dtype}"
+            )
+
+
+def kl_div_with_logits(logits: Tensor, teacher_logits: Tensor, options: DivergenceOptions) -> None:
+    _vectors("logits", logits)
+    _vectors("teacher_logits", teacher_logits)
+    _shape("teacher_logits", teacher_logits, logits.shape, "that of the logits")
+    _divergence(logits.shape[:-1], options)
+
+
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    teacher_input: Tensor,
+    teacher_linear_weight: Tensor,
+    teacher_linear_bias: Tensor | None,
+    options: DivergenceOptions,
+) -> None:
+    _head(input, linear_weight, linear_bias)
+    _head(teacher_input, teacher_linear_weight, teacher_linear_bias, "teacher_")
+    features = teacher_input.shape[-1]
+    shape = len(linear_weight), features
+    _shape("teacher_linear_weight", teacher_linear_weight, shape, "with as many classes")
+    _shape("teacher_input", teacher_input, (*input.shape[:-1], features), "with as many tokens")
+    _divergence(input.shape[:-1], options)
+
+
+def linear_topk_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    options: DivergenceOptions,
+) -> None:
+    _head(input, linear_weight, linear_bias)
+    _vectors("teacher_log_probs", teacher_log_probs)
+    if teacher_indices.dtype is not torch.int64:
+        raise RuntimeError(f"teacher_indices: expected torch.int64, got {teacher_indices.dtype}")
+    classes, k = len(linear_weight), teacher_log_probs.shape[-1]
+    if not 0 < k <= classes:
+        raise RuntimeError(f"teacher_log_probs: expected 1 to {classes} classes, got {k}")
+    shape = *input.shape[:-1], k
+    _shape("teacher_log_probs", teacher_log_probs, shape, "with as many tokens")
+    _shape("teacher_indices", teacher_indices, shape, "that of teacher_log_probs")
+    if options.remainder not in ("bucket", "ignore"):
+        raise ValueError(f"remainder: expected 'bucket' or 'ignore', got {options.remainder!r}")
+    if options.remainder == "ignore" and options.beta:
+        raise ValueError(f"beta: expected 0.0 with remainder 'ignore', got {options.beta}")
+    _divergence(input.shape[:-1], options)
+
+
+def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
+    number("beta", options.beta, (float, Real), "a float")
+    if not 0 <= options.beta <= 1:
+        raise ValueError(f"beta: expected a number in [0.0, 1.0], got {options.beta}")
+    number("temperature", options.temperature, (float, Real), "a float")
+    bounded("temperature", options.temperature, positive=True)
+    reduction(options.reduction)
+    memory_budget(options.memory_budget)
+    weight = options.token_weight
+    if weight is not None:
+        tensor("token_weight", weight)
+        _shape("token_weight", weight, tokens, "one for each token", ValueError)
+        values("token_weight", weight, 0.0, math.inf, ValueError)
+
+
+def topk_indices(indices: Tensor, classes: int) -> Tensor:
+    """Of each row of (N, k), whether an index is out of range or there twice; raises on CPUs."""
+    indices = indices.sort(-1).values
+    outside = (indices < 0) | (indices >= classes)
+    twice = torch.zeros_like(outside)
+    twice[:, 1:] = indices[:, 1:] == indices[:, :-1]
+    if _can_be_read(indices):
+        for wrong, error, expected, got in (
+            (outside, IndexError, f"class indices in [0, {classes})", ""),
+            (twice, ValueError, "each class once in a row", " twice"),
+        ):
+            if wrong.any():
+                row, place = wrong.nonzero()[0].tolist()
+                value = int(indices[row, place])
+                raise error(f"teacher_indices: expected {expected}, got {value}{got} in row {row}")
+    return (outside | twice).any(-1)
+
+
+def _vectors(name: str, value: Tensor) -> None:
+    if not value.dim():
+        raise RuntimeError(f"{name}: expected one dimension or more, got shape ()")
+    if not value.is_floating_point():
+        raise RuntimeError(f"{name}: expected a floating dtype, got {value.dtype}")
+
+
+def _head(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str = "") -> None:
+    _vectors(f"{whose}input", input)
+    if weight.dim() != 2:
+        expected = f"(C, {input.shape[-1]})"
+        raise RuntimeError(
+            f"{whose}linear_weight: expected shape {expected}, got {tuple(weight.shape)}"
+        )
+    linear_layer(input, weight, bias, whose)
+
+
+def _shape(
+    name: str,
+    value: Tensor,
+    expected: Sequence[int],
+    what: str,
+    error: type[Exception] = RuntimeError,
+) -> None:
+    if value.shape != tuple(expected):
+        raise error(f"{name}: expected shape {tuple(expected)}, {what}, got {tuple(value.shape)}")
+
+
+def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked later."""
+    tensor("logits", logits)
+    tensor("target", target)
+    if logits.dim() == 0:
+        raise RuntimeError("logits: expected shape (C), (N, C) or (N, C, d1, ...), got ()")
+    if not logits.is_floating_point():
+        hint = _are_swapped(logits, target)
+        raise RuntimeError(f"logits: expected a floating dtype, got {logits.dtype}{hint}")
+    if target.is_floating_point():
+        raise RuntimeError(f"target: expected class indices, got {target.dtype}")
+    _class_index_target(logits, target)
+    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    softcap = 1.0 if options.softcap is None else options.softcap
+    for name, value in (("softcap", softcap), ("temperature", options.temperature)):
+        number(name, value, (float, Real), "a float")
+        bounded(name, value, positive=True)
+
+
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    options: LogProbsOptions,
+) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked later."""
+    given = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
+    linear_cross_entropy(Head(input, linear_weight, linear_bias, target, None), given)
+    shape = *input.shape[:-1], *linear_weight.shape[:-1]
+    log_probs(input.new_empty(()).expand(shape), target, options)
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:

@@ -13,12 +13,18 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.ops import vocab_parallel
-from pyfused.types import CrossEntropyOptions, FusedOptions, Head, HeadOptions
+from pyfused.ops.log_probs import LogProbs, named
+from pyfused.types import CrossEntropyOptions, FusedOptions, Head, HeadOptions, LogProbsOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
+__all__ = [
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_log_probs",
+    "vocab_parallel_log_probs",
+]
 
 
 def vocab_parallel_cross_entropy(
@@ -117,3 +123,80 @@ def vocab_parallel_linear_cross_entropy(
     shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, len(linear_weight))
     head = Head(input, linear_weight, linear_bias, target, weight)
     return vocab_parallel.linear_cross_entropy(head, given, shard)
+
+
+def vocab_parallel_log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    vocab_start: int,
+    vocab_size: int | None = None,
+    group: Any = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+) -> LogProbs:
+    """:func:`pyfused.functional.log_probs` of logits of which each process has some classes.
+
+    A row takes four numbers of communication.
+
+    Args:
+        logits: As the input of :func:`vocab_parallel_cross_entropy`.
+        target, vocab_start, vocab_size, group: Likewise.
+        ignore_index, softcap, temperature: As in :func:`pyfused.functional.log_probs`.
+        return_entropy, return_lse: Likewise.
+
+    Returns:
+        A :class:`~pyfused.ops.log_probs.LogProbs`, the same in every process.
+
+    Raises:
+        IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
+    """
+    checks.tensor("logits", logits)
+    if logits.dim() < 2:
+        raise RuntimeError(f"logits: expected shape (N, C, ...), got {tuple(logits.shape)}")
+    shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, logits.shape[1])
+    options = LogProbsOptions(ignore_index, softcap, temperature)
+    values = vocab_parallel.log_probs((logits, target), options, shard)
+    return named(values, return_entropy, return_lse)
+
+
+def vocab_parallel_linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    vocab_start: int,
+    vocab_size: int | None = None,
+    group: Any = None,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    memory_budget: int | None = None,
+    deterministic_rows: bool = False,
+) -> LogProbs:
+    """:func:`pyfused.functional.linear_log_probs` with some rows of the weight a process.
+
+    Args:
+        input, linear_weight, linear_bias: As in :func:`vocab_parallel_linear_cross_entropy`.
+        target, vocab_start, vocab_size, group: As in :func:`vocab_parallel_cross_entropy`.
+        ignore_index, softcap, temperature: As in :func:`pyfused.functional.linear_log_probs`.
+        return_entropy, return_lse, memory_budget, deterministic_rows: Likewise.
+
+    Returns:
+        A :class:`~pyfused.ops.log_probs.LogProbs`, the same in every process.
+
+    Raises:
+        IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
+    """
+    checks.tensor("linear_weight", linear_weight)
+    shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, len(linear_weight))
+    options = LogProbsOptions(ignore_index, softcap, temperature, memory_budget, deterministic_rows)
+    tensors = input, linear_weight, linear_bias, target
+    values = vocab_parallel.log_probs(tensors, options, shard)
+    return named(values, return_entropy, return_lse)

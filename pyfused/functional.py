@@ -17,6 +17,7 @@ from pyfused.ops import custom_operators as custom_operators  # defines what tor
 from pyfused.ops import margin as margins
 from pyfused.ops.declaration import reduction_of
 from pyfused.ops.dispatch import call
+from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import (
     BINARY_CROSS_ENTROPY,
@@ -28,10 +29,15 @@ from pyfused.ops.operators import (
     HINGE_LOSS,
     HUBER_LOSS,
     KL_DIV,
+    KL_DIV_WITH_LOGITS,
     L1_LOSS,
     LEAKY_RELU,
     LINEAR_CROSS_ENTROPY,
+    LINEAR_KL_DIV,
+    LINEAR_LOG_PROBS,
+    LINEAR_TOPK_KL_DIV,
     LOG_COSH_LOSS,
+    LOG_PROBS,
     LOG_SOFTMAX,
     MARGIN_RANKING_LOSS,
     MSE_LOSS,
@@ -54,11 +60,14 @@ from pyfused.ops.operators import (
 from pyfused.types import (
     Approximate,
     CrossEntropyOptions,
+    DivergenceOptions,
     FusedOptions,
     HeadOptions,
+    LogProbsOptions,
     MarginKind,
     Reduction,
     ReductionOfKlDiv,
+    Remainder,
 )
 
 if TYPE_CHECKING:
@@ -76,11 +85,16 @@ __all__ = [
     "hinge_loss",
     "huber_loss",
     "kl_div",
+    "kl_div_with_logits",
     "l1_loss",
     "leaky_relu",
     "linear_cross_entropy",
     "linear_cross_entropy_with_metrics",
+    "linear_kl_div",
+    "linear_log_probs",
+    "linear_topk_kl_div",
     "log_cosh_loss",
+    "log_probs",
     "log_softmax",
     "margin_ranking_loss",
     "mse_loss",
@@ -399,6 +413,227 @@ def linear_cross_entropy_with_metrics(
     arguments = input, linear_weight, target, linear_bias, weight, given, None
     found: Any = call(LINEAR_CROSS_ENTROPY, arguments)
     return found  # type: ignore[no-any-return]
+
+
+def log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+) -> LogProbs:
+    """The log-probability of each target and, where wanted, entropy and log-sum-exp of its row.
+
+    All three are differentiable, alone and together, and come from one pass over the logits. With
+    ``x = softcap * tanh(logits / softcap) / temperature``, or ``logits / temperature``, they are
+    ``x[target] - lse``, ``lse - sum_c p_c x_c`` and ``lse = log sum_c exp(x_c)``, where
+    ``p = exp(x - lse)``. On CPUs the results of a row have the same bits whatever the other rows,
+    the number of threads, and whether gradients are wanted. torch has no such function.
+
+    Args:
+        logits: Of shape (C), (N, C) or (N, C, d1, ..., dk); float32, float64, bfloat16 or float16.
+        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
+            int64 or uint8.
+        ignore_index: The class index of rows whose results and gradient are 0.
+        softcap: The logits are ``softcap * tanh(logits / softcap)``; None for no such bound.
+        temperature: What they are divided by after that.
+        return_entropy, return_lse: Whether the result has the entropy, and the log-sum-exp.
+
+    Returns:
+        A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float32, or
+        float64 of float64.
+
+    Raises:
+        IndexError: A class index is out of range. On a GPU its log-probability is NaN instead.
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit.
+        TypeError: ``logits`` or ``target`` is no tensor, or an option no number.
+    """
+    options = LogProbsOptions(ignore_index, softcap, temperature)
+    return named(call(LOG_PROBS, (logits, target, options)), return_entropy, return_lse)
+
+
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    memory_budget: int | None = None,
+    deterministic_rows: bool = False,
+) -> LogProbs:
+    """:func:`log_probs` of a linear layer's output, which never exists as a whole.
+
+    Some logits at a time are made, by the forward pass for the results and by the backward pass
+    for the gradients. Rows whose target is ignored are left out on CPUs.
+
+    Args:
+        input: What the layer is given, of shape (D) or (N, D).
+        linear_weight: The layer's weight, of shape (C, D) or (C, d1, ..., dk, D), and the input's
+            dtype.
+        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
+            int64 or uint8.
+        linear_bias: The layer's bias, of shape (C) or (C, d1, ..., dk).
+        ignore_index, softcap, temperature, return_entropy, return_lse: As in :func:`log_probs`.
+        memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
+            Logits of the first rows may stay, within it, until the backward pass.
+        deterministic_rows: A library's matrix product may give a row other bits in a batch of
+            another size. True makes logits by products of 128 rows, padded with zeros, which takes
+            memory for so many rows of logits whatever the budget.
+
+    Returns:
+        As :func:`log_probs`.
+
+    Raises:
+        IndexError, RuntimeError, TypeError, ValueError: As :func:`log_probs`.
+    """
+    options = LogProbsOptions(ignore_index, softcap, temperature, memory_budget, deterministic_rows)
+    values = call(LINEAR_LOG_PROBS, (input, linear_weight, linear_bias, target, options))
+    return named(values, return_entropy, return_lse)
+
+
+def kl_div_with_logits(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    token_weight: Tensor | None = None,
+) -> Tensor:
+    """The divergence of a student's predictions from a teacher's, for distillation.
+
+    With p and q the softmax of the student's and of the teacher's logits divided by the
+    temperature, and m = beta q + (1 - beta) p, the loss of a token is
+
+    - for ``beta=0.0``, forward KL(q || p), the sum of ``q (log q - log p)`` over the classes
+      (Hinton et al. 2015, arXiv 1503.02531),
+    - for ``beta=1.0``, reverse KL(p || q), the sum of ``p (log p - log q)``,
+    - in between, ``beta KL(q || m) + (1 - beta) KL(p || m)``, the generalised Jensen-Shannon
+      divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649), in which KL(q || p) and KL(p || q)
+      stand for its limits, which are 0.
+
+    0 log 0 is 0. The loss is not multiplied by the temperature's square, which would keep gradients
+    as large as at temperature 1. torch computes the first as ``kl_div(log_softmax(logits /
+    temperature, -1), log_softmax(teacher_logits / temperature, -1), log_target=True,
+    reduction="none").sum(-1)``.
+
+    Args:
+        logits: The student's, of shape (..., C): classes are the last dimension.
+        teacher_logits: Of the same shape, of any floating dtype. It has no gradient in the
+            kernels: where it requires grad the call goes to torch's operators.
+        beta: 0.0 to 1.0.
+        temperature: What all logits are divided by.
+        reduction: ``"none"``: one loss a token; ``"sum"``; ``"mean"``: the sum, divided by the
+            number of tokens or the sum of their weights, as ``"batchmean"`` of :func:`kl_div` for
+            logits (N, C).
+        token_weight: A factor from 0.0 up for the loss of each token, or a mask, of shape (...).
+            A token of weight 0 is not read, and has no gradient whatever its logits are.
+
+    Returns:
+        The loss in nats: a scalar, or of shape (...) for ``"none"``; float32, or float64 of
+        float64.
+
+    Raises:
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: What should be a tensor is none.
+    """
+    options = DivergenceOptions(beta, temperature, reduction, token_weight)
+    return call(KL_DIV_WITH_LOGITS, (logits, teacher_logits, options))
+
+
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_linear_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_linear_bias: Tensor | None = None,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    token_weight: Tensor | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """:func:`kl_div_with_logits` of two linear layers' outputs, which never exist as a whole.
+
+    The logits of some rows at a time are made, of both models, and turned into gradients. Only the
+    student's input, weight and bias have gradients: with a teacher that requires grad the call goes
+    to torch's operators, which make all logits. Weight gradients are summed up in float32 whatever
+    the dtype.
+
+    Args:
+        input, linear_weight, linear_bias: The student's layer and what it is given, of shapes
+            (..., D), (C, D) and (C); float32, float64, bfloat16 or float16.
+        teacher_input, teacher_linear_weight, teacher_linear_bias: The teacher's, of shapes
+            (..., E), (C, E) and (C). Neither E nor the dtype need be the student's.
+        beta, temperature, reduction, token_weight: As in :func:`kl_div_with_logits`. Tokens of
+            weight 0 are left out of the products on CPUs.
+        memory_budget: Bytes for the logits of both models that exist at once, one row of each at
+            least. None takes up to 512 rows, no more than a quarter of them or 16 MiB.
+
+    Returns:
+        As :func:`kl_div_with_logits`.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: As :func:`kl_div_with_logits`.
+    """
+    options = DivergenceOptions(beta, temperature, reduction, token_weight, memory_budget)
+    teacher = teacher_input, teacher_linear_weight, teacher_linear_bias
+    return call(LINEAR_KL_DIV, (input, linear_weight, linear_bias, *teacher, options))
+
+
+def linear_topk_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    remainder: Remainder = "bucket",
+    reduction: Reduction = "mean",
+    token_weight: Tensor | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """:func:`linear_kl_div` from the k most probable classes of a teacher, as saved beforehand.
+
+    Args:
+        teacher_indices: k different classes for each token, of shape (..., k) and dtype int64.
+        teacher_log_probs: Their log-probabilities at the temperature, of shape (..., k); any
+            floating dtype. What they lack of 1 is the probability of all other classes.
+        beta: As in :func:`kl_div_with_logits`; 0.0 where the remainder is ignored.
+        temperature: What the student's logits are divided by.
+        remainder: ``"bucket"``: all other classes count as one, whose probability is what is left
+            of 1, for student and teacher; with ``beta=1.0`` nothing left for the teacher makes the
+            loss infinite. ``"ignore"``: the sum of ``q (log q - log p)`` goes over the k classes
+            alone, which may be negative; p is of all classes.
+        input, linear_weight, linear_bias, reduction, token_weight, memory_budget: As in
+            :func:`linear_kl_div`.
+
+    Returns:
+        As :func:`kl_div_with_logits`.
+
+    Raises:
+        IndexError, ValueError: A class index is out of range, or there twice in a token's k. On a
+            GPU the loss of its token is NaN instead, as an error would have to wait for the GPU.
+        RuntimeError, ValueError, TypeError: As :func:`kl_div_with_logits`.
+    """
+    options = DivergenceOptions(
+        beta, temperature, reduction, token_weight, memory_budget, remainder
+    )
+    head = input, linear_weight, linear_bias
+    return call(LINEAR_TOPK_KL_DIV, (*head, teacher_indices, teacher_log_probs, options))
 
 
 def nll_loss(

@@ -9,6 +9,7 @@ A name that has no counterpart here, such as ``Linear``, is torch's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
 from pyfused import checks
-from pyfused.types import CrossEntropyOptions, FusedOptions, MarginKind, Reduction
+from pyfused.types import CrossEntropyOptions, FusedOptions, MarginKind, Reduction, Remainder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,10 +34,15 @@ __all__ = [
     "HingeLoss",
     "HuberLoss",
     "KLDivLoss",
+    "KLDivWithLogitsLoss",
     "L1Loss",
     "LeakyReLU",
     "LinearCrossEntropyLoss",
+    "LinearKLDivLoss",
+    "LinearLogProbs",
+    "LinearTopKKLDivLoss",
     "LogCoshLoss",
+    "LogProbs",
     "LogSoftmax",
     "MSELoss",
     "MarginRankingLoss",
@@ -205,6 +211,113 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
     def extra_repr(self) -> str:
         changed = _changed(self, memory_budget=None, softcap=None, filter_eps=0.0)
         return ", ".join(filter(None, (super().extra_repr(), changed)))
+
+
+class LogProbs(torch.nn.Module):
+    """:func:`pyfused.functional.log_probs` as a module, with its keywords."""
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        return_lse: bool = False,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "softcap": softcap,
+            "temperature": temperature,
+            "return_entropy": return_entropy,
+            "return_lse": return_lse,
+        }
+
+    def forward(self, logits: Tensor, target: Tensor) -> Any:
+        return F.log_probs(logits, target, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearLogProbs(LogProbs):
+    """:func:`pyfused.functional.linear_log_probs` of its own layer ``linear``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
+        deterministic_rows: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.options["memory_budget"] = memory_budget
+        self.options["deterministic_rows"] = deterministic_rows
+
+    def forward(self, input: Tensor, target: Tensor) -> Any:
+        weight, bias = self.linear.weight, self.linear.bias
+        return F.linear_log_probs(input, weight, target, linear_bias=bias, **self.options)
+
+
+class KLDivWithLogitsLoss(torch.nn.modules.loss._Loss):
+    """:func:`pyfused.functional.kl_div_with_logits` as a module, which takes its tensors."""
+
+    _function = "kl_div_with_logits"
+
+    def __init__(
+        self, beta: float = 0.0, temperature: float = 1.0, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__(reduction=reduction)
+        self.options: dict[str, Any] = {"beta": beta, "temperature": temperature}
+
+    def forward(self, *tensors: Tensor, **by_name: Tensor | None) -> Tensor:
+        function: Callable[..., Tensor] = getattr(F, self._function)
+        return function(*tensors, **by_name, reduction=self.reduction, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearKLDivLoss(KLDivWithLogitsLoss):
+    """:func:`pyfused.functional.linear_kl_div` as a module, which takes its tensors."""
+
+    _function = "linear_kl_div"
+
+    def __init__(
+        self,
+        beta: float = 0.0,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(beta, temperature, reduction)
+        self.options["memory_budget"] = memory_budget
+
+
+class LinearTopKKLDivLoss(LinearKLDivLoss):
+    """:func:`pyfused.functional.linear_topk_kl_div` as a module, which takes its tensors."""
+
+    _function = "linear_topk_kl_div"
+
+    def __init__(
+        self,
+        beta: float = 0.0,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        *,
+        remainder: Remainder = "bucket",
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(beta, temperature, reduction, memory_budget=memory_budget)
+        self.options["remainder"] = remainder
 
 
 class AdditiveMargin(torch.nn.Module):

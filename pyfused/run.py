@@ -240,7 +240,7 @@ def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool, result: 
 def _elements(op: Operator, arguments: Sequence[Any]) -> int:
     """Of the input, or of the logits that a linear layer makes of it."""
     input = arguments[0]
-    if op.name != "linear_cross_entropy":
+    if not op.name.startswith("linear_"):
         return int(input.numel())
     features = input.shape[-1]
     return int(input.numel() // features * (arguments[1].numel() // features))

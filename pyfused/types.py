@@ -13,13 +13,21 @@ Reduction = Literal["none", "mean", "sum"]
 ReductionOfKlDiv = Literal["none", "mean", "sum", "batchmean"]
 Approximate = Literal["none", "tanh"]
 MarginKind = Literal["cosface", "arcface"]
+Remainder = Literal["bucket", "ignore"]
 
 
 NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}  # of numbers; `checks` looks here
 
 
 @dataclass(eq=False)
-class CrossEntropyOptions:
+class Options:
+    def values(self) -> tuple[Any, ...]:
+        """The fields' values, in their order."""
+        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
+
+
+@dataclass(eq=False)
+class CrossEntropyOptions(Options):
     """The arguments of cross-entropy beside its tensors, built once from a call's keywords.
 
     The custom operators that torch.compile sees take these fields as their arguments, and the C++
@@ -42,10 +50,6 @@ class CrossEntropyOptions:
     denominator: float | Tensor | None = field(default=None, metadata=POSITIVE)
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
-
-    def values(self) -> tuple[Any, ...]:
-        """The fields' values, in their order."""
-        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
 
     def is_plain(self) -> bool:
         """Whether torch's function of this name has all that is asked for."""
@@ -75,6 +79,46 @@ class HeadOptions(CrossEntropyOptions):
 
     def is_plain(self) -> bool:
         return self.softcap is None and super().is_plain()
+
+
+@dataclass(eq=False)
+class LogProbsOptions(Options):
+    """The arguments of log-probabilities beside tensors; the last two are a linear layer's.
+
+    Attributes:
+        softcap: The logits are softcap * tanh(logits / softcap); None for no such bound.
+        temperature: What the logits are divided by after that.
+        memory_budget: Bytes for the logits that exist at once; None for the default.
+        deterministic_rows: Logits come from matrix products of one size.
+    """
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    temperature: float = 1.0
+    memory_budget: int | None = None
+    deterministic_rows: bool = False
+
+
+@dataclass(eq=False)
+class DivergenceOptions(Options):
+    """Those of the divergence of a student from a teacher; custom operators take the fields.
+
+    Attributes:
+        token_weight: What each token's divergence is multiplied by, None for ones.
+        memory_budget: Bytes for the logits of both that exist at once; None for the default.
+        remainder: What is made of the probability outside of a teacher's top k.
+    """
+
+    beta: float = 0.0
+    temperature: float = 1.0
+    reduction: str = "mean"
+    token_weight: Tensor | None = None
+    memory_budget: int | None = None
+    remainder: str = "bucket"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
+            self.token_weight = self.token_weight.to(torch.float32)  # a mask
 
 
 class FusedOptions(TypedDict, total=False):

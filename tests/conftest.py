@@ -17,7 +17,7 @@ import torch
 import pyfused
 from pyfused import formula
 from pyfused.backends import backend_of, cpu
-from pyfused.ops import dispatch, linear_cross_entropy
+from pyfused.ops import dispatch, distillation, linear_cross_entropy
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -71,6 +71,7 @@ def fused_always() -> Iterator[None]:
         patch.setattr(dispatch, "_ALWAYS_BELOW", {})
         patch.setattr(dispatch, "aten_is_faster", lambda *call: call[-1] == 0)
         patch.setattr(linear_cross_entropy, "SMALL_BELOW", 0)
+        patch.setattr(distillation, "SMALL_BELOW", 0)
         patch.setattr(formula, "SMALL_BELOW", (0, 0))
         yield
 
@@ -87,7 +88,8 @@ def seed() -> None:
     torch.manual_seed(20)
 
 
-BY_NAME = ("cross_entropy", "nll_loss", "multi_margin_loss")  # backends' functions of one operator
+# Backends' functions of one operator.
+BY_NAME = (*("cross_entropy", "kl_div_with_logits", "log_probs", "nll_loss", "multi_margin_loss"),)
 
 
 class KernelCalls(Counter[str]):
@@ -95,8 +97,10 @@ class KernelCalls(Counter[str]):
 
     def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            name = family if family in BY_NAME else getattr(args[0], "name", args[0])
-            self[name + "_backward" * family.endswith("_backward")] += 1
+            of_one = family.removesuffix("_backward") in BY_NAME
+            name = family if of_one else getattr(args[0], "name", args[0])
+            backward = "_backward" * (family.endswith("_backward") and not of_one)
+            self[name + backward] += 1
             return function(*args, **kwargs)
 
         return counted
@@ -106,9 +110,9 @@ class KernelCalls(Counter[str]):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls: a test that compares torch with torch would pass without any."""
     calls = KernelCalls()
-    once = (*BY_NAME, "pointwise_loss")
-    both = ("activation", "softmax")
-    for family in (*once, *both, *(f"{family}_backward" for family in both)):
+    both = ("activation", "softmax", "log_probs")
+    families = dict.fromkeys((*BY_NAME, "pointwise_loss", *both))
+    for family in (*families, *(f"{family}_backward" for family in both)):
         kernels = getattr(backend, family)
         monkeypatch.setattr(backend, family, calls.record(family, kernels))
     return calls

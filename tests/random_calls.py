@@ -20,28 +20,34 @@ from pyfused.backends import cpu
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import TOKEN_WEIGHT, Operator, reduction_of
+from pyfused.ops.distillation import Divergence
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
+    LINEAR_LOG_PROBS,
+    LOG_PROBS,
     MULTI_MARGIN_LOSS,
     NLL_LOSS,
 )
 from pyfused.ops.softmax import Softmax
 
-OF_CLASSES = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS, NLL_LOSS)
+LINEAR = (LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS)
+OF_INDICES = (LINEAR_LOG_PROBS, LOG_PROBS, MULTI_MARGIN_LOSS, NLL_LOSS)  # alone
+OF_CLASSES = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, *OF_INDICES)
 ROUNDED = ("softcap", "scale")  # logits that are rounded to their dtype before the loss
 OPTIONS: dict[str, list[Any]] = {
     name: values
     for names, values in (
         ("alpha negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
         ("approximate", ["none", "tanh"]),
-        ("beta cap delta margin scale softcap", [n / 8 for n in range(1, 16)]),  # kinks are met
+        ("beta cap delta margin scale softcap temperature", [n / 8 for n in range(1, 16)]),
         ("denominator", [3.0, torch.tensor(3.0), torch.tensor([2.5]).double()]),
         ("dim", [*range(-5, 5)]),
         ("dtype loss_dtype", [*FLOATS]),
         ("eps", [1e-3, 0.5]),
         ("filter_eps", [0.0]),
         ("full log_input log_target reduce squared", [False, True]),
+        ("deterministic_rows return_entropy return_lse", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient where p = 1 is NaN
         ("ignore_index", [0, 1, 255, -1]),
         ("inplace with_metrics", [True]),  # the latter is another function
@@ -49,6 +55,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("memory_budget", [1, 1000, 10000]),
         ("p", [1, 2]),
         ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
+        ("remainder", ["bucket", "ignore"]),
     )
     for name in names.split()
 }
@@ -83,6 +90,8 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
     dtype = rng.choice(FLOATS)
     operands = {operand.name: operand for operand in op.operands}
     names = [*inspect.signature(getattr(fused, op.name)).parameters]
+    if isinstance(op, Divergence):
+        operands["token_weight"] = TOKEN_WEIGHT
     if op in (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY):
         operands["token_weight"] = TOKEN_WEIGHT
         names.append("with_metrics")
@@ -103,6 +112,8 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
         options.pop("inplace", None)  # nor has torch that
     if op in OF_CLASSES:
         found = of_classes(rng, elements, op, options)
+    elif isinstance(op, Divergence):
+        found = of_predictions(rng, elements)
     elif isinstance(op, (Activation, Softmax)):
         x = torch.randn(shape_of(rng, elements, rng.randint(0, 4))) * rng.choice([1.0, 8.0])
         if x.numel() and rng.once_in(4):
@@ -115,7 +126,8 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
     layouts = [*(SAME_VALUES if "inplace" in options else LAYOUTS).values()]
     given: dict[str, Any] = {}
     for name, operand in operands.items():
-        mixed = given and op not in (LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS) and rng.once_in(20)
+        alike = op in (*LINEAR, MULTI_MARGIN_LOSS) or isinstance(op, Divergence)
+        mixed = given and not alike and rng.once_in(20)
         x = found[name]
         if operand.optional and not rng.once_in(3):
             continue
@@ -153,7 +165,7 @@ def of_classes(
     classes = shape[of_class]
     logits = torch.randn(shape) * rng.choice([1.0, 8.0])
     target, rows = torch.rand(shape), loss_shape(logits, "none")
-    if op in (MULTI_MARGIN_LOSS, NLL_LOSS) or not rng.once_in(3):
+    if op in OF_INDICES or not rng.once_in(3):
         target = torch.randint(max(classes, 1), rows)
         if op is not MULTI_MARGIN_LOSS:
             ignored = torch.rand(rows) < rng.choice([0.0, 0.3, 0.3, 1.0])
@@ -171,15 +183,38 @@ def of_classes(
     if not options.keys() & {*ROUNDED, "gamma"} and logits.numel() and classes > 1:
         logits += 1e4 if rng.once_in(6) else 0.0
         if rng.once_in(4):  # metrics of inf are NaN, as the loss is
-            special = [-math.inf, math.nan, math.inf][: 3 - ("with_metrics" in options)]
+            statistics = "with_metrics" in options or op is LOG_PROBS
+            special = [-math.inf, math.nan, math.inf][: 3 - statistics]
             logits.view(-1)[torch.randint(logits.numel(), (3,))] = rng.choice(special)
     features, columns = rng.randint(1, 20), shape[of_class:]
     return {
-        "input": torch.randn(*shape[:of_class], features) if op is LINEAR_CROSS_ENTROPY else logits,
+        "input": torch.randn(*shape[:of_class], features) if op in LINEAR else logits,
+        "logits": logits,
         "linear_weight": torch.randn(*columns, features) / features**0.5,
         "target": target,
         "linear_bias": torch.randn(columns),
         "weight": torch.rand(classes) + 0.1,
+        "token_weight": torch.rand(rows).sub(0.2).clamp(min=0),
+    }
+
+
+def of_predictions(rng: Random, elements: int) -> dict[str, Tensor]:
+    """Of a student and a teacher, for every kind of divergence."""
+    *rows, classes = shape_of(rng, elements, rng.choice([1, 2, 3]))
+    classes = 5 if classes == 1 else classes  # of one the value is 0, and torch's a rounding error
+    features, k = rng.randint(1, 20), rng.randint(1, max(classes // 2, 1))
+    log_probs, indices = torch.randn(*rows, max(classes, 1)).log_softmax(-1).topk(k)
+    return {
+        "logits": torch.randn(*rows, classes) * rng.choice([1.0, 8.0]),
+        "teacher_logits": torch.randn(*rows, classes),
+        "input": torch.randn(*rows, features),
+        "linear_weight": torch.randn(classes, features) / features**0.5,
+        "linear_bias": torch.randn(classes),
+        "teacher_input": torch.randn(*rows, features),
+        "teacher_linear_weight": torch.randn(classes, features) / features**0.5,
+        "teacher_linear_bias": torch.randn(classes),
+        "teacher_indices": indices,
+        "teacher_log_probs": log_probs - 0.01,  # what they add up to stays below 1 when rounded
         "token_weight": torch.rand(rows).sub(0.2).clamp(min=0),
     }
 

@@ -52,7 +52,10 @@ def example(name: str) -> ModuleType:
 DRAWN = ["demo", "losses", "gradient_descent"]
 
 
-@pytest.mark.parametrize("name", ["digits", "regression", "gpt", "custom_loss", *DRAWN])
+WITHOUT_PICTURES = ["digits", "regression", "gpt", "custom_loss", "grpo", "distillation"]
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_PICTURES, *DRAWN])
 def test_help(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +128,63 @@ def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     for step in runs[1]:
         assert 0 < step.loss_ms < step.step_ms
+
+
+def test_grpo_raises_the_reward_with_equal_losses(
+    kernel_calls: KernelCalls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--steps", "30"])
+    example("grpo").main()  # exits where the losses differ, or the reward has not risen
+    assert kernel_calls["log_probs_backward"] >= 2 * 30
+    assert "at the end" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_grpo_fails_where_the_losses_differ(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    grpo = example("grpo")
+    right = grpo.by_pyfused
+    monkeypatch.setitem(
+        grpo.WAYS, "pyfused", lambda *given: tuple(factor * each for each in right(*given))
+    )
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--steps", "4"])
+    with pytest.raises(SystemExit, match="differ by more than the tolerance"):
+        grpo.main()
+
+
+@pytest.fixture
+def distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """With a text of few tokens, in the order of which there is something to learn."""
+    tokens, path = torch.arange(1000) % 50, tmp_path / "tokens.pt"
+    torch.save({"training": tokens, "held_out": tokens, "vocabulary": 50}, path)
+    arguments = ["--tokens", str(path), "--steps", "8", "--teacher-steps", "8"]
+    monkeypatch.setattr(sys, "argv", ["distillation.py", *arguments])
+    return example("distillation")
+
+
+def test_distilling_gives_equal_losses(
+    distillation: ModuleType,
+    kernels_forced: None,
+    kernel_calls: KernelCalls,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    distillation.main()  # exits where the losses differ, or the student learns nothing
+    told = capsys.readouterr().out
+    assert kernel_calls["kl_div_with_logits"] >= 8
+    gpt = example("gpt")
+    small, large = (distillation.build(32_000, 0, n) for n in (distillation.WIDTH, gpt.WIDTH))
+    assert 3 < distillation.size_of(large) / distillation.size_of(small) < 6
+    first, last = (float(line.split()[-1]) for line in told.splitlines()[:2])
+    assert first < last  # the teacher has learnt
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_distilling_fails_where_the_losses_differ(
+    factor: float, distillation: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = distillation.by_pyfused
+    monkeypatch.setitem(distillation.LOSSES, "pyfused", lambda *given: factor * right(*given))
+    with pytest.raises(SystemExit, match="differ by more than the tolerance"):
+        distillation.main()
 
 
 @pytest.fixture

@@ -132,6 +132,18 @@ def test_budgets_change_nothing_but_roundings(kernel_calls: KernelCalls) -> None
     assert calls[-1] > 500
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_products_in_half_precision_are_added_in_blocks(
+    beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "PRODUCT_ROWS", 7)
+    a, b, out = torch.randn(20, 5).bfloat16(), torch.randn(5, 3).bfloat16(), torch.randn(20, 3)
+    expected = beta * out + torch.mm(a, b)
+    cpu.add_product(out, a, b, beta)
+    torch.testing.assert_close(out, expected, rtol=0.01, atol=0.01)
+
+
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
     """The largest of what operators return."""
 

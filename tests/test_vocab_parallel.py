@@ -15,7 +15,7 @@ from processes import in_processes
 from torch import Tensor
 
 from pyfused import explain
-from pyfused.functional import cross_entropy, linear_cross_entropy
+from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs, log_probs
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
@@ -84,6 +84,22 @@ def in_one_process() -> Found:
     return found
 
 
+def log_probs_of(functions: Any, own: slice, **shard: Any) -> list[list[Tensor]]:
+    """Results and gradients, of logits and of a head, whose classes `own` are."""
+    input, head, bias, target = draw(torch.float32)
+    leaves = [x.requires_grad_() for x in (input, head[own].clone(), bias[own].clone())]
+    logits = (input @ head.t() + bias)[:, own].detach().requires_grad_()
+    options: dict[str, Any] = {"softcap": 4.0, "return_entropy": True, "return_lse": True, **shard}
+    of_logits, of_head = functions
+    found = of_logits(logits, target, **options)
+    of_head = of_head(*leaves[:2], target, linear_bias=leaves[2], memory_budget=4000, **options)
+    weights = torch.linspace(-1, 1, 3 * ROWS).view(3, ROWS)
+    return [
+        [torch.stack([*x]).detach(), *torch.autograd.grad((torch.stack([*x]) * weights).sum(), of)]
+        for x, of in ((found, [logits]), (of_head, leaves))
+    ]
+
+
 def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
     from pyfused import distributed
 
@@ -118,6 +134,13 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
             )
             of_head = torch.autograd.grad(linear, leaves, upstream_of(linear))
             found[name, dtype] = [loss.detach(), of_logits, linear.detach(), *of_head]
+        functions = (
+            distributed.vocab_parallel_log_probs,
+            distributed.vocab_parallel_linear_log_probs,
+        )
+        sent.clear()
+        found["log_probs"] = log_probs_of(functions, own, vocab_start=own.start, vocab_size=CLASSES)
+        found["log_probs", "sent"] = sum(sent)
         found["dtensor"] = of_dtensors(sent)
         found["errors"] = [
             told(
@@ -216,6 +239,23 @@ def test_processes_together_are_one(
     close(torch.cat([rank[5] for rank in found]), of_bias)
     sent = {rank[name, dtype, "sent"] for rank in ranks}
     assert sent == {3 * ROWS + ("vocab_size" not in CASES[name])}
+
+
+def test_log_probs_of_processes_together(ranks: list[Any]) -> None:
+    with fused_always():
+        expected = log_probs_of((log_probs, linear_log_probs), slice(None))
+    for (results, of_logits), (linear, *of_head) in [rank["log_probs"] for rank in ranks]:
+        torch.testing.assert_close(results, expected[0][0])
+        torch.testing.assert_close(linear, expected[1][0])
+        torch.testing.assert_close(of_head[0], expected[1][1])
+        assert of_logits.shape[1] == len(of_head[1]) == len(of_head[2])
+    parts = [rank["log_probs"] for rank in ranks]
+    torch.testing.assert_close(torch.cat([part[0][1] for part in parts], 1), expected[0][1])
+    for place in (2, 3):
+        joined = torch.cat([part[1][place] for part in parts])
+        torch.testing.assert_close(joined, expected[1][place])
+    sent = 2 * 4 * ROWS + ROWS * FEATURES  # of logits and of the head, and the input's gradient
+    assert {rank["log_probs", "sent"] for rank in ranks} == {sent}
 
 
 def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:

@@ -19,7 +19,9 @@ from pyfused.backends import cpu
 from pyfused.backends.versions import unsupported_triton
 from pyfused.types import (
     CrossEntropyOptions,
+    DivergenceOptions,
     Gradients,
+    LogProbsOptions,
     MarginOptions,
     NllOptions,
     VocabShard,
@@ -93,6 +95,15 @@ class Backend(Protocol):
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]: ...
 
+    def kl_div_with_logits(
+        self,
+        input: Tensor,
+        teacher: Tensor,
+        options: DivergenceOptions,
+        want: Want,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]: ...
+
     def pointwise_loss(
         self,
         formula: str | Program,
@@ -104,6 +115,27 @@ class Backend(Protocol):
         want: Want,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]: ...
+
+    def log_probs(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        options: LogProbsOptions,
+        values: Tensor,
+        shard: VocabShard,
+        continues: bool = False,
+    ) -> None: ...
+
+    def log_probs_backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        options: LogProbsOptions,
+        values: Tensor,
+        grad_results: Tensor,
+        shard: VocabShard,
+        out: Tensor,
+    ) -> None: ...
 
     def softmax(self, formula: str, input: Tensor, dim: int) -> Tensor: ...
 

@@ -13,7 +13,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ from pyfused.layout import (
 )
 from pyfused.types import (
     CrossEntropyOptions,
+    DivergenceOptions,
     Gradients,
+    LogProbsOptions,
     MarginOptions,
     NllOptions,
     VocabShard,
@@ -177,13 +179,19 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+# Rows of a product in half precision that is added to float32: so many stay in cache, which takes
+# half as long as to write all and to read them again.
+PRODUCT_ROWS = 8192
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
     if out.dtype is a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif beta:
-        out += torch.mm(a, b)
-    else:
-        out.copy_(torch.mm(a, b))
+        return
+    for first in range(0, len(out), PRODUCT_ROWS):
+        here = slice(first, first + PRODUCT_ROWS)
+        product = torch.mm(a[here], b)
+        out[here].add_(product) if beta else out[here].copy_(product)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -334,6 +342,48 @@ def multi_margin_loss(
     return loss, (grad_input, None)
 
 
+def kl_div_with_logits(
+    input: Tensor,
+    teacher: Tensor,
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """The divergence of each row of logits (N, C) from the teacher's, or their sum.
+
+    Args:
+        teacher: Of the input's dtype and shape.
+        options: A mean is the caller's part.
+        grad_output: The loss's gradient, of the loss's shape; None stands for ones.
+
+    Returns:
+        The loss is in the accumulation dtype; the gradient is the input's.
+    """
+    input, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (input, teacher))
+    each, grad = options.reduction == "none", None
+    if any(want.gradients):
+        grad = input.detach() if want.inplace else empty_like(input, torch.contiguous_format)
+    token_weight, grad_output = contiguous_in(
+        accumulate_dtype(input.dtype), options.token_weight, grad_output
+    )
+    loss = _loss_of(input, "none" if each else "sum", want)
+    native.kl_div_with_logits(
+        DTYPES[input.dtype],
+        input.shape,
+        (input.data_ptr(), input.stride(0)),
+        (teacher.data_ptr(), teacher.stride(0)),
+        options.beta,
+        1 / options.temperature,
+        _address(token_weight),
+        each,
+        _address(grad_output),
+        _address(loss),
+        (_address(grad), 0 if grad is None else grad.stride(0)),
+        torch.get_num_threads(),
+    )
+    return loss, (grad,)
+
+
 def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:
     """A new tensor for the loss of (N, C, d1, ..., dk), None where none is wanted."""
     if not want.loss:
@@ -403,6 +453,67 @@ def _program(program: Program) -> Callable[..., None]:
     given = program.prologue, program.body, program.constants, program.parameters
     kernel: Callable[..., None] = native.Program(*given)
     return kernel
+
+
+def log_probs(
+    logits: Tensor,
+    target: Tensor,
+    options: LogProbsOptions,
+    values: Tensor,
+    shard: VocabShard,
+    continues: bool = False,
+) -> None:
+    """Writes the log-probability of each row's target, its entropy, its log-sum-exp, and four more.
+
+    Args:
+        logits: (N, C) with contiguous classes, of a dtype in ``DTYPES``.
+        target: int64 class indices among all classes, in range or ``ignore_index``, contiguous.
+        values: (7, N), float64, the rows contiguous; the results are of the classes up to these.
+        shard: Which of all classes the logits' are.
+        continues: From the values, which are those of a call with the classes before these.
+    """
+    given = _of_log_probs(logits, target, options, values, shard)
+    native.log_probs(*given, continues, (0, 0), (0, 0), torch.get_num_threads())
+
+
+def log_probs_backward(
+    logits: Tensor,
+    target: Tensor,
+    options: LogProbsOptions,
+    values: Tensor,
+    grad_results: Tensor,
+    shard: VocabShard,
+    out: Tensor,
+) -> None:
+    """Writes the gradient of the logits.
+
+    Args:
+        logits, target, options, shard: As in ``log_probs``.
+        values: Of all classes.
+        grad_results: The gradients of the first three, (3, N), float64, the rows contiguous.
+        out: Of the logits' shape and dtype, with contiguous classes; it may be the logits.
+    """
+    given = _of_log_probs(logits, target, options, values, shard)
+    gradients = (_rows_of(grad_results), _rows_of(out))
+    native.log_probs(*given, False, *gradients, torch.get_num_threads())
+
+
+def _rows_of(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _of_log_probs(
+    logits: Tensor, target: Tensor, options: LogProbsOptions, values: Tensor, shard: VocabShard
+) -> tuple[Any, ...]:
+    return (
+        DTYPES[logits.dtype],
+        (*logits.shape, shard.first, logits.stride(0)),
+        logits.data_ptr(),
+        target.data_ptr(),
+        options.ignore_index,
+        (1 / options.temperature, options.softcap or 0.0),
+        _rows_of(values),
+    )
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:

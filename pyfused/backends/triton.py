@@ -23,6 +23,8 @@ from pyfused.kernels.cross_entropy import (
     statistics_kernel,
     two_pass_kernel,
 )
+from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
+from pyfused.kernels.log_probs import log_probs_backward_kernel, log_probs_kernel
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
@@ -43,7 +45,9 @@ from pyfused.layout import (
 )
 from pyfused.types import (
     CrossEntropyOptions,
+    DivergenceOptions,
     Gradients,
+    LogProbsOptions,
     MarginOptions,
     NllOptions,
     Statistics,
@@ -336,6 +340,84 @@ def multi_margin_loss(
         multi_margin_kernel[(programs,)](*given, n, classes, float(options.margin), **meta, **units)
         _add_up(parts, loss)
     return loss, (grad, None)
+
+
+def log_probs(
+    logits: Tensor,
+    target: Tensor,
+    options: LogProbsOptions,
+    values: Tensor,
+    shard: VocabShard,
+    continues: bool = False,
+) -> None:
+    """As ``cpu.log_probs``; the log-probability of a class index out of range is NaN."""
+    strides = logits.stride(0), values.stride(0)
+    programs, given, meta = _of_log_probs(logits, options, strides, shard)
+    with torch.cuda.device_of(logits):
+        log_probs_kernel[(programs,)](logits, target, values, *given, CONTINUES=continues, **meta)
+
+
+def log_probs_backward(
+    logits: Tensor,
+    target: Tensor,
+    options: LogProbsOptions,
+    values: Tensor,
+    grad_results: Tensor,
+    shard: VocabShard,
+    out: Tensor,
+) -> None:
+    """As ``cpu.log_probs_backward``; the gradient of a class index out of range is zero."""
+    tensors = logits, out, values, grad_results
+    strides = tuple(tensor.stride(0) for tensor in tensors)
+    programs, given, meta = _of_log_probs(logits, options, strides, shard, out)
+    with torch.cuda.device_of(logits):
+        log_probs_backward_kernel[(programs,)](
+            logits, target, values, grad_results, out, *given, **meta
+        )
+
+
+def _of_log_probs(
+    logits: Tensor,
+    options: LogProbsOptions,
+    strides: tuple[int, ...],
+    shard: VocabShard,
+    *others: Tensor,
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """The number of programs, and the arguments and constants that both kernels take."""
+    sizes: Any = (1, *logits.shape)
+    rows: Any = [(0, *tensor.stride()) for tensor in (logits, *others)]
+    choice, programs, units = _tiling(sizes, logits.element_size(), *rows, tensors=2)
+    given = *logits.shape, strides, *shard[:2], options.ignore_index
+    shaping = {"CAP": options.softcap or 0.0, "SCALE": 1 / options.temperature}
+    return programs, given, {**shaping, **units, **choice.tile()}
+
+
+def kl_div_with_logits(
+    input: Tensor,
+    teacher: Tensor,
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """See ``cpu.kl_div_with_logits``."""
+    input, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (input, teacher))
+    (n, classes), each, grad = input.shape, options.reduction == "none", None
+    if any(want.gradients):
+        grad = input.detach() if want.inplace else input.new_empty(input.shape)
+    token_weight, grad_output = contiguous_in(
+        accumulate_dtype(input.dtype), options.token_weight, grad_output
+    )
+    strides = input.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0)
+    rows = [(0, stride, 1) for stride in strides]
+    choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
+    kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
+    with torch.cuda.device_of(input):
+        loss, parts = _loss_of(input, "none" if each else "sum", want, programs)
+        given = input, teacher, token_weight, grad_output, parts, grad, n, classes, strides
+        meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
+        kl_div_kernel[(programs,)](*given, float(options.beta), **meta, **choice.tile(), **units)
+        _add_up(parts, loss)
+    return loss, (grad,)
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:

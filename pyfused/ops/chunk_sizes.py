@@ -29,13 +29,18 @@ def product_dtype(head: Head, backend: Backend) -> torch.dtype:
     return backend.product_dtype(dtype)
 
 
+def rows_in_budget(n: int, row: int, memory_budget: int | None) -> int:
+    """Of n rows of so many bytes those that fit, which may be more than there are, or none."""
+    if memory_budget is not None:
+        return memory_budget // row
+    return min(max(n * row // 4, LEAST_BUDGET) // row, MOST_ROWS)
+
+
 def rows_at_once(head: Head, options: HeadOptions, backend: Backend) -> int:
     """Rows of logits that fit the budget; 0 where blocks of classes are the better way."""
     n, dtype = len(head.input), product_dtype(head, backend)
     row = head.columns * dtype.itemsize * (1 if options.softcap is None else 3)
-    rows = min(max(n * row // 4, LEAST_BUDGET) // row, MOST_ROWS)
-    if options.memory_budget is not None:
-        rows = options.memory_budget // row
+    rows = rows_in_budget(n, row, options.memory_budget)
     if not head.takes_blocks():
         return max(1, min(n, rows))
     return 0 if dtype is not head.input.dtype or rows < min(n, LEAST_ROWS) else min(n, rows)

@@ -5,9 +5,9 @@ How many rows or classes a chunk has is decided in `chunk_sizes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,54 +58,85 @@ def by_rows(
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
         statistics: Where to write them, None where they are not wanted.
     """
-    input, linear_weight, linear_bias, target, weight = head
-    n, dtype, each = len(input), product_dtype(head, backend), options.reduction == "none"
+    *_, target, weight = head
+    dtype, each = product_dtype(head, backend), options.reduction == "none"
     options = replace(options, reduction="none" if each else "sum", denominator=None)
-    flat = linear_weight.reshape(head.columns, -1).to(dtype)
-    bias = None if linear_bias is None else linear_bias.reshape(-1).to(dtype)
-    memory = backend.empty((rows, head.columns), dtype, input)
-    grad_input = backend.empty(input.shape, dtype, input) if wanted.input else None
-    sums = accumulate_dtype(dtype)
-    grad_weight = backend.empty(flat.shape, sums, input) if wanted.linear_weight else None
-    grad_bias = input.new_zeros(head.columns, dtype=sums) if wanted.linear_bias else None
     grad_target = torch.empty_like(target) if wanted.target else None
     want = Want(want_loss, (wanted.logits(), wanted.target) if any(wanted) else (), True)
-    per_row = linear_weight.shape[1:-1].numel()
+    shape = head.linear_weight.shape[:-1]
+
+    def of_chunk(logits: Tensor, here: slice) -> OfChunk:
+        targets = target[here].to(dtype) if target.is_floating_point() else target[here]
+        capped = _cap(backend, logits, options.softcap).view(-1, *shape)
+        wants = want
+        if statistics is not None:
+            per_row = shape[1:].numel()
+            part = statistics.at(slice(here.start * per_row, here.stop * per_row))
+            wants = want._replace(statistics=part.before(backend, capped, targets, options))
+        of_rows = grad_output[here] if grad_output is not None and each else grad_output
+        loss, (_, of_target) = backend.cross_entropy(
+            capped, targets, weight, _of_rows(options, here), wants, of_rows
+        )
+        if grad_target is not None:
+            assert of_target is not None
+            grad_target[here] = of_target
+        if not wanted.logits():
+            return loss, None, None
+        gradient = _uncap(backend, capped.view_as(logits), logits, options.softcap)
+        return loss, gradient, _classes_that_count(gradient, of_rows, options.filter_eps)
+
+    losses, gradients = linear_by_rows(backend, head[:3], dtype, rows, wanted, of_chunk)
+    return _joined(losses, each), (*gradients, grad_target)
+
+
+# Of a chunk of logits the loss, the gradient, which may have their memory, and the classes where
+# that counts; each None where there is none, and the last for all classes.
+OfChunk = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def linear_by_rows(
+    backend: Backend,
+    layer: Sequence[Any],
+    dtype: torch.dtype,
+    rows: int,
+    wanted: Sequence[bool],
+    of_chunk: Callable[[Tensor, slice], OfChunk],
+) -> tuple[list[Tensor | None], Gradients]:
+    """Losses of a linear layer's output, a chunk of rows at a time, and the layer's gradients.
+
+    Args:
+        layer: Input, weight and bias or None.
+        dtype: That of the output.
+        wanted: Which gradients are; others than the layer's are not looked at.
+        of_chunk: From some rows of the output, and which rows these are.
+    """
+    input, linear_weight, linear_bias = layer
+    n, flat, sums = len(input), linear_weight.flatten(0, -2).to(dtype), accumulate_dtype(dtype)
+    bias = None if linear_bias is None else linear_bias.flatten().to(dtype)
+    memory = backend.empty((rows, len(flat)), dtype, input)
+    grad_input = backend.empty(input.shape, dtype, input) if wanted[0] else None
+    grad_weight = backend.empty(flat.shape, sums, input) if wanted[1] else None
+    grad_bias = input.new_zeros(len(flat), dtype=sums) if wanted[2] else None
     losses = []
     for first in range(0, n, rows):
         here = slice(first, min(first + rows, n))
         x, logits = input[here].to(dtype), memory[: here.stop - first]
         _linear(x, flat, bias, logits)
-        targets = target[here].to(dtype) if target.is_floating_point() else target[here]
-        capped = _cap(backend, logits, options.softcap).view(-1, *linear_weight.shape[:-1])
-        if statistics is not None:
-            part = statistics.at(slice(here.start * per_row, here.stop * per_row))
-            want = want._replace(statistics=part.before(backend, capped, targets, options))
-        of_rows = grad_output[here] if grad_output is not None and each else grad_output
-        loss, (_, of_target) = backend.cross_entropy(
-            capped, targets, weight, _of_rows(options, here), want, of_rows
-        )
+        loss, gradient, kept = of_chunk(logits, here)
         losses.append(loss)
-        if wanted.logits():
-            gradient = _uncap(backend, capped.view_as(logits), logits, options.softcap)
-            _add_products(
-                backend,
-                (gradient, flat, x),
-                _classes_that_count(gradient, of_rows, options.filter_eps),
-                None if grad_input is None else (grad_input[here], False),
-                None if grad_weight is None else (grad_weight, first > 0),
-            )
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0, dtype=sums)
-        if grad_target is not None:
-            assert of_target is not None
-            grad_target[here] = of_target
-    return _joined(losses, each), (
-        _as(grad_input, input),
-        _as(grad_weight, linear_weight),
-        _as(grad_bias, linear_bias),
-        grad_target,
-    )
+        if gradient is None:
+            continue
+        _add_products(
+            backend,
+            (gradient, flat, x),
+            kept,
+            None if grad_input is None else (grad_input[here], False),
+            None if grad_weight is None else (grad_weight, first > 0),
+        )
+        if grad_bias is not None:
+            grad_bias += gradient.sum(0, dtype=sums)
+    layers = (grad_input, input), (grad_weight, linear_weight), (grad_bias, linear_bias)
+    return losses, tuple(_as(gradient, of) for gradient, of in layers)
 
 
 def _joined(losses: list[Tensor | None], each: bool) -> Tensor | None:

@@ -17,16 +17,26 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.layout import accumulate_dtype, dense, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import inductor, linear_cross_entropy, pointwise_loss
+from pyfused.ops import inductor, linear_cross_entropy, log_probs, pointwise_loss
 from pyfused.ops.activation import Activation
 from pyfused.ops.chunked import Wanted
 from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.distillation import Divergence
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.operators import CROSS_ENTROPY, GAUSSIAN_NLL_LOSS, OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseCall, PointwiseLoss
 from pyfused.ops.softmax import Softmax
-from pyfused.types import CrossEntropyOptions, Gradients, Head, HeadOptions, Want
+from pyfused.types import (
+    CrossEntropyOptions,
+    DivergenceOptions,
+    Gradients,
+    Head,
+    HeadOptions,
+    LogProbsOptions,
+    Options,
+    Want,
+)
 
 _LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
 _SCHEMA = {  # of the types of fields
@@ -59,6 +69,8 @@ class CompiledOperator:
         definition: The same in torch's terms, differentiable.
         empty_value, empty_gradient: Tensors like the result, and like the gradient of a tensor.
         saves_output: Whether the gradients are computed from the output.
+        adds_output: Whether they are computed from the arguments and the output, which is then the
+            last of their functions' arguments.
     """
 
     name: str
@@ -70,6 +82,7 @@ class CompiledOperator:
     empty_gradient: Callable[[Tensor], Tensor]
     empty_value: Callable[[Arguments], Tensor]
     saves_output: bool = False
+    adds_output: bool = False
 
     def empty_gradients(self, given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
         found = [
@@ -83,6 +96,7 @@ class CompiledOperator:
         wanted = f"bool[{self.differentiable}] wanted"
         backward = f"{self.name}_backward"
         _LIBRARY.define(f"{self.name}({arguments}) -> Tensor")
+        arguments += ", Tensor output" * self.adds_output
         _LIBRARY.define(f"{backward}(Tensor grad_output, {arguments}, {wanted}) -> ({outputs})")
 
         def run(*given: Any) -> Tensor:
@@ -112,6 +126,7 @@ class CompiledOperator:
 
     def save(self, ctx: Any, inputs: Arguments, output: Tensor) -> None:
         given = (output, *inputs[1:]) if self.saves_output else inputs
+        given = (*given, output) if self.adds_output else given
         tensors = [value if isinstance(value, Tensor) else None for value in given]
         ctx.save_for_backward(*tensors)
         pairs = zip(given, tensors, strict=True)
@@ -128,7 +143,7 @@ class CompiledOperator:
             found = getattr(torch.ops.pyfused, f"{self.name}_backward")(grad_output, *given, wanted)
             found = found if self.differentiable > 1 else (found,)
         kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-        return *kept, *[None] * (len(given) - len(kept))
+        return *kept, *[None] * (len(given) - self.adds_output - len(kept))
 
     def gradients_in_torch(self, grad_output: Tensor, *given: Any) -> Tensor | list[Tensor]:
         """What the operator of the gradients returns, in torch's terms."""
@@ -292,7 +307,7 @@ for _op in OPERATORS.values():
 # ---- cross_entropy -------------------------------------------------------------------------------
 
 
-def _fields(options: type[CrossEntropyOptions]) -> list[str]:
+def _fields(options: type[Options]) -> list[str]:
     return [f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(options)]
 
 
@@ -395,3 +410,85 @@ CompiledOperator(
     empty_value=_empty_loss_of_head,
     empty_gradient=lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format),
 ).define()
+
+# ---- log_probs and divergences -------------------------------------------------------------------
+
+
+def _of_operands(op: Operator, options: type[Options], **family: Any) -> CompiledOperator:
+    """Takes the operands as declared, and then the fields of the options."""
+    tensors = [f"{'Tensor?' if each.optional else 'Tensor'} {each.name}" for each in op.operands]
+    return CompiledOperator(
+        name=op.name,
+        schema=[*tensors, *_fields(options)],
+        empty_gradient=lambda like: torch.empty_like(like, memory_format=torch.contiguous_format),
+        **family,
+    )
+
+
+def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
+    differentiable = len(op.operands) - 1
+
+    def read(given: Arguments) -> log_probs.Call:
+        last = differentiable + 1 + len(fields(LogProbsOptions))
+        tensors, others = given[: differentiable + 1], given[differentiable + 1 : last]
+        return op.call(tensors, LogProbsOptions(*others))
+
+    def value(given: Arguments) -> Tensor:
+        call = read(given)
+        op.check((*call.tensors, call.options))
+        return op.values(call)[0]
+
+    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        found = op.gradients(read(given), Wanted(*wanted), given[-1], grad_output)
+        return tuple(None if each is None else each.contiguous() for each in found)
+
+    def empty_value(given: Arguments) -> Tensor:
+        target: Tensor = given[differentiable]
+        return target.new_empty((log_probs.VALUES, *target.shape), dtype=torch.float64)
+
+    return _of_operands(
+        op,
+        LogProbsOptions,
+        differentiable=differentiable,
+        value=value,
+        gradients=gradients,
+        definition=lambda given, wanted, grad_output: op.define(read(given), wanted, grad_output),
+        empty_value=empty_value,
+        adds_output=True,
+    )
+
+
+def _of_divergence(op: Divergence) -> CompiledOperator:
+    def value(given: Arguments) -> Tensor:
+        loss: Tensor | None = op.compute(*op.read(given), Want())[0]
+        assert loss is not None
+        return loss
+
+    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        return op.compute(*op.read(given), Want(False, tuple(wanted)), grad_output)[1]
+
+    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        return op.define(*op.read(given), wanted, grad_output)
+
+    def empty_value(given: Arguments) -> Tensor:
+        (input, *_), options = op.read(given)
+        shape = input.shape[:-1] if options.reduction == "none" else ()
+        empty: Tensor = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
+        return empty
+
+    return _of_operands(
+        op,
+        DivergenceOptions,
+        differentiable=op.student,
+        value=value,
+        gradients=gradients,
+        definition=definition,
+        empty_value=empty_value,
+    )
+
+
+for _op in OPERATORS.values():
+    if isinstance(_op, log_probs.LogProbsOfLogits):
+        _of_log_probs(_op).define()
+    elif isinstance(_op, Divergence):
+        _of_divergence(_op).define()

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import metrics
 from pyfused.ops.originals import original
-from pyfused.types import CrossEntropyOptions, Head, HeadOptions
+from pyfused.types import CrossEntropyOptions, Head, HeadOptions, LogProbsOptions
 
 _cross_entropy = original(F.cross_entropy)
 _linear_cross_entropy = (  # from torch 2.13 on
@@ -99,12 +100,46 @@ def linear_cross_entropy(
 
 def of_logits(head: Head, options: HeadOptions) -> Any:
     """Cross-entropy of a linear layer's output, from all of it."""
-    input, linear_weight, linear_bias, target, weight = head
+    logits = _head_logits(*head[:3])
+    logits = logits if options.softcap is None else softcap(logits, options.softcap)
+    return cross_entropy(logits, head.target, head.weight, options)
+
+
+def _head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
-    logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
-    logits = logits if options.softcap is None else softcap(logits, options.softcap)
-    return cross_entropy(logits, target, weight, options)
+    return logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+
+
+def log_probs(
+    logits: Tensor,
+    target: Tensor,
+    options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
+) -> Tensor:
+    """The log-probability of each target, the entropy and the log-sum-exp of its row, stacked."""
+    checks.log_probs(logits, target, options)
+    dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
+    shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
+    valid = target != options.ignore_index
+    x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # else its NaN would be the gradient's
+    x = (x if options.softcap is None else softcap(x, options.softcap)) / options.temperature
+    log_p, lse = x.log_softmax(dim), x.logsumexp(dim)
+    at_target = log_p.gather(dim, target.where(valid, 0).unsqueeze(dim)).squeeze(dim)
+    p = log_p.exp()
+    entropy = -(p * log_p.where(p != 0, 0)).sum(dim)
+    results = torch.stack([found.where(valid, 0) for found in (at_target, entropy, lse)])
+    return results.reshape(3, *shape)
+
+
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
+) -> Tensor:
+    checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
+    return log_probs(_head_logits(input, linear_weight, linear_bias), target, options)
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:

@@ -28,6 +28,14 @@ from pyfused.backends import DTYPES, FORCED, takes_triton, unsupported_device
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.sizes import ATEN_BELOW
 
+# What a compiler follows into, to the custom operators that are called there.
+OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
+LINEAR = (  # their logits are of another size
+    *("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div"),
+)
+COMPOSED = ("rmse_loss", "multilabel_soft_margin_loss")
+FOLLOWED = (*OF_LOGITS, *LINEAR, *COMPOSED)
+
 # The table of sizes.py for GPUs, float32 with backward: up to so many classes, elements below which
 # ATen is faster. Measured on an H100 behind a slow processor, where torch launches a step of
 # mse_loss in 150 us and pyfused in 400: a kernel pays where ATen's kernels take longer than that.
@@ -46,7 +54,7 @@ ATEN_BELOW_ON_GPU: dict[str, Bands] = {
     "log_softmax": ((_ANY, 1 << 25),),
     "gaussian_nll_loss": ((_ANY, 1 << 22),),
     "sigmoid_focal_loss": ((_ANY, 1 << 14),),
-    "linear_cross_entropy": ((_ANY, 0),),  # its size is not the input's
+    **dict.fromkeys((*LINEAR, "log_probs"), ((_ANY, 0),)),
 }
 _ON_GPU_ELSE: Bands = ((_ANY, 1 << 24),)
 
@@ -67,13 +75,6 @@ for _key, _rows in ({} if FORCED else ATEN_BELOW).items():
         _least = _ALWAYS_BELOW.setdefault(operator_of(_key), {}).setdefault(_dtype, [NEVER] * 2)
         _least[_gradient] = min(_least[_gradient], *[elements for _, elements in _bands])
 
-# What a compiler follows into, to the custom operators that are called there.
-FOLLOWED = (
-    "cross_entropy",
-    "linear_cross_entropy",
-    "rmse_loss",
-    "multilabel_soft_margin_loss",
-)
 # Elements below which a compiled call is left to Inductor: a custom operator costs some 30 us a
 # pass, and cross_entropy of (64, 1000) makes 0.83 times the speed. Most kernels are as fast as
 # Inductor's code until this has to take new memory for its outputs, page by page, which glibc
@@ -82,9 +83,8 @@ FOLLOWED = (
 # backward, 2 threads, x86-64-v4.
 _NEW_MEMORY = 1 << 24
 COMPILED_BELOW = {
-    "cross_entropy": 1 << 18,
-    "linear_cross_entropy": 0,
-    **dict.fromkeys(FOLLOWED[2:], 0),  # the loss that is called there decides
+    **dict.fromkeys(OF_LOGITS, 1 << 18),
+    **dict.fromkeys((*LINEAR, *COMPOSED), 0),  # of what is composed, each part decides
     **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), _NEW_MEMORY),
     **dict.fromkeys(("kl_div", "poisson_nll_loss", "binary_cross_entropy"), _NEW_MEMORY),
     **dict.fromkeys(("sigmoid", "silu", "gelu", "softmax", "log_softmax"), _NEW_MEMORY),

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.ops import definitions
+from pyfused.ops import definitions, distillation
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
 from pyfused.ops.composed import Composed
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
+from pyfused.ops.distillation import Divergence
 from pyfused.ops.linear_cross_entropy import (
     LinearCrossEntropy,
     linear_cross_entropy_fallback_reason,
 )
+from pyfused.ops.log_probs import LinearLogProbs, LogProbsOfLogits
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
 from pyfused.ops.softmax import Softmax, not_along_one_dimension
 
@@ -53,6 +55,20 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     definition=definitions.linear_cross_entropy,
 )
 
+LOG_PROBS = LogProbsOfLogits(
+    name="log_probs",
+    module="LogProbs",
+    operands=(Operand("logits"), CLASSES),
+    definition=definitions.log_probs,
+)
+
+LINEAR_LOG_PROBS = LinearLogProbs(
+    name="linear_log_probs",
+    module="LinearLogProbs",
+    operands=(INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True), CLASSES),
+    definition=definitions.linear_log_probs,
+)
+
 NLL_LOSS = NllLoss(
     name="nll_loss",
     module="NLLLoss",
@@ -66,6 +82,49 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
     fallback_reason=lambda input, *_: (
         "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None
     ),
+)
+
+# ---- distillation --------------------------------------------------------------------------------
+
+HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
+
+KL_DIV_WITH_LOGITS = Divergence(
+    name="kl_div_with_logits",
+    module="KLDivWithLogitsLoss",
+    operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
+    student=1,
+    kernels=distillation.of_logits,
+    fallback_reason=distillation.fallback_reason,
+    definition=distillation.kl_div_with_logits,
+)
+
+LINEAR_KL_DIV = Divergence(
+    name="linear_kl_div",
+    module="LinearKLDivLoss",
+    operands=(
+        *HEAD,
+        Operand("teacher_input", differentiated=False),
+        Operand("teacher_linear_weight", differentiated=False),
+        Operand("teacher_linear_bias", differentiated=False, optional=True),
+    ),
+    student=3,
+    kernels=distillation.of_layers,
+    fallback_reason=distillation.fallback_reason,
+    definition=distillation.linear_kl_div,
+)
+
+LINEAR_TOPK_KL_DIV = Divergence(
+    name="linear_topk_kl_div",
+    module="LinearTopKKLDivLoss",
+    operands=(
+        *HEAD,
+        Operand("teacher_indices", differentiated=False, indices=True),
+        Operand("teacher_log_probs", high=0.0, differentiated=False),
+    ),
+    student=3,
+    kernels=distillation.of_topk,
+    fallback_reason=distillation.fallback_reason,
+    definition=distillation.linear_topk_kl_div,
 )
 
 # ---- pointwise losses ----------------------------------------------------------------------------
@@ -428,6 +487,11 @@ OPERATORS: dict[str, Operator] = {
     for op in (
         CROSS_ENTROPY,
         LINEAR_CROSS_ENTROPY,
+        LOG_PROBS,
+        LINEAR_LOG_PROBS,
+        KL_DIV_WITH_LOGITS,
+        LINEAR_KL_DIV,
+        LINEAR_TOPK_KL_DIV,
         NLL_LOSS,
         MULTI_MARGIN_LOSS,
         MSE_LOSS,

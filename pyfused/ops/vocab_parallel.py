@@ -6,7 +6,7 @@ of their exponentials and of q_c x_c.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from pyfused import checks
 from pyfused.backends import backend_of
+from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import tile_of
 from pyfused.ops.chunked import (
     Wanted,
@@ -29,10 +30,13 @@ from pyfused.ops.chunked import (
 from pyfused.ops.declaration import Operand
 from pyfused.ops.dispatch import SMALL, unsupported
 from pyfused.ops.gradients import autocast_dtype
+from pyfused.ops.log_probs import VALUES, Call, LogProbsOfLogits
+from pyfused.ops.operators import LINEAR_LOG_PROBS, LOG_PROBS
 from pyfused.types import (
     CrossEntropyOptions,
     Head,
     HeadOptions,
+    LogProbsOptions,
     Statistics,
     VocabShard,
     Want,
@@ -233,6 +237,73 @@ class VocabParallelLinearCrossEntropy(torch.autograd.Function):
         if grad_input is not None:
             dist.all_reduce(grad_input, group=ctx.shard.group)
         return grad_input, *found[:2], *[None] * 4
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------
+
+
+def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: Shard) -> Tensor:
+    """Log-probabilities, entropies and log-sum-exps, of the tensors of one of two operators."""
+    input, *others, target = tensors
+    op = LINEAR_LOG_PROBS if others else LOG_PROBS
+    op.check_shapes((*tensors, options))
+    classes = shard.vocab.classes
+    logits = (len(input), classes) if others else (len(input), classes, *input.shape[2:])
+    _check(input, logits, target, None, CrossEntropyOptions(options.ignore_index, "none"))
+    _supported(input, dict(zip(("linear_weight", "linear_bias"), others, strict=False)))
+    apply: Callable[..., Tensor] = VocabParallelLogProbs.apply
+    values = apply(op, options, shard, *tensors[:-1], target.to(torch.int64))
+    return values.to(accumulate_dtype(input.dtype))
+
+
+def _values_of_all(values: Tensor, shard: Shard) -> Tensor:
+    """Those over all processes' classes."""
+    own, total, weighted, target_logit = values[3:]
+    pivot = own.clone()
+    dist.all_reduce(pivot, dist.ReduceOp.MAX, shard.group)
+    pivot = pivot.where(pivot > -torch.inf, 0)
+    by = (own - pivot).where(total > 0, 0)  # total: the sum of exp(x - own), 0 of no class
+    sums = torch.stack([total, weighted + by * total]) * by.exp()
+    sums = torch.cat([sums, target_logit[None]])
+    dist.all_reduce(sums, group=shard.group)
+    total, weighted, target_logit = sums
+    log_total = total.log()
+    log_p, entropy = target_logit - pivot - log_total, log_total - weighted / total
+    results = log_p.clamp(max=0), entropy.clamp(min=0), pivot + log_total
+    return torch.stack([*results, pivot, total, weighted, target_logit])
+
+
+class VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, op: LogProbsOfLogits, options: LogProbsOptions, shard: Shard, *tensors: Any
+    ) -> Tensor:
+        target = tensors[-1]
+        if op.classes(tensors):
+            values, _ = op.values(Call(tensors, options, shard.vocab))
+        else:
+            values = target.new_zeros((VALUES, *target.shape), dtype=torch.float64)
+            values[3] = -torch.inf
+        values = _values_of_all(values, shard).where(target != options.ignore_index, 0)
+        ctx.op, ctx.options, ctx.shard = op, options, shard
+        ctx.save_for_backward(*tensors, values)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, values = ctx.saved_tensors
+        wanted, call = (
+            Wanted(*ctx.needs_input_grad[3:-1]),
+            Call(tensors, ctx.options, ctx.shard.vocab),
+        )
+        if ctx.op.classes(tensors):
+            found = ctx.op.gradients(call, wanted, values, grad_output)
+        else:
+            found = tuple(None if x is None else torch.zeros_like(x) for x in tensors[:-1])
+        if len(found) > 1 and wanted.input:
+            dist.all_reduce(found[0], group=ctx.shard.group)
+        return None, None, None, *found, None
 
 
 # ---- DTensor -------------------------------------------------------------------------------------

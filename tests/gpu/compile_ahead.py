@@ -56,6 +56,8 @@ from formulas import FORMULAS
 
 from pyfused.types import (
     CrossEntropyOptions,
+    DivergenceOptions,
+    LogProbsOptions,
     MarginOptions,
     NllOptions,
     Statistics,
@@ -84,7 +86,7 @@ INSTRUCTIONS = {
     (21, 512, 512, F32): 52,  # 21 classes take three tiles of 8
 }
 READ_LITTLE = ("count_kernel", "sum_kernel")  # 8 bytes a row
-WRITE_LITTLE = ("statistics_kernel",)
+WRITE_LITTLE = ("statistics_kernel", "log_probs_kernel")
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,19 @@ def class_cases() -> Iterator[Case]:
             yield case(op, *of, partial(backend.softmax, op, x, 1), **fields)
             run = partial(backend.softmax_backward, op, x, x, 1)
             yield case(op, *of, run, "backward", **fields)
+        # A thread may load more bits of what it continues from than of 16-bit logits.
+        few = {"vector": 0} if dtype.itemsize == 2 else {}
+        for cap in (None, 30.0) if len(shape) == 2 else ():
+            values, shard = empty(F64, 7, shape[0]), VocabShard(0, shape[1])
+            call, kind = (x, target, LogProbsOptions(-100, cap, 0.7)), "softcap" * bool(cap)
+            run = partial(backend.log_probs, *call, values, shard, cap is not None)
+            yield case("log_probs", *of, run, kind, **fields, **(few if cap else {}))
+            run = partial(backend.log_probs_backward, *call, values, values[:3], shard, x)
+            yield case("log_probs", *of, run, f"backward {kind}".strip(), **fields, **few)
+        for beta in (0.0, 0.5) if len(shape) == 2 else ():
+            options = DivergenceOptions(beta, 2.0, "sum")
+            run = partial(backend.kl_div_with_logits, x, x, options, Want(True, (True,)))
+            yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=2, **fields)
         want, launches = Want(True, (True, False)), 3 + (target.numel() > 1 << 14)
         run = partial(backend.nll_loss, x, target, None, NllOptions(-100, "mean"), want)
         yield case("nll_loss", *of, run, vector=0, launches=launches, **fields)

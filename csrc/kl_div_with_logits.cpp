@@ -1,0 +1,158 @@
+#include "kl_div_with_logits.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "memory.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace pyfused {
+
+// One of the two distributions of a row. U is T, or A where the logits were multiplied by the
+// scale.
+template <class U> class LogSoftmax {
+  using A = Accumulate<U>;
+
+ public:
+  LogSoftmax(const U* logits, int64_t classes) : logits(logits) {
+    normalizer.template read<false>(
+        logits, static_cast<U*>(nullptr), classes, Normalizer<U>::first_max(logits, classes),
+        [](int64_t, double) {}, [](int64_t, int64_t) {});
+    log_sum = A(std::log(normalizer.sum));
+  }
+
+  void read(int64_t first, int64_t n, A* probability, A* logarithm) const {
+    const U* const x = logits + first;
+    const A high = normalizer.pivot, low = log_sum;
+    scaled_exponentials(x, high, A(1 / normalizer.sum), probability, probability, n, false);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) logarithm[i] = (widen(x[i]) - high) - low;
+  }
+
+ private:
+  const U* const logits;
+  Normalizer<U> normalizer;
+  A log_sum;
+};
+
+// log p - log m and log q - log m from log p and log q. exp(-|log p - log q|) does not overflow.
+template <class A> PYFUSED_NOINLINE void divide_by_mixture(A beta, A* log_p, A* log_q, int64_t n) {
+  constexpr A kLow = A(-1e30);  // -inf - -inf would be NaN
+  const A rest = 1 - beta;
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) {
+    const A a = kLow > log_p[i] ? kLow : log_p[i], b = kLow > log_q[i] ? kLow : log_q[i];
+    const A difference = a - b, ratio = exp_shifted(-std::abs(difference));
+    const bool more = difference >= 0;
+    const A log_m = log_of(more ? rest + beta * ratio : beta + rest * ratio);
+    log_p[i] = (more ? A(0) : difference) - log_m;
+    log_q[i] = (more ? -difference : A(0)) - log_m;
+  }
+}
+
+template <class T, class U> class KlDivRow {
+  using A = Accumulate<T>;
+
+ public:
+  KlDivRow(const KlDiv<T>& kl, const U* x, const U* y)
+      : kl(kl), student(x, kl.classes), teacher(y, kl.classes) {}
+
+  // Returns the loss, and writes the gradient times `scale` where there is one.
+  double run(T* grad, double scale, bool streams) {
+    Sum of_teacher, of_student, total;  // the total of p is 1 but for rounding errors
+    for_chunks(kl.classes, [&](int64_t, int64_t first, int64_t n) {
+      read(first, n);
+      if (kl.beta < 1) {
+        add_terms<A>(of_teacher, n, [&](int64_t i) { return product(q[i], log_q[i]); });
+      }
+      if (kl.beta > 0) {
+        add_terms<A>(of_student, n, [&](int64_t i) { return product(p[i], log_p[i]); });
+        add_terms<A>(total, n, [&](int64_t i) { return p[i]; });
+      } else if (grad) {
+        for (int64_t i = 0; i < n; ++i) p[i] = (p[i] - q[i]) * A(scale);
+        write(p, grad + first, n, streams);
+      }
+    });
+    if (kl.beta == 0) return of_teacher.value();
+    const double share = kl.beta < 1 ? 1 - kl.beta : 1;
+    const double of_p = of_student.value() / total.value();
+    const A mean = A(of_p), factor = A(share * scale);
+    for_chunks(grad ? kl.classes : 0, [&](int64_t, int64_t first, int64_t n) {
+      read(first, n);
+      for (int64_t i = 0; i < n; ++i) p[i] = product(p[i], log_p[i] - mean) * factor;
+      write(p, grad + first, n, streams);
+    });
+    return share * of_p + (kl.beta < 1 ? kl.beta * of_teacher.value() : 0);
+  }
+
+ private:
+  const KlDiv<T>& kl;
+  const LogSoftmax<U> student, teacher;
+  alignas(kVectorBytes) A p[kChunk];
+  alignas(kVectorBytes) A q[kChunk];
+  alignas(kVectorBytes) A log_p[kChunk];  // less log q, or log m
+  alignas(kVectorBytes) A log_q[kChunk];
+
+  static A product(A probability, A logarithm) {
+    const A term = probability * logarithm;
+    return probability == 0 ? A(0) : term;
+  }
+
+  void read(int64_t first, int64_t n) {
+    student.read(first, n, p, log_p);
+    teacher.read(first, n, q, log_q);
+    if (kl.beta == 0) {
+      for (int64_t i = 0; i < n; ++i) log_q[i] -= log_p[i];
+    } else if (kl.beta == 1) {
+      for (int64_t i = 0; i < n; ++i) log_p[i] -= log_q[i];
+    } else {
+      divide_by_mixture(A(kl.beta), log_p, log_q, n);
+    }
+  }
+};
+
+template <class T> void kl_div_with_logits(const KlDiv<T>& kl) {
+  using A = Accumulate<T>;
+  const size_t bytes = size_t(kl.rows * kl.classes) * sizeof(T);
+  const bool streams =
+      kl.grad && bytes >= kStreamBytes && kl.grad != kl.student && has_pages(kl.grad, bytes);
+  const int64_t size = rows_of_block(kl.classes), blocks = (kl.rows + size - 1) / size;
+  std::vector<double> partial(blocks);
+  parallel_for(blocks, kl.threads, [&](int64_t block) {
+    std::vector<A> scaled(kl.scale == 1 ? 0 : 2 * kl.classes);
+    A* const both[] = {scaled.data(), scaled.data() + scaled.size() / 2};
+    Sum sum;
+    const int64_t end = std::min(kl.rows, (block + 1) * size);
+    for (int64_t row = block * size; row < end; ++row) {
+      const T* const x = kl.student + row * kl.student_stride;
+      const T* const y = kl.teacher + row * kl.teacher_stride;
+      T* const grad = kl.grad ? kl.grad + row * kl.grad_stride : nullptr;
+      const double weight = kl.token_weight ? double(kl.token_weight[row]) : 1;
+      const double grad_output = kl.grad_output ? double(kl.grad_output[kl.each ? row : 0]) : 1;
+      const double scale = weight * grad_output * kl.scale;
+      double loss = 0;
+      if (weight == 0) {
+        if (grad) std::fill_n(grad, kl.classes, T{});
+      } else if (kl.scale == 1) {
+        loss = weight * KlDivRow<T, T>(kl, x, y).run(grad, scale, streams);
+      } else {
+        load(x, both[0], kl.classes);
+        load(y, both[1], kl.classes);
+        for (A& logit : scaled) logit *= A(kl.scale);
+        loss = weight * KlDivRow<T, A>(kl, both[0], both[1]).run(grad, scale, streams);
+      }
+      if (kl.loss && kl.each) kl.loss[row] = A(loss);
+      sum.add(loss);
+    }
+    partial[block] = sum.value();
+  });
+  if (kl.loss && !kl.each) *kl.loss = A(total<T>(partial.data(), blocks));
+}
+
+template void kl_div_with_logits(const KlDiv<float>&);
+template void kl_div_with_logits(const KlDiv<double>&);
+template void kl_div_with_logits(const KlDiv<bfloat16>&);
+template void kl_div_with_logits(const KlDiv<float16>&);
+
+}  // namespace pyfused

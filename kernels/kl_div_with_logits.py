@@ -1,0 +1,133 @@
+"""The divergence of a student's predictions from a teacher's, given logits x and y; its gradient.
+
+    p = softmax(SCALE x), q = softmax(SCALE y), m = beta q + (1 - beta) p
+    beta 0     loss = sum_c q_c s_c,                                 s_c = log q_c - log p_c
+               dloss/dx_c = SCALE (p_c - q_c)
+    beta 1     loss = sum_c p_c r_c,                                 r_c = log p_c - log q_c
+               dloss/dx_c = SCALE p_c (r_c - loss)
+    otherwise  loss = sum_c beta q_c s_c + (1 - beta) p_c r_c,       r_c = log p_c - log m_c
+               dloss/dx_c = (1 - beta) SCALE p_c (r_c - sum_k p_k r_k),   s_c = log q_c - log m_c
+
+0 log 0 is 0. Loss and gradient of a row are multiplied by its token weight.
+
+Shapes: (n, C), with classes contiguous. Bytes: x and y are read twice, the second time mostly from
+cache, and thrice for the gradient with beta > 0; the gradient is written once.
+
+torch: F.kl_div(F.log_softmax(x, -1), F.log_softmax(y, -1), log_target=True) for beta 0
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import exp_nonpositive, log
+from .rows import (
+    block_of_rows,
+    first_pass,
+    load_scaled,
+    multiple,
+    pointers,
+    row_scale,
+    row_starts,
+    scalar,
+    store_loss,
+)
+
+FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def log_softmax(starts, c, mask, maximum, total, A: tl.constexpr, SCALE: tl.constexpr):
+    """Probabilities and their logarithms; 0 and -inf outside of the mask."""
+    x = load_scaled(pointers(starts, c, 1, 1), mask, -float("inf"), A, SCALE) - maximum[:, None]
+    return exp_nonpositive(x) / total[:, None], x - log(total)[:, None]
+
+
+@triton.jit
+def ratios(log_p, log_q, beta, KIND: tl.constexpr):
+    """log q - log m and log p - log m, where m is the other of the two or their mixture."""
+    s, r = log_q - log_p, log_p - log_q
+    if KIND == MIXTURE:
+        low = scalar(-1e30, log_p.dtype)  # -inf - -inf would be NaN
+        difference = tl.where(log_p < low, low, log_p) - tl.where(log_q < low, low, log_q)
+        ratio = exp_nonpositive(-tl.abs(difference))
+        share = scalar(beta, log_p.dtype)
+        more = difference >= 0.0
+        of_m = tl.where(more, 1.0 - share + share * ratio, share + (1.0 - share) * ratio)
+        s = tl.where(more, -difference, 0.0) - log(of_m)
+        r = tl.where(more, 0.0, difference) - log(of_m)
+    return s, r
+
+
+@triton.jit
+def kl_div_kernel(
+    student,
+    teacher,
+    token_weight,
+    grad_output,
+    loss,
+    grad,
+    n,
+    classes,
+    strides,
+    beta: tl.float64,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    EACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLASS_UNIT: tl.constexpr = 1,
+):
+    """strides: of the rows of student, teacher and grad, which may be the student."""
+    A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
+    classes = multiple(classes, CLASS_UNIT)
+    _, rows, in_bounds = block_of_rows(n, ROWS)
+    weight = row_scale(token_weight, None, rows, in_bounds, A)
+    counted = in_bounds & (weight != 0.0)
+    read = counted if ROWS == 1 else in_bounds  # a mask by row would take loads of many rows apart
+    x_starts = row_starts(student, 0, rows, 0, strides[0], 1, CLASS_UNIT)
+    y_starts = row_starts(teacher, 0, rows, 0, strides[1], 1, CLASS_UNIT)
+    x_max, x_total = first_pass(x_starts, classes, 1, read, A, True, 1, ROWS, BLOCK, SCALE)
+    y_max, y_total = first_pass(y_starts, classes, 1, read, A, True, 1, ROWS, BLOCK, SCALE)
+    scale = weight * SCALE
+    if grad_output is not None:
+        if EACH:
+            scale *= tl.load(grad_output + rows, mask=in_bounds, other=0.0)
+        else:
+            scale *= tl.load(grad_output)
+    of_teacher = tl.zeros([ROWS, BLOCK], A)
+    of_student = tl.zeros([ROWS, BLOCK], A)
+    tl.debug_barrier()  # in place, the first pass is over
+    for start in range(0, classes, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        mask = read[:, None] & (c < classes)[None, :]
+        p, log_p = log_softmax(x_starts, c, mask, x_max, x_total, A, SCALE)
+        q, log_q = log_softmax(y_starts, c, mask, y_max, y_total, A, SCALE)
+        s, r = ratios(log_p, log_q, beta, KIND)
+        of_teacher += tl.where(q == 0.0, 0.0, q * s)
+        of_student += tl.where(p == 0.0, 0.0, p * r)
+        if grad is not None and KIND == FORWARD:
+            gradient = tl.where(counted[:, None], (p - q) * scale[:, None], 0.0)
+            to = row_starts(grad, 0, rows, 0, strides[2], 1, CLASS_UNIT)
+            mask = in_bounds[:, None] & (c < classes)[None, :]
+            tl.store(pointers(to, c, 1, 1), gradient, mask=mask)
+    value = tl.sum(of_teacher, 1)
+    if KIND != FORWARD:
+        mean = tl.sum(of_student, 1)
+        share = scalar(1.0, A) if KIND == REVERSE else 1.0 - scalar(beta, A)
+        value = mean if KIND == REVERSE else scalar(beta, A) * value + share * mean
+        if grad is not None:
+            for start in range(0, classes, BLOCK):
+                c = start + tl.arange(0, BLOCK)
+                mask = read[:, None] & (c < classes)[None, :]
+                p, log_p = log_softmax(x_starts, c, mask, x_max, x_total, A, SCALE)
+                q, log_q = log_softmax(y_starts, c, mask, y_max, y_total, A, SCALE)
+                s, r = ratios(log_p, log_q, beta, KIND)
+                gradient = p * (r - mean[:, None]) * (share * scale)[:, None]
+                gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
+                to = row_starts(grad, 0, rows, 0, strides[2], 1, CLASS_UNIT)
+                mask = in_bounds[:, None] & (c < classes)[None, :]
+                tl.store(pointers(to, c, 1, 1), gradient, mask=mask)
+    if loss is not None:
+        store_loss(loss, value, weight, rows, in_bounds, counted, rows < 0, EACH)

@@ -1,0 +1,471 @@
+"""Divergences of a student's predictions from a teacher's: of logits, of heads, of a top k.
+
+A definition is the divergence in torch's terms, from all logits. The kernels' part goes chunk by
+chunk of rows where the logits are a linear layer's: both models' logits of some rows are made, the
+student's are turned into their gradient in place, and that is multiplied into the gradients of the
+layer. Of a teacher's top k, logits take the kernels of cross-entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import functional as F
+
+from pyfused import checks
+from pyfused.backends import FORCED, Backend, backend_of
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.chunk_sizes import rows_in_budget
+from pyfused.ops.chunked import OfChunk, _joined, _linear, linear_by_rows
+from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, Operator
+from pyfused.ops.dispatch import SMALL, is_traced, unsupported
+from pyfused.ops.gradients import (
+    backward,
+    differentiate,
+    gradients_in_forward,
+    without_functorch,
+)
+from pyfused.ops.linear_cross_entropy import _of_all_rows, _spread
+from pyfused.types import (
+    CrossEntropyOptions,
+    DivergenceOptions,
+    Gradients,
+    Statistics,
+    VocabShard,
+    Want,
+)
+
+# Logits below which torch is faster, which makes them all and takes no chunks.
+SMALL_BELOW = 1 << 15
+
+Found = tuple[Tensor | None, Gradients]  # a loss that is not divided yet, and gradients
+
+# ---- definitions ---------------------------------------------------------------------------------
+
+
+def kl_div_with_logits(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
+) -> Tensor:
+    checks.kl_div_with_logits(logits, teacher_logits, options)
+    both = (_shown(x, options) for x in (logits, teacher_logits))
+    log_p, log_q = (_log_softmax(x, options.temperature) for x in both)
+    return _reduced(divergence(log_p, log_q, options.beta), logits, options)
+
+
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    teacher_input: Tensor,
+    teacher_linear_weight: Tensor,
+    teacher_linear_bias: Tensor | None,
+    options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
+) -> Tensor:
+    student = input, linear_weight, linear_bias
+    teacher = teacher_input, teacher_linear_weight, teacher_linear_bias
+    checks.linear_kl_div(*student, *teacher, options)
+    logits = F.linear(_shown(input, options), *student[1:])
+    return kl_div_with_logits(logits, F.linear(*teacher), options)
+
+
+def linear_topk_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
+) -> Tensor:
+    layer, classes = (linear_weight, linear_bias), len(linear_weight)
+    checks.linear_topk_kl_div(input, *layer, teacher_indices, teacher_log_probs, options)
+    checks.topk_indices(teacher_indices.reshape(-1, teacher_indices.shape[-1]), classes)
+    log_p = _log_softmax(F.linear(_shown(input, options), *layer), options.temperature)
+    rest = log_p.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q = _shown(teacher_log_probs, options, -math.log(classes)).to(log_p.dtype)
+    both = _with_rest(log_p.gather(-1, teacher_indices), rest, log_q, options, classes)
+    return _reduced(divergence(*both, options.beta), input, options)
+
+
+def _shown(rows: Tensor, options: DivergenceOptions, other: float = 0.0) -> Tensor:
+    """The rows; other numbers for those of weight 0, whose NaN times 0 would reach gradients."""
+    weight = options.token_weight
+    return rows if weight is None else rows.where(weight.unsqueeze(-1) != 0, other)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Of the student's p from the teacher's q, over the last dimension; 0 log 0 is 0."""
+    if beta == 0:
+        return _kl_div(log_q, log_p)
+    if beta == 1:
+        return _kl_div(log_p, log_q)
+    low = torch.finfo(log_p.dtype).min / 4  # of -inf alone the gradient would be NaN
+    log_p, log_q = log_p.clamp(min=low), log_q.clamp(min=low)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _kl_div(log_q, log_m) + (1 - beta) * _kl_div(log_p, log_m)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    if beta == 1:
+        return log_q
+    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+
+
+def _slopes(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The derivative of the divergence by log p; for beta > 0 less a multiple of p.
+
+    That changes no derivative by logits: the p that log p is normalized to add up to 1.
+    """
+    if beta == 0:
+        return -log_q.exp()
+    p, share = log_p.exp(), 1 - beta if beta < 1 else 1.0
+    return share * (p * (log_p - _log_mixture(log_p, log_q, beta))).where(p != 0, 0)
+
+
+def _kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    counts = p != 0
+    return (p * (log_p.where(counts, 0) - log_q.where(counts, 0))).sum(-1)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits.to(accumulate_dtype(logits.dtype)) / temperature, -1)
+
+
+def _with_rest(
+    log_p: Tensor, rest: Tensor, log_q: Tensor, options: DivergenceOptions, classes: int
+) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's log-probabilities of the top k, and of the rest as one class.
+
+    If k is all classes, that has none but a rounding error, which is infinitely far from 0.
+
+    Args:
+        rest: The student's, of shape (..., 1).
+    """
+    if options.remainder == "ignore" or log_q.shape[-1] == classes:
+        return log_p, log_q
+    left = (1 - log_q.double().exp().sum(-1, keepdim=True)).clamp(min=0)
+    return torch.cat((log_p, rest), -1), torch.cat((log_q, left.log().to(log_q.dtype)), -1)
+
+
+def _reduced(each: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
+    weight, each = options.token_weight, each.to(accumulate_dtype(input.dtype))
+    if weight is not None:
+        each = (each * weight.to(each.dtype)).where(weight != 0, 0)
+    if options.reduction == "mean":
+        return each.sum() / (each.numel() if weight is None else weight.to(each.dtype).sum())
+    return each if options.reduction == "none" else each.sum()
+
+
+# ---- the operator --------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Divergence(Operator):
+    """Of a student's predictions from a teacher's.
+
+    Attributes:
+        student: How many of the operands are the student's: these come first and have gradients.
+        kernels: The divergence of each row or their sum, and the gradients where they are wanted,
+            of operands of two dimensions.
+    """
+
+    student: int
+    kernels: Callable[..., Found]
+
+    def has_tokens(self, place: int) -> bool:
+        """Whether an operand has a row for each token."""
+        return "linear_" not in self.operands[place].name
+
+    def bind(self, *arguments: Any, **by_name: Any) -> Arguments:  # noqa: ARG002
+        tensors = [by_name.pop(operand.name, None) for operand in self.operands]
+        return *tensors, DivergenceOptions(**by_name)
+
+    def check(self, arguments: Arguments) -> None:
+        for operand, value in zip(self.operands, arguments, strict=False):
+            if value is not None or not operand.optional:
+                checks.tensor(operand.name, value)
+        getattr(checks, self.name)(*arguments)
+        if self.operands[-2].indices:
+            indices = arguments[-3]
+            checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
+
+    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
+        return "row by row" if self.student == 1 else "some logits at a time"
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
+        getattr(checks, self.name)(*arguments)
+        *tensors, options = arguments
+        shape, device = tensors[0].shape[:-1], tensors[0].device.type
+        cast = self.student > 1 and torch.is_autocast_enabled(device)
+        for place, operand in enumerate(self.operands):
+            tensor = tensors[place]
+            if cast and tensor is not None and operand.name.endswith(("input", "weight", "bias")):
+                tensor = tensor.to(torch.get_autocast_dtype(device))  # log-probabilities stay
+            if self.has_tokens(place):
+                tensor = tensor.reshape(-1, tensor.shape[-1])
+            tensors[place] = tensor
+        weight = options.token_weight
+        options = replace(
+            options,
+            beta=float(options.beta),
+            temperature=float(options.temperature),
+            token_weight=None if weight is None else weight.flatten(),
+        )
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
+            loss = self._run(tensors, options)
+        return loss.reshape(shape) if options.reduction == "none" else loss
+
+    def _run(self, tensors: Sequence[Any], options: DivergenceOptions) -> Tensor:
+        student = [tensor for tensor in tensors[: self.student] if tensor is not None]
+        if is_dynamo_compiling() or is_traced(tensors[0]):
+            operator = getattr(torch.ops.pyfused, self.name)
+            loss: Tensor | None = operator(*tensors, *options.values())
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student):
+            loss = _apply(self, options, *tensors)
+        else:
+            loss, _ = self.compute(tensors, options, Want())
+        assert loss is not None
+        return loss
+
+    def read(self, given: Arguments) -> tuple[Arguments, DivergenceOptions]:
+        """The arguments of the custom operator."""
+        count = len(self.operands)
+        return given[:count], DivergenceOptions(*given[count:])
+
+    def compute(
+        self,
+        tensors: Sequence[Any],
+        options: DivergenceOptions,
+        want: Want,
+        grad_output: Tensor | None = None,
+    ) -> Found:
+        input, weight, each = tensors[0], options.token_weight, options.reduction == "none"
+        backend, n, kept = backend_of(input), len(input), None
+        denominator: float | Tensor = 1.0
+        if options.reduction == "mean":
+            denominator = n if weight is None else weight.sum(dtype=torch.float64)
+        if not each and want.gradients:
+            if grad_output is None:
+                grad_output = input.new_ones((), dtype=torch.float64)
+            grad_output = grad_output / denominator
+        if weight is not None and self.student > 1:
+            # Tokens of weight 0 are left out, where nobody waits for that.
+            found = None if backend.ASYNCHRONOUS else weight.nonzero().flatten()
+            kept = None if found is None or len(found) in (0, n) else found
+            if kept is None:
+                tensors = [_shown(input, options), *tensors[1:]]
+            else:
+                places = enumerate(tensors)
+                tensors = [x[kept] if self.has_tokens(place) else x for place, x in places]
+                options = replace(options, token_weight=weight[kept])
+                grad_output = grad_output[kept] if each and grad_output is not None else grad_output
+        loss, gradients = self.kernels(backend, tensors, options, want, grad_output)
+        if loss is not None:
+            loss = _spread(loss, kept, n) if each else loss / denominator
+            loss = loss.to(accumulate_dtype(input.dtype))
+        return loss, _of_all_rows(gradients, kept, n)
+
+    def define(
+        self,
+        tensors: Sequence[Any],
+        options: DivergenceOptions,
+        wanted: Sequence[bool],
+        grad_output: Tensor,
+    ) -> Gradients:
+        """The gradients in torch's own terms, themselves differentiable."""
+        teacher = tensors[self.student :]
+
+        def definition(*student: Any) -> Tensor:
+            return self.reference(*student, *teacher, options)
+
+        return differentiate(definition, tensors[: self.student], wanted, grad_output)
+
+
+def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
+    """Why torch's operators are the ones for these arguments."""
+    options, compiled = arguments[-1], is_dynamo_compiling() or is_traced(input)
+    reason = None
+    if options.token_weight is not None:
+        reason = unsupported(TOKEN_WEIGHT, options.token_weight, input, compiled)
+    if reason or FORCED is not None or compiled or len(arguments) == 2 or not input.dim():
+        return reason
+    logits = input.shape[:-1].numel() * arguments[0].shape[0]  # those of a linear layer
+    return SMALL if logits < SMALL_BELOW else None
+
+
+class DivergenceFunction(torch.autograd.Function):
+    """The gradients of a scalar are computed by the forward pass, as cross-entropy's are."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Divergence, options: DivergenceOptions, *tensors: Any) -> Any:
+        now = gradients_in_forward(options.reduction, tensors[0])
+        wanted = ctx.needs_input_grad[2 : 2 + op.student] if now else ()
+        loss, gradients = op.compute(tensors, options, Want(True, wanted))
+        ctx.op, ctx.options, ctx.backend = op, options, backend_of(tensors[0])
+        ctx.gradients = gradients if now else None
+        ctx.save_for_backward(*tensors)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        found = backward(ctx.op.name, ctx, grad_output, _kernel, _definition)
+        return None, None, *found, *[None] * (len(ctx.saved_tensors) - len(found))
+
+
+_apply = without_functorch(DivergenceFunction)
+
+
+def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
+    want = Want(False, ctx.needs_input_grad[2 : 2 + ctx.op.student])
+    return ctx.op.compute(ctx.saved_tensors, ctx.options, want, grad_output)[1]  # type: ignore[no-any-return]
+
+
+def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
+    wanted = ctx.needs_input_grad[2 : 2 + ctx.op.student]
+    return ctx.op.define(ctx.saved_tensors, ctx.options, wanted, grad_output)  # type: ignore[no-any-return]
+
+
+# ---- what the kernels compute --------------------------------------------------------------------
+
+
+def of_logits(
+    backend: Backend,
+    tensors: Sequence[Tensor],
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None,
+) -> Found:
+    logits, teacher = tensors
+    dtype = torch.promote_types(logits.dtype, teacher.dtype)
+    given = logits.to(dtype), teacher.to(dtype), options, want, grad_output
+    loss, (gradient,) = backend.kl_div_with_logits(*given)
+    return loss, (None if gradient is None else gradient.to(logits.dtype),)
+
+
+def of_layers(
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None,
+) -> Found:
+    *layer, teacher_input, weight, bias = tensors
+    dtype = backend.product_dtype(teacher_input.dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
+        teacher_logits = backend.empty(logits.shape, dtype, logits)
+        _linear(teacher_input[here].to(dtype), weight, bias, teacher_logits)
+        return of_logits(backend, (logits, teacher_logits), *rest)
+
+    return _by_rows(backend, layer, of_chunk, dtype.itemsize, options, want, grad_output)
+
+
+def of_topk(
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None,
+) -> Found:
+    *layer, indices, log_probs = tensors
+    wrong = checks.topk_indices(indices, len(layer[1]))[:, None]
+    if backend.ASYNCHRONOUS:  # nobody waits for an error: the loss of such a row is NaN
+        log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
+
+    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
+        return _topk(backend, logits, indices[here], log_probs[here], *rest)
+
+    return _by_rows(backend, layer, of_chunk, 0, options, want, grad_output)
+
+
+def _by_rows(
+    backend: Backend,
+    layer: Sequence[Any],
+    of_chunk: Callable[..., Found],
+    more_bytes: int,
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None,
+) -> Found:
+    """Of the student's logits, some rows at a time.
+
+    Args:
+        of_chunk: From logits, the rows they are of, and options, Want and grad_output of these, the
+            divergence and the logits' gradient, which may take their memory.
+        more_bytes: What it needs beside each logit.
+    """
+    input, linear_weight, _ = layer
+    n, each, dtype = len(input), options.reduction == "none", backend.product_dtype(input.dtype)
+    row = len(linear_weight) * (dtype.itemsize + more_bytes)
+    size = max(1, min(n, rows_in_budget(n, row, options.memory_budget)))
+    wanted, weight = want.gradients or (False,) * 3, options.token_weight
+    want = Want(want.loss, (True,) if any(wanted) else (), True)
+
+    def of_rows(logits: Tensor, here: slice) -> OfChunk:
+        part = replace(options, token_weight=None if weight is None else weight[here])
+        factor = grad_output[here] if each and grad_output is not None else grad_output
+        loss, (gradient,) = of_chunk(logits, here, part, want, factor)
+        return loss, gradient, None
+
+    losses, gradients = linear_by_rows(backend, layer, dtype, size, wanted, of_rows)
+    return _joined(losses, each), gradients
+
+
+def _topk(
+    backend: Backend,
+    logits: Tensor,
+    indices: Tensor,
+    log_q: Tensor,
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None,
+) -> Found:
+    """The divergence of k + 1 classes, the last of which stands for all others.
+
+    Of the gradient by their log-probabilities, g, and its sum s, the gradient by the logit of one
+    of the k is g_c - s p_c, and of any other (g_rest - s p_rest) exp(x_c - lse_rest).
+    """
+    n, classes = logits.shape
+    scale = 1 / options.temperature
+    plain = CrossEntropyOptions(reduction="none", scale=scale)
+    # A target that is none of the logits' classes: the gradient is that of the log-sum-exp.
+    outside, shard = indices.new_full((n,), classes), VocabShard(0, classes + 1)
+    lse_rest = logits.new_empty(n, dtype=torch.float64)
+    if logits.dtype is torch.float64:
+        logits -= logits.amax(1, keepdim=True)  # a smaller log-sum-exp is rounded to less
+    chosen = logits.gather(1, indices).double() * scale
+    logits.scatter_(1, indices, -torch.inf)
+    given = logits, outside, None, plain
+    backend.cross_entropy(*given, Want(False, statistics=Statistics(lse_rest)), None, shard)
+    lse = torch.logaddexp(chosen.logsumexp(1), lse_rest)[:, None]
+    log_p_rest = lse_rest[:, None] - lse
+    log_p, log_q = _with_rest(chosen - lse, log_p_rest, log_q.double(), options, classes)
+    each, weight = divergence(log_p, log_q, options.beta), options.token_weight
+    if weight is not None:
+        each = (each * weight).where(weight != 0, 0)
+    loss = each if options.reduction == "none" else each.sum()
+    if not want.gradients:
+        return loss, (None,)
+    factor = torch.ones_like(each) if weight is None else weight
+    if grad_output is not None:
+        factor = (factor * grad_output).where(factor != 0, 0)
+    p, k = log_p.exp(), indices.shape[1]
+    slopes = _slopes(log_p, log_q, options.beta) * factor[:, None]
+    slopes = slopes.where(factor[:, None] != 0, 0)
+    total = slopes.sum(1, keepdim=True)
+    of_rest = slopes[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
+    shard = shard._replace(lse=lse_rest.clamp(min=-1e30))  # -inf - -inf would be NaN
+    backend.cross_entropy(*given, Want(False, (True, False), True), of_rest, shard)
+    of_chosen = (slopes[:, :k] - total * p[:, :k]) * scale
+    logits.scatter_(1, indices, of_chosen.to(logits.dtype))
+    return loss, (logits,)

@@ -1,0 +1,608 @@
+"""Divergences of a student from a teacher: of logits, of heads, and of a teacher's top k."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import FLOATS, Errors, evaluate, evaluate_upstream
+from conftest import KernelCalls, backend
+from reference import Extended, extended
+from torch import Tensor
+
+import pyfused
+from pyfused import functional as fused
+from pyfused import nn
+from pyfused.ops import chunked, distillation
+from pyfused.ops.operators import OPERATORS
+from pyfused.types import DivergenceOptions
+
+N, D, E, C, K = 7, 6, 5, 150, 9
+TEMPERATURES = (1.0, 2.5)
+every_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+every_operator = pytest.mark.parametrize(
+    "op", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"]
+)
+
+
+def given(op: str, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (N,)) -> Any:
+    """The tensors of a call, those of the student requiring grad."""
+    teacher_logits = 2 * torch.randn(*rows, C)
+    if op == "kl_div_with_logits":
+        both = {"logits": 2 * torch.randn(*rows, C), "teacher_logits": teacher_logits}
+        both = {name: tensor.to(dtype) for name, tensor in both.items()}
+        both["logits"].requires_grad_()
+        return both
+    head = {
+        "input": torch.randn(*rows, D).to(dtype).requires_grad_(),
+        "linear_weight": torch.randn(C, D).to(dtype).requires_grad_(),
+        "linear_bias": torch.randn(C).to(dtype).requires_grad_(),
+    }
+    if op == "linear_topk_kl_div":
+        log_probs, indices = teacher_logits.log_softmax(-1).topk(K)
+        return head | {"teacher_indices": indices, "teacher_log_probs": log_probs.to(dtype)}
+    return head | {
+        "teacher_input": torch.randn(*rows, E).to(dtype),
+        "teacher_linear_weight": torch.randn(C, E).to(dtype),
+        "teacher_linear_bias": torch.randn(C).to(dtype),
+    }
+
+
+def by_torch(op: str, **arguments: Any) -> Tensor:
+    """The composition of torch's operators, in the dtype of the tensors."""
+    options = DivergenceOptions(
+        **{key: arguments.pop(key) for key in [*arguments] if key in vars(DivergenceOptions())}
+    )
+    bias = arguments.get("linear_bias")
+    if op == "kl_div_with_logits":
+        logits, teacher_logits = arguments["logits"], arguments["teacher_logits"]
+    else:
+        logits = F.linear(arguments["input"], arguments["linear_weight"], bias)
+    log_p = F.log_softmax(logits / options.temperature, -1)
+    if op == "linear_topk_kl_div":
+        indices, log_q = arguments["teacher_indices"], arguments["teacher_log_probs"]
+        others = torch.ones_like(log_p).scatter(-1, indices, 0).bool()
+        rest = log_p.where(others, -math.inf).logsumexp(-1, keepdim=True)
+        log_p = log_p.gather(-1, indices)
+        if options.remainder == "bucket":
+            left = 1 - log_q.double().exp().sum(-1, keepdim=True)
+            log_p = torch.cat((log_p, rest), -1)
+            log_q = torch.cat((log_q, left.log().to(log_q.dtype)), -1)
+    else:
+        if op == "linear_kl_div":
+            teacher = (arguments[f"teacher_{name}"] for name in ("input", "linear_weight"))
+            teacher_logits = F.linear(*teacher, arguments.get("teacher_linear_bias"))
+        log_q = F.log_softmax(teacher_logits / options.temperature, -1)
+
+    def kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+    beta = options.beta
+    if beta in (0, 1):
+        each = kl_div(log_p, log_q) if beta else kl_div(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+        each = beta * kl_div(log_q, log_m) + (1 - beta) * kl_div(log_p, log_m)
+    weight = torch.ones_like(each) if options.token_weight is None else options.token_weight
+    each = each * weight
+    if options.reduction == "mean":
+        return each.sum() / weight.sum()
+    return each if options.reduction == "none" else each.sum()
+
+
+def assert_close(op: str, arguments: dict[str, Any], **options: Any) -> None:
+    got = evaluate(getattr(fused, op), **arguments, **options)
+    options.pop("memory_budget", None)
+    expected = evaluate(partial(by_torch, op), **arguments, **options)
+    torch.testing.assert_close(got.value, expected.value.to(got.value.dtype))
+    for ours, theirs in zip(got.gradients, expected.gradients, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+def by_hand(op: str, arguments: dict[str, Any], **given: Any) -> tuple[Extended, list[Extended]]:
+    """Value and gradients in NumPy's long double, from the closed form, for `evaluate_upstream`.
+
+    The classes are in bins: one for each, or for each of the top k and one for the rest. With g_b
+    the derivative by log p_b, that by the logit of a class in bin b is g_b p_c / p_b - p_c sum g.
+    """
+    options, tensors = DivergenceOptions(**given), {n: extended(t) for n, t in arguments.items()}
+
+    def log_softmax(x: Extended) -> Extended:
+        x = (x - x.max(-1, keepdims=True)) / np.longdouble(options.temperature)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    def logits_of(whose: str) -> Extended:
+        if op == "kl_div_with_logits":
+            return tensors[f"{whose}logits"]
+        head = (tensors[f"{whose}{name}"] for name in ("input", "linear_weight", "linear_bias"))
+        x, weight, bias = head
+        return x @ weight.T + bias
+
+    beta, log_p = np.longdouble(options.beta), log_softmax(logits_of(""))
+    p = np.exp(log_p)
+    bins = np.broadcast_to(np.arange(C), p.shape)
+    if op == "linear_topk_kl_div":
+        bins, log_q = np.full(p.shape, K), tensors["teacher_log_probs"]
+        np.put_along_axis(bins, arguments["teacher_indices"].numpy(), np.arange(K)[None], -1)
+        log_q = np.concatenate([log_q, np.log1p(-np.exp(log_q).sum(-1, keepdims=True))], -1)
+    else:
+        log_q = log_softmax(logits_of("teacher_"))
+    each_bin = bins[:, :, None] == np.arange(log_q.shape[-1])
+    p_bin, q = (p[:, :, None] * each_bin).sum(1), np.exp(log_q)
+    log_p_bin = np.log(p_bin)
+    if beta == 0:
+        loss, g = q * (log_q - log_p_bin), -q
+    elif beta == 1:
+        loss = p_bin * (log_p_bin - log_q)
+        g = loss + p_bin
+    else:
+        log_m = np.log(beta * q + (1 - beta) * p_bin)
+        g = (1 - beta) * p_bin * (log_p_bin - log_m)
+        loss = beta * q * (log_q - log_m) + g
+    weight = extended(options.token_weight)
+    value = loss.sum(-1) * weight
+    if options.reduction != "none":
+        value = value.sum() / (weight.sum() if options.reduction == "mean" else 1)
+        weight = weight / (weight.sum() if options.reduction == "mean" else 1)
+    grad_output = extended(evaluate_upstream(value.shape))
+    ratio = p / np.take_along_axis(p_bin, bins, -1)
+    of_logits = np.take_along_axis(g, bins, -1) * ratio - p * g.sum(-1, keepdims=True)
+    of_logits *= (weight * grad_output / np.longdouble(options.temperature))[:, None]
+    if op == "kl_div_with_logits":
+        return value, [of_logits]
+    x, head = tensors["input"], tensors["linear_weight"]
+    return value, [of_logits @ head, of_logits.T @ x, of_logits.sum(0)]
+
+
+@every_operator
+@every_beta
+@every_dtype
+def test_as_exact_as_torch(op: str, beta: float, dtype: torch.dtype) -> None:
+    errors = Errors()
+    token_weight = torch.rand(N).to(dtype)
+    token_weight[2] = 0
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    budget = {} if op == "kl_div_with_logits" else {"memory_budget": 3000}
+    for reduction, temperature in itertools.product(("none", "sum", "mean"), TEMPERATURES):
+        arguments, options = given(op, dtype), {"beta": beta, "temperature": temperature}
+        options |= {"reduction": reduction, "token_weight": token_weight}
+        got = evaluate(getattr(fused, op), **arguments, **options, **budget)
+        native = evaluate(partial(by_torch, op), **arguments, **options)
+        value, gradients = by_hand(op, arguments, **options)
+        assert got.value.dtype is wide
+        errors.add("loss", got.value, native.value.to(wide), value)
+        for i, (ours, theirs) in enumerate(zip(got.gradients, native.gradients, strict=True)):
+            errors.add(f"gradient {i}", ours, theirs, gradients[i])
+    errors.check(roundings=4 if dtype is torch.float64 else 2)  # its sums have no wider type
+
+
+@every_operator
+@every_beta
+def test_shapes_and_weights(op: str, beta: float, kernel_calls: KernelCalls) -> None:
+    rows = (2, 3)
+    weight = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]])
+    for reduction in ("none", "mean"):
+        options: dict[str, Any] = {"beta": beta, "temperature": 2.0, "reduction": reduction}
+        assert_close(op, given(op, rows=rows), **options)
+        assert_close(op, given(op, rows=rows), **options, token_weight=weight)
+    mask = weight != 0
+    arguments = given(op, rows=rows)
+    torch.testing.assert_close(
+        getattr(fused, op)(**arguments, token_weight=mask),
+        getattr(fused, op)(**arguments, token_weight=mask.float()),
+    )
+    assert getattr(fused, op)(**given(op, rows=()), reduction="none").shape == ()
+    for reduction, expected in (("none", torch.zeros(0)), ("sum", torch.tensor(0.0))):
+        arguments = given(op, rows=(0,))
+        loss = getattr(fused, op)(**arguments, reduction=reduction)
+        torch.testing.assert_close(loss, expected)
+        leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
+        assert not any(gradient.any() for gradient in torch.autograd.grad(loss.sum(), leaves))
+    name = "cross_entropy" if op == "linear_topk_kl_div" else "kl_div_with_logits"
+    assert kernel_calls[name] >= 7
+
+
+@every_operator
+@every_beta
+def test_weight_zero_hides_a_token(op: str, beta: float) -> None:
+    """Whatever its logits are; and nothing is counted where all have weight 0."""
+    arguments = given(op)
+    leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
+    leaves[0].data[1] = math.nan
+    weight = torch.ones(N)
+    weight[1] = 0
+    operator = OPERATORS[op]
+    for reduction in ("mean", "none"):
+        options = {"beta": beta, "token_weight": weight, "reduction": reduction}
+        bound = operator.bind(**arguments, **options)
+        for loss in (getattr(fused, op)(**arguments, **options), operator.reference(*bound)):
+            gradients = torch.autograd.grad(loss.sum(), leaves)
+            assert loss.isfinite().all()
+            assert all(gradient.isfinite().all() for gradient in gradients)
+            assert not gradients[0][1].any()
+    nothing = getattr(fused, op)(**given(op), token_weight=torch.zeros(N), reduction="sum")
+    assert nothing == 0
+    assert getattr(fused, op)(**given(op), token_weight=torch.zeros(N)).isnan()
+
+
+@every_beta
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_infinite_logits(beta: float, temperature: float) -> None:
+    """0 log 0 is 0, and a class that only one side excludes is infinite or it is not."""
+    x, y = torch.randn(4, C), torch.randn(4, C)
+    x[0, :5] = y[0, :5] = -math.inf  # both
+    y[1, 3] = -math.inf
+    x[2, 3] = -math.inf
+    x[3], y[3] = y[3] + 1e4, y[3] - 1e4  # offsets change nothing
+    x.requires_grad_()
+    options: dict[str, Any] = {"beta": beta, "temperature": temperature, "reduction": "none"}
+    loss = fused.kl_div_with_logits(x, y, **options)
+    assert loss[0].isfinite()
+    assert loss[1].isinf() == (beta == 1)
+    assert loss[2].isinf() == (beta == 0)
+    assert abs(loss[3]) < 1e-5
+    finite = torch.tensor([True, beta < 1, True, True])
+    (gradient,) = torch.autograd.grad(loss[finite].sum(), x)
+    kept = x.detach()[0, 5:].requires_grad_()
+    of_kept = fused.kl_div_with_logits(kept, y[0, 5:], **options)
+    (expected,) = torch.autograd.grad(of_kept, kept)
+    torch.testing.assert_close(loss[0], of_kept)
+    torch.testing.assert_close(gradient[0, 5:], expected)
+    assert not gradient[0, :5].any()
+    assert gradient[finite].isfinite().all()
+    expected = torch.zeros(()) if beta else -y[2].div(temperature).softmax(0)[3] / temperature
+    torch.testing.assert_close(gradient[2, 3], expected)
+    x.data[0, 0] = math.nan
+    assert fused.kl_div_with_logits(x, y, **options)[0].isnan()
+
+
+@every_beta
+def test_definition_of_infinite_logits(beta: float) -> None:
+    x, y = torch.randn(1, C).double(), torch.randn(1, C).double()
+    x[0, :5] = y[0, :5] = -math.inf
+    x.requires_grad_()
+    options = DivergenceOptions(beta)
+    (expected,) = torch.autograd.grad(distillation.kl_div_with_logits(x, y, options), x)
+    (got,) = torch.autograd.grad(fused.kl_div_with_logits(x, y, beta=beta), x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_same_predictions() -> None:
+    x = torch.randn(3, C, requires_grad=True)
+    for beta in (0.0, 0.5, 1.0):
+        loss = fused.kl_div_with_logits(x, x.detach(), beta=beta)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert loss.abs() < 1e-7
+        assert gradient.abs().max() < 1e-8
+
+
+def test_jensen_shannon_is_symmetric() -> None:
+    x, y = torch.randn(3, C), torch.randn(3, C)
+    torch.testing.assert_close(
+        fused.kl_div_with_logits(x, y, beta=0.25), fused.kl_div_with_logits(y, x, beta=0.75)
+    )
+
+
+@pytest.mark.cpu
+def test_strides_and_dtypes() -> None:
+    x = torch.randn(C, N).t().requires_grad_()
+    y = torch.randn(N, 2 * C)[:, ::2]
+    rows = torch.randn(N, 2 * C)[:, :C]
+    for student, teacher in ((x, y), (x, rows), (rows.clone().requires_grad_(), y)):
+        arguments = {"logits": student, "teacher_logits": teacher}
+        assert_close("kl_div_with_logits", arguments, beta=0.5)
+    torch.testing.assert_close(
+        fused.kl_div_with_logits(x, y.bfloat16()), fused.kl_div_with_logits(x, y.bfloat16().float())
+    )
+    for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        arguments = given("linear_kl_div")
+        arguments = {
+            name: t.detach().to(dtypes[name.startswith("teacher")]).requires_grad_(t.requires_grad)
+            for name, t in arguments.items()
+        }
+        loss = fused.linear_kl_div(**arguments)
+        leaf = arguments["linear_weight"]
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        exact = {
+            name: t.detach().double().requires_grad_(t.requires_grad)
+            for name, t in arguments.items()
+        }
+        expected = by_torch("linear_kl_div", **exact)
+        assert abs(loss - expected) <= 0.02 * expected
+        best = torch.autograd.grad(expected, exact["linear_weight"])[0]
+        assert gradient.dtype is leaf.dtype
+        assert (gradient - best).abs().max() <= 0.02 * best.abs().max()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("op", ["linear_kl_div", "linear_topk_kl_div"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_budgets_change_nothing_but_roundings(op: str, reduction: str) -> None:
+    weight = torch.rand(N)
+    weight[1::3] = 0
+    for budget in (1, 3000, 1 << 30):
+        arguments = given(op)
+        options: dict[str, Any] = {"token_weight": weight, "reduction": reduction}
+        assert_close(op, arguments, memory_budget=budget, beta=0.4, **options)
+
+
+@pytest.mark.cpu
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of both that exist at once are a quarter of them at most."""
+    n, classes, sizes = 2048, 16000, []
+    empty = backend.empty
+
+    def seen(shape: Any, dtype: torch.dtype, *rest: Any) -> Tensor:
+        sizes.append(math.prod(shape) * dtype.itemsize)
+        return empty(shape, dtype, *rest)
+
+    monkeypatch.setattr(backend, "empty", seen)
+    x, w = torch.randn(n, 4, requires_grad=True), torch.randn(classes, 4)
+    fused.linear_kl_div(x, w, torch.randn(n, 3), torch.randn(classes, 3)).backward()
+    logits, _, teacher_logits, *_ = sizes  # and the gradient of x
+    assert logits + teacher_logits <= n * classes * 8 / 4
+    assert sum(sizes[2:]) == n * classes * 4
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("op", ["linear_kl_div", "linear_topk_kl_div"])
+def test_wants_no_product_that_nobody_wants(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[torch.Size] = []
+    rows: list[int] = []
+    add_product, linear = backend.add_product, chunked._linear
+    monkeypatch.setattr(
+        backend, "add_product", lambda to, *a: (products.append(to.shape), add_product(to, *a))[1]
+    )
+    for module in (chunked, distillation):
+        monkeypatch.setattr(
+            module, "_linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
+        )
+    arguments = given(op)
+    frozen = {name: tensor.detach() for name, tensor in arguments.items()}
+    weight = torch.ones(N)
+    weight[:3] = 0
+    for name in ("input", "linear_weight"):
+        products.clear()
+        rows.clear()
+        leaf = arguments[name]
+        getattr(fused, op)(**frozen | {name: leaf}, token_weight=weight).backward()
+        assert products == [(N - 3, D) if name == "input" else (C, D)]
+        assert set(rows) == {N - 3}
+    products.clear()
+    with torch.no_grad():
+        plain = getattr(fused, op)(**arguments)
+    with torch.inference_mode():
+        torch.testing.assert_close(getattr(fused, op)(**arguments), plain)
+    assert not plain.requires_grad
+    assert not products
+
+
+@every_operator
+@every_dtype
+def test_backward_twice_and_none(op: str, dtype: torch.dtype) -> None:
+    arguments = given(op, dtype)
+    leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
+    loss = getattr(fused, op)(**arguments)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@every_operator
+@every_beta
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_derivatives(op: str, beta: float, reduction: str) -> None:
+    arguments = {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor
+        for name, tensor in given(op, rows=(3,)).items()
+    }
+    names = [name for name in arguments if not name.startswith("teacher")]
+    leaves = [arguments[name].requires_grad_() for name in names]
+    options: dict[str, Any] = {"beta": beta, "temperature": 1.5, "reduction": reduction}
+
+    def loss(*tensors: Tensor) -> Tensor:
+        given = arguments | dict(zip(names, tensors, strict=True))
+        return getattr(fused, op)(**given, **options)
+
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
+
+
+@every_operator
+def test_a_teacher_that_requires_grad_has_its_gradient(op: str) -> None:
+    arguments = given(op)
+    name = [name for name in arguments if name.startswith("teacher")][-1]
+    arguments[name].requires_grad_()
+    assert pyfused.explain(op, **arguments).reason == f"{name} requires grad"
+    assert_close(op, arguments, beta=0.5)
+
+
+@every_operator
+def test_explained(op: str) -> None:
+    said = pyfused.explain(op, **given(op), beta=0.5, token_weight=torch.ones(N))
+    assert said.backend == ("cpu" if pyfused.backends.FORCED != "triton" else "triton")
+
+
+# ---- a teacher's top k ---------------------------------------------------------------------------
+
+
+def test_all_classes_are_the_whole_distribution() -> None:
+    arguments, teacher_logits = given("linear_topk_kl_div"), torch.randn(N, C)
+    log_probs, indices = teacher_logits.log_softmax(-1).sort()
+    arguments |= {"teacher_indices": indices, "teacher_log_probs": log_probs}
+    logits = F.linear(arguments["input"], arguments["linear_weight"], arguments["linear_bias"])
+    expected = fused.kl_div_with_logits(logits, teacher_logits)
+    for remainder in ("ignore", "bucket"):
+        got = fused.linear_topk_kl_div(**arguments, remainder=remainder)
+        torch.testing.assert_close(got, expected)
+        leaf = arguments["linear_weight"]
+        torch.testing.assert_close(
+            torch.autograd.grad(got, leaf)[0],
+            torch.autograd.grad(expected, leaf, retain_graph=True)[0],
+            atol=1e-5,
+            rtol=1e-4,
+        )
+
+
+def test_ignored_remainder() -> None:
+    assert_close("linear_topk_kl_div", given("linear_topk_kl_div"), remainder="ignore")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("row", "error", "told"),
+    [
+        ([0, C, 2], IndexError, rf"expected class indices in \[0, {C}\), got {C} in row 1"),
+        ([0, -1, 2], IndexError, rf"expected class indices in \[0, {C}\), got -1 in row 1"),
+        ([5, 3, 5], ValueError, "expected each class once in a row, got 5 twice in row 1"),
+    ],
+    ids=["beyond", "negative", "twice"],
+)
+def test_bad_indices(row: list[int], error: type[Exception], told: str) -> None:
+    arguments = given("linear_topk_kl_div", rows=(2,))
+    indices, log_probs = torch.tensor([[0, 1, 2], row]), torch.full((2, 3), -2.0)
+    arguments |= {"teacher_indices": indices, "teacher_log_probs": log_probs}
+    with pytest.raises(error, match=f"teacher_indices: {told}"):
+        fused.linear_topk_kl_div(**arguments)
+    with pytest.raises(error, match=f"teacher_indices: {told}"):
+        distillation.linear_topk_kl_div(
+            *(arguments[operand.name] for operand in OPERATORS["linear_topk_kl_div"].operands)
+        )
+
+
+# ---- what else the house has ---------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+@every_operator
+def test_autocast(op: str) -> None:
+    arguments = given(op)
+    leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, native = getattr(fused, op)(**arguments), by_torch(op, **arguments)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, native.float(), rtol=0.02, atol=0.02)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(native, leaves), strict=True
+    ):
+        assert (ours - theirs).abs().max() <= 0.05 * theirs.abs().max()
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_operator
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(op: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pyfused.ops.dispatch.COMPILED_BELOW, op, 0)
+    arguments = given(op)
+    options: dict[str, Any] = {"beta": 0.5, "reduction": reduction, "token_weight": torch.rand(N)}
+    name, leaf = next(iter(arguments.items()))
+
+    def loss(x: Tensor) -> Tensor:
+        return getattr(fused, op)(**arguments | {name: x * 2}, **options).sum()
+
+    torch.compiler.reset()
+    expected, got = loss(leaf), torch.compile(loss, fullgraph=True)(leaf)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaf)[0], torch.autograd.grad(expected, leaf)[0]
+    )
+
+
+@pytest.mark.cpu
+@every_operator
+def test_custom_operator(op: str) -> None:
+    arguments = given(op)
+    tensors = [arguments[operand.name] for operand in OPERATORS[op].operands]
+    for reduction in ("mean", "none"):
+        options = DivergenceOptions(0.5, 2.0, reduction, torch.rand(N))
+        operator = getattr(torch.ops.pyfused, op).default
+        torch.library.opcheck(operator, (*tensors, *options.values()))
+
+
+@every_operator
+def test_module(op: str) -> None:
+    options: dict[str, Any] = {"beta": 0.5, "temperature": 2.0, "reduction": "sum"}
+    module = getattr(nn, OPERATORS[op].module)(**options)
+    arguments, weight = given(op), torch.rand(N)
+    expected = getattr(fused, op)(**arguments, **options, token_weight=weight)
+    torch.testing.assert_close(module(**arguments, token_weight=weight), expected)
+    assert pyfused.explain(module, **arguments).op == op
+    assert repr(module).startswith(f"{OPERATORS[op].module}(beta=0.5, temperature=2.0")
+
+
+WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("kl_div_with_logits", {"beta": 1.5}, ValueError, r"beta: .*\[0.0, 1.0\], got 1.5"),
+    ("kl_div_with_logits", {"temperature": 0.0}, ValueError, "temperature: expected a positive"),
+    ("kl_div_with_logits", {"reduction": "max"}, ValueError, "reduction: expected 'none'"),
+    ("kl_div_with_logits", {"teacher_logits": torch.ones(N, 3)}, RuntimeError, "teacher_logits"),
+    ("kl_div_with_logits", {"token_weight": torch.ones(3)}, ValueError, r"token_weight.*\(7,\)"),
+    ("kl_div_with_logits", {"token_weight": -torch.ones(N)}, ValueError, "token_weight.*inf"),
+    ("kl_div_with_logits", {"logits": torch.ones(N, C).long()}, RuntimeError, "logits.*floating"),
+    ("linear_kl_div", {"memory_budget": 0}, ValueError, "memory_budget: expected a positive"),
+    ("linear_kl_div", {"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(150,\)"),
+    (
+        "linear_kl_div",
+        {"linear_weight": torch.ones(C, 3)},
+        RuntimeError,
+        r"linear_weight.*C, \.\.\., 6",
+    ),
+    ("linear_kl_div", {"linear_weight": torch.ones(C, 2, D)}, RuntimeError, r"weight.*\(C, 6\)"),
+    (
+        "linear_kl_div",
+        {"teacher_input": torch.ones(2, E)},
+        RuntimeError,
+        r"teacher_input.*\(7, 5\)",
+    ),
+    (
+        "linear_kl_div",
+        {"teacher_linear_weight": torch.ones(9, E), "teacher_linear_bias": None},
+        RuntimeError,
+        r"teacher_linear_weight: expected shape \(150, 5\).*got \(9, 5\)",
+    ),
+    (
+        "linear_kl_div",
+        {"linear_weight": torch.ones(C, D).double()},
+        RuntimeError,
+        "linear_weight: expected the input's torch.float32, got torch.float64",
+    ),
+    (
+        "linear_topk_kl_div",
+        {"teacher_indices": torch.zeros(N, 0).long(), "teacher_log_probs": torch.zeros(N, 0)},
+        RuntimeError,
+        "teacher_log_probs: expected 1 to 150 classes, got 0",
+    ),
+    ("linear_topk_kl_div", {"remainder": "drop"}, ValueError, "remainder: expected 'bucket'"),
+    (
+        "linear_topk_kl_div",
+        {"remainder": "ignore", "beta": 0.5},
+        ValueError,
+        "beta: expected 0.0 with remainder 'ignore', got 0.5",
+    ),
+    (
+        "linear_topk_kl_div",
+        {"teacher_indices": torch.zeros(N, K)},
+        RuntimeError,
+        "teacher_indices: expected torch.int64",
+    ),
+    (
+        "linear_topk_kl_div",
+        {"teacher_log_probs": torch.zeros(N, 3)},
+        RuntimeError,
+        r"teacher_indices: expected shape \(7, 3\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "wrong", "error", "told"), WRONG)
+def test_bad_input(op: str, wrong: dict[str, Any], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        getattr(fused, op)(**given(op) | wrong)

@@ -1,0 +1,647 @@
+"""log_probs and linear_log_probs beside torch's composition, and what a row's results depend on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from compare import FLOATS, Errors, evaluate, exactly
+from conftest import KernelCalls, backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import LAYOUTS
+from torch import Tensor
+
+import pyfused
+from pyfused import functional as fused
+from pyfused import nn
+from pyfused.backends import cpu
+from pyfused.ops import chunked, dispatch, log_probs
+from pyfused.ops.operators import OPERATORS
+from pyfused.types import LogProbsOptions, VocabShard
+
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
+# Which of log-probability, entropy and log-sum-exp have a gradient.
+SOME = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]
+SOME = SOME[::3] if interpreter.ON else SOME  # (0), (0, 1), (0, 1, 2)
+SHAPES: dict[str, tuple[int, ...]] = {"rows": (12, 70), "one": (70,), "kdim": (5, 9, 3, 2)}
+if backend is cpu:
+    SHAPES |= {"rows": (150, 70), "kdim": (25, 9, 3, 2), "many": (40, 2600)}
+FEATURES = 6
+
+
+def of_logits(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """In torch's terms, from logits that are widened first as their users do."""
+    dim, x = min(logits.dim() - 1, 1), logits if logits.dtype is torch.float64 else logits.float()
+    x = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
+    log_p, counted = x.log_softmax(dim), target != ignore_index
+    at_target = log_p.gather(dim, target.where(counted, 0).long().unsqueeze(dim)).squeeze(dim)
+    found = at_target, -(log_p.exp() * log_p).sum(dim), x.logsumexp(dim)
+    return [x.where(counted, 0) for x in found]
+
+
+def of_head(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    logits = torch.tensordot(input, linear_weight, ([-1], [-1]))
+    logits = logits if linear_bias is None else logits + linear_bias
+    return of_logits(logits, target, **options)
+
+
+TORCH: dict[str, Callable[..., list[Tensor]]] = {
+    "log_probs": of_logits,
+    "linear_log_probs": of_head,
+}
+
+
+def draw(
+    op: str,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = (12, 70),
+    bias: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors of a call with logits of this shape; a third of the targets ignored."""
+    rows, (classes, *positions) = shape[: len(shape) > 1], shape[len(shape) > 1 :]
+    target = torch.randint(0, classes, (*rows, *positions))
+    target.view(-1)[1::3] = -100
+    if op == "log_probs":
+        return {"logits": (3 * torch.randn(shape)).to(dtype).requires_grad_(), "target": target}
+    found = {"input": torch.randn(*rows, FEATURES), "target": target}
+    found["linear_weight"] = torch.randn(classes, *positions, FEATURES) / FEATURES**0.5
+    if bias:
+        found["linear_bias"] = torch.randn(classes, *positions)
+    return {
+        name: x if name == "target" else x.to(dtype).requires_grad_() for name, x in found.items()
+    }
+
+
+def all_three(op: str, **given: Any) -> fused.LogProbs:
+    return getattr(fused, op)(**given, return_entropy=True, return_lse=True)
+
+
+def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -> None:
+    """Adds the errors of the results, and of the gradients for some of them at a time."""
+    beyond = {n: options.pop(n) for n in ("memory_budget", "deterministic_rows") if n in options}
+    for some in SOME:
+
+        def ours(some: tuple[int, ...] = some, **given: Any) -> Tensor:
+            return torch.stack([all_three(op, **given, **beyond)[i] for i in some])
+
+        def theirs(some: tuple[int, ...] = some, **given: Any) -> Tensor:
+            return torch.stack([TORCH[op](**given)[i] for i in some])
+
+        got = evaluate(ours, **tensors, **options)
+        of_torch = evaluate(theirs, **tensors, **options)
+        exact = evaluate(theirs, convert=exactly, **tensors, **options)
+        for i, name in enumerate(some):
+            errors.add(f"result {name}", got.value[i], of_torch.value[i], exact.value[i])
+        for i, gradient in enumerate(got.gradients):
+            of = of_torch.gradients[i], exact.gradients[i]
+            errors.add(f"gradient {i} of {some}", gradient, *of)
+
+
+@every_dtype
+@every_operator
+@pytest.mark.parametrize("kind", SHAPES)
+def test_as_exact_as_torch(op: str, kind: str, dtype: torch.dtype) -> None:
+    errors = Errors()
+    shaping: dict[str, Any] = {"softcap": 4.0, "temperature": 0.7}
+    for options in ({}, {"temperature": 1.7}, shaping) if backend is cpu else (shaping,):
+        for _ in range(10 if kind == "one" and backend is cpu else 1):
+            check(errors, op, draw(op, dtype, SHAPES[kind]), **options)
+    few = 3 if kind == "one" else 1  # elements, of which torch's may all be lucky
+    errors.check(roundings=128 if dtype is torch.float64 else few)  # its sums have no wider type
+
+
+@every_dtype
+@pytest.mark.parametrize("budget", [5000] if interpreter.ON else [1, 5000, 1 << 17, 1 << 22])
+def test_budgets_and_fixed_products(budget: int, dtype: torch.dtype) -> None:
+    errors, shape = Errors(), (40, 2100) if backend is cpu else (12, 70)
+    for more in ({}, {"deterministic_rows": True}):
+        tensors = draw("linear_log_probs", dtype, shape, bias=bool(more))
+        check(errors, "linear_log_probs", tensors, memory_budget=budget, **more)
+    errors.check(roundings=128 if dtype is torch.float64 else 1)
+
+
+@every_operator
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided(op: str, layout: str, isa: str) -> None:
+    """Any operand, grad_output included."""
+    tensors = draw(op, shape=(7, 80, 2) if op == "log_probs" else (7, 80))
+    strided = {name: LAYOUTS[layout](x.detach()) for name, x in tensors.items()}
+    leaves = [x.requires_grad_() for x in strided.values() if x.is_floating_point()]
+    got, expected = all_three(op, **strided), TORCH[op](**strided)
+    upstream = [LAYOUTS[layout](torch.randn_like(x)) for x in expected]
+    torch.testing.assert_close([*got], expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
+    )
+
+
+@every_operator
+def test_targets_of_other_kinds(op: str) -> None:
+    """uint8, another ignored index, and a target of shape (1) beside a single row."""
+    tensors = draw(op)
+    tensors["target"] = (tensors["target"] % 70).byte()
+    got = all_three(op, **tensors, ignore_index=int(tensors["target"][0]))
+    tensors["target"] = tensors["target"].long()
+    expected = TORCH[op](**tensors, ignore_index=int(tensors["target"][0]))
+    torch.testing.assert_close([*got], expected)
+    single = draw(op, shape=(70,)) | {"target": torch.tensor([4])}
+    assert [x.shape for x in all_three(op, **single)] == [(1,)] * 3
+
+
+@every_operator
+def test_what_is_not_asked_for_is_none(op: str) -> None:
+    found = getattr(fused, op)(**draw(op))
+    assert found.entropy is found.log_sum_exp is None
+    assert found._fields == ("log_probability", "entropy", "log_sum_exp")
+    assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
+
+
+# ---- ignored, empty, special values --------------------------------------------------------------
+
+
+@every_operator
+def test_ignored_rows(op: str) -> None:
+    """Whatever is in them, results and gradients are 0."""
+    tensors = draw(op)
+    ignored, first = tensors["target"] == -100, next(iter(tensors))
+    poisoned = tensors[first].detach().clone()
+    poisoned[ignored] = math.nan
+    tensors[first] = poisoned.requires_grad_()
+    found = all_three(op, **tensors)
+    assert all((x[ignored] == 0).all() and x.isfinite().all() for x in found)
+    gradient, *others = torch.autograd.grad(
+        sum(x.sum() for x in found), [x for x in tensors.values() if x.requires_grad]
+    )
+    assert (gradient[ignored] == 0).all()
+    if backend is cpu:  # a GPU's product reads them
+        assert all(x.isfinite().all() for x in others)
+
+
+@pytest.mark.cpu
+def test_ignored_rows_take_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, linear = [], chunked._linear
+    monkeypatch.setattr(
+        log_probs, "_linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
+    )
+    found = fused.linear_log_probs(**draw("linear_log_probs", shape=(90, 70)))
+    found.log_probability.sum().backward()
+    assert rows == [60]  # these logits stay for the backward pass
+
+
+@every_operator
+def test_nothing_counts(op: str) -> None:
+    tensors = draw(op)
+    tensors["target"] = torch.full_like(tensors["target"], -100)
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    found = all_three(op, **tensors)
+    assert not any(x.any() for x in found)
+    assert not any(x.any() for x in torch.autograd.grad(sum(x.sum() for x in found), leaves))
+
+
+@every_operator
+def test_no_rows(op: str) -> None:
+    tensors = draw(op, shape=(0, 70))
+    found = all_three(op, **tensors)
+    assert [x.shape for x in found] == [(0,)] * 3
+    sum(x.sum() for x in found).backward()
+
+
+@every_operator
+def test_log_probabilities_are_never_above_0(op: str) -> None:
+    """Of a class that has all but what is rounded away."""
+    n, classes = 50, 130
+    logits = torch.randn(n, classes) * torch.logspace(-3, 3, n)[:, None]
+    logits[:, 7] = logits.amax(1) + torch.linspace(0, 40, n)
+    target = torch.full((n,), 7)
+    tensors = {"logits": logits}
+    if op != "log_probs":
+        tensors = {"input": logits, "linear_weight": torch.eye(classes)}
+    found = all_three(op, **tensors, target=target)
+    assert (found.log_probability <= 0).all()
+    assert (found.log_probability > -10).all()
+    assert (found.entropy >= 0).all()
+
+
+@every_dtype
+def test_an_offset_of_all_logits_changes_roundings_alone(dtype: torch.dtype) -> None:
+    logits = torch.randint(-8, 8, (6, 300)).to(dtype)
+    offset = 1e4 if dtype in (torch.float32, torch.float64) else 128.0  # exact beside the logits
+    target = torch.randint(0, 300, (6,))
+    leaves = [(logits + by).requires_grad_() for by in (0.0, offset)]
+    plain, shifted = (all_three("log_probs", logits=leaf, target=target) for leaf in leaves)
+    torch.testing.assert_close(plain[:2], shifted[:2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(plain[2] + offset, shifted[2])
+    one, other = (
+        torch.autograd.grad(found[0].sum() + found[1].sum(), leaf)[0]
+        for found, leaf in zip((plain, shifted), leaves, strict=True)
+    )
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(one, other, rtol=4 * eps, atol=max(eps, 1e-6))
+
+
+def test_infinite_logits(isa: str) -> None:
+    """A class without probability has no part in entropy and gradients, and none that is NaN."""
+    logits = torch.randn(4, 300)
+    logits[:, 5] = -math.inf
+    logits[3, 6:] = -1e4
+    leaf, target = logits.requires_grad_(), torch.tensor([1, 2, 5, 4])
+    found = all_three("log_probs", logits=leaf, target=target)
+    exact = leaf.detach().double()
+    log_p = exact.log_softmax(1)
+    terms = (log_p.exp() * log_p).nan_to_num(0.0)
+    torch.testing.assert_close(found.entropy, -terms.sum(1).float())
+    assert found.log_probability[2] == -math.inf
+    (gradient,) = torch.autograd.grad(found.entropy.sum(), leaf)
+    expected = log_p.exp() * terms.sum(1, keepdim=True) - terms
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-4, atol=1e-6)
+    assert gradient.any()
+
+
+def test_nan_stays(isa: str) -> None:
+    logits = torch.randn(3, 300)
+    logits[1, 7] = math.nan
+    found = all_three("log_probs", logits=logits, target=torch.tensor([0, 7, 1]))
+    for x in found:
+        assert x.isnan().tolist() == [False, True, False]
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+@every_operator
+def test_no_gradient_is_wanted(op: str) -> None:
+    tensors = draw(op)
+    expected = all_three(op, **tensors)
+    frozen = {name: x.detach() for name, x in tensors.items()}
+    with torch.no_grad():
+        found = [all_three(op, **tensors), all_three(op, **frozen)]
+    with torch.inference_mode():
+        found.append(all_three(op, **frozen))
+    for results in found:
+        assert not any(x.requires_grad for x in results)
+        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias"])
+def test_no_product_that_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    products, add_product = [], backend.add_product
+    monkeypatch.setattr(
+        backend, "add_product", lambda to, *a: (products.append(to.shape), add_product(to, *a))[1]
+    )
+    tensors = draw("linear_log_probs")
+    frozen = {n: x.detach() for n, x in tensors.items()} | {name: tensors[name]}
+    found, expected = all_three("linear_log_probs", **frozen), of_head(**frozen)
+    torch.testing.assert_close(
+        torch.autograd.grad(sum(x.sum() for x in found), tensors[name]),
+        torch.autograd.grad(sum(x.sum() for x in expected), tensors[name]),
+    )
+    assert [shape[1:] for shape in products] == [tensors[name].shape[1:]] * (name != "linear_bias")
+
+
+@every_dtype
+@every_operator
+def test_backward_twice(op: str, dtype: torch.dtype) -> None:
+    tensors = draw(op, dtype)
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    loss = sum(x.sum() for x in all_three(op, **tensors))
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, leaves))
+
+
+def test_weight_gradients_are_summed_in_float32() -> None:
+    """Each of many rows adds less to the sum than half precision can tell."""
+    n = 4096 if backend is cpu else 512
+    input, target = torch.ones(n, 1, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int64)
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    found = fused.linear_log_probs(input, head, target, memory_budget=256 if backend is cpu else n)
+    found.log_probability.mean().backward()
+    torch.testing.assert_close(head.grad, torch.tensor([[0.5], [-0.5]], dtype=torch.bfloat16))
+
+
+@every_operator
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3)], ids=str)
+def test_derivatives(op: str, shape: tuple[int, ...]) -> None:
+    tensors = draw(op, torch.float64, shape)
+    names = [name for name, x in tensors.items() if x.requires_grad]
+
+    def results(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given = tensors | dict(zip(names, leaves, strict=True))
+        return tuple(all_three(op, **given, softcap=3.0, temperature=0.8))
+
+    leaves = [tensors[name] for name in names]
+    assert torch.autograd.gradcheck(results, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(results, leaves, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_operator
+def test_functional_transforms(op: str) -> None:
+    tensors = {name: x.detach() for name, x in draw(op, torch.float64, (4, 9)).items()}
+    name, x = next(iter(tensors.items()))
+
+    def loss(x: Tensor, function: Callable[..., Any]) -> Tensor:
+        return sum(each.sum() for each in function(**tensors | {name: x}))
+
+    def ours(**given: Tensor) -> Any:
+        return all_three(op, **given)
+
+    torch.testing.assert_close(torch.func.grad(loss)(x, ours), torch.func.grad(loss)(x, TORCH[op]))
+    torch.testing.assert_close(
+        torch.func.hessian(loss)(x, ours), torch.func.hessian(loss)(x, TORCH[op])
+    )
+
+
+# ---- what a row's results depend on --------------------------------------------------------------
+
+ROWS, CLASSES = (9, 150) if interpreter.ON else (9, 3500)
+
+
+def bits(results: Any) -> Tensor:
+    return torch.stack([x.detach() for x in results]).view(torch.int32)
+
+
+@pytest.mark.cpu
+@settings(max_examples=40)
+@given(
+    classes=st.integers(1, CLASSES),
+    rows=st.integers(1, ROWS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    shaping=st.sampled_from([{}, {"temperature": 0.6}, {"softcap": 5.0}]),
+    threads=st.integers(1, 4),
+    shift=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_row_depends_on_itself_alone(
+    classes: int,
+    rows: int,
+    dtype: torch.dtype,
+    shaping: dict[str, Any],
+    threads: int,
+    shift: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    logits = (torch.randn(rows, classes) * torch.rand(rows, 1) * 30).to(dtype)
+    target = torch.randint(0, classes, (rows,))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = bits(all_three("log_probs", logits=logits, target=target, **shaping))
+    finally:
+        torch.set_num_threads(before)
+    memory = torch.empty(rows * classes + shift, dtype=dtype)[shift:].view(rows, classes)
+    order = torch.randperm(rows)
+    leaf = memory.copy_(logits[order]).requires_grad_()  # elsewhere, with gradients
+    moved = bits(all_three("log_probs", logits=leaf, target=target[order], **shaping))
+    assert torch.equal(moved, whole[:, order])
+    row = int(order[0])
+    alone = all_three("log_probs", logits=logits[row], target=target[row], **shaping)
+    assert torch.equal(bits(alone), whole[:, row])
+
+
+@pytest.mark.cpu
+@settings(max_examples=30)
+@given(
+    classes=st.integers(1, 2600),
+    rows=st.integers(1, 40),
+    budget=st.sampled_from([None, 1, 20_000, 300_000, 40_000_000]),
+    fixed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_chunks_change_no_bit(
+    classes: int, rows: int, budget: int | None, fixed: bool, seed: int
+) -> None:
+    """Of logits whose matrix product is exact: one feature, 1, times each."""
+    torch.manual_seed(seed)
+    head = (torch.randn(classes, 1) * 8).requires_grad_()
+    input, target = torch.ones(rows, 1), torch.randint(0, classes, (rows,))
+    target[torch.rand(rows) < 0.3] = -100
+    expected = bits(all_three("log_probs", logits=input @ head.t(), target=target))
+    chunks: dict[str, Any] = {"memory_budget": budget, "deterministic_rows": fixed}
+    found = all_three("linear_log_probs", input=input, linear_weight=head, target=target, **chunks)
+    assert torch.equal(bits(found), expected)
+
+
+@pytest.mark.cpu
+@settings(max_examples=40)
+@given(
+    features=st.integers(1, 300),
+    classes=st.integers(2, 2600),
+    rows=st.integers(1, 300),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, seed: int) -> None:
+    """A row has the same bits in any batch, at any place, whatever else is asked for."""
+    torch.manual_seed(seed)
+    tensors = {"linear_weight": torch.randn(classes, features)}
+    if bias:
+        tensors["linear_bias"] = torch.randn(classes)
+    input, target = torch.randn(rows, features), torch.randint(0, classes, (rows,))
+
+    def found(some: Tensor, **more: Any) -> Tensor:
+        given: dict[str, Any] = tensors | {"deterministic_rows": True} | more
+        results = all_three("linear_log_probs", input=input[some], target=target[some], **given)
+        return bits(results)
+
+    order = torch.randperm(rows)
+    whole = found(order)
+    some = order[: 1 + rows // 3]
+    leaf = {"linear_weight": tensors["linear_weight"].clone().requires_grad_()}
+    assert torch.equal(found(some.flip(0), memory_budget=1, **leaf), whole[:, : len(some)].flip(1))
+    assert torch.equal(found(order[-1:]), whole[:, -1:])
+
+
+def test_a_call_continues_from_the_one_before(isa: str) -> None:
+    """Block after block of classes, the target in any of them."""
+    logits, target = torch.randn(4, 3000) * 3, torch.tensor([5, 1500, 2999, -100])
+    if backend is not cpu:
+        logits, target = logits[:, :192].contiguous(), torch.tensor([5, 100, 191, -100])
+    classes, block = logits.shape[1], 1024 if backend is cpu else 64
+    options, whole, parts = LogProbsOptions(), *torch.empty(2, log_probs.VALUES, 4).double()
+    backend.log_probs(logits, target, options, whole, VocabShard(0, classes))
+    for first in range(0, classes, block):
+        shard = VocabShard(first, classes)
+        part = logits[:, first : first + block]
+        backend.log_probs(part, target, options, parts, shard, continues=first > 0)
+    close = (lambda x, y: (x == y).all()) if backend is cpu else torch.allclose
+    assert close(whole[:3], parts[:3])
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [None, 16])
+def test_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: int | None) -> None:
+    """What exists at once beside inputs and gradients: a quarter of the logits, or less."""
+    n, classes = 2048, 16000
+    logits, empty, sizes = n * classes * dtype.itemsize, cpu.empty, []
+
+    def seen(shape: Any, dtype: torch.dtype, *rest: Any, **options: Any) -> Tensor:
+        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
+        return empty(shape, dtype, *rest, **options)
+
+    monkeypatch.setattr(cpu, "empty", seen)
+    tensors = draw("linear_log_probs", dtype, (n, classes), bias=False)
+    budget = None if share is None else logits // share
+    found = all_three("linear_log_probs", **tensors, memory_budget=budget)
+    sum(x.sum() for x in found).backward()
+    assert max(sizes) <= logits / (share or 4)
+
+
+@pytest.mark.cpu
+def test_rows_beyond_2_31_elements() -> None:
+    """The last row begins there; the memory between is never touched."""
+    classes, stride = 1000, (1 << 31) + 8
+    memory = torch.empty(stride + classes, dtype=torch.bfloat16)
+    logits = memory.as_strided((2, classes), (stride, 1))
+    logits.copy_(torch.randn(2, classes))
+    target = torch.tensor([3, 999])
+    found = all_three("log_probs", logits=logits, target=target)
+    torch.testing.assert_close([*found], of_logits(logits.clone(), target))
+
+
+# ---- how users call it ---------------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+@every_operator
+def test_autocast(op: str) -> None:
+    tensors = draw(op, shape=(50, 70))
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = all_three(op, **tensors)
+        given = dict(tensors)
+        if op != "log_probs":
+            head = given["input"], given.pop("linear_weight"), given.pop("linear_bias")
+            given = {"logits": torch.nn.functional.linear(*head), "target": given["target"]}
+        native = of_logits(**given)
+    exact = TORCH[op](**tensors)
+    assert {x.dtype for x in got} == {torch.float32}
+    for ours, theirs, best in zip(got, native, exact, strict=True):
+        assert (ours - best).abs().max() <= 1.5 * (theirs - best).abs().max() + 1e-5
+    gradients = [torch.autograd.grad(sum(y.sum() for y in x), leaves) for x in (got, exact)]
+    for ours, best in zip(*gradients, strict=True):
+        assert ours.dtype is torch.float32
+        assert (ours - best).abs().max() <= 0.05 * best.abs().max()
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_operator
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.5}], ids=str)
+def test_compiled(op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.COMPILED_BELOW, op, 0)
+    tensors = draw(op)
+    name, leaf = next(iter(tensors.items()))
+
+    def loss(x: Tensor) -> Tensor:
+        found = all_three(op, **tensors | {name: x * 2}, **options)
+        return (found.log_probability.exp() + found.entropy * found.log_sum_exp).sum()
+
+    torch.compiler.reset()
+    expected, got = loss(leaf), torch.compile(loss, fullgraph=True)(leaf)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaf)[0], torch.autograd.grad(expected, leaf)[0]
+    )
+
+
+@pytest.mark.cpu
+@every_operator
+def test_custom_operator(op: str) -> None:
+    tensors = draw(op)
+    given = [tensors[operand.name] for operand in OPERATORS[op].operands]
+    options = LogProbsOptions(softcap=9.0, temperature=2.0)
+    operator = getattr(torch.ops.pyfused, op).default
+    torch.library.opcheck(operator, (*given, *options.values()))
+
+
+@every_operator
+def test_explained(op: str, kernel_calls: KernelCalls) -> None:
+    said = pyfused.explain(op, **draw(op))
+    assert said.backend == ("cpu" if backend is cpu else "triton")
+    all_three(op, **draw(op))[0].sum().backward()
+    assert kernel_calls["log_probs"] == kernel_calls["log_probs_backward"] == 1
+
+
+def test_modules() -> None:
+    options: dict[str, Any] = {"temperature": 0.5, "return_entropy": True}
+    tensors = draw("log_probs")
+    module = nn.LogProbs(**options)
+    expected = fused.log_probs(**tensors, **options)
+    torch.testing.assert_close(module(**tensors), expected)
+    assert "temperature=0.5, return_entropy=True" in repr(module)
+    head = nn.LinearLogProbs(FEATURES, 70, bias=True, memory_budget=4000, **options)
+    input, target = torch.randn(5, FEATURES), torch.randint(0, 70, (5,))
+    weight, bias = head.linear.weight, head.linear.bias
+    expected = fused.linear_log_probs(input, weight, target, linear_bias=bias, **options)
+    torch.testing.assert_close(head(input, target), expected)
+    assert "memory_budget=4000, deterministic_rows=False" in repr(head)
+
+
+WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("log_probs", {"temperature": 0.0}, ValueError, "temperature: expected a positive number"),
+    ("log_probs", {"temperature": None}, TypeError, "temperature: expected a float, got None"),
+    ("log_probs", {"softcap": -1.0}, ValueError, "softcap: expected a positive number, got -1.0"),
+    ("log_probs", {"softcap": "1"}, TypeError, "softcap: expected a float, got str"),
+    ("log_probs", {"ignore_index": 0.5}, TypeError, "ignore_index: expected an int"),
+    ("log_probs", {"logits": torch.ones(()), "target": torch.tensor(0)}, RuntimeError, "logits"),
+    ("log_probs", {"logits": torch.ones(12, 70).long()}, RuntimeError, "logits.*floating dtype"),
+    ("log_probs", {"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
+    ("log_probs", {"target": torch.ones(12)}, RuntimeError, "target: expected class indices"),
+    ("log_probs", {"target": torch.zeros(11).long()}, ValueError, r"target.*\(12,\).*got.*\(11,\)"),
+    ("linear_log_probs", {"memory_budget": 0}, ValueError, "memory_budget: expected a positive"),
+    ("linear_log_probs", {"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\)"),
+    ("linear_log_probs", {"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),
+    (
+        "linear_log_probs",
+        {"linear_weight": torch.ones(70, 6).double()},
+        RuntimeError,
+        "linear_weight: expected the input's torch.float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "wrong", "error", "told"), WRONG)
+def test_bad_input(op: str, wrong: dict[str, Any], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        getattr(fused, op)(**draw(op) | wrong)
+
+
+@every_operator
+@pytest.mark.parametrize("label", [70, -1])
+def test_a_class_index_out_of_range(op: str, label: int) -> None:
+    tensors = draw(op)
+    tensors["target"][3] = label
+    if backend is not cpu:  # nothing waits for the device
+        found = getattr(fused, op)(**tensors).log_probability
+        assert found.isnan().tolist() == [i == 3 for i in range(12)]
+        return
+    with pytest.raises(IndexError, match=rf"target: .*\[0, 70\).*got {label} at position \(3,\)"):
+        getattr(fused, op)(**tensors)
+    frozen = {name: x.detach() for name, x in tensors.items()}
+    with pytest.raises(IndexError), torch.autograd.forward_ad.dual_level():  # torch's definition
+        getattr(fused, op)(**frozen)
