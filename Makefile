@@ -6,13 +6,15 @@ ENVIRONMENT := .venv/.environment
 BUILD := .venv/.build
 TOOLS := .venv/.tools
 EXTRAS := .venv/.extras
+WHEEL_TOOLS := .venv/.wheels
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export CXX  # the compiler that was checked is the one that builds
 unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that it imports
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare bench-sweep sizes docs lint sanitize clean
+	bench-quick bench-busy bench-compare bench-sweep sizes docs lint sanitize wheels test-wheel \
+	test-aarch64 clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -81,7 +83,7 @@ bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those th
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
 docs: $(BUILD) $(EXTRAS) ## write the documentation to site/; its links, code and spelling are checked
-	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests
+	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
 	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
@@ -124,6 +126,18 @@ sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the k
 	$(CXX) -fsanitize=thread -rdynamic $(SANITIZE)/*.o -ldl -lpthread -o $(SANITIZE)/threads
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads
 
+DIST := dist
+wheels: $(WHEEL_TOOLS) ## wheels for Linux and the source distribution, in dist/ (ONLY="cp311-*" chooses some; Python 3.11)
+	$(BIN)/python tools/wheels.py build --dist $(DIST) $(if $(ONLY),--only "$(ONLY)")
+
+test-wheel: ## test a wheel beside torch alone, without a compiler (WHEEL=file, PYTHON=python3.12, TORCH=torch==2.13.0)
+	@$(BIN)/python tools/wheels.py test --python $(PYTHON) $(if $(TORCH),--torch $(TORCH)) \
+		$(or $(WHEEL),$(error test-wheel needs WHEEL=file))
+
+test-aarch64: $(WHEEL_TOOLS) ## test the ARM64 wheel under qemu (Debian's qemu-user and mmdebstrap)
+	$(BIN)/python tools/wheels.py build --only cp311-manylinux_aarch64
+	$(BIN)/python tools/aarch64.py
+
 clean: ## remove what was built and cached; .venv stays
 	rm -rf build dist demo site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info pyfused/*.so $(BUILD)
 	find pyfused kernels tests examples benchmarks -name __pycache__ -exec rm -rf {} +
@@ -152,6 +166,12 @@ $(TOOLS): $(ENVIRONMENT) constraints-dev.txt
 $(EXTRAS): $(TOOLS) constraints-extras.txt
 	@echo 'Installing what documentation and integrations need into .venv: minutes, once'
 	@$(PIP) install --no-compile --requirement constraints-extras.txt \
+		--constraint constraints-dev.txt --constraint constraints.txt
+	@touch $@
+
+$(WHEEL_TOOLS): $(TOOLS) constraints-wheels.txt
+	@echo 'Installing what wheels need into .venv: a minute, once'
+	@$(PIP) install --no-compile --requirement constraints-wheels.txt \
 		--constraint constraints-dev.txt --constraint constraints.txt
 	@touch $@
 

@@ -10,8 +10,8 @@ namespace pyfused {
 constexpr int64_t kActivationBlock = 1 << 14;  // elements a thread takes at a time
 constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
 
-template <class T, class Value>
-void map(T* output, int64_t n, int threads, const Value& value) {
+// Calls loop(first element, out, elements) for each chunk of the output, in the accumulation type.
+template <class T, class Loop> void map(T* output, int64_t n, int threads, const Loop& loop) {
   const int64_t blocks = (n + kActivationBlock - 1) / kActivationBlock;
   parallel_for(blocks, threads, [=](int64_t block) {
     const int64_t end = std::min(n, (block + 1) * kActivationBlock);
@@ -19,43 +19,79 @@ void map(T* output, int64_t n, int threads, const Value& value) {
       const int64_t count = std::min(kActivationChunk, end - first);
       alignas(kVectorBytes) Accumulate<T> buffer[kActivationChunk];
       Accumulate<T>* const out = staged(output + first, buffer);
-      PYFUSED_SIMD()
-      for (int64_t i = 0; i < count; ++i) out[i] = value(first + i);
+      loop(first, out, count);
       store(out, output + first, count);
     }
   });
 }
 
+template <class T>
+const Loaded<T>* loaded(const T* from, [[maybe_unused]] Accumulate<T>* buffer,
+                        [[maybe_unused]] int64_t n) {
+  if constexpr (std::is_same_v<T, float16>) return widened(from, buffer, n);
+  else return from;
+}
+
 template <class T> void scale(T* x, Accumulate<T> factor, int64_t n, int threads) {
   if (factor == 1) return;
-  map(x, n, threads, [=](int64_t i) { return factor * widen(x[i]); });
+  map(x, n, threads, [=](int64_t first, Accumulate<T>* out, int64_t count) {
+    const Loaded<T>* const from = loaded(x + first, out, count);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < count; ++i) out[i] = factor * widen(from[i]);
+  });
+}
+
+template <class T>
+void activation(const ActivationFormula& formula, const T* input, T* output,
+                const Parameters& parameters, int64_t n, int threads) {
+  const auto loop = std::get<ForwardLoop<Loaded<T>>*>(formula.forward);
+  map(output, n, threads, [=](int64_t first, Accumulate<T>* out, int64_t count) {
+    loop(parameters, loaded(input + first, out, count), out, count);
+  });
+}
+
+template <class T>
+void activation_backward(const ActivationFormula& formula, const T* grad_output, int64_t step,
+                         const T* saved, T* grad_input, const Parameters& parameters, int64_t n,
+                         int threads) {
+  const auto loop = std::get<BackwardLoop<Loaded<T>>*>(formula.backward);
+  map(grad_input, n, threads, [=](int64_t first, Accumulate<T>* out, int64_t count) {
+    alignas(kVectorBytes) Accumulate<T> buffer[kActivationChunk];
+    const auto* const dy = loaded(grad_output + first * step, buffer, step ? count : 1);
+    loop(parameters, dy, step, loaded(saved + first, out, count), out, count);
+  });
 }
 
 template <template <class> class Formula, class T>
-void activation(const T* input, T* output, const Parameters& parameters, int64_t n, int threads) {
+PYFUSED_FLATTEN void forward_loop(const Parameters& parameters, const T* input,
+                                  Accumulate<T>* output, int64_t n) {
   const Formula<Accumulate<T>> f(parameters);
-  map(output, n, threads, [=](int64_t i) { return f.forward(widen(input[i])); });
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) output[i] = f.forward(widen(input[i]));
 }
 
 template <template <class> class Formula, class T>
-void activation_backward(const T* grad_output, int64_t step, const T* saved, T* grad_input,
-                         const Parameters& parameters, int64_t n, int threads) {
+PYFUSED_FLATTEN void backward_loop(const Parameters& parameters, const T* grad_output, int64_t step,
+                                   const T* saved, Accumulate<T>* grad_input, int64_t n) {
   const Formula<Accumulate<T>> f(parameters);
-  const Accumulate<T> first = widen(*grad_output);
   if (step == 0) {
-    map(grad_input, n, threads, [=](int64_t i) { return f.backward(first, widen(saved[i])); });
+    const Accumulate<T> same = widen(*grad_output);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) grad_input[i] = f.backward(same, widen(saved[i]));
   } else {
-    map(grad_input, n, threads,
-        [=](int64_t i) { return f.backward(widen(grad_output[i]), widen(saved[i])); });
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) {
+      grad_input[i] = f.backward(widen(grad_output[i]), widen(saved[i]));
+    }
   }
 }
 
 template <template <class> class Formula> ActivationFormula named(const char* name) {
   return {name,
-          {activation<Formula, float>, activation<Formula, double>, activation<Formula, bfloat16>,
-           activation<Formula, float16>},
-          {activation_backward<Formula, float>, activation_backward<Formula, double>,
-           activation_backward<Formula, bfloat16>, activation_backward<Formula, float16>}};
+          {forward_loop<Formula, float>, forward_loop<Formula, double>,
+           forward_loop<Formula, bfloat16>},
+          {backward_loop<Formula, float>, backward_loop<Formula, double>,
+           backward_loop<Formula, bfloat16>}};
 }
 
 std::vector<ActivationFormula> activation_formulas() {
@@ -65,6 +101,17 @@ std::vector<ActivationFormula> activation_formulas() {
       named<Gelu>("gelu"), named<GeluTanh>("gelu_tanh"),
   };
 }
+
+#define PYFUSED_INSTANTIATE(T)                                                                 \
+  template void activation(const ActivationFormula&, const T*, T*, const Parameters&, int64_t, \
+                           int);                                                               \
+  template void activation_backward(const ActivationFormula&, const T*, int64_t, const T*, T*, \
+                                    const Parameters&, int64_t, int);
+PYFUSED_INSTANTIATE(float)
+PYFUSED_INSTANTIATE(double)
+PYFUSED_INSTANTIATE(bfloat16)
+PYFUSED_INSTANTIATE(float16)
+#undef PYFUSED_INSTANTIATE
 
 template void scale(float*, Accumulate<float>, int64_t, int);
 template void scale(double*, Accumulate<double>, int64_t, int);

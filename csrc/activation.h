@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -12,28 +13,38 @@ namespace pyfused {
 
 using Parameters = std::array<double, 3>;  // a formula's numbers
 
-// The output may be the input itself.
+// A formula's loops over n elements. The output may be the input itself. float16 is widened first,
+// by instructions that compilers do not put into these loops.
+template <class T> using Loaded = std::conditional_t<std::is_same_v<T, float16>, float, T>;
+
 template <class T>
-using ActivationForward = void(const T* input, T* output, const Parameters& parameters, int64_t n,
-                               int threads);
+using ForwardLoop = void(const Parameters&, const T* input, Accumulate<T>* output, int64_t n);
 
 // `saved` is the output or the input, as the formula needs. With step 0, one grad_output is
 // broadcast.
 template <class T>
-using ActivationBackward = void(const T* grad_output, int64_t step, const T* saved, T* grad_input,
-                                const Parameters& parameters, int64_t n, int threads);
+using BackwardLoop = void(const Parameters&, const T* grad_output, int64_t step, const T* saved,
+                          Accumulate<T>* grad_input, int64_t n);
 
-template <template <class> class Function>
-using OfEachDType =
-    std::tuple<Function<float>*, Function<double>*, Function<bfloat16>*, Function<float16>*>;
+template <template <class> class Loop>
+using OfEachLoaded = std::tuple<Loop<float>*, Loop<double>*, Loop<bfloat16>*>;
 
 struct ActivationFormula {
   const char* name;
-  OfEachDType<ActivationForward> forward;
-  OfEachDType<ActivationBackward> backward;
+  OfEachLoaded<ForwardLoop> forward;
+  OfEachLoaded<BackwardLoop> backward;
 };
 
 std::vector<ActivationFormula> activation_formulas();
+
+template <class T>
+void activation(const ActivationFormula& formula, const T* input, T* output,
+                const Parameters& parameters, int64_t n, int threads);
+
+template <class T>
+void activation_backward(const ActivationFormula& formula, const T* grad_output, int64_t step,
+                         const T* saved, T* grad_input, const Parameters& parameters, int64_t n,
+                         int threads);
 
 // x *= factor: applies a grad_output to a gradient that was computed before it was known.
 template <class T> void scale(T* x, Accumulate<T> factor, int64_t n, int threads);

@@ -15,6 +15,7 @@
 #include "vec.h"
 
 namespace pyfused {
+PYFUSED_INLINE_ALL
 
 // The base of the formulas without parameters.
 template <class A> struct Activation {
@@ -108,4 +109,5 @@ template <class A> struct GeluTanh : Activation<A> {
   }
 };
 
+PYFUSED_INLINE_END
 }  // namespace pyfused

@@ -272,8 +272,7 @@ void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int6
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if (input != output) prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
-    std::get<ActivationForward<T>*>(formula.forward)(pointer<const T>(input), pointer<T>(output),
-                                                     parameters, n, threads);
+    activation(formula, pointer<const T>(input), pointer<T>(output), parameters, n, threads);
   });
 }
 
@@ -283,9 +282,8 @@ void run_activation_backward(const ActivationFormula& formula, int dtype, int64_
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
-    std::get<ActivationBackward<T>*>(formula.backward)(
-        pointer<const T>(grad_output[0]), grad_output[1], pointer<const T>(saved),
-        pointer<T>(grad_input), parameters, n, threads);
+    activation_backward(formula, pointer<const T>(grad_output[0]), grad_output[1],
+                        pointer<const T>(saved), pointer<T>(grad_input), parameters, n, threads);
   });
 }
 
@@ -350,7 +348,8 @@ bool runs_here([[maybe_unused]] const std::string& isa) {
 
 }  // namespace
 
-PYBIND11_MODULE(PYFUSED_MODULE, m) {
+// Free-threaded Python keeps the GIL off: nothing is shared but the pool of blocks, which locks.
+PYBIND11_MODULE(PYFUSED_MODULE, m, pybind11::mod_gil_not_used()) {
   namespace py = pybind11;
   const py::call_guard<py::gil_scoped_release> unlocked;
 

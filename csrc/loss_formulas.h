@@ -13,6 +13,7 @@
 #include "vec.h"
 
 namespace pyfused {
+PYFUSED_INLINE_ALL
 
 // The third operand is meaningful only in formulas of three operands. The gradient of an operand
 // that a formula does not differentiate is never requested.
@@ -39,7 +40,8 @@ template <class A> struct SmoothL1Loss : Formula<A> {
   }
   A grad_input(A x, A t, A, A scale) const {
     const A d = x - t, size = std::abs(d), part = d < 0 ? -(size / beta) : size / beta;
-    return scale * (size >= beta || beta == 0 ? A(d > 0) - A(d < 0) : part);
+    const A sign = d > 0 ? A(1) : d < 0 ? A(-1) : A(0);
+    return scale * (size >= beta || beta == 0 ? sign : part);
   }
   A grad_target(A x, A t, A, A scale) const { return grad_input(t, x, 0, scale); }
 };
@@ -323,6 +325,8 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
   fill(chunk.gradients[1], [=](A x, A t, A o) { return f.grad_target(x, t, o, scale); });
   fill(chunk.gradients[2], [=](A x, A t, A o) { return f.grad_other(x, t, o, scale); });
 }
+
+PYFUSED_INLINE_END
 
 // gamma 2, the usual value, needs neither a logarithm nor an exponential.
 template <class A> void sigmoid_focal_loss(const Parameters& parameters,

@@ -35,7 +35,7 @@ constexpr int kConstantPlace = kRegisterPlace + kProgramRegisters;
   X(copy, 1, a)                                     \
   X(neg, 1, -a)                                     \
   X(abs, 1, std::abs(a))                            \
-  X(sign, 1, A(a > 0) - A(a < 0))                   \
+  X(sign, 1, a > 0 ? A(1) : a < 0 ? A(-1) : A(0))   \
   X(reciprocal, 1, 1 / a)                           \
   X(sqrt, 1, std::sqrt(a))                          \
   X(rsqrt, 1, 1 / std::sqrt(a))                     \
@@ -104,10 +104,10 @@ PYFUSED_FLATTEN void instruction_loop(A* out, const Inputs<A>& in, int64_t n) {
   const A *const a = in[0], *const b = in[1], *const c = in[2], *const d = in[3];
   constexpr bool sine = std::is_same_v<F, instructions::sin_>;
   if constexpr (sine || std::is_same_v<F, instructions::cos_>) {
-    A most = 0;
-    PYFUSED_SIMD(reduction(max : most))
-    for (int64_t i = 0; i < n; ++i) most = std::abs(a[i]) > most ? std::abs(a[i]) : most;
-    if (most > kMostSine<A>) {
+    int far = 0;
+    PYFUSED_SIMD(reduction(| : far))
+    for (int64_t i = 0; i < n; ++i) far |= std::abs(a[i]) > kMostSine<A>;
+    if (far) {
       for (int64_t i = 0; i < n; ++i) out[i] = sine ? std::sin(a[i]) : std::cos(a[i]);
       return;
     }

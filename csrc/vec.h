@@ -48,6 +48,15 @@
 #define PYFUSED_NOINLINE
 #define PYFUSED_FLATTEN
 #endif
+// Clang's flatten reaches direct calls only: between these two, every function is inlined.
+#ifdef __clang__
+#define PYFUSED_INLINE_ALL \
+  _Pragma("clang attribute push(__attribute__((always_inline)), apply_to = function)")
+#define PYFUSED_INLINE_END _Pragma("clang attribute pop")
+#else
+#define PYFUSED_INLINE_ALL
+#define PYFUSED_INLINE_END
+#endif
 #ifndef PYFUSED_PREFETCH
 #define PYFUSED_PREFETCH(address)
 #endif
@@ -95,13 +104,6 @@ template <class To, class From> PYFUSED_INLINE To bit_cast(From from) {
 PYFUSED_INLINE float widen(float x) { return x; }
 PYFUSED_INLINE double widen(double x) { return x; }
 PYFUSED_INLINE float widen(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-PYFUSED_INLINE float widen(float16 x) {
-  // A multiplication rebiases the exponent, which is right for subnormal numbers as well.
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x70000000u : finite;
-  return bit_cast<float>(value | uint32_t(x.bits & 0x8000) << 16);
-}
 
 template <class T> PYFUSED_INLINE T narrow(Accumulate<T> x);
 template <> PYFUSED_INLINE float narrow<float>(float x) { return x; }
@@ -110,6 +112,20 @@ template <> PYFUSED_INLINE bfloat16 narrow<bfloat16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   return {uint16_t(x != x ? 0x7fc0u : rounded)};
+}
+
+#ifdef __aarch64__  // has instructions for both directions, which compilers vectorise
+PYFUSED_INLINE float widen(float16 x) { return bit_cast<__fp16>(x.bits); }
+template <> PYFUSED_INLINE float16 narrow<float16>(float x) {
+  return {bit_cast<uint16_t>(static_cast<__fp16>(x))};
+}
+#else
+PYFUSED_INLINE float widen(float16 x) {
+  // A multiplication rebiases the exponent, which is right for subnormal numbers as well.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x70000000u : finite;
+  return bit_cast<float>(value | uint32_t(x.bits & 0x8000) << 16);
 }
 template <> PYFUSED_INLINE float16 narrow<float16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
@@ -123,6 +139,7 @@ template <> PYFUSED_INLINE float16 narrow<float16>(float x) {
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   return {uint16_t(sign | half)};
 }
+#endif
 
 template <class T>
 PYFUSED_INLINE void load(const T* PYFUSED_RESTRICT from, Accumulate<T>* PYFUSED_RESTRICT to,

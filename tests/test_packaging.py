@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
 import grid
 import pytest
@@ -105,8 +106,8 @@ def test_the_metadata_agrees_with_the_package(metadata: Message, wheel: zipfile.
 
 
 def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -> None:
-    files = ("constraints.txt", "constraints-dev.txt", "constraints-extras.txt")
-    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
+    files = ROOT.glob("constraints*.txt")
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     pinned = {
         pin.name: str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()
@@ -116,27 +117,52 @@ def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -
 
 
 @pytest.mark.parametrize(
-    ("file", "extras"),
+    ("files", "extras"),
     [
-        ("constraints.txt", ["examples"]),
-        ("constraints-dev.txt", ["gpu", "test", "bench", "dev"]),
-        ("constraints-extras.txt", ["integrations", "peers", "docs"]),
+        (["constraints"], ["examples"]),
+        (["constraints", "constraints-dev"], ["gpu", "test", "bench", "dev"]),
+        (["constraints", "constraints-dev", "constraints-wheels"], ["wheels"]),
+        (
+            ["constraints", "constraints-dev", "constraints-extras"],
+            ["integrations", "peers", "docs"],
+        ),
     ],
 )
-def test_each_environment_holds_its_extras(file: str, extras: list[str]) -> None:
+def test_each_environment_holds_its_extras(files: list[str], extras: list[str]) -> None:
     """`make demo` works without the tools of the others, which come on top of it."""
-    tables = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    files = ["constraints.txt", "constraints-dev.txt", "constraints-extras.txt"]
+    tables = settings()
     lines = [
-        line
-        for each in files[: files.index(file) + 1]
-        for line in (ROOT / each).read_text("utf-8").splitlines()
+        line for each in files for line in (ROOT / f"{each}.txt").read_text("utf-8").splitlines()
     ]
     pinned = {Requirement(line).name for line in lines if not line.startswith("#")}
     asked = tables["build-system"]["requires"] + tables["project"]["dependencies"]
     for extra in extras:
         asked += tables["project"]["optional-dependencies"][extra]
     assert {Requirement(each).name for each in asked} - {"pyfused"} <= pinned
+
+
+def settings() -> dict[str, Any]:
+    return pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def test_wheels_are_built_for_the_pythons_of_the_metadata() -> None:
+    tables = settings()
+    classifiers = "\n".join(tables["project"]["classifiers"])
+    supported = re.findall(r"Python :: (3\.\d+)$", classifiers, re.MULTILINE)
+    built = set(re.findall(r"cp3(\d+)t?-\*", tables["tool"]["cibuildwheel"]["build"]))
+    assert sorted(built) == [version.removeprefix("3.") for version in supported]
+
+
+def test_the_tests_of_wheels_exist() -> None:
+    command = settings()["tool"]["cibuildwheel"]["test-command"].format(project=ROOT)
+    files = [Path(word) for word in command.split() if word.endswith(".py")]
+    assert files
+    assert all(file.exists() for file in files)
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == pyfused.__version__
 
 
 # ---- the installed wheel -------------------------------------------------------------------------

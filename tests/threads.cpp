@@ -191,9 +191,8 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
   }
   std::vector<T> output(n), grad(n);
   for (const ActivationFormula& formula : activation_formulas()) {
-    std::get<ActivationForward<T>*>(formula.forward)(x.data(), output.data(), {1.0}, n, threads);
-    std::get<ActivationBackward<T>*>(formula.backward)(t.data(), 1, output.data(), grad.data(),
-                                                       {1.0}, n, threads);
+    activation(formula, x.data(), output.data(), {1.0}, n, threads);
+    activation_backward(formula, t.data(), 1, output.data(), grad.data(), {1.0}, n, threads);
     append(bytes, output);
     append(bytes, grad);
   }
