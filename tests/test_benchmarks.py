@@ -149,6 +149,14 @@ def test_a_further_machine_only_raises_the_bands() -> None:
     assert sizes.raised((), found) == found
 
 
+def test_each_machine_is_named_once() -> None:
+    once = sizes.written(ATEN_BELOW, further=True)
+    names: dict[str, Any] = {}
+    exec(once, names)
+    here = sizes.machine(sizes.measured(sizes.machine_info()))
+    assert " ".join(names["__doc__"].split()).count(here) == 1
+
+
 @pytest.mark.thresholds
 def test_a_row_that_was_not_measured_is_that_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     of_all = ATEN_BELOW["l1_loss"][torch.float16]
