@@ -344,8 +344,8 @@ def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
 
 
 def formulas(options: Namespace) -> None:
-    """Forward and backward of the formulas of `examples/formulas.py`, of which some are written by
-    hand as well: in cache on one thread, and in memory on all.
+    """Forward and backward of the formulas of `examples/formulas.py` beside eager and compiled
+    torch, and some beside kernels written by hand: in cache on one thread, and in memory on all.
     """
     sys.path.append(str(ROOT / "examples"))
     from formulas import FORMULAS, HAND_WRITTEN
@@ -358,7 +358,8 @@ def formulas(options: Namespace) -> None:
             if any(part in name for part in options.k):
                 rows.append([name, *of_formula(formula, name, elements, options.seconds)])
         names = [f"{elements:,}, {count} threads", "torch, ms", "formula, ms", "ratio"]
-        print(tabulated([*names, "by hand, ms", "of that"], rows, names=1))
+        names += ["torch.compile / formula", "by hand, ms", "of that"]
+        print(tabulated(names, rows, names=1))
 
 
 def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[str]:
@@ -383,7 +384,8 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
         return each.mean() if formula.op.loss else each
 
     by_hand = getattr(pyfused.functional, name, None) if formula.op.loss else None
-    functions = [unfused, formula]
+    torch.compiler.reset()  # or the second size would be compiled for all
+    functions = [unfused, formula, torch.compile(unfused)]
     if by_hand is not None:
         functions.append(partial(by_hand, reduction="mean"))
     steps = [step(function) for function in functions]
@@ -398,10 +400,10 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
         error = float((theirs.double() - leaf.grad).abs().max())
         cases.assert_close(ours.double(), leaf.grad, ours.dtype, error)
     times = cases.measure(timers_of(steps), seconds, 5)
-    found = cells(times[:2])
+    found = [*cells(times[:2]), spread(cases.ratios(times[2], times[1]))]
     if by_hand is not None:
-        found += [f"{median(times[2]):,.4g}", spread(cases.ratios(times[1], times[2]))]
-    return [*found, *[""] * (5 - len(found))]
+        found += [f"{median(times[3]):,.4g}", spread(cases.ratios(times[1], times[3]))]
+    return [*found, *[""] * (6 - len(found))]
 
 
 if __name__ == "__main__":

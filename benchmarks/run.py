@@ -252,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("overhead", "pairs.overhead", words, named)
     add("--rounds", type=int, default=101, help="of 200 calls each")
 
-    words = "time formulas of one's own beside eager torch and kernels written by hand"
+    words = "time formulas of one's own beside torch, compiled torch and kernels written by hand"
     add = command("formulas", "pairs.formulas", words, named)
     add("--seconds", type=float, default=2, help="for a formula and size")
 

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from entries import ENTRIES, GALLERY, Curve, Entry
@@ -24,9 +25,10 @@ from pyfused.ops.dispatch import operator_of
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.sizes import ATEN_BELOW
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
 
 import report
+from formulas import FORMULAS
 from report import Row
 
 POINTS = 401
@@ -87,6 +89,32 @@ def picture(name: str, entry: Entry) -> str:
         columns = len(labels) if sum(map(len, labels)) <= 40 else 2
         figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     return svg(figure, f"Value and gradient of {name}")
+
+
+# Of a formula whose target is not 0, or whose input is not any number: the target, from and to.
+_DRAWN: dict[str, tuple[Any, float, float]] = {
+    "tweedie": (1.0, -3.0, 3.0),
+    "asymmetric": (1.0, -6.0, 6.0),
+    "generalized_cross_entropy": (None, 0.02, 1.0),
+}
+
+
+def formulas() -> str:
+    """Value and gradient of each of the examples' formulas, as SVG."""
+    figure = Figure(figsize=(5.2, 8), layout="constrained")
+    panels = figure.subplots(len(FORMULAS) // 2, 2).flat
+    for panel, (name, formula) in zip(panels, FORMULAS.items(), strict=True):
+        target, low, high = _DRAWN.get(name, (0.0, -6.0, 6.0))
+        x = torch.linspace(low, high, POINTS).requires_grad_()
+        operands = [x, torch.full_like(x, target)] if len(formula.op.variables) > 1 else [x]
+        each = formula(*operands, **({"reduction": "none"} if formula.op.loss else {}))
+        (gradient,) = torch.autograd.grad(each.sum(), x)
+        panel.plot(x.detach(), each.detach(), color=COLOURS[0], label="value")
+        panel.plot(x.detach(), gradient, color=COLOURS[1], linewidth=1, label="gradient")
+        panel.set_title(name.replace("_", " "), fontsize=9)
+    labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return svg(figure, "Value and gradient of ten formulas")
 
 
 def ratios(rows: dict[str, Row]) -> str:
@@ -286,6 +314,7 @@ FILLED = {
     "<!-- machines -->": machines,
     "<!-- sizes -->": sizes,
     "<!-- gain -->": gain,
+    "<!-- formulas -->": formulas,
     "<!-- gain machine -->": lambda: report.machine(newest_gain()),
 }
 

@@ -95,6 +95,12 @@ def test_the_legend_names_what_is_drawn_alone() -> None:
     assert ("with huge pages" in drawn) == ("torch, THP" in peers)
 
 
+def test_the_formulas_are_drawn_by_kernels(kernel_calls: KernelCalls) -> None:
+    drawn = gallery.formulas()
+    assert all(name.replace("_", " ") in drawn for name in gallery.FORMULAS)
+    assert kernel_calls == {f"formulas.{name}": 2 for name in gallery.FORMULAS}
+
+
 def test_the_gain_over_size_has_every_operator_and_its_machine() -> None:
     drawn = gallery.gain()
     assert all(re.search(rf">{op}\b", drawn) for op in gain.OPERATORS)
