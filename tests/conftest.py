@@ -89,7 +89,7 @@ def seed() -> None:
 
 
 # Backends' functions of one operator.
-BY_NAME = (*("cross_entropy", "kl_div_with_logits", "log_probs", "nll_loss", "multi_margin_loss"),)
+BY_NAME = ("cross_entropy", "kl_div_with_logits", "log_probs", "nll_loss", "multi_margin_loss")
 
 
 class KernelCalls(Counter[str]):

@@ -124,7 +124,7 @@ def test_as_exact_as_torch(op: str, kind: str, dtype: torch.dtype) -> None:
     errors = Errors()
     shaping: dict[str, Any] = {"softcap": 4.0, "temperature": 0.7}
     for options in ({}, {"temperature": 1.7}, shaping) if backend is cpu else (shaping,):
-        for _ in range(10 if kind == "one" and backend is cpu else 1):
+        for _ in range(10 if kind == "one" else 1):
             check(errors, op, draw(op, dtype, SHAPES[kind]), **options)
     few = 3 if kind == "one" else 1  # elements, of which torch's may all be lucky
     errors.check(roundings=128 if dtype is torch.float64 else few)  # its sums have no wider type
