@@ -148,9 +148,9 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
 
 // ---- log-probabilities --------------------------------------------------------------------------
 
-using ValuesTuple = std::array<int64_t, 2>;  // address; from one value of a row to the next
+using StridedTuple = std::array<int64_t, 2>;  // address and stride
 
-template <class D> RowValues<D> row_values(const ValuesTuple& v) {
+template <class D> RowValues<D> row_values(const StridedTuple& v) {
   return {pointer<D>(v[0]), v[1]};
 }
 
@@ -158,8 +158,8 @@ template <class D> RowValues<D> row_values(const ValuesTuple& v) {
 // pass has no grad_values.
 void run_log_probs(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
                    int64_t ignore_index, const std::array<double, 2>& numbers,
-                   const ValuesTuple& values, bool continues, const ValuesTuple& grad_values,
-                   const std::array<int64_t, 2>& grad, int threads) {
+                   const StridedTuple& values, bool continues, const StridedTuple& grad_values,
+                   const StridedTuple& grad, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const LogProbs<T> given{sizes[0],     sizes[1],
@@ -178,13 +178,10 @@ void run_log_probs(int dtype, const std::array<int64_t, 4>& sizes, int64_t logit
 
 // ---- divergences --------------------------------------------------------------------------------
 
-using RowsTuple =
-    std::array<int64_t, 2>;  // address; from one row of contiguous classes to the next
-
-void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const RowsTuple& student,
-                            const RowsTuple& teacher, double beta, double scale,
+void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const StridedTuple& student,
+                            const StridedTuple& teacher, double beta, double scale,
                             int64_t token_weight, bool each, int64_t grad_output, int64_t loss,
-                            const RowsTuple& grad, int threads) {
+                            const StridedTuple& grad, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;

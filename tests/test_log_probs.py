@@ -10,7 +10,7 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from compare import FLOATS, Errors, evaluate, exactly
+from compare import FLOATS, Errors, assert_compiles, evaluate, exactly
 from conftest import KernelCalls, backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,8 +28,8 @@ from pyfused.types import LogProbsOptions, VocabShard
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
 # Which of log-probability, entropy and log-sum-exp have a gradient.
-SOME = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]
-SOME = SOME[::3] if interpreter.ON else SOME  # (0), (0, 1), (0, 1, 2)
+CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]  # of results
+CHOICES = CHOICES[::3] if interpreter.ON else CHOICES  # (0), (0, 1), (0, 1, 2)
 SHAPES: dict[str, tuple[int, ...]] = {"rows": (12, 70), "one": (70,), "kdim": (5, 9, 3, 2)}
 if backend is cpu:
     SHAPES |= {"rows": (150, 70), "kdim": (25, 9, 3, 2), "many": (40, 2600)}
@@ -99,22 +99,22 @@ def all_three(op: str, **given: Any) -> fused.LogProbs:
 def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -> None:
     """Adds the errors of the results, and of the gradients for some of them at a time."""
     beyond = {n: options.pop(n) for n in ("memory_budget", "deterministic_rows") if n in options}
-    for some in SOME:
+    for chosen in CHOICES:
 
-        def ours(some: tuple[int, ...] = some, **given: Any) -> Tensor:
-            return torch.stack([all_three(op, **given, **beyond)[i] for i in some])
+        def ours(chosen: tuple[int, ...] = chosen, **given: Any) -> Tensor:
+            return torch.stack([all_three(op, **given, **beyond)[i] for i in chosen])
 
-        def theirs(some: tuple[int, ...] = some, **given: Any) -> Tensor:
-            return torch.stack([TORCH[op](**given)[i] for i in some])
+        def theirs(chosen: tuple[int, ...] = chosen, **given: Any) -> Tensor:
+            return torch.stack([TORCH[op](**given)[i] for i in chosen])
 
         got = evaluate(ours, **tensors, **options)
         of_torch = evaluate(theirs, **tensors, **options)
         exact = evaluate(theirs, convert=exactly, **tensors, **options)
-        for i, name in enumerate(some):
+        for i, name in enumerate(chosen):
             errors.add(f"result {name}", got.value[i], of_torch.value[i], exact.value[i])
         for i, gradient in enumerate(got.gradients):
             of = of_torch.gradients[i], exact.gradients[i]
-            errors.add(f"gradient {i} of {some}", gradient, *of)
+            errors.add(f"gradient {i} of {chosen}", gradient, *of)
 
 
 @every_dtype
@@ -459,16 +459,20 @@ def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, 
         tensors["linear_bias"] = torch.randn(classes)
     input, target = torch.randn(rows, features), torch.randint(0, classes, (rows,))
 
-    def found(some: Tensor, **more: Any) -> Tensor:
+    def found(rows_of: Tensor, **more: Any) -> Tensor:
         given: dict[str, Any] = tensors | {"deterministic_rows": True} | more
-        results = all_three("linear_log_probs", input=input[some], target=target[some], **given)
+        results = all_three(
+            "linear_log_probs", input=input[rows_of], target=target[rows_of], **given
+        )
         return bits(results)
 
     order = torch.randperm(rows)
     whole = found(order)
-    some = order[: 1 + rows // 3]
+    subset = order[: 1 + rows // 3]
     leaf = {"linear_weight": tensors["linear_weight"].clone().requires_grad_()}
-    assert torch.equal(found(some.flip(0), memory_budget=1, **leaf), whole[:, : len(some)].flip(1))
+    assert torch.equal(
+        found(subset.flip(0), memory_budget=1, **leaf), whole[:, : len(subset)].flip(1)
+    )
     assert torch.equal(found(order[-1:]), whole[:, -1:])
 
 
@@ -561,12 +565,7 @@ def test_compiled(op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPa
         found = all_three(op, **tensors | {name: x * 2}, **options)
         return (found.log_probability.exp() + found.entropy * found.log_sum_exp).sum()
 
-    torch.compiler.reset()
-    expected, got = loss(leaf), torch.compile(loss, fullgraph=True)(leaf)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, leaf)[0], torch.autograd.grad(expected, leaf)[0]
-    )
+    assert_compiles(loss, leaf)
 
 
 @pytest.mark.cpu

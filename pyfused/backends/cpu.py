@@ -370,18 +370,79 @@ def kl_div_with_logits(
     native.kl_div_with_logits(
         DTYPES[input.dtype],
         input.shape,
-        (input.data_ptr(), input.stride(0)),
-        (teacher.data_ptr(), teacher.stride(0)),
+        _rows_of(input),
+        _rows_of(teacher),
         options.beta,
         1 / options.temperature,
         _address(token_weight),
         each,
         _address(grad_output),
         _address(loss),
-        (_address(grad), 0 if grad is None else grad.stride(0)),
+        _rows_of(grad),
         torch.get_num_threads(),
     )
     return loss, (grad,)
+
+
+def log_probs(
+    logits: Tensor,
+    target: Tensor,
+    options: LogProbsOptions,
+    values: Tensor,
+    shard: VocabShard,
+    continues: bool = False,
+) -> None:
+    """Writes the log-probability of each row's target, its entropy, its log-sum-exp, and four more.
+
+    Args:
+        logits: (N, C) with contiguous classes, of a dtype in ``DTYPES``.
+        target: int64 class indices among all classes, in range or ``ignore_index``, contiguous.
+        values: (7, N), float64, the rows contiguous; the results are of the classes up to these.
+        shard: Which of all classes the logits' are.
+        continues: From the values, which are those of a call with the classes before these.
+    """
+    given = _of_log_probs(logits, target, options, values, shard)
+    native.log_probs(*given, continues, _rows_of(None), _rows_of(None), torch.get_num_threads())
+
+
+def log_probs_backward(
+    logits: Tensor,
+    target: Tensor,
+    options: LogProbsOptions,
+    values: Tensor,
+    grad_results: Tensor,
+    shard: VocabShard,
+    out: Tensor,
+) -> None:
+    """Writes the gradient of the logits.
+
+    Args:
+        logits, target, options, shard: As in ``log_probs``.
+        values: Of all classes.
+        grad_results: The gradients of the first three, (3, N), float64, the rows contiguous.
+        out: Of the logits' shape and dtype, with contiguous classes; it may be the logits.
+    """
+    given = _of_log_probs(logits, target, options, values, shard)
+    gradients = (_rows_of(grad_results), _rows_of(out))
+    native.log_probs(*given, False, *gradients, torch.get_num_threads())
+
+
+def _of_log_probs(
+    logits: Tensor, target: Tensor, options: LogProbsOptions, values: Tensor, shard: VocabShard
+) -> tuple[Any, ...]:
+    return (
+        DTYPES[logits.dtype],
+        (*logits.shape, shard.first, logits.stride(0)),
+        logits.data_ptr(),
+        target.data_ptr(),
+        options.ignore_index,
+        (1 / options.temperature, options.softcap or 0.0),
+        _rows_of(values),
+    )
+
+
+def _rows_of(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
 def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:
@@ -453,67 +514,6 @@ def _program(program: Program) -> Callable[..., None]:
     given = program.prologue, program.body, program.constants, program.parameters
     kernel: Callable[..., None] = native.Program(*given)
     return kernel
-
-
-def log_probs(
-    logits: Tensor,
-    target: Tensor,
-    options: LogProbsOptions,
-    values: Tensor,
-    shard: VocabShard,
-    continues: bool = False,
-) -> None:
-    """Writes the log-probability of each row's target, its entropy, its log-sum-exp, and four more.
-
-    Args:
-        logits: (N, C) with contiguous classes, of a dtype in ``DTYPES``.
-        target: int64 class indices among all classes, in range or ``ignore_index``, contiguous.
-        values: (7, N), float64, the rows contiguous; the results are of the classes up to these.
-        shard: Which of all classes the logits' are.
-        continues: From the values, which are those of a call with the classes before these.
-    """
-    given = _of_log_probs(logits, target, options, values, shard)
-    native.log_probs(*given, continues, (0, 0), (0, 0), torch.get_num_threads())
-
-
-def log_probs_backward(
-    logits: Tensor,
-    target: Tensor,
-    options: LogProbsOptions,
-    values: Tensor,
-    grad_results: Tensor,
-    shard: VocabShard,
-    out: Tensor,
-) -> None:
-    """Writes the gradient of the logits.
-
-    Args:
-        logits, target, options, shard: As in ``log_probs``.
-        values: Of all classes.
-        grad_results: The gradients of the first three, (3, N), float64, the rows contiguous.
-        out: Of the logits' shape and dtype, with contiguous classes; it may be the logits.
-    """
-    given = _of_log_probs(logits, target, options, values, shard)
-    gradients = (_rows_of(grad_results), _rows_of(out))
-    native.log_probs(*given, False, *gradients, torch.get_num_threads())
-
-
-def _rows_of(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.stride(0)
-
-
-def _of_log_probs(
-    logits: Tensor, target: Tensor, options: LogProbsOptions, values: Tensor, shard: VocabShard
-) -> tuple[Any, ...]:
-    return (
-        DTYPES[logits.dtype],
-        (*logits.shape, shard.first, logits.stride(0)),
-        logits.data_ptr(),
-        target.data_ptr(),
-        options.ignore_index,
-        (1 / options.temperature, options.softcap or 0.0),
-        _rows_of(values),
-    )
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:

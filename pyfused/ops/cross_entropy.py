@@ -18,7 +18,7 @@ from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, Given
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, parameters_of, reduction_of
-from pyfused.ops.dispatch import is_traced, unsupported
+from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.metrics import RowStatistics
 from pyfused.types import CrossEntropyOptions, Want
 
@@ -74,7 +74,7 @@ class CrossEntropy(ClassLoss):
 
     def run(self, given: Given, want: Want) -> Tensor:
         input, target, weight, options = given
-        if is_dynamo_compiling() or is_traced(input):
+        if is_compiled(input):
             loss: Tensor = torch.ops.pyfused.cross_entropy(input, target, weight, *options.values())
             return loss
         return super().run(given, want)
@@ -115,7 +115,7 @@ def cross_entropy_fallback_reason(
 
 
 def options_fallback_reason(input: Tensor, options: CrossEntropyOptions) -> str | None:
-    compiled = is_dynamo_compiling() or is_traced(input)
+    compiled = is_compiled(input)
     if compiled and options.with_metrics:
         return "torch.compile: Inductor fuses the metrics"
     if isinstance(options.denominator, Tensor):

@@ -228,6 +228,11 @@ def is_traced(tensor: Tensor) -> bool:
     return stands_in and compiler_traces()
 
 
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether the call goes into a compiled program, in either of the compiler's ways."""
+    return is_dynamo_compiling() or is_traced(tensor)
+
+
 def compiler_traces() -> bool:
     """Whether this thread compiles; torch 2.12's ``is_compiling`` says so only within Dynamo."""
     return is_dynamo_compiling() or TracingContext.try_get() is not None

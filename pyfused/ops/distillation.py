@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
@@ -25,14 +24,14 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import OfChunk, _joined, _linear, linear_by_rows
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, Operator
-from pyfused.ops.dispatch import SMALL, is_traced, unsupported
+from pyfused.ops.dispatch import SMALL, is_compiled, unsupported
 from pyfused.ops.gradients import (
     backward,
     differentiate,
     gradients_in_forward,
     without_functorch,
 )
-from pyfused.ops.linear_cross_entropy import _of_all_rows, _spread
+from pyfused.ops.linear_cross_entropy import of_all_rows, spread
 from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
@@ -226,7 +225,7 @@ class Divergence(Operator):
 
     def _run(self, tensors: Sequence[Any], options: DivergenceOptions) -> Tensor:
         student = [tensor for tensor in tensors[: self.student] if tensor is not None]
-        if is_dynamo_compiling() or is_traced(tensors[0]):
+        if is_compiled(tensors[0]):
             operator = getattr(torch.ops.pyfused, self.name)
             loss: Tensor | None = operator(*tensors, *options.values())
         elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student):
@@ -270,9 +269,9 @@ class Divergence(Operator):
                 grad_output = grad_output[kept] if each and grad_output is not None else grad_output
         loss, gradients = self.kernels(backend, tensors, options, want, grad_output)
         if loss is not None:
-            loss = _spread(loss, kept, n) if each else loss / denominator
+            loss = spread(loss, kept, n) if each else loss / denominator
             loss = loss.to(accumulate_dtype(input.dtype))
-        return loss, _of_all_rows(gradients, kept, n)
+        return loss, of_all_rows(gradients, kept, n)
 
     def define(
         self,
@@ -292,7 +291,7 @@ class Divergence(Operator):
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     """Why torch's operators are the ones for these arguments."""
-    options, compiled = arguments[-1], is_dynamo_compiling() or is_traced(input)
+    options, compiled = arguments[-1], is_compiled(input)
     reason = None
     if options.token_weight is not None:
         reason = unsupported(TOKEN_WEIGHT, options.token_weight, input, compiled)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
@@ -28,7 +27,7 @@ from pyfused.ops.chunked import (
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
-from pyfused.ops.dispatch import SMALL, is_traced
+from pyfused.ops.dispatch import SMALL, is_compiled
 from pyfused.ops.gradients import (
     backward,
     differentiate,
@@ -66,7 +65,7 @@ class LinearCrossEntropy(Operator):
         if torch.is_autocast_enabled(device):
             head = _cast(head, torch.get_autocast_dtype(device))
             autocast = torch.autocast(device, enabled=False)
-        if not (is_dynamo_compiling() or is_traced(head.input)):
+        if not is_compiled(head.input):
             check_indices(head, options)
         single = head.input.dim() == 1
         if single:
@@ -102,7 +101,7 @@ def linear_cross_entropy_fallback_reason(
         return "input is neither (D) nor (N, D)"
     if reason := options_fallback_reason(input, options):
         return reason
-    if FORCED is not None or is_dynamo_compiling() or is_traced(input):
+    if FORCED is not None or is_compiled(input):
         return None
     rows = input.shape[0] if input.dim() == 2 else 1
     return SMALL if rows * linear_weight[..., 0].numel() < SMALL_BELOW else None
@@ -148,7 +147,7 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
 
 def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
     """The loss, and the metrics where they are wanted."""
-    if is_dynamo_compiling() or is_traced(head.input):
+    if is_compiled(head.input):
         return (torch.ops.pyfused.linear_cross_entropy(*head, *options.values()),)
     tensors = (tensor for tensor in head[:4] if tensor is not None)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -198,16 +197,16 @@ def _keep(head: Head, options: HeadOptions, kept: Tensor | None) -> tuple[Head, 
     return head._replace(input=head.input[kept], target=head.target[kept]), options
 
 
-def _spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tensor:
+def spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tensor:
     """Those of all rows: zeros, or what is given, for those left out."""
     if kept is None:
         return values
     return values.new_full((n, *values.shape[1:]), others).index_copy_(0, kept, values)
 
 
-def _of_all_rows(found: Gradients, kept: Tensor | None, n: int) -> Gradients:
+def of_all_rows(found: Gradients, kept: Tensor | None, n: int) -> Gradients:
     """Of the gradients the input's is one of rows."""
-    return (None if found[0] is None else _spread(found[0], kept, n), *found[1:])
+    return (None if found[0] is None else spread(found[0], kept, n), *found[1:])
 
 
 class Found(NamedTuple):
@@ -238,7 +237,7 @@ def compute(head: Head, options: HeadOptions, wanted: Wanted | None = None) -> F
             found = RowStatistics.empty(math.prod(loss_shape(part)), part.input)
         given = options, rows, True, wanted or Wanted(), grad_output, found
         loss, of_part = by_rows(backend, part, *given)
-        gradients = None if wanted is None else _of_all_rows(of_part, kept, n)
+        gradients = None if wanted is None else of_all_rows(of_part, kept, n)
     else:
         tile, shard = tile_of(part, options, backend), VocabShard(0, len(part.linear_weight))
         merged = MergedStatistics(len(part.input), part.input) if options.with_metrics else None
@@ -247,13 +246,13 @@ def compute(head: Head, options: HeadOptions, wanted: Wanted | None = None) -> F
         loss = loss_of_sums(options, part.target, part.weight, lse, target_logits)
         loss = loss if each else loss.sum(dtype=torch.float64)
     assert loss is not None
-    loss = _spread(loss, kept, n) if each else loss / denominator
+    loss = spread(loss, kept, n) if each else loss / denominator
     metrics: Metrics | tuple[()] = ()
     if found is not None:
         of_kept = found.metrics(part.target, options.ignore_index, loss_dtype(part))
         others = {"prediction": options.ignore_index}
         metrics = Metrics(
-            *(_spread(m, kept, n, others.get(name, 0)) for name, m in of_kept._asdict().items())
+            *(spread(m, kept, n, others.get(name, 0)) for name, m in of_kept._asdict().items())
         )
     return Found(loss.to(loss_dtype(head)), lse, gradients, metrics)
 
@@ -329,7 +328,7 @@ def compute_gradients(
         shard = shard._replace(lse=lse)
         given = part, options, tile, wanted, shard, grad_output.expand(len(lse))
         found = gradients_by_blocks(backend, *given)
-    return _of_all_rows(found, kept, n)
+    return of_all_rows(found, kept, n)
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
@@ -22,8 +21,9 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import TILE, product_dtype, rows_at_once
 from pyfused.ops.chunked import Wanted, _add_products, _as, _linear
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import is_traced
+from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import backward, differentiate, without_functorch
+from pyfused.ops.linear_cross_entropy import spread
 from pyfused.types import Gradients, Head, HeadOptions, LogProbsOptions, VocabShard
 
 VALUES = 7  # of each row
@@ -70,7 +70,7 @@ class LogProbsOfLogits(Operator):
         self.check(arguments)
         *tensors, target, options = arguments
         tensors.append(target.to(torch.int64))
-        if _is_traced(tensors[0]):
+        if is_compiled(tensors[0]):
             values = getattr(torch.ops.pyfused, self.name)(*tensors, *options.values())
         elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             values = _apply(self, options, *tensors)
@@ -82,7 +82,7 @@ class LogProbsOfLogits(Operator):
         """Class indices where nobody waits for that; elsewhere NaN is what they give."""
         *tensors, target, options = arguments
         self.check_shapes(arguments)
-        if not (_is_traced(tensors[0]) or backend_of(target).ASYNCHRONOUS):
+        if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
             checks.class_indices(self.classes(tensors), target, options.ignore_index)
 
     def check_shapes(self, arguments: Arguments) -> None:
@@ -140,10 +140,6 @@ class LogProbsOfLogits(Operator):
             return self.reference(*wide, target, call.options)
 
         return differentiate(definition, differentiated, wanted, grad_output[:3])
-
-
-def _is_traced(input: Tensor) -> bool:
-    return is_dynamo_compiling() or is_traced(input)
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -271,9 +267,8 @@ class LinearLogProbs(LogProbsOfLogits):
             last = chunk.rows.stop == len(input)
             if grad_weight is not None and part is not None and last and sums is not input.dtype:
                 grad_weight[columns] = part
-        if grad_input is not None and counted is not None:
-            of_rows, grad_input = grad_input, torch.zeros_like(whole.input, dtype=sums)
-            grad_input.index_copy_(0, counted, of_rows)
+        if grad_input is not None:
+            grad_input = spread(grad_input, counted, len(whole.input))
         shape = *linear_weight.shape[1:-1], len(linear_weight), -1
         if grad_weight is not None:
             grad_weight = grad_weight.view(shape).movedim(-2, 0)

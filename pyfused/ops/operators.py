@@ -30,6 +30,7 @@ INPUT, TARGET = Operand("input"), Operand("target")
 CLASSES = Operand("target", differentiated=False, indices=True)
 SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
+HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
 
 # ---- losses over classes -------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ LOG_PROBS = LogProbsOfLogits(
 LINEAR_LOG_PROBS = LinearLogProbs(
     name="linear_log_probs",
     module="LinearLogProbs",
-    operands=(INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True), CLASSES),
+    operands=(*HEAD, CLASSES),
     definition=definitions.linear_log_probs,
 )
 
@@ -85,8 +86,6 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
 )
 
 # ---- distillation --------------------------------------------------------------------------------
-
-HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
 
 KL_DIV_WITH_LOGITS = Divergence(
     name="kl_div_with_logits",

@@ -293,10 +293,8 @@ class VocabParallelLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, values = ctx.saved_tensors
-        wanted, call = (
-            Wanted(*ctx.needs_input_grad[3:-1]),
-            Call(tensors, ctx.options, ctx.shard.vocab),
-        )
+        wanted = Wanted(*ctx.needs_input_grad[3:-1])
+        call = Call(tensors, ctx.options, ctx.shard.vocab)
         if ctx.op.classes(tensors):
             found = ctx.op.gradients(call, wanted, values, grad_output)
         else:
