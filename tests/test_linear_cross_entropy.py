@@ -177,14 +177,16 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: int 
     head = torch.randn(classes, features).to(dtype).requires_grad_()
     target = torch.randint(0, classes, (n,))
     budget = None if share is None else logits // share
-    tiles = chunked._tiles
+    chunks = chunked.chunks
 
-    def tiles_seen(*args: Any) -> Iterator[Any]:
-        for tile in tiles(*args):
-            sizes.append(tile[0].untyped_storage().nbytes() + 3 * tile[1][1].numel() * 4)
-            yield tile
+    def chunks_seen(*args: Any) -> Iterator[Any]:
+        for chunk in chunks(*args):
+            matrices = chunk.input, chunk.weight, chunk.weight  # and the gradient of one
+            block = chunk.weight.shape != head.shape
+            sizes.append(chunk.output.nbytes + 4 * block * sum(x.numel() for x in matrices))
+            yield chunk
 
-    monkeypatch.setattr(chunked, "_tiles", tiles_seen)
+    monkeypatch.setattr(chunked, "chunks", chunks_seen)
     fused.linear_cross_entropy(input, head, target, memory_budget=budget).backward()
     assert sizes
     assert max(sizes) <= logits / (share or 4)
@@ -212,9 +214,9 @@ def test_wants_no_product_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.cpu
 def test_ignored_rows_take_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     given, rows = Given(rows=90), []
-    linear = chunked._linear
+    linear = chunked.linear
     monkeypatch.setattr(
-        chunked, "_linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
+        chunked, "linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
     )
     fused.linear_cross_entropy(given.input, given.head, given.target).backward()
     assert sum(rows) == 60

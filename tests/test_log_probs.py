@@ -199,9 +199,9 @@ def test_ignored_rows(op: str) -> None:
 
 @pytest.mark.cpu
 def test_ignored_rows_take_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, linear = [], chunked._linear
+    rows, linear = [], chunked.linear
     monkeypatch.setattr(
-        log_probs, "_linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
+        chunked, "linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
     )
     found = fused.linear_log_probs(**draw("linear_log_probs", shape=(90, 70)))
     found.log_probability.sum().backward()

@@ -5,12 +5,13 @@ How many rows or classes a chunk has is decided in `chunk_sizes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyfused.backends import Backend
 from pyfused.layout import accumulate_dtype
@@ -39,6 +40,158 @@ class Wanted(NamedTuple):
         return self.input or self.linear_weight or self.linear_bias
 
 
+# ---- chunks --------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """Input (N, D), weight (C, D), and bias (C) or None."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Chunk(NamedTuple):
+    """Some outputs of a layer, and the matrices that they are the product of."""
+
+    output: Tensor
+    input: Tensor
+    weight: Tensor
+    rows: slice
+    columns: slice
+
+
+def chunks(
+    backend: Backend,
+    layer: Layer,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    *,
+    backwards: bool = False,
+    memory: Tensor | None = None,
+    fixed_sizes: bool = False,
+) -> Iterator[Chunk]:
+    """All rows of some columns after all of others, in the same memory.
+
+    Args:
+        dtype: That of the products.
+        size: Rows and columns of a chunk.
+        backwards: The last rows come first.
+        memory: What has the first chunk's outputs, and takes the others'.
+        fixed_sizes: The size of a product does not depend on that of the batch.
+    """
+    input, weight, bias = layer
+    n, classes = len(input), len(weight)
+    rows, columns = max(1, min(size[0], n)), max(1, min(size[1], classes))
+    product, there = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
+    if memory is None:
+        memory = backend.empty((rows * columns,), dtype, input)
+    for first in range(0, classes, columns):
+        of_chunk = slice(first, min(first + columns, classes))
+        w = weight[of_chunk].to(dtype)
+        b = None if bias is None else bias[of_chunk].to(dtype)
+        starts = range(0, n, rows)
+        for start in reversed(starts) if backwards else starts:
+            here = slice(start, min(start + rows, n))
+            x = input[here].to(dtype)
+            output = memory[: len(x) * len(w)].view(len(x), len(w))
+            if not there:
+                product(x, w, b, output)
+            there = False
+            yield Chunk(output, x, w, here, of_chunk)
+
+
+class LayerGradients:
+    """The gradients of a layer, added up over chunks, of which rows come in order.
+
+    Args:
+        dtype: That of the products.
+        columns: Those of a chunk.
+        wanted: Which gradients are; others than the layer's are not looked at.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        layer: Layer,
+        dtype: torch.dtype,
+        columns: int,
+        wanted: Sequence[bool],
+    ) -> None:
+        self.backend, self.layer, self.sums = backend, layer, accumulate_dtype(dtype)
+        self.input: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        input, weight, bias = layer
+        if wanted[0]:
+            once = 0 < len(weight) <= columns
+            self.input = backend.empty(input.shape, dtype if once else self.sums, input)
+            self.input = self.input if once else self.input.zero_()
+        if wanted[1]:
+            self.weight = backend.empty(weight.shape, weight.dtype, input)
+        if wanted[2] and bias is not None:
+            self.bias = bias.new_zeros(len(bias), dtype=self.sums)
+
+    def add(self, chunk: Chunk, gradient: Tensor, kept: Tensor | None = None) -> None:
+        """Multiplies the gradient of a chunk's outputs with its weight and its input.
+
+        Args:
+            kept: The columns that count, None for all.
+        """
+        _, x, weight, rows, columns = chunk
+        if self.bias is not None:
+            self.bias[columns] += gradient.sum(0, dtype=self.sums)
+        if kept is not None:
+            gradient, weight = gradient[:, kept], weight[kept]
+        if self.input is not None:
+            to = self.input[rows]
+            self.backend.add_product(to, gradient, weight, float(columns.start > 0))
+        if self.weight is None:
+            return
+        to, first, last = self.weight[columns], rows.start == 0, rows.stop == len(self.layer.input)
+        if first:
+            in_place = to.dtype is self.sums or (last and to.dtype is gradient.dtype)
+            self.part = to if in_place else self.backend.empty(to.shape, self.sums, x)
+        if kept is None:
+            self.backend.add_product(self.part, gradient.t(), x, float(not first))
+        else:
+            part = self.part.zero_() if first else self.part
+            part.index_add_(0, kept, torch.mm(gradient.t(), x).to(part.dtype))
+        if last and self.part.data_ptr() != to.data_ptr():
+            to.copy_(self.part)
+
+    def like(self, tensors: Sequence[Tensor | None]) -> Gradients:
+        """In the shapes and dtypes of the layer's tensors."""
+        pairs = zip((self.input, self.weight, self.bias), tensors, strict=False)
+        return tuple(
+            [x if x is None or of is None else x.reshape(of.shape).to(of.dtype) for x, of in pairs]
+        )
+
+
+def counted_rows(target: Tensor, ignored: int, backend: Backend) -> Tensor | None:
+    """The rows with a target that is not ignored, or None for all of them.
+
+    Others are left out where nobody waits for that, unless none is left then.
+    """
+    if backend.ASYNCHRONOUS:
+        return None
+    counts = target != ignored
+    rows = (counts.flatten(1).any(1) if counts.dim() > 1 else counts).nonzero().flatten()
+    return rows if 0 < len(rows) < len(target) else None
+
+
+def spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tensor:
+    """Those of all n rows: zeros, or what is given, for those left out."""
+    if kept is None:
+        return values
+    return values.new_full((n, *values.shape[1:]), others).index_copy_(0, kept, values)
+
+
+def of_all_rows(found: Gradients, kept: Tensor | None, n: int) -> Gradients:
+    """Of the gradients the input's is one of rows."""
+    return (None if found[0] is None else spread(found[0], kept, n), *found[1:])
+
+
 # ---- by rows -------------------------------------------------------------------------------------
 
 
@@ -64,8 +217,10 @@ def by_rows(
     grad_target = torch.empty_like(target) if wanted.target else None
     want = Want(want_loss, (wanted.logits(), wanted.target) if any(wanted) else (), True)
     shape = head.linear_weight.shape[:-1]
-
-    def of_chunk(logits: Tensor, here: slice) -> OfChunk:
+    layer, losses = _layer(head), []
+    gradients = LayerGradients(backend, layer, dtype, head.columns, wanted)
+    for chunk in chunks(backend, layer, dtype, (rows, head.columns)):
+        logits, here = chunk.output, chunk.rows
         targets = target[here].to(dtype) if target.is_floating_point() else target[here]
         capped = _cap(backend, logits, options.softcap).view(-1, *shape)
         wants = want
@@ -77,69 +232,24 @@ def by_rows(
         loss, (_, of_target) = backend.cross_entropy(
             capped, targets, weight, _of_rows(options, here), wants, of_rows
         )
+        losses.append(loss)
         if grad_target is not None:
             assert of_target is not None
             grad_target[here] = of_target
-        if not wanted.logits():
-            return loss, None, None
-        gradient = _uncap(backend, capped.view_as(logits), logits, options.softcap)
-        return loss, gradient, _classes_that_count(gradient, of_rows, options.filter_eps)
-
-    losses, gradients = linear_by_rows(backend, head[:3], dtype, rows, wanted, of_chunk)
-    return _joined(losses, each), (*gradients, grad_target)
+        if wanted.logits():
+            gradient = _uncap(backend, capped.view_as(logits), logits, options.softcap)
+            kept = _classes_that_count(gradient, of_rows, options.filter_eps)
+            gradients.add(chunk, gradient, kept)
+    return joined(losses, each), (*gradients.like(head), grad_target)
 
 
-# Of a chunk of logits the loss, the gradient, which may have their memory, and the classes where
-# that counts; each None where there is none, and the last for all classes.
-OfChunk = tuple[Tensor | None, Tensor | None, Tensor | None]
+def _layer(head: Head) -> Layer:
+    """With one column for each class at each of the positions d1, ..., dk."""
+    bias = None if head.linear_bias is None else head.linear_bias.flatten()
+    return Layer(head.input, head.linear_weight.flatten(0, -2), bias)
 
 
-def linear_by_rows(
-    backend: Backend,
-    layer: Sequence[Any],
-    dtype: torch.dtype,
-    rows: int,
-    wanted: Sequence[bool],
-    of_chunk: Callable[[Tensor, slice], OfChunk],
-) -> tuple[list[Tensor | None], Gradients]:
-    """Losses of a linear layer's output, a chunk of rows at a time, and the layer's gradients.
-
-    Args:
-        layer: Input, weight and bias or None.
-        dtype: That of the output.
-        wanted: Which gradients are; others than the layer's are not looked at.
-        of_chunk: From some rows of the output, and which rows these are.
-    """
-    input, linear_weight, linear_bias = layer
-    n, flat, sums = len(input), linear_weight.flatten(0, -2).to(dtype), accumulate_dtype(dtype)
-    bias = None if linear_bias is None else linear_bias.flatten().to(dtype)
-    memory = backend.empty((rows, len(flat)), dtype, input)
-    grad_input = backend.empty(input.shape, dtype, input) if wanted[0] else None
-    grad_weight = backend.empty(flat.shape, sums, input) if wanted[1] else None
-    grad_bias = input.new_zeros(len(flat), dtype=sums) if wanted[2] else None
-    losses = []
-    for first in range(0, n, rows):
-        here = slice(first, min(first + rows, n))
-        x, logits = input[here].to(dtype), memory[: here.stop - first]
-        _linear(x, flat, bias, logits)
-        loss, gradient, kept = of_chunk(logits, here)
-        losses.append(loss)
-        if gradient is None:
-            continue
-        _add_products(
-            backend,
-            (gradient, flat, x),
-            kept,
-            None if grad_input is None else (grad_input[here], False),
-            None if grad_weight is None else (grad_weight, first > 0),
-        )
-        if grad_bias is not None:
-            grad_bias += gradient.sum(0, dtype=sums)
-    layers = (grad_input, input), (grad_weight, linear_weight), (grad_bias, linear_bias)
-    return losses, tuple(_as(gradient, of) for gradient, of in layers)
-
-
-def _joined(losses: list[Tensor | None], each: bool) -> Tensor | None:
+def joined(losses: list[Tensor | None], each: bool) -> Tensor | None:
     """The losses of chunks of rows as one tensor, None where they are not wanted."""
     parts = [loss for loss in losses if loss is not None]
     if not parts:
@@ -167,9 +277,10 @@ def sums_by_blocks(
     input, target = head.input, head.target
     lse = input.new_full((len(input),), -torch.inf, dtype=torch.float64)
     target_logits = torch.zeros_like(lse)
-    for logits, _, here, first in _tiles(backend, head, tile):
-        block = shard._replace(first=shard.first + first)
-        logits = _cap(backend, logits, options.softcap)
+    dtype, size = product_dtype(head, backend), (tile, tile)
+    for chunk in chunks(backend, _layer(head), dtype, size):
+        here, block = chunk.rows, shard._replace(first=shard.first + chunk.columns.start)
+        logits = _cap(backend, chunk.output, options.softcap)
         every = RowStatistics.empty(len(logits), logits)
         of_block = Statistics(*every[1:]) if statistics else Statistics(every.log_sum_exp)
         part = sums_of_block(backend, logits, target[here], head.weight, options, block, of_block)
@@ -238,57 +349,21 @@ def gradients_by_blocks(
     Args:
         shard: The head's classes among all, with the log-sum-exp of all.
     """
-    input, linear_weight, linear_bias, target, weight = head
-    sums, classes = accumulate_dtype(input.dtype), len(linear_weight)
     assert shard.lse is not None
     want = Want(False, (True, False), True)
     options = replace(options, reduction="none", denominator=None)
-    grad_input = input.new_zeros(input.shape, dtype=sums) if wanted.input else None
-    grad_weight = None
-    if wanted.linear_weight:
-        grad_weight = backend.empty(linear_weight.shape, input.dtype, input)
-    grad_bias = input.new_zeros(classes, dtype=sums) if wanted.linear_bias else None
-    part = None
-    for logits, (x, of_classes), here, first in _tiles(backend, head, tile):
-        block = VocabShard(shard.first + first, shard.classes, shard.lse[here])
+    layer, dtype = _layer(head), product_dtype(head, backend)
+    gradients = LayerGradients(backend, layer, dtype, tile, wanted)
+    for chunk in chunks(backend, layer, dtype, (tile, tile)):
+        logits, here = chunk.output, chunk.rows
+        block = VocabShard(shard.first + chunk.columns.start, shard.classes, shard.lse[here])
         of_rows, capped = grad_output[here], _cap(backend, logits, options.softcap)
-        given = target[here], weight, _of_rows(options, here), want, of_rows, block
+        given = head.target[here], head.weight, _of_rows(options, here), want, of_rows, block
         backend.cross_entropy(capped, *given)
         gradient = _uncap(backend, capped, logits, options.softcap)
-        of_block = slice(first, first + len(of_classes))
-        if grad_bias is not None:
-            grad_bias[of_block] += gradient.sum(0, dtype=sums)
-        if grad_weight is not None and (part is None or here.start == 0):
-            part = backend.empty(of_classes.shape, sums, input)
-        _add_products(
-            backend,
-            (gradient, of_classes, x),
-            _classes_that_count(gradient, of_rows, options.filter_eps),
-            None if grad_input is None else (grad_input[here], True),
-            None if part is None else (part, here.start > 0),
-        )
-        if grad_weight is not None and part is not None and here.stop == len(input):
-            grad_weight[of_block] = part
-    return _as(grad_input, input), grad_weight, _as(grad_bias, linear_bias), None
-
-
-def _tiles(
-    backend: Backend, head: Head, tile: int
-) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], slice, int]]:
-    """Logits, the matrices they are the product of, their rows and their first class."""
-    input, linear_weight, linear_bias, *_ = head
-    n, classes, dtype = len(input), len(linear_weight), product_dtype(head, backend)
-    memory = input.new_empty(min(tile, n) * min(tile, classes), dtype=dtype)
-    for first in range(0, classes, tile):
-        of_classes = linear_weight[first : first + tile].to(dtype)
-        bias = None if linear_bias is None else linear_bias[first : first + tile].to(dtype)
-        for row in range(0, n, tile):
-            here = slice(row, min(row + tile, n))
-            x = input[here].to(dtype)
-            size = len(x) * len(of_classes)
-            logits = memory[:size].view(len(x), len(of_classes))
-            _linear(x, of_classes, bias, logits)
-            yield logits, (x, of_classes), here, first
+        kept = _classes_that_count(gradient, of_rows, options.filter_eps)
+        gradients.add(chunk, gradient, kept)
+    return *gradients.like(head), None
 
 
 def weight_of_targets(
@@ -327,11 +402,32 @@ def _uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | 
 # ---- products ------------------------------------------------------------------------------------
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+
+
+FIXED_ROWS = 128  # of a product whose size is not to depend on the batch
+
+
+def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """By products of FIXED_ROWS rows, the last of which are filled up with zeros.
+
+    Features are filled up, too: MKL adds those of some rows up in another order if they are not a
+    multiple of 4.
+    """
+    if padding := -x.shape[1] % 16:
+        x, weight = F.pad(x, (0, padding)), F.pad(weight, (0, padding))
+    for row in range(0, len(x), FIXED_ROWS):
+        part, to = x[row : row + FIXED_ROWS], out[row : row + FIXED_ROWS]
+        if missing := FIXED_ROWS - len(part):
+            product = out.new_empty(FIXED_ROWS, len(weight))
+            linear(F.pad(part, (0, 0, 0, missing)), weight, bias, product)
+            to.copy_(product[: len(part)])
+        else:
+            linear(part, weight, bias, to)
 
 
 MOST_KEPT = 0.5  # of a block's classes; more are not worth their copies
@@ -352,40 +448,7 @@ def _classes_that_count(
     return kept if len(kept) < MOST_KEPT * len(low) else None
 
 
-def _add_products(
-    backend: Backend,
-    block: tuple[Tensor, Tensor, Tensor],
-    kept: Tensor | None,
-    to_input: tuple[Tensor, bool] | None,
-    to_weight: tuple[Tensor, bool] | None,
-) -> None:
-    """Multiplies a block of gradients of logits with its classes' weight and its rows' input.
-
-    Args:
-        to_input, to_weight: Where the products go, and whether they are added to what is there.
-    """
-    gradient, of_classes, x = block
-    if kept is not None:
-        gradient, of_classes = gradient[:, kept], of_classes[kept]
-    if to_input is not None:
-        backend.add_product(to_input[0], gradient, of_classes, float(to_input[1]))
-    if to_weight is None:
-        return
-    to, add = to_weight
-    if kept is None:
-        backend.add_product(to, gradient.t(), x, float(add))
-    else:
-        to = to if add else to.zero_()
-        to.index_add_(0, kept, torch.mm(gradient.t(), x).to(to.dtype))
-
-
 def _of_rows(options: HeadOptions, here: slice) -> HeadOptions:
     if options.token_weight is None:
         return options
     return replace(options, token_weight=options.token_weight[here])
-
-
-def _as(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
-    if gradient is None or of is None:
-        return None
-    return gradient.reshape(of.shape).to(of.dtype)

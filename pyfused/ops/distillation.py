@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,16 +21,25 @@ from pyfused import checks
 from pyfused.backends import FORCED, Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import rows_in_budget
-from pyfused.ops.chunked import OfChunk, _joined, _linear, linear_by_rows
+from pyfused.ops.chunked import (
+    Layer,
+    LayerGradients,
+    chunks,
+    counted_rows,
+    joined,
+    linear,
+    of_all_rows,
+    spread,
+)
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, Operator
 from pyfused.ops.dispatch import SMALL, is_compiled, unsupported
 from pyfused.ops.gradients import (
     backward,
     differentiate,
     gradients_in_forward,
+    in_autocast_dtype,
     without_functorch,
 )
-from pyfused.ops.linear_cross_entropy import of_all_rows, spread
 from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
@@ -204,14 +212,12 @@ class Divergence(Operator):
         getattr(checks, self.name)(*arguments)
         *tensors, options = arguments
         shape, device = tensors[0].shape[:-1], tensors[0].device.type
-        cast = self.student > 1 and torch.is_autocast_enabled(device)
-        for place, operand in enumerate(self.operands):
-            tensor = tensors[place]
-            if cast and tensor is not None and operand.name.endswith(("input", "weight", "bias")):
-                tensor = tensor.to(torch.get_autocast_dtype(device))  # log-probabilities stay
-            if self.has_tokens(place):
-                tensor = tensor.reshape(-1, tensor.shape[-1])
-            tensors[place] = tensor
+        of_layers = len(tensors) // 3 * 3  # each has three; a top k stays as it is
+        without_autocast, cast = in_autocast_dtype(device, tensors[:of_layers])
+        tensors = [
+            tensor.reshape(-1, tensor.shape[-1]) if self.has_tokens(place) else tensor
+            for place, tensor in enumerate((*cast, *tensors[of_layers:]))
+        ]
         weight = options.token_weight
         options = replace(
             options,
@@ -219,7 +225,7 @@ class Divergence(Operator):
             temperature=float(options.temperature),
             token_weight=None if weight is None else weight.flatten(),
         )
-        with torch.autocast(device, enabled=False) if cast else nullcontext():
+        with without_autocast:
             loss = self._run(tensors, options)
         return loss.reshape(shape) if options.reduction == "none" else loss
 
@@ -258,8 +264,7 @@ class Divergence(Operator):
             grad_output = grad_output / denominator
         if weight is not None and self.student > 1:
             # Tokens of weight 0 are left out, where nobody waits for that.
-            found = None if backend.ASYNCHRONOUS else weight.nonzero().flatten()
-            kept = None if found is None or len(found) in (0, n) else found
+            kept = counted_rows(weight, 0, backend)
             if kept is None:
                 tensors = [_shown(input, options), *tensors[1:]]
             else:
@@ -363,10 +368,10 @@ def of_layers(
 
     def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
         teacher_logits = backend.empty(logits.shape, dtype, logits)
-        _linear(teacher_input[here].to(dtype), weight, bias, teacher_logits)
+        linear(teacher_input[here].to(dtype), weight, bias, teacher_logits)
         return of_logits(backend, (logits, teacher_logits), *rest)
 
-    return _by_rows(backend, layer, of_chunk, dtype.itemsize, options, want, grad_output)
+    return _by_rows(backend, Layer(*layer), of_chunk, dtype.itemsize, options, want, grad_output)
 
 
 def of_topk(
@@ -384,12 +389,12 @@ def of_topk(
     def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
         return _topk(backend, logits, indices[here], log_probs[here], *rest)
 
-    return _by_rows(backend, layer, of_chunk, 0, options, want, grad_output)
+    return _by_rows(backend, Layer(*layer), of_chunk, 0, options, want, grad_output)
 
 
 def _by_rows(
     backend: Backend,
-    layer: Sequence[Any],
+    layer: Layer,
     of_chunk: Callable[..., Found],
     more_bytes: int,
     options: DivergenceOptions,
@@ -403,21 +408,22 @@ def _by_rows(
             divergence and the logits' gradient, which may take their memory.
         more_bytes: What it needs beside each logit.
     """
-    input, linear_weight, _ = layer
-    n, each, dtype = len(input), options.reduction == "none", backend.product_dtype(input.dtype)
-    row = len(linear_weight) * (dtype.itemsize + more_bytes)
+    n, columns, each = len(layer.input), len(layer.weight), options.reduction == "none"
+    dtype = backend.product_dtype(layer.input.dtype)
+    row = columns * (dtype.itemsize + more_bytes)
     size = max(1, min(n, rows_in_budget(n, row, options.memory_budget)))
-    wanted, weight = want.gradients or (False,) * 3, options.token_weight
+    wanted, weight, losses = want.gradients or (False,) * 3, options.token_weight, []
     want = Want(want.loss, (True,) if any(wanted) else (), True)
-
-    def of_rows(logits: Tensor, here: slice) -> OfChunk:
+    gradients = LayerGradients(backend, layer, dtype, columns, wanted)
+    for chunk in chunks(backend, layer, dtype, (size, columns)):
+        here = chunk.rows
         part = replace(options, token_weight=None if weight is None else weight[here])
         factor = grad_output[here] if each and grad_output is not None else grad_output
-        loss, (gradient,) = of_chunk(logits, here, part, want, factor)
-        return loss, gradient, None
-
-    losses, gradients = linear_by_rows(backend, layer, dtype, size, wanted, of_rows)
-    return _joined(losses, each), gradients
+        loss, (gradient,) = of_chunk(chunk.output, here, part, want, factor)
+        losses.append(loss)
+        if gradient is not None:
+            gradients.add(chunk, gradient)
+    return joined(losses, each), gradients.like(layer)
 
 
 def _topk(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that torch computes a loss in: autocast widens the half precisions."""
     halves = (torch.bfloat16, torch.float16)
     return torch.float32 if dtype in halves and torch.is_autocast_enabled(device.type) else dtype
+
+
+def in_autocast_dtype(
+    device: str, tensors: Sequence[Tensor | None]
+) -> tuple[AbstractContextManager[Any], list[Any]]:
+    """A linear layer's tensors as autocast casts them, and a context without autocast."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext(), list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    cast = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return torch.autocast(device, enabled=False), cast
 
 
 def gradients_in_forward(reduction: str, input: Tensor) -> bool:

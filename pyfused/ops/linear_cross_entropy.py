@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,8 +19,11 @@ from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
     Wanted,
     by_rows,
+    counted_rows,
     gradients_by_blocks,
     loss_of_sums,
+    of_all_rows,
+    spread,
     sums_by_blocks,
     weight_of_targets,
 )
@@ -32,6 +34,7 @@ from pyfused.ops.gradients import (
     backward,
     differentiate,
     gradients_in_forward,
+    in_autocast_dtype,
     without_functorch,
 )
 from pyfused.ops.metrics import MergedStatistics, Metrics, RowStatistics
@@ -60,11 +63,9 @@ class LinearCrossEntropy(Operator):
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
         head, options = _checked(arguments)
         options = checks.normalized(options)
-        device, dtype = head.input.device.type, _dtype_of_loss(head, options)
-        autocast: AbstractContextManager[Any] = nullcontext()
-        if torch.is_autocast_enabled(device):
-            head = _cast(head, torch.get_autocast_dtype(device))
-            autocast = torch.autocast(device, enabled=False)
+        dtype = _dtype_of_loss(head, options)
+        without_autocast, layer = in_autocast_dtype(head.input.device.type, head[:3])
+        head = Head._make((*layer, head.target, head.weight))
         if not is_compiled(head.input):
             check_indices(head, options)
         single = head.input.dim() == 1
@@ -72,7 +73,7 @@ class LinearCrossEntropy(Operator):
             head, options = _as_batch(head, options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
-        with autocast:
+        with without_autocast:
             loss, *metrics = _run(head, options)
         if single:
             loss, *metrics = (found.reshape(()) for found in (loss, *metrics))
@@ -136,15 +137,6 @@ def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
     return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
 
-def _cast(head: Head, dtype: torch.dtype) -> Head:
-    bias = head.linear_bias
-    return head._replace(
-        input=head.input.to(dtype),
-        linear_weight=head.linear_weight.to(dtype),
-        linear_bias=None if bias is None else bias.to(dtype),
-    )
-
-
 def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
     """The loss, and the metrics where they are wanted."""
     if is_compiled(head.input):
@@ -173,12 +165,7 @@ def _targets(head: Head, options: HeadOptions, backend: Backend) -> Targets:
         rows = target[:, 0].numel()
         counted = rows if token_weight is None else token_weight.sum(dtype=torch.float64)
         return Targets(None, _denominator(options, counted))
-    kept = None
-    if not backend.ASYNCHRONOUS:
-        counts = target != options.ignore_index
-        of_rows = counts if counts.dim() == 1 else counts.flatten(1).any(1)
-        found = of_rows.nonzero().flatten()
-        kept = found if 0 < len(found) < len(of_rows) else None
+    kept = counted_rows(target, options.ignore_index, backend)
     return Targets(kept, _denominator(options, weight_of_targets(target, head.weight, options)))
 
 
@@ -195,18 +182,6 @@ def _keep(head: Head, options: HeadOptions, kept: Tensor | None) -> tuple[Head, 
     if options.token_weight is not None:
         options = replace(options, token_weight=options.token_weight[kept])
     return head._replace(input=head.input[kept], target=head.target[kept]), options
-
-
-def spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tensor:
-    """Those of all rows: zeros, or what is given, for those left out."""
-    if kept is None:
-        return values
-    return values.new_full((n, *values.shape[1:]), others).index_copy_(0, kept, values)
-
-
-def of_all_rows(found: Gradients, kept: Tensor | None, n: int) -> Gradients:
-    """Of the gradients the input's is one of rows."""
-    return (None if found[0] is None else spread(found[0], kept, n), *found[1:])
 
 
 class Found(NamedTuple):

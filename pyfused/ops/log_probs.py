@@ -7,23 +7,30 @@ kernels continue with further classes, and compute gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import TILE, product_dtype, rows_at_once
-from pyfused.ops.chunked import Wanted, _add_products, _as, _linear
+from pyfused.ops.chunked import (
+    FIXED_ROWS,
+    Chunk,
+    Layer,
+    LayerGradients,
+    Wanted,
+    chunks,
+    counted_rows,
+    spread,
+)
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
-from pyfused.ops.gradients import backward, differentiate, without_functorch
-from pyfused.ops.linear_cross_entropy import spread
+from pyfused.ops.gradients import backward, differentiate, in_autocast_dtype, without_functorch
 from pyfused.types import Gradients, Head, HeadOptions, LogProbsOptions, VocabShard
 
 VALUES = 7  # of each row
@@ -190,14 +197,10 @@ class LinearLogProbs(LogProbsOfLogits):
     """The logits of the first rows stay for the backward pass, which makes the others once more."""
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        device = arguments[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return super().fused(arguments, inplace)
         *tensors, target, options = arguments
-        dtype = torch.get_autocast_dtype(device)
-        cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
-        with torch.autocast(device, enabled=False):
-            return super().fused((*cast, target, options), inplace)
+        without_autocast, tensors = in_autocast_dtype(target.device.type, tensors)
+        with without_autocast:
+            return super().fused((*tensors, target, options), inplace)
 
     def check_shapes(self, arguments: Arguments) -> None:
         checks.linear_log_probs(*arguments)
@@ -209,23 +212,22 @@ class LinearLogProbs(LogProbsOfLogits):
         return "some logits at a time"
 
     def values(self, call: Call, keeps: bool = False) -> tuple[Tensor, Tensor | None]:
-        whole, backend = _head(call.tensors), backend_of(call.tensors[0])
-        head, counted = _counted(whole, call.options, backend)
-        labels, kept = head.target.flatten(), None
-        values = head.input.new_empty((VALUES, len(labels)), dtype=torch.float64)
-        for chunk in _chunks(head, call, backend, backwards=True):
-            logits, targets, block = chunk.by_target(), chunk.targets, chunk.shard
-            given = logits, labels[targets], call.options, values[:, targets], block
+        backend, target = backend_of(call.tensors[0]), call.tensors[-1]
+        layer, labels, kept, size, dtype = _part(call, backend)
+        values, output = target.new_empty((VALUES, len(labels)), dtype=torch.float64), None
+        fixed = call.options.deterministic_rows
+        for chunk in chunks(backend, layer, dtype, size, backwards=True, fixed_sizes=fixed):
+            logits, targets, shard = _by_target(chunk, call)
+            given = logits, labels[targets], call.options, values[:, targets], shard
             backend.log_probs(*given, continues=chunk.columns.start > 0)
-            kept = chunk.logits
-        if counted is not None:
-            of_rows = values.view(VALUES, len(counted), -1)
-            values = values.new_zeros((VALUES, *whole.target.shape))
-            values.index_copy_(1, counted, of_rows)
-        values = values.view(VALUES, *call.tensors[-1].shape)
-        if kept is None or not keeps or kept.shape[1] < head.columns:
+            output = chunk.output
+        if kept is not None:
+            n, of_rows = call.tensors[0].shape[:-1].numel(), values.view(VALUES, len(kept), -1)
+            values = values.new_zeros((VALUES, n, of_rows.shape[2])).index_copy_(1, kept, of_rows)
+        values = values.view(VALUES, *target.shape)
+        if output is None or not keeps or output.shape[1] < len(layer.weight):
             return values, None
-        return values, kept.view(-1)
+        return values, output.view(-1)
 
     def gradients(
         self,
@@ -235,59 +237,68 @@ class LinearLogProbs(LogProbsOfLogits):
         grad_values: Tensor,
         kept: Tensor | None = None,
     ) -> Gradients:
-        whole, backend = _head(call.tensors), backend_of(call.tensors[0])
-        head, counted = _counted(whole, call.options, backend)
-        pair = [x.reshape(len(x), *whole.target.shape) for x in (values, grad_values[:3])]
-        pair = [_flat(x if counted is None else x[:, counted]) for x in pair]
-        labels = head.target.flatten()
-        input, linear_weight, linear_bias, *_ = head
-        sums = accumulate_dtype(input.dtype)
-        grad_input = backend.empty(input.shape, sums, input) if wanted.input else None
-        grad_weight, part = None, None
-        if wanted.linear_weight:
-            grad_weight = backend.empty((head.columns, input.shape[1]), input.dtype, input)
-        grad_bias = input.new_zeros(head.columns, dtype=sums) if wanted.linear_bias else None
-        for chunk in _chunks(head, call, backend, kept=kept):
-            logits, targets, columns = chunk.by_target(), chunk.targets, chunk.columns
-            of_chunk = pair[0][:, targets], pair[1][:, targets]
-            given = logits, labels[targets], call.options, *of_chunk, chunk.shard
-            backend.log_probs_backward(*given, out=logits)
-            if grad_bias is not None:
-                grad_bias[columns] += chunk.logits.sum(0, dtype=sums)
-            if grad_weight is not None and chunk.rows.start == 0:
-                part = grad_weight[columns]
-                part = part if part.dtype is sums else backend.empty(part.shape, sums, input)
-            _add_products(
-                backend,
-                (chunk.logits, chunk.weight, chunk.input),
-                None,
-                None if grad_input is None else (grad_input[chunk.rows], columns.start > 0),
-                None if part is None else (part, chunk.rows.start > 0),
-            )
-            last = chunk.rows.stop == len(input)
-            if grad_weight is not None and part is not None and last and sums is not input.dtype:
-                grad_weight[columns] = part
-        if grad_input is not None:
-            grad_input = spread(grad_input, counted, len(whole.input))
-        shape = *linear_weight.shape[1:-1], len(linear_weight), -1
-        if grad_weight is not None:
-            grad_weight = grad_weight.view(shape).movedim(-2, 0)
-        if grad_bias is not None:
-            grad_bias = grad_bias.view(shape[:-1]).movedim(-1, 0)
-        return _as(grad_input, call.tensors[0]), grad_weight, _as(grad_bias, linear_bias)
+        input, linear_weight, *_ = call.tensors
+        backend, n = backend_of(input), input.shape[:-1].numel()
+        layer, labels, rows, size, dtype = _part(call, backend)
+        pair = [x.reshape(len(x), n, -1) for x in (values, grad_values[:3])]
+        values, grad_values = (_flat(x if rows is None else x[:, rows]) for x in pair)
+        sums = LayerGradients(backend, layer, dtype, size[1], wanted)
+        fixed = call.options.deterministic_rows
+        for chunk in chunks(backend, layer, dtype, size, memory=kept, fixed_sizes=fixed):
+            logits, targets, shard = _by_target(chunk, call)
+            given = logits, labels[targets], call.options, values[:, targets]
+            backend.log_probs_backward(*given, grad_values[:, targets], shard, out=logits)
+            sums.add(chunk, chunk.output)
+        of_input, of_weight, of_bias = sums.like(layer)
+        shape = *linear_weight.shape[1:-1], len(linear_weight)
+        return (
+            None if of_input is None else spread(of_input, rows, n).view(input.shape),
+            None if of_weight is None else of_weight.view(*shape, -1).movedim(-2, 0),
+            None if of_bias is None else of_bias.view(shape).movedim(-1, 0),
+        )
 
 
-def _head(tensors: Sequence[Any]) -> Head:
-    """With input (N, D) and target (N, d1 * ... * dk)."""
-    input, linear_weight, linear_bias, target = tensors
-    input = input.detach().reshape(-1, input.shape[-1])
-    target = target.reshape(len(input), -1).contiguous()
-    bias = None if linear_bias is None else linear_bias.detach()
-    return Head(input, linear_weight.detach(), bias, target, None)
+class _Part(NamedTuple):
+    """What of a call counts.
+
+    Attributes:
+        layer: The classes at one of the positions d1, ..., dk are neighbours.
+        labels: Flat.
+        rows: Those of the whole layer, None for all.
+        size: Rows and columns of a chunk.
+        dtype: That of the products.
+    """
+
+    layer: Layer
+    labels: Tensor
+    rows: Tensor | None
+    size: tuple[int, int]
+    dtype: torch.dtype
+
+
+def _part(call: Call, backend: Backend) -> _Part:
+    input, weight, bias, target = call.tensors
+    input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
+    target = target.reshape(len(input), -1)
+    rows = counted_rows(target, call.options.ignore_index, backend)
+    if rows is not None:
+        input, target = input[rows], target[rows]
+    head = Head(input, weight, bias, target, None)
+    bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
+    layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias)
+    size, dtype = _chunk_size(head, call.options, backend), product_dtype(head, backend)
+    return _Part(layer, target.flatten().contiguous(), rows, size, dtype)
+
+
+def _by_target(chunk: Chunk, call: Call) -> tuple[Tensor, slice, VocabShard]:
+    """The logits of each target, which targets these are, and of which classes."""
+    positions = call.tensors[1].shape[1:-1].numel()
+    targets = slice(chunk.rows.start * positions, chunk.rows.stop * positions)
+    shard = call.shard._replace(first=call.shard.first + chunk.columns.start)
+    return chunk.output.view(len(chunk.input) * positions, -1), targets, shard
 
 
 LEAST_ROWS_OF_TILE = 16  # of fewer, all classes at a time take as little memory
-FIXED_ROWS = 128  # of a product whose size is not to depend on the batch
 
 
 def _chunk_size(head: Head, options: LogProbsOptions, backend: Backend) -> tuple[int, int]:
@@ -308,93 +319,3 @@ def _chunk_size(head: Head, options: LogProbsOptions, backend: Backend) -> tuple
     if rows < LEAST_ROWS_OF_TILE:
         return max(1, min(n, budget // (itemsize * head.columns))), head.columns
     return min(rows, TILE), TILE
-
-
-class Chunk(NamedTuple):
-    """Some logits of a head, and the matrices that they are the product of.
-
-    A column is a class at one of the positions d1, ..., dk; all classes of a position are
-    neighbours. A chunk without all columns is of a head with one position.
-    """
-
-    logits: Tensor
-    input: Tensor
-    weight: Tensor
-    rows: slice
-    columns: slice
-    targets: slice  # of the rows, flat
-    shard: VocabShard
-
-    def by_target(self) -> Tensor:
-        return self.logits.view(self.targets.stop - self.targets.start, -1)
-
-
-def _chunks(
-    head: Head,
-    call: Call,
-    backend: Backend,
-    backwards: bool = False,
-    kept: Tensor | None = None,
-) -> Iterator[Chunk]:
-    """All rows of some columns after all of others.
-
-    Args:
-        backwards: The last rows come first.
-        kept: Memory that has the first chunk's logits, and takes the others'.
-    """
-    input, linear_weight, linear_bias, *_ = head
-    n, positions = len(input), linear_weight.shape[1:-1].numel()
-    rows, columns = _chunk_size(head, call.options, backend)
-    dtype = product_dtype(head, backend)
-    weights = linear_weight.movedim(0, -2).reshape(head.columns, -1)
-    biases = None if linear_bias is None else linear_bias.movedim(0, -1).flatten()
-    linear = _linear_in_fixed_sizes if call.options.deterministic_rows else _linear
-    memory = kept
-    if memory is None:
-        memory = backend.empty((min(rows, n) * columns,), dtype, input)
-    for first in range(0, head.columns, columns):
-        of_chunk = slice(first, min(first + columns, head.columns))
-        shard = call.shard._replace(first=call.shard.first + first)
-        weight = weights[of_chunk].to(dtype)
-        bias = None if biases is None else biases[of_chunk].to(dtype)
-        starts = range(0, n, rows)
-        for start in reversed(starts) if backwards else starts:
-            here = slice(start, min(start + rows, n))
-            x = input[here].to(dtype)
-            logits = memory[: len(x) * len(weight)].view(len(x), len(weight))
-            if kept is None:
-                linear(x, weight, bias, logits)
-            kept = None
-            targets = slice(here.start * positions, here.stop * positions)
-            yield Chunk(logits, x, weight, here, of_chunk, targets, shard)
-
-
-def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """By products of FIXED_ROWS rows, the last of which are filled up with zeros.
-
-    Features are filled up, too: MKL adds those of some rows up in another order if they are not a
-    multiple of 4.
-    """
-    if padding := -x.shape[1] % 16:
-        x, weight = F.pad(x, (0, padding)), F.pad(weight, (0, padding))
-    for row in range(0, len(x), FIXED_ROWS):
-        part, to = x[row : row + FIXED_ROWS], out[row : row + FIXED_ROWS]
-        if missing := FIXED_ROWS - len(part):
-            product = out.new_empty(FIXED_ROWS, len(weight))
-            _linear(F.pad(part, (0, 0, 0, missing)), weight, bias, product)
-            to.copy_(product[: len(part)])
-        else:
-            _linear(part, weight, bias, to)
-
-
-def _counted(head: Head, options: LogProbsOptions, backend: Backend) -> tuple[Head, Tensor | None]:
-    """The rows that count, and which these are, None for all.
-
-    Ignored ones are left out where nobody waits for that, unless none is left then.
-    """
-    if backend.ASYNCHRONOUS:
-        return head, None
-    rows = (head.target != options.ignore_index).any(1).nonzero().flatten()
-    if len(rows) in (0, len(head.target)):
-        return head, None
-    return head._replace(input=head.input[rows], target=head.target[rows]), rows
