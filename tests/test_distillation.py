@@ -513,6 +513,19 @@ def test_compiled(op: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_makes_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pyfused.ops.dispatch.COMPILED_BELOW, "linear_kl_div", 0)
+    rows, linear, arguments = [], chunked.linear, given("linear_kl_div")
+    monkeypatch.setattr(
+        chunked, "linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
+    )
+    loss = torch.compile(lambda: fused.linear_kl_div(**arguments), fullgraph=True)()
+    torch.autograd.grad(loss, arguments["input"])
+    assert sum(rows) == N
+
+
+@pytest.mark.cpu
 @every_operator
 def test_custom_operator(op: str) -> None:
     arguments = given(op)
@@ -520,7 +533,9 @@ def test_custom_operator(op: str) -> None:
     for reduction in ("mean", "none"):
         options = DivergenceOptions(0.5, 2.0, reduction, torch.rand(N))
         operator = getattr(torch.ops.pyfused, op).default
-        torch.library.opcheck(operator, (*tensors, *options.values()))
+        for in_forward in (False, reduction == "mean"):
+            wanted = [in_forward and x.requires_grad for x in tensors[: OPERATORS[op].student]]
+            torch.library.opcheck(operator, (*tensors, *options.values(), wanted))
 
 
 @every_operator

@@ -316,9 +316,41 @@ def test_custom_operator() -> None:
             token_weight=given.token_weight,
             softcap=9.0,
         )
-        torch.library.opcheck(
-            torch.ops.pyfused.linear_cross_entropy.default, (*arguments, *options.values())
-        )
+        for in_forward in (False, reduction == "mean"):
+            wanted = [in_forward and tensor.requires_grad for tensor in arguments[:4]]
+            torch.library.opcheck(
+                torch.ops.pyfused.linear_cross_entropy.default,
+                (*arguments, *options.values(), wanted),
+            )
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen head"])
+@pytest.mark.parametrize("budget", [None, 8 << 10], ids=["rows", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compiled_makes_logits_as_often_as_eager(
+    dtype: torch.dtype, budget: int | None, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, made, linear = Given(rows=90), [], chunked.linear
+    monkeypatch.setattr(
+        chunked, "linear", lambda x, *rest: (made.append(len(x)), linear(x, *rest))[1]
+    )
+    input, head = given.input.detach().to(dtype), given.head.detach().to(dtype)
+    leaves = [input.requires_grad_()] if frozen else [input.requires_grad_(), head.requires_grad_()]
+
+    def loss(input: Tensor, head: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(input, head, given.target, memory_budget=budget)
+
+    counts, gradients = [], []
+    torch.compiler.reset()
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        made.clear()
+        gradients.append(torch.autograd.grad(call(input, head) * 3, leaves))
+        counts.append(sum(made))
+    assert counts[1] == counts[0]
+    for got, expected in zip(*gradients, strict=True):  # rounded before or after the factor of 3
+        assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 @pytest.mark.cpu

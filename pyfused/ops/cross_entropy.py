@@ -111,13 +111,13 @@ def cross_entropy_fallback_reason(
     """Why torch's operator is the one for these arguments."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
+    if options.with_metrics and is_compiled(input):
+        return "torch.compile: Inductor fuses the metrics"
     return options_fallback_reason(input, options)
 
 
 def options_fallback_reason(input: Tensor, options: CrossEntropyOptions) -> str | None:
     compiled = is_compiled(input)
-    if compiled and options.with_metrics:
-        return "torch.compile: Inductor fuses the metrics"
     if isinstance(options.denominator, Tensor):
         if compiled:
             return "torch.compile: denominator is a tensor"

@@ -24,6 +24,7 @@ from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.gradients import differentiate
+from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import CROSS_ENTROPY, GAUSSIAN_NLL_LOSS, OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseCall, PointwiseLoss
 from pyfused.ops.softmax import Softmax
@@ -69,20 +70,25 @@ class CompiledOperator:
         definition: The same in torch's terms, differentiable.
         empty_value, empty_gradient: Tensors like the result, and like the gradient of a tensor.
         saves_output: Whether the gradients are computed from the output.
-        adds_output: Whether they are computed from the arguments and the output, which is then the
-            last of their functions' arguments.
+        adds_output: The output that they are computed from, beside the arguments, of which it is
+            then the last; None if there is none.
+        in_forward: Whether the operator takes which gradients are wanted, too, and ``value``
+            returns a list: the result, the gradients of its sum, and others, which have none.
+        empty_others: Tensors like those.
     """
 
     name: str
     schema: Sequence[str]
     differentiable: int
-    value: Callable[[Arguments], Tensor]
+    value: Callable[..., Any]
     gradients: Callable[[Arguments, Sequence[bool], Tensor], Gradients]
     definition: Callable[[Arguments, Sequence[bool], Tensor], Gradients]
     empty_gradient: Callable[[Tensor], Tensor]
     empty_value: Callable[[Arguments], Tensor]
     saves_output: bool = False
-    adds_output: bool = False
+    adds_output: int | None = None
+    in_forward: bool = False
+    empty_others: Sequence[Callable[[Arguments], Tensor]] = ()
 
     def empty_gradients(self, given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
         found = [
@@ -95,21 +101,34 @@ class CompiledOperator:
         arguments, outputs = ", ".join(self.schema), ", ".join(["Tensor"] * self.differentiable)
         wanted = f"bool[{self.differentiable}] wanted"
         backward = f"{self.name}_backward"
-        _LIBRARY.define(f"{self.name}({arguments}) -> Tensor")
-        arguments += ", Tensor output" * self.adds_output
+        if self.in_forward:
+            others = ", Tensor" * len(self.empty_others)
+            results = f"(Tensor, {outputs}{others})"
+            _LIBRARY.define(f"{self.name}({arguments}, {wanted}) -> {results}")
+        else:
+            _LIBRARY.define(f"{self.name}({arguments}) -> Tensor")
+        if self.adds_output is not None:
+            arguments += ", Tensor output"
         _LIBRARY.define(f"{backward}(Tensor grad_output, {arguments}, {wanted}) -> ({outputs})")
 
-        def run(*given: Any) -> Tensor:
-            value: Tensor = compute(self.name, self.value, given)
-            return value
+        def run(*given: Any) -> Any:
+            if not self.in_forward:
+                return compute(self.name, self.value, given)
+            value = partial(self.value, wanted=given[-1])
+            return tuple(compute(self.name, value, given[:-1]))
 
         def run_backward(grad_output: Tensor, *given: Any) -> Any:
             found = compute(self.name, self.gradients, given[:-1], given[-1], grad_output)
             return _packed(_filled(found, given[0]))
 
-        def fake(*given: Any) -> Tensor:
+        def fake(*given: Any) -> Any:
             inductor.register()
-            return self.empty_value(given)
+            if not self.in_forward:
+                return self.empty_value(given)
+            arguments, wanted = given[:-1], given[-1]
+            others = [empty(arguments) for empty in self.empty_others]
+            gradients = self.empty_gradients(arguments, wanted)
+            return self.empty_value(arguments), *gradients, *others
 
         def fake_backward(_: Tensor, *given: Any) -> Any:
             return _packed(self.empty_gradients(given[:-1], given[-1]))
@@ -124,26 +143,35 @@ class CompiledOperator:
             f"pyfused::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
         )
 
-    def save(self, ctx: Any, inputs: Arguments, output: Tensor) -> None:
-        given = (output, *inputs[1:]) if self.saves_output else inputs
-        given = (*given, output) if self.adds_output else given
+    def save(self, ctx: Any, inputs: Arguments, output: Any) -> None:
+        given, outputs, gradients = inputs, (output,), ()
+        if self.in_forward:
+            ctx.mark_non_differentiable(*output[1:])
+            given, outputs = inputs[:-1], output
+            gradients = output[1 : self.differentiable + 1] if any(inputs[-1]) else ()
+        given = (output, *given[1:]) if self.saves_output else given
+        given = given if self.adds_output is None else (*given, outputs[self.adds_output])
         tensors = [value if isinstance(value, Tensor) else None for value in given]
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *gradients)
         pairs = zip(given, tensors, strict=True)
         ctx.others = [value if tensor is None else None for value, tensor in pairs]
 
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+    def backward(self, ctx: Any, grad_output: Tensor, *_: Tensor) -> Gradients:
+        saved, count = ctx.saved_tensors, len(ctx.others)
+        pairs = zip(saved[:count], ctx.others, strict=True)
         given = tuple(other if tensor is None else tensor for tensor, other in pairs)
         wanted = ctx.needs_input_grad[: self.differentiable]
         found: Any
         if torch.is_grad_enabled():
             found = self.definition(given, wanted, grad_output)
+        elif saved[count:]:
+            found = [gradient * grad_output for gradient in saved[count:]]
         else:
             found = getattr(torch.ops.pyfused, f"{self.name}_backward")(grad_output, *given, wanted)
             found = found if self.differentiable > 1 else (found,)
         kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-        return *kept, *[None] * (len(given) - self.adds_output - len(kept))
+        inputs = len(given) - (self.adds_output is not None) + self.in_forward
+        return *kept, *[None] * (inputs - len(kept))
 
     def gradients_in_torch(self, grad_output: Tensor, *given: Any) -> Tensor | list[Tensor]:
         """What the operator of the gradients returns, in torch's terms."""
@@ -374,21 +402,46 @@ def _read_head(given: Arguments) -> tuple[Head, HeadOptions]:
     return Head(*given[:5]), HeadOptions(*given[5:])
 
 
-def _loss_of_head(given: Arguments) -> Tensor:
+def _loss_of_head(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
+    """The loss, the gradients, the metrics where they are wanted, and what gradients need."""
     head, options = _read_head(given)
     linear_cross_entropy.check_indices(head, options)
-    return linear_cross_entropy.compute(head, options).loss
+    gradients_wanted = Wanted(*wanted)
+    found = linear_cross_entropy.compute(head, options, gradients_wanted if any(wanted) else None)
+    gradients = found.gradients or (None,) * 4
+    if any(wanted) and found.gradients is None:
+        one = found.loss.new_ones(())
+        each = head, options, gradients_wanted, one, found.lse
+        gradients = linear_cross_entropy.compute_gradients(*each)
+    metrics = found.metrics or [_empty_metric(given, name) for name in Metrics._fields]
+    lse = _empty_lse(given).zero_() if found.lse is None else found.lse
+    return [found.loss, *_filled(gradients, head.input), *metrics, lse]
 
 
 def _gradients_of_head(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-    head, options = _read_head(given)
-    return linear_cross_entropy.compute_gradients(head, options, Wanted(*wanted), grad_output)
+    head, options = _read_head(given[:-1])
+    each = head, options, Wanted(*wanted), grad_output, given[-1]
+    return linear_cross_entropy.compute_gradients(*each)
 
 
 def _empty_loss_of_head(given: Arguments) -> Tensor:
     head, options = _read_head(given)
     shape = linear_cross_entropy.loss_shape(head) if options.reduction == "none" else ()
     return head.input.new_empty(shape, dtype=linear_cross_entropy.loss_dtype(head))
+
+
+def _empty_lse(given: Arguments) -> Tensor:
+    input: Tensor = given[0]
+    return input.new_empty(len(input), dtype=torch.float64)
+
+
+def _empty_metric(given: Arguments, name: str) -> Tensor:
+    head, options = _read_head(given)
+    dtype = linear_cross_entropy.loss_dtype(head)
+    if not options.with_metrics:
+        return head.input.new_empty(0, dtype=dtype)
+    dtype = {"prediction": torch.int64, "correct": torch.bool}.get(name, dtype)
+    return head.input.new_empty(linear_cross_entropy.loss_shape(head), dtype=dtype)
 
 
 CompiledOperator(
@@ -405,10 +458,13 @@ CompiledOperator(
     value=_loss_of_head,
     gradients=_gradients_of_head,
     definition=lambda given, wanted, grad_output: linear_cross_entropy.gradients_of_definition(
-        *_read_head(given), wanted, grad_output
+        *_read_head(given[:-1]), wanted, grad_output
     ),
     empty_value=_empty_loss_of_head,
     empty_gradient=lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format),
+    in_forward=True,
+    adds_output=-1,
+    empty_others=[*(partial(_empty_metric, name=name) for name in Metrics._fields), _empty_lse],
 ).define()
 
 # ---- log_probs and divergences -------------------------------------------------------------------
@@ -454,15 +510,16 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
         gradients=gradients,
         definition=lambda given, wanted, grad_output: op.define(read(given), wanted, grad_output),
         empty_value=empty_value,
-        adds_output=True,
+        adds_output=0,
     )
 
 
 def _of_divergence(op: Divergence) -> CompiledOperator:
-    def value(given: Arguments) -> Tensor:
-        loss: Tensor | None = op.compute(*op.read(given), Want())[0]
+    def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
+        want = Want(True, tuple(wanted) if any(wanted) else ())
+        loss, gradients = op.compute(*op.read(given), want)
         assert loss is not None
-        return loss
+        return [loss, *_filled(gradients or (None,) * op.student, given[0])]
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         return op.compute(*op.read(given), Want(False, tuple(wanted)), grad_output)[1]
@@ -484,6 +541,7 @@ def _of_divergence(op: Divergence) -> CompiledOperator:
         gradients=gradients,
         definition=definition,
         empty_value=empty_value,
+        in_forward=True,
     )
 
 

@@ -38,6 +38,7 @@ from pyfused.ops.gradients import (
     differentiate,
     gradients_in_forward,
     in_autocast_dtype,
+    wanted_in_forward,
     without_functorch,
 )
 from pyfused.types import (
@@ -233,7 +234,8 @@ class Divergence(Operator):
         student = [tensor for tensor in tensors[: self.student] if tensor is not None]
         if is_compiled(tensors[0]):
             operator = getattr(torch.ops.pyfused, self.name)
-            loss: Tensor | None = operator(*tensors, *options.values())
+            wanted = wanted_in_forward(options.reduction, tensors[: self.student])
+            loss: Tensor | None = operator(*tensors, *options.values(), wanted)[0]
         elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student):
             loss = _apply(self, options, *tensors)
         else:

@@ -40,6 +40,14 @@ def gradients_in_forward(reduction: str, input: Tensor) -> bool:
     return reduction != "none" and input.dtype is not torch.float16
 
 
+def wanted_in_forward(reduction: str, tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Whose gradients a compiled call computes with the loss, of the input and other tensors."""
+    input = tensors[0]
+    assert input is not None
+    now = torch.is_grad_enabled() and gradients_in_forward(reduction, input)
+    return [now and tensor is not None and tensor.requires_grad for tensor in tensors]
+
+
 def second_order(op: str, grad_output: Tensor) -> bool:
     """Whether a backward pass is for torch's definition: differentiated itself, or under vmap."""
     reason = (

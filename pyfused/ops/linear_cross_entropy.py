@@ -35,6 +35,7 @@ from pyfused.ops.gradients import (
     differentiate,
     gradients_in_forward,
     in_autocast_dtype,
+    wanted_in_forward,
     without_functorch,
 )
 from pyfused.ops.metrics import MergedStatistics, Metrics, RowStatistics
@@ -140,7 +141,9 @@ def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
 def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
     """The loss, and the metrics where they are wanted."""
     if is_compiled(head.input):
-        return (torch.ops.pyfused.linear_cross_entropy(*head, *options.values()),)
+        wanted = wanted_in_forward(options.reduction, head[:4])
+        found = torch.ops.pyfused.linear_cross_entropy(*head, *options.values(), wanted)
+        return found[0], *(found[5:-1] if options.with_metrics else ())
     tensors = (tensor for tensor in head[:4] if tensor is not None)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _apply(options, *head)  # type: ignore[no-any-return]
@@ -186,7 +189,7 @@ def _keep(head: Head, options: HeadOptions, kept: Tensor | None) -> tuple[Head, 
 
 class Found(NamedTuple):
     """Attributes:
-    lse: The log-sum-exp of each row, where a backward pass needs it.
+    lse: The log-sum-exp of each row, where gradients need it: by blocks of classes.
     gradients: Where they are wanted now.
     metrics: Of all rows, or ().
     """
@@ -220,6 +223,7 @@ def compute(head: Head, options: HeadOptions, wanted: Wanted | None = None) -> F
         found = None if merged is None else merged.rows
         loss = loss_of_sums(options, part.target, part.weight, lse, target_logits)
         loss = loss if each else loss.sum(dtype=torch.float64)
+        lse = spread(lse, kept, n)
     assert loss is not None
     loss = spread(loss, kept, n) if each else loss / denominator
     metrics: Metrics | tuple[()] = ()
@@ -285,7 +289,7 @@ def compute_gradients(
     options: HeadOptions,
     wanted: Wanted,
     grad_output: Tensor,
-    lse: Tensor | None = None,
+    lse: Tensor | None,
 ) -> Gradients:
     n, backend = len(head.input), backend_of(head.input)
     kept, denominator = _targets(head, options, backend)
@@ -297,10 +301,9 @@ def compute_gradients(
     if rows:
         _, found = by_rows(backend, part, options, rows, False, wanted, grad_output)
     else:
-        tile, shard = tile_of(part, options, backend), VocabShard(0, len(part.linear_weight))
-        if lse is None:
-            lse, _ = sums_by_blocks(backend, part, options, tile, shard)
-        shard = shard._replace(lse=lse)
+        assert lse is not None
+        lse = lse if kept is None else lse[kept]
+        tile, shard = tile_of(part, options, backend), VocabShard(0, len(part.linear_weight), lse)
         given = part, options, tile, wanted, shard, grad_output.expand(len(lse))
         found = gradients_by_blocks(backend, *given)
     return of_all_rows(found, kept, n)
