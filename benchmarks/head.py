@@ -1,4 +1,4 @@
-"""A language model's head and loss: bare products, torch's two ways, and linear_cross_entropy.
+"""A language model's head and what follows it: bare products, torch's ways, and pyfused's.
 
 Forward and backward in one process, interleaved, with new outputs and their freeing included. The
 peak is what a process takes beyond the arguments and what it returns.
@@ -65,15 +65,24 @@ class Given:
         self.half = self.target.clone()
         self.half[torch.randperm(tokens, generator=generator)[: tokens // 2]] = -100
         self.logits = tokens * classes * 4  # bytes
+        self.grad_outputs = randn(3, tokens).unbind()
+        self.teacher = randn(tokens, features), randn(classes, features) / features**0.5
 
-    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, (self.input, self.head))
+    def gradients(self, *results: Tensor) -> tuple[Tensor, ...]:
+        grad_outputs = None if len(results) == 1 else self.grad_outputs
+        return torch.autograd.grad(results, (self.input, self.head), grad_outputs)
 
     def products(self) -> tuple[Tensor, ...]:
         """Those without which there are no gradients, of logits that happen to be there."""
         x, w = self.input.detach(), self.head.detach()
         logits = x @ w.t()
         return logits @ w, logits.t() @ x
+
+    def products_of_two(self) -> tuple[Tensor, ...]:
+        """The same, after the logits of the teacher."""
+        input, weight = self.teacher
+        input @ weight.t()
+        return self.products()
 
     def reference(self) -> tuple[Tensor, ...]:
         return self.gradients(F.cross_entropy(F.linear(self.input, self.head), self.target))
@@ -87,29 +96,72 @@ class Given:
         given = self.input, self.head, self.target if target is None else target
         return self.gradients(pyfused.functional.linear_cross_entropy(*given, **options))
 
-    def ways(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    def log_probs_of_torch(self) -> tuple[Tensor, ...]:
+        logits, target = F.linear(self.input, self.head), self.target[:, None]
+        log_p = logits.log_softmax(1)
+        of_target = log_p.gather(1, target)
+        lse, entropy = logits.gather(1, target) - of_target, -(log_p.exp() * log_p).sum(1)
+        return self.gradients(of_target.squeeze(1), entropy, lse.squeeze(1))
+
+    def log_probs(self, **options: Any) -> tuple[Tensor, ...]:
+        options |= {"return_entropy": True, "return_lse": True}
+        given = self.input, self.head, self.target
+        return self.gradients(*pyfused.functional.linear_log_probs(*given, **options))
+
+    def divergence_of_torch(self) -> tuple[Tensor, ...]:
+        log_p = F.linear(self.input, self.head).log_softmax(1)
+        log_q = F.linear(*self.teacher).log_softmax(1)
+        return self.gradients(F.kl_div(log_p, log_q, reduction="batchmean", log_target=True))
+
+    def divergence(self) -> tuple[Tensor, ...]:
+        return self.gradients(
+            pyfused.functional.linear_kl_div(self.input, self.head, *self.teacher)
+        )
+
+    def ways(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
+        """For each loss the products alone, torch's own way, and others."""
         return {
-            "three products": self.products,
-            "torch": self.reference,
-            "torch, in chunks": self.in_chunks,
-            "pyfused": self.ours,
-            "pyfused, a 16th of the logits": partial(self.ours, memory_budget=self.logits // 16),
-            "pyfused, half ignored": partial(self.ours, self.half),
+            "cross-entropy": {
+                "three products": self.products,
+                "torch": self.reference,
+                "torch, in chunks": self.in_chunks,
+                "pyfused": self.ours,
+                "pyfused, a 16th of the logits": partial(
+                    self.ours, memory_budget=self.logits // 16
+                ),
+                "pyfused, half ignored": partial(self.ours, self.half),
+            },
+            "log-probabilities": {
+                "three products": self.products,
+                "torch": self.log_probs_of_torch,
+                "pyfused": self.log_probs,
+                "pyfused, rows of fixed bits": partial(self.log_probs, deterministic_rows=True),
+            },
+            "KL divergence": {
+                "four products": self.products_of_two,
+                "torch": self.divergence_of_torch,
+                "pyfused": self.divergence,
+            },
         }
 
 
 def check(given: Given) -> None:
     """torch's gradients, before anything is timed."""
-    for budget in (None, given.logits // 16):
-        both = zip(given.ours(memory_budget=budget), given.reference(), strict=True)
-        for got, expected in both:
-            atol = 1e-5 * float(expected.abs().max())
-            torch.testing.assert_close(got, expected, rtol=1e-3, atol=atol)
+    for ways in given.ways().values():
+        _, of_torch, *others = (way for name, way in ways.items() if "ignored" not in name)
+        for way in others:
+            check_gradients(way(), of_torch())
 
 
-def peak(way: str, case: tuple[int, ...]) -> int:
+def check_gradients(gradients: tuple[Tensor, ...], of_torch: tuple[Tensor, ...]) -> None:
+    for got, expected in zip(gradients, of_torch, strict=True):
+        atol = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=atol)
+
+
+def peak(loss: str, way: str, case: tuple[int, ...]) -> int:
     """Bytes beyond the arguments and the gradients, in a process of its own."""
-    command = [sys.executable, __file__, way, *map(str, case)]
+    command = [sys.executable, __file__, loss, way, *map(str, case)]
     # glibc would keep what is freed, and take it for the next call unseen.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     return int(subprocess.check_output(command, env=environment))
@@ -118,19 +170,23 @@ def peak(way: str, case: tuple[int, ...]) -> int:
 def measure(case: tuple[int, ...]) -> list[list[str]]:
     given = Given(*case)
     check(given)
-    ways = given.ways()
-    times = dict(zip(ways, interleaved(timers_of([*ways.values()]), ROUNDS, 1), strict=True))
-    return [
-        [
-            f"({', '.join(map(str, case))})",
-            way,
-            f"{median(taken):.0f} ms",
-            spread(ratios(taken, times["three products"])),
-            spread(ratios(times["torch"], taken)),
-            "" if way == "three products" else f"{peak(way, case) / given.logits:.2f}",
+    rows = []
+    for loss, ways in given.ways().items():
+        times = interleaved(timers_of([*ways.values()]), ROUNDS, 1)
+        products, of_torch, *_ = times
+        rows += [
+            [
+                f"({', '.join(map(str, case))})",
+                loss,
+                way,
+                f"{median(taken):.0f} ms",
+                spread(ratios(taken, products)),
+                spread(ratios(of_torch, taken)),
+                "" if taken is products else f"{peak(loss, way, case) / given.logits:.2f}",
+            ]
+            for way, taken in zip(ways, times, strict=True)
         ]
-        for way, taken in times.items()
-    ]
+    return rows
 
 
 def draw() -> Figure:
@@ -139,7 +195,7 @@ def draw() -> Figure:
     axes = figure.subplots()
     ways = {"torch": "torch", "torch, in chunks": "torch.compile", "pyfused": "pyfused"}
     for (way, colour), width in zip(ways.items(), (5, 5, 2), strict=True):
-        taken = [peak(way, (1024, 256, classes)) / 2**20 for classes in CURVE]
+        taken = [peak("cross-entropy", way, (1024, 256, classes)) / 2**20 for classes in CURVE]
         # A thin line over a broad one: where they agree, both are seen.
         line = {"color": COLOURS[colour], "linewidth": width, "markersize": 2 * width}
         axes.plot(CURVE, taken, "o-", label=way, **line)
@@ -156,8 +212,8 @@ def head(options: Namespace) -> None:
     settle_allocator()
     cases = CASES[:1] if options.quick else CASES
     rows = [row for case in track(cases, "Measuring", transient=True) for row in measure(case)]
-    columns = ["tokens, features, classes", "", "time", "of three products"]
-    table = tabulated([*columns, "times as fast as torch", "peak / logits"], rows, names=2)
+    columns = ["tokens, features, classes", "loss", "", "time", "of the products"]
+    table = tabulated([*columns, "times as fast as torch", "peak / logits"], rows, names=3)
     print(table)
     if not options.quick:
         found = report.measured(report.machine_info())
@@ -213,7 +269,8 @@ def filter_eps(options: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    given, kept = Given(*map(int, sys.argv[2:])), []
-    call = given.ways()[sys.argv[1]]
+    loss, way, *sizes = sys.argv[1:]
+    given, kept = Given(*map(int, sizes)), []
+    call = given.ways()[loss][way]
     growth = peak_growth(lambda _: kept.append(call()) or kept.clear())
     print(growth - 4 * (given.input.numel() + given.head.numel()))
