@@ -2,7 +2,10 @@
 
 No logits are gathered. A row takes three numbers of communication: the largest of the processes'
 log-sum-exps, and the sums of their exponentials and of q_c x_c. The gradient of logits
-takes none.
+takes none. Metrics take five more numbers of each process.
+
+The functions of :mod:`pyfused.functional` go this way by themselves with DTensors of logits, or of
+a layer's weight and bias, that are sharded by classes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.ops import vocab_parallel
 from pyfused.ops.log_probs import LogProbs, named
+from pyfused.ops.metrics import Metrics
+from pyfused.ops.operators import LINEAR_LOG_PROBS, LOG_PROBS
 from pyfused.types import CrossEntropyOptions, FusedOptions, Head, HeadOptions, LogProbsOptions
 
 if TYPE_CHECKING:
@@ -21,7 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_cross_entropy_with_metrics",
     "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_cross_entropy_with_metrics",
     "vocab_parallel_linear_log_probs",
     "vocab_parallel_log_probs",
 ]
@@ -67,11 +74,45 @@ def vocab_parallel_cross_entropy(
     """
     checks.keywords("vocab_parallel_cross_entropy", options)
     given = CrossEntropyOptions(ignore_index, reduction, label_smoothing, **options)
-    checks.tensor("input", input)
-    if input.dim() < 2:
-        raise RuntimeError(f"input: expected shape (N, C, ...), got {tuple(input.shape)}")
-    shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, input.shape[1])
-    return vocab_parallel.cross_entropy(input, target, weight, given, shard)
+    shard = _shard_of_logits("input", input, vocab_start, vocab_size, group)
+    loss: Tensor = vocab_parallel.cross_entropy(input, target, weight, given, shard)
+    return loss
+
+
+def vocab_parallel_cross_entropy_with_metrics(
+    input: Tensor,
+    target: Tensor,
+    *,
+    vocab_start: int,
+    vocab_size: int | None = None,
+    group: Any = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **options: Unpack[FusedOptions],
+) -> tuple[Tensor, Metrics]:
+    """:func:`vocab_parallel_cross_entropy`, and metrics of each target from the same pass.
+
+    Args:
+        input, target, vocab_start, vocab_size, group, weight: As in
+            :func:`vocab_parallel_cross_entropy`.
+        ignore_index, reduction, label_smoothing, options: Likewise.
+
+    Returns:
+        As :func:`pyfused.functional.cross_entropy_with_metrics` of all classes: the loss, and the
+        :class:`~pyfused.ops.metrics.Metrics`, whose bits are the same in every process.
+
+    Raises:
+        IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
+    """
+    checks.keywords("vocab_parallel_cross_entropy_with_metrics", options)
+    given = CrossEntropyOptions(
+        ignore_index, reduction, label_smoothing, with_metrics=True, **options
+    )
+    shard = _shard_of_logits("input", input, vocab_start, vocab_size, group)
+    found: Any = vocab_parallel.cross_entropy(input, target, weight, given, shard)
+    return found  # type: ignore[no-any-return]
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -119,10 +160,56 @@ def vocab_parallel_linear_cross_entropy(
         memory_budget=memory_budget,
         **options,
     )
-    checks.tensor("linear_weight", linear_weight)
-    shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, len(linear_weight))
+    shard = _shard_of_layer(linear_weight, vocab_start, vocab_size, group)
     head = Head(input, linear_weight, linear_bias, target, weight)
-    return vocab_parallel.linear_cross_entropy(head, given, shard)
+    loss: Tensor = vocab_parallel.linear_cross_entropy(head, given, shard)
+    return loss
+
+
+def vocab_parallel_linear_cross_entropy_with_metrics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    vocab_start: int,
+    vocab_size: int | None = None,
+    group: Any = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    memory_budget: int | None = None,
+    softcap: float | None = None,
+    **options: Unpack[FusedOptions],
+) -> tuple[Tensor, Metrics]:
+    """:func:`vocab_parallel_linear_cross_entropy`, and metrics of each target from the same pass.
+
+    Args:
+        input, linear_weight, target, vocab_start, vocab_size, group, linear_bias, weight: As in
+            :func:`vocab_parallel_linear_cross_entropy`.
+        ignore_index, reduction, label_smoothing, memory_budget, softcap, options: Likewise.
+
+    Returns:
+        As :func:`vocab_parallel_cross_entropy_with_metrics`, of the layer's capped output.
+
+    Raises:
+        IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
+    """
+    checks.keywords("vocab_parallel_linear_cross_entropy_with_metrics", options)
+    given = HeadOptions(
+        ignore_index,
+        reduction,
+        label_smoothing,
+        with_metrics=True,
+        softcap=softcap,
+        memory_budget=memory_budget,
+        **options,
+    )
+    shard = _shard_of_layer(linear_weight, vocab_start, vocab_size, group)
+    head = Head(input, linear_weight, linear_bias, target, weight)
+    found: Any = vocab_parallel.linear_cross_entropy(head, given, shard)
+    return found  # type: ignore[no-any-return]
 
 
 def vocab_parallel_log_probs(
@@ -154,12 +241,9 @@ def vocab_parallel_log_probs(
     Raises:
         IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
     """
-    checks.tensor("logits", logits)
-    if logits.dim() < 2:
-        raise RuntimeError(f"logits: expected shape (N, C, ...), got {tuple(logits.shape)}")
-    shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, logits.shape[1])
+    shard = _shard_of_logits("logits", logits, vocab_start, vocab_size, group)
     options = LogProbsOptions(ignore_index, softcap, temperature)
-    values = vocab_parallel.log_probs((logits, target), options, shard)
+    values = vocab_parallel.log_probs(LOG_PROBS, (logits, target), options, shard)
     return named(values, return_entropy, return_lse)
 
 
@@ -194,9 +278,24 @@ def vocab_parallel_linear_log_probs(
     Raises:
         IndexError, RuntimeError, ValueError: As in :func:`vocab_parallel_cross_entropy`.
     """
-    checks.tensor("linear_weight", linear_weight)
-    shard = vocab_parallel.shard_of(group, vocab_start, vocab_size, len(linear_weight))
+    shard = _shard_of_layer(linear_weight, vocab_start, vocab_size, group)
     options = LogProbsOptions(ignore_index, softcap, temperature, memory_budget, deterministic_rows)
     tensors = input, linear_weight, linear_bias, target
-    values = vocab_parallel.log_probs(tensors, options, shard)
+    values = vocab_parallel.log_probs(LINEAR_LOG_PROBS, tensors, options, shard)
     return named(values, return_entropy, return_lse)
+
+
+def _shard_of_logits(
+    name: str, logits: Tensor, first: int, classes: int | None, group: Any
+) -> vocab_parallel.Shard:
+    checks.tensor(name, logits)
+    if logits.dim() < 2:
+        raise RuntimeError(f"{name}: expected shape (N, C, ...), got {tuple(logits.shape)}")
+    return vocab_parallel.shard_of(group, first, classes, logits.shape[1])
+
+
+def _shard_of_layer(
+    linear_weight: Tensor, first: int, classes: int | None, group: Any
+) -> vocab_parallel.Shard:
+    checks.tensor("linear_weight", linear_weight)
+    return vocab_parallel.shard_of(group, first, classes, len(linear_weight))

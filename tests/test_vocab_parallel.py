@@ -14,8 +14,9 @@ from conftest import fused_always
 from processes import in_processes
 from torch import Tensor
 
-from pyfused import explain
+from pyfused import explain, functional
 from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs, log_probs
+from pyfused.ops import metrics as definition
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
@@ -35,7 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tokens": {"token_weight": True, "z_loss": 0.1, "weight": True},
     "divided": {"denominator": 5.0, "vocab_size": CLASSES},
 }
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+WIDE = (torch.float32, torch.float64)
+DTYPES = (*WIDE, torch.bfloat16)
 EVERY = [(name, dtype) for name, dtype in itertools.product(CASES, DTYPES)]
 
 
@@ -100,6 +102,45 @@ def log_probs_of(functions: Any, own: slice, **shard: Any) -> list[list[Tensor]]
     ]
 
 
+METRICS_OPTIONS: dict[str, Any] = {"scale": 0.5, "z_loss": 0.1, "reduction": "none"}
+
+
+def special_logits(dtype: torch.dtype, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows with ties, NaN, masked and equal classes, and their targets; every third is ignored."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(ROWS * 4, CLASSES, generator=generator)
+    logits[1, [10, 60, 120]] = 50.0
+    logits[2, [30, 100]] = torch.nan
+    logits[4, :70] = -torch.inf
+    logits[5] = 3.0
+    logits[7] = -torch.inf
+    logits[8, 1:] = -torch.inf
+    logits[10, [0, 149]] = 50.0
+    target = torch.randint(0, CLASSES, (ROWS * 4,), generator=generator)
+    target[1], target[8], target[10] = 10, 0, 149
+    target[::3] = -100
+    logits = logits.view(ROWS * 4 // math.prod(dims), *dims, CLASSES).movedim(-1, 1)
+    return logits.to(dtype), target.view(-1, *dims)
+
+
+def metrics_of(functions: Any, own: slice, dtype: torch.dtype, **shard: Any) -> list[list[Tensor]]:
+    """Losses, metrics and gradients, of logits with one and more dimensions and of a head."""
+    of_logits, of_head = functions
+    found = []
+    for dims in ((), (2,)):
+        logits, target = special_logits(dtype, dims)
+        logits = logits[:, own].clone().requires_grad_()
+        loss, metrics = of_logits(logits, target, **METRICS_OPTIONS, **shard)
+        (gradient,) = torch.autograd.grad(loss, logits, upstream_of(loss))
+        found.append([loss.detach(), *metrics, gradient])
+    input, head, bias, target = draw(dtype)
+    leaves = [x.requires_grad_() for x in (input, head[own].clone(), bias[own].clone())]
+    options = {"linear_bias": leaves[2], "softcap": 4.0, "memory_budget": 4000, **METRICS_OPTIONS}
+    loss, metrics = of_head(*leaves[:2], target, **options, **shard)
+    gradients = torch.autograd.grad(loss, leaves, upstream_of(loss))
+    return [*found, [loss.detach(), *metrics, *gradients]]
+
+
 def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
     from pyfused import distributed
 
@@ -114,6 +155,12 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
         sent.append(tensor.numel())
         return all_reduce(tensor, *args, **kwargs)
 
+    def counted_gather(out: list[Tensor], tensor: Tensor, *args: Any) -> Any:
+        gathered.append(tensor.numel())
+        return all_gather(out, tensor, *args)
+
+    gathered: list[int] = []
+    all_gather, dist.all_gather = dist.all_gather, counted_gather
     dist.all_reduce = counted
     own = slice(*CUTS[size][rank : rank + 2])
     found: dict[Any, Any] = {}
@@ -141,7 +188,22 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
         sent.clear()
         found["log_probs"] = log_probs_of(functions, own, vocab_start=own.start, vocab_size=CLASSES)
         found["log_probs", "sent"] = sum(sent)
+        with_metrics = (
+            distributed.vocab_parallel_cross_entropy_with_metrics,
+            distributed.vocab_parallel_linear_cross_entropy_with_metrics,
+        )
+        found["gathered"] = [list(gathered)]
+        for in_order, dtype in itertools.product((True, False), WIDE):
+            place = rank if in_order else size - 1 - rank
+            classes = slice(*CUTS[size][place : place + 2])
+            gathered.clear()
+            found["metrics", in_order, dtype] = metrics_of(
+                with_metrics, classes, dtype, vocab_start=classes.start
+            )
+            found["gathered"].append(list(gathered))
         found["dtensor"] = of_dtensors(sent)
+        found["dtensors"] = [each for dtype in WIDE for each in of_every_operator(dtype)]
+        found["others"] = of_other_placements()
         found["errors"] = [
             told(
                 lambda given=given: distributed.vocab_parallel_cross_entropy(
@@ -196,10 +258,119 @@ def of_dtensors(sent: list[int]) -> list[Any]:
     return found
 
 
+def flat(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    return [tensor for part in found if part is not None for tensor in flat(part)]
+
+
+def results_of(
+    name: str, tensors: dict[str, Tensor], options: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Results and gradients of a function."""
+    leaves = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
+    found = flat(getattr(functional, name)(**tensors, **options))
+    total = sum(x.square().sum() for x in found if x.requires_grad)
+    return found, [*torch.autograd.grad(total, leaves)]
+
+
+def of_every_operator(dtype: torch.dtype) -> list[Any]:
+    """Of calls with DTensors how they go, and results and gradients beside those of plain ones."""
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
+
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, size // 2) if size > 2 else (size,))
+    whole = [Replicate()] * mesh.ndim
+    input, head, bias, target = draw(dtype)
+    logits = torch.randn(6, CLASSES, 2, generator=torch.Generator().manual_seed(7)).to(dtype)
+    of_logits = torch.arange(12).view(6, 2) * 13
+    of_logits[0] = -100
+    found = []
+
+    def compare(name: str, given: dict[str, tuple[Tensor, Any]], **options: Any) -> None:
+        """The tensors beside their placements, None for a plain one."""
+        plain = {key: x.clone() for key, (x, _) in given.items()}
+        tensors = {
+            key: x.clone() if p is None else distribute_tensor(x, mesh, p)
+            for key, (x, p) in given.items()
+        }
+        path = explain(name.removesuffix("_with_metrics"), **tensors)
+        results, gradients = results_of(name, tensors, options)
+        leaves = [x for x in tensors.values() if x.requires_grad]
+        as_leaves = all(
+            getattr(grad, "placements", None) == getattr(leaf, "placements", None)
+            for grad, leaf in zip(gradients, leaves, strict=True)
+        )
+        kinds = {type(x) is type(next(iter(tensors.values()))) for x in results}
+        got = [x.full_tensor() if isinstance(x, DTensor) else x for x in (*results, *gradients)]
+        expected = [x for part in results_of(name, plain, options) for x in part]
+        pairs = [(x.detach(), y.detach()) for x, y in zip(got, expected, strict=True)]
+        found.append((path.backend, path.reason, as_leaves, kinds, pairs))
+
+    columns, rows = ([*whole[1:], Shard(dim)] for dim in (1, 0))
+    everything = {"return_entropy": True, "return_lse": True}
+    for other in (None, whole):
+        of_target = of_logits, other
+        compare(
+            "cross_entropy_with_metrics",
+            {"input": (logits, columns), "target": of_target},
+            scale=0.5,
+        )
+        compare(
+            "log_probs", {"logits": (logits, columns), "target": of_target}, softcap=4, **everything
+        )
+        layer = {"input": (input, whole), "linear_weight": (head, rows), "target": (target, other)}
+        compare("linear_cross_entropy", layer, softcap=4, token_weight=torch.linspace(0, 1, ROWS))
+        compare("linear_log_probs", layer, memory_budget=4000, **everything)
+        layer["linear_bias"] = bias, rows
+        compare("linear_cross_entropy_with_metrics", layer, label_smoothing=0.1, reduction="none")
+        compare("linear_log_probs", layer, temperature=2.0)
+    return found
+
+
+def of_other_placements() -> list[Any]:
+    """Why torch's operator takes them, and what it makes of them."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    input, head, _, target = draw(torch.float32)
+    input, target = input[:12], target[:12]  # as many in each process
+    whole, rows, columns = ([each] for each in (Replicate(), Shard(0), Shard(1)))
+    found: list[Any] = []
+    for of_input, of_head, of_target in (
+        (rows, whole, rows),  # data-parallel
+        (columns, columns, whole),
+        (whole, whole, whole),
+    ):
+        tensors = [
+            distribute_tensor(x, mesh, p)
+            for x, p in ((input, of_input), (head, of_head), (target, of_target))
+        ]
+        for name in ("linear_cross_entropy", "linear_log_probs"):
+            result = flat(getattr(functional, name)(*tensors))[0].full_tensor()
+            expected = flat(getattr(functional, name)(input, head, target))[0]
+            far = float((result - expected).abs().max())
+            found.append((explain(name, *tensors).reason, far))
+    sharded = distribute_tensor(head, mesh, rows)
+    shared = distribute_tensor(input, mesh, whole)
+    found.append(told(lambda: linear_log_probs(shared, sharded, None)))
+    # As with FSDP, where each process has a part of the batch.
+    for call in (linear_cross_entropy, linear_log_probs):
+        found.append(explain(call.__name__, input, sharded, target).reason)
+        found.append(told(lambda call=call: call(input, sharded, target)))
+    return found
+
+
 def told(call: Any) -> str:
     try:
         call()
-    except (IndexError, RuntimeError, ValueError) as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -256,6 +427,65 @@ def test_log_probs_of_processes_together(ranks: list[Any]) -> None:
         torch.testing.assert_close(joined, expected[1][place])
     sent = 2 * 4 * ROWS + ROWS * FEATURES  # of logits and of the head, and the input's gradient
     assert {rank["log_probs", "sent"] for rank in ranks} == {sent}
+
+
+def test_metrics_of_processes_together(ranks: list[Any]) -> None:
+    """In any order of the classes, and the same bits in every process."""
+    functions = functional.cross_entropy_with_metrics, functional.linear_cross_entropy_with_metrics
+    for in_order, dtype in itertools.product((True, False), WIDE):
+        with fused_always():
+            expected = metrics_of(functions, slice(None), dtype)
+        found = [rank["metrics", in_order, dtype] for rank in ranks]
+        for case, *parts in zip(expected, *(found if in_order else found[::-1]), strict=True):
+            head = len(case) > 7  # whose gradients are those of input, weight and bias
+            for part in parts:
+                torch.testing.assert_close(part[: 6 + head], case[: 6 + head], equal_nan=True)
+                same = zip(part[1:6], parts[0][1:6], strict=True)
+                assert all(x.numpy().tobytes() == y.numpy().tobytes() for x, y in same)
+            for place in (7, 8) if head else (6,):
+                joined = torch.cat([part[place] for part in parts], 0 if head else 1)
+                torch.testing.assert_close(joined, case[place], equal_nan=True)
+
+
+def test_metrics_in_torchs_terms(ranks: list[Any]) -> None:
+    for in_order, dims in itertools.product((True, False), ((), (2,))):
+        logits, target = special_logits(torch.float64, dims)
+        expected = definition.of_logits(logits * METRICS_OPTIONS["scale"], target, -100)
+        for rank in ranks:
+            own = rank["metrics", in_order, torch.float64][len(dims)][1:6]
+            for mine, best in zip(own, expected, strict=True):
+                torch.testing.assert_close(mine, best, equal_nan=True)
+
+
+def test_metrics_are_gathered_once(ranks: list[Any]) -> None:
+    """Five numbers a row, and none without metrics."""
+    for rank in ranks:
+        without, *each = rank["gathered"]
+        assert without == []
+        assert each == [[5 * ROWS * 4, 5 * ROWS * 4, 5 * ROWS]] * 4
+
+
+def test_every_operator_takes_dtensors(ranks: list[Any]) -> None:
+    """Gradients have the placements of their tensors, and results are as the input is."""
+    for rank in ranks:
+        assert len(rank["dtensors"]) == 24
+        for backend, strategy, as_leaves, kinds, pairs in rank["dtensors"]:
+            assert (backend, strategy) == ("cpu", "some classes a process")
+            assert as_leaves
+            assert kinds == {True}
+            for got, expected in pairs:
+                torch.testing.assert_close(got, expected)
+
+
+def test_other_placements_take_torchs_operator(ranks: list[Any]) -> None:
+    for rank in ranks:
+        *of_torch, no_target, reason, error, other_reason, other_error = rank["others"]
+        for why, far in of_torch:
+            assert why == "input is a DTensor"
+            assert far < 1e-4
+        assert no_target == "TypeError: target: expected a Tensor, got NoneType"
+        assert reason == other_reason == "linear_weight is a DTensor"
+        assert all("mixed torch.Tensor and DTensor" in each for each in (error, other_error))
 
 
 def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import DTYPES, backend_of
+from pyfused.backends import backend_of
 from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, Given
@@ -47,8 +47,10 @@ class CrossEntropy(ClassLoss):
         return self.reference(*given)
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:
-        if (local := self._local_of(arguments)) is not None:
-            return vocab_parallel.of_dtensor(arguments[0], local)
+        local = None if type(arguments[0]) is Tensor else self.local_of(arguments)
+        if local is not None:
+            given = Given(*local.arguments)
+            return local.whole(vocab_parallel.cross_entropy(*given, local.shard))
         given = self.arranged(self.checked(arguments))
         input, target, _, options = given
         if not options.with_metrics:
@@ -86,21 +88,10 @@ class CrossEntropy(ClassLoss):
             checks.overwritable(input)
             increment_version(input)
 
-    def subclass_fallback_reason(self, arguments: Arguments) -> str | None:
-        return None if self._local_of(arguments) else super().subclass_fallback_reason(arguments)
-
-    def _local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
-        """Of a DTensor whose classes are sharded."""
-        input, target, weight, options = arguments
-        if type(input).__name__ != "DTensor" or options.with_metrics:
-            return None
-        if target.is_floating_point() or options.gamma or input.dtype not in DTYPES:
-            return None
-        return vocab_parallel.local_of(input, target, weight, options)
+    def local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
+        return None if arguments[-1].gamma else vocab_parallel.local_of(self, arguments)
 
     def strategy(self, input: Tensor) -> str:
-        if type(input).__name__ == "DTensor":
-            return "some classes a process"
         rows = backend_of(input).supports_rows(input)
         return "row by row" if rows else "several rows at a time"
 

@@ -146,9 +146,14 @@ class Operator(ABC):
         """Why torch's operator is the one to overwrite the input, None where a kernel is."""
         return None
 
+    def local_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
+        """What this process has of DTensors that the kernels take, None of other tensors."""
+        return None
+
     def subclass_fallback_reason(self, arguments: Arguments) -> str | None:
         """Why torch's operator takes an input of another class than Tensor."""
-        return f"input is a {type(arguments[0]).__name__}"
+        local = self.local_of(arguments)
+        return f"input is a {type(arguments[0]).__name__}" if local is None else None
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         """How a CPU kernel goes through the input, in words."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import FORCED, Backend, backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import definitions
+from pyfused.ops import definitions, vocab_parallel
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
     Wanted,
@@ -62,6 +62,9 @@ class LinearCrossEntropy(Operator):
         return *tensors, HeadOptions(**given), torch_options
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
+        if (local := self.local_of(arguments)) is not None:
+            head, options = _head_of(local.arguments)
+            return local.whole(vocab_parallel.linear_cross_entropy(head, options, local.shard))
         head, options = _checked(arguments)
         options = checks.normalized(options)
         dtype = _dtype_of_loss(head, options)
@@ -80,6 +83,9 @@ class LinearCrossEntropy(Operator):
             loss, *metrics = (found.reshape(()) for found in (loss, *metrics))
         loss = loss if loss.dtype is dtype else loss.to(dtype)
         return (loss, Metrics(*metrics)) if metrics else loss
+
+    def local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
+        return vocab_parallel.local_of(self, arguments)
 
     def check(self, arguments: Arguments) -> None:
         head, options = _checked(arguments)
@@ -109,9 +115,13 @@ def linear_cross_entropy_fallback_reason(
     return SMALL if rows * linear_weight[..., 0].numel() < SMALL_BELOW else None
 
 
-def _checked(arguments: Arguments) -> tuple[Head, HeadOptions]:
+def _head_of(arguments: Arguments) -> tuple[Head, HeadOptions]:
     input, linear_weight, target, linear_bias, weight, options, _ = arguments
-    head = Head(input, linear_weight, linear_bias, target, weight)
+    return Head(input, linear_weight, linear_bias, target, weight), options
+
+
+def _checked(arguments: Arguments) -> tuple[Head, HeadOptions]:
+    head, options = _head_of(arguments)
     checks.linear_cross_entropy(head, options)
     return head, options
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
+from pyfused.ops import vocab_parallel
 from pyfused.ops.chunk_sizes import TILE, product_dtype, rows_at_once
 from pyfused.ops.chunked import (
     FIXED_ROWS,
@@ -51,7 +52,9 @@ class LogProbs(NamedTuple):
 
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
-    log_p, entropy, lse = values[:3].unbind()
+    # For unused results unbind's gradient makes plain zeros, which do not mix with DTensors.
+    rows = values if type(values).__name__ == "DTensor" else values[:3].unbind()
+    log_p, entropy, lse = (rows[i] for i in range(3))
     return LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
 
 
@@ -74,6 +77,10 @@ class LogProbsOfLogits(Operator):
         return *(by_name.get(operand.name) for operand in self.operands), options
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
+        if (local := self.local_of(arguments)) is not None:
+            *tensors, options = local.arguments
+            found = vocab_parallel.log_probs(self, tensors, options, local.shard)
+            return local.whole(found)  # type: ignore[no-any-return]
         self.check(arguments)
         *tensors, target, options = arguments
         tensors.append(target.to(torch.int64))
@@ -84,6 +91,9 @@ class LogProbsOfLogits(Operator):
         else:
             values, _ = self.values(self.call(tensors, options))
         return values.to(accumulate_dtype(tensors[0].dtype))  # type: ignore[no-any-return]
+
+    def local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
+        return vocab_parallel.local_of(self, arguments)
 
     def check(self, arguments: Arguments) -> None:
         """Class indices where nobody waits for that; elsewhere NaN is what they give."""

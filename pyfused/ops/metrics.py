@@ -95,7 +95,7 @@ class RowStatistics(NamedTuple):
 
 
 class MergedStatistics:
-    """The statistics of all classes, merged from those of consecutive blocks of classes."""
+    """The statistics of all classes, merged from those of some of them after those of others."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
         zeros = like.new_zeros(rows, dtype=torch.float64)
@@ -116,19 +116,32 @@ class MergedStatistics:
         Args:
             logits: The block's, before the scale, which is positive and so changes no order.
         """
-        target_logit, lse, entropy, prediction = self.rows.at(rows)
         assert block.entropy is not None
         assert block.prediction is not None
         _, found, in_range = logit_at(logits, target - first_class)
-        target_logit.copy_((found.double() * scale).where(in_range, target_logit))
-        top, largest = logit_at(logits, block.prediction - first_class)[1], self.largest[rows]
-        leads = (top > largest) | (top.isnan() & ~largest.isnan())
-        prediction.copy_(block.prediction.where(leads, prediction))
+        target_logit = (found.double() * scale).where(in_range, 0).flatten()
+        top = logit_at(logits, block.prediction - first_class)[1].flatten()
+        part = RowStatistics(target_logit, block.log_sum_exp, block.entropy, block.prediction)
+        self.merge(rows, part, top)
+
+    def merge(self, rows: slice, part: RowStatistics, top: Tensor) -> None:
+        """Merges the statistics of further classes of some rows.
+
+        Args:
+            part: The target's logit is 0 where the target is none of these classes.
+            top: The largest logit.
+        """
+        target_logit, lse, entropy, prediction = self.rows.at(rows)
+        target_logit += part.target_logit
+        largest, nan = self.largest[rows], top.isnan()
+        tie = (top == largest) | (nan & largest.isnan())
+        leads = (top > largest) | (nan & ~tie) | (tie & (part.prediction < prediction))
+        prediction.copy_(part.prediction.where(leads, prediction))
         largest.copy_(top.where(leads, largest))
-        merged = torch.logaddexp(lse, block.log_sum_exp)
+        merged = torch.logaddexp(lse, part.log_sum_exp)
         entropy.copy_(
             _entropy_of_part(entropy, lse - merged)
-            + _entropy_of_part(block.entropy, block.log_sum_exp - merged)
+            + _entropy_of_part(part.entropy, part.log_sum_exp - merged)
         )
         lse.copy_(merged)
 
