@@ -106,7 +106,7 @@ class LayerGradients:
 
     Args:
         dtype: That of the products.
-        columns: Those of a chunk.
+        size: Rows and columns of a chunk.
         wanted: Which gradients are; others than the layer's are not looked at.
     """
 
@@ -115,7 +115,7 @@ class LayerGradients:
         backend: Backend,
         layer: Layer,
         dtype: torch.dtype,
-        columns: int,
+        size: tuple[int, int],
         wanted: Sequence[bool],
     ) -> None:
         self.backend, self.layer, self.sums = backend, layer, accumulate_dtype(dtype)
@@ -123,12 +123,14 @@ class LayerGradients:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         input, weight, bias = layer
+        all_rows, all_columns = len(input) <= size[0], 0 < len(weight) <= size[1]
         if wanted[0]:
-            once = 0 < len(weight) <= columns
-            self.input = backend.empty(input.shape, dtype if once else self.sums, input)
-            self.input = self.input if once else self.input.zero_()
+            self.input = backend.empty(input.shape, dtype if all_columns else self.sums, input)
+            self.input = self.input if all_columns else self.input.zero_()
         if wanted[1]:
-            self.weight = backend.empty(weight.shape, weight.dtype, input)
+            once = all_rows and weight.dtype is dtype
+            own = weight.dtype if once or not all_columns else self.sums
+            self.weight = backend.empty(weight.shape, own, input)
         if wanted[2] and bias is not None:
             self.bias = bias.new_zeros(len(bias), dtype=self.sums)
 
@@ -161,11 +163,16 @@ class LayerGradients:
             to.copy_(self.part)
 
     def like(self, tensors: Sequence[Tensor | None]) -> Gradients:
-        """In the shapes and dtypes of the layer's tensors."""
-        pairs = zip((self.input, self.weight, self.bias), tensors, strict=False)
-        return tuple(
-            [x if x is None or of is None else x.reshape(of.shape).to(of.dtype) for x, of in pairs]
-        )
+        """In the shapes and dtypes of the layer's tensors; best when no chunk is there any more."""
+
+        def like(found: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+            if found is None or tensor is None:
+                return None
+            if found.dtype is not tensor.dtype:
+                found = self.backend.empty(found.shape, tensor.dtype, found).copy_(found)
+            return found.reshape(tensor.shape)
+
+        return tuple(map(like, (self.input, self.weight, self.bias), tensors))
 
 
 def counted_rows(target: Tensor, ignored: int, backend: Backend) -> Tensor | None:
@@ -217,9 +224,10 @@ def by_rows(
     grad_target = torch.empty_like(target) if wanted.target else None
     want = Want(want_loss, (wanted.logits(), wanted.target) if any(wanted) else (), True)
     shape = head.linear_weight.shape[:-1]
-    layer, losses = _layer(head), []
-    gradients = LayerGradients(backend, layer, dtype, head.columns, wanted)
-    for chunk in chunks(backend, layer, dtype, (rows, head.columns)):
+    layer, size = _layer(head), (rows, head.columns)
+    gradients = LayerGradients(backend, layer, dtype, size, wanted)
+
+    def add(chunk: Chunk) -> Tensor | None:
         logits, here = chunk.output, chunk.rows
         targets = target[here].to(dtype) if target.is_floating_point() else target[here]
         capped = _cap(backend, logits, options.softcap).view(-1, *shape)
@@ -232,7 +240,6 @@ def by_rows(
         loss, (_, of_target) = backend.cross_entropy(
             capped, targets, weight, _of_rows(options, here), wants, of_rows
         )
-        losses.append(loss)
         if grad_target is not None:
             assert of_target is not None
             grad_target[here] = of_target
@@ -240,6 +247,9 @@ def by_rows(
             gradient = _uncap(backend, capped.view_as(logits), logits, options.softcap)
             kept = _classes_that_count(gradient, of_rows, options.filter_eps)
             gradients.add(chunk, gradient, kept)
+        return loss
+
+    losses = [add(chunk) for chunk in chunks(backend, layer, dtype, size)]
     return joined(losses, each), (*gradients.like(head), grad_target)
 
 
@@ -353,7 +363,7 @@ def gradients_by_blocks(
     want = Want(False, (True, False), True)
     options = replace(options, reduction="none", denominator=None)
     layer, dtype = _layer(head), product_dtype(head, backend)
-    gradients = LayerGradients(backend, layer, dtype, tile, wanted)
+    gradients = LayerGradients(backend, layer, dtype, (tile, tile), wanted)
     for chunk in chunks(backend, layer, dtype, (tile, tile)):
         logits, here = chunk.output, chunk.rows
         block = VocabShard(shard.first + chunk.columns.start, shard.classes, shard.lse[here])

@@ -495,7 +495,7 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
         return op.values(call)[0]
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        found = op.gradients(read(given), Wanted(*wanted), given[-1], grad_output)
+        found = op.gradients(read(given), Wanted(*wanted), given[-1], grad_output, [])
         return tuple(None if each is None else each.contiguous() for each in found)
 
     def empty_value(given: Arguments) -> Tensor:

@@ -22,6 +22,7 @@ from pyfused.backends import FORCED, Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
+    Chunk,
     Layer,
     LayerGradients,
     chunks,
@@ -414,17 +415,20 @@ def _by_rows(
     dtype = backend.product_dtype(layer.input.dtype)
     row = columns * (dtype.itemsize + more_bytes)
     size = max(1, min(n, rows_in_budget(n, row, options.memory_budget)))
-    wanted, weight, losses = want.gradients or (False,) * 3, options.token_weight, []
+    wanted, weight = want.gradients or (False,) * 3, options.token_weight
     want = Want(want.loss, (True,) if any(wanted) else (), True)
-    gradients = LayerGradients(backend, layer, dtype, columns, wanted)
-    for chunk in chunks(backend, layer, dtype, (size, columns)):
+    gradients = LayerGradients(backend, layer, dtype, (size, columns), wanted)
+
+    def add(chunk: Chunk) -> Tensor | None:
         here = chunk.rows
         part = replace(options, token_weight=None if weight is None else weight[here])
         factor = grad_output[here] if each and grad_output is not None else grad_output
         loss, (gradient,) = of_chunk(chunk.output, here, part, want, factor)
-        losses.append(loss)
         if gradient is not None:
             gradients.add(chunk, gradient)
+        return loss
+
+    losses = [add(chunk) for chunk in chunks(backend, layer, dtype, (size, columns))]
     return joined(losses, each), gradients.like(layer)
 
 

@@ -115,13 +115,13 @@ class LogProbsOfLogits(Operator):
         """Of all classes."""
         return Call(tensors, options, VocabShard(0, self.classes(tensors)))
 
-    def values(self, call: Call, keeps: bool = False) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+    def values(self, call: Call, keeps: bool = False) -> tuple[Tensor, list[Tensor]]:  # noqa: ARG002
         """Those of each target and, if it ``keeps`` it, what the backward pass may use."""
         (logits, target), options, shard = call
         rows, labels = _as_rows(logits.detach()), target.flatten().contiguous()
         values = rows.new_empty((VALUES, len(rows)), dtype=torch.float64)
         backend_of(logits).log_probs(rows, labels, options, values, shard)
-        return values.view(VALUES, *target.shape), None
+        return values.view(VALUES, *target.shape), []
 
     def gradients(
         self,
@@ -129,14 +129,14 @@ class LogProbsOfLogits(Operator):
         wanted: Wanted,  # noqa: ARG002 it is the only one
         values: Tensor,
         grad_values: Tensor,
-        kept: Tensor | None = None,  # noqa: ARG002
+        kept: list[Tensor],  # noqa: ARG002
     ) -> Gradients:
         """Those of all tensors but the target.
 
         Args:
             values: Of all classes.
             grad_values: Their gradients; only the results have one.
-            kept: What the function ``values`` has returned beside them.
+            kept: What the function ``values`` has returned beside them, which is taken out.
         """
         (logits, target), options, shard = call
         logits = logits.detach()
@@ -189,9 +189,8 @@ _apply = without_functorch(LogProbsFunction)
 
 def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
     *tensors, values = ctx.saved_tensors
-    kept, ctx.kept = ctx.kept, None
     wanted, call = Wanted(*ctx.needs_input_grad[2:-1]), ctx.op.call(tensors, ctx.options)
-    return ctx.op.gradients(call, wanted, values, grad_output, kept)  # type: ignore[no-any-return]
+    return ctx.op.gradients(call, wanted, values, grad_output, ctx.kept)  # type: ignore[no-any-return]
 
 
 def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -221,7 +220,7 @@ class LinearLogProbs(LogProbsOfLogits):
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "some logits at a time"
 
-    def values(self, call: Call, keeps: bool = False) -> tuple[Tensor, Tensor | None]:
+    def values(self, call: Call, keeps: bool = False) -> tuple[Tensor, list[Tensor]]:
         backend, target = backend_of(call.tensors[0]), call.tensors[-1]
         layer, labels, kept, size, dtype = _part(call, backend)
         values, output = target.new_empty((VALUES, len(labels)), dtype=torch.float64), None
@@ -236,8 +235,8 @@ class LinearLogProbs(LogProbsOfLogits):
             values = values.new_zeros((VALUES, n, of_rows.shape[2])).index_copy_(1, kept, of_rows)
         values = values.view(VALUES, *target.shape)
         if output is None or not keeps or output.shape[1] < len(layer.weight):
-            return values, None
-        return values, output.view(-1)
+            return values, []
+        return values, [output.view(-1)]
 
     def gradients(
         self,
@@ -245,20 +244,28 @@ class LinearLogProbs(LogProbsOfLogits):
         wanted: Wanted,
         values: Tensor,
         grad_values: Tensor,
-        kept: Tensor | None = None,
+        kept: list[Tensor],
     ) -> Gradients:
         input, linear_weight, *_ = call.tensors
         backend, n = backend_of(input), input.shape[:-1].numel()
         layer, labels, rows, size, dtype = _part(call, backend)
         pair = [x.reshape(len(x), n, -1) for x in (values, grad_values[:3])]
         values, grad_values = (_flat(x if rows is None else x[:, rows]) for x in pair)
-        sums = LayerGradients(backend, layer, dtype, size[1], wanted)
-        fixed = call.options.deterministic_rows
-        for chunk in chunks(backend, layer, dtype, size, memory=kept, fixed_sizes=fixed):
+        sums = LayerGradients(backend, layer, dtype, size, wanted)
+
+        def add(chunk: Chunk) -> None:
             logits, targets, shard = _by_target(chunk, call)
             given = logits, labels[targets], call.options, values[:, targets]
             backend.log_probs_backward(*given, grad_values[:, targets], shard, out=logits)
             sums.add(chunk, chunk.output)
+
+        each = chunks(
+            *(backend, layer, dtype, size),
+            memory=kept.pop() if kept else None,
+            fixed_sizes=call.options.deterministic_rows,
+        )
+        for _ in map(add, each):
+            pass  # and holds no chunk when it is through
         of_input, of_weight, of_bias = sums.like(layer)
         shape = *linear_weight.shape[1:-1], len(linear_weight)
         return (

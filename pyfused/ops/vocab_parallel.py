@@ -299,7 +299,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         wanted = Wanted(*ctx.needs_input_grad[3:-1])
         call = Call(tensors, ctx.options, ctx.shard.vocab)
         if ctx.op.classes(tensors):
-            found = ctx.op.gradients(call, wanted, values, grad_output)
+            found = ctx.op.gradients(call, wanted, values, grad_output, [])
         else:
             found = tuple(None if x is None else torch.zeros_like(x) for x in tensors[:-1])
         if len(found) > 1 and wanted.input:
