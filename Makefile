@@ -127,7 +127,7 @@ sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the k
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads
 
 DIST := dist
-wheels: $(WHEEL_TOOLS) ## wheels for Linux and the source distribution, in dist/ (ONLY="cp311-*" chooses some; Python 3.11)
+wheels: $(WHEEL_TOOLS) ## wheels of every platform and the source distribution, in dist/ (ONLY="cp311-*" chooses some; Python 3.11)
 	$(BIN)/python tools/wheels.py build --dist $(DIST) $(if $(ONLY),--only "$(ONLY)")
 
 test-wheel: ## test a wheel beside torch alone, without a compiler (WHEEL=file, PYTHON=python3.12, TORCH=torch==2.13.0)

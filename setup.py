@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import sysconfig
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,8 @@ X86_64 = {
     "x86_64_v4": {"unix": V4, "msvc": "/arch:AVX512"},
 }
 ELSEWHERE = {"generic": {"unix": "", "msvc": ""}}
-ISAS = X86_64 if sysconfig.get_platform().endswith(("x86_64", "amd64")) else ELSEWHERE
+PLATFORM = sysconfig.get_platform()  # that of the wheel, which may be another than this machine's
+ISAS = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
 
 
 def outdated(object_file: Path) -> bool:
@@ -93,7 +93,7 @@ setup(
             sorted(file.as_posix() for file in Path("csrc").glob("*.cpp")),
             include_dirs=[pybind11.get_include()],
             define_macros=[("PYFUSED_MODULE", f"_cpu_{isa}")],
-            libraries=["dl", "pthread"] if sys.platform == "linux" else [],  # glibc before 2.34
+            libraries=["dl", "pthread"] if PLATFORM.startswith("linux") else [],  # glibc < 2.34
             language="c++",
         )
         for isa in ISAS

@@ -62,12 +62,15 @@ std::string file_of(void* address) {
 // torch depends on; macOS binds a library to those that it depends on.
 std::vector<void*> scopes() {
 #ifdef __APPLE__
-  const char* const name = "@rpath/libtorch_cpu.dylib";
+  constexpr const char* kNames[] = {"@rpath/libtorch_cpu.dylib"};
 #else
-  const char* const name = "libtorch_cpu.so";
+  // The torch of a Linux distribution has its version in its name. GCC compiles it.
+  constexpr const char* kNames[] = {"libtorch_cpu.so", "libgomp.so.1"};
 #endif
   std::vector<void*> found{RTLD_DEFAULT};
-  if (void* const torch = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) found.push_back(torch);
+  for (const char* const name : kNames) {
+    if (void* const library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) found.push_back(library);
+  }
 #ifdef __APPLE__
   std::swap(found.front(), found.back());
 #endif

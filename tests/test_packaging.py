@@ -269,8 +269,9 @@ def stub_tree(tmp_path: Path) -> Path:
 of_gcc_and_clang = pytest.mark.skipif(sys.platform == "win32", reason="not with MSVC")
 
 
-def build(tree: Path, CXXFLAGS: str = "") -> str:  # noqa: N803
-    result = run("setup.py", "build_ext", "--inplace", folder=tree, CFLAGS="", CXXFLAGS=CXXFLAGS)
+def build(tree: Path, **environment: str) -> str:
+    environment = {"CFLAGS": "", "CXXFLAGS": "", **environment}
+    result = run("setup.py", "build_ext", "--inplace", folder=tree, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -302,3 +303,11 @@ def test_the_flags_suit_any_cpu_and_keep_nan_and_infinity(stub_tree: Path) -> No
     assert "-ffp-contract=fast" in commands
     for flag in ("-march=native", "-mtune=native", "-ffast-math", "-ffinite-math-only"):
         assert flag not in commands
+
+
+@of_gcc_and_clang
+def test_a_build_for_another_platform_has_its_modules_and_libraries(stub_tree: Path) -> None:
+    commands = build(stub_tree, _PYTHON_HOST_PLATFORM="macosx-14.0-arm64")
+    assert "_cpu_generic" in commands
+    assert "_cpu_x86_64" not in commands
+    assert "-ldl" not in commands  # the libraries of this platform's glibc

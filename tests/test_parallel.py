@@ -95,6 +95,15 @@ print(library.has_runtime(), library.threads_used(9, 2), threads())
     assert done.stdout == "0 1 1\n", done.stderr
 
 
+def test_a_torch_of_another_name_has_its_runtime(library: Path) -> None:
+    """A Linux distribution's torch has its version in its name; the runtime of GCC has none."""
+    done = alone(f"""{COUNT}
+ctypes.CDLL("libgomp.so.1")
+print(ctypes.CDLL({str(library)!r}).threads_used(64, 2), threads())
+""")
+    assert done.stdout == "2 2\n", done.stderr
+
+
 def test_a_runtime_with_clangs_calls_alone(tmp_path: Path) -> None:
     library = built(tmp_path, next(iter(COMPILERS.values())), "-DLLVM_RUNTIME")
     done = alone(f"""{COUNT}
