@@ -95,7 +95,7 @@ lint: $(TOOLS) ## check style, format and types
 	printf '%s\n' csrc/*.cpp | xargs -P 2 -I{} $(BIN)/clang-tidy --quiet {} -- $(TIDY_FLAGS)
 
 TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf16c) \
-	-DPYFUSED_MODULE=pyfused $$($(BIN)/python -m pybind11 --includes)
+	$$($(BIN)/python -m pybind11 --includes)
 
 # Python is not instrumented, so what checks accesses is loaded ahead of it; libgomp is not either, so
 # threads are checked in a program without it. Tests left out (accuracy, gradcheck, autograd) call the

@@ -38,6 +38,9 @@ ELSEWHERE = {"generic": {"unix": "", "msvc": ""}}
 PLATFORM = sysconfig.get_platform()  # that of the wheel, which may be another than this machine's
 ISAS = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
 
+# No kernels: all modules share what is compiled for the oldest instruction set.
+SHARED = ("csrc/bindings.cpp", "csrc/parallel.cpp")
+
 
 def outdated(object_file: Path) -> bool:
     """Whether it is missing, or older than a file that it was compiled from (-MMD lists them)."""
@@ -61,11 +64,15 @@ class BuildKernels(build_ext):
         # setuptools starts MSVC lazily, and not safely from two threads
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
         with ThreadPoolExecutor(jobs) as pool:
+            first = self.extensions[0]
+            sources = [source for source in first.sources if source in SHARED]
+            shared = pool.map(partial(self.compile_source, first), sources)
             for extension in self.extensions:
-                compile_source = partial(self.compile_source, extension)
-                extension.extra_objects = pool.map(compile_source, extension.sources)
+                own = [source for source in extension.sources if source not in SHARED]
+                extension.extra_objects = pool.map(partial(self.compile_source, extension), own)
+        objects = list(shared)
         for extension in self.extensions:
-            extension.sources, extension.extra_objects = [], list(extension.extra_objects)
+            extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects
         super().build_extensions()  # links
 
@@ -78,7 +85,6 @@ class BuildKernels(build_ext):
             self.compiler.compile(
                 [source],
                 output_dir=str(folder),
-                macros=extension.define_macros,
                 include_dirs=extension.include_dirs,
                 extra_postargs=extension.extra_compile_args,
             )
@@ -92,7 +98,6 @@ setup(
             f"pyfused._cpu_{isa}",
             sorted(file.as_posix() for file in Path("csrc").glob("*.cpp")),
             include_dirs=[pybind11.get_include()],
-            define_macros=[("PYFUSED_MODULE", f"_cpu_{isa}")],
             libraries=["dl", "pthread"] if PLATFORM.startswith("linux") else [],  # glibc < 2.34
             language="c++",
         )

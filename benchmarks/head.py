@@ -30,7 +30,7 @@ import pyfused.functional
 import pyfused.memory
 
 # Tokens, features, classes.
-CASES = ((1024, 512, 32_000), (2048, 256, 128_256), (2048, 1024, 32_000))
+CASES = ((1024, 512, 32_000), (2048, 256, 128_256))
 CURVE = (4_000, 8_000, 16_000, 32_000, 64_000, 128_000)  # classes of 1024 tokens, 256 features
 ROUNDS = 5
 

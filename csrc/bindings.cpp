@@ -1,6 +1,6 @@
 // The Python module. Its functions take addresses, strides and sizes, and write results to memory
-// that the caller allocated. setup.py compiles it for each instruction set, with the module's name
-// in PYFUSED_MODULE.
+// that the caller allocated. setup.py compiles it once, for the oldest instruction set, and links
+// it with the kernels of each.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,7 +26,6 @@
 #include "parallel.h"
 #include "pointwise_loss.h"
 #include "program.h"
-#include "rows.h"
 #include "softmax.h"
 
 // Options are a dict of fields, of which more may be there than are read.
@@ -346,13 +345,12 @@ bool runs_here([[maybe_unused]] const std::string& isa) {
 }  // namespace
 
 // Free-threaded Python keeps the GIL off: nothing is shared but the pool of blocks, which locks.
-PYBIND11_MODULE(PYFUSED_MODULE, m, pybind11::mod_gil_not_used()) {
+PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   namespace py = pybind11;
   const py::call_guard<py::gil_scoped_release> unlocked;
 
   m.def("runs_here", &runs_here);
-  m.attr("row_classes") = py::make_tuple(kRowClasses<float>, kRowClasses<double>,
-                                         kRowClasses<bfloat16>, kRowClasses<float16>);
+  m.attr("row_classes") = row_classes();
   m.attr("runtime_file") = runtime_file();
   m.def("runtime_threads", &runtime_threads);
 
@@ -427,3 +425,11 @@ PYBIND11_MODULE(PYFUSED_MODULE, m, pybind11::mod_gil_not_used()) {
   m.def("recycler_release", [] { return Recycler::get().release(0); });
 #endif
 }
+
+// The name that Python looks for, of each module.
+#define PYFUSED_INIT(isa) \
+  extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu_##isa() { return PyInit__cpu(); }
+PYFUSED_INIT(x86_64_v2)
+PYFUSED_INIT(x86_64_v3)
+PYFUSED_INIT(x86_64_v4)
+PYFUSED_INIT(generic)

@@ -51,6 +51,10 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   return -1;
 }
 
+std::array<int64_t, 4> row_classes() {
+  return {kRowClasses<float>, kRowClasses<double>, kRowClasses<bfloat16>, kRowClasses<float16>};
+}
+
 template int64_t cross_entropy(const CrossEntropy<float>&);
 template int64_t cross_entropy(const CrossEntropy<double>&);
 template int64_t cross_entropy(const CrossEntropy<bfloat16>&);

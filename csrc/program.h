@@ -96,7 +96,7 @@ PYFUSED_INSTRUCTIONS(PYFUSED_INSTRUCTION)
 }  // namespace instructions
 
 // Whether quotients are as good as exact; not of NaN.
-template <class A> PYFUSED_INLINE bool is_moderate(A x) { return (x > 0x1p-60f) & (x < 0x1p60f); }
+template <class A> PYFUSED_INLINE int is_moderate(A x) { return (x > 0x1p-60f) & (x < 0x1p60f); }
 
 // The output may be one of the inputs.
 template <class F, class A, unsigned constants>

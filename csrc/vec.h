@@ -485,7 +485,7 @@ PYFUSED_INLINE float pow_of(float x, float y) {
   const bool undefined = (x < 0) & !whole & (size <= std::numeric_limits<float>::max());
   const float defined = odd ? std::copysign(value, x) : value;
   const float of_any = undefined ? std::numeric_limits<float>::quiet_NaN() : defined;
-  return (y == 0) | (x == 1) ? 1.0f : of_any;
+  return ((y == 0) | (x == 1)) ? 1.0f : of_any;
 }
 PYFUSED_INLINE double pow_of(double x, double y) { return std::pow(x, y); }
 

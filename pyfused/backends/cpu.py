@@ -181,7 +181,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # Rows of a product in half precision that is added to float32: so many stay in cache, which takes
 # half as long as to write all and to read them again.
-PRODUCT_ROWS = 8192
+PRODUCT_ROWS = 2048
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
