@@ -426,10 +426,12 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
 #endif
 }
 
-// The name that Python looks for, of each module.
-#define PYFUSED_INIT(isa) \
-  extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu_##isa() { return PyInit__cpu(); }
-PYFUSED_INIT(x86_64_v2)
-PYFUSED_INIT(x86_64_v3)
-PYFUSED_INIT(x86_64_v4)
-PYFUSED_INIT(generic)
+// The names that Python looks for, one in each module.
+// NOLINTBEGIN(bugprone-reserved-identifier)
+extern "C" {
+PYBIND11_EXPORT PyObject* PyInit__cpu_x86_64_v2() { return PyInit__cpu(); }
+PYBIND11_EXPORT PyObject* PyInit__cpu_x86_64_v3() { return PyInit__cpu(); }
+PYBIND11_EXPORT PyObject* PyInit__cpu_x86_64_v4() { return PyInit__cpu(); }
+PYBIND11_EXPORT PyObject* PyInit__cpu_generic() { return PyInit__cpu(); }
+}
+// NOLINTEND(bugprone-reserved-identifier)
