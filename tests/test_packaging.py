@@ -286,6 +286,13 @@ def test_the_files_that_setup_names_are_there(monkeypatch: pytest.MonkeyPatch) -
     assert set(made["SHARED"]) <= {f"csrc/{file.name}" for file in ROOT.glob("csrc/*")}
 
 
+def test_the_files_that_the_sanitizers_check_are_there() -> None:
+    """Of a file that is missing pytest's processes tell nothing, and run no test."""
+    checked = re.search(r"^CHECKED = (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert checked
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in checked[1].split())
+
+
 @of_gcc_and_clang
 def test_other_flags_compile_everything_again(stub_tree: Path) -> None:
     assert "-c csrc/other.cpp" in build(stub_tree)
