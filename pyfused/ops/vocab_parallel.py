@@ -334,11 +334,12 @@ def local_of(op: Operator, arguments: Arguments) -> Local | None:
     Every process has all of the other tensors, plain ones or replicated DTensors, but for the input
     of a layer: a plain one may be part of a batch, beside a weight sharded by FSDP. Else None.
     """
-    linear = op.arguments[1] == "linear_weight"
-    input, by_class = arguments[0], arguments[linear]
-    if {type(input).__name__, type(by_class).__name__} != {"DTensor"}:
+    input = arguments[0]
+    if type(input).__name__ != "DTensor":  # first: any call comes here
         return None
-    if by_class.dtype not in DTYPES:
+    linear = op.arguments[1] == "linear_weight"
+    by_class = arguments[linear]
+    if type(by_class) is not type(input) or by_class.dtype not in DTYPES:
         return None
     if by_class.dim() < 2 or (linear and (input.dim(), by_class.dim()) != (2, 2)):
         return None
