@@ -17,7 +17,7 @@ import torch
 import pyfused
 from pyfused import formula
 from pyfused.backends import backend_of, cpu
-from pyfused.ops import dispatch, distillation, linear_cross_entropy
+from pyfused.ops import chunked, dispatch, distillation, linear_cross_entropy
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -119,6 +119,17 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
 
 
 ISAS = cpu.supported if backend is cpu else ["triton"]
+
+
+@pytest.fixture
+def product_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each product that makes a chunk's logits."""
+    rows: list[int] = []
+    linear = chunked.linear
+    monkeypatch.setattr(
+        chunked, "linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
+    )
+    return rows
 
 
 @pytest.fixture(params=ISAS)

@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops import chunked
 from pyfused.ops.metrics import MergedStatistics, Metrics
 from pyfused.types import Statistics
 
@@ -356,12 +355,8 @@ def test_second_derivatives_of_the_loss() -> None:
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("linear", [False, True], ids=["cross_entropy", "linear_cross_entropy"])
-def test_compiled(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled(linear: bool, product_rows: list[int]) -> None:
     input, weight, bias, target = linear_case(torch.float32)
-    rows, product = [], chunked.linear
-    monkeypatch.setattr(
-        chunked, "linear", lambda x, *rest: (rows.append(len(x)), product(x, *rest))[1]
-    )
 
     def both(input: Tensor) -> tuple[Tensor, Metrics]:
         if linear:
@@ -381,7 +376,7 @@ def test_compiled(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
     torch.compiler.reset()
     loss, metrics = torch.compile(both, fullgraph=True)(input)
-    assert bool(rows) == linear
+    assert bool(product_rows) == linear
     plain, expected = both(input)
     torch.testing.assert_close(metrics, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))
