@@ -1,19 +1,22 @@
 """Runs a program under :func:`pyfused.patch`, and says what it was worth.
 
-``python -m pyfused run script.py``; ``startup.py`` prints what is counted here.
+``python -m pyfused run script.py``; ``startup/sitecustomize.py`` prints what is counted here.
 """
 
 from __future__ import annotations
 
 import functools
+import getopt
 import math
 import os
-import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from types import FunctionType
@@ -36,8 +39,17 @@ from pyfused.ops.dispatch import compiler_traces
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.originals import original
 from pyfused.ops.pointwise_loss import PointwiseLoss
-from pyfused.patch import C_FUNCTIONS, code_calling, one_frame_further, patch, stands_for
-from pyfused.startup import KERNEL, SMALL, Calls, Key
+from pyfused.patch import (
+    C_FUNCTIONS,
+    MethodStandIn,
+    StandIn,
+    code_calling,
+    one_frame_further,
+    patch,
+    stands_for,
+)
+from pyfused.startup import sitecustomize
+from pyfused.startup.sitecustomize import KERNEL, SMALL, Calls, Key
 
 SHARE = 0.008  # of the program's time that repeated calls may take
 MOST = 1 << 24  # elements of a repeated call; one of more is cut, for the sake of memory
@@ -66,50 +78,65 @@ _inside = _Inside()
 
 
 def counted(kinds: dict[Key, Calls]) -> Callable[..., Tensor]:
-    """:func:`pyfused.ops.dispatch.call`, which counts the path of each call, and takes its time."""
+    """:func:`pyfused.ops.dispatch.call`, which counts the path of each call, and takes its time.
+
+    The program never sees an error of counting: its call is made, once, and is not counted.
+    """
     function, repeat = dispatch.call, Repeat()
+
+    def count(
+        path: str, seconds: float, op: Operator, arguments: Arguments, inplace: bool, result: Any
+    ) -> None:
+        input = arguments[0]
+        elements = input.numel()
+        if type(elements) is not int:  # a tensor, to torch.jit.trace
+            elements = 0
+        needs_grad = getattr(result, "requires_grad", False) and torch.is_grad_enabled()
+        calls = kinds[op.name, path, elements.bit_length(), needs_grad]
+        calls.count += 1
+        calls.elements += elements
+        if elements > calls.largest:
+            calls.largest = elements
+        if input.is_cpu:  # another device computes later
+            calls.seconds += seconds
+            calls.latest = seconds
+            if calls.count >= calls.due:
+                repeat(calls, op, arguments, inplace, path is KERNEL, result)
 
     def call(op: Operator, arguments: Arguments, inplace: bool = False, *patched: Any) -> Any:
         # What is traced is called while it is traced, and not when it runs.
         if is_dynamo_compiling() or _inside.call:
             return function(op, arguments, inplace, *patched)
+        if len(arguments) == 4 and arguments[1] is None:  # a softmax that is to warn
+            arguments = one_frame_further(op, arguments)
         try:
-            input = arguments[0]
-            elements = input.numel()
-            if type(elements) is not int:  # a tensor, to torch.jit.trace
-                elements = 0
-            if len(arguments) == 4 and arguments[1] is None:  # a softmax that is to warn
-                arguments = one_frame_further(op, arguments)
-            if dispatch.is_small(op, arguments):
-                path = SMALL
-            elif compiler_traces():
-                return function(op, arguments, inplace, *patched)
-            else:
-                reason = dispatch.reason_for_torch(op, arguments, inplace)
-                path = KERNEL if reason is None else f"torch: {reason}"
-        except (AttributeError, TypeError):
-            return function(op, arguments, inplace, *patched)  # raises it, too
+            path = _path(op, arguments, inplace)
+        except Exception:
+            path = None
+        if path is None:
+            return function(op, arguments, inplace, *patched)
         _inside.call = True
         try:
             start = perf_counter()
             result = function(op, arguments, inplace, *patched)
             seconds = perf_counter() - start
-            needs_grad = getattr(result, "requires_grad", False) and torch.is_grad_enabled()
-            calls = kinds[op.name, path, elements.bit_length(), needs_grad]
-            calls.count += 1
-            calls.elements += elements
-            if elements > calls.largest:
-                calls.largest = elements
-            if input.is_cpu:  # another device computes later
-                calls.seconds += seconds
-                calls.latest = seconds
-                if calls.count >= calls.due:
-                    repeat(calls, op, arguments, inplace, path is KERNEL, result)
+            with suppress(Exception):
+                count(path, seconds, op, arguments, inplace, result)
         finally:
             _inside.call = False
         return result
 
     return call
+
+
+def _path(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
+    """Which way a call takes, None where the compiler traces it."""
+    if dispatch.is_small(op, arguments):
+        return SMALL
+    if compiler_traces():
+        return None
+    reason = dispatch.reason_for_torch(op, arguments, inplace)
+    return KERNEL if reason is None else f"torch: {reason}"
 
 
 def counted_if_small(kinds: dict[Key, Calls]) -> Callable[[Operator, Arguments], bool]:
@@ -147,7 +174,8 @@ def count_compiled(kinds: dict[Key, Calls]) -> None:
         calls = kinds[op, f"{KERNEL}, compiled", 0, False]
         calls.seconds += perf_counter() - start
         calls.count += not backward
-        calls.largest = max(calls.largest, given[0].numel())
+        with suppress(Exception):
+            calls.largest = max(calls.largest, given[0].numel())
         return result
 
     def counting_left(op: str) -> None:
@@ -223,6 +251,7 @@ def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool, result: 
     pointwise = isinstance(op, (PointwiseLoss, Composed))
     return (
         type(result) is Tensor
+        and tensors[0].numel() > 0
         and all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors)
         and not (inplace and not isinstance(op, Activation))  # whose input holds a gradient now
         and not (pointwise and any(t.shape != tensors[0].shape for t in tensors[1:2]))
@@ -295,11 +324,12 @@ def count_others(missing: Counter[str]) -> None:
         path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{name}"
         call = _counting(path, original(torch_function), missing)
         if not isinstance(torch_function, FunctionType):
-            stands_for(torch_function, call)
-            call.__module__, _, call.__qualname__ = path.rpartition(".")
-            if owner is Tensor:
-                call.__module__, call.__qualname__ = "torch", f"Tensor.{name}"
-            setattr(owner, name, call)
+            stand_in = (MethodStandIn if owner is Tensor else StandIn)(call)
+            functools.update_wrapper(stand_in, torch_function)
+            stands_for(torch_function, stand_in)
+            module = "torch" if owner is Tensor else owner.__name__
+            stand_in.__module__, stand_in.__qualname__ = module, path.removeprefix(f"{module}.")
+            setattr(owner, name, stand_in)
         elif torch_function.__globals__ is vars(F):
             code = torch_function.__code__
             by_place = code.co_varnames[: code.co_argcount]
@@ -346,17 +376,45 @@ def run(arguments: list[str]) -> None:
 
     It prints what the calls took, to the standard error, when it ends.
     """
-    if sys.flags.ignore_environment or sys.flags.no_site:
+    flags = sys.flags.ignore_environment or sys.flags.no_site
+    if flags or not _reads_environment(arguments):
         raise SystemExit("pyfused: run: expected a Python that reads PYTHONPATH, got -E, -I or -S")
-    if "PYFUSED_RUN" not in os.environ:  # else another run counts, as its child
-        folder = tempfile.mkdtemp(prefix="pyfused-run-")
-        shutil.copy(Path(__file__).with_name("startup.py"), Path(folder, "sitecustomize.py"))
-        path = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = folder + (f"{os.pathsep}{path}" if path else "")
-        os.environ["PYFUSED_RUN"] = str(os.getpid())
+    if sitecustomize.open_file() is None:  # else another run counts, as its child
+        descriptor, path = tempfile.mkstemp(prefix="pyfused-run-")
+        unnamed = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        if unnamed.exists():  # on Linux: the file ends with the last process that has it open
+            Path(path).unlink()
+            os.set_inheritable(descriptor, True)
+            path = str(unnamed)
+        sitecustomize.name_file(path, descriptor)
+        folder, others = Path(sitecustomize.__file__).parent, os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{others}" if others else str(folder)
     # What python was given before "-m pyfused run".
     options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) - 1]
-    os.execv(sys.executable, [sys.executable, *options, *arguments])
+    command = [sys.executable, *options, *arguments]
+    if sys.platform != "win32":
+        os.execv(sys.executable, command)
+    # Windows cannot replace a process: the program is a child, and this one prints.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program answers it
+    code = subprocess.call(command)
+    sitecustomize.leave()
+    sys.exit(code)
+
+
+def _reads_environment(arguments: list[str]) -> bool:
+    """Whether Python with these arguments reads PYTHONPATH and imports sitecustomize."""
+    try:
+        options, _ = getopt.getopt(
+            arguments, "bBdEhiIOPqRsSuvVxc:m:W:X:?", ["check-hash-based-pycs="]
+        )
+    except getopt.GetoptError:  # Python says what is wrong with them
+        return True
+    for option, _ in options:
+        if option in ("-c", "-m"):  # what follows is the program's
+            return True
+        if option in ("-E", "-I", "-S"):
+            return False
+    return True
 
 
 def start(kinds: dict[Key, Calls], missing: Counter[str]) -> None:

@@ -24,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 import pyfused
 from pyfused import __main__ as main
-from pyfused import functional, run, startup
+from pyfused import functional, run
 from pyfused import functional as F
 from pyfused.ops import custom_operators, dispatch, inductor
 from pyfused.ops.operators import OPERATORS
+from pyfused.startup import sitecustomize as startup
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
 Done = subprocess.CompletedProcess[str]
@@ -59,8 +60,18 @@ def plain(*arguments: str, folder: Path, stdin: str = "", **environment: str) ->
     )
 
 
-def counted(*arguments: str, folder: Path, stdin: str = "", **environment: str) -> Done:
-    """By what the command calls, in a fork of this process, which has imported torch already."""
+def counted(
+    *arguments: str,
+    folder: Path,
+    stdin: str = "",
+    before: Callable[[], Any] = int,
+    **environment: str,
+) -> Done:
+    """By what the command calls, in a fork of this process, which has imported torch already.
+
+    Args:
+        before: What the fork calls first.
+    """
     files = {name: folder / f"std{name}" for name in ("in", "out", "err")}
     files["in"].write_text(stdin)
     child = os.fork()
@@ -74,7 +85,11 @@ def counted(*arguments: str, folder: Path, stdin: str = "", **environment: str) 
             sys.argv = ["pyfused/__main__.py", "run", *arguments]
             sys.orig_argv = [sys.executable, "-m", "pyfused", "run", *arguments]
             run.tempfile.tempdir = None
+            sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115 not what pytest put there
+            before()
             main.main()
+        except SystemExit as ended:
+            os._exit(ended.code if isinstance(ended.code, int) else 1)
         finally:
             os._exit(99)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -141,6 +156,7 @@ ENDS = {
     "threading.Timer(0.1, print, ['late'], {'file': sys.stderr}).start()": True,
     "os._exit(4)": False,
     "os.kill(os.getpid(), signal.SIGTERM)": False,
+    "os.kill(os.getpid(), signal.SIGKILL)": False,
 }
 
 
@@ -153,7 +169,92 @@ def test_a_program_ends_as_it_does_by_itself(code: str, summary: bool, tmp_path:
     got = counted("ends.py", folder=tmp_path)
     assert got.returncode == expected.returncode
     assert_no_calls(got.stderr, expected.stderr, summary)
-    assert summary != bool(list(tmp_path.glob("pyfused-run-*")))
+    assert not list(tmp_path.glob("pyfused-run-*"))
+
+
+def without_proc() -> None:
+    """As on a platform without /proc, where the file for the counts keeps its name."""
+    run.Path.exists = lambda _: False  # type: ignore[method-assign]
+
+
+def on_windows() -> None:
+    """As where a process cannot be replaced by another, nor forked."""
+    without_proc()
+    sys.platform = "win32"
+
+
+WITHOUT_FORK = """
+import os, random, sys
+register = os.register_at_fork
+del os.register_at_fork
+
+class PutBack:  # torch needs it
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            os.register_at_fork = register
+
+sys.meta_path.insert(0, PutBack)
+"""
+ONE_AND_A_CHILD = """
+import os, subprocess, sys
+sys.stdout.write(os.environ["PYFUSED_RUN"])
+sys.stdout.flush()
+code = "import torch; torch.tanh(torch.ones(2))"
+subprocess.run([sys.executable, "-c", code], check=True)
+exec(code)
+sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize("platform", [int, without_proc, on_windows])
+def test_children_bring_their_counts_on_every_platform(
+    platform: Callable[[], Any], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_FORK)
+    path = {"PYTHONPATH": str(tmp_path)} if platform is on_windows else {}
+    done = counted("-c", ONE_AND_A_CHILD, folder=tmp_path, before=platform, **path)
+    assert done.returncode == 5, done.stderr
+    has_name = platform is not int or not Path("/proc").exists()
+    assert ("pyfused-run-" in done.stdout) == has_name
+    assert counts(done.stderr) == {"all": 2}
+    assert not list(tmp_path.glob("pyfused-run-*"))
+
+
+def test_nothing_is_run_from_a_folder_that_others_could_make(tmp_path: Path) -> None:
+    """A child that outlives the run still has the run's PYTHONPATH."""
+    code = "import os; print(os.environ['PYTHONPATH'].split(os.pathsep)[0])"
+    done = counted("-c", code, folder=tmp_path)
+    folder = Path(done.stdout.strip())
+    assert folder == Path(startup.__file__).parent
+    assert {path.name for path in folder.glob("*.py")} == {"__init__.py", "sitecustomize.py"}
+
+
+def test_a_path_without_a_run_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.mine = True")
+    code = "import sys, torch; print(sys.mine, 'pyfused' in sys.modules)"
+    paths = os.pathsep.join((str(Path(startup.__file__).parent), str(tmp_path)))
+    done = plain("-c", code, folder=tmp_path, PYTHONPATH=paths)
+    assert (done.stdout, done.stderr) == ("True False\n", "")
+
+
+def test_a_child_that_outlives_the_run_writes_to_no_file_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "counts", tmp_path / "other"
+    monkeypatch.setenv("PYFUSED_RUN", "")
+    monkeypatch.setattr(startup, "RUN", [])
+    monkeypatch.setattr(startup, "CALLS", {("relu", "kernel", 1, True): startup.Calls()})
+    with path.open("wb") as file:
+        startup.name_file(str(path), file.fileno())
+        startup.RUN[0] = "0"  # this process is another
+        startup.leave()
+        assert len(startup.taken()) == 1
+    other.write_text("someone's")
+    other.rename(path)
+    assert startup.open_file() is None
+    monkeypatch.setattr(startup, "CALLS", {("relu", "kernel", 1, True): startup.Calls()})
+    startup.leave()
+    assert path.read_text() == "someone's"
 
 
 def test_the_users_sitecustomize_and_path_are_as_without(tmp_path: Path) -> None:
@@ -165,12 +266,43 @@ def test_the_users_sitecustomize_and_path_are_as_without(tmp_path: Path) -> None
     assert got.stdout == expected.stdout
 
 
+CANNOT_BE_REACHED = "reads PYTHONPATH, got -E, -I or -S"
+
+
 @pytest.mark.parametrize("flag", ["ignore_environment", "no_site"])
 def test_a_python_that_cannot_be_reached(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"ignore_environment": 0, "no_site": 0} | {flag: 1}
     monkeypatch.setattr(sys, "flags", SimpleNamespace(**flags))
-    with pytest.raises(SystemExit, match="reads PYTHONPATH, got -E, -I or -S"):
+    with pytest.raises(SystemExit, match=CANNOT_BE_REACHED):
         run.run(["script.py"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reached"),
+    [
+        (["-E", "script.py"], False),
+        (["-OI", "script.py"], False),
+        (["-W", "error", "-X", "dev", "--check-hash-based-pycs", "never", "-S", "-c", "1"], False),
+        (["script.py", "-E"], True),
+        (["-c", "code", "-I"], True),
+        (["-mmodule", "-S"], True),
+        (["--version", "-S"], True),
+        (["-"], True),
+    ],
+)
+def test_options_that_keep_python_from_the_patch(
+    arguments: list[str], reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_by: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: run_by.append(command))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(startup, "open_file", lambda: True)  # another run counts
+    monkeypatch.setattr(run.subprocess, "call", lambda _: 0)
+    monkeypatch.setattr(startup, "leave", int)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="0" if reached else CANNOT_BE_REACHED):
+        run.run(arguments)
+    assert [command[-len(arguments) :] for command in run_by] == [arguments] * reached
 
 
 @pytest.mark.parametrize(
@@ -322,6 +454,13 @@ def test_a_child_that_is_a_python_without_pyfused(tmp_path: Path) -> None:
     assert not counts(done.stderr)
 
 
+def test_a_program_runs_where_torch_cannot_be_patched(tmp_path: Path) -> None:
+    code = "import os; os.environ['PYFUSED_CPU_CAPABILITY'] = 'none'; import torch; print(1)"
+    done = counted("-c", code, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert "pyfused: run: torch is not patched: ImportError" in done.stderr
+
+
 def test_calls_of_formulas_are_counted(tmp_path: Path) -> None:
     code = """
 import pyfused, torch
@@ -462,6 +601,29 @@ def test_a_repetition_that_fails_is_not_seen_and_is_the_last(
     assert (calls.count, calls.repeats, calls.due) == (1, [], math.inf)
 
 
+@pytest.mark.parametrize("empty", [(0,), (5, 0, 0)])
+def test_a_call_without_elements_is_counted(
+    empty: tuple[int, ...], kinds: dict[startup.Key, startup.Calls]
+) -> None:
+    for _ in range(3):
+        assert F.softmax(torch.empty(empty), -1).shape == empty
+    (calls,) = kinds.values()
+    assert (calls.count, calls.repeats) == (3, [])
+
+
+@pytest.mark.parametrize("owner", [run.Repeat, startup.Calls, dispatch])
+def test_an_error_of_counting_is_not_seen(
+    owner: Any, kinds: dict[startup.Key, startup.Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("of counting")
+
+    names = {run.Repeat: "__call__", startup.Calls: "__init__", dispatch: "reason_for_torch"}
+    monkeypatch.setattr(owner, names[owner], fails)
+    assert F.relu(X).equal(X.relu())
+    assert not run._inside.call
+
+
 def test_repeating_takes_a_share_of_the_time(
     kinds: dict[startup.Key, startup.Calls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,6 +723,27 @@ def test_the_summary_is_one_line_where_nothing_is_gained(monkeypatch: pytest.Mon
     assert other.endswith("losses and activations took 0.500 s of 60 s")
     on_gpu = said(monkeypatch, 60.0, relu=("kernel", 1, 0.0, []))
     assert on_gpu.endswith("took a time that is measured on CPUs alone")
+
+
+TABLE = """
+import torch, torch.nn.functional as F
+table = {F.softplus: 1, torch.celu: 2, torch.Tensor.prelu: 3, torch.relu: 4, F.gelu: 5, F.elu: 6}
+
+class Implements(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return table.get(func, NotImplemented)
+
+x = torch.ones(2).as_subclass(Implements)
+assert F.softplus(x) == 1 and torch.celu(x) == 2 and x.prelu(x) == 3
+assert torch.relu(x) == 4 and F.gelu(x) == 5 and F.elu(x) == 6
+assert torch.celu in table and torch.selu not in table
+"""
+
+
+def test_a_subclasss_table_of_functions_that_are_counted(tmp_path: Path) -> None:
+    done = counted("-c", TABLE, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 WARNS = """

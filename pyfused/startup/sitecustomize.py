@@ -1,7 +1,8 @@
 """What Python runs as ``sitecustomize`` in each process of ``python -m pyfused run``.
 
-It stands in a folder of that run's, to which child processes bring their counts. torch and pyfused
-are imported when the program imports either: many a child process needs neither.
+``PYFUSED_RUN`` names the process that prints, and the file to which its child processes append
+their counts; without that variable nothing is done. torch and pyfused are imported when the program
+imports either: many a child process needs neither.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from multiprocessing import util
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-FOLDER = Path(__file__).parent
-FIRST = os.environ.get("PYFUSED_RUN")  # the process that prints
+VARIABLE = "PYFUSED_RUN"
+# The first process, which prints; the first line of the file that takes the counts; and its path.
+RUN = os.environ.get(VARIABLE, "").split(" ", 2)
 KERNEL, SMALL = "kernel", "torch: ATen is faster at this size"  # paths
 
 
@@ -78,25 +79,58 @@ OTHERS: Counter[str] = Counter()  # losses and activations that pyfused does not
 began = time.perf_counter()
 
 
+def name_file(path: str, descriptor: int) -> None:
+    """Makes this process the first of a run, and this file the one that takes the counts."""
+    RUN[:] = str(os.getpid()), os.urandom(16).hex(), path
+    os.write(descriptor, f"{RUN[1]}\n".encode())
+    os.environ[VARIABLE] = " ".join(RUN)
+
+
+def open_file() -> BinaryIO | None:
+    """The file that takes the counts, where a line can be read or appended; None after the run.
+
+    It is known by its first line: another file may have its name by then, or another process the
+    number of the first.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        _, token, path = RUN
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND), "r+b", buffering=0)
+        if file.readline() == f"{token}\n".encode():
+            return file
+        file.close()
+    return None
+
+
 def leave() -> None:
-    """Where a process ends: a child brings its counts, and the first prints all."""
+    """Where a process ends: a child appends its counts to the file, and the first prints all."""
     seconds = time.perf_counter() - began
-    if str(os.getpid()) == FIRST:
-        processes = [seconds] if CALLS else []
-        for file in FOLDER.glob("*.json"):
-            brought = json.loads(file.read_text())
-            for key, calls in brought["calls"]:
-                CALLS[tuple(key)].add(*calls)
-            OTHERS.update(brought["others"])
-            processes += [brought["seconds"]] if brought["calls"] else []
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        print(summary(processes), file=sys.stderr)
-    elif (CALLS or OTHERS) and FOLDER.exists():
-        file = FOLDER / f"{os.getpid()}-{time.time_ns()}"
-        calls = [(key, list(calls)) for key, calls in CALLS.items()]
-        file.write_text(json.dumps({"calls": calls, "others": OTHERS, "seconds": seconds}))
-        file.rename(file.with_suffix(".json"))
+    with contextlib.suppress(Exception):  # the program is to end as it does by itself
+        if RUN[0] == str(os.getpid()):
+            processes = [seconds] if CALLS else []
+            for brought in taken():
+                for key, calls in brought["calls"]:
+                    CALLS[tuple(key)].add(*calls)
+                OTHERS.update(brought["others"])
+                processes += [brought["seconds"]] if brought["calls"] else []
+            print(summary(processes), file=sys.stderr)
+        elif (CALLS or OTHERS) and (file := open_file()):
+            calls = [(key, list(calls)) for key, calls in CALLS.items()]
+            line = json.dumps({"calls": calls, "others": OTHERS, "seconds": seconds})
+            with file:
+                file.write(f"{line}\n".encode())  # one write, as other children append, too
     forget()
+
+
+def taken() -> list[dict[str, Any]]:
+    """What the children have brought; their file is removed."""
+    file = open_file()
+    if file is None:
+        return []
+    with file:
+        lines = file.readlines()
+    with contextlib.suppress(OSError):  # on Linux it has lost its name already
+        Path(RUN[2]).unlink()
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def forget() -> None:
@@ -206,16 +240,32 @@ class AfterTorch:
 
     @staticmethod
     def after(name: str) -> None:
-        if name == "pyfused":
-            importlib.import_module("pyfused.run").start(CALLS, OTHERS)
-        else:
-            with contextlib.suppress(ImportError):  # a child may be another Python
+        try:
+            if name == "pyfused":
+                importlib.import_module("pyfused.run").start(CALLS, OTHERS)
+            else:
                 importlib.import_module("pyfused")  # which may be what imports torch
+        except ModuleNotFoundError:  # a child may be another Python
+            pass
+        except Exception as error:
+            print(f"pyfused: run: torch is not patched: {error!r}", file=sys.stderr)
+
+
+def start() -> None:
+    sys.meta_path.insert(0, AfterTorch)
+    atexit.register(leave)  # the first, and so the last to be called
+    if RUN[0] != str(os.getpid()):
+        util.Finalize(None, leave, exitpriority=0)
+    # multiprocessing's forked children forget what was registered, and skip atexit.
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(after_in_child=forget)
+    util.register_after_fork(leave, lambda _: util.Finalize(None, leave, exitpriority=0))
 
 
 if __name__ == "sitecustomize":
     # The program is to find sys.path and sitecustomize as they are without this one.
-    sys.path[:] = [entry for entry in sys.path if entry != str(FOLDER)]
+    folder = str(Path(__file__).parent)
+    sys.path[:] = [entry for entry in sys.path if entry != folder]
     this = sys.modules.pop(__name__)
     try:
         importlib.import_module(__name__)
@@ -223,10 +273,5 @@ if __name__ == "sitecustomize":
         if error.name != __name__:
             raise
     sys.modules.setdefault(__name__, this)
-    sys.meta_path.insert(0, AfterTorch)
-    atexit.register(leave)  # the first, and so the last to be called
-    if str(os.getpid()) != FIRST:
-        util.Finalize(None, leave, exitpriority=0)
-    # multiprocessing's forked children forget what was registered, and skip atexit.
-    os.register_at_fork(after_in_child=forget)
-    util.register_after_fork(leave, lambda _: util.Finalize(None, leave, exitpriority=0))
+    if VARIABLE in os.environ:
+        start()

@@ -1,0 +1,1 @@
+"""The folder that ``python -m pyfused run`` puts on ``PYTHONPATH``."""
