@@ -1,6 +1,7 @@
 """Language models of transformers: their head and loss as ``linear_cross_entropy``.
 
-A model keeps its class; its own ``forward`` is still what is called where the logits are asked for.
+A model gets a subclass of its class, of the same name. Its ``forward`` calls the model's own where
+the logits are asked for.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import cache, wraps
-from types import MethodType
+from types import new_class
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def has_head(module: Any) -> bool:
 
 def reason_to_leave(model: Any) -> str | None:
     """Why a model that has a head keeps its ``forward``."""
+    if is_fused(model):
+        return "is pyfused's already"
     if "forward" in vars(model):
         return "its forward was replaced"
     if type(model).__name__ not in KNOWN or not type(model).__module__.startswith("transformers."):
@@ -48,13 +51,21 @@ def reason_to_leave(model: Any) -> str | None:
     return None
 
 
-def replace_forward(model: Any) -> None:
-    forward = _forward_of(type(model))  # type: ignore[arg-type]  # a class can be hashed
-    model.forward = MethodType(forward, model)
+def is_fused(model: Any) -> bool:
+    return hasattr(type(model), "_unfused")
+
+
+def fuse(model: Any) -> None:
+    model.__class__ = _fused(type(model))  # type: ignore[arg-type]  # a class can be hashed
+
+
+def unfuse(model: Any) -> None:
+    model.__class__ = type(model)._unfused
 
 
 @cache
-def _forward_of(kind: Any) -> Any:
+def _fused(kind: Any) -> Any:
+    """The subclass of a model's class, which a copy, a replica and a loaded model have as well."""
     parameters = inspect.signature(kind.forward)
 
     @wraps(kind.forward)
@@ -75,7 +86,17 @@ def _forward_of(kind: Any) -> Any:
             attentions=outputs.attentions,
         )
 
-    return forward
+    def reduce(model: Any, protocol: Any) -> Any:  # the subclass cannot be imported
+        return _new, (kind,), *kind.__reduce_ex__(model, protocol)[2:]
+
+    members = {"forward": forward, "__reduce_ex__": reduce, "_unfused": kind}
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(members | named))
+
+
+def _new(kind: Any) -> Any:
+    """A fused model without attributes, which pickle and copy fill."""
+    return kind.__new__(_fused(kind))
 
 
 def _is_plain(model: Any, keep: Any, options: dict[str, Any]) -> bool:
@@ -86,7 +107,7 @@ def _is_plain(model: Any, keep: Any, options: dict[str, Any]) -> bool:
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
         and isinstance(keep, int)
         and keep == 0
-        and model.loss_function.__name__ == "ForCausalLMLoss"
+        and getattr(model.loss_function, "__name__", None) == "ForCausalLMLoss"
         and options.get("return_dict", model.config.return_dict) is not False
     )
 

@@ -82,7 +82,7 @@ def convert(model: Model) -> Model:
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
         else:
-            causal_lm.replace_forward(module)
+            causal_lm.fuse(module)
         setattr(module, _MARK, True)
     _log.info("convert: %s", plan)
     return model
@@ -129,10 +129,10 @@ def revert(model: Module) -> tuple[str, ...]:
     for _, module in converted:
         if _MARK in vars(module):
             delattr(module, _MARK)
-            if type(module) in _TORCH_CLASSES:
+            if causal_lm.is_fused(module):
+                causal_lm.unfuse(module)
+            elif type(module) in _TORCH_CLASSES:
                 module.__class__ = _TORCH_CLASSES[type(module)]
-            else:
-                del module.forward
     return tuple(name for name, _ in converted)
 
 

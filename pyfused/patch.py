@@ -9,7 +9,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from types import BuiltinFunctionType, CodeType, MethodDescriptorType, NoneType, TracebackType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    MethodDescriptorType,
+    MethodType,
+    NoneType,
+    TracebackType,
+)
 from typing import Any, TypeVar, overload
 
 import torch
@@ -85,6 +92,35 @@ class _Function:
         self.function.__code__ = code
 
 
+class StandIn(functools.partial[Any]):
+    """What stands where torch has a built-in, and is equal to it.
+
+    So both are found in a table that has either for a key, such as that of a subclass which defines
+    ``__torch_function__``. As a built-in it is no method of a class whose attribute it is.
+    """
+
+    __wrapped__: Any
+    __name__: str
+    __qualname__: str
+
+    def __eq__(self, other: object) -> bool:
+        function = other.__wrapped__ if isinstance(other, StandIn) else other
+        return bool(function is self.__wrapped__)
+
+    def __hash__(self) -> int:
+        return hash(self.__wrapped__)
+
+    def __reduce__(self) -> str:  # its name, as of a function
+        return self.__qualname__
+
+
+class MethodStandIn(StandIn):
+    """The same for a built-in method."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+
 class _BuiltIn:
     """A built-in of torch or Tensor: it has no code, so the name holds another function."""
 
@@ -120,8 +156,9 @@ class _BuiltIn:
             torch_ = functools.partial(torch_function, **kwargs) if kwargs else torch_function
             return dispatch.call(op, arguments, inplace, torch_, args)
 
-        globals()[self.path.replace(".", "_")] = call
-        return functools.update_wrapper(call, torch_function)
+        stand_in = (MethodStandIn if method else StandIn)(call)
+        globals()[self.path.replace(".", "_")] = stand_in
+        return functools.update_wrapper(stand_in, torch_function)
 
     @property
     def traced(self) -> Any:

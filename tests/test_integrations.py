@@ -6,8 +6,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import importlib
+import inspect
+import io
 import logging
+import pickle
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,7 +159,7 @@ def test_language_models_where_logits_are_asked_for() -> None:
     model = language_model("Llama")
     assert "." in pyfused.plan_conversion(model).swapped
     pyfused.convert(model)
-    assert pyfused.plan_conversion(model).left[0].reason == "its forward was replaced"
+    assert pyfused.plan_conversion(model).left[0].reason == "is pyfused's already"
     assert model(input_ids=batch()["input_ids"]).logits is not None
     assert model(batch()["input_ids"], logits_to_keep=2).logits.shape[1] == 2
     assert len(model(**batch(), return_dict=False)) >= 2
@@ -162,10 +169,69 @@ def test_language_models_where_logits_are_asked_for() -> None:
     assert model(**batch()).logits is None
     model.eval()
     assert model(**batch()).logits is not None
-    again = copy.deepcopy(model).train()
-    assert again(**batch()).logits is None
-    assert again.forward.__self__ is again
     assert model.generate(batch()["input_ids"], max_new_tokens=2, do_sample=False).shape == (8, 42)
+
+
+def saved_and_loaded(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+    "replica": lambda model: model._replicate_for_data_parallel(),
+}
+
+
+@as_users_run_it
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+def test_copies_of_language_models(copied: Callable[[Any], Any]) -> None:
+    model = pyfused.convert(language_model("Llama"))
+    kind = type(language_model("Llama"))
+    again = copied(model)
+    assert again.forward.__self__ is again
+    assert (type(again), type(again).__name__) == (type(model), kind.__name__)
+    assert isinstance(again, kind)
+    expected, loss = (each(**batch()).loss for each in (model, again))
+    assert torch.equal(loss, expected)
+    assert again(**batch()).logits is None
+    assert pyfused.plan_conversion(again).left[0].reason == "is pyfused's already"
+    assert "." in pyfused.revert(again)
+    assert type(again) is kind
+    assert again(**batch()).logits is not None
+    assert model(**batch()).logits is None
+
+
+def test_a_converted_language_model_is_freed_at_once() -> None:
+    model = language_model("Llama")
+    pyfused.convert(model)
+    freed = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+@as_users_run_it
+def test_a_loss_function_of_the_users_own() -> None:
+    model = pyfused.convert(language_model("Llama"))
+    model.loss_function = functools.partial(model.loss_function, ignore_index=-100)
+    assert model(**batch()).logits is not None
+
+
+def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    model = pyfused.convert(language_model("Llama"))
+    model.save_pretrained(tmp_path)
+    again = type(language_model("Llama")).from_pretrained(tmp_path)
+    assert again.config.architectures == ["LlamaForCausalLM"]
+    assert inspect.signature(model.forward) == inspect.signature(again.forward)
 
 
 @as_users_run_it

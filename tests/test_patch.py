@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter, is_
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
@@ -160,13 +161,25 @@ def test_a_call_that_fails_is_made_once(owner: Any, name: str) -> None:
     assert mode.calls == 1
 
 
-def test_an_error_that_torch_does_not_have_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any, **__: Any) -> Tensor:
-        raise RuntimeError("of pyfused alone")
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyError, AssertionError])
+def test_an_error_that_torch_does_not_have_is_a_warning(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise error("of pyfused alone")
 
-    monkeypatch.setattr(dispatch, "call", fails)
-    with pyfused.patch(), pytest.raises(RuntimeError, match="of pyfused alone"):
-        F.relu(X)
+    monkeypatch.setattr(type(OPERATORS["relu"]), "plan", fails)
+    monkeypatch.setattr(dispatch, "_said", set())
+    expected = X.relu()
+    with pyfused.patch():
+        for call in (F.relu, torch.relu):
+            with pytest.warns(RuntimeWarning, match="pyfused: relu: .*of pyfused alone") as seen:
+                assert call(X).equal(expected)
+            assert len(seen) == 1
+            assert call(X).equal(expected)  # and no second warning, which would raise
+            dispatch._said.clear()
+        with pytest.raises(error, match="of pyfused alone"):  # X may be overwritten
+            F.relu(X.clone().requires_grad_() * 1, inplace=True)
 
 
 @as_users_run_it
@@ -312,6 +325,81 @@ def test_what_defines_torch_function_is_shown_what_torch_shows(
         got = all_outcomes()
     for case, (kind, values, seen) in expected.items():
         assert got[case] == (kind, pytest.approx(values, rel=1e-4, abs=1e-6), seen), case
+
+
+class WithTable(Tensor):
+    """A subclass that implements those of torch's functions that its table has."""
+
+    seen: list[Any] = []  # noqa: RUF012
+    table: dict[Any, str] = {}  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func)
+        return cls.table.get(func, NotImplemented)
+
+
+def named(name: str) -> Any:
+    return attrgetter(name.removeprefix("torch."))(torch)
+
+
+OVERRIDABLE = {
+    name: max(1, len(inspect.signature(override).parameters))
+    for function, override in get_testing_overrides().items()
+    if (name := resolve_name(function)) and not name.endswith("__")
+}
+
+
+def reached() -> dict[str, tuple[list[Any], str]]:
+    """What a subclass sees of a call of each of torch's functions that it implements."""
+    found = {}
+    for name, most in OVERRIDABLE.items():
+        x = torch.ones(1).as_subclass(WithTable)
+        # Until the required parameters are given, be they tensors or numbers.
+        for count, other in itertools.product(range(most), (x, 0)):
+            WithTable.seen.clear()
+            with contextlib.suppress(Exception):
+                result: Any = named(name)(x, *(other,) * count)
+                if isinstance(result, str):
+                    found[name] = list(WithTable.seen), result
+                    break
+    return found
+
+
+@as_users_run_it
+@pytest.mark.filterwarnings("ignore")
+def test_a_table_of_torchs_functions_has_them_whenever_it_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a subclass has one that defines ``__torch_function__``, and looks up what it is shown."""
+
+    def table() -> dict[Any, str]:
+        return {named(name): name.rpartition(".")[-1] for name in OVERRIDABLE}
+
+    before = table()
+    monkeypatch.setattr(WithTable, "table", before)
+    expected = reached()
+    assert len(expected) > 900
+    assert {f"torch.{name}" for name in ("relu", "softmax", "Tensor.tanh")} <= expected.keys()
+    with pyfused.patch():
+        while_patched = table()
+        for keys in (before, while_patched):
+            monkeypatch.setattr(WithTable, "table", keys)
+            got = reached()
+            assert got.keys() == expected.keys()
+            for name, (seen, result) in expected.items():
+                assert got[name][1] == result
+                assert all(map(is_, got[name][0], seen)), name
+        assert {resolve_name(named(name)) for name in expected} == {*expected}
+    assert reached().keys() == expected.keys()  # with the table that was made while patched
+
+
+def test_a_built_in_that_a_class_holds_is_no_method_of_it() -> None:
+    with pyfused.patch():
+        holder = type("Holder", (), {"activation": torch.relu})
+        assert holder().activation(X).equal(X.relu())
+        assert copy.deepcopy(torch.relu) is torch.relu
+        assert torch.relu != torch.tanh
 
 
 @pytest.fixture
