@@ -12,7 +12,7 @@ export CXX  # the compiler that was checked is the one that builds
 unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that it imports
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-full test-integrations gpu-compile gpu-check bench \
+.PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
 	bench-quick bench-busy bench-compare bench-sweep sizes docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
@@ -40,6 +40,9 @@ demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free co
 test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none chosen
+
+test-machines: $(BUILD) $(TOOLS) ## run tests with the code that libraries take on other processors (15 minutes)
+	$(BIN)/python tests/machines.py $(PYTEST_ARGS)
 
 test-full: override PYTEST_ARGS += --full
 test-full: test ## the same with every combination of parameters, and what takes minutes

@@ -1,0 +1,107 @@
+"""Runs the tests as on other processors: `make test-machines` (PYTEST_ARGS chooses tests).
+
+Libraries choose their code by the processor, and variables make them choose as on another one. Each
+row of MACHINES has such variables and the files whose results depend on them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pyfused.backends import cpu
+
+TESTS = Path(__file__).parent
+PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel metrics distributed"
+KERNELS = """accuracy activation autograd class_losses cross_entropy cross_entropy_options formula
+    inplace log_probs margin metrics pointwise_loss softmax strides"""
+COMPILED = "compile compiled_operators inductor"
+THREADS = "threads parallel processes recycle distributed training"
+
+Machine = tuple[dict[str, str], str]
+MACHINES: tuple[Machine, ...] = (
+    ({"MKL_CBWR": "AVX2"}, PRODUCTS),
+    ({"MKL_CBWR": "COMPATIBLE"}, PRODUCTS),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, PRODUCTS),
+    ({"ATEN_CPU_CAPABILITY": "avx2"}, f"{KERNELS} {COMPILED}"),
+    ({"ATEN_CPU_CAPABILITY": "default"}, f"{KERNELS} {COMPILED}"),
+    ({"PYFUSED_CPU_CAPABILITY": "x86-64-v2"}, KERNELS),
+    ({"PYFUSED_CPU_CAPABILITY": "x86-64-v3"}, KERNELS),
+    ({"OMP_NUM_THREADS": "1"}, THREADS),
+)
+
+# On processors of others than Intel, MKL asks these and then ignores MKL_CBWR=AVX2.
+INTEL = """
+extern "C" int mkl_serv_intel_cpu() { return 1; }
+extern "C" int mkl_serv_intel_cpu_true() { return 1; }
+"""
+
+
+def reason_to_skip(name: str, value: str) -> str | None:
+    """Why this processor cannot run so, or runs so anyway."""
+    if name == "OMP_NUM_THREADS":
+        return None
+    if name == "PYFUSED_CPU_CAPABILITY":
+        if value not in cpu.supported:
+            return f"this processor runs {', '.join(cpu.supported)}"
+        return "this is the default" if value == cpu.supported[-1] else None
+    if name == "MKL_CBWR":
+        return None if torch.backends.mkl.is_available() else "this torch has no MKL"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if name == "ATEN_CPU_CAPABILITY":
+        known = ("AVX2", "AVX512") if value == "avx2" else ("DEFAULT", "AVX2", "AVX512")
+        if capability not in known:
+            return f"ATen's code is for {capability}"
+        return "this is the default" if value.upper() == capability else None
+    return None if capability == "AVX512" else f"this processor has {capability}"
+
+
+def intels_code(folder: str) -> str:
+    """A library for LD_PRELOAD with which MKL takes any processor for one of Intel's."""
+    library = str(Path(folder, "intel.so"))
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    command = [*compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
+    subprocess.run(command, input=INTEL, text=True, check=True)
+    return library
+
+
+def run(machine: Machine, arguments: list[str], folder: str) -> bool:
+    variables, files = machine
+    # Inductor does not know these variables, and would take code from its cache that was compiled
+    # for other vectors.
+    environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+    if "MKL_CBWR" in variables and sys.platform == "linux":
+        environment["LD_PRELOAD"] = intels_code(folder)
+    paths = [str(TESTS / f"test_{name}.py") for name in files.split()]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
+    rc = subprocess.run([*pytest, *paths, *arguments], env=environment, check=False).returncode
+    return rc in (0, 5)  # 5: none chosen
+
+
+def main(arguments: list[str]) -> int:
+    failed = []
+    for machine in MACHINES:
+        (setting,) = machine[0].items()
+        name = "=".join(setting)
+        if reason := reason_to_skip(*setting):
+            print(f"{name}: skipped, as {reason}", flush=True)
+            continue
+        print(f"{name}:", flush=True)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            failed += [] if run(machine, arguments, folder) else [name]
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    if failed:
+        print(f"Failed: {', '.join(failed)}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
