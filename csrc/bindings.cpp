@@ -249,18 +249,66 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
 
 using InstructionTuple = std::tuple<std::string, int, std::vector<int>>;  // name, out, in
 
-std::vector<Instruction> read_instructions(const std::vector<InstructionTuple>& given) {
+void check_place(const std::string& instruction, const char* argument, int place, int first,
+                 int end) {
+  if (place >= first && place < end) return;
+  throw std::invalid_argument(instruction + ": " + argument + ": expected a place from " +
+                              std::to_string(first) + " to " + std::to_string(end - 1) + ", got " +
+                              std::to_string(place));
+}
+
+// Instructions that read places from first_read to end, and write places from first_written to
+// end_written.
+std::vector<Instruction> read_instructions(const std::vector<InstructionTuple>& given,
+                                           int first_read, int end, int first_written,
+                                           int end_written) {
   std::vector<Instruction> found;
   for (const auto& [name, out, in] : given) {
     const auto row = std::find(std::begin(kInstructions), std::end(kInstructions), name);
     if (row == std::end(kInstructions)) throw std::invalid_argument("no instruction " + name);
-    Instruction each{int(row - std::begin(kInstructions)), 0, out, {}};
+    const int opcode = int(row - std::begin(kInstructions));
+    if (in.size() != kInstructionOperands[opcode]) {
+      throw std::invalid_argument(name + ": expected " +
+                                  std::to_string(kInstructionOperands[opcode]) + " operands, got " +
+                                  std::to_string(in.size()));
+    }
+    check_place(name, "result", out, first_written, end_written);
+    for (const int place : in) check_place(name, "operand", place, first_read, end);
+    Instruction each{opcode, 0, out, {}};
     each.in.fill(in[0]);
     std::copy(in.begin(), in.end(), each.in.begin());
     for (size_t k = 0; k < in.size(); ++k) each.constants |= unsigned(in[k] >= kConstantPlace) << k;
     found.push_back(each);
   }
   return found;
+}
+
+Program read_program(const std::vector<InstructionTuple>& prologue,
+                     const std::vector<InstructionTuple>& body,
+                     const std::vector<double>& constants, size_t parameters) {
+  if (constants.size() > kProgramConstants || parameters >= constants.size()) {
+    throw std::invalid_argument("constants: expected the scale, one for each of the " +
+                                std::to_string(parameters) + " parameters, and " +
+                                std::to_string(kProgramConstants) + " at most, got " +
+                                std::to_string(constants.size()));
+  }
+  const int end = kConstantPlace + int(constants.size());
+  return {read_instructions(prologue, kConstantPlace, end, kConstantPlace, end),
+          read_instructions(body, 0, end, kValuePlace, kConstantPlace), constants, parameters};
+}
+
+// A gradient that the program writes or reads has memory.
+void check_gradients(const Program& program, const std::array<int64_t, kOperands>& gradients) {
+  for (const Instruction& each : program.body) {
+    for (int k = 0; k < kOperands; ++k) {
+      const int place = kValuePlace + 1 + k;
+      const bool used = each.out == place || std::count(each.in.begin(), each.in.end(), place);
+      if (used && !gradients[k]) {
+        throw std::invalid_argument("gradients: expected the address of gradient " +
+                                    std::to_string(k) + ", which the program computes, got 0");
+      }
+    }
+  }
 }
 
 void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,
@@ -344,7 +392,8 @@ bool runs_here([[maybe_unused]] const std::string& isa) {
 
 }  // namespace
 
-// Free-threaded Python keeps the GIL off: nothing is shared but the pool of blocks, which locks.
+// Free-threaded Python need not turn the GIL on for this module: what threads share is constant,
+// but for the pool of recycled blocks, which has a lock.
 PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   namespace py = pybind11;
   const py::call_guard<py::gil_scoped_release> unlocked;
@@ -383,11 +432,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.attr("program_registers") = kProgramRegisters;
   m.attr("program_constants") = kProgramConstants;
   py::class_<Program>(m, "Program", py::module_local())
-      .def(py::init([](const std::vector<InstructionTuple>& prologue,
-                       const std::vector<InstructionTuple>& body,
-                       const std::vector<double>& constants, size_t parameters) {
-        return Program{read_instructions(prologue), read_instructions(body), constants, parameters};
-      }))
+      .def(py::init(&read_program))
       .def(
           "__call__",
           [](const Program& program, int dtype, int64_t n,
@@ -395,6 +440,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
              const std::vector<double>& parameters, const OperandTuple& weight, double denominator,
              const OperandTuple& grad_output, int64_t each, int64_t reduced,
              const std::array<int64_t, kOperands>& gradients, int threads) {
+            check_gradients(program, gradients);
             run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands,
                                {}, weight, denominator, grad_output, each, reduced, gradients,
                                threads);

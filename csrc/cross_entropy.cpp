@@ -13,6 +13,17 @@
 
 namespace pyfused {
 
+// The sum of the losses, in blocks of so many positions.
+template <class Block, class T>
+double sum_of_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
+  const int64_t blocks = (batch.positions() + positions - 1) / positions;
+  std::vector<double> partial(blocks);
+  parallel_for_with<Block>(blocks, batch.threads, [&](int64_t block, auto workspace) {
+    partial[block] = workspace.make(batch, block * positions).run();
+  });
+  return total<T>(partial.data(), blocks);
+}
+
 template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   using A = Accumulate<T>;
   const TargetStatistics statistics = target_statistics(ce);
@@ -32,22 +43,19 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   if (streams && rows) streams = grad != ce.logits.data && has_pages(grad, bytes);
   const CrossEntropyBatch<T> batch(ce, uniform_sum, denominator, streams);
 
-  using Tall = CrossEntropyColumns<T, 32, 128>;
   using Wide = CrossEntropyColumns<T, 128, kFewClasses>;
-  const bool wide = ce.classes <= kFewClasses;
-  const int64_t columns = wide ? Wide::kPositions : Tall::kPositions;
-  const int64_t size = rows ? rows_of_block(ce.classes) : columns;
-  const int64_t blocks = (ce.positions() + size - 1) / size;
-  std::vector<double> partial(blocks);
-  parallel_for(blocks, ce.threads, [&](int64_t block) {
-    const int64_t first = block * size;
-    if (rows) {
-      partial[block] = run_rows(batch, first, std::min(ce.positions(), first + size));
-    } else {
-      partial[block] = wide ? Wide(batch, first).run() : Tall(batch, first).run();
-    }
-  });
-  if (ce.loss && !each) *ce.loss = A(total<T>(partial.data(), blocks) / denominator);
+  using Tall = CrossEntropyColumns<T, 32, 128>;
+  double loss;
+  if (rows && ce.scale == 1) {
+    loss = sum_of_blocks<RowBlock<T, false>>(batch, rows_of_block(ce.classes));
+  } else if (rows) {
+    loss = sum_of_blocks<RowBlock<T, true>>(batch, rows_of_block(ce.classes));
+  } else if (ce.classes <= kFewClasses) {
+    loss = sum_of_blocks<Wide>(batch, Wide::kPositions);
+  } else {
+    loss = sum_of_blocks<Tall>(batch, Tall::kPositions);
+  }
+  if (ce.loss && !each) *ce.loss = A(loss / denominator);
   return -1;
 }
 

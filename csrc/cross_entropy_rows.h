@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <new>
 
 #include "cross_entropy_terms.h"
 #include "parallel.h"
@@ -16,13 +16,13 @@ struct RowLoss {
   double factor, distance, sum, pivot;
 };
 
-template <class T> class Row {
+// kScales: the scale is not 1.
+template <class T, bool kScales> class Row {
   using A = Accumulate<T>;
 
  public:
-  // `scaled` is memory for the row's logits times the scale, if that is not 1.
-  Row(const CrossEntropyBatch<T>& ce, int64_t position, T* scaled)
-      : ce(ce), position(position), logits(scaled_logits(ce, position, scaled)),
+  Row(const CrossEntropyBatch<T>& ce, int64_t position)
+      : ce(ce), position(position), logits(ce.at(ce.logits, position)),
         has_target(ce.has_target(position)),
         keeps(ce.grad_logits.data && !ce.lse && ce.classes <= kKept<T>) {}
 
@@ -33,7 +33,7 @@ template <class T> class Row {
 
   void read(A first_max) {
     if (ce.ignored(position)) return;
-    if (has_target) target_logit = widen(logits[ce.label(position)]);
+    if (has_target) target_logit = widen(*chunk(ce.label(position), 1));
     if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, std::min(kChunk, ce.classes), A(1));
     if (ce.lse) return take_lse();
     keeps ? read<true>(first_max) : read<false>(first_max);
@@ -69,18 +69,6 @@ template <class T> class Row {
   }
 
  private:
-  static const T* scaled_logits(const CrossEntropyBatch<T>& ce, int64_t position, T* scaled) {
-    const T* const x = ce.at(ce.logits, position);
-    if (ce.scale == 1) return x;
-    alignas(kVectorBytes) A chunk[kChunk];
-    pyfused::for_chunks(ce.classes, [&](int64_t, int64_t first, int64_t n) {
-      load(x + first, chunk, n);
-      for (int64_t i = 0; i < n; ++i) chunk[i] *= A(ce.scale);
-      store(chunk, scaled + first, n);
-    });
-    return scaled;
-  }
-
   const CrossEntropyBatch<T>& ce;
   const int64_t position;
   const T* const logits;
@@ -93,6 +81,12 @@ template <class T> class Row {
   Sum prob_sum;  // sum_c q_c / smooth_weight of probabilities
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A buffer[kChunk];
+  alignas(kVectorBytes) A scaled_logits[kScales ? kChunk : 1];
+
+  // n logits times the scale, from a class on; the next call overwrites them.
+  const auto* chunk(int64_t first, int64_t n) {
+    return scaled_chunk<kScales>(logits + first, A(ce.scale), scaled_logits, n);
+  }
 
   template <class Body> void for_chunks(const Body& body) const {
     pyfused::for_chunks(ce.classes, body);
@@ -107,14 +101,14 @@ template <class T> class Row {
 
   template <bool Keeps> void read(A first_max) {
     T* const grad = Keeps ? ce.at(ce.grad_logits, position) : nullptr;
-    row.template read<Keeps>(
-        logits, grad, ce.classes, first_max,
-        [&](int64_t first, double by) {
-          if (ce.dense()) distance.add(by * prob_sum_before(first));
-        },
-        [&](int64_t first, int64_t n) {
-          if (ce.dense()) add_distance(distance, first, n, 0);
-        });
+    row.template read<Keeps>([&](int64_t first, int64_t n) { return chunk(first, n); }, grad,
+                             ce.classes, first_max,
+                             [&](int64_t first, double by) {
+                               if (ce.dense()) distance.add(by * prob_sum_before(first));
+                             },
+                             [&](int64_t first, int64_t n) {
+                               if (ce.dense()) add_distance(distance, first, n, 0);
+                             });
   }
 
   // q / smooth_weight of a chunk, without the one-hot term.
@@ -137,7 +131,7 @@ template <class T> class Row {
 
   // Adds q / smooth_weight and its product with pivot - x + shift.
   void add_distance(Sum& to, int64_t first, int64_t n, A shift) {
-    const T* const x = logits + first;
+    const auto* const x = chunk(first, n);
     const A* const q = soft_target_at(first, n);
     const A high = row.pivot;
     add_terms<A>(to, n, [=](int64_t i) { return q[i] * ((high - widen(x[i])) + shift); });
@@ -173,13 +167,13 @@ template <class T> class Row {
   void measure() {
     Sum distance;
     A highest = -std::numeric_limits<A>::infinity();
-    int64_t part_of_highest = 0;
+    int64_t chunk_of_highest = 0;
     for_chunks([&](int64_t, int64_t first, int64_t n) {
-      const T* const x = logits + first;
+      const auto* const x = chunk(first, n);
       const A high = row.pivot, top = largest(x, n, highest);
       if (top > highest) {
         highest = top;
-        part_of_highest = first;
+        chunk_of_highest = first;
       }
       scaled_exponentials(x, high, A(1), buffer, buffer, n, false);
       add_terms<A>(distance, n, [=](int64_t i) {
@@ -190,12 +184,14 @@ template <class T> class Row {
     ce.entropy[position] = std::log(row.sum) + distance.value() / row.sum;
     const auto is_nan = [](T x) { return std::isnan(widen(x)); };
     const T* const end = logits + ce.classes;
-    const T* found = std::isnan(row.sum) ? std::find_if(logits, end, is_nan) : end;
-    if (found == end) {
-      found = logits + part_of_highest;
-      while (widen(*found) != highest) ++found;
+    int64_t prediction = (std::isnan(row.sum) ? std::find_if(logits, end, is_nan) : end) - logits;
+    if (prediction == ce.classes) {
+      const int64_t first = chunk_of_highest, n = std::min(kChunk, ce.classes - first);
+      const auto* const x = chunk(first, n);
+      prediction = first;
+      while (widen(x[prediction - first]) != highest) ++prediction;
     }
-    ce.prediction[position] = ce.shard.first + (found - logits);
+    ce.prediction[position] = ce.shard.first + prediction;
   }
 
   // p_c sum_k q_k - q_c
@@ -215,7 +211,7 @@ template <class T> class Row {
       });
     } else {
       for_chunks([&](int64_t, int64_t first, int64_t n) {
-        const T* const x = logits + first;
+        const auto* const x = chunk(first, n);
         if (!ce.dense()) {
           return scaled_exponentials(x, high, A(factor), buffer, grad + first, n, ce.streams);
         }
@@ -240,7 +236,7 @@ template <class T> class Row {
             high = row.pivot;
     const A low = A(std::log(row.sum));
     for_chunks([&](int64_t, int64_t first, int64_t n) {
-      const T* const x = logits + first;
+      const auto* const x = chunk(first, n);
       A* const out = stride == 1 ? staged(grad + first, buffer) : buffer;
       for (int64_t i = 0; i < n; ++i) out[i] = factor * ((high - widen(x[i])) + low);
       for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.class_weight()[first + i];
@@ -249,41 +245,52 @@ template <class T> class Row {
   }
 };
 
-// Writes the gradients of rows first to end and, with Reduction::none, their losses; returns the
-// sum of the losses. The logarithms are computed in one vectorised loop: each alone would stall the
+// A block of rows. The logarithms are computed in one vectorised loop: each alone would stall the
 // CPU. This saves a third of the time of rows of 200 classes and a tenth of that of rows of 1,000.
-template <class T> double run_rows(const CrossEntropyBatch<T>& ce, int64_t first, int64_t end) {
+template <class T, bool kScales> class RowBlock {
   using A = Accumulate<T>;
-  constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
+  using OneRow = Row<T, kScales>;
+
+ public:
+  RowBlock(const CrossEntropyBatch<T>& ce, int64_t first)
+      : ce(ce), first(first), n(std::min(rows_of_block(ce.classes), ce.positions() - first)) {}
+
+  // Writes the gradients and, with Reduction::none, the losses; returns the sum of the losses.
+  double run() {
+    A first_max = OneRow::first_max(ce, first);
+    for (int64_t i = 0; i < n; ++i) {
+      OneRow& row = *new (row_memory) OneRow(ce, first + i);
+      row.read(first_max);
+      if (i + 1 < n) first_max = OneRow::first_max(ce, first + i + 1);
+      const RowLoss part = row.finish();
+      factor[i] = part.factor;
+      distance[i] = part.distance;
+      sum[i] = part.sum;
+      pivot[i] = part.pivot;
+    }
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) {
+      const double log_sum = log_positive(sum[i]);
+      loss[i] = factor[i] * (distance[i] + log_sum);
+      pivot[i] += log_sum;
+    }
+    for (int64_t i = 0; ce.local_lse && i < n; ++i) ce.local_lse[first + i] = pivot[i];
+    for (int64_t i = 0; ce.z_loss > 0 && i < n; ++i) loss[i] += ce.z_loss * pivot[i] * pivot[i];
+    for (int64_t i = 0; ce.token_weights && i < n; ++i) {
+      if (!ce.ignored(first + i)) loss[i] *= double(ce.token_weights[first + i]);
+    }
+    if (ce.loss && ce.reduction == Reduction::none) {
+      for (int64_t i = 0; i < n; ++i) ce.loss[first + i] = A(loss[i]);
+    }
+    return total<T>(loss, n);
+  }
+
+ private:
+  static constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
+  const CrossEntropyBatch<T>& ce;
+  const int64_t first, n;
   double factor[kMostRows], distance[kMostRows], sum[kMostRows], pivot[kMostRows], loss[kMostRows];
-  const int64_t n = end - first;
-  std::vector<T> scaled(ce.scale == 1 ? 0 : ce.classes);
-  A first_max = Row<T>::first_max(ce, first);
-  for (int64_t i = 0; i < n; ++i) {
-    Row<T> row(ce, first + i, scaled.data());
-    row.read(first_max);
-    if (i + 1 < n) first_max = Row<T>::first_max(ce, first + i + 1);
-    const RowLoss part = row.finish();
-    factor[i] = part.factor;
-    distance[i] = part.distance;
-    sum[i] = part.sum;
-    pivot[i] = part.pivot;
-  }
-  PYFUSED_SIMD()
-  for (int64_t i = 0; i < n; ++i) {
-    const double log_sum = log_positive(sum[i]);
-    loss[i] = factor[i] * (distance[i] + log_sum);
-    pivot[i] += log_sum;
-  }
-  for (int64_t i = 0; ce.local_lse && i < n; ++i) ce.local_lse[first + i] = pivot[i];
-  for (int64_t i = 0; ce.z_loss > 0 && i < n; ++i) loss[i] += ce.z_loss * pivot[i] * pivot[i];
-  for (int64_t i = 0; ce.token_weights && i < n; ++i) {
-    if (!ce.ignored(first + i)) loss[i] *= double(ce.token_weights[first + i]);
-  }
-  if (ce.loss && ce.reduction == Reduction::none) {
-    for (int64_t i = 0; i < n; ++i) ce.loss[first + i] = A(loss[i]);
-  }
-  return total<T>(loss, n);
-}
+  alignas(OneRow) unsigned char row_memory[sizeof(OneRow)];
+};
 
 }  // namespace pyfused

@@ -9,21 +9,22 @@
 
 namespace pyfused {
 
-// One of the two distributions of a row. U is T, or A where the logits were multiplied by the
-// scale.
-template <class U> class LogSoftmax {
-  using A = Accumulate<U>;
+// One of the two distributions of a row, of its logits times a scale. kScales: that is not 1.
+template <class T, bool kScales> class LogSoftmax {
+  using A = Accumulate<T>;
 
  public:
-  LogSoftmax(const U* logits, int64_t classes) : logits(logits) {
+  // A buffer has kChunk elements.
+  LogSoftmax(const T* logits, A scale, int64_t classes, A* buffer) : logits(logits), scale(scale) {
+    const A first_max = scale * Normalizer<T>::first_max(logits, classes);
     normalizer.template read<false>(
-        logits, static_cast<U*>(nullptr), classes, Normalizer<U>::first_max(logits, classes),
-        [](int64_t, double) {}, [](int64_t, int64_t) {});
+        [&](int64_t first, int64_t n) { return chunk(first, n, buffer); }, static_cast<T*>(nullptr),
+        classes, first_max, [](int64_t, double) {}, [](int64_t, int64_t) {});
     log_sum = A(std::log(normalizer.sum));
   }
 
   void read(int64_t first, int64_t n, A* probability, A* logarithm) const {
-    const U* const x = logits + first;
+    const auto* const x = chunk(first, n, logarithm);
     const A high = normalizer.pivot, low = log_sum;
     scaled_exponentials(x, high, A(1 / normalizer.sum), probability, probability, n, false);
     PYFUSED_SIMD()
@@ -31,9 +32,14 @@ template <class U> class LogSoftmax {
   }
 
  private:
-  const U* const logits;
-  Normalizer<U> normalizer;
+  const T* const logits;
+  const A scale;
+  Normalizer<T> normalizer;
   A log_sum;
+
+  const auto* chunk(int64_t first, int64_t n, A* buffer) const {
+    return scaled_chunk<kScales>(logits + first, scale, buffer, n);
+  }
 };
 
 // log p - log m and log q - log m from log p and log q. exp(-|log p - log q|) does not overflow.
@@ -51,12 +57,13 @@ template <class A> PYFUSED_NOINLINE void divide_by_mixture(A beta, A* log_p, A* 
   }
 }
 
-template <class T, class U> class KlDivRow {
+template <class T, bool kScales> class KlDivRow {
   using A = Accumulate<T>;
 
  public:
-  KlDivRow(const KlDiv<T>& kl, const U* x, const U* y)
-      : kl(kl), student(x, kl.classes), teacher(y, kl.classes) {}
+  KlDivRow(const KlDiv<T>& kl, int64_t row)
+      : kl(kl), student(kl.student + row * kl.student_stride, A(kl.scale), kl.classes, log_p),
+        teacher(kl.teacher + row * kl.teacher_stride, A(kl.scale), kl.classes, log_q) {}
 
   // Returns the loss, and writes the gradient times `scale` where there is one.
   double run(T* grad, double scale, bool streams) {
@@ -88,7 +95,7 @@ template <class T, class U> class KlDivRow {
 
  private:
   const KlDiv<T>& kl;
-  const LogSoftmax<U> student, teacher;
+  const LogSoftmax<T, kScales> student, teacher;
   alignas(kVectorBytes) A p[kChunk];
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A log_p[kChunk];  // less log q, or log m
@@ -112,35 +119,26 @@ template <class T, class U> class KlDivRow {
   }
 };
 
-template <class T> void kl_div_with_logits(const KlDiv<T>& kl) {
+template <class T, bool kScales> void kl_div_rows(const KlDiv<T>& kl) {
   using A = Accumulate<T>;
   const size_t bytes = size_t(kl.rows * kl.classes) * sizeof(T);
   const bool streams =
       kl.grad && bytes >= kStreamBytes && kl.grad != kl.student && has_pages(kl.grad, bytes);
   const int64_t size = rows_of_block(kl.classes), blocks = (kl.rows + size - 1) / size;
   std::vector<double> partial(blocks);
-  parallel_for(blocks, kl.threads, [&](int64_t block) {
-    std::vector<A> scaled(kl.scale == 1 ? 0 : 2 * kl.classes);
-    A* const both[] = {scaled.data(), scaled.data() + scaled.size() / 2};
+  parallel_for_with<KlDivRow<T, kScales>>(blocks, kl.threads, [&](int64_t block, auto workspace) {
     Sum sum;
     const int64_t end = std::min(kl.rows, (block + 1) * size);
     for (int64_t row = block * size; row < end; ++row) {
-      const T* const x = kl.student + row * kl.student_stride;
-      const T* const y = kl.teacher + row * kl.teacher_stride;
       T* const grad = kl.grad ? kl.grad + row * kl.grad_stride : nullptr;
       const double weight = kl.token_weight ? double(kl.token_weight[row]) : 1;
       const double grad_output = kl.grad_output ? double(kl.grad_output[kl.each ? row : 0]) : 1;
-      const double scale = weight * grad_output * kl.scale;
       double loss = 0;
       if (weight == 0) {
         if (grad) std::fill_n(grad, kl.classes, T{});
-      } else if (kl.scale == 1) {
-        loss = weight * KlDivRow<T, T>(kl, x, y).run(grad, scale, streams);
       } else {
-        load(x, both[0], kl.classes);
-        load(y, both[1], kl.classes);
-        for (A& logit : scaled) logit *= A(kl.scale);
-        loss = weight * KlDivRow<T, A>(kl, both[0], both[1]).run(grad, scale, streams);
+        const double scale = weight * grad_output * kl.scale;
+        loss = weight * workspace.make(kl, row).run(grad, scale, streams);
       }
       if (kl.loss && kl.each) kl.loss[row] = A(loss);
       sum.add(loss);
@@ -148,6 +146,10 @@ template <class T> void kl_div_with_logits(const KlDiv<T>& kl) {
     partial[block] = sum.value();
   });
   if (kl.loss && !kl.each) *kl.loss = A(total<T>(partial.data(), blocks));
+}
+
+template <class T> void kl_div_with_logits(const KlDiv<T>& kl) {
+  kl.scale == 1 ? kl_div_rows<T, false>(kl) : kl_div_rows<T, true>(kl);
 }
 
 template void kl_div_with_logits(const KlDiv<float>&);

@@ -217,15 +217,16 @@ template <class T> class LogProbsRow {
 
 template <class T, class Body> void for_rows(const LogProbs<T>& given, const Body& body) {
   const int64_t size = rows_of_block(given.classes);
-  parallel_for((given.rows + size - 1) / size, given.threads, [&](int64_t block) {
+  const int64_t blocks = (given.rows + size - 1) / size;
+  parallel_for_with<LogProbsRow<T>>(blocks, given.threads, [&](int64_t block, auto workspace) {
     const int64_t end = std::min(given.rows, (block + 1) * size);
-    for (int64_t row = block * size; row < end; ++row) body(LogProbsRow<T>(given, row));
+    for (int64_t row = block * size; row < end; ++row) body(workspace.make(given, row));
   });
 }
 
 template <class T>
 void log_probs(const LogProbs<T>& given, const RowValues<double>& values, bool continues) {
-  for_rows(given, [&](LogProbsRow<T>&& row) { row.forward(values, continues); });
+  for_rows(given, [&](LogProbsRow<T>& row) { row.forward(values, continues); });
 }
 
 template <class T>
@@ -233,7 +234,7 @@ void log_probs_backward(const LogProbs<T>& given, const LogProbsGradient<T>& gra
   const size_t bytes = size_t(given.rows * given.classes) * sizeof(T);
   const bool streams =
       bytes >= kStreamBytes && gradient.grad != given.logits && has_pages(gradient.grad, bytes);
-  for_rows(given, [&](LogProbsRow<T>&& row) { row.backward(gradient, streams); });
+  for_rows(given, [&](LogProbsRow<T>& row) { row.backward(gradient, streams); });
 }
 
 #define PYFUSED_LOG_PROBS(T)                                                   \

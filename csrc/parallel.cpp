@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -124,17 +127,6 @@ Runtime find_runtime() noexcept {
 
 const Runtime runtime = find_runtime();
 
-// ---- fork ---------------------------------------------------------------------------------------
-
-#ifdef _WIN32
-constexpr bool forked = false;
-#else
-// OpenMP's threads do not survive a fork, and a child that waits for them would hang. So a child
-// runs on one thread.
-bool forked = false;
-const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
-
 // ---- blocks on threads --------------------------------------------------------------------------
 
 // The blocks assigned to a thread, from which other threads steal. Aligned against false sharing.
@@ -153,6 +145,8 @@ struct Work {
   int64_t step;
   Blocks body;
   const void* data;
+  char* memory;  // of the first thread; the other threads' follows
+  size_t bytes;  // of each thread
 };
 
 void run_queues(void* shared) {
@@ -163,10 +157,89 @@ void run_queues(void* shared) {
     while (queue.next.load(std::memory_order_relaxed) < queue.end) {
       const int64_t first = queue.next.fetch_add(work.step, std::memory_order_relaxed);
       const int64_t end = std::min(queue.end, first + work.step);
-      if (first < end) work.body(work.data, first, end);
+      if (first < end) work.body(work.data, first, end, work.memory + own * work.bytes);
     }
   }
 }
+
+// ---- memory of threads --------------------------------------------------------------------------
+
+// The calling thread keeps the memory for its next call: what it writes first is in the cache then,
+// and an allocation of this size may be of new pages each time.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { ::operator delete(data, kAlignment); }
+
+  char* at_least(size_t wanted) {
+    if (bytes < wanted) {
+      ::operator delete(std::exchange(data, nullptr), kAlignment);
+      bytes = 0;
+      data = ::operator new(wanted, kAlignment);
+      bytes = wanted;
+    }
+    return static_cast<char*>(data);
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{kVectorBytes};
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+
+thread_local Memory memory;
+
+// ---- fork ---------------------------------------------------------------------------------------
+
+#ifdef _WIN32
+void run_team(Work& work) { runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0); }
+#else
+// OpenMP's threads do not survive a fork, and the thread that forked would wait in the child for a
+// team that is gone, if it had one, which no runtime tells. A new thread has a team of its own: in
+// the child it starts the regions of the thread that forked.
+class Substitute {
+ public:
+  Substitute() { std::thread(&Substitute::serve, this).detach(); }
+
+  void run(Work& work) {
+    std::unique_lock<std::mutex> lock(mutex);
+    task = &work;
+    changed.notify_all();
+    changed.wait(lock, [this] { return !task; });
+  }
+
+ private:
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex);
+    while (true) {
+      changed.wait(lock, [this] { return task; });
+      runtime.parallel(&run_queues, task, unsigned(task->queues.size()), 0);
+      task = nullptr;
+      changed.notify_all();
+    }
+  }
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  Work* task = nullptr;
+};
+
+thread_local bool forked = false;  // whether this is the thread that a fork left in the child
+thread_local Substitute* substitute = nullptr;  // never destroyed, as its thread waits in it
+
+const int fork_watch = pthread_atfork(nullptr, nullptr, [] {
+  forked = true;
+  substitute = nullptr;  // the thread of the parent's is gone, too
+});
+
+void run_team(Work& work) {
+  if (!forked) return runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0);
+  if (!substitute) substitute = new Substitute;
+  substitute->run(work);
+}
+#endif
 
 }  // namespace
 
@@ -174,18 +247,18 @@ void run_queues(void* shared) {
 // thread waits for one that the operating system has suspended. On two cores with another busy
 // process, calls of some milliseconds are 1.1 to 1.25 times as fast as with schedule(static);
 // alone, 1 to 1.05 times.
-void run_blocks(int64_t blocks, int threads, Blocks body, const void* data) {
+void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes) {
   if (threads > blocks) threads = int(blocks);
-  if (threads <= 1 || forked || !runtime.parallel || runtime.in_parallel()) {
-    return body(data, 0, blocks);
+  if (threads <= 1 || !runtime.parallel || runtime.in_parallel()) {
+    return body(data, 0, blocks, memory.at_least(bytes));
   }
   const int64_t step = std::max<int64_t>(1, blocks / (kSteps * threads));
-  Work work{std::vector<Queue>(threads), step, body, data};
+  Work work{std::vector<Queue>(threads), step, body, data, memory.at_least(threads * bytes), bytes};
   for (int i = 0; i < threads; ++i) {
     work.queues[i].next = blocks * i / threads;
     work.queues[i].end = blocks * (i + 1) / threads;
   }
-  runtime.parallel(&run_queues, &work, unsigned(threads), 0);
+  run_team(work);
 }
 
 std::string runtime_file() { return runtime.file; }

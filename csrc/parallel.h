@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <new>
 #include <string>
 #include <type_traits>
 
@@ -17,19 +19,48 @@ namespace pyfused {
 
 // ---- threads ------------------------------------------------------------------------------------
 
-// Runs the blocks from `first` to `end`.
-using Blocks = void (*)(const void* data, int64_t first, int64_t end);
+// Runs the blocks from `first` to `end`, with the memory of the thread that runs them.
+using Blocks = void (*)(const void* data, int64_t first, int64_t end, void* memory);
 
-// Calls body(data, first, end) for all blocks, in pieces, on up to so many of torch's threads: the
-// build links no OpenMP; the runtime that torch has loaded is found when the module is loaded. On
-// the calling thread alone if there is none, within a parallel region, and in a forked child.
-void run_blocks(int64_t blocks, int threads, Blocks body, const void* data);
+// Calls body(data, first, end, memory) for all blocks, in pieces, on up to so many of torch's
+// threads: the build links no OpenMP; the runtime that torch has loaded is found when the module is
+// loaded. On the calling thread alone if there is none, and within a parallel region.
+//
+// Each thread has `bytes` of memory, aligned to vectors, which are allocated before the threads
+// start: std::bad_alloc reaches the caller, and nothing has been written yet. A body must not
+// allocate, because an exception that leaves a parallel region ends the process.
+void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes = 0);
 
+// Calls body(block) for each block.
 template <class Body> void parallel_for(int64_t blocks, int threads, const Body& body) {
-  const auto run = [](const void* body, int64_t first, int64_t end) {
+  const auto run = [](const void* body, int64_t first, int64_t end, void*) {
     for (int64_t block = first; block < end; ++block) (*static_cast<const Body*>(body))(block);
   };
   run_blocks(blocks, threads, run, &body);
+}
+
+// A thread's memory for one Object at a time. What holds buffers is made here and not on the
+// stack, which may be as small as 128 KiB.
+template <class Object> struct Workspace {
+  static_assert(alignof(Object) <= kVectorBytes && std::is_trivially_destructible_v<Object>);
+  void* memory;
+
+  template <class... Arguments> Object& make(const Arguments&... arguments) const {
+    if constexpr (sizeof...(arguments) > 0) return *new (memory) Object(arguments...);
+    else return *new (memory) Object;  // without (), which would fill its buffers with zeros
+  }
+};
+
+// Calls body(block, workspace) for each block.
+template <class Object, class Body>
+void parallel_for_with(int64_t blocks, int threads, const Body& body) {
+  const auto run = [](const void* body, int64_t first, int64_t end, void* memory) {
+    const Workspace<Object> workspace{memory};
+    for (int64_t block = first; block < end; ++block) {
+      (*static_cast<const Body*>(body))(block, workspace);
+    }
+  };
+  run_blocks(blocks, threads, run, &body, sizeof(Object));
 }
 
 std::string runtime_file();  // of the OpenMP runtime; empty if there is none

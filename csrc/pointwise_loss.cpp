@@ -53,12 +53,19 @@ template <class A> void multiply(A* values, const A* by, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] *= by[i];
 }
 
+// What a chunk is computed in.
+template <class Formula, class A> struct PointwiseBuffers {
+  using Buffer = A[Formula::kChunk];
+  alignas(kVectorBytes) Buffer read[kOperands], written[kOperands], value, weight, grad_output;
+  typename Formula::template Registers<A> registers;
+};
+
 template <class Formula, class T>
-void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p, Sum& sum, int64_t first,
+void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
+                     PointwiseBuffers<Formula, Accumulate<T>>& buffers, Sum& sum, int64_t first,
                      int64_t n, bool streams) {
   using A = Accumulate<T>;
-  using Buffer = A[Formula::kChunk];
-  alignas(kVectorBytes) Buffer read[kOperands], written[kOperands], buffer, weight, grad_output;
+  auto& [read, written, buffer, weight, grad_output, registers] = buffers;
   A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
   Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
   LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
@@ -68,7 +75,7 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p, Sum& sum
     T* const gradient = p.gradients[k];
     if (gradient) chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);
   }
-  formula.evaluate(p.parameters, chunk);
+  formula.evaluate(p.parameters, chunk, registers);
   const Factors<A> by = factors(p, first, n, weight, grad_output);
   if (p.reduced && by.value) {
     add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
@@ -91,11 +98,14 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
   const int64_t blocks = (p.n + kLossBlock - 1) / kLossBlock;
   const bool streams = size_t(p.n) * sizeof(T) >= kStreamBytes;
   std::vector<double> partial(blocks);
-  parallel_for(blocks, p.threads, [&](int64_t block) {
+  using Buffers = PointwiseBuffers<Formula, Accumulate<T>>;
+  parallel_for_with<Buffers>(blocks, p.threads, [&](int64_t block, auto workspace) {
+    Buffers& buffers = workspace.make();
     const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
     Sum sum;
     for (int64_t first = block * kLossBlock; first < end; first += Formula::kChunk) {
-      pointwise_chunk(formula, p, sum, first, std::min(Formula::kChunk, end - first), streams);
+      pointwise_chunk(formula, p, buffers, sum, first, std::min(Formula::kChunk, end - first),
+                      streams);
     }
     partial[block] = sum.value();
   });

@@ -37,8 +37,10 @@ struct LossFormula {
   LossLoops<double>* in_double;
   static constexpr bool kSums = true;  // itself, what it evaluates
   static constexpr int64_t kChunk = 1024;  // elements at a time, in L1
+  template <class A> struct Registers {};  // what a formula needs beside the chunk's buffers
 
-  template <class A> void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) const {
+  template <class A>
+  void evaluate(const Parameters& parameters, const LossChunk<A>& chunk, Registers<A>&) const {
     if constexpr (sizeof(A) == sizeof(float)) in_float(parameters, chunk);
     else in_double(parameters, chunk);
   }

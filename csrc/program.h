@@ -1,4 +1,6 @@
-// A formula of the user's, as a program: instructions, each a vectorised loop over a chunk in L1.
+// A user's formula as a program: instructions, each a loop over a chunk of 1,024 elements. Loops
+// are vectorised, except pow of doubles and sin and cos of large numbers, which call the C library.
+// A register takes 4 KiB, or 8 of doubles: chunks of a program with few registers stay in L1.
 //
 // pyfused/ops/program.py makes programs. A place is the number of
 //
@@ -72,7 +74,7 @@ constexpr int kConstantPlace = kRegisterPlace + kProgramRegisters;
 struct Instruction {
   int opcode;
   unsigned constants;  // bit k: operand k is a constant
-  int out;             // a place
+  int out;  // a place
   std::array<int, 4> in;  // one that does not exist is the first again
 };
 
@@ -102,21 +104,25 @@ template <class A> PYFUSED_INLINE int is_moderate(A x) { return (x > 0x1p-60f) &
 template <class F, class A, unsigned constants>
 PYFUSED_FLATTEN void instruction_loop(A* out, const Inputs<A>& in, int64_t n) {
   const A *const a = in[0], *const b = in[1], *const c = in[2], *const d = in[3];
+  const auto at = [](int k, int64_t i) { return constants >> k & 1 ? 0 : i; };
   constexpr bool sine = std::is_same_v<F, instructions::sin_>;
   if constexpr (sine || std::is_same_v<F, instructions::cos_>) {
     int far = 0;
     PYFUSED_SIMD(reduction(| : far))
-    for (int64_t i = 0; i < n; ++i) far |= std::abs(a[i]) > kMostSine<A>;
+    for (int64_t i = 0; i < n; ++i) far |= std::abs(a[at(0, i)]) > kMostSine<A>;
     if (far) {
-      for (int64_t i = 0; i < n; ++i) out[i] = sine ? std::sin(a[i]) : std::cos(a[i]);
+      for (int64_t i = 0; i < n; ++i) out[i] = sine ? std::sin(a[at(0, i)]) : std::cos(a[at(0, i)]);
       return;
     }
   }
   if constexpr (std::is_same_v<F, instructions::pow_less_>) {
     int extremes = 0;
     PYFUSED_SIMD(reduction(| : extremes))
-    for (int64_t i = 0; i < n; ++i) extremes |= !(is_moderate(a[i]) & is_moderate(b[i]));
-    if (extremes) return instruction_loop<instructions::pow_, A, 12>(out, {b, c, b, b}, n);
+    for (int64_t i = 0; i < n; ++i) {
+      extremes |= !(is_moderate(a[at(0, i)]) & is_moderate(b[at(1, i)]));
+    }
+    constexpr unsigned of_pow = 12 | (constants >> 1 & 3);
+    if (extremes) return instruction_loop<instructions::pow_, A, of_pow>(out, {b, c, b, b}, n);
   }
   const A a0 = *a, b0 = *b, c0 = *c, d0 = *d;
   PYFUSED_SIMD()
@@ -146,6 +152,10 @@ extern template const InstructionRow<double>* instruction_rows();
 #define PYFUSED_NAME(name, count, result) #name,
 constexpr const char* kInstructions[] = {PYFUSED_INSTRUCTIONS(PYFUSED_NAME)};
 #undef PYFUSED_NAME
+
+#define PYFUSED_COUNT(name, count, result) count,
+constexpr size_t kInstructionOperands[] = {PYFUSED_INSTRUCTIONS(PYFUSED_COUNT)};
+#undef PYFUSED_COUNT
 
 struct Program {
   std::vector<Instruction> prologue, body;
@@ -179,8 +189,12 @@ class ProgramFormula {
   static constexpr bool kSums = false;
   static constexpr int64_t kChunk = 1024;  // elements of a register
 
-  template <class A> void evaluate(const Parameters&, const LossChunk<A>& chunk) const {
-    alignas(kVectorBytes) A registers[kProgramRegisters][kChunk];
+  template <class A> struct Registers {
+    alignas(kVectorBytes) A values[kProgramRegisters][kChunk];
+  };
+
+  template <class A>
+  void evaluate(const Parameters&, const LossChunk<A>& chunk, Registers<A>& registers) const {
     const std::vector<A>& constants = std::get<std::vector<A>>(constants_);
     std::array<const A*, kConstantPlace + kProgramConstants> place;
     for (int k = 0; k < kOperands; ++k) {
@@ -188,7 +202,7 @@ class ProgramFormula {
       place[kValuePlace + 1 + k] = chunk.gradients[k];
     }
     place[kValuePlace] = chunk.value;
-    for (int i = 0; i < registers_; ++i) place[kRegisterPlace + i] = registers[i];
+    for (int i = 0; i < registers_; ++i) place[kRegisterPlace + i] = registers.values[i];
     for (size_t i = 0; i < constants.size(); ++i) place[kConstantPlace + i] = &constants[i];
     for (const auto& [opcode, constant, to, from] : body_) {
       const Inputs<A> in{place[from[0]], place[from[1]], place[from[2]], place[from[3]]};

@@ -36,6 +36,21 @@ template <class Body> void for_chunks(int64_t classes, const Body& body) {
   }
 }
 
+// n elements times a scale, which are not rounded to T again; without kScales the elements
+// themselves.
+template <bool kScales, class T>
+PYFUSED_INLINE auto scaled_chunk(const T* x, [[maybe_unused]] Accumulate<T> scale,
+                                 [[maybe_unused]] Accumulate<T>* buffer,
+                                 [[maybe_unused]] int64_t n) {
+  if constexpr (kScales) {
+    load(x, buffer, n);
+    for (int64_t i = 0; i < n; ++i) buffer[i] *= scale;
+    return static_cast<const Accumulate<T>*>(buffer);
+  } else {
+    return x;
+  }
+}
+
 // log sum_c exp(x_c) = pivot + log(sum), in one read of a row.
 template <class T> class Normalizer {
   using A = Accumulate<T>;
@@ -56,12 +71,13 @@ template <class T> class Normalizer {
 
   // Sums each chunk against the current pivot. If a chunk outweighs the chunks before it, which is
   // rare, the pivot rises to the chunk's largest element, after a call of pivot_rises(first, by how
-  // much). chunk_read(first, n) follows each chunk. `out` is where the row's result goes.
-  template <bool Keeps, class PivotRises, class ChunkRead>
-  PYFUSED_INLINE void read(const T* row, T* out, int64_t classes, A first_max,
+  // much). chunk_read(first, n) follows each chunk. at(first, n) is a chunk in memory, of T or of
+  // A. `out` is where the row's result goes.
+  template <bool Keeps, class At, class PivotRises, class ChunkRead>
+  PYFUSED_INLINE void read(const At& at, T* out, int64_t classes, A first_max,
                            const PivotRises& pivot_rises, const ChunkRead& chunk_read) {
     for_chunks(classes, [&](int64_t chunk, int64_t first, int64_t n) {
-      const T* const x = row + first;
+      const auto* const x = at(first, n);
       A* const e = Keeps ? kept + first : nullptr;
       T* const result = Keeps ? out + first : nullptr;
       A terms = chunk ? sum_exponentials<Keeps, true>(x, pivot, e, result, n) : 0;

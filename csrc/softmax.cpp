@@ -75,8 +75,8 @@ template <class T> class SoftmaxRow {
 
   template <bool Keeps> void read() {
     const A first_max = Normalizer<T>::first_max(input, classes);
-    row.template read<Keeps>(
-        input, output, classes, first_max, [](int64_t, double) {}, [](int64_t, int64_t) {});
+    row.template read<Keeps>([this](int64_t first, int64_t) { return input + first; }, output,
+                             classes, first_max, [](int64_t, double) {}, [](int64_t, int64_t) {});
   }
 };
 
@@ -250,10 +250,11 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
 
 template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
   const int64_t size = rows_of_block(softmax.classes);
-  parallel_for((softmax.positions() + size - 1) / size, softmax.threads, [&](int64_t block) {
+  const int64_t blocks = (softmax.positions() + size - 1) / size;
+  parallel_for_with<SoftmaxRow<T>>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
     const int64_t end = std::min(softmax.positions(), (block + 1) * size);
     for (int64_t position = block * size; position < end; ++position) {
-      SoftmaxRow<T> row(softmax, position, streams);
+      SoftmaxRow<T>& row = workspace.make(softmax, position, streams);
       softmax.backward() ? row.backward() : row.forward();
     }
   });
@@ -272,10 +273,11 @@ template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
 template <class T> void softmax_groups(const Softmax<T>& softmax) {
   const int64_t rows = SoftmaxGroup<T>::rows(softmax.classes);
   const int64_t size = (rows_of_block(softmax.classes) + rows - 1) / rows * rows;
-  parallel_for((softmax.positions() + size - 1) / size, softmax.threads, [&](int64_t block) {
+  const int64_t blocks = (softmax.positions() + size - 1) / size;
+  parallel_for_with<SoftmaxGroup<T>>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
     const int64_t end = std::min(softmax.positions(), (block + 1) * size);
     for (int64_t first = block * size; first < end; first += rows) {
-      SoftmaxGroup<T>(softmax, first, std::min(rows, end - first)).run();
+      workspace.make(softmax, first, std::min(rows, end - first)).run();
     }
   });
 }
@@ -283,8 +285,9 @@ template <class T> void softmax_groups(const Softmax<T>& softmax) {
 
 template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, bool streams) {
   constexpr int64_t size = Block::kPositions;
-  parallel_for((softmax.positions() + size - 1) / size, softmax.threads, [&](int64_t block) {
-    Block columns(softmax, block * size, streams);
+  const int64_t blocks = (softmax.positions() + size - 1) / size;
+  parallel_for_with<Block>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
+    Block& columns = workspace.make(softmax, block * size, streams);
     softmax.backward() ? columns.backward() : columns.forward();
   });
 }

@@ -16,7 +16,8 @@
 //   Normal.below    [-13, inf] (double: [-37, inf])  5 ULP, and x^2 / 2 of them below -1
 //   softplus        [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
 //   sigmoid         [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
-//   load, store     every value of the type          load is exact, store rounds to nearest even
+//   load            every value of T                 exact
+//   store           every value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
 //
 // NaN stays NaN. tests/test_vec.py measures these errors.
 #pragma once

@@ -1,9 +1,11 @@
 // csrc/parallel.cpp as test_parallel.py sees it: which threads run the blocks.
 #include "parallel.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstdarg>
 #include <mutex>
+#include <new>
 #include <set>
 #include <thread>
 #include <vector>
@@ -19,6 +21,28 @@ EXPORTED int threads_used(int64_t blocks, int threads) {
     seen.insert(std::this_thread::get_id());
   });
   return int(seen.size());
+}
+
+template <size_t bytes> int count_blocks(int64_t blocks, int threads) {
+  struct Buffers {
+    char data[bytes];
+  };
+  std::atomic<int> count{0};
+  try {
+    pyfused::parallel_for_with<Buffers>(blocks, threads, [&](int64_t, auto workspace) {
+      workspace.make().data[bytes - 1] = 1;
+      ++count;
+    });
+  } catch (const std::bad_alloc&) {
+    return count ? -2 : -1;
+  }
+  return count;
+}
+
+// How many blocks run; -1 if there was no memory for the threads, which needs 2^60 bytes each.
+EXPORTED int blocks_run(int64_t blocks, int threads, int huge) {
+  return huge ? count_blocks<size_t(1) << 60>(blocks, threads)
+              : count_blocks<1000>(blocks, threads);
 }
 
 EXPORTED int has_runtime() { return !pyfused::runtime_file().empty(); }

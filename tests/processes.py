@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -38,6 +39,20 @@ def _execute(code: str, environment: dict[str, str], folder: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+@contextlib.contextmanager
+def left(size: int) -> Iterator[None]:
+    """Lets the process map no more than so many bytes more."""
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> list[bytes]:

@@ -75,16 +75,33 @@ print(used, before == threads())
     assert done.stdout == "[1, 1] True\n", done.stderr
 
 
-def test_a_forked_child_stays_on_its_thread(library: Path) -> None:
+@pytest.mark.parametrize("warm", [WARM, "import torch\n"], ids=["after use", "before use"])
+def test_a_forked_child_has_threads_of_its_own(library: Path, warm: str) -> None:
+    """Whether torch has used threads or not, and in a child of the child as well."""
+    done = python(f"""{COUNT}{warm}
+library = ctypes.CDLL({str(library)!r})
+def in_child(depth):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    used = [library.threads_used(64, 2), library.threads_used(64, 3)]
+    if depth:
+        used.append(in_child(depth - 1))
+    os._exit(17 if used in ([2, 3], [2, 3, 17]) else 1)
+print(in_child(1), library.threads_used(64, 2), in_child(1), library.threads_used(64, 2))
+""")
+    assert done.stdout == "17 2 17 2\n", done.stderr
+
+
+def test_a_lack_of_memory_is_thrown_before_a_body_runs(library: Path) -> None:
+    """For the memory of the threads, on one thread and on two; the next call is as any other."""
     done = python(f"""{COUNT}{WARM}
 library = ctypes.CDLL({str(library)!r})
-library.threads_used(64, 2)
-child = os.fork()
-if child == 0:
-    os._exit(10 + library.threads_used(9, 2))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), library.threads_used(64, 2))
+library.blocks_run.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int
+for huge in (True, False, True):
+    print(*[library.blocks_run(9, threads, huge) for threads in (1, 2)], end=" ")
 """)
-    assert done.stdout == "11 2\n", done.stderr
+    assert done.stdout == "-1 -1 9 9 -1 -1 ", done.stderr
 
 
 def test_without_a_runtime_there_is_one_thread(library: Path) -> None:
@@ -134,10 +151,10 @@ def test_a_large_call_starts_no_thread(isa: str) -> None:
 
 def test_modules_without_a_runtime_say_so_once() -> None:
     """They look for it when they are loaded, which here is before torch loads it."""
-    files = [sys.modules[cpu.load(isa).__name__].__file__ for isa in cpu.ISAS]
+    files = [sys.modules[cpu.load(isa).__name__].__file__ for isa in cpu.supported]
     done = alone(f"""{COUNT}
 from importlib.util import module_from_spec, spec_from_file_location
-for isa, file in zip({cpu.ISAS}, {files}):
+for isa, file in zip({cpu.supported}, {files}):
     name = "pyfused._cpu_" + isa.replace("-", "_")
     spec = spec_from_file_location(name, file)
     sys.modules[name] = module_from_spec(spec)

@@ -1,0 +1,183 @@
+"""Processes without memory left, and threads with small stacks: what torch survives, we survive.
+
+Each test is a process of its own, which a limit or a crash would end.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compare import FLOATS
+from processes import python
+from samples import ACTIVATIONS, FIRST
+from torch import Tensor
+
+import pyfused
+from pyfused import functional as fused
+from pyfused.backends import cpu
+from pyfused.ops.dispatch import call
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(sys.platform != "linux", reason="the limits are those of Linux"),
+]
+
+STACK = 128 << 10
+# Rows, few classes in columns, and many whose positions are contiguous.
+SHAPES = ((3, 3000), (300, 5), (2, 60, 70))
+
+
+@pyfused.loss
+def formula(a: Tensor, b: Tensor) -> Tensor:
+    terms = [torch.tanh(a * k) * torch.exp(-b * k) for k in range(1, 8)]
+    return sum(terms[1:], terms[0])
+
+
+def elementwise(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Callable[[], Tensor]]:
+    x, other = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    for operator in ACTIVATIONS:
+        yield partial(call, operator, (x, *operator.defaults))
+    for loss in FIRST:
+        yield partial(loss.ours, **loss.draw(shape, dtype), **loss.parameters)
+    yield partial(formula, x, other)
+    yield partial(formula, x, other, reduction="none")
+
+
+def over_classes(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Callable[[], Tensor]]:
+    x, other = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    target = torch.randint(shape[1], (shape[0], *shape[2:]))
+    weight = torch.rand(shape[1]).to(dtype)
+    many: tuple[dict[str, Any], ...] = (
+        {},
+        {"scale": 3.0, "label_smoothing": 0.1},
+        {"reduction": "none", "weight": weight},
+    )
+    for options in many:
+        yield partial(fused.cross_entropy, x, target, **options)
+    yield partial(fused.cross_entropy, x, other.detach().sigmoid().requires_grad_(), scale=0.5)
+    yield lambda: fused.cross_entropy_with_metrics(x, target, scale=2.0)[0]
+    yield partial(fused.nll_loss, x, target)
+    yield partial(fused.softmax, x, 1)
+    yield partial(fused.log_softmax, x, 1)
+    if len(shape) > 2:
+        return
+    yield partial(fused.multi_margin_loss, x, target)
+    yield lambda: torch.stack(fused.log_probs(x, target, return_entropy=True, return_lse=True))
+    for beta in (0.0, 0.3, 1.0):
+        yield partial(fused.kl_div_with_logits, x, other.detach(), beta=beta, temperature=2.0)
+    yield partial(fused.kl_div_with_logits, x, other.detach())
+
+
+def head(dtype: torch.dtype) -> Tensor:
+    input, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (20, 300))
+    return fused.linear_cross_entropy(input, weight, torch.randint(300, (20,)))
+
+
+def backward(loss: Tensor) -> None:
+    loss.float().sum().backward()
+
+
+def run_all() -> None:
+    for isa in cpu.supported:
+        cpu.native = cpu.load(isa)
+        for dtype in FLOATS:
+            backward(head(dtype))
+            for shape in SHAPES:
+                for loss in over_classes(dtype, shape):
+                    backward(loss())
+            for loss in elementwise(dtype, (70, 1000)):
+                backward(loss())
+
+
+def test_threads_with_small_stacks() -> None:
+    """Both those of Python and those of OpenMP."""
+    code = f"""
+        import threading, torch
+        from conftest import fused_always
+        from test_limits import run_all
+        torch.set_num_threads(2)
+        threading.stack_size({STACK})
+        thread = threading.Thread(target=lambda: (run_all(), print("survived")))
+        with fused_always():
+            thread.start()
+            thread.join()
+    """
+    done = python(code, OMP_STACKSIZE=f"{STACK}B")
+    assert (done.stdout, done.returncode) == ("survived\n", 0), done.stderr
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_a_scale_needs_no_memory_that_grows_with_a_row() -> None:
+    """Where that was allocated on the threads, a lack of it ended the process."""
+    done = python("""
+        import torch
+        from torch.nn import functional as F
+        from processes import left
+        from pyfused.functional import cross_entropy, kl_div_with_logits
+        torch.set_num_threads(2)
+        x, y = torch.randn(2, 2, 6_000_000)
+        target = torch.tensor([3, 5_000_000])
+        p, q = (F.log_softmax(logits / 2, -1) for logits in (x, y))
+        expected = F.nll_loss(p, target), F.kl_div(p, q, reduction="batchmean", log_target=True)
+        with left(16 << 20):
+            got = (
+                cross_entropy(x, target, scale=0.5),
+                kl_div_with_logits(x, y, temperature=2.0),
+            )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+        print("survived")
+    """)
+    assert (done.stdout, done.returncode) == ("survived\n", 0), done.stderr
+
+
+def test_no_memory_for_the_buffers_of_threads() -> None:
+    """It is an error of Python's, raised before any thread is started: there are not so many."""
+    done = python("""
+        import torch
+        from processes import left
+        from pyfused.functional import cross_entropy, softmax
+        x, y = torch.randn(2, 300_000, 5).softmax(-1)
+        count = torch.get_num_threads
+        for run in (lambda: cross_entropy(x, y), lambda: softmax(x, 1)):
+            value = run()
+            with left(16 << 20):
+                torch.get_num_threads = lambda: 2000
+                try:
+                    run()
+                except MemoryError:
+                    print("MemoryError")
+                torch.get_num_threads = count
+            assert torch.equal(run(), value)
+    """)
+    assert (done.stdout, done.returncode) == ("MemoryError\n" * 2, 0), done.stderr
+
+
+def test_without_memory_every_kernel_returns_or_raises() -> None:
+    done = python("""
+        import torch
+        from conftest import fused_always
+        from processes import left
+        from test_limits import backward, elementwise, over_classes
+        torch.set_num_threads(2)
+        backward(torch.randn(1 << 20, requires_grad=True) * 2)  # starts torch's threads
+        shape, failed = (2, 1 << 20), 0
+        with fused_always():
+            calls = [*elementwise(torch.float32, shape), *over_classes(torch.float32, shape)]
+            for run in calls:
+                with left(0):
+                    try:
+                        backward(run())
+                    except (MemoryError, RuntimeError):
+                        failed += 1
+            for run in calls:
+                run()
+        print("survived" if failed else "the limit limits nothing")
+    """)
+    assert (done.stdout, done.returncode) == ("survived\n", 0), done.stderr
