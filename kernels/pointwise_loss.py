@@ -307,8 +307,8 @@ def pointwise_loss_kernel(
     """Outputs that are None are not wanted; with REDUCE `loss` takes one partial sum a program.
 
     denominator: None for 1, an integer, or a pointer to a number that only the GPU knows.
-    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them; to those of
-        a program, which takes up to four operands.
+    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them; for a
+        program, which takes up to four operands, what `parts_of` of `program.py` makes of its own.
     """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     divisor = tl.full([], 1.0, tl.float64)

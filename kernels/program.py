@@ -1,6 +1,6 @@
 """Prints the program of a user's formula as a Triton function, in the place of a hand-written one.
 
-    value, gradients of each operand = program(operands, parameters, scale)
+    value, gradients of each operand = program(operands, parts of the parameters, scale)
 
 Literals and parameters are float64 until they meet an operand; what the program computes of these
 alone is computed in float64.
@@ -9,6 +9,7 @@ alone is computed in float64.
 from __future__ import annotations
 
 import linecache
+import struct
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -27,6 +28,25 @@ if TYPE_CHECKING:
     from pyfused.ops.program import Line, Program
 
 OPERANDS = 4  # at most
+
+
+def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
+    """Four numbers for each parameter, which are arguments of the launch.
+
+    Triton takes a number in a tuple as float32, and compiles again for some integers. 16 bits of a
+    float64 at a time are exact in float32.
+    """
+    n = len(parameters)
+    return tuple(map(float, struct.unpack(f"<{4 * n}H", struct.pack(f"<{n}d", *parameters))))
+
+
+@triton.jit
+def parameter(parts, k: tl.constexpr):
+    """The float64 whose 16 bits at a time, from the lowest on, are four of the parts."""
+    bits = tl.cast(parts[4 * k], tl.int64)
+    for i in tl.static_range(1, 4):
+        bits |= tl.cast(parts[4 * k + i], tl.int64) << (16 * i)
+    return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -119,14 +139,14 @@ INSTRUCTIONS = {
 
 
 def source_of(program: Program, name: str) -> str:
-    """The text of a Triton function of the operands, a pointer to the parameters, and the scale."""
+    """The text of a Triton function of the operands, the parameters' parts, and the scale."""
     operands = [f"x{k}" for k in range(OPERANDS)]
     outputs = ["value", *(f"grad_{x}" for x in operands)]
     constants = [f"c{k}" for k in range(len(program.constants))]
     names = program.names(operands, constants)
     values = [
         "scale.to(tl.float64)",
-        *(f"tl.load(parameters + {k})" for k in range(program.parameters)),
+        *(f"parameter(parts, {k})" for k in range(program.parameters)),
     ]
     values += [
         f'tl.full([], float("{value!r}"), tl.float64)' for value in program.constants[len(values) :]
@@ -147,9 +167,7 @@ def source_of(program: Program, name: str) -> str:
         *lines(program.body, "{}"),
         f"return {', '.join(outputs)}",
     ]
-    return "\n    ".join(
-        [f"@triton.jit\ndef {name}({', '.join(operands)}, parameters, scale):", *body]
-    )
+    return "\n    ".join([f"@triton.jit\ndef {name}({', '.join(operands)}, parts, scale):", *body])
 
 
 def formula_of(program: Program) -> Any:

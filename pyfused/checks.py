@@ -441,6 +441,8 @@ def multi_margin_loss(
     number("margin", options.margin, (float, Real), "a float")
     if options.p not in (1, 2):
         raise ValueError(f"p: expected 1 or 2, got {options.p}")
+    if weight is not None and weight.dim() != 1:
+        raise ValueError(f"weight: expected one dimension, got shape {tuple(weight.shape)}")
     shape = input.shape
     if len(shape) not in (1, 2) or not shape[-1]:
         raise RuntimeError(f"input: expected shape (C) or (N, C), got {tuple(shape)}")
@@ -455,8 +457,6 @@ def multi_margin_loss(
             f"target: expected class indices of dtype torch.int64, got {target.dtype}"
         )
     if weight is not None:
-        if weight.dim() != 1:
-            raise ValueError(f"weight: expected one dimension, got shape {tuple(weight.shape)}")
         _class_weight(input, weight)
 
 
@@ -474,8 +474,10 @@ def _class_index_target(input: Tensor, target: Tensor) -> None:
             f"{tuple(input.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
         )
     if target.shape != expected and not single:
-        batches = (*expected[:1], 1)[0], (*target.shape[:1], 1)[0]
-        raise (ValueError if batches[0] != batches[1] else RuntimeError)(
+        batch = target.shape[:1] != input.shape[:1]
+        if input.dim() == 1:
+            batch = target.dim() == 1 and not target.is_floating_point()
+        raise (ValueError if batch else RuntimeError)(
             f"target: expected class indices of shape {tuple(expected)} or class probabilities of "
             f"the input's shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
             f"{_hint(input, target)}"
@@ -515,6 +517,11 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> Non
     if target.is_floating_point():
         return
     index = target.long()  # a uint8 tensor is compared with 1462 as with 182
+    if not index.numel():
+        return
+    low, high = index.aminmax()
+    if low >= 0 and high < classes:
+        return
     invalid = (index < 0) | (index >= classes)
     if ignore_index is not None:
         invalid &= index != ignore_index

@@ -4,6 +4,10 @@ No logits are gathered. A row takes three numbers of communication: the largest 
 log-sum-exps, and the sums of their exponentials and of q_c x_c. The gradient of logits
 takes none. Metrics take five more numbers of each process.
 
+With ``create_graph=True`` gradients are computed in torch's terms, from all logits of a process in
+float64, and can be differentiated any number of times. Each of these passes communicates, so every
+process of the group takes part.
+
 The functions of :mod:`pyfused.functional` go this way by themselves with DTensors of logits, or of
 a layer's weight and bias, that are sharded by classes.
 """
@@ -291,11 +295,11 @@ def _shard_of_logits(
     checks.tensor(name, logits)
     if logits.dim() < 2:
         raise RuntimeError(f"{name}: expected shape (N, C, ...), got {tuple(logits.shape)}")
-    return vocab_parallel.shard_of(group, first, classes, logits.shape[1])
+    return vocab_parallel.shard_of(group, first, classes, logits.shape[1], logits.device)
 
 
 def _shard_of_layer(
     linear_weight: Tensor, first: int, classes: int | None, group: Any
 ) -> vocab_parallel.Shard:
     checks.tensor("linear_weight", linear_weight)
-    return vocab_parallel.shard_of(group, first, classes, len(linear_weight))
+    return vocab_parallel.shard_of(group, first, classes, len(linear_weight), linear_weight.device)

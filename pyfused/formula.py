@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_map
 
 from pyfused import checks
 from pyfused.backends import FORCED, cpu
+from pyfused.layout import broadcast_numel
 from pyfused.ops import dispatch, trace
 from pyfused.ops.declaration import Arguments, Operand
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements
-from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled
+from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled, is_moderate
 from pyfused.types import Want
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ class Traced:
         if recorded[1::2] != self.recorded[1::2]:  # structure and exponents
             return False
         pairs = enumerate(zip(self.recorded.literals, recorded.literals, strict=True))
-        return all(i in self.lifted or repr(one) == repr(other) for i, (one, other) in pairs)
+        return all(
+            is_moderate(other) if i in self.lifted else repr(float(one)) == repr(float(other))
+            for i, (one, other) in pairs
+        )
 
     def _program(self, want: Want) -> Program:
         wanted = want.loss, *(want.gradients or (False,) * (len(self.outputs) - 1))
@@ -73,7 +77,7 @@ class FormulaOperator(PointwiseLoss):
         operands, self.parameters = _read_signature(function)
         self.function, self.loss, self.long = function, loss, False
         self.traces: list[Traced] = []
-        self._found = lru_cache(_MOST_VALUES)(self._trace)
+        self._traced = lru_cache(_MOST_VALUES)(self._trace)
         added = dict(zip(_OF_CALLS, ("mean" if loss else "none", None), strict=True))
         self.keywords = self.parameters | added
 
@@ -117,9 +121,6 @@ class FormulaOperator(PointwiseLoss):
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "a program of its formula, element by element"
 
-    def _read(self, arguments: Arguments) -> tuple[Sequence[Any], Tensor | None, str]:
-        return arguments[: self.places.start], arguments[-1], arguments[-2]
-
     def _check(
         self,
         arguments: Arguments,  # noqa: ARG002
@@ -143,8 +144,11 @@ class FormulaOperator(PointwiseLoss):
             raise UntraceableError(found)
         return found
 
-    def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
-        """Those, or why there are none."""
+    def _found(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
+        """Those, or why there are none. Numbers that are equal may make different graphs."""
+        return self._traced(repr(numbers), numbers)  # 2 and 2.0, 1 and True, 0.0 and -0.0
+
+    def _trace(self, _: str, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
         parameters = dict(zip(self.parameters, numbers, strict=True))
         names = [operand.name for operand in self.variables]
         try:
@@ -171,7 +175,7 @@ class FormulaOperator(PointwiseLoss):
         for name, value in zip(self.parameters, self.numbers(arguments), strict=True):
             if type(value) not in _KINDS_OF_PARAMETERS:
                 return f"{name} is a {type(value).__name__}"
-        if arguments[0].numel() < SMALL_BELOW[self.long]:
+        if broadcast_numel(arguments[: self.places.start]) < SMALL_BELOW[self.long]:
             return dispatch.SMALL
         found = self._found(self.numbers(arguments))
         return found if isinstance(found, str) else None
@@ -243,7 +247,7 @@ class Formula:
         if is_dynamo_compiling() or (
             operands
             and type(operands[0]) in _PLAIN
-            and operands[0].numel() < SMALL_BELOW[self.op.long]
+            and broadcast_numel((*operands, *named.values())) < SMALL_BELOW[self.op.long]
         ):
             if not self.op.loss:
                 return self.function(*operands, **named)
@@ -394,7 +398,8 @@ def check(
     want = Want(True, (True,) * len(points))
     program = traced.program(want)
     op.long = len(program.body) >= _LONG
-    value, gradients = kernels(program, tuple(points), values, None, "none", 1.0, want)
+    launch = kernels(program, (tuple(points), None, None), values, "none", want)
+    value, gradients = launch(points, None, 1.0)
     found = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]
     expected = _run(op, wide)

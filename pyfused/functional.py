@@ -485,8 +485,11 @@ def linear_log_probs(
         memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
             Logits of the first rows may stay, within it, until the backward pass.
         deterministic_rows: A library's matrix product may give a row other bits in a batch of
-            another size. True makes logits by products of 128 rows, padded with zeros, which takes
-            memory for so many rows of logits whatever the budget.
+            another size, or at another place of one. True makes logits by products of 96 rows,
+            padded with zeros, which takes memory for so many rows of logits whatever the budget.
+            Whether a product computes all its rows alike is tried when a layer's size is first
+            met; where it does not, rows are multiplied one at a time, which is slower. The bits
+            are those of one number of threads.
 
     Returns:
         As :func:`log_probs`.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,21 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
+
+
+def layouts(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Returns what a kernel is prepared for, which hooks for saved tensors may change."""
+    return tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
+
+
+def broadcast_numel(operands: Sequence[Any]) -> int:
+    """How many elements the tensors among some operands broadcast to, nested ones left out."""
+    if len(operands) == 1:
+        return int(operands[0].numel())
+    shapes = [x.shape for x in operands if isinstance(x, Tensor) and not x.is_nested]
+    if shapes and shapes.count(shapes[0]) == len(shapes):
+        return shapes[0].numel()
+    return math.prod(map(max, zip_longest(*map(reversed, shapes), fillvalue=1)))
 
 
 def row_sizes(input: Tensor) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]  # one for each operand
+Kernels = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # and backward's
 Reduction = Literal["none", "mean", "sum"]
 ReductionOfKlDiv = Literal["none", "mean", "sum", "batchmean"]
 Approximate = Literal["none", "tanh"]
@@ -24,6 +26,10 @@ class Options:
     def values(self) -> tuple[Any, ...]:
         """The fields' values, in their order."""
         return tuple([getattr(self, name) for name in self.__dataclass_fields__])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that hold tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(eq=False)
@@ -97,6 +103,22 @@ class LogProbsOptions(Options):
     temperature: float = 1.0
     memory_budget: int | None = None
     deterministic_rows: bool = False
+
+
+LOG_PROB_VALUES = 7  # float64 numbers that the kernels of log-probabilities compute for each row
+
+
+class LogProbsCall(NamedTuple):
+    """A call of log-probabilities.
+
+    Attributes:
+        tensors: Those that may have a gradient, and the target last.
+        shard: Which of all classes the logits' are.
+    """
+
+    tensors: Sequence[Any]
+    options: LogProbsOptions
+    shard: VocabShard
 
 
 @dataclass(eq=False)

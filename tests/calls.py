@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from samples import ACTIVATIONS, LOSSES, Loss
 from torch import Tensor
 
+from pyfused import distributed
 from pyfused import functional as fused
 from pyfused.ops import definitions
 from pyfused.ops.declaration import Operand
@@ -220,3 +221,62 @@ for _loss in LOSSES:
     BESIDE[_loss.id] = Beside(_loss.op.name, _first, _tensors, _loss.parameters, _others)
 _CALLS = {name: call for name, call in BESIDE.items() if grid.FULL or name not in SHARING}
 every_loss_call = pytest.mark.parametrize("beside", _CALLS.values(), ids=_CALLS.keys())
+
+
+@dataclass
+class WithTensorOption:
+    """A call with an input of shape (6, 5), one of whose options is a tensor."""
+
+    function: Callable[..., Any]
+    option: str
+    arguments: dict[str, Any]
+
+    def run(self, x: Tensor, value: Tensor, **options: Any) -> Tensor:
+        floating = {
+            name: tensor.to(x.dtype)
+            for name, tensor in self.arguments.items()
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
+        }
+        return self.function(x, **self.arguments | floating | options | {self.option: value})
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        if self.option == "denominator":
+            return torch.tensor(2.5, dtype=dtype)
+        return torch.linspace(0.5, 1.5, 6).to(dtype)
+
+
+LAYER = {"linear_weight": HEAD, "linear_bias": HEAD[:, 0]}
+TEACHER = {"teacher_linear_weight": HEAD.flip(0), "teacher_linear_bias": HEAD[:, 1]}
+TOP_K = torch.arange(12).view(6, 2) % 8
+INDEX = {"target": CLASSES}
+SHARD = {"vocab_start": 0}
+_OF_CLASSES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "cross_entropy": (fused.cross_entropy, INDEX),
+    "probabilities": (fused.cross_entropy, {"target": PROBABILITIES}),
+    "linear_cross_entropy": (fused.linear_cross_entropy, INDEX | LAYER),
+    "linear_by_blocks": (fused.linear_cross_entropy, INDEX | LAYER | {"memory_budget": 100}),
+    "vocab_parallel_cross_entropy": (distributed.vocab_parallel_cross_entropy, INDEX | SHARD),
+    "vocab_parallel_linear_cross_entropy": (
+        distributed.vocab_parallel_linear_cross_entropy,
+        INDEX | LAYER | SHARD,
+    ),
+}
+_OF_TEACHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "kl_div_with_logits": (fused.kl_div_with_logits, {"teacher_logits": OTHER}),
+    "linear_kl_div": (fused.linear_kl_div, LAYER | TEACHER | {"teacher_input": OTHER}),
+    "linear_topk_kl_div": (
+        fused.linear_topk_kl_div,
+        LAYER | {"teacher_indices": TOP_K, "teacher_log_probs": torch.full((6, 2), -1.5)},
+    ),
+}
+WITH_TENSOR_OPTION = {
+    f"{name}-{option}": WithTensorOption(function, option, arguments)
+    for option, calls in (
+        ("token_weight", _OF_CLASSES | _OF_TEACHERS),
+        ("denominator", _OF_CLASSES),
+    )
+    for name, (function, arguments) in calls.items()
+}
+every_tensor_option = pytest.mark.parametrize(
+    "call", WITH_TENSOR_OPTION.values(), ids=WITH_TENSOR_OPTION.keys()
+)

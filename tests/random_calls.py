@@ -1,17 +1,19 @@
-"""A random call of an operator, with any of its arguments, from a seed."""
+"""Random calls of an operator, with any of its arguments, and what they have to return."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from compare import FLOATS, HALF
 from conftest import backend
-from layouts import LAYOUTS, SAME_VALUES, Layout
+from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
 from samples import draw
 from torch import Tensor
 
@@ -19,8 +21,10 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
+from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import TOKEN_WEIGHT, Operator, reduction_of
 from pyfused.ops.distillation import Divergence
+from pyfused.ops.log_probs import LogProbsOfLogits
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
@@ -34,7 +38,9 @@ from pyfused.ops.softmax import Softmax
 LINEAR = (LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS)
 OF_INDICES = (LINEAR_LOG_PROBS, LOG_PROBS, MULTI_MARGIN_LOSS, NLL_LOSS)  # alone
 OF_CLASSES = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, *OF_INDICES)
-ROUNDED = ("softcap", "scale")  # logits that are rounded to their dtype before the loss
+EPS = torch.finfo(torch.float32).eps
+ROUNDED = ("softcap",)  # logits that are rounded to their dtype before the loss
+ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
 OPTIONS: dict[str, list[Any]] = {
     name: values
     for names, values in (
@@ -46,7 +52,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("dtype loss_dtype", [*FLOATS]),
         ("eps", [1e-3, 0.5]),
         ("filter_eps", [0.0]),
-        ("full log_input log_target reduce squared", [False, True]),
+        ("full log_input log_target reduce size_average squared", [False, True]),
         ("deterministic_rows return_entropy return_lse", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient where p = 1 is NaN
         ("ignore_index", [0, 1, 255, -1]),
@@ -59,15 +65,16 @@ OPTIONS: dict[str, list[Any]] = {
     )
     for name in names.split()
 }
-LEFT_OUT = ("_stacklevel", "options", "size_average")
+LEFT_OUT = ("_stacklevel", "options")
+DEPRECATED = ("reduce", "size_average")
 
 
 @dataclass
 class Call:
     op: Operator
     given: dict[str, Any]
-    layout: Layout  # of the grad_output, and of what is overwritten
-    seed: int
+    layout: Layout = contiguous  # of the grad_output, and of what is overwritten
+    seed: int = 0
 
     def __str__(self) -> str:
         told = {n: repr(x) for n, x in self.given.items()}
@@ -83,8 +90,10 @@ class Random(random.Random):
         return self.random() < 1 / n
 
 
-def random_call(op: Operator, seed: int, elements: int) -> Call:
-    """Of tensors with at most so many elements; the same otherwise."""
+def random_call(
+    op: Operator, seed: int, elements: int, layouts: dict[str, Layout] = LAYOUTS
+) -> Call:
+    """Of tensors with at most so many elements, in one of the layouts; the same otherwise."""
     rng = Random(seed)
     torch.manual_seed(seed)
     dtype = rng.choice(FLOATS)
@@ -99,13 +108,15 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
         name: rng.choice(OPTIONS[name])
         for name in names
         if name not in (*operands, *LEFT_OUT)
-        and (name in ("dim", "reduction") or rng.once_in(12 if name in (*ROUNDED, "reduce") else 4))
+        and (
+            name in ("dim", "reduction")
+            or rng.once_in(12 if name in (*ROUNDED, *DEPRECATED) else 4)
+        )
     }
-    if options.keys() & {*ROUNDED, "reduce"} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
+    if options.keys() & {*ROUNDED, *DEPRECATED} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
         options.pop("with_metrics", None)  # rounded logits have ties of their own
-    if options.get("reduction") == "batchmean":
-        options.pop("reduce", None)  # torch takes both, and divides what it does not sum
-    if reduction_of(None, options.get("reduce"), options.get("reduction", "mean")) != "mean":
+    deprecated = options.get("size_average"), options.get("reduce")
+    if reduction_of(*deprecated, options.get("reduction", "mean")) != "mean":
         options.pop("denominator", None)
     if options.get("negative_slope") == 0.0:
         options["negative_slope"] = -0.5
@@ -123,7 +134,7 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
         found = {"input": x}
     else:
         found = of_elements(rng, elements, op, options)
-    layouts = [*(SAME_VALUES if "inplace" in options else LAYOUTS).values()]
+    chosen = [*(SAME_VALUES if "inplace" in options else layouts).values()]
     given: dict[str, Any] = {}
     for name, operand in operands.items():
         alike = op in (*LINEAR, MULTI_MARGIN_LOSS) or isinstance(op, Divergence)
@@ -134,13 +145,13 @@ def random_call(op: Operator, seed: int, elements: int) -> Call:
         if isinstance(x, Tensor):
             if x.is_floating_point():
                 x = x.to(rng.choice(FLOATS) if mixed else dtype)
-            x = rng.choice(layouts)(x) if x.numel() else x
+            x = rng.choice(chosen)(x) if x.numel() else x
             if operand.differentiated and x.is_floating_point() and x.frac().any():  # no counts
                 x.requires_grad_(not rng.once_in(4))
         given[name] = x
     if "linear_weight" in given and given["linear_weight"].stride(0) == 0:
         options.pop("with_metrics", None)  # all classes have the same logit, but for rounding
-    return Call(op, given | options, rng.choice(layouts), seed)
+    return Call(op, given | options, rng.choice(chosen), seed)
 
 
 def shape_of(rng: Random, elements: int, dims: int) -> list[int]:
@@ -226,7 +237,7 @@ def of_elements(
     found: dict[str, Any] = {}
     for operand in op.operands:
         own = tuple(shape)
-        if rng.once_in(6):  # it broadcasts
+        if rng.once_in(4):  # it broadcasts
             own = tuple(rng.choice([1, n]) for n in shape)[rng.randint(0, len(shape)) :]
         x = draw(operand, own, scale=scale)
         if found and operand.low == 0 and rng.once_in(2):
@@ -235,3 +246,162 @@ def of_elements(
             x = x.abs()
         found[operand.name] = 0.5 if operand.number and rng.once_in(4) else x
     return found
+
+
+# ---- what a call has to return -------------------------------------------------------------------
+
+
+def check_call(call: Call, function: Callable[..., Any] | None = None) -> None:
+    """torch's values, gradients and dtypes, or an error where torch has one."""
+    function = function or ours
+    try:
+        native = natively(call)
+    except ERRORS:
+        with pytest.raises(ERRORS):  # of several faults any may be named
+            run(call, function)
+        return
+    results = (
+        run(call, function),
+        native,
+        of_reference(call, torch.float64),
+        tolerances(call, native),
+    )
+    for got, expected, exact, tolerance in zip(*results, strict=True):
+        assert (got.dtype, got.shape) == (expected.dtype, exact.shape)
+        if not got.is_floating_point():
+            assert torch.equal(got, exact)
+            continue
+        info = torch.finfo(got.dtype)
+        allowed = tolerance + 2 * info.eps * (exact.abs() + info.smallest_normal)
+        if precision(call) > EPS:  # rounded on the way, by torch too
+            allowed += 2 * largest(expected.double() - exact)
+        near = ((got.double() - exact).abs() <= allowed) | (got == exact.to(got.dtype))
+        overflow = exact.isfinite() & ~(got.isfinite() | expected.isfinite())
+        right = near | (got == expected) | (got.isnan() & exact.isnan()) | overflow
+        assert right.all(), f"{got[~right][:3]}, expected {exact[~right][:3]}"
+
+
+def tolerances(call: Call, native: list[Tensor]) -> list[float]:
+    """What arithmetic of the kernel's precision may lose, of each result, besides two roundings.
+
+    That is a few times what torch in float32 loses, the most of four calls so that none is judged
+    by luck, scaled to that precision. In float64 torch's sums are themselves off, and so are
+    products of matrices in any dtype. Where all terms cancel, of one class for example, a rounding
+    of a term is left.
+    """
+    linear = call.op.name.startswith("linear_")
+    few = 64 if linear or precision(call) < EPS else 4
+    mean = call.given.get("reduction") in ("mean", "batchmean")
+    mean = mean and not call.given.keys() & {*DEPRECATED, "denominator"}
+    lost = [EPS / max(native[-1].numel(), 1) if mean else EPS] * len(native)
+    for factor in (1.0, 0.9, 0.7, 0.4):
+        single = converted(call, torch.float32, factor)
+        pairs = zip(run(single, reference), of_reference(single, torch.float64), strict=True)
+        errors = [largest(x.double() - y.double()) + EPS * largest(y) for x, y in pairs]
+        lost = [max(pair) for pair in zip(lost, errors, strict=True)]
+    return [few * precision(call) / EPS * error for error in lost]
+
+
+def largest(x: Tensor) -> float:
+    return float(x[x.isfinite()].double().abs().max()) if x.isfinite().any() else 0.0
+
+
+def precision(call: Call) -> float:
+    """The epsilon of what is computed in, or of what is rounded to on the way."""
+    tensors = [x for x in call.given.values() if isinstance(x, Tensor)]
+    dtype = call.given.get("dtype", tensors[0].dtype)
+    # softmax saves its rounded output; gradients of what is broadcast are sums of rounded ones.
+    rounds = isinstance(call.op, Softmax) or getattr(call.op, "saves", "") == "output"
+    rounds |= isinstance(call.op, Composed) or call.op.name.startswith("linear_")
+    rounds |= bool(call.given.keys() & {*ROUNDED})
+    of_classes = call.op in OF_CLASSES or isinstance(call.op, Divergence)
+    rounds |= not of_classes and len({x.shape for x in tensors}) > 1
+    if dtype in HALF and rounds:
+        return torch.finfo(dtype).eps
+    dtypes = {dtype, *(x.dtype for x in tensors if x.is_floating_point())}
+    return torch.finfo(torch.float64).eps if dtypes == {torch.float64} else EPS
+
+
+# ---- running a call ------------------------------------------------------------------------------
+
+
+def run(call: Call, function: Callable[..., Any]) -> list[Tensor]:
+    """What is returned, then the gradients."""
+    results, gradients = forward(call, function)
+    return [x.detach() for x in (*results, *gradients())]
+
+
+def forward(
+    call: Call, function: Callable[..., Any]
+) -> tuple[list[Tensor], Callable[[], Sequence[Tensor]]]:
+    """What is returned, and a backward pass, which can be called several times."""
+    leaves = [x for x in call.given.values() if isinstance(x, Tensor) and x.requires_grad]
+    found = function(call, **call.given)
+    loss, *metrics = (found[0], *found[1]) if isinstance(found, tuple) else (found,)
+    generator = torch.Generator().manual_seed(call.seed)
+    grad_output = torch.randn(loss.shape, generator=generator, device="cpu").to(loss.device)
+    grad_output = grad_output.bfloat16().to(loss.dtype)  # the same number in all dtypes
+    grad_output = call.layout(grad_output) if grad_output.numel() else grad_output
+    retain = not call.given.get("inplace")
+
+    def gradients() -> Sequence[Tensor]:
+        return torch.autograd.grad(loss, leaves, grad_output, retain) if leaves else ()
+
+    return [loss, *metrics], gradients
+
+
+def ours(call: Call, **given: Any) -> Any:
+    if given.get("inplace"):
+        given["input"] = call.layout(given["input"] * 1)  # no leaf
+    name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
+    found = getattr(fused, name)(**given)
+    if not isinstance(call.op, LogProbsOfLogits):
+        return found
+    return torch.stack([result for result in found if result is not None])
+
+
+def reference(call: Call, **given: Any) -> Any:
+    given.pop("inplace", None)
+    if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not with all options
+        given["target"] = given["target"].long()
+    if call.op is CROSS_ENTROPY:
+        x, target = given["input"], given["target"]
+        if not target.is_floating_point():  # an ignored row's gradient is 0, of a NaN too
+            counts = target.reshape(loss_shape(x, "none")) != given.get("ignore_index", -100)
+            given["input"] = x.where(counts.unsqueeze(min(x.dim() - 1, 1)), 0)
+    if isinstance(call.op, LogProbsOfLogits):
+        wanted = [True, given.get("return_entropy", False), given.get("return_lse", False)]
+        return call.op.reference(*call.op.bind(**given))[torch.tensor(wanted)]
+    if call.op in (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY) or isinstance(call.op, Divergence):
+        return call.op.reference(*call.op.bind(**given))
+    return call.op.reference(**given)
+
+
+def natively(call: Call) -> list[Tensor]:
+    """On what is contiguous, as not all of torch's operators take other strides."""
+    dtype = next(iter(call.given.values())).dtype
+    try:
+        return of_reference(call)
+    except NotImplementedError:  # a loss that torch does not have in half precision
+        return [x.to(dtype) for x in of_reference(call, torch.float32)]
+
+
+def of_reference(call: Call, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return run(converted(call, dtype), reference)
+
+
+def converted(call: Call, dtype: torch.dtype | None = None, factor: float = 1.0) -> Call:
+    """Contiguous, in a dtype if one is given, and what is differentiated times a factor."""
+    first = call.given.get("dtype") if dtype else None  # softmax converts its input to it
+
+    scaled = [operand.name for operand in call.op.operands if operand.differentiated]
+
+    def convert(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        y = x.detach().to(first or x.dtype).to(dtype or x.dtype).contiguous()
+        return (y * factor if name in scaled else y).requires_grad_(x.requires_grad)
+
+    given = {name: convert(name, x) for name, x in call.given.items()}
+    given |= {name: None for name in ("dtype", "loss_dtype", "options") if dtype and name in given}
+    return replace(call, given=given, layout=lambda x: call.layout(x).contiguous())

@@ -10,7 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import interpreter
 import pytest
 import torch
-from calls import CONSTANTS, Beside, Case, every_case, every_loss_call
+import torch.distributed as dist
+from calls import (
+    CONSTANTS,
+    Beside,
+    Case,
+    WithTensorOption,
+    every_case,
+    every_loss_call,
+    every_tensor_option,
+)
 from calls import TORCH as F
 from compare import Operator
 from conftest import KernelCalls
@@ -231,6 +240,59 @@ def test_another_argument_overwritten_before_backward(
         got = gradient_or_version_error(value, x, 2.0)
         if got is not None:
             close(got, 2 * expected)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A group of which this process is the only one."""
+    if not dist.is_available():
+        pytest.skip("torch without distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@every_tensor_option
+@pytest.mark.parametrize("reads", ["unreduced", "float16", "second_backward", "create_graph"])
+@pytest.mark.usefixtures("one_process")
+def test_an_option_overwritten_before_backward_is_torchs_error(
+    call: WithTensorOption, reads: str
+) -> None:
+    """In each of the calls whose backward pass reads it: not a gradient of the new number."""
+    if reads == "unreduced" and call.option == "denominator":
+        pytest.skip("only a mean has a denominator")
+    dtype = torch.float16 if reads == "float16" else torch.float32
+    x, value = torch.randn(6, 5, dtype=dtype, requires_grad=True), call.value(dtype)
+    loss = call.run(x, value, reduction="none" if reads == "unreduced" else "mean").sum()
+    if reads == "second_backward":
+        torch.autograd.grad(loss, x, retain_graph=True)
+    value.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x, create_graph=reads == "create_graph")
+
+
+@every_tensor_option
+@pytest.mark.usefixtures("one_process")
+def test_saved_tensors_hooks_see_an_option(call: WithTensorOption, x: Tensor) -> None:
+    """Backward reads what they give back, and nobody else keeps what they have taken away."""
+    value = call.value(x.dtype)
+    address, memory = value.data_ptr(), weakref.ref(value.untyped_storage())
+
+    def pack(tensor: Tensor) -> Tensor:
+        copy = tensor.detach().clone()
+        return copy * 2 if tensor.data_ptr() == address else copy
+
+    reduction = "sum" if call.option == "token_weight" else "mean"
+    expected = torch.autograd.grad(call.run(x, value, reduction=reduction), x)[0]
+    expected = expected * 2 if call.option == "token_weight" else expected / 2
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        loss = call.run(x, value, reduction=reduction)
+    del value
+    gc.collect()
+    assert memory() is None
+    torch.autograd.grad(loss, x, retain_graph=True)  # may be what the forward pass has computed
+    close(torch.autograd.grad(loss, x, retain_graph=True)[0], expected)
+    close(torch.autograd.grad(loss, x, create_graph=True)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +173,74 @@ def test_the_same_bits_in_every_run(shape: tuple[int, ...], target_kind: str) ->
         again = evaluate(cross_entropy, logits, target, label_smoothing=0.1)
         assert torch.equal(again.value, first.value)
         assert torch.equal(again.gradients[0], first.gradients[0])
+
+
+# ---- programs that nobody compiled --------------------------------------------------------------
+
+MUL = ("mul", 4, (0, 1))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("instruction", "words"),
+    [
+        (("cube", 4, (0,)), "no instruction cube"),
+        (("mul", 4, ()), "mul: expected 2 operands, got 0"),
+        (("mul", 4, (0, 1, 0, 1, 0)), "mul: expected 2 operands, got 5"),
+        (("mul", -1, (0, 1)), "mul: result: expected a place from 4 to 40, got -1"),
+        (("mul", 3, (0, 1)), "mul: result: expected a place from 4 to 40, got 3"),
+        (("mul", 41, (0, 1)), "mul: result: expected a place from 4 to 40, got 41"),
+        (("mul", 4, (0, -1)), "mul: operand: expected a place from 0 to 42, got -1"),
+        (("mul", 4, (43, 0)), "mul: operand: expected a place from 0 to 42, got 43"),
+    ],
+)
+def test_instructions_are_checked(instruction: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        cpu.native.Program([], [MUL, instruction], [0.0, 2.0], 0)
+
+
+@pytest.mark.cpu
+def test_a_prologue_and_constants_are_checked() -> None:
+    """The prologue reads and writes constants, of which 41 is the first."""
+    for result, operand in ((40, 41), (41, 42), (4, 41), (41, 0)):
+        with pytest.raises(ValueError, match=r"neg: .*: expected a place from 41 to 41, got"):
+            cpu.native.Program([("neg", result, (operand,))], [MUL], [0.0], 0)
+    for constants, parameters in (([], 0), ([0.0], 1), ([0.0] * 257, 0)):
+        with pytest.raises(ValueError, match=f"constants: .* got {len(constants)}"):
+            cpu.native.Program([], [MUL], constants, parameters)
+
+
+@pytest.mark.cpu
+def test_a_program_of_a_gradient_needs_its_memory() -> None:
+    x, out = torch.randn(2, 9), torch.empty(9)
+    operands = [(row.data_ptr(), 1) for row in x] + [(0, 0)] * 2
+    gradient = cpu.native.Program([], [MUL, ("copy", 6, (0,))], [0.0], 0)
+
+    def run(of_target: int) -> None:
+        gradients = (0, of_target, 0, 0)
+        given = [], (0, 0), 1.0, (0, 0), 0, 0, gradients, 1
+        gradient(0, 9, operands, *given)
+
+    with pytest.raises(ValueError, match="gradients: expected the address of gradient 1"):
+        run(0)
+    run(out.data_ptr())
+    assert torch.equal(out, x[0])
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("value", [0.5, 1e30], ids=str)
+@pytest.mark.parametrize(
+    ("name", "places"), [("sin", (42,)), ("cos", (42,)), ("pow_less", (0, 42, 42))]
+)
+def test_instructions_on_constants_read_one_element(
+    name: str, places: tuple[int, ...], value: float, isa: str
+) -> None:
+    """Those which look at all elements before they choose a loop read no memory beyond either."""
+    n = 1000
+    x, out = torch.full((n,), value).pow(value + 1), torch.empty(n)
+    program = cpu.native.Program([], [(name, 4, places)], [0.0, value], 0)
+    operands = [(x.data_ptr(), 1), *[(0, 0)] * 3]
+    program(0, n, operands, [], (0, 0), 1.0, (0, 0), out.data_ptr(), 0, (0, 0, 0, 0), 1)
+    constant = torch.tensor(value)
+    expected = constant.pow(constant) if name == "pow_less" else getattr(torch, name)(constant)
+    torch.testing.assert_close(out, expected.expand(n))

@@ -300,6 +300,14 @@ def test_gamma_compiled() -> None:
 # ---- what is another loss's kernel ---------------------------------------------------------------
 
 
+def test_multilabel_soft_margin_loss_warns_once_of_deprecated_arguments() -> None:
+    x, y = torch.randn(3, 5), torch.rand(3, 5)
+    with pytest.warns(UserWarning, match="size_average and reduce args") as warned:
+        got = fused.multilabel_soft_margin_loss(x, y, size_average=False)
+    assert len(warned) == 1
+    close(got, F.multilabel_soft_margin_loss(x, y, reduction="sum"))
+
+
 @grid(dtypes=itertools.permutations(FLOATS, 2), weight=[None, torch.float32, torch.float64])
 def test_multilabel_soft_margin_loss_of_two_dtypes(
     dtypes: tuple[torch.dtype, torch.dtype], weight: torch.dtype | None

@@ -138,6 +138,30 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert_same(evaluate(compiled, x, INDICES), evaluate(F.cross_entropy, x, INDICES))
 
 
+COLUMN = torch.linspace(-1, 1, N).view(N, 1)
+WARNING: dict[str, Call] = {
+    "mse_loss": lambda f, x: f.mse_loss(x, COLUMN),
+    "l1_loss": lambda f, x: f.l1_loss(x, COLUMN),
+    "huber_loss": lambda f, x: f.huber_loss(x, COLUMN),
+    "smooth_l1_loss": lambda f, x: f.smooth_l1_loss(x, COLUMN, reduction="sum"),
+    "of_labels": lambda f, x: f.multilabel_soft_margin_loss(x, PROBABILITIES, size_average=False),
+    "sum": lambda f, x: f.cross_entropy(x, INDICES, size_average=False),
+    "none": lambda f, x: f.cross_entropy(x, INDICES, reduce=False),
+    "mean": lambda f, x: f.cross_entropy(x, INDICES, size_average=True, reduce=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("call", WARNING.values(), ids=WARNING.keys())
+def test_what_warns_is_one_graph(call: Call) -> None:
+    """Operands that broadcast, and deprecated arguments; the compiler cannot trace a warning."""
+    x = torch.randn(N, C, requires_grad=True)
+    compiled = torch.compile(lambda x: call(fused, x), fullgraph=True, backend="aot_eager")
+    got, expected = evaluate(compiled, x), evaluate(lambda x: call(torch.nn.functional, x), x)
+    close(got.value, expected.value)
+    close(got.gradients, expected.gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype: torch.dtype) -> None:
     def step(functional: Any, x: Tensor) -> Tensor:

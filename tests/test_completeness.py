@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,29 @@ def test_nothing_else_is_listed() -> None:
     assert sorted(nn.__all__) == sorted([*modules, "AdditiveMargin"])
     assert [name for name, _ in rows()] == [*OPERATORS]
     assert len(ENTRIES) == sum(map(len, GALLERY.values()))
+
+
+def imported_modules(statements: list[ast.stmt]) -> Iterator[str]:
+    """The modules of pyfused that an import of a module imports, but for its types' sake."""
+    for statement in statements:
+        if isinstance(statement, ast.ImportFrom) and statement.module:
+            yield statement.module
+            yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
+        elif isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.If) and "TYPE_CHECKING" not in ast.unparse(statement.test):
+            yield from imported_modules([*statement.body, *statement.orelse])
+
+
+def test_no_module_of_operators_imports_one_that_imports_it() -> None:
+    """Else which import of the two works depends on those before."""
+    modules = {
+        f"pyfused.ops.{path.stem}": set(imported_modules(ast.parse(path.read_text("utf-8")).body))
+        for path in (ROOT / "pyfused" / "ops").glob("*.py")
+    }
+    assert len(modules) > 20
+    waiting = {name: imports & modules.keys() for name, imports in modules.items()}
+    while ready := [name for name, imports in waiting.items() if not imports & waiting.keys()]:
+        for name in ready:
+            del waiting[name]
+    assert not waiting

@@ -13,7 +13,7 @@ from conftest import KernelCalls, backend
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.backends import cpu
+from pyfused.backends import cpu, cross_entropy_once
 from pyfused.types import CrossEntropyOptions, Statistics, VocabShard, Want
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
@@ -68,6 +68,36 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all_sum": {"z_loss": 0.1, "reduction": "sum"},
     "all_mean": {"z_loss": 0.01, "scale": 0.4, "denominator": torch.tensor(3)},
 }
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 300), (6, 5000), (2, 150, 3)], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+def test_scaled_logits_are_not_rounded(
+    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, isa: str
+) -> None:
+    """They are float32 whatever the logits are, and so is a loss of that dtype."""
+    input = (torch.rand(shape) * 2 - 1).to(dtype).requires_grad_()
+    target = input.detach().argmax(1)
+    if probabilities:
+        target = torch.nn.functional.one_hot(target, shape[1]).movedim(-1, 1).to(dtype)
+    options: dict[str, Any] = {"scale": 30.0, "reduction": "none"}
+    loss = fused.cross_entropy(input, target, loss_dtype=torch.float32, **options)
+    exact = input.detach().double().requires_grad_()
+    expected = reference(
+        exact, target.double() if probabilities else target, scale=30.0, reduction="none"
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    (of_loss,) = torch.autograd.grad(loss.sum(), input)
+    (of_expected,) = torch.autograd.grad(expected.sum(), exact)
+    error = torch.finfo(dtype).eps
+    torch.testing.assert_close(of_loss.double(), of_expected, rtol=error, atol=error)
+    _, metrics = fused.cross_entropy_with_metrics(input, target, **options)
+    torch.testing.assert_close(
+        metrics.log_probability.double(), -expected.detach(), rtol=1e-5, atol=1e-5
+    )
+    assert (metrics.log_probability <= 0).all()
+    assert metrics.correct.all()
 
 
 @every_dtype
@@ -256,7 +286,7 @@ def test_blocks_of_classes_add_up(
     for i, (first, last) in enumerate(blocks):
         want = Want(False, statistics=Statistics(own[i]))
         shard = VocabShard(first, classes)
-        backend.cross_entropy(logits[:, first:last], *given, plain, want, None, shard)
+        cross_entropy_once(backend, logits[:, first:last], *given, plain, want, None, shard)
     lse = own.logsumexp(0)
     valid = target != -100
     epsilon = 1e-13 if wide is torch.float64 else 1e-6
@@ -264,7 +294,8 @@ def test_blocks_of_classes_add_up(
     torch.testing.assert_close(lse[valid], exact[valid], rtol=epsilon, atol=0)
     parts, total = [], torch.zeros(9, dtype=torch.float64)
     for first, last in blocks:
-        loss, (gradient, _) = backend.cross_entropy(
+        loss, (gradient, _) = cross_entropy_once(
+            backend,
             logits[:, first:last],
             *given,
             plain,
@@ -275,8 +306,8 @@ def test_blocks_of_classes_add_up(
         assert loss is not None
         total += loss
         parts.append(gradient)
-    whole, (gradient, _) = backend.cross_entropy(
-        logits, *given, plain, Want(True, (True, False)), grad_output
+    whole, (gradient, _) = cross_entropy_once(
+        backend, logits, *given, plain, Want(True, (True, False)), grad_output
     )
     assert whole is not None
     torch.testing.assert_close(total.to(whole.dtype), whole)

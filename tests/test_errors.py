@@ -42,6 +42,10 @@ CROSS_ENTROPY: Wrong = {
         ["target", "(4,)", "(4, 5)"],
     ),
     "unbatched_with_two_targets": (lambda f: f.cross_entropy(X[0], Y[:2]), ["target", "(2,)"]),
+    "unbatched_with_fewer_probabilities": (
+        lambda f: f.cross_entropy(X[0], P[0, :4]),
+        ["target", "(5,)", "(4,)"],
+    ),
     "positions": (lambda f: f.cross_entropy(K, KY[:, :3]), ["target", "(2, 4)", "(2, 3)"]),
     "positions_missing": (lambda f: f.cross_entropy(K, KY[:, 0]), ["target", "(2, 4)", "(2,)"]),
     "batch_of_positions": (lambda f: f.cross_entropy(K, KY[:1]), ["target", "(2, 4)", "(1, 4)"]),

@@ -7,7 +7,8 @@ import logging
 import math
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from grid import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, Traced, check
 from pyfused.ops import program as programs
 from pyfused.ops.program import Expressions, UntraceableError, compiled
+from pyfused.types import Want
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from formulas import FORMULAS, charbonnier, mish, wing
@@ -161,6 +164,69 @@ def test_kinks_and_nan_are_torchs() -> None:
     torch.testing.assert_close(got.gradients, expected.gradients, equal_nan=True)
 
 
+LOGIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "logical_and": torch.logical_and,
+    "logical_or": torch.logical_or,
+    "logical_xor": torch.logical_xor,
+    "logical_not": lambda a, _: torch.logical_not(a),
+    "twice": lambda a, _: torch.logical_not(torch.logical_not(a)),
+    "bool": lambda a, b: a.bool() & ~b.bool(),
+    "type_as_bool": lambda a, b: a.type_as(b > 0),
+    "of_a_cast": lambda a, b: torch.logical_or(a, b).type_as(a) < b.bool().float(),
+    "of_integers": lambda a, b: torch.logical_not((a > b).long() * 3),
+    "to_integers_and_back": lambda a, b: (a > b).long().bool(),
+    "constants": lambda a, b: torch.where(a > b, True, False),
+    "full": lambda a, _: torch.full_like(a, 2.5, dtype=torch.bool),
+    "fill": lambda a, b: (a > b).fill_(3.0),
+    "copy": lambda a, b: (a > b).copy_(b),
+    "masked_fill": lambda a, b: (a > b).masked_fill(a < 0, True),
+    "in_place": lambda a, b: (2 * a).logical_and_(b).bool(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOGIC)
+def test_logic_of_floats(name: str, dtype: torch.dtype, kernel_calls: KernelCalls) -> None:
+    def mine(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(LOGIC[name](a, b), a + 2 * b, 0.25)
+
+    formula = pyfused.activation(mine)
+    values = torch.tensor([*SPECIAL, 1e-25, -1e-30], dtype=dtype)
+    a, b = (x.flatten() for x in torch.meshgrid(values, values, indexing="ij"))
+    torch.testing.assert_close(formula(a, b), mine(a, b), equal_nan=True)
+    assert kernel_calls[formula.op.name] == 1
+
+
+def test_products_and_quotients_of_extreme_numbers() -> None:
+    """Numbers are not joined to ones that float32 does not have."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, large: float = 1.5e30, small: float = 1.5e-30) -> Tensor:
+        literals = input / 2**-130 + input * 1e30 * 1e30 + input * 1e-30 * 1e-30 * 1e20
+        return literals + input * large * large + input * small * small * 1e20
+
+    for dtype in (torch.float32, torch.float64):
+        input = torch.tensor([0.0, -0.0, 2.0**-140, -(2.0**-50), 1.0, 3e38], dtype=dtype)
+        for named in ({}, {"large": 3e35, "small": 1e-33}, {"large": 2.0, "small": 0.0}):
+            expected = mine.function(input, **named)
+            torch.testing.assert_close(mine(input, **named), expected, equal_nan=True)
+            assert (expected[:2] == 0).all()
+
+    @pyfused.activation
+    def quotient(input: Tensor) -> Tensor:
+        return input / 2.0**-1060
+
+    input = torch.tensor([2.0**-1070, -(2.0**-1074), 1.0], dtype=torch.float64)
+    assert torch.equal(quotient(input), quotient.function(input))
+
+    @pyfused.activation
+    def tiny(input: Tensor) -> Tensor:
+        return input * 1e-30 * 1e-30 + 0.0 * input
+
+    input = torch.tensor([1e38, -3e38])
+    torch.testing.assert_close(tiny(input) * 1e30, tiny.function(input) * 1e30, rtol=1e-5, atol=0)
+
+
 @pyfused.activation
 def of_everything(input: Tensor) -> Tensor:
     x = input.abs() + 0.5
@@ -255,6 +321,32 @@ def test_four_operands() -> None:
     torch.testing.assert_close(got.gradients, expected.gradients)
     operands[1].requires_grad_(False)
     assert len(evaluate(four, *operands).gradients) == 3
+
+
+@pyfused.loss
+def of_many_terms(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Its gradients are read again by others, and take registers where they are not wanted."""
+    sin = torch.sin
+    p = sin(a * 0.2) * sin(c * 0.3) * sin(c * 0.4) * sin(b * 0.5) * sin(c * 0.6) * sin(a * 0.7)
+    q = (p + sin(a * 0.8) + sin(a * 0.9) + torch.tanh(a)) * sin(b * 1.1)
+    q = q + sin(a * 1.2) + torch.sigmoid(a * 1.3)
+    return q * sin(b * 1.4) + sin(a * 1.5)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("needed", list(product([False, True], repeat=3)))
+def test_every_subset_of_gradients(
+    needed: tuple[bool, ...], reduction: str, kernel_calls: KernelCalls
+) -> None:
+    operands = [torch.randn(40, dtype=torch.float64) for _ in needed]
+    for operand, needs in zip(operands, needed, strict=True):
+        operand.requires_grad_(needs)
+    got = evaluate(called(of_many_terms, reduction=reduction), *operands)
+    reduced = {"none": lambda each: each, "mean": torch.mean}[reduction]
+    expected = evaluate(lambda *x: reduced(of_many_terms.function(*x)), *operands)
+    torch.testing.assert_close(got.value, expected.value)
+    torch.testing.assert_close(got.gradients, expected.gradients)
+    assert kernel_calls[of_many_terms.op.name] == 1 + (reduction == "none" and any(needed))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -354,6 +446,63 @@ def test_a_parameter_of_an_operator_of_torchs() -> None:
         assert torch.equal(mine(input, slope=k / 64), F.leaky_relu(input, k / 64))
     assert "its parameters have needed 32 traces" in mine.explain(input, slope=0.99).reason
     assert mine.explain(input, slope=0.2).backend != "torch"
+
+
+def test_equal_parameters_of_different_types_and_signs() -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, k: float = 2.5) -> Tensor:
+        return input**k if isinstance(k, int) and k is not True else input * k
+
+    input = torch.full((5,), 3.0)
+    for k in (2, 2.0, 2, 1, 1.0, True, 1):
+        assert torch.equal(mine(input, k=k), mine.function(input, k=k)), repr(k)
+    for k in (0.0, -0.0, 0.0):
+        assert torch.equal(mine(input, k=k).signbit(), mine.function(input, k=k).signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_are_exact_to_the_last_bit(dtype: torch.dtype) -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, added: float = 0.5, limit: float = 3.0) -> Tensor:
+        return torch.minimum(input, torch.full_like(input, limit)) + added
+
+    input = torch.tensor(SPECIAL, dtype=dtype)
+    for added in (0.1, -1 / 3, math.pi * 1e30, 7e-38, -0.0):
+        for limit in (math.inf, 1.0000001, -5e-30, 65535.0):
+            got, expected = (f(input, added=added, limit=limit) for f in (mine, mine.function))
+            assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+class Recording(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set[str]()
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(op._schema.name)
+        return op(*args, **(kwargs or {}))
+
+
+def test_no_tensor_of_parameters_is_filled() -> None:
+    """Kernels take them as numbers, which need no order of streams."""
+    program, values = wing.op.formula((3.0, 0.7), 2, Want())
+    operands = (torch.ones(40), torch.zeros(40))
+    with Recording() as recorded:
+        backend, tensors = backend_of(operands[0]), (operands, None, None)
+        backend.pointwise_loss(program, tensors, values, "sum", Want())(operands, None, 1.0)
+    assert values
+    assert "aten::fill_" not in recorded.names
+
+
+def test_a_program_keeps_each_of_its_kernels() -> None:
+    program = compiled("", Expressions(), (), (), 0)
+    kernels = [program.kernel(key, lambda _: object()) for key in range(1100)]
+    assert all(program.kernel(key, object) is kernel for key, kernel in enumerate(kernels))
+    assert program.kernel("new", lambda p: p.kernel("new", lambda _: "first") and "second") == (
+        "first"  # as where another thread makes one at the same time
+    )
 
 
 def test_parameters_that_have_no_kernel() -> None:
@@ -544,6 +693,27 @@ def test_small_tensors_are_torchs(kernel_calls: KernelCalls) -> None:
     assert kernel_calls[wing.op.name] == 1
 
 
+@pytest.mark.cpu
+@pytest.mark.thresholds
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_broadcast_size_decides(kernel_calls: KernelCalls) -> None:
+    scalar, big = torch.tensor(0.5), torch.randn(1 << 15)
+    column, row = torch.randn(1 << 8, 1), torch.randn(1 << 8)
+    for count, operands in enumerate(((scalar, big), (big, scalar), (column, row)), 1):
+        torch.testing.assert_close(wing(*operands), wing.function(*operands).mean())
+        assert kernel_calls[wing.op.name] == count
+        assert wing.explain(*operands).backend != "torch"
+    wing(scalar, target=big)
+    assert kernel_calls[wing.op.name] == 4
+    for few in ((scalar, row), (column[:9], row[:9]), (scalar, torch.randn(0))):
+        wing(*few)
+        assert wing.explain(*few).backend == "torch"
+    nested = torch.nested.as_nested_tensor([torch.randn(2), torch.randn(3)])
+    multiply = pyfused.activation(lambda a, b: a * b)
+    assert multiply(nested, nested).is_nested
+    assert kernel_calls[wing.op.name] == 4
+
+
 def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
     input, target = operands_of("wing", 20)
     said = wing.explain()
@@ -709,12 +879,17 @@ UNARY = {
     "square": lambda x: x**2, "cube": lambda x: x**3, "reciprocal": lambda x: 1 / (x.abs() + 0.3),
     "power": lambda x: (x.abs() + 0.2) ** 1.3, "clamp": lambda x: x.clamp(-0.7, 1.1),
     "half": lambda x: 0.5 * x, "rest": lambda x: 1 - x, "sign": torch.sign,
+    "bool": lambda x: x.bool() * (x + 1), "positive": lambda x: (x > 0).type_as(x),
+    "not": lambda x: torch.logical_not(x.relu()) * x + torch.logical_not(torch.logical_not(x)),
     "log_sigmoid": F.logsigmoid, "silu": F.silu, "rsqrt": lambda x: torch.rsqrt(x * x + 1),
 }  # fmt: skip
 BINARY = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "minimum": torch.minimum,
     "maximum": torch.maximum, "div": lambda a, b: a / (b * b + 0.5),
     "less": lambda a, b: torch.where(a < b, a, b * 2), "equal": lambda a, b: (a == b) * a,
+    "and": lambda a, b: torch.logical_and(a.relu(), b) * a,
+    "or": lambda a, b: torch.where(torch.logical_or(a.relu(), b < 0.25), b, 2 * a),
+    "xor": lambda a, b: torch.logical_xor(a > 0, b.relu()).type_as(a) - b,
     "most": lambda a, b: torch.where((a > 0) | (b <= 0.5), a + b, a * b),
 }  # fmt: skip
 
@@ -749,6 +924,19 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
     """A definition compares the CPU's kernel with torch in float64."""
     operands, steps = drawn
     formula = pyfused.activation(HEADS[operands](steps))
+    traced, values = formula.op.traced(())
+    x = tuple(torch.randn(operands, 7, dtype=torch.float64))
+
+    def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
+        program, want = traced.program(Want(False, wanted)), Want(False, wanted)
+        launch = cpu.pointwise_loss(program, (tuple(x), None, None), values, "none", want)
+        return launch(x, None, 1.0)[1]
+
+    of_all = gradients((True,) * operands)
+    for wanted in product([False, True], repeat=operands):  # the same instructions, or fewer
+        for one, other, is_wanted in zip(gradients(wanted), of_all, wanted, strict=True):
+            assert (one is None) != is_wanted
+            assert one is None or torch.equal(one.nan_to_num(), other.nan_to_num())
     kernels = backend_of(torch.empty(0)).pointwise_loss
     check(formula.op, kernels, torch.float32)
     if kernels is not cpu.pointwise_loss:

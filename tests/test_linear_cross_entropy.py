@@ -97,9 +97,12 @@ def add(errors: Errors, given: Given, names: str, **more: Any) -> None:
     exact = evaluate(materialised, *arguments, convert=exactly, **options)
     errors.add("loss", got.value, of_torch.value, exact.value)
     assert got.value.dtype == of_torch.value.dtype
+    features = given.input.shape[-1]
+    rows, columns = given.input.numel() // features, given.head.numel() // features
     for i, ours in enumerate(got.gradients):
         assert ours.dtype == of_torch.gradients[i].dtype
-        errors.add(f"gradient {i}", ours, of_torch.gradients[i], exact.gradients[i])
+        of = ours, of_torch.gradients[i], exact.gradients[i]
+        errors.add(f"gradient {i}", *of, products=rows if i else columns)
 
 
 @every_dtype

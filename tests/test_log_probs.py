@@ -21,9 +21,9 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import dispatch, log_probs
+from pyfused.ops import chunked, dispatch
 from pyfused.ops.operators import OPERATORS
-from pyfused.types import LogProbsOptions, VocabShard
+from pyfused.types import LOG_PROB_VALUES, LogProbsOptions, VocabShard
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
@@ -110,11 +110,17 @@ def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -
         got = evaluate(ours, **tensors, **options)
         of_torch = evaluate(theirs, **tensors, **options)
         exact = evaluate(theirs, convert=exactly, **tensors, **options)
+        features, (rows, columns) = 0, (0, 0)  # of the products, if there are any
+        if op == "linear_log_probs":
+            features = FEATURES
+            columns = tensors["linear_weight"].numel() // features
+            rows = tensors["input"].numel() // features
         for i, name in enumerate(chosen):
-            errors.add(f"result {name}", got.value[i], of_torch.value[i], exact.value[i])
+            of = got.value[i], of_torch.value[i], exact.value[i]
+            errors.add(f"result {name}", *of, products=features)
         for i, gradient in enumerate(got.gradients):
-            of = of_torch.gradients[i], exact.gradients[i]
-            errors.add(f"gradient {i} of {chosen}", gradient, *of)
+            of = gradient, of_torch.gradients[i], exact.gradients[i]
+            errors.add(f"gradient {i} of {chosen}", *of, products=rows if i else columns)
 
 
 @every_dtype
@@ -472,13 +478,41 @@ def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, 
     assert torch.equal(found(order[-1:]), whole[:, -1:])
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize(("group", "rows"), [(6, chunked.FIXED_ROWS), (7, 1)])
+def test_rows_that_a_library_computes_in_another_order(
+    group: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of rows have one order of sums, as in MKL, and what remains of a product another."""
+    linear, sizes = chunked.linear, []
+
+    def by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        sizes.append(len(x))
+        whole = len(x) // group * group
+        linear(x[:whole], weight, bias, out[:whole])
+        linear(x[whole:].flip(1), weight.flip(1), bias, out[whole:])
+
+    monkeypatch.setattr(chunked, "linear", by_groups)
+    monkeypatch.setattr(chunked, "_rows_of_product", chunked._rows_of_product.__wrapped__)
+    input, target = torch.randn(150, 40), torch.randint(0, 30, (150,))
+    head = {"linear_weight": torch.randn(30, 40), "deterministic_rows": True}
+
+    def found(of: slice) -> Tensor:
+        return bits(all_three("linear_log_probs", input=input[of], target=target[of], **head))
+
+    whole = found(slice(None))
+    assert sizes[-1] == rows
+    for first in (1, 5, 64, 127, 149):
+        assert torch.equal(found(slice(first, None)), whole[:, first:])
+
+
 def test_a_call_continues_from_the_one_before(isa: str) -> None:
     """Block after block of classes, the target in any of them."""
     logits, target = torch.randn(4, 3000) * 3, torch.tensor([5, 1500, 2999, -100])
     if backend is not cpu:
         logits, target = logits[:, :192].contiguous(), torch.tensor([5, 100, 191, -100])
     classes, block = logits.shape[1], 1024 if backend is cpu else 64
-    options, whole, parts = LogProbsOptions(), *torch.empty(2, log_probs.VALUES, 4).double()
+    options, whole, parts = LogProbsOptions(), *torch.empty(2, LOG_PROB_VALUES, 4).double()
     backend.log_probs(logits, target, options, whole, VocabShard(0, classes))
     for first in range(0, classes, block):
         shard = VocabShard(first, classes)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grid
+import machines
 import pytest
 from packaging.requirements import Requirement
 
@@ -171,7 +172,9 @@ def test_the_changelog_begins_with_the_version() -> None:
 RELU = """
 import torch
 from pyfused.backends import cpu
-output = cpu.activation("relu", torch.tensor([-1.0, 2.0]))
+input = torch.tensor([-1.0, 2.0])
+relu, _ = cpu.activation("relu", input)
+output = relu(input)
 print(cpu.capability, cpu.native.__file__, output.tolist())
 """
 
@@ -291,6 +294,11 @@ def test_the_files_that_the_sanitizers_check_are_there() -> None:
     checked = re.search(r"^CHECKED = (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert checked
     assert all((ROOT / f"tests/test_{name}.py").exists() for name in checked[1].split())
+
+
+def test_the_files_that_other_machines_run_are_there() -> None:
+    files = " ".join(files for _, files in machines.MACHINES).split()
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in files)
 
 
 @of_gcc_and_clang

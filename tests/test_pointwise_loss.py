@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor
 import pyfused
 from pyfused import functional, nn
 from pyfused.functional import gaussian_nll_loss, mse_loss
+from pyfused.ops import dispatch
 from pyfused.ops.dispatch import call
 from pyfused.ops.operators import MSE_LOSS
 
@@ -120,6 +122,40 @@ def test_a_warning_of_a_small_call_names_its_line(loss: Loss) -> None:
         expected = loss.reference(**given)
     assert [warning.filename for warning in seen] == [__file__] * 2
     close(got, expected)
+
+
+@pytest.mark.thresholds
+@grid(loss=BROADCASTING)
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_the_size_of_a_call_is_that_of_all_operands_together(
+    loss: Loss, monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
+) -> None:
+    monkeypatch.setattr(dispatch, "_ALWAYS_BELOW", {})
+    monkeypatch.setattr(dispatch, "bands", lambda *_: ((math.inf, 100),))
+    for shapes, taken in (
+        ([(9, 1), (1, 11)], False),
+        ([(9, 12), (12,)], True),
+        ([(12,), (9, 12)], True),
+        ([(9, 1), (1, 12)], True),
+        ([(), (108,)], True),
+        ([(1,), (0,)], False),
+    ):
+        given = loss.draw(shapes)
+        kernel_calls.clear()
+        close(loss.ours(**given), loss.reference(**given), equal_nan=True)
+        assert kernel_calls.total() == taken
+
+
+@pytest.mark.thresholds
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_the_size_of_a_composed_call(
+    monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
+) -> None:
+    monkeypatch.setattr(dispatch, "_ALWAYS_BELOW", {})
+    monkeypatch.setattr(dispatch, "bands", lambda *_: ((math.inf, 100),))
+    x = torch.rand(9, 12)
+    close(functional.rmse_loss(x[0], x), (x[0] - x).square().mean().sqrt())
+    assert kernel_calls.total() == 1
 
 
 @pytest.mark.parametrize("package", [nn, torch.nn], ids=["pyfused", "patched"])
@@ -324,6 +360,23 @@ def test_size_average_and_reduce_warn_and_work(
             results.append(operator(**given, **options))
         assert len(warned) == 1
     close(*results, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
+@grid(legacy=LEGACY)
+def test_kl_div_divides_by_the_batch_beside_deprecated_arguments(
+    legacy: tuple[bool | None, bool | None],
+) -> None:
+    given = torch.randn(4, 5), torch.rand(4, 5), *legacy, "batchmean"
+    close(functional.kl_div(*given), F.kl_div(*given))
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 16])
+@pytest.mark.thresholds
+def test_a_weight_never_widens_a_focal_loss(elements: int) -> None:
+    x = torch.zeros(elements)
+    with pytest.raises(RuntimeError, match="weight: expected a shape that broadcasts"):
+        functional.sigmoid_focal_loss(x, x, weight=torch.ones(3, elements))
 
 
 @grid(loss=LOSSES)

@@ -80,6 +80,21 @@ def test_a_subclass_stays_a_subclass(call: Call, kernel_calls: KernelCalls) -> N
     assert not kernel_calls.total()
 
 
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "linear_cross_entropy", "log_probs", "linear_log_probs"]
+)
+def test_a_subclass_of_another_name_than_its_own(name: str) -> None:
+    """One that is called as torch's DTensor is, whose classes may be sharded."""
+    lookalike = type("DTensor", (Marked,), {})
+    plain = [torch.randn(6, 5), torch.randn(7, 5)][: 1 + name.startswith("linear")]
+    tensors = [tensor.as_subclass(lookalike) for tensor in plain]
+    got, expected = getattr(fused, name)(*tensors, TARGET), getattr(fused, name)(*plain, TARGET)
+    if not isinstance(got, Tensor):
+        got, expected = got.log_probability, expected.log_probability
+    assert type(got) is lookalike
+    close(got.as_subclass(Tensor), expected)
+
+
 class Recording(Tensor):
     seen: list[str] = []  # noqa: RUF012
 

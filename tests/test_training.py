@@ -106,13 +106,18 @@ def test_patched_training(loss_of: Loss, scaled: bool, kernel_calls: KernelCalls
 def test_autocast_makes_no_float32_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel gets the half-precision logits themselves; torch casts them first."""
     seen: list[tuple[torch.dtype, int]] = []
-    kernel = cpu.cross_entropy
+    prepare = cpu.cross_entropy
 
-    def spy(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append((input.dtype, input.data_ptr()))
-        return kernel(input, *args, **kwargs)
+    def prepare_spying(*layouts: Any) -> Any:
+        launch = prepare(*layouts)
 
-    monkeypatch.setattr(cpu, "cross_entropy", spy)
+        def spy(input: Tensor, *args: Any) -> Any:
+            seen.append((input.dtype, input.data_ptr()))
+            return launch(input, *args)
+
+        return spy
+
+    monkeypatch.setattr(cpu, "cross_entropy", prepare_spying)
     logits = torch.randn(ROWS, 3, dtype=torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), pyfused.patch():
         loss = F.cross_entropy(logits, TARGET)

@@ -102,6 +102,61 @@ def log_probs_of(functions: Any, own: slice, **shard: Any) -> list[list[Tensor]]
     ]
 
 
+DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mean": ("cross_entropy", {"label_smoothing": 0.1, "z_loss": 0.1, "scale": 0.5}),
+    "none": ("cross_entropy", {"reduction": "none", "weight": True, "token_weight": True}),
+    "divided": ("cross_entropy", {"denominator": torch.tensor(5.0)}),
+    "linear": ("linear_cross_entropy", {"softcap": 4.0, "token_weight": True, "weight": True}),
+    "linear_sum": ("linear_cross_entropy", {"reduction": "sum", "label_smoothing": 0.1}),
+    "with_metrics": ("cross_entropy_with_metrics", {"reduction": "sum"}),
+    "linear_with_metrics": ("linear_cross_entropy_with_metrics", {"z_loss": 0.1}),
+    "log_probs": ("log_probs", {"softcap": 4.0, "temperature": 2.0}),
+    "linear_log_probs": ("linear_log_probs", {"softcap": 4.0, "temperature": 0.5}),
+}
+
+
+def derivatives_of(case: str, functions: Any, own: slice, **shard: Any) -> list[list[Tensor]]:
+    """The first three derivatives, each of the one before times random numbers, by the leaves.
+
+    From the second on the gradient of the value is a leaf, too, the last one.
+    """
+    name, given = DERIVED[case][0], dict(DERIVED[case][1])
+    if "weight" in given:
+        given["weight"] = torch.linspace(0.5, 2, CLASSES).double()
+    if "token_weight" in given:
+        given["token_weight"] = torch.linspace(0, 1, ROWS)
+    if of_log_probs := "log_probs" in name:
+        given |= {"return_entropy": True, "return_lse": True}
+    input, head, bias, target = draw(torch.float64)
+    whole = {"input": input, "linear_weight": head, "linear_bias": bias}
+    if "linear" not in name:
+        whole = {"logits" if of_log_probs else "input": input @ head.t() + bias}
+
+    def own_part(key: str, tensor: Tensor) -> Tensor:
+        if "linear" in name:
+            return (tensor if key == "input" else tensor[own]).clone()
+        return tensor[:, own].clone()
+
+    parts = {key: own_part(key, tensor).requires_grad_() for key, tensor in whole.items()}
+    name = "vocab_parallel_" * bool(shard) + name
+    results = getattr(functions, name)(**parts, target=target, **given, **shard)
+    value = results if isinstance(results, Tensor) else results[0]
+    value = torch.stack([*results]) if of_log_probs else value
+    above = upstream_of(value).requires_grad_()
+    generator = torch.Generator().manual_seed(11)
+    outputs, factors, leaves, found = [value], [above], [*parts.values()], []
+    for _ in range(3):
+        outputs = [*torch.autograd.grad(outputs, leaves, factors, create_graph=True)]
+        assert all(output.requires_grad for output in outputs)
+        found.append([output.detach() for output in outputs])
+        random = {k: torch.randn(x.shape, generator=generator) for k, x in whole.items()}
+        factors = [own_part(key, x).double() for key, x in random.items()]
+        if len(leaves) > len(parts):
+            factors.append(torch.linspace(-1, 1, above.numel()).view_as(above).double())
+        leaves = [*parts.values(), above]
+    return found
+
+
 METRICS_OPTIONS: dict[str, Any] = {"scale": 0.5, "z_loss": 0.1, "reduction": "none"}
 
 
@@ -201,9 +256,15 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
                 with_metrics, classes, dtype, vocab_start=classes.start
             )
             found["gathered"].append(list(gathered))
+        for case in DERIVED:
+            found["derivatives", case] = derivatives_of(
+                case, distributed, own, vocab_start=own.start
+            )
+        found["not differentiable"] = not_differentiable(own)
         found["dtensor"] = of_dtensors(sent)
         found["dtensors"] = [each for dtype in WIDE for each in of_every_operator(dtype)]
         found["others"] = of_other_placements()
+        found["other options"] = of_other_options()
         found["errors"] = [
             told(
                 lambda given=given: distributed.vocab_parallel_cross_entropy(
@@ -222,6 +283,36 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
     file = io.BytesIO()
     torch.save(found, file)  # a tensor itself would be gone with its process
     pipe.send_bytes(file.getvalue())
+
+
+def not_differentiable(own: slice) -> list[Any]:
+    """What a batch of gradients gives, and what is said of calls that have no derivatives."""
+    from pyfused import distributed
+
+    input, head, _, target = draw(torch.float64)
+    input, head = input.requires_grad_(), head[own].clone().requires_grad_()
+    logits, batch = (input @ head.t()).detach().requires_grad_(), torch.tensor([1.0, -2.0])
+    given: dict[str, Any] = {"vocab_start": own.start, "vocab_size": CLASSES}
+    loss = distributed.vocab_parallel_cross_entropy(logits, target, **given)
+    (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (each,) = torch.autograd.grad(loss, logits, batch.double(), is_grads_batched=True)
+    linear = distributed.vocab_parallel_linear_cross_entropy(input, head, target, **given)
+    return [
+        torch.allclose(each, torch.stack([one, -2 * one])),
+        told(lambda: torch.autograd.grad(linear, input, batch.double(), is_grads_batched=True)),
+        *[
+            told(
+                lambda option=option: distributed.vocab_parallel_cross_entropy(
+                    logits, target, **given, **option
+                )
+            )
+            for option in (
+                {"weight": torch.ones(CLASSES).double().requires_grad_()},
+                {"token_weight": torch.ones(ROWS, requires_grad=True)},
+                {"denominator": torch.tensor(2.0, requires_grad=True)},
+            )
+        ],
+    ]
 
 
 def of_dtensors(sent: list[int]) -> list[Any]:
@@ -267,11 +358,15 @@ def flat(found: Any) -> list[Tensor]:
 def results_of(
     name: str, tensors: dict[str, Tensor], options: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Results and gradients of a function."""
+    """Results of a function, and the gradients of the first and of the second order."""
     leaves = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
     found = flat(getattr(functional, name)(**tensors, **options))
     total = sum(x.square().sum() for x in found if x.requires_grad)
-    return found, [*torch.autograd.grad(total, leaves)]
+    gradients = torch.autograd.grad(total, leaves, retain_graph=True)
+    again = torch.autograd.grad(total, leaves, create_graph=True)
+    assert all(gradient.requires_grad for gradient in again)
+    second = torch.autograd.grad(sum(x.square().sum() for x in again), leaves)
+    return found, [*gradients, *second]
 
 
 def of_every_operator(dtype: torch.dtype) -> list[Any]:
@@ -305,7 +400,7 @@ def of_every_operator(dtype: torch.dtype) -> list[Any]:
         leaves = [x for x in tensors.values() if x.requires_grad]
         as_leaves = all(
             getattr(grad, "placements", None) == getattr(leaf, "placements", None)
-            for grad, leaf in zip(gradients, leaves, strict=True)
+            for grad, leaf in zip(gradients, [*leaves, *leaves], strict=True)
         )
         kinds = {type(x) is type(next(iter(tensors.values()))) for x in results}
         got = [x.full_tensor() if isinstance(x, DTensor) else x for x in (*results, *gradients)]
@@ -331,6 +426,28 @@ def of_every_operator(dtype: torch.dtype) -> list[Any]:
         layer["linear_bias"] = bias, rows
         compare("linear_cross_entropy_with_metrics", layer, label_smoothing=0.1, reduction="none")
         compare("linear_log_probs", layer, temperature=2.0)
+    return found
+
+
+def of_other_options() -> list[Any]:
+    """How calls go whose classes are sharded and whose options no kernel takes, and results."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    input, head, _, target = draw(torch.float64)
+    mask, found = torch.arange(ROWS) % 2, []
+    for reduction in ("none", "mean"):
+        logits = distribute_tensor(input @ head.t(), mesh, [Shard(1)]).requires_grad_()
+        shared = [distribute_tensor(x, mesh, [Replicate()]) for x in (target, mask)]
+        options: dict[str, Any] = {"token_weight": shared[1], "reduction": reduction}
+        loss = cross_entropy(logits, shared[0], **options)
+        loss.sum().backward()
+        whole = (input @ head.t()).requires_grad_()
+        expected = cross_entropy(whole, target, token_weight=mask, reduction=reduction)
+        expected.sum().backward()
+        pairs = (loss.full_tensor(), expected), (logits.grad.full_tensor(), whole.grad)
+        reason = explain("cross_entropy", logits, shared[0], **options).reason
+        found.append((reason, all(torch.allclose(*pair) for pair in pairs)))
     return found
 
 
@@ -412,6 +529,20 @@ def test_processes_together_are_one(
     assert sent == {3 * ROWS + ("vocab_size" not in CASES[name])}
 
 
+@pytest.mark.parametrize("case", DERIVED)
+def test_derivatives_of_processes_together(case: str, ranks: list[Any]) -> None:
+    """The first three, against those of all classes, which are those of torch's definition."""
+    expected = derivatives_of(case, functional, slice(None))
+    linear = "linear" in DERIVED[case][0]
+    for order, exact in enumerate(expected):
+        for place, exactly in enumerate(exact):
+            parts = [rank["derivatives", case][order][place] for rank in ranks]
+            if place in ((1, 2) if linear else (0,)):
+                parts = [torch.cat(parts, 0 if linear else 1)]
+            for part in parts:
+                torch.testing.assert_close(part, exactly, rtol=1e-9, atol=1e-9)
+
+
 def test_log_probs_of_processes_together(ranks: list[Any]) -> None:
     with fused_always():
         expected = log_probs_of((log_probs, linear_log_probs), slice(None))
@@ -465,6 +596,14 @@ def test_metrics_are_gathered_once(ranks: list[Any]) -> None:
         assert each == [[5 * ROWS * 4, 5 * ROWS * 4, 5 * ROWS]] * 4
 
 
+def tolerance_of(expected: Tensor) -> dict[str, float]:
+    """Sums of both signs are rounded as their terms are, and second derivatives are large."""
+    if not expected.is_floating_point():
+        return {}
+    rounding = 1e-5 if expected.dtype is torch.float32 else 1e-11
+    return {"rtol": rounding, "atol": rounding * max(1.0, float(expected.abs().max()))}
+
+
 def test_every_operator_takes_dtensors(ranks: list[Any]) -> None:
     """Gradients have the placements of their tensors, and results are as the input is."""
     for rank in ranks:
@@ -474,7 +613,7 @@ def test_every_operator_takes_dtensors(ranks: list[Any]) -> None:
             assert as_leaves
             assert kinds == {True}
             for got, expected in pairs:
-                torch.testing.assert_close(got, expected)
+                torch.testing.assert_close(got, expected, **tolerance_of(expected))
 
 
 def test_other_placements_take_torchs_operator(ranks: list[Any]) -> None:
@@ -488,6 +627,29 @@ def test_other_placements_take_torchs_operator(ranks: list[Any]) -> None:
         assert all("mixed torch.Tensor and DTensor" in each for each in (error, other_error))
 
 
+def test_options_that_no_kernel_takes_go_to_torchs_operator(ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert rank["other options"] == [("input is a DTensor", True)] * 2
+
+
+def test_the_shares_are_added_up_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyfused import distributed
+
+    class AddedError(Exception):
+        pass
+
+    def all_reduce(tensor: Tensor, **_: Any) -> None:
+        raise AddedError(tensor.device)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "get_backend", lambda _: "gloo")
+    logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(AddedError, match="meta"):
+        distributed.vocab_parallel_cross_entropy(logits, target, vocab_start=0)
+    with pytest.raises(AddedError, match="meta"):
+        distributed.vocab_parallel_linear_log_probs(logits, logits, target, vocab_start=0)
+
+
 def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
     for rank in ranks:
         *shared, other = rank["dtensor"]
@@ -495,6 +657,20 @@ def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
             assert (backend, strategy, numbers) == ("cpu", "some classes a process", 3)
             assert far < 1e-5
         assert other == "input is a DTensor"
+
+
+def test_what_has_no_derivatives_raises(ranks: list[Any]) -> None:
+    for rank in ranks:
+        batch_is_right, batched, *constants = rank["not differentiable"]
+        assert batch_is_right
+        assert batched.startswith(
+            "RuntimeError: Batching rule not implemented for c10d::allreduce_"
+        )
+        for name, error in zip(("weight", "token_weight", "denominator"), constants, strict=True):
+            assert error == (
+                f"RuntimeError: {name}: expected a tensor that the kernels take, got one where "
+                f"{name} requires grad"
+            )
 
 
 def test_bad_input(ranks: list[Any]) -> None:

@@ -21,6 +21,7 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
+    Kernels,
     LogProbsOptions,
     MarginOptions,
     NllOptions,
@@ -73,7 +74,7 @@ class Backend(Protocol):
         want: Want,
         grad_output: Tensor | None = None,
         vocab_shard: VocabShard | None = None,
-    ) -> tuple[Tensor | None, Gradients]: ...
+    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
 
     def nll_loss(
         self,
@@ -83,7 +84,7 @@ class Backend(Protocol):
         options: NllOptions,
         want: Want,
         grad_output: Tensor | None = None,
-    ) -> tuple[Tensor | None, Gradients]: ...
+    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
 
     def multi_margin_loss(
         self,
@@ -93,7 +94,7 @@ class Backend(Protocol):
         options: MarginOptions,
         want: Want,
         grad_output: Tensor | None = None,
-    ) -> tuple[Tensor | None, Gradients]: ...
+    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
 
     def kl_div_with_logits(
         self,
@@ -107,14 +108,11 @@ class Backend(Protocol):
     def pointwise_loss(
         self,
         formula: str | Program,
-        operands: tuple[Tensor, ...],
+        tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
         parameters: tuple[float, ...],
-        weight: Tensor | None,
         reduction: str,
-        denominator: float | Tensor,
         want: Want,
-        grad_output: Tensor | None = None,
-    ) -> tuple[Tensor | None, Gradients]: ...
+    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
 
     def log_probs(
         self,
@@ -137,28 +135,11 @@ class Backend(Protocol):
         out: Tensor,
     ) -> None: ...
 
-    def softmax(self, formula: str, input: Tensor, dim: int) -> Tensor: ...
-
-    def softmax_backward(
-        self, formula: str, grad_output: Tensor, output: Tensor, dim: int
-    ) -> Tensor: ...
+    def softmax(self, formula: str, input: Tensor, dim: int) -> Kernels: ...
 
     def activation(
-        self,
-        formula: str,
-        input: Tensor,
-        parameters: tuple[float, ...] = (),
-        *,
-        inplace: bool = False,
-    ) -> Tensor: ...
-
-    def activation_backward(
-        self,
-        formula: str,
-        grad_output: Tensor,
-        saved: Tensor,
-        parameters: tuple[float, ...] = (),
-    ) -> Tensor: ...
+        self, formula: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
+    ) -> Kernels: ...
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None: ...
 
@@ -170,6 +151,22 @@ def backend_of(input: Tensor) -> Backend:
     from pyfused.backends import triton  # not before a GPU tensor asks for it
 
     return triton
+
+
+def cross_entropy_once(
+    backend: Backend,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: CrossEntropyOptions,
+    want: Want,
+    grad_output: Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
+) -> tuple[Tensor | None, Gradients]:
+    """Prepares and launches the kernel once, for layouts that need not come again."""
+    launch = backend.cross_entropy(input, target, weight, options, want, grad_output, vocab_shard)
+    tensors = input, target, weight, options.token_weight, options.denominator, grad_output
+    return launch(*tensors, None if vocab_shard is None else vocab_shard.lse, want.statistics)
 
 
 def takes_triton(input: Tensor) -> bool:

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
 from pyfused.layout import (
+    Strides,
     accumulate_dtype,
     along,
     contiguous_in,
     dense,
     empty_viewed,
+    is_dense,
     loss_shape,
     order_of,
     row_sizes,
@@ -36,9 +39,11 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
+    Kernels,
     LogProbsOptions,
     MarginOptions,
     NllOptions,
+    Statistics,
     VocabShard,
     Want,
 )
@@ -205,141 +210,221 @@ def cross_entropy(
     want: Want,
     grad_output: Tensor | None = None,
     vocab_shard: VocabShard | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """Loss, and gradients of input and target, each where wanted.
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares the loss, and gradients of input and target, each where wanted.
 
     Args:
         input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk), of a dtype in ``DTYPES``.
         target: int64 class indices, or probabilities of the input's shape and dtype.
         weight: (C), or None; of all classes where the logits' are some of them.
+        options: Of its tensors only the layout counts.
+        want: Of its statistics it only counts whether there are any.
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
         vocab_shard: Where the logits' classes are not all classes.
 
     Returns:
-        The loss is in the accumulation dtype.
-
-    Raises:
-        IndexError: A class index is out of range. Nothing has been computed then.
+        A function of tensors of these layouts: the input, the target, the weight, token_weight, the
+        denominator (a tensor or a number), grad_output, the log-sum-exp of all classes and the
+        statistics. It returns the loss, in the accumulation dtype, and the gradients. It raises an
+        IndexError for a class index that is out of range, and has computed nothing then.
     """
-    logits, logits_strides = viewed(input)
-    indices, probabilities_view = None, _NO_VIEW
-    weight, grad_output, token_weight = contiguous_in(
-        accumulate_dtype(input.dtype), weight, grad_output, options.token_weight
+    dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
+    strides, sizes = strides_of(input), row_sizes(input)
+    logits = input if strides is not None else input.contiguous()
+    logits_strides: Any = strides_of(logits)
+    indices = target.dtype is torch.int64
+    target_strides = None if indices else strides_of(target)
+    copies_target = not target.is_contiguous() if indices else target_strides is None
+    probabilities = target.contiguous() if target_strides is None else target
+    probabilities_strides: Any = (0, 0, 0) if indices else strides_of(probabilities)
+    converts = any(
+        tensor is not None and not (tensor.dtype is accumulate and tensor.is_contiguous())
+        for tensor in (weight, options.token_weight, grad_output)
     )
-    given = vars(options) | {
-        "reduction": _REDUCTIONS[options.reduction],
-        "token_weight": _address(token_weight),
-        "denominator": None if options.denominator is None else float(options.denominator),
-    }
-    if target.dtype is torch.int64:
-        indices = target.contiguous()
-    else:
-        target, strides = viewed(target)
-        probabilities_view = (target.data_ptr(), *strides)
-
     of_input, of_target = want.gradients or (False, False)
-    grad_input = grad_target = None
-    grad_input_view = grad_target_view = _NO_VIEW
-    loss = _loss_of(input, options.reduction, want)
-    if of_input:
-        grad_input, strides = (
-            (logits.detach(), logits_strides) if want.inplace else empty_viewed(logits, empty_like)
-        )
-        grad_input_view = (grad_input.data_ptr(), *strides)
+    gradient_strides = logits_strides
+    if of_input and not want.inplace:
+        new_gradient, gradient_strides = _viewed_like(logits)
     if of_target:
-        grad_target, strides = empty_viewed(target, empty_like)
-        grad_target_view = (grad_target.data_ptr(), *strides)
-    out_of_range = native.cross_entropy(
-        DTYPES[input.dtype],
-        row_sizes(input),
-        (logits.data_ptr(), *logits_strides),
-        _address(indices),
-        probabilities_view,
-        _address(weight),
-        given,
-        _address(grad_output),
-        _address(loss),
-        (grad_input_view, grad_target_view),
-        None if vocab_shard is None else (*vocab_shard[:2], _address(vocab_shard.lse)),
-        _NO_STATISTICS if want.statistics is None else [*map(_address, want.statistics)],
-        torch.get_num_threads(),
-    )
-    if out_of_range >= 0:
-        raise checks.target_out_of_range(
-            checks.classes_of(input), target, options.ignore_index, out_of_range
+        new_target_gradient, target_gradient_strides = _viewed_like(probabilities)
+    new_loss = _new_loss(input, options.reduction)
+    fields, ignore_index = dict(vars(options)), options.ignore_index
+    fields |= {
+        "reduction": _REDUCTIONS[options.reduction],
+        "denominator": None,
+        "token_weight": None,
+    }
+    shard = None if vocab_shard is None else vocab_shard[:2]
+
+    def launch(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        denominator: Tensor | float | None = None,
+        grad_output: Tensor | None = None,
+        lse: Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        logits = input if strides is not None else input.contiguous()
+        targets = target.contiguous() if copies_target else target
+        if converts:
+            weight, grad_output, token_weight = contiguous_in(
+                accumulate, weight, grad_output, token_weight
+            )
+        loss = grad_input = grad_target = None
+        if want.loss:
+            loss = new_loss()
+        grad_input_view = grad_target_view = _NO_VIEW
+        if of_input:
+            grad_input = logits.detach() if want.inplace else new_gradient()
+            grad_input_view = (grad_input.data_ptr(), *gradient_strides)
+        if of_target:
+            grad_target = new_target_gradient()
+            grad_target_view = (grad_target.data_ptr(), *target_gradient_strides)
+        address = targets.data_ptr()
+        out_of_range = native.cross_entropy(
+            dtype,
+            sizes,
+            (logits.data_ptr(), *logits_strides),
+            address if indices else 0,
+            _NO_VIEW if indices else (address, *probabilities_strides),
+            0 if weight is None else weight.data_ptr(),
+            {
+                **fields,
+                "token_weight": 0 if token_weight is None else token_weight.data_ptr(),
+                "denominator": None if denominator is None else float(denominator),
+            },
+            0 if grad_output is None else grad_output.data_ptr(),
+            0 if loss is None else loss.data_ptr(),
+            (grad_input_view, grad_target_view),
+            None if shard is None else (*shard, _address(lse)),
+            _NO_STATISTICS if statistics is None else [*map(_address, statistics)],
+            torch.get_num_threads(),
         )
-    return loss, (grad_input, grad_target)
+        if out_of_range >= 0:
+            raise checks.target_out_of_range(
+                checks.classes_of(input), target, ignore_index, out_of_range
+            )
+        return loss, (grad_input, grad_target)
+
+    return launch
+
+
+def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
+    """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
+    layout, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    return _allocation(layout), strides
+
+
+def _allocation(layout: Tensor) -> Callable[[], Tensor]:
+    """Returns what allocates tensors of a layout, large ones in recycled memory."""
+    if layout.numel() * layout.element_size() < RECYCLED_BYTES:
+        return partial(torch.empty_strided, layout.shape, layout.stride(), dtype=layout.dtype)
+    return partial(empty, layout.shape, layout.dtype, strides=layout.stride())
 
 
 def nll_loss(
     input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    target: Tensor,  # noqa: ARG001 nothing follows from its layout
+    weight: Tensor | None,  # noqa: ARG001
     options: NllOptions,
     want: Want,
-    grad_output: Tensor | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """Of log-probabilities and class indices; otherwise as ``cross_entropy``."""
-    accumulate = accumulate_dtype(input.dtype)
-    view, strides = viewed(input)
-    indices = target.contiguous()
-    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-    loss, grad_input, grad_view = _loss_of(input, options.reduction, want), None, _NO_VIEW
-    if any(want.gradients):
-        grad_input, grad_strides = empty_viewed(view, empty_like)
-        grad_view = (grad_input.data_ptr(), *grad_strides)
-    out_of_range = native.nll_loss(
-        DTYPES[input.dtype],
-        row_sizes(input),
-        (view.data_ptr(), *strides),
-        indices.data_ptr(),
-        _address(weight),
-        options.ignore_index,
-        _REDUCTIONS[options.reduction],
-        _address(grad_output),
-        _address(loss),
-        grad_view,
-        torch.get_num_threads(),
-    )
-    if out_of_range >= 0:
-        raise checks.target_out_of_range(
-            checks.classes_of(input), target, options.ignore_index, out_of_range
+    grad_output: Tensor | None = None,  # noqa: ARG001
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
+    dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
+    sizes, strides = row_sizes(input), strides_of(input)
+    view, view_strides = viewed(input)
+    new_gradient, gradient_strides = _viewed_like(view)
+    new_loss = _new_loss(input, options.reduction)
+    reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
+    needs_gradient = any(want.gradients)
+
+    def launch(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        _token_weight: None = None,
+        _denominator: None = None,
+        grad_output: Tensor | None = None,
+        *_: None,
+    ) -> tuple[Tensor | None, Gradients]:
+        view = input if strides is not None else input.contiguous()
+        indices = target.contiguous()
+        weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+        loss, gradient = new_loss() if want.loss else None, None
+        gradient_view = _NO_VIEW
+        if needs_gradient:
+            gradient = new_gradient()
+            gradient_view = (gradient.data_ptr(), *gradient_strides)
+        out_of_range = native.nll_loss(
+            dtype,
+            sizes,
+            (view.data_ptr(), *view_strides),
+            indices.data_ptr(),
+            _address(weight),
+            ignore_index,
+            reduction,
+            _address(grad_output),
+            _address(loss),
+            gradient_view,
+            torch.get_num_threads(),
         )
-    return loss, (grad_input, None)
+        if out_of_range >= 0:
+            raise checks.target_out_of_range(
+                checks.classes_of(input), target, ignore_index, out_of_range
+            )
+        return loss, (gradient, None)
+
+    return launch
 
 
 def multi_margin_loss(
     input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    target: Tensor,  # noqa: ARG001 nothing follows from its layout
+    weight: Tensor | None,  # noqa: ARG001
     options: MarginOptions,
     want: Want,
-    grad_output: Tensor | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """Of scores of shape (N, C) and class indices; otherwise as ``cross_entropy``."""
-    accumulate = accumulate_dtype(input.dtype)
-    input = input.contiguous()
-    indices = target.contiguous()
-    weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-    loss = _loss_of(input, options.reduction, want)
-    grad_input = empty_like(input) if any(want.gradients) else None
-    out_of_range = native.multi_margin_loss(
-        DTYPES[input.dtype],
-        input.shape,
-        input.data_ptr(),
-        indices.data_ptr(),
-        _address(weight),
-        options.p == 2,
-        options.margin,
-        _REDUCTIONS[options.reduction],
-        _address(grad_output),
-        _address(loss),
-        _address(grad_input),
-        torch.get_num_threads(),
-    )
-    if out_of_range >= 0:
-        raise checks.target_out_of_range(checks.classes_of(input), target, None, out_of_range)
-    return loss, (grad_input, None)
+    grad_output: Tensor | None = None,  # noqa: ARG001
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``."""
+    dtype, accumulate, shape = DTYPES[input.dtype], accumulate_dtype(input.dtype), input.shape
+    new_loss, needs_gradient = _new_loss(input, options.reduction), any(want.gradients)
+    reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
+
+    def launch(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        _token_weight: None = None,
+        _denominator: None = None,
+        grad_output: Tensor | None = None,
+        *_: None,
+    ) -> tuple[Tensor | None, Gradients]:
+        input, indices = input.contiguous(), target.contiguous()
+        weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+        loss = new_loss() if want.loss else None
+        gradient = empty_like(input) if needs_gradient else None
+        out_of_range = native.multi_margin_loss(
+            dtype,
+            shape,
+            input.data_ptr(),
+            indices.data_ptr(),
+            _address(weight),
+            squared,
+            margin,
+            reduction,
+            _address(grad_output),
+            _address(loss),
+            _address(gradient),
+            torch.get_num_threads(),
+        )
+        if out_of_range >= 0:
+            raise checks.target_out_of_range(checks.classes_of(input), target, None, out_of_range)
+        return loss, (gradient, None)
+
+    return launch
 
 
 def kl_div_with_logits(
@@ -366,7 +451,7 @@ def kl_div_with_logits(
     token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), options.token_weight, grad_output
     )
-    loss = _loss_of(input, "none" if each else "sum", want)
+    loss = _new_loss(input, "none" if each else "sum")() if want.loss else None
     native.kl_div_with_logits(
         DTYPES[input.dtype],
         input.shape,
@@ -402,7 +487,7 @@ def log_probs(
         continues: From the values, which are those of a call with the classes before these.
     """
     given = _of_log_probs(logits, target, options, values, shard)
-    native.log_probs(*given, continues, _rows_of(None), _rows_of(None), torch.get_num_threads())
+    native.log_probs(*given, continues, _NO_OPERAND, _NO_OPERAND, torch.get_num_threads())
 
 
 def log_probs_backward(
@@ -423,8 +508,9 @@ def log_probs_backward(
         out: Of the logits' shape and dtype, with contiguous classes; it may be the logits.
     """
     given = _of_log_probs(logits, target, options, values, shard)
-    gradients = (_rows_of(grad_results), _rows_of(out))
-    native.log_probs(*given, False, *gradients, torch.get_num_threads())
+    gradient, results = (out.data_ptr(), out.stride(0)), grad_results
+    of_results = results.data_ptr(), results.stride(0)
+    native.log_probs(*given, False, of_results, gradient, torch.get_num_threads())
 
 
 def _of_log_probs(
@@ -437,7 +523,7 @@ def _of_log_probs(
         target.data_ptr(),
         options.ignore_index,
         (1 / options.temperature, options.softcap or 0.0),
-        _rows_of(values),
+        (values.data_ptr(), values.stride(0)),
     )
 
 
@@ -445,69 +531,108 @@ def _rows_of(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-def _loss_of(input: Tensor, reduction: str, want: Want) -> Tensor | None:
-    """A new tensor for the loss of (N, C, d1, ..., dk), None where none is wanted."""
-    if not want.loss:
-        return None
+def _new_loss(input: Tensor, reduction: str) -> Callable[[], Tensor]:
+    """Returns what allocates the loss of (N, C, d1, ..., dk), in the accumulation dtype."""
     shape, accumulate = loss_shape(input, reduction), accumulate_dtype(input.dtype)
-    return empty(shape, accumulate) if shape else torch.empty_like(_SCALARS[accumulate])
+    return (
+        partial(empty, shape, accumulate)
+        if shape
+        else partial(torch.empty_like, _SCALARS[accumulate])
+    )
 
 
 def pointwise_loss(
     formula: str | Program,
-    operands: tuple[Tensor, ...],
+    tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
     parameters: tuple[float, ...],
-    weight: Tensor | None,
     reduction: str,
-    denominator: float | Tensor,
     want: Want,
-    grad_output: Tensor | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """Loss, and a gradient of each operand, each where wanted.
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares a pointwise loss for tensors of these layouts.
 
     Args:
         formula: The kernel's name: ``"mse_loss"``; or a program.
-        operands: Input, target and what else the formula takes, of one shape (strides of 0
-            included) and of one dtype in ``DTYPES``.
+        tensors: The operands (input, target and what else the formula takes, of one shape, strides
+            of 0 included, and of one dtype in ``DTYPES``), the weight (of their shape and dtype, or
+            None), and the loss's gradient (of the input's shape; None stands for ones).
         parameters: The formula's numbers, at most three but of a program.
-        weight: Of the operands' shape and dtype, or None.
-        denominator: What the sum of the losses and the gradients are divided by.
-        grad_output: The loss's gradient, of the input's shape; None stands for ones.
 
     Returns:
-        The loss is one per element in the input's dtype, or one sum in the accumulation dtype.
+        A function of the operands, the weight, what the sum of the losses and the gradients are
+        divided by, and the loss's gradient. It returns the loss, one per element in the input's
+        dtype or one sum in the accumulation dtype, and a gradient of each operand, where wanted.
     """
+    operands, weight, grad_output = tensors
+    dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
     order = order_of(operands)
-    views = [_operand(operand, order) for operand in operands]
-    weight_operand = grad_operand = _NO_OPERAND
-    if weight is not None:
-        weight, weight_operand = _operand(weight, order)
-    if grad_output is not None:
-        grad_output, grad_operand = _operand(grad_output.to(order.dtype), order)
-    each = reduced = None
-    if want.loss and reduction == "none":
-        each = empty_like(order)
-    elif want.loss:
-        reduced = torch.empty_like(_SCALARS[accumulate_dtype(order.dtype)])
-    gradients = tuple([empty_like(order) if wanted else None for wanted in want.gradients])
+    dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
+    orders = [_order(tensor, order) for tensor in (*operands, weight, grad_output)]
     if isinstance(formula, str):
         kernel, parameters = getattr(native, formula), (*parameters, 0.0, 0.0, 0.0)[:3]
     else:
         kernel = formula.kernel(native, _program)
-    kernel(
-        DTYPES[order.dtype],
-        order.numel(),
-        (*[view for _, view in views], *[_NO_OPERAND] * 4)[:4],
-        parameters,
-        weight_operand,
-        float(denominator),
-        grad_operand,
-        _address(each),
-        _address(reduced),
-        (*map(_address, gradients), 0, 0, 0, 0)[:4],
-        torch.get_num_threads(),
-    )
-    return reduced if each is None else each, gradients
+    each = want.loss and reduction == "none"
+    scalar = _SCALARS[accumulate_dtype(order.dtype)]
+    output = _output_like(order)
+    no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(want.gradients))
+
+    def launch(
+        operands: Sequence[Tensor],
+        weight: Tensor | None,
+        denominator: float | Tensor,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        like = operands[0].contiguous() if dense_operand is None else operands[dense_operand]
+        views, copies = [], []
+        for tensor, step in zip((*operands, weight, grad_output), orders, strict=True):
+            if tensor is None:
+                views.append(_NO_OPERAND)
+                continue
+            if step < 0:
+                tensor = torch.empty_like(like).copy_(tensor)
+                copies.append(tensor)  # until the kernel has read it
+            views.append((tensor.data_ptr(), abs(step)))
+        loss = None
+        if want.loss:
+            loss = output(like) if each else torch.empty_like(scalar)
+        gradients, addresses = [], []
+        for wanted in want.gradients:
+            gradient = output(like) if wanted else None
+            gradients.append(gradient)
+            addresses.append(0 if gradient is None else gradient.data_ptr())
+        address = 0 if loss is None else loss.data_ptr()
+        kernel(
+            dtype,
+            n,
+            (*views[:count], *no_operands),
+            parameters,
+            views[count],
+            float(denominator),
+            views[count + 1],
+            address if each else 0,
+            0 if each else address,
+            (*addresses, *no_gradients),
+            torch.get_num_threads(),
+        )
+        return loss, tuple(gradients)
+
+    return launch
+
+
+def _order(tensor: Tensor | None, like: Tensor) -> int:
+    """How a tensor is read beside another: its stride in the same order, or -1 for a copy of it."""
+    if tensor is None:
+        return 0
+    if not any(tensor.stride()) and tensor.dtype is like.dtype:
+        return 0
+    return 1 if tensor.stride() == like.stride() and tensor.dtype is like.dtype else -1
+
+
+def _output_like(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Allocates tensors of one layout, large ones in recycled memory."""
+    if like.numel() * like.element_size() < RECYCLED_BYTES:
+        return torch.empty_like
+    return empty_like
 
 
 def _program(program: Program) -> Callable[..., None]:
@@ -516,84 +641,92 @@ def _program(program: Program) -> Callable[..., None]:
     return kernel
 
 
-def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
-    """``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0; contiguous."""
-    output = empty_like(input, torch.contiguous_format)
-    return _softmax(formula, dim, input, None, output)
+def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
+    """Prepares ``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0.
 
-
-def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
-    """The input's gradient, from the output; contiguous."""
-    grad_input = empty_like(output, torch.contiguous_format)
-    return _softmax(formula, dim, output, grad_output.contiguous(), grad_input)
-
-
-def _softmax(
-    formula: str, dim: int, input: Tensor, grad_output: Tensor | None, output: Tensor
-) -> Tensor:
+    Returns:
+        A function of the input, which returns the output; and a function of the output's gradient
+        and of the output, which returns the input's gradient. What they return is contiguous.
+    """
+    logarithm, dtype = formula == "log_softmax", DTYPES[input.dtype]
     view, sizes, strides = along(input, dim)
-    out, _, out_strides = along(output, dim)
-    grad_view = _NO_VIEW
-    if grad_output is not None:
-        of_grad, _, grad_strides = along(grad_output, dim)
-        grad_view = (of_grad.data_ptr(), *grad_strides)
-    native.softmax(
-        formula == "log_softmax",
-        DTYPES[input.dtype],
-        sizes,
-        (view.data_ptr(), *strides),
-        grad_view,
-        (out.data_ptr(), *out_strides),
-        torch.get_num_threads(),
-    )
-    return output
+    as_it_is = view.data_ptr() == input.data_ptr()
+    output = torch.empty_like(input, device="meta", memory_format=torch.contiguous_format)
+    _, _, out_strides = along(output, dim)
+    new = _allocation(output)
+
+    def forward(input: Tensor) -> Tensor:
+        view = input if as_it_is else along(input, dim)[0]
+        output = new()
+        native.softmax(
+            logarithm,
+            dtype,
+            sizes,
+            (view.data_ptr(), *strides),
+            _NO_VIEW,
+            (output.data_ptr(), *out_strides),
+            torch.get_num_threads(),
+        )
+        return output
+
+    def backward(grad_output: Tensor, output: Tensor) -> Tensor:
+        grad_output, output, grad_input = grad_output.contiguous(), output.contiguous(), new()
+        native.softmax(
+            logarithm,
+            dtype,
+            sizes,
+            (output.data_ptr(), *out_strides),
+            (grad_output.data_ptr(), *out_strides),
+            (grad_input.data_ptr(), *out_strides),
+            torch.get_num_threads(),
+        )
+        return grad_input
+
+    return forward, backward
 
 
 def activation(
-    formula: str,
-    input: Tensor,
-    parameters: tuple[float, ...] = (),
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    """``formula`` of each element, in the input's layout; ``inplace`` needs a dense input.
+    formula: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
+) -> Kernels:
+    """Prepares an activation for inputs of this layout.
 
     Args:
         formula: The kernel's name: ``"relu"``.
         parameters: The formula's numbers, at most three.
+        inplace: The output takes the input's memory, which has to be dense.
+
+    Returns:
+        A function of the input, which returns the output in the input's layout; and a function of
+        the output's gradient and of what is saved (the output or the input), which returns the
+        input's gradient.
     """
-    input = dense(input)
-    output = input if inplace else empty_like(input)
-    getattr(native, formula)(
-        DTYPES[input.dtype],
-        input.numel(),
-        input.data_ptr(),
-        output.data_ptr(),
-        (*parameters, 0.0, 0.0, 0.0)[:3],
-        torch.get_num_threads(),
-    )
-    return output
+    kernel, backward_kernel = getattr(native, formula), getattr(native, f"{formula}_backward")
+    dtype, n, as_it_is = DTYPES[input.dtype], input.numel(), is_dense(input)
+    output_like, numbers = _output_like(input), (*parameters, 0.0, 0.0, 0.0)[:3]
 
+    def forward(input: Tensor) -> Tensor:
+        input = input if as_it_is else input.contiguous()
+        output = input if inplace else output_like(input)
+        threads = torch.get_num_threads()
+        kernel(dtype, n, input.data_ptr(), output.data_ptr(), numbers, threads)
+        return output
 
-def activation_backward(
-    formula: str,
-    grad_output: Tensor,
-    saved: Tensor,
-    parameters: tuple[float, ...] = (),
-) -> Tensor:
-    """The input's gradient, from what the formula saves: its output or its input, dense."""
-    grad_output, grad_operand = _operand(grad_output, saved)
-    grad_input = empty_like(saved)
-    getattr(native, f"{formula}_backward")(
-        DTYPES[saved.dtype],
-        saved.numel(),
-        grad_operand,
-        saved.data_ptr(),
-        grad_input.data_ptr(),
-        (*parameters, 0.0, 0.0, 0.0)[:3],
-        torch.get_num_threads(),
-    )
-    return grad_input
+    def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
+        saved = dense(saved)
+        grad_output, grad_operand = _operand(grad_output, saved)
+        grad_input = output_like(saved)
+        backward_kernel(
+            dtype,
+            grad_input.numel(),
+            grad_operand,
+            saved.data_ptr(),
+            grad_input.data_ptr(),
+            numbers,
+            torch.get_num_threads(),
+        )
+        return grad_input
+
+    return forward, backward
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:

@@ -7,7 +7,7 @@ captured in CUDA graphs. A class index out of range is no error but a loss of Na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
-from pyfused.kernels.program import formula_of
+from pyfused.kernels.program import formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
 from pyfused.kernels.softmax import softmax_backward_kernel, softmax_kernel
 from pyfused.layout import (
@@ -37,6 +37,7 @@ from pyfused.layout import (
     accumulate_dtype,
     along,
     contiguous_in,
+    dense,
     empty_viewed,
     loss_shape,
     order_of,
@@ -47,6 +48,7 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
+    Kernels,
     LogProbsOptions,
     MarginOptions,
     NllOptions,
@@ -143,24 +145,55 @@ def _add_up(parts: Tensor | None, out: Tensor | None) -> None:
 
 
 def cross_entropy(
+    input: Tensor,  # noqa: ARG001 as below: the launches are chosen for each call
+    target: Tensor,  # noqa: ARG001
+    weight: Tensor | None,  # noqa: ARG001
+    options: CrossEntropyOptions,
+    want: Want,
+    grad_output: Tensor | None = None,  # noqa: ARG001
+    vocab_shard: VocabShard | None = None,
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares the loss, and gradients of input and target; see ``cpu.cross_entropy``.
+
+    A class index out of range makes the loss of its row NaN and its gradient zero.
+    """
+    fields = vars(options) | {"token_weight": None, "denominator": None}
+    kind, want = type(options), want._replace(statistics=None)
+    shard = None if vocab_shard is None else vocab_shard._replace(lse=None)
+
+    def run(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        denominator: Tensor | float | None = None,
+        grad_output: Tensor | None = None,
+        lse: Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        of_call = kind(**fields | {"token_weight": token_weight, "denominator": denominator})
+        wants = want._replace(statistics=statistics)
+        of_shard = None if shard is None else shard._replace(lse=lse)
+        return _cross_entropy(input, target, weight, of_call, wants, grad_output, of_shard)
+
+    return run
+
+
+def _cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
     want: Want,
-    grad_output: Tensor | None = None,
-    vocab_shard: VocabShard | None = None,
+    grad_output: Tensor | None,
+    vocab_shard: VocabShard | None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Loss, and gradients of input and target, each where wanted; see ``cpu.cross_entropy``.
-
-    A class index out of range makes the loss of its row NaN and its gradient zero.
-    """
     if grad_output is not None and want.loss and options.reduction == "none":
         loss_alone = want._replace(gradients=())
-        loss, _ = cross_entropy(input, target, weight, options, loss_alone, None, vocab_shard)
+        loss, _ = _cross_entropy(input, target, weight, options, loss_alone, None, vocab_shard)
         want = want._replace(loss=False, statistics=None)
         arguments = input, target, weight, options, want, grad_output, vocab_shard
-        return loss, cross_entropy(*arguments)[1]
+        return loss, _cross_entropy(*arguments)[1]
     of_input, of_target = want.gradients or (False, False)
     indices, each = target.dtype is torch.int64, options.reduction == "none"
     logits, strides = viewed(input)
@@ -288,14 +321,37 @@ def _denominator(
 
 
 def nll_loss(
+    input: Tensor,  # noqa: ARG001 the launch is chosen for each call
+    target: Tensor,  # noqa: ARG001
+    weight: Tensor | None,  # noqa: ARG001
+    options: NllOptions,
+    want: Want,
+    grad_output: Tensor | None = None,  # noqa: ARG001
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
+
+    def run(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        _token_weight: None = None,
+        _denominator: None = None,
+        grad_output: Tensor | None = None,
+        *_: None,
+    ) -> tuple[Tensor | None, Gradients]:
+        return _nll_loss(input, target, weight, options, want, grad_output)
+
+    return run
+
+
+def _nll_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: NllOptions,
     want: Want,
-    grad_output: Tensor | None = None,
+    grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Of log-probabilities and class indices; otherwise as ``cross_entropy``."""
     input, strides = viewed(input)
     outer, inner, classes = row_sizes(input)
     n, target, choice = outer * inner, target.contiguous(), launch.choose(input.element_size())
@@ -318,14 +374,37 @@ def nll_loss(
 
 
 def multi_margin_loss(
+    input: Tensor,  # noqa: ARG001 the launch is chosen for each call
+    target: Tensor,  # noqa: ARG001
+    weight: Tensor | None,  # noqa: ARG001
+    options: MarginOptions,
+    want: Want,
+    grad_output: Tensor | None = None,  # noqa: ARG001
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``."""
+
+    def run(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        _token_weight: None = None,
+        _denominator: None = None,
+        grad_output: Tensor | None = None,
+        *_: None,
+    ) -> tuple[Tensor | None, Gradients]:
+        return _multi_margin_loss(input, target, weight, options, want, grad_output)
+
+    return run
+
+
+def _multi_margin_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: MarginOptions,
     want: Want,
-    grad_output: Tensor | None = None,
+    grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Of scores of shape (N, C) and class indices; otherwise as ``cross_entropy``."""
     input, target = input.contiguous(), target.contiguous()
     n, classes = input.shape
     grad = torch.empty_like(input) if any(want.gradients) else None
@@ -420,33 +499,42 @@ def kl_div_with_logits(
     return loss, (grad,)
 
 
-def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
-    """``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0; contiguous."""
-    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
+    """Prepares the kernels for inputs of this layout; see ``cpu.softmax``."""
+    output = torch.empty_like(input, device="meta", memory_format=torch.contiguous_format)
     x, sizes, strides = along(input, dim)
-    y, _, y_strides = along(output, dim)
-    choice, programs, units = _tiling(
-        sizes, x.element_size(), strides, y_strides, most_threads=SOFTMAX_THREADS
-    )
-    meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
-    with torch.cuda.device_of(input):
-        softmax_kernel[(programs,)](x, y, *sizes[1:], strides, y_strides, **meta, **units)
-    return output
+    _, _, y_strides = along(output, dim)
+    copies = x.data_ptr() != input.data_ptr()
+    most, itemsize = {"most_threads": SOFTMAX_THREADS}, x.element_size()
+    forward_launch = _tiling(sizes, itemsize, strides, y_strides, **most)
+    backward_launch = _tiling(sizes, itemsize, y_strides, **most)
 
+    def meta(launched: tuple[launch.Choice, int, dict[str, int]]) -> dict[str, Any]:
+        choice, _, units = launched
+        flags = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row}
+        return {**flags, **choice.tile(), **units}
 
-def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
-    """The input's gradient, from the output; contiguous."""
-    grad_input = torch.empty_like(output, memory_format=torch.contiguous_format)
-    y, sizes, strides = along(output, dim)
-    choice, programs, units = _tiling(
-        sizes, y.element_size(), strides, most_threads=SOFTMAX_THREADS
-    )
-    meta = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row, **choice.tile()}
-    with torch.cuda.device_of(output):
-        softmax_backward_kernel[(programs,)](
-            grad_output.contiguous(), y, grad_input, *sizes[1:], strides, **meta, **units
-        )
-    return grad_input
+    forward_meta, backward_meta = meta(forward_launch), meta(backward_launch)
+
+    def forward(input: Tensor) -> Tensor:
+        output = torch.empty_like(input, memory_format=torch.contiguous_format)
+        x = along(input, dim)[0] if copies else input
+        with torch.cuda.device_of(input):
+            softmax_kernel[(forward_launch[1],)](
+                x, output, *sizes[1:], strides, y_strides, **forward_meta
+            )
+        return output
+
+    def backward(grad_output: Tensor, output: Tensor) -> Tensor:
+        grad_output, output = grad_output.contiguous(), output.contiguous()
+        grad_input = torch.empty_like(output)
+        with torch.cuda.device_of(output):
+            softmax_backward_kernel[(backward_launch[1],)](
+                grad_output, output, grad_input, *sizes[1:], y_strides, **backward_meta
+            )
+        return grad_input
+
+    return forward, backward
 
 
 # ---- element by element --------------------------------------------------------------------------
@@ -456,16 +544,16 @@ Operands = list[Tensor | None]
 
 def _operands(
     order: Tensor, tensors: Operands
-) -> tuple[Operands, int | None, tuple[int, ...] | None]:
+) -> tuple[list[int], int | None, tuple[int, ...] | None]:
     """How a kernel reads tensors in the order in memory of ``order``, which is dense.
 
     Returns:
-        The tensors, copied where rows x columns do not describe them; the number of columns and two
-        strides a tensor, of its rows and its columns, or None and None if all are dense.
+        The tensors to copy first, where rows x columns do not describe them; the number of columns
+        and two strides a tensor, of its rows and its columns, or None and None if all are dense.
     """
     stride = order.stride()
     if all(tensor is None or tensor.stride() == stride for tensor in tensors):
-        return tensors, None, None
+        return [], None, None
     groups: list[tuple[int, list[int]]] = []  # a size, and a stride for each tensor
     for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
         size, strides = order.shape[dim], [(order if x is None else x).stride(dim) for x in tensors]
@@ -475,83 +563,104 @@ def _operands(
             size *= groups.pop()[0]
         groups.append((size, strides))
     if not groups or (len(groups) == 1 and set(groups[0][1]) == {1}):
-        return tensors, None, None
+        return [], None, None
     if len(groups) > 2:
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.stride() != stride:
-                tensors[i] = torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)
-        return tensors, None, None
+        pairs = enumerate(tensors)
+        return [i for i, x in pairs if x is not None and x.stride() != stride], None, None
     (columns, of_columns), (_, of_rows) = groups[-1], groups[0]
-    pairs = zip(of_rows, of_columns, strict=True)
-    return tensors, columns, tuple([step for pair in pairs for step in pair])
+    both = zip(of_rows, of_columns, strict=True)
+    return [], columns, tuple([step for pair in both for step in pair])
 
 
 def pointwise_loss(
     formula: str | Program,
-    operands: tuple[Tensor, ...],
+    tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
     parameters: tuple[float, ...],
-    weight: Tensor | None,
     reduction: str,
-    denominator: float | Tensor,
     want: Want,
-    grad_output: Tensor | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """Loss, and a gradient of each operand, each where wanted; see ``cpu.pointwise_loss``.
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares a pointwise loss for tensors of these layouts; see ``cpu.pointwise_loss``.
 
     A parameter may be a tensor of one element, which only the GPU reads.
     """
+    operands, weight, grad_output = tensors
     order, n = order_of(operands), operands[0].numel()
+    dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
     choice = launch.choose(order.element_size())
     programs, reduce = -(-n // choice.block), want.loss and reduction != "none"
-    loss = parts = None
     if reduce:
         programs = min(programs, MOST_PROGRAMS)
-        loss = parts = order.new_empty((), dtype=accumulate_dtype(order.dtype))
-        if programs > 1:
-            parts = order.new_empty(programs, dtype=torch.float64)
-    elif want.loss:
-        loss = parts = torch.empty_like(order)
+    accumulate = accumulate_dtype(order.dtype)
     wanted = want.gradients or (False,) * len(operands)
-    gradients = tuple([torch.empty_like(order) if w else None for w in wanted])
-    x, t, third, fourth = (*operands, None, None, None)[:4]
-    tensors = [x, t, third, weight, grad_output, fourth]
-    (*views, fourth), columns, strides = _operands(order, tensors)
-    divisor: Tensor | int | None = None
-    if isinstance(denominator, Tensor):
-        divisor = denominator
-    elif denominator != 1:
-        divisor = int(denominator)  # exact, where a float would be passed as float32
-    numbers, stacked = (*parameters, 0.0, 0.0, 0.0)[:3], None
+    views = _padded(operands, weight, grad_output)
+    copied, columns, strides = _operands(order, views)
+    numbers = (*parameters, 0.0, 0.0, 0.0)[:3]
+    stacked: Tensor | tuple[float, ...] | None = None
     if isinstance(formula, str):
         function = LOSSES[formula]
         if any(isinstance(number, Tensor) for number in numbers):
             stacked, numbers = _stack(order, numbers), (0.0, 0.0, 0.0)
     else:
         function, numbers = formula.kernel("triton", formula_of), (0.0, 0.0, 0.0)
-        if parameters:
-            key = order.device, parameters
-            stacked = formula.kernel(key, lambda _: _stack(order, parameters))
-    with torch.cuda.device_of(order):
-        pointwise_loss_kernel[(programs,)](
-            *views,
-            parts,
-            *(*gradients, None, None)[:3],
-            fourth,
-            gradients[3] if len(gradients) == 4 else None,
-            n,
-            columns,
-            strides,
-            *numbers,
-            stacked,
-            divisor,
-            FORMULA=function,
-            IS_PROGRAM=not isinstance(formula, str),
-            REDUCE=reduce,
-            BLOCK=choice.block,
-            **choice.options(),
-        )
-        _add_up(parts, loss)
-    return loss, gradients
+        stacked = parts_of(parameters)
+    meta = {
+        "FORMULA": function,
+        "IS_PROGRAM": not isinstance(formula, str),
+        "REDUCE": reduce,
+        "BLOCK": choice.block,
+        **choice.options(),
+    }
+
+    def run(
+        operands: Sequence[Tensor],
+        weight: Tensor | None,
+        denominator: float | Tensor,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        like = operands[0].contiguous() if dense_operand is None else operands[dense_operand]
+        loss = parts = None
+        if reduce:
+            loss = parts = like.new_empty((), dtype=accumulate)
+            if programs > 1:
+                parts = like.new_empty(programs, dtype=torch.float64)
+        elif want.loss:
+            loss = parts = torch.empty_like(like)
+        gradients = tuple([torch.empty_like(like) if w else None for w in wanted])
+        views = _padded(operands, weight, grad_output)
+        for i in copied:
+            views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
+        divisor: Tensor | int | None = None
+        if isinstance(denominator, Tensor):
+            divisor = denominator
+        elif denominator != 1:
+            divisor = int(denominator)  # exact, where a float would be passed as float32
+        with torch.cuda.device_of(like):
+            pointwise_loss_kernel[(programs,)](
+                *views[:5],
+                parts,
+                *(*gradients, None, None)[:3],
+                views[5],
+                gradients[3] if len(gradients) == 4 else None,
+                n,
+                columns,
+                strides,
+                *numbers,
+                stacked,
+                divisor,
+                **meta,
+            )
+            _add_up(parts, loss)
+        return loss, gradients
+
+    return run
+
+
+def _padded(
+    operands: Sequence[Tensor], weight: Tensor | None, grad_output: Tensor | None
+) -> list[Any]:
+    """The operands, of which there are at most four, in the kernel's order of arguments."""
+    x, t, third, fourth = (*operands, None, None, None)[:4]
+    return [x, t, third, weight, grad_output, fourth]
 
 
 def _stack(order: Tensor, numbers: tuple[float | Tensor, ...]) -> Tensor:
@@ -563,52 +672,42 @@ def _stack(order: Tensor, numbers: tuple[float | Tensor, ...]) -> Tensor:
 
 
 def activation(
-    formula: str,
-    input: Tensor,
-    parameters: tuple[float, ...] = (),
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    """``formula`` of each element; ``inplace`` needs a dense input."""
-    output = input if inplace else torch.empty_like(input)
-    _activation(ACTIVATIONS[formula][0], input, None, parameters, output)
-    return output
+    formula: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
+) -> Kernels:
+    """Prepares an activation for inputs of this layout; see ``cpu.activation``."""
+    n, choice = input.numel(), launch.choose(input.element_size())
+    programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:3]
+    formulas, options = ACTIVATIONS[formula], choice.options()
 
+    def run(formula: Any, x: Tensor, grad_output: Tensor | None, output: Tensor) -> Tensor:
+        views: Operands = [x, grad_output]
+        copied, columns, strides = _operands(output, views)
+        for i in copied:
+            view = views[i]
+            assert view is not None
+            views[i] = torch.empty_like(output).copy_(view)
+        with torch.cuda.device_of(output):
+            activation_kernel[(programs,)](
+                *views,
+                output,
+                n,
+                columns,
+                strides,
+                *numbers,
+                FORMULA=formula,
+                BLOCK=choice.block,
+                **options,
+            )
+        return output
 
-def activation_backward(
-    formula: str,
-    grad_output: Tensor,
-    saved: Tensor,
-    parameters: tuple[float, ...] = (),
-) -> Tensor:
-    """The input's gradient, from what the formula saves: its output or its input, dense."""
-    grad_input = torch.empty_like(saved)
-    _activation(ACTIVATIONS[formula][1], saved, grad_output, parameters, grad_input)
-    return grad_input
+    def forward(input: Tensor) -> Tensor:
+        return run(formulas[0], input, None, input if inplace else torch.empty_like(input))
 
+    def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
+        saved = dense(saved)
+        return run(formulas[1], saved, grad_output, torch.empty_like(saved))
 
-def _activation(
-    formula: Any,
-    x: Tensor,
-    grad_output: Tensor | None,
-    parameters: tuple[float, ...],
-    output: Tensor,
-) -> None:
-    n, choice = output.numel(), launch.choose(output.element_size())
-    (x_view, grad_view), columns, strides = _operands(output, [x, grad_output])
-    with torch.cuda.device_of(output):
-        activation_kernel[(-(-n // choice.block),)](
-            x_view,
-            grad_view,
-            output,
-            n,
-            columns,
-            strides,
-            *(*parameters, 0.0, 0.0, 0.0)[:3],
-            FORMULA=formula,
-            BLOCK=choice.block,
-            **choice.options(),
-        )
+    return forward, backward
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:

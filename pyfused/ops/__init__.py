@@ -1,1 +1,1 @@
-"""The operators: for each family its autograd function and the choice of a backend."""
+"""The operators: declarations, the choice of a backend, and for each family its plans."""

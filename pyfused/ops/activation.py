@@ -1,19 +1,20 @@
-"""Activations as one autograd function over the fused kernels."""
+"""Activations: their declaration, and what computes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
-from pyfused.layout import dense, is_dense
+from pyfused.backends import backend_of
+from pyfused.layout import is_dense
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.gradients import second_order, without_functorch
+from pyfused.ops.gradients import apply
+from pyfused.types import Gradients, Kernels
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -45,16 +46,18 @@ class Activation(Operator):
             self.reference_ = self.aten_
         self.overwrites = self.aten_ is not self.reference
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        input = arguments[0]
+    def plan(self, arguments: Arguments, inplace: bool) -> ActivationPlan:
+        input, *others = arguments
+        name, parameters = (self.name, ()) if self.formula is None else self.formula(*others)
         backend = backend_of(input)
-        name, parameters = (self.name, ()) if self.formula is None else self.formula(*arguments[1:])
-        if torch.is_grad_enabled() and input.requires_grad:
-            call = ActivationCall(self, backend, name, parameters, arguments[1:])
-            output: Tensor = _apply(call, input, inplace)
-        else:
-            output = backend.activation(name, input, parameters)
-        return output
+        return ActivationPlan(
+            op=self,
+            name=self.name,
+            inplace=inplace,
+            needs_grad=torch.is_grad_enabled() and input.requires_grad,
+            options=tuple(others),
+            kernels=backend.activation(name, input, parameters, inplace),
+        )
 
     def check(self, arguments: Arguments) -> None:
         checks.tensor("input", arguments[0])
@@ -77,39 +80,38 @@ def _built_in(name: str) -> Callable[..., Tensor]:
     return function
 
 
-class ActivationCall(NamedTuple):
-    """What a kernel takes beside tensors, and what torch's gradient does."""
+@dataclass(eq=False, kw_only=True)
+class ActivationPlan:
+    """Computes the calls of one signature. Backward reads the output or the input, and no more.
+
+    Attributes:
+        options: The arguments beside the input, which torch's gradient takes.
+        kernels: The forward kernel and the backward kernel, prepared for the input's layout.
+    """
 
     op: Activation
-    backend: Backend
     name: str
-    parameters: tuple[float, ...]
+    inplace: bool
+    needs_grad: bool
     options: Arguments
+    kernels: Kernels
 
+    def __call__(self, arguments: Arguments) -> Tensor:
+        if self.needs_grad:
+            output: Tensor = apply(self, arguments[0])
+            return output
+        return self.kernels[0](arguments[0])
 
-class ActivationFunction(torch.autograd.Function):
-    """Saves the output or the input, and no other tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, call: ActivationCall, input: Tensor, inplace: bool) -> Tensor:
-        output: Tensor = call.backend.activation(call.name, input, call.parameters, inplace=inplace)
-        if inplace:
+    def forward(self, ctx: Any, tensors: Sequence[Tensor]) -> Tensor:
+        (input,) = tensors
+        output = self.kernels[0](input)
+        if self.inplace:
             ctx.mark_dirty(input)
-        ctx.call = call
-        ctx.save_for_backward(output if call.op.saves == "output" else input)
+        ctx.save_for_backward(output if self.op.saves == "output" else input)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        call: ActivationCall = ctx.call
-        if second_order(call.op.name, grad_output):
-            gradient = call.op.gradient(grad_output, saved, *call.options)
-        else:
-            gradient = call.backend.activation_backward(
-                call.name, grad_output, dense(saved), call.parameters
-            )
-        return None, gradient, None
+    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        return (self.kernels[1](grad_output, ctx.saved_tensors[0]),)
 
-
-_apply = without_functorch(ActivationFunction)
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        return (self.op.gradient(grad_output, ctx.saved_tensors[0], *self.options),)

@@ -5,15 +5,16 @@ How many rows or classes a chunk has is decided in `chunk_sizes.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfused.backends import Backend
+from pyfused.backends import Backend, cross_entropy_once
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import product_dtype
 from pyfused.ops.metrics import MergedStatistics, RowStatistics
@@ -78,7 +79,7 @@ def chunks(
         size: Rows and columns of a chunk.
         backwards: The last rows come first.
         memory: What has the first chunk's outputs, and takes the others'.
-        fixed_sizes: The size of a product does not depend on that of the batch.
+        fixed_sizes: The bits of a row's outputs do not depend on the batch.
     """
     input, weight, bias = layer
     n, classes = len(input), len(weight)
@@ -237,8 +238,8 @@ def by_rows(
             part = statistics.at(slice(here.start * per_row, here.stop * per_row))
             wants = want._replace(statistics=part.before(backend, capped, targets, options))
         of_rows = grad_output[here] if grad_output is not None and each else grad_output
-        loss, (_, of_target) = backend.cross_entropy(
-            capped, targets, weight, _of_rows(options, here), wants, of_rows
+        loss, (_, of_target) = cross_entropy_once(
+            backend, capped, targets, weight, _of_rows(options, here), wants, of_rows
         )
         if grad_target is not None:
             assert of_target is not None
@@ -318,9 +319,9 @@ def sums_of_block(
         options.ignore_index, "none", options.label_smoothing, scale=options.scale
     )
     given = logits, target, weight, plain
-    backend.cross_entropy(*given, Want(False, statistics=statistics), None, shard)
+    cross_entropy_once(backend, *given, Want(False, statistics=statistics), None, shard)
     shard = shard._replace(lse=torch.zeros_like(statistics.log_sum_exp))
-    part, _ = backend.cross_entropy(*given, Want(), None, shard)
+    part, _ = cross_entropy_once(backend, *given, Want(), None, shard)
     assert part is not None
     return -part.flatten().double()
 
@@ -369,7 +370,7 @@ def gradients_by_blocks(
         block = VocabShard(shard.first + chunk.columns.start, shard.classes, shard.lse[here])
         of_rows, capped = grad_output[here], _cap(backend, logits, options.softcap)
         given = head.target[here], head.weight, _of_rows(options, here), want, of_rows, block
-        backend.cross_entropy(capped, *given)
+        cross_entropy_once(backend, capped, *given)
         gradient = _uncap(backend, capped, logits, options.softcap)
         kept = _classes_that_count(gradient, of_rows, options.filter_eps)
         gradients.add(chunk, gradient, kept)
@@ -399,14 +400,16 @@ def _target_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions)
 
 def _cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
     """The logits themselves where there is no softcap."""
-    return logits if softcap is None else backend.activation("softcap", logits, (softcap,))
+    return (
+        logits if softcap is None else backend.activation("softcap", logits, (softcap,))[0](logits)
+    )
 
 
 def _uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
     """The gradient of the logits, given that of the capped ones."""
     if softcap is None:
         return gradient
-    return backend.activation_backward("softcap", gradient, logits, (softcap,))
+    return backend.activation("softcap", logits, (softcap,))[1](gradient, logits)
 
 
 # ---- products ------------------------------------------------------------------------------------
@@ -419,25 +422,65 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-FIXED_ROWS = 128  # of a product whose size is not to depend on the batch
+# The size of a product where it is not to depend on the batch. A library takes rows in groups of 4,
+# 6, 8 or 16 and may add the features up in another order for the rows that remain.
+FIXED_ROWS, FIXED_COLUMNS = 96, 2048
+ALIGNMENT = 64  # bytes
 
 
 def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """By products of FIXED_ROWS rows, the last of which are filled up with zeros.
+    """Computes the outputs of a row so that their bits depend on this row and the layer alone.
 
-    Features are filled up, too: MKL adds those of some rows up in another order if they are not a
-    multiple of 4.
+    Every product has the same size, layout and alignment, whatever the batch: rows and features are
+    copied to one block, which has zeros, or rows of an earlier product, in the rest. Features fill
+    multiples of 16, so that all rows are aligned.
     """
-    if padding := -x.shape[1] % 16:
-        x, weight = F.pad(x, (0, padding)), F.pad(weight, (0, padding))
-    for row in range(0, len(x), FIXED_ROWS):
-        part, to = x[row : row + FIXED_ROWS], out[row : row + FIXED_ROWS]
-        if missing := FIXED_ROWS - len(part):
-            product = out.new_empty(FIXED_ROWS, len(weight))
-            linear(F.pad(part, (0, 0, 0, missing)), weight, bias, product)
-            to.copy_(product[: len(part)])
-        else:
-            linear(part, weight, bias, to)
+    features, padding = x.shape[1], -x.shape[1] % 16
+    for first in range(0, len(weight), FIXED_COLUMNS):
+        columns = slice(first, first + FIXED_COLUMNS)
+        w = F.pad(weight[columns], (0, padding)) if padding else weight[columns]
+        if not w.is_contiguous() or w.data_ptr() % ALIGNMENT:
+            w = w.clone(memory_format=torch.contiguous_format)
+        b = None if bias is None else bias[columns]
+        rows = _rows_of_product(
+            *(x.device, x.dtype, *w.shape, b is not None),
+            *(torch.get_num_threads(), torch.get_float32_matmul_precision()),
+        )
+        block, product = x.new_zeros(rows, w.shape[1]), x.new_empty(rows, len(w))
+        for row in range(0, len(x), rows):
+            part = x[row : row + rows]
+            block[: len(part), :features] = part
+            linear(block, w, b, product)
+            out[row : row + rows, columns] = product[: len(part)]
+
+
+@functools.cache
+def _rows_of_product(
+    device: torch.device,
+    dtype: torch.dtype,
+    classes: int,
+    features: int,
+    bias: bool,
+    *_settings: Any,
+) -> int:
+    """FIXED_ROWS if a product computes each of so many rows alike, and otherwise 1.
+
+    That is tried at the first use, with copies of one row, as no library promises it. A single row
+    is always computed alike, only slower.
+
+    Args:
+        _settings: What else the library's choice of an algorithm may depend on.
+    """
+    random = functools.partial(
+        torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype
+    )
+    weight, of_bias = random(classes, features), random(classes) if bias else None
+    product = weight.new_empty(FIXED_ROWS, classes)
+    for _ in range(8):  # another order of few features may give the same bits
+        linear(random(1, features).repeat(FIXED_ROWS, 1), weight, of_bias, product)
+        if not torch.equal(product, product[:1].expand_as(product)):
+            return 1
+    return FIXED_ROWS
 
 
 MOST_KEPT = 0.5  # of a block's classes; more are not worth their copies

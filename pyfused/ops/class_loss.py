@@ -1,10 +1,10 @@
-"""Losses of scores beside classes: an autograd function over the fused kernels."""
+"""Losses of scores beside classes: their declaration, and what computes them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +13,24 @@ from torch.autograd.graph import increment_version
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
-from pyfused.layout import is_dense
+from pyfused.layout import is_dense, layouts
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
-from pyfused.ops.gradients import (
-    autocast_dtype,
-    backward,
-    differentiate,
-    gradients_in_forward,
-    without_functorch,
+from pyfused.ops.gradients import apply, autocast_dtype, differentiate, gradients_in_forward
+from pyfused.types import (
+    CrossEntropyOptions,
+    Gradients,
+    MarginOptions,
+    NllOptions,
+    Statistics,
+    Want,
 )
-from pyfused.types import ClassLossOptions, Gradients, MarginOptions, NllOptions, Want
 
-Saved = tuple[Tensor, Tensor, Tensor | None]
+Tensors = tuple[Any, ...]  # the input, the target and the weights of the classes
+Launch = Callable[..., tuple[Tensor | None, Gradients]]
 
 
 class Given(NamedTuple):
-    """A call's arguments, as checked and as the kernels take them."""
+    """The arguments of a call, as checked and as the kernels take them."""
 
     input: Tensor
     target: Tensor
@@ -47,7 +49,11 @@ class ClassLoss(Operator):
 
     @abstractmethod
     def read(self, arguments: Arguments) -> Given:
-        """The arguments that kernels take, as they were given."""
+        """Returns the arguments that kernels take, as they were given."""
+
+    def tensors(self, arguments: Arguments) -> Tensors:
+        """Returns the tensors among the arguments, but for those in the options."""
+        return arguments[:3]
 
     def checked(self, arguments: Arguments) -> Given:
         """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
@@ -56,39 +62,50 @@ class ClassLoss(Operator):
         getattr(checks, self.name)(*given)
         return given
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        given = self.arranged(self.checked(arguments))
-        return self.finished(given, self.run(given, Want(inplace=inplace)))
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
+        plan = self.planned(arguments, inplace)
+        return lambda arguments: plan.run((*self.tensors(arguments), None, None))
 
-    def finished(self, given: Given, loss: Tensor) -> Tensor:
-        dtype = self.dtype_of(given)
-        return loss if loss.dtype is dtype else loss.to(dtype)
+    def planned(
+        self, arguments: Arguments, inplace: bool, needs: Sequence[bool] | None = None
+    ) -> ClassLossPlan:
+        """Checks a call, and returns the plan of its signature.
+
+        Args:
+            needs: Whether the input and the target need a gradient, where that is not for autograd
+                to say.
+        """
+        given = self.checked(arguments)
+        tensors = given[:3]
+        arranged = self.arranged(tensors)
+        if needs is None:
+            needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+        return ClassLossPlan(
+            op=self,
+            backend=backend_of(arranged[0]),
+            options=given.options,
+            dtype=self.dtype_of(given._replace(input=arranged[0])),
+            needs=tuple(needs[:2]),
+            inplace=inplace,
+            arranges=any(new is not old for new, old in zip(arranged, tensors, strict=True)),
+            now=gradients_in_forward(given.options.reduction, arranged[0])
+            and (is_dense(arranged[0]) or not inplace),
+        )
 
     def dtype_of(self, given: Given) -> torch.dtype:
-        """The loss's."""
+        """Returns the dtype of the loss."""
         return autocast_dtype(given.input.dtype, given.input.device)
 
-    def arranged(self, given: Given) -> Given:
-        """int64 indices in the shape of the losses."""
-        target = given.target
+    def arranged(self, tensors: Tensors) -> Tensors:
+        """Returns the target as int64 indices in the shape of the losses, beside the others."""
+        input, target, weight = tensors
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
-        return given._replace(target=target.reshape(()) if given.input.dim() == 1 else target)
+        return input, target.reshape(()) if input.dim() == 1 else target, weight
 
     def define(self, given: Given) -> Tensor:
-        """The loss in torch's terms."""
+        """Returns the loss as torch computes it."""
         input, target, weight, options = given
         return self.reference(input, target, weight=weight, **options._asdict())
-
-    def run(self, given: Given, want: Want) -> Tensor:
-        input, target, weight, options = given
-        backend = backend_of(input)
-        if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-            loss: Tensor | None = _apply(self, backend, input, target, weight, options, want)
-        else:
-            kernel = getattr(backend, self.name)
-            loss, _ = kernel(input, target, weight, options, want)
-        assert loss is not None
-        return loss
 
     def check(self, arguments: Arguments) -> None:
         given = self.checked(arguments)
@@ -96,71 +113,135 @@ class ClassLoss(Operator):
         checks.class_indices(checks.classes_of(given.input), given.target, ignore_index)
 
 
-class ClassLossFunction(torch.autograd.Function):
-    """The gradients are computed by the forward pass, while each row of scores is in cache.
+@dataclass(eq=False, kw_only=True)
+class ClassLossPlan:
+    """Computes the calls of one signature.
 
-    Except where grad_output is needed first: one that differs from row to row, or one
-    that keeps float16 gradients from underflowing. Or where the gradient could not be scaled by it
-    later, as it is to lie in memory with gaps.
+    Gradients of a scalar loss are computed by the forward pass, while each row of scores is in
+    cache. Exceptions are float16, which keeps them from underflowing only with grad_output, and a
+    gradient that is to take memory with gaps, which could not be scaled later.
+
+    Attributes:
+        options: The options without their tensors, which every call brings.
+        dtype: The dtype of the loss.
+        needs: Whether the input and the target need a gradient.
+        inplace: The gradient of the input takes its memory.
+        arranges: The kernels do not take the tensors as they are given.
+        now: The forward pass computes the gradients.
+        launches: The prepared kernels: of the forward pass with and without statistics, and one for
+            each layout of grad_output.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: ClassLoss,
-        backend: Backend,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: ClassLossOptions,
-        want: Want,
-    ) -> Tensor | None:
-        ctx.op, ctx.backend, ctx.options, ctx.inplace = op, backend, options, want.inplace
-        ctx.save_for_backward(input, target, weight)
-        now = gradients_in_forward(options.reduction, input)
-        now = now and (is_dense(input) or not want.inplace)
-        want = want._replace(gradients=ctx.needs_input_grad[2:4] if now else ())
-        loss: Tensor | None
-        loss, gradients = getattr(backend, op.name)(input, target, weight, options, want)
-        ctx.gradients = gradients if now else None
-        ctx.overwritten = want.inplace and now
+    op: ClassLoss
+    backend: Backend
+    options: Any
+    dtype: torch.dtype
+    needs: tuple[bool, ...]
+    inplace: bool
+    arranges: bool
+    now: bool
+    launches: dict[Any, Launch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = self.op.name
+        self.denominator: float | None = None  # where it is a number
+        if isinstance(self.options, CrossEntropyOptions):
+            self.denominator = self.options.denominator  # type: ignore[assignment]
+            if isinstance(self.denominator, Tensor):
+                self.denominator = None
+            self.options = replace(
+                self.options, token_weight=None, denominator=None, with_metrics=False
+            )
+
+    def run(self, tensors: Tensors, statistics: Statistics | None = None) -> Tensor:
+        """Returns the loss.
+
+        Args:
+            tensors: The input, the target, the weight, token_weight and the denominator, if that is
+                a tensor.
+            statistics: Where the kernel writes those, None where they are not wanted.
+        """
+        if self.arranges:
+            tensors = *self.op.arranged(tensors[:3]), *tensors[3:]
+        if True in self.needs:
+            loss: Tensor = apply(self, *tensors, statistics)
+        else:
+            loss = self.forward(None, (*tensors, statistics))
+        return loss if loss.dtype is self.dtype else loss.to(self.dtype)
+
+    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
+        *tensors, statistics = tensors
+        launch = self.launches.get(statistics is None)
+        if launch is None:
+            want = Want(True, self.needs if ctx and self.now else (), self.inplace, statistics)
+            launch = self.launches[statistics is None] = self.prepared(tensors, want)
+        loss, gradients = self.launched(launch, tensors, None, statistics)
+        if ctx is not None:
+            ctx.save_for_backward(*tensors)
+            ctx.gradients = gradients if self.now else None
+            ctx.overwritten = self.inplace and self.now
+        assert loss is not None
         return loss
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        found = backward(ctx.op.name, ctx, grad_output, _kernel, _definition)
-        return None, None, *found, None, None, None
+    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        tensors = _saved(ctx)
+        if self.inplace:
+            increment_version(tensors[0])
+            ctx.overwritten = True
+        return self.gradients(tensors, grad_output)
+
+    def gradients(self, tensors: Tensors, grad_output: Tensor) -> Gradients:
+        """Returns the gradients of the input and the target, where they are needed."""
+        key = layouts(*tensors[:4], grad_output)
+        launch = self.launches.get(key)
+        if launch is None:
+            want = Want(False, self.needs, self.inplace)
+            launch = self.launches[key] = self.prepared(tensors, want, grad_output)
+        return self.launched(launch, tensors, grad_output)[1]
+
+    def prepared(
+        self, tensors: Sequence[Any], want: Want, grad_output: Tensor | None = None
+    ) -> Launch:
+        input, target, weight, token_weight, _ = tensors
+        options = (
+            self.options
+            if token_weight is None
+            else replace(self.options, token_weight=token_weight)
+        )
+        prepare: Callable[..., Launch] = getattr(self.backend, self.op.name)
+        return prepare(input, target, weight, options, want, grad_output)
+
+    def launched(
+        self,
+        launch: Launch,
+        tensors: Sequence[Any],
+        grad_output: Tensor | None,
+        statistics: Statistics | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, token_weight, denominator = tensors
+        denominator = self.denominator if denominator is None else denominator
+        return launch(
+            input, target, weight, token_weight, denominator, grad_output, None, statistics
+        )
+
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        input, target, weight, token_weight, denominator = _saved(ctx)
+        options = self.options
+        if isinstance(options, CrossEntropyOptions):
+            denominator = self.denominator if denominator is None else denominator
+            options = replace(options, token_weight=token_weight, denominator=denominator)
+        given = Given(input, target, weight, options)
+        return gradients_of_definition(self.op, given, self.needs, grad_output)
 
 
-_apply = without_functorch(ClassLossFunction)
-
-
-def _saved(ctx: Any) -> Saved:
+def _saved(ctx: Any) -> Tensors:
     if ctx.overwritten:
         raise RuntimeError(
             "inplace: expected False for create_graph=True or a second backward pass, got True, "
             "and the gradient has taken the logits' memory"
         )
-    saved: Saved = ctx.saved_tensors
+    saved: Tensors = ctx.saved_tensors
     return saved
-
-
-def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    input, target, weight = _saved(ctx)
-    want = Want(False, ctx.needs_input_grad[2:4], ctx.inplace)
-    if ctx.inplace:
-        increment_version(input)
-        ctx.overwritten = True
-    kernel = getattr(ctx.backend, ctx.op.name)
-    found: tuple[Tensor | None, Gradients] = kernel(
-        input, target, weight, ctx.options, want, grad_output
-    )
-    return found[1]
-
-
-def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    given = Given(*_saved(ctx), ctx.options)
-    return gradients_of_definition(ctx.op, given, ctx.needs_input_grad[2:4], grad_output)
 
 
 def gradients_of_definition(
@@ -183,7 +264,7 @@ def gradients_of_definition(
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class NllLoss(ClassLoss):
-    """Of log-probabilities."""
+    """The negative log-likelihood of log-probabilities."""
 
     def read(self, arguments: Arguments) -> Given:
         input, target, weight, size_average, ignore_index, reduce, reduction = arguments
@@ -196,20 +277,29 @@ class NllLoss(ClassLoss):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class MultiMarginLoss(ClassLoss):
-    """Of scores, rows of classes."""
+    """The margin loss of scores, rows of classes."""
 
     def read(self, arguments: Arguments) -> Given:
         input, target, p, margin, weight, size_average, reduce, reduction = arguments
         reduction = reduction_of(size_average, reduce, reduction)
         return Given(input, target, weight, MarginOptions(p, margin, reduction))
 
-    def arranged(self, given: Given) -> Given:
-        rows = given.input.reshape(-1, given.input.shape[-1])
-        return given._replace(input=rows, target=given.target.reshape(-1))
+    def tensors(self, arguments: Arguments) -> Tensors:
+        return arguments[0], arguments[1], arguments[4]
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        loss = super().fused(arguments, inplace)
-        return loss.reshape(arguments[1].shape) if loss.dim() else loss
+    def arranged(self, tensors: Tensors) -> Tensors:
+        input, target, weight = tensors
+        target = target if target.dtype is torch.int64 else target.to(torch.int64)
+        return input.reshape(-1, input.shape[-1]), target.reshape(-1), weight
+
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
+        run = super().plan(arguments, inplace)
+
+        def shaped(arguments: Arguments) -> Tensor:
+            loss: Tensor = run(arguments)
+            return loss.reshape(arguments[1].shape) if loss.dim() else loss
+
+        return shaped
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "row by row"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import call, compiler_traces
+from pyfused.ops.dispatch import call, compiler_traces, plan_of
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
 
@@ -27,10 +27,15 @@ class Composed(Operator):
     given: Callable[..., Arguments]
     finish: Callable[..., Tensor]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.broadcast = (1,)  # the target
+
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         self.check_scalars(arguments)
         given = self.given(*arguments)
-        loss = call(self.of, given) if compiler_traces() else self.of.fused(given, inplace)
+        _, run = (None, None) if compiler_traces() else plan_of(self.of, given, inplace)
+        loss = call(self.of, given) if run is None else run(given)
         return self.finish(loss, *arguments)
 
     def check(self, arguments: Arguments) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.layout import accumulate_dtype, loss_shape
-from pyfused.ops import vocab_parallel
-from pyfused.ops.class_loss import ClassLoss, Given
+from pyfused.ops import metrics, vocab_parallel
+from pyfused.ops.class_loss import ClassLoss, ClassLossPlan, Given, Tensors
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, parameters_of, reduction_of
 from pyfused.ops.dispatch import is_compiled, unsupported
-from pyfused.ops.metrics import RowStatistics
-from pyfused.types import CrossEntropyOptions, Want
+from pyfused.types import CrossEntropyOptions
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
 
@@ -46,40 +46,53 @@ class CrossEntropy(ClassLoss):
     def define(self, given: Given) -> Tensor:
         return self.reference(*given)
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Any:
-        local = None if type(arguments[0]) is Tensor else self.local_of(arguments)
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
+        input = arguments[0]
+        local = None if type(input) is Tensor else self.local_of(arguments)
         if local is not None:
-            given = Given(*local.arguments)
-            return local.whole(vocab_parallel.cross_entropy(*given, local.shard))
-        given = self.arranged(self.checked(arguments))
-        input, target, _, options = given
-        if not options.with_metrics:
-            return self.finished(given, self.run(given, Want(inplace=inplace)))
-        given = given._replace(options=replace(options, with_metrics=False))
-        rows = RowStatistics.empty(math.prod(loss_shape(input, "none")), input)
-        statistics = rows.before(backend_of(input), input, target, options)
-        loss = self.run(given, Want(inplace=inplace, statistics=statistics))
-        metrics = rows.metrics(target, options.ignore_index, accumulate_dtype(arguments[0].dtype))
-        return self.finished(given, loss), metrics
+            return self._over_shards
+        if is_compiled(input):
+            return self._compiled
+        plan = self.planned(arguments, inplace)
+
+        def run(arguments: Arguments) -> Any:
+            input, target, weight, options = arguments
+            token_weight, denominator = options.token_weight, options.denominator
+            if token_weight is not None:
+                checks.values("token_weight", token_weight, 0.0, math.inf, ValueError)
+            if not isinstance(denominator, Tensor):
+                denominator = None
+            tensors = input, target, weight, token_weight, denominator
+            return plan.run(tensors) if not options.with_metrics else _with_metrics(plan, tensors)
+
+        return run
+
+    def _over_shards(self, arguments: Arguments) -> Any:
+        """Returns the loss of DTensors, of which every process has some classes."""
+        local = self.local_of(arguments)
+        assert local is not None
+        input, target, weight, options = local.arguments
+        loss = vocab_parallel.cross_entropy(input, target, weight, options, local.shard)
+        return local.whole(loss)
+
+    def _compiled(self, arguments: Arguments) -> Tensor:
+        given = self.checked(arguments)
+        operator, tensors = torch.ops.pyfused.cross_entropy, self.arranged(given[:3])
+        loss: Tensor = operator(*tensors, *given.options.values())
+        dtype = self.dtype_of(given._replace(input=tensors[0]))
+        return loss if loss.dtype is dtype else loss.to(dtype)
 
     def dtype_of(self, given: Given) -> torch.dtype:
         return given.options.loss_dtype or super().dtype_of(given)
 
-    def arranged(self, given: Given) -> Given:
-        input, target, weight, _ = given
+    def arranged(self, tensors: Tensors) -> Tensors:
+        input, target, weight = tensors
         if not target.is_floating_point():
-            return super().arranged(given)
+            return super().arranged(tensors)
         common = torch.promote_types(input.dtype, target.dtype)
         if weight is not None:
             common = torch.promote_types(common, weight.dtype)
-        return given._replace(input=input.to(common), target=target.to(common))
-
-    def run(self, given: Given, want: Want) -> Tensor:
-        input, target, weight, options = given
-        if is_compiled(input):
-            loss: Tensor = torch.ops.pyfused.cross_entropy(input, target, weight, *options.values())
-            return loss
-        return super().run(given, want)
+        return input.to(common), target.to(common), weight
 
     def give_up(self, input: Tensor) -> None:
         """Marks logits whose gradient may overwrite them as changed, for whoever saved them."""
@@ -94,6 +107,15 @@ class CrossEntropy(ClassLoss):
     def strategy(self, input: Tensor) -> str:
         rows = backend_of(input).supports_rows(input)
         return "row by row" if rows else "several rows at a time"
+
+
+def _with_metrics(plan: ClassLossPlan, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
+    input, target, weight = plan.op.arranged(tensors[:3])
+    rows = metrics.RowStatistics.empty(math.prod(loss_shape(input, "none")), input)
+    statistics = rows.before(plan.backend, input, target, plan.options)
+    loss = plan.run((input, target, weight, *tensors[3:]), statistics)
+    dtype = accumulate_dtype(tensors[0].dtype)
+    return loss, rows.metrics(target, plan.options.ignore_index, dtype)
 
 
 def cross_entropy_fallback_reason(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.backends import backend_of
-from pyfused.layout import accumulate_dtype, dense, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import inductor, linear_cross_entropy, log_probs, pointwise_loss
+from pyfused.backends import backend_of, cross_entropy_once
+from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
+from pyfused.ops import inductor, linear_cross_entropy, log_probs
 from pyfused.ops.activation import Activation
 from pyfused.ops.chunked import Wanted
 from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
@@ -26,14 +26,16 @@ from pyfused.ops.distillation import Divergence
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import CROSS_ENTROPY, GAUSSIAN_NLL_LOSS, OPERATORS
-from pyfused.ops.pointwise_loss import PointwiseCall, PointwiseLoss
+from pyfused.ops.pointwise_loss import PointwiseLoss
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
+    LOG_PROB_VALUES,
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
     Head,
     HeadOptions,
+    LogProbsCall,
     LogProbsOptions,
     Options,
     Want,
@@ -220,7 +222,8 @@ def _empty(like: Tensor) -> Tensor:
 def _declared(op: Operator, **family: Any) -> CompiledOperator:
     def value(given: Arguments) -> Tensor:
         with torch.no_grad():
-            return op.fused(given, False)
+            result: Tensor = op.fused(given, False)
+        return result
 
     count = sum(operand.differentiated for operand in op.operands)
     return CompiledOperator(op.name, _schema(op), count, value, empty_gradient=_empty, **family)
@@ -260,33 +263,27 @@ def _gradients_of_pointwise(
     op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
     """Of operands alike in shape and dtype, as dispatch has made sure."""
-    operands, weight, reduction = op._read(given)
-    like = operands[0]
-    numbers = tuple([pointwise_loss._number(given[i], scalar) for i, scalar in op.scalar_places])
-    denominator: float | Tensor = 1.0
-    if reduction in op.denominators:
-        denominator = op.denominators[reduction](operands, weight, numbers)
-    weight = None if weight is None else weight.expand_as(like)
-    call = PointwiseCall(op, backend_of(like), numbers, reduction, denominator)
-    want = Want(False, (*wanted, *[False] * (len(operands) - len(wanted))))
-    return call.kernel(operands, weight, want, grad_output.expand_as(like))[1][: len(wanted)]
+    operands, weight, _ = op._read(given)
+    needs = (*wanted, *[False] * (len(operands) - len(wanted)))
+    plan = op.plan(given, False, needs)
+    operands, weight = plan.arranged(operands, weight)
+    tensors = *operands, weight, plan.divisor_of(operands, weight)
+    gradients: Gradients = plan.gradients(tensors, grad_output)
+    return gradients[: len(wanted)]
 
 
 def _gradients_of_classes(
     op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    read = op.arranged(op.checked(given))
-    kernel = getattr(backend_of(read.input), op.name)
-    gradient, _ = kernel(*read, Want(False, (*wanted, False)), grad_output)[1]
+    plan = op.planned(given, False, (*wanted, False))
+    tensors = *op.arranged(op.tensors(given)), None, None
+    gradient, _ = plan.gradients(tensors, grad_output)
     return (gradient.reshape(given[0].shape),)
 
 
 def _of_activation(op: Activation) -> CompiledOperator:
     def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
-        saved, *others = given
-        name, parameters = (op.name, ()) if op.formula is None else op.formula(*others)
-        backward = backend_of(saved).activation_backward
-        return (backward(name, grad_output, dense(saved), parameters),)
+        return (op.plan(given, False).kernels[1](grad_output, given[0]),)
 
     return _declared(
         op,
@@ -300,8 +297,8 @@ def _of_activation(op: Activation) -> CompiledOperator:
 def _of_softmax(op: Softmax) -> CompiledOperator:
     def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
         output, dim, *_others = given
-        backward = backend_of(output).softmax_backward
-        return (backward(op.name, grad_output, output, dim % output.dim()),)
+        kernels = backend_of(output).softmax(op.name, output, dim % output.dim())
+        return (kernels[1](grad_output, output),)
 
     def definition(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
         output, dim, *_others = given
@@ -345,14 +342,14 @@ def _read(given: Arguments) -> Given:
 
 
 def _loss(given: Arguments, want: Want = _LOSS) -> tuple[Tensor, Gradients]:
-    loss, gradients = backend_of(given[0]).cross_entropy(*_read(given), want)
+    loss, gradients = cross_entropy_once(backend_of(given[0]), *_read(given), want)
     assert loss is not None
     return loss, gradients
 
 
 def _gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-    want, kernel = Want(False, tuple(wanted)), backend_of(given[0]).cross_entropy
-    return kernel(*_read(given), want, grad_output)[1]
+    want = Want(False, tuple(wanted))
+    return cross_entropy_once(backend_of(given[0]), *_read(given), want, grad_output)[1]
 
 
 def _empty_loss(given: Arguments) -> Tensor:
@@ -484,7 +481,7 @@ def _of_operands(op: Operator, options: type[Options], **family: Any) -> Compile
 def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
     differentiable = len(op.operands) - 1
 
-    def read(given: Arguments) -> log_probs.Call:
+    def read(given: Arguments) -> LogProbsCall:
         last = differentiable + 1 + len(fields(LogProbsOptions))
         tensors, others = given[: differentiable + 1], given[differentiable + 1 : last]
         return op.call(tensors, LogProbsOptions(*others))
@@ -500,7 +497,7 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
 
     def empty_value(given: Arguments) -> Tensor:
         target: Tensor = given[differentiable]
-        return target.new_empty((log_probs.VALUES, *target.shape), dtype=torch.float64)
+        return target.new_empty((LOG_PROB_VALUES, *target.shape), dtype=torch.float64)
 
     return _of_operands(
         op,

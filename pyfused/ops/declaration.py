@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 
 from pyfused import checks
+from pyfused.layout import broadcast_numel
 from pyfused.ops.originals import original
 
 Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
@@ -87,6 +89,7 @@ class Operator(ABC):
         defaults: Of the arguments but for the input.
         scalar_places: Where the scalars stand among the arguments, each beside its scalar.
         others: The tensors but for the input, likewise.
+        broadcast: Where the tensors stand that the input broadcasts with.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Operator(ABC):
     defaults: Arguments = field(init=False)
     scalar_places: tuple[tuple[int, Scalar], ...] = field(init=False)
     others: tuple[tuple[int, Operand], ...] = field(init=False)
+    broadcast: tuple[int, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -125,9 +129,17 @@ class Operator(ABC):
         """Which rows of the table of sizes are for a call, and the length of its rows there."""
         return self.name, 1
 
-    @abstractmethod
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        """The result, of arguments that the kernels take."""
+    def elements(self, arguments: Arguments) -> int:
+        """The elements of the input and of what it broadcasts with: those that a call computes."""
+        return broadcast_numel([arguments[0], *[arguments[place] for place in self.broadcast]])
+
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:  # noqa: ARG002
+        """Checks types, shapes and options, and returns what computes calls of this signature."""
+        return lambda arguments: self.fused(arguments, inplace)
+
+    def fused(self, arguments: Arguments, inplace: bool) -> Any:
+        """Returns the result for arguments that the kernels take."""
+        return self.plan(arguments, inplace)(arguments)
 
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
@@ -177,8 +189,14 @@ def parameters_of(function: Any) -> dict[str, Any]:
     return found
 
 
-def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+def reduction_of(
+    size_average: bool | None, reduce: bool | None, reduction: str, warn: bool = True
+) -> str:
     """The reduction that a loss is asked for, where two deprecated arguments take precedence."""
     if size_average is None and reduce is None:
         return reduction
-    return legacy_get_string(size_average, reduce)
+    if not is_dynamo_compiling():  # which cannot trace torch's function, nor a warning
+        return legacy_get_string(size_average, reduce, warn)
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"

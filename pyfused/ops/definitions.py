@@ -194,6 +194,8 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     checks.scalar("alpha", alpha, -math.inf, 1.0, False)
     checks.scalar("gamma", gamma, 0.0, math.inf, False)
+    if weight is not None:
+        checks.weight_that_broadcasts(inputs, weight)
     counts = torch.ones_like(targets) if ignore_index is None else targets.ne(ignore_index)
     targets = targets.where(counts.bool(), 0)
     positive = inputs.sigmoid()

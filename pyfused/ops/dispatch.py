@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES, FORCED, takes_triton, unsupported_device
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.sizes import ATEN_BELOW
+from pyfused.types import Options
 
 # What a compiler follows into, to the custom operators that are called there.
 OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
@@ -109,6 +111,7 @@ SMALL = "ATen is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _PLAIN = (Tensor, Parameter)
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+_KEYS = (bool, int, torch.dtype)  # of arguments that are part of a signature as they are
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _log = logging.getLogger("pyfused")
 _said: set[tuple[str, str]] = set()
@@ -129,26 +132,28 @@ def call(
         patched, given: torch's function that was called where :func:`pyfused.patch` replaces it,
             and its arguments: it raises the errors, once.
     """
-    input = arguments[0]
-    reason = SMALL if is_small(op, arguments) else _reason_beside_size(op, arguments, inplace)
-    if inplace and (reason is None or reason is SMALL):
-        op.give_up(input)
-    if reason is None:
-        traced = is_dynamo_compiling() or (type(input) not in _PLAIN and is_traced(input))
-        if traced and op.name not in FOLLOWED:
-            output: Tensor = getattr(torch.ops.pyfused, op.name)(*arguments)
+    input, ours = arguments[0], None
+    try:
+        reason, run = _SMALL if is_small(op, arguments) else plan_of(op, arguments, inplace)
+        if inplace and (reason is None or reason is SMALL):
+            op.give_up(input)
+        if run is not None:
+            output: Tensor = run(arguments)
             return output
+    except Exception as error:
         if patched is None:
-            return op.fused(arguments, inplace)
-        try:
-            return op.fused(arguments, inplace)
-        except _ERRORS as error:
-            ours = error
-        patched(*given)  # raises torch's error, if it is one of the arguments
-        raise ours
+            raise
+        ours = error
+    if ours is not None:
+        assert patched is not None
+        result = patched(*given)  # raises torch's error, if it is one of the arguments
+        if inplace:  # the kernel may have overwritten what torch has read now
+            raise ours
+        _warn_once(op.name, ours)
+        return result
     reference = op.aten_ if inplace else op.aten
     if reason is not SMALL:
-        say_once(op.name, reason)
+        say_once(op.name, str(reason))
         if patched is not None and not isinstance(input, Tensor):
             return patched(*given)
         if has_torch_function(arguments):
@@ -162,6 +167,87 @@ def call(
             raise
     assert patched is not None
     return patched(*given)  # each of torch's functions has other words for a wrong type
+
+
+class Plan(NamedTuple):
+    """How calls of one signature are carried out: why by torch's operator, or by which function."""
+
+    reason: str | None
+    run: Callable[[Arguments], Any] | None
+
+
+_SMALL = Plan(SMALL, None)
+MOST_PLANS = 4096
+_plans: dict[Any, Plan] = {}
+forget_plans = _plans.clear
+
+
+def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
+    """Returns the plan of a call of any size: the one of its signature, or else a new one.
+
+    A plan holds no tensor and no value of a tensor. It stays until there are too many; nothing else
+    makes it stale, as what decides is in the signature or fixed when pyfused is imported.
+    """
+    key = signature(op, arguments, inplace)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(op, arguments, inplace)
+        if key is not None and not any(
+            isinstance(arguments[i], Tensor) for i, _ in op.scalar_places
+        ):
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    return plan
+
+
+def _plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
+    reason, input = _reason_beside_size(op, arguments, inplace), arguments[0]
+    if reason is not None:
+        return Plan(reason, None)
+    traced = is_dynamo_compiling() or (type(input) not in _PLAIN and is_traced(input))
+    if traced and op.name not in FOLLOWED:
+        operator = getattr(torch.ops.pyfused, op.name)
+        return Plan(None, lambda arguments: operator(*arguments))
+    return Plan(None, op.plan(arguments, inplace))
+
+
+def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, ...] | None:
+    """Returns what decides how a call is carried out, or None where that is decided for each call.
+
+    These are the operator, the layout of each tensor and whether it requires grad, every other
+    argument, grad mode and autocast.
+    """
+    if is_dynamo_compiling() or type(arguments[0]) not in _PLAIN or _active_mode() is not None:
+        return None
+    key: list[Any] = [op, inplace, torch.is_grad_enabled()]
+    if isinstance(arguments[-1], Options):
+        arguments = (*arguments[:-1], *vars(arguments[-1]).values())
+    for value in arguments:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if (
+                value.layout is not torch.strided
+                or value.is_neg()
+                or value._is_zerotensor()
+                or value.is_nested
+                or is_functorch_wrapped_tensor(value)
+                or is_lazy_clone(value)
+            ):
+                return None
+            key += value.dtype, value.shape, value.stride(), value.device, value.requires_grad
+        elif value is None or kind is str:
+            key.append(value)
+        elif kind is float:
+            key.append(value or str(value))  # 0.0 is equal to -0.0
+        elif kind in _KEYS:
+            key += kind, value
+        else:
+            return None
+    if torch._C._is_any_autocast_enabled():
+        device = arguments[0].device.type
+        key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return tuple(key)
 
 
 def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
@@ -214,6 +300,10 @@ def is_small(op: Operator, arguments: Arguments) -> bool:
     elements = input.numel()
     if type(elements) is not int:  # a tensor, to torch.jit.trace
         return False
+    if op.broadcast and not input.is_nested:
+        other = arguments[op.broadcast[0]]
+        if type(other) not in _PLAIN or other.is_nested or other.shape != input.shape:
+            elements = op.elements(arguments)
     least = _ALWAYS_BELOW.get(op.name, _NO_ROWS).get(input.dtype, (0, 0))[input.requires_grad]
     return elements < least or aten_is_faster(op, arguments, elements)
 
@@ -243,6 +333,13 @@ def say_once(op: str, reason: str) -> None:
     if not is_dynamo_compiling() and _log.isEnabledFor(logging.INFO) and (op, reason) not in _said:
         _said.add((op, reason))
         _log.info("%s: torch: %s", op, reason)
+
+
+def _warn_once(op: str, error: Exception) -> None:
+    if (op, type(error).__name__) not in _said:
+        _said.add((op, type(error).__name__))
+        message = f"pyfused: {op}: the result is torch's, as pyfused has raised {error!r}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def aten_is_faster(op: Operator, arguments: Arguments, elements: int) -> bool:

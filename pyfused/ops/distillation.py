@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import FORCED, Backend, backend_of
+from pyfused.backends import FORCED, Backend, backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
@@ -35,12 +35,13 @@ from pyfused.ops.chunked import (
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, Operator
 from pyfused.ops.dispatch import SMALL, is_compiled, unsupported
 from pyfused.ops.gradients import (
-    backward,
+    apply,
     differentiate,
     gradients_in_forward,
     in_autocast_dtype,
+    save,
+    saved,
     wanted_in_forward,
-    without_functorch,
 )
 from pyfused.types import (
     CrossEntropyOptions,
@@ -232,13 +233,15 @@ class Divergence(Operator):
         return loss.reshape(shape) if options.reduction == "none" else loss
 
     def _run(self, tensors: Sequence[Any], options: DivergenceOptions) -> Tensor:
-        student = [tensor for tensor in tensors[: self.student] if tensor is not None]
+        grad = torch.is_grad_enabled()
+        needs = [grad and t is not None and t.requires_grad for t in tensors[: self.student]]
         if is_compiled(tensors[0]):
             operator = getattr(torch.ops.pyfused, self.name)
             wanted = wanted_in_forward(options.reduction, tensors[: self.student])
             loss: Tensor | None = operator(*tensors, *options.values(), wanted)[0]
-        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student):
-            loss = _apply(self, options, *tensors)
+        elif any(needs):
+            plan = DivergencePlan(self, self.name, backend_of(tensors[0]), tuple(needs))
+            loss = apply(plan, *tensors, options)
         else:
             loss, _ = self.compute(tensors, options, Want())
         assert loss is not None
@@ -309,36 +312,28 @@ def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     return SMALL if logits < SMALL_BELOW else None
 
 
-class DivergenceFunction(torch.autograd.Function):
-    """The gradients of a scalar are computed by the forward pass, as cross-entropy's are."""
+class DivergencePlan(NamedTuple):
+    """Computes calls that need gradients: those of a scalar in the forward pass."""
 
-    @staticmethod
-    def forward(ctx: Any, op: Divergence, options: DivergenceOptions, *tensors: Any) -> Any:
+    op: Divergence
+    name: str
+    backend: Backend
+    needs: tuple[bool, ...]
+
+    def forward(self, ctx: Any, arguments: Sequence[Any]) -> Any:
+        *tensors, options = arguments
         now = gradients_in_forward(options.reduction, tensors[0])
-        wanted = ctx.needs_input_grad[2 : 2 + op.student] if now else ()
-        loss, gradients = op.compute(tensors, options, Want(True, wanted))
-        ctx.op, ctx.options, ctx.backend = op, options, backend_of(tensors[0])
+        want = Want(True, self.needs if now else ())
+        loss, gradients = self.op.compute(tensors, options, want)
         ctx.gradients = gradients if now else None
-        ctx.save_for_backward(*tensors)
+        save(ctx, options, *tensors)
         return loss
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        found = backward(ctx.op.name, ctx, grad_output, _kernel, _definition)
-        return None, None, *found, *[None] * (len(ctx.saved_tensors) - len(found))
+    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        return self.op.compute(*saved(ctx), Want(False, self.needs), grad_output)[1]
 
-
-_apply = without_functorch(DivergenceFunction)
-
-
-def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    want = Want(False, ctx.needs_input_grad[2 : 2 + ctx.op.student])
-    return ctx.op.compute(ctx.saved_tensors, ctx.options, want, grad_output)[1]  # type: ignore[no-any-return]
-
-
-def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    wanted = ctx.needs_input_grad[2 : 2 + ctx.op.student]
-    return ctx.op.define(ctx.saved_tensors, ctx.options, wanted, grad_output)  # type: ignore[no-any-return]
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        return self.op.define(*saved(ctx), self.needs, grad_output)
 
 
 # ---- what the kernels compute --------------------------------------------------------------------
@@ -457,7 +452,7 @@ def _topk(
     chosen = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
     given = logits, outside, None, plain
-    backend.cross_entropy(*given, Want(False, statistics=Statistics(lse_rest)), None, shard)
+    cross_entropy_once(backend, *given, Want(False, statistics=Statistics(lse_rest)), None, shard)
     lse = torch.logaddexp(chosen.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
     log_p, log_q = _with_rest(chosen - lse, log_p_rest, log_q.double(), options, classes)
@@ -476,7 +471,7 @@ def _topk(
     total = slopes.sum(1, keepdim=True)
     of_rest = slopes[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
     shard = shard._replace(lse=lse_rest.clamp(min=-1e30))  # -inf - -inf would be NaN
-    backend.cross_entropy(*given, Want(False, (True, False), True), of_rest, shard)
+    cross_entropy_once(backend, *given, Want(False, (True, False), True), of_rest, shard)
     of_chosen = (slopes[:, :k] - total * p[:, :k]) * scale
     logits.scatter_(1, indices, of_chosen.to(logits.dtype))
     return loss, (logits,)

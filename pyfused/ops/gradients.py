@@ -1,16 +1,16 @@
-"""What the autograd functions of all families share."""
+"""The autograd function of all operators, and what their plans share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
-from pyfused.layout import accumulate_dtype
 from pyfused.ops.dispatch import say_once
 from pyfused.types import Gradients
 
@@ -64,6 +64,38 @@ def second_order(op: str, grad_output: Tensor) -> bool:
     return bool(reason)
 
 
+class Fused(torch.autograd.Function):
+    """The one autograd function: a plan computes its outputs and its gradients.
+
+    A plan has these methods. ``forward(ctx, tensors)`` saves what the backward pass reads, and
+    returns the outputs. ``backward(ctx, grad_output)`` returns a gradient for each tensor, or for
+    the first ones. ``define(ctx, grad_output)`` returns the same from torch's definition, so that
+    they can be differentiated. Gradients that ``forward`` leaves in ``ctx.gradients`` are only
+    scaled, and only once: they are handed over, so that nobody else holds them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Any, *tensors: Tensor | None) -> Any:
+        ctx.plan, ctx.gradients = plan, None
+        return plan.forward(ctx, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
+        plan, gradients = ctx.plan, ctx.gradients
+        if second_order(plan.name, grad_output):
+            gradients = plan.define(ctx, grad_output)
+        elif gradients is None:
+            gradients = plan.backward(ctx, grad_output)
+        else:
+            ctx.gradients = None
+            for gradient in gradients:
+                if gradient is not None:
+                    dtype = torch.float64 if gradient.dtype is torch.float64 else torch.float32
+                    plan.backend.scale_(gradient, grad_output.to(dtype))
+        missing = len(ctx.needs_input_grad) - 1 - len(gradients)
+        return None, *gradients, *(None,) * missing
+
+
 def without_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply``, which looks for functorch first; dispatch has left its calls to torch.
 
@@ -73,28 +105,28 @@ def without_functorch(function: type[torch.autograd.Function]) -> Callable[..., 
     return apply
 
 
-Backward = Callable[[Any, Tensor], Gradients]
+apply = without_functorch(Fused)
 
 
-def backward(
-    op: str, ctx: Any, grad_output: Tensor, kernel: Backward, definition: Backward
-) -> Gradients:
-    """A loss's gradients: those of the forward pass, the kernel's, or those of torch's definition.
+def save(ctx: Any, options: Any, *tensors: Tensor | None) -> None:
+    """Saves what a backward pass reads, the tensors among the options with the others.
 
-    Gradients that the forward pass computed are handed over, so that nobody else holds them, and
-    are gone for a second backward pass.
+    So an in-place change of one raises, hooks for saved tensors see all of them, and the graph
+    holds no other reference to them. Only `saved` gives them back.
     """
-    if second_order(op, grad_output):
-        return definition(ctx, grad_output)
-    if ctx.gradients is None:
-        return kernel(ctx, grad_output)
-    gradients: Gradients = ctx.gradients
-    ctx.gradients = None
-    for gradient in gradients:
-        if gradient is not None:
-            factor = grad_output.to(accumulate_dtype(gradient.dtype))
-            ctx.backend.scale_(gradient, factor)
-    return gradients
+    among = options.tensors()
+    ctx.save_for_backward(*tensors, *among.values())
+    ctx.options = replace(options, **dict.fromkeys(among)) if among else options
+    ctx.tensors_in_options = tuple(among)
+
+
+def saved(ctx: Any) -> tuple[Sequence[Any], Any]:
+    """Returns the tensors and the options that `save` was given."""
+    tensors, names = ctx.saved_tensors, ctx.tensors_in_options
+    if not names:
+        return tensors, ctx.options
+    among = dict(zip(names, tensors[-len(names) :], strict=True))
+    return tensors[: -len(names)], replace(ctx.options, **among)
 
 
 def differentiate(

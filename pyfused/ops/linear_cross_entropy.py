@@ -31,12 +31,13 @@ from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
 from pyfused.ops.dispatch import SMALL, is_compiled
 from pyfused.ops.gradients import (
-    backward,
+    apply,
     differentiate,
     gradients_in_forward,
     in_autocast_dtype,
+    save,
+    saved,
     wanted_in_forward,
-    without_functorch,
 )
 from pyfused.ops.metrics import MergedStatistics, Metrics, RowStatistics
 from pyfused.types import Gradients, Head, HeadOptions, VocabShard
@@ -154,9 +155,10 @@ def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
         wanted = wanted_in_forward(options.reduction, head[:4])
         found = torch.ops.pyfused.linear_cross_entropy(*head, *options.values(), wanted)
         return found[0], *(found[5:-1] if options.with_metrics else ())
-    tensors = (tensor for tensor in head[:4] if tensor is not None)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _apply(options, *head)  # type: ignore[no-any-return]
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head[:4]]
+    if any(needs):
+        plan = LinearCrossEntropyPlan(backend_of(head.input), Wanted(*needs))
+        return apply(plan, *head, options)  # type: ignore[no-any-return]
     found = compute(head, options)
     return found.loss, *found.metrics
 
@@ -261,37 +263,34 @@ def _scalar(value: Tensor | float, denominator: Tensor | float, head: Head) -> T
     return value / denominator
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
-    """The gradients of a scalar are computed by the forward pass, where it goes by rows.
+class LinearCrossEntropyPlan(NamedTuple):
+    """Computes calls that need gradients.
 
-    Otherwise the backward pass makes the logits once more. So it does for float16, whose gradient
-    would underflow without grad_output.
+    The gradients of a scalar are computed by the forward pass, where it goes by rows. Otherwise the
+    backward pass recomputes the logits. So it does for float16, whose gradient would underflow
+    without grad_output.
     """
 
-    @staticmethod
-    def forward(ctx: Any, options: HeadOptions, *tensors: Any) -> tuple[Tensor, ...]:
+    backend: Backend
+    needs: Wanted
+    name: str = "linear_cross_entropy"
+
+    def forward(self, ctx: Any, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+        *tensors, options = arguments
         head = Head(*tensors)
         now = gradients_in_forward(options.reduction, head.input)
-        wanted = Wanted(*ctx.needs_input_grad[1:5]) if now else None
-        loss, lse, ctx.gradients, metrics = compute(head, options, wanted)
-        ctx.options, ctx.backend = options, backend_of(head.input)
-        ctx.save_for_backward(*head, lse)
+        loss, lse, ctx.gradients, metrics = compute(head, options, self.needs if now else None)
+        save(ctx, options, *head, lse)
         ctx.mark_non_differentiable(*metrics)
         return loss, *metrics
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        found = backward("linear_cross_entropy", ctx, grad_output, _kernel, _definition)
-        return None, *found, None
+    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        (*head, lse), options = saved(ctx)
+        return compute_gradients(Head(*head), options, self.needs, grad_output, lse)
 
-
-_apply = without_functorch(LinearCrossEntropyFunction)
-
-
-def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    *tensors, lse = ctx.saved_tensors
-    wanted = Wanted(*ctx.needs_input_grad[1:5])
-    return compute_gradients(Head(*tensors), ctx.options, wanted, grad_output, lse)
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        (*head, _), options = saved(ctx)
+        return gradients_of_definition(Head(*head), options, self.needs, grad_output)
 
 
 def compute_gradients(
@@ -317,11 +316,6 @@ def compute_gradients(
         given = part, options, tile, wanted, shard, grad_output.expand(len(lse))
         found = gradients_by_blocks(backend, *given)
     return of_all_rows(found, kept, n)
-
-
-def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    head = Head(*ctx.saved_tensors[:-1])
-    return gradients_of_definition(head, ctx.options, ctx.needs_input_grad[1:5], grad_output)
 
 
 def gradients_of_definition(

@@ -7,7 +7,7 @@ kernels continue with further classes, and compute gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,10 +31,16 @@ from pyfused.ops.chunked import (
 )
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
-from pyfused.ops.gradients import backward, differentiate, in_autocast_dtype, without_functorch
-from pyfused.types import Gradients, Head, HeadOptions, LogProbsOptions, VocabShard
-
-VALUES = 7  # of each row
+from pyfused.ops.gradients import apply, differentiate, in_autocast_dtype
+from pyfused.types import (
+    LOG_PROB_VALUES,
+    Gradients,
+    Head,
+    HeadOptions,
+    LogProbsCall,
+    LogProbsOptions,
+    VocabShard,
+)
 
 
 class LogProbs(NamedTuple):
@@ -53,17 +59,11 @@ class LogProbs(NamedTuple):
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
     # For unused results unbind's gradient makes plain zeros, which do not mix with DTensors.
-    rows = values if type(values).__name__ == "DTensor" else values[:3].unbind()
-    log_p, entropy, lse = (rows[i] for i in range(3))
+    if vocab_parallel.is_dtensor(values):
+        log_p, entropy, lse = values[0], values[1], values[2]
+    else:
+        log_p, entropy, lse = (values if values.shape[0] == 3 else values[:3]).unbind()
     return LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
-
-
-class Call(NamedTuple):
-    """The tensors are those with a gradient, and the target last; the shard is of all classes."""
-
-    tensors: Sequence[Any]
-    options: LogProbsOptions
-    shard: VocabShard
 
 
 # ---- of logits -----------------------------------------------------------------------------------
@@ -76,21 +76,33 @@ class LogProbsOfLogits(Operator):
         options = LogProbsOptions(**{name: by_name[name] for name in names})
         return *(by_name.get(operand.name) for operand in self.operands), options
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
-        if (local := self.local_of(arguments)) is not None:
-            *tensors, options = local.arguments
-            found = vocab_parallel.log_probs(self, tensors, options, local.shard)
-            return local.whole(found)  # type: ignore[no-any-return]
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:  # noqa: ARG002
+        if self.local_of(arguments) is not None:
+            return self._over_shards
+        if is_compiled(arguments[0]):
+            return self._compiled
+        self.check_shapes(arguments)
+        *tensors, _, options = arguments
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+        asynchronous = backend_of(tensors[0]).ASYNCHRONOUS
+        dtype = accumulate_dtype(tensors[0].dtype)
+        shard = VocabShard(0, self.classes(tensors))
+        return LogProbsPlan(self, self.name, options, shard, dtype, tuple(needs), asynchronous)
+
+    def _over_shards(self, arguments: Arguments) -> Tensor:
+        """Returns the results of DTensors, of which every process has some classes."""
+        local = self.local_of(arguments)
+        assert local is not None
+        *tensors, options = local.arguments
+        found = vocab_parallel.log_probs(self, tensors, options, local.shard)
+        return local.whole(found)  # type: ignore[no-any-return]
+
+    def _compiled(self, arguments: Arguments) -> Tensor:
         self.check(arguments)
         *tensors, target, options = arguments
-        tensors.append(target.to(torch.int64))
-        if is_compiled(tensors[0]):
-            values = getattr(torch.ops.pyfused, self.name)(*tensors, *options.values())
-        elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            values = _apply(self, options, *tensors)
-        else:
-            values, _ = self.values(self.call(tensors, options))
-        return values.to(accumulate_dtype(tensors[0].dtype))  # type: ignore[no-any-return]
+        operator = getattr(torch.ops.pyfused, self.name)
+        values: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
+        return values.to(accumulate_dtype(tensors[0].dtype))
 
     def local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
         return vocab_parallel.local_of(self, arguments)
@@ -111,21 +123,21 @@ class LogProbsOfLogits(Operator):
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "row by row"
 
-    def call(self, tensors: Sequence[Any], options: LogProbsOptions) -> Call:
+    def call(self, tensors: Sequence[Any], options: LogProbsOptions) -> LogProbsCall:
         """Of all classes."""
-        return Call(tensors, options, VocabShard(0, self.classes(tensors)))
+        return LogProbsCall(tensors, options, VocabShard(0, self.classes(tensors)))
 
-    def values(self, call: Call, keeps: bool = False) -> tuple[Tensor, list[Tensor]]:  # noqa: ARG002
+    def values(self, call: LogProbsCall, keeps: bool = False) -> tuple[Tensor, list[Tensor]]:  # noqa: ARG002
         """Those of each target and, if it ``keeps`` it, what the backward pass may use."""
         (logits, target), options, shard = call
         rows, labels = _as_rows(logits.detach()), target.flatten().contiguous()
-        values = rows.new_empty((VALUES, len(rows)), dtype=torch.float64)
+        values = rows.new_empty((LOG_PROB_VALUES, rows.shape[0]), dtype=torch.float64)
         backend_of(logits).log_probs(rows, labels, options, values, shard)
-        return values.view(VALUES, *target.shape), []
+        return values.view(LOG_PROB_VALUES, *target.shape), []
 
     def gradients(
         self,
-        call: Call,
+        call: LogProbsCall,
         wanted: Wanted,  # noqa: ARG002 it is the only one
         values: Tensor,
         grad_values: Tensor,
@@ -145,10 +157,12 @@ class LogProbsOfLogits(Operator):
         out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
         labels, pair = target.flatten().contiguous(), (_flat(values), _flat(grad_values[:3]))
         backend.log_probs_backward(rows, labels, options, *pair, shard, out)
+        if logits.dim() == 2:
+            return (out,)
         dim = min(logits.dim() - 1, 1)
         return (out.view(logits.movedim(dim, -1).shape).movedim(-1, dim),)
 
-    def define(self, call: Call, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+    def define(self, call: LogProbsCall, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         """The gradients in torch's own terms, themselves differentiable."""
         *differentiated, target = call.tensors
 
@@ -161,41 +175,65 @@ class LogProbsOfLogits(Operator):
 
 def _as_rows(logits: Tensor) -> Tensor:
     """Logits (C), (N, C) or (N, C, d1, ..., dk) as rows of contiguous classes."""
+    if logits.dim() == 2 and logits.stride(1) == 1:
+        return logits
     rows = logits.movedim(min(logits.dim() - 1, 1), -1)
     rows = rows.reshape(-1, rows.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _flat(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1).contiguous()
+    return values.reshape(values.shape[0], -1).contiguous()
 
 
-class LogProbsFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, op: LogProbsOfLogits, options: LogProbsOptions, *tensors: Any) -> Tensor:
-        values, ctx.kept = op.values(op.call(tensors, options), keeps=True)
-        ctx.op, ctx.options, ctx.gradients = op, options, None
-        ctx.save_for_backward(*tensors, values)
-        return values
+@dataclass(eq=False)
+class LogProbsPlan:
+    """Computes the calls of one signature.
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        found = backward(ctx.op.name, ctx, grad_output, _kernel, _definition)
-        return None, None, *found, None
+    Attributes:
+        shard: All classes.
+        dtype: The dtype of the results.
+        needs: The tensors that need a gradient.
+        asynchronous: Reading class indices would synchronise with the device, so that one out of
+            range gives NaN and no error.
+    """
 
+    op: LogProbsOfLogits
+    name: str
+    options: LogProbsOptions
+    shard: VocabShard
+    dtype: torch.dtype
+    needs: tuple[bool, ...]
+    asynchronous: bool
 
-_apply = without_functorch(LogProbsFunction)
+    def __call__(self, arguments: Arguments) -> Tensor:
+        *tensors, target, _ = arguments
+        if not self.asynchronous:
+            checks.class_indices(self.shard.classes, target, self.options.ignore_index)
+        target = target if target.dtype is torch.int64 else target.to(torch.int64)
+        if True in self.needs:
+            results: Tensor = apply(self, *tensors, target)
+            return results
+        return self.forward(None, (*tensors, target))
 
+    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
+        """Returns the first three values, which are the results."""
+        values, kept = self.op.values(
+            LogProbsCall(tensors, self.options, self.shard), ctx is not None
+        )
+        if ctx is not None:
+            ctx.kept = kept
+            ctx.save_for_backward(*tensors, values)
+        return values[:3].to(self.dtype)
 
-def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    *tensors, values = ctx.saved_tensors
-    wanted, call = Wanted(*ctx.needs_input_grad[2:-1]), ctx.op.call(tensors, ctx.options)
-    return ctx.op.gradients(call, wanted, values, grad_output, ctx.kept)  # type: ignore[no-any-return]
+    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        *tensors, values = ctx.saved_tensors
+        call, wanted = LogProbsCall(tensors, self.options, self.shard), Wanted(*self.needs)
+        return self.op.gradients(call, wanted, values, grad_output.double(), ctx.kept)
 
-
-def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    call = ctx.op.call(ctx.saved_tensors[:-1], ctx.options)
-    return ctx.op.define(call, ctx.needs_input_grad[2:-1], grad_output)  # type: ignore[no-any-return]
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        call = LogProbsCall(ctx.saved_tensors[:-1], self.options, self.shard)
+        return self.op.define(call, self.needs, grad_output.double())
 
 
 # ---- of a linear layer ---------------------------------------------------------------------------
@@ -205,11 +243,18 @@ def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
 class LinearLogProbs(LogProbsOfLogits):
     """The logits of the first rows stay for the backward pass, which makes the others once more."""
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
-        *tensors, target, options = arguments
-        without_autocast, tensors = in_autocast_dtype(target.device.type, tensors)
-        with without_autocast:
-            return super().fused((*tensors, target, options), inplace)
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:
+        if not torch.is_autocast_enabled(arguments[-2].device.type):
+            return super().plan(arguments, inplace)
+
+        def run(arguments: Arguments) -> Tensor:
+            *tensors, target, options = arguments
+            without_autocast, tensors = in_autocast_dtype(target.device.type, tensors)
+            given = *tensors, target, options
+            with without_autocast:
+                return super(LinearLogProbs, self).plan(given, inplace)(given)
+
+        return run
 
     def check_shapes(self, arguments: Arguments) -> None:
         checks.linear_log_probs(*arguments)
@@ -220,10 +265,10 @@ class LinearLogProbs(LogProbsOfLogits):
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "some logits at a time"
 
-    def values(self, call: Call, keeps: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def values(self, call: LogProbsCall, keeps: bool = False) -> tuple[Tensor, list[Tensor]]:
         backend, target = backend_of(call.tensors[0]), call.tensors[-1]
         layer, labels, kept, size, dtype = _part(call, backend)
-        values, output = target.new_empty((VALUES, len(labels)), dtype=torch.float64), None
+        values, output = target.new_empty((LOG_PROB_VALUES, len(labels)), dtype=torch.float64), None
         fixed = call.options.deterministic_rows
         for chunk in chunks(backend, layer, dtype, size, backwards=True, fixed_sizes=fixed):
             logits, targets, shard = _by_target(chunk, call)
@@ -231,16 +276,21 @@ class LinearLogProbs(LogProbsOfLogits):
             backend.log_probs(*given, continues=chunk.columns.start > 0)
             output = chunk.output
         if kept is not None:
-            n, of_rows = call.tensors[0].shape[:-1].numel(), values.view(VALUES, len(kept), -1)
-            values = values.new_zeros((VALUES, n, of_rows.shape[2])).index_copy_(1, kept, of_rows)
-        values = values.view(VALUES, *target.shape)
+            n, of_rows = (
+                call.tensors[0].shape[:-1].numel(),
+                values.view(LOG_PROB_VALUES, len(kept), -1),
+            )
+            values = values.new_zeros((LOG_PROB_VALUES, n, of_rows.shape[2])).index_copy_(
+                1, kept, of_rows
+            )
+        values = values.view(LOG_PROB_VALUES, *target.shape)
         if output is None or not keeps or output.shape[1] < len(layer.weight):
             return values, []
         return values, [output.view(-1)]
 
     def gradients(
         self,
-        call: Call,
+        call: LogProbsCall,
         wanted: Wanted,
         values: Tensor,
         grad_values: Tensor,
@@ -293,7 +343,7 @@ class _Part(NamedTuple):
     dtype: torch.dtype
 
 
-def _part(call: Call, backend: Backend) -> _Part:
+def _part(call: LogProbsCall, backend: Backend) -> _Part:
     input, weight, bias, target = call.tensors
     input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
     target = target.reshape(len(input), -1)
@@ -307,7 +357,7 @@ def _part(call: Call, backend: Backend) -> _Part:
     return _Part(layer, target.flatten().contiguous(), rows, size, dtype)
 
 
-def _by_target(chunk: Chunk, call: Call) -> tuple[Tensor, slice, VocabShard]:
+def _by_target(chunk: Chunk, call: LogProbsCall) -> tuple[Tensor, slice, VocabShard]:
     """The logits of each target, which targets these are, and of which classes."""
     positions = call.tensors[1].shape[1:-1].numel()
     targets = slice(chunk.rows.start * positions, chunk.rows.stop * positions)

@@ -141,6 +141,19 @@ def _differ(input: Tensor, target: Tensor, *_: Any) -> str | None:
     return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
 
 
+def _kl_div_fallback_reason(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *_: Any,
+) -> str | None:
+    if reduction == "batchmean" and not (size_average is None and reduce is None):
+        return "reduction is 'batchmean' beside size_average or reduce"  # torch divides by both
+    return _differ_in_shape(input, target)
+
+
 def _mean_of_kl_div(arguments: Arguments) -> str | None:
     _, _, size_average, reduce, reduction, _ = arguments
     if reduction != "mean" or size_average is not None or reduce is not None:
@@ -208,7 +221,7 @@ KL_DIV = PointwiseLoss(
     scalars=(Scalar("log_target", flag=True, chooses=True),),
     warning=_mean_of_kl_div,
     denominators={"mean": elements, "batchmean": _rows},
-    fallback_reason=_differ_in_shape,
+    fallback_reason=_kl_div_fallback_reason,
 )
 
 POISSON_NLL_LOSS = PointwiseLoss(
@@ -375,7 +388,7 @@ def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> 
 
 def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
     input, target, weight, size_average, reduce, reduction = arguments
-    reduction = reduction_of(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction, warn=False)  # the loss did
     if reduction == "none":
         loss = loss.mean(-1)
     elif reduction == "sum":

@@ -1,4 +1,4 @@
-"""Pointwise losses: one autograd function over the fused kernels."""
+"""Pointwise losses: their declaration, and what computes them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, reduce
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
+from pyfused.layout import layouts
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
-from pyfused.ops.gradients import backward, differentiate, gradients_in_forward, without_functorch
+from pyfused.ops.gradients import apply, differentiate
 from pyfused.types import Gradients, Want
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class PointwiseLoss(Operator):
             expanded operands, the weight and the scalars.
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
+        enforces: Whether torch raises for values of an operand.
         chooses: Whether a scalar chooses the formula.
         asks_dtype: Whether the result of operands of one dtype may have another.
     """
@@ -69,6 +72,7 @@ class PointwiseLoss(Operator):
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
+    enforces: bool = field(init=False)
     chooses: bool = field(init=False)
     asks_dtype: ClassVar[bool] = False
 
@@ -76,7 +80,10 @@ class PointwiseLoss(Operator):
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight")
         place = self.arguments.index
-        self._values = itemgetter(*[place(variable.name) for variable in self.variables])
+        places = [place(variable.name) for variable in self.variables]
+        self._values = itemgetter(*places) if len(places) > 1 else itemgetter(slice(1))
+        self.enforces = any(v.enforced is not None for v in self.variables)
+        self.broadcast = tuple(places[1:])
         self.chooses = any(scalar.chooses for scalar in self.scalars)
         self._weight = place("weight") if self.weight_shape is not None else None
         self._reduction = place("reduction")
@@ -100,6 +107,8 @@ class PointwiseLoss(Operator):
                 if arguments[place] is not None:
                     return reference(*arguments)
             if input.shape != target.shape:
+                if is_dynamo_compiling():  # which cannot trace a warning
+                    return reference(*arguments)
                 _warn_of_broadcasting(input, target)
                 input, target = torch.broadcast_tensors(input, target)
             loss: Tensor = built_in(input, target, reduction, *[arguments[i] for i in scalars])
@@ -110,35 +119,42 @@ class PointwiseLoss(Operator):
     def size_key(self, arguments: Arguments) -> tuple[str, int]:
         return self.name + "_none" * (arguments[self._reduction] == "none"), 1
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
+    def plan(
+        self,
+        arguments: Arguments,
+        inplace: bool,  # noqa: ARG002
+        needs: Sequence[bool] | None = None,
+    ) -> PointwisePlan:
+        """Checks a call, and returns what computes it.
+
+        Args:
+            needs: The operands that need a gradient, where that is not for autograd to say.
+        """
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
-        if self.warning is not None and (message := self.warning(arguments)):
-            warnings.warn(message, stacklevel=_stacklevel())
-        if self.arrange is not None:
-            operands = self.arrange(*operands)
-        shape = operands[0].shape
-        if self.warns and operands[1].shape != shape:
-            _warn_of_broadcasting(operands[0], operands[1])
-        if any(operand.shape != shape for operand in operands):
-            operands = torch.broadcast_tensors(*operands)
-        operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
-        numbers = self.numbers(arguments)
-        denominator: float | Tensor = 1.0
-        if reduction in self.denominators:
-            denominator = self.denominators[reduction](operands, weight, numbers)
-        if weight is not None:
-            weight = weight.to(dtype).expand_as(operands[0])
-        call = PointwiseCall(self, backend_of(operands[0]), numbers, reduction, denominator)
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            loss: Tensor | None = _apply(call, weight, *operands)
-        else:
-            loss, _ = call.kernel(operands, weight, Want())
-        assert loss is not None
-        if self.nan_on_invalid and not call.backend.ASYNCHRONOUS and loss.sum().isnan():
-            self._bounds(operands)
-        return loss if loss.dtype is result else loss.to(result)
+        if needs is None:
+            grad = torch.is_grad_enabled()
+            needs = [grad and isinstance(o, Tensor) and o.requires_grad for o in operands]
+        shape = getattr(operands[0], "shape", None)
+        alike = all(
+            isinstance(o, Tensor) and o.shape == shape and o.dtype is dtype for o in operands
+        )
+        return PointwisePlan(
+            op=self,
+            backend=backend_of(operands[0]),
+            # A copy, as the backward pass reads a tensor among them again.
+            numbers=tuple(
+                [n.clone() if isinstance(n, Tensor) else n for n in self.numbers(arguments)]
+            ),
+            reduction=reduction,
+            dtype=dtype,
+            result=result,
+            needs=tuple(needs),
+            as_they_are=alike and self.arrange is None and weight is None,
+            warning=None if self.warning is None else self.warning(arguments),
+            denominator=self.denominators.get(reduction),
+        )
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         """What is beside the tensors, hashable."""
@@ -175,8 +191,7 @@ class PointwiseLoss(Operator):
                 checks.tensor(operand.name, arguments[place], number)
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
-        if self.nan_on_invalid:
-            self._bounds(operands)
+        self._bounds(operands)
 
     def _bounds(self, operands: Sequence[Any]) -> None:
         for operand, value in zip(self.variables, operands, strict=False):
@@ -199,7 +214,7 @@ class PointwiseLoss(Operator):
         weight: Tensor | None,
         reduction: str,
     ) -> None:
-        """Options, shapes and values, of tensors."""
+        """Raises for options and shapes of tensors that do not fit."""
         if reduction not in self.denominators:
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
         self.check_scalars(arguments)
@@ -207,8 +222,6 @@ class PointwiseLoss(Operator):
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
             self.weight_shape(operands[0], weight)
-        if not self.nan_on_invalid:
-            self._bounds(operands)
 
     def _dtypes(
         self, arguments: Arguments, input: Tensor, reduction: str
@@ -260,80 +273,143 @@ def result_dtype(
         return op.reference(**ones, reduction="none" if each else "sum").dtype
 
 
-class PointwiseCall(NamedTuple):
-    """What a kernel takes beside tensors."""
+@dataclass(eq=False, kw_only=True)
+class PointwisePlan:
+    """Computes the calls of one signature.
+
+    Gradients of a scalar loss are computed by the forward pass, while the operands are in cache,
+    but for float16, which keeps them from underflowing only with grad_output.
+
+    Attributes:
+        dtype: What the operands are computed in.
+        result: The dtype of the loss.
+        needs: The operands that need a gradient.
+        as_they_are: The kernel takes the operands without a cast or an expansion, and no weight.
+        warning: What every call warns of, None for nothing.
+        denominator: What computes the divisor of the sum for each call, None where that is a number
+            that follows from the signature.
+        divisor: That number.
+        launches: The prepared kernel of the forward pass, and one for each layout of grad_output.
+    """
 
     op: PointwiseLoss
     backend: Backend
     numbers: tuple[Any, ...]  # a flag that chooses the formula among them
     reduction: str
-    denominator: float | Tensor
+    dtype: torch.dtype
+    result: torch.dtype
+    needs: tuple[bool, ...]
+    as_they_are: bool
+    warning: str | None
+    denominator: Denominator | None
+    divisor: float = 1.0
+    launches: dict[Any, Callable[..., tuple[Tensor | None, Gradients]]] = field(
+        default_factory=dict
+    )
 
-    def kernel(
+    def __post_init__(self) -> None:
+        self.name = self.op.name
+        self.gradients_now = self.reduction != "none" and self.dtype is not torch.float16
+
+    def __call__(self, arguments: Arguments) -> Tensor:
+        op = self.op
+        operands, weight = op._values(arguments), None
+        if operands[-1] is None:
+            operands = operands[:-1]
+        if op._weight is not None:
+            weight = arguments[op._weight]
+        if op.enforces and not op.nan_on_invalid:
+            op._bounds(operands)
+        if self.warning is not None:
+            warnings.warn(self.warning, stacklevel=_stacklevel())
+        if not self.as_they_are:
+            operands, weight = self.arranged(operands, weight)
+        divisor = self.divisor_of(operands, weight) if self.denominator is not None else None
+        if True in self.needs:
+            loss: Tensor = apply(self, *operands, weight, divisor)
+        else:
+            loss = self.forward(None, (*operands, weight, divisor))
+        if op.nan_on_invalid and not self.backend.ASYNCHRONOUS and loss.sum().isnan():
+            op._bounds(operands)
+        return loss if loss.dtype is self.result else loss.to(self.result)
+
+    def arranged(
+        self, operands: Sequence[Any], weight: Tensor | None
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The operands in one shape and dtype, and the weight beside them."""
+        op, dtype = self.op, self.dtype
+        if op.arrange is not None:
+            operands = op.arrange(*operands)
+        shape = operands[0].shape
+        if op.warns and operands[1].shape != shape:
+            _warn_of_broadcasting(operands[0], operands[1])
+        if any(operand.shape != shape for operand in operands):
+            operands = torch.broadcast_tensors(*operands)
+        if weight is not None:
+            weight = weight.to(dtype).expand_as(operands[0])
+        return [o if o.dtype is dtype else o.to(dtype) for o in operands], weight
+
+    def divisor_of(self, operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
+        """The divisor where it depends on values, and otherwise None, once it is known."""
+        if self.denominator is None:
+            return None
+        divisor = self.denominator(operands, weight, self.numbers)
+        if isinstance(divisor, Tensor):
+            return divisor
+        self.divisor, self.denominator = divisor, None
+        return None
+
+    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
+        *operands, weight, divisor = tensors
+        launch = self.launches.get(None)
+        if launch is None:
+            now = ctx is not None and self.gradients_now
+            want = Want(True, self.needs if now else ())
+            launch = self.launches[None] = self.prepared(operands, weight, want, None)
+        loss, gradients = launch(operands, weight, self.divisor if divisor is None else divisor)
+        if ctx is not None:
+            ctx.save_for_backward(*tensors)
+            if self.gradients_now:
+                ctx.gradients = gradients
+        assert loss is not None
+        return loss
+
+    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        return self.gradients(ctx.saved_tensors, grad_output)
+
+    def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+        """The gradients of the operands, where they are needed."""
+        *operands, weight, divisor = tensors
+        grad_output = grad_output.expand_as(operands[0])
+        key = layouts(*operands, weight, grad_output)
+        launch = self.launches.get(key)
+        if launch is None:
+            want = Want(False, self.needs)
+            launch = self.launches[key] = self.prepared(operands, weight, want, grad_output)
+        divisor = self.divisor if divisor is None else divisor
+        return launch(operands, weight, divisor, grad_output)[1]
+
+    def prepared(
         self,
         operands: Sequence[Tensor],
         weight: Tensor | None,
         want: Want,
-        grad_output: Tensor | None = None,
-    ) -> tuple[Tensor | None, Gradients]:
+        grad_output: Tensor | None,
+    ) -> Callable[..., tuple[Tensor | None, Gradients]]:
         formula, numbers = self.op.formula(self.numbers, len(operands), want)
-        return self.backend.pointwise_loss(
-            formula,
-            tuple(operands),
-            numbers,
-            weight,
-            self.reduction,
-            self.denominator,
-            want,
-            grad_output,
-        )
+        tensors = tuple(operands), weight, grad_output
+        return self.backend.pointwise_loss(formula, tensors, numbers, self.reduction, want)
 
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        *operands, weight, divisor = ctx.saved_tensors
 
-class PointwiseLossFunction(torch.autograd.Function):
-    """The gradients are computed by the forward pass, while the operands are in cache.
+        def definition(*operands: Tensor) -> Tensor:
+            each = self.op.of_each(operands, self.numbers)
+            loss: Tensor = (each / (self.divisor if divisor is None else divisor)).to(each.dtype)
+            return loss if weight is None else loss * weight
 
-    Except where grad_output is needed first: one that differs from element to element,
-    or one that keeps float16 gradients from underflowing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: PointwiseCall, weight: Tensor | None, *operands: Tensor
-    ) -> Tensor | None:
-        ctx.call, ctx.backend = call, call.backend
-        ctx.save_for_backward(weight, *operands)
-        now = gradients_in_forward(call.reduction, operands[0])
-        want = Want(True, ctx.needs_input_grad[2:] if now else ())
-        loss, gradients = call.kernel(operands, weight, want)
-        ctx.gradients = gradients if now else None
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
-        return None, None, *backward(ctx.call.op.name, ctx, grad_output, _kernel, _definition)
-
-
-_apply = without_functorch(PointwiseLossFunction)
-
-
-def _kernel(ctx: Any, grad_output: Tensor) -> Gradients:
-    weight, *operands = ctx.saved_tensors
-    want = Want(False, ctx.needs_input_grad[2:])
-    call: PointwiseCall = ctx.call
-    return call.kernel(operands, weight, want, grad_output.expand_as(operands[0]))[1]
-
-
-def _definition(ctx: Any, grad_output: Tensor) -> Gradients:
-    weight, *operands = ctx.saved_tensors
-    call: PointwiseCall = ctx.call
-
-    def definition(*operands: Tensor) -> Tensor:
-        each = call.op.of_each(operands, call.numbers)
-        loss: Tensor = (each / call.denominator).to(each.dtype)
-        return loss if weight is None else loss * weight
-
-    grad_output = grad_output.expand_as(operands[0])
-    return differentiate(definition, operands, ctx.needs_input_grad[2:], grad_output)
+        grad_output = grad_output.expand_as(operands[0])
+        return differentiate(definition, operands, self.needs, grad_output)
 
 
 def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:

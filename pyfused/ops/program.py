@@ -29,7 +29,8 @@ _SCALAR_LEAVES = ("scale", "parameter", "literal")
 _LEAVES = ("operand", *_SCALAR_LEAVES)
 _COMMUTATIVE = ("add", "mul", "eq")
 _COMPARISONS = ("lt", "le", "eq")
-_MOST_KERNELS = 1024
+_MAKES_MASK = (*_COMPARISONS, "logical_not")  # whose results are 0 or 1
+_MASK_TO_MASK = ("mul", "minimum", "maximum", "where")  # so are these of masks
 _FOLDED: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -43,8 +44,8 @@ class UntraceableError(TypeError):
 
 
 # ---- rewrites ------------------------------------------------------------------------------------
-# Letters stand for expressions: s, t and u for those that are the same for all elements, n for a
-# literal, x for what differs, others for any.
+# Letters stand for expressions: s, t and u for those that are the same for all elements, except for
+# very large and very small literals, n for a literal, x for what differs, others for any.
 
 SIMPLER = """
 neg(neg(a)) -> a
@@ -112,6 +113,18 @@ def _read(table: str, stable: bool) -> Iterator[tuple[Any, Pattern, bool]]:
         yield *map(_pattern, sides), stable  # type: ignore[misc]
 
 
+def is_moderate(value: float | None) -> bool:
+    """Whether products of two such literals are float32 numbers; None is no literal."""
+    return not value or 2.0**-60 <= abs(value) <= 2.0**60
+
+
+def _exact_reciprocal(value: float | None) -> float | None:
+    """That of a power of two, where it is a normal number of float32 as well; None for others."""
+    if value and math.frexp(value)[0] in (0.5, -0.5) and 2.0**-126 <= abs(value) <= 2.0**126:
+        return 1 / value
+    return None
+
+
 RULES: dict[str, list[tuple[Any, Pattern, bool]]] = {}  # by operation
 for _rule in (*_read(SIMPLER, False), *_read(STABLE, True)):
     RULES.setdefault(_rule[0][0], []).append(_rule)
@@ -124,6 +137,7 @@ class Expressions:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.scalars: list[bool] = []  # whether it is the same for all elements
+        self.masks: list[bool] = []  # whether it is 0 or 1
         self.stabilized = False  # whether one is finite where torch's overflows
         self._places: dict[Any, int] = {}
 
@@ -141,8 +155,8 @@ class Expressions:
         values = [self.value(argument) for argument in arguments]
         if op in _FOLDED and None not in values:
             return self.literal(_FOLDED[op](*values))
-        if op == "div" and values[1] and math.frexp(values[1])[0] in (0.5, -0.5):
-            return self.mul(arguments[0], self.literal(1 / values[1]))  # of a power of two: exact
+        if op == "div" and (inverse := _exact_reciprocal(values[1])) is not None:
+            return self.mul(arguments[0], self.literal(inverse))
         if op in _COMMUTATIVE:  # scalars come last
             arguments = tuple(sorted(arguments, key=lambda place: (self.scalars[place], place)))
         place = self._place(op, arguments)
@@ -151,6 +165,10 @@ class Expressions:
                 self.stabilized |= stable
                 return self._build(after, found)
         return place
+
+    def mask(self, place: int) -> int:
+        """1 where an expression is not 0, as NaN is not, and 0 elsewhere."""
+        return place if self.masks[place] else self.logical_not(self.eq(place, self.literal(0)))
 
     def value(self, place: int) -> float | None:
         op, arguments = self.nodes[place]
@@ -163,6 +181,10 @@ class Expressions:
             self.nodes.append((op, arguments))
             computed = op not in (*_LEAVES, "copy") and all(self.scalars[a] for a in arguments)
             self.scalars.append(op in _SCALAR_LEAVES or computed)
+            parts = arguments[1:] if op == "where" else arguments
+            preserved = op in _MASK_TO_MASK and all(self.masks[part] for part in parts)
+            is_bit = op == "literal" and arguments[0] in (0.0, 1.0)
+            self.masks.append(op in _MAKES_MASK or preserved or is_bit)
         return place
 
     def _match(
@@ -183,7 +205,7 @@ class Expressions:
                     found = [more for each in found for more in self._match(part, argument, each)]
                 yield from found
         elif (
-            (pattern not in "stu" or self.scalars[place])
+            (pattern not in "stu" or (self.scalars[place] and is_moderate(self.value(place))))
             and (pattern != "n" or self.value(place) is not None)
             and (pattern != "x" or not self.scalars[place])
         ):
@@ -220,11 +242,10 @@ class Program:
 
     def kernel(self, key: Any, make: Callable[[Program], Any]) -> Any:
         """What a backend makes of it, once for a key."""
-        if key not in self._kernels:
-            if len(self._kernels) >= _MOST_KERNELS:
-                self._kernels.clear()
-            self._kernels[key] = make(self)
-        return self._kernels[key]
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels.setdefault(key, make(self))  # another thread may have been first
+        return kernel
 
     def names(self, operands: Sequence[str], constants: Sequence[str]) -> dict[int, str]:
         """Of places."""
@@ -313,16 +334,23 @@ def compiled(
 ) -> Program:
     """The program of the wanted outputs: the value, and the gradient of each operand.
 
+    Its instructions are some of those for all outputs, in the same order, and what is both written
+    and read again has a register in any case. So no program needs more registers or constants than
+    the one for all outputs, and if that can be compiled, so can those for other wanted outputs.
+
     Raises:
         UntraceableError: There are not enough registers or constants.
     """
     found = {VALUE + k: o for k, (o, w) in enumerate(zip(outputs, wanted, strict=True)) if w}
-    nodes = _fused(e, [*found.values()])
+    nodes = _fused(e, outputs)
+    needed = _needed(nodes, [*found.values()])
+    nodes = {place: node for place, node in nodes.items() if place in needed}
     last = {a: place for place, (op, given) in nodes.items() if op not in _LEAVES for a in given}
     written = {place: out for out, place in reversed(found.items())}
     free = list(range(CONSTANTS - 1, REGISTERS - 1, -1))
     program = Program(name, [], [], [0.0] * (1 + parameters), parameters)
     places: dict[int, int] = {}
+    registers: dict[int, int] = {}
     for place, (op, arguments) in nodes.items():
         if op == "operand":
             places[place] = arguments[0]
@@ -336,11 +364,13 @@ def compiled(
                 program.prologue.append(line)
         else:
             given = tuple([places[a] for a in arguments])
-            ended = {places[a] for a in arguments if last[a] == place}
-            free += [a for a in ended if REGISTERS <= a < CONSTANTS]
-            if place not in written and not free:
-                raise UntraceableError("the formula has too many operations")
-            places[place] = written[place] if place in written else free.pop()
+            ended = {a for a in arguments if last[a] == place}
+            free += [registers[a] for a in ended if a in registers]
+            if place in last:
+                if not free:
+                    raise UntraceableError("the formula has too many operations")
+                registers[place] = free.pop()
+            places[place] = written[place] if place in written else registers[place]
             program.body.append((op, places[place], given))
     for out, place in found.items():
         if places[place] != out:

@@ -1,18 +1,20 @@
-"""Softmax and its logarithm as one autograd function over the fused kernels."""
+"""Softmax and its logarithm: their declaration, and what computes them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import DTYPES, Backend, backend_of
+from pyfused.backends import DTYPES, backend_of
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.gradients import autocast_dtype, second_order, without_functorch
+from pyfused.ops.gradients import apply, autocast_dtype
+from pyfused.types import Gradients, Kernels
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -43,17 +45,15 @@ class Softmax(Operator):
         except IndexError:  # none of the input's
             return self.name, 1
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
+    def plan(self, arguments: Arguments, inplace: bool) -> SoftmaxPlan:  # noqa: ARG002
         input, dim, _, dtype = arguments
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
-        input = input if input.dtype is dtype else input.to(dtype)
-        call = SoftmaxCall(self.name, backend_of(input), dim % input.dim())
-        if torch.is_grad_enabled() and input.requires_grad:
-            output: Tensor = _apply(call, input)
-        else:
-            output = call.backend.softmax(call.name, input, call.dim)
-        return output
+        needs_grad = torch.is_grad_enabled() and input.requires_grad
+        dim = dim % input.dim()
+        like = input if input.dtype is dtype else torch.empty_like(input, dtype=dtype)
+        kernels = backend_of(input).softmax(self.name, like, dim)
+        return SoftmaxPlan(self.name, dim, dtype, needs_grad, kernels)
 
     def check(self, arguments: Arguments) -> None:
         checks.tensor("input", arguments[0])
@@ -74,31 +74,33 @@ def not_along_one_dimension(
     return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"
 
 
-class SoftmaxCall(NamedTuple):
-    """What a kernel takes beside tensors."""
+@dataclass(eq=False)
+class SoftmaxPlan:
+    """Computes the calls of one signature. Backward reads the output, and no other tensor."""
 
     name: str
-    backend: Backend
     dim: int
+    dtype: torch.dtype
+    needs_grad: bool
+    kernels: Kernels
 
+    def __call__(self, arguments: Arguments) -> Tensor:
+        input = arguments[0]
+        input = input if input.dtype is self.dtype else input.to(self.dtype)
+        if self.needs_grad:
+            output: Tensor = apply(self, input)
+            return output
+        return self.kernels[0](input)
 
-class SoftmaxFunction(torch.autograd.Function):
-    """Saves the output, and no other tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, call: SoftmaxCall, input: Tensor) -> Tensor:
-        output: Tensor = call.backend.softmax(call.name, input, call.dim)
-        ctx.call = call
+    def forward(self, ctx: Any, tensors: Sequence[Tensor]) -> Tensor:
+        output = self.kernels[0](tensors[0])
         ctx.save_for_backward(output)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
-        (output,), call = ctx.saved_tensors, ctx.call
-        if second_order(call.name, grad_output):
-            gradient = getattr(torch, f"_{call.name}_backward_data")
-            return None, gradient(grad_output, output, call.dim, output.dtype)
-        return None, call.backend.softmax_backward(call.name, grad_output, output, call.dim)
+    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        return (self.kernels[1](grad_output, ctx.saved_tensors[0]),)
 
-
-_apply = without_functorch(SoftmaxFunction)
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        (output,) = ctx.saved_tensors
+        gradient = getattr(torch, f"_{self.name}_backward_data")
+        return (gradient(grad_output, output, self.dim, output.dtype),)

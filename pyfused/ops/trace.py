@@ -19,7 +19,7 @@ from torch._decomp import decomposition_table
 from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfused.ops.program import EXPONENTS, Expressions, UntraceableError
+from pyfused.ops.program import EXPONENTS, Expressions, UntraceableError, is_moderate
 
 # ---- torch.fx: the function as it is written -----------------------------------------------------
 
@@ -112,7 +112,8 @@ def dependent(
 ) -> list[int]:
     """The literals that move with a parameter: another value of it makes the same graph but these.
 
-    A parameter that another value of makes another graph, or an error, is no input.
+    A parameter that another value of makes another graph, or an error, is no input. Nor are very
+    large and very small literals, which the rewrites have to know.
     """
     found: set[int] = set()
     for name, value in parameters.items():
@@ -125,7 +126,8 @@ def dependent(
         if other.structure == recorded.structure:
             pairs = zip(recorded.literals, other.literals, strict=True)
             found |= {i for i, (one, another) in enumerate(pairs) if one != another}
-    return sorted(found - recorded.exponents)
+    immoderate = {i for i, value in enumerate(recorded.literals) if not is_moderate(value)}
+    return sorted(found - recorded.exponents - immoderate)
 
 
 # ---- operators of ATen: expressions --------------------------------------------------------------
@@ -154,7 +156,7 @@ class _Recorder(Mode):
             return self.known[argument.data_ptr()][1]
         if isinstance(argument, Tensor) and argument.dim() == 0:
             argument = argument.item()
-        return self.e.literal(argument) if type(argument) in (int, float) else argument
+        return self.e.literal(argument) if type(argument) in (bool, int, float) else argument
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -167,7 +169,7 @@ class _Recorder(Mode):
             places = ATEN[name](self.e, *map(self.read, args), **named)
             pairs = zip(made, places, strict=True) if type(made) is tuple else [(made, places)]
             for tensor, place in pairs:
-                self.know(tensor, place)
+                self.know(tensor, self.e.mask(place) if tensor.dtype is torch.bool else place)
             return made
         with self:
             made = decomposition_table.get(op, op.decompose)(*args, **kwargs)
@@ -275,12 +277,12 @@ def _softplus(e: E, a: int, beta: int | None = None, _threshold: int | None = No
     return e.softplus(a) if beta is None else e.div(e.softplus(e.mul(a, beta)), beta)
 
 
-def _to(e: E, a: int, dtype: torch.dtype | None = None, **_: Any) -> int:
-    return e.logical_not(e.eq(a, e.literal(0))) if dtype is torch.bool else a
-
-
 def _own(op: str) -> Callable[..., int]:
     return lambda e, *arguments: e.make(op, *arguments)
+
+
+def _of_masks(op: str) -> Callable[..., int]:
+    return lambda e, *arguments: e.make(op, *map(e.mask, arguments))
 
 
 def _constant(value: float) -> Callable[..., int]:
@@ -292,13 +294,13 @@ def _argument(place: int) -> Callable[..., Any]:
 
 
 _SAME_IN_BOTH = (
-    *("abs", "cos", "eq", "erf", "exp", "expm1", "le", "log", "log1p", "logical_not", "lt"),
+    *("abs", "cos", "eq", "erf", "exp", "expm1", "le", "log", "log1p", "lt"),
     *("maximum", "minimum", "mul", "neg", "pow", "reciprocal", "rsqrt", "sigmoid", "sign", "sin"),
     *("sqrt", "tanh", "where"),
 )
 _COPIES = (
     *("alias", "clone", "conj_physical", "contiguous", "detach", "expand", "expand_copy"),
-    *("lift_fresh", "lift_fresh_copy", "scalar_tensor", "view", "view_as"),
+    *("lift_fresh", "lift_fresh_copy", "scalar_tensor", "view", "view_as", "_to_copy"),
 )
 ATEN: dict[str, Callable[..., Any]] = {
     **{name: _own(name) for name in _SAME_IN_BOTH},
@@ -319,9 +321,12 @@ ATEN: dict[str, Callable[..., Any]] = {
     "ge": lambda e, a, b: e.le(b, a),
     "ne": lambda e, a, b: e.logical_not(e.eq(a, b)),
     "isnan": lambda e, a: e.logical_not(e.eq(a, a)),
-    "bitwise_not": _own("logical_not"),
-    **dict.fromkeys(("logical_and", "bitwise_and"), _own("mul")),
-    **dict.fromkeys(("logical_or", "bitwise_or"), _own("maximum")),
+    **dict.fromkeys(("logical_not", "bitwise_not"), _of_masks("logical_not")),
+    **dict.fromkeys(("logical_and", "bitwise_and"), _of_masks("mul")),
+    **dict.fromkeys(("logical_or", "bitwise_or"), _of_masks("maximum")),
+    **dict.fromkeys(
+        ("logical_xor", "bitwise_xor"), lambda e, a, b: e.logical_not(e.eq(e.mask(a), e.mask(b)))
+    ),
     "clamp": _clamp,
     "clamp_min": _clamp,
     "clamp_max": lambda e, a, high: e.minimum(a, high),
@@ -338,5 +343,4 @@ ATEN: dict[str, Callable[..., Any]] = {
         ("softshrink_backward", "hardshrink_backward"),
         lambda e, g, a, bound: e.where(e.le(e.abs(a), bound), e.literal(0), g),
     ),
-    "_to_copy": _to,
 }

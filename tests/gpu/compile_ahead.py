@@ -45,6 +45,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from pyfused.backends import cross_entropy_once
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
@@ -152,7 +153,9 @@ def cross_entropy(
         fields["vector"] = 0
     fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
     weight = empty(dtype, classes) if "weight" in words else None
-    run = partial(backend.cross_entropy, x, target, weight, options, want, grad_output, vocab_shard)
+    run = partial(
+        cross_entropy_once, backend, x, target, weight, options, want, grad_output, vocab_shard
+    )
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
 
 
@@ -186,9 +189,10 @@ def class_cases() -> Iterator[Case]:
         common = shape[1] == 32_000 and dtype in (BF16, F32)
         of, fields = (dtype, shape), {"targets": tuple(TARGETS) if common else SOME}
         for op in ("softmax", "log_softmax"):
-            yield case(op, *of, partial(backend.softmax, op, x, 1), **fields)
-            run = partial(backend.softmax_backward, op, x, x, 1)
-            yield case(op, *of, run, "backward", **fields)
+            forward = partial(launch_one_of, 0, backend.softmax, (op, x, 1), x)
+            backward = partial(launch_one_of, 1, backend.softmax, (op, x, 1), x, x)
+            yield case(op, *of, forward, **fields)
+            yield case(op, *of, backward, "backward", **fields)
         # A thread may load more bits of what it continues from than of 16-bit logits.
         few = {"vector": 0} if dtype.itemsize == 2 else {}
         for cap in (None, 30.0) if len(shape) == 2 else ():
@@ -203,11 +207,13 @@ def class_cases() -> Iterator[Case]:
             run = partial(backend.kl_div_with_logits, x, x, options, Want(True, (True,)))
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=2, **fields)
         want, launches = Want(True, (True, False)), 3 + (target.numel() > 1 << 14)
-        run = partial(backend.nll_loss, x, target, None, NllOptions(-100, "mean"), want)
+        given = x, target, None, NllOptions(-100, "mean"), want
+        run = partial(prepare_and_launch, backend.nll_loss, given, x, target)
         yield case("nll_loss", *of, run, vector=0, launches=launches, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
             options = MarginOptions(p, 1.0, "mean")
-            run = partial(backend.multi_margin_loss, x, target, None, options, want)
+            given = x, target, None, options, want
+            run = partial(prepare_and_launch, backend.multi_margin_loss, given, x, target)
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=2, **fields)
 
 
@@ -215,6 +221,31 @@ def differentiated(formula: str) -> tuple[bool, ...]:
     """Of which operands there is a gradient, as the operator declares that the formula is of."""
     op: Any = OPERATORS[max((name for name in OPERATORS if formula.startswith(name)), key=len)]
     return tuple(operand.differentiated for operand in op.variables)
+
+
+def prepare_and_launch(prepare: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> None:
+    """Prepares within the run of a case, as the choice of a launch asks for the target."""
+    prepare(*arguments)(*tensors)
+
+
+def launch_one_of(index: int, prepare: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> None:
+    """Launches the forward (0) or the backward (1) kernel of what prepares both."""
+    prepare(*arguments)[index](*tensors)
+
+
+def pointwise_loss(
+    formula: Any,
+    operands: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    weight: Tensor | None,
+    reduction: str,
+    divisor: Any,
+    want: Want,
+    grad_output: Tensor | None = None,
+) -> None:
+    tensors = operands, weight, grad_output
+    run = backend.pointwise_loss(formula, tensors, numbers, reduction, want)
+    run(operands, weight, divisor, grad_output)
 
 
 def pointwise_cases() -> Iterator[Case]:
@@ -237,19 +268,20 @@ def pointwise_cases() -> Iterator[Case]:
             calls[name] = 2, ((x,) * count, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, want)
         for name, (launches, arguments) in calls.items():
             loss, _, kind = name.partition(" ")
-            run = partial(backend.pointwise_loss, loss, *arguments)
+            run = partial(pointwise_loss, loss, *arguments)
             yield case(loss, *of, run, kind, launches=launches, **fields)
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)
             want = Want(True, (True,) * count)
             program, numbers = formula.op.formula((*formula.op.parameters.values(),), count, want)
             given = program, (x,) * count, numbers, None, "mean", 1.0 * n, want
-            run = partial(backend.pointwise_loss, *given)
+            run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, launches=2, **fields)
         for op in ACTIVATIONS:
-            yield case(op, *of, partial(backend.activation, op, x), **fields)
-            run = partial(backend.activation_backward, op, x, x)
-            yield case(op, *of, run, "backward", **fields)
+            forward = partial(launch_one_of, 0, backend.activation, (op, x), x)
+            backward = partial(launch_one_of, 1, backend.activation, (op, x), x, x)
+            yield case(op, *of, forward, **fields)
+            yield case(op, *of, backward, "backward", **fields)
         yield case("scale", *of, partial(backend.scale_, x, total), **fields)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import pyfused
 from pyfused import functional as fused
 from pyfused.ops import dispatch
 
@@ -114,6 +115,28 @@ def test_a_captured_graph_follows_its_inputs(call: Call) -> None:
     graph.replay()
     exact = x.detach().double().requires_grad_(), target, other.double()
     close(got, results(F, call, *exact), torch.float32)
+
+
+@pyfused.loss
+def scaled(input: Tensor, target: Tensor, *, scale: float = 0.5, power: float = 1.5) -> Tensor:
+    return scale * (input - target).abs() ** power
+
+
+def test_a_formula_takes_new_parameters_in_a_captured_graph_and_on_another_stream() -> None:
+    x, _, y = inputs()
+    named = {"scale": 0.1, "power": 2.7}
+    scaled(x, y)  # compiles
+    torch.cuda.synchronize()
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        captured = scaled(x, y, **named)
+    with torch.cuda.stream(side):
+        beside = scaled(x, y, **named)  # before the first replay
+    side.synchronize()
+    graph.replay()
+    expected = scaled.function(x.double(), y.double(), **named).mean()
+    for got in (captured, beside):
+        torch.testing.assert_close(got.double(), expected)
 
 
 @every_call

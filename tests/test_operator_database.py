@@ -1,0 +1,230 @@
+"""Every call of PyTorch's own operator database, of the operators that torch has, against torch.
+
+`torch.testing._internal` lists for each operator and module of torch calls that work and calls that
+raise. Each is made as it stands, with operands that broadcast, and with the deprecated arguments
+`size_average` and `reduce`. `--full` makes all of these calls eagerly, and for each sample one
+of them compiled as one graph; otherwise some of each operator are made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import grid
+import hypothesis
+import pytest
+import torch
+from compare import FLOATS, assert_same, evaluate
+from random_calls import Call, check_call, ours, run
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfused import functional as fused
+from pyfused import nn
+from pyfused.ops import dispatch
+from pyfused.ops.declaration import Operator
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS, POISSON_NLL_LOSS
+
+pytestmark = pytest.mark.cpu
+IN_TORCH = {name: op for name, op in OPERATORS.items() if hasattr(F, name)}
+MODULES = [name for name in nn.__all__ if hasattr(torch.nn, name)]
+every_operator = pytest.mark.parametrize("op", IN_TORCH.values(), ids=IN_TORCH)
+every_module = pytest.mark.parametrize("name", MODULES)
+BOTH = [(average, reduce) for average in (None, True, False) for reduce in (None, True, False)]
+# torch warns where its own path over chunks cannot be taken; the kernels need no such options.
+CHUNKED = "linear_cross_entropy: ``options`` ignored"
+
+
+@pytest.fixture(autouse=True)
+def _every_size_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in OPERATORS:
+        monkeypatch.setitem(dispatch.COMPILED_BELOW, op, 0)
+
+
+@every_operator
+def test_eager(op: Operator) -> None:
+    every = (variant for call in samples(op) for variant in variants(call))
+    for call in every if grid.FULL else calls(op, 8):
+        check(call)
+
+
+@every_operator
+def test_errors(op: Operator) -> None:
+    for entry in database()[op.name]:
+        for found in entry.error_inputs("cpu") if entry.error_inputs_func else ():
+            check(call_of(op, found.sample_input))
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
+)
+@every_operator
+def test_compiled(op: Operator) -> None:
+    for call in calls(op, len(samples(op)) if grid.FULL else 1):
+        if isinstance(attempt(call, of_torch)[0], Exception):
+            continue
+        try:
+            check_results(call, compiled)
+        except AssertionError:
+            if is_compiled_by_torch(call):
+                raise
+
+
+@every_module
+@pytest.mark.filterwarnings("ignore")
+def test_modules(name: str) -> None:
+    """The entries are classes with arguments for their constructors and for their calls."""
+    for entry in database()[name]:
+        found = entry.module_inputs_func(entry, "cpu", torch.float32, True, training=True)
+        for one in found if grid.FULL else found[:: len(found) // 4 + 1]:
+            created, called = one.constructor_input, one.forward_input
+            classes = getattr(nn, name), entry.module_cls
+            modules = [each(*created.args, **created.kwargs) for each in classes]
+            modules[0].load_state_dict(modules[1].state_dict())
+            got, expected = (evaluate(m, *called.args, **called.kwargs) for m in modules)
+            assert_same(got.value, expected.value, expected.value)
+            for pair in zip(got.gradients, expected.gradients, strict=True):
+                assert_same(*pair, pair[1])
+
+
+# ---- the database --------------------------------------------------------------------------------
+
+
+@cache
+def database() -> dict[str, list[Any]]:
+    """torch's entries for each operator and module, by name.
+
+    A test imports them, not this file: that takes seconds, and loads a profile of hypothesis.
+    """
+    profile = hypothesis.settings.get_current_profile_name()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+        from torch.testing._internal.common_modules import module_db
+    hypothesis.settings.load_profile(profile)
+    found = defaultdict(list)
+    for entry in op_db:
+        found[entry.name.removeprefix("nn.functional.")].append(entry)
+    for entry in module_db:
+        found[entry.module_cls.__name__].append(entry)
+    return found
+
+
+def calls(op: Operator, number: int) -> Iterator[Call]:
+    """About so many of the samples, each as one of its variants."""
+    found = samples(op)
+    assert found
+    first = [*IN_TORCH].index(op.name)
+    for place, call in enumerate(found[:: len(found) // number + 1]):
+        each = variants(call)
+        yield each[(first + place) % len(each)]
+
+
+@cache
+def samples(op: Operator) -> list[Call]:
+    """In all dtypes, or in one: the operators see them by turns."""
+    turn, found = [*IN_TORCH].index(op.name), []
+    for entry in database()[op.name]:
+        dtypes = [dtype for dtype in FLOATS if dtype in entry.dtypes]
+        for dtype in dtypes if grid.FULL or not dtypes else [dtypes[turn % len(dtypes)]]:
+            given = entry.sample_inputs("cpu", dtype, requires_grad=True)
+            found += [call_of(op, sample) for sample in given]
+    return found
+
+
+def call_of(op: Operator, sample: Any) -> Call:
+    names = inspect.signature(getattr(fused, op.name)).parameters
+    given = dict(zip(names, (sample.input, *sample.args), strict=False)) | sample.kwargs
+    if op is POISSON_NLL_LOSS and given.get("full"):  # at 0 torch's gradient is 0 * inf
+        given["target"] = given["target"].detach().clamp(min=0.1).requires_grad_()
+    return Call(op, given)
+
+
+def variants(call: Call) -> list[Call]:
+    """The call as it stands, where even a weight may require a gradient, and what it becomes."""
+    op = call.op
+    differentiated = [operand.name for operand in op.operands if operand.differentiated]
+    detached = {
+        name: x.detach().requires_grad_(x.requires_grad and name in differentiated)
+        if isinstance(x, Tensor)
+        else x
+        for name, x in call.given.items()
+    }
+    plain = replace(call, given=detached)
+    found = [call, plain]
+    names = inspect.signature(getattr(fused, op.name)).parameters
+    if "reduction" in names and op is not LINEAR_CROSS_ENTROPY:  # in chunks torch looks at no shape
+        found += [narrowed(plain, o.name, dim) for o in op.operands[:2] for dim in (0, -1)]
+    if "reduce" in names:
+        for average, reduce in BOTH[1:]:
+            given = detached | {"size_average": average, "reduce": reduce}
+            found.append(replace(call, given=given))
+    return found
+
+
+def narrowed(call: Call, name: str, dim: int) -> Call:
+    """With one element left along a dimension of an operand, which then broadcasts."""
+    x = call.given[name]
+    if not x.dim() or not x.shape[dim]:
+        return call
+    x = x.detach().narrow(dim, 0, 1).clone().requires_grad_(x.requires_grad)
+    return replace(call, given=call.given | {name: x})
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check(call: Call) -> None:
+    expected, expected_warnings = attempt(call, of_torch)
+    got, warned = attempt(call, ours)
+    if isinstance(expected, Exception):
+        assert isinstance(got, type(expected)), f"{call}: {got!r}, expected {expected!r}"
+        return
+    assert isinstance(got, list), f"{call}: {got!r}"
+    assert warned == [message for message in expected_warnings if CHUNKED not in message], str(call)
+    check_results(call, ours)
+
+
+def attempt(call: Call, function: Callable[..., Any]) -> tuple[list[Tensor] | Exception, list[str]]:
+    """The results or the error, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found: list[Tensor] | Exception = run(call, function)
+        except Exception as error:
+            found = error
+    return found, [f"{each.category.__name__}: {each.message}" for each in caught]
+
+
+def check_results(call: Call, function: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            check_call(call, function)
+        except Exception as error:
+            raise AssertionError(f"{call}: {error}") from error
+
+
+def of_torch(call: Call, **given: Any) -> Any:
+    return getattr(F, call.op.name)(**given)
+
+
+def compiled(call: Call, functional: Any = fused, **given: Any) -> Any:
+    torch.compiler.reset()
+    function = getattr(functional, call.op.name)
+    return torch.compile(function, fullgraph=True, backend="aot_eager")(**given)
+
+
+def is_compiled_by_torch(call: Call) -> bool:
+    """Whether torch's own function gives the results of the eager call."""
+    try:
+        check_results(call, partial(compiled, functional=F))
+    except AssertionError:
+        return False
+    return True
