@@ -174,6 +174,13 @@ def test_no_elements(loss: Loss, shape: tuple[int, ...], weighted: bool, reducti
     assert_matches_torch(loss.ours, loss.reference, **given, **loss.parameters, reduction=reduction)
 
 
+@grid(loss=BROADCASTING, reduction=REDUCTIONS)
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_operands_that_broadcast_to_no_elements(loss: Loss, reduction: str) -> None:
+    given = loss.draw([(1, 0, 9), (1, 1)])
+    assert_matches_torch(loss.ours, loss.reference, **given, **loss.parameters, reduction=reduction)
+
+
 # ---- dtypes --------------------------------------------------------------------------------------
 
 PROMOTED = [*FLOATS, torch.int64, torch.uint8, torch.bool]

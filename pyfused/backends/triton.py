@@ -589,7 +589,7 @@ def pointwise_loss(
     choice = launch.choose(order.element_size())
     programs, reduce = -(-n // choice.block), want.loss and reduction != "none"
     if reduce:
-        programs = min(programs, MOST_PROGRAMS)
+        programs = min(max(programs, 1), MOST_PROGRAMS)  # of no elements, one stores the result
     accumulate = accumulate_dtype(order.dtype)
     wanted = want.gradients or (False,) * len(operands)
     views = _padded(operands, weight, grad_output)
