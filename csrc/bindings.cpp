@@ -19,13 +19,13 @@
 #include "cross_entropy.h"
 #include "dlpack.h"
 #include "kl_div_with_logits.h"
-#include "log_probs.h"
 #include "memory.h"
 #include "multi_margin_loss.h"
 #include "nll_loss.h"
 #include "parallel.h"
 #include "pointwise_loss.h"
 #include "program.h"
+#include "row_state.h"
 #include "softmax.h"
 
 // Options are a dict of fields, of which more may be there than are read.
@@ -75,9 +75,7 @@ template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), 
 int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
                           const CrossEntropyOptions& options, int64_t grad_output, int64_t loss,
-                          const std::array<ViewTuple, 2>& gradients,
-                          std::optional<std::array<int64_t, 3>> shard,
-                          const std::array<int64_t, 3>& statistics, int threads) {
+                          const std::array<ViewTuple, 2>& gradients, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
@@ -85,25 +83,17 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     for (const ViewTuple& gradient : gradients) {
       prefer_huge_pages(pointer<void>(gradient[0]), gradient[0] ? bytes : 0);
     }
-    CrossEntropy<T> ce{{sizes[0], sizes[1], sizes[2]},
-                       options,
-                       view<const T>(logits),
-                       pointer<const int64_t>(target),
-                       view<const T>(probabilities),
-                       pointer<const A>(weight),
-                       pointer<const A>(grad_output),
-                       pointer<A>(loss),
-                       view<T>(gradients[0]),
-                       view<T>(gradients[1]),
-                       threads};
-    if (shard) {
-      ce.shard = {(*shard)[0], (*shard)[1]};
-      ce.lse = pointer<const double>((*shard)[2]);
-    }
-    ce.local_lse = pointer<double>(statistics[0]);
-    ce.entropy = pointer<double>(statistics[1]);
-    ce.prediction = pointer<int64_t>(statistics[2]);
-    return cross_entropy(ce);
+    return cross_entropy(CrossEntropy<T>{{sizes[0], sizes[1], sizes[2]},
+                                         options,
+                                         view<const T>(logits),
+                                         pointer<const int64_t>(target),
+                                         view<const T>(probabilities),
+                                         pointer<const A>(weight),
+                                         pointer<const A>(grad_output),
+                                         pointer<A>(loss),
+                                         view<T>(gradients[0]),
+                                         view<T>(gradients[1]),
+                                         threads});
   });
 }
 
@@ -145,33 +135,49 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
   });
 }
 
-// ---- log-probabilities --------------------------------------------------------------------------
+// ---- the state of rows --------------------------------------------------------------------------
 
 using StridedTuple = std::array<int64_t, 2>;  // address and stride
+using FieldsTuple = std::array<int64_t, 3>;   // address, stride and count
 
-template <class D> RowValues<D> row_values(const StridedTuple& v) {
-  return {pointer<D>(v[0]), v[1]};
+template <class D> RowFields<D> row_fields(const FieldsTuple& v) {
+  return {pointer<D>(v[0]), v[1], int(v[2])};
 }
 
-// sizes: rows, classes, the first class, the logits' stride; numbers: scale, softcap. A forward
-// pass has no grad_values.
-void run_log_probs(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
-                   int64_t ignore_index, const std::array<double, 2>& numbers,
-                   const StridedTuple& values, bool continues, const StridedTuple& grad_values,
-                   const StridedTuple& grad, int threads) {
+// sizes: rows, classes, the first class, the logits' stride; numbers: scale, softcap.
+template <class T>
+LogitRows<T> logit_rows(const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
+                        int64_t ignore_index, const std::array<double, 2>& numbers, int64_t weight,
+                        int threads) {
+  return {sizes[0],     sizes[1],
+          sizes[2],     pointer<const T>(logits),
+          sizes[3],     pointer<const int64_t>(target),
+          ignore_index, numbers[0],
+          numbers[1],   pointer<const Accumulate<T>>(weight),
+          threads};
+}
+
+void run_row_state(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
+                   int64_t ignore_index, const std::array<double, 2>& numbers, int64_t weight,
+                   const FieldsTuple& state, bool continues, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const LogProbs<T> given{sizes[0],     sizes[1],
-                            sizes[2],     pointer<const T>(logits),
-                            sizes[3],     pointer<const int64_t>(target),
-                            ignore_index, numbers[0],
-                            numbers[1],   threads};
-    if (!grad_values[0]) return log_probs(given, row_values<double>(values), continues);
+    row_state(logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads),
+              row_fields<double>(state), continues);
+  });
+}
+
+void run_row_gradients(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits,
+                       int64_t target, int64_t ignore_index, const std::array<double, 2>& numbers,
+                       int64_t weight, const FieldsTuple& state, const FieldsTuple& grad_results,
+                       const StridedTuple& grad, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
     const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
     prefer_huge_pages(pointer<void>(grad[0]), grad[0] == logits ? 0 : bytes);
-    log_probs_backward(given,
-                       {row_values<const double>(values), row_values<const double>(grad_values),
-                        pointer<T>(grad[0]), grad[1]});
+    row_gradients(logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads),
+                  {row_fields<const double>(state), row_fields<const double>(grad_results),
+                   pointer<T>(grad[0]), grad[1]});
   });
 }
 
@@ -415,7 +421,8 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
   m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
-  m.def("log_probs", &run_log_probs, unlocked);
+  m.def("row_gradients", &run_row_gradients, unlocked);
+  m.def("row_state", &run_row_state, unlocked);
   m.def("softmax", &run_softmax, unlocked);
   for (const LossFormula& formula : loss_formulas()) {
     m.def(

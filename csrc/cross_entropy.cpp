@@ -32,10 +32,8 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const double denominator = mean ? ce.denominator.value_or(statistics.denominator) : 1;
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
   Sum weights;
-  const int64_t classes = ce.lse ? ce.shard.total : ce.classes;
-  const A* const weight = ce.lse ? ce.weight : ce.class_weight();
-  for (int64_t c = 0; ce.weight && c < classes; ++c) weights.add(weight[c]);
-  const double uniform_sum = ce.uniform() * (ce.weight ? weights.value() : double(classes));
+  for (int64_t c = 0; ce.weight && c < ce.classes; ++c) weights.add(ce.weight[c]);
+  const double uniform_sum = ce.uniform() * (ce.weight ? weights.value() : double(ce.classes));
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses<T> &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
   T* const grad = ce.grad_logits.data;

@@ -28,12 +28,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
 
   double run() {
     find_targets();
-    if (ce.lse) {
-      take_lse();
-    } else {
-      Base::find_normalizer(ce.logits);
-      Base::find_log_sum();
-    }
+    Base::find_normalizer(ce.logits);
+    Base::find_log_sum();
     find_target_logits();
     if (ce.dense()) {
       find_dense_loss(false);
@@ -43,14 +39,9 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     } else {
       find_sparse_loss();
     }
-    for (int64_t b = 0; ce.lse && b < n; ++b) {
-      if (!ce.ignored(first + b) && !ce.has_target(first + b))
-        target_sum[b] += ce.one_hot(first + b);
-    }
-    if (ce.entropy) measure();
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
-    if (ce.z_loss > 0 || ce.local_lse) use_lse();
+    if (ce.z_loss > 0) add_z_loss();
     for (int64_t b = 0; ce.token_weights && b < n; ++b)
       loss[b] *= double(ce.token_weights[first + b]);
     for (int64_t b = 0; any_ignored && b < n; ++b) {
@@ -65,7 +56,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
  private:
   const CrossEntropyBatch<T>& ce;
   bool any_ignored = false;
-  int64_t label[kColumns];  // -1 for a target that is ignored or in another shard
+  int64_t label[kColumns];  // -1 for a target that is ignored
   alignas(kVectorBytes) Lanes row_scale;
   alignas(kVectorBytes) Lanes one_hot;
   alignas(kVectorBytes) Lanes target_q;  // q at the target
@@ -83,12 +74,11 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     std::fill_n(label, kColumns, -1);
     int64_t ignored = 0;
     for (int64_t b = 0; ce.target && b < n; ++b) {
-      label[b] = ce.label(first + b);
+      label[b] = ce.target[first + b];
       ignored += ce.target[first + b] == ce.ignore_index;
     }
     any_ignored = ignored > 0;
     for (int64_t b = 0; any_ignored && b < n; ++b) label[b] = ce.ignored(first + b) ? -1 : label[b];
-    if (ce.classes < ce.shard.total) return find_targets_in_shard();
     if (!ce.weight) {
       const double common_one_hot = ce.one_hot(first), common_target_q = ce.target_q(first);
       for (int64_t b = 0; b < kColumns; ++b) {
@@ -103,20 +93,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     }
   }
 
-  // Where the vocabulary has more classes than the logits.
-  void find_targets_in_shard() {
-    for (int64_t b = 0; b < kColumns; ++b) {
-      const bool has_target = b < n && !ce.ignored(first + b) && ce.has_target(first + b);
-      one_hot[b] = has_target ? ce.one_hot(first + b) : 0;
-      target_q[b] = has_target ? ce.target_q(first + b) : 0;
-      if (!has_target) label[b] = -1;
-    }
-  }
-
   // Called after the logits were read, so that they are in the cache.
   void find_target_logits() {
     std::fill_n(target_logit, kColumns, A(0));
-    if (ce.target && ce.classes <= kTileClasses && !ce.lse) {
+    if (ce.target && ce.classes <= kTileClasses) {
       for_targets(0, ce.classes, [&](int64_t i, int64_t b) { target_logit[b] = x[i][b]; });
       return;
     }
@@ -127,60 +107,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     }
   }
 
-  void take_lse() {
-    std::fill_n(max, kColumns, A(0));
-    std::fill_n(sum, kColumns, 1.0);
-    std::fill_n(log_sum, kColumns, 0.0);
-    for (int64_t b = 0; b < n; ++b) {
-      max[b] = A(ce.lse[first + b]);
-      if (std::isfinite(max[b])) sum[b] = std::exp(ce.lse[first + b] - double(max[b]));
-    }
-  }
-
-  void use_lse() {
+  void add_z_loss() {
     for (int64_t b = 0; b < n; ++b) {
       const double lse = double(max[b]) + log_sum[b];
-      loss[b] += ce.z_loss > 0 ? ce.z_loss * lse * lse : 0;
-      if (ce.local_lse) ce.local_lse[first + b] = ce.ignored(first + b) ? 0 : lse;
-    }
-  }
-
-  // The entropy sum_c p_c (lse - x_c), and the first class with the largest logit, or the first
-  // NaN.
-  void measure() {
-    Lanes distance = {};
-    alignas(kVectorBytes) A highest[kColumns];
-    std::fill_n(highest, kColumns, -std::numeric_limits<A>::infinity());
-    int64_t prediction[kColumns] = {};
-    for_tiles([&](int64_t c, int64_t k) {
-      if (ce.classes > kTileClasses) {
-        for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
-      }
-      for_groups(k, [&](int64_t begin, int64_t end) {
-        alignas(kVectorBytes) A part[kColumns] = {};
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) {
-            const A term = e[i][b] * (max[b] - x[i][b]);
-            part[b] += e[i][b] > 0 ? term : A(0);  // 0 * inf is NaN
-          }
-        }
-        for (int64_t b = 0; b < kColumns; ++b) distance[b] += double(part[b]);
-      });
-      alignas(kVectorBytes) int32_t place[kColumns];
-      std::fill_n(place, kColumns, -1);
-      for (int32_t i = 0; i < k; ++i) {
-        for (int64_t b = 0; b < kColumns; ++b) {
-          const bool higher = !(x[i][b] <= highest[b]) && highest[b] == highest[b];
-          place[b] = higher ? i : place[b];
-          highest[b] = higher ? x[i][b] : highest[b];
-        }
-      }
-      for (int64_t b = 0; b < n; ++b) prediction[b] = place[b] < 0 ? prediction[b] : c + place[b];
-    });
-    for (int64_t b = 0; b < n; ++b) {
-      const bool ignored = ce.ignored(first + b);
-      ce.entropy[first + b] = ignored ? 0 : log_sum[b] + distance[b] / sum[b];
-      ce.prediction[first + b] = ignored ? ce.ignore_index : ce.shard.first + prediction[b];
+      loss[b] += ce.z_loss * lse * lse;
     }
   }
 
@@ -189,7 +119,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     const A prob_weight = ce.prob_weight(), smooth_bias = ce.smooth_bias();
     if (!ce.target) load_tile(ce.probabilities, c, k, q);
     for (int64_t i = 0; i < k; ++i) {
-      const A weight = ce.weight ? ce.class_weight()[c + i] : A(1);
+      const A weight = ce.weight ? ce.weight[c + i] : A(1);
       for (int64_t b = 0; b < kColumns; ++b) {
         q[i][b] = soft_target(weight, ce.target ? A(0) : q[i][b], prob_weight, smooth_bias);
       }
@@ -263,7 +193,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     }
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_soft_target(c, k);
-      if (ce.lse || ce.classes > kTileClasses) {
+      if (ce.classes > kTileClasses) {
         for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
       }
       for (int64_t i = 0; i < k; ++i) {
@@ -290,7 +220,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     }
     for_tiles([&](int64_t c, int64_t k) {
       for (int64_t i = 0; i < k; ++i) {
-        const A weight = ce.weight ? ce.class_weight()[c + i] : A(1);
+        const A weight = ce.weight ? ce.weight[c + i] : A(1);
         for (int64_t b = 0; b < kColumns; ++b) {
           q[i][b] = factor[b] * weight * ((max[b] - x[i][b]) + low[b]);
         }

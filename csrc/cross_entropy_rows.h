@@ -23,19 +23,17 @@ template <class T, bool kScales> class Row {
  public:
   Row(const CrossEntropyBatch<T>& ce, int64_t position)
       : ce(ce), position(position), logits(ce.at(ce.logits, position)),
-        has_target(ce.has_target(position)),
-        keeps(ce.grad_logits.data && !ce.lse && ce.classes <= kKept<T>) {}
+        keeps(ce.grad_logits.data && ce.classes <= kKept<T>) {}
 
   static A first_max(const CrossEntropyBatch<T>& ce, int64_t position) {
-    if (ce.lse || ce.ignored(position)) return 0;
+    if (ce.ignored(position)) return 0;
     return A(ce.scale) * Normalizer<T>::first_max(ce.at(ce.logits, position), ce.classes);
   }
 
   void read(A first_max) {
     if (ce.ignored(position)) return;
-    if (has_target) target_logit = widen(*chunk(ce.label(position), 1));
+    if (ce.target) target_logit = widen(*chunk(ce.target[position], 1));
     if (ce.target && ce.dense() && !ce.weight) std::fill_n(q, std::min(kChunk, ce.classes), A(1));
-    if (ce.lse) return take_lse();
     keeps ? read<true>(first_max) : read<false>(first_max);
   }
 
@@ -43,24 +41,19 @@ template <class T, bool kScales> class Row {
   RowLoss finish() {
     if (ce.ignored(position)) {
       if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
-      if (ce.entropy) {
-        ce.entropy[position] = 0;
-        ce.prediction[position] = ce.ignore_index;
-      }
       return {0, 0, 1, 0};
     }
-    if (ce.entropy) measure();
     RowLoss loss;
-    const double one_hot = ce.target && ce.counts(position) ? ce.one_hot(position) : 0;
+    const double one_hot = ce.target ? ce.one_hot(position) : 0;
     if (ce.dense()) {
       target_sum = ce.target ? ce.uniform_sum + one_hot : ce.smooth_weight() * prob_sum.value();
-      const double log_sum = ce.lse ? 0 : std::log(row.sum);
+      const double log_sum = std::log(row.sum);
       loss = {1, dense_loss(log_sum), 1, double(row.pivot) + log_sum};
     } else {
-      const double distance = has_target ? double(row.pivot - target_logit) : 0;
+      const double distance = double(row.pivot - target_logit);
       if (ce.gamma > 0) focal = FocalFactors(ce.gamma, distance + std::log(row.sum));
       target_sum = one_hot * focal.gradient;
-      loss = {has_target ? one_hot * focal.loss : 0, distance, row.sum, double(row.pivot)};
+      loss = {one_hot * focal.loss, distance, row.sum, double(row.pivot)};
     }
     if (ce.z_loss > 0) target_sum += 2 * ce.z_loss * (double(row.pivot) + std::log(row.sum));
     if (ce.grad_probabilities.data) write_probability_gradient();
@@ -72,7 +65,7 @@ template <class T, bool kScales> class Row {
   const CrossEntropyBatch<T>& ce;
   const int64_t position;
   const T* const logits;
-  const bool has_target, keeps;
+  const bool keeps;
   Normalizer<T> row;
   A target_logit = 0;
   FocalFactors focal;
@@ -92,13 +85,6 @@ template <class T, bool kScales> class Row {
     pyfused::for_chunks(ce.classes, body);
   }
 
-  void take_lse() {
-    row.pivot = A(ce.lse[position]);
-    row.sum = std::isfinite(row.pivot) ? std::exp(ce.lse[position] - double(row.pivot)) : 1;
-    if (!ce.dense()) return;
-    for_chunks([&](int64_t, int64_t first, int64_t n) { add_distance(distance, first, n, 0); });
-  }
-
   template <bool Keeps> void read(A first_max) {
     T* const grad = Keeps ? ce.at(ce.grad_logits, position) : nullptr;
     row.template read<Keeps>([&](int64_t first, int64_t n) { return chunk(first, n); }, grad,
@@ -114,7 +100,7 @@ template <class T, bool kScales> class Row {
   // q / smooth_weight of a chunk, without the one-hot term.
   const A* soft_target_at(int64_t first, int64_t n) {
     const A prob_weight = ce.prob_weight(), smooth_bias = ce.smooth_bias();
-    const A* const weight = ce.weight ? ce.class_weight() + first : nullptr;
+    const A* const weight = ce.weight ? ce.weight + first : nullptr;
     if (ce.target) return weight ? weight : q;
     const int64_t stride = ce.probabilities.classes;
     const T* const y = ce.at(ce.probabilities, position) + first * stride;
@@ -143,7 +129,7 @@ template <class T, bool kScales> class Row {
     if (!ce.target) return prob_sum.value();
     if (!ce.weight) return double(first);
     Sum weights;
-    add_terms<A>(weights, first, [&](int64_t i) { return ce.class_weight()[i]; });
+    add_terms<A>(weights, first, [&](int64_t i) { return ce.weight[i]; });
     return weights.value();
   }
 
@@ -160,38 +146,7 @@ template <class T, bool kScales> class Row {
   }
 
   double one_hot_loss(double shift) const {
-    return has_target ? ce.one_hot(position) * (double(row.pivot - target_logit) + shift) : 0;
-  }
-
-  // sum_c p_c (lse - x_c), and which class is the first with the largest logit.
-  void measure() {
-    Sum distance;
-    A highest = -std::numeric_limits<A>::infinity();
-    int64_t chunk_of_highest = 0;
-    for_chunks([&](int64_t, int64_t first, int64_t n) {
-      const auto* const x = chunk(first, n);
-      const A high = row.pivot, top = largest(x, n, highest);
-      if (top > highest) {
-        highest = top;
-        chunk_of_highest = first;
-      }
-      scaled_exponentials(x, high, A(1), buffer, buffer, n, false);
-      add_terms<A>(distance, n, [=](int64_t i) {
-        const A term = buffer[i] * (high - widen(x[i]));
-        return buffer[i] > 0 ? term : A(0);  // 0 * inf is NaN
-      });
-    });
-    ce.entropy[position] = std::log(row.sum) + distance.value() / row.sum;
-    const auto is_nan = [](T x) { return std::isnan(widen(x)); };
-    const T* const end = logits + ce.classes;
-    int64_t prediction = (std::isnan(row.sum) ? std::find_if(logits, end, is_nan) : end) - logits;
-    if (prediction == ce.classes) {
-      const int64_t first = chunk_of_highest, n = std::min(kChunk, ce.classes - first);
-      const auto* const x = chunk(first, n);
-      prediction = first;
-      while (widen(x[prediction - first]) != highest) ++prediction;
-    }
-    ce.prediction[position] = ce.shard.first + prediction;
+    return ce.target ? ce.one_hot(position) * (double(row.pivot - target_logit) + shift) : 0;
   }
 
   // p_c sum_k q_k - q_c
@@ -222,9 +177,9 @@ template <class T, bool kScales> class Row {
         store(wide, grad + first, n);
       });
     }
-    if (!has_target) return;
+    if (!ce.target) return;
     const double p = double(exp_shifted(target_logit - high)) / row.sum;
-    grad[ce.label(position)] =
+    grad[ce.target[position]] =
         narrow<T>(A((p * target_sum - ce.target_q(position) * focal.gradient) * scale));
   }
 
@@ -239,7 +194,7 @@ template <class T, bool kScales> class Row {
       const auto* const x = chunk(first, n);
       A* const out = stride == 1 ? staged(grad + first, buffer) : buffer;
       for (int64_t i = 0; i < n; ++i) out[i] = factor * ((high - widen(x[i])) + low);
-      for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.class_weight()[first + i];
+      for (int64_t i = 0; ce.weight && i < n; ++i) out[i] *= ce.weight[first + i];
       store(out, grad + first * stride, stride, n);
     });
   }
@@ -274,7 +229,6 @@ template <class T, bool kScales> class RowBlock {
       loss[i] = factor[i] * (distance[i] + log_sum);
       pivot[i] += log_sum;
     }
-    for (int64_t i = 0; ce.local_lse && i < n; ++i) ce.local_lse[first + i] = pivot[i];
     for (int64_t i = 0; ce.z_loss > 0 && i < n; ++i) loss[i] += ce.z_loss * pivot[i] * pivot[i];
     for (int64_t i = 0; ce.token_weights && i < n; ++i) {
       if (!ce.ignored(first + i)) loss[i] *= double(ce.token_weights[first + i]);

@@ -15,9 +15,6 @@
 //
 // The last line is that of probabilities with smoothing 1.
 //
-// The logits may be those of a vocabulary shard. Then the loss is the sum over its classes, with
-// the shard's lse, or with the lse of all classes where it is given.
-//
 // With a scale, x is scale times the logits, whose gradient is scale dloss/dx.
 //
 // With z_loss the loss has z_loss lse^2 more, and dloss/dx_c has 2 z_loss lse p_c more.
@@ -44,12 +41,6 @@
 namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
-
-// The shard of the vocabulary that the logits' classes are.
-struct VocabShard {
-  int64_t first;  // its first class
-  int64_t total;  // classes of the whole vocabulary
-};
 
 // Python passes the fields by name: pyfused/types.py has the same.
 struct CrossEntropyOptions {
@@ -79,7 +70,7 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   View<const T> logits;
   const int64_t* target;  // a class index for each position; null for probabilities
   View<const T> probabilities;  // a distribution for each position
-  const A* weight;  // one for each class of the vocabulary; null for ones
+  const A* weight;  // one for each class; null for ones
   const A* grad_output;  // for each position with Reduction::none, else one; null for ones
   A* loss;  // for each position with Reduction::none, else one; null if not wanted
   View<T> grad_logits;  // data is null if not wanted
@@ -87,26 +78,13 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   int threads;
 
   const A* token_weights = reinterpret_cast<const A*>(token_weight);  // factors of the losses
-  VocabShard shard{0, this->classes};
-  const double* lse = nullptr;  // of the whole vocabulary, for each position; null: of the shard
-
-  // Outputs for each position; null if not wanted.
-  double* local_lse = nullptr;  // lse of the shard
-  double* entropy = nullptr;  // of the shard's softmax
-  int64_t* prediction = nullptr;  // the shard's first class with the largest logit; with entropy
-
   bool dense() const { return target == nullptr || label_smoothing > 0; }
-  double uniform() const { return label_smoothing / double(shard.total); }
+  double uniform() const { return label_smoothing / double(this->classes); }
   bool follows_probabilities() const { return !target && label_smoothing < 1; }
   double smooth_weight() const { return follows_probabilities() ? 1 - label_smoothing : uniform(); }
   A prob_weight() const { return A(follows_probabilities()); }
   A smooth_bias() const { return follows_probabilities() ? A(uniform() / smooth_weight()) : A(1); }
   bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
-  int64_t label(int64_t position) const { return target[position] - shard.first; }
-  bool has_target(int64_t position) const {
-    return target && uint64_t(label(position)) < uint64_t(classes);
-  }
-  const A* class_weight() const { return weight ? weight + shard.first : nullptr; }
   double one_hot(int64_t position) const {
     return weight ? (1 - label_smoothing) * double(weight[target[position]]) : 1 - label_smoothing;
   }
@@ -120,7 +98,7 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
 // The arguments with what is computed once for the batch. Scalars of a position are doubles, so
 // that only vectors are rounded to A.
 template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
-  double uniform_sum;  // uniform * sum_c weight_c, over the classes of lse
+  double uniform_sum;  // uniform * sum_c weight_c
   double denominator;
   // Of the gradients, where positions share it: a division costs as much as an exponential.
   double common_scale;
@@ -139,8 +117,6 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
     const double scale = each ? double(this->grad_output[position]) / denominator : common_scale;
     return this->token_weights ? scale * double(this->token_weights[position]) : scale;
   }
-  // A target in another shard counts in the gradient of the given lse, not in this shard's loss.
-  bool counts(int64_t position) const { return this->lse || this->has_target(position); }
 };
 
 // The factors of the focal loss and of its gradients.

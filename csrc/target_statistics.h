@@ -30,12 +30,12 @@ template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce)
     for (int64_t i = block * kBlock; i < end; ++i) {
       const int64_t counted = ce.target[i] != ce.ignore_index;
       not_ignored += counted;
-      invalid += counted & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.shard.total));
+      invalid += counted & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.classes));
     }
     TargetStatistics& part = parts[block];
     part.denominator = double(not_ignored);
     for (int64_t i = block * kBlock; invalid && part.out_of_range < 0; ++i) {
-      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.shard.total;
+      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.classes;
       if (!ce.ignored(i) && outside) part.out_of_range = i;
     }
     if (invalid || !(ce.weight || ce.token_weights)) return;

@@ -32,6 +32,7 @@ from .reductions import target_weights
 from .rows import (
     DROP,
     block_of_rows,
+    class_weight,
     finite_or_zero,
     first_pass,
     load_scaled,
@@ -91,18 +92,15 @@ def focal(nll, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def index_terms(nll, lse, here, index_weight, z_loss, GAMMA: tl.constexpr):
-    """The loss without smoothing, the gradient's q_t, and dloss/dlse without smoothing.
-
-    here: whether the target is one of the classes of the kernel.
-    """
+def index_terms(nll, lse, index_weight, z_loss, GAMMA: tl.constexpr):
+    """The loss without smoothing, the gradient's q_t, and dloss/dlse without smoothing."""
     loss = index_weight * nll
     if GAMMA > 0.0:
         power, derivative = focal(nll, GAMMA)
         loss *= power
         index_weight *= derivative
     squared, slope = squared_lse(lse, z_loss)
-    return tl.where(here, loss, 0.0) + squared, index_weight, index_weight + slope
+    return loss + squared, index_weight, index_weight + slope
 
 
 @triton.jit
@@ -162,7 +160,7 @@ def row_kernel(
     log_total = tl.log(total)
     index_weight = scalar(1.0 - smoothing, A) * target_weight
     value, index_weight, slope = index_terms(
-        maximum - target_logit + log_total, maximum + log_total, valid, index_weight, z_loss, GAMMA
+        maximum - target_logit + log_total, maximum + log_total, index_weight, z_loss, GAMMA
     )
     smooth_weight = scalar(smoothing, A) / classes
     if SMOOTHING:
@@ -184,25 +182,7 @@ def row_kernel(
         tl.store(pointers(to, c, 1, 1), gradient, mask=mask & in_bounds[:, None])
 
 
-# ---- class indices otherwise: long rows, other strides, blocks of classes ------------------------
-
-
-@triton.jit
-def read_lse(lse, rows, in_bounds, A: tl.constexpr):
-    """A given log-sum-exp in float64, as the maximum and the total that a first pass would find."""
-    exact = tl.load(lse + rows, mask=in_bounds, other=0.0)
-    maximum = exact.to(A)
-    rest = (exact - maximum.to(tl.float64)).to(A)
-    return finite_or_zero(maximum), 1.0 + tl.where(rest == rest, rest, 0.0)
-
-
-@triton.jit
-def class_weight(weight, c, classes, first_class, A: tl.constexpr):
-    """The weights of classes c of a block as a row; they are 1 if there are none."""
-    row = tl.full([c.shape[0]], 1.0, A)
-    if weight is not None:
-        row = tl.load(weight + first_class + c, mask=c < classes, other=0.0)
-    return row[None, :]
+# ---- class indices otherwise: long rows, other strides -------------------------------------------
 
 
 @triton.jit
@@ -224,10 +204,10 @@ def two_pass_kernel(
     weight,
     row_weight,
     denominator,
-    lse,
     loss,
     grad,
-    sizes,
+    inner,
+    classes,
     strides,
     ignore_index,
     smoothing: tl.float64,
@@ -241,41 +221,33 @@ def two_pass_kernel(
     INNER_UNIT: tl.constexpr = 1,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Class indices, any strides and number of classes; given `lse`, also a block of all classes.
+    """Class indices, any strides and number of classes.
 
-    sizes: inner, classes, index of the first class, size of the vocabulary.
     strides: outer, inner and class stride of logits and of grad.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
-    inner, classes, first_class, vocab = sizes
     inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
     outer, lanes, in_bounds = block_of_rows(inner, ROWS)
     rows = outer * inner + lanes
     label, valid, invalid, target_weight, scale = read_rows(
-        target, weight, row_weight, denominator, rows, in_bounds, inner, vocab, ignore_index, A
+        target, weight, row_weight, denominator, rows, in_bounds, inner, classes, ignore_index, A
     )
-    label = (label - first_class).to(tl.int32)
-    here = valid & (label >= 0) & (label < classes)
+    label = label.to(tl.int32)
     stride = strides[2]
     starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
-    target_logit = load_scaled(starts + label.to(tl.int64) * stride, here, 0.0, A, SCALE)
+    target_logit = load_scaled(starts + label.to(tl.int64) * stride, valid, 0.0, A, SCALE)
     read = valid if ROWS == 1 else in_bounds  # a mask by row would take loads of many rows apart
-    if lse is None:
-        maximum, total = first_pass(
-            starts, classes, stride, read, A, EXACT, INNER_UNIT, ROWS, BLOCK, SCALE
-        )
-    else:
-        maximum, total = read_lse(lse, rows, in_bounds, A)
+    maximum, total = first_pass(
+        starts, classes, stride, read, A, EXACT, INNER_UNIT, ROWS, BLOCK, SCALE
+    )
     log_total = tl.log(total)
     index_weight = scalar(1.0 - smoothing, A) * target_weight
     value, index_weight, slope = index_terms(
-        maximum - target_logit + log_total, maximum + log_total, here, index_weight, z_loss, GAMMA
+        maximum - target_logit + log_total, maximum + log_total, index_weight, z_loss, GAMMA
     )
     if SMOOTHING:
-        slope += scalar(smoothing, A) * mean_weight(
-            weight, classes if lse is None else vocab, A, max(BLOCK, 1024)
-        )
+        slope += scalar(smoothing, A) * mean_weight(weight, classes, A, max(BLOCK, 1024))
     if SMOOTHING or grad is not None:
         grad_scale = scale * SCALE
         factor = slope * grad_scale / total
@@ -288,7 +260,7 @@ def two_pass_kernel(
             x = load_scaled(at, mask & read[:, None], 0.0, A, SCALE, DROP) - maximum[:, None]
             gradient = exp_nonpositive(x, EXACT) * factor[:, None]
             if SMOOTHING:
-                q = scalar(smoothing, A) / vocab * class_weight(weight, c, classes, first_class, A)
+                q = scalar(smoothing, A) / classes * class_weight(weight, c, classes, 0, A)
                 distance += tl.where(mask, q * (log_total[:, None] - x), 0.0)
                 gradient -= q * grad_scale[:, None]
             if grad is not None:
@@ -399,71 +371,3 @@ def probabilities_kernel(
     if loss is not None:
         value += tl.sum(distance, 1)
         store_loss(loss, value, scale, rows, in_bounds, in_bounds, rows < 0, EACH)
-
-
-# ---- statistics ----------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["ignore_index"])
-def statistics_kernel(
-    logits,
-    target,
-    lse,
-    entropy,
-    prediction,
-    inner,
-    classes,
-    strides,
-    first_class,
-    ignore_index,
-    SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INNER_UNIT: tl.constexpr = 1,
-    CLASS_UNIT: tl.constexpr = 1,
-):
-    """Log-sum-exp, entropy and the class with the largest logit, of each row that is not ignored.
-
-    target: class indices, or None if no row is ignored.
-    entropy, prediction: both None, or the first of several largest logits, NaN being the largest.
-    strides: outer, inner and class stride.
-    """
-    A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
-    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
-    rows = outer * inner + lanes
-    counted = in_bounds
-    if target is not None:
-        counted &= tl.load(target + rows, mask=in_bounds, other=ignore_index) != ignore_index
-    starts = row_starts(logits, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
-    # As in two_pass_kernel, a mask by row would take loads of several rows apart.
-    read = counted if ROWS == 1 else in_bounds
-    maximum, total = first_pass(
-        starts, classes, strides[2], read, A, True, INNER_UNIT, ROWS, BLOCK, SCALE
-    )
-    log_total = tl.log(total)
-    exact = maximum.to(tl.float64) + log_total.to(tl.float64)
-    tl.store(lse + rows, tl.where(counted, exact, 0.0), mask=in_bounds)
-    if entropy is not None:
-        distance = tl.zeros([ROWS, BLOCK], A)
-        best = tl.full([ROWS, BLOCK], -float("inf"), A)
-        index = tl.zeros([ROWS, BLOCK], tl.int64)
-        for start in range(0, classes, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            mask = read[:, None] & (c < classes)[None, :]
-            at = pointers(starts, c, strides[2], INNER_UNIT)
-            x = load_scaled(at, mask, -float("inf"), A, SCALE)
-            away = maximum[:, None] - x
-            e = exp_nonpositive(-away)
-            distance += tl.where(e == 0.0, 0.0, e * away)
-            better = (x > best) | ((x != x) & (best == best))
-            best = tl.where(better, x, best)
-            index = tl.where(better, c[None, :].to(tl.int64), index)
-        is_nan = best != best
-        largest = tl.where(is_nan, float("inf"), best)
-        leads = largest == tl.max(largest, 1)[:, None]
-        leads = tl.where(tl.max(is_nan.to(tl.int32), 1)[:, None] > 0, is_nan, leads)
-        index = tl.min(tl.where(leads, index, classes), 1) + first_class
-        value = log_total + tl.sum(distance, 1) / total
-        tl.store(entropy + rows, tl.where(counted, value, 0.0), mask=in_bounds)
-        tl.store(prediction + rows, tl.where(counted, index, ignore_index), mask=in_bounds)

@@ -121,6 +121,15 @@ def read_target(target, weight, rows, in_bounds, classes, ignore_index):
 
 
 @triton.jit
+def class_weight(weight, c, classes, first_class, A: tl.constexpr):
+    """The weights of classes c of a block as a row; they are 1 if there are none."""
+    row = tl.full([c.shape[0]], 1.0, A)
+    if weight is not None:
+        row = tl.load(weight + first_class + c, mask=c < classes, other=0.0)
+    return row[None, :]
+
+
+@triton.jit
 def row_scale(row_weight, denominator, rows, counted, A: tl.constexpr):
     """row_weight / denominator of each row; the denominator is None, an int or a pointer."""
     scale = tl.where(counted, 1.0, 0.0).to(A)

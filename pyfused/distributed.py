@@ -22,8 +22,7 @@ from pyfused import checks
 from pyfused.ops import vocab_parallel
 from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import LINEAR_LOG_PROBS, LOG_PROBS
-from pyfused.types import CrossEntropyOptions, FusedOptions, Head, HeadOptions, LogProbsOptions
+from pyfused.types import CrossEntropyOptions, FusedOptions, HeadOptions, LogProbsOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,7 +78,7 @@ def vocab_parallel_cross_entropy(
     checks.keywords("vocab_parallel_cross_entropy", options)
     given = CrossEntropyOptions(ignore_index, reduction, label_smoothing, **options)
     shard = _shard_of_logits("input", input, vocab_start, vocab_size, group)
-    loss: Tensor = vocab_parallel.cross_entropy(input, target, weight, given, shard)
+    loss: Tensor = vocab_parallel.cross_entropy((input, target), weight, given, shard)
     return loss
 
 
@@ -115,7 +114,7 @@ def vocab_parallel_cross_entropy_with_metrics(
         ignore_index, reduction, label_smoothing, with_metrics=True, **options
     )
     shard = _shard_of_logits("input", input, vocab_start, vocab_size, group)
-    found: Any = vocab_parallel.cross_entropy(input, target, weight, given, shard)
+    found: Any = vocab_parallel.cross_entropy((input, target), weight, given, shard)
     return found  # type: ignore[no-any-return]
 
 
@@ -165,8 +164,8 @@ def vocab_parallel_linear_cross_entropy(
         **options,
     )
     shard = _shard_of_layer(linear_weight, vocab_start, vocab_size, group)
-    head = Head(input, linear_weight, linear_bias, target, weight)
-    loss: Tensor = vocab_parallel.linear_cross_entropy(head, given, shard)
+    tensors = input, linear_weight, linear_bias, target
+    loss: Tensor = vocab_parallel.cross_entropy(tensors, weight, given, shard)
     return loss
 
 
@@ -211,8 +210,8 @@ def vocab_parallel_linear_cross_entropy_with_metrics(
         **options,
     )
     shard = _shard_of_layer(linear_weight, vocab_start, vocab_size, group)
-    head = Head(input, linear_weight, linear_bias, target, weight)
-    found: Any = vocab_parallel.linear_cross_entropy(head, given, shard)
+    tensors = input, linear_weight, linear_bias, target
+    found: Any = vocab_parallel.cross_entropy(tensors, weight, given, shard)
     return found  # type: ignore[no-any-return]
 
 
@@ -247,7 +246,7 @@ def vocab_parallel_log_probs(
     """
     shard = _shard_of_logits("logits", logits, vocab_start, vocab_size, group)
     options = LogProbsOptions(ignore_index, softcap, temperature)
-    values = vocab_parallel.log_probs(LOG_PROBS, (logits, target), options, shard)
+    values = vocab_parallel.log_probs((logits, target), options, shard)
     return named(values, return_entropy, return_lse)
 
 
@@ -285,7 +284,7 @@ def vocab_parallel_linear_log_probs(
     shard = _shard_of_layer(linear_weight, vocab_start, vocab_size, group)
     options = LogProbsOptions(ignore_index, softcap, temperature, memory_budget, deterministic_rows)
     tensors = input, linear_weight, linear_bias, target
-    values = vocab_parallel.log_probs(LINEAR_LOG_PROBS, tensors, options, shard)
+    values = vocab_parallel.log_probs(tensors, options, shard)
     return named(values, return_entropy, return_lse)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -57,6 +57,10 @@ class CrossEntropyOptions(Options):
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
 
+    @property
+    def rows(self) -> RowOptions:
+        return RowOptions(self.ignore_index, self.scale)
+
     def is_plain(self) -> bool:
         """Whether torch's function of this name has all that is asked for."""
         return (
@@ -83,6 +87,10 @@ class HeadOptions(CrossEntropyOptions):
     memory_budget: int | None = None
     filter_eps: float = field(default=0.0, metadata=NONNEGATIVE)
 
+    @property
+    def rows(self) -> RowOptions:
+        return RowOptions(self.ignore_index, self.scale, self.softcap)
+
     def is_plain(self) -> bool:
         return self.softcap is None and super().is_plain()
 
@@ -104,21 +112,43 @@ class LogProbsOptions(Options):
     memory_budget: int | None = None
     deterministic_rows: bool = False
 
+    @property
+    def rows(self) -> RowOptions:
+        return RowOptions(self.ignore_index, 1 / self.temperature, self.softcap)
 
-LOG_PROB_VALUES = 7  # float64 numbers that the kernels of log-probabilities compute for each row
 
-
-class LogProbsCall(NamedTuple):
-    """A call of log-probabilities.
+class RowOptions(NamedTuple):
+    """How a row of logits is read, and which targets count.
 
     Attributes:
-        tensors: Those that may have a gradient, and the target last.
-        shard: Which of all classes the logits' are.
+        ignore_index: The target of rows whose state and gradient are 0.
+        scale: What the logits are multiplied by.
+        softcap: The logits are softcap * tanh(logits / softcap) before that; None for no bound.
     """
 
-    tensors: Sequence[Any]
-    options: LogProbsOptions
-    shard: VocabShard
+    ignore_index: int = -100
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+# The fields of the state of a row of logits, in float64; csrc/row_state.h says what they are. A
+# state has the first STATE_FIELDS, or METRICS_FIELDS, or all SMOOTHING_FIELDS.
+LOG_P, ENTROPY, LSE, PIVOT, SUM, WEIGHTED, TARGET_LOGIT, MAXIMUM, INDEX, SMOOTH = range(10)
+STATE_FIELDS, METRICS_FIELDS, SMOOTHING_FIELDS = MAXIMUM, SMOOTH, SMOOTH + 1
+# What has a gradient: the first three fields, and SMOOTH.
+RESULTS = (LOG_P, ENTROPY, LSE)
+
+
+class ClassRange(NamedTuple):
+    """The logits' classes among all classes.
+
+    Attributes:
+        first: The first of them.
+        total: The number of all classes.
+    """
+
+    first: int
+    total: int
 
 
 @dataclass(eq=False)
@@ -171,49 +201,32 @@ class MarginOptions(NamedTuple):
 ClassLossOptions = CrossEntropyOptions | NllOptions | MarginOptions
 
 
-class Statistics(NamedTuple):
-    """What cross-entropy's kernel returns of the logits of each row, beside its loss.
-
-    Attributes:
-        log_sum_exp: float64; 0 where the target is ignored.
-        entropy: Of their probabilities, float64, or None; 0 where the target is ignored.
-        prediction: The first class with the largest logit, int64, or None with ``entropy``;
-            ignore_index where the target is ignored.
-    """
-
-    log_sum_exp: Tensor
-    entropy: Tensor | None = None
-    prediction: Tensor | None = None
-
-
 class Want(NamedTuple):
     """The outputs that a call of a loss kernel computes.
 
     Attributes:
         gradients: Of each operand, or () for none.
         inplace: Cross-entropy's first gradient takes the input's memory.
-        statistics: Where they are written, one a row, None where they are not wanted.
     """
 
     loss: bool = True
     gradients: tuple[bool, ...] = ()
     inplace: bool = False
-    statistics: Statistics | None = None
 
 
 class VocabShard(NamedTuple):
-    """The logits' classes as a shard of all classes.
+    """The classes that this process has, of those that a group of processes has together.
 
     Attributes:
-        first: The first of them.
-        classes: The number of all.
-        lse: The log-sum-exp of all, float64, one a row; None where it is that of the logits'
-            classes, and where statistics are wanted.
+        first: The first of this process' classes among all.
+        classes: The number of all classes. None adds up those of the processes, which takes a
+            number more of communication.
+        group: A process group of :mod:`torch.distributed`; None for all processes.
     """
 
     first: int
-    classes: int
-    lse: Tensor | None = None
+    classes: int | None = None
+    group: Any = None
 
 
 class Head(NamedTuple):

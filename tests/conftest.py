@@ -92,7 +92,10 @@ def seed() -> None:
 
 
 # Backends' functions of one operator.
-BY_NAME = ("cross_entropy", "kl_div_with_logits", "log_probs", "nll_loss", "multi_margin_loss")
+BY_NAME = (
+    *("cross_entropy", "kl_div_with_logits", "nll_loss", "multi_margin_loss"),
+    *("row_state", "row_gradients"),
+)
 
 
 class KernelCalls(Counter[str]):
@@ -100,16 +103,14 @@ class KernelCalls(Counter[str]):
 
     def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            of_one = family.removesuffix("_backward") in BY_NAME
-            name = family if of_one else getattr(args[0], "name", args[0])
-            backward = "_backward" * (family.endswith("_backward") and not of_one)
+            name = family if family in BY_NAME else getattr(args[0], "name", args[0])
             result = function(*args, **kwargs)
             if callable(result):  # a prepared kernel, which is counted where it is launched
                 return self.launched(name, result)
             if family in ("activation", "softmax"):  # two of them
                 names = name, f"{name}_backward"
                 return tuple(map(self.launched, names, result))
-            self[name + backward] += 1
+            self[name] += 1
             return result
 
         return counted
@@ -126,10 +127,8 @@ class KernelCalls(Counter[str]):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls: a test that compares torch with torch would pass without any."""
     calls = KernelCalls()
-    both = ("log_probs",)
     dispatch.forget_plans()
-    families = dict.fromkeys((*BY_NAME, "pointwise_loss", "activation", "softmax", *both))
-    for family in (*families, *(f"{family}_backward" for family in both)):
+    for family in (*BY_NAME, "pointwise_loss", "activation", "softmax"):
         kernels = getattr(backend, family)
         monkeypatch.setattr(backend, family, calls.record(family, kernels))
     return calls

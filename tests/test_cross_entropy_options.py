@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.backends import cpu, cross_entropy_once
-from pyfused.types import CrossEntropyOptions, Statistics, VocabShard, Want
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.row_state import accumulated, fields_of, gradients_of_loss, loss_of_state
+from pyfused.types import RESULTS, SMOOTH, ClassRange, CrossEntropyOptions, Want
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6))
@@ -274,45 +276,29 @@ def test_compiled(names: str) -> None:
 def test_blocks_of_classes_add_up(
     classes: int, smoothing: float, weighted: bool, dtype: torch.dtype
 ) -> None:
-    """Log-sum-exps, losses and gradients of blocks are those of the whole."""
+    """Losses and gradients of blocks are those of the whole."""
     input, target, weight, _ = arguments((9, classes), dtype, False)
-    wide = accumulated(dtype)
-    given = target, weight.to(wide) if weighted else None
-    plain = CrossEntropyOptions(-100, "none", smoothing)
-    logits, grad_output = input.detach(), torch.rand(9, dtype=wide)
-    cuts = [0, 1, classes // 3, classes // 2, classes]
-    blocks = list(itertools.pairwise(cuts))
-    own = torch.empty(len(blocks), 9, dtype=torch.float64)
-    for i, (first, last) in enumerate(blocks):
-        want = Want(False, statistics=Statistics(own[i]))
-        shard = VocabShard(first, classes)
-        cross_entropy_once(backend, logits[:, first:last], *given, plain, want, None, shard)
-    lse = own.logsumexp(0)
-    valid = target != -100
-    epsilon = 1e-13 if wide is torch.float64 else 1e-6
-    exact = logits.double().logsumexp(1)
-    torch.testing.assert_close(lse[valid], exact[valid], rtol=epsilon, atol=0)
-    parts, total = [], torch.zeros(9, dtype=torch.float64)
+    weight, options = accumulated(weight, dtype) if weighted else None, CrossEntropyOptions()
+    options.label_smoothing, options.reduction = smoothing, "none"
+    logits, grad_output = input.detach(), torch.rand(9).to(accumulate_dtype(dtype))
+    blocks = list(itertools.pairwise([0, 1, classes // 3, classes // 2, classes]))
+    state = torch.empty(fields_of(options), 9, dtype=torch.float64)
     for first, last in blocks:
-        loss, (gradient, _) = cross_entropy_once(
-            backend,
-            logits[:, first:last],
-            *given,
-            plain,
-            Want(True, (True, False)),
-            grad_output,
-            VocabShard(first, classes, lse),
-        )
-        assert loss is not None
-        total += loss
-        parts.append(gradient)
+        given = options.rows, state, ClassRange(first, classes), weight
+        backend.row_state(logits[:, first:last], target, *given, continues=first > 0)
+    of_loss = target, weight, options, classes
+    grad_results = gradients_of_loss(state, *of_loss, grad_output)
+    parts = [torch.empty_like(logits[:, first:last]) for first, last in blocks]
+    for (first, last), part in zip(blocks, parts, strict=True):
+        given = options.rows, state, grad_results, ClassRange(first, classes)
+        backend.row_gradients(logits[:, first:last], target, *given, part, weight)
     whole, (gradient, _) = cross_entropy_once(
-        backend, logits, *given, plain, Want(True, (True, False)), grad_output
+        backend, logits, target, weight, options, Want(True, (True, False)), grad_output
     )
     assert whole is not None
-    torch.testing.assert_close(total.to(whole.dtype), whole)
+    torch.testing.assert_close(loss_of_state(state, *of_loss).to(whole.dtype), whole)
     torch.testing.assert_close(torch.cat(parts, 1), gradient)
-
-
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
+    leaf = state.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of_state(leaf, *of_loss), leaf, grad_output.double())
+    results = [*RESULTS, SMOOTH][: len(grad_results)]
+    torch.testing.assert_close(grad_results, expected[results])

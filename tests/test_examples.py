@@ -135,7 +135,7 @@ def test_grpo_raises_the_reward_with_equal_losses(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--steps", "30"])
     example("grpo").main()  # exits where the losses differ, or the reward has not risen
-    assert kernel_calls["log_probs_backward"] >= 2 * 30
+    assert kernel_calls["row_gradients"] >= 2 * 30
     assert "at the end" in capsys.readouterr().out
 
 

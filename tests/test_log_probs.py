@@ -23,7 +23,14 @@ from pyfused import nn
 from pyfused.backends import cpu
 from pyfused.ops import chunked, dispatch
 from pyfused.ops.operators import OPERATORS
-from pyfused.types import LOG_PROB_VALUES, LogProbsOptions, VocabShard
+from pyfused.types import (
+    INDEX,
+    SMOOTH,
+    SMOOTHING_FIELDS,
+    ClassRange,
+    LogProbsOptions,
+    RowOptions,
+)
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
@@ -512,14 +519,22 @@ def test_a_call_continues_from_the_one_before(isa: str) -> None:
     if backend is not cpu:
         logits, target = logits[:, :192].contiguous(), torch.tensor([5, 100, 191, -100])
     classes, block = logits.shape[1], 1024 if backend is cpu else 64
-    options, whole, parts = LogProbsOptions(), *torch.empty(2, LOG_PROB_VALUES, 4).double()
-    backend.log_probs(logits, target, options, whole, VocabShard(0, classes))
+    options, weight = RowOptions(), torch.rand(classes)
+    logits[0, 2 * block : 2 * block + 2] = 50.0
+    logits[1, [block - 1, block + 1]] = math.nan
+    whole, parts = torch.empty(2, SMOOTHING_FIELDS, 4).double()
+    backend.row_state(logits, target, options, whole, ClassRange(0, classes), weight)
     for first in range(0, classes, block):
-        shard = VocabShard(first, classes)
+        given = options, parts, ClassRange(first, classes), weight
         part = logits[:, first : first + block]
-        backend.log_probs(part, target, options, parts, shard, continues=first > 0)
-    close = (lambda x, y: (x == y).all()) if backend is cpu else torch.allclose
-    assert close(whole[:3], parts[:3])
+        backend.row_state(part, target, *given, continues=first > 0)
+    if backend is cpu:
+        assert whole[:3].view(torch.int64).equal(parts[:3].view(torch.int64))
+    torch.testing.assert_close(whole.float(), parts.float(), equal_nan=True)
+    counted = target != -100
+    assert parts[INDEX][counted].tolist() == logits.argmax(1)[counted].tolist()
+    expected = (logits.double() * weight).sum(1).float()[counted]
+    torch.testing.assert_close(parts[SMOOTH].float()[counted], expected, equal_nan=True)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -613,7 +628,7 @@ def test_explained(op: str, kernel_calls: KernelCalls) -> None:
     said = pyfused.explain(op, **draw(op))
     assert said.backend == ("cpu" if backend is cpu else "triton")
     all_three(op, **draw(op))[0].sum().backward()
-    assert kernel_calls["log_probs"] == kernel_calls["log_probs_backward"] == 1
+    assert kernel_calls["row_state"] == kernel_calls["row_gradients"] == 1
 
 
 def test_modules() -> None:

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops.metrics import MergedStatistics, Metrics
-from pyfused.types import Statistics
+from pyfused.ops.metrics import Metrics, of_state
+from pyfused.types import METRICS_FIELDS, TARGET_LOGIT, ClassRange, RowOptions
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 MANY = (1, 40_000 if backend is cpu else 2_000)  # more than a tile holds, for several programs
@@ -288,20 +288,16 @@ def test_all_ignored_and_one_row(single: bool) -> None:
 def test_blocks_without_a_share() -> None:
     """Of blocks whose logits are all -inf, or NaN, too."""
     rows = torch.tensor([[-torch.inf, -torch.inf, 1.0, 2.0], [1.0, torch.nan, 3.0, 0.0]])
-    blocks = MergedStatistics(2, rows)
+    target, state = torch.tensor([3, 0]), torch.empty(METRICS_FIELDS, 2).double()
     for first in (0, 2):
-        logits = rows[:, first : first + 2]
-        log_p = logits.log_softmax(1)
-        entropy = torch.special.entr(log_p.exp()).sum(1).double()
-        lse = logits.logsumexp(1).double()
-        block = Statistics(lse, entropy, first + logits.argmax(1))
-        blocks.add(slice(0, 2), logits, torch.tensor([3, 0]), first, block)
-    own, lse, entropy, prediction = blocks.rows
-    assert prediction.tolist() == rows.argmax(1).tolist()
-    torch.testing.assert_close(lse, rows.double().logsumexp(1), equal_nan=True)
+        logits, classes = rows[:, first : first + 2].contiguous(), ClassRange(first, 4)
+        backend.row_state(logits, target, RowOptions(), state, classes, continues=first > 0)
+    metrics = of_state(state, target, -100, torch.float64)
+    assert metrics.prediction.tolist() == rows.argmax(1).tolist()
+    torch.testing.assert_close(metrics.log_sum_exp, rows.double().logsumexp(1), equal_nan=True)
     expected = torch.special.entr(rows.double().log_softmax(1).exp()).sum(1)
-    torch.testing.assert_close(entropy, expected, equal_nan=True)
-    assert own.tolist() == [2.0, 1.0]
+    torch.testing.assert_close(metrics.entropy, expected, equal_nan=True)
+    assert state[TARGET_LOGIT].tolist() == [2.0, 1.0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -18,14 +18,14 @@ from torch import Tensor
 from pyfused.backends import cpu
 from pyfused.backends.versions import unsupported_triton
 from pyfused.types import (
+    ClassRange,
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
     Kernels,
-    LogProbsOptions,
     MarginOptions,
     NllOptions,
-    VocabShard,
+    RowOptions,
     Want,
 )
 
@@ -73,7 +73,6 @@ class Backend(Protocol):
         options: CrossEntropyOptions,
         want: Want,
         grad_output: Tensor | None = None,
-        vocab_shard: VocabShard | None = None,
     ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
 
     def nll_loss(
@@ -114,25 +113,27 @@ class Backend(Protocol):
         want: Want,
     ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
 
-    def log_probs(
+    def row_state(
         self,
         logits: Tensor,
-        target: Tensor,
-        options: LogProbsOptions,
-        values: Tensor,
-        shard: VocabShard,
+        target: Tensor | None,
+        options: RowOptions,
+        state: Tensor,
+        classes: ClassRange,
+        weight: Tensor | None = None,
         continues: bool = False,
     ) -> None: ...
 
-    def log_probs_backward(
+    def row_gradients(
         self,
         logits: Tensor,
-        target: Tensor,
-        options: LogProbsOptions,
-        values: Tensor,
+        target: Tensor | None,
+        options: RowOptions,
+        state: Tensor,
         grad_results: Tensor,
-        shard: VocabShard,
+        classes: ClassRange,
         out: Tensor,
+        weight: Tensor | None = None,
     ) -> None: ...
 
     def softmax(self, formula: str, input: Tensor, dim: int) -> Kernels: ...
@@ -161,12 +162,10 @@ def cross_entropy_once(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None = None,
-    vocab_shard: VocabShard | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Prepares and launches the kernel once, for layouts that need not come again."""
-    launch = backend.cross_entropy(input, target, weight, options, want, grad_output, vocab_shard)
-    tensors = input, target, weight, options.token_weight, options.denominator, grad_output
-    return launch(*tensors, None if vocab_shard is None else vocab_shard.lse, want.statistics)
+    launch = backend.cross_entropy(input, target, weight, options, want, grad_output)
+    return launch(input, target, weight, options.token_weight, options.denominator, grad_output)
 
 
 def takes_triton(input: Tensor) -> bool:

@@ -36,15 +36,14 @@ from pyfused.layout import (
     viewed,
 )
 from pyfused.types import (
+    ClassRange,
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
     Kernels,
-    LogProbsOptions,
     MarginOptions,
     NllOptions,
-    Statistics,
-    VocabShard,
+    RowOptions,
     Want,
 )
 
@@ -112,7 +111,6 @@ def _address(tensor: Tensor | None) -> int:
 _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0)
-_NO_STATISTICS = (0, 0, 0)
 
 
 # From this many bytes on, outputs come from recycled memory. glibc keeps smaller blocks by itself,
@@ -209,24 +207,21 @@ def cross_entropy(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None = None,
-    vocab_shard: VocabShard | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss, and gradients of input and target, each where wanted.
 
     Args:
         input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk), of a dtype in ``DTYPES``.
         target: int64 class indices, or probabilities of the input's shape and dtype.
-        weight: (C), or None; of all classes where the logits' are some of them.
+        weight: (C), or None.
         options: Of its tensors only the layout counts.
-        want: Of its statistics it only counts whether there are any.
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
-        vocab_shard: Where the logits' classes are not all classes.
 
     Returns:
         A function of tensors of these layouts: the input, the target, the weight, token_weight, the
-        denominator (a tensor or a number), grad_output, the log-sum-exp of all classes and the
-        statistics. It returns the loss, in the accumulation dtype, and the gradients. It raises an
-        IndexError for a class index that is out of range, and has computed nothing then.
+        denominator (a tensor or a number) and grad_output. It returns the loss, in the accumulation
+        dtype, and the gradients. It raises an IndexError for a class index that is out of range,
+        and has computed nothing then.
     """
     dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
     strides, sizes = strides_of(input), row_sizes(input)
@@ -254,7 +249,6 @@ def cross_entropy(
         "denominator": None,
         "token_weight": None,
     }
-    shard = None if vocab_shard is None else vocab_shard[:2]
 
     def launch(
         input: Tensor,
@@ -263,8 +257,6 @@ def cross_entropy(
         token_weight: Tensor | None = None,
         denominator: Tensor | float | None = None,
         grad_output: Tensor | None = None,
-        lse: Tensor | None = None,
-        statistics: Statistics | None = None,
     ) -> tuple[Tensor | None, Gradients]:
         logits = input if strides is not None else input.contiguous()
         targets = target.contiguous() if copies_target else target
@@ -298,8 +290,6 @@ def cross_entropy(
             0 if grad_output is None else grad_output.data_ptr(),
             0 if loss is None else loss.data_ptr(),
             (grad_input_view, grad_target_view),
-            None if shard is None else (*shard, _address(lse)),
-            _NO_STATISTICS if statistics is None else [*map(_address, statistics)],
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
@@ -469,61 +459,76 @@ def kl_div_with_logits(
     return loss, (grad,)
 
 
-def log_probs(
+def row_state(
     logits: Tensor,
-    target: Tensor,
-    options: LogProbsOptions,
-    values: Tensor,
-    shard: VocabShard,
+    target: Tensor | None,
+    options: RowOptions,
+    state: Tensor,
+    classes: ClassRange,
+    weight: Tensor | None = None,
     continues: bool = False,
 ) -> None:
-    """Writes the log-probability of each row's target, its entropy, its log-sum-exp, and four more.
+    """Writes the state of each row.
 
     Args:
         logits: (N, C) with contiguous classes, of a dtype in ``DTYPES``.
         target: int64 class indices among all classes, in range or ``ignore_index``, contiguous.
-        values: (7, N), float64, the rows contiguous; the results are of the classes up to these.
-        shard: Which of all classes the logits' are.
-        continues: From the values, which are those of a call with the classes before these.
+            None stands for targets that are none of the classes.
+        state: (fields, N), float64, the rows contiguous; the results are of the classes up to
+            these.
+        classes: Which of all classes the logits' are.
+        weight: One factor for each of all classes, contiguous, in the accumulation dtype; or None.
+        continues: From the state, which is that of the classes before these.
     """
-    given = _of_log_probs(logits, target, options, values, shard)
-    native.log_probs(*given, continues, _NO_OPERAND, _NO_OPERAND, torch.get_num_threads())
+    fields = state.data_ptr(), state.stride(0), state.shape[0]
+    given = _logit_rows(logits, target, options, classes, weight)
+    native.row_state(*given, fields, continues, torch.get_num_threads())
 
 
-def log_probs_backward(
+def row_gradients(
     logits: Tensor,
-    target: Tensor,
-    options: LogProbsOptions,
-    values: Tensor,
+    target: Tensor | None,
+    options: RowOptions,
+    state: Tensor,
     grad_results: Tensor,
-    shard: VocabShard,
+    classes: ClassRange,
     out: Tensor,
+    weight: Tensor | None = None,
 ) -> None:
     """Writes the gradient of the logits.
 
     Args:
-        logits, target, options, shard: As in ``log_probs``.
-        values: Of all classes.
-        grad_results: The gradients of the first three, (3, N), float64, the rows contiguous.
+        logits, target, options, classes, weight: As in ``row_state``.
+        state: Of all classes.
+        grad_results: The gradients of log-probability, entropy, log-sum-exp and, in a fourth row,
+            of the weighted sum of the logits; float64, the rows contiguous.
         out: Of the logits' shape and dtype, with contiguous classes; it may be the logits.
     """
-    given = _of_log_probs(logits, target, options, values, shard)
-    gradient, results = (out.data_ptr(), out.stride(0)), grad_results
-    of_results = results.data_ptr(), results.stride(0)
-    native.log_probs(*given, False, of_results, gradient, torch.get_num_threads())
+    given = _logit_rows(logits, target, options, classes, weight)
+    native.row_gradients(
+        *given,
+        (state.data_ptr(), state.stride(0), state.shape[0]),
+        (grad_results.data_ptr(), grad_results.stride(0), grad_results.shape[0]),
+        (out.data_ptr(), out.stride(0)),
+        torch.get_num_threads(),
+    )
 
 
-def _of_log_probs(
-    logits: Tensor, target: Tensor, options: LogProbsOptions, values: Tensor, shard: VocabShard
+def _logit_rows(
+    logits: Tensor,
+    target: Tensor | None,
+    options: RowOptions,
+    classes: ClassRange,
+    weight: Tensor | None,
 ) -> tuple[Any, ...]:
     return (
         DTYPES[logits.dtype],
-        (*logits.shape, shard.first, logits.stride(0)),
+        (*logits.shape, classes.first, logits.stride(0)),
         logits.data_ptr(),
-        target.data_ptr(),
+        0 if target is None else target.data_ptr(),
         options.ignore_index,
-        (1 / options.temperature, options.softcap or 0.0),
-        (values.data_ptr(), values.stride(0)),
+        (options.scale, options.softcap or 0.0),
+        0 if weight is None else weight.data_ptr(),
     )
 
 

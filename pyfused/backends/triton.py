@@ -20,17 +20,16 @@ from pyfused.kernels.activation import activation_kernel
 from pyfused.kernels.cross_entropy import (
     probabilities_kernel,
     row_kernel,
-    statistics_kernel,
     two_pass_kernel,
 )
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
-from pyfused.kernels.log_probs import log_probs_backward_kernel, log_probs_kernel
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
 from pyfused.kernels.program import formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
+from pyfused.kernels.row_state import row_gradients_kernel, row_state_kernel
 from pyfused.kernels.softmax import softmax_backward_kernel, softmax_kernel
 from pyfused.layout import (
     Strides,
@@ -45,15 +44,14 @@ from pyfused.layout import (
     viewed,
 )
 from pyfused.types import (
+    ClassRange,
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
     Kernels,
-    LogProbsOptions,
     MarginOptions,
     NllOptions,
-    Statistics,
-    VocabShard,
+    RowOptions,
     Want,
 )
 
@@ -151,15 +149,13 @@ def cross_entropy(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None = None,  # noqa: ARG001
-    vocab_shard: VocabShard | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss, and gradients of input and target; see ``cpu.cross_entropy``.
 
     A class index out of range makes the loss of its row NaN and its gradient zero.
     """
     fields = vars(options) | {"token_weight": None, "denominator": None}
-    kind, want = type(options), want._replace(statistics=None)
-    shard = None if vocab_shard is None else vocab_shard._replace(lse=None)
+    kind = type(options)
 
     def run(
         input: Tensor,
@@ -168,13 +164,9 @@ def cross_entropy(
         token_weight: Tensor | None = None,
         denominator: Tensor | float | None = None,
         grad_output: Tensor | None = None,
-        lse: Tensor | None = None,
-        statistics: Statistics | None = None,
     ) -> tuple[Tensor | None, Gradients]:
         of_call = kind(**fields | {"token_weight": token_weight, "denominator": denominator})
-        wants = want._replace(statistics=statistics)
-        of_shard = None if shard is None else shard._replace(lse=lse)
-        return _cross_entropy(input, target, weight, of_call, wants, grad_output, of_shard)
+        return _cross_entropy(input, target, weight, of_call, want, grad_output)
 
     return run
 
@@ -186,14 +178,12 @@ def _cross_entropy(
     options: CrossEntropyOptions,
     want: Want,
     grad_output: Tensor | None,
-    vocab_shard: VocabShard | None,
 ) -> tuple[Tensor | None, Gradients]:
     if grad_output is not None and want.loss and options.reduction == "none":
         loss_alone = want._replace(gradients=())
-        loss, _ = _cross_entropy(input, target, weight, options, loss_alone, None, vocab_shard)
-        want = want._replace(loss=False, statistics=None)
-        arguments = input, target, weight, options, want, grad_output, vocab_shard
-        return loss, _cross_entropy(*arguments)[1]
+        loss, _ = _cross_entropy(input, target, weight, options, loss_alone, None)
+        want = want._replace(loss=False)
+        return loss, _cross_entropy(input, target, weight, options, want, grad_output)[1]
     of_input, of_target = want.gradients or (False, False)
     indices, each = target.dtype is torch.int64, options.reduction == "none"
     logits, strides = viewed(input)
@@ -207,19 +197,14 @@ def _cross_entropy(
     weight, token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), weight, options.token_weight, grad_output
     )
-    vocab_shard = vocab_shard or VocabShard(0, classes)
     smoothing = options.label_smoothing
     itemsize, dense = input.element_size(), not indices or (smoothing > 0 and weight is not None)
     with torch.cuda.device_of(input):
-        of_index = target if indices else None
-        lse = _log_sum_exp(logits, of_index, sizes, strides, options, want.statistics, vocab_shard)
-        if not (want.loss or of_input or of_target):
-            return None, (None, None)
         tensors, once = (2, False) if dense else (1, not of_input)
         choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
         loss, parts = _loss_of(logits, options.reduction, want, programs)
         row_weight = _row_weight(outer * inner, token_weight, grad_output)
-        counted = target, weight, token_weight, options.ignore_index, vocab_shard.classes
+        counted = target, weight, token_weight, options.ignore_index, classes
         denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
         given: Any = logits, target, weight, row_weight, denominator
         meta: Any = {"SCALE": options.scale, "EACH": each, **choice.tile(), **units}
@@ -230,43 +215,16 @@ def _cross_entropy(
             four = strides + target_strides + grad_strides + grad_target_strides
             outputs: Any = parts, grad, grad_target, inner, classes, four
             probabilities_kernel[(programs,)](*given, *outputs, *scalars[1:], **meta)
-        elif whole_rows and lse is None and not dense:
+        elif whole_rows and not dense:
             outputs = parts, grad, inner, classes, (strides[1], grad_strides[1])
             row_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
         else:
-            block = inner, classes, vocab_shard.first, vocab_shard.classes
-            outputs = lse, parts, grad, block, strides + grad_strides
+            outputs = parts, grad, inner, classes, strides + grad_strides
             two_pass_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
         _add_up(parts, loss)
         if loss is not None and grad_output is not None:  # by which only gradients are multiplied
             loss /= grad_output
     return loss, (grad, grad_target)
-
-
-def _log_sum_exp(
-    logits: Tensor,
-    target: Tensor | None,
-    sizes: Sizes,
-    strides: Strides,
-    options: CrossEntropyOptions,
-    statistics: Statistics | None,
-    shard: VocabShard,
-) -> Tensor | None:
-    """Launches the statistics that are wanted.
-
-    Returns:
-        The log-sum-exp that the loss is of, where it is not that of all the logits' classes.
-    """
-    outer, inner, classes = sizes
-    lacks_lse = shard.lse is None and classes < shard.classes
-    if statistics is None and lacks_lse:
-        statistics = Statistics(logits.new_empty(outer * inner, dtype=torch.float64))
-    if statistics is None:
-        return shard.lse
-    choice, programs, units = _tiling(sizes, logits.element_size(), strides, tensors=2)
-    given = logits, target, *statistics, inner, classes, strides, shard.first, options.ignore_index
-    statistics_kernel[(programs,)](*given, SCALE=options.scale, **choice.tile(), **units)
-    return statistics.log_sum_exp if lacks_lse else shard.lse
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
@@ -421,53 +379,54 @@ def _multi_margin_loss(
     return loss, (grad, None)
 
 
-def log_probs(
+def row_state(
     logits: Tensor,
-    target: Tensor,
-    options: LogProbsOptions,
-    values: Tensor,
-    shard: VocabShard,
+    target: Tensor | None,
+    options: RowOptions,
+    state: Tensor,
+    classes: ClassRange,
+    weight: Tensor | None = None,
     continues: bool = False,
 ) -> None:
-    """As ``cpu.log_probs``; the log-probability of a class index out of range is NaN."""
-    strides = logits.stride(0), values.stride(0)
-    programs, given, meta = _of_log_probs(logits, options, strides, shard)
+    """As ``cpu.row_state``; the log-probability of a class index out of range is NaN."""
+    strides = logits.stride(0), state.stride(0)
+    programs, given, meta = _logit_rows(logits, options, strides, classes)
+    meta |= {"FIELDS": state.shape[0], "CONTINUES": continues}
     with torch.cuda.device_of(logits):
-        log_probs_kernel[(programs,)](logits, target, values, *given, CONTINUES=continues, **meta)
+        row_state_kernel[(programs,)](logits, target, weight, state, *given, **meta)
 
 
-def log_probs_backward(
+def row_gradients(
     logits: Tensor,
-    target: Tensor,
-    options: LogProbsOptions,
-    values: Tensor,
+    target: Tensor | None,
+    options: RowOptions,
+    state: Tensor,
     grad_results: Tensor,
-    shard: VocabShard,
+    classes: ClassRange,
     out: Tensor,
+    weight: Tensor | None = None,
 ) -> None:
-    """As ``cpu.log_probs_backward``; the gradient of a class index out of range is zero."""
-    tensors = logits, out, values, grad_results
-    strides = tuple(tensor.stride(0) for tensor in tensors)
-    programs, given, meta = _of_log_probs(logits, options, strides, shard, out)
+    """As ``cpu.row_gradients``; the gradient of a class index out of range is zero."""
+    strides = tuple(tensor.stride(0) for tensor in (logits, out, state, grad_results))
+    programs, given, meta = _logit_rows(logits, options, strides, classes, out)
+    tensors = logits, target, weight, state, grad_results, out
     with torch.cuda.device_of(logits):
-        log_probs_backward_kernel[(programs,)](
-            logits, target, values, grad_results, out, *given, **meta
-        )
+        row_gradients_kernel[(programs,)](*tensors, *given, SMOOTHS=len(grad_results) > 3, **meta)
 
 
-def _of_log_probs(
+def _logit_rows(
     logits: Tensor,
-    options: LogProbsOptions,
+    options: RowOptions,
     strides: tuple[int, ...],
-    shard: VocabShard,
+    classes: ClassRange,
     *others: Tensor,
 ) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """The number of programs, and the arguments and constants that both kernels take."""
     sizes: Any = (1, *logits.shape)
     rows: Any = [(0, *tensor.stride()) for tensor in (logits, *others)]
     choice, programs, units = _tiling(sizes, logits.element_size(), *rows, tensors=2)
-    given = *logits.shape, strides, *shard[:2], options.ignore_index
-    shaping = {"CAP": options.softcap or 0.0, "SCALE": 1 / options.temperature}
+    given = *logits.shape, strides, *classes, options.ignore_index
+    shaping = {"CAP": options.softcap or 0.0, "SCALE": options.scale}
     return programs, given, {**shaping, **units, **choice.tile()}
 
 

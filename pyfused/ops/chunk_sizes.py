@@ -53,3 +53,31 @@ def tile_of(head: Head, options: HeadOptions, backend: Backend) -> int:
         while tile > 16 and size * tile * (tile + 3 * features) > options.memory_budget:
             tile //= 2
     return tile
+
+
+LEAST_ROWS_OF_TILE = 16  # of fewer, all classes at a time take as little memory
+# Rows of a product whose size is not to depend on the batch. A library takes rows in groups of 4,
+# 6, 8 or 16 and may add the features up in another order for the rows that remain.
+FIXED_ROWS = 96
+
+
+def chunk_of_states(
+    head: Head, memory_budget: int | None, fixed_sizes: bool, backend: Backend
+) -> tuple[int, int]:
+    """Returns all columns of some rows, or TILE classes of them.
+
+    Results do not depend on where the classes are cut, as TILE is a multiple of kChunk.
+    """
+    n = len(head.input)
+    rows = rows_at_once(head, HeadOptions(memory_budget=memory_budget), backend)
+    if fixed_sizes:
+        return max(1, rows // FIXED_ROWS) * FIXED_ROWS, head.columns
+    if rows:
+        return rows, head.columns
+    if memory_budget is None:
+        return TILE, TILE
+    itemsize = product_dtype(head, backend).itemsize
+    rows = memory_budget // (itemsize * TILE) - 3 * head.input.shape[1]
+    if rows < LEAST_ROWS_OF_TILE:
+        return max(1, min(n, memory_budget // (itemsize * head.columns))), head.columns
+    return min(rows, TILE), TILE

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfused.backends import Backend, cross_entropy_once
+from pyfused.backends import Backend, backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import product_dtype
-from pyfused.ops.metrics import MergedStatistics, RowStatistics
+from pyfused.ops.chunk_sizes import FIXED_ROWS, chunk_of_states, product_dtype
+from pyfused.ops.row_state import as_rows, state_of_logits, state_of_metrics
 from pyfused.types import (
-    CrossEntropyOptions,
+    STATE_FIELDS,
+    ClassRange,
     Gradients,
     Head,
     HeadOptions,
-    Statistics,
-    VocabShard,
+    RowOptions,
     Want,
 )
 
 
-class Wanted(NamedTuple):
-    """Which gradients are."""
+class GradientsNeeded(NamedTuple):
+    """Which tensors of a linear layer with a loss need a gradient."""
 
     input: bool = False
     linear_weight: bool = False
@@ -108,7 +108,7 @@ class LayerGradients:
     Args:
         dtype: That of the products.
         size: Rows and columns of a chunk.
-        wanted: Which gradients are; others than the layer's are not looked at.
+        needed: Whether the input, the weight and the bias need a gradient.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LayerGradients:
         layer: Layer,
         dtype: torch.dtype,
         size: tuple[int, int],
-        wanted: Sequence[bool],
+        needed: Sequence[bool],
     ) -> None:
         self.backend, self.layer, self.sums = backend, layer, accumulate_dtype(dtype)
         self.input: Tensor | None = None
@@ -125,14 +125,14 @@ class LayerGradients:
         self.bias: Tensor | None = None
         input, weight, bias = layer
         all_rows, all_columns = len(input) <= size[0], 0 < len(weight) <= size[1]
-        if wanted[0]:
+        if needed[0]:
             self.input = backend.empty(input.shape, dtype if all_columns else self.sums, input)
             self.input = self.input if all_columns else self.input.zero_()
-        if wanted[1]:
+        if needed[1]:
             once = all_rows and weight.dtype is dtype
             own = weight.dtype if once or not all_columns else self.sums
             self.weight = backend.empty(weight.shape, own, input)
-        if wanted[2] and bias is not None:
+        if needed[2] and bias is not None:
             self.bias = bias.new_zeros(len(bias), dtype=self.sums)
 
     def add(self, chunk: Chunk, gradient: Tensor, kept: Tensor | None = None) -> None:
@@ -189,7 +189,7 @@ def counted_rows(target: Tensor, ignored: int, backend: Backend) -> Tensor | Non
 
 
 def spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tensor:
-    """Those of all n rows: zeros, or what is given, for those left out."""
+    """Returns the values of all n rows: zeros, or ``others``, for those left out."""
     if kept is None:
         return values
     return values.new_full((n, *values.shape[1:]), others).index_copy_(0, kept, values)
@@ -209,49 +209,51 @@ def by_rows(
     options: HeadOptions,
     rows: int,
     want_loss: bool,
-    wanted: Wanted,
+    needed: GradientsNeeded,
     grad_output: Tensor | None,
-    statistics: RowStatistics | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """Loss and gradients, each where wanted; the loss is a sum in float64, or one a row.
+) -> tuple[Tensor | None, Gradients, Tensor | None]:
+    """Returns loss and gradients, where needed, and with metrics the state of the rows.
+
+    The loss is a sum in float64, or one for each row.
 
     Args:
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
-        statistics: Where to write them, None where they are not wanted.
     """
     *_, target, weight = head
     dtype, each = product_dtype(head, backend), options.reduction == "none"
     options = replace(options, reduction="none" if each else "sum", denominator=None)
-    grad_target = torch.empty_like(target) if wanted.target else None
-    want = Want(want_loss, (wanted.logits(), wanted.target) if any(wanted) else (), True)
+    grad_target = torch.empty_like(target) if needed.target else None
+    want = Want(want_loss, (needed.logits(), needed.target) if any(needed) else (), True)
     shape = head.linear_weight.shape[:-1]
     layer, size = _layer(head), (rows, head.columns)
-    gradients = LayerGradients(backend, layer, dtype, size, wanted)
+    gradients = LayerGradients(backend, layer, dtype, size, needed)
+    states = []
 
     def add(chunk: Chunk) -> Tensor | None:
         logits, here = chunk.output, chunk.rows
         targets = target[here].to(dtype) if target.is_floating_point() else target[here]
         capped = _cap(backend, logits, options.softcap).view(-1, *shape)
-        wants = want
-        if statistics is not None:
-            per_row = shape[1:].numel()
-            part = statistics.at(slice(here.start * per_row, here.stop * per_row))
-            wants = want._replace(statistics=part.before(backend, capped, targets, options))
+        if options.with_metrics:
+            states.append(state_of_metrics(backend, capped, targets, options))
         of_rows = grad_output[here] if grad_output is not None and each else grad_output
         loss, (_, of_target) = cross_entropy_once(
-            backend, capped, targets, weight, _of_rows(options, here), wants, of_rows
+            backend, capped, targets, weight, _of_rows(options, here), want, of_rows
         )
         if grad_target is not None:
             assert of_target is not None
             grad_target[here] = of_target
-        if wanted.logits():
+        if needed.logits():
             gradient = _uncap(backend, capped.view_as(logits), logits, options.softcap)
-            kept = _classes_that_count(gradient, of_rows, options.filter_eps)
-            gradients.add(chunk, gradient, kept)
+            least = None
+            if options.filter_eps:
+                least = gradient.new_ones(()) if of_rows is None else of_rows
+                least = options.filter_eps * least.abs()
+            gradients.add(chunk, gradient, classes_that_count(gradient, least))
         return loss
 
     losses = [add(chunk) for chunk in chunks(backend, layer, dtype, size)]
-    return joined(losses, each), (*gradients.like(head), grad_target)
+    state = torch.cat(states, 1) if states else None
+    return joined(losses, each), (*gradients.like(head), grad_target), state
 
 
 def _layer(head: Head) -> Layer:
@@ -268,131 +270,185 @@ def joined(losses: list[Tensor | None], each: bool) -> Tensor | None:
     return torch.cat(parts) if each else torch.stack(parts).sum(dtype=torch.float64)
 
 
-# ---- by blocks of classes ------------------------------------------------------------------------
+# ---- the state of rows ---------------------------------------------------------------------------
 
 
-def sums_by_blocks(
-    backend: Backend,
-    head: Head,
-    options: HeadOptions,
-    tile: int,
-    shard: VocabShard,
-    statistics: MergedStatistics | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of each row, and the sum of its ``q_c x_c``; in float64.
+class StateOptions(NamedTuple):
+    """What the state of the rows of logits, or of a layer's output, is computed by.
+
+    Attributes:
+        rows: How the rows are read.
+        classes: The logits' classes among all.
+        fields: How many fields a state has.
+        size: Rows and columns of a chunk of the layer's logits; None for the default.
+        memory_budget: Bytes for the logits that exist at once; None for the default.
+        fixed_sizes: Logits come from matrix products of one size.
+    """
+
+    rows: RowOptions
+    classes: ClassRange
+    fields: int = STATE_FIELDS
+    size: tuple[int, int] | None = None
+    memory_budget: int | None = None
+    fixed_sizes: bool = False
+
+
+def state_of(
+    tensors: Sequence[Any],
+    options: StateOptions,
+    weight: Tensor | None = None,
+    keeps: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the state of each target, of shape (fields, *target.shape).
+
+    Returns also, if it ``keeps`` them, the logits of the first rows for the backward pass, where
+    they have all classes.
 
     Args:
-        shard: The head's classes among all.
-        statistics: What merges other statistics of the blocks, None where they are not wanted.
+        tensors: Logits, or input, weight and bias of a layer; and the target last.
+        weight: One factor for each of all classes, in the accumulation dtype, or None.
     """
-    input, target = head.input, head.target
-    lse = input.new_full((len(input),), -torch.inf, dtype=torch.float64)
-    target_logits = torch.zeros_like(lse)
-    dtype, size = product_dtype(head, backend), (tile, tile)
-    for chunk in chunks(backend, _layer(head), dtype, size):
-        here, block = chunk.rows, shard._replace(first=shard.first + chunk.columns.start)
-        logits = _cap(backend, chunk.output, options.softcap)
-        every = RowStatistics.empty(len(logits), logits)
-        of_block = Statistics(*every[1:]) if statistics else Statistics(every.log_sum_exp)
-        part = sums_of_block(backend, logits, target[here], head.weight, options, block, of_block)
-        if statistics:
-            statistics.add(here, logits, target[here], block.first, of_block, options.scale)
-        torch.logaddexp(lse[here], of_block.log_sum_exp, out=lse[here])
-        target_logits[here] += part
-    return lse, target_logits
+    target, rows, fields = tensors[-1], options.rows, options.fields
+    backend = backend_of(target)
+    if len(tensors) == 2:
+        given = *tensors, rows, options.classes, fields, weight
+        return state_of_logits(backend, *given).view(fields, *target.shape), None
+    counted, output = _counted_part(tensors, options, backend), None
+    layer, labels, kept, *_ = counted
+    state = labels.new_empty((fields, len(labels)), dtype=torch.float64)
+    for chunk in counted.chunks(options, backend, backwards=True):
+        logits, here, classes = counted.of_chunk(chunk, options)
+        given = logits, labels[here], rows, state[:, here], classes, weight
+        backend.row_state(*given, continues=chunk.columns.start > 0)
+        output = chunk.output
+    if kept is not None:
+        n, of_rows = tensors[0].shape[:-1].numel(), state.view(fields, len(kept), -1)
+        state = state.new_zeros((fields, n, of_rows.shape[2])).index_copy_(1, kept, of_rows)
+    state = state.view(fields, *target.shape)
+    if output is None or not keeps or output.shape[1] < len(layer.weight):
+        return state, None
+    return state, output.view(-1)
 
 
-def sums_of_block(
-    backend: Backend,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    shard: VocabShard,
-    statistics: Statistics,
-) -> Tensor:
-    """Computes statistics of logits that are there, and returns the sum of ``q_c x_c`` of each row.
-
-    The loss over some of the classes, with 0 for the log-sum-exp, is that sum times -1.
-    """
-    plain = CrossEntropyOptions(
-        options.ignore_index, "none", options.label_smoothing, scale=options.scale
-    )
-    given = logits, target, weight, plain
-    cross_entropy_once(backend, *given, Want(False, statistics=statistics), None, shard)
-    shard = shard._replace(lse=torch.zeros_like(statistics.log_sum_exp))
-    part, _ = cross_entropy_once(backend, *given, Want(), None, shard)
-    assert part is not None
-    return -part.flatten().double()
-
-
-def loss_of_sums(
-    options: CrossEntropyOptions,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    target_logits: Tensor,
-) -> Tensor:
-    """The loss of each row, in float64: sum_c q_c lse - sum_c q_c x_c + z_loss lse^2."""
-    target_sum: Tensor | float = 1.0
-    if weight is not None:
-        smoothing, target_weight = options.label_smoothing, _target_weight(target, weight, options)
-        target_sum = smoothing * weight.double().mean() + (1 - smoothing) * target_weight
-    loss = target_sum * lse - target_logits
-    if options.z_loss:
-        loss = loss + options.z_loss * lse.square()
-    if options.token_weight is not None:
-        loss = loss * options.token_weight
-    return loss.where(target != options.ignore_index, 0)
-
-
-def gradients_by_blocks(
-    backend: Backend,
-    head: Head,
-    options: HeadOptions,
-    tile: int,
-    wanted: Wanted,
-    shard: VocabShard,
-    grad_output: Tensor,
+def gradients_of(
+    tensors: Sequence[Any],
+    options: StateOptions,
+    needed: GradientsNeeded,
+    state: Tensor,
+    grad_results: Tensor,
+    kept: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    least: Tensor | None = None,
 ) -> Gradients:
-    """Those of the sum of ``grad_output`` times the loss of each row.
+    """Returns the gradients of all tensors but the target.
 
     Args:
-        shard: The head's classes among all, with the log-sum-exp of all.
+        tensors, options, weight: As in ``state_of``.
+        state: Of all classes.
+        grad_results: The gradients of log-probability, entropy, log-sum-exp and, as a fourth, of
+            the weighted sum of the logits, of shape (3 or 4, *target.shape), in float64.
+        kept: The logits that ``state_of`` has kept, whose memory is overwritten.
+        least: The least gradient of a logit of each row that counts in products; None if all do.
     """
-    assert shard.lse is not None
-    want = Want(False, (True, False), True)
-    options = replace(options, reduction="none", denominator=None)
-    layer, dtype = _layer(head), product_dtype(head, backend)
-    gradients = LayerGradients(backend, layer, dtype, (tile, tile), wanted)
-    for chunk in chunks(backend, layer, dtype, (tile, tile)):
-        logits, here = chunk.output, chunk.rows
-        block = VocabShard(shard.first + chunk.columns.start, shard.classes, shard.lse[here])
-        of_rows, capped = grad_output[here], _cap(backend, logits, options.softcap)
-        given = head.target[here], head.weight, _of_rows(options, here), want, of_rows, block
-        cross_entropy_once(backend, capped, *given)
-        gradient = _uncap(backend, capped, logits, options.softcap)
-        kept = _classes_that_count(gradient, of_rows, options.filter_eps)
-        gradients.add(chunk, gradient, kept)
-    return *gradients.like(head), None
+    if len(tensors) == 2:
+        return (_gradient_of_logits(tensors, options, weight, state, grad_results),)
+    input, linear_weight, *_ = tensors
+    backend, n = backend_of(input), input.shape[:-1].numel()
+    counted = _counted_part(tensors, options, backend)
+    layer, labels, rows, size, dtype, _ = counted
+    pair = [x.reshape(len(x), n, -1) for x in (state, grad_results)]
+    state, grad_results = (_flat(x if rows is None else x[:, rows]) for x in pair)
+    least = least if least is None or rows is None else least[rows]
+    sums = LayerGradients(backend, layer, dtype, size, needed)
+
+    def add(chunk: Chunk) -> None:
+        logits, here, classes = counted.of_chunk(chunk, options)
+        given = logits, labels[here], options.rows, state[:, here], grad_results[:, here]
+        backend.row_gradients(*given, classes, logits, weight)
+        bound = None if least is None else least[chunk.rows]
+        sums.add(chunk, chunk.output, classes_that_count(chunk.output, bound))
+
+    for _ in map(add, counted.chunks(options, backend, memory=kept)):
+        pass  # and holds no chunk when it is through
+    of_input, of_weight, of_bias = sums.like(layer)
+    shape = *linear_weight.shape[1:-1], len(linear_weight)
+    return (
+        None if of_input is None else spread(of_input, rows, n).view(input.shape),
+        None if of_weight is None else of_weight.view(*shape, -1).movedim(-2, 0),
+        None if of_bias is None else of_bias.view(shape).movedim(-1, 0),
+    )
 
 
-def weight_of_targets(
-    target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
+def _gradient_of_logits(
+    tensors: Sequence[Any],
+    options: StateOptions,
+    weight: Tensor | None,
+    state: Tensor,
+    grad_results: Tensor,
 ) -> Tensor:
-    """The denominator of a mean: the weight of the targets that are not ignored, in float64."""
-    counted = (target != options.ignore_index).double()
-    if weight is not None:
-        counted *= _target_weight(target, weight, options)
-    if options.token_weight is not None:
-        counted *= options.token_weight
-    return counted.sum()
+    logits, target = tensors
+    logits = logits.detach()
+    rows, backend = as_rows(logits), backend_of(logits)
+    copied = rows.data_ptr() != logits.data_ptr()
+    out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
+    given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
+    backend.row_gradients(*given, options.classes, out, weight)
+    if logits.dim() == 2:
+        return out
+    dim = min(logits.dim() - 1, 1)
+    return out.view(logits.movedim(dim, -1).shape).movedim(-1, dim)
 
 
-def _target_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions) -> Tensor:
-    """The class weight of each target, in float64; any number for one that is ignored."""
-    label = target.where(target != options.ignore_index, 0).clamp(0, len(weight) - 1)
-    return weight.double()[label]
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(values.shape[0], -1).contiguous()
+
+
+class _CountedPart(NamedTuple):
+    """The rows of a call that are not ignored.
+
+    Attributes:
+        layer: The classes at one of the positions d1, ..., dk are neighbours.
+        labels: The targets, flat.
+        rows: The indices of the rows in the whole layer, None for all.
+        size: Rows and columns of a chunk.
+        dtype: The dtype of the products.
+        positions: The number of targets of a row, d1 * ... * dk.
+    """
+
+    layer: Layer
+    labels: Tensor
+    rows: Tensor | None
+    size: tuple[int, int]
+    dtype: torch.dtype
+    positions: int
+
+    def chunks(self, options: StateOptions, backend: Backend, **others: Any) -> Iterator[Chunk]:
+        given = backend, self.layer, self.dtype, self.size
+        return chunks(*given, fixed_sizes=options.fixed_sizes, **others)
+
+    def of_chunk(self, chunk: Chunk, options: StateOptions) -> tuple[Tensor, slice, ClassRange]:
+        """Returns the logits of each target, which targets these are, and of which classes."""
+        targets = slice(chunk.rows.start * self.positions, chunk.rows.stop * self.positions)
+        classes = options.classes._replace(first=options.classes.first + chunk.columns.start)
+        return chunk.output.view(len(chunk.input) * self.positions, -1), targets, classes
+
+
+def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backend) -> _CountedPart:
+    input, weight, bias, target = tensors
+    input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
+    target = target.reshape(len(input), -1)
+    rows = counted_rows(target, options.rows.ignore_index, backend)
+    if rows is not None:
+        input, target = input[rows], target[rows]
+    head = Head(input, weight, bias, target, None)
+    bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
+    layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias)
+    size = options.size or chunk_of_states(
+        head, options.memory_budget, options.fixed_sizes, backend
+    )
+    labels, positions = target.flatten().contiguous(), weight.shape[1:-1].numel()
+    return _CountedPart(layer, labels, rows, size, product_dtype(head, backend), positions)
 
 
 # ---- softcap -------------------------------------------------------------------------------------
@@ -422,9 +478,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-# The size of a product where it is not to depend on the batch. A library takes rows in groups of 4,
-# 6, 8 or 16 and may add the features up in another order for the rows that remain.
-FIXED_ROWS, FIXED_COLUMNS = 96, 2048
+FIXED_COLUMNS = 2048  # of a product whose size is not to depend on the batch
 ALIGNMENT = 64  # bytes
 
 
@@ -486,18 +540,17 @@ def _rows_of_product(
 MOST_KEPT = 0.5  # of a block's classes; more are not worth their copies
 
 
-def _classes_that_count(
-    gradient: Tensor, grad_output: Tensor | None, filter_eps: float
-) -> Tensor | None:
-    """The columns of a block of gradients where any is at least ``filter_eps * grad_output``.
+def classes_that_count(gradient: Tensor, least: Tensor | None) -> Tensor | None:
+    """Returns the columns of a block of gradients where any is at least as large as ``least``.
 
-    None stands for all: where nothing is to be left out, or too little.
+    None stands for all: without ``least``, the largest of which counts, or where too few classes
+    would be left out.
     """
-    if not filter_eps:
+    if least is None:
         return None
-    least = filter_eps if grad_output is None else filter_eps * float(grad_output.abs().max())
+    bound = float(least.max())
     low, high = gradient.aminmax(dim=0)
-    kept = (~((high < least) & (low > -least))).nonzero().flatten()  # a NaN counts
+    kept = (~((high < bound) & (low > -bound))).nonzero().flatten()  # a NaN counts
     return kept if len(kept) < MOST_KEPT * len(low) else None
 
 

@@ -21,7 +21,6 @@ from pyfused.types import (
     Gradients,
     MarginOptions,
     NllOptions,
-    Statistics,
     Want,
 )
 
@@ -128,8 +127,8 @@ class ClassLossPlan:
         inplace: The gradient of the input takes its memory.
         arranges: The kernels do not take the tensors as they are given.
         now: The forward pass computes the gradients.
-        launches: The prepared kernels: of the forward pass with and without statistics, and one for
-            each layout of grad_output.
+        launches: The prepared kernels: that of the forward pass by None, and one for each layout of
+            grad_output.
     """
 
     op: ClassLoss
@@ -153,29 +152,27 @@ class ClassLossPlan:
                 self.options, token_weight=None, denominator=None, with_metrics=False
             )
 
-    def run(self, tensors: Tensors, statistics: Statistics | None = None) -> Tensor:
+    def run(self, tensors: Tensors) -> Tensor:
         """Returns the loss.
 
         Args:
             tensors: The input, the target, the weight, token_weight and the denominator, if that is
                 a tensor.
-            statistics: Where the kernel writes those, None where they are not wanted.
         """
         if self.arranges:
             tensors = *self.op.arranged(tensors[:3]), *tensors[3:]
         if True in self.needs:
-            loss: Tensor = apply(self, *tensors, statistics)
+            loss: Tensor = apply(self, *tensors)
         else:
-            loss = self.forward(None, (*tensors, statistics))
+            loss = self.forward(None, tensors)
         return loss if loss.dtype is self.dtype else loss.to(self.dtype)
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        *tensors, statistics = tensors
-        launch = self.launches.get(statistics is None)
+        launch = self.launches.get(None)
         if launch is None:
-            want = Want(True, self.needs if ctx and self.now else (), self.inplace, statistics)
-            launch = self.launches[statistics is None] = self.prepared(tensors, want)
-        loss, gradients = self.launched(launch, tensors, None, statistics)
+            want = Want(True, self.needs if ctx and self.now else (), self.inplace)
+            launch = self.launches[None] = self.prepared(tensors, want)
+        loss, gradients = self.launched(launch, tensors, None)
         if ctx is not None:
             ctx.save_for_backward(*tensors)
             ctx.gradients = gradients if self.now else None
@@ -212,17 +209,11 @@ class ClassLossPlan:
         return prepare(input, target, weight, options, want, grad_output)
 
     def launched(
-        self,
-        launch: Launch,
-        tensors: Sequence[Any],
-        grad_output: Tensor | None,
-        statistics: Statistics | None = None,
+        self, launch: Launch, tensors: Sequence[Any], grad_output: Tensor | None
     ) -> tuple[Tensor | None, Gradients]:
-        input, target, weight, token_weight, denominator = tensors
+        *given, denominator = tensors
         denominator = self.denominator if denominator is None else denominator
-        return launch(
-            input, target, weight, token_weight, denominator, grad_output, None, statistics
-        )
+        return launch(*given, denominator, grad_output)
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         input, target, weight, token_weight, denominator = _saved(ctx)

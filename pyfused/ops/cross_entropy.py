@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.layout import accumulate_dtype, loss_shape
+from pyfused.layout import accumulate_dtype
 from pyfused.ops import metrics, vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, ClassLossPlan, Given, Tensors
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, parameters_of, reduction_of
 from pyfused.ops.dispatch import is_compiled, unsupported
+from pyfused.ops.row_state import state_of_metrics
 from pyfused.types import CrossEntropyOptions
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
@@ -72,7 +73,7 @@ class CrossEntropy(ClassLoss):
         local = self.local_of(arguments)
         assert local is not None
         input, target, weight, options = local.arguments
-        loss = vocab_parallel.cross_entropy(input, target, weight, options, local.shard)
+        loss = vocab_parallel.cross_entropy((input, target), weight, options, local.shard)
         return local.whole(loss)
 
     def _compiled(self, arguments: Arguments) -> Tensor:
@@ -101,7 +102,7 @@ class CrossEntropy(ClassLoss):
             checks.overwritable(input)
             increment_version(input)
 
-    def local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
+    def local_of(self, arguments: Arguments) -> vocab_parallel.LocalShard | None:
         return None if arguments[-1].gamma else vocab_parallel.local_of(self, arguments)
 
     def strategy(self, input: Tensor) -> str:
@@ -111,11 +112,10 @@ class CrossEntropy(ClassLoss):
 
 def _with_metrics(plan: ClassLossPlan, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
     input, target, weight = plan.op.arranged(tensors[:3])
-    rows = metrics.RowStatistics.empty(math.prod(loss_shape(input, "none")), input)
-    statistics = rows.before(plan.backend, input, target, plan.options)
-    loss = plan.run((input, target, weight, *tensors[3:]), statistics)
+    state = state_of_metrics(plan.backend, input, target, plan.options)
+    loss = plan.run((input, target, weight, *tensors[3:]))
     dtype = accumulate_dtype(tensors[0].dtype)
-    return loss, rows.metrics(target, plan.options.ignore_index, dtype)
+    return loss, metrics.of_state(state, target, plan.options.ignore_index, dtype)
 
 
 def cross_entropy_fallback_reason(

@@ -19,7 +19,7 @@ from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
 from pyfused.ops import inductor, linear_cross_entropy, log_probs
 from pyfused.ops.activation import Activation
-from pyfused.ops.chunked import Wanted
+from pyfused.ops.chunked import GradientsNeeded, gradients_of, state_of
 from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.distillation import Divergence
@@ -27,15 +27,15 @@ from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import CROSS_ENTROPY, GAUSSIAN_NLL_LOSS, OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
+from pyfused.ops.row_state import fields_of
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
-    LOG_PROB_VALUES,
+    STATE_FIELDS,
     CrossEntropyOptions,
     DivergenceOptions,
     Gradients,
     Head,
     HeadOptions,
-    LogProbsCall,
     LogProbsOptions,
     Options,
     Want,
@@ -403,21 +403,20 @@ def _loss_of_head(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
     """The loss, the gradients, the metrics where they are wanted, and what gradients need."""
     head, options = _read_head(given)
     linear_cross_entropy.check_indices(head, options)
-    gradients_wanted = Wanted(*wanted)
-    found = linear_cross_entropy.compute(head, options, gradients_wanted if any(wanted) else None)
+    needed = GradientsNeeded(*wanted)
+    found = linear_cross_entropy.compute(head, options, needed if any(wanted) else None)
     gradients = found.gradients or (None,) * 4
     if any(wanted) and found.gradients is None:
         one = found.loss.new_ones(())
-        each = head, options, gradients_wanted, one, found.lse
-        gradients = linear_cross_entropy.compute_gradients(*each)
+        gradients = linear_cross_entropy.compute_gradients(head, options, needed, one, found.state)
     metrics = found.metrics or [_empty_metric(given, name) for name in Metrics._fields]
-    lse = _empty_lse(given).zero_() if found.lse is None else found.lse
-    return [found.loss, *_filled(gradients, head.input), *metrics, lse]
+    state = _empty_state(given).zero_() if found.state is None else found.state
+    return [found.loss, *_filled(gradients, head.input), *metrics, state]
 
 
 def _gradients_of_head(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
     head, options = _read_head(given[:-1])
-    each = head, options, Wanted(*wanted), grad_output, given[-1]
+    each = head, options, GradientsNeeded(*wanted), grad_output, given[-1]
     return linear_cross_entropy.compute_gradients(*each)
 
 
@@ -427,9 +426,9 @@ def _empty_loss_of_head(given: Arguments) -> Tensor:
     return head.input.new_empty(shape, dtype=linear_cross_entropy.loss_dtype(head))
 
 
-def _empty_lse(given: Arguments) -> Tensor:
-    input: Tensor = given[0]
-    return input.new_empty(len(input), dtype=torch.float64)
+def _empty_state(given: Arguments) -> Tensor:
+    head, options = _read_head(given)
+    return head.input.new_empty((fields_of(options), len(head.input)), dtype=torch.float64)
 
 
 def _empty_metric(given: Arguments, name: str) -> Tensor:
@@ -461,7 +460,7 @@ CompiledOperator(
     empty_gradient=lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format),
     in_forward=True,
     adds_output=-1,
-    empty_others=[*(partial(_empty_metric, name=name) for name in Metrics._fields), _empty_lse],
+    empty_others=[*(partial(_empty_metric, name=name) for name in Metrics._fields), _empty_state],
 ).define()
 
 # ---- log_probs and divergences -------------------------------------------------------------------
@@ -481,23 +480,24 @@ def _of_operands(op: Operator, options: type[Options], **family: Any) -> Compile
 def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
     differentiable = len(op.operands) - 1
 
-    def read(given: Arguments) -> LogProbsCall:
+    def read(given: Arguments) -> tuple[Sequence[Any], LogProbsOptions]:
         last = differentiable + 1 + len(fields(LogProbsOptions))
-        tensors, others = given[: differentiable + 1], given[differentiable + 1 : last]
-        return op.call(tensors, LogProbsOptions(*others))
+        return given[: differentiable + 1], LogProbsOptions(*given[differentiable + 1 : last])
 
     def value(given: Arguments) -> Tensor:
-        call = read(given)
-        op.check((*call.tensors, call.options))
-        return op.values(call)[0]
+        tensors, options = read(given)
+        op.check((*tensors, options))
+        return state_of(tensors, op.state_options(tensors, options))[0]
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        found = op.gradients(read(given), Wanted(*wanted), given[-1], grad_output, [])
+        tensors, options = read(given)
+        of_call = op.state_options(tensors, options), GradientsNeeded(*wanted), given[-1]
+        found = gradients_of(tensors, *of_call, grad_output[:3])
         return tuple(None if each is None else each.contiguous() for each in found)
 
     def empty_value(given: Arguments) -> Tensor:
         target: Tensor = given[differentiable]
-        return target.new_empty((LOG_PROB_VALUES, *target.shape), dtype=torch.float64)
+        return target.new_empty((STATE_FIELDS, *target.shape), dtype=torch.float64)
 
     return _of_operands(
         op,
@@ -505,7 +505,7 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
         differentiable=differentiable,
         value=value,
         gradients=gradients,
-        definition=lambda given, wanted, grad_output: op.define(read(given), wanted, grad_output),
+        definition=lambda given, wanted, grad_output: op.define(*read(given), wanted, grad_output),
         empty_value=empty_value,
         adds_output=0,
     )

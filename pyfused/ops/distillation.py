@@ -3,7 +3,7 @@
 A definition is the divergence in torch's terms, from all logits. The kernels' part goes chunk by
 chunk of rows where the logits are a linear layer's: both models' logits of some rows are made, the
 student's are turned into their gradient in place, and that is multiplied into the gradients of the
-layer. Of a teacher's top k, logits take the kernels of cross-entropy.
+layer. Beside a teacher's top k, logits take the kernels of row states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import FORCED, Backend, backend_of, cross_entropy_once
+from pyfused.backends import FORCED, Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
@@ -43,12 +43,17 @@ from pyfused.ops.gradients import (
     saved,
     wanted_in_forward,
 )
+from pyfused.ops.row_state import state_of_logits
 from pyfused.types import (
-    CrossEntropyOptions,
+    ENTROPY,
+    LSE,
+    PIVOT,
+    RESULTS,
+    SUM,
+    ClassRange,
     DivergenceOptions,
     Gradients,
-    Statistics,
-    VocabShard,
+    RowOptions,
     Want,
 )
 
@@ -442,17 +447,13 @@ def _topk(
     of the k is g_c - s p_c, and of any other (g_rest - s p_rest) exp(x_c - lse_rest).
     """
     n, classes = logits.shape
-    scale = 1 / options.temperature
-    plain = CrossEntropyOptions(reduction="none", scale=scale)
-    # A target that is none of the logits' classes: the gradient is that of the log-sum-exp.
-    outside, shard = indices.new_full((n,), classes), VocabShard(0, classes + 1)
-    lse_rest = logits.new_empty(n, dtype=torch.float64)
+    rows, among = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # a smaller log-sum-exp is rounded to less
-    chosen = logits.gather(1, indices).double() * scale
+    chosen = logits.gather(1, indices).double() * rows.scale
     logits.scatter_(1, indices, -torch.inf)
-    given = logits, outside, None, plain
-    cross_entropy_once(backend, *given, Want(False, statistics=Statistics(lse_rest)), None, shard)
+    state = state_of_logits(backend, logits, None, rows, among)
+    lse_rest = state[LSE]
     lse = torch.logaddexp(chosen.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
     log_p, log_q = _with_rest(chosen - lse, log_p_rest, log_q.double(), options, classes)
@@ -470,8 +471,12 @@ def _topk(
     slopes = slopes.where(factor[:, None] != 0, 0)
     total = slopes.sum(1, keepdim=True)
     of_rest = slopes[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
-    shard = shard._replace(lse=lse_rest.clamp(min=-1e30))  # -inf - -inf would be NaN
-    cross_entropy_once(backend, *given, Want(False, (True, False), True), of_rest, shard)
-    of_chosen = (slopes[:, :k] - total * p[:, :k]) * scale
+    nothing = state[SUM] == 0  # by which no gradient is divided
+    for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):
+        state[field].masked_fill_(nothing, value)
+    grad_results = state.new_zeros(len(RESULTS), n)
+    grad_results[LSE] = of_rest
+    backend.row_gradients(logits, None, rows, state, grad_results, among, logits)
+    of_chosen = (slopes[:, :k] - total * p[:, :k]) * rows.scale
     logits.scatter_(1, indices, of_chosen.to(logits.dtype))
     return loss, (logits,)

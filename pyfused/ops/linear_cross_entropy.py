@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,15 +16,14 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, vocab_parallel
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
-    Wanted,
+    GradientsNeeded,
+    StateOptions,
     by_rows,
     counted_rows,
-    gradients_by_blocks,
-    loss_of_sums,
+    gradients_of,
     of_all_rows,
     spread,
-    sums_by_blocks,
-    weight_of_targets,
+    state_of,
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
@@ -39,8 +37,15 @@ from pyfused.ops.gradients import (
     saved,
     wanted_in_forward,
 )
-from pyfused.ops.metrics import MergedStatistics, Metrics, RowStatistics
-from pyfused.types import Gradients, Head, HeadOptions, VocabShard
+from pyfused.ops.metrics import Metrics, of_state
+from pyfused.ops.row_state import (
+    accumulated,
+    fields_of,
+    gradients_of_loss,
+    loss_of_state,
+    weight_of_targets,
+)
+from pyfused.types import ClassRange, Gradients, Head, HeadOptions
 
 # Logits below which torch is faster, which makes them all and takes no chunks.
 SMALL_BELOW = 1 << 15
@@ -65,7 +70,8 @@ class LinearCrossEntropy(Operator):
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
         if (local := self.local_of(arguments)) is not None:
             head, options = _head_of(local.arguments)
-            return local.whole(vocab_parallel.linear_cross_entropy(head, options, local.shard))
+            shard = local.shard
+            return local.whole(vocab_parallel.cross_entropy(head[:4], head.weight, options, shard))
         head, options = _checked(arguments)
         options = checks.normalized(options)
         dtype = _dtype_of_loss(head, options)
@@ -85,7 +91,7 @@ class LinearCrossEntropy(Operator):
         loss = loss if loss.dtype is dtype else loss.to(dtype)
         return (loss, Metrics(*metrics)) if metrics else loss
 
-    def local_of(self, arguments: Arguments) -> vocab_parallel.Local | None:
+    def local_of(self, arguments: Arguments) -> vocab_parallel.LocalShard | None:
         return vocab_parallel.local_of(self, arguments)
 
     def check(self, arguments: Arguments) -> None:
@@ -157,7 +163,7 @@ def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
         return found[0], *(found[5:-1] if options.with_metrics else ())
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head[:4]]
     if any(needs):
-        plan = LinearCrossEntropyPlan(backend_of(head.input), Wanted(*needs))
+        plan = LinearCrossEntropyPlan(backend_of(head.input), GradientsNeeded(*needs))
         return apply(plan, *head, options)  # type: ignore[no-any-return]
     found = compute(head, options)
     return found.loss, *found.metrics
@@ -199,53 +205,57 @@ def _keep(head: Head, options: HeadOptions, kept: Tensor | None) -> tuple[Head, 
     return head._replace(input=head.input[kept], target=head.target[kept]), options
 
 
-class Found(NamedTuple):
-    """Attributes:
-    lse: The log-sum-exp of each row, where gradients need it: by blocks of classes.
-    gradients: Where they are wanted now.
-    metrics: Of all rows, or ().
+class Computed(NamedTuple):
+    """What a call computes.
+
+    Attributes:
+        state: The state of each row, where gradients need it: by blocks of classes.
+        gradients: The gradients, where they are needed at once.
+        metrics: The metrics of all rows, or ().
     """
 
     loss: Tensor
-    lse: Tensor | None
+    state: Tensor | None
     gradients: Gradients | None
     metrics: Metrics | tuple[()]
 
 
-def compute(head: Head, options: HeadOptions, wanted: Wanted | None = None) -> Found:
-    """The loss and, where they are wanted, the gradients of a scalar loss, and the metrics."""
+def compute(head: Head, options: HeadOptions, needed: GradientsNeeded | None = None) -> Computed:
+    """Returns the loss and, where needed, the gradients of a scalar loss, and the metrics."""
     n, backend = len(head.input), backend_of(head.input)
     kept, denominator = _targets(head, options, backend)
-    part, options = _keep(head, options, kept)
-    each, lse, gradients = options.reduction == "none", None, None
+    part, part_options = _keep(head, options, kept)
+    each, state, gradients = options.reduction == "none", None, None
     rows = rows_at_once(part, options, backend)
-    found: RowStatistics | None = None
-    loss: Tensor | None
-    if rows:
-        grad_output = None if wanted is None else _scalar(1.0, denominator, head)
-        if options.with_metrics:
-            found = RowStatistics.empty(math.prod(loss_shape(part)), part.input)
-        given = options, rows, True, wanted or Wanted(), grad_output, found
-        loss, of_part = by_rows(backend, part, *given)
-        gradients = None if wanted is None else of_all_rows(of_part, kept, n)
-    else:
-        tile, shard = tile_of(part, options, backend), VocabShard(0, len(part.linear_weight))
-        merged = MergedStatistics(len(part.input), part.input) if options.with_metrics else None
-        lse, target_logits = sums_by_blocks(backend, part, options, tile, shard, merged)
-        found = None if merged is None else merged.rows
-        loss = loss_of_sums(options, part.target, part.weight, lse, target_logits)
-        loss = loss if each else loss.sum(dtype=torch.float64)
-        lse = spread(lse, kept, n)
-    assert loss is not None
-    loss = spread(loss, kept, n) if each else loss / denominator
     metrics: Metrics | tuple[()] = ()
-    if found is not None:
-        of_kept = found.metrics(part.target, options.ignore_index, loss_dtype(part))
-        others = {"prediction": options.ignore_index}
-        metrics = Metrics(
-            *(spread(m, kept, n, others.get(name, 0)) for name, m in of_kept._asdict().items())
-        )
-    return Found(loss.to(loss_dtype(head)), lse, gradients, metrics)
+    if rows:
+        grad_output = None if needed is None else _scalar(1.0, denominator, head)
+        given = part_options, rows, True, needed or GradientsNeeded(), grad_output
+        loss, of_part, found = by_rows(backend, part, *given)
+        assert loss is not None
+        loss = spread(loss, kept, n) if each else loss
+        gradients = None if needed is None else of_all_rows(of_part, kept, n)
+        if found is not None:
+            of_kept = of_state(found, part.target, options.ignore_index, loss_dtype(part))
+            others = {"prediction": options.ignore_index}
+            metrics = Metrics(
+                *(spread(m, kept, n, others.get(name, 0)) for name, m in of_kept._asdict().items())
+            )
+    else:
+        weight = accumulated(head.weight, product_dtype(head, backend))
+        state, _ = state_of(head[:4], _state_options(part, options, backend), weight)
+        classes = len(head.linear_weight)
+        loss = loss_of_state(state, head.target, weight, options, classes)
+        loss = loss if each else loss.sum(dtype=torch.float64)
+        if options.with_metrics:
+            metrics = of_state(state, head.target, options.ignore_index, loss_dtype(head))
+    loss = loss if each else loss / denominator
+    return Computed(loss.to(loss_dtype(head)), state, gradients, metrics)
+
+
+def _state_options(head: Head, options: HeadOptions, backend: Backend) -> StateOptions:
+    tile, classes = tile_of(head, options, backend), ClassRange(0, len(head.linear_weight))
+    return StateOptions(options.rows, classes, fields_of(options), (tile, tile))
 
 
 def loss_shape(head: Head) -> tuple[int, ...]:
@@ -272,21 +282,21 @@ class LinearCrossEntropyPlan(NamedTuple):
     """
 
     backend: Backend
-    needs: Wanted
+    needs: GradientsNeeded
     name: str = "linear_cross_entropy"
 
     def forward(self, ctx: Any, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         *tensors, options = arguments
         head = Head(*tensors)
         now = gradients_in_forward(options.reduction, head.input)
-        loss, lse, ctx.gradients, metrics = compute(head, options, self.needs if now else None)
-        save(ctx, options, *head, lse)
+        loss, state, ctx.gradients, metrics = compute(head, options, self.needs if now else None)
+        save(ctx, options, *head, state)
         ctx.mark_non_differentiable(*metrics)
         return loss, *metrics
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        (*head, lse), options = saved(ctx)
-        return compute_gradients(Head(*head), options, self.needs, grad_output, lse)
+        (*head, state), options = saved(ctx)
+        return compute_gradients(Head(*head), options, self.needs, grad_output, state)
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         (*head, _), options = saved(ctx)
@@ -296,26 +306,28 @@ class LinearCrossEntropyPlan(NamedTuple):
 def compute_gradients(
     head: Head,
     options: HeadOptions,
-    wanted: Wanted,
+    needed: GradientsNeeded,
     grad_output: Tensor,
-    lse: Tensor | None,
+    state: Tensor | None,
 ) -> Gradients:
     n, backend = len(head.input), backend_of(head.input)
     kept, denominator = _targets(head, options, backend)
-    part, options = _keep(head, options, kept)
+    part, part_options = _keep(head, options, kept)
     each = options.reduction == "none"
     grad_output = grad_output if each else _scalar(grad_output, denominator, head)
-    grad_output = grad_output[kept] if each and kept is not None else grad_output
     rows = rows_at_once(part, options, backend)
     if rows:
-        _, found = by_rows(backend, part, options, rows, False, wanted, grad_output)
-    else:
-        assert lse is not None
-        lse = lse if kept is None else lse[kept]
-        tile, shard = tile_of(part, options, backend), VocabShard(0, len(part.linear_weight), lse)
-        given = part, options, tile, wanted, shard, grad_output.expand(len(lse))
-        found = gradients_by_blocks(backend, *given)
-    return of_all_rows(found, kept, n)
+        grad_output = grad_output[kept] if each and kept is not None else grad_output
+        _, found, _ = by_rows(backend, part, part_options, rows, False, needed, grad_output)
+        return of_all_rows(found, kept, n)
+    assert state is not None
+    weight = accumulated(head.weight, product_dtype(head, backend))
+    grad_output = grad_output.expand(n)
+    of_loss = head.target, weight, options, len(head.linear_weight), grad_output
+    grad_results = gradients_of_loss(state, *of_loss)
+    least = options.filter_eps * grad_output.abs() if options.filter_eps else None
+    given = _state_options(part, options, backend), needed, state, grad_results
+    return *gradients_of(head[:4], *given, weight=weight, least=least), None
 
 
 def gradients_of_definition(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,74 +17,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import DTYPES, Backend, backend_of, cross_entropy_once
+from pyfused.backends import DTYPES
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
-from pyfused.ops.chunk_sizes import tile_of
-from pyfused.ops.chunked import (
-    Wanted,
-    gradients_by_blocks,
-    loss_of_sums,
-    sums_by_blocks,
-    sums_of_block,
-    weight_of_targets,
-)
+from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.dispatch import SMALL, unsupported
-from pyfused.ops.gradients import apply, autocast_dtype, differentiate, save, saved
-from pyfused.ops.metrics import MergedStatistics, Metrics, RowStatistics
+from pyfused.ops.gradients import apply, autocast_dtype, differentiate
+from pyfused.ops.metrics import Metrics, of_state
+from pyfused.ops.row_state import (
+    accumulated,
+    fields_of,
+    loss_of_state,
+    state_of_nothing,
+    weight_of_targets,
+)
 from pyfused.types import (
-    LOG_PROB_VALUES,
+    ENTROPY,
+    INDEX,
+    LOG_P,
+    LSE,
+    MAXIMUM,
+    PIVOT,
+    RESULTS,
+    SMOOTH,
+    SUM,
+    TARGET_LOGIT,
+    WEIGHTED,
+    ClassRange,
     CrossEntropyOptions,
     Gradients,
     Head,
-    HeadOptions,
-    LogProbsCall,
     LogProbsOptions,
-    Statistics,
-    VocabShard,
-    Want,
 )
-
-if TYPE_CHECKING:
-    from pyfused.ops.log_probs import LogProbsOfLogits
 
 
 class Shard(NamedTuple):
     """The group of processes, and which of all classes this process has."""
 
     group: Any
-    vocab: VocabShard
-
-
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    shard: Shard,
-) -> Any:
-    """Of logits of this process' classes; beside metrics where the options ask for them."""
-    classes = shard.vocab.classes
-    _check(input, (*input.shape[:1], classes, *input.shape[2:]), target, weight, options)
-    return _run((input, None, None, target, weight), options, shard)
-
-
-def linear_cross_entropy(head: Head, options: HeadOptions, shard: Shard) -> Any:
-    """Of a layer with the rows of this process' classes; likewise."""
-    input, linear_weight, linear_bias, target, weight = head
-    checks.linear_cross_entropy(head._replace(weight=None), options)
-    _check(input, (len(input), shard.vocab.classes), target, weight, options)
-    _supported(input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
-    return _run(head, options, shard)
-
-
-def _run(tensors: Sequence[Tensor | None], options: CrossEntropyOptions, shard: Shard) -> Any:
-    loss, *metrics = apply(ShardedLossPlan(shard), *tensors, checks.normalized(options))
-    input = tensors[0]
-    assert input is not None
-    loss = loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))
-    return (loss, Metrics(*metrics)) if metrics else loss
+    classes: ClassRange
 
 
 # ---- what a call has to be -----------------------------------------------------------------------
@@ -99,24 +71,34 @@ def shard_of(group: Any, first: int, classes: int | None, own: int, device: torc
         raise ValueError(
             f"vocab_start: expected {own} classes within [0, {classes}), got those from {first} on"
         )
-    return Shard(group, VocabShard(first, classes))
+    return Shard(group, ClassRange(first, classes))
 
 
 def _check(
-    input: Tensor,
-    logits: tuple[int, ...],
+    layer: Sequence[Tensor | None],
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
+    shard: Shard,
 ) -> None:
+    input, *parameters = layer
+    assert input is not None
+    positions = () if parameters else input.shape[2:]
+    logits = *input.shape[:1], shard.classes.total, *positions
     checks.reduction(options.reduction)
     checks.tensor("target", target)
     if target.is_floating_point():
         raise RuntimeError(f"target: expected class indices, got {target.dtype}")
     checks.cross_entropy(input.new_empty(()).expand(logits), target, weight, options)
-    _supported(input, {"input": input, "target": target, "weight": weight} | options.tensors())
+    given = {"input": input, "target": target, "weight": weight} | options.tensors()
+    given |= dict(zip(("linear_weight", "linear_bias"), parameters, strict=False))
+    if found := _unsupported(input, given):
+        name, reason = found
+        raise RuntimeError(
+            f"{name}: expected a tensor that the kernels take, got one where {reason}"
+        )
     if target.is_cpu:
-        checks.class_indices(logits[1], target, options.ignore_index)
+        checks.class_indices(shard.classes.total, target, options.ignore_index)
 
 
 _CONSTANTS = ("weight", "token_weight", "denominator")  # the kernels compute no gradient of these
@@ -130,14 +112,6 @@ def _unsupported(input: Tensor, given: Mapping[str, Tensor | None]) -> tuple[str
         if reason is not None and reason is not SMALL:
             return name, reason
     return None
-
-
-def _supported(input: Tensor, given: Mapping[str, Tensor | None]) -> None:
-    if found := _unsupported(input, given):
-        name, reason = found
-        raise RuntimeError(
-            f"{name}: expected a tensor that the kernels take, got one where {reason}"
-        )
 
 
 # ---- collectives that autograd differentiates ----------------------------------------------------
@@ -175,271 +149,182 @@ class _Copy(torch.autograd.Function):
         return _Sum.apply(grad_output, ctx.group), None
 
 
-# ---- loss and gradient ---------------------------------------------------------------------------
-
-
-def _largest_of_all(own: Tensor, shard: Shard) -> Tensor:
-    """Of all processes, or 0 for -inf and NaN, so that a NaN is the only way to a NaN."""
-    largest = own.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, shard.group)
-    return _pivot(largest)
+# ---- the state of all classes --------------------------------------------------------------------
 
 
 def _pivot(largest: Tensor) -> Tensor:
-    """What is subtracted before exponentials are taken; -inf less -inf would be NaN."""
+    """Returns what is subtracted before exponentials are taken; -inf less -inf would be NaN."""
     return largest.where(largest > -torch.inf, 0)
 
 
-def _of_all(own: Tensor, target_logits: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp over all processes' classes, and the sum of their q_c x_c."""
-    pivot = _largest_of_all(own, shard)
-    sums = torch.stack([(own - pivot).exp(), target_logits])
-    dist.all_reduce(sums, group=shard.group)
-    return pivot + sums[0].log(), sums[1]
-
-
-def _statistics_of_all(own: MergedStatistics, shard: Shard) -> RowStatistics:
-    """Merged in the order of ranks, so that every process has the same bits."""
-    numbers = torch.stack([*own.rows, own.largest])  # in float64, which has every class index
-    parts = [torch.empty_like(numbers) for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(parts, numbers, shard.group)
-    merged = MergedStatistics(numbers.shape[1], numbers)
-    for *rows, largest in parts:
-        merged.merge(slice(None), RowStatistics(*rows), largest)
-    return merged.rows
-
-
-def _reduced(
-    each: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
-) -> Tensor:
-    if options.reduction == "none":
-        return each
-    return each.sum() / _divisor(target, weight, options)
-
-
-def _divisor(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor | float:
-    """What the sum of the losses is divided by."""
-    if options.reduction != "mean":
-        return 1.0
-    divisor = options.denominator
-    return weight_of_targets(target, weight, options) if divisor is None else divisor
-
-
-def _sums_of_logits(
-    backend: Backend,
-    head: Head,
-    options: CrossEntropyOptions,
-    shard: VocabShard,
-    merged: MergedStatistics | None,
-) -> tuple[Tensor, Tensor]:
-    """As `sums_by_blocks`, of logits that are the head's input."""
-    logits, target = head.input, head.target
-    found = RowStatistics.empty(target.numel(), logits)
-    if not logits.numel():
-        return found.log_sum_exp.fill_(-torch.inf), found.target_logit.zero_()
-    statistics = Statistics(*found[1:]) if merged else Statistics(found.log_sum_exp)
-    given = logits, target, head.weight, options, shard, statistics
-    target_logits = sums_of_block(backend, *given)
-    if merged:
-        merged.add(slice(None), logits, target, shard.first, statistics, options.scale)
-    return found.log_sum_exp, target_logits
-
-
-class ShardedLossPlan(NamedTuple):
-    """Computes cross-entropy of logits, whose layer is None, or of a layer."""
-
-    shard: Shard
-    name: str = "vocab_parallel_cross_entropy"
-
-    def forward(self, ctx: Any, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-        *tensors, options = arguments
-        head, shard = Head(*tensors), self.shard
-        head = head._replace(target=head.target.to(torch.int64))
-        target, backend = head.target, backend_of(head.input)
-        merged = MergedStatistics(target.numel(), head.input) if options.with_metrics else None
-        if isinstance(options, HeadOptions):
-            tile = tile_of(head, options, backend)
-            sums = sums_by_blocks(backend, head, options, tile, shard.vocab, merged)
-        else:
-            sums = _sums_of_logits(backend, head, options, shard.vocab, merged)
-        lse, target_logits = _of_all(*sums, shard)
-        of_rows = lse.view(target.shape), target_logits.view(target.shape)
-        each = loss_of_sums(options, target, head.weight, *of_rows)
-        loss = _reduced(each, target, head.weight, options)
-        save(ctx, options, *head, lse)
-        if merged is None:
-            return (loss,)
-        dtype = accumulate_dtype(head.input.dtype)
-        metrics = _statistics_of_all(merged, shard).metrics(target, options.ignore_index, dtype)
-        ctx.mark_non_differentiable(*metrics)
-        return loss, *metrics
-
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        (*tensors, lse), options = saved(ctx)
-        head = Head(*tensors)
-        input, _, _, target, weight = head
-        backend, shard = backend_of(input), self.shard.vocab._replace(lse=lse)
-        grad_output = (grad_output / _divisor(target, weight, options)).expand(target.shape)
-        if isinstance(options, HeadOptions):
-            wanted, tile = Wanted(*ctx.needs_input_grad[1:4]), tile_of(head, options, backend)
-            found = gradients_by_blocks(backend, head, options, tile, wanted, shard, grad_output)
-            if found[0] is not None:
-                dist.all_reduce(found[0], group=self.shard.group)
-            return found[:3]
-        if not input.numel():
-            return (torch.empty_like(input),)
-        options = replace(options, reduction="none", denominator=None)
-        want = Want(False, (True, False))
-        given = input, target, weight, options, want, grad_output, shard
-        return (cross_entropy_once(backend, *given)[1][0],)
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        (*tensors, lse), options = saved(ctx)
-        *layer, target, weight = tensors
-
-        def definition(*layer: Any) -> Tensor:
-            head = Head._make((*layer, target, weight))
-            return _loss_in_torch(head, options, lse, self.shard)
-
-        return differentiate(definition, layer, ctx.needs_input_grad[1:4], grad_output)
-
-
-def _loss_in_torch(head: Head, options: CrossEntropyOptions, lse: Tensor, shard: Shard) -> Tensor:
-    """The loss from all logits of this process, in torch's terms.
+def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
+    """Returns the state over all processes' classes, given that over this process' classes.
 
     Args:
-        lse: The log-sum-exp over all processes' classes, which keeps the exponentials in range.
+        state: Is overwritten.
+        entropy: Whether the entropy is wanted and, if the state has them, the maximum and its
+            index. The index has the same bits in every process, as the sums do.
     """
-    *layer, target, weight = head
-    x, target_prob = _logits_in_torch(layer, target, options, options.scale, shard)
-    if options.label_smoothing:
-        smoothing = options.label_smoothing
-        target_prob = (1 - smoothing) * target_prob + smoothing / shard.vocab.classes
-    if weight is not None:
-        target_prob = target_prob * weight.double()[shard.vocab.first :][: x.shape[-1]]
-    pivot = _pivot(lse.view(target.shape))
-    exponentials = (x - pivot.unsqueeze(-1)).exp()
-    target_logits = target_prob * x.where(target_prob != 0, 0)
-    sums = torch.stack([exponentials.sum(-1), target_logits.sum(-1)])
-    total, target_logit = _Sum.apply(sums, shard.group)
-    each = loss_of_sums(options, target, weight, pivot + total.log(), target_logit)
-    return _reduced(each, target, weight, options)
+    largest = state[PIVOT].clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    pivot = _pivot(largest)
+    by = (state[PIVOT] - pivot).where(state[SUM] > 0, 0)  # without classes the sum is 0
+    state[WEIGHTED] += by * state[SUM]
+    state[SUM : WEIGHTED + 1] *= by.exp()
+    fields = [SUM, *[WEIGHTED] * entropy, TARGET_LOGIT, *[SMOOTH] * (len(state) > SMOOTH)]
+    sums = state[fields]
+    dist.all_reduce(sums, group=group)
+    state[fields], state[PIVOT] = sums, largest
+    if entropy and len(state) > INDEX:
+        numbers = state[MAXIMUM : INDEX + 1]
+        parts = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, numbers, group)
+        maxima, indices = torch.stack(parts, 1)
+        leads = (maxima == maxima.amax(0)) | maxima.isnan()
+        state[MAXIMUM], state[INDEX] = maxima.amax(0), indices.where(leads, torch.inf).amin(0)
+    log_total = state[SUM].log()
+    state[LOG_P] = (state[TARGET_LOGIT] - pivot - log_total).clamp(max=0)
+    state[LSE] = pivot + log_total
+    state[ENTROPY] = (log_total - state[WEIGHTED] / state[SUM]).clamp(min=0) if entropy else 0
+    return state
 
 
-def _logits_in_torch(
-    layer: Sequence[Tensor | None], target: Tensor, options: Any, factor: float, shard: Shard
-) -> tuple[Tensor, Tensor]:
-    """This process' logits and the one-hot targets, both in float64 with the classes last.
+def _has_classes(tensors: Sequence[Any]) -> bool:
+    logits, *layer = tensors[:-1]
+    return bool(len(layer[0]) if layer else logits.numel())
 
-    The logits of ignored targets are 0, as NaN among them would reach the gradients.
+
+class ShardedStatePlan(NamedTuple):
+    """Computes the state of rows of which each process has some classes, or none.
+
+    Attributes:
+        options: What the state of this process' classes is computed by.
+        entropy: As in `_merged`.
     """
-    x, linear_weight, linear_bias = (None if each is None else each.double() for each in layer)
-    assert x is not None
-    if linear_weight is not None:
-        x = F.linear(_Copy.apply(x, shard.group), linear_weight, linear_bias)
-    softcap = getattr(options, "softcap", None)
-    x = x if softcap is None else definitions.softcap(x, softcap)
-    x = (x.movedim(1, -1) * factor).where((target != options.ignore_index).unsqueeze(-1), 0)
-    classes = torch.arange(x.shape[-1], device=x.device) + shard.vocab.first
-    return x, (classes == target.unsqueeze(-1)).to(x.dtype)
 
-
-# ---- log-probabilities ---------------------------------------------------------------------------
-
-
-def log_probs(
-    op: LogProbsOfLogits, tensors: Sequence[Any], options: LogProbsOptions, shard: Shard
-) -> Tensor:
-    """Log-probabilities, entropies and log-sum-exps, of the operator's tensors."""
-    input, *others, target = tensors
-    op.check_shapes((*tensors, options))
-    classes = shard.vocab.classes
-    logits = (len(input), classes) if others else (len(input), classes, *input.shape[2:])
-    _check(input, logits, target, None, CrossEntropyOptions(options.ignore_index, "none"))
-    _supported(input, dict(zip(("linear_weight", "linear_bias"), others, strict=False)))
-    plan = ShardedLogProbsPlan(op, f"vocab_parallel_{op.name}", shard)
-    values: Tensor = apply(plan, *tensors[:-1], target.to(torch.int64), options)
-    return values.to(accumulate_dtype(input.dtype))
-
-
-def _values_of_all(values: Tensor, shard: Shard) -> Tensor:
-    """Those over all processes' classes."""
-    own, total, weighted, target_logit = values[3:]
-    pivot = _largest_of_all(own, shard)
-    by = (own - pivot).where(total > 0, 0)  # total: the sum of exp(x - own), 0 of no class
-    sums = torch.stack([total, weighted + by * total]) * by.exp()
-    sums = torch.cat([sums, target_logit[None]])
-    dist.all_reduce(sums, group=shard.group)
-    total, weighted, target_logit = sums
-    log_total = total.log()
-    log_p, entropy = target_logit - pivot - log_total, log_total - weighted / total
-    results = log_p.clamp(max=0), entropy.clamp(min=0), pivot + log_total
-    return torch.stack([*results, pivot, total, weighted, target_logit])
-
-
-class ShardedLogProbsPlan(NamedTuple):
-    """Computes log-probabilities of logits, or of a layer."""
-
-    op: LogProbsOfLogits
     name: str
-    shard: Shard
+    options: StateOptions
+    group: Any
+    entropy: bool
 
-    def forward(self, ctx: Any, arguments: Sequence[Any]) -> Tensor:
-        *tensors, options = arguments
-        target, shard = tensors[-1], self.shard
-        if self.op.classes(tensors):
-            values, _ = self.op.values(LogProbsCall(tensors, options, shard.vocab))
+    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
+        *tensors, weight = tensors
+        if _has_classes(tensors):
+            state, _ = state_of(tensors, self.options, weight)
         else:
-            values = target.new_zeros((LOG_PROB_VALUES, *target.shape), dtype=torch.float64)
-            values[3] = -torch.inf
-        values = _values_of_all(values, shard).where(target != options.ignore_index, 0)
-        save(ctx, options, *tensors, values)
-        return values
+            state = state_of_nothing(self.options.fields, tensors[-1])
+        state = _merged(state, self.group, self.entropy)
+        state = state.where(tensors[-1] != self.options.rows.ignore_index, 0)
+        ctx.save_for_backward(*tensors, weight, state)
+        return state
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        (*tensors, values), options = saved(ctx)
-        wanted = Wanted(*ctx.needs_input_grad[1:-2])
-        call = LogProbsCall(tensors, options, self.shard.vocab)
+        *tensors, weight, state = ctx.saved_tensors
         found: Gradients
-        if self.op.classes(tensors):
-            found = self.op.gradients(call, wanted, values, grad_output, [])
+        if _has_classes(tensors):
+            needed = GradientsNeeded(*ctx.needs_input_grad[1 : len(tensors)])
+            given = self.options, needed, state, self._of_results(grad_output)
+            found = gradients_of(tensors, *given, weight=weight)
         else:
-            found = tuple(None if x is None else torch.zeros_like(x) for x in tensors[:-1])
-        if len(found) > 1 and wanted.input:
-            dist.all_reduce(found[0], group=self.shard.group)
+            found = tuple([None if x is None else torch.zeros_like(x) for x in tensors[:-1]])
+        if len(found) > 1 and found[0] is not None:
+            dist.all_reduce(found[0], group=self.group)
         return found
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        (*differentiated, target, values), options = saved(ctx)
-        pivot = _pivot(values[3])
+        *layer, target, weight, state = ctx.saved_tensors
+        pivot = _pivot(state[PIVOT])
 
         def definition(*layer: Tensor | None) -> Tensor:
-            layer += (None,) * (3 - len(layer))
-            return _log_probs_in_torch(layer, target, options, pivot, self.shard)
+            return self._results_in_torch(layer, target, weight, pivot)
 
-        needs = ctx.needs_input_grad[1:-2]
-        return differentiate(definition, differentiated, needs, grad_output[:3])
+        needs = ctx.needs_input_grad[1 : 1 + len(layer)]
+        return differentiate(definition, layer, needs, self._of_results(grad_output))
+
+    def _of_results(self, state: Tensor) -> Tensor:
+        """Returns the fields that have a gradient."""
+        return state[[*RESULTS, SMOOTH]] if len(state) > SMOOTH else state[: len(RESULTS)]
+
+    def _results_in_torch(
+        self, layer: Sequence[Tensor | None], target: Tensor, weight: Tensor | None, pivot: Tensor
+    ) -> Tensor:
+        """Returns these fields from all logits of this process, in torch's terms.
+
+        The logits of ignored targets are 0, as NaN among them would reach the gradients.
+        """
+        rows, (first, _) = self.options.rows, self.options.classes
+        x, *parameters = [None if each is None else each.double() for each in layer]
+        if parameters:
+            x = F.linear(_Copy.apply(x, self.group), *parameters)  # type: ignore[arg-type]
+        assert x is not None
+        x = x if rows.softcap is None else definitions.softcap(x, rows.softcap)
+        counted = target != rows.ignore_index
+        x = (x.movedim(1, -1) * rows.scale).where(counted.unsqueeze(-1), 0)
+        is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
+        shifted = x - pivot.unsqueeze(-1)
+        exponentials = shifted.exp()
+        terms = [exponentials, exponentials * shifted.where(exponentials != 0, 0)]
+        terms.append(x.where(is_target, 0))
+        if self.options.fields > SMOOTH:
+            terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
+        sums = _Sum.apply(torch.stack([term.sum(-1) for term in terms]), self.group)
+        total, weighted, target_logit, *smooth = sums
+        log_total = total.log()
+        lse = pivot + log_total
+        found = torch.stack([target_logit - lse, log_total - weighted / total, lse, *smooth])
+        return found.where(counted, 0)
 
 
-def _log_probs_in_torch(
-    layer: Sequence[Tensor | None],
-    target: Tensor,
-    options: LogProbsOptions,
-    pivot: Tensor,
-    shard: Shard,
-) -> Tensor:
-    """The three results from all logits of this process, in torch's terms."""
-    x, one_hot = _logits_in_torch(layer, target, options, 1 / options.temperature, shard)
-    shifted = x - pivot.unsqueeze(-1)
-    exponentials = shifted.exp()
-    weighted = exponentials * shifted.where(exponentials != 0, 0)
-    target_logits = one_hot * x.where(one_hot != 0, 0)
-    parts = [part.sum(-1) for part in (exponentials, weighted, target_logits)]
-    total, weighted, target_logit = _Sum.apply(torch.stack(parts), shard.group)
-    log_total = total.log()
-    lse = pivot + log_total
-    found = torch.stack([target_logit - lse, log_total - weighted / total, lse])
-    return found.where(target != options.ignore_index, 0)
+# ---- operators -----------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    tensors: Sequence[Any], weight: Tensor | None, options: CrossEntropyOptions, shard: Shard
+) -> Any:
+    """Returns the loss, beside metrics where the options ask for them.
+
+    Args:
+        tensors: Logits and target, or input, weight and bias of a layer and the target, each with
+            this process' classes.
+    """
+    *layer, target = tensors
+    if len(layer) > 1:
+        head = Head._make((*tensors, None))
+        checks.linear_cross_entropy(head, options)  # type: ignore[arg-type]
+    _check(layer, target, weight, options, shard)
+    options = checks.normalized(options)
+    fields, budget = fields_of(options), getattr(options, "memory_budget", None)
+    state_options = StateOptions(options.rows, shard.classes, fields, memory_budget=budget)
+    weight = accumulated(weight, layer[0].dtype)
+    target = target.to(torch.int64)
+    plan = ShardedStatePlan("cross_entropy", state_options, shard.group, options.with_metrics)
+    state = apply(plan, *layer, target, weight)
+    loss = loss_of_state(state, target, weight, options, shard.classes.total)
+    if options.reduction != "none":
+        loss = loss.sum()
+    if options.reduction == "mean":
+        divisor = options.denominator
+        loss = loss / (weight_of_targets(target, weight, options) if divisor is None else divisor)
+    input = layer[0]
+    loss = loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))
+    if not options.with_metrics:
+        return loss
+    of_rows = state.detach().flatten(1), target, options.ignore_index
+    return loss, of_state(*of_rows, accumulate_dtype(input.dtype))
+
+
+def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: Shard) -> Tensor:
+    """Returns log-probabilities, entropies and log-sum-exps of the operator's tensors."""
+    *layer, target = tensors
+    linear = len(layer) > 1
+    getattr(checks, "linear_log_probs" if linear else "log_probs")(*tensors, options)
+    _check(layer, target, None, CrossEntropyOptions(options.ignore_index, "none"), shard)
+    budget, fixed = options.memory_budget, options.deterministic_rows
+    classes, name = shard.classes, "linear_" * linear + "log_probs"
+    state_options = StateOptions(options.rows, classes, memory_budget=budget, fixed_sizes=fixed)
+    plan = ShardedStatePlan(name, state_options, shard.group, True)
+    state: Tensor = apply(plan, *layer, target.to(torch.int64), None)
+    return state.to(accumulate_dtype(layer[0].dtype))
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
@@ -491,8 +376,8 @@ class _FromLocal(torch.autograd.Function):
         return grad_output, None, None, None
 
 
-class Local(NamedTuple):
-    """What a process has of a call with DTensors on a mesh."""
+class LocalShard(NamedTuple):
+    """The part that a process has of a call with DTensors on a mesh."""
 
     arguments: Arguments
     shard: Shard
@@ -509,7 +394,7 @@ class Local(NamedTuple):
         return _FromLocal.apply(found, self.mesh, everywhere, found.shape)
 
 
-def local_of(op: Operator, arguments: Arguments) -> Local | None:
+def local_of(op: Operator, arguments: Arguments) -> LocalShard | None:
     """Of logits, or of a layer, whose classes are shared out along one dimension of a mesh.
 
     Every process has all of the other tensors, plain ones or replicated DTensors, but for the input
@@ -554,5 +439,5 @@ def local_of(op: Operator, arguments: Arguments) -> Local | None:
         given["options"] = replace(options, **{name: given.pop(name) for name in among})
     classes, of_mesh = by_class.shape[dim], placements.index(part)
     first = -(-classes // mesh.size(of_mesh)) * mesh.get_local_rank(of_mesh)
-    shard = Shard(mesh.get_group(of_mesh), VocabShard(min(classes, first), classes))
-    return Local(tuple(given.values()), shard, mesh)
+    shard = Shard(mesh.get_group(of_mesh), ClassRange(min(classes, first), classes))
+    return LocalShard(tuple(given.values()), shard, mesh)

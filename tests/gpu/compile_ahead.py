@@ -50,19 +50,22 @@ from pyfused.backends import triton as backend
 from pyfused.kernels import launch
 from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
+from pyfused.layout import accumulate_dtype
 from pyfused.ops.operators import OPERATORS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
 
 from pyfused.types import (
+    METRICS_FIELDS,
+    SMOOTHING_FIELDS,
+    STATE_FIELDS,
+    ClassRange,
     CrossEntropyOptions,
     DivergenceOptions,
-    LogProbsOptions,
     MarginOptions,
     NllOptions,
-    Statistics,
-    VocabShard,
+    RowOptions,
     Want,
 )
 
@@ -87,7 +90,7 @@ INSTRUCTIONS = {
     (21, 512, 512, F32): 52,  # 21 classes take three tiles of 8
 }
 READ_LITTLE = ("count_kernel", "sum_kernel")  # 8 bytes a row
-WRITE_LITTLE = ("statistics_kernel", "log_probs_kernel")
+WRITE_LITTLE = ("row_state_kernel",)
 
 
 @dataclass(frozen=True)
@@ -136,26 +139,15 @@ def cross_entropy(
     options = CrossEntropyOptions(-100, "mean", *coefficients)
     options.scale = 16.0 if "scale" in words else 1.0
     want = Want(True, ("forward" not in words, target is x), "inplace" in words)
-    each, grad_output, vocab_shard = empty(F64, n), None, None
+    grad_output = None
     if "z_loss" in words:
         options.token_weight = empty(F32, *indices.shape)
     if "grad_output" in words:
         options.reduction, want, launches = "none", want._replace(loss=False), 1
         grad_output = empty(dtype, *indices.shape)
-    if "block" in words:  # of all classes, whose log-sum-exp is given
-        classes, vocab_shard = 1 << 20, VocabShard(1 << 16, 1 << 20, each)
-    if "metrics" in words:
-        launches, statistics = launches + 1, Statistics(each, each, empty(torch.int64, n))
-        want = want._replace(statistics=statistics)
-    if "statistics" in words:
-        want, launches = Want(False, (), False, Statistics(each)), 1
-    if kind == "forward block":  # reads no row
-        fields["vector"] = 0
     fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
     weight = empty(dtype, classes) if "weight" in words else None
-    run = partial(
-        cross_entropy_once, backend, x, target, weight, options, want, grad_output, vocab_shard
-    )
+    run = partial(cross_entropy_once, backend, x, target, weight, options, want, grad_output)
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
 
 
@@ -163,9 +155,7 @@ CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256,
 SHAPES = *((4096, n) for n in CLASSES), (8, 21, 1000), (8, 150, 4096), (16, 21, 512, 512)
 KINDS = (
     *("forward", "grad_output", "inplace", "smoothing", "weight", "weight smoothing"),
-    *("focal", "z_loss", "scale", "metrics", "statistics", "forward block"),
-    *("block grad_output inplace", "block grad_output weight smoothing"),
-    *("probabilities", "probabilities weight smoothing"),
+    *("focal", "z_loss", "scale", "probabilities", "probabilities weight smoothing"),
 )
 
 
@@ -196,12 +186,22 @@ def class_cases() -> Iterator[Case]:
         # A thread may load more bits of what it continues from than of 16-bit logits.
         few = {"vector": 0} if dtype.itemsize == 2 else {}
         for cap in (None, 30.0) if len(shape) == 2 else ():
-            values, shard = empty(F64, 7, shape[0]), VocabShard(0, shape[1])
-            call, kind = (x, target, LogProbsOptions(-100, cap, 0.7)), "softcap" * bool(cap)
-            run = partial(backend.log_probs, *call, values, shard, cap is not None)
-            yield case("log_probs", *of, run, kind, **fields, **(few if cap else {}))
-            run = partial(backend.log_probs_backward, *call, values, values[:3], shard, x)
-            yield case("log_probs", *of, run, f"backward {kind}".strip(), **fields, **few)
+            call, kind = (x, target, RowOptions(-100, 1.4, cap)), "softcap" * bool(cap)
+            range_, weight = ClassRange(0, shape[1]), empty(accumulate_dtype(dtype), shape[1])
+            given: Any = empty(F64, STATE_FIELDS, shape[0]), range_, None, cap is not None
+            run = partial(backend.row_state, *call, *given)
+            yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
+            if cap is None:
+                given = empty(F64, METRICS_FIELDS, shape[0]), range_
+                yield case("row_state", *of, partial(backend.row_state, *call, *given), "metrics")
+            state = empty(F64, SMOOTHING_FIELDS, shape[0])
+            run = partial(backend.row_state, *call, state, range_, weight, True)
+            yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
+            for results, factors, word in ((3, None, ""), (4, weight, "smoothing")):
+                given = state, state[:results], range_, x, factors
+                run = partial(backend.row_gradients, *call, *given)
+                words = " ".join(filter(None, ("backward", word, kind)))
+                yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
             options = DivergenceOptions(beta, 2.0, "sum")
             run = partial(backend.kl_div_with_logits, x, x, options, Want(True, (True,)))

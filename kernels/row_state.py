@@ -1,14 +1,18 @@
-"""The log-probability of a class t of each row, the row's entropy and log-sum-exp, their gradient.
+"""The state of each row of logits z beside a class index t, and the gradient of what follows.
 
-    x_c     = SCALE z_c, or with a CAP  SCALE CAP tanh(z_c / CAP)
-    lse     = log sum_c exp(x_c)
-    log_p   = x_t - lse
-    entropy = lse - sum_c p_c x_c,                                          p_c = exp(x_c - lse)
-    dz_c    = (p_c (g_lse - g_log_p - g_entropy (log p_c + entropy)) + g_log_p [c = t]) dx_c/dz_c
+    x_c      = SCALE z_c, or with a CAP  SCALE CAP tanh(z_c / CAP)
+    lse      = log sum_c exp(x_c) = pivot + log(sum),       sum = sum_c exp(x_c - pivot)
+    log_p    = x_t - lse
+    entropy  = log(sum) - weighted / sum,                   weighted = sum_c exp(x_c - pivot)
+    smooth   = sum_c w_c x_c                                            (x_c - pivot)
+    dz_c     = dx_c/dz_c (p_c (g_lse - g_log_p - g_entropy (log p_c + entropy))
+                          + g_log_p [c = t] + g_smooth w_c),            p_c = exp(x_c - lse)
 
-The g are the gradients of the three results. Shapes: logits z are n rows of contiguous classes,
-which may be some of all classes. What there is of each row is float64, n of each value at a stride.
-Bytes: each kernel reads the logits once; the second writes the gradient once.
+w are the class weights, and the g are the gradients of the results of these names. Shapes: logits z
+are n rows of contiguous classes, which may be some of all classes. A state is float64, n of each
+field at a stride: log_p, entropy, lse, pivot, sum, weighted, x_t; with 9 fields the maximum and its
+index, too; with 10 smooth. Bytes: each kernel reads the logits once; the second writes the gradient
+once.
 
 torch: log_softmax(x, 1) and what follows from it
 """
@@ -22,6 +26,7 @@ from .arithmetic import exp_nonpositive, tanh
 from .rows import (
     DROP,
     block_of_rows,
+    class_weight,
     finite_or_zero,
     load_scaled,
     multiple,
@@ -33,12 +38,18 @@ from .rows import (
 
 @triton.jit
 def read_label(target, rows, in_bounds, classes, first_class, vocabulary, ignore_index):
-    """The target among these classes, whether it is one, is any class, or is out of range."""
-    label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
-    counted = in_bounds & (label != ignore_index)
-    valid = counted & (label >= 0) & (label < vocabulary)
-    label -= first_class
-    return label, valid & (label >= 0) & (label < classes), valid, counted & (valid == 0)
+    """The target among these classes, and whether it is one, is not ignored, and is out of range.
+
+    Without targets no row is ignored, and the target is none of the classes.
+    """
+    label, valid, invalid = rows.to(tl.int64) * 0 - 1, in_bounds, in_bounds & (rows < 0)
+    if target is not None:
+        label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
+        counted = in_bounds & (label != ignore_index)
+        valid = counted & (label >= 0) & (label < vocabulary)
+        invalid = counted & (valid == 0)
+        label -= first_class
+    return label, valid & (label >= 0) & (label < classes), valid, invalid
 
 
 @triton.jit
@@ -54,11 +65,23 @@ def load_logits(at, mask, A: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexp
     return x, slope
 
 
+@triton.jit
+def first_of(best, index, classes):
+    """The largest logit of each row, NaN before all, and the first of its classes."""
+    is_nan = best != best
+    has_nan = tl.max(is_nan.to(tl.int32), 1) > 0
+    largest = tl.max(tl.where(is_nan, -float("inf"), best), 1)
+    leads = tl.where(has_nan[:, None], is_nan, best == largest[:, None])
+    index = tl.min(tl.where(leads, index, classes), 1)
+    return tl.where(has_nan, float("nan"), largest), index
+
+
 @triton.jit(do_not_specialize=["first_class", "ignore_index"])
-def log_probs_kernel(
+def row_state_kernel(
     logits,
     target,
-    values,
+    weight,
+    state,
     n,
     classes,
     strides,
@@ -67,29 +90,32 @@ def log_probs_kernel(
     ignore_index,
     CAP: tl.constexpr,
     SCALE: tl.constexpr,
+    FIELDS: tl.constexpr,
     CONTINUES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """values: log_p, entropy, lse, pivot, sum of e = exp(x - pivot), sum of e (x - pivot), x_t.
+    """CONTINUES: from the state, which is that of the classes before these.
 
-    CONTINUES: from the values, which are those of the classes before these.
-    strides: of the rows of logits, and from one value of a row to the next.
+    strides: of the rows of logits, and from one field of a row to the next.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
-    label, here, valid, invalid = read_label(
+    label, has_target, valid, invalid = read_label(
         target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
     )
     starts = row_starts(logits, 0, rows, 0, strides[0], 1, CLASS_UNIT)
-    at, step = values + rows.to(tl.int64), strides[1]
+    at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
     total = tl.zeros([ROWS, BLOCK], A)  # by lane, so that lanes are added up once
     weighted = tl.zeros([ROWS, BLOCK], A)
-    target_logit, _ = load_logits(starts + label, here, A, CAP, SCALE)
-    target_logit = tl.where(here, target_logit.to(tl.float64), 0.0)
+    smooth = tl.zeros([ROWS, BLOCK], A)
+    best = tl.full([ROWS, BLOCK], -float("inf"), A)
+    index = tl.zeros([ROWS, BLOCK], tl.int32)
+    target_logit, _ = load_logits(starts + label, has_target, A, CAP, SCALE)
+    target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
     if CONTINUES:
         first = (tl.arange(0, BLOCK) == 0)[None, :]
         maximum = tl.load(at + 3 * step, mask=in_bounds, other=0.0).to(A)
@@ -98,7 +124,7 @@ def log_probs_kernel(
         old = tl.load(at + 5 * step, mask=in_bounds, other=0.0).to(A)
         weighted = tl.where(first, old[:, None], weighted)
         old_logit = tl.load(at + 6 * step, mask=in_bounds, other=0.0)
-        target_logit = tl.where(here, target_logit, old_logit)
+        target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
         mask = in_bounds[:, None] & (c < classes)[None, :]
@@ -113,6 +139,12 @@ def log_probs_kernel(
         total = total * decay + e
         weighted += tl.where(e == 0.0, 0.0, e * y)
         maximum = higher
+        if FIELDS > 7:
+            better = (x > best) | ((x != x) & (best == best))
+            best = tl.where(better, x, best)
+            index = tl.where(better, c[None, :], index)
+        if FIELDS > 9:
+            smooth += tl.where(mask, class_weight(weight, c, classes, first_class, A) * x, 0.0)
     total_of_row = tl.sum(total, 1).to(tl.float64)
     weighted_of_row = tl.sum(weighted, 1).to(tl.float64)
     pivot_of_row = finite_or_zero(maximum).to(tl.float64)
@@ -129,14 +161,32 @@ def log_probs_kernel(
     tl.store(at + 3 * step, maximum.to(tl.float64), mask=in_bounds)
     tl.store(at + 4 * step, total_of_row, mask=in_bounds)
     tl.store(at + 5 * step, weighted_of_row, mask=in_bounds)
-    tl.store(at + 6 * step, target_logit, mask=in_bounds)
+    tl.store(at + 6 * step, tl.where(invalid, float("nan"), target_logit), mask=in_bounds)
+    if FIELDS > 7:
+        largest, first_class_of_row = first_of(best, index, classes)
+        largest = largest.to(tl.float64)
+        prediction = (first_class + first_class_of_row).to(tl.float64)
+        if CONTINUES:
+            old = tl.load(at + 7 * step, mask=in_bounds, other=0.0)
+            old_prediction = tl.load(at + 8 * step, mask=in_bounds, other=0.0)
+            stays = (old >= largest) | (old != old)
+            largest = tl.where(stays, old, largest)
+            prediction = tl.where(stays, old_prediction, prediction)
+        tl.store(at + 7 * step, largest, mask=in_bounds)
+        tl.store(at + 8 * step, prediction, mask=in_bounds)
+    if FIELDS > 9:
+        smooth_of_row = tl.sum(smooth, 1).to(tl.float64)
+        if CONTINUES:
+            smooth_of_row += tl.load(at + 9 * step, mask=in_bounds, other=0.0)
+        tl.store(at + 9 * step, tl.where(counted, smooth_of_row, 0.0), mask=in_bounds)
 
 
 @triton.jit(do_not_specialize=["first_class", "ignore_index"])
-def log_probs_backward_kernel(
+def row_gradients_kernel(
     logits,
     target,
-    values,
+    weight,
+    state,
     grad_results,
     grad,
     n,
@@ -147,30 +197,36 @@ def log_probs_backward_kernel(
     ignore_index,
     CAP: tl.constexpr,
     SCALE: tl.constexpr,
+    SMOOTHS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """strides: of the rows of logits and of grad; of values and of grad_results."""
+    """grad_results: of log_p, entropy, lse and, if it SMOOTHS, smooth.
+
+    strides: of the rows of logits and of grad; of the fields of state and of grad_results.
+    """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
-    label, here, valid, _ = read_label(
+    label, has_target, valid, _ = read_label(
         target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
     )
     starts = row_starts(logits, 0, rows, 0, strides[0], 1, CLASS_UNIT)
     to = row_starts(grad, 0, rows, 0, strides[1], 1, CLASS_UNIT)
-    value, gradient_at = values + rows.to(tl.int64), grad_results + rows.to(tl.int64)
+    field, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64)
     g_log_p = tl.load(gradient_at, mask=valid, other=0.0)
     g_entropy = tl.load(gradient_at + strides[3], mask=valid, other=0.0)
     g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid, other=0.0)
-    entropy = tl.load(value + strides[2], mask=valid, other=0.0)
-    pivot = tl.load(value + 3 * strides[2], mask=valid, other=0.0).to(A)
-    total = tl.load(value + 4 * strides[2], mask=valid, other=1.0)
+    entropy = tl.load(field + strides[2], mask=valid, other=0.0)
+    pivot = tl.load(field + 3 * strides[2], mask=valid, other=0.0).to(A)
+    total = tl.load(field + 4 * strides[2], mask=valid, other=1.0)
     # p_c = exp(x_c - pivot) / total, and log p_c = (x_c - pivot) - log(total)
     a = ((g_lse - g_log_p - g_entropy * (entropy - tl.log(total))) / total).to(A)[:, None]
     b = (-g_entropy / total).to(A)[:, None]
+    if SMOOTHS:
+        g_smooth = tl.load(gradient_at + 3 * strides[3], mask=valid, other=0.0).to(A)[:, None]
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
         mask = in_bounds[:, None] & (c < classes)[None, :]
@@ -178,7 +234,9 @@ def log_probs_backward_kernel(
         y = x - pivot[:, None]
         e = exp_nonpositive(y, EXACT)
         gradient = tl.where(e == 0.0, 0.0, e * (a + b * y))
-        is_target = here[:, None] & (c[None, :] == label[:, None])
-        gradient = tl.where(is_target, gradient + g_log_p.to(A)[:, None], gradient) * slope
-        gradient = tl.where(valid[:, None], gradient, 0.0)
+        is_target = has_target[:, None] & (c[None, :] == label[:, None])
+        gradient = tl.where(is_target, gradient + g_log_p.to(A)[:, None], gradient)
+        if SMOOTHS:
+            gradient += g_smooth * class_weight(weight, c, classes, first_class, A)
+        gradient = tl.where(valid[:, None], gradient * slope, 0.0)
         tl.store(pointers(to, c, 1, 1), gradient, mask=mask, eviction_policy=DROP)

@@ -1,4 +1,4 @@
-#include "log_probs.h"
+#include "row_state.h"
 
 #include <algorithm>
 #include <cmath>
@@ -94,27 +94,31 @@ template <class A> constexpr bool kInRegisters = false;
 
 // ---- a row --------------------------------------------------------------------------------------
 
-template <class T> class LogProbsRow {
+template <class T> class LogitRow {
   using A = Accumulate<T>;
+  static constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
  public:
-  LogProbsRow(const LogProbs<T>& given, int64_t row)
-      : given(given), row(row), classes(given.classes), logits(given.logits + row * given.stride),
-        label(given.target[row] - given.first_class),
-        ignored(given.target[row] == given.ignore_index) {}
+  LogitRow(const LogitRows<T>& rows, int64_t row)
+      : rows(rows), row(row), classes(rows.classes), logits(rows.logits + row * rows.stride),
+        label(rows.target ? rows.target[row] - rows.first_class : -1),
+        ignored(rows.target && rows.target[row] == rows.ignore_index) {}
 
   // The pivot rises as Normalizer's does.
-  void forward(const RowValues<double>& values, bool continues) {
-    constexpr A lowest = -std::numeric_limits<A>::infinity();
+  void forward(const RowFields<double>& state, bool continues) {
     constexpr double kMaxTerms = 1024;
-    const auto value = [&](RowValue name) -> double& { return values.at(name, row); };
+    const auto value = [&](RowField field) -> double& { return state.at(field, row); };
     if (ignored) {
-      for (int i = 0; i < kRowValues; ++i) value(RowValue(i)) = 0;
+      for (int field = 0; field < state.count; ++field) state.at(field, row) = 0;
       return;
     }
-    A pivot = continues ? A(value(kPivot)) : lowest;
+    const bool finds_maximum = state.count > kIndex, smooths = state.count > kSmooth;
+    A pivot = continues ? A(value(kPivot)) : kLowest;
     double sum = continues ? value(kSum) : 0, weighted = continues ? value(kWeighted) : 0;
     double target_logit = continues ? value(kTargetLogit) : 0;
+    A maximum = continues && finds_maximum ? A(value(kMaximum)) : kLowest;
+    int64_t chunk_of_maximum = -1;
+    Sum smooth;
     for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
       with_chunk(first, n, [&](const auto* x) {
         if (uint64_t(label - first) < uint64_t(n)) target_logit = double(widen(x[label - first]));
@@ -122,7 +126,7 @@ template <class T> class LogProbsRow {
         Terms terms{};
         if (begun) terms = terms_of<true>(x, pivot, n);
         if (!begun || !(terms.sum <= std::min(8 * sum, kMaxTerms))) {
-          const A high = largest(x, n, pivot), shift = high == lowest ? A(0) : high;
+          const A high = largest(x, n, pivot), shift = high == kLowest ? A(0) : high;
           const double by = double(pivot) - double(shift), factor = std::exp(by);
           weighted = sum > 0 ? factor * (weighted + by * sum) : 0;
           sum *= factor;
@@ -131,6 +135,19 @@ template <class T> class LogProbsRow {
         }
         sum += terms.sum;
         weighted += terms.weighted;
+        if (finds_maximum) {
+          const A high = largest(x, n, maximum);
+          if (high > maximum) {
+            maximum = high;
+            chunk_of_maximum = first;
+          }
+        }
+        if (smooths) {
+          const A* const weight = class_weight(first);
+          add_terms<A>(smooth, n, [=](int64_t i) {
+            return weight ? weight[i] * widen(x[i]) : A(widen(x[i]));
+          });
+        }
       });
     });
     const double log_sum = std::log(sum), log_p = (target_logit - double(pivot)) - log_sum;
@@ -143,29 +160,48 @@ template <class T> class LogProbsRow {
     value(kSum) = sum;
     value(kWeighted) = weighted;
     value(kTargetLogit) = target_logit;
+    if (smooths) value(kSmooth) = (continues ? value(kSmooth) : 0) + smooth.value();
+    if (!finds_maximum) return;
+    if (!continues) {
+      value(kMaximum) = double(kLowest);
+      value(kIndex) = double(rows.first_class);
+    }
+    if (chunk_of_maximum >= 0) {
+      value(kMaximum) = double(maximum);
+      value(kIndex) = double(rows.first_class + first_of(maximum, chunk_of_maximum));
+    }
+    if (!std::isnan(sum) || std::isnan(value(kMaximum))) return;
+    const T* const end = logits + classes;
+    const T* const nan = std::find_if(logits, end, [](T x) { return std::isnan(widen(x)); });
+    if (nan == end) return;
+    value(kMaximum) = std::numeric_limits<double>::quiet_NaN();
+    value(kIndex) = double(rows.first_class + (nan - logits));
   }
 
-  void backward(const LogProbsGradient<T>& gradient, bool streams) {
-    T* const grad = gradient.grad + row * gradient.stride;
+  void backward(const RowGradients<T>& gradients, bool streams) {
+    T* const grad = gradients.grad + row * gradients.stride;
     if (ignored) return void(std::fill_n(grad, classes, T{}));
-    const double g_log_p = gradient.grad_results.at(kLogP, row);
-    const double g_entropy = gradient.grad_results.at(kEntropy, row);
-    const double g_lse = gradient.grad_results.at(kLse, row);
-    const double log_p = gradient.values.at(kLogP, row), sum = gradient.values.at(kSum, row);
-    const double entropy = gradient.values.at(kEntropy, row);
-    const A pivot = A(gradient.values.at(kPivot, row));
-    const bool capped = given.softcap > 0, has_target = uint64_t(label) < uint64_t(classes);
+    const auto value = [&](RowField field) { return gradients.state.at(field, row); };
+    const auto grad_of = [&](int field) { return gradients.grad_results.at(field, row); };
+    const double g_log_p = grad_of(0), g_entropy = grad_of(1), g_lse = grad_of(2);
+    const double g_smooth = gradients.grad_results.count > 3 ? grad_of(3) : 0;
+    const double log_p = value(kLogP), entropy = value(kEntropy), sum = value(kSum);
+    const A pivot = A(value(kPivot));
+    const bool capped = rows.softcap > 0, has_target = uint64_t(label) < uint64_t(classes);
     // p_c = exp(x_c - pivot) / sum, and log p_c = (x_c - pivot) - log(sum)
-    const double factor = (capped ? 1 : given.scale) / sum;
+    const double slope = capped ? 1 : rows.scale, factor = slope / sum;
     const A a = A((g_lse - g_log_p - g_entropy * (entropy - std::log(sum))) * factor);
-    const A b = A(-g_entropy * factor);
+    const A b = A(-g_entropy * factor), smooth = A(g_smooth * slope);
     T at_target{};
     if (has_target) {
-      const double t = capped ? std::tanh(double(widen(logits[label])) / given.softcap) : 0;
-      const double slope = given.scale * (1 - t) * (1 + t);
+      const double t = capped ? std::tanh(double(widen(logits[label])) / rows.softcap) : 0;
       const double p = std::exp(log_p);
       const double others = p == 0 ? 0 : p * (g_lse - g_entropy * (log_p + entropy));
-      at_target = narrow<T>(A((others - g_log_p * std::expm1(log_p)) * slope));  // 1 - p, exactly
+      const A* const weight = class_weight(label);
+      const double smoothed = weight ? g_smooth * double(*weight) : g_smooth;
+      // 1 - p, exactly
+      const double of_target = others - g_log_p * std::expm1(log_p) + smoothed;
+      at_target = narrow<T>(A(of_target * rows.scale * (1 - t) * (1 + t)));
     }
     for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
       with_chunk(first, n, [&](const auto* x) {
@@ -173,9 +209,13 @@ template <class T> class LogProbsRow {
           if (b == 0) return scaled_exponentials(x, pivot, a, buffer, out, n, to_stream);
           write_gradient(x, pivot, a, b, buffer, out, n, to_stream);
         };
-        if (!capped) return write(grad + first, streams);
+        if (!capped && smooth == 0) return write(grad + first, streams);
         write(buffer, false);
-        for (int64_t i = 0; i < n; ++i) buffer[i] *= slopes[i];
+        const A* const weight = class_weight(first);
+        for (int64_t i = 0; smooth != 0 && i < n; ++i) {
+          buffer[i] += weight ? smooth * weight[i] : smooth;
+        }
+        for (int64_t i = 0; capped && i < n; ++i) buffer[i] *= slopes[i];
         store(buffer, grad + first, n);
       });
     });
@@ -183,7 +223,7 @@ template <class T> class LogProbsRow {
   }
 
  private:
-  const LogProbs<T>& given;
+  const LogitRows<T>& rows;
   const int64_t row, classes;
   const T* const logits;
   const int64_t label;  // the target among these classes
@@ -191,11 +231,25 @@ template <class T> class LogProbsRow {
   alignas(kVectorBytes) A buffer[kChunk];
   alignas(kVectorBytes) A slopes[kChunk];  // dx/dz, with a softcap
 
+  // The weights from a class on; null if all are 1.
+  const A* class_weight(int64_t first) const {
+    return rows.weight ? rows.weight + rows.first_class + first : nullptr;
+  }
+
+  // The first class with this logit, in the chunk that begins at `first`.
+  int64_t first_of(A logit, int64_t first) {
+    int64_t found = first;
+    with_chunk(first, std::min(kChunk, classes - first), [&](const auto* x) {
+      while (widen(x[found - first]) != logit) ++found;
+    });
+    return found;
+  }
+
   // Calls body(x) with n logits from a class on, as they are or from the buffer. A loop over memory
   // of any alignment may add up in another order, so that it is for registers alone.
   template <class Body> void with_chunk(int64_t first, int64_t n, const Body& body) {
     const T* const z = logits + first;
-    const A scale = A(given.scale), cap = A(given.softcap);
+    const A scale = A(rows.scale), cap = A(rows.softcap);
     if constexpr (kInRegisters<A>) {
       if (cap == 0 && scale == 1) return body(z);
     }
@@ -215,34 +269,34 @@ template <class T> class LogProbsRow {
 
 // ---- the batch ----------------------------------------------------------------------------------
 
-template <class T, class Body> void for_rows(const LogProbs<T>& given, const Body& body) {
-  const int64_t size = rows_of_block(given.classes);
-  const int64_t blocks = (given.rows + size - 1) / size;
-  parallel_for_with<LogProbsRow<T>>(blocks, given.threads, [&](int64_t block, auto workspace) {
-    const int64_t end = std::min(given.rows, (block + 1) * size);
-    for (int64_t row = block * size; row < end; ++row) body(workspace.make(given, row));
+template <class T, class Body> void for_rows(const LogitRows<T>& rows, const Body& body) {
+  const int64_t size = rows_of_block(rows.classes);
+  const int64_t blocks = (rows.rows + size - 1) / size;
+  parallel_for_with<LogitRow<T>>(blocks, rows.threads, [&](int64_t block, auto workspace) {
+    const int64_t end = std::min(rows.rows, (block + 1) * size);
+    for (int64_t row = block * size; row < end; ++row) body(workspace.make(rows, row));
   });
 }
 
 template <class T>
-void log_probs(const LogProbs<T>& given, const RowValues<double>& values, bool continues) {
-  for_rows(given, [&](LogProbsRow<T>& row) { row.forward(values, continues); });
+void row_state(const LogitRows<T>& rows, const RowFields<double>& state, bool continues) {
+  for_rows(rows, [&](LogitRow<T>& row) { row.forward(state, continues); });
 }
 
 template <class T>
-void log_probs_backward(const LogProbs<T>& given, const LogProbsGradient<T>& gradient) {
-  const size_t bytes = size_t(given.rows * given.classes) * sizeof(T);
+void row_gradients(const LogitRows<T>& rows, const RowGradients<T>& gradients) {
+  const size_t bytes = size_t(rows.rows * rows.classes) * sizeof(T);
   const bool streams =
-      bytes >= kStreamBytes && gradient.grad != given.logits && has_pages(gradient.grad, bytes);
-  for_rows(given, [&](LogProbsRow<T>& row) { row.backward(gradient, streams); });
+      bytes >= kStreamBytes && gradients.grad != rows.logits && has_pages(gradients.grad, bytes);
+  for_rows(rows, [&](LogitRow<T>& row) { row.backward(gradients, streams); });
 }
 
-#define PYFUSED_LOG_PROBS(T)                                                   \
-  template void log_probs(const LogProbs<T>&, const RowValues<double>&, bool); \
-  template void log_probs_backward(const LogProbs<T>&, const LogProbsGradient<T>&);
-PYFUSED_LOG_PROBS(float)
-PYFUSED_LOG_PROBS(double)
-PYFUSED_LOG_PROBS(bfloat16)
-PYFUSED_LOG_PROBS(float16)
+#define PYFUSED_ROW_STATE(T)                                                    \
+  template void row_state(const LogitRows<T>&, const RowFields<double>&, bool); \
+  template void row_gradients(const LogitRows<T>&, const RowGradients<T>&);
+PYFUSED_ROW_STATE(float)
+PYFUSED_ROW_STATE(double)
+PYFUSED_ROW_STATE(bfloat16)
+PYFUSED_ROW_STATE(float16)
 
 }  // namespace pyfused

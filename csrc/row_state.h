@@ -1,0 +1,82 @@
+// The state of each row of logits z beside a class index t, and the gradient of what follows from
+// it.
+//
+//   x_c      = scale z_c, or with a softcap  scale softcap tanh(z_c / softcap)
+//   lse      = log sum_c exp(x_c) = pivot + log(sum),      sum = sum_c exp(x_c - pivot)
+//   log_p    = x_t - lse
+//   entropy  = -sum_c p_c log p_c = log(sum) - weighted / sum,      p_c = exp(x_c - lse)
+//   weighted = sum_c exp(x_c - pivot) (x_c - pivot)
+//   smooth   = sum_c w_c x_c, with the class weights w
+//   dz_c     = dx_c/dz_c (p_c (a + b log p_c) - q_c)
+//            = dx_c/dz_c (p_c (g_lse - g_log_p - g_entropy (log p_c + entropy))
+//                         + g_log_p [c = t] + g_smooth w_c)
+//
+// g_log_p, g_entropy, g_lse and g_smooth are the gradients of the row's results of these names.
+// Cross-entropy is -log_p, with label smoothing a sum of log_p, lse and smooth.
+//
+// torch: log_softmax(x, 1) and what follows from it
+//
+// Shapes: z is (rows, classes), the classes contiguous. They may be some of all classes. Then one
+// call after another, of consecutive classes, continues from the state that the one before has
+// left. If each but the last has a multiple of kChunk classes, the results are bitwise those of one
+// call. No result depends on another row.
+//
+// Memory traffic: the forward pass reads the logits once; the backward pass reads them once and
+// writes the gradient once.
+#pragma once
+
+#include <cstdint>
+
+#include "vec.h"
+
+namespace pyfused {
+
+// A state has the fields up to kTargetLogit; or up to kIndex, the first class with the largest
+// logit, where NaN is the largest; or all. pyfused/types.py has the same.
+enum RowField {
+  kLogP,
+  kEntropy,
+  kLse,
+  kPivot,
+  kSum,
+  kWeighted,
+  kTargetLogit,
+  kMaximum,
+  kIndex,
+  kSmooth
+};
+
+// An array for each field, at a stride.
+template <class D> struct RowFields {
+  D* data;
+  int64_t stride;
+  int count;
+  D& at(int field, int64_t row) const { return data[field * stride + row]; }
+};
+
+template <class T> struct LogitRows {
+  int64_t rows, classes, first_class;
+  const T* logits;
+  int64_t stride;  // from one row of the logits to the next
+  const int64_t* target;  // a class of all classes for each row; null for none
+  int64_t ignore_index;  // a row with this target has a state and a gradient of 0
+  double scale;
+  double softcap;  // 0 for none
+  const Accumulate<T>* weight;  // one for each of all classes; null for ones
+  int threads;
+};
+
+template <class T> struct RowGradients {
+  RowFields<const double> state;  // of all classes
+  RowFields<const double> grad_results;  // of log_p, entropy, lse and, if it has four, smooth
+  T* grad;  // may be the logits
+  int64_t stride;
+};
+
+// continues: from the state of the classes before these.
+template <class T>
+void row_state(const LogitRows<T>& rows, const RowFields<double>& state, bool continues);
+template <class T>
+void row_gradients(const LogitRows<T>& rows, const RowGradients<T>& gradients);
+
+}  // namespace pyfused
