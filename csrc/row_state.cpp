@@ -104,21 +104,19 @@ template <class T> class LogitRow {
         label(rows.target ? rows.target[row] - rows.first_class : -1),
         ignored(rows.target && rows.target[row] == rows.ignore_index) {}
 
-  // The pivot rises as Normalizer's does.
-  void forward(const RowFields<double>& state, bool continues) {
+  // The pivot rises as Normalizer's does. A branch instead of two instantiations would make rows of
+  // few classes 1.1 times slower.
+  template <bool kFindsMaximum> void forward(const RowFields<double>& state, bool continues) {
     constexpr double kMaxTerms = 1024;
     const auto value = [&](RowField field) -> double& { return state.at(field, row); };
     if (ignored) {
       for (int field = 0; field < state.count; ++field) state.at(field, row) = 0;
       return;
     }
-    const bool finds_maximum = state.count > kIndex, smooths = state.count > kSmooth;
     A pivot = continues ? A(value(kPivot)) : kLowest;
     double sum = continues ? value(kSum) : 0, weighted = continues ? value(kWeighted) : 0;
     double target_logit = continues ? value(kTargetLogit) : 0;
-    A maximum = continues && finds_maximum ? A(value(kMaximum)) : kLowest;
-    int64_t chunk_of_maximum = -1;
-    Sum smooth;
+    if (kFindsMaximum && continues) maximum = A(value(kMaximum));
     for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
       with_chunk(first, n, [&](const auto* x) {
         if (uint64_t(label - first) < uint64_t(n)) target_logit = double(widen(x[label - first]));
@@ -135,19 +133,7 @@ template <class T> class LogitRow {
         }
         sum += terms.sum;
         weighted += terms.weighted;
-        if (finds_maximum) {
-          const A high = largest(x, n, maximum);
-          if (high > maximum) {
-            maximum = high;
-            chunk_of_maximum = first;
-          }
-        }
-        if (smooths) {
-          const A* const weight = class_weight(first);
-          add_terms<A>(smooth, n, [=](int64_t i) {
-            return weight ? weight[i] * widen(x[i]) : A(widen(x[i]));
-          });
-        }
+        if (kFindsMaximum) raise_maximum(x, first, n);
       });
     });
     const double log_sum = std::log(sum), log_p = (target_logit - double(pivot)) - log_sum;
@@ -160,22 +146,10 @@ template <class T> class LogitRow {
     value(kSum) = sum;
     value(kWeighted) = weighted;
     value(kTargetLogit) = target_logit;
-    if (smooths) value(kSmooth) = (continues ? value(kSmooth) : 0) + smooth.value();
-    if (!finds_maximum) return;
-    if (!continues) {
-      value(kMaximum) = double(kLowest);
-      value(kIndex) = double(rows.first_class);
+    if (kFindsMaximum) store_maximum(state, continues);
+    if (kFindsMaximum && state.count > kSmooth) {
+      value(kSmooth) = (continues ? value(kSmooth) : 0) + weighted_sum();
     }
-    if (chunk_of_maximum >= 0) {
-      value(kMaximum) = double(maximum);
-      value(kIndex) = double(rows.first_class + first_of(maximum, chunk_of_maximum));
-    }
-    if (!std::isnan(sum) || std::isnan(value(kMaximum))) return;
-    const T* const end = logits + classes;
-    const T* const nan = std::find_if(logits, end, [](T x) { return std::isnan(widen(x)); });
-    if (nan == end) return;
-    value(kMaximum) = std::numeric_limits<double>::quiet_NaN();
-    value(kIndex) = double(rows.first_class + (nan - logits));
   }
 
   void backward(const RowGradients<T>& gradients, bool streams) {
@@ -228,6 +202,8 @@ template <class T> class LogitRow {
   const T* const logits;
   const int64_t label;  // the target among these classes
   const bool ignored;
+  A maximum = kLowest;
+  int64_t chunk_of_maximum = -1;
   alignas(kVectorBytes) A buffer[kChunk];
   alignas(kVectorBytes) A slopes[kChunk];  // dx/dz, with a softcap
 
@@ -236,13 +212,48 @@ template <class T> class LogitRow {
     return rows.weight ? rows.weight + rows.first_class + first : nullptr;
   }
 
-  // The first class with this logit, in the chunk that begins at `first`.
-  int64_t first_of(A logit, int64_t first) {
-    int64_t found = first;
-    with_chunk(first, std::min(kChunk, classes - first), [&](const auto* x) {
-      while (widen(x[found - first]) != logit) ++found;
+  // Not inlined, as these would make the loop over few classes 1.5 times slower.
+  template <class U> PYFUSED_NOINLINE void raise_maximum(const U* x, int64_t first, int64_t n) {
+    const A high = largest(x, n, maximum);
+    if (!(high > maximum)) return;
+    maximum = high;
+    chunk_of_maximum = first;
+  }
+
+  PYFUSED_NOINLINE void store_maximum(const RowFields<double>& state, bool continues) {
+    double& highest = state.at(kMaximum, row);
+    double& index = state.at(kIndex, row);
+    if (!continues) {
+      highest = double(kLowest);
+      index = double(rows.first_class);
+    }
+    if (chunk_of_maximum >= 0) {
+      highest = double(maximum);
+      int64_t found = chunk_of_maximum;
+      with_chunk(found, std::min(kChunk, classes - found), [&](const auto* x) {
+        while (widen(x[found - chunk_of_maximum]) != maximum) ++found;
+      });
+      index = double(rows.first_class + found);
+    }
+    if (!std::isnan(state.at(kSum, row)) || std::isnan(highest)) return;
+    const T* const end = logits + classes;
+    const T* const nan = std::find_if(logits, end, [](T x) { return std::isnan(widen(x)); });
+    if (nan == end) return;
+    highest = std::numeric_limits<double>::quiet_NaN();
+    index = double(rows.first_class + (nan - logits));
+  }
+
+  // sum_c w_c x_c
+  PYFUSED_NOINLINE double weighted_sum() {
+    Sum sum;
+    for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
+      with_chunk(first, n, [&](const auto* x) {
+        const A* const weight = class_weight(first);
+        add_terms<A>(sum, n,
+                     [=](int64_t i) { return weight ? weight[i] * widen(x[i]) : A(widen(x[i])); });
+      });
     });
-    return found;
+    return sum.value();
   }
 
   // Calls body(x) with n logits from a class on, as they are or from the buffer. A loop over memory
@@ -280,7 +291,11 @@ template <class T, class Body> void for_rows(const LogitRows<T>& rows, const Bod
 
 template <class T>
 void row_state(const LogitRows<T>& rows, const RowFields<double>& state, bool continues) {
-  for_rows(rows, [&](LogitRow<T>& row) { row.forward(state, continues); });
+  if (state.count > kMaximum) {
+    for_rows(rows, [&](LogitRow<T>& row) { row.template forward<true>(state, continues); });
+  } else {
+    for_rows(rows, [&](LogitRow<T>& row) { row.template forward<false>(state, continues); });
+  }
 }
 
 template <class T>

@@ -19,10 +19,9 @@ import gallery
 import pages
 
 import pyfused
-import pyfused.distributed
 
 # Type checkers alone import it. Signatures that name it can be evaluated now, and are linked.
-for module in (pyfused.functional, pyfused.nn, pyfused.distributed):
+for module in (pyfused.functional, pyfused.nn):
     module.Unpack = Unpack
 
 project = "pyfused"

@@ -9,11 +9,12 @@ call goes.
 import sys
 
 try:
-    from pyfused import distributed, functional, memory, nn
+    from pyfused import functional, memory, nn
     from pyfused.convert import convert, plan_conversion, revert
     from pyfused.explain import explain
     from pyfused.formula import activation, loss
     from pyfused.patch import patch, unpatch
+    from pyfused.types import VocabShard
 except ImportError as error:
     # `python -m pyfused` is asked when something is wrong: one line says what.
     if sys.argv[:1] == ["-m"] and "pyfused" in sys.orig_argv:
@@ -21,10 +22,10 @@ except ImportError as error:
     raise
 
 __all__ = [
+    "VocabShard",
     "__version__",
     "activation",
     "convert",
-    "distributed",
     "explain",
     "functional",
     "loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -18,15 +18,16 @@ from pyfused.layout import loss_shape
 from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
-    FusedOptions,
     Head,
     HeadOptions,
     LogProbsOptions,
     MarginOptions,
+    ModuleOptions,
     NllOptions,
 )
 
 Options = TypeVar("Options", bound=CrossEntropyOptions)
+Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 
 
 def tensor(name: str, value: Any, also: type | None = None) -> None:
@@ -78,8 +79,8 @@ def approximate(value: Any) -> None:
         raise error(f"approximate: expected 'none' or 'tanh', got {value!r}")
 
 
-def keywords(function: str, options: FusedOptions) -> FusedOptions:
-    unknown = options.keys() - FusedOptions.__annotations__.keys()
+def keywords(function: str, options: Keywords) -> Keywords:
+    unknown = options.keys() - ModuleOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
     return options

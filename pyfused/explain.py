@@ -47,6 +47,9 @@ class Explanation(NamedTuple):
         return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
 
+BY_SHARDS = "some classes a process"
+
+
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
     """Says which backend a call of an operator takes, and why, without making the call.
 
@@ -81,7 +84,10 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     bound.apply_defaults()
     values = dict(bound.arguments)
     inplace, operator = values.pop("inplace", False), OPERATORS[name]
+    shard = values.pop("shard", None)
     arguments = operator.bind(**values)
+    if shard is not None:
+        return _by_kernel(operator, arguments[0], lambda _: BY_SHARDS)
     said = path_of(operator, arguments, inplace)
     if said.backend == "cpu" and type(arguments[0]) in (Tensor, Parameter):
         operator.check(arguments)
@@ -109,5 +115,8 @@ def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
     if reason is not None:
         return Explanation(op.name, "torch", reason)
     local = op.local_of(arguments)
-    strategy = op.strategy if local is None else lambda _: "some classes a process"
+    return _by_kernel(op, input, op.strategy if local is None else lambda _: BY_SHARDS)
+
+
+def _by_kernel(op: Operator, input: Tensor, strategy: Callable[[Tensor], str]) -> Explanation:
     return Explanation(op.name, *backend_of(input).describe(input, strategy))

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.ops import custom_operators as custom_operators  # defines what torch.compile calls
 from pyfused.ops import margin as margins
+from pyfused.ops import vocab_parallel
 from pyfused.ops.declaration import reduction_of
 from pyfused.ops.dispatch import call
 from pyfused.ops.log_probs import LogProbs, named
@@ -68,6 +69,7 @@ from pyfused.types import (
     Reduction,
     ReductionOfKlDiv,
     Remainder,
+    VocabShard,
 )
 
 if TYPE_CHECKING:
@@ -145,6 +147,7 @@ def cross_entropy(
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Cross-entropy between logits and class indices or class probabilities.
 
@@ -191,6 +194,10 @@ def cross_entropy(
             other uses give wrong numbers silently. There is one backward pass then, without
             ``create_graph``. torch has no such argument; without a gradient, or where torch's
             operator runs, nothing is overwritten.
+        shard: The classes of this process, where each process of a group has the logits of some
+            classes, as a :class:`pyfused.VocabShard`. All of them make the call, with the same
+            targets and a ``weight`` of all classes; each has the loss of all classes, and the
+            gradient of its own logits. That takes class indices without ``gamma``.
 
     Returns:
         The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a
@@ -215,6 +222,9 @@ def cross_entropy(
         denominator,
         loss_dtype,
     )
+    if shard is not None:
+        loss: Tensor = vocab_parallel.cross_entropy((input, target), weight, options, shard)
+        return loss
     return call(CROSS_ENTROPY, (input, target, weight, options), inplace)
 
 
@@ -228,13 +238,14 @@ def cross_entropy_with_metrics(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
     inplace: bool = False,
+    shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
     """:func:`cross_entropy`, and metrics of each target from the same pass over the logits.
 
     Args:
-        input, target, weight, ignore_index, reduction, label_smoothing, gamma, inplace: As in
-            :func:`cross_entropy`.
+        input, target, weight, ignore_index, reduction, label_smoothing, gamma, inplace, shard: As
+            in :func:`cross_entropy`.
         options: Its other keywords.
 
     Returns:
@@ -248,7 +259,11 @@ def cross_entropy_with_metrics(
     given = CrossEntropyOptions(
         ignore_index, reduction, label_smoothing, gamma, with_metrics=True, **options
     )
-    found: Any = call(CROSS_ENTROPY, (input, target, weight, given), inplace)
+    found: Any
+    if shard is None:
+        found = call(CROSS_ENTROPY, (input, target, weight, given), inplace)
+    else:
+        found = vocab_parallel.cross_entropy((input, target), weight, given, shard)
     return found  # type: ignore[no-any-return]
 
 
@@ -301,6 +316,7 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """:func:`cross_entropy` of a linear layer's output, which never exists as a whole.
 
@@ -342,6 +358,9 @@ def linear_cross_entropy(
             predictions, much for one that is not, as small probabilities add up. Wijmans et al.
             2024 (arXiv 2411.09009) take 2 ** -12, what bfloat16 can tell from 1. 0.0 leaves out
             nothing. On a GPU each block waits to know which classes these are.
+        shard: As in :func:`cross_entropy`, where each process has ``linear_weight`` and
+            ``linear_bias`` of some classes, and the same ``input``, whose gradient is added up over
+            the processes. ``filter_eps`` leaves out nothing then.
 
     Returns:
         The loss in nats: a scalar, or of the shape of class indices for ``"none"``; of the input's
@@ -366,6 +385,10 @@ def linear_cross_entropy(
         memory_budget=memory_budget,
         filter_eps=filter_eps,
     )
+    if shard is not None:
+        tensors = input, linear_weight, linear_bias, target
+        loss: Tensor = vocab_parallel.cross_entropy(tensors, weight, given, shard)
+        return loss
     arguments = input, linear_weight, target, linear_bias, weight, given, options
     return call(LINEAR_CROSS_ENTROPY, arguments)
 
@@ -383,6 +406,7 @@ def linear_cross_entropy_with_metrics(
     memory_budget: int | None = None,
     softcap: float | None = None,
     filter_eps: float = 0.0,
+    shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
     """:func:`linear_cross_entropy`, and metrics of each target from the same pass.
@@ -390,7 +414,7 @@ def linear_cross_entropy_with_metrics(
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
-        label_smoothing, memory_budget, softcap, filter_eps: Likewise.
+        label_smoothing, memory_budget, softcap, filter_eps, shard: Likewise.
         options: Its other keywords.
 
     Returns:
@@ -410,8 +434,13 @@ def linear_cross_entropy_with_metrics(
         filter_eps=filter_eps,
         **options,
     )
-    arguments = input, linear_weight, target, linear_bias, weight, given, None
-    found: Any = call(LINEAR_CROSS_ENTROPY, arguments)
+    found: Any
+    if shard is None:
+        arguments = input, linear_weight, target, linear_bias, weight, given, None
+        found = call(LINEAR_CROSS_ENTROPY, arguments)
+    else:
+        tensors = input, linear_weight, linear_bias, target
+        found = vocab_parallel.cross_entropy(tensors, weight, given, shard)
     return found  # type: ignore[no-any-return]
 
 
@@ -424,6 +453,7 @@ def log_probs(
     temperature: float = 1.0,
     return_entropy: bool = False,
     return_lse: bool = False,
+    shard: VocabShard | None = None,
 ) -> LogProbs:
     """The log-probability of each target and, where wanted, entropy and log-sum-exp of its row.
 
@@ -441,6 +471,7 @@ def log_probs(
         softcap: The logits are ``softcap * tanh(logits / softcap)``; None for no such bound.
         temperature: What they are divided by after that.
         return_entropy, return_lse: Whether the result has the entropy, and the log-sum-exp.
+        shard: The classes of this process, as in :func:`cross_entropy`.
 
     Returns:
         A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float32, or
@@ -452,7 +483,11 @@ def log_probs(
         TypeError: ``logits`` or ``target`` is no tensor, or an option no number.
     """
     options = LogProbsOptions(ignore_index, softcap, temperature)
-    return named(call(LOG_PROBS, (logits, target, options)), return_entropy, return_lse)
+    if shard is None:
+        values = call(LOG_PROBS, (logits, target, options))
+    else:
+        values = vocab_parallel.log_probs((logits, target), options, shard)
+    return named(values, return_entropy, return_lse)
 
 
 def linear_log_probs(
@@ -468,6 +503,7 @@ def linear_log_probs(
     return_lse: bool = False,
     memory_budget: int | None = None,
     deterministic_rows: bool = False,
+    shard: VocabShard | None = None,
 ) -> LogProbs:
     """:func:`log_probs` of a linear layer's output, which never exists as a whole.
 
@@ -490,6 +526,7 @@ def linear_log_probs(
             Whether a product computes all its rows alike is tried when a layer's size is first
             met; where it does not, rows are multiplied one at a time, which is slower. The bits
             are those of one number of threads.
+        shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
         As :func:`log_probs`.
@@ -498,7 +535,11 @@ def linear_log_probs(
         IndexError, RuntimeError, TypeError, ValueError: As :func:`log_probs`.
     """
     options = LogProbsOptions(ignore_index, softcap, temperature, memory_budget, deterministic_rows)
-    values = call(LINEAR_LOG_PROBS, (input, linear_weight, linear_bias, target, options))
+    tensors = input, linear_weight, linear_bias, target
+    if shard is None:
+        values = call(LINEAR_LOG_PROBS, (*tensors, options))
+    else:
+        values = vocab_parallel.log_probs(tensors, options, shard)
     return named(values, return_entropy, return_lse)
 
 

@@ -18,7 +18,14 @@ from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
 from pyfused import checks
-from pyfused.types import CrossEntropyOptions, FusedOptions, MarginKind, Reduction, Remainder
+from pyfused.types import (
+    CrossEntropyOptions,
+    MarginKind,
+    ModuleOptions,
+    Reduction,
+    Remainder,
+    VocabShard,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,7 +90,7 @@ def _changed(module: torch.nn.Module, **defaults: Any) -> str:
     """The options that torch's module does not have and that are no defaults, for ``repr``."""
     options = {name: getattr(module, name) for name in defaults}
     for name, value in getattr(module, "fused_options", {}).items():
-        options[name], defaults[name] = value, getattr(CrossEntropyOptions, name)
+        options[name], defaults[name] = value, getattr(CrossEntropyOptions, name, None)
     shown = []
     for name, value in options.items():
         if isinstance(value, Tensor):
@@ -106,7 +113,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     # Of a module that was torch's, too.
     gamma, inplace = 0.0, False
-    fused_options: FusedOptions = {}  # noqa: RUF012 never changed
+    fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
 
     def __init__(
         self,
@@ -119,7 +126,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         *,
         gamma: float = 0.0,
         inplace: bool = False,
-        **options: Unpack[FusedOptions],
+        **options: Unpack[ModuleOptions],
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.gamma, self.inplace = gamma, inplace
@@ -153,7 +160,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
     memory_budget: int | None = None
     softcap: float | None = None
     filter_eps = 0.0
-    fused_options: FusedOptions = {}  # noqa: RUF012 never changed
+    fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
 
     def __init__(
         self,
@@ -172,7 +179,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         memory_budget: int | None = None,
         softcap: float | None = None,
         filter_eps: float = 0.0,
-        **fused_options: Unpack[FusedOptions],
+        **fused_options: Unpack[ModuleOptions],
     ) -> None:
         _WeightedLoss.__init__(self, weight, None, None, reduction)
         if weight is not None and weight.shape != (num_classes,):
@@ -194,7 +201,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         bias = self.linear.bias
         return F.linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*shape, -1),
+            self.linear.weight.reshape(*shape, self.linear.in_features),
             target,
             linear_bias=None if bias is None else bias.reshape(shape),
             weight=self.weight,
@@ -224,6 +231,7 @@ class LogProbs(torch.nn.Module):
         temperature: float = 1.0,
         return_entropy: bool = False,
         return_lse: bool = False,
+        shard: VocabShard | None = None,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -232,6 +240,7 @@ class LogProbs(torch.nn.Module):
             "temperature": temperature,
             "return_entropy": return_entropy,
             "return_lse": return_lse,
+            "shard": shard,
         }
 
     def forward(self, logits: Tensor, target: Tensor) -> Any:

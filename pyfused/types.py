@@ -173,6 +173,30 @@ class DivergenceOptions(Options):
             self.token_weight = self.token_weight.to(torch.float32)  # a mask
 
 
+class VocabShard(NamedTuple):
+    """The classes that this process has, of those that a group of processes has together.
+
+    Processes may have different numbers of classes. They exchange three numbers for each row of
+    logits, which are not gathered: the largest logit, the sum of exponentials, and the target's
+    logit; another with label smoothing; another for log-probabilities or metrics, and for metrics
+    each process sends two more to the others. The gradient of logits takes none.
+
+    With ``create_graph=True`` gradients are computed in torch's terms, from all logits of a process
+    in float64, and can be differentiated any number of times. Each of these passes communicates, so
+    that every process of the group takes part.
+
+    Attributes:
+        first: The first of this process' classes among all.
+        classes: The number of all classes. None adds up those of the processes, which takes a
+            number more of communication.
+        group: A process group of :mod:`torch.distributed`; None for all processes.
+    """
+
+    first: int
+    classes: int | None = None
+    group: Any = None
+
+
 class FusedOptions(TypedDict, total=False):
     """The keywords beyond torch's of every kind of cross-entropy, as modules pass them on."""
 
@@ -181,6 +205,12 @@ class FusedOptions(TypedDict, total=False):
     token_weight: Tensor | None
     denominator: float | Tensor | None
     loss_dtype: torch.dtype | None
+
+
+class ModuleOptions(FusedOptions, total=False):
+    """The same of a module, which may be one of some classes."""
+
+    shard: VocabShard | None
 
 
 class NllOptions(NamedTuple):
@@ -212,21 +242,6 @@ class Want(NamedTuple):
     loss: bool = True
     gradients: tuple[bool, ...] = ()
     inplace: bool = False
-
-
-class VocabShard(NamedTuple):
-    """The classes that this process has, of those that a group of processes has together.
-
-    Attributes:
-        first: The first of this process' classes among all.
-        classes: The number of all classes. None adds up those of the processes, which takes a
-            number more of communication.
-        group: A process group of :mod:`torch.distributed`; None for all processes.
-    """
-
-    first: int
-    classes: int | None = None
-    group: Any = None
 
 
 class Head(NamedTuple):

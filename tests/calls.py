@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from samples import ACTIVATIONS, LOSSES, Loss
 from torch import Tensor
 
-from pyfused import distributed
+from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.ops import definitions
 from pyfused.ops.declaration import Operand
@@ -249,17 +249,14 @@ LAYER = {"linear_weight": HEAD, "linear_bias": HEAD[:, 0]}
 TEACHER = {"teacher_linear_weight": HEAD.flip(0), "teacher_linear_bias": HEAD[:, 1]}
 TOP_K = torch.arange(12).view(6, 2) % 8
 INDEX = {"target": CLASSES}
-SHARD = {"vocab_start": 0}
+SHARD = {"shard": VocabShard(0)}
 _OF_CLASSES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "cross_entropy": (fused.cross_entropy, INDEX),
     "probabilities": (fused.cross_entropy, {"target": PROBABILITIES}),
     "linear_cross_entropy": (fused.linear_cross_entropy, INDEX | LAYER),
     "linear_by_blocks": (fused.linear_cross_entropy, INDEX | LAYER | {"memory_budget": 100}),
-    "vocab_parallel_cross_entropy": (distributed.vocab_parallel_cross_entropy, INDEX | SHARD),
-    "vocab_parallel_linear_cross_entropy": (
-        distributed.vocab_parallel_linear_cross_entropy,
-        INDEX | LAYER | SHARD,
-    ),
+    "sharded_cross_entropy": (fused.cross_entropy, INDEX | SHARD),
+    "sharded_linear_cross_entropy": (fused.linear_cross_entropy, INDEX | LAYER | SHARD),
 }
 _OF_TEACHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "kl_div_with_logits": (fused.kl_div_with_logits, {"teacher_logits": OTHER}),

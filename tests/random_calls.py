@@ -65,7 +65,7 @@ OPTIONS: dict[str, list[Any]] = {
     )
     for name in names.split()
 }
-LEFT_OUT = ("_stacklevel", "options")
+LEFT_OUT = ("_stacklevel", "options", "shard")
 DEPRECATED = ("reduce", "size_average")
 
 

@@ -33,6 +33,7 @@ ADDED = {  # to cross_entropy and linear_cross_entropy
     "filter_eps": 0.0,
     "memory_budget": None,
     "inplace": False,
+    "shard": None,
 }
 MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     "cross_entropy": ("CrossEntropyLoss", {}),

@@ -65,6 +65,6 @@ def test_compiled() -> None:
 
 def test_what_is_in_the_package() -> None:
     assert all(hasattr(pyfused, name) for name in pyfused.__all__)
-    code = "import pyfused; print(pyfused.distributed.vocab_parallel_cross_entropy.__name__)"
-    assert python(code).stdout == "vocab_parallel_cross_entropy\n"
-    assert sys.modules["pyfused.distributed"] is pyfused.distributed
+    code = "import pyfused; print(pyfused.functional.cross_entropy.__name__)"
+    assert python(code).stdout == "cross_entropy\n"
+    assert sys.modules["pyfused.functional"] is pyfused.functional

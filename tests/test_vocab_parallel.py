@@ -14,7 +14,7 @@ from conftest import fused_always
 from processes import in_processes
 from torch import Tensor
 
-from pyfused import explain, functional
+from pyfused import VocabShard, explain, functional, nn
 from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs, log_probs
 from pyfused.ops import metrics as definition
 
@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sum_smoothed": {"reduction": "sum", "label_smoothing": 0.1},
     "none_weighted": {"reduction": "none", "weight": True, "label_smoothing": 0.2},
     "tokens": {"token_weight": True, "z_loss": 0.1, "weight": True},
-    "divided": {"denominator": 5.0, "vocab_size": CLASSES},
+    "divided": {"denominator": 5.0, "classes": CLASSES},
 }
 WIDE = (torch.float32, torch.float64)
 DTYPES = (*WIDE, torch.bfloat16)
@@ -73,7 +73,7 @@ def in_one_process() -> Found:
     for name, dtype in EVERY:
         input, head, bias, target = draw(dtype)
         given = options(name, dtype)
-        given.pop("vocab_size", None)
+        given.pop("classes", None)
         leaves = [x.double().requires_grad_() for x in (input, head, bias)]
         logits = leaves[0] @ leaves[1].t() + leaves[2]
         logits = logits.detach().to(dtype).double().requires_grad_()
@@ -86,15 +86,16 @@ def in_one_process() -> Found:
     return found
 
 
-def log_probs_of(functions: Any, own: slice, **shard: Any) -> list[list[Tensor]]:
+def log_probs_of(own: slice, **shard: Any) -> list[list[Tensor]]:
     """Results and gradients, of logits and of a head, whose classes `own` are."""
     input, head, bias, target = draw(torch.float32)
     leaves = [x.requires_grad_() for x in (input, head[own].clone(), bias[own].clone())]
     logits = (input @ head.t() + bias)[:, own].detach().requires_grad_()
     options: dict[str, Any] = {"softcap": 4.0, "return_entropy": True, "return_lse": True, **shard}
-    of_logits, of_head = functions
-    found = of_logits(logits, target, **options)
-    of_head = of_head(*leaves[:2], target, linear_bias=leaves[2], memory_budget=4000, **options)
+    found = log_probs(logits, target, **options)
+    of_head = linear_log_probs(
+        *leaves[:2], target, linear_bias=leaves[2], memory_budget=4000, **options
+    )
     weights = torch.linspace(-1, 1, 3 * ROWS).view(3, ROWS)
     return [
         [torch.stack([*x]).detach(), *torch.autograd.grad((torch.stack([*x]) * weights).sum(), of)]
@@ -115,7 +116,7 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def derivatives_of(case: str, functions: Any, own: slice, **shard: Any) -> list[list[Tensor]]:
+def derivatives_of(case: str, own: slice, **shard: Any) -> list[list[Tensor]]:
     """The first three derivatives, each of the one before times random numbers, by the leaves.
 
     From the second on the gradient of the value is a leaf, too, the last one.
@@ -138,8 +139,7 @@ def derivatives_of(case: str, functions: Any, own: slice, **shard: Any) -> list[
         return tensor[:, own].clone()
 
     parts = {key: own_part(key, tensor).requires_grad_() for key, tensor in whole.items()}
-    name = "vocab_parallel_" * bool(shard) + name
-    results = getattr(functions, name)(**parts, target=target, **given, **shard)
+    results = getattr(functional, name)(**parts, target=target, **given, **shard)
     value = results if isinstance(results, Tensor) else results[0]
     value = torch.stack([*results]) if of_log_probs else value
     above = upstream_of(value).requires_grad_()
@@ -178,27 +178,28 @@ def special_logits(dtype: torch.dtype, dims: tuple[int, ...]) -> tuple[Tensor, T
     return logits.to(dtype), target.view(-1, *dims)
 
 
-def metrics_of(functions: Any, own: slice, dtype: torch.dtype, **shard: Any) -> list[list[Tensor]]:
+def metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[list[Tensor]]:
     """Losses, metrics and gradients, of logits with one and more dimensions and of a head."""
-    of_logits, of_head = functions
     found = []
     for dims in ((), (2,)):
         logits, target = special_logits(dtype, dims)
         logits = logits[:, own].clone().requires_grad_()
-        loss, metrics = of_logits(logits, target, **METRICS_OPTIONS, **shard)
+        loss, metrics = functional.cross_entropy_with_metrics(
+            logits, target, **METRICS_OPTIONS, **shard
+        )
         (gradient,) = torch.autograd.grad(loss, logits, upstream_of(loss))
         found.append([loss.detach(), *metrics, gradient])
     input, head, bias, target = draw(dtype)
     leaves = [x.requires_grad_() for x in (input, head[own].clone(), bias[own].clone())]
     options = {"linear_bias": leaves[2], "softcap": 4.0, "memory_budget": 4000, **METRICS_OPTIONS}
-    loss, metrics = of_head(*leaves[:2], target, **options, **shard)
+    loss, metrics = functional.linear_cross_entropy_with_metrics(
+        *leaves[:2], target, **options, **shard
+    )
     gradients = torch.autograd.grad(loss, leaves, upstream_of(loss))
     return [*found, [loss.detach(), *metrics, *gradients]]
 
 
 def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
-    from pyfused import distributed
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
@@ -222,44 +223,36 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
     with fused_always():
         for name, dtype in EVERY:
             input, head, bias, target = draw(dtype)
-            given = options(name, dtype) | {"vocab_start": own.start}
+            given = options(name, dtype)
+            given["shard"] = VocabShard(own.start, given.pop("classes", None))
             wide = (input.double() @ head.double().t() + bias.double())[:, own]
             logits = wide.to(dtype).requires_grad_()
             sent.clear()
-            loss = distributed.vocab_parallel_cross_entropy(logits, target, **given)
+            loss = cross_entropy(logits, target, **given)
             (of_logits,) = torch.autograd.grad(loss, logits, upstream_of(loss))
             found[name, dtype, "sent"] = sum(sent)
             leaves = [input.requires_grad_()]
             leaves += [x[own].clone().requires_grad_() for x in (head, bias)]
-            linear = distributed.vocab_parallel_linear_cross_entropy(
+            linear = linear_cross_entropy(
                 *leaves[:2], target, linear_bias=leaves[2], memory_budget=4000, **given
             )
             of_head = torch.autograd.grad(linear, leaves, upstream_of(linear))
             found[name, dtype] = [loss.detach(), of_logits, linear.detach(), *of_head]
-        functions = (
-            distributed.vocab_parallel_log_probs,
-            distributed.vocab_parallel_linear_log_probs,
-        )
         sent.clear()
-        found["log_probs"] = log_probs_of(functions, own, vocab_start=own.start, vocab_size=CLASSES)
+        found["log_probs"] = log_probs_of(own, shard=VocabShard(own.start, CLASSES))
         found["log_probs", "sent"] = sum(sent)
-        with_metrics = (
-            distributed.vocab_parallel_cross_entropy_with_metrics,
-            distributed.vocab_parallel_linear_cross_entropy_with_metrics,
-        )
         found["gathered"] = [list(gathered)]
         for in_order, dtype in itertools.product((True, False), WIDE):
             place = rank if in_order else size - 1 - rank
             classes = slice(*CUTS[size][place : place + 2])
             gathered.clear()
             found["metrics", in_order, dtype] = metrics_of(
-                with_metrics, classes, dtype, vocab_start=classes.start
+                classes, dtype, shard=VocabShard(classes.start)
             )
             found["gathered"].append(list(gathered))
         for case in DERIVED:
-            found["derivatives", case] = derivatives_of(
-                case, distributed, own, vocab_start=own.start
-            )
+            found["derivatives", case] = derivatives_of(case, own, shard=VocabShard(own.start))
+        found["modules"] = of_modules(own)
         found["not differentiable"] = not_differentiable(own)
         found["dtensor"] = of_dtensors(sent)
         found["dtensors"] = [each for dtype in WIDE for each in of_every_operator(dtype)]
@@ -267,15 +260,17 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
         found["other options"] = of_other_options()
         found["errors"] = [
             told(
-                lambda given=given: distributed.vocab_parallel_cross_entropy(
-                    torch.zeros(2, 5), torch.tensor([0, 9]), **given
+                lambda shard=shard, option=option: cross_entropy(
+                    torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard, **option
                 )
             )
-            for given in (
-                {"vocab_start": 6, "vocab_size": 10},
-                {"vocab_start": -1, "vocab_size": 10},
-                {"vocab_start": 0, "vocab_size": 9},
-                {"vocab_start": 0, "vocab_size": 10, "weight": torch.ones(5)},
+            for shard, option in (
+                (VocabShard(6, 10), {}),
+                (VocabShard(-1, 10), {}),
+                (VocabShard(0, 9), {}),
+                (VocabShard(0, 10), {"weight": torch.ones(5)}),
+                (VocabShard(0, 10), {"gamma": 2.0}),
+                (0, {}),
             )
         ]
     dist.barrier()
@@ -287,25 +282,19 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
 
 def not_differentiable(own: slice) -> list[Any]:
     """What a batch of gradients gives, and what is said of calls that have no derivatives."""
-    from pyfused import distributed
-
     input, head, _, target = draw(torch.float64)
     input, head = input.requires_grad_(), head[own].clone().requires_grad_()
     logits, batch = (input @ head.t()).detach().requires_grad_(), torch.tensor([1.0, -2.0])
-    given: dict[str, Any] = {"vocab_start": own.start, "vocab_size": CLASSES}
-    loss = distributed.vocab_parallel_cross_entropy(logits, target, **given)
+    given: dict[str, Any] = {"shard": VocabShard(own.start, CLASSES)}
+    loss = cross_entropy(logits, target, **given)
     (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (each,) = torch.autograd.grad(loss, logits, batch.double(), is_grads_batched=True)
-    linear = distributed.vocab_parallel_linear_cross_entropy(input, head, target, **given)
+    linear = linear_cross_entropy(input, head, target, **given)
     return [
         torch.allclose(each, torch.stack([one, -2 * one])),
         told(lambda: torch.autograd.grad(linear, input, batch.double(), is_grads_batched=True)),
         *[
-            told(
-                lambda option=option: distributed.vocab_parallel_cross_entropy(
-                    logits, target, **given, **option
-                )
-            )
+            told(lambda option=option: cross_entropy(logits, target, **given, **option))
             for option in (
                 {"weight": torch.ones(CLASSES).double().requires_grad_()},
                 {"token_weight": torch.ones(ROWS, requires_grad=True)},
@@ -527,13 +516,13 @@ def test_processes_together_are_one(
     close(torch.cat([rank[5] for rank in found]), of_bias)
     sent = {rank[name, dtype, "sent"] for rank in ranks}
     numbers = 4 if "label_smoothing" in CASES[name] else 3
-    assert sent == {numbers * ROWS + ("vocab_size" not in CASES[name])}
+    assert sent == {numbers * ROWS + ("classes" not in CASES[name])}
 
 
 @pytest.mark.parametrize("case", DERIVED)
 def test_derivatives_of_processes_together(case: str, ranks: list[Any]) -> None:
     """The first three, against those of all classes, which are those of torch's definition."""
-    expected = derivatives_of(case, functional, slice(None))
+    expected = derivatives_of(case, slice(None))
     linear = "linear" in DERIVED[case][0]
     for order, exact in enumerate(expected):
         for place, exactly in enumerate(exact):
@@ -546,7 +535,7 @@ def test_derivatives_of_processes_together(case: str, ranks: list[Any]) -> None:
 
 def test_log_probs_of_processes_together(ranks: list[Any]) -> None:
     with fused_always():
-        expected = log_probs_of((log_probs, linear_log_probs), slice(None))
+        expected = log_probs_of(slice(None))
     for (results, of_logits), (linear, *of_head) in [rank["log_probs"] for rank in ranks]:
         torch.testing.assert_close(results, expected[0][0])
         torch.testing.assert_close(linear, expected[1][0])
@@ -563,10 +552,9 @@ def test_log_probs_of_processes_together(ranks: list[Any]) -> None:
 
 def test_metrics_of_processes_together(ranks: list[Any]) -> None:
     """In any order of the classes, and the same bits in every process."""
-    functions = functional.cross_entropy_with_metrics, functional.linear_cross_entropy_with_metrics
     for in_order, dtype in itertools.product((True, False), WIDE):
         with fused_always():
-            expected = metrics_of(functions, slice(None), dtype)
+            expected = metrics_of(slice(None), dtype)
         found = [rank["metrics", in_order, dtype] for rank in ranks]
         for case, *parts in zip(expected, *(found if in_order else found[::-1]), strict=True):
             head = len(case) > 7  # whose gradients are those of input, weight and bias
@@ -633,9 +621,40 @@ def test_options_that_no_kernel_takes_go_to_torchs_operator(ranks: list[Any]) ->
         assert rank["other options"] == [("input is a DTensor", True)] * 2
 
 
-def test_the_shares_are_added_up_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyfused import distributed
+def of_modules(own: slice) -> list[Any]:
+    """How far modules with a shard are from those of all classes, and what is said of them."""
+    input, head, bias, target = draw(torch.float32)
+    logits, shard = input @ head.t() + bias, VocabShard(own.start, CLASSES)
+    found = []
+    whole: torch.nn.Module
+    part: torch.nn.Module
+    for whole, part in (
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(shard=shard)),
+        (nn.LogProbs(), nn.LogProbs(shard=shard)),
+    ):
+        far = flat(part(logits[:, own], target))[0] - flat(whole(logits, target))[0]
+        found.append((float(far.abs().max()), "VocabShard" in repr(part)))
+    size = own.stop - own.start
+    for module in (nn.LinearCrossEntropyLoss, nn.LinearLogProbs):
+        kinds: list[Any] = [(CLASSES, slice(None), {}), (size, own, {"shard": shard})]
+        results = []
+        for classes, rows, more in kinds:
+            layer = module(FEATURES, classes, bias=True, **more)
+            layer.linear.weight.data, layer.linear.bias.data = head[rows], bias[rows]
+            results.append(flat(layer(input, target))[0])
+        found.append((float((results[1] - results[0]).abs().max()), "VocabShard" in repr(layer)))
+    found.append(explain("cross_entropy", logits[:, own], target, shard=shard).reason)
+    return found
 
+
+def test_modules_take_a_shard(ranks: list[Any]) -> None:
+    for rank in ranks:
+        *modules, said = rank["modules"]
+        assert all(far < 1e-5 and shown for far, shown in modules)
+        assert said == "some classes a process"
+
+
+def test_the_shares_are_added_up_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
     class AddedError(Exception):
         pass
 
@@ -646,9 +665,9 @@ def test_the_shares_are_added_up_where_the_logits_are(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dist, "get_backend", lambda _: "gloo")
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(AddedError, match="meta"):
-        distributed.vocab_parallel_cross_entropy(logits, target, vocab_start=0)
+        cross_entropy(logits, target, shard=VocabShard(0))
     with pytest.raises(AddedError, match="meta"):
-        distributed.vocab_parallel_linear_log_probs(logits, logits, target, vocab_start=0)
+        linear_log_probs(logits, logits, target, shard=VocabShard(0))
 
 
 def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
@@ -676,8 +695,10 @@ def test_what_has_no_derivatives_raises(ranks: list[Any]) -> None:
 
 def test_bad_input(ranks: list[Any]) -> None:
     for rank in ranks:
-        beyond, before, index, weight = rank["errors"]
-        assert "ValueError: vocab_start: expected 5 classes within [0, 10), got" in beyond
-        assert "ValueError: vocab_start: expected 5 classes within [0, 10), got" in before
+        beyond, before, index, weight, gamma, no_shard = rank["errors"]
+        assert "ValueError: shard: expected 5 classes within [0, 10), got" in beyond
+        assert "ValueError: shard: expected 5 classes within [0, 10), got" in before
         assert "IndexError: target: expected class indices in [0, 9)" in index
         assert "RuntimeError: weight: expected shape (10,)" in weight
+        assert gamma == "ValueError: gamma: expected 0.0 beside a shard, got 2.0"
+        assert no_shard == "TypeError: shard: expected a VocabShard, got int"

@@ -1,8 +1,4 @@
-"""Losses over classes that are shared out among processes: the checks, and the autograd functions.
-
-A row takes three numbers of communication: the largest of the processes' log-sum-exps, and the sums
-of their exponentials and of q_c x_c. Metrics take five of each process.
-"""
+"""Classes that are sharded among processes: the checks, and the state of rows of all classes."""
 
 from __future__ import annotations
 
@@ -19,12 +15,12 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import DTYPES
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import definitions
+from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.dispatch import SMALL, unsupported
 from pyfused.ops.gradients import apply, autocast_dtype, differentiate
-from pyfused.ops.metrics import Metrics, of_state
+from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import (
     accumulated,
     fields_of,
@@ -49,29 +45,35 @@ from pyfused.types import (
     Gradients,
     Head,
     LogProbsOptions,
+    VocabShard,
 )
-
-
-class Shard(NamedTuple):
-    """The group of processes, and which of all classes this process has."""
-
-    group: Any
-    classes: ClassRange
-
 
 # ---- what a call has to be -----------------------------------------------------------------------
 
 
-def shard_of(group: Any, first: int, classes: int | None, own: int, device: torch.device) -> Shard:
+def _class_range(name: str, tensor: Tensor, dim: int, shard: VocabShard) -> ClassRange:
+    """Returns which of all classes this process has, along a dimension of a tensor.
+
+    Args:
+        name: The argument's, for errors.
+    """
+    checks.tensor(name, tensor)
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
+    if tensor.dim() < 2:
+        expected = "(C, D)" if dim == 0 else "(N, C, ...)"
+        raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+    first, classes, group = shard
+    here = tensor.shape[dim]
     if classes is None:
-        shares = torch.tensor(own, device=device)
-        dist.all_reduce(shares, group=group)
-        classes = int(shares)
-    if first < 0 or first + own > classes:
+        total = torch.tensor(here, device=tensor.device)
+        dist.all_reduce(total, group=group)
+        classes = int(total)
+    if first < 0 or first + here > classes:
         raise ValueError(
-            f"vocab_start: expected {own} classes within [0, {classes}), got those from {first} on"
+            f"shard: expected {here} classes within [0, {classes}), got those from {first} on"
         )
-    return Shard(group, ClassRange(first, classes))
+    return ClassRange(first, classes)
 
 
 def _check(
@@ -79,12 +81,12 @@ def _check(
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    shard: Shard,
+    classes: int,
 ) -> None:
     input, *parameters = layer
     assert input is not None
     positions = () if parameters else input.shape[2:]
-    logits = *input.shape[:1], shard.classes.total, *positions
+    logits = *input.shape[:1], classes, *positions
     checks.reduction(options.reduction)
     checks.tensor("target", target)
     if target.is_floating_point():
@@ -98,7 +100,7 @@ def _check(
             f"{name}: expected a tensor that the kernels take, got one where {reason}"
         )
     if target.is_cpu:
-        checks.class_indices(shard.classes.total, target, options.ignore_index)
+        checks.class_indices(classes, target, options.ignore_index)
 
 
 _CONSTANTS = ("weight", "token_weight", "denominator")  # the kernels compute no gradient of these
@@ -279,7 +281,10 @@ class ShardedStatePlan(NamedTuple):
 
 
 def cross_entropy(
-    tensors: Sequence[Any], weight: Tensor | None, options: CrossEntropyOptions, shard: Shard
+    tensors: Sequence[Any],
+    weight: Tensor | None,
+    options: CrossEntropyOptions,
+    shard: VocabShard,
 ) -> Any:
     """Returns the loss, beside metrics where the options ask for them.
 
@@ -289,17 +294,21 @@ def cross_entropy(
     """
     *layer, target = tensors
     if len(layer) > 1:
+        classes = _class_range("linear_weight", layer[1], 0, shard)
         head = Head._make((*tensors, None))
         checks.linear_cross_entropy(head, options)  # type: ignore[arg-type]
-    _check(layer, target, weight, options, shard)
+    else:
+        classes = _class_range("input", layer[0], 1, shard)
+    if options.gamma:
+        raise ValueError(f"gamma: expected 0.0 beside a shard, got {options.gamma}")
+    _check(layer, target, weight, options, classes.total)
     options = checks.normalized(options)
-    fields, budget = fields_of(options), getattr(options, "memory_budget", None)
-    state_options = StateOptions(options.rows, shard.classes, fields, memory_budget=budget)
-    weight = accumulated(weight, layer[0].dtype)
-    target = target.to(torch.int64)
-    plan = ShardedStatePlan("cross_entropy", state_options, shard.group, options.with_metrics)
+    budget = getattr(options, "memory_budget", None)
+    of_state = StateOptions(options.rows, classes, fields_of(options), memory_budget=budget)
+    weight, target = accumulated(weight, layer[0].dtype), target.to(torch.int64)
+    plan = ShardedStatePlan("cross_entropy", of_state, shard.group, options.with_metrics)
     state = apply(plan, *layer, target, weight)
-    loss = loss_of_state(state, target, weight, options, shard.classes.total)
+    loss = loss_of_state(state, target, weight, options, classes.total)
     if options.reduction != "none":
         loss = loss.sum()
     if options.reduction == "mean":
@@ -310,19 +319,22 @@ def cross_entropy(
     if not options.with_metrics:
         return loss
     of_rows = state.detach().flatten(1), target, options.ignore_index
-    return loss, of_state(*of_rows, accumulate_dtype(input.dtype))
+    return loss, metrics.of_state(*of_rows, accumulate_dtype(input.dtype))
 
 
-def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: Shard) -> Tensor:
+def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: VocabShard) -> Tensor:
     """Returns log-probabilities, entropies and log-sum-exps of the operator's tensors."""
     *layer, target = tensors
     linear = len(layer) > 1
-    getattr(checks, "linear_log_probs" if linear else "log_probs")(*tensors, options)
-    _check(layer, target, None, CrossEntropyOptions(options.ignore_index, "none"), shard)
+    name = "linear_" * linear + "log_probs"
+    given = ("linear_weight", layer[1], 0) if linear else ("logits", layer[0], 1)
+    classes = _class_range(*given, shard)
+    getattr(checks, name)(*tensors, options)
+    of_target = CrossEntropyOptions(options.ignore_index, "none")
+    _check(layer, target, None, of_target, classes.total)
     budget, fixed = options.memory_budget, options.deterministic_rows
-    classes, name = shard.classes, "linear_" * linear + "log_probs"
-    state_options = StateOptions(options.rows, classes, memory_budget=budget, fixed_sizes=fixed)
-    plan = ShardedStatePlan(name, state_options, shard.group, True)
+    of_state = StateOptions(options.rows, classes, memory_budget=budget, fixed_sizes=fixed)
+    plan = ShardedStatePlan(name, of_state, shard.group, True)
     state: Tensor = apply(plan, *layer, target.to(torch.int64), None)
     return state.to(accumulate_dtype(layer[0].dtype))
 
@@ -380,7 +392,7 @@ class LocalShard(NamedTuple):
     """The part that a process has of a call with DTensors on a mesh."""
 
     arguments: Arguments
-    shard: Shard
+    shard: VocabShard
     mesh: Any
 
     def whole(self, found: Any) -> Any:
@@ -439,5 +451,5 @@ def local_of(op: Operator, arguments: Arguments) -> LocalShard | None:
         given["options"] = replace(options, **{name: given.pop(name) for name in among})
     classes, of_mesh = by_class.shape[dim], placements.index(part)
     first = -(-classes // mesh.size(of_mesh)) * mesh.get_local_rank(of_mesh)
-    shard = Shard(mesh.get_group(of_mesh), ClassRange(min(classes, first), classes))
+    shard = VocabShard(min(classes, first), classes, mesh.get_group(of_mesh))
     return LocalShard(tuple(given.values()), shard, mesh)
