@@ -72,41 +72,41 @@ def chunks(
     memory: Tensor | None = None,
     fixed_sizes: bool = False,
 ) -> Iterator[Chunk]:
-    """All rows of some columns after all of others, in the same memory.
+    """Yields the outputs of all rows for some columns, then for the next ones, in the same memory.
 
     Args:
-        dtype: That of the products.
+        dtype: The dtype of the products.
         size: Rows and columns of a chunk.
         backwards: The last rows come first.
-        memory: What has the first chunk's outputs, and takes the others'.
+        memory: Has the first chunk's outputs already, and takes those of the others.
         fixed_sizes: The bits of a row's outputs do not depend on the batch.
     """
     input, weight, bias = layer
     n, classes = len(input), len(weight)
     rows, columns = max(1, min(size[0], n)), max(1, min(size[1], classes))
-    product, there = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
+    product, computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
     if memory is None:
         memory = backend.empty((rows * columns,), dtype, input)
     for first in range(0, classes, columns):
-        of_chunk = slice(first, min(first + columns, classes))
-        w = weight[of_chunk].to(dtype)
-        b = None if bias is None else bias[of_chunk].to(dtype)
+        of_columns = slice(first, min(first + columns, classes))
+        w = weight[of_columns].to(dtype)
+        b = None if bias is None else bias[of_columns].to(dtype)
         starts = range(0, n, rows)
         for start in reversed(starts) if backwards else starts:
-            here = slice(start, min(start + rows, n))
-            x = input[here].to(dtype)
+            of_rows = slice(start, min(start + rows, n))
+            x = input[of_rows].to(dtype)
             output = memory[: len(x) * len(w)].view(len(x), len(w))
-            if not there:
+            if not computed:
                 product(x, w, b, output)
-            there = False
-            yield Chunk(output, x, w, here, of_chunk)
+            computed = False
+            yield Chunk(output, x, w, of_rows, of_columns)
 
 
 class LayerGradients:
     """The gradients of a layer, added up over chunks, of which rows come in order.
 
     Args:
-        dtype: That of the products.
+        dtype: The dtype of the products.
         size: Rows and columns of a chunk.
         needed: Whether the input, the weight and the bias need a gradient.
     """
@@ -196,7 +196,7 @@ def spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tens
 
 
 def of_all_rows(found: Gradients, kept: Tensor | None, n: int) -> Gradients:
-    """Of the gradients the input's is one of rows."""
+    """Returns the gradients with that of the input spread over all rows."""
     return (None if found[0] is None else spread(found[0], kept, n), *found[1:])
 
 

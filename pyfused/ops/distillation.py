@@ -117,7 +117,7 @@ def _shown(rows: Tensor, options: DivergenceOptions, other: float = 0.0) -> Tens
 
 
 def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Of the student's p from the teacher's q, over the last dimension; 0 log 0 is 0."""
+    """Returns the divergence of the student's p from the teacher's q; 0 log 0 is 0."""
     if beta == 0:
         return _kl_div(log_q, log_p)
     if beta == 1:
@@ -185,7 +185,7 @@ def _reduced(each: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Divergence(Operator):
-    """Of a student's predictions from a teacher's.
+    """The divergence of a student's predictions from a teacher's.
 
     Attributes:
         student: How many of the operands are the student's: these come first and have gradients.
@@ -404,7 +404,7 @@ def _by_rows(
     want: Want,
     grad_output: Tensor | None,
 ) -> Found:
-    """Of the student's logits, some rows at a time.
+    """Returns the divergence and the gradients, from the student's logits of some rows at a time.
 
     Args:
         of_chunk: From logits, the rows they are of, and options, Want and grad_output of these, the

@@ -57,7 +57,7 @@ _OF_TORCH = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class LinearCrossEntropy(Operator):
-    """Of a linear layer's output."""
+    """Cross-entropy of a linear layer's output."""
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
         given = dict(zip(_OF_TORCH, arguments, strict=False)) | by_name
@@ -259,7 +259,7 @@ def _state_options(head: Head, options: HeadOptions, backend: Backend) -> StateO
 
 
 def loss_shape(head: Head) -> tuple[int, ...]:
-    """That of the loss of each row."""
+    """Returns the shape of the losses of the rows."""
     return len(head.input), *head.linear_weight.shape[1:-1]
 
 

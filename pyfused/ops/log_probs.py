@@ -188,7 +188,7 @@ class LogProbsPlan:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class LinearLogProbs(LogProbsOfLogits):
-    """The same of a linear layer's output.
+    """Log-probabilities, entropies and log-sum-exps of a linear layer's output.
 
     The logits of the first rows stay for the backward pass, which recomputes the others.
     """

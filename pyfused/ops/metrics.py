@@ -12,7 +12,7 @@ from pyfused.types import ENTROPY, INDEX, LOG_P, LSE
 
 
 class Metrics(NamedTuple):
-    """Of each target, of the shape of class indices; none of them requires grad.
+    """Metrics of each target, in the shape of class indices; none of them requires grad.
 
     Numbers are float32, or float64 with logits of float64, and 0 where the target is ignored.
 

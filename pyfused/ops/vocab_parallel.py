@@ -407,7 +407,7 @@ class LocalShard(NamedTuple):
 
 
 def local_of(op: Operator, arguments: Arguments) -> LocalShard | None:
-    """Of logits, or of a layer, whose classes are shared out along one dimension of a mesh.
+    """Returns the part of this process, where classes are sharded along one dimension of a mesh.
 
     Every process has all of the other tensors, plain ones or replicated DTensors, but for the input
     of a layer: a plain one may be part of a batch, beside a weight sharded by FSDP. Else None, as
