@@ -9,8 +9,15 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
 from triton import knobs
-from triton.runtime import driver
+from triton.compiler import make_backend
+from triton.runtime import JITFunction, driver
+
+try:
+    from triton._C.libtriton import native_specialize_impl as specialize
+except ImportError:  # a release of Triton that is not known yet
+    specialize = None
 
 
 class Choice(NamedTuple):
@@ -24,10 +31,6 @@ class Choice(NamedTuple):
     def options(self) -> dict[str, Any]:
         """What Triton takes with every launch."""
         return {"num_warps": max(1, self.threads // warp_size()), "enable_fp_fusion": True}
-
-    def tile(self) -> dict[str, Any]:
-        """The same, with the constants of a kernel of `rows.py`."""
-        return {"ROWS": self.rows, "BLOCK": self.block, **self.options()}
 
 
 def choose(
@@ -84,6 +87,69 @@ def choose(
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+class Launch:
+    """A kernel with the constants of its launches, which come last among its parameters.
+
+    Triton binds, specializes and hashes the arguments of every launch, in some 15 Python calls. So
+    only the first launch of arguments that Triton specializes alike goes that way; later ones call
+    what it has compiled. Triton's way also stays for its interpreter, and where hooks are set.
+    """
+
+    def __init__(self, kernel: Any, choice: Choice, **constants: Any) -> None:
+        tile = {"ROWS": choice.rows, "BLOCK": choice.block}
+        constants |= {name: size for name, size in tile.items() if name in kernel.arg_names}
+        self.kernel, self.choice, self.constants = kernel, choice, constants
+        self.compiles = isinstance(kernel, JITFunction) and specialize is not None
+        if self.compiles:
+            last = [parameter for parameter in kernel.params if parameter.is_constexpr]
+            self.last = [constants.get(each.name, each.default) for each in last]
+        self.compiled: dict[Any, Any] = {}  # Triton unloads a kernel that nobody refers to
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        """Launches a grid of one dimension on the device of the first argument, a tensor."""
+        if not self.compiles or has_hooks():
+            self.by_triton(programs, arguments)
+            return
+        active, index = driver.active, arguments[0].get_device()
+        device = active.get_current_device()
+        if index not in (device, -1):  # -1 is a CPU tensor, which a test may compile for
+            with torch.cuda.device(index):
+                self(programs, *arguments)
+            return
+        target = backend()
+        key = device, *[specialize(target, x, False, True, True) for x in arguments]
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            compiled = self.by_triton(programs, arguments)
+            if compiled is not None:
+                self.compiled[key] = compiled
+            return
+        grid_and_stream = programs, 1, 1, active.get_current_stream(device)
+        found = compiled.function, compiled.packed_metadata
+        compiled.run(*grid_and_stream, *found, None, None, None, *arguments, *self.last)
+
+    def by_triton(self, programs: int, arguments: tuple[Any, ...]) -> Any:
+        return self.kernel[(programs,)](*arguments, **self.constants, **self.choice.options())
+
+
+# Returns the launch of the same constants again, for calls that prepare none of their own.
+prepared = functools.lru_cache(maxsize=4096)(Launch)
+
+
+def has_hooks() -> bool:
+    """Whether someone, a profiler for example, is to be called with each launch."""
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
+
+
+@functools.cache
+def backend() -> Any:
+    """Triton's compiler for the GPUs of this process, which says what it specializes."""
+    return make_backend(driver.active.get_current_target())
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from pyfused.kernels.cross_entropy import (
     two_pass_kernel,
 )
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
+from pyfused.kernels.launch import Launch, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
@@ -68,6 +70,8 @@ MOST_PARTS = 1 << 15  # that one program adds up; more are added up in two steps
 # That hold a whole row; at 32,000 classes, 0.76 times the time of two passes.
 SOFTMAX_THREADS = 1024
 SUMMANDS = launch.Choice(1, 1024, 256)  # of a program at a time
+SUM, COUNT = Launch(sum_kernel, SUMMANDS), Launch(count_kernel, SUMMANDS)
+SCALE = {itemsize: Launch(scale_kernel, launch.choose(itemsize)) for itemsize in (2, 4, 8)}
 
 
 def describe(
@@ -106,9 +110,9 @@ def _sum(parts: Tensor, out: Tensor) -> None:
     n = parts.numel()
     if n > MOST_PARTS:
         first = parts.new_empty(-(-n // MOST_PARTS), dtype=torch.float64)
-        sum_kernel[(first.numel(),)](parts, first, n, BLOCK=SUMMANDS.block, **SUMMANDS.options())
+        SUM(first.numel(), parts, first, n)
         parts, n = first, first.numel()
-    sum_kernel[(1,)](parts, out, n, BLOCK=SUMMANDS.block, **SUMMANDS.options())
+    SUM(1, parts, out, n)
 
 
 def _count(
@@ -119,7 +123,7 @@ def _count(
     programs = min(-(-n // (1 << 14)), 256)
     parts = count if programs == 1 else count.new_empty(programs)
     given = target, weight, token_weight, parts, n, ignore, classes
-    count_kernel[(programs,)](*given, BLOCK=SUMMANDS.block, **SUMMANDS.options())
+    COUNT(programs, *given)
     _add_up(parts, count)
     return count
 
@@ -143,19 +147,57 @@ def _add_up(parts: Tensor | None, out: Tensor | None) -> None:
 
 
 def cross_entropy(
-    input: Tensor,  # noqa: ARG001 as below: the launches are chosen for each call
-    target: Tensor,  # noqa: ARG001
-    weight: Tensor | None,  # noqa: ARG001
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
     options: CrossEntropyOptions,
     want: Want,
-    grad_output: Tensor | None = None,  # noqa: ARG001
+    grad_output: Tensor | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss, and gradients of input and target; see ``cpu.cross_entropy``.
 
     A class index out of range makes the loss of its row NaN and its gradient zero.
     """
-    fields = vars(options) | {"token_weight": None, "denominator": None}
-    kind = type(options)
+    if grad_output is not None and want.loss and options.reduction == "none":
+        return _loss_and_gradients(input, target, weight, options, want, grad_output)
+    of_input, of_target = want.gradients or (False, False)
+    indices, each = target.dtype is torch.int64, options.reduction == "none"
+    logits, strides = viewed(input)
+    copies = logits is not input
+    probabilities, target_strides = (None, NO_STRIDES) if indices else viewed(target)
+    grad_strides = grad_target_strides = NO_STRIDES
+    if of_input:
+        new_grad, grad_strides = _viewed_like(logits)
+        grad_strides = strides if want.inplace else grad_strides
+    if probabilities is not None and of_target:
+        new_grad_target, grad_target_strides = _viewed_like(probabilities)
+    all_strides = strides, grad_strides, target_strides, grad_target_strides
+    outer, inner, classes = sizes = _with_one_outer(row_sizes(logits), all_strides)
+    n, accumulate = outer * inner, accumulate_dtype(input.dtype)
+    smoothing, ignore_index = options.label_smoothing, options.ignore_index
+    dense = not indices or (smoothing > 0 and weight is not None)
+    tensors, once = (2, False) if dense else (1, not of_input)
+    itemsize = input.element_size()
+    choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
+    meta: Any = {"SCALE": options.scale, "EACH": each, **units}
+    if indices:
+        meta |= {"GAMMA": options.gamma, "SMOOTHING": smoothing > 0}
+    whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
+    shape: Any = inner, classes, strides + target_strides + grad_strides + grad_target_strides
+    scalars: Any = ignore_index, smoothing, options.z_loss
+    if not indices:
+        kernel, scalars = prepared(probabilities_kernel, choice, **meta), scalars[1:]
+    elif whole_rows and not dense:
+        kernel = prepared(row_kernel, choice, **meta)
+        shape = inner, classes, (strides[1], grad_strides[1])
+    else:
+        kernel = prepared(two_pass_kernel, choice, **meta)
+        shape = inner, classes, strides + grad_strides
+    converts = any(
+        tensor is not None and not (tensor.dtype is accumulate and tensor.is_contiguous())
+        for tensor in (weight, options.token_weight, grad_output)
+    )
+    reduction = options.reduction  # what is prepared holds no tensor, as options may
 
     def run(
         input: Tensor,
@@ -165,66 +207,57 @@ def cross_entropy(
         denominator: Tensor | float | None = None,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        of_call = kind(**fields | {"token_weight": token_weight, "denominator": denominator})
-        return _cross_entropy(input, target, weight, of_call, want, grad_output)
+        logits = input.contiguous() if copies else input
+        target = target.contiguous() if indices else viewed(target)[0]
+        if converts:
+            weight, token_weight, grad_output = contiguous_in(
+                accumulate, weight, token_weight, grad_output
+            )
+        grad = grad_target = None
+        if of_input:
+            grad = logits.detach() if want.inplace else new_grad()
+        if of_target:
+            grad_target = new_grad_target()
+        loss, parts = _loss_of(logits, reduction, want, programs)
+        row_weight = _row_weight(n, token_weight, grad_output)
+        divisor = None
+        if reduction == "mean":
+            counted = target, weight, token_weight, ignore_index, classes
+            divisor = _denominator(denominator, n, row_weight is token_weight, *counted)
+        outputs: Any = (parts, grad) if indices else (parts, grad, grad_target)
+        kernel(programs, logits, target, weight, row_weight, divisor, *outputs, *shape, *scalars)
+        _add_up(parts, loss)
+        if loss is not None and grad_output is not None:  # by which only gradients are multiplied
+            loss /= grad_output
+        return loss, (grad, grad_target)
 
     return run
 
 
-def _cross_entropy(
+def _loss_and_gradients(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
     want: Want,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients]:
-    if grad_output is not None and want.loss and options.reduction == "none":
-        loss_alone = want._replace(gradients=())
-        loss, _ = _cross_entropy(input, target, weight, options, loss_alone, None)
-        want = want._replace(loss=False)
-        return loss, _cross_entropy(input, target, weight, options, want, grad_output)[1]
-    of_input, of_target = want.gradients or (False, False)
-    indices, each = target.dtype is torch.int64, options.reduction == "none"
-    logits, strides = viewed(input)
-    target, target_strides = (target.contiguous(), NO_STRIDES) if indices else viewed(target)
-    grad, grad_strides = None, NO_STRIDES
-    if of_input:
-        grad, grad_strides = (logits.detach(), strides) if want.inplace else empty_viewed(logits)
-    grad_target, grad_target_strides = empty_viewed(target) if of_target else (None, NO_STRIDES)
-    all_strides = strides, grad_strides, target_strides, grad_target_strides
-    outer, inner, classes = sizes = _with_one_outer(row_sizes(logits), all_strides)
-    weight, token_weight, grad_output = contiguous_in(
-        accumulate_dtype(input.dtype), weight, options.token_weight, grad_output
-    )
-    smoothing = options.label_smoothing
-    itemsize, dense = input.element_size(), not indices or (smoothing > 0 and weight is not None)
-    with torch.cuda.device_of(input):
-        tensors, once = (2, False) if dense else (1, not of_input)
-        choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
-        loss, parts = _loss_of(logits, options.reduction, want, programs)
-        row_weight = _row_weight(outer * inner, token_weight, grad_output)
-        counted = target, weight, token_weight, options.ignore_index, classes
-        denominator = _denominator(options, outer * inner, row_weight is token_weight, *counted)
-        given: Any = logits, target, weight, row_weight, denominator
-        meta: Any = {"SCALE": options.scale, "EACH": each, **choice.tile(), **units}
-        index_meta = {"GAMMA": options.gamma, "SMOOTHING": smoothing > 0}
-        scalars: Any = options.ignore_index, smoothing, options.z_loss
-        whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
-        if not indices:
-            four = strides + target_strides + grad_strides + grad_target_strides
-            outputs: Any = parts, grad, grad_target, inner, classes, four
-            probabilities_kernel[(programs,)](*given, *outputs, *scalars[1:], **meta)
-        elif whole_rows and not dense:
-            outputs = parts, grad, inner, classes, (strides[1], grad_strides[1])
-            row_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
-        else:
-            outputs = parts, grad, inner, classes, strides + grad_strides
-            two_pass_kernel[(programs,)](*given, *outputs, *scalars, **meta, **index_meta)
-        _add_up(parts, loss)
-        if loss is not None and grad_output is not None:  # by which only gradients are multiplied
-            loss /= grad_output
-    return loss, (grad, grad_target)
+    grad_output: Tensor,
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares two launches, as grad_output multiplies each loss of a launch, too."""
+    given = input, target, weight, options
+    loss_of = cross_entropy(*given, want._replace(gradients=()))
+    gradients_of = cross_entropy(*given, want._replace(loss=False), grad_output)
+
+    def run(*tensors: Any) -> tuple[Tensor | None, Gradients]:
+        return loss_of(*tensors[:5])[0], gradients_of(*tensors)[1]
+
+    return run
+
+
+def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
+    """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
+    like, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    options: Any = {"dtype": tensor.dtype, "device": tensor.device}
+    return partial(torch.empty_strided, like.shape, like.stride(), **options), strides
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
@@ -257,17 +290,16 @@ def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None)
 
 
 def _denominator(
-    options: CrossEntropyOptions, n: int, may_count: bool, target: Tensor, *counted: Any
-) -> Tensor | int | None:
+    given: Tensor | float | None, n: int, may_count: bool, target: Tensor, *counted: Any
+) -> Tensor | int:
     """What a mean of n rows divides by, as the kernels take it: see `read_rows`.
 
     Args:
+        given: What the caller asks for, None for the weight of the targets that count.
         may_count: The kernel's row_weight is that of the tokens, so that it can count itself.
         target, counted: The arguments of ``_count``.
     """
-    given, token_weight = options.denominator, counted[1]
-    if options.reduction != "mean":
-        return None
+    token_weight = counted[1]
     if isinstance(given, Tensor):
         return given.to(torch.float64)
     if given is not None:
@@ -319,15 +351,13 @@ def _nll_loss(
         grad.zero_()
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
     programs, denominator = -(-n // choice.block), None
-    with torch.cuda.device_of(input):
-        if options.reduction == "mean":
-            denominator = _count(target, weight, None, options.ignore_index, classes)
-        loss, parts = _loss_of(input, options.reduction, want, programs)
-        given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
-        numbers = n, inner, classes, strides, grad_strides, options.ignore_index
-        meta = {"EACH": options.reduction == "none", "BLOCK": choice.block, **choice.options()}
-        nll_kernel[(programs,)](*given, *numbers, **meta)
-        _add_up(parts, loss)
+    if options.reduction == "mean":
+        denominator = _count(target, weight, None, options.ignore_index, classes)
+    loss, parts = _loss_of(input, options.reduction, want, programs)
+    given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
+    numbers = n, inner, classes, strides, grad_strides, options.ignore_index
+    prepared(nll_kernel, choice, EACH=options.reduction == "none")(programs, *given, *numbers)
+    _add_up(parts, loss)
     return loss, (grad, None)
 
 
@@ -369,13 +399,13 @@ def _multi_margin_loss(
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
     sizes = 1, n, classes
     choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=2)
-    with torch.cuda.device_of(input):
-        loss, parts = _loss_of(input, options.reduction, want, programs)
-        denominator = n if options.reduction == "mean" else None
-        given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
-        meta = {"SQUARED": options.p == 2, "EACH": options.reduction == "none", **choice.tile()}
-        multi_margin_kernel[(programs,)](*given, n, classes, float(options.margin), **meta, **units)
-        _add_up(parts, loss)
+    loss, parts = _loss_of(input, options.reduction, want, programs)
+    denominator = n if options.reduction == "mean" else None
+    given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
+    meta = {"SQUARED": options.p == 2, "EACH": options.reduction == "none", **units}
+    numbers = n, classes, float(options.margin)
+    prepared(multi_margin_kernel, choice, **meta)(programs, *given, *numbers)
+    _add_up(parts, loss)
     return loss, (grad, None)
 
 
@@ -390,10 +420,9 @@ def row_state(
 ) -> None:
     """As ``cpu.row_state``; the log-probability of a class index out of range is NaN."""
     strides = logits.stride(0), state.stride(0)
-    programs, given, meta = _logit_rows(logits, options, strides, classes)
+    choice, programs, given, meta = _logit_rows(logits, options, strides, classes)
     meta |= {"FIELDS": state.shape[0], "CONTINUES": continues}
-    with torch.cuda.device_of(logits):
-        row_state_kernel[(programs,)](logits, target, weight, state, *given, **meta)
+    prepared(row_state_kernel, choice, **meta)(programs, logits, target, weight, state, *given)
 
 
 def row_gradients(
@@ -408,10 +437,10 @@ def row_gradients(
 ) -> None:
     """As ``cpu.row_gradients``; the gradient of a class index out of range is zero."""
     strides = tuple(tensor.stride(0) for tensor in (logits, out, state, grad_results))
-    programs, given, meta = _logit_rows(logits, options, strides, classes, out)
+    choice, programs, given, meta = _logit_rows(logits, options, strides, classes, out)
     tensors = logits, target, weight, state, grad_results, out
-    with torch.cuda.device_of(logits):
-        row_gradients_kernel[(programs,)](*tensors, *given, SMOOTHS=len(grad_results) > 3, **meta)
+    run = prepared(row_gradients_kernel, choice, SMOOTHS=len(grad_results) > 3, **meta)
+    run(programs, *tensors, *given)
 
 
 def _logit_rows(
@@ -420,14 +449,14 @@ def _logit_rows(
     strides: tuple[int, ...],
     classes: ClassRange,
     *others: Tensor,
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """The number of programs, and the arguments and constants that both kernels take."""
+) -> tuple[launch.Choice, int, tuple[Any, ...], dict[str, Any]]:
+    """The tile, the number of programs, and the arguments and constants of both kernels."""
     sizes: Any = (1, *logits.shape)
     rows: Any = [(0, *tensor.stride()) for tensor in (logits, *others)]
     choice, programs, units = _tiling(sizes, logits.element_size(), *rows, tensors=2)
     given = *logits.shape, strides, *classes, options.ignore_index
     shaping = {"CAP": options.softcap or 0.0, "SCALE": options.scale}
-    return programs, given, {**shaping, **units, **choice.tile()}
+    return choice, programs, given, {**shaping, **units}
 
 
 def kl_div_with_logits(
@@ -449,12 +478,12 @@ def kl_div_with_logits(
     rows = [(0, stride, 1) for stride in strides]
     choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
-    with torch.cuda.device_of(input):
-        loss, parts = _loss_of(input, "none" if each else "sum", want, programs)
-        given = input, teacher, token_weight, grad_output, parts, grad, n, classes, strides
-        meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
-        kl_div_kernel[(programs,)](*given, float(options.beta), **meta, **choice.tile(), **units)
-        _add_up(parts, loss)
+    loss, parts = _loss_of(input, "none" if each else "sum", want, programs)
+    given = input, teacher, token_weight, grad_output, parts, grad, n, classes, strides
+    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
+    run = prepared(kl_div_kernel, choice, **meta, **units)
+    run(programs, *given, float(options.beta))
+    _add_up(parts, loss)
     return loss, (grad,)
 
 
@@ -464,33 +493,27 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     x, sizes, strides = along(input, dim)
     _, _, y_strides = along(output, dim)
     copies = x.data_ptr() != input.data_ptr()
-    most, itemsize = {"most_threads": SOFTMAX_THREADS}, x.element_size()
-    forward_launch = _tiling(sizes, itemsize, strides, y_strides, **most)
-    backward_launch = _tiling(sizes, itemsize, y_strides, **most)
 
-    def meta(launched: tuple[launch.Choice, int, dict[str, int]]) -> dict[str, Any]:
-        choice, _, units = launched
+    def prepare(kernel: Any, *strides: Strides) -> tuple[Launch, int]:
+        most = {"most_threads": SOFTMAX_THREADS}
+        choice, programs, units = _tiling(sizes, x.element_size(), *strides, **most)
         flags = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row}
-        return {**flags, **choice.tile(), **units}
+        return Launch(kernel, choice, **flags, **units), programs
 
-    forward_meta, backward_meta = meta(forward_launch), meta(backward_launch)
+    forward_kernel, forward_programs = prepare(softmax_kernel, strides, y_strides)
+    backward_kernel, backward_programs = prepare(softmax_backward_kernel, y_strides)
 
     def forward(input: Tensor) -> Tensor:
         output = torch.empty_like(input, memory_format=torch.contiguous_format)
         x = along(input, dim)[0] if copies else input
-        with torch.cuda.device_of(input):
-            softmax_kernel[(forward_launch[1],)](
-                x, output, *sizes[1:], strides, y_strides, **forward_meta
-            )
+        forward_kernel(forward_programs, x, output, *sizes[1:], strides, y_strides)
         return output
 
     def backward(grad_output: Tensor, output: Tensor) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
         grad_input = torch.empty_like(output)
-        with torch.cuda.device_of(output):
-            softmax_backward_kernel[(backward_launch[1],)](
-                grad_output, output, grad_input, *sizes[1:], y_strides, **backward_meta
-            )
+        tensors = grad_output, output, grad_input
+        backward_kernel(backward_programs, *tensors, *sizes[1:], y_strides)
         return grad_input
 
     return forward, backward
@@ -566,9 +589,8 @@ def pointwise_loss(
         "FORMULA": function,
         "IS_PROGRAM": not isinstance(formula, str),
         "REDUCE": reduce,
-        "BLOCK": choice.block,
-        **choice.options(),
     }
+    kernel = Launch(pointwise_loss_kernel, choice, **meta)
 
     def run(
         operands: Sequence[Tensor],
@@ -593,22 +615,21 @@ def pointwise_loss(
             divisor = denominator
         elif denominator != 1:
             divisor = int(denominator)  # exact, where a float would be passed as float32
-        with torch.cuda.device_of(like):
-            pointwise_loss_kernel[(programs,)](
-                *views[:5],
-                parts,
-                *(*gradients, None, None)[:3],
-                views[5],
-                gradients[3] if len(gradients) == 4 else None,
-                n,
-                columns,
-                strides,
-                *numbers,
-                stacked,
-                divisor,
-                **meta,
-            )
-            _add_up(parts, loss)
+        kernel(
+            programs,
+            *views[:5],
+            parts,
+            *(*gradients, None, None)[:3],
+            views[5],
+            gradients[3] if len(gradients) == 4 else None,
+            n,
+            columns,
+            strides,
+            *numbers,
+            stacked,
+            divisor,
+        )
+        _add_up(parts, loss)
         return loss, gradients
 
     return run
@@ -636,42 +657,31 @@ def activation(
     """Prepares an activation for inputs of this layout; see ``cpu.activation``."""
     n, choice = input.numel(), launch.choose(input.element_size())
     programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:3]
-    formulas, options = ACTIVATIONS[formula], choice.options()
+    forward_kernel, backward_kernel = (
+        Launch(activation_kernel, choice, FORMULA=function) for function in ACTIVATIONS[formula]
+    )
 
-    def run(formula: Any, x: Tensor, grad_output: Tensor | None, output: Tensor) -> Tensor:
+    def run(kernel: Launch, x: Tensor, grad_output: Tensor | None, output: Tensor) -> Tensor:
         views: Operands = [x, grad_output]
         copied, columns, strides = _operands(output, views)
         for i in copied:
             view = views[i]
             assert view is not None
             views[i] = torch.empty_like(output).copy_(view)
-        with torch.cuda.device_of(output):
-            activation_kernel[(programs,)](
-                *views,
-                output,
-                n,
-                columns,
-                strides,
-                *numbers,
-                FORMULA=formula,
-                BLOCK=choice.block,
-                **options,
-            )
+        kernel(programs, *views, output, n, columns, strides, *numbers)
         return output
 
     def forward(input: Tensor) -> Tensor:
-        return run(formulas[0], input, None, input if inplace else torch.empty_like(input))
+        return run(forward_kernel, input, None, input if inplace else torch.empty_like(input))
 
     def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
         saved = dense(saved)
-        return run(formulas[1], saved, grad_output, torch.empty_like(saved))
+        return run(backward_kernel, saved, grad_output, torch.empty_like(saved))
 
     return forward, backward
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """Multiplies a dense tensor in place by a tensor of one element, which only the GPU reads."""
-    n, choice = tensor.numel(), launch.choose(tensor.element_size())
-    programs = min(-(-n // choice.block), MOST_PROGRAMS)
-    with torch.cuda.device_of(tensor):
-        scale_kernel[(programs,)](tensor, factor, n, BLOCK=choice.block, **choice.options())
+    n, scale = tensor.numel(), SCALE[tensor.element_size()]
+    scale(min(-(-n // scale.choice.block), MOST_PROGRAMS), tensor, factor, n)

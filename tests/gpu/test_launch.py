@@ -1,0 +1,185 @@
+"""A prepared launch passes to Triton's launcher what Triton itself would, without a GPU here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import compile_ahead as ahead
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime import JITFunction, driver
+
+from pyfused import kernels
+from pyfused.kernels import launch
+from pyfused.kernels.launch import Choice, Launch
+
+
+class Driver:
+    """A GPU's driver that records each launch instead of making it."""
+
+    def __init__(self) -> None:
+        launched: list[tuple[str, int, Any]] = []
+        self.device, self.launched = 0, launched
+
+        def launcher_cls(_source: Any, metadata: Any) -> Any:
+            return lambda *arguments: launched.append((metadata.name, self.device, arguments))
+
+        self.launcher_cls = launcher_cls
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 32, 0, 1024),
+            unload_module=lambda *_: None,
+            get_device_properties=lambda _: {"max_shared_mem": 232_448, "warpSize": 32},
+        )
+
+    def get_current_target(self) -> Any:
+        return ahead.TARGETS["sm_90"]
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 100 + device
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+@pytest.fixture
+def recorder() -> Iterator[Driver]:
+    recorder = Driver()
+    cached = launch.warp_size, launch.backend, launch.prepared
+    driver.set_active(recorder)
+    for function in cached:
+        function.cache_clear()
+    yield recorder
+    driver.set_active(None)  # the next to ask finds the real one
+    for function in cached:
+        function.cache_clear()
+
+
+def described(arguments: Any) -> Any:
+    """Arguments with tensors by their type, as each call has new ones."""
+    if isinstance(arguments, tuple):
+        return tuple(map(described, arguments))
+    is_tensor = isinstance(arguments, torch.Tensor)
+    return (arguments.dtype, arguments.shape) if is_tensor else arguments
+
+
+CASES = (
+    "cross_entropy bfloat16 4096x1000",
+    "cross_entropy bfloat16 4096x32000",
+    "cross_entropy float32 8x21x1000",
+    "softmax bfloat16 4096x32000 backward",
+    "multi_margin_loss float32 4096x32000 p 1",
+    "nll_loss float32 4096x1000",
+    "binary_cross_entropy float32",
+    "gelu bfloat16 backward",
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arguments_are_those_of_triton(name: str, recorder: Driver) -> None:
+    case = next(case for case in ahead.all_cases() if case.name == name)
+    with patch.object(launch, "has_hooks", lambda: True):
+        case.run()
+    of_triton = recorder.launched.copy()
+    for _ in range(2):  # the second finds what the first compiled
+        recorder.launched.clear()
+        case.run()
+        for (*kernel, found), (*expected_kernel, expected) in zip(
+            recorder.launched, of_triton, strict=True
+        ):
+            assert kernel == expected_kernel
+            grid_and_stream, function, options = found[:4], *found[4:6]
+            assert (grid_and_stream, function, options) == (expected[:4], *expected[4:6])
+            assert described(found[9:]) == described(expected[9:])  # 6 to 8 are for hooks
+
+
+def test_every_kernel_has_its_constants_last() -> None:
+    modules = [
+        importlib.import_module(f"pyfused.kernels.{module.name}")
+        for module in pkgutil.iter_modules(kernels.__path__)
+    ]
+    found = {
+        kernel
+        for module in modules
+        for kernel in vars(module).values()
+        if isinstance(kernel, JITFunction) and kernel.fn.__name__.endswith("_kernel")
+    }
+    assert len(found) > 10
+    for kernel in found:
+        constant = [parameter.is_constexpr for parameter in kernel.params]
+        assert constant == sorted(constant), kernel.fn.__name__
+
+
+@triton.jit
+def add_kernel(x, out, n, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201, N803
+    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + lanes, tl.load(x + lanes, mask=lanes < n) + 1, mask=lanes < n)
+
+
+@pytest.fixture
+def add(recorder: Driver) -> Launch:
+    return Launch(add_kernel, Choice(1, 128, 128))
+
+
+def compiled_by_triton(add: Launch, *arguments: Any) -> bool:
+    """Whether a launch of these arguments takes Triton's own way."""
+    with patch.object(Launch, "by_triton", autospec=True, side_effect=Launch.by_triton) as way:
+        add(4, *arguments)
+    return way.called
+
+
+def test_what_triton_specializes_is_told_apart(add: Launch) -> None:
+    x = torch.zeros(1024)
+    given: list[tuple[Any, ...]] = [
+        (x, x, 1024),
+        (x, x, 1023),  # not divisible by 16
+        (x, x, 1),
+        (x, x, 1 << 40),
+        (x[1:], x, 1024),  # not aligned
+        (x.double(), x, 1024),
+        (x, x.half(), 1024),
+    ]
+    for arguments in given:
+        assert compiled_by_triton(add, *arguments)
+        assert not compiled_by_triton(add, *arguments)
+    assert not compiled_by_triton(add, x, x, 2048)
+    assert not compiled_by_triton(add, x.clone(), x.clone(), 1008)
+
+
+def test_another_device_has_a_kernel_of_its_own(add: Launch, recorder: Driver) -> None:
+    x = torch.zeros(1024)
+    add(8, x, x, 1024)
+    recorder.device = 1
+    assert compiled_by_triton(add, x, x, 1024)
+    assert not compiled_by_triton(add, x, x, 1024)
+    assert [arguments[3] for *_, arguments in recorder.launched] == [100, 101, 101]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_called_at_each_launch(add: Launch, hook: str) -> None:
+    x = torch.zeros(1024)
+    assert compiled_by_triton(add, x, x, 1024)
+
+    def called(_metadata: Any) -> None:
+        pass
+
+    hooks = getattr(knobs.runtime, hook)
+    hooks.add(called)
+    try:
+        assert compiled_by_triton(add, x, x, 1024)
+    finally:
+        hooks.remove(called)
+    assert not compiled_by_triton(add, x, x, 1024)
