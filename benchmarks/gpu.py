@@ -29,6 +29,7 @@ from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
 from pyfused.__main__ import installed
+from pyfused.ops import dispatch
 
 ROUNDS, WARM_UP = 30, 3
 SMALL, CALLS = 1 << 20, 100  # elements below which the call itself takes the time: so many at once
@@ -222,8 +223,12 @@ def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
 
 
 @contextlib.contextmanager
-def choosing(name: str = "", factor: float = 1.0) -> Iterator[list[Any]]:
-    """While entered, all kernels are launched by a neighbour of their choice."""
+def choosing(plans: dict[Any, Any], name: str = "", factor: float = 1.0) -> Iterator[list[Any]]:
+    """While entered, all kernels are launched by a neighbour of their choice.
+
+    Args:
+        plans: The plans of calls, which hold the choices; they are made at the first entry.
+    """
     from pyfused.kernels import launch
 
     choose, made = launch.choose, []
@@ -234,35 +239,39 @@ def choosing(name: str = "", factor: float = 1.0) -> Iterator[list[Any]]:
         made.append((choice, classes))
         return choice
 
-    with mock.patch.object(launch, "choose", choose_neighbour):
+    with (
+        mock.patch.object(launch, "choose", choose_neighbour),
+        mock.patch.object(dispatch, "_plans", plans),
+    ):
         yield made
 
 
 def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) -> list[str]:
     """A case, its first choice, the median time, and its neighbours' times divided by that."""
     operator = getattr(pyfused.functional, case.op)
-    with choosing() as made:
+    variants: dict[str, tuple[Any, ...]] = {"": ({},)}
+    with choosing(*variants[""]) as made:
         expected = cases.evaluate(operator, arguments)
     cells: dict[str, str] = dict.fromkeys(NEIGHBOURS, "")
-    variants = {"": ("", 1.0)}
     for neighbour, change in NEIGHBOURS.items():
         try:
-            with choosing(*change) as others:
+            variant = {}, *change
+            with choosing(*variant) as others:
                 got = cases.evaluate(operator, arguments)
             if others == made:
                 continue
             for ours, right in zip(got, expected, strict=True):
                 cases.assert_close(ours, right, ours.dtype)
-            variants[neighbour] = change
+            variants[neighbour] = variant
         except Exception as error:  # too large for the GPU, or wrong: the table says so
             cells[neighbour] = type(error).__name__
     timer = clock.timer(step(pyfused.functional, case, arguments), small=False)
 
-    def timed_with(change: tuple[str, float], calls: int) -> float:
-        with choosing(*change):
+    def timed_with(variant: tuple[Any, ...], calls: int) -> float:
+        with choosing(*variant):
             return timer(calls)
 
-    timers = [partial(timed_with, change) for change in variants.values()]
+    timers = [partial(timed_with, variant) for variant in variants.values()]
     cases.interleaved(timers, 1, WARM_UP)
     ms, *others = map(median, cases.interleaved(timers, rounds, 1))
     ratios = [f"{other / ms:.2f}" for other in others]

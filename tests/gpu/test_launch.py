@@ -26,21 +26,22 @@ from pyfused.kernels.launch import Choice, Launch
 
 
 class Driver:
-    """A GPU's driver that records each launch instead of making it."""
+    """A GPU's driver that records each launch instead of making it.
+
+    Its devices have numbers that no GPU has, as compiled kernels are kept by device.
+    """
 
     def __init__(self) -> None:
-        launched: list[tuple[str, int, Any]] = []
-        self.device, self.launched = 0, launched
-
-        def launcher_cls(_source: Any, metadata: Any) -> Any:
-            return lambda *arguments: launched.append((metadata.name, self.device, arguments))
-
-        self.launcher_cls = launcher_cls
+        self.device = 1000
+        self.launched: list[tuple[str, int, Any]] = []
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 1, 32, 0, 1024),
             unload_module=lambda *_: None,
             get_device_properties=lambda _: {"max_shared_mem": 232_448, "warpSize": 32},
         )
+
+    def launcher_cls(self, _source: Any, metadata: Any) -> Any:
+        return lambda *arguments: self.launched.append((metadata.name, self.device, arguments))
 
     def get_current_target(self) -> Any:
         return ahead.TARGETS["sm_90"]
@@ -55,14 +56,18 @@ class Driver:
         return kind
 
 
+DRIVER = Driver()
+
+
 @pytest.fixture
 def recorder() -> Iterator[Driver]:
-    recorder = Driver()
     cached = launch.warp_size, launch.backend, launch.prepared
-    driver.set_active(recorder)
+    driver.set_active(DRIVER)
     for function in cached:
         function.cache_clear()
-    yield recorder
+    DRIVER.launched.clear()
+    with patch.object(DRIVER, "device", 1000):
+        yield DRIVER
     driver.set_active(None)  # the next to ask finds the real one
     for function in cached:
         function.cache_clear()
@@ -162,10 +167,10 @@ def test_what_triton_specializes_is_told_apart(add: Launch) -> None:
 def test_another_device_has_a_kernel_of_its_own(add: Launch, recorder: Driver) -> None:
     x = torch.zeros(1024)
     add(8, x, x, 1024)
-    recorder.device = 1
+    recorder.device = 1001
     assert compiled_by_triton(add, x, x, 1024)
     assert not compiled_by_triton(add, x, x, 1024)
-    assert [arguments[3] for *_, arguments in recorder.launched] == [100, 101, 101]
+    assert [arguments[3] for *_, arguments in recorder.launched] == [1100, 1101, 1101]
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
