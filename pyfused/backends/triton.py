@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -268,6 +268,7 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
     return sizes
 
 
+@lru_cache(maxsize=4096)
 def _tiling(
     sizes: Sizes, itemsize: int, *strides: Strides, **given: int
 ) -> tuple[launch.Choice, int, dict[str, int]]:
