@@ -100,7 +100,8 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
 template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
   double uniform_sum;  // uniform * sum_c weight_c
   double denominator;
-  // Of the gradients, where positions share it: a division costs as much as an exponential.
+  // The scale of the gradients, where positions share it: a division costs as much as an
+  // exponential.
   double common_scale;
   bool streams;  // gradients larger than the cache use non-temporal stores
 

@@ -132,7 +132,7 @@ PYFUSED_FLATTEN void instruction_loop(A* out, const Inputs<A>& in, int64_t n) {
   }
 }
 
-// Of an operand that does not exist one element is read, as of a constant.
+// An operand that does not exist is read like a constant: one element of it.
 template <class F, class A, unsigned... constants>
 constexpr InstructionRow<A> instruction_row(std::integer_sequence<unsigned, constants...>) {
   constexpr unsigned none = 15u & ~((1u << F::operands) - 1);

@@ -51,7 +51,7 @@ def reciprocal(x, EXACT: tl.constexpr = True):
 
 @triton.jit
 def polynomial(x, coefficients: tl.constexpr):
-    """By Horner's rule, the coefficient of the highest power first."""
+    """Returns a polynomial by Horner's rule; the coefficient of the highest power is first."""
     value = tl.full([], coefficients[0], x.dtype)
     for k in tl.static_range(1, len(coefficients)):
         value = value * x + coefficients[k]

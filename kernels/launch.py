@@ -59,7 +59,7 @@ def choose(
         # Two such loads of each operand, so that the second is under way while the first is used.
         return Choice(1, 2 * vector * 128, 128)
     # Elements of a thread: 32 hide the latency of memory and leave it registers to compute with.
-    # Those of float64 are twice as wide, and its functions take more of them.
+    # Registers of float64 are twice as wide, and its functions take more of them.
     each = (32 if itemsize < 8 else 8) // tensors
     if inner_contiguous:
         # A thread has as many rows as it can load at once, and so adds up their classes alone.

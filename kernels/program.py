@@ -97,7 +97,7 @@ def power(x, y):
     return tl.where(exponent == 0.0, 1.0, found).to(x.dtype)
 
 
-# Of each instruction what it is of its arguments.
+# Each instruction as an expression of its arguments.
 INSTRUCTIONS = {
     "copy": "{}",
     "neg": "-1.0 * {}",

@@ -89,7 +89,7 @@ def first_pass(
     BLOCK: tl.constexpr,
     SCALE: tl.constexpr = 1.0,
 ):
-    """Of each row, the maximum (0 if it is -inf) and the sum of exp(x - maximum), in one read."""
+    """Returns each row's maximum (0 for -inf) and the sum of exp(x - maximum), in one read."""
     maximum = tl.full([ROWS], -float("inf"), A)
     total = tl.zeros([ROWS, BLOCK], A)  # by lane, so that lanes are added up once
     for start in range(0, classes, BLOCK):

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from pyfused.functional import linear_cross_entropy
 
-# Those of which nothing stands between head and loss, or a softcap alone.
+# The models that have nothing between head and loss, or only a softcap.
 KNOWN = (
     "GPT2LMHeadModel",
     "Gemma2ForCausalLM",
@@ -121,7 +121,7 @@ def _loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """As ``ForCausalLMLoss`` has it: each token predicts the next, and the loss is in float32."""
+    """Computes what ``ForCausalLMLoss`` does: each token predicts the next, in float32."""
     if shift_labels is None:
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
     head = model.get_output_embeddings()

@@ -145,8 +145,9 @@ class FormulaOperator(PointwiseLoss):
         return found
 
     def _found(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
-        """Those, or why there are none. Numbers that are equal may make different graphs."""
-        return self._traced(repr(numbers), numbers)  # 2 and 2.0, 1 and True, 0.0 and -0.0
+        """Returns the programs and their inputs, or why there are none."""
+        # The key is the text, as 2 and 2.0, 1 and True, 0.0 and -0.0 make different graphs.
+        return self._traced(repr(numbers), numbers)
 
     def _trace(self, _: str, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
         parameters = dict(zip(self.parameters, numbers, strict=True))
@@ -262,7 +263,7 @@ class Formula:
         return dispatch.call(self.op, self.arguments(operands, named))
 
     def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
-        """Those of the operator.
+        """Returns the arguments of the operator for those of a call.
 
         Raises:
             TypeError: The formula does not take these.
@@ -281,10 +282,10 @@ class Formula:
         return FormulaModule(self, named)
 
     def explain(self, *operands: Any, **named: Any) -> Explanation | str:
-        """Of a call's arguments the way it would go, as :func:`pyfused.explain` says it.
+        """Returns the path that a call with these arguments takes: see :func:`pyfused.explain`.
 
-        Without any the program for the defaults: its instructions for each element, and the bytes
-        that it reads and writes, in words.
+        Without arguments it returns the program for the defaults in words: its instructions for
+        each element, and the bytes that it reads and writes.
         """
         if operands or named:
             from pyfused.explain import explain  # which imports this module

@@ -54,7 +54,7 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
 
 
 def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one class of each row: its index for gather, its logit, and whether it is in range.
+    """Returns, for one class of each row, its index for gather, its logit, and if it is in range.
 
     The index and the logit of a class out of range are those of another class.
     """

@@ -81,8 +81,8 @@ class _Function:
 
     def put(self, code: Any) -> None:
         # The compiler puts torch's functions into graphs, and keeps what it made of these on disk,
-        # by the functions' names. With this attribute it reads another function instead.
-        # That of torch's own code points back here, where it would go round.
+        # by the functions' names. With this attribute it reads another function instead. The copy
+        # with torch's own code must not have it, as it would point back to this function.
         if code is self.ours:
             self.function._torchdynamo_inline = self.traced
             vars(self.copy).pop("_torchdynamo_inline", None)
@@ -115,7 +115,7 @@ class StandIn(functools.partial[Any]):
 
 
 class MethodStandIn(StandIn):
-    """The same for a built-in method."""
+    """A stand-in for a built-in method, which binds the tensor that it is called on."""
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self, instance)
@@ -268,7 +268,7 @@ def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType
 
 
 def _built_ins(op: Operator) -> Iterator[_BuiltIn]:
-    """Those that users call; a loss has none."""
+    """Yields the built-in functions of an operator that users call; a loss has none."""
     for owner in (F, torch, Tensor):
         for inplace in (False, True):
             if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):

@@ -210,7 +210,7 @@ class Repeat:
         fused: bool,
         result: Any,
     ) -> None:
-        """Of a call that has returned this result, by a kernel where ``fused``."""
+        """Repeats a call that has returned this result, from a kernel if ``fused``."""
         start = perf_counter()
         expected = calls.cost or 10 * calls.seconds / calls.count
         share = SHARE / 2 if calls.cost else SHARE  # half of it for kinds not seen yet
@@ -267,7 +267,7 @@ def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool, result: 
 
 
 def _elements(op: Operator, arguments: Sequence[Any]) -> int:
-    """Of the input, or of the logits that a linear layer makes of it."""
+    """Returns the number of elements of the input, or of a linear layer's logits."""
     input = arguments[0]
     if not op.name.startswith("linear_"):
         return int(input.numel())

@@ -75,7 +75,7 @@ class CrossEntropyOptions(Options):
 
 @dataclass(eq=False)
 class HeadOptions(CrossEntropyOptions):
-    """Those of cross-entropy of a linear layer's output.
+    """Options of cross-entropy of a linear layer's output.
 
     Attributes:
         softcap: The logits are softcap * tanh(logits / softcap); None for no such bound.
@@ -153,7 +153,7 @@ class ClassRange(NamedTuple):
 
 @dataclass(eq=False)
 class DivergenceOptions(Options):
-    """Those of the divergence of a student from a teacher; custom operators take the fields.
+    """Options of a student's divergence from a teacher; custom operators take the fields.
 
     Attributes:
         token_weight: What each token's divergence is multiplied by, None for ones.
@@ -208,20 +208,20 @@ class FusedOptions(TypedDict, total=False):
 
 
 class ModuleOptions(FusedOptions, total=False):
-    """The same of a module, which may be one of some classes."""
+    """Keyword arguments of a module, whose logits may be those of some classes."""
 
     shard: VocabShard | None
 
 
 class NllOptions(NamedTuple):
-    """Those of the negative log-likelihood."""
+    """Options of the negative log-likelihood."""
 
     ignore_index: int
     reduction: str
 
 
 class MarginOptions(NamedTuple):
-    """Those of the multi-class margin loss."""
+    """Options of the multi-class margin loss."""
 
     p: int
     margin: float

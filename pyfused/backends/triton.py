@@ -65,9 +65,10 @@ Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
 # Programs add up the weights of so few class indices themselves, which saves a launch.
 COUNTED_BY_PROGRAMS = 1024
-MOST_PROGRAMS = 4096  # of a kernel that adds up: several waves on any GPU, and few partial sums
-MOST_PARTS = 1 << 15  # that one program adds up; more are added up in two steps
-# That hold a whole row; at 32,000 classes, 0.76 times the time of two passes.
+# Programs of a kernel that adds up: several waves on any GPU, and few partial sums.
+MOST_PROGRAMS = 4096
+MOST_PARTS = 1 << 15  # partial sums that one program adds up; more are added up in two steps
+# Threads that hold a whole row; at 32,000 classes, 0.76 times the time of two passes.
 SOFTMAX_THREADS = 1024
 SUMMANDS = launch.Choice(1, 1024, 256)  # of a program at a time
 SUM, COUNT = Launch(sum_kernel, SUMMANDS), Launch(count_kernel, SUMMANDS)

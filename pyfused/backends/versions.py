@@ -17,7 +17,7 @@ NEEDED = f"{OLDEST.removesuffix('.0')} or later"
 
 
 def triton_version() -> str | None:
-    """That of the Triton which would be imported, whatever its distribution is called."""
+    """Returns the version of the Triton that would be imported, of whichever distribution."""
     if util.find_spec("triton") is None:
         return None
     import triton

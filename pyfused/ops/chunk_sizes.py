@@ -30,7 +30,7 @@ def product_dtype(head: Head, backend: Backend) -> torch.dtype:
 
 
 def rows_in_budget(n: int, row: int, memory_budget: int | None) -> int:
-    """Of n rows of so many bytes those that fit, which may be more than there are, or none."""
+    """Returns how many rows of ``row`` bytes fit; that may be more than n, or 0."""
     if memory_budget is not None:
         return memory_budget // row
     return min(max(n * row // 4, LEAST_BUDGET) // row, MOST_ROWS)

@@ -164,7 +164,7 @@ class LayerGradients:
             to.copy_(self.part)
 
     def like(self, tensors: Sequence[Tensor | None]) -> Gradients:
-        """In the shapes and dtypes of the layer's tensors; best when no chunk is there any more."""
+        """Returns the sums in the shapes and dtypes of the layer's tensors, after all chunks."""
 
         def like(found: Tensor | None, tensor: Tensor | None) -> Tensor | None:
             if found is None or tensor is None:
@@ -257,7 +257,7 @@ def by_rows(
 
 
 def _layer(head: Head) -> Layer:
-    """With one column for each class at each of the positions d1, ..., dk."""
+    """Returns the layer with one output for each class at each of the positions d1, ..., dk."""
     bias = None if head.linear_bias is None else head.linear_bias.flatten()
     return Layer(head.input, head.linear_weight.flatten(0, -2), bias)
 

@@ -28,7 +28,7 @@ _OF_TORCH = tuple(parameters_of(F.cross_entropy))
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(ClassLoss):
-    """Of logits, beside class indices or probabilities of the classes."""
+    """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
         given = dict(zip(_OF_TORCH, arguments, strict=False)) | by_name

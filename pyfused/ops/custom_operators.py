@@ -252,7 +252,7 @@ def _of_loss(op: PointwiseLoss | ClassLoss) -> CompiledOperator:
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """In the order that the compiler has been told."""
+    """Returns a gradient with the strides that the compiler has been told."""
     if gradient.stride() == like.stride():
         return gradient
     empty = _empty(like)
@@ -262,7 +262,7 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
 def _gradients_of_pointwise(
     op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    """Of operands alike in shape and dtype, as dispatch has made sure."""
+    """Computes the gradients of operands alike in shape and dtype, which dispatch has checked."""
     operands, weight, _ = op._read(given)
     needs = (*wanted, *[False] * (len(operands) - len(wanted)))
     plan = op.plan(given, False, needs)

@@ -112,7 +112,7 @@ def left(op: str) -> None:
 
 
 def _name(node: Node) -> str:
-    """Of an operator of pyfused's, else empty."""
+    """Returns the name of a node's operator if that is one of pyfused's, else an empty string."""
     namespace, _, name = str(node.target).removesuffix(".default").partition(".")
     return name if namespace == "pyfused" else ""
 
@@ -133,8 +133,10 @@ def _call_of(node: Node) -> set[Node]:
 
 
 def _is_small(node: Node, call: set[Node]) -> bool:
-    """By the tables; dispatch knows neither sizes that change, of which the first one counts here,
-    nor whether there is a backward pass.
+    """Whether a table gives a call to Inductor.
+
+    Of sizes that change the first one counts. Dispatch knows neither these nor whether there is a
+    backward pass.
     """
     size = node.args[_name(node).endswith("_backward")].meta["val"].numel()
     hint = size if isinstance(size, int) else size.node.hint
@@ -219,7 +221,7 @@ def _forward(match: Any, input: Node, target: Node, *_: Any) -> None:
 
 
 def _backward(match: Any, _grad_output: Node, input: Node, target: Node, *_: Any) -> None:
-    """Only where the gradient is needed in half precision alone."""
+    """Replaces a backward operator by that of half precision, where the gradient is cast to it."""
     node = match.output_node()
     half = _before_cast(input, target)
     if half is None:

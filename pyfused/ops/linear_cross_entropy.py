@@ -134,13 +134,13 @@ def _checked(arguments: Arguments) -> tuple[Head, HeadOptions]:
 
 
 def check_indices(head: Head, options: HeadOptions) -> None:
-    """Unless that would wait for the device, where the loss is NaN instead."""
+    """Raises for a class index out of range, where reading it does not wait for the device."""
     if not (backend_of(head.input).ASYNCHRONOUS or head.target.is_floating_point()):
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
 
 def _as_batch(head: Head, options: HeadOptions) -> tuple[Head, HeadOptions]:
-    """One row as a batch of one."""
+    """Returns a single row as a batch of one."""
     target = head.target[None] if head.target.is_floating_point() else head.target.reshape(1)
     if options.token_weight is not None:
         options = replace(options, token_weight=options.token_weight.reshape(1))

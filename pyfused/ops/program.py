@@ -119,7 +119,7 @@ def is_moderate(value: float | None) -> bool:
 
 
 def _exact_reciprocal(value: float | None) -> float | None:
-    """That of a power of two, where it is a normal number of float32 as well; None for others."""
+    """Returns the reciprocal of a power of two if it is a normal float32 number, else None."""
     if value and math.frexp(value)[0] in (0.5, -0.5) and 2.0**-126 <= abs(value) <= 2.0**126:
         return 1 / value
     return None
@@ -248,14 +248,14 @@ class Program:
         return kernel
 
     def names(self, operands: Sequence[str], constants: Sequence[str]) -> dict[int, str]:
-        """Of places."""
+        """Returns a name for each register, operand, gradient and constant, by its index."""
         names = [*operands, *[""] * (OPERANDS - len(operands))]
         names += ["value", *(f"grad_{name}" for name in names)]
         names += [f"r{k}" for k in range(native.program_registers)]
         return dict(enumerate([*names, *constants]))
 
     def lines(self, operands: Sequence[str], parameters: Sequence[float]) -> list[str]:
-        """In words, one instruction a line."""
+        """Returns the instructions in words, one for each line."""
         literals = self.constants[1 + self.parameters :]
         constants = ["scale", *[f"{value:g}" for value in (*parameters, *literals)]]
         for k, (_, out, _arguments) in enumerate(self.prologue):
@@ -294,7 +294,7 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
         if op not in _LEAVES:
             uses.update(arguments)
 
-    # Of each power the one whose exponent is less by 1, as its derivative has.
+    # For each power, the power with an exponent lower by 1, which is in its derivative.
     powers = {k: (a[0], e.sub(a[1], one)) for k, (op, a) in nodes.items() if op == "pow"}
 
     def product(place: int) -> tuple[int, ...]:

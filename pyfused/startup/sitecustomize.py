@@ -144,7 +144,7 @@ def forget() -> None:
 
 
 class Row:
-    """Of one operator and path, whatever the sizes."""
+    """The calls of one operator on one path, of all sizes together."""
 
     def __init__(self, path: str) -> None:
         self.path, self.count, self.largest = path, 0, 0
