@@ -521,7 +521,7 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> Non
     if not index.numel():
         return
     low, high = index.aminmax()
-    if low >= 0 and high < classes:
+    if int(low) >= 0 and int(high) < classes:  # as comparing tensors takes twice the time
         return
     invalid = (index < 0) | (index >= classes)
     if ignore_index is not None:

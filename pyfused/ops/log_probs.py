@@ -39,6 +39,8 @@ class LogProbs(NamedTuple):
 
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
+    if not (return_entropy or return_lse):
+        return LogProbs(values[0])
     # For unused results unbind's gradient makes plain zeros, which do not mix with DTensors.
     if vocab_parallel.is_dtensor(values):
         log_p, entropy, lse = values[0], values[1], values[2]
