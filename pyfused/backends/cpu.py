@@ -243,12 +243,9 @@ def cross_entropy(
     if of_target:
         new_target_gradient, target_gradient_strides = _viewed_like(probabilities)
     new_loss = _new_loss(input, options.reduction)
-    fields, ignore_index = dict(vars(options)), options.ignore_index
-    fields |= {
-        "reduction": _REDUCTIONS[options.reduction],
-        "denominator": None,
-        "token_weight": None,
-    }
+    ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
+    numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
+    native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers)
 
     def launch(
         input: Tensor,
@@ -282,11 +279,9 @@ def cross_entropy(
             address if indices else 0,
             _NO_VIEW if indices else (address, *probabilities_strides),
             0 if weight is None else weight.data_ptr(),
-            {
-                **fields,
-                "token_weight": 0 if token_weight is None else token_weight.data_ptr(),
-                "denominator": None if denominator is None else float(denominator),
-            },
+            native_options,
+            0 if token_weight is None else token_weight.data_ptr(),
+            None if denominator is None else float(denominator),
             0 if grad_output is None else grad_output.data_ptr(),
             0 if loss is None else loss.data_ptr(),
             (grad_input_view, grad_target_view),
