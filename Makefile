@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare bench-sweep sizes docs lint sanitize wheels test-wheel \
+	bench-quick bench-busy bench-compare bench-sweep docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -78,9 +78,6 @@ bench-busy: $(BUILD) $(TOOLS) ## the headline cases beside other work: medians a
 bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
-
-sizes: $(BUILD) $(TOOLS) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (15 minutes)
-	$(BIN)/python benchmarks/run.py sizes $(SIZES_ARGS)
 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than torch's (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 import pyfused.functional
 from pyfused.backends import cpu
-from pyfused.ops import dispatch
+from pyfused.ops import dispatch, sizes
 
 
 def cells(times: cases.Times) -> list[str]:
@@ -227,13 +227,12 @@ def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.T
 def compiled(options: Namespace) -> None:
     """Programs with torch's operators and with pyfused's, both under torch.compile.
 
-    pyfused leaves small ones to Inductor (COMPILED_BELOW in pyfused/ops/dispatch.py). Here it takes
+    pyfused leaves small ones to Inductor (COMPILED in pyfused/ops/sizes.py). Here it takes
     all, so that the table shows from which size on that is worth it. Behind arithmetic that
     Inductor fuses with it, an operator is to be as fast as without pyfused.
     """
     cases.settle_allocator()
-    for table in (dispatch.COMPILED_BELOW, dispatch.COMPILED_FORWARD_BELOW):
-        table.update(dict.fromkeys(table, 0))
+    sizes.COMPILED.update(dict.fromkeys(sizes.COMPILED, (0, 0)))
     rows = []
     for case in cases.chosen(CASES, options.k):
         logits = case.op == "cross_entropy"

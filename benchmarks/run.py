@@ -256,12 +256,8 @@ def parser() -> argparse.ArgumentParser:
     add = command("formulas", "pairs.formulas", words, named)
     add("--seconds", type=float, default=2, help="for a formula and size")
 
-    words = "measure from which size on the kernels are faster, and write pyfused/ops/sizes.py"
-    add = command("sizes", "sizes.sizes", words, declared)
-    add("--dry-run", action="store_true", help="say what would change, only")
-    add("--raise-only", action="store_true", help="keep what other machines have asked for")
     words = "time calls of random shapes; exits with 1 where one is slower than torch's"
-    add = command("sweep", "sizes.sweep", words, declared)
+    add = command("sweep", "sweep.sweep", words, declared)
     add("--threads", nargs="+", type=int, default=[1, 2], help="how many")
     add("--seconds", type=float, default=0.08, help="for a call")
     add("--margin", type=float, default=0.95, help="a ratio below is slower")

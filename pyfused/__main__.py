@@ -1,4 +1,4 @@
-"""What a bug report needs, ``python -m pyfused``; and ``python -m pyfused run script.py``."""
+"""Prints what a bug report needs: ``python -m pyfused``. ``run`` and ``tune`` are its commands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
 from pyfused.ops.operators import OPERATORS
 from pyfused.run import run
+from pyfused.tune import main as tune
 
 
 def installed(package: str) -> str:
@@ -92,7 +93,17 @@ def main() -> None:
     )
     if sys.argv[1:2] == ["run"] and sys.argv[2:] not in ([], ["-h"], ["--help"]):
         run(sys.argv[2:])
+    tuning = commands.add_parser(
+        "tune",
+        help="measure from which sizes on the kernels are faster on this machine",
+        description="Measure the sizes from which kernels take calls, and keep them for later "
+        "processes of this machine. It takes up to two minutes.",
+    )
+    tuning.add_argument("--op", nargs="+", default=[], choices=OPERATORS, metavar="OPERATOR")
     options = parser.parse_args()
+    if options.command == "tune":
+        tune(options.op)
+        return
     if options.command == "run":
         command.error("expected a program")
     for key, value in report().items():

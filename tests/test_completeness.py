@@ -16,7 +16,6 @@ from samples import SAMPLES
 
 import pyfused
 from pyfused import functional, nn
-from pyfused.ops import sizes
 from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import TOKEN_WEIGHT, Operator
 from pyfused.ops.operators import OPERATORS
@@ -61,12 +60,6 @@ def test_entry_in_the_changelog(op: Operator) -> None:
 def test_entry_in_the_documentation(op: Operator) -> None:
     assert op.name in ENTRIES
     assert op.name in [name for names in gallery.shown().values() for name in names]
-
-
-@every_operator
-def test_row_of_sizes(op: Operator) -> None:
-    in_aten = hasattr(torch.nn.functional, op.name) and op.name not in WITHOUT_SIZES
-    assert not in_aten or op.name in sizes.ATEN_BELOW
 
 
 @every_operator

@@ -19,7 +19,7 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused import nn
-from pyfused.ops import chunked, distillation
+from pyfused.ops import chunked, distillation, sizes
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import DivergenceOptions
 
@@ -502,7 +502,7 @@ def test_autocast(op: str) -> None:
 @every_operator
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled(op: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pyfused.ops.dispatch.COMPILED_BELOW, op, 0)
+    monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
     arguments = given(op)
     options: dict[str, Any] = {"beta": 0.5, "reduction": reduction, "token_weight": torch.rand(N)}
     name, leaf = next(iter(arguments.items()))
@@ -518,7 +518,7 @@ def test_compiled(op: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_compiled_makes_logits_once(
     monkeypatch: pytest.MonkeyPatch, product_rows: list[int]
 ) -> None:
-    monkeypatch.setitem(pyfused.ops.dispatch.COMPILED_BELOW, "linear_kl_div", 0)
+    monkeypatch.setitem(sizes.COMPILED, "linear_kl_div", (0, 0))
     arguments = given("linear_kl_div")
     loss = torch.compile(lambda: fused.linear_kl_div(**arguments), fullgraph=True)()
     torch.autograd.grad(loss, arguments["input"])

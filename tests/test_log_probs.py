@@ -21,7 +21,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import chunked, dispatch
+from pyfused.ops import chunked, sizes
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     INDEX,
@@ -602,7 +602,7 @@ def test_autocast(op: str) -> None:
 @every_operator
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.5}], ids=str)
 def test_compiled(op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.COMPILED_BELOW, op, 0)
+    monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
     tensors = draw(op)
     name, leaf = next(iter(tensors.items()))
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from pyfused import functional as fused
 from pyfused import nn
-from pyfused.ops import dispatch
+from pyfused.ops import sizes
 from pyfused.ops.declaration import Operator
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS, POISSON_NLL_LOSS
 
@@ -44,7 +44,7 @@ CHUNKED = "linear_cross_entropy: ``options`` ignored"
 @pytest.fixture(autouse=True)
 def _every_size_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in OPERATORS:
-        monkeypatch.setitem(dispatch.COMPILED_BELOW, op, 0)
+        monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
 
 
 @every_operator

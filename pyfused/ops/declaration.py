@@ -90,6 +90,7 @@ class Operator(ABC):
         scalar_places: Where the scalars stand among the arguments, each beside its scalar.
         others: The tensors but for the input, likewise.
         broadcast: Where the tensors stand that the input broadcasts with.
+        counts_logits: The size of a call is that of a linear layer's output.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Operator(ABC):
     scalar_places: tuple[tuple[int, Scalar], ...] = field(init=False)
     others: tuple[tuple[int, Operand], ...] = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
+    counts_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -119,18 +121,32 @@ class Operator(ABC):
         self.arguments = tuple(name for name in names if name != "inplace")
         self.defaults = tuple(names[name] for name in self.arguments[1:])
         self.scalar_places = tuple((self.arguments.index(s.name), s) for s in self.scalars)
+        self.counts_logits = "linear_weight" in self.arguments
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
         """The arguments as `call` takes them, from those of torch's function or of pyfused's."""
         return arguments + tuple([by_name[name] for name in self.arguments[len(arguments) :]])
 
-    def size_key(self, arguments: Arguments) -> tuple[str, int]:  # noqa: ARG002
-        """Which rows of the table of sizes are for a call, and the length of its rows there."""
-        return self.name, 1
+    @property
+    def family(self) -> str:
+        """The row of the table of sizes for an operator that has none of its own."""
+        return type(self).__name__
+
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        """Returns whether the second limit of the table of sizes is for a call.
+
+        Args:
+            few: Up to so many classes there are few.
+        """
+        return False
 
     def elements(self, arguments: Arguments) -> int:
-        """The elements of the input and of what it broadcasts with: those that a call computes."""
+        """Returns how many elements a call computes: those of the logits, or of all operands."""
+        if self.counts_logits and isinstance(arguments[1], Tensor):
+            input, linear_weight = arguments[:2]
+            rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
+            return rows * classes if input.numel() else 0
         return broadcast_numel([arguments[0], *[arguments[place] for place in self.broadcast]])
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:  # noqa: ARG002

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import FORCED, Backend, backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
@@ -33,7 +33,7 @@ from pyfused.ops.chunked import (
     spread,
 )
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, Operator
-from pyfused.ops.dispatch import SMALL, is_compiled, unsupported
+from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.gradients import (
     apply,
     differentiate,
@@ -56,9 +56,6 @@ from pyfused.types import (
     RowOptions,
     Want,
 )
-
-# Logits below which torch is faster, which makes them all and takes no chunks.
-SMALL_BELOW = 1 << 15
 
 Found = tuple[Tensor | None, Gradients]  # a loss that is not divided yet, and gradients
 
@@ -307,14 +304,10 @@ class Divergence(Operator):
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     """Why torch's operators are the ones for these arguments."""
-    options, compiled = arguments[-1], is_compiled(input)
-    reason = None
-    if options.token_weight is not None:
-        reason = unsupported(TOKEN_WEIGHT, options.token_weight, input, compiled)
-    if reason or FORCED is not None or compiled or len(arguments) == 2 or not input.dim():
-        return reason
-    logits = input.shape[:-1].numel() * arguments[0].shape[0]  # those of a linear layer
-    return SMALL if logits < SMALL_BELOW else None
+    token_weight = arguments[-1].token_weight
+    if token_weight is None:
+        return None
+    return unsupported(TOKEN_WEIGHT, token_weight, input, is_compiled(input))
 
 
 class DivergencePlan(NamedTuple):

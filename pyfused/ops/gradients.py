@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
-from pyfused.ops.dispatch import say_once
+from pyfused.ops.reasons import say_once
 from pyfused.types import Gradients
 
 

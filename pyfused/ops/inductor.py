@@ -13,7 +13,7 @@ A loss of few classes takes its time for exponentials, which forward and backwar
 the forward operator computes the gradient too, and what is left of the backward is a product.
 
 The patterns stand in Inductor's own table, beside those of its users. Where a version of torch has
-no such table, the graph stays as it was, and dispatch leaves further calls to Inductor.
+no such table, the graph stays as it was, and further calls are left to Inductor.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from pyfused.layout import is_dense
-from pyfused.ops.dispatch import COMPILED_BELOW, COMPILED_FORWARD_BELOW, FUSED, say_once
 from pyfused.ops.gradients import gradients_in_forward
+from pyfused.ops.reasons import FUSED, say_once
+from pyfused.ops.sizes import COMPILED
 
 Node = Any  # torch.fx.Node, whose arguments may be anything
 
@@ -48,13 +49,12 @@ _PRODUCTS = [
     for op in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 ]
 
-unavailable = False
 _registered = False
 
 
 def register() -> None:
     """Adds the patterns, once, if Inductor is compiling: nothing else imports what they go into."""
-    global _registered, unavailable
+    global _registered
     table = sys.modules.get("torch._inductor.fx_passes.joint_graph")
     if _registered or table is None:
         return
@@ -71,7 +71,8 @@ def register() -> None:
             pattern = CallFunctionVarArgs(getattr(torch.ops.pyfused, name).default)
             register_graph_pattern(pattern, pass_dict=patterns)(rewrite)
     except (AttributeError, ImportError, TypeError):
-        unavailable = True
+        for name in in_torch:
+            COMPILED.pop(name, None)
 
 
 # ---- operators between tensors that are in memory ------------------------------------------------
@@ -142,9 +143,7 @@ def _is_small(node: Node, call: set[Node]) -> bool:
     hint = size if isinstance(size, int) else size.node.hint
     names = {_name(part) for part in call}
     op = min(names, key=len)
-    below = COMPILED_BELOW[op]
-    if len(names) == 1:
-        below = COMPILED_FORWARD_BELOW.get(op, below)
+    below = COMPILED[op][len(names) == 1]
     return hint is not None and hint < below
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import FORCED, Backend, backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, vocab_parallel
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
@@ -27,7 +27,7 @@ from pyfused.ops.chunked import (
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
-from pyfused.ops.dispatch import SMALL, is_compiled
+from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import (
     apply,
     differentiate,
@@ -46,10 +46,6 @@ from pyfused.ops.row_state import (
     weight_of_targets,
 )
 from pyfused.types import ClassRange, Gradients, Head, HeadOptions
-
-# Logits below which torch is faster, which makes them all and takes no chunks.
-SMALL_BELOW = 1 << 15
-
 
 # Before torch 2.13 there is none to patch.
 _OF_TORCH = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
@@ -114,12 +110,7 @@ def linear_cross_entropy_fallback_reason(
     """Why torch's operator is the one for these arguments."""
     if input.dim() not in (1, 2) or linear_weight.dim() < 2:
         return "input is neither (D) nor (N, D)"
-    if reason := options_fallback_reason(input, options):
-        return reason
-    if FORCED is not None or is_compiled(input):
-        return None
-    rows = input.shape[0] if input.dim() == 2 else 1
-    return SMALL if rows * linear_weight[..., 0].numel() < SMALL_BELOW else None
+    return options_fallback_reason(input, options)
 
 
 def _head_of(arguments: Arguments) -> tuple[Head, HeadOptions]:

@@ -116,8 +116,8 @@ class PointwiseLoss(Operator):
 
         return aten
 
-    def size_key(self, arguments: Arguments) -> tuple[str, int]:
-        return self.name + "_none" * (arguments[self._reduction] == "none"), 1
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        return bool(arguments[self._reduction] == "none")
 
     def plan(
         self,

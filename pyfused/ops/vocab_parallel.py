@@ -18,9 +18,10 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
 from pyfused.ops.declaration import Arguments, Operand, Operator
-from pyfused.ops.dispatch import SMALL, unsupported
+from pyfused.ops.dispatch import unsupported
 from pyfused.ops.gradients import apply, autocast_dtype, differentiate
 from pyfused.ops.metrics import Metrics
+from pyfused.ops.reasons import SMALL
 from pyfused.ops.row_state import (
     accumulated,
     fields_of,
