@@ -405,8 +405,8 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   py::class_<CrossEntropyOptions>(m, "CrossEntropyOptions", py::module_local())
       .def(py::init([](int64_t ignore_index, int reduction, double label_smoothing, double gamma,
                        double z_loss, double scale) {
-        return CrossEntropyOptions{ignore_index, Reduction(reduction), label_smoothing,
-                                   gamma,        z_loss,               scale};
+        return CrossEntropyOptions{
+            ignore_index, Reduction(reduction), label_smoothing, gamma, z_loss, scale};
       }));
   m.def("cross_entropy", &run_cross_entropy, unlocked);
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
