@@ -26,7 +26,8 @@ import sizes
 from cases import DTYPES, OPS, TORCH, TRAINING, Case, assert_correct, draw, step
 
 from pyfused.ops import dispatch
-from pyfused.ops.operators import CROSS_ENTROPY, L1_LOSS, SIGMOID, SOFTMAX
+from pyfused.ops.elementwise import L1_LOSS, SIGMOID
+from pyfused.ops.operators import CROSS_ENTROPY, SOFTMAX
 from pyfused.ops.sizes import ATEN_BELOW
 
 
