@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
-from pyfused import checks, modules
-from pyfused.modules import *  # noqa: F403 printed from declarations
+from pyfused import _modules, checks
+from pyfused._modules import *  # noqa: F403 printed from declarations
 from pyfused.types import (
     CrossEntropyOptions,
     MarginKind,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
-    *modules.__all__,
+    *_modules.__all__,
     "AdditiveMargin",
     "CrossEntropyLoss",
     "KLDivWithLogitsLoss",

@@ -2,7 +2,7 @@
 
     csrc/formulas.inc     the formulas as C++, which pointwise_loss.cpp and activation.cpp include
     kernels/formulas.py   the same as Triton
-    pyfused/modules.py    their modules
+    pyfused/_modules.py    their modules
     pyfused/nn.pyi        what type checkers know of pyfused.nn: our modules, and torch's names
 
 A formula is traced as one of a user is, and simplified by the same rules.
@@ -449,8 +449,14 @@ def module_of(op: Operator) -> str:
         start += [f"    super().__init__({'reduction=reduction' * loss})"]
         start += [f"    self.{scalar} = {scalar}" for scalar in scalars]
         if scalars:
-            shown = ", ".join(f"{scalar}={{self.{scalar}!r}}" for scalar in scalars)
-            start += ["", "def extra_repr(self) -> str:", f'    return f"{shown}"']
+            defaults = {scalar.name: scalar.default for scalar in op.scalars}
+            start += [
+                "",
+                "def extra_repr(self) -> str:",
+                f"    options = {defaults}.items()",
+                "    changed = [name for name, default in options if getattr(self, name) != default]",
+                '    return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)',
+            ]
         start += [""]
         kept = [*scalars, *["reduction"] * loss]
         doc = f":func:`pyfused.functional.{name}` as a module."
@@ -557,7 +563,7 @@ def printed() -> dict[Path, str]:
     return {
         ROOT / "csrc" / "formulas.inc": cpp(kernels),
         ROOT / "kernels" / "formulas.py": triton(kernels),
-        ROOT / "pyfused" / "modules.py": modules(),
+        ROOT / "pyfused" / "_modules.py": modules(),
         ROOT / "pyfused" / "nn.pyi": stub(),
     }
 

@@ -113,13 +113,15 @@ class PointwiseLoss(Operator):
         defaults = {scalar.name: scalar.default for scalar in self.scalars} | {"reduction": "mean"}
         parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
 
+        signature = inspect.Signature(parameters)
+
         def definition(*arguments: Any, **by_name: Any) -> Tensor:
-            given = defaults | dict(zip(self.arguments, arguments, strict=False)) | by_name
+            given = defaults | signature.bind(*arguments, **by_name).arguments
             self.check_scalars(tuple([given[name] for name in self.arguments]))
             each = self.formula(*[given[name] for name in names])
             return reduced(each, given["reduction"])
 
-        definition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        definition.__signature__ = signature  # type: ignore[attr-defined]
         return definition
 
     def _built_in(self) -> Callable[..., Tensor]:

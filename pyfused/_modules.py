@@ -176,7 +176,9 @@ class QuantileLoss(torch.nn.modules.loss._Loss):
         self.quantile = quantile
 
     def extra_repr(self) -> str:
-        return f"quantile={self.quantile!r}"
+        options = {'quantile': 0.5}.items()
+        changed = [name for name, default in options if getattr(self, name) != default]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.quantile_loss(input, target, quantile=self.quantile, reduction=self.reduction)
@@ -205,7 +207,9 @@ class HingeLoss(torch.nn.modules.loss._Loss):
         self.squared = squared
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin!r}, squared={self.squared!r}"
+        options = {'margin': 1.0, 'squared': False}.items()
+        changed = [name for name, default in options if getattr(self, name) != default]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.hinge_loss(input, target, margin=self.margin, squared=self.squared, reduction=self.reduction)
@@ -266,7 +270,9 @@ class Softcap(torch.nn.Module):
         self.cap = cap
 
     def extra_repr(self) -> str:
-        return f"cap={self.cap!r}"
+        options = {'cap': 30.0}.items()
+        changed = [name for name, default in options if getattr(self, name) != default]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.softcap(input, cap=self.cap)
