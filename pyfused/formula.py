@@ -96,6 +96,7 @@ class FormulaOperator(PointwiseLoss):
             operands=(*map(Operand, operands), weight),
             fallback_reason=self._fallback_reason,
             definition=definition,
+            formula=function,
             weight_shape=checks.weight_that_broadcasts,
             denominators={"mean": _mean_of_weights},
         )
@@ -104,7 +105,7 @@ class FormulaOperator(PointwiseLoss):
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         return arguments[self.places]
 
-    def formula(
+    def kernel(
         self,
         numbers: tuple[Any, ...],
         operands: int,  # noqa: ARG002

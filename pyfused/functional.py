@@ -18,33 +18,21 @@ from pyfused.ops import margin as margins
 from pyfused.ops import vocab_parallel
 from pyfused.ops.declaration import reduction_of
 from pyfused.ops.dispatch import call
-from pyfused.ops.log_probs import LogProbs, named
-from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import (
+from pyfused.ops.elementwise import (
     BINARY_CROSS_ENTROPY,
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
-    CROSS_ENTROPY,
     GAUSSIAN_NLL_LOSS,
     GELU,
     HINGE_EMBEDDING_LOSS,
     HINGE_LOSS,
     HUBER_LOSS,
     KL_DIV,
-    KL_DIV_WITH_LOGITS,
     L1_LOSS,
     LEAKY_RELU,
-    LINEAR_CROSS_ENTROPY,
-    LINEAR_KL_DIV,
-    LINEAR_LOG_PROBS,
-    LINEAR_TOPK_KL_DIV,
     LOG_COSH_LOSS,
-    LOG_PROBS,
-    LOG_SOFTMAX,
     MARGIN_RANKING_LOSS,
     MSE_LOSS,
-    MULTI_MARGIN_LOSS,
     MULTILABEL_SOFT_MARGIN_LOSS,
-    NLL_LOSS,
     POISSON_NLL_LOSS,
     QUANTILE_LOSS,
     RELU,
@@ -55,8 +43,22 @@ from pyfused.ops.operators import (
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
     SOFTCAP,
-    SOFTMAX,
     TANH,
+)
+from pyfused.ops.log_probs import LogProbs, named
+from pyfused.ops.metrics import Metrics
+from pyfused.ops.operators import (
+    CROSS_ENTROPY,
+    KL_DIV_WITH_LOGITS,
+    LINEAR_CROSS_ENTROPY,
+    LINEAR_KL_DIV,
+    LINEAR_LOG_PROBS,
+    LINEAR_TOPK_KL_DIV,
+    LOG_PROBS,
+    LOG_SOFTMAX,
+    MULTI_MARGIN_LOSS,
+    NLL_LOSS,
+    SOFTMAX,
 )
 from pyfused.types import (
     Approximate,

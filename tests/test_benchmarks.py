@@ -22,7 +22,8 @@ import sweep
 from cases import TORCH, TRAINING, Case, assert_correct, draw, step
 
 from pyfused.ops import dispatch, sizes
-from pyfused.ops.operators import CROSS_ENTROPY, SIGMOID
+from pyfused.ops.elementwise import SIGMOID
+from pyfused.ops.operators import CROSS_ENTROPY
 
 
 def test_each_step_frees_the_gradient_that_it_made_last() -> None:

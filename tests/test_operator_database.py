@@ -29,7 +29,8 @@ from pyfused import functional as fused
 from pyfused import nn
 from pyfused.ops import sizes
 from pyfused.ops.declaration import Operator
-from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS, POISSON_NLL_LOSS
+from pyfused.ops.elementwise import POISSON_NLL_LOSS
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 
 pytestmark = pytest.mark.cpu
 IN_TORCH = {name: op for name, op in OPERATORS.items() if hasattr(F, name)}

@@ -30,7 +30,7 @@ from pyfused import functional, nn
 from pyfused.functional import gaussian_nll_loss, mse_loss
 from pyfused.ops import sizes
 from pyfused.ops.dispatch import call
-from pyfused.ops.operators import MSE_LOSS
+from pyfused.ops.elementwise import MSE_LOSS
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(), (1,), (7,), (8,), (3, 5), (2, 3, 17), (2, 1, 3, 2)]

@@ -13,14 +13,8 @@ from torch import Tensor
 from pyfused import tune
 from pyfused.ops import sizes
 from pyfused.ops.declaration import Operator
-from pyfused.ops.operators import (
-    CROSS_ENTROPY,
-    LINEAR_CROSS_ENTROPY,
-    MSE_LOSS,
-    OPERATORS,
-    QUANTILE_LOSS,
-    SOFTMAX,
-)
+from pyfused.ops.elementwise import MSE_LOSS, QUANTILE_LOSS
+from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS, SOFTMAX
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 MSE = None, None, "mean", None

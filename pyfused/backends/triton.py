@@ -16,18 +16,17 @@ from torch import Tensor
 
 from pyfused.backends.versions import triton_version
 from pyfused.kernels import launch
-from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
 from pyfused.kernels.activation import activation_kernel
 from pyfused.kernels.cross_entropy import (
     probabilities_kernel,
     row_kernel,
     two_pass_kernel,
 )
+from pyfused.kernels.formulas import ACTIVATIONS, LOSSES
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Launch, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
-from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
 from pyfused.kernels.program import formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel

@@ -23,9 +23,10 @@ from pyfused.ops.chunked import GradientsNeeded, gradients_of, state_of
 from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.distillation import Divergence
+from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import CROSS_ENTROPY, GAUSSIAN_NLL_LOSS, OPERATORS
+from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 from pyfused.ops.row_state import fields_of
 from pyfused.ops.softmax import Softmax
@@ -207,6 +208,7 @@ def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
 
 def _schema(op: Operator) -> list[str]:
     types = {s.name: "bool" if s.flag else "float?" if s.optional else "float" for s in op.scalars}
+    types |= {s.name: "str" for s in op.scalars if s.words}
     types |= {o.name: "Tensor?" if o.optional else "Tensor" for o in op.operands}
     for name, default in zip(op.arguments[1:], op.defaults, strict=True):
         types.setdefault(name, _NO_DEFAULT.get(name, type(default).__name__))
@@ -288,7 +290,7 @@ def _of_activation(op: Activation) -> CompiledOperator:
     return _declared(
         op,
         gradients=gradients,
-        definition=lambda given, _, grad_output: (op.gradient(grad_output, *given),),
+        definition=lambda given, _, grad_output: (op.gradient_in_torch(grad_output, *given),),
         empty_value=lambda given: _empty(given[0]),
         saves_output=op.saves == "output",
     )

@@ -14,6 +14,7 @@ from pyfused import checks
 from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import metrics
 from pyfused.ops.originals import original
+from pyfused.ops.pointwise_loss import reduced
 from pyfused.types import CrossEntropyOptions, Head, HeadOptions, LogProbsOptions
 
 _cross_entropy = original(F.cross_entropy)
@@ -147,14 +148,6 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     return cap * (input / cap).tanh()
 
 
-def quantile_loss(
-    input: Tensor, target: Tensor, quantile: float = 0.5, reduction: str = "mean"
-) -> Tensor:
-    checks.scalar("quantile", quantile, 0.0, 1.0, False)
-    difference = target - input
-    return _reduced(torch.maximum(quantile * difference, (quantile - 1) * difference), reduction)
-
-
 def rmse_loss(
     input: Tensor,
     target: Tensor,
@@ -165,22 +158,6 @@ def rmse_loss(
     checks.scalar("eps", eps, 0.0, math.inf, False)
     loss = F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     return (loss + eps).sqrt()
-
-
-def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    size = (input - target).abs()
-    return _reduced(size + F.softplus(-2 * size) - math.log(2), reduction)
-
-
-def hinge_loss(
-    input: Tensor,
-    target: Tensor,
-    margin: float = 1.0,
-    squared: bool = False,
-    reduction: str = "mean",
-) -> Tensor:
-    slack = (margin - target * input).clamp(min=0)
-    return _reduced(slack * slack if squared else slack, reduction)
 
 
 def sigmoid_focal_loss(
@@ -204,11 +181,4 @@ def sigmoid_focal_loss(
     if alpha >= 0:
         each = each * (alpha * targets + (1 - alpha) * (1 - targets))
     each = (each if weight is None else each * weight).where(counts.bool(), 0)
-    return each.sum() / counts.sum() if reduction == "mean" else _reduced(each, reduction)
-
-
-def _reduced(each: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return each
-    checks.reduction(reduction)
-    return each.mean() if reduction == "mean" else each.sum()
+    return each.sum() / counts.sum() if reduction == "mean" else reduced(each, reduction)

@@ -48,14 +48,14 @@ from triton.runtime.jit import JITFunction
 from pyfused.backends import cross_entropy_once
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
-from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
-from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
+from pyfused.kernels.formulas import ACTIVATIONS, LOSSES
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.operators import OPERATORS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
 
+from pyfused.ops.program import OPERANDS
 from pyfused.types import (
     METRICS_FIELDS,
     SMOOTHING_FIELDS,
@@ -263,7 +263,8 @@ def pointwise_cases() -> Iterator[Case]:
             "mse_loss broadcast": (2, ((rows, row), (), None, "mean", 1.0 * n, both)),
         }
         for name, formula in LOSSES.items():
-            count = formula.fn.__code__.co_argcount - 4  # three parameters and a scale
+            names = formula.fn.__code__.co_varnames[:OPERANDS]
+            count = sum(not re.fullmatch(r"x\d", name) for name in names)  # the others are unused
             want = Want(True, differentiated(name)[:count])
             calls[name] = 2, ((x,) * count, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, want)
         for name, (launches, arguments) in calls.items():
@@ -273,7 +274,7 @@ def pointwise_cases() -> Iterator[Case]:
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)
             want = Want(True, (True,) * count)
-            program, numbers = formula.op.formula((*formula.op.parameters.values(),), count, want)
+            program, numbers = formula.op.kernel((*formula.op.parameters.values(),), count, want)
             given = program, (x,) * count, numbers, None, "mean", 1.0 * n, want
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, launches=2, **fields)
