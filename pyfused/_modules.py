@@ -177,8 +177,8 @@ class QuantileLoss(torch.nn.modules.loss._Loss):
 
     def extra_repr(self) -> str:
         options = {'quantile': 0.5}.items()
-        changed = [name for name, default in options if getattr(self, name) != default]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+        changed = [n for n, default in options if getattr(self, n) != default]
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in changed)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.quantile_loss(input, target, quantile=self.quantile, reduction=self.reduction)
@@ -208,8 +208,8 @@ class HingeLoss(torch.nn.modules.loss._Loss):
 
     def extra_repr(self) -> str:
         options = {'margin': 1.0, 'squared': False}.items()
-        changed = [name for name, default in options if getattr(self, name) != default]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+        changed = [n for n, default in options if getattr(self, n) != default]
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in changed)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.hinge_loss(input, target, margin=self.margin, squared=self.squared, reduction=self.reduction)
@@ -271,8 +271,8 @@ class Softcap(torch.nn.Module):
 
     def extra_repr(self) -> str:
         options = {'cap': 30.0}.items()
-        changed = [name for name, default in options if getattr(self, name) != default]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+        changed = [n for n, default in options if getattr(self, n) != default]
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in changed)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.softcap(input, cap=self.cap)

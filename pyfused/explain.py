@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+import pyfused._modules as _modules
 import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused.backends import backend_of

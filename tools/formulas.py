@@ -454,8 +454,8 @@ def module_of(op: Operator) -> str:
                 "",
                 "def extra_repr(self) -> str:",
                 f"    options = {defaults}.items()",
-                "    changed = [name for name, default in options if getattr(self, name) != default]",
-                '    return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)',
+                "    changed = [n for n, default in options if getattr(self, n) != default]",
+                '    return ", ".join(f"{n}={getattr(self, n)!r}" for n in changed)',
             ]
         start += [""]
         kept = [*scalars, *["reduction"] * loss]
