@@ -75,7 +75,7 @@ class Step:
 
 
 def without_gpu() -> str | None:
-    """Why nothing can be checked here."""
+    """Returns why nothing can be checked here."""
     try:
         import torch
     except ImportError:
@@ -129,7 +129,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -> str:
-    """What became of a step; its output is in a log of its name."""
+    """Returns what became of a step; its output is in a log of its name."""
     log = out / f"{step.name.replace(' ', '-')}.log"
     started = time.perf_counter()
     with log.open("w") as file:
@@ -150,7 +150,7 @@ def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -
 
 
 def targets(found: dict[str, Any]) -> list[str]:
-    """The figures to reach, each with how many of its cases reach it."""
+    """Returns the figures to reach, each with how many of its cases reach it."""
     rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
     rows = [row for row in rows if row["mode"] == "forward+backward"]
     large = [row for row in rows if row["headline"]]

@@ -46,7 +46,7 @@ def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
 
 @triton.jit
 def parameter(parts, k: tl.constexpr):
-    """The float64 whose 16 bits at a time, from the lowest on, are four of the parts."""
+    """Returns the float64 whose 16 bits at a time, from the lowest on, are four of the parts."""
     bits = tl.cast(parts[4 * k], tl.int64)
     for i in tl.static_range(1, 4):
         bits |= tl.cast(parts[4 * k + i], tl.int64) << (16 * i)
@@ -158,7 +158,7 @@ def source_of(
     parameter: str = "parameter(parts, {})",
     activation: bool = False,
 ) -> str:
-    """The text of a Triton function.
+    """Returns the text of a Triton function.
 
     Args:
         operands: Their names.
@@ -199,7 +199,7 @@ def source_of(
 
 
 def formula_of(program: Program) -> Any:
-    """The Triton function, which reads its text from Python's cache of lines."""
+    """Returns the Triton function, which reads its text from Python's cache of lines."""
     name = "formula_" + "".join(c if c.isalnum() else "_" for c in program.name)
     source = source_of(program, name)
     file = f"<{program.name} {hash(source):x}>"

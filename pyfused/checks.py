@@ -47,7 +47,7 @@ NamedTensors = Sequence[
 
 
 def devices(given: NamedTensors, error: Exception) -> None:
-    """Of a call that torch has refused with this error; it takes scalars of another device."""
+    """Raises for devices that differ, in a call that torch has refused; scalars may differ."""
     for name, value, _ in given:
         device = given[0][1].device
         if value.device != device and value.dim():
@@ -55,7 +55,7 @@ def devices(given: NamedTensors, error: Exception) -> None:
 
 
 def floating(given: NamedTensors, error: Exception) -> None:
-    """Of a call that torch has refused with this error, and whose shapes and options fit."""
+    """Raises for dtypes that are not floating, in a call that torch has refused."""
     for name, value, indices in given:
         if not (value.is_floating_point() or indices):
             hint = _are_swapped(given[0][1], given[1][1]) if len(given) > 1 else ""
@@ -304,7 +304,7 @@ def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
-    """Of each row of (N, k), whether an index is out of range or there twice; raises on CPUs."""
+    """Returns for each row of (N, k) whether an index is wrong or repeated; raises on CPUs."""
     indices = indices.sort(-1).values
     outside = (indices < 0) | (indices >= classes)
     twice = torch.zeros_like(outside)
@@ -488,7 +488,7 @@ def _class_index_target(input: Tensor, target: Tensor) -> None:
 
 
 def _hint(input: Tensor, target: Tensor) -> str:
-    """What may have been meant by a target whose shape does not fit."""
+    """Returns what may have been meant by a target whose shape does not fit."""
     if input.dim() > 2 and target.shape == input.shape[:-1]:
         return (
             ". Classes are dimension 1 of the input: move them there with input.movedim(-1, 1), or "
@@ -504,7 +504,7 @@ def classes_of(input: Tensor) -> int:
 def target_out_of_range(
     classes: int, target: Tensor, ignore_index: int | None, position: int
 ) -> IndexError | RuntimeError:
-    """The error for the class index at ``position``, counted along the flattened target."""
+    """Returns the error for the class index at ``position``, counted along the flattened target."""
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
     or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     return (RuntimeError if ignore_index is None else IndexError)(
@@ -532,7 +532,7 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> Non
 
 
 def overwritable(input: Tensor) -> None:
-    """That nobody but autograd's next node can miss what a tensor held."""
+    """Raises for a tensor whose values others than autograd's next node may read."""
     base = input._base if input._base is not None else input
     if base.is_leaf:
         what = "a leaf" if base is input else "a view of a leaf"
@@ -554,7 +554,7 @@ def overwritable(input: Tensor) -> None:
 
 
 def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
-    """A number in its bounds; a tensor's on a GPU is not waited for."""
+    """Raises for a number out of its bounds; a tensor on a GPU is not read."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -571,7 +571,7 @@ def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> No
 
 
 def bounded(name: str, value: Any, positive: bool = False) -> None:
-    """A number of at least, or more than, 0; that of a tensor on a GPU is not waited for."""
+    """Raises for a negative number, or 0 where it has to be positive."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -585,7 +585,7 @@ def bounded(name: str, value: Any, positive: bool = False) -> None:
 
 
 def _can_be_read(value: Tensor) -> bool:
-    """Whether a tensor's values are there, and nobody has to wait for them."""
+    """Returns whether a tensor's values are there, and nobody has to wait for them."""
     if not value.is_cpu or is_dynamo_compiling():
         return False
     return type(value) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(value)
@@ -594,7 +594,7 @@ def _can_be_read(value: Tensor) -> bool:
 def values(
     name: str, value: Tensor | float, low: float, high: float, error: type[Exception]
 ) -> None:
-    """Those of a tensor on the CPU; a GPU is not waited for. NaN passes unless there is a most."""
+    """Raises for values out of their bounds; a tensor on a GPU is not read."""
     if isinstance(value, float):
         value = torch.tensor(value)
     value = value.detach()
@@ -644,7 +644,7 @@ def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None =
 
 
 def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
-    """A variance for each element, or one for all along the last or any one dimension."""
+    """Raises for a variance that is neither of the input's shape nor lacks one dimension."""
     _broadcasts("target", input.shape, target.shape)
     if isinstance(var, float) or var.shape in (input.shape, input.shape[:-1]):
         return

@@ -59,7 +59,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def load(isa: str) -> ModuleType:
-    """The extension module built for the instruction set ``isa``.
+    """Returns the extension module built for the instruction set ``isa``.
 
     Raises:
         ImportError: It was not built, or does not load.
@@ -159,7 +159,7 @@ def supports_rows(logits: Tensor) -> bool:
 
 
 def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The tensor in the order of ``like``, copied once if it is in another, and its operand."""
+    """Returns the tensor in the order of ``like``, copied if need be, and its operand."""
     if tensor.stride() == like.stride():
         return tensor, (tensor.data_ptr(), 1)
     if not any(tensor.stride()):
@@ -419,7 +419,7 @@ def kl_div_with_logits(
     want: Want,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
-    """The divergence of each row of logits (N, C) from the teacher's, or their sum.
+    """Returns the divergence of each row of logits (N, C) from the teacher's, or their sum.
 
     Args:
         teacher: Of the input's dtype and shape.
@@ -620,7 +620,7 @@ def pointwise_loss(
 
 
 def _order(tensor: Tensor | None, like: Tensor) -> int:
-    """How a tensor is read beside another: its stride in the same order, or -1 for a copy of it."""
+    """Returns a tensor's stride in the order of another, or -1 where a copy has to be read."""
     if tensor is None:
         return 0
     if not any(tensor.stride()) and tensor.dtype is like.dtype:

@@ -236,7 +236,7 @@ def _saved(ctx: Any) -> Tensors:
 def gradients_of_definition(
     op: ClassLoss, given: Given, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    """The gradients of torch's own operator, themselves differentiable."""
+    """Returns the gradients of torch's own operator, themselves differentiable."""
     dtype, weight = grad_output.dtype, given.weight
 
     def definition(input: Tensor, target: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def _with_metrics(plan: ClassLossPlan, tensors: Tensors) -> tuple[Tensor, metric
 def cross_entropy_fallback_reason(
     input: Tensor, _target: Tensor, _weight: Tensor | None, options: CrossEntropyOptions
 ) -> str | None:
-    """Why torch's operator is the one for these arguments."""
+    """Returns why torch's operator is the one for these arguments."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
     if options.with_metrics and is_compiled(input):

@@ -177,7 +177,7 @@ class CompiledOperator:
         return *kept, *[None] * (inputs - len(kept))
 
     def gradients_in_torch(self, grad_output: Tensor, *given: Any) -> Tensor | list[Tensor]:
-        """What the operator of the gradients returns, in torch's terms."""
+        """Returns what the operator of the gradients returns, in torch's terms."""
         *arguments, wanted = given
         for index, want in enumerate(wanted):
             if want:
@@ -195,7 +195,7 @@ compute = _compute
 
 
 def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
-    """An operator returns no None."""
+    """Returns gradients with an empty tensor for None, which an operator cannot return."""
     return [input.new_empty(0) if each is None else each for each in gradients]
 
 
@@ -216,7 +216,7 @@ def _schema(op: Operator) -> list[str]:
 
 
 def _empty(like: Tensor) -> Tensor:
-    """Dense, and in the order of ``like`` where that is dense."""
+    """Returns a dense tensor, in the order of ``like`` where that is dense."""
     preserve = torch.preserve_format if is_dense(like) else torch.contiguous_format
     return torch.empty_like(like, memory_format=preserve)
 
@@ -402,7 +402,7 @@ def _read_head(given: Arguments) -> tuple[Head, HeadOptions]:
 
 
 def _loss_of_head(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-    """The loss, the gradients, the metrics where they are wanted, and what gradients need."""
+    """Returns the loss, its gradients, the metrics that are wanted, and what backward needs."""
     head, options = _read_head(given)
     linear_cross_entropy.check_indices(head, options)
     needed = GradientsNeeded(*wanted)

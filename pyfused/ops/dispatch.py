@@ -42,7 +42,7 @@ def call(
     patched: Callable[..., Tensor] | None = None,
     given: Arguments = (),
 ) -> Tensor:
-    """An operator's result, from a fused kernel or from torch's own operator.
+    """Returns an operator's result, from a fused kernel or from torch's own operator.
 
     Args:
         arguments: All that torch's function takes but for ``inplace``.
@@ -179,7 +179,7 @@ def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
 
 
 def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) -> str | None:
-    """Why torch's own operator takes a call, None where a fused kernel does.
+    """Returns why torch's own operator takes a call, None where a fused kernel does.
 
     The kernels compute first derivatives, in reverse mode, of plain strided tensors on CPUs and
     GPUs.
@@ -228,7 +228,7 @@ def is_small(op: Operator, arguments: Arguments) -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether the compiler calls, with its own stand-in for a plain tensor, what it does not read.
+    """Returns whether the compiler calls code that it does not trace, with a fake tensor.
 
     So it does with functions that it knows as torch's, which is how it came to know those that
     pyfused.patch had put there.
@@ -238,12 +238,12 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_compiled(tensor: Tensor) -> bool:
-    """Whether the call goes into a compiled program, in either of the compiler's ways."""
+    """Returns whether the call goes into a compiled program, in either of the compiler's ways."""
     return is_dynamo_compiling() or is_traced(tensor)
 
 
 def compiler_traces() -> bool:
-    """Whether this thread compiles; torch 2.12's ``is_compiling`` says so only within Dynamo."""
+    """Returns whether this thread compiles, which torch 2.12 tells only within Dynamo."""
     return is_dynamo_compiling() or TracingContext.try_get() is not None
 
 
@@ -272,7 +272,7 @@ def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str 
 
 
 def _without_operator(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
-    """Why a compiled call takes no custom operator; these are for the calls that most are."""
+    """Returns why a compiled call takes no custom operator, which are made for common calls."""
     input, named = arguments[0], dict(zip(op.arguments, arguments, strict=True))
     warning = getattr(op, "warning", None)
     if inplace:
@@ -316,13 +316,13 @@ def _active_mode() -> str | None:
 
 
 def _function_mode() -> bool:
-    """Whether a function mode is active, other than the one of ``torch.set_default_device``."""
+    """Returns whether another function mode is active than that of a default device."""
     active = range(torch._C._len_torch_function_stack())
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in active)
 
 
 def unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) -> str | None:
-    """Why the kernels for the input's device do not take a tensor, None where they do."""
+    """Returns why the kernels for the input's device do not take a tensor, None where they do."""
     name, plain = operand.name, type(tensor) in _PLAIN
     if not plain and not is_traced(tensor):
         number = operand.number and type(tensor) is float

@@ -101,7 +101,7 @@ def _put_back(match: Any, *_: Any) -> None:
 
 
 def _traced(compute: Callable[..., Any], tensors: Sequence[Any]) -> torch.fx.GraphModule:
-    """The graph of a function, which may overwrite what it has computed."""
+    """Returns the graph of a function, which may overwrite what it has computed."""
     from torch._inductor.pattern_matcher import fwd_only
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -119,7 +119,7 @@ def _name(node: Node) -> str:
 
 
 def _call_of(node: Node) -> set[Node]:
-    """The operators of a call: forward, and backward if there is one."""
+    """Returns the operators of a call: forward, and backward if there is one."""
     name, forwards = _name(node).removesuffix("_backward"), [node]
     if _name(node) != name:
         saved, others = node.args[1], node.args[2:-1]
@@ -134,7 +134,7 @@ def _call_of(node: Node) -> set[Node]:
 
 
 def _is_small(node: Node, call: set[Node]) -> bool:
-    """Whether a table gives a call to Inductor.
+    """Returns whether a table gives a call to Inductor.
 
     Of sizes that change the first one counts. Dispatch knows neither these nor whether there is a
     backward pass.
@@ -148,7 +148,7 @@ def _is_small(node: Node, call: set[Node]) -> bool:
 
 
 def _is_between_memory(node: Node, call: set[Node]) -> bool:
-    """Whether all tensors of the input's size are in memory anyway, in one dense order."""
+    """Returns whether all tensors of the input's size are in memory anyway, in one dense order."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     backward = _name(node).endswith("_backward")
@@ -194,7 +194,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _is_extern(node: Node) -> bool:
-    """Whether it reads from memory and writes there, so that Inductor fuses it with nothing."""
+    """Returns whether Inductor calls the node as it is, between tensors in memory."""
     from torch._inductor.lowering import fallbacks
 
     namespace = getattr(node.target, "namespace", "aten")
@@ -283,7 +283,7 @@ def _pays(input: torch.Tensor, reduction: str) -> bool:
 
 
 def _before_cast(node: Node, target: Node) -> Node | None:
-    """The half-precision tensor whose float32 copy ``node`` is, in the shape of ``node``."""
+    """Returns the half-precision tensor that ``node`` is a float32 copy of, in its shape."""
     views = []
     while node.target in _VIEWS:
         views.append(node)
