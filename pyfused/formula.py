@@ -399,6 +399,8 @@ def check(
     want = Want(True, (True,) * len(points))
     program = traced.program(want)
     op.long = len(program.body) >= _LONG
+    if kernels is cpu.pointwise_loss and cpu.MISSING:
+        return
     launch = kernels(program, (tuple(points), None, None), values, "none", want)
     value, gradients = launch(points, None, 1.0)
     found = torch.stack([value, *gradients]).double()
