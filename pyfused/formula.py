@@ -230,6 +230,8 @@ class Formula:
     __qualname__: str
 
     def __init__(self, function: Callable[..., Tensor], loss: bool, strict: bool) -> None:
+        if not hasattr(function, "__name__"):
+            raise TypeError(f"function: expected a function with a name, got {function!r}")
         self.function, self.op = function, FormulaOperator(function, loss)
         update_wrapper(self, function)
         of_loss = self.op.reference.__signature__  # type: ignore[attr-defined]
