@@ -40,6 +40,8 @@ def is_torchs_runtime() -> bool:
 
 
 def thread_runtime() -> str:
+    if cpu.MISSING:
+        return "none, there are no kernels"
     if not cpu.native.runtime_file:
         return "none is loaded, the kernels run on one thread"
     whose = "torch's own pool" if is_torchs_runtime() else "a pool beside torch's"
@@ -52,6 +54,10 @@ def triton() -> str:
         return found
     pinned = pinned_triton(torch.__version__)
     return f"{found}, needed is {NEEDED}" + (f"; torch requires {pinned}" if pinned else "")
+
+
+def on_cpus() -> str:
+    return f"torch's operators: {cpu.MISSING}" if cpu.MISSING else "C++ kernels"
 
 
 def on_gpus() -> str:
@@ -68,14 +74,14 @@ def report() -> dict[str, str]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": triton(),
         "compiler": cpu.native.compiler,
-        "ISAs built": ", ".join(built()),
-        "ISAs supported": ", ".join(cpu.supported),
+        "ISAs built": ", ".join(built()) or "none",
+        "ISAs supported": ", ".join(cpu.supported) or "none",
         "ISA chosen": cpu.capability,
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
         "operators": ", ".join(OPERATORS),
-        "kernels": f"cpu: C++ kernels; GPUs: {on_gpus()}",
+        "kernels": f"cpu: {on_cpus()}; GPUs: {on_gpus()}",
     }
 
 

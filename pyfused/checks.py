@@ -62,6 +62,9 @@ def floating(given: NamedTensors, error: Exception) -> None:
             raise type(error)(f"{name}: expected a floating dtype, got {value.dtype}{hint}")
 
 
+_OTHER_INTEGERS = (torch.int8, torch.int16, torch.int32)
+
+
 def _are_swapped(input: Tensor, target: Tensor) -> str:
     swapped = target.is_floating_point() and not input.is_floating_point()
     return ". Are input and target swapped?" if swapped else ""
@@ -186,13 +189,19 @@ def normalized(options: Options) -> Options:
 
 def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
-    input, linear_weight, linear_bias, target, weight = head
-    for name, value in head._asdict().items():
-        if value is not None or name not in ("linear_bias", "weight"):
-            tensor(name, value)
     if options.token_weight is not None:
         tensor("token_weight", options.token_weight)
     reduction(options.reduction)
+    logits = _logits_of(head, options.memory_budget)
+    cross_entropy(logits, head.target, head.weight, options)
+
+
+def _logits_of(head: Head, budget: int | None) -> Tensor:
+    """Checks a linear layer and its input, and returns logits of their shape, without memory."""
+    input, linear_weight, linear_bias, *_ = head
+    for name, value in head._asdict().items():
+        if value is not None or name not in ("linear_bias", "weight"):
+            tensor(name, value)
     if input.dim() not in (1, 2):
         hint = ". Pass input.flatten(0, -2) and target.flatten()" if input.dim() else ""
         raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}{hint}")
@@ -205,9 +214,8 @@ def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
             f"input: expected shape (N, {features}) beside a linear_weight of shape "
             f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
-    memory_budget(options.memory_budget)
-    logits_without_memory = input.new_empty(()).expand(*input.shape[:-1], *shape)
-    cross_entropy(logits_without_memory, target, weight, options)
+    memory_budget(budget)
+    return input.new_empty(()).expand(*input.shape[:-1], *shape)
 
 
 def memory_budget(value: Any) -> None:
@@ -360,7 +368,7 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
         raise RuntimeError(f"logits: expected a floating dtype, got {logits.dtype}{hint}")
     if target.is_floating_point():
         raise RuntimeError(f"target: expected class indices, got {target.dtype}")
-    _class_index_target(logits, target)
+    _class_index_target(logits, target, probabilities=False)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     softcap = 1.0 if options.softcap is None else options.softcap
     for name, value in (("softcap", softcap), ("temperature", options.temperature)):
@@ -376,10 +384,8 @@ def linear_log_probs(
     options: LogProbsOptions,
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
-    given = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
-    linear_cross_entropy(Head(input, linear_weight, linear_bias, target, None), given)
-    shape = *input.shape[:-1], *linear_weight.shape[:-1]
-    log_probs(input.new_empty(()).expand(shape), target, options)
+    head = Head(input, linear_weight, linear_bias, target, None)
+    log_probs(_logits_of(head, options.memory_budget), target, options)
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:
@@ -391,7 +397,7 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
         raise ValueError(f"kind: expected 'cosface' or 'arcface', got {kind!r}")
     if target.is_floating_point():
         raise ValueError(f"target: expected class indices, got {target.dtype}")
-    _class_index_target(input, target)
+    _class_index_target(input, target, probabilities=False)
 
 
 def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
@@ -461,27 +467,31 @@ def multi_margin_loss(
         _class_weight(input, weight)
 
 
-def _class_index_target(input: Tensor, target: Tensor) -> None:
+def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = True) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # as most are
     expected = loss_shape(input, "none")
     single = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
+    shape = tuple(input.shape)
     if target.shape == input.shape or (
         target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or single)
     ):
         raise RuntimeError(
             "target: expected class indices of dtype torch.int64 or torch.uint8 and shape "
-            f"{tuple(expected)}, or class probabilities of a floating dtype and the input's shape "
-            f"{tuple(input.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+            f"{tuple(expected)}"
+            + f", or class probabilities of a floating dtype and the input's shape {shape}"
+            * probabilities
+            + f", got {target.dtype} of shape {tuple(target.shape)}"
+            + ". Pass target.long()" * (target.dtype in _OTHER_INTEGERS)
         )
     if target.shape != expected and not single:
         batch = target.shape[:1] != input.shape[:1]
         if input.dim() == 1:
             batch = target.dim() == 1 and not target.is_floating_point()
         raise (ValueError if batch else RuntimeError)(
-            f"target: expected class indices of shape {tuple(expected)} or class probabilities of "
-            f"the input's shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
-            f"{_hint(input, target)}"
+            f"target: expected class indices of shape {tuple(expected)}"
+            + f" or class probabilities of the input's shape {shape}" * probabilities
+            + f", got shape {tuple(target.shape)}{_hint(input, target)}"
         )
     if input.dim() > 2 and input.shape[1] == 0 and target.numel():
         raise RuntimeError(f"input: expected one class or more, got shape {tuple(input.shape)}")
@@ -494,6 +504,9 @@ def _hint(input: Tensor, target: Tensor) -> str:
             ". Classes are dimension 1 of the input: move them there with input.movedim(-1, 1), or "
             "pass input.flatten(0, -2) and target.flatten()"
         )
+    rows = input.shape[:-1].numel()
+    if not target.is_floating_point() and target.numel() == rows and input.dim() > 1:
+        return f". Pass {'target.flatten()' if input.dim() == 2 else 'input.flatten(0, -2)'}"
     return _are_swapped(input, target)
 
 

@@ -232,6 +232,8 @@ class Formula:
     __qualname__: str
 
     def __init__(self, function: Callable[..., Tensor], loss: bool, strict: bool) -> None:
+        if not hasattr(function, "__name__"):
+            raise TypeError(f"function: expected a function with a name, got {function!r}")
         self.function, self.op = function, FormulaOperator(function, loss)
         update_wrapper(self, function)
         of_loss = self.op.reference.__signature__  # type: ignore[attr-defined]
@@ -401,6 +403,8 @@ def check(
     want = Want(True, (True,) * len(points))
     program = traced.program(want)
     op.long = len(program.body) >= _LONG
+    if kernels is cpu.pointwise_loss and cpu.MISSING:
+        return
     launch = kernels(program, (tuple(points), None, None), values, "none", want)
     value, gradients = launch(points, None, 1.0)
     found = torch.stack([value, *gradients]).double()

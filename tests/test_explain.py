@@ -76,6 +76,26 @@ def test_what_is_said_is_what_is_done(
         assert cpu.capability in str(said)
 
 
+INVALID = {
+    "int32 indices": ("cross_entropy", (X, TARGET.int()), "target: expected .* dtype"),
+    "fewer targets": ("cross_entropy", (X, TARGET[:3]), "target: expected class indices of shape"),
+    "fewer rows": ("mse_loss", (X, X[:4]), "target"),
+    "no tensor": ("relu", (3,), "input: expected a Tensor, got int"),
+}
+
+
+@pytest.mark.thresholds
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+@pytest.mark.parametrize(("op", "args", "message"), INVALID.values(), ids=INVALID.keys())
+def test_a_call_that_is_invalid_has_its_error_whatever_its_size(
+    op: str, args: Any, message: str
+) -> None:
+    with pytest.raises(Exception, match=message) as said:
+        pyfused.explain(op, *args)
+    with pytest.raises((type(said.value), AttributeError)):  # the latter is torch's of relu(3)
+        getattr(fused, op)(*args)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_modes_that_are_active() -> None:
     def reason() -> str:

@@ -828,6 +828,9 @@ def test_what_cannot_be_traced(function: Callable[[Tensor], Tensor], words: str)
 
 
 def test_wrong_definitions() -> None:
+    for decorate in (pyfused.loss, pyfused.activation):
+        with pytest.raises(TypeError, match="function: expected a function with a name, got 3"):
+            decorate(3)
     with pytest.raises(TypeError, match="weight is added to a formula"):
         pyfused.loss(lambda input, weight: input * weight)
     with pytest.raises(TypeError, match="1 to 4 tensor operands, got 5"):

@@ -182,9 +182,13 @@ def test_targets_of_other_kinds(op: str) -> None:
 
 
 @every_operator
-def test_what_is_not_asked_for_is_none(op: str) -> None:
+def test_what_is_not_asked_for_is_an_error_that_says_how_to_ask(op: str) -> None:
     found = getattr(fused, op)(**draw(op))
-    assert found.entropy is found.log_sum_exp is None
+    assert found[1] is found[2] is None
+    with pytest.raises(AttributeError, match="entropy: expected a call with return_entropy=True"):
+        _ = found.entropy
+    with pytest.raises(AttributeError, match="log_sum_exp: expected a call with return_lse=True"):
+        _ = found.log_sum_exp
     assert found._fields == ("log_probability", "entropy", "log_sum_exp")
     assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
 
@@ -657,6 +661,13 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("log_probs", {"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
     ("log_probs", {"target": torch.ones(12)}, RuntimeError, "target: expected class indices"),
     ("log_probs", {"target": torch.zeros(11).long()}, ValueError, r"target.*\(12,\).*got.*\(11,\)"),
+    ("log_probs", {"target": torch.zeros(12).int()}, RuntimeError, r"int32.*Pass target.long\(\)"),
+    (
+        "linear_log_probs",
+        {"target": torch.zeros(3, 4).long()},
+        ValueError,
+        r"expected class indices of shape \(12,\), got shape \(3, 4\)\. Pass target\.flatten",
+    ),
     ("linear_log_probs", {"memory_budget": 0}, ValueError, "memory_budget: expected a positive"),
     ("linear_log_probs", {"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\)"),
     ("linear_log_probs", {"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),

@@ -787,5 +787,9 @@ def test_what_cannot_be_decorated() -> None:
     for function in (coroutine, generator):
         with pytest.raises(TypeError, match=r"Use 'with pyfused\.patch\(\):'"):
             pyfused.patch(function)
-    with pytest.raises(TypeError, match="function: expected a function, got int"):
+    with pytest.raises(TypeError, match="function: expected a function, got 3"):
         pyfused.patch(3)
+    with pytest.raises(TypeError, match=r"got ReLU\(\).*pyfused.convert\(model\)"):
+        pyfused.patch(nn.ReLU())
+    with pytest.raises(TypeError, match="expected a function, got ReLU"):
+        pyfused.patch(nn.ReLU)

@@ -37,6 +37,8 @@ DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 FORCED = os.environ.get("PYFUSED_BACKEND") or None
 if FORCED not in (None, "cpu", "triton", "torch"):
     raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
+if FORCED == "cpu" and cpu.MISSING:
+    raise ImportError(f"PYFUSED_BACKEND: expected triton or torch, as {cpu.MISSING}, got 'cpu'")
 
 
 class Backend(Protocol):
@@ -180,7 +182,7 @@ def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
     if FORCED is None and tensor.is_cpu and input.is_cpu:
-        return None  # as most are
+        return cpu.MISSING  # None, for most
     if FORCED == "torch":
         return "PYFUSED_BACKEND is torch"
     if tensor.device != input.device or not (tensor.is_cpu or tensor.is_cuda):

@@ -1,7 +1,8 @@
 """The C++ kernels: the one place where tensors become addresses and strides.
 
 The extension is built once for each instruction set. The best one that this CPU runs is loaded at
-import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another.
+import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another. An installation with
+``PYFUSED_NO_EXTENSION=1`` has none, and calls on CPUs take torch's operators.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import logging
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,13 +91,28 @@ def _choose() -> str:
     return asked
 
 
-# The module for the least instruction set says which of the others are safe to load.
-supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
-capability = _choose()
-native = load(capability)
+_FOLDERS = [Path(folder) for folder in sys.modules["pyfused"].__path__]
+MISSING: str | None = None  # why there are no kernels
+if any(file for folder in _FOLDERS for file in folder.glob("_cpu_*")):
+    # The module for the least instruction set says which of the others are safe to load.
+    supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
+    capability = _choose()
+    native: Any = load(capability)
+else:
+    MISSING = "pyfused was installed without its CPU kernels"
+    supported, capability = (), "none"
+    native = SimpleNamespace(
+        compiler="none", runtime_file="", program_registers=32, program_constants=256
+    )
+    if any((folder.parent / "csrc").is_dir() for folder in _FOLDERS):
+        logging.getLogger("pyfused").warning(
+            "pyfused is imported from its source folder, whose CPU kernels are not built: calls "
+            "on CPUs take torch's operators. Run 'pip install .' or 'make build' in %s.",
+            _FOLDERS[0].parent,
+        )
 RECYCLES = hasattr(native, "recycled")  # where the system has what it takes
 
-if not native.runtime_file:
+if not (native.runtime_file or MISSING):
     logging.getLogger("pyfused").warning(
         "torch has loaded no OpenMP runtime that is known here; the kernels run on one thread"
     )

@@ -120,7 +120,7 @@ def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
 
 
 def _plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
-    reason, input = _reason_beside_size(op, arguments, inplace), arguments[0]
+    reason, input = reason_beside_size(op, arguments, inplace), arguments[0]
     if reason is not None:
         return Plan(reason, None)
     traced = is_dynamo_compiling() or (type(input) not in _PLAIN and is_traced(input))
@@ -187,10 +187,10 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
-    return SMALL if is_small(op, arguments) else _reason_beside_size(op, arguments, inplace)
+    return SMALL if is_small(op, arguments) else reason_beside_size(op, arguments, inplace)
 
 
-def _reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
+def reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
     input = arguments[0]
     compiling = is_dynamo_compiling()  # first: comparing sizes would make a graph depend on them
     if type(input) not in _PLAIN:
