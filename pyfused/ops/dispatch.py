@@ -154,6 +154,8 @@ def call(
     reference = op.aten_ if inplace else op.aten
     if reason is not SMALL:
         say_once(op.name, str(reason))
+        if op.name in LINEAR:
+            _warn_of_logits(op, arguments, str(reason))
         if patched is not None and not isinstance(input, Tensor):
             return patched(*given)
         if has_torch_function(arguments):
@@ -333,6 +335,23 @@ def say_once(op: str, reason: str) -> None:
     if not is_dynamo_compiling() and _log.isEnabledFor(logging.INFO) and (op, reason) not in _said:
         _said.add((op, reason))
         _log.info("%s: torch: %s", op, reason)
+
+
+def _warn_of_logits(op: Operator, arguments: Arguments, reason: str) -> None:
+    """Warns once where torch's operators make so many logits that the kernels need less than half.
+
+    The kernels' logits take a quarter of that, or 16 MiB.
+    """
+    input, weight = arguments[:2]
+    if is_dynamo_compiling() or not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        return
+    megabytes = math.prod((*input.shape[:-1], *weight.shape[:-1])) * input.element_size() >> 20
+    if megabytes >= 32 and (op.name, f"logits: {reason}") not in _said:
+        _said.add((op.name, f"logits: {reason}"))
+        message = f"pyfused: {op.name}: torch's operators take {megabytes} MiB for the logits, as "
+        if reason.endswith(" requires grad"):
+            reason += ". Detach it if it needs no gradient"
+        warnings.warn(message + reason, RuntimeWarning, stacklevel=4)
 
 
 def _warn_once(op: str, error: Exception) -> None:
