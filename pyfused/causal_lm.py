@@ -180,7 +180,7 @@ class DeferredLogits:
             label_smoothing=label_smoothing,
             softcap=self.cap,
             scale=self.scale,
-            loss_dtype=self.dtype,
+            loss_dtype=None if self.dtype is self.hidden.dtype else self.dtype,
         )
 
 
@@ -208,10 +208,14 @@ def _finished(output: Any) -> Any:
             return None
         return output.tensor("the output")
     if isinstance(output, tuple):
-        return tuple(map(_finished, output))
+        parts = list(map(_finished, output))
+        if all(part is given for part, given in zip(parts, output, strict=True)):
+            return output
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
     if isinstance(output, dict):
         found = {name: _finished(value) for name, value in output.items()}
-        return output if list(found.values()) == list(output.values()) else type(output)(**found)
+        same = all(found[name] is value for name, value in output.items())
+        return output if same else type(output)(**found)
     return output
 
 
