@@ -204,7 +204,7 @@ for _name in ("add", "radd", "sub", "rsub", "matmul", "neg", "pow", "rtruediv", 
 def _finished(output: Any) -> Any:
     """Returns a model's output with None for logits of which the loss alone was asked."""
     if isinstance(output, DeferredLogits):
-        if output.computed is None and output.uses == [LOSS]:
+        if output.computed is None and set(output.uses) == {LOSS}:
             return None
         return output.tensor("the output")
     if isinstance(output, tuple):
@@ -426,7 +426,7 @@ def _difference(model: Any, name: str) -> str | None:
             ]
     except Exception as error:
         return f"its forward was tried with given hidden states and has raised {error!r}"
-    if uses != [LOSS]:
+    if set(uses) != {LOSS}:
         read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
         return f"its logits are read by {read or 'no cross-entropy'}, beside its loss"
     tolerance = max(1e-3, 16 * torch.finfo(weight.dtype).eps)
