@@ -25,6 +25,7 @@ double sum_of_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
 }
 
 template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
+  const FlushSubnormals flush;
   using A = Accumulate<T>;
   const TargetStatistics statistics = target_statistics(ce);
   if (statistics.out_of_range >= 0) return statistics.out_of_range;

@@ -293,6 +293,7 @@ template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, 
 }
 
 template <class T> void softmax(const Softmax<T>& softmax) {
+  const FlushSubnormals flush;
   const size_t bytes = size_t(softmax.positions() * softmax.classes) * sizeof(T);
   const bool streams = bytes >= kStreamBytes && has_pages(softmax.output.data, bytes);
 #ifdef PYFUSED_HAS_REGISTERS
