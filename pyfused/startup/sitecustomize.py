@@ -152,7 +152,7 @@ class Counts:
             )
             lines.append(
                 f"pyfused's kernels took {least}{ours} of {ran}; torch's operators would have "
-                f"taken {least}{theirs} (calls that both have made again to compare: {compared:,})"
+                f"taken {least}{theirs} (estimated from calls that both made again: {compared:,})"
             )
         return "\n".join(lines)
 
