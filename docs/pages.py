@@ -16,8 +16,8 @@ import torch
 from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
-from pyfused.ops.dispatch import LINEAR, OF_LOGITS
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.sizes import LINEAR, OF_LOGITS
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
 
@@ -77,9 +77,7 @@ def page(name: str) -> str:
             f"## Example\n\n```python\n{example(name)}```\n",
             "## Reference\n\n```{eval-rst}\n" + "\n\n".join(documented) + "\n```\n",
             f"## Measured\n\n{measured(name)}\n",
-            f"These are the smallest inputs that take a kernel on CPUs, in elements:\n\n{sizes}\n"
-            if sizes
-            else "",
+            f"These are the smallest inputs that take a kernel on CPUs, in elements:\n\n{sizes}\n",
         )
     )
 

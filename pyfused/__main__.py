@@ -1,4 +1,4 @@
-"""What a bug report needs, ``python -m pyfused``; and ``python -m pyfused run script.py``."""
+"""Prints what a bug report needs: ``python -m pyfused``. ``run`` and ``tune`` are its commands."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyfused
 from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
 from pyfused.ops.operators import OPERATORS
+from pyfused.tune import main as tune
 
 
 def installed(package: str) -> str:
@@ -95,7 +96,17 @@ def main() -> None:
         description="Run python with these arguments under pyfused.patch(), and say what that "
         "gained. --compare repeats more of the calls by torch's operators, for a better estimate.",
     )
+    tuning = commands.add_parser(
+        "tune",
+        help="measure from which sizes on the kernels are faster on this machine",
+        description="Measure the sizes from which kernels take calls, and keep them for later "
+        "processes of this machine. It takes up to two minutes.",
+    )
+    tuning.add_argument("--op", nargs="+", default=[], choices=OPERATORS, metavar="OPERATOR")
     options = parser.parse_args()
+    if options.command == "tune":
+        tune(options.op)
+        return
     if options.command == "run":
         command.error("expected a program")
     for key, value in report().items():

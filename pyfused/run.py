@@ -18,7 +18,7 @@ from torch.autograd import grad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from pyfused.ops import custom_operators, dispatch, inductor
+from pyfused.ops import custom_operators, dispatch, inductor, reasons
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operator
@@ -86,7 +86,7 @@ class Counting:
         return self.compute(op, function, given, *backward)
 
     def _left(self, op: str) -> None:
-        self.counts.left[op, dispatch.FUSED] += 1
+        self.counts.left[op, reasons.FUSED] += 1
         self.left(op)
 
     def _count(

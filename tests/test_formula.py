@@ -487,7 +487,7 @@ class Recording(TorchDispatchMode):
 
 def test_no_tensor_of_parameters_is_filled() -> None:
     """Kernels take them as numbers, which need no order of streams."""
-    program, values = wing.op.formula((3.0, 0.7), 2, Want())
+    program, values = wing.op.kernel((3.0, 0.7), 2, Want())
     operands = (torch.ones(40), torch.zeros(40))
     with Recording() as recorded:
         backend, tensors = backend_of(operands[0]), (operands, None, None)

@@ -25,7 +25,7 @@ import pyfused
 from pyfused import __main__ as main
 from pyfused import functional as F
 from pyfused import run
-from pyfused.ops import dispatch, inductor
+from pyfused.ops import inductor, reasons
 from pyfused.startup import launch
 from pyfused.startup import sitecustomize as startup
 from pyfused.types import CrossEntropyOptions, HeadOptions
@@ -723,7 +723,7 @@ def test_the_summary_never_gives_a_total_of_what_was_not_compared() -> None:
 
 
 def test_the_summary_is_one_line_where_nothing_is_gained() -> None:
-    assert startup.SMALL == dispatch.SMALL
+    assert startup.SMALL == reasons.SMALL
     nothing = "pyfused: nothing gained: "
     small = f"{nothing}ATen is faster at the size of all calls (1,200), in 60 s"
     assert summary(60.0, small={"relu": 1200}) == [[small]]
