@@ -336,8 +336,9 @@ def linear_cross_entropy(
 
     A language model's logits are what it needs most memory for. Here some rows of them at a time go
     through matrix product, cross-entropy and the products of the gradients, while they are in
-    cache; with half precision on CPUs, or little memory, some classes at a time, the logits made
-    once more by the backward pass. The result is that of torch's function of this name::
+    cache; with little memory, or half precision that a CPU has no instructions for, some classes at
+    a time, and the backward pass recomputes the logits. The result is that of torch's function of
+    this name::
 
         cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
 
@@ -361,8 +362,9 @@ def linear_cross_entropy(
         options: torch's ``LinearCrossEntropyOptions``, for calls that go to torch's
             operator. Here nothing is chosen by it: the logits are taken apart in any case.
         memory_budget: Bytes for the logits that exist at once and what they are made of. None
-            takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
-            by rounding alone.
+            takes up to 512 rows, no more than a quarter of them or 16 MiB; of bfloat16 on a CPU
+            with AMX, whose products are faster than sums, all rows up to a 32nd of the machine's
+            memory. The result depends on it by rounding alone.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
         filter_eps: Classes are left out of a block's products for the gradients where the gradient
@@ -677,7 +679,7 @@ def linear_kl_div(
             require grad, as a head's weight does by default. True gives it one: if they do, torch's
             operators compute the loss from all logits.
         memory_budget: Bytes for the logits of both models that exist at once, one row of each at
-            least. None takes up to 512 rows, no more than a quarter of them or 16 MiB.
+            least. None stands for as many as in :func:`linear_cross_entropy`.
 
     Returns:
         As :func:`kl_div_with_logits`.
