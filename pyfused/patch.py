@@ -136,7 +136,7 @@ class _BuiltIn:
         method, needed = self.owner is Tensor, len(op.built_in)
         defaults = dict(zip(op.arguments[1:], op.defaults, strict=True))
         by_name = [name for name in defaults if not name.startswith("_")]
-        by_place = (*op.built_in, *by_name[1:]) if needed > 1 else op.built_in
+        by_place = (*op.built_in, *by_name[needed - 1 :]) if needed > 1 else op.built_in
         required, known = {*op.built_in}, {*op.built_in, *by_name}
         shown = _shown(torch_function) if method else torch_function
 
