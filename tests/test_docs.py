@@ -22,9 +22,8 @@ import pages
 from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
-from pyfused.ops.dispatch import operator_of
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import ATEN_BELOW
+from pyfused.ops.sizes import ON_CPU
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[1] / "docs"
@@ -45,6 +44,8 @@ def test_a_curve_is_what_the_kernels_compute(
     assert kernel_calls.total() > 0
     assert x.shape == values.shape == gradients.shape
     assert values.isfinite().all()
+    if name == "hardshrink":
+        return  # it jumps
     # Between the points: a gradient that were not the value's would stray by more than a kink does.
     slopes, between = values.diff() / x.diff(), (gradients[1:] + gradients[:-1]) / 2
     assert (slopes - between).abs().mean() < 0.02 * max(1.0, gradients.abs().max().item())
@@ -115,11 +116,9 @@ def test_the_machine_of_each_ratio_is_named() -> None:
 
 def test_sizes_are_listed() -> None:
     lines = gallery.sizes().splitlines()
-    keys = [key for key in ATEN_BELOW if operator_of(key) in OPERATORS]
-    assert len(lines) == 2 + sum(not key.endswith("_forward") for key in keys)
-    assert "`l1_loss`, without reduction, forward alone" in gallery.sizes("l1_loss")
+    assert len(lines) == 2 + len(OPERATORS)
     (relu,) = (line for line in lines if line.startswith("| `relu` |"))
-    assert f"{ATEN_BELOW['relu'][torch.float32][0][1]:,}" in relu
+    assert f"| {ON_CPU['relu'][0]:,} |" in relu
 
 
 def test_the_pages_have_every_comment_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:

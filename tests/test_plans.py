@@ -21,7 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.ops import dispatch
-from pyfused.ops.operators import CROSS_ENTROPY, MSE_LOSS, SMOOTH_L1_LOSS
+from pyfused.ops.elementwise import MSE_LOSS, SMOOTH_L1_LOSS
+from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.types import CrossEntropyOptions
 
 

@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-from pyfused.ops import sizes
 
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parent.parent
@@ -62,18 +59,8 @@ def test_links_lead_somewhere(page: str) -> None:
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links)
 
 
-def test_sizes_are_those_that_were_measured() -> None:
-    """`make sizes` changes them: the README names some."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    table = readme[readme.index("| operator | elements of the input |") :].partition("\n\n")[0]
-    rows = re.findall(r"^\| `(\w+)`(.*?) \| ([\d,]+) \|$", table, FLAGS)
-    assert len(rows) == table.count("\n") - 1
-    for op, classes, elements in rows:
-        numbers = [int(number) for number in re.findall(r"\d+", classes)]
-        for count in [numbers[0] + 1] if "more than" in classes else numbers or [1]:
-            limits = sizes.ATEN_BELOW[op][torch.float32]
-            found = next(below for most, below in limits if count <= most)
-            assert f"{found:,}" == elements, f"{op}{classes}"
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
 
 
 EXAMPLE = re.findall(
