@@ -21,8 +21,15 @@ from pyfused.ops.dispatch import call
 from pyfused.ops.elementwise import (
     BINARY_CROSS_ENTROPY,
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
+    CELU,
+    ELU,
     GAUSSIAN_NLL_LOSS,
+    GEGLU,
     GELU,
+    HARDSHRINK,
+    HARDSIGMOID,
+    HARDSWISH,
+    HARDTANH,
     HINGE_EMBEDDING_LOSS,
     HINGE_LOSS,
     HUBER_LOSS,
@@ -30,20 +37,30 @@ from pyfused.ops.elementwise import (
     L1_LOSS,
     LEAKY_RELU,
     LOG_COSH_LOSS,
+    LOGSIGMOID,
     MARGIN_RANKING_LOSS,
+    MISH,
     MSE_LOSS,
     MULTILABEL_SOFT_MARGIN_LOSS,
     POISSON_NLL_LOSS,
     QUANTILE_LOSS,
+    REGLU,
     RELU,
+    RELU6,
     RMSE_LOSS,
+    SELU,
     SIGMOID,
     SIGMOID_FOCAL_LOSS,
     SILU,
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
     SOFTCAP,
+    SOFTPLUS,
+    SOFTSHRINK,
+    SOFTSIGN,
+    SWIGLU,
     TANH,
+    TANHSHRINK,
 )
 from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
@@ -74,16 +91,41 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
+    # What __getattr__ finds, with its types; type checkers take other names of torch for Any.
+    from torch.nn.functional import avg_pool2d as avg_pool2d
+    from torch.nn.functional import batch_norm as batch_norm
+    from torch.nn.functional import conv1d as conv1d
+    from torch.nn.functional import conv2d as conv2d
+    from torch.nn.functional import cosine_similarity as cosine_similarity
+    from torch.nn.functional import dropout as dropout
+    from torch.nn.functional import embedding as embedding
+    from torch.nn.functional import group_norm as group_norm
+    from torch.nn.functional import interpolate as interpolate
+    from torch.nn.functional import layer_norm as layer_norm
+    from torch.nn.functional import linear as linear
+    from torch.nn.functional import max_pool2d as max_pool2d
+    from torch.nn.functional import normalize as normalize
+    from torch.nn.functional import one_hot as one_hot
+    from torch.nn.functional import pad as pad
+    from torch.nn.functional import rms_norm as rms_norm
+    from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention
     from typing_extensions import Unpack
 
 __all__ = [
     "additive_margin",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "celu",
     "cross_entropy",
     "cross_entropy_with_metrics",
+    "elu",
     "gaussian_nll_loss",
+    "geglu",
     "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
     "hinge_embedding_loss",
     "hinge_loss",
     "huber_loss",
@@ -99,15 +141,20 @@ __all__ = [
     "log_cosh_loss",
     "log_probs",
     "log_softmax",
+    "logsigmoid",
     "margin_ranking_loss",
+    "mish",
     "mse_loss",
     "multi_margin_loss",
     "multilabel_soft_margin_loss",
     "nll_loss",
     "poisson_nll_loss",
     "quantile_loss",
+    "reglu",
     "relu",
+    "relu6",
     "rmse_loss",
+    "selu",
     "sigmoid",
     "sigmoid_focal_loss",
     "silu",
@@ -115,7 +162,12 @@ __all__ = [
     "soft_margin_loss",
     "softcap",
     "softmax",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "swiglu",
     "tanh",
+    "tanhshrink",
 ]
 
 
@@ -1587,6 +1639,300 @@ def sigmoid(input: Tensor) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(SIGMOID, (input,))
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """The elements between 0 and 6, and the nearer bound for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(RELU6, (input,), inplace)
+
+
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
+    """The elements between two bounds, and the nearer bound for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        min_val: The lower bound.
+        max_val: The upper bound.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        ValueError: ``min_val`` is above ``max_val``.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(HARDTANH, (input, min_val, max_val), inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input / 6 + 1 / 2`` between -3 and 3, 0 below and 1 above.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(HARDSIGMOID, (input,), inplace)
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input`` times :func:`hardsigmoid` of it.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(HARDSWISH, (input,), inplace)
+
+
+def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """The elements beyond ``-lambd`` and ``lambd``, and 0 for those between.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        lambd: 0 or more.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(HARDSHRINK, (input, lambd))
+
+
+def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """The elements beyond ``-lambd`` and ``lambd``, nearer to 0 by ``lambd``; 0 for those between.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        lambd: 0 or more.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        RuntimeError: ``lambd`` is below 0.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(SOFTSHRINK, (input, lambd))
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """The elements above 0, and ``alpha * (exp(input) - 1)`` for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        alpha: What the others approach, negated.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(ELU, (input, alpha), inplace)
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """1.0507 times :func:`elu` with an ``alpha`` of 1.6733, which keep mean and variance.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SELU, (input,), inplace)
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """The elements above 0, and ``alpha * (exp(input / alpha) - 1)`` for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        alpha: What the others approach, negated; not 0.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(CELU, (input, alpha), inplace)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input * tanh(log(1 + exp(input)))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(MISH, (input,), inplace)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """``log(1 + exp(beta * input)) / beta``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        beta: How sharp the bend is.
+        threshold: Where ``beta * input`` is above it, the result is ``input``.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(SOFTPLUS, (input, beta, threshold))
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    """``-log(1 + exp(-input))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(LOGSIGMOID, (input,))
+
+
+def softsign(input: Tensor) -> Tensor:
+    """``input / (1 + abs(input))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SOFTSIGN, (input,))
+
+
+def tanhshrink(input: Tensor) -> Tensor:
+    """``input - tanh(input)``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(TANHSHRINK, (input,))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, the gated activation of most language models; not in torch.
+
+    Backward reads both inputs, and nothing else is saved: ``silu(gate)`` is computed again.
+
+    Args:
+        gate, up: Tensors that broadcast; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the broadcast shape and of the dtype that the two have together.
+
+    Raises:
+        RuntimeError: The shapes do not broadcast.
+        TypeError: ``gate`` is no tensor.
+    """
+    return call(SWIGLU, (gate, up))
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor:
+    """``gelu(gate, approximate) * up``; not in torch.
+
+    Backward reads both inputs, and nothing else is saved: ``gelu(gate)`` is computed again.
+
+    Args:
+        gate, up: Tensors that broadcast; float32, float64, bfloat16 or float16.
+        approximate: As :func:`gelu`'s.
+
+    Returns:
+        A tensor of the broadcast shape and of the dtype that the two have together.
+
+    Raises:
+        RuntimeError: The shapes do not broadcast, or ``approximate`` is neither word.
+        TypeError: ``gate`` is no tensor.
+    """
+    checks.approximate(approximate)
+    return call(GEGLU, (gate, up, approximate))
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``relu(gate) * up``; not in torch.
+
+    Backward reads both inputs, and nothing else is saved: ``relu(gate)`` is computed again.
+
+    Args:
+        gate, up: Tensors that broadcast; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the broadcast shape and of the dtype that the two have together.
+
+    Raises:
+        RuntimeError: The shapes do not broadcast.
+        TypeError: ``gate`` is no tensor.
+    """
+    return call(REGLU, (gate, up))
 
 
 def softmax(

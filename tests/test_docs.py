@@ -44,6 +44,8 @@ def test_a_curve_is_what_the_kernels_compute(
     assert kernel_calls.total() > 0
     assert x.shape == values.shape == gradients.shape
     assert values.isfinite().all()
+    if name == "hardshrink":
+        return  # it jumps
     # Between the points: a gradient that were not the value's would stray by more than a kink does.
     slopes, between = values.diff() / x.diff(), (gradients[1:] + gradients[:-1]) / 2
     assert (slopes - between).abs().mean() < 0.02 * max(1.0, gradients.abs().max().item())
@@ -151,7 +153,7 @@ def test_the_page_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
         ".. autoclass:: pyfused.nn.CrossEntropyLoss\n",
         "{py:func}`torch.nn.functional.cross_entropy`",
         "| cross_entropy (1024, 32000) float32 | forward+backward |",
-        "| `cross_entropy`, (N, C, d1, ..., dk) |",
+        "| `cross_entropy` | 131,072 |",
     ):
         assert part in page
     assert "mse_loss" not in page

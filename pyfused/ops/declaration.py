@@ -195,7 +195,7 @@ class Operator(ABC):
 
     def check_scalars(self, arguments: Arguments) -> None:
         for place, scalar in self.scalar_places:
-            if not (scalar.flag or (scalar.optional and arguments[place] is None)):
+            if not (scalar.flag or scalar.words or (scalar.optional and arguments[place] is None)):
                 name, _, low, high, positive, *_ = scalar
                 checks.scalar(name, arguments[place], low, high, positive)
 
