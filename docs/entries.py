@@ -128,7 +128,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_kl_div": Entry(
             r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
-            "The same, of the last layers of two language models, whose logits are large.",
+            "Distillation of language models, from the inputs of their last layers: logits are"
+            " never held as a whole.",
             tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
             low=-5.0,
             high=5.0,
@@ -136,8 +137,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_topk_kl_div": Entry(
             r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
-            "The same, where only the k largest probabilities of the teacher were saved; r is all"
-            " the rest.",
+            "Distillation where only the k largest probabilities of the teacher were saved; r is"
+            " all the rest.",
             tuple(
                 Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")
             ),
@@ -263,7 +264,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_log_probs": Entry(
             r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
-            "The same, of the last layer of a language model, whose logits are large.",
+            "Log-probabilities of a language model, from the input of its last layer: logits are"
+            " never held as a whole.",
             tuple(
                 Curve(label, options=HEAD | {"target": torch.full((401,), target)} | options)
                 for label, target, options in (
@@ -647,7 +649,7 @@ loss.backward()
     "kl_div_with_logits": """
 teacher_logits = torch.randn(2, 16, 1000)
 logits = torch.randn(2, 16, 1000, requires_grad=True)
-loss = F.kl_div_with_logits(logits, teacher_logits, beta=0.5, temperature=2.0)
+loss = F.kl_div_with_logits(logits, teacher_logits, dim=-1, beta=0.5, temperature=2.0)
 loss.backward()
 """,
     "linear_kl_div": """

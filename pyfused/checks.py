@@ -24,6 +24,7 @@ from pyfused.types import (
     MarginOptions,
     ModuleOptions,
     NllOptions,
+    VocabOptions,
 )
 
 Options = TypeVar("Options", bound=CrossEntropyOptions)
@@ -109,8 +110,6 @@ def cross_entropy(
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
     tensor("input", input)
     tensor("target", target)
-    if options.token_weight is not None:
-        tensor("token_weight", options.token_weight)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     number("label_smoothing", options.label_smoothing, (float, Real), "a float")
     if input.dim() == 0:
@@ -132,6 +131,27 @@ def cross_entropy(
         _class_weight(input, weight, alike=not target.is_floating_point())
     if type(options) is CrossEntropyOptions and options.is_plain():
         return
+    vocab_options(options, loss_shape(input, "none"))
+    if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
+        raise ValueError(
+            "gamma: expected 0.0 with class probabilities or label smoothing, got "
+            f"{float(options.gamma)}"
+        )
+    loss_dtype = options.loss_dtype
+    if loss_dtype is not None and not (
+        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
+    ):
+        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
+
+
+def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
+    """Types and values of the options that all functions of a vocabulary have, and their numbers.
+
+    Args:
+        losses: The shape of the losses before a reduction.
+    """
+    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    reduction(options.reduction)
     for name, positive, optional in _NUMBERS[type(options)]:
         value = getattr(options, name)
         if value is not None or not optional:
@@ -143,38 +163,28 @@ def cross_entropy(
             f"denominator: expected None with reduction {options.reduction!r}, got "
             f"{options.denominator}"
         )
-    if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
-        raise ValueError(
-            "gamma: expected 0.0 with class probabilities or label smoothing, got "
-            f"{float(options.gamma)}"
-        )
-    if options.token_weight is not None:
-        shape, expected = options.token_weight.shape, loss_shape(input, "none")
-        if shape != expected:
-            raise ValueError(
-                f"token_weight: expected shape {tuple(expected)}, one for each loss, got "
-                f"{tuple(shape)}"
-            )
-        values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
-    loss_dtype = options.loss_dtype
-    if loss_dtype is not None and not (
-        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
-    ):
-        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
+    weight = options.token_weight
+    if weight is not None:
+        tensor("token_weight", weight)
+        _shape("token_weight", weight, losses, "one for each loss", ValueError)
+        values("token_weight", weight, 0.0, math.inf, ValueError)
 
 
-_NUMBERS = {
+_NUMBERS: dict[type[VocabOptions], list[tuple[str, bool, bool]]] = {
     kind: [
         (each.name, each.metadata["positive"], each.default is None)
         for each in fields(kind)
         if each.metadata
     ]
-    for kind in (CrossEntropyOptions, HeadOptions)
+    for kind in (CrossEntropyOptions, HeadOptions, LogProbsOptions, DivergenceOptions)
 }
 
 
 def normalized(options: Options) -> Options:
-    """Checked options as the kernels take them: floats, and no label smoothing below 0."""
+    """Checked options as the kernels take them.
+
+    Numbers are floats, a temperature is part of the scale, and no label smoothing is below 0.
+    """
     changed: dict[str, Any] = {}
     plain = type(options) is CrossEntropyOptions and options.is_plain()
     for name, *_ in () if plain else _NUMBERS[type(options)]:
@@ -184,27 +194,22 @@ def normalized(options: Options) -> Options:
     smoothing = options.label_smoothing
     if type(smoothing) is not float or not smoothing >= 0:  # NaN too
         changed["label_smoothing"] = max(0.0, float(smoothing))
+    if options.temperature != 1:
+        changed |= {"scale": options.scale / options.temperature, "temperature": 1.0}
     return replace(options, **changed) if changed else options
 
 
-def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
+def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool = True) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
-    if options.token_weight is not None:
-        tensor("token_weight", options.token_weight)
-    reduction(options.reduction)
-    logits = _logits_of(head, options.memory_budget)
-    cross_entropy(logits, head.target, head.weight, options)
-
-
-def _logits_of(head: Head, budget: int | None) -> Tensor:
-    """Checks a linear layer and its input, and returns logits of their shape, without memory."""
-    input, linear_weight, linear_bias, *_ = head
+    input, linear_weight, linear_bias, target, weight = head
     for name, value in head._asdict().items():
         if value is not None or name not in ("linear_bias", "weight"):
             tensor(name, value)
-    if input.dim() not in (1, 2):
-        hint = ". Pass input.flatten(0, -2) and target.flatten()" if input.dim() else ""
-        raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}{hint}")
+    if options.token_weight is not None:
+        tensor("token_weight", options.token_weight)
+    reduction(options.reduction)
+    if input.dim() == 0:
+        raise RuntimeError("input: expected shape (..., D), got ()")
     if not input.is_floating_point():
         raise RuntimeError(f"input: expected a floating dtype, got {input.dtype}")
     linear_layer(input, linear_weight, linear_bias)
@@ -214,8 +219,18 @@ def _logits_of(head: Head, budget: int | None) -> Tensor:
             f"input: expected shape (N, {features}) beside a linear_weight of shape "
             f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
-    memory_budget(budget)
-    return input.new_empty(()).expand(*input.shape[:-1], *shape)
+    memory_budget(options.memory_budget)
+    if input.dim() > 2:
+        rows, what = input.shape[:-1], "with the input's leading dimensions"
+        of_target = *rows, *shape[not target.is_floating_point() :]
+        _shape("target", target, of_target, what, ValueError)
+        if options.token_weight is not None:
+            _shape("token_weight", options.token_weight, (*rows, *shape[1:]), what, ValueError)
+        head, options = head.as_rows(options)
+    logits_without_memory = input.new_empty(()).expand(*head.input.shape[:-1], *shape)
+    if not probabilities:
+        _class_index_target(logits_without_memory, head.target, probabilities=False)
+    cross_entropy(logits_without_memory, head.target, weight, options)
 
 
 def memory_budget(value: Any) -> None:
@@ -300,15 +315,8 @@ def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
     number("beta", options.beta, (float, Real), "a float")
     if not 0 <= options.beta <= 1:
         raise ValueError(f"beta: expected a number in [0.0, 1.0], got {options.beta}")
-    number("temperature", options.temperature, (float, Real), "a float")
-    bounded("temperature", options.temperature, positive=True)
-    reduction(options.reduction)
+    vocab_options(options, tokens)
     memory_budget(options.memory_budget)
-    weight = options.token_weight
-    if weight is not None:
-        tensor("token_weight", weight)
-        _shape("token_weight", weight, tokens, "one for each token", ValueError)
-        values("token_weight", weight, 0.0, math.inf, ValueError)
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
@@ -327,6 +335,25 @@ def topk_indices(indices: Tensor, classes: int) -> Tensor:
                 value = int(indices[row, place])
                 raise error(f"teacher_indices: expected {expected}, got {value}{got} in row {row}")
     return (outside | twice).any(-1)
+
+
+def topk_log_probs(log_probs: Tensor) -> None:
+    """That rows (..., k) are logarithms of probabilities, as exact as bfloat16; raises on CPUs."""
+    if not _can_be_read(log_probs):
+        return
+    logs = log_probs.detach().double()
+    p = logs.exp()
+    # A logarithm that is rounded by 2 ** -8 of it changes the sum by that times p |log p|.
+    most = 1 + 2**-8 * (1 + (p * logs.abs()).where(p != 0, 0).sum(-1))
+    total = p.sum(-1)
+    wrong = (total > most) | (logs > 1).any(-1)
+    if wrong.any():
+        row = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            "teacher_log_probs: expected logarithms of probabilities, with a sum of 1 at most, got "
+            f"a sum of {float(total.flatten()[row]):.4g} in row {row}, of logarithms up to "
+            f"{float(logs.flatten(0, -2)[row].max()):.4g}"
+        )
 
 
 def _vectors(name: str, value: Tensor) -> None:
@@ -369,11 +396,7 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
     if target.is_floating_point():
         raise RuntimeError(f"target: expected class indices, got {target.dtype}")
     _class_index_target(logits, target, probabilities=False)
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
-    softcap = 1.0 if options.softcap is None else options.softcap
-    for name, value in (("softcap", softcap), ("temperature", options.temperature)):
-        number(name, value, (float, Real), "a float")
-        bounded(name, value, positive=True)
+    vocab_options(options, ())
 
 
 def linear_log_probs(
@@ -384,8 +407,31 @@ def linear_log_probs(
     options: LogProbsOptions,
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
+    given = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
     head = Head(input, linear_weight, linear_bias, target, None)
-    log_probs(_logits_of(head, options.memory_budget), target, options)
+    linear_cross_entropy(head, given, probabilities=False)
+    if target.is_floating_point():
+        raise RuntimeError(f"target: expected class indices, got {target.dtype}")
+    vocab_options(options, ())
+
+
+def classes_at(where: int, name: str, logits: Tensor, given: int | None) -> Tensor:
+    """Returns logits with the dimension of the classes moved to where an operator has it.
+
+    Args:
+        given: The ``dim`` of the call; None leaves no choice if there are one or two dimensions.
+    """
+    if not isinstance(logits, Tensor) or (given is None and logits.dim() < 3):
+        return logits
+    if given is None:
+        raise ValueError(
+            f"dim: expected the dimension of the classes of {name} of shape {tuple(logits.shape)}, "
+            f"got None. With dim=-1 a token has {logits.shape[-1]} classes, as a language model's "
+            f"logits have; with dim=1 it has {logits.shape[1]}, as torch's cross_entropy has it"
+        )
+    dim(given, logits)
+    where = min(where, max(logits.dim() - 1, 0))
+    return logits if (given - where) % max(logits.dim(), 1) == 0 else logits.movedim(given, where)
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:

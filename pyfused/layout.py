@@ -53,6 +53,12 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
     return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
 
 
+def of_leading(found: Tensor, leading: Sequence[int]) -> Tensor:
+    """Returns results of rows in the leading dimensions of the input; a scalar stays one."""
+    rows = len(leading) == 1 or not found.dim()
+    return found if rows else found.reshape((*leading, *found.shape[1:]))
+
+
 def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns, for one class of each row, its index for gather, its logit, and if it is in range.
 

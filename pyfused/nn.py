@@ -8,6 +8,7 @@ A name that has no counterpart here, such as ``Linear``, is torch's.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ from pyfused.types import (
     MarginKind,
     ModuleOptions,
     Reduction,
-    Remainder,
     VocabShard,
 )
 
@@ -129,13 +129,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
     """torch's module of this name over :func:`pyfused.functional.linear_cross_entropy`.
 
-    Its arguments are torch's, and ``memory_budget``, ``softcap``, ``filter_eps`` and that
-    function's other keywords. The layer is its ``linear``: a model's own head goes with the
+    Its arguments are torch's, and ``memory_budget``, ``filter_eps`` and that function's other
+    keywords. The layer is its ``linear``: a model's own head goes with the
     function.
     """
 
     memory_budget: int | None = None
-    softcap: float | None = None
     filter_eps = 0.0
     fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
 
@@ -154,7 +153,6 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         label_smoothing: float = 0.0,
         options: Any = None,
         memory_budget: int | None = None,
-        softcap: float | None = None,
         filter_eps: float = 0.0,
         **fused_options: Unpack[ModuleOptions],
     ) -> None:
@@ -170,7 +168,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         columns = math.prod(out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
-        self.memory_budget, self.softcap, self.filter_eps = memory_budget, softcap, filter_eps
+        self.memory_budget, self.filter_eps = memory_budget, filter_eps
         self.fused_options = checks.keywords("LinearCrossEntropyLoss", fused_options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -187,13 +185,12 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
             label_smoothing=self.label_smoothing,
             options=self.options,
             memory_budget=self.memory_budget,
-            softcap=self.softcap,
             filter_eps=self.filter_eps,
             **self.fused_options,
         )
 
     def extra_repr(self) -> str:
-        changed = _changed(self, memory_budget=None, softcap=None, filter_eps=0.0)
+        changed = _changed(self, memory_budget=None, filter_eps=0.0)
         return ", ".join(filter(None, (super().extra_repr(), changed)))
 
 
@@ -203,6 +200,7 @@ class LogProbs(torch.nn.Module):
     def __init__(
         self,
         *,
+        dim: int | None = None,
         ignore_index: int = -100,
         softcap: float | None = None,
         temperature: float = 1.0,
@@ -212,6 +210,7 @@ class LogProbs(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
+            "dim": dim,
             "ignore_index": ignore_index,
             "softcap": softcap,
             "temperature": temperature,
@@ -243,6 +242,7 @@ class LinearLogProbs(LogProbs):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.options.pop("dim")
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
         self.options["memory_budget"] = memory_budget
         self.options["deterministic_rows"] = deterministic_rows
@@ -253,15 +253,26 @@ class LinearLogProbs(LogProbs):
 
 
 class KLDivWithLogitsLoss(torch.nn.modules.loss._Loss):
-    """:func:`pyfused.functional.kl_div_with_logits` as a module, which takes its tensors."""
+    """:func:`pyfused.functional.kl_div_with_logits` as a module, which takes its tensors.
+
+    Its arguments are that function's keywords but for ``token_weight``, which goes with a call.
+    """
 
     _function = "kl_div_with_logits"
 
     def __init__(
-        self, beta: float = 0.0, temperature: float = 1.0, reduction: Reduction = "mean"
+        self,
+        beta: float = 0.0,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        **options: Any,
     ) -> None:
         super().__init__(reduction=reduction)
-        self.options: dict[str, Any] = {"beta": beta, "temperature": temperature}
+        known = inspect.signature(getattr(F, self._function)).parameters
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__}() got an unexpected argument {name!r}")
+        self.options: dict[str, Any] = {"beta": beta, "temperature": temperature, **options}
 
     def forward(self, *tensors: Tensor, **by_name: Tensor | None) -> Tensor:
         function: Callable[..., Tensor] = getattr(F, self._function)
@@ -276,34 +287,11 @@ class LinearKLDivLoss(KLDivWithLogitsLoss):
 
     _function = "linear_kl_div"
 
-    def __init__(
-        self,
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        reduction: Reduction = "mean",
-        *,
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(beta, temperature, reduction)
-        self.options["memory_budget"] = memory_budget
 
-
-class LinearTopKKLDivLoss(LinearKLDivLoss):
+class LinearTopKKLDivLoss(KLDivWithLogitsLoss):
     """:func:`pyfused.functional.linear_topk_kl_div` as a module, which takes its tensors."""
 
     _function = "linear_topk_kl_div"
-
-    def __init__(
-        self,
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        reduction: Reduction = "mean",
-        *,
-        remainder: Remainder = "bucket",
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(beta, temperature, reduction, memory_budget=memory_budget)
-        self.options["remainder"] = remainder
 
 
 class AdditiveMargin(torch.nn.Module):

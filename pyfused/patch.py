@@ -21,6 +21,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -152,6 +153,9 @@ class _BuiltIn:
                 given = defaults | given
                 arguments = tuple([given[name] for name in op.arguments])
             if has_torch_function(arguments):
+                if any(isinstance(value, Proxy) for value in arguments):
+                    # Passes over the graph compare its functions with torch's names by identity.
+                    return handle_torch_function(stand_in, arguments, *args, **kwargs)
                 return shown(*args, **kwargs)
             torch_ = functools.partial(torch_function, **kwargs) if kwargs else torch_function
             return dispatch.call(op, arguments, inplace, torch_, args)

@@ -27,6 +27,7 @@ from pyfused.ops.distillation import Divergence
 from pyfused.ops.log_probs import LogProbsOfLogits
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
+    KL_DIV_WITH_LOGITS,
     LINEAR_CROSS_ENTROPY,
     LINEAR_LOG_PROBS,
     LOG_PROBS,
@@ -46,7 +47,8 @@ OPTIONS: dict[str, list[Any]] = {
     for names, values in (
         ("alpha lambd negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
         ("approximate", ["none", "tanh"]),
-        ("beta cap delta margin scale softcap temperature", [n / 8 for n in range(1, 16)]),
+        ("beta cap delta margin scale softcap teacher_softcap", [n / 8 for n in range(1, 16)]),
+        ("temperature", [n / 8 for n in range(1, 16)]),
         ("denominator", [3.0, torch.tensor(3.0), torch.tensor([2.5]).double()]),
         ("dim", [*range(-5, 5)]),
         ("dtype loss_dtype", [*FLOATS]),
@@ -67,7 +69,7 @@ OPTIONS: dict[str, list[Any]] = {
     )
     for name in names.split()
 }
-LEFT_OUT = ("_stacklevel", "options", "shard")
+LEFT_OUT = ("_stacklevel", "options", "shard", "teacher_requires_grad")
 DEPRECATED = ("reduce", "size_average")
 
 
@@ -136,6 +138,13 @@ def random_call(
         found = {"input": x}
     else:
         found = of_elements(rng, elements, op, options)
+    if op in (LOG_PROBS, KL_DIV_WITH_LOGITS):
+        of_language_model = isinstance(op, Divergence) or rng.once_in(2)
+        options["dim"] = -1 if of_language_model else 1
+        if found["logits"].dim() < 3:
+            del options["dim"]
+        elif op is LOG_PROBS and of_language_model:
+            found["logits"] = found["logits"].movedim(1, -1)
     chosen = [*(SAME_VALUES if "inplace" in options else layouts).values()]
     given: dict[str, Any] = {}
     for name, operand in operands.items():
@@ -200,14 +209,18 @@ def of_classes(
             special = [-math.inf, math.nan, math.inf][: 3 - statistics]
             logits.view(-1)[torch.randint(logits.numel(), (3,))] = rng.choice(special)
     features, columns = rng.randint(1, 20), shape[of_class:]
+    token_weight = torch.rand(rows).sub(0.2).clamp(min=0)
+    input = torch.randn(*shape[:of_class], features) if op in LINEAR else logits
+    if op in LINEAR and of_class and rng.once_in(4):  # hidden states of more dimensions
+        input, target, token_weight = (x.unsqueeze(1) for x in (input, target, token_weight))
     return {
-        "input": torch.randn(*shape[:of_class], features) if op in LINEAR else logits,
+        "input": input,
         "logits": logits,
         "linear_weight": torch.randn(*columns, features) / features**0.5,
         "target": target,
         "linear_bias": torch.randn(columns),
         "weight": torch.rand(classes) + 0.1,
-        "token_weight": torch.rand(rows).sub(0.2).clamp(min=0),
+        "token_weight": token_weight,
     }
 
 

@@ -245,8 +245,9 @@ SAMPLES: dict[str, tuple[Tensor, Tensor, Tensor | None, str, float]] = {
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's of torch 2.15
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
 def test_opcheck(sample: tuple[Any, ...]) -> None:
-    input, target, weight, *options = sample
-    arguments = (target, weight, *CrossEntropyOptions(-100, *options).values())
+    input, target, weight, reduction, smoothing = sample
+    options = CrossEntropyOptions(-100, reduction, label_smoothing=smoothing)
+    arguments = (target, weight, *options.values())
     forward, backward = torch.ops.pyfused.cross_entropy, torch.ops.pyfused.cross_entropy_backward
     torch.library.opcheck(forward.default, (input.clone().requires_grad_(), *arguments))
     grad_output = torch.rand_like(forward(input, *arguments))

@@ -219,6 +219,10 @@ class Operator(ABC):
         """How a CPU kernel goes through the input, in words."""
         return "element by element"
 
+    def strategy_of(self, arguments: Arguments) -> str:
+        """How a CPU kernel goes through the arguments of a call, in words."""
+        return self.strategy(arguments[0])
+
 
 def parameters_of(function: Any) -> dict[str, Any]:
     """The parameters of a Python function with their defaults, or `...`; a signature takes 0.1 ms.

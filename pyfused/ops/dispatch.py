@@ -5,6 +5,7 @@ With ``PYFUSED_BACKEND`` set the kernels take tensors of any size.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,6 +73,8 @@ def call(
     reference = op.aten_ if inplace else op.aten
     if reason is not SMALL:
         say_once(op.name, str(reason))
+        if op.name in sizes.LINEAR:
+            _warn_of_logits(op, arguments, str(reason))
         if patched is not None and not isinstance(input, Tensor):
             return patched(*given)
         if has_torch_function(arguments):
@@ -245,6 +248,22 @@ def is_compiled(tensor: Tensor) -> bool:
 def compiler_traces() -> bool:
     """Returns whether this thread compiles, which torch 2.12 tells only within Dynamo."""
     return is_dynamo_compiling() or TracingContext.try_get() is not None
+
+
+def _warn_of_logits(op: Operator, arguments: Arguments, reason: str) -> None:
+    """Warns once where torch's operators make so many logits that the kernels need less than half.
+
+    The kernels' logits take a quarter of that, or 16 MiB.
+    """
+    input, weight = arguments[:2]
+    if is_dynamo_compiling() or not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        return
+    megabytes = math.prod((*input.shape[:-1], *weight.shape[:-1])) * input.element_size() >> 20
+    if megabytes >= 32 and reasons.first_time(op.name, f"logits: {reason}"):
+        message = f"pyfused: {op.name}: torch's operators take {megabytes} MiB for the logits, as "
+        if reason.endswith(" requires grad"):
+            reason += ". Detach it if it needs no gradient"
+        warnings.warn(message + reason, RuntimeWarning, stacklevel=4)
 
 
 def _warn_once(op: str, error: Exception) -> None:

@@ -78,7 +78,10 @@ class LogProbsOfLogits(Operator):
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
         names = LogProbsOptions.__dataclass_fields__.keys() & by_name.keys()
         options = LogProbsOptions(**{name: by_name[name] for name in names})
-        return *(by_name.get(operand.name) for operand in self.operands), options
+        tensors: list[Any] = [by_name.get(operand.name) for operand in self.operands]
+        if len(tensors) == 2:
+            tensors[0] = checks.classes_at(1, "logits", tensors[0], by_name.get("dim"))
+        return *tensors, options
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:  # noqa: ARG002
         if self.local_of(arguments) is not None:
@@ -220,10 +223,12 @@ class LinearLogProbs(LogProbsOfLogits):
 
         def run(arguments: Arguments) -> Tensor:
             *tensors, target, options = arguments
-            without_autocast, tensors = in_autocast_dtype(target.device.type, tensors)
-            given = *tensors, target, options
+            count = 3 if is_compiled(target) else 1  # a custom operator checks what it is given
+            without_autocast, cast = in_autocast_dtype(target.device.type, tensors[:count])
+            given = *cast, *tensors[count:], target, options
+            plan = super(LinearLogProbs, self).plan(given, inplace)
             with without_autocast:
-                return super(LinearLogProbs, self).plan(given, inplace)(given)
+                return plan(given)
 
         return run
 

@@ -135,8 +135,9 @@ def cross_entropy(
     # A mean takes the loss's kernel and one that adds up; class indices are counted by one before.
     # Many rows are counted, and very many are added up, in two steps.
     launches = 2 if target is x else 3 + (n > 1 << 14) + (n > 1 << 20)
-    coefficients = (0.1 * (word in words) for word in ("smoothing", "focal", "z_loss"))
-    options = CrossEntropyOptions(-100, "mean", *coefficients)
+    names = {"label_smoothing": "smoothing", "gamma": "focal", "z_loss": "z_loss"}
+    coefficients = {name: 0.1 * (word in words) for name, word in names.items()}
+    options = CrossEntropyOptions(-100, "mean", **coefficients)
     options.scale = 16.0 if "scale" in words else 1.0
     want = Want(True, ("forward" not in words, target is x), "inplace" in words)
     grad_output = None
@@ -203,7 +204,7 @@ def class_cases() -> Iterator[Case]:
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
-            options = DivergenceOptions(beta, 2.0, "sum")
+            options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             run = partial(backend.kl_div_with_logits, x, x, options, Want(True, (True,)))
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=2, **fields)
         want, launches = Want(True, (True, False)), 3 + (target.numel() > 1 << 14)
