@@ -184,6 +184,7 @@ def test_activations(
     op: Activation, size: int, inplace: bool, kernel_calls: KernelCalls, isa: str, twice: bool
 ) -> None:
     inplace = inplace and op.saves == "output"
+    twice = twice and op.name != "hardsigmoid"  # of which torch has no second derivative
     check(*activation_case(op, size, inplace), kernel_calls, twice)
 
 
