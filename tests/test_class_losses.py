@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calls import cross_entropy
+from catalogue import cross_entropy
 from compare import DEVICE, FLOATS, HALF, Errors, evaluate, evaluate_upstream
 from conftest import ISAS, KernelCalls
 from grid import grid

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import cross_entropy
+from catalogue import cross_entropy
 from compare import FLOATS, HALF, Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from torch import Tensor

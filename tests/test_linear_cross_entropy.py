@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import linear_cross_entropy as materialised
+from catalogue import linear_cross_entropy as materialised
 from compare import Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from torch import Tensor
