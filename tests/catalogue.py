@@ -42,7 +42,8 @@ OPTIONS: dict[str, list[Any]] = {
     for names, values in (
         ("alpha negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
         ("approximate", ["none", "tanh"]),
-        ("beta cap delta margin scale softcap temperature", [n / 8 for n in range(1, 16)]),
+        ("beta", [0.25, 1.0, 0.5, 1.5]),
+        ("cap delta margin scale softcap temperature", [n / 8 for n in range(1, 16)]),
         ("denominator", [3.0, torch.tensor(3.0), torch.tensor([2.5]).double()]),
         ("dim", [*range(-5, 5)]),
         ("dtype loss_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
@@ -300,9 +301,16 @@ class Example:
 def examples(op: Operator) -> Iterator[Example]:
     """The calls of the contract suite: one for each reduction, operand and option of an operator.
 
-    What several options give together is left to test_fuzz.py.
+    The last has all options that go together; others that do are left to test_fuzz.py.
     """
-    every, base = options(op), {"dim": 1} if "dim" in parameters(op) else {}
+    every = options(op)
+    values = {
+        name: tried(op, name, default)
+        for name, default in every.items()
+        if name not in ("reduction", *DEPRECATED) and (name != "inplace" or overwrites(op))
+    }
+    required = [name for name, default in every.items() if default is inspect.Parameter.empty]
+    base = {name: values[name][0] for name in required} | ({"dim": 1} if "dim" in every else {})
     optional = [operand.name for operand in declared(op).values() if operand.optional]
     yield Example(op, "", base)
     for operand in op.operands:
@@ -313,18 +321,23 @@ def examples(op: Operator) -> Iterator[Example]:
     for name in optional:
         yield Example(op, name, base, (name,))
     if "reduction" in every:
-        reductions = dict.fromkeys(("none", "sum", *getattr(op, "denominators", ("mean",))))
-        for reduction in reductions:
+        for reduction in dict.fromkeys(("none", "sum", *getattr(op, "denominators", ("mean",)))):
             if reduction != every["reduction"]:
                 yield Example(op, reduction, {"reduction": reduction})
         if optional:
             yield Example(op, "none_of_all", {"reduction": "none"}, (*optional,))
-    for name, default in every.items():
-        if name in ("reduction", *DEPRECATED) or (name == "inplace" and not overwrites(op)):
-            continue
-        for value in tried(op, name, default):
+    for name in values:
+        for value in values[name][name in required :]:
             told = "tensor" if isinstance(value, Tensor) else str(value).removeprefix("torch.")
             yield Example(op, f"{name}={told}", base | {name: value})
+    together = {name: found[0] for name, found in values.items() if name not in ALONE and found}
+    if isinstance(op, OF_CLASSES):
+        together.pop("gamma", None)  # not beside label_smoothing
+    if len(together) > 1:
+        yield Example(op, "everything", base | together, (*optional,))
+
+
+ALONE = ("dtype", "filter_eps", "inplace", "loss_dtype", "remainder", "with_metrics")
 
 
 def overwrites(op: Operator) -> bool:
@@ -345,8 +358,8 @@ def tried(op: Operator, name: str, default: Any) -> list[Any]:
 
 
 EXAMPLES = {example.id: example for op in OPERATORS.values() for example in examples(op)}
-# One call of each operator, and one of each way to be told the classes.
-SOME = {name: e for name, e in EXAMPLES.items() if e.name in ("", "probabilities")}
+# A few calls of each operator: plain, of probabilities, and with all options at once.
+SOME = {n: e for n, e in EXAMPLES.items() if e.name in ("", "probabilities", "everything")}
 every_example = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 every_operator = pytest.mark.parametrize("example", SOME.values(), ids=SOME)
 # The calls one of whose options is a tensor, with sharded classes where they may be.

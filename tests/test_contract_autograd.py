@@ -10,13 +10,22 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import interpreter
 import pytest
 import torch
 import torch.distributed as dist
-from catalogue import TENSOR_OPTIONS, Call, Example, Function, every_example, every_operator
+from catalogue import (
+    TENSOR_OPTIONS,
+    Call,
+    Example,
+    Function,
+    declared,
+    every_example,
+    every_operator,
+)
 from compare import evaluate_upstream
 from conftest import KernelCalls
 from torch import Tensor
@@ -24,7 +33,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
+from pyfused.ops.operators import GAUSSIAN_NLL_LOSS, MULTI_MARGIN_LOSS
 
 # torch compiles its own forward-mode decompositions with torch.jit when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -70,16 +81,21 @@ def test_one_number_for_all_results(example: Example) -> None:
 
 
 @every_example
-def test_backward_again_through_a_kept_graph(example: Example) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtype) -> None:
     """Whoever holds a gradient may write into it, and grad_output is left as it was."""
-    call = example.call()
+    call = example.call(dtype)
     value = call.ours()
     grad_output = above(value)
-    before, expected = grad_output.clone(), gradients(call, of_torch)
+    before, first = grad_output.clone(), None
+    if dtype is torch.float32:  # how exact other dtypes are is for test_contract.py to say
+        first = gradients(call, of_torch)
     for _ in range(3):
         found = torch.autograd.grad(value, [*call.leaves.values()], grad_output, retain_graph=True)
-        close(found, expected)
-        for gradient in found:
+        first = first or [gradient.clone() for gradient in found]
+        for gradient, expected in zip(found, first, strict=True):
+            rounding = 4 * torch.finfo(dtype).eps
+            close(gradient, expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
             gradient.fill_(float("nan"))
     assert torch.equal(grad_output, before)
 
@@ -370,6 +386,49 @@ def test_several_python_threads_at_once(example: Example) -> None:
 
 
 # ---- derivatives that are torch's own definition -------------------------------------------------
+
+
+@every_example
+def test_gradients_by_finite_differences(example: Example, kernel_calls: KernelCalls) -> None:
+    """First derivatives of the kernels, and second ones of the definition."""
+    call = example.call(torch.float64)
+    if call.op is GAUSSIAN_NLL_LOSS and "eps" in call.given:
+        pytest.skip("the gradient passes where eps is in the variance's place, as torch's does")
+    if isinstance(call.op, Activation):  # away from kinks
+        call.first.add_(0.1 * call.first.sign())
+
+    def function(*leaves: Tensor) -> Tensor:
+        return call.ours(**dict(zip(call.leaves, leaves, strict=True)))
+
+    leaves = [*call.leaves.values()]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
+    assert kernel_calls.total() or "inplace" in call.given
+    if call.op is not MULTI_MARGIN_LOSS:  # torch has no second derivative
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
+
+
+@every_operator
+def test_a_gradient_that_no_kernel_computes(example: Example) -> None:
+    """An argument that is not differentiated may require grad; torch computes it, or raises."""
+    op = example.op
+    names = [operand.name for operand in declared(op).values() if not operand.differentiated]
+    call = replace(example, optional=(*example.optional, *names)).call()
+    for name in {*names} & call.tensors.keys():
+        x = call.given[name].detach().clone()
+        if not x.is_floating_point():
+            continue
+        x.requires_grad_()
+
+        def compute(function: Function, name: str = name, x: Tensor = x) -> Tensor:
+            return torch.autograd.grad(function(call, **{name: x}).sum(), x)[0]
+
+        try:
+            expected = compute(of_torch)
+        except RuntimeError as error:
+            with pytest.raises(type(error)):
+                compute(ours)
+        else:
+            close(compute(ours), expected)
 
 
 def assert_alike(compute: Callable[[Function], Any]) -> None:

@@ -8,8 +8,10 @@ operator.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -75,6 +77,17 @@ def test_a_subclass_stays_a_subclass(
     close(got.as_subclass(Tensor), expected.as_subclass(Tensor))
     close(torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
     assert not kernel_calls.total()
+
+
+@every_operator
+def test_while_another_thread_imports_dtensor(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, of_torch, x = steps(example)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("unfinished"))
+        got = ours(x)
+    close(got, of_torch(x))
 
 
 class Recording(Tensor):
