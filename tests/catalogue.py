@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -360,7 +361,10 @@ def tried(op: Operator, name: str, default: Any) -> list[Any]:
 EXAMPLES = {example.id: example for op in OPERATORS.values() for example in examples(op)}
 # A few calls of each operator: plain, of probabilities, and with all options at once.
 SOME = {n: e for n, e in EXAMPLES.items() if e.name in ("", "probabilities", "everything")}
-every_example = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+# The interpreter takes milliseconds for a kernel: there fewer calls go through autograd.
+_FEWER = {n: e for n, e in EXAMPLES.items() if n in SOME or e.name == "none_of_all"}
+_TRIED = _FEWER if interpreter.ON else EXAMPLES
+every_example = pytest.mark.parametrize("example", _TRIED.values(), ids=_TRIED)
 every_operator = pytest.mark.parametrize("example", SOME.values(), ids=SOME)
 # The calls one of whose options is a tensor, with sharded classes where they may be.
 TENSOR_OPTIONS = {

@@ -14,9 +14,10 @@ from collections.abc import Callable
 import catalogue
 import pytest
 import torch
-from catalogue import Call, Example, every_example, every_operator, ours, parameters
+from catalogue import EXAMPLES, SOME, Call, Example, every_example, every_operator, ours, parameters
 from compare import DEVICE, FLOATS, HALF
 from conftest import KernelCalls
+from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
 from random_calls import ERRORS, check_call, converted, forward, largest, natively, run
 
@@ -26,7 +27,6 @@ from pyfused.ops import dispatch
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTI_MARGIN_LOSS
 
-every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 close = torch.testing.assert_close
 
 
@@ -43,8 +43,7 @@ def rearranged(call: Call, layout: Layout, others: Layout | None = None) -> Call
 # ---- values --------------------------------------------------------------------------------------
 
 
-@every_example
-@every_dtype
+@grid(example=EXAMPLES.values(), dtype=FLOATS)
 def test_values_and_gradients(
     example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
@@ -82,8 +81,7 @@ def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
     close(run(call, ours), expected, equal_nan=True)
 
 
-@every_example
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda dtype: str(dtype)[6:])
+@grid(example=EXAMPLES.values(), dtype=[torch.float32, *HALF])
 def test_autocast(example: Example, dtype: torch.dtype) -> None:
     """torch's dtypes, and an error that is no larger than torch's, but for roundings."""
     call = example.call(dtype)
@@ -106,9 +104,7 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-@every_operator
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3)], ids=str)
+@grid(example=SOME.values(), layout=LAYOUTS, shape=[(6, 5), (2, 5, 3)])
 def test_layouts(
     example: Example, layout: str, shape: tuple[int, ...], kernel_calls: KernelCalls
 ) -> None:
