@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare bench-sweep sizes docs lint sanitize wheels test-wheel \
+	bench-quick bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -36,6 +36,9 @@ demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free co
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+
+formulas: $(BUILD) $(TOOLS) ## print what follows from declarations: C++, Triton, and the types of modules
+	$(BIN)/python tools/formulas.py
 
 test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -78,9 +81,6 @@ bench-busy: $(BUILD) $(TOOLS) ## the headline cases beside other work: medians a
 bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
-
-sizes: $(BUILD) $(TOOLS) ## measure which sizes are left to ATen, and write pyfused/ops/sizes.py (15 minutes)
-	$(BIN)/python benchmarks/run.py sizes $(SIZES_ARGS)
 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than torch's (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
@@ -182,7 +182,7 @@ need = || { echo "pyfused needs $(1)"; exit 1; }
 COMPILE = $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null
 HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
-$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp)
+$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.inc csrc/*.cpp)
 	@echo 'Compiling the kernels: minutes at first, then what changed'
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pyfused

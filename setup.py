@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sysconfig
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,7 @@ class BuildKernels(build_ext):
     """Compiles each source for each instruction set, in parallel, where it or a header changed."""
 
     def build_extensions(self) -> None:
+        self.check_compiler()
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = f"{COMMON[kind]} {isa[kind]}".split()
@@ -75,6 +77,19 @@ class BuildKernels(build_ext):
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects
         super().build_extensions()  # links
+
+    def check_compiler(self) -> None:
+        """Says in a sentence what is missing, before each call of a compiler fails."""
+        compiler = (getattr(self.compiler, "compiler_so_cxx", None) or ["none"])[0]
+        if self.compiler.compiler_type != "msvc" and shutil.which(compiler) is None:
+            missing = f"a C++17 compiler: there is no {compiler}. CXX names another"
+        elif not any(Path(folder, "Python.h").exists() for folder in self.include_dirs):
+            missing = f"the headers of Python: there is no Python.h in {self.include_dirs[-1]}"
+        else:
+            return
+        raise SystemExit(
+            f"pyfused needs {missing}. PYFUSED_NO_EXTENSION=1 installs it without its CPU kernels."
+        )
 
     def compile_source(self, extension: Extension, source: str) -> str:
         """Returns the object file, in a folder of its instruction set, compiler and flags."""
@@ -102,5 +117,6 @@ setup(
             language="c++",
         )
         for isa in ISAS
+        if not os.environ.get("PYFUSED_NO_EXTENSION")
     ],
 )

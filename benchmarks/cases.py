@@ -103,7 +103,7 @@ class Case:
         return self.elements * self.dtype.itemsize
 
     def traffic(self, mode: str) -> int:
-        """How many tensors of the input's size must at least be read or written."""
+        """Returns how many tensors of the input's size must at least be read or written."""
         backward = mode == TRAINING
         if self.op in (*ACTIVATIONS, *SOFTMAX):
             return 5 if backward else 2
@@ -115,7 +115,7 @@ class Case:
 
 
 def operands(case: Case) -> tuple[Operand, ...]:
-    """The operands of a pointwise loss that a case gives."""
+    """Returns the operands of a pointwise loss that a case gives."""
     op: Any = OPERATORS[case.op]
     return tuple(o for o in getattr(op, "of", op).variables if case.optional or not o.optional)
 
@@ -163,7 +163,7 @@ OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
 def chosen(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
-    """Those whose name has one of the parts in it."""
+    """Returns those whose name has one of the parts in it."""
     return [case for case in cases if any(part in case.name for part in parts)]
 
 
@@ -178,7 +178,7 @@ class Arguments:
     grad_output: Tensor | None = None  # the gradient of a result that is no scalar
 
     def to(self, dtype: torch.dtype) -> Arguments:
-        """The same values in another dtype, with a leaf of its own."""
+        """Returns the same values in another dtype, with a leaf of its own."""
 
         def convert(value: Any) -> Any:
             floating = isinstance(value, Tensor) and value.is_floating_point()
@@ -245,7 +245,7 @@ def operator(operators: Any, case: Case) -> Callable[..., Tensor]:
 
 
 def step(operators: Any, case: Case, arguments: Arguments, mode: str = TRAINING) -> Step:
-    """A call as a user makes it: the forward pass alone, or a step of a training loop.
+    """Returns a call as a user makes it: the forward pass alone, or a step of a training loop.
 
     The latter frees the gradient of the step before and makes a new one. Each step has a leaf of
     its own, so that none frees the gradient of another.
@@ -264,7 +264,7 @@ def step(operators: Any, case: Case, arguments: Arguments, mode: str = TRAINING)
 
 
 def copy_step(case: Case, mode: str, device: str = "cpu") -> Step:
-    """A copy that reads and writes as many bytes as the case has to at least."""
+    """Returns a copy that reads and writes as many bytes as the case has to at least."""
     source = torch.ones(case.traffic(mode) * case.bytes // 2, dtype=torch.uint8, device=device)
     return partial(torch.empty_like(source).copy_, source)
 
@@ -332,7 +332,7 @@ def timed(step: Step, calls: int) -> float:
 
 
 def plan(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> tuple[int, int]:
-    """How many rounds, and how many calls in each, fill the time."""
+    """Returns how many rounds, and how many calls in each, fill the time."""
     once = []
     for timer in timers:
         timer(1)
@@ -343,7 +343,7 @@ def plan(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> tuple[int
 
 
 def interleaved(timers: Sequence[Timer], rounds: int, calls: int) -> Times:
-    """Milliseconds a call: one after the other in each round, in reverse in every other one."""
+    """Returns milliseconds for each call, of timers in turn, in reverse in every other round."""
     times: Times = [[] for _ in timers]
     order = range(len(timers))
     for turn in range(rounds):
@@ -375,5 +375,5 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Quartiles:
-    """The quartiles of the ratios within a round: what slows the machine then slows both."""
+    """Returns the quartiles of the ratios of each round, in which both were slowed alike."""
     return quartiles([their / our for their, our in zip(theirs, ours, strict=True)])

@@ -104,7 +104,7 @@ class Clock:
 
 
 def peak_gradients(call: Step, arguments: Arguments) -> float | None:
-    """The most memory that a call takes beyond what was there, in gradients of the input."""
+    """Returns the most memory that a call takes, in gradients of the input."""
     if not arguments.input.is_cuda:
         return None
     torch.cuda.synchronize()
@@ -209,7 +209,7 @@ NEIGHBOURS = {
 
 
 def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
-    """The neighbour; it is the choice itself where there is none."""
+    """Returns the neighbour; it is the choice itself where there is none."""
     from pyfused.kernels import launch
 
     if (name == "rows" and not classes) or (
@@ -249,7 +249,7 @@ def choosing(plans: dict[Any, Any], name: str = "", factor: float = 1.0) -> Iter
 
 
 def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) -> list[str]:
-    """A case, its first choice, the median time, and its neighbours' times divided by that."""
+    """Returns a case, its choice, the median time, and its neighbours' times over that."""
     operator = getattr(pyfused.functional, case.op)
     variants: dict[str, tuple[Any, ...]] = {"": ({},)}
     with choosing(*variants[""]) as made:

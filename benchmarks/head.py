@@ -36,7 +36,7 @@ ROUNDS = 5
 
 
 def peak_growth(call: Callable[[Any], object], argument: Callable[[], Any] = lambda: None) -> int:
-    """The growth of this process's peak by a call, in bytes; its second, as the first sets up."""
+    """Returns by how many bytes the second of two calls raises this process's peak."""
     call(argument())
     gc.collect()
     pyfused.memory.release()  # what it left would not be counted when it is used again
@@ -73,13 +73,13 @@ class Given:
         return torch.autograd.grad(results, (self.input, self.head), grad_outputs)
 
     def products(self) -> tuple[Tensor, ...]:
-        """Those without which there are no gradients, of logits that happen to be there."""
+        """Returns those without which there are no gradients, of logits that happen to be there."""
         x, w = self.input.detach(), self.head.detach()
         logits = x @ w.t()
         return logits @ w, logits.t() @ x
 
     def products_of_two(self) -> tuple[Tensor, ...]:
-        """The same, after the logits of the teacher."""
+        """Returns the same, after the logits of the teacher."""
         input, weight = self.teacher
         input @ weight.t()
         return self.products()
@@ -119,7 +119,7 @@ class Given:
         )
 
     def ways(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
-        """For each loss the products alone, torch's own way, and others."""
+        """Returns, for each loss, the products alone, torch's operators, and others."""
         return {
             "cross-entropy": {
                 "three products": self.products,
@@ -146,7 +146,7 @@ class Given:
 
 
 def check(given: Given) -> None:
-    """torch's gradients, before anything is timed."""
+    """Raises where gradients are not torch's, before anything is timed."""
     for ways in given.ways().values():
         _, of_torch, *others = (way for name, way in ways.items() if "ignored" not in name)
         for way in others:
@@ -160,7 +160,7 @@ def check_gradients(gradients: tuple[Tensor, ...], of_torch: tuple[Tensor, ...])
 
 
 def peak(loss: str, way: str, case: tuple[int, ...]) -> int:
-    """Bytes beyond the arguments and the gradients, in a process of its own."""
+    """Returns the bytes beyond arguments and gradients, from a process of its own."""
     command = [sys.executable, __file__, loss, way, *map(str, case)]
     # glibc would keep what is freed, and take it for the next call unseen.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -228,7 +228,7 @@ def head(options: Namespace) -> None:
 
 
 def trained(given: Given, steps: int) -> Given:
-    """The demo's GPT: its head, and 1,024 tokens that it has not seen."""
+    """Returns the demo's GPT: its head, and 1,024 tokens that it has not seen."""
     sys.path.insert(0, str(ROOT / "examples"))
     import gpt
 

@@ -33,11 +33,11 @@ from torch.nn import functional
 
 import pyfused.functional
 from pyfused.backends import cpu
-from pyfused.ops import dispatch
+from pyfused.ops import dispatch, sizes
 
 
 def cells(times: cases.Times) -> list[str]:
-    """The median times of two, and their ratio."""
+    """Returns the median times of two, and their ratio."""
     return [*(f"{median(each):,.4g}" for each in times), spread(cases.ratios(*times))]
 
 
@@ -47,7 +47,7 @@ PROCESSES_PER_CORE, MEAN_SECONDS = 4, 20e-3
 
 
 def compute_and_sleep() -> None:
-    """As data loaders and compilers do: for random times, until the parent process is gone."""
+    """Computes and sleeps for random times, as data loaders do, until the parent has ended."""
     draw, parent = random.Random(os.getpid()), os.getppid()
     while os.getppid() == parent:
         until = time.perf_counter() + draw.expovariate(1 / MEAN_SECONDS)
@@ -57,7 +57,7 @@ def compute_and_sleep() -> None:
 
 
 def start_load() -> None:
-    """A load of two for each core, until this process ends."""
+    """Starts a load of two for each core, until this process ends."""
     for _ in range(PROCESSES_PER_CORE * (os.cpu_count() or 1)):
         multiprocessing.get_context("fork").Process(target=compute_and_sleep, daemon=True).start()
 
@@ -145,7 +145,7 @@ def extracted(revision: str, folder: Path) -> Path:
 
 
 def compare(options: Namespace) -> None:
-    """A revision's pyfused and the working tree's; exits with 1 where the tree is slower.
+    """Times a revision beside the working tree; exits with 1 where the tree is slower.
 
     It is where the upper quartile of the ratio stays below the margin in several measurements, each
     longer than the one before.
@@ -218,7 +218,7 @@ BEFORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """An operator of what is computed from the input."""
+    """Returns an operator of what is computed from the input."""
     function = getattr(operators, case.op)
     call = lambda x, *rest, **given: function(before(x), *rest, **given)  # noqa: E731
     return SimpleNamespace(**{case.op: call})
@@ -227,13 +227,12 @@ def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.T
 def compiled(options: Namespace) -> None:
     """Programs with torch's operators and with pyfused's, both under torch.compile.
 
-    pyfused leaves small ones to Inductor (COMPILED_BELOW in pyfused/ops/dispatch.py). Here it takes
+    pyfused leaves small ones to Inductor (COMPILED in pyfused/ops/sizes.py). Here it takes
     all, so that the table shows from which size on that is worth it. Behind arithmetic that
     Inductor fuses with it, an operator is to be as fast as without pyfused.
     """
     cases.settle_allocator()
-    for table in (dispatch.COMPILED_BELOW, dispatch.COMPILED_FORWARD_BELOW):
-        table.update(dict.fromkeys(table, 0))
+    sizes.COMPILED.update(dict.fromkeys(sizes.COMPILED, (0, 0)))
     rows = []
     for case in cases.chosen(CASES, options.k):
         logits = case.op == "cross_entropy"
@@ -258,7 +257,7 @@ def compiled(options: Namespace) -> None:
 
 
 def overhead(options: Namespace) -> None:
-    """What a call of 80 elements costs: beyond torch's own where ATen computes it, as most are, and
+    """Prints what a call of 80 elements costs, beyond torch's own where ATen computes it, and
     part by part where a kernel does.
     """
     torch.set_num_threads(1)
@@ -304,7 +303,7 @@ KERNEL_CALLS = (
 
 
 def parts_of_calls(options: Namespace) -> None:
-    """Where the time of a call goes that takes a kernel, at a size where that has little to do."""
+    """Prints where the time of a small call goes that takes a kernel."""
     rows = []
     with mock.patch.object(dispatch, "is_small", return_value=False):
         for case, backend, kernel in KERNEL_CALLS:
@@ -332,7 +331,7 @@ def parts_of_calls(options: Namespace) -> None:
 
 
 def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
-    """A function that a call reaches, with the arguments that it is called with."""
+    """Returns a function that a call reaches, with the arguments that it is called with."""
     function = getattr(owner, name)
     with mock.patch.object(owner, name, wraps=function) as seen:
         result = call()
@@ -369,7 +368,7 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     grad_output = None if formula.op.loss else torch.randn(elements)
 
     def step(function: Callable[..., Any]) -> Callable[[], torch.Tensor]:
-        """With a leaf of its own, so that none frees the gradient of another."""
+        """Returns a step with a leaf of its own, so that none frees the gradient of another."""
         leaf = operands[0].detach().requires_grad_()
 
         def run() -> torch.Tensor:

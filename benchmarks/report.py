@@ -104,7 +104,7 @@ def machine_info() -> dict[str, Any]:
 
 
 def measured(info: dict[str, Any]) -> Found:
-    """What a report says of the machine and the day."""
+    """Returns what a report says of the machine and the day."""
     return {"machine_info": info, "datetime": datetime.now(timezone.utc).isoformat()}
 
 
@@ -118,7 +118,7 @@ def machine(found: Found) -> str:
 
 
 def slug(found: Found) -> str:
-    """The name of a machine's folder: the instruction set decides which kernels were measured."""
+    """Returns the name of a machine's folder, which says which kernels were measured."""
     info = found["machine_info"]
     name = info.get("gpu") or f"{info['cpu']} {info['cores']} cores {info['isa']}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -128,7 +128,7 @@ def slug(found: Found) -> str:
 
 
 def load(files: Sequence[Path]) -> Found:
-    """What the files found, which are runs on one machine."""
+    """Returns what the files found, which are runs on one machine."""
     first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     for other in others:
         if other["machine_info"] != first["machine_info"]:
@@ -153,7 +153,7 @@ def peers_of(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
-    """A table of ratios, beside the times of pyfused and of the first peer."""
+    """Returns a table of ratios, beside the times of pyfused and of the first peer."""
     peers = peers or peers_of(rows)
     first = peers[0]
     columns = ["case", "mode", "pyfused, ms", f"{first}, ms"]
@@ -187,7 +187,7 @@ def spread(ratio: Sequence[float]) -> str:
 
 
 def allocators_markdown(found: Sequence[Found]) -> str:
-    """How many times as fast as torch by default; a row for each allocator."""
+    """Returns how many times as fast as torch by default; a row for each allocator."""
     cases = list(dict.fromkeys(entry["case"] for entry in found))
     first, *others = dict.fromkeys(entry["setting"] for entry in found)
     by = {(entry["setting"], entry["case"]): entry for entry in found}
@@ -221,7 +221,7 @@ WIDTH = 8  # inches: a page shows a picture in its own size
 
 
 def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
-    """A line for each case, and on it the median and the quartiles of each peer's ratio."""
+    """Returns a line for each case, and on it the median and the quartiles of each peer's ratio."""
     several = len({row.mode for row in rows}) > 1
     names = [f"{row.case}, {row.mode}" if several else row.case for row in rows]
     figure = Figure(figsize=(WIDTH, 1.6 + 0.28 * len(rows)), layout="constrained")
@@ -245,7 +245,7 @@ def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
 
 
 def finish_ratios(axes: Axes) -> None:
-    """A logarithmic axis of ratios, with a line where both take as long."""
+    """Draws a logarithmic axis of ratios, with a line where both take as long."""
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
     axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
@@ -280,7 +280,7 @@ def draw_memory(found: Sequence[Found]) -> Figure:
 
 
 def draw_allocators(found: Sequence[Found]) -> Figure:
-    """Milliseconds with each allocator, a panel for each case."""
+    """Draws the milliseconds with each allocator, a panel for each case."""
     cases = list(dict.fromkeys(entry["case"] for entry in found))
     names = list(dict.fromkeys(entry["setting"] for entry in found))
     lines = -(-len(cases) // 2)
@@ -307,7 +307,7 @@ def finish(axes: Axes, grid: Any, **legend: Any) -> None:
 
 
 def svg(figure: Figure, title: str) -> str:
-    """The text of a picture: transparent, with letters as letters, the same in every run."""
+    """Returns a picture as text: transparent, with letters as text, the same in every run."""
     for axes in figure.axes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -75,7 +75,7 @@ class Step:
 
 
 def without_gpu() -> str | None:
-    """Why nothing can be checked here."""
+    """Returns why nothing can be checked here."""
     try:
         import torch
     except ImportError:
@@ -129,7 +129,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -> str:
-    """What became of a step; its output is in a log of its name."""
+    """Returns what became of a step; its output is in a log of its name."""
     log = out / f"{step.name.replace(' ', '-')}.log"
     started = time.perf_counter()
     with log.open("w") as file:
@@ -150,7 +150,7 @@ def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -
 
 
 def targets(found: dict[str, Any]) -> list[str]:
-    """The figures to reach, each with how many of its cases reach it."""
+    """Returns the figures to reach, each with how many of its cases reach it."""
     rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
     rows = [row for row in rows if row["mode"] == "forward+backward"]
     large = [row for row in rows if row["headline"]]
@@ -256,12 +256,8 @@ def parser() -> argparse.ArgumentParser:
     add = command("formulas", "pairs.formulas", words, named)
     add("--seconds", type=float, default=2, help="for a formula and size")
 
-    words = "measure from which size on the kernels are faster, and write pyfused/ops/sizes.py"
-    add = command("sizes", "sizes.sizes", words, declared)
-    add("--dry-run", action="store_true", help="say what would change, only")
-    add("--raise-only", action="store_true", help="keep what other machines have asked for")
     words = "time calls of random shapes; exits with 1 where one is slower than torch's"
-    add = command("sweep", "sizes.sweep", words, declared)
+    add = command("sweep", "sweep.sweep", words, declared)
     add("--threads", nargs="+", type=int, default=[1, 2], help="how many")
     add("--seconds", type=float, default=0.08, help="for a call")
     add("--margin", type=float, default=0.95, help="a ratio below is slower")

@@ -51,7 +51,7 @@ def test_memory(pytestconfig: pytest.Config, case: Case, implementation: str) ->
 
 
 def peak(case: Case, implementation: str) -> int:
-    """The bytes that the forward and backward pass takes in this process."""
+    """Returns the bytes that the forward and backward pass takes in this process."""
     operators, options = IMPLEMENTATIONS[implementation]
     arguments = draw(case)
 

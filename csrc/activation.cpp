@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "activation_formulas.h"
+#include "formulas.h"
 #include "parallel.h"
 
 namespace pyfused {
@@ -95,11 +95,9 @@ template <template <class> class Formula> ActivationFormula named(const char* na
 }
 
 std::vector<ActivationFormula> activation_formulas() {
-  return {
-      named<Relu>("relu"), named<LeakyRelu>("leaky_relu"), named<Sigmoid>("sigmoid"),
-      named<Tanh>("tanh"), named<Softcap>("softcap"),      named<Silu>("silu"),
-      named<Gelu>("gelu"), named<GeluTanh>("gelu_tanh"),
-  };
+#define PYFUSED_ACTIVATION(name, Formula) named<Formula>(name),
+  return {PYFUSED_ACTIVATIONS(PYFUSED_ACTIVATION)};
+#undef PYFUSED_ACTIVATION
 }
 
 #define PYFUSED_INSTANTIATE(T)                                                                 \

@@ -1,4 +1,4 @@
-// Activations, and the scaling of a gradient. The formulas are in activation_formulas.h.
+// Activations, and the scaling of a gradient. The formulas are in formulas.h.
 #pragma once
 
 #include <array>

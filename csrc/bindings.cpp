@@ -28,24 +28,6 @@
 #include "row_state.h"
 #include "softmax.h"
 
-// Options are a dict of fields, of which more may be there than are read.
-template <> struct pybind11::detail::type_caster<pyfused::CrossEntropyOptions> {
-  PYBIND11_TYPE_CASTER(pyfused::CrossEntropyOptions, const_name("dict[str, Any]"));
-
-  bool load(handle source, bool) {
-    const auto fields = reinterpret_borrow<dict>(source);
-    value.for_each([&](const char* name, auto& field) {
-      using Field = std::decay_t<decltype(field)>;
-      if constexpr (std::is_enum_v<Field>) {
-        field = Field(pybind11::cast<int>(fields[name]));
-      } else {
-        field = pybind11::cast<Field>(fields[name]);
-      }
-    });
-    return true;
-  }
-};
-
 namespace {
 
 using namespace pyfused;
@@ -74,8 +56,11 @@ template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), 
 
 int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
-                          const CrossEntropyOptions& options, int64_t grad_output, int64_t loss,
+                          CrossEntropyOptions options, int64_t token_weight,
+                          std::optional<double> denominator, int64_t grad_output, int64_t loss,
                           const std::array<ViewTuple, 2>& gradients, int threads) {
+  options.token_weight = token_weight;
+  options.denominator = denominator;
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
@@ -417,6 +402,12 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.attr("compiler") = "MSVC";
 #endif
 
+  py::class_<CrossEntropyOptions>(m, "CrossEntropyOptions", py::module_local())
+      .def(py::init([](int64_t ignore_index, int reduction, double label_smoothing, double gamma,
+                       double z_loss, double scale) {
+        return CrossEntropyOptions{
+            ignore_index, Reduction(reduction), label_smoothing, gamma, z_loss, scale};
+      }));
   m.def("cross_entropy", &run_cross_entropy, unlocked);
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
   m.def("nll_loss", &run_nll_loss, unlocked);

@@ -42,7 +42,8 @@ namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
 
-// Python passes the fields by name: pyfused/types.py has the same.
+// Python makes the options once for all calls of a signature, but for the last two, which are a
+// call's.
 struct CrossEntropyOptions {
   int64_t ignore_index = -100;
   Reduction reduction = Reduction::mean;
@@ -52,17 +53,6 @@ struct CrossEntropyOptions {
   double scale = 1;
   int64_t token_weight = 0;           // address of one A for each position; 0 for ones
   std::optional<double> denominator;  // of the mean; the summed weight of valid targets if absent
-
-  template <class Visit> void for_each(const Visit& visit) {
-    visit("ignore_index", ignore_index);
-    visit("reduction", reduction);
-    visit("label_smoothing", label_smoothing);
-    visit("gamma", gamma);
-    visit("z_loss", z_loss);
-    visit("scale", scale);
-    visit("token_weight", token_weight);
-    visit("denominator", denominator);
-  }
 };
 
 template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {

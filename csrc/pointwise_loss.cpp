@@ -4,7 +4,7 @@
 #include <iterator>
 #include <type_traits>
 
-#include "loss_formulas.h"
+#include "formulas.h"
 #include "memory.h"
 #include "parallel.h"
 #include "program.h"
@@ -112,8 +112,53 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
   if (p.reduced) *p.reduced = Accumulate<T>(total<T>(partial.data(), blocks) / p.denominator);
 }
 
+PYFUSED_INLINE_ALL
+
+// Flattened, as GCC vectorizes no loop that calls, and stops inlining in a file with this many.
+template <template <class> class Formula, class A>
+PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
+  const Formula<A> f(parameters);
+  const int64_t n = chunk.n;
+  const A scale = chunk.scale;
+  const A* const x = chunk.operands[0];
+  const A* const t = chunk.operands[1];
+  const A* const o = chunk.operands[2];
+  const auto fill = [=](A* out, const auto& term) {
+    if (!out) return;
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) out[i] = term(x[i], t[i], o[i]);
+  };
+  A* const value = chunk.value;
+  A* const grad_input = chunk.gradients[0];
+  const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
+  const auto value_and_grad_at =
+      [=](int64_t i) {  // reads the operands once, so that the compiler shares terms
+        const A a = x[i], b = t[i], c = o[i], value = f.value(a, b, c);
+        grad_input[i] = f.grad_input(a, b, c, scale);
+        return value;
+      };
+  // With gradients, the loss is computed even if it is not wanted, so that a second backward gives
+  // the same bits.
+  if (chunk.sum) {
+    grad_input ? add_terms<A>(*chunk.sum, n, value_and_grad_at)
+               : add_terms<A>(*chunk.sum, n, value_at);
+  } else if (grad_input) {
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) value[i] = value_and_grad_at(i);
+  } else {
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) value[i] = value_at(i);
+  }
+  fill(chunk.gradients[1], [=](A x, A t, A o) { return f.grad_target(x, t, o, scale); });
+  fill(chunk.gradients[2], [=](A x, A t, A o) { return f.grad_other(x, t, o, scale); });
+}
+
+PYFUSED_INLINE_END
+
 std::vector<LossFormula> loss_formulas() {
-  return {std::begin(kLossFormulas), std::end(kLossFormulas)};
+#define PYFUSED_LOSS(name, Formula) {name, &evaluate<Formula, float>, &evaluate<Formula, double>},
+  return {PYFUSED_LOSSES(PYFUSED_LOSS)};
+#undef PYFUSED_LOSS
 }
 
 template const InstructionRow<float>* instruction_rows();

@@ -1,4 +1,4 @@
-// Losses that compare operands element by element. The formulas f are in loss_formulas.h.
+// Losses that compare operands element by element. The formulas f are in formulas.h.
 //
 //   loss       = reduce(w f(x, t)),  reduce: each, or sum / denominator
 //   dloss/dx   = u w df/dx,          dloss/dt = u w df/dt,   u = grad_output / denominator

@@ -49,6 +49,8 @@ constexpr int kConstantPlace = kRegisterPlace + kProgramRegisters;
   X(cos, 1, sine_of<1>(a))                          \
   X(tanh, 1, tanh_of(a))                            \
   X(erf, 1, erf_of(a))                              \
+  X(ndtr, 1, Normal<A>(a).below)                    \
+  X(density, 1, Normal<A>(a).density)               \
   X(decay, 1, exp_shifted(-std::abs(a)))            \
   X(sigmoid_from, 2, pyfused::sigmoid_from(a, b))   \
   X(softplus_from, 2, pyfused::softplus_from(a, b)) \

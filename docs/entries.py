@@ -527,7 +527,7 @@ loss.backward()
     "kl_div_with_logits": """
 teacher_logits = torch.randn(2, 16, 1000)
 logits = torch.randn(2, 16, 1000, requires_grad=True)
-loss = F.kl_div_with_logits(logits, teacher_logits, beta=0.5, temperature=2.0)
+loss = F.kl_div_with_logits(logits, teacher_logits, dim=-1, beta=0.5, temperature=2.0)
 loss.backward()
 """,
     "linear_kl_div": """

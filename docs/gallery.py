@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from torch import Tensor
 
 import pyfused
 import pyfused.functional
-from pyfused.backends import DTYPES
-from pyfused.ops.dispatch import operator_of
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import ATEN_BELOW
+from pyfused.ops.sizes import FEW, limits
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
 
@@ -276,33 +273,14 @@ def covered() -> str:
 
 
 def sizes(*operators: str) -> str:
-    """The smallest inputs that take a kernel on CPUs, of some operators, or of all."""
-    columns = ["operator", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]
+    """Returns a table of the smallest calls that take a kernel on CPUs."""
+    columns = ["operator", "elements", f"without reduction, or up to {FEW} classes"]
     rows = [
-        [_key(key), *(_elements(below.get(dtype, ())) for dtype in DTYPES)]
-        for key, below in ATEN_BELOW.items()
-        if operator_of(key) in (operators or OPERATORS)
-        and (operators or not key.endswith("_forward"))
+        [f"`{name}`", *(f"{below:,}" if below else "any" for below in limits(op, True))]
+        for name, op in OPERATORS.items()
+        if name in (operators or OPERATORS)
     ]
-    return report.tabulated(columns, rows, names=1) if rows else ""
-
-
-def _key(key: str) -> str:
-    op = operator_of(key)
-    words = {
-        "_kdim": "(N, C, d1, ..., dk)",
-        "_none": "without reduction",
-        "_forward": "forward alone",
-    }
-    return ", ".join([f"`{op}`", *(word for part, word in words.items() if part in key[len(op) :])])
-
-
-def _elements(rows: Sequence[tuple[float, int]]) -> str:
-    least = min((below for _, below in rows), default=0)
-    most = max((below for _, below in rows), default=0)
-    if most == 0:
-        return "any"
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}, by classes"
+    return report.tabulated(columns, rows, names=1)
 
 
 # What a page has in place of each of these comments.

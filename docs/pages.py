@@ -69,9 +69,7 @@ def page(name: str) -> str:
             f"## Example\n\n```python\n{example(name)}```\n",
             "## Reference\n\n```{eval-rst}\n" + "\n\n".join(documented) + "\n```\n",
             f"## Measured\n\n{measured(name)}\n",
-            f"These are the smallest inputs that take a kernel on CPUs, in elements:\n\n{sizes}\n"
-            if sizes
-            else "",
+            f"These are the smallest inputs that take a kernel on CPUs, in elements:\n\n{sizes}\n",
         )
     )
 

@@ -60,7 +60,7 @@ def polynomial(x, coefficients: tl.constexpr):
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr = True):
-    """An odd polynomial for |x| < 0.625, else 1 - 2 / (1 + exp(2 |x|)); to 2 ULP."""
+    """Returns an odd polynomial for |x| < 0.625, else 1 - 2 / (1 + exp(2 |x|)); to 2 ULP."""
     size = tl.abs(x)
     if x.dtype == tl.float64:
         y = -2.0 * size
@@ -149,8 +149,29 @@ def sigmoid(x, EXACT: tl.constexpr = True):
 
 
 @triton.jit
+def normal_cdf(x, EXACT: tl.constexpr):
+    """Returns the cumulative distribution function of the standard normal distribution.
+
+    Unless EXACT by a polynomial that approximates log2 of the tail below -|x|: to a relative error
+    of 6e-6 near 0, where results are large, and 2e-4 at -13.
+    """
+    if EXACT:
+        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    else:
+        size = tl.abs(x)
+        log2_tail = polynomial(
+            tl.where(size > 16.0, 16.0, size),
+            (-2.11011364e-09, 1.52696359e-07, -4.83653639e-06, 8.88746217e-05, -0.00106317201,
+             0.00886523817, -0.0544763766, -0.458105296, -1.15134382, -0.999991477),
+        )  # fmt: skip
+        tail = tl.exp2(log2_tail)
+        cdf = tl.where(x < 0.0, tail, 1.0 - tail)
+    return cdf
+
+
+@triton.jit
 def read(tensor, k: tl.constexpr, i, n, columns, strides):
-    """Elements i of operand k, widened to float32 or float64; 0 from n on, None of None.
+    """Reads elements i of operand k as float32 or float64; 0 from n on, None of None.
 
     It is dense if columns is None. Otherwise it is rows x columns with two strides, the k-th pair
     of `strides`; a stride of 0 broadcasts.

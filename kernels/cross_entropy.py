@@ -61,7 +61,7 @@ def read_rows(
     ignore_index,
     A: tl.constexpr,
 ):
-    """What `read_target` and `row_scale` give for rows of class indices.
+    """Returns what `read_target` and `row_scale` give for rows of class indices.
 
     The denominator may also be the class indices, whose weights each program then adds up itself:
     of few that takes less time than the launch of another kernel.
@@ -93,7 +93,7 @@ def focal(nll, GAMMA: tl.constexpr):
 
 @triton.jit
 def index_terms(nll, lse, index_weight, z_loss, GAMMA: tl.constexpr):
-    """The loss without smoothing, the gradient's q_t, and dloss/dlse without smoothing."""
+    """Returns the loss without smoothing, the gradient's q_t, and dloss/dlse without smoothing."""
     loss = index_weight * nll
     if GAMMA > 0.0:
         power, derivative = focal(nll, GAMMA)

@@ -29,7 +29,7 @@ class Choice(NamedTuple):
     whole_row: bool = True  # the tile holds all classes, so that they are read once
 
     def options(self) -> dict[str, Any]:
-        """What Triton takes with every launch."""
+        """Returns what Triton takes with every launch."""
         return {"num_warps": max(1, self.threads // warp_size()), "enable_fp_fusion": True}
 
 
@@ -43,7 +43,7 @@ def choose(
     most_threads: int = 512,
     once: bool = False,
 ) -> Choice:
-    """The tile of a program.
+    """Returns the tile of a program.
 
     Args:
         itemsize: Bytes of an element of the input.
@@ -85,7 +85,7 @@ def choose(
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least n."""
+    """Returns the smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -139,7 +139,7 @@ prepared = functools.lru_cache(maxsize=4096)(Launch)
 
 
 def has_hooks() -> bool:
-    """Whether someone, a profiler for example, is to be called with each launch."""
+    """Returns whether someone, a profiler for example, is to be called with each launch."""
     for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
         if hook is not None and getattr(hook, "calls", True):
             return True

@@ -1,6 +1,7 @@
-"""Prints the program of a user's formula as a Triton function, in the place of a hand-written one.
+"""Prints the program of a formula as a Triton function: a user's, and ahead of time `formulas.py`.
 
-    value, gradients of each operand = program(operands, parts of the parameters, scale)
+    value, gradients of each operand = loss(four operands, parameters, scale)
+    value = activation(input, parameters, EXACT), or of grad_output and what forward saved
 
 Literals and parameters are float64 until they meet an operand; what the program computes of these
 alone is computed in float64.
@@ -19,12 +20,15 @@ from .arithmetic import (  # noqa: F401 programs call them
     exp,
     exp_nonpositive,
     log,
+    normal_cdf,
     reciprocal,
     softplus_nonpositive,
     tanh,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyfused.ops.program import Line, Program
 
 OPERANDS = 4  # at most
@@ -42,7 +46,7 @@ def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
 
 @triton.jit
 def parameter(parts, k: tl.constexpr):
-    """The float64 whose 16 bits at a time, from the lowest on, are four of the parts."""
+    """Returns the float64 whose 16 bits at a time, from the lowest on, are four of the parts."""
     bits = tl.cast(parts[4 * k], tl.int64)
     for i in tl.static_range(1, 4):
         bits |= tl.cast(parts[4 * k + i], tl.int64) << (16 * i)
@@ -112,10 +116,12 @@ INSTRUCTIONS = {
     "log1p": "log1p({})",
     "sin": "tl.sin({})",
     "cos": "tl.cos({})",
-    "tanh": "tanh({})",
+    "tanh": "tanh({}, EXACT)",
     "erf": "tl.erf({})",
-    "decay": "exp_nonpositive(-tl.abs({}))",
-    "sigmoid_from": "tl.where({1} < 0.0, {0}, 1.0) * reciprocal(1.0 + {0})",
+    "ndtr": "normal_cdf({}, EXACT)",
+    "density": "0.3989422804014327 * exp_nonpositive(-0.5 * {0} * {0}, EXACT)",
+    "decay": "exp_nonpositive(-tl.abs({}), EXACT)",
+    "sigmoid_from": "tl.where({1} < 0.0, {0}, 1.0) * reciprocal(1.0 + {0}, EXACT)",
     "softplus_from": "softplus({1})",
     "add": "{} + {}",
     "sub": "{} - {}",
@@ -138,16 +144,33 @@ INSTRUCTIONS = {
 }
 
 
-def source_of(program: Program, name: str) -> str:
-    """The text of a Triton function of the operands, the parameters' parts, and the scale."""
-    operands = [f"x{k}" for k in range(OPERANDS)]
-    outputs = ["value", *(f"grad_{x}" for x in operands)]
+# The functions that instructions call.
+NAMES = (
+    *("exp", "exp_nonpositive", "expm1", "log", "log1p", "normal_cdf", "power", "reciprocal"),
+    *("root", "sign", "softplus", "tanh"),
+)
+
+
+def source_of(
+    program: Program,
+    name: str,
+    operands: Sequence[str] = (),
+    parameter: str = "parameter(parts, {})",
+    activation: bool = False,
+) -> str:
+    """Returns the text of a Triton function.
+
+    Args:
+        operands: Their names.
+        parameter: The expression for the parameter of an index.
+        activation: It has no gradients and no scale, and may be inexact.
+    """
+    operands = [*operands, *[f"x{k}" for k in range(len(operands), 1 if activation else OPERANDS)]]
+    outputs = ["value"] if activation else ["value", *(f"grad_{x}" for x in operands)]
     constants = [f"c{k}" for k in range(len(program.constants))]
     names = program.names(operands, constants)
-    values = [
-        "scale.to(tl.float64)",
-        *(f"parameter(parts, {k})" for k in range(program.parameters)),
-    ]
+    first = "tl.full([], 0.0, tl.float64)" if activation else "scale.to(tl.float64)"
+    values = [first, *(parameter.format(k) for k in range(program.parameters))]
     values += [
         f'tl.full([], float("{value!r}"), tl.float64)' for value in program.constants[len(values) :]
     ]
@@ -158,20 +181,25 @@ def source_of(program: Program, name: str) -> str:
             for op, out, arguments in instructions
         ]
 
+    dtype = f"{operands[0]}.dtype"
     body = [
         *[f"{name} = 0.0" for name in outputs],
-        "ONE, ZERO = tl.full([], 1.0, scale.dtype), tl.full([], 0.0, scale.dtype)",
+        *([] if activation else ["EXACT: tl.constexpr = True"]),
+        f"ONE, ZERO = tl.full([], 1.0, {dtype}), tl.full([], 0.0, {dtype})",
         *[f"{name} = {value}" for name, value in zip(constants, values, strict=True)],
         *lines(program.prologue, "({}).to(tl.float64)"),
-        *[f"{name} = {name}.to(scale.dtype)" for name in constants],
+        *[f"{name} = {name}.to({dtype})" for name in constants],
         *lines(program.body, "{}"),
         f"return {', '.join(outputs)}",
     ]
-    return "\n    ".join([f"@triton.jit\ndef {name}({', '.join(operands)}, parts, scale):", *body])
+    last = "EXACT: tl.constexpr" if activation else "scale"
+    return "\n    ".join(
+        [f"@triton.jit\ndef {name}({', '.join([*operands, 'parts', last])}):", *body]
+    )
 
 
 def formula_of(program: Program) -> Any:
-    """The Triton function, which reads its text from Python's cache of lines."""
+    """Returns the Triton function, which reads its text from Python's cache of lines."""
     name = "formula_" + "".join(c if c.isalnum() else "_" for c in program.name)
     source = source_of(program, name)
     file = f"<{program.name} {hash(source):x}>"

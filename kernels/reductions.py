@@ -33,7 +33,7 @@ def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
-    """What targets i contribute to the denominator of a mean: 0 if ignored or out of range."""
+    """Returns what targets i add to the denominator of a mean: 0 if ignored or invalid."""
     _, valid, _, counted = read_target(target, weight, i, i < n, classes, ignore_index)
     counted = counted.to(tl.float64)
     if token_weight is not None:

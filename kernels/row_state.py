@@ -38,7 +38,7 @@ from .rows import (
 
 @triton.jit
 def read_label(target, rows, in_bounds, classes, first_class, vocabulary, ignore_index):
-    """The target among these classes, and whether it is one, is not ignored, and is out of range.
+    """Returns the target's index, and whether it is here, is valid, and is out of range.
 
     Without targets no row is ignored, and the target is none of the classes.
     """
@@ -67,7 +67,7 @@ def load_logits(at, mask, A: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexp
 
 @triton.jit
 def first_of(best, index, classes):
-    """The largest logit of each row, NaN before all, and the first of its classes."""
+    """Returns the largest logit of each row, NaN before all, and the first of its classes."""
     is_nan = best != best
     has_nan = tl.max(is_nan.to(tl.int32), 1) > 0
     largest = tl.max(tl.where(is_nan, -float("inf"), best), 1)

@@ -22,19 +22,19 @@ DEFAULT, KEEP, DROP = tl.constexpr(""), tl.constexpr("evict_last"), tl.constexpr
 
 @triton.jit
 def scalar(number, A: tl.constexpr):
-    """An argument as a scalar of a dtype; to Triton's interpreter it is a Python number."""
+    """Returns an argument as a scalar of a dtype; to Triton's interpreter it is a Python number."""
     return tl.full([], number, A)
 
 
 @triton.jit
 def multiple(n, UNIT: tl.constexpr):
-    """A multiple of UNIT, said so that Triton knows: by itself it sees multiples of 16."""
+    """Returns a multiple of UNIT, said so that Triton knows: by itself it sees multiples of 16."""
     return n // UNIT * UNIT
 
 
 @triton.jit
 def block_of_rows(inner, ROWS: tl.constexpr):
-    """The outer index of a program's rows, their inner indices, and which of these exist."""
+    """Returns the outer index of a program's rows, their inner indices, and a bounds mask."""
     blocks = tl.cdiv(inner, ROWS)
     lanes = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     return (tl.program_id(0) // blocks).to(tl.int64), lanes, lanes < inner
@@ -65,14 +65,14 @@ def pointers(starts, c, class_stride, INNER_UNIT: tl.constexpr):
 def load_scaled(
     pointers, mask, other, A: tl.constexpr, SCALE: tl.constexpr, EVICT: tl.constexpr = DEFAULT
 ):
-    """Elements times SCALE, in dtype A."""
+    """Loads elements times SCALE, in dtype A."""
     x = tl.load(pointers, mask=mask, other=other, eviction_policy=EVICT).to(A)
     return x if SCALE == 1.0 else x * scalar(SCALE, A)
 
 
 @triton.jit
 def finite_or_zero(maximum):
-    """What to subtract before exp: 0 while all elements are -inf, so that only NaN gives NaN."""
+    """Returns what to subtract before exp: 0 while all are -inf, so that only NaN gives NaN."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
@@ -122,7 +122,7 @@ def read_target(target, weight, rows, in_bounds, classes, ignore_index):
 
 @triton.jit
 def class_weight(weight, c, classes, first_class, A: tl.constexpr):
-    """The weights of classes c of a block as a row; they are 1 if there are none."""
+    """Returns the weights of classes c of a block as a row; they are 1 if there are none."""
     row = tl.full([c.shape[0]], 1.0, A)
     if weight is not None:
         row = tl.load(weight + first_class + c, mask=c < classes, other=0.0)

@@ -7,6 +7,15 @@ call goes.
 """
 
 import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+_folder = Path(__file__).parent
+if (_folder.parent / "csrc").is_dir() and not any(_folder.glob("_cpu_*")):
+    # In a checkout, Python imports this folder instead of the package that was installed from it.
+    _others = [entry for entry in sys.path if Path(entry).resolve() != _folder.parent.resolve()]
+    if (_installed := PathFinder.find_spec("pyfused", _others)) is not None:
+        __path__[:] = _installed.submodule_search_locations or ()
 
 try:
     from pyfused import functional, memory, nn

@@ -1,4 +1,4 @@
-"""What a bug report needs, ``python -m pyfused``; and ``python -m pyfused run script.py``."""
+"""Prints what a bug report needs: ``python -m pyfused``. ``run`` and ``tune`` are its commands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
 from pyfused.ops.operators import OPERATORS
 from pyfused.run import run
+from pyfused.tune import main as tune
 
 
 def installed(package: str) -> str:
@@ -39,6 +40,8 @@ def is_torchs_runtime() -> bool:
 
 
 def thread_runtime() -> str:
+    if cpu.MISSING:
+        return "none, there are no kernels"
     if not cpu.native.runtime_file:
         return "none is loaded, the kernels run on one thread"
     whose = "torch's own pool" if is_torchs_runtime() else "a pool beside torch's"
@@ -51,6 +54,10 @@ def triton() -> str:
         return found
     pinned = pinned_triton(torch.__version__)
     return f"{found}, needed is {NEEDED}" + (f"; torch requires {pinned}" if pinned else "")
+
+
+def on_cpus() -> str:
+    return f"torch's operators: {cpu.MISSING}" if cpu.MISSING else "C++ kernels"
 
 
 def on_gpus() -> str:
@@ -67,14 +74,14 @@ def report() -> dict[str, str]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": triton(),
         "compiler": cpu.native.compiler,
-        "ISAs built": ", ".join(built()),
-        "ISAs supported": ", ".join(cpu.supported),
+        "ISAs built": ", ".join(built()) or "none",
+        "ISAs supported": ", ".join(cpu.supported) or "none",
         "ISA chosen": cpu.capability,
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
         "operators": ", ".join(OPERATORS),
-        "kernels": f"cpu: C++ kernels; GPUs: {on_gpus()}",
+        "kernels": f"cpu: {on_cpus()}; GPUs: {on_gpus()}",
     }
 
 
@@ -92,7 +99,17 @@ def main() -> None:
     )
     if sys.argv[1:2] == ["run"] and sys.argv[2:] not in ([], ["-h"], ["--help"]):
         run(sys.argv[2:])
+    tuning = commands.add_parser(
+        "tune",
+        help="measure from which sizes on the kernels are faster on this machine",
+        description="Measure the sizes from which kernels take calls, and keep them for later "
+        "processes of this machine. It takes up to two minutes.",
+    )
+    tuning.add_argument("--op", nargs="+", default=[], choices=OPERATORS, metavar="OPERATOR")
     options = parser.parse_args()
+    if options.command == "tune":
+        tune(options.op)
+        return
     if options.command == "run":
         command.error("expected a program")
     for key, value in report().items():

@@ -24,6 +24,7 @@ from pyfused.types import (
     MarginOptions,
     ModuleOptions,
     NllOptions,
+    VocabOptions,
 )
 
 Options = TypeVar("Options", bound=CrossEntropyOptions)
@@ -47,7 +48,7 @@ NamedTensors = Sequence[
 
 
 def devices(given: NamedTensors, error: Exception) -> None:
-    """Of a call that torch has refused with this error; it takes scalars of another device."""
+    """Raises for devices that differ, in a call that torch has refused; scalars may differ."""
     for name, value, _ in given:
         device = given[0][1].device
         if value.device != device and value.dim():
@@ -55,11 +56,14 @@ def devices(given: NamedTensors, error: Exception) -> None:
 
 
 def floating(given: NamedTensors, error: Exception) -> None:
-    """Of a call that torch has refused with this error, and whose shapes and options fit."""
+    """Raises for dtypes that are not floating, in a call that torch has refused."""
     for name, value, indices in given:
         if not (value.is_floating_point() or indices):
             hint = _are_swapped(given[0][1], given[1][1]) if len(given) > 1 else ""
             raise type(error)(f"{name}: expected a floating dtype, got {value.dtype}{hint}")
+
+
+_OTHER_INTEGERS = (torch.int8, torch.int16, torch.int32)
 
 
 def _are_swapped(input: Tensor, target: Tensor) -> str:
@@ -106,8 +110,6 @@ def cross_entropy(
     """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
     tensor("input", input)
     tensor("target", target)
-    if options.token_weight is not None:
-        tensor("token_weight", options.token_weight)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     number("label_smoothing", options.label_smoothing, (float, Real), "a float")
     if input.dim() == 0:
@@ -129,6 +131,27 @@ def cross_entropy(
         _class_weight(input, weight, alike=not target.is_floating_point())
     if type(options) is CrossEntropyOptions and options.is_plain():
         return
+    vocab_options(options, loss_shape(input, "none"))
+    if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
+        raise ValueError(
+            "gamma: expected 0.0 with class probabilities or label smoothing, got "
+            f"{float(options.gamma)}"
+        )
+    loss_dtype = options.loss_dtype
+    if loss_dtype is not None and not (
+        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
+    ):
+        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
+
+
+def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
+    """Types and values of the options that all functions of a vocabulary have, and their numbers.
+
+    Args:
+        losses: The shape of the losses before a reduction.
+    """
+    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    reduction(options.reduction)
     for name, positive, optional in _NUMBERS[type(options)]:
         value = getattr(options, name)
         if value is not None or not optional:
@@ -140,38 +163,28 @@ def cross_entropy(
             f"denominator: expected None with reduction {options.reduction!r}, got "
             f"{options.denominator}"
         )
-    if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
-        raise ValueError(
-            "gamma: expected 0.0 with class probabilities or label smoothing, got "
-            f"{float(options.gamma)}"
-        )
-    if options.token_weight is not None:
-        shape, expected = options.token_weight.shape, loss_shape(input, "none")
-        if shape != expected:
-            raise ValueError(
-                f"token_weight: expected shape {tuple(expected)}, one for each loss, got "
-                f"{tuple(shape)}"
-            )
-        values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
-    loss_dtype = options.loss_dtype
-    if loss_dtype is not None and not (
-        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
-    ):
-        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
+    weight = options.token_weight
+    if weight is not None:
+        tensor("token_weight", weight)
+        _shape("token_weight", weight, losses, "one for each loss", ValueError)
+        values("token_weight", weight, 0.0, math.inf, ValueError)
 
 
-_NUMBERS = {
+_NUMBERS: dict[type[VocabOptions], list[tuple[str, bool, bool]]] = {
     kind: [
         (each.name, each.metadata["positive"], each.default is None)
         for each in fields(kind)
         if each.metadata
     ]
-    for kind in (CrossEntropyOptions, HeadOptions)
+    for kind in (CrossEntropyOptions, HeadOptions, LogProbsOptions, DivergenceOptions)
 }
 
 
 def normalized(options: Options) -> Options:
-    """Checked options as the kernels take them: floats, and no label smoothing below 0."""
+    """Checked options as the kernels take them.
+
+    Numbers are floats, a temperature is part of the scale, and no label smoothing is below 0.
+    """
     changed: dict[str, Any] = {}
     plain = type(options) is CrossEntropyOptions and options.is_plain()
     for name, *_ in () if plain else _NUMBERS[type(options)]:
@@ -181,10 +194,12 @@ def normalized(options: Options) -> Options:
     smoothing = options.label_smoothing
     if type(smoothing) is not float or not smoothing >= 0:  # NaN too
         changed["label_smoothing"] = max(0.0, float(smoothing))
+    if options.temperature != 1:
+        changed |= {"scale": options.scale / options.temperature, "temperature": 1.0}
     return replace(options, **changed) if changed else options
 
 
-def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
+def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool = True) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
     input, linear_weight, linear_bias, target, weight = head
     for name, value in head._asdict().items():
@@ -193,9 +208,8 @@ def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
     if options.token_weight is not None:
         tensor("token_weight", options.token_weight)
     reduction(options.reduction)
-    if input.dim() not in (1, 2):
-        hint = ". Pass input.flatten(0, -2) and target.flatten()" if input.dim() else ""
-        raise RuntimeError(f"input: expected shape (D) or (N, D), got {tuple(input.shape)}{hint}")
+    if input.dim() == 0:
+        raise RuntimeError("input: expected shape (..., D), got ()")
     if not input.is_floating_point():
         raise RuntimeError(f"input: expected a floating dtype, got {input.dtype}")
     linear_layer(input, linear_weight, linear_bias)
@@ -206,8 +220,17 @@ def linear_cross_entropy(head: Head, options: HeadOptions) -> None:
             f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
     memory_budget(options.memory_budget)
-    logits_without_memory = input.new_empty(()).expand(*input.shape[:-1], *shape)
-    cross_entropy(logits_without_memory, target, weight, options)
+    if input.dim() > 2:
+        rows, what = input.shape[:-1], "with the input's leading dimensions"
+        of_target = *rows, *shape[not target.is_floating_point() :]
+        _shape("target", target, of_target, what, ValueError)
+        if options.token_weight is not None:
+            _shape("token_weight", options.token_weight, (*rows, *shape[1:]), what, ValueError)
+        head, options = head.as_rows(options)
+    logits_without_memory = input.new_empty(()).expand(*head.input.shape[:-1], *shape)
+    if not probabilities:
+        _class_index_target(logits_without_memory, head.target, probabilities=False)
+    cross_entropy(logits_without_memory, head.target, weight, options)
 
 
 def memory_budget(value: Any) -> None:
@@ -292,19 +315,12 @@ def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
     number("beta", options.beta, (float, Real), "a float")
     if not 0 <= options.beta <= 1:
         raise ValueError(f"beta: expected a number in [0.0, 1.0], got {options.beta}")
-    number("temperature", options.temperature, (float, Real), "a float")
-    bounded("temperature", options.temperature, positive=True)
-    reduction(options.reduction)
+    vocab_options(options, tokens)
     memory_budget(options.memory_budget)
-    weight = options.token_weight
-    if weight is not None:
-        tensor("token_weight", weight)
-        _shape("token_weight", weight, tokens, "one for each token", ValueError)
-        values("token_weight", weight, 0.0, math.inf, ValueError)
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
-    """Of each row of (N, k), whether an index is out of range or there twice; raises on CPUs."""
+    """Returns for each row of (N, k) whether an index is wrong or repeated; raises on CPUs."""
     indices = indices.sort(-1).values
     outside = (indices < 0) | (indices >= classes)
     twice = torch.zeros_like(outside)
@@ -319,6 +335,25 @@ def topk_indices(indices: Tensor, classes: int) -> Tensor:
                 value = int(indices[row, place])
                 raise error(f"teacher_indices: expected {expected}, got {value}{got} in row {row}")
     return (outside | twice).any(-1)
+
+
+def topk_log_probs(log_probs: Tensor) -> None:
+    """That rows (..., k) are logarithms of probabilities, as exact as bfloat16; raises on CPUs."""
+    if not _can_be_read(log_probs):
+        return
+    logs = log_probs.detach().double()
+    p = logs.exp()
+    # A logarithm that is rounded by 2 ** -8 of it changes the sum by that times p |log p|.
+    most = 1 + 2**-8 * (1 + (p * logs.abs()).where(p != 0, 0).sum(-1))
+    total = p.sum(-1)
+    wrong = (total > most) | (logs > 1).any(-1)
+    if wrong.any():
+        row = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            "teacher_log_probs: expected logarithms of probabilities, with a sum of 1 at most, got "
+            f"a sum of {float(total.flatten()[row]):.4g} in row {row}, of logarithms up to "
+            f"{float(logs.flatten(0, -2)[row].max()):.4g}"
+        )
 
 
 def _vectors(name: str, value: Tensor) -> None:
@@ -360,12 +395,8 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
         raise RuntimeError(f"logits: expected a floating dtype, got {logits.dtype}{hint}")
     if target.is_floating_point():
         raise RuntimeError(f"target: expected class indices, got {target.dtype}")
-    _class_index_target(logits, target)
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
-    softcap = 1.0 if options.softcap is None else options.softcap
-    for name, value in (("softcap", softcap), ("temperature", options.temperature)):
-        number(name, value, (float, Real), "a float")
-        bounded(name, value, positive=True)
+    _class_index_target(logits, target, probabilities=False)
+    vocab_options(options, ())
 
 
 def linear_log_probs(
@@ -377,9 +408,30 @@ def linear_log_probs(
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
     given = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
-    linear_cross_entropy(Head(input, linear_weight, linear_bias, target, None), given)
-    shape = *input.shape[:-1], *linear_weight.shape[:-1]
-    log_probs(input.new_empty(()).expand(shape), target, options)
+    head = Head(input, linear_weight, linear_bias, target, None)
+    linear_cross_entropy(head, given, probabilities=False)
+    if target.is_floating_point():
+        raise RuntimeError(f"target: expected class indices, got {target.dtype}")
+    vocab_options(options, ())
+
+
+def classes_at(where: int, name: str, logits: Tensor, given: int | None) -> Tensor:
+    """Returns logits with the dimension of the classes moved to where an operator has it.
+
+    Args:
+        given: The ``dim`` of the call; None leaves no choice if there are one or two dimensions.
+    """
+    if not isinstance(logits, Tensor) or (given is None and logits.dim() < 3):
+        return logits
+    if given is None:
+        raise ValueError(
+            f"dim: expected the dimension of the classes of {name} of shape {tuple(logits.shape)}, "
+            f"got None. With dim=-1 a token has {logits.shape[-1]} classes, as a language model's "
+            f"logits have; with dim=1 it has {logits.shape[1]}, as torch's cross_entropy has it"
+        )
+    dim(given, logits)
+    where = min(where, max(logits.dim() - 1, 0))
+    return logits if (given - where) % max(logits.dim(), 1) == 0 else logits.movedim(given, where)
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:
@@ -391,7 +443,7 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
         raise ValueError(f"kind: expected 'cosface' or 'arcface', got {kind!r}")
     if target.is_floating_point():
         raise ValueError(f"target: expected class indices, got {target.dtype}")
-    _class_index_target(input, target)
+    _class_index_target(input, target, probabilities=False)
 
 
 def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
@@ -461,39 +513,46 @@ def multi_margin_loss(
         _class_weight(input, weight)
 
 
-def _class_index_target(input: Tensor, target: Tensor) -> None:
+def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = True) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # as most are
     expected = loss_shape(input, "none")
     single = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
+    shape = tuple(input.shape)
     if target.shape == input.shape or (
         target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or single)
     ):
         raise RuntimeError(
             "target: expected class indices of dtype torch.int64 or torch.uint8 and shape "
-            f"{tuple(expected)}, or class probabilities of a floating dtype and the input's shape "
-            f"{tuple(input.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+            f"{tuple(expected)}"
+            + f", or class probabilities of a floating dtype and the input's shape {shape}"
+            * probabilities
+            + f", got {target.dtype} of shape {tuple(target.shape)}"
+            + ". Pass target.long()" * (target.dtype in _OTHER_INTEGERS)
         )
     if target.shape != expected and not single:
         batch = target.shape[:1] != input.shape[:1]
         if input.dim() == 1:
             batch = target.dim() == 1 and not target.is_floating_point()
         raise (ValueError if batch else RuntimeError)(
-            f"target: expected class indices of shape {tuple(expected)} or class probabilities of "
-            f"the input's shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
-            f"{_hint(input, target)}"
+            f"target: expected class indices of shape {tuple(expected)}"
+            + f" or class probabilities of the input's shape {shape}" * probabilities
+            + f", got shape {tuple(target.shape)}{_hint(input, target)}"
         )
     if input.dim() > 2 and input.shape[1] == 0 and target.numel():
         raise RuntimeError(f"input: expected one class or more, got shape {tuple(input.shape)}")
 
 
 def _hint(input: Tensor, target: Tensor) -> str:
-    """What may have been meant by a target whose shape does not fit."""
+    """Returns what may have been meant by a target whose shape does not fit."""
     if input.dim() > 2 and target.shape == input.shape[:-1]:
         return (
             ". Classes are dimension 1 of the input: move them there with input.movedim(-1, 1), or "
             "pass input.flatten(0, -2) and target.flatten()"
         )
+    rows = input.shape[:-1].numel()
+    if not target.is_floating_point() and target.numel() == rows and input.dim() > 1:
+        return f". Pass {'target.flatten()' if input.dim() == 2 else 'input.flatten(0, -2)'}"
     return _are_swapped(input, target)
 
 
@@ -504,7 +563,7 @@ def classes_of(input: Tensor) -> int:
 def target_out_of_range(
     classes: int, target: Tensor, ignore_index: int | None, position: int
 ) -> IndexError | RuntimeError:
-    """The error for the class index at ``position``, counted along the flattened target."""
+    """Returns the error for the class index at ``position``, counted along the flattened target."""
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
     or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     return (RuntimeError if ignore_index is None else IndexError)(
@@ -532,7 +591,7 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> Non
 
 
 def overwritable(input: Tensor) -> None:
-    """That nobody but autograd's next node can miss what a tensor held."""
+    """Raises for a tensor whose values others than autograd's next node may read."""
     base = input._base if input._base is not None else input
     if base.is_leaf:
         what = "a leaf" if base is input else "a view of a leaf"
@@ -554,7 +613,7 @@ def overwritable(input: Tensor) -> None:
 
 
 def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
-    """A number in its bounds; a tensor's on a GPU is not waited for."""
+    """Raises for a number out of its bounds; a tensor on a GPU is not read."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -571,7 +630,7 @@ def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> No
 
 
 def bounded(name: str, value: Any, positive: bool = False) -> None:
-    """A number of at least, or more than, 0; that of a tensor on a GPU is not waited for."""
+    """Raises for a negative number, or 0 where it has to be positive."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -585,7 +644,7 @@ def bounded(name: str, value: Any, positive: bool = False) -> None:
 
 
 def _can_be_read(value: Tensor) -> bool:
-    """Whether a tensor's values are there, and nobody has to wait for them."""
+    """Returns whether a tensor's values are there, and nobody has to wait for them."""
     if not value.is_cpu or is_dynamo_compiling():
         return False
     return type(value) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(value)
@@ -594,7 +653,7 @@ def _can_be_read(value: Tensor) -> bool:
 def values(
     name: str, value: Tensor | float, low: float, high: float, error: type[Exception]
 ) -> None:
-    """Those of a tensor on the CPU; a GPU is not waited for. NaN passes unless there is a most."""
+    """Raises for values out of their bounds; a tensor on a GPU is not read."""
     if isinstance(value, float):
         value = torch.tensor(value)
     value = value.detach()
@@ -644,7 +703,7 @@ def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None =
 
 
 def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
-    """A variance for each element, or one for all along the last or any one dimension."""
+    """Raises for a variance that is neither of the input's shape nor lacks one dimension."""
     _broadcasts("target", input.shape, target.shape)
     if isinstance(var, float) or var.shape in (input.shape, input.shape[:-1]):
         return

@@ -50,7 +50,7 @@ class Conversion(NamedTuple):
         return "\n".join(lines)
 
 
-def convert(model: Model) -> Model:
+def convert(model: Model, *, head: str | None = None) -> Model:
     """Makes every module of a model that pyfused has, too, pyfused's, in place.
 
     The module objects stay the same ones and only change their class: hooks, buffers, device,
@@ -58,23 +58,29 @@ def convert(model: Model) -> Model:
 
     Of transformers' language models whose head is a plain linear layer, head and loss become
     :func:`pyfused.functional.linear_cross_entropy`: called with labels in training mode, their
-    output has the loss, and no logits. Known are those of Llama, Qwen 2 and 3, Mistral, Gemma 2 and
-    GPT-2.
+    output has the loss, and no logits. Which models these are is tried: the model's ``forward``
+    runs with a few random hidden states, with both ways to the loss, and a model is left as it is
+    where the loss or its gradient differ, or where the logits are read by something else.
 
     What is swapped and what is left, :func:`plan_conversion` says before; the logger ``pyfused``
     has it at level INFO.
 
     Args:
         model: Any module; its submodules are swapped, and itself where pyfused has it.
+        head: The name of the model's own :class:`torch.nn.Linear` that makes logits, where
+            ``model`` is any language model, of whichever library, whose ``forward`` calls it and
+            torch's cross-entropy. In training mode its logits are None where only the loss reads
+            them, and what else reads them gets them. Nothing is tried.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` is compiled or wrapped by FSDP; nothing has been changed.
+        ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head; nothing has been
+            changed.
     """
-    plan, modules = plan_conversion(model), dict(_modules(model))
+    plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     for name in plan.swapped:
         module = modules[name]
         if _MARK in vars(module):  # one that has several names is swapped once
@@ -82,17 +88,18 @@ def convert(model: Model) -> Model:
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
         else:
-            causal_lm.fuse(module)
+            causal_lm.fuse(module, head if name == "." else None)
         setattr(module, _MARK, True)
     _log.info("convert: %s", plan)
     return model
 
 
-def plan_conversion(model: Module) -> Conversion:
+def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     """Says what :func:`convert` would do to a model, and changes nothing.
 
     Args:
         model: Any module.
+        head: As in :func:`convert`.
 
     Returns:
         The names of the modules that would be swapped (``"."`` is the model itself), and those that
@@ -104,11 +111,15 @@ def plan_conversion(model: Module) -> Conversion:
     """
     swapped, left = [], []
     for name, module in _modules(model):
-        head = causal_lm.has_head(module)
-        reason = causal_lm.reason_to_leave(module) if head else _reason_to_leave(module)
+        vouched = head if name == "." else None
+        has_head = vouched is not None or causal_lm.has_head(module)
+        if has_head:
+            reason = causal_lm.reason_to_leave(module, vouched)
+        else:
+            reason = _reason_to_leave(module)
         if reason:
             left.append(Left(name, type(module).__qualname__, reason))
-        elif head or type(module) in FUSED:
+        elif has_head or type(module) in FUSED:
             swapped.append(name)
     return Conversion(tuple(swapped), tuple(left))
 

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+import pyfused._modules as _modules
 import pyfused.functional as functional
 import pyfused.nn as nn
+from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.convert import FUSED
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import reason_for_torch
+from pyfused.ops.dispatch import reason_beside_size, reason_for_torch
 from pyfused.ops.operators import OPERATORS
 
 
@@ -48,6 +50,7 @@ class Explanation(NamedTuple):
 
 
 BY_SHARDS = "some classes a process"
+_NAMES = vars(nn), vars(_modules)  # that our modules' code sees
 
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -67,7 +70,8 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     Raises:
         ValueError: There is no such operator.
         TypeError: The operator does not take these arguments.
-        Exception: What the call raises itself, where it would take a CPU kernel.
+        Exception: What the call raises itself, where only its size or a dtype keeps it from a CPU
+            kernel.
     """
     if isinstance(op, FormulaModule):
         return explain(op.formula, *args, **op.named, **kwargs)
@@ -88,9 +92,14 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     arguments = operator.bind(**values)
     if shard is not None:
         return _by_kernel(operator, arguments[0], lambda _: BY_SHARDS)
+    checks.tensor(operator.operands[0].name, arguments[0])
     said = path_of(operator, arguments, inplace)
-    if said.backend == "cpu" and type(arguments[0]) in (Tensor, Parameter):
-        operator.check(arguments)
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors):
+        # What a kernel could not take is checked by torch, but for dtypes of indices.
+        reason = reason_beside_size(operator, arguments, inplace)
+        if reason is None or " has dtype " in reason:
+            operator.check(arguments)
     return said
 
 
@@ -100,10 +109,11 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
         module = copy.copy(module)
         module.__class__ = FUSED[type(module)]
     forward: Any = type(module).forward
-    if forward.__globals__ is not vars(nn):
+    names = next((names for names in _NAMES if forward.__globals__ is names), None)
+    if names is None:
         raise ValueError(f"op: expected a module that pyfused has a kernel of, got {module}")
     explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
-    explained = FunctionType(forward.__code__, vars(nn) | {"F": explaining})
+    explained = FunctionType(forward.__code__, names | {"F": explaining})
     said: Explanation = explained(module, *args, **kwargs)
     return said
 

@@ -14,20 +14,18 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
 from pyfused import checks
-from pyfused.backends import FORCED, cpu
+from pyfused.backends import cpu
 from pyfused.layout import broadcast_numel
 from pyfused.ops import dispatch, trace
 from pyfused.ops.declaration import Arguments, Operand
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements
 from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled, is_moderate
+from pyfused.ops.sizes import torch_is_faster
 from pyfused.types import Want
 
 if TYPE_CHECKING:
     from pyfused.explain import Explanation
 
-# Elements below which torch's own operators are faster, for short formulas and for long ones: a
-# call of a kernel costs as much as 10 to 20 of them (benchmarks/run.py formulas).
-SMALL_BELOW = (0, 0) if FORCED else (1 << 14, 1 << 10)
 _LONG = 16  # instructions, gradients' included
 _MOST_VALUES = 1024  # of parameters whose programs are kept
 _MOST_TRACES = 32  # of a formula
@@ -98,6 +96,7 @@ class FormulaOperator(PointwiseLoss):
             operands=(*map(Operand, operands), weight),
             fallback_reason=self._fallback_reason,
             definition=definition,
+            formula=function,
             weight_shape=checks.weight_that_broadcasts,
             denominators={"mean": _mean_of_weights},
         )
@@ -106,7 +105,7 @@ class FormulaOperator(PointwiseLoss):
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         return arguments[self.places]
 
-    def formula(
+    def kernel(
         self,
         numbers: tuple[Any, ...],
         operands: int,  # noqa: ARG002
@@ -117,6 +116,11 @@ class FormulaOperator(PointwiseLoss):
 
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         return self.function(*operands, **dict(zip(self.parameters, numbers, strict=True)))
+
+    @property
+    def family(self) -> str:
+        """Formulas of many instructions have a row of their own."""
+        return "LongFormula" if self.long else "Formula"
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "a program of its formula, element by element"
@@ -176,8 +180,6 @@ class FormulaOperator(PointwiseLoss):
         for name, value in zip(self.parameters, self.numbers(arguments), strict=True):
             if type(value) not in _KINDS_OF_PARAMETERS:
                 return f"{name} is a {type(value).__name__}"
-        if broadcast_numel(arguments[: self.places.start]) < SMALL_BELOW[self.long]:
-            return dispatch.SMALL
         found = self._found(self.numbers(arguments))
         return found if isinstance(found, str) else None
 
@@ -230,6 +232,8 @@ class Formula:
     __qualname__: str
 
     def __init__(self, function: Callable[..., Tensor], loss: bool, strict: bool) -> None:
+        if not hasattr(function, "__name__"):
+            raise TypeError(f"function: expected a function with a name, got {function!r}")
         self.function, self.op = function, FormulaOperator(function, loss)
         update_wrapper(self, function)
         of_loss = self.op.reference.__signature__  # type: ignore[attr-defined]
@@ -248,7 +252,7 @@ class Formula:
         if is_dynamo_compiling() or (
             operands
             and type(operands[0]) in _PLAIN
-            and broadcast_numel((*operands, *named.values())) < SMALL_BELOW[self.op.long]
+            and torch_is_faster(self.op, operands, broadcast_numel((*operands, *named.values())))
         ):
             if not self.op.loss:
                 return self.function(*operands, **named)
@@ -399,6 +403,8 @@ def check(
     want = Want(True, (True,) * len(points))
     program = traced.program(want)
     op.long = len(program.body) >= _LONG
+    if kernels is cpu.pointwise_loss and cpu.MISSING:
+        return
     launch = kernels(program, (tuple(points), None, None), values, "none", want)
     value, gradients = launch(points, None, 1.0)
     found = torch.stack([value, *gradients]).double()

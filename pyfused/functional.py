@@ -18,33 +18,21 @@ from pyfused.ops import margin as margins
 from pyfused.ops import vocab_parallel
 from pyfused.ops.declaration import reduction_of
 from pyfused.ops.dispatch import call
-from pyfused.ops.log_probs import LogProbs, named
-from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import (
+from pyfused.ops.elementwise import (
     BINARY_CROSS_ENTROPY,
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
-    CROSS_ENTROPY,
     GAUSSIAN_NLL_LOSS,
     GELU,
     HINGE_EMBEDDING_LOSS,
     HINGE_LOSS,
     HUBER_LOSS,
     KL_DIV,
-    KL_DIV_WITH_LOGITS,
     L1_LOSS,
     LEAKY_RELU,
-    LINEAR_CROSS_ENTROPY,
-    LINEAR_KL_DIV,
-    LINEAR_LOG_PROBS,
-    LINEAR_TOPK_KL_DIV,
     LOG_COSH_LOSS,
-    LOG_PROBS,
-    LOG_SOFTMAX,
     MARGIN_RANKING_LOSS,
     MSE_LOSS,
-    MULTI_MARGIN_LOSS,
     MULTILABEL_SOFT_MARGIN_LOSS,
-    NLL_LOSS,
     POISSON_NLL_LOSS,
     QUANTILE_LOSS,
     RELU,
@@ -55,13 +43,26 @@ from pyfused.ops.operators import (
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
     SOFTCAP,
-    SOFTMAX,
     TANH,
+)
+from pyfused.ops.log_probs import LogProbs, named
+from pyfused.ops.metrics import Metrics
+from pyfused.ops.operators import (
+    CROSS_ENTROPY,
+    KL_DIV_WITH_LOGITS,
+    LINEAR_CROSS_ENTROPY,
+    LINEAR_KL_DIV,
+    LINEAR_LOG_PROBS,
+    LINEAR_TOPK_KL_DIV,
+    LOG_PROBS,
+    LOG_SOFTMAX,
+    MULTI_MARGIN_LOSS,
+    NLL_LOSS,
+    SOFTMAX,
 )
 from pyfused.types import (
     Approximate,
     CrossEntropyOptions,
-    DivergenceOptions,
     FusedOptions,
     HeadOptions,
     LogProbsOptions,
@@ -143,6 +144,8 @@ def cross_entropy(
     gamma: float = 0.0,
     z_loss: float = 0.0,
     scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
@@ -178,8 +181,11 @@ def cross_entropy(
         z_loss: ``z_loss * lse ** 2`` is added to the loss of a row, which keeps the logits from
             drifting (Chowdhery et al. 2022, arXiv 2204.02311). Here and in what follows torch has
             no such argument.
-        scale: What the logits are multiplied by: the inverse of a temperature, or the 64 or so of
-            losses of cosines (:func:`additive_margin`). No scaled copy of the logits is made.
+        scale: What the logits are multiplied by, such as the 64 or so of losses of cosines
+            (:func:`additive_margin`). No scaled copy of the logits is made.
+        softcap: The logits are ``softcap * tanh(input / softcap)`` before that, as :func:`softcap`
+            makes them, without a capped copy. ``inplace`` has no effect beside it.
+        temperature: What the logits are divided by, so that ``scale`` is its inverse.
         token_weight: What the loss of each row is multiplied by, of the shape of class indices.
             The mean then divides by the sum of ``token_weight * weight[target]``.
         denominator: What ``"mean"`` divides the sum by, in place of the weight of the targets that
@@ -214,12 +220,14 @@ def cross_entropy(
     options = CrossEntropyOptions(  # by position: keywords take 0.2 us longer
         ignore_index,
         reduction_of(size_average, reduce, reduction),
+        token_weight,
+        denominator,
+        softcap,
+        temperature,
         label_smoothing,
         gamma,
         z_loss,
         scale,
-        token_weight,
-        denominator,
         loss_dtype,
     )
     if shard is not None:
@@ -250,14 +258,19 @@ def cross_entropy_with_metrics(
 
     Returns:
         The loss, and the :class:`~pyfused.ops.metrics.Metrics`: log-probability, log-sum-exp,
-        prediction, whether it is correct, and entropy, of the logits times ``scale``.
+        prediction, whether it is correct, and entropy, of the capped and scaled logits.
 
     Raises:
         IndexError, RuntimeError, TypeError, ValueError: As :func:`cross_entropy`.
     """
     checks.keywords("cross_entropy_with_metrics", options)
     given = CrossEntropyOptions(
-        ignore_index, reduction, label_smoothing, gamma, with_metrics=True, **options
+        ignore_index,
+        reduction,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        with_metrics=True,
+        **options,
     )
     found: Any
     if shard is None:
@@ -313,6 +326,7 @@ def linear_cross_entropy(
     filter_eps: float = 0.0,
     z_loss: float = 0.0,
     scale: float = 1.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
@@ -331,12 +345,13 @@ def linear_cross_entropy(
     left out before the matrix product on CPUs.
 
     Args:
-        input: What the layer is given, of shape (D) or (N, D); float32, float64, bfloat16 or
-            float16.
+        input: What the layer is given, of shape (..., D) with any leading dimensions, as torch's
+            (D) and (N, D) or a model's (B, T, D); float32, float64, bfloat16 or float16.
         linear_weight: The layer's weight, of shape (C, D), or (C, d1, ..., dk, D) where each row of
             the input has logits of shape (C, d1, ..., dk); of the input's dtype.
-        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
-            int64 or uint8; or class probabilities of the logits' shape and a floating dtype.
+        target: Class indices in [0, C) or ``ignore_index``, of shape (...) or (..., d1, ..., dk),
+            with the input's leading dimensions, int64 or uint8; or class probabilities of the
+            logits' shape, (..., C) or (..., C, d1, ..., dk), and a floating dtype.
         linear_bias: The layer's bias, of shape (C) or (C, d1, ..., dk) and the input's dtype.
         weight: One factor for each class, of shape (C).
         reduction: ``"none"``: one loss a row, whose gradients take the logits once more;
@@ -348,8 +363,8 @@ def linear_cross_entropy(
         memory_budget: Bytes for the logits that exist at once and what they are made of. None
             takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
             by rounding alone.
-        softcap: The logits are ``softcap * tanh(logits / softcap)``, as :func:`softcap` makes them.
-        z_loss, scale, token_weight, denominator, loss_dtype: As in :func:`cross_entropy`.
+        softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
+            :func:`cross_entropy`.
         filter_eps: Classes are left out of a block's products for the gradients where the gradient
             of every logit of theirs is below ``filter_eps`` times the loss's own gradient (divided
             by what a mean divides by). The input's gradient is off by less than that times the sum
@@ -375,9 +390,10 @@ def linear_cross_entropy(
     given = HeadOptions(
         -100 if ignore_index is None else ignore_index,
         reduction,
-        label_smoothing,
+        label_smoothing=label_smoothing,
         z_loss=z_loss,
         scale=scale,
+        temperature=temperature,
         token_weight=token_weight,
         denominator=denominator,
         loss_dtype=loss_dtype,
@@ -404,7 +420,6 @@ def linear_cross_entropy_with_metrics(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
-    softcap: float | None = None,
     filter_eps: float = 0.0,
     shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
@@ -414,7 +429,7 @@ def linear_cross_entropy_with_metrics(
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
-        label_smoothing, memory_budget, softcap, filter_eps, shard: Likewise.
+        label_smoothing, memory_budget, filter_eps, shard: Likewise.
         options: Its other keywords.
 
     Returns:
@@ -427,9 +442,8 @@ def linear_cross_entropy_with_metrics(
     given = HeadOptions(
         ignore_index,
         reduction,
-        label_smoothing,
+        label_smoothing=label_smoothing,
         with_metrics=True,
-        softcap=softcap,
         memory_budget=memory_budget,
         filter_eps=filter_eps,
         **options,
@@ -448,6 +462,7 @@ def log_probs(
     logits: Tensor,
     target: Tensor,
     *,
+    dim: int | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -464,9 +479,13 @@ def log_probs(
     the number of threads, and whether gradients are wanted. torch has no such function.
 
     Args:
-        logits: Of shape (C), (N, C) or (N, C, d1, ..., dk); float32, float64, bfloat16 or float16.
-        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
-            int64 or uint8.
+        logits: Of shape (C) or (N, C), or of any with a ``dim``; float32, float64, bfloat16 or
+            float16.
+        target: Class indices in [0, C) or ``ignore_index``, of the logits' shape without the
+            dimension of the classes, int64 or uint8.
+        dim: The dimension of the classes, which has to be given where logits have more than two:
+            -1 for those of language models, (B, T, C), and 1 for those of torch's cross-entropy,
+            (N, C, d1, ..., dk).
         ignore_index: The class index of rows whose results and gradient are 0.
         softcap: The logits are ``softcap * tanh(logits / softcap)``; None for no such bound.
         temperature: What they are divided by after that.
@@ -482,7 +501,8 @@ def log_probs(
         RuntimeError, ValueError: Shapes, dtypes or options do not fit.
         TypeError: ``logits`` or ``target`` is no tensor, or an option no number.
     """
-    options = LogProbsOptions(ignore_index, softcap, temperature)
+    options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature)
+    logits = checks.classes_at(1, "logits", logits, dim)
     if shard is None:
         values = call(LOG_PROBS, (logits, target, options))
     else:
@@ -511,11 +531,8 @@ def linear_log_probs(
     for the gradients. Rows whose target is ignored are left out on CPUs.
 
     Args:
-        input: What the layer is given, of shape (D) or (N, D).
-        linear_weight: The layer's weight, of shape (C, D) or (C, d1, ..., dk, D), and the input's
-            dtype.
-        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
-            int64 or uint8.
+        input, linear_weight: As in :func:`linear_cross_entropy`.
+        target: Class indices as there.
         linear_bias: The layer's bias, of shape (C) or (C, d1, ..., dk).
         ignore_index, softcap, temperature, return_entropy, return_lse: As in :func:`log_probs`.
         memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
@@ -534,7 +551,13 @@ def linear_log_probs(
     Raises:
         IndexError, RuntimeError, TypeError, ValueError: As :func:`log_probs`.
     """
-    options = LogProbsOptions(ignore_index, softcap, temperature, memory_budget, deterministic_rows)
+    options = LogProbsOptions(
+        ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        memory_budget=memory_budget,
+        deterministic_rows=deterministic_rows,
+    )
     tensors = input, linear_weight, linear_bias, target
     if shard is None:
         values = call(LINEAR_LOG_PROBS, (*tensors, options))
@@ -547,10 +570,15 @@ def kl_div_with_logits(
     logits: Tensor,
     teacher_logits: Tensor,
     *,
+    dim: int | None = None,
     beta: float = 0.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
     temperature: float = 1.0,
     reduction: Reduction = "mean",
     token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    teacher_requires_grad: bool = False,
 ) -> Tensor:
     """The divergence of a student's predictions from a teacher's, for distillation.
 
@@ -570,19 +598,26 @@ def kl_div_with_logits(
     reduction="none").sum(-1)``.
 
     Args:
-        logits: The student's, of shape (..., C): classes are the last dimension.
-        teacher_logits: Of the same shape, of any floating dtype. It has no gradient in the
-            kernels: where it requires grad the call goes to torch's operators.
+        logits: The student's, of shape (C) or (N, C), or of any with a ``dim``.
+        teacher_logits: Of the same shape, of any floating dtype.
+        dim: The dimension of the classes, which has to be given where logits have more than two:
+            -1 for those of language models, (B, T, C), and 1 for those of torch's cross-entropy,
+            (N, C, d1, ..., dk). The other dimensions are those of the tokens.
         beta: 0.0 to 1.0.
-        temperature: What all logits are divided by.
+        softcap, teacher_softcap: The student's and the teacher's logits are
+            ``softcap * tanh(logits / softcap)``; None for no such bound.
+        temperature: What all logits are divided by after that.
         reduction: ``"none"``: one loss a token; ``"sum"``; ``"mean"``: the sum, divided by the
             number of tokens or the sum of their weights, as ``"batchmean"`` of :func:`kl_div` for
             logits (N, C).
-        token_weight: A factor from 0.0 up for the loss of each token, or a mask, of shape (...).
-            A token of weight 0 is not read, and has no gradient whatever its logits are.
+        token_weight: A factor from 0.0 up for the loss of each token, or a mask, of the tokens'
+            shape. A token of weight 0 is not read, and has no gradient whatever its logits are.
+        denominator: What ``"mean"`` divides the sum by instead, as in :func:`cross_entropy`.
+        teacher_requires_grad: The teacher is a constant and gets no gradient, even if its tensors
+            require grad. True gives it one: if they do, torch's operators compute the loss.
 
     Returns:
-        The loss in nats: a scalar, or of shape (...) for ``"none"``; float32, or float64 of
+        The loss in nats: a scalar, or of the tokens' shape for ``"none"``; float32, or float64 of
         float64.
 
     Raises:
@@ -590,8 +625,20 @@ def kl_div_with_logits(
             argument, what was expected and what was got.
         TypeError: What should be a tensor is none.
     """
-    options = DivergenceOptions(beta, temperature, reduction, token_weight)
-    return call(KL_DIV_WITH_LOGITS, (logits, teacher_logits, options))
+    arguments = KL_DIV_WITH_LOGITS.bind(
+        logits=logits,
+        teacher_logits=teacher_logits,
+        dim=dim,
+        beta=beta,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        temperature=temperature,
+        reduction=reduction,
+        token_weight=token_weight,
+        denominator=denominator,
+        teacher_requires_grad=teacher_requires_grad,
+    )
+    return call(KL_DIV_WITH_LOGITS, arguments)
 
 
 def linear_kl_div(
@@ -603,25 +650,32 @@ def linear_kl_div(
     linear_bias: Tensor | None = None,
     teacher_linear_bias: Tensor | None = None,
     beta: float = 0.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
     temperature: float = 1.0,
     reduction: Reduction = "mean",
     token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
     memory_budget: int | None = None,
+    teacher_requires_grad: bool = False,
 ) -> Tensor:
     """:func:`kl_div_with_logits` of two linear layers' outputs, which never exist as a whole.
 
-    The logits of some rows at a time are made, of both models, and turned into gradients. Only the
-    student's input, weight and bias have gradients: with a teacher that requires grad the call goes
-    to torch's operators, which make all logits. Weight gradients are summed up in float32 whatever
-    the dtype.
+    The logits of some rows at a time are made, of both models, and turned into gradients. Weight
+    gradients are summed up in float32 whatever the dtype.
 
     Args:
         input, linear_weight, linear_bias: The student's layer and what it is given, of shapes
             (..., D), (C, D) and (C); float32, float64, bfloat16 or float16.
         teacher_input, teacher_linear_weight, teacher_linear_bias: The teacher's, of shapes
             (..., E), (C, E) and (C). Neither E nor the dtype need be the student's.
-        beta, temperature, reduction, token_weight: As in :func:`kl_div_with_logits`. Tokens of
-            weight 0 are left out of the products on CPUs.
+        beta, softcap, teacher_softcap, temperature, reduction, denominator: As in
+            :func:`kl_div_with_logits`.
+        token_weight: Likewise, of shape (...). Tokens of weight 0 are left out of the products on
+            CPUs.
+        teacher_requires_grad: The teacher is a constant and gets no gradient, even if its tensors
+            require grad, as a head's weight does by default. True gives it one: if they do, torch's
+            operators compute the loss from all logits.
         memory_budget: Bytes for the logits of both models that exist at once, one row of each at
             least. None takes up to 512 rows, no more than a quarter of them or 16 MiB.
 
@@ -631,9 +685,24 @@ def linear_kl_div(
     Raises:
         RuntimeError, ValueError, TypeError: As :func:`kl_div_with_logits`.
     """
-    options = DivergenceOptions(beta, temperature, reduction, token_weight, memory_budget)
-    teacher = teacher_input, teacher_linear_weight, teacher_linear_bias
-    return call(LINEAR_KL_DIV, (input, linear_weight, linear_bias, *teacher, options))
+    arguments = LINEAR_KL_DIV.bind(
+        input=input,
+        linear_weight=linear_weight,
+        linear_bias=linear_bias,
+        teacher_input=teacher_input,
+        teacher_linear_weight=teacher_linear_weight,
+        teacher_linear_bias=teacher_linear_bias,
+        beta=beta,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        temperature=temperature,
+        reduction=reduction,
+        token_weight=token_weight,
+        denominator=denominator,
+        memory_budget=memory_budget,
+        teacher_requires_grad=teacher_requires_grad,
+    )
+    return call(LINEAR_KL_DIV, arguments)
 
 
 def linear_topk_kl_div(
@@ -644,40 +713,58 @@ def linear_topk_kl_div(
     *,
     linear_bias: Tensor | None = None,
     beta: float = 0.0,
+    softcap: float | None = None,
     temperature: float = 1.0,
     remainder: Remainder = "bucket",
     reduction: Reduction = "mean",
     token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
     memory_budget: int | None = None,
+    teacher_requires_grad: bool = False,
 ) -> Tensor:
     """:func:`linear_kl_div` from the k most probable classes of a teacher, as saved beforehand.
 
     Args:
         teacher_indices: k different classes for each token, of shape (..., k) and dtype int64.
         teacher_log_probs: Their log-probabilities at the temperature, of shape (..., k); any
-            floating dtype. What they lack of 1 is the probability of all other classes.
+            floating dtype. What their sum lacks of 1 is the probability of all other classes.
         beta: As in :func:`kl_div_with_logits`; 0.0 where the remainder is ignored.
-        temperature: What the student's logits are divided by.
+        softcap, temperature: The student's logits are ``softcap * tanh(logits / softcap)``, and are
+            divided by the temperature.
         remainder: ``"bucket"``: all other classes count as one, whose probability is what is left
             of 1, for student and teacher; with ``beta=1.0`` nothing left for the teacher makes the
             loss infinite. ``"ignore"``: the sum of ``q (log q - log p)`` goes over the k classes
             alone, which may be negative; p is of all classes.
-        input, linear_weight, linear_bias, reduction, token_weight, memory_budget: As in
-            :func:`linear_kl_div`.
+        input, linear_weight, linear_bias, reduction, token_weight: As in :func:`linear_kl_div`.
+        denominator, memory_budget, teacher_requires_grad: Likewise.
 
     Returns:
         As :func:`kl_div_with_logits`.
 
     Raises:
-        IndexError, ValueError: A class index is out of range, or there twice in a token's k. On a
-            GPU the loss of its token is NaN instead, as an error would have to wait for the GPU.
+        IndexError, ValueError: A class index is out of range, or there twice in a token's k; or
+            ``teacher_log_probs`` are no logarithms of probabilities: above 0, or of a sum above 1,
+            by more than they may be rounded. On a GPU, where an error would have to wait, the loss
+            of a token with such indices is NaN instead.
         RuntimeError, ValueError, TypeError: As :func:`kl_div_with_logits`.
     """
-    options = DivergenceOptions(
-        beta, temperature, reduction, token_weight, memory_budget, remainder
+    arguments = LINEAR_TOPK_KL_DIV.bind(
+        input=input,
+        linear_weight=linear_weight,
+        linear_bias=linear_bias,
+        teacher_indices=teacher_indices,
+        teacher_log_probs=teacher_log_probs,
+        beta=beta,
+        softcap=softcap,
+        temperature=temperature,
+        remainder=remainder,
+        reduction=reduction,
+        token_weight=token_weight,
+        denominator=denominator,
+        memory_budget=memory_budget,
+        teacher_requires_grad=teacher_requires_grad,
     )
-    head = input, linear_weight, linear_bias
-    return call(LINEAR_TOPK_KL_DIV, (*head, teacher_indices, teacher_log_probs, options))
+    return call(LINEAR_TOPK_KL_DIV, arguments)
 
 
 def nll_loss(

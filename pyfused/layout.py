@@ -14,7 +14,7 @@ Strides = tuple[int, int, int]  # of the outer index of a row, the inner index, 
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels compute in for tensors of a dtype."""
+    """Returns what the kernels compute in for tensors of a dtype."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -28,7 +28,7 @@ def layouts(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def broadcast_numel(operands: Sequence[Any]) -> int:
-    """How many elements the tensors among some operands broadcast to, nested ones left out."""
+    """Returns how many elements the tensors among operands broadcast to; not nested ones."""
     if len(operands) == 1:
         return int(operands[0].numel())
     shapes = [x.shape for x in operands if isinstance(x, Tensor) and not x.is_nested]
@@ -38,7 +38,7 @@ def broadcast_numel(operands: Sequence[Any]) -> int:
 
 
 def row_sizes(input: Tensor) -> tuple[int, int, int]:
-    """The sizes of (N, C, d1, ..., dk): the rows as outer times inner ones, and the classes."""
+    """Returns the sizes of (N, C, d1, ..., dk): outer and inner rows, and classes."""
     if input.dim() == 2:
         return 1, *input.shape
     classes = input.shape[0 if input.dim() == 1 else 1]
@@ -47,10 +47,16 @@ def row_sizes(input: Tensor) -> tuple[int, int, int]:
 
 
 def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
-    """The shape of the loss of logits (N, C, d1, ..., dk)."""
+    """Returns the shape of the loss of logits (N, C, d1, ..., dk)."""
     if reduction != "none":
         return ()
     return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
+
+
+def of_leading(found: Tensor, leading: Sequence[int]) -> Tensor:
+    """Returns results of rows in the leading dimensions of the input; a scalar stays one."""
+    rows = len(leading) == 1 or not found.dim()
+    return found if rows else found.reshape((*leading, *found.shape[1:]))
 
 
 def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +90,7 @@ def strides_of(tensor: Tensor) -> Strides | None:
 
 
 def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strides]:
-    """The tensor, copied if its strides do not fit, its sizes and its strides.
+    """Returns the tensor, copied if its strides do not fit, its sizes and its strides.
 
     The classes are along one dimension; the dimensions before and after it are the outer and the
     inner index of a row.
@@ -102,7 +108,7 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
 
 
 def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
-    """The tensor, copied once if its strides do not fit, and its strides."""
+    """Returns the tensor, copied once if its strides do not fit, and its strides."""
     strides = strides_of(tensor)
     if strides is None:
         tensor = tensor.contiguous()
@@ -114,7 +120,7 @@ def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
 def empty_viewed(
     like: Tensor, empty_like: Callable[..., Tensor] = torch.empty_like
 ) -> tuple[Tensor, Strides]:
-    """A new tensor laid out as ``like`` where that fits, and its strides."""
+    """Returns a new tensor laid out as ``like`` where that fits, and its strides."""
     empty = empty_like(like)
     strides = strides_of(empty)
     if strides is None:
@@ -123,7 +129,7 @@ def empty_viewed(
 
 
 def order_of(operands: tuple[Tensor, ...]) -> Tensor:
-    """A dense tensor whose order in memory the operands are read and the outputs written in."""
+    """Returns a dense tensor, in whose order in memory operands are read and outputs written."""
     for operand in operands:
         if is_dense(operand):
             return operand

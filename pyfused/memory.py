@@ -92,7 +92,7 @@ def release() -> int:
 
 
 def stats() -> Stats:
-    """How much memory is in use and free, and how often an output found a free block."""
+    """Returns how much memory is in use and free, and how often an output found a free block."""
     if not cpu.RECYCLES:
         return Stats(0, 0, 0, 0, 0)
     in_use, free, hits, misses = cpu.native.recycler_stats()
@@ -100,7 +100,7 @@ def stats() -> Stats:
 
 
 def _default_limit() -> int:
-    """A share of the memory there is; nothing where each mapping is charged for, used or not."""
+    """Returns a share of the memory, or 0 where the system charges for unused mappings."""
     if _number(Path("/proc/sys/vm/overcommit_memory")) == 2:
         return 0
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -108,7 +108,7 @@ def _default_limit() -> int:
 
 
 def _group_limits() -> list[int]:
-    """The limits in bytes of the process's control group and of those that hold it."""
+    """Returns the limits in bytes of the process's control group and of those that hold it."""
     limits = []
     try:
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()

@@ -8,6 +8,7 @@ A name that has no counterpart here, such as ``Linear``, is torch's.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,13 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
-from pyfused import checks
+from pyfused import _modules, checks
+from pyfused._modules import *  # noqa: F403 printed from declarations
 from pyfused.types import (
     CrossEntropyOptions,
     MarginKind,
     ModuleOptions,
     Reduction,
-    Remainder,
     VocabShard,
 )
 
@@ -31,43 +32,19 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
-    "GELU",
+    *_modules.__all__,
     "AdditiveMargin",
-    "BCELoss",
-    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
-    "GaussianNLLLoss",
-    "HingeEmbeddingLoss",
-    "HingeLoss",
-    "HuberLoss",
-    "KLDivLoss",
     "KLDivWithLogitsLoss",
-    "L1Loss",
-    "LeakyReLU",
     "LinearCrossEntropyLoss",
     "LinearKLDivLoss",
     "LinearLogProbs",
     "LinearTopKKLDivLoss",
-    "LogCoshLoss",
     "LogProbs",
     "LogSoftmax",
-    "MSELoss",
-    "MarginRankingLoss",
-    "MultiLabelSoftMarginLoss",
-    "MultiMarginLoss",
-    "NLLLoss",
-    "PoissonNLLLoss",
-    "QuantileLoss",
     "RMSELoss",
-    "ReLU",
-    "SiLU",
-    "Sigmoid",
     "SigmoidFocalLoss",
-    "SmoothL1Loss",
-    "SoftMarginLoss",
-    "Softcap",
     "Softmax",
-    "Tanh",
 ]
 
 
@@ -152,13 +129,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
     """torch's module of this name over :func:`pyfused.functional.linear_cross_entropy`.
 
-    Its arguments are torch's, and ``memory_budget``, ``softcap``, ``filter_eps`` and that
-    function's other keywords. The layer is its ``linear``: a model's own head goes with the
+    Its arguments are torch's, and ``memory_budget``, ``filter_eps`` and that function's other
+    keywords. The layer is its ``linear``: a model's own head goes with the
     function.
     """
 
     memory_budget: int | None = None
-    softcap: float | None = None
     filter_eps = 0.0
     fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
 
@@ -177,7 +153,6 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         label_smoothing: float = 0.0,
         options: Any = None,
         memory_budget: int | None = None,
-        softcap: float | None = None,
         filter_eps: float = 0.0,
         **fused_options: Unpack[ModuleOptions],
     ) -> None:
@@ -193,7 +168,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
         columns = math.prod(out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
-        self.memory_budget, self.softcap, self.filter_eps = memory_budget, softcap, filter_eps
+        self.memory_budget, self.filter_eps = memory_budget, filter_eps
         self.fused_options = checks.keywords("LinearCrossEntropyLoss", fused_options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -210,13 +185,12 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
             label_smoothing=self.label_smoothing,
             options=self.options,
             memory_budget=self.memory_budget,
-            softcap=self.softcap,
             filter_eps=self.filter_eps,
             **self.fused_options,
         )
 
     def extra_repr(self) -> str:
-        changed = _changed(self, memory_budget=None, softcap=None, filter_eps=0.0)
+        changed = _changed(self, memory_budget=None, filter_eps=0.0)
         return ", ".join(filter(None, (super().extra_repr(), changed)))
 
 
@@ -226,6 +200,7 @@ class LogProbs(torch.nn.Module):
     def __init__(
         self,
         *,
+        dim: int | None = None,
         ignore_index: int = -100,
         softcap: float | None = None,
         temperature: float = 1.0,
@@ -235,6 +210,7 @@ class LogProbs(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
+            "dim": dim,
             "ignore_index": ignore_index,
             "softcap": softcap,
             "temperature": temperature,
@@ -266,6 +242,7 @@ class LinearLogProbs(LogProbs):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.options.pop("dim")
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
         self.options["memory_budget"] = memory_budget
         self.options["deterministic_rows"] = deterministic_rows
@@ -276,15 +253,26 @@ class LinearLogProbs(LogProbs):
 
 
 class KLDivWithLogitsLoss(torch.nn.modules.loss._Loss):
-    """:func:`pyfused.functional.kl_div_with_logits` as a module, which takes its tensors."""
+    """:func:`pyfused.functional.kl_div_with_logits` as a module, which takes its tensors.
+
+    Its arguments are that function's keywords but for ``token_weight``, which goes with a call.
+    """
 
     _function = "kl_div_with_logits"
 
     def __init__(
-        self, beta: float = 0.0, temperature: float = 1.0, reduction: Reduction = "mean"
+        self,
+        beta: float = 0.0,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        **options: Any,
     ) -> None:
         super().__init__(reduction=reduction)
-        self.options: dict[str, Any] = {"beta": beta, "temperature": temperature}
+        known = inspect.signature(getattr(F, self._function)).parameters
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__}() got an unexpected argument {name!r}")
+        self.options: dict[str, Any] = {"beta": beta, "temperature": temperature, **options}
 
     def forward(self, *tensors: Tensor, **by_name: Tensor | None) -> Tensor:
         function: Callable[..., Tensor] = getattr(F, self._function)
@@ -299,34 +287,11 @@ class LinearKLDivLoss(KLDivWithLogitsLoss):
 
     _function = "linear_kl_div"
 
-    def __init__(
-        self,
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        reduction: Reduction = "mean",
-        *,
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(beta, temperature, reduction)
-        self.options["memory_budget"] = memory_budget
 
-
-class LinearTopKKLDivLoss(LinearKLDivLoss):
+class LinearTopKKLDivLoss(KLDivWithLogitsLoss):
     """:func:`pyfused.functional.linear_topk_kl_div` as a module, which takes its tensors."""
 
     _function = "linear_topk_kl_div"
-
-    def __init__(
-        self,
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        reduction: Reduction = "mean",
-        *,
-        remainder: Remainder = "bucket",
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(beta, temperature, reduction, memory_budget=memory_budget)
-        self.options["remainder"] = remainder
 
 
 class AdditiveMargin(torch.nn.Module):
@@ -343,177 +308,6 @@ class AdditiveMargin(torch.nn.Module):
         return f"margin={self.margin}, kind={self.kind!r}"
 
 
-class NLLLoss(torch.nn.NLLLoss):
-    """:class:`torch.nn.NLLLoss` over :func:`pyfused.functional.nll_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.nll_loss(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
-
-
-class MultiMarginLoss(torch.nn.MultiMarginLoss):
-    """:class:`torch.nn.MultiMarginLoss` over :func:`pyfused.functional.multi_margin_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.multi_margin_loss(
-            input,
-            target,
-            p=self.p,
-            margin=self.margin,
-            weight=self.weight,
-            reduction=self.reduction,
-        )
-
-
-class MSELoss(torch.nn.MSELoss):
-    """:class:`torch.nn.MSELoss` over :func:`pyfused.functional.mse_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(input, target, reduction=self.reduction)
-
-
-class L1Loss(torch.nn.L1Loss):
-    """:class:`torch.nn.L1Loss` over :func:`pyfused.functional.l1_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.l1_loss(input, target, reduction=self.reduction)
-
-
-class SmoothL1Loss(torch.nn.SmoothL1Loss):
-    """:class:`torch.nn.SmoothL1Loss` over :func:`pyfused.functional.smooth_l1_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
-
-
-class HuberLoss(torch.nn.HuberLoss):
-    """:class:`torch.nn.HuberLoss` over :func:`pyfused.functional.huber_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
-
-
-class BCELoss(torch.nn.BCELoss):
-    """:class:`torch.nn.BCELoss` over :func:`pyfused.functional.binary_cross_entropy`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
-
-
-class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
-    """:class:`torch.nn.BCEWithLogitsLoss` over
-    :func:`pyfused.functional.binary_cross_entropy_with_logits`.
-    """
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(
-            input,
-            target,
-            weight=self.weight,
-            reduction=self.reduction,
-            pos_weight=self.pos_weight,
-        )
-
-
-class KLDivLoss(torch.nn.KLDivLoss):
-    """:class:`torch.nn.KLDivLoss` over :func:`pyfused.functional.kl_div`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
-
-
-class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
-    """:class:`torch.nn.PoissonNLLLoss` over :func:`pyfused.functional.poisson_nll_loss`."""
-
-    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
-        return F.poisson_nll_loss(
-            log_input,
-            target,
-            log_input=self.log_input,
-            full=self.full,
-            eps=self.eps,
-            reduction=self.reduction,
-        )
-
-
-class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
-    """:class:`torch.nn.GaussianNLLLoss` over :func:`pyfused.functional.gaussian_nll_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
-        return F.gaussian_nll_loss(
-            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
-        )
-
-
-class SoftMarginLoss(torch.nn.SoftMarginLoss):
-    """:class:`torch.nn.SoftMarginLoss` over :func:`pyfused.functional.soft_margin_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.soft_margin_loss(input, target, reduction=self.reduction)
-
-
-class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
-    """:class:`torch.nn.HingeEmbeddingLoss` over :func:`pyfused.functional.hinge_embedding_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
-
-
-class MarginRankingLoss(torch.nn.MarginRankingLoss):
-    """:class:`torch.nn.MarginRankingLoss` over :func:`pyfused.functional.margin_ranking_loss`."""
-
-    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
-        return F.margin_ranking_loss(
-            input1, input2, target, margin=self.margin, reduction=self.reduction
-        )
-
-
-class QuantileLoss(torch.nn.modules.loss._Loss):
-    """:func:`pyfused.functional.quantile_loss` as a module."""
-
-    def __init__(self, quantile: float = 0.5, reduction: Reduction = "mean") -> None:
-        super().__init__(reduction=reduction)
-        self.quantile = quantile
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.quantile_loss(input, target, self.quantile, self.reduction)
-
-    def extra_repr(self) -> str:
-        return _changed(self, quantile=0.5)
-
-
-class LogCoshLoss(torch.nn.modules.loss._Loss):
-    """:func:`pyfused.functional.log_cosh_loss` as a module."""
-
-    def __init__(self, reduction: Reduction = "mean") -> None:
-        super().__init__(reduction=reduction)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.log_cosh_loss(input, target, self.reduction)
-
-
-class HingeLoss(torch.nn.modules.loss._Loss):
-    """:func:`pyfused.functional.hinge_loss` as a module."""
-
-    def __init__(
-        self, margin: float = 1.0, squared: bool = False, reduction: Reduction = "mean"
-    ) -> None:
-        super().__init__(reduction=reduction)
-        self.margin = margin
-        self.squared = squared
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.hinge_loss(input, target, self.margin, self.squared, self.reduction)
-
-    def extra_repr(self) -> str:
-        return _changed(self, margin=1.0, squared=False)
-
-
 class RMSELoss(torch.nn.modules.loss._WeightedLoss):
     """:func:`pyfused.functional.rmse_loss` as a module."""
 
@@ -528,15 +322,6 @@ class RMSELoss(torch.nn.modules.loss._WeightedLoss):
 
     def extra_repr(self) -> str:
         return _changed(self, eps=0.0)
-
-
-class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
-    """:class:`torch.nn.MultiLabelSoftMarginLoss` over the function of this name in functional."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.multilabel_soft_margin_loss(
-            input, target, weight=self.weight, reduction=self.reduction
-        )
 
 
 class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
@@ -569,62 +354,6 @@ class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
 
     def extra_repr(self) -> str:
         return _changed(self, alpha=0.25, gamma=2, ignore_index=None)
-
-
-class ReLU(torch.nn.ReLU):
-    """:class:`torch.nn.ReLU` over :func:`pyfused.functional.relu`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(input, inplace=self.inplace)
-
-
-class LeakyReLU(torch.nn.LeakyReLU):
-    """:class:`torch.nn.LeakyReLU` over :func:`pyfused.functional.leaky_relu`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.leaky_relu(input, self.negative_slope, self.inplace)
-
-
-class Tanh(torch.nn.Tanh):
-    """:class:`torch.nn.Tanh` over :func:`pyfused.functional.tanh`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.tanh(input)
-
-
-class Softcap(torch.nn.Module):
-    """:func:`pyfused.functional.softcap` as a module."""
-
-    def __init__(self, cap: float = 30.0) -> None:
-        super().__init__()
-        self.cap = cap
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.softcap(input, self.cap)
-
-    def extra_repr(self) -> str:
-        return f"cap={self.cap}"
-
-
-class SiLU(torch.nn.SiLU):
-    """:class:`torch.nn.SiLU` over :func:`pyfused.functional.silu`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.silu(input, inplace=self.inplace)
-
-
-class GELU(torch.nn.GELU):
-    """:class:`torch.nn.GELU` over :func:`pyfused.functional.gelu`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, approximate=self.approximate)
-
-
-class Sigmoid(torch.nn.Sigmoid):
-    """:class:`torch.nn.Sigmoid` over :func:`pyfused.functional.sigmoid`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.sigmoid(input)
 
 
 class Softmax(torch.nn.Softmax):

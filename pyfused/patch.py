@@ -354,8 +354,12 @@ def patch(function: Any = None) -> Any:
             _install()
             _calls.add(asked)
         return asked
-    if not callable(function):
-        raise TypeError(f"function: expected a function, got {type(function).__name__}")
+    if not callable(function) or isinstance(function, (torch.nn.Module, type)):
+        hint = ". pyfused.convert(model) makes a model's modules pyfused's; patch() takes none"
+        raise TypeError(
+            f"function: expected a function, got {_describe(function)}"
+            + hint * isinstance(function, torch.nn.Module)
+        )
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(is_kind(function) for is_kind in kinds):
         raise TypeError(

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from pyfused import functional
 from pyfused.formula import Formula
-from pyfused.ops import custom_operators, dispatch, inductor
+from pyfused.ops import custom_operators, dispatch, inductor, reasons
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operator
@@ -180,7 +180,7 @@ def count_compiled(kinds: dict[Key, Calls]) -> None:
 
     def counting_left(op: str) -> None:
         left(op)
-        kinds[op, f"torch: {dispatch.FUSED}", 0, False].count += 1
+        kinds[op, f"torch: {reasons.FUSED}", 0, False].count += 1
 
     setattr(custom_operators, "compute", counting)  # noqa: B010 mypy knows it as a function
     setattr(inductor, "left", counting_left)  # noqa: B010

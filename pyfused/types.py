@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -33,39 +33,62 @@ class Options:
 
 
 @dataclass(eq=False)
-class CrossEntropyOptions(Options):
-    """The arguments of cross-entropy beside its tensors, built once from a call's keywords.
+class VocabOptions(Options):
+    """The options that all functions of a vocabulary have, built once from a call's keywords.
 
-    The custom operators that torch.compile sees take these fields as their arguments, and the C++
-    kernels read them by name.
+    The custom operators that torch.compile sees take the fields as their arguments. A function that
+    lacks one of these options leaves it at its default.
 
     Attributes:
+        ignore_index: The target of rows that count for nothing.
+        reduction: Of the losses of all rows, or tokens.
         token_weight: What each loss is multiplied by, None for ones.
         denominator: What a mean divides by; None for the weight of the targets that count.
-        loss_dtype: That of the loss; None for torch's.
-        with_metrics: The call returns a tuple of the loss and the metrics of each target.
+        softcap: The logits are softcap * tanh(logits / softcap); None for no such bound.
+        temperature: What the logits are divided by after that.
     """
 
     ignore_index: int = -100
     reduction: str = "mean"
+    token_weight: Tensor | None = None
+    denominator: float | Tensor | None = field(default=None, metadata=POSITIVE)
+    softcap: float | None = field(default=None, metadata=POSITIVE)
+    temperature: float = field(default=1.0, metadata=POSITIVE)
+
+    @property
+    def rows(self) -> RowOptions:
+        return RowOptions(self.ignore_index, 1 / self.temperature, self.softcap)
+
+
+@dataclass(eq=False)
+class CrossEntropyOptions(VocabOptions):
+    """The arguments of cross-entropy beside its tensors.
+
+    The C++ kernels read the fields by name.
+
+    Attributes:
+        scale: What the logits are multiplied by, as a temperature divides them.
+        loss_dtype: That of the loss; None for torch's.
+        with_metrics: The call returns a tuple of the loss and the metrics of each target.
+    """
+
     label_smoothing: float = 0.0
     gamma: float = field(default=0.0, metadata=NONNEGATIVE)
     z_loss: float = field(default=0.0, metadata=NONNEGATIVE)
     scale: float = field(default=1.0, metadata=POSITIVE)
-    token_weight: Tensor | None = None
-    denominator: float | Tensor | None = field(default=None, metadata=POSITIVE)
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
 
     @property
     def rows(self) -> RowOptions:
-        return RowOptions(self.ignore_index, self.scale)
+        return RowOptions(self.ignore_index, self.scale / self.temperature, self.softcap)
 
     def is_plain(self) -> bool:
         """Whether torch's function of this name has all that is asked for."""
         return (
             self.gamma == self.z_loss == 0
-            and self.scale == 1
+            and self.scale == self.temperature == 1
+            and self.softcap is None
             and self.token_weight is None
             and self.denominator is None
             and self.loss_dtype is None
@@ -78,43 +101,46 @@ class HeadOptions(CrossEntropyOptions):
     """Options of cross-entropy of a linear layer's output.
 
     Attributes:
-        softcap: The logits are softcap * tanh(logits / softcap); None for no such bound.
         memory_budget: Bytes for the logits that exist at once; None for the default.
         filter_eps: Below which gradients of logits are left out of products.
     """
 
-    softcap: float | None = field(default=None, metadata=POSITIVE)
     memory_budget: int | None = None
     filter_eps: float = field(default=0.0, metadata=NONNEGATIVE)
 
-    @property
-    def rows(self) -> RowOptions:
-        return RowOptions(self.ignore_index, self.scale, self.softcap)
-
-    def is_plain(self) -> bool:
-        return self.softcap is None and super().is_plain()
-
 
 @dataclass(eq=False)
-class LogProbsOptions(Options):
-    """The arguments of log-probabilities beside tensors; the last two are a linear layer's.
+class LogProbsOptions(VocabOptions):
+    """Options of log-probabilities; the last two are a linear layer's.
 
     Attributes:
-        softcap: The logits are softcap * tanh(logits / softcap); None for no such bound.
-        temperature: What the logits are divided by after that.
         memory_budget: Bytes for the logits that exist at once; None for the default.
         deterministic_rows: Logits come from matrix products of one size.
     """
 
-    ignore_index: int = -100
-    softcap: float | None = None
-    temperature: float = 1.0
+    reduction: str = "none"
     memory_budget: int | None = None
     deterministic_rows: bool = False
 
-    @property
-    def rows(self) -> RowOptions:
-        return RowOptions(self.ignore_index, 1 / self.temperature, self.softcap)
+
+@dataclass(eq=False)
+class DivergenceOptions(VocabOptions):
+    """Options of a student's divergence from a teacher.
+
+    Attributes:
+        teacher_softcap: As the softcap, of the teacher's logits.
+        memory_budget: Bytes for the logits of both that exist at once; None for the default.
+        remainder: What is made of the probability outside of a teacher's top k.
+    """
+
+    beta: float = 0.0
+    teacher_softcap: float | None = field(default=None, metadata=POSITIVE)
+    memory_budget: int | None = None
+    remainder: str = "bucket"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
+            self.token_weight = self.token_weight.to(torch.float32)  # a mask
 
 
 class RowOptions(NamedTuple):
@@ -151,28 +177,6 @@ class ClassRange(NamedTuple):
     total: int
 
 
-@dataclass(eq=False)
-class DivergenceOptions(Options):
-    """Options of a student's divergence from a teacher; custom operators take the fields.
-
-    Attributes:
-        token_weight: What each token's divergence is multiplied by, None for ones.
-        memory_budget: Bytes for the logits of both that exist at once; None for the default.
-        remainder: What is made of the probability outside of a teacher's top k.
-    """
-
-    beta: float = 0.0
-    temperature: float = 1.0
-    reduction: str = "mean"
-    token_weight: Tensor | None = None
-    memory_budget: int | None = None
-    remainder: str = "bucket"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
-            self.token_weight = self.token_weight.to(torch.float32)  # a mask
-
-
 class VocabShard(NamedTuple):
     """The classes that this process has, of those that a group of processes has together.
 
@@ -202,6 +206,8 @@ class FusedOptions(TypedDict, total=False):
 
     z_loss: float
     scale: float
+    softcap: float | None
+    temperature: float
     token_weight: Tensor | None
     denominator: float | Tensor | None
     loss_dtype: torch.dtype | None
@@ -248,10 +254,11 @@ class Head(NamedTuple):
     """A linear layer, its input, and the targets of its logits.
 
     Attributes:
-        input: (N, D).
+        input: (..., D); the kernels take (N, D).
         linear_weight: (C, D), or (C, d1, ..., dk, D).
         linear_bias: (C), or (C, d1, ..., dk), or None.
-        target: int64 class indices (N) or (N, d1, ..., dk), or probabilities of the logits' shape.
+        target: int64 class indices (...) or (..., d1, ..., dk), or probabilities of the logits'
+            shape, (..., C) or (..., C, d1, ..., dk).
         weight: (C), or None.
     """
 
@@ -264,6 +271,20 @@ class Head(NamedTuple):
     @property
     def columns(self) -> int:
         return self.linear_weight[..., 0].numel()
+
+    def as_rows(self, options: HeadOptions) -> tuple[Head, HeadOptions]:
+        """Returns inputs (..., D), and what goes with them, as rows (N, D)."""
+        input, target, token_weight = self.input, self.target, options.token_weight
+        if input.dim() == 2:
+            return self, options
+        rows, positions = input.shape[:-1].numel(), self.linear_weight.shape[1:-1]
+        classes = self.linear_weight.shape[: target.is_floating_point()]
+        head = self._replace(
+            input=input.reshape(rows, -1), target=target.reshape(rows, *classes, *positions)
+        )
+        if token_weight is not None:
+            options = replace(options, token_weight=token_weight.reshape(rows, *positions))
+        return head, options
 
     def takes_blocks(self) -> bool:
         """Whether the logits can be computed for some classes at a time."""

@@ -31,6 +31,7 @@ from pyfused.ops.distillation import Divergence
 from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
 from pyfused.ops.log_probs import LogProbsOfLogits
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS, OPERATORS
+from pyfused.ops.softmax import Softmax
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
 OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOfLogits)
@@ -44,7 +45,8 @@ OPTIONS: dict[str, list[Any]] = {
         ("alpha negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
         ("approximate", ["none", "tanh"]),
         ("beta", [0.25, 1.0, 0.5, 1.5]),
-        ("cap delta margin scale softcap temperature", [n / 8 for n in range(1, 16)]),
+        ("cap delta margin scale softcap teacher_softcap", [n / 8 for n in range(1, 16)]),
+        ("temperature", [n / 8 for n in range(1, 16)]),
         ("denominator", [3.0, torch.tensor(3.0), torch.tensor([2.5]).double()]),
         ("dim", [*range(-5, 5)]),
         ("dtype loss_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
@@ -63,7 +65,7 @@ OPTIONS: dict[str, list[Any]] = {
     )
     for name in names.split()
 }
-LEFT_OUT = ("_stacklevel", "options", "shard")
+LEFT_OUT = ("_stacklevel", "options", "shard", "teacher_requires_grad")
 DEPRECATED = ("reduce", "size_average")
 
 
@@ -308,10 +310,14 @@ def examples(op: Operator) -> Iterator[Example]:
     values = {
         name: tried(op, name, default)
         for name, default in every.items()
-        if name not in ("reduction", *DEPRECATED) and (name != "inplace" or overwrites(op))
+        if name not in ("reduction", *DEPRECATED)
+        and (name != "inplace" or overwrites(op))
+        and (name != "dim" or isinstance(op, Softmax))  # elsewhere it is told by the shapes
     }
     required = [name for name, default in every.items() if default is inspect.Parameter.empty]
-    base = {name: values[name][0] for name in required} | ({"dim": 1} if "dim" in every else {})
+    base = {name: values[name][0] for name in required}
+    if "dim" in every:
+        base["dim"] = -1 if isinstance(op, Divergence) else 1  # where `operands` has the classes
     optional = [operand.name for operand in declared(op).values() if operand.optional]
     yield Example(op, "", base)
     for operand in op.operands:

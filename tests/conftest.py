@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import formula
 from pyfused.backends import backend_of, cpu
-from pyfused.ops import chunked, dispatch, distillation, linear_cross_entropy
+from pyfused.ops import chunked, dispatch, sizes
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -60,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cpu") and backend is not cpu:
         pytest.skip("cpu: holds for the C++ kernels alone")
-    if item.get_closest_marker("thresholds") and dispatch.FORCED:
+    if item.get_closest_marker("thresholds") and sizes.FORCED:
         pytest.skip("thresholds: no size is torch's where a backend is forced")
     if item.get_closest_marker("large") and not grid.FULL:
         pytest.skip("large: run with --full")
@@ -70,11 +69,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def fused_always() -> Iterator[None]:
     """Every size takes the kernels: the measured table would hand tiny tensors to torch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_ALWAYS_BELOW", {})
-        patch.setattr(dispatch, "aten_is_faster", lambda *call: call[-1] == 0)
-        patch.setattr(linear_cross_entropy, "SMALL_BELOW", 0)
-        patch.setattr(distillation, "SMALL_BELOW", 0)
-        patch.setattr(formula, "SMALL_BELOW", (0, 0))
+        patch.setattr(sizes, "FORCED", "every size")
         yield
 
 

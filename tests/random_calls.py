@@ -34,7 +34,13 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Operator, reduction_of
 from pyfused.ops.distillation import Divergence
-from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, LOG_PROBS, MULTI_MARGIN_LOSS
+from pyfused.ops.operators import (
+    CROSS_ENTROPY,
+    KL_DIV_WITH_LOGITS,
+    LINEAR_CROSS_ENTROPY,
+    LOG_PROBS,
+    MULTI_MARGIN_LOSS,
+)
 from pyfused.ops.softmax import Softmax
 
 EPS = torch.finfo(torch.float32).eps
@@ -79,6 +85,13 @@ def random_call(
         found = of_one_shape(rng, elements, op, given)
     else:
         found = of_elements(rng, elements, op, given)
+    if op in (LOG_PROBS, KL_DIV_WITH_LOGITS):
+        of_language_model = isinstance(op, Divergence) or rng.once_in(2)
+        given["dim"] = -1 if of_language_model else 1
+        if found["logits"].dim() < 3:
+            del given["dim"]
+        elif op is LOG_PROBS and of_language_model:
+            found["logits"] = found["logits"].movedim(1, -1)
     if "token_weight" in found:
         found["token_weight"] = found["token_weight"].sub(0.2).clamp(min=0)
     same = [*SAME_VALUES.values()]
@@ -140,6 +153,9 @@ def of_classes(
             statistics = "with_metrics" in given or op is LOG_PROBS
             special = [-math.inf, math.nan, math.inf][: 3 - statistics]
             logits.view(-1)[torch.randint(logits.numel(), (3,))] = rng.choice(special)
+    if "linear" in op.name and of_class and rng.once_in(4):  # hidden states of more dimensions
+        for name in ("input", "target", "token_weight"):
+            found[name] = found[name].unsqueeze(1)
     return found
 
 

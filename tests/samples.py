@@ -6,11 +6,10 @@ to each operand. The families' tests draw operands and options from here; a new 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
@@ -317,17 +316,19 @@ class Loss:
         return tuple(o.name for o in self.operands if o.optional)
 
     @property
+    def values(self) -> dict[str, Any]:
+        """The scalars by name."""
+        return dict(zip(self.op.arguments[1:], self.op.defaults, strict=True)) | self.parameters
+
+    @property
     def choices(self) -> tuple[str, ...]:
-        """The flags in effect that choose the formula."""
-        given = {
-            name: parameter.default
-            for name, parameter in inspect.signature(self.reference).parameters.items()
-        } | self.parameters
-        return tuple(s.name for s in self.op.scalars if s.chooses and given[s.name])
+        """The flags in effect, each of which has a kernel of its own."""
+        return tuple(s.name for s in self.op.scalars if s.flag and self.values[s.name])
 
     @property
     def kernel(self) -> str:
-        return "_".join([self.op.name, *self.choices, *self.further])
+        name, _ = self.op.kernel_of([self.values[s.name] for s in self.op.scalars])
+        return "_".join([name, *self.further])
 
     @property
     def bounded(self) -> tuple[Operand, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 import pyfused
 from pyfused.ops.activation import Activation
 from pyfused.ops.dispatch import call
-from pyfused.ops.operators import GELU, LEAKY_RELU, RELU
+from pyfused.ops.elementwise import GELU, LEAKY_RELU, RELU
 
 INF, NAN = float("inf"), float("nan")
 SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4097]

@@ -26,7 +26,7 @@ from triton._C.libtriton import interpreter as operations
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from pyfused.kernels import arithmetic
-from pyfused.kernels.activation import FORMULAS
+from pyfused.kernels.formulas import ACTIVATIONS
 
 BLOCK = 1 << 15
 
@@ -55,9 +55,9 @@ def formula_kernel(x, grad_output, out, FORMULA: tl.constexpr, BLOCK: tl.constex
     p = tl.full([], 30.0, tl.float32)
     x = tl.load(x + i).to(tl.float32)
     if grad_output is None:
-        value = FORMULA(x, p, p, p, False)
+        value = FORMULA(x, (p, p, p), False)
     else:
-        value = FORMULA(tl.load(grad_output + i).to(tl.float32), x, p, p, p, False)
+        value = FORMULA(tl.load(grad_output + i).to(tl.float32), x, (p, p, p), False)
     tl.store(out + i, value)
 
 
@@ -156,7 +156,7 @@ def every_number(dtype: torch.dtype) -> Tensor:
 def of_formula(name: str, x: Tensor, grad_output: Tensor | None = None) -> Tensor:
     """Before it is rounded."""
     out = torch.empty_like(x, dtype=torch.float32)
-    formula = FORMULAS[name][0 if grad_output is None else 1]
+    formula = ACTIVATIONS[name][0 if grad_output is None else 1]
     formula_kernel[(x.numel() // BLOCK,)](x, grad_output, out, FORMULA=formula, BLOCK=BLOCK)
     return out
 

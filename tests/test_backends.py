@@ -16,7 +16,7 @@ from processes import python
 from pyfused import backends
 from pyfused.backends import cpu, versions
 from pyfused.functional import cross_entropy
-from pyfused.ops import dispatch, operators
+from pyfused.ops import dispatch, operators, reasons, sizes
 
 on_triton = pytest.mark.skipif(backend is cpu, reason="the C++ kernels raise instead")
 
@@ -109,9 +109,8 @@ def test_torch_takes_every_call_where_it_is_forced(
 @pytest.mark.thresholds
 def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small = torch.randn(6, 5)
-    assert dispatch.reason_for_torch(operators.RELU, (small,)) is dispatch.SMALL
-    monkeypatch.setattr(dispatch, "FORCED", "cpu")
-    monkeypatch.setattr(dispatch, "_ALWAYS_BELOW", {})  # as it is then
+    assert dispatch.reason_for_torch(operators.RELU, (small,)) is reasons.SMALL
+    monkeypatch.setattr(sizes, "FORCED", "cpu")
     assert dispatch.reason_for_torch(operators.RELU, (small,)) is None
 
 

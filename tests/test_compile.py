@@ -19,7 +19,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops import dispatch
+from pyfused.ops import dispatch, sizes
 from pyfused.types import CrossEntropyOptions
 
 # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
@@ -53,7 +53,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every size of cross_entropy takes the operator, and no other loss or activation does."""
-    monkeypatch.setitem(dispatch.COMPILED_BELOW, "cross_entropy", 0)
+    monkeypatch.setitem(sizes.COMPILED, "cross_entropy", (0, 0))
     monkeypatch.setattr(dispatch, "_without_operator", lambda *_: "torch.compile")
     torch.compiler.reset()
 
@@ -104,7 +104,7 @@ def test_forward_and_backward_take_the_operator(
 
 
 def test_sizes_of_a_dynamic_graph_are_not_compared_with_a_table() -> None:
-    dispatch.COMPILED_BELOW["cross_entropy"] = 50
+    sizes.COMPILED["cross_entropy"] = 50, 50
     graphs = Graphs()
     options = {"fullgraph": True, "dynamic": True, "backend": graphs.backend}
     compiled = torch.compile(fused.cross_entropy, **options)
@@ -245,8 +245,9 @@ SAMPLES: dict[str, tuple[Tensor, Tensor, Tensor | None, str, float]] = {
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's of torch 2.15
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
 def test_opcheck(sample: tuple[Any, ...]) -> None:
-    input, target, weight, *options = sample
-    arguments = (target, weight, *CrossEntropyOptions(-100, *options).values())
+    input, target, weight, reduction, smoothing = sample
+    options = CrossEntropyOptions(-100, reduction, label_smoothing=smoothing)
+    arguments = (target, weight, *options.values())
     forward, backward = torch.ops.pyfused.cross_entropy, torch.ops.pyfused.cross_entropy_backward
     torch.library.opcheck(forward.default, (input.clone().requires_grad_(), *arguments))
     grad_output = torch.rand_like(forward(input, *arguments))
@@ -296,7 +297,7 @@ import sys, torch, pyfused
 assert "torch._dynamo" not in sys.modules
 with pyfused.patch():
     import test_compile as test
-    test.dispatch.COMPILED_BELOW["cross_entropy"] = 0
+    test.sizes.COMPILED["cross_entropy"] = 0, 0
     test.dispatch._without_operator = lambda *_: "torch.compile"
     assert test.operators_of_patched_step() == test.BOTH
 assert not test.operators_of_patched_step()

@@ -18,7 +18,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from pyfused import functional as fused
-from pyfused.ops import dispatch, inductor
+from pyfused.ops import sizes
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = [
@@ -33,7 +33,7 @@ N, C = 12, 7
 close = torch.testing.assert_close
 
 # The operators that have a custom operator of this name, or of the loss that they are made of.
-CUSTOM = {name: name for name in OPERATORS if name not in (*dispatch.OF_LOGITS, *dispatch.LINEAR)}
+CUSTOM = {name: name for name in OPERATORS if name not in (*sizes.OF_LOGITS, *sizes.LINEAR)}
 CUSTOM |= {
     "rmse_loss": "mse_loss",
     "multilabel_soft_margin_loss": "binary_cross_entropy_with_logits",
@@ -82,8 +82,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     import torch._inductor.compile_fx  # as it is where Inductor compiles
 
     for op in OPERATORS:
-        monkeypatch.setitem(dispatch.COMPILED_BELOW, op, 0)
-        monkeypatch.setitem(dispatch.COMPILED_FORWARD_BELOW, op, 0)
+        monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
     torch.compiler.reset()
     return Graphs()
 
@@ -243,23 +242,15 @@ def test_a_warning_is_torchs(step: Step, graphs: Graphs) -> None:
     assert not graphs.operators
 
 
-def test_a_torch_that_cannot_put_operators_back(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inductor, "unavailable", True)
-    assert_torchs(lambda f, x: f.mse_loss(x, TARGET), torch.randn(N, C), graphs)
-    assert not graphs.operators
-
-
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_small_call_is_torchs(
     dynamic: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dispatch.COMPILED_BELOW, "mse_loss", N * C + 1)
+    monkeypatch.setitem(sizes.COMPILED, "mse_loss", (N * C + 1, N * C + 1))
     step: Step = lambda f, x: f.mse_loss(x, TARGET)  # noqa: E731
     assert_torchs(step, torch.randn(N, C), graphs, dynamic=dynamic)
     assert not graphs.operators
-    monkeypatch.setitem(dispatch.COMPILED_BELOW, "mse_loss", N * C)
+    monkeypatch.setitem(sizes.COMPILED, "mse_loss", (N * C, N * C))
     torch.compiler.reset()
     assert_torchs(step, torch.randn(N, C), graphs, dynamic=dynamic)
     assert len(graphs.operators) == 2
@@ -269,16 +260,15 @@ def test_a_small_call_is_torchs(
 def test_a_graph_without_backward_has_a_table_of_its_own(
     below: int, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dispatch.COMPILED_FORWARD_BELOW, "mse_loss", below)
+    monkeypatch.setitem(sizes.COMPILED, "mse_loss", (0, below))
     step: Step = lambda f, x: f.mse_loss(x.detach(), TARGET) + x.sum()  # noqa: E731
     assert_torchs(step, torch.randn(N, C), graphs)
     assert graphs.operators == ["mse_loss"] * (below == N * C)
 
 
 @pytest.mark.thresholds
-def test_the_tables_have_a_row_for_every_operator() -> None:
-    assert set(dispatch.COMPILED_BELOW) == set(OPERATORS)
-    assert set(dispatch.COMPILED_FORWARD_BELOW) < set(OPERATORS)
+def test_the_table_has_a_row_for_every_operator() -> None:
+    assert set(sizes.COMPILED) == set(OPERATORS)
     small = torch.zeros(4, requires_grad=True)
     compiled = torch.compile(fused.mse_loss, fullgraph=True, backend="eager")
     assert "MseLoss" in type(compiled(small, torch.ones(4)).grad_fn).__name__  # torch's own

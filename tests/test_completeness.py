@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,9 @@ from samples import SAMPLES
 
 import pyfused
 from pyfused import functional, nn
-from pyfused.ops import sizes
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import TOKEN_WEIGHT, Operator
+from pyfused.ops.composed import Composed
+from pyfused.ops.declaration import TOKEN_WEIGHT, Operator, parameters_of
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
@@ -61,12 +62,6 @@ def test_entry_in_the_changelog(op: Operator) -> None:
 def test_entry_in_the_documentation(op: Operator) -> None:
     assert op.name in ENTRIES
     assert op.name in [name for names in gallery.shown().values() for name in names]
-
-
-@every_operator
-def test_row_of_sizes(op: Operator) -> None:
-    in_aten = hasattr(torch.nn.functional, op.name) and op.name not in WITHOUT_SIZES
-    assert not in_aten or op.name in sizes.ATEN_BELOW
 
 
 @every_operator
@@ -113,3 +108,26 @@ def test_no_module_of_operators_imports_one_that_imports_it() -> None:
         for name in ready:
             del waiting[name]
     assert not waiting
+
+
+# ---- what follows from declarations --------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    f"torch=={torch.__version__.partition('+')[0]}\n" not in (ROOT / "constraints.txt").read_text(),
+    reason="another torch may decompose its operators otherwise, and has other modules",
+)
+def test_printed_files_are_current() -> None:
+    printed = runpy.run_path(str(ROOT / "tools" / "formulas.py"))["printed"]()
+    for path, text in printed.items():
+        assert path.read_text("utf-8") == text, f"{path.name}: run make formulas"
+
+
+@every_operator
+def test_function_has_the_arguments_of_its_declaration(op: Operator) -> None:
+    """In the order and with the defaults of torch's function, or of what is declared."""
+    accepted = parameters_of(getattr(functional, op.name))
+    accepted.pop("inplace", None)
+    if isinstance(op, (Activation, PointwiseLoss, Composed)):
+        assert tuple(accepted) == op.arguments
+        assert tuple(accepted.values())[1:] == op.defaults

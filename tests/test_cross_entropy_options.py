@@ -1,4 +1,4 @@
-"""What cross_entropy has beyond torch's: z_loss, scale, token_weight, denominator, loss_dtype."""
+"""What cross_entropy has beyond torch's, from z_loss and softcap to denominator and loss_dtype."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6))
 def reference(input: Tensor, target: Tensor, **options: Any) -> Tensor:
     """As anybody would write it."""
     z_loss, scale = options.pop("z_loss", 0.0), options.pop("scale", 1.0)
+    scale, cap = scale / options.pop("temperature", 1.0), options.pop("softcap", None)
     token_weight, divisor = options.pop("token_weight", None), options.pop("denominator", None)
     reduction = options.pop("reduction", "mean")
-    input = scale * input
+    input = scale * (input if cap is None else cap * torch.tanh(input / cap))
     dim = 0 if input.dim() == 1 else 1
     each = torch.nn.functional.cross_entropy(input, target, reduction="none", **options)
     counts, weight = torch.ones_like(each), options.get("weight")
@@ -69,7 +70,64 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all_none": {"z_loss": 0.1, "scale": 3.0, "reduction": "none", "label_smoothing": 0.2},
     "all_sum": {"z_loss": 0.1, "reduction": "sum"},
     "all_mean": {"z_loss": 0.01, "scale": 0.4, "denominator": torch.tensor(3)},
+    "temperature": {"temperature": 2.5, "scale": 2.0},
 }
+CAPPED: dict[str, dict[str, Any]] = {
+    "mean": {"softcap": 3.0},
+    "none": {"softcap": 5.0, "temperature": 0.5, "reduction": "none", "label_smoothing": 0.2},
+    "sum": {"softcap": 5.0, "scale": 3.0, "reduction": "sum", "z_loss": 0.1},
+    "denominator": {"softcap": 2.0, "denominator": torch.tensor(3), "label_smoothing": 0.1},
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", CAPPED.values(), ids=CAPPED)
+def test_capped_logits(
+    shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], kernel_calls: KernelCalls
+) -> None:
+    """From the state of rows, without a capped copy of the logits."""
+    input, target, weight, token_weight = arguments(shape, dtype, False)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for weights in ({}, {"weight": weight, "token_weight": token_weight}):
+        given = options | weights | {"loss_dtype": wide}
+        got = evaluate(fused.cross_entropy, input, target, **given)
+        exact = input.detach().double().requires_grad_()
+        in_float64 = {n: x.double() for n, x in weights.items()}
+        expected = evaluate(reference, exact, target, **options, **in_float64)
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(got.value.double(), expected.value, **close)
+        rounding = torch.finfo(dtype).eps
+        close = {"rtol": max(1e-5, rounding), "atol": max(1e-5, rounding)}
+        torch.testing.assert_close(got.gradients[0].double(), expected.gradients[0], **close)
+    assert kernel_calls["row_state"] == 2
+    assert kernel_calls["row_gradients"] == 2
+    assert not kernel_calls["cross_entropy"]
+    loss, metrics = fused.cross_entropy_with_metrics(input, target, **options)
+    torch.testing.assert_close(loss, fused.cross_entropy(input, target, **options))
+    _, best = cross_entropy(input.detach().double(), target, with_metrics=True, **options)
+    torch.testing.assert_close(metrics.log_probability.double(), best.log_probability, **close)
+    assert torch.equal(metrics.prediction, best.prediction) or dtype in HALF
+
+
+def test_capped_logits_beside_what_the_state_has_not() -> None:
+    """Probabilities, focal loss and second derivatives take torch's operators."""
+    x = torch.randn(4, 30, dtype=torch.float64, requires_grad=True)
+    target, probabilities = torch.tensor([3, -100, 7, 1]), torch.rand(4, 30).double()
+    loss = fused.cross_entropy(x, target, softcap=2.0, gamma=1.5)
+    torch.testing.assert_close(loss, fused.cross_entropy(fused.softcap(x, 2.0), target, gamma=1.5))
+    got = fused.cross_entropy(x, probabilities, softcap=2.0)
+    torch.testing.assert_close(got, reference(x, probabilities, softcap=2.0))
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
+        assert torch.autograd.gradgradcheck(
+            lambda x, options=options: fused.cross_entropy(x, target, softcap=2.0, **options), x
+        )
+    with pytest.raises(IndexError, match="target: expected class indices"):
+        fused.cross_entropy(x, torch.full((4,), 30), softcap=2.0)
+    with pytest.raises(ValueError, match="softcap: expected a positive number"):
+        fused.cross_entropy(x, target, softcap=0.0)
+    with pytest.raises(ValueError, match="temperature: expected a positive number"):
+        fused.cross_entropy(x, target, temperature=-1.0)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused import nn
-from pyfused.ops import chunked, distillation
+from pyfused.ops import chunked, distillation, reasons, sizes
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import DivergenceOptions
 
@@ -97,9 +98,15 @@ def by_torch(op: str, **arguments: Any) -> Tensor:
     return each if options.reduction == "none" else each.sum()
 
 
+def tokens_of(op: str, arguments: dict[str, Any]) -> dict[str, int]:
+    """The dimension of the classes, which logits of more than two dimensions need."""
+    return {"dim": -1} if op == "kl_div_with_logits" and arguments["logits"].dim() > 2 else {}
+
+
 def assert_close(op: str, arguments: dict[str, Any], **options: Any) -> None:
-    got = evaluate(getattr(fused, op), **arguments, **options)
-    options.pop("memory_budget", None)
+    got = evaluate(getattr(fused, op), **arguments, **options, **tokens_of(op, arguments))
+    for name in ("memory_budget", "teacher_requires_grad"):
+        options.pop(name, None)
     expected = evaluate(partial(by_torch, op), **arguments, **options)
     torch.testing.assert_close(got.value, expected.value.to(got.value.dtype))
     for ours, theirs in zip(got.gradients, expected.gradients, strict=True):
@@ -196,9 +203,10 @@ def test_shapes_and_weights(op: str, beta: float, kernel_calls: KernelCalls) -> 
         assert_close(op, given(op, rows=rows), **options, token_weight=weight)
     mask = weight != 0
     arguments = given(op, rows=rows)
+    dim = tokens_of(op, arguments)
     torch.testing.assert_close(
-        getattr(fused, op)(**arguments, token_weight=mask),
-        getattr(fused, op)(**arguments, token_weight=mask.float()),
+        getattr(fused, op)(**arguments, **dim, token_weight=mask),
+        getattr(fused, op)(**arguments, **dim, token_weight=mask.float()),
     )
     assert getattr(fused, op)(**given(op, rows=()), reduction="none").shape == ()
     for reduction, expected in (("none", torch.zeros(0)), ("sum", torch.tensor(0.0))):
@@ -270,7 +278,7 @@ def test_definition_of_infinite_logits(beta: float) -> None:
     x, y = torch.randn(1, C).double(), torch.randn(1, C).double()
     x[0, :5] = y[0, :5] = -math.inf
     x.requires_grad_()
-    options = DivergenceOptions(beta)
+    options = DivergenceOptions(beta=beta)
     (expected,) = torch.autograd.grad(distillation.kl_div_with_logits(x, y, options), x)
     (got,) = torch.autograd.grad(fused.kl_div_with_logits(x, y, beta=beta), x)
     torch.testing.assert_close(got, expected)
@@ -386,6 +394,115 @@ def test_wants_no_product_that_nobody_wants(op: str, monkeypatch: pytest.MonkeyP
     assert not products
 
 
+@every_operator
+def test_a_teacher_is_a_constant_unless_asked_otherwise(op: str, kernel_calls: KernelCalls) -> None:
+    arguments = given(op)
+    name = [name for name in arguments if name.startswith("teacher")][-1]
+    expected = getattr(fused, op)(**arguments, beta=0.5)
+    leaf = arguments[name].requires_grad_()
+    kernel_calls.clear()
+    loss = getattr(fused, op)(**arguments, beta=0.5)
+    assert sum(kernel_calls.values())
+    torch.testing.assert_close(loss, expected)
+    assert torch.autograd.grad(loss, leaf, allow_unused=True) == (None,)
+    said = pyfused.explain(op, **arguments, teacher_requires_grad=True)
+    assert said.reason == f"{name} requires grad"
+    assert pyfused.explain(op, **arguments).backend != "torch"
+    assert_close(op, arguments, beta=0.5, teacher_requires_grad=True)
+
+
+def test_a_costly_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 33 MiB of logits, as a teacher's gradient is asked for."""
+    monkeypatch.setattr(reasons, "_said", set())
+    arguments = {
+        "input": torch.randn(1024, 2, requires_grad=True),
+        "linear_weight": torch.randn(8448, 2),
+        "teacher_input": torch.randn(1024, 2),
+        "teacher_linear_weight": torch.randn(8448, 2, requires_grad=True),
+        "teacher_requires_grad": True,
+    }
+    told = (
+        "linear_kl_div: torch's operators take 33 MiB for the logits, as teacher_linear_weight "
+        "requires grad. Detach it if it needs no gradient"
+    )
+    with pytest.warns(RuntimeWarning, match=told):
+        fused.linear_kl_div(**arguments)
+    few = {name: x[:64] if name.endswith("input") else x for name, x in arguments.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused.linear_kl_div(**arguments)  # which was said
+        monkeypatch.setattr(reasons, "_said", set())
+        fused.linear_kl_div(**few)
+        fused.linear_kl_div(**arguments | {"teacher_requires_grad": False})
+
+
+def test_classes_of_logits_with_more_dimensions() -> None:
+    """Without a dim both readings are named; with it the classes are there."""
+    x, y = torch.randn(2, 21, 4, 3, requires_grad=True), torch.randn(2, 21, 4, 3)
+    told = (
+        r"dim: expected .* logits of shape \(2, 21, 4, 3\).* dim=-1 .* 3 classes.* dim=1 it has 21"
+    )
+    with pytest.raises(ValueError, match=told):
+        fused.kl_div_with_logits(x, y)
+    with pytest.raises(ValueError, match=told):
+        pyfused.explain("kl_div_with_logits", x, y)
+    weight = torch.rand(2, 4, 3)
+    got = fused.kl_div_with_logits(x, y, dim=1, token_weight=weight, reduction="none")
+    rows = [each.movedim(1, -1).reshape(-1, 21) for each in (x, y)]
+    expected = by_torch(
+        "kl_div_with_logits",
+        **dict(zip(("logits", "teacher_logits"), rows, strict=True)),
+        token_weight=weight.flatten(),
+        reduction="none",
+    )
+    torch.testing.assert_close(got, expected.view(2, 4, 3))
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), x), torch.autograd.grad(expected.sum(), x)
+    )
+    with pytest.raises(IndexError, match="dim: expected -4 to 3"):
+        fused.kl_div_with_logits(x, y, dim=4)
+
+
+@every_operator
+@every_beta
+@every_dtype
+def test_softcaps(op: str, beta: float, dtype: torch.dtype) -> None:
+    """Those of student and teacher, and a mean's denominator, beside torch in float64."""
+    arguments = given(op, dtype)
+    options: dict[str, Any] = {"beta": beta, "temperature": 0.5, "denominator": 3.0}
+    caps = {"softcap": 1.5, "teacher_softcap": 4.0}
+    if op == "linear_topk_kl_div":
+        del caps["teacher_softcap"]
+    weight = torch.rand(N)
+    weight[2] = 0
+    given_options = options | caps | {"token_weight": weight}
+    operator = OPERATORS[op]
+    got = evaluate(getattr(fused, op), **arguments, **given_options)
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in arguments.items()}
+    exact = {n: x.detach().requires_grad_(arguments[n].requires_grad) for n, x in exact.items()}
+    logits = exact.get("logits")
+    if logits is None:
+        logits = F.linear(exact["input"], exact["linear_weight"], exact["linear_bias"])
+    log_p = F.log_softmax(1.5 * torch.tanh(logits / 1.5) / 0.5, -1)
+    leaves = [x for x in exact.values() if x.requires_grad]
+    if op == "linear_topk_kl_div":
+        value = operator.reference(*operator.bind(**exact, **given_options))
+    else:
+        teacher = exact.get("teacher_logits")
+        if teacher is None:
+            names = ("input", "linear_weight", "linear_bias")
+            teacher = F.linear(*(exact[f"teacher_{name}"] for name in names))
+        log_q = F.log_softmax(4 * torch.tanh(teacher / 4) / 0.5, -1)
+        value = (distillation.divergence(log_p, log_q, beta) * weight).sum() / 3
+    gradients = torch.autograd.grad(value, leaves, evaluate_upstream(value.shape).to(value.dtype))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    if dtype in (torch.bfloat16, torch.float16):
+        tolerance = {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(got.value.double(), value.double(), **tolerance)
+    for ours, theirs in zip(got.gradients, gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, **tolerance)
+
+
 # ---- a teacher's top k ---------------------------------------------------------------------------
 
 
@@ -433,6 +550,47 @@ def test_bad_indices(row: list[int], error: type[Exception], told: str) -> None:
         )
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda x: x.exp(), "a sum of .* of logarithms up to 0"),
+        (lambda x: -x, "a sum of .* in row 0, of logarithms up to"),
+        (lambda x: 30 * x.exp(), "a sum of .* of logarithms up to"),
+        (lambda x: x.clamp(min=-1.5), "a sum of .* of logarithms up to -1"),
+    ],
+    ids=["probabilities", "positive", "logits", "too many"],
+)
+def test_what_cannot_be_log_probabilities(wrong: Any, told: str) -> None:
+    arguments = given("linear_topk_kl_div")
+    arguments["teacher_log_probs"] = wrong(arguments["teacher_log_probs"])
+    told = f"teacher_log_probs: expected logarithms of probabilities, with a sum of 1 .*{told}"
+    tensors = [arguments[operand.name] for operand in OPERATORS["linear_topk_kl_div"].operands]
+    with pytest.raises(ValueError, match=told):
+        fused.linear_topk_kl_div(**arguments)
+    with pytest.raises(ValueError, match=told):
+        pyfused.explain("linear_topk_kl_div", **arguments)
+    with pytest.raises(ValueError, match=told):
+        distillation.linear_topk_kl_div(*tensors)
+    hidden = fused.linear_topk_kl_div(**arguments, token_weight=torch.zeros(N), reduction="sum")
+    assert hidden == 0
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_log_probabilities_may_be_rounded(dtype: torch.dtype) -> None:
+    """Those of all classes, whose sum is off by more than one rounding of 1."""
+    for scale in (0.01, 1.0, 4.0):
+        log_probs, indices = (scale * torch.randn(N, C)).log_softmax(-1).sort()
+        arguments = given("linear_topk_kl_div") | {"teacher_indices": indices}
+        for rounded in (log_probs.to(dtype), log_probs.to(dtype).float()):
+            loss = fused.linear_topk_kl_div(**arguments | {"teacher_log_probs": rounded})
+            assert loss.isfinite()
+    never = torch.full((N, K), -math.inf)
+    arguments = given("linear_topk_kl_div") | {"teacher_log_probs": never}
+    assert fused.linear_topk_kl_div(**arguments, remainder="ignore") == 0
+
+
 # ---- what else the house has ---------------------------------------------------------------------
 
 
@@ -441,7 +599,7 @@ def test_bad_indices(row: list[int], error: type[Exception], told: str) -> None:
 def test_compiled_makes_logits_once(
     monkeypatch: pytest.MonkeyPatch, product_rows: list[int]
 ) -> None:
-    monkeypatch.setitem(pyfused.ops.dispatch.COMPILED_BELOW, "linear_kl_div", 0)
+    monkeypatch.setitem(sizes.COMPILED, "linear_kl_div", (0, 0))
     arguments = given("linear_kl_div")
     loss = torch.compile(lambda: fused.linear_kl_div(**arguments), fullgraph=True)()
     torch.autograd.grad(loss, arguments["input"])
@@ -454,7 +612,9 @@ def test_custom_operator(op: str) -> None:
     arguments = given(op)
     tensors = [arguments[operand.name] for operand in OPERATORS[op].operands]
     for reduction in ("mean", "none"):
-        options = DivergenceOptions(0.5, 2.0, reduction, torch.rand(N))
+        options = DivergenceOptions(
+            reduction=reduction, token_weight=torch.rand(N), temperature=2.0, beta=0.5
+        )
         operator = getattr(torch.ops.pyfused, op).default
         for in_forward in (False, reduction == "mean"):
             wanted = [in_forward and x.requires_grad for x in tensors[: OPERATORS[op].student]]

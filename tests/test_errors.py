@@ -60,6 +60,11 @@ CROSS_ENTROPY: Wrong = {
     "probabilities_for_one_row": (lambda f: f.cross_entropy(X, P[0]), ["target", "(5,)"]),
     "float_indices": (lambda f: f.cross_entropy(X, Y.float()), ["target", "int64", "float32"]),
     "int32_indices": (lambda f: f.cross_entropy(X, Y.int()), ["target", "int64", "int32"]),
+    "batch_not_flattened": (
+        lambda f: f.cross_entropy(X, Y.view(2, 2)),
+        ["target", "(4,)", "(2, 2)", "Pass target.flatten()"],
+    ),
+    "int32_pass_long": (lambda f: f.cross_entropy(X, Y.int()), ["Pass target.long()"]),
     "int8_indices": (lambda f: f.cross_entropy(X, Y.to(torch.int8)), ["target", "int64", "int8"]),
     "bool_indices": (lambda f: f.cross_entropy(X, Y.bool()), ["target", "int64", "bool"]),
     "complex_target": (lambda f: f.cross_entropy(X, P.cfloat()), ["target", "complex64"]),

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import math
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops import dispatch, sizes
+from pyfused.ops import reasons, sizes
+from pyfused.ops.declaration import Operator
 from pyfused.ops.operators import OPERATORS
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -43,7 +43,7 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
     **{op.name: (op.name, (X,), {}, None) for op in ACTIVATIONS},
     **{loss.kernel: (loss.op.name, tuple(loss.draw((6, 5)).values()), {}, None) for loss in FIRST},
-    "empty": ("relu", (X[:0],), {}, dispatch.SMALL),
+    "empty": ("relu", (X[:0],), {}, reasons.SMALL),
     "inplace": ("relu", (X.clone(),), {"inplace": True}, "overwriting saves no memory to a kernel"),
     "inplace of a result": ("relu", (X.clone().requires_grad_() * 1, True), {}, None),
     "integers": ("relu", (TARGET,), {}, "input has dtype torch.int64"),
@@ -74,6 +74,26 @@ def test_what_is_said_is_what_is_done(
     else:
         assert (said.backend, said.isa, said.threads) == ("cpu", cpu.capability, 1)
         assert cpu.capability in str(said)
+
+
+INVALID = {
+    "int32 indices": ("cross_entropy", (X, TARGET.int()), "target: expected .* dtype"),
+    "fewer targets": ("cross_entropy", (X, TARGET[:3]), "target: expected class indices of shape"),
+    "fewer rows": ("mse_loss", (X, X[:4]), "target"),
+    "no tensor": ("relu", (3,), "input: expected a Tensor, got int"),
+}
+
+
+@pytest.mark.thresholds
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+@pytest.mark.parametrize(("op", "args", "message"), INVALID.values(), ids=INVALID.keys())
+def test_a_call_that_is_invalid_has_its_error_whatever_its_size(
+    op: str, args: Any, message: str
+) -> None:
+    with pytest.raises(Exception, match=message) as said:
+        pyfused.explain(op, *args)
+    with pytest.raises((type(said.value), AttributeError)):  # the latter is torch's of relu(3)
+        getattr(fused, op)(*args)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -112,28 +132,41 @@ def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyP
     assert "3.7.1" in str(said)
 
 
+def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dict[str, Any]]]:
+    """Returns what makes the arguments of a call with an input, and for the second limit."""
+
+    def arguments(x: Tensor, second: bool) -> tuple[list[Tensor], dict[str, Any]]:
+        if any(operand.indices for operand in op.operands):
+            return [x, torch.zeros(len(x), dtype=torch.int64)], {}
+        operands = [x, *[x.detach()] * sum(not o.optional for o in op.operands[1:])]
+        if op.name in ("softmax", "log_softmax"):
+            return operands, {"dim": 1}
+        return operands, {"reduction": "none"} if second and "reduction" in op.arguments else {}
+
+    return arguments
+
+
+CALLS_OF_A_SIZE = {
+    name: _of_a_size(op) for name, op in OPERATORS.items() if name not in sizes.LINEAR
+}
+
+
 @pytest.mark.thresholds
-@pytest.mark.parametrize("suffix", ["", "_forward"])
-@pytest.mark.parametrize("op", sorted(sizes.ATEN_BELOW.keys() & OPERATORS.keys()))
-def test_a_call_goes_to_aten_below_the_size_of_the_table(
-    op: str, suffix: str, kernel_calls: KernelCalls
+@pytest.mark.parametrize("op", [op for op in CALLS_OF_A_SIZE if op in sizes.ON_CPU])
+@pytest.mark.parametrize("second", [False, True])
+def test_torch_takes_a_call_below_the_limit(
+    op: str, second: bool, kernel_calls: KernelCalls
 ) -> None:
-    most, below = sizes.ATEN_BELOW[op + suffix][torch.bfloat16][0]
-    classes = 4 if math.isinf(most) else int(most)  # the most that this row is for
-    for rows in {1, max(below - 1, 0) // classes, -(-below // classes)} - {0}:
-        small = rows * classes < below
-        x = torch.full((rows, classes), 0.5, dtype=torch.bfloat16)
-        if op in ("nll_loss", "multi_margin_loss", "cross_entropy"):
-            given = [x, torch.zeros(len(x), dtype=torch.int64)]
-        else:  # of which the number of dimensions chooses no other row
-            x = x.view(-1, 2, 2)
-            given = [x] * sum(not operand.optional for operand in OPERATORS[op].operands)
-        given[0] = x.detach().requires_grad_(not suffix)
-        options = {"dim": 1} if "softmax" in op else {}
-        said = pyfused.explain(op, *given, **options)
-        assert (said.reason == dispatch.SMALL) == small, rows
+    limit = sizes.ON_CPU[op][second]
+    classes = sizes.FEW if second else 2 * sizes.FEW
+    for rows in {1, max(limit - 1, 0) // classes, -(-limit // classes)} - {0}:
+        small = rows * classes < limit
+        x = torch.full((rows, classes), 0.5, requires_grad=True)
+        arguments, options = CALLS_OF_A_SIZE[op](x, second)
+        said = pyfused.explain(op, *arguments, **options)
+        assert (said.reason == reasons.SMALL) == small, rows
         kernel_calls.clear()
-        getattr(fused, op)(*given, **options)
+        getattr(fused, op)(*arguments, **options)
         assert bool(kernel_calls) != small, rows
 
 
@@ -225,7 +258,7 @@ def test_arguments_that_the_operator_does_not_take() -> None:
 
 @pytest.fixture
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(reasons, "_said", set())
 
 
 def fall_back() -> None:

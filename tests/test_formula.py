@@ -487,7 +487,7 @@ class Recording(TorchDispatchMode):
 
 def test_no_tensor_of_parameters_is_filled() -> None:
     """Kernels take them as numbers, which need no order of streams."""
-    program, values = wing.op.formula((3.0, 0.7), 2, Want())
+    program, values = wing.op.kernel((3.0, 0.7), 2, Want())
     operands = (torch.ones(40), torch.zeros(40))
     with Recording() as recorded:
         backend, tensors = backend_of(operands[0]), (operands, None, None)
@@ -828,6 +828,9 @@ def test_what_cannot_be_traced(function: Callable[[Tensor], Tensor], words: str)
 
 
 def test_wrong_definitions() -> None:
+    for decorate in (pyfused.loss, pyfused.activation):
+        with pytest.raises(TypeError, match="function: expected a function with a name, got 3"):
+            decorate(3)
     with pytest.raises(TypeError, match="weight is added to a formula"):
         pyfused.loss(lambda input, weight: input * weight)
     with pytest.raises(TypeError, match="1 to 4 tensor operands, got 5"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._inductor import config, metrics
 
 from pyfused import functional as fused
-from pyfused.ops import dispatch, inductor
+from pyfused.ops import inductor, sizes
 
 pytestmark = [
     # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
@@ -60,7 +60,7 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    monkeypatch.setitem(dispatch.COMPILED_BELOW, "cross_entropy", 0)
+    monkeypatch.setitem(sizes.COMPILED, "cross_entropy", (0, 0))
     torch.compiler.reset()
     seen = Seen()
 
@@ -284,12 +284,13 @@ def test_a_torch_without_such_patterns(seen: Seen, monkeypatch: pytest.MonkeyPat
         joint_graph.patterns.patterns.setdefault(("call_function", operator), [])
         monkeypatch.delitem(joint_graph.patterns.patterns, ("call_function", operator))
     monkeypatch.setattr(inductor, "_registered", False)
-    monkeypatch.setattr(inductor, "unavailable", False)  # so that it is put back
+    monkeypatch.setattr(inductor, "COMPILED", table := dict(sizes.COMPILED))
     monkeypatch.delattr(pattern_matcher, "register_graph_pattern")
     assert_same(compiled_and_eager(VIEWED["as_it_is"], logits()))
     assert seen.given_to_operators() == [torch.float32] * 2
     assert seen.operators() == PAIR
-    assert inductor.unavailable
+    assert "cross_entropy" in table
+    assert not table.keys() & inductor.in_torch.keys()  # Inductor's, from here on
 
 
 def test_patterns_are_for_inductor_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from compare import Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from torch import Tensor
 
+import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
@@ -278,7 +279,7 @@ def test_custom_operator() -> None:
         options = HeadOptions(
             -100,
             reduction,
-            0.1,
+            label_smoothing=0.1,
             z_loss=0.01,
             scale=2.0,
             token_weight=given.token_weight,
@@ -356,8 +357,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator: expected None with"),
     (
         {"input": torch.ones(2, 12, 6)},
-        RuntimeError,
-        r"input: expected shape \(D\) or \(N, D\), got \(2, 12, 6\)\. Pass input\.flatten",
+        ValueError,
+        r"target: expected shape \(2, 12\), with the input's leading dimensions, got \(12,\)",
+    ),
+    (
+        {
+            "input": torch.ones(2, 12, 6),
+            "target": torch.zeros(2, 12).long(),
+            "token_weight": torch.ones(24),
+        },
+        ValueError,
+        r"token_weight: expected shape \(2, 12\), with the input's leading .*, got \(24,\)",
     ),
     ({"input": torch.ones(12, 6).long()}, RuntimeError, "input: expected a floating dtype"),
     ({"target": torch.ones(5).long()}, ValueError, "batch_size|target"),
@@ -400,6 +410,56 @@ def test_class_indices_of_uint8_among_more_classes_than_it_holds() -> None:
     expected = F.cross_entropy(input @ weight.t(), target)
     got = fused.linear_cross_entropy(input, weight, target.byte(), z_loss=0.0, scale=1.0)
     torch.testing.assert_close(got, expected)
+
+
+# ---- inputs of more dimensions -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["", "kdim", "probabilities", "kdim_probabilities"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_leading_dimensions(kind: str, reduction: str, kernel_calls: KernelCalls) -> None:
+    """Rows are counted along all of them, by the kernels and by the definition."""
+    given = Given(**KINDS[kind or "rows"])
+    shape = 2, 2, 3
+    input, target, tokens = (
+        x.detach().reshape(*shape, *x.shape[1:])
+        for x in (given.input, given.target, given.token_weight)
+    )
+    options: dict[str, Any] = {"reduction": reduction, "linear_bias": given.bias}
+    leaves = [input.requires_grad_(), given.head, given.bias]
+    expected = fused.linear_cross_entropy(
+        given.input, given.head, given.target, token_weight=given.token_weight, **options
+    )
+    gradients = torch.autograd.grad(expected.sum(), [given.input, given.head, given.bias])
+    assert pyfused.explain(
+        "linear_cross_entropy", input, given.head, target, token_weight=tokens, **options
+    ).backend == ("triton" if backend is not cpu else "cpu")
+    kernel_calls.clear()
+    for function in (fused.linear_cross_entropy, materialised):
+        loss = function(input, given.head, target, token_weight=tokens, **options)
+        torch.testing.assert_close(loss, expected.reshape(loss.shape))
+        assert loss.shape == (() if reduction == "mean" else tokens.shape)
+        for got, best in zip(torch.autograd.grad(loss.sum(), leaves), gradients, strict=True):
+            torch.testing.assert_close(got, best.reshape(got.shape))
+    assert kernel_calls
+    options = {"reduction": reduction}
+    loss, metrics = fused.linear_cross_entropy_with_metrics(input, given.head, target, **options)
+    _, of_rows = fused.linear_cross_entropy_with_metrics(
+        given.input, given.head, given.target, **options
+    )
+    native = materialised(input, given.head, target, **options, with_metrics=True)
+    for got, theirs, best in zip(metrics, native[1], of_rows, strict=True):
+        assert got.shape == theirs.shape == tokens.shape
+        torch.testing.assert_close(got, best.reshape(got.shape))
+        torch.testing.assert_close(theirs, best.reshape(got.shape))
+
+
+@pytest.mark.cpu
+def test_a_class_index_out_of_range_among_leading_dimensions() -> None:
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    target[1, 2] = 9
+    with pytest.raises(IndexError, match=r"got 9 at position \(1, 2\)"):
+        fused.linear_cross_entropy(torch.randn(2, 3, 4), torch.randn(9, 4), target)
 
 
 # ---- classes left out of the gradients' products -------------------------------------------------

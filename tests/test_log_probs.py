@@ -99,6 +99,8 @@ def draw(
 
 
 def all_three(op: str, **given: Any) -> fused.LogProbs:
+    if op == "log_probs" and given["logits"].dim() > 2:
+        given = {"dim": 1} | given
     return getattr(fused, op)(**given, return_entropy=True, return_lse=True)
 
 
@@ -166,11 +168,46 @@ def test_targets_of_other_kinds(op: str) -> None:
 
 
 @every_operator
-def test_what_is_not_asked_for_is_none(op: str) -> None:
+def test_what_is_not_asked_for_is_an_error_that_says_how_to_ask(op: str) -> None:
     found = getattr(fused, op)(**draw(op))
-    assert found.entropy is found.log_sum_exp is None
+    assert found[1] is found[2] is None
+    with pytest.raises(AttributeError, match="entropy: expected a call with return_entropy=True"):
+        _ = found.entropy
+    with pytest.raises(AttributeError, match="log_sum_exp: expected a call with return_lse=True"):
+        _ = found.log_sum_exp
     assert found._fields == ("log_probability", "entropy", "log_sum_exp")
     assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
+
+
+@every_operator
+def test_more_dimensions(op: str) -> None:
+    """Language models' logits (B, T, C), and hidden states (B, T, D)."""
+    tensors = draw(op)
+    expected = all_three(op, **tensors)
+    first = next(iter(tensors))
+    shaped = tensors | {
+        name: tensors[name].detach().reshape(3, 4, *tensors[name].shape[1:])
+        for name in (first, "target")
+    }
+    leaf = shaped[first].requires_grad_()
+    options = {"dim": -1} if op == "log_probs" else {}
+    got = all_three(op, **shaped, **options)
+    torch.testing.assert_close([*got], [x.view(3, 4) for x in expected])
+    of_all = [sum(x.sum() for x in found) for found in (got, expected)]
+    (gradient,), (best,) = (
+        torch.autograd.grad(loss, x) for loss, x in zip(of_all, (leaf, tensors[first]), strict=True)
+    )
+    torch.testing.assert_close(gradient, best.view_as(gradient))
+    operator = OPERATORS[op]
+    native = operator.reference(*operator.bind(**shaped, **options))
+    torch.testing.assert_close([*native], [*got])
+    assert pyfused.explain(op, **shaped, **options).backend != "torch"
+    if op == "log_probs":
+        told = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 it has 4"
+        with pytest.raises(ValueError, match=told):
+            fused.log_probs(shaped["logits"], shaped["target"])
+        last = all_three(op, **shaped | {"logits": shaped["logits"].movedim(-1, 0)}, dim=0)
+        torch.testing.assert_close([*last], [*got])
 
 
 # ---- ignored, empty, special values --------------------------------------------------------------
@@ -538,6 +575,13 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("log_probs", {"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
     ("log_probs", {"target": torch.ones(12)}, RuntimeError, "target: expected class indices"),
     ("log_probs", {"target": torch.zeros(11).long()}, ValueError, r"target.*\(12,\).*got.*\(11,\)"),
+    ("log_probs", {"target": torch.zeros(12).int()}, RuntimeError, r"int32.*Pass target.long\(\)"),
+    (
+        "linear_log_probs",
+        {"target": torch.zeros(3, 4).long()},
+        ValueError,
+        r"expected class indices of shape \(12,\), got shape \(3, 4\)\. Pass target\.flatten",
+    ),
     ("linear_log_probs", {"memory_budget": 0}, ValueError, "memory_budget: expected a positive"),
     ("linear_log_probs", {"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\)"),
     ("linear_log_probs", {"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),

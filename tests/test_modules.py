@@ -22,6 +22,7 @@ ADDED = {  # to cross_entropy and linear_cross_entropy
     "z_loss": 0.0,
     "scale": 1.0,
     "softcap": None,
+    "temperature": 1.0,
     "token_weight": None,
     "denominator": None,
     "loss_dtype": None,

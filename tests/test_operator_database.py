@@ -27,9 +27,10 @@ from torch.nn import functional as F
 
 from pyfused import functional as fused
 from pyfused import nn
-from pyfused.ops import dispatch
+from pyfused.ops import sizes
 from pyfused.ops.declaration import Operator
-from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS, POISSON_NLL_LOSS
+from pyfused.ops.elementwise import POISSON_NLL_LOSS
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 
 pytestmark = pytest.mark.cpu
 IN_TORCH = {name: op for name, op in OPERATORS.items() if hasattr(F, name)}
@@ -44,7 +45,7 @@ CHUNKED = "linear_cross_entropy: ``options`` ignored"
 @pytest.fixture(autouse=True)
 def _every_size_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in OPERATORS:
-        monkeypatch.setitem(dispatch.COMPILED_BELOW, op, 0)
+        monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
 
 
 @every_operator

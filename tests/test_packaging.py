@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -231,17 +232,93 @@ finally:
 
 
 @pytest.mark.parametrize("arguments", [("-c", "import pyfused"), ("-m", "pyfused")])
-def test_an_installation_without_its_modules_says_what_to_do(
-    site: Path, arguments: tuple[str, str]
+def test_an_installation_with_a_module_that_does_not_load_says_what_to_do(
+    tmp_path: Path, arguments: tuple[str, str]
 ) -> None:
-    for module in MODULES:
-        (file,) = site.glob(module.replace(".", "/") + ".*")
-        file.unlink()
+    site = copy_of_package(tmp_path)
+    site.joinpath(f"{MODULES[0].replace('.', '/')}.of-another-python.so").touch()
     result = run_installed(*arguments, site=site)
     assert result.returncode == 1
     lines = result.stderr.splitlines()
     assert "pip install --force-reinstall pyfused" in lines[-1]
     assert len(lines) == 1 or arguments[0] == "-c"
+
+
+# ---- without the compiled modules ----------------------------------------------------------------
+
+
+def copy_of_package(folder: Path, modules: bool = False) -> Path:
+    """Returns the folder, which holds the package as an installation does."""
+    ignored = shutil.ignore_patterns("__pycache__", *(() if modules else ("_cpu_*",)))
+    shutil.copytree(ROOT / "pyfused", folder / "pyfused", ignore=ignored)
+    shutil.copytree(ROOT / "kernels", folder / "pyfused/kernels", ignore=ignored)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of_package(tmp_path_factory.mktemp("pure"))
+
+
+PURE = f"""
+import sys
+sys.path += {[str(ROOT / folder) for folder in ("docs", "benchmarks", "examples")]}
+import pages, pyfused, torch
+for name in pages.EXAMPLES:
+    exec(compile(pages.example(name), name, "exec"), {{}})
+x = torch.randn(1 << 20, requires_grad=True)
+print(pyfused.explain("mse_loss", x, x.detach()))
+print(pyfused.memory.stats().limit, pyfused.memory.release())
+"""
+
+
+def test_a_pure_installation_has_torchs_operators_on_cpus(pure: Path) -> None:
+    result = run_installed("-c", PURE, site=pure)
+    said = "mse_loss: torch: pyfused was installed without its CPU kernels\n0 0\n"
+    assert (result.stdout, result.stderr) == (said, "")
+    result = run_installed("-m", "pyfused", site=pure)
+    assert "cpu: torch's operators: pyfused was installed without" in result.stdout
+    result = run_installed("-m", "pyfused", site=pure, PYFUSED_BACKEND="cpu")
+    assert result.stderr.startswith("pyfused: PYFUSED_BACKEND: expected triton or torch, as ")
+
+
+INTERPRETED = """
+import pyfused, torch
+@pyfused.activation
+def swish(input): return input * torch.sigmoid(input)
+x, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+pyfused.functional.cross_entropy(swish(x), target).backward()
+print(pyfused.explain("cross_entropy", x, target).backend, pyfused.explain(swish, x).backend)
+"""
+
+
+def test_a_pure_installation_has_tritons_kernels(pure: Path) -> None:
+    pytest.importorskip("triton")
+    forced = {"PYFUSED_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    result = run_installed("-c", INTERPRETED, site=pure, **forced)
+    assert result.stdout == "triton triton\n", result.stderr
+
+
+def test_the_limits_of_programs_are_the_same_without_the_modules(pure: Path) -> None:
+    code = "from pyfused.backends.cpu import native as n; print(vars(n))"
+    limits = ast.literal_eval(run_installed("-c", code, site=pure).stdout)
+    assert limits["program_registers"] == cpu.native.program_registers
+    assert limits["program_constants"] == cpu.native.program_constants
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_checkouts_folder_finds_the_installed_package(installed: bool, tmp_path: Path) -> None:
+    tree, site = copy_of_package(tmp_path / "tree"), tmp_path / "site"
+    (tree / "csrc").mkdir()
+    if installed:
+        copy_of_package(site, modules=True)
+    path = [site, *(Path(sysconfig.get_path(lib)) for lib in ("purelib", "platlib"))]
+    result = run("-S", "-m", "pyfused", folder=tree, path=path)
+    assert ("cpu: C++ kernels" in result.stdout) == installed
+    assert ("Run 'pip install .' or 'make build' in" in result.stderr) == (not installed)
+    file = "import pyfused.functional as F; print(F.__file__)"
+    file = run("-S", "-c", file, folder=tree, path=path).stdout
+    assert Path(file).is_relative_to(site) == installed
 
 
 # ---- the build -----------------------------------------------------------------------------------
@@ -267,6 +344,32 @@ def build(tree: Path, **environment: str) -> str:
     result = run("setup.py", "build_ext", "--inplace", folder=tree, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def test_a_build_without_a_compiler_says_so_in_a_sentence(stub_tree: Path) -> None:
+    environment = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    result = run("setup.py", "--quiet", "build_ext", folder=stub_tree, **environment)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pyfused needs a C++17 compiler: there is no no-such-compiler. ")
+    quiet = ("setup.py", "--quiet", "build")
+    result = run(*quiet, folder=stub_tree, **environment, PYFUSED_NO_EXTENSION="1")
+    assert result.returncode == 0, result.stderr
+
+
+NO_HEADERS = """
+import runpy, sys, setuptools, distutils.sysconfig
+distutils.sysconfig.get_python_inc = lambda *_, **__: "/nowhere"
+sys.argv = ["setup.py", "--quiet", "build_ext"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@of_gcc_and_clang
+def test_a_build_without_pythons_headers_says_so_in_a_sentence(stub_tree: Path) -> None:
+    result = run("-c", NO_HEADERS, folder=stub_tree)
+    assert result.stderr.startswith("pyfused needs the headers of Python: there is no Python.h in ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @of_gcc_and_clang

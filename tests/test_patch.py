@@ -31,7 +31,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
-from pyfused.ops import dispatch
+from pyfused.ops import reasons
 from pyfused.ops.operators import OPERATORS
 
 NAMES = [name for name in OPERATORS if isinstance(getattr(F, name, None), FunctionType)]
@@ -169,7 +169,7 @@ def test_an_error_that_torch_does_not_have_is_a_warning(
         raise error("of pyfused alone")
 
     monkeypatch.setattr(type(OPERATORS["relu"]), "plan", fails)
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(reasons, "_said", set())
     expected = X.relu()
     with pyfused.patch():
         for call in (F.relu, torch.relu):
@@ -177,7 +177,7 @@ def test_an_error_that_torch_does_not_have_is_a_warning(
                 assert call(X).equal(expected)
             assert len(seen) == 1
             assert call(X).equal(expected)  # and no second warning, which would raise
-            dispatch._said.clear()
+            reasons._said.clear()
         with pytest.raises(error, match="of pyfused alone"):  # X may be overwritten
             F.relu(X.clone().requires_grad_() * 1, inplace=True)
 
@@ -787,5 +787,9 @@ def test_what_cannot_be_decorated() -> None:
     for function in (coroutine, generator):
         with pytest.raises(TypeError, match=r"Use 'with pyfused\.patch\(\):'"):
             pyfused.patch(function)
-    with pytest.raises(TypeError, match="function: expected a function, got int"):
+    with pytest.raises(TypeError, match="function: expected a function, got 3"):
         pyfused.patch(3)
+    with pytest.raises(TypeError, match=r"got ReLU\(\).*pyfused.convert\(model\)"):
+        pyfused.patch(nn.ReLU())
+    with pytest.raises(TypeError, match="expected a function, got ReLU"):
+        pyfused.patch(nn.ReLU)

@@ -18,7 +18,8 @@ from torch import Tensor
 from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.ops import dispatch
-from pyfused.ops.operators import CROSS_ENTROPY, MSE_LOSS, SMOOTH_L1_LOSS
+from pyfused.ops.elementwise import MSE_LOSS, SMOOTH_L1_LOSS
+from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.types import CrossEntropyOptions
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -29,9 +28,9 @@ from torch import Tensor
 import pyfused
 from pyfused import functional, nn
 from pyfused.functional import gaussian_nll_loss, mse_loss
-from pyfused.ops import dispatch
+from pyfused.ops import sizes
 from pyfused.ops.dispatch import call
-from pyfused.ops.operators import MSE_LOSS
+from pyfused.ops.elementwise import MSE_LOSS
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(), (1,), (7,), (8,), (3, 5), (2, 3, 17), (2, 1, 3, 2)]
@@ -130,8 +129,7 @@ def test_a_warning_of_a_small_call_names_its_line(loss: Loss) -> None:
 def test_the_size_of_a_call_is_that_of_all_operands_together(
     loss: Loss, monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
 ) -> None:
-    monkeypatch.setattr(dispatch, "_ALWAYS_BELOW", {})
-    monkeypatch.setattr(dispatch, "bands", lambda *_: ((math.inf, 100),))
+    monkeypatch.setattr(sizes, "limits", lambda *_: (100, 100))
     for shapes, taken in (
         ([(9, 1), (1, 11)], False),
         ([(9, 12), (12,)], True),
@@ -151,8 +149,7 @@ def test_the_size_of_a_call_is_that_of_all_operands_together(
 def test_the_size_of_a_composed_call(
     monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
 ) -> None:
-    monkeypatch.setattr(dispatch, "_ALWAYS_BELOW", {})
-    monkeypatch.setattr(dispatch, "bands", lambda *_: ((math.inf, 100),))
+    monkeypatch.setattr(sizes, "limits", lambda *_: (100, 100))
     x = torch.rand(9, 12)
     close(functional.rmse_loss(x[0], x), (x[0] - x).square().mean().sqrt())
     assert kernel_calls.total() == 1

@@ -26,7 +26,7 @@ import pyfused
 from pyfused import __main__ as main
 from pyfused import functional, run
 from pyfused import functional as F
-from pyfused.ops import custom_operators, dispatch, inductor
+from pyfused.ops import custom_operators, dispatch, inductor, reasons
 from pyfused.ops.operators import OPERATORS
 from pyfused.startup import sitecustomize as startup
 from pyfused.types import CrossEntropyOptions, HeadOptions
@@ -711,7 +711,7 @@ def test_the_summary_says_what_was_gained(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_summary_is_one_line_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert f"torch: {dispatch.SMALL}" == startup.SMALL
+    assert f"torch: {reasons.SMALL}" == startup.SMALL
     others = "not in pyfused: torch.nn.functional.elu (2)\n"
     small = said(monkeypatch, 60.0, relu=(startup.SMALL, 1200, 0.5, [(1e-6, 1e-5)]))
     assert small == (

@@ -384,7 +384,8 @@ def of_every_operator(dtype: torch.dtype) -> list[Any]:
             key: x.clone() if p is None else distribute_tensor(x, mesh, p)
             for key, (x, p) in given.items()
         }
-        path = explain(name.removesuffix("_with_metrics"), **tensors)
+        dim = {key: value for key, value in options.items() if key == "dim"}
+        path = explain(name.removesuffix("_with_metrics"), **tensors, **dim)
         results, gradients = results_of(name, tensors, options)
         leaves = [x for x in tensors.values() if x.requires_grad]
         as_leaves = all(
@@ -406,11 +407,13 @@ def of_every_operator(dtype: torch.dtype) -> list[Any]:
             {"input": (logits, columns), "target": of_target},
             scale=0.5,
         )
-        compare(
-            "log_probs", {"logits": (logits, columns), "target": of_target}, softcap=4, **everything
-        )
+        of_tokens = {"logits": (logits, columns), "target": of_target}
+        compare("log_probs", of_tokens, dim=1, softcap=4, **everything)
         layer = {"input": (input, whole), "linear_weight": (head, rows), "target": (target, other)}
         compare("linear_cross_entropy", layer, softcap=4, token_weight=torch.linspace(0, 1, ROWS))
+        shaped = layer | {"input": (input[None], whole), "target": (target[None], other)}
+        compare("linear_cross_entropy_with_metrics", shaped, reduction="none")
+        compare("linear_log_probs", shaped, **everything)
         compare("linear_log_probs", layer, memory_budget=4000, **everything)
         layer["linear_bias"] = bias, rows
         compare("linear_cross_entropy_with_metrics", layer, label_smoothing=0.1, reduction="none")
@@ -596,7 +599,7 @@ def tolerance_of(expected: Tensor) -> dict[str, float]:
 def test_every_operator_takes_dtensors(ranks: list[Any]) -> None:
     """Gradients have the placements of their tensors, and results are as the input is."""
     for rank in ranks:
-        assert len(rank["dtensors"]) == 24
+        assert len(rank["dtensors"]) == 32
         for backend, strategy, as_leaves, kinds, pairs in rank["dtensors"]:
             assert (backend, strategy) == ("cpu", "some classes a process")
             assert as_leaves

@@ -37,6 +37,8 @@ DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 FORCED = os.environ.get("PYFUSED_BACKEND") or None
 if FORCED not in (None, "cpu", "triton", "torch"):
     raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
+if FORCED == "cpu" and cpu.MISSING:
+    raise ImportError(f"PYFUSED_BACKEND: expected triton or torch, as {cpu.MISSING}, got 'cpu'")
 
 
 class Backend(Protocol):
@@ -51,16 +53,16 @@ class Backend(Protocol):
     def describe(
         self, input: Tensor, strategy: Callable[[Tensor], str]
     ) -> tuple[str, str, str | None, int | None]:
-        """Of a kernel its backend, how it goes through the input, instruction set and threads."""
+        """Returns the backend, how its kernel reads the input, instruction set and threads."""
 
     def supports_rows(self, logits: Tensor) -> bool:
-        """Whether the C++ kernel's vectors are along the classes of a row, not along rows."""
+        """Returns whether the C++ kernel's vectors are along classes, and not along rows."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-        """A new tensor on the device of ``like``."""
+        """Returns a new tensor on the device of ``like``."""
 
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What matrices of a dtype are best multiplied in."""
+        """Returns the dtype that matrices of a dtype are best multiplied in."""
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         """``out = beta * out + a @ b``, where ``out`` may have a wider dtype."""
@@ -146,7 +148,7 @@ class Backend(Protocol):
 
 
 def backend_of(input: Tensor) -> Backend:
-    """The kernels for a tensor that :func:`unsupported_device` gives no reason for."""
+    """Returns the kernels for a tensor that :func:`unsupported_device` gives no reason for."""
     if input.is_cpu and FORCED != "triton":
         return cpu
     from pyfused.backends import triton  # not before a GPU tensor asks for it
@@ -169,18 +171,18 @@ def cross_entropy_once(
 
 
 def takes_triton(input: Tensor) -> bool:
-    """Whether the Triton kernels are the ones for a tensor of this device."""
+    """Returns whether the Triton kernels are the ones for a tensor of this device."""
     return not input.is_cpu or FORCED == "triton"
 
 
 def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
-    """Why no kernel runs on the device of a tensor beside an input, None where one does.
+    """Returns why no kernel runs on the device of a tensor beside an input, None where one does.
 
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
     if FORCED is None and tensor.is_cpu and input.is_cpu:
-        return None  # as most are
+        return cpu.MISSING  # None, for most
     if FORCED == "torch":
         return "PYFUSED_BACKEND is torch"
     if tensor.device != input.device or not (tensor.is_cpu or tensor.is_cuda):
@@ -197,7 +199,7 @@ def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
 
 @cache
 def without_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on a device, None where they can."""
+    """Returns why the Triton kernels cannot run on a device, None where they can."""
     if reason := unsupported_triton():
         return reason
     if device.type == "cpu":

@@ -1,7 +1,8 @@
 """The C++ kernels: the one place where tensors become addresses and strides.
 
 The extension is built once for each instruction set. The best one that this CPU runs is loaded at
-import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another.
+import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another. An installation with
+``PYFUSED_NO_EXTENSION=1`` has none, and calls on CPUs take torch's operators.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import logging
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +62,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def load(isa: str) -> ModuleType:
-    """The extension module built for the instruction set ``isa``.
+    """Returns the extension module built for the instruction set ``isa``.
 
     Raises:
         ImportError: It was not built, or does not load.
@@ -88,13 +91,28 @@ def _choose() -> str:
     return asked
 
 
-# The module for the least instruction set says which of the others are safe to load.
-supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
-capability = _choose()
-native = load(capability)
+_FOLDERS = [Path(folder) for folder in sys.modules["pyfused"].__path__]
+MISSING: str | None = None  # why there are no kernels
+if any(file for folder in _FOLDERS for file in folder.glob("_cpu_*")):
+    # The module for the least instruction set says which of the others are safe to load.
+    supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
+    capability = _choose()
+    native: Any = load(capability)
+else:
+    MISSING = "pyfused was installed without its CPU kernels"
+    supported, capability = (), "none"
+    native = SimpleNamespace(
+        compiler="none", runtime_file="", program_registers=32, program_constants=256
+    )
+    if any((folder.parent / "csrc").is_dir() for folder in _FOLDERS):
+        logging.getLogger("pyfused").warning(
+            "pyfused is imported from its source folder, whose CPU kernels are not built: calls "
+            "on CPUs take torch's operators. Run 'pip install .' or 'make build' in %s.",
+            _FOLDERS[0].parent,
+        )
 RECYCLES = hasattr(native, "recycled")  # where the system has what it takes
 
-if not native.runtime_file:
+if not (native.runtime_file or MISSING):
     logging.getLogger("pyfused").warning(
         "torch has loaded no OpenMP runtime that is known here; the kernels run on one thread"
     )
@@ -159,7 +177,7 @@ def supports_rows(logits: Tensor) -> bool:
 
 
 def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The tensor in the order of ``like``, copied once if it is in another, and its operand."""
+    """Returns the tensor in the order of ``like``, copied if need be, and its operand."""
     if tensor.stride() == like.stride():
         return tensor, (tensor.data_ptr(), 1)
     if not any(tensor.stride()):
@@ -243,12 +261,9 @@ def cross_entropy(
     if of_target:
         new_target_gradient, target_gradient_strides = _viewed_like(probabilities)
     new_loss = _new_loss(input, options.reduction)
-    fields, ignore_index = dict(vars(options)), options.ignore_index
-    fields |= {
-        "reduction": _REDUCTIONS[options.reduction],
-        "denominator": None,
-        "token_weight": None,
-    }
+    ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
+    numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
+    native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers)
 
     def launch(
         input: Tensor,
@@ -282,11 +297,9 @@ def cross_entropy(
             address if indices else 0,
             _NO_VIEW if indices else (address, *probabilities_strides),
             0 if weight is None else weight.data_ptr(),
-            {
-                **fields,
-                "token_weight": 0 if token_weight is None else token_weight.data_ptr(),
-                "denominator": None if denominator is None else float(denominator),
-            },
+            native_options,
+            0 if token_weight is None else token_weight.data_ptr(),
+            None if denominator is None else float(denominator),
             0 if grad_output is None else grad_output.data_ptr(),
             0 if loss is None else loss.data_ptr(),
             (grad_input_view, grad_target_view),
@@ -424,7 +437,7 @@ def kl_div_with_logits(
     want: Want,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
-    """The divergence of each row of logits (N, C) from the teacher's, or their sum.
+    """Returns the divergence of each row of logits (N, C) from the teacher's, or their sum.
 
     Args:
         teacher: Of the input's dtype and shape.
@@ -625,7 +638,7 @@ def pointwise_loss(
 
 
 def _order(tensor: Tensor | None, like: Tensor) -> int:
-    """How a tensor is read beside another: its stride in the same order, or -1 for a copy of it."""
+    """Returns a tensor's stride in the order of another, or -1 where a copy has to be read."""
     if tensor is None:
         return 0
     if not any(tensor.stride()) and tensor.dtype is like.dtype:

@@ -16,18 +16,17 @@ from torch import Tensor
 
 from pyfused.backends.versions import triton_version
 from pyfused.kernels import launch
-from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
 from pyfused.kernels.activation import activation_kernel
 from pyfused.kernels.cross_entropy import (
     probabilities_kernel,
     row_kernel,
     two_pass_kernel,
 )
+from pyfused.kernels.formulas import ACTIVATIONS, LOSSES
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Launch, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
-from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
 from pyfused.kernels.program import formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
@@ -262,7 +261,7 @@ def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
-    """The sizes with one outer index, if all rows of each tensor are at one stride."""
+    """Returns the sizes with one outer index, if all rows of each tensor are at one stride."""
     outer, inner, classes = sizes
     if all(stride[0] == inner * stride[1] for stride in strides):
         return 1, outer * inner, classes
@@ -273,7 +272,7 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
 def _tiling(
     sizes: Sizes, itemsize: int, *strides: Strides, **given: int
 ) -> tuple[launch.Choice, int, dict[str, int]]:
-    """The launch choice of a kernel of `rows.py`, its number of programs, and its unit."""
+    """Returns the launch choice of a kernel of `rows.py`, its number of programs, and its unit."""
     outer, inner, classes = sizes
     dim = 2 if strides[0][2] == 1 else 1  # the contiguous one
     choice = launch.choose(itemsize, classes, inner, inner_contiguous=dim == 1, **given)
@@ -284,7 +283,7 @@ def _tiling(
 
 
 def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
-    """What the loss or the gradient of each of n rows is multiplied by."""
+    """Returns what the loss or the gradient of each of n rows is multiplied by."""
     if grad_output is None:
         return token_weight
     each = grad_output.flatten().expand(n)
@@ -294,7 +293,7 @@ def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None)
 def _denominator(
     given: Tensor | float | None, n: int, may_count: bool, target: Tensor, *counted: Any
 ) -> Tensor | int:
-    """What a mean of n rows divides by, as the kernels take it: see `read_rows`.
+    """Returns what a mean of n rows divides by, as the kernels take it: see `read_rows`.
 
     Args:
         given: What the caller asks for, None for the weight of the targets that count.
@@ -420,7 +419,7 @@ def row_state(
     weight: Tensor | None = None,
     continues: bool = False,
 ) -> None:
-    """As ``cpu.row_state``; the log-probability of a class index out of range is NaN."""
+    """Computes what ``cpu.row_state`` does; an index out of range gives a NaN."""
     strides = logits.stride(0), state.stride(0)
     choice, programs, given, meta = _logit_rows(logits, options, strides, classes)
     meta |= {"FIELDS": state.shape[0], "CONTINUES": continues}
@@ -437,7 +436,7 @@ def row_gradients(
     out: Tensor,
     weight: Tensor | None = None,
 ) -> None:
-    """As ``cpu.row_gradients``; the gradient of a class index out of range is zero."""
+    """Computes what ``cpu.row_gradients`` does; an index out of range gives zeros."""
     strides = tuple(tensor.stride(0) for tensor in (logits, out, state, grad_results))
     choice, programs, given, meta = _logit_rows(logits, options, strides, classes, out)
     tensors = logits, target, weight, state, grad_results, out
@@ -452,7 +451,7 @@ def _logit_rows(
     classes: ClassRange,
     *others: Tensor,
 ) -> tuple[launch.Choice, int, tuple[Any, ...], dict[str, Any]]:
-    """The tile, the number of programs, and the arguments and constants of both kernels."""
+    """Returns the tile, the number of programs, and the arguments and constants of both kernels."""
     sizes: Any = (1, *logits.shape)
     rows: Any = [(0, *tensor.stride()) for tensor in (logits, *others)]
     choice, programs, units = _tiling(sizes, logits.element_size(), *rows, tensors=2)
@@ -529,7 +528,7 @@ Operands = list[Tensor | None]
 def _operands(
     order: Tensor, tensors: Operands
 ) -> tuple[list[int], int | None, tuple[int, ...] | None]:
-    """How a kernel reads tensors in the order in memory of ``order``, which is dense.
+    """Returns how a kernel reads tensors in the order in memory of ``order``, which is dense.
 
     Returns:
         The tensors to copy first, where rows x columns do not describe them; the number of columns
@@ -640,7 +639,7 @@ def pointwise_loss(
 def _padded(
     operands: Sequence[Tensor], weight: Tensor | None, grad_output: Tensor | None
 ) -> list[Any]:
-    """The operands, of which there are at most four, in the kernel's order of arguments."""
+    """Returns the operands, of which there are at most four, in the kernel's order of arguments."""
     x, t, third, fourth = (*operands, None, None, None)[:4]
     return [x, t, third, weight, grad_output, fourth]
 

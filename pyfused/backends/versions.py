@@ -26,7 +26,7 @@ def triton_version() -> str | None:
 
 
 def unsupported_triton() -> str | None:
-    """What is wrong with the Triton found, None where the kernels run with it."""
+    """Returns what is wrong with the Triton found, None where the kernels run with it."""
     found = triton_version()
     if found is not None and _release(found) >= _release(OLDEST):
         return None
@@ -34,7 +34,7 @@ def unsupported_triton() -> str | None:
 
 
 def pinned_triton(torch_version: str) -> str | None:
-    """The Triton that a torch requires, None of a torch that is not in the table."""
+    """Returns the Triton that a torch requires, None of a torch that is not in the table."""
     release = ".".join(map(str, _release(torch_version)))
     return next((triton for triton, torches in TORCH_OF_TRITON.items() if release in torches), None)
 

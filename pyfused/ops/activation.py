@@ -13,7 +13,7 @@ from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.layout import is_dense
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.gradients import apply
+from pyfused.ops.gradients import apply, differentiate
 from pyfused.types import Gradients, Kernels
 
 
@@ -22,17 +22,16 @@ class Activation(Operator):
     """A function of each element.
 
     Attributes:
-        gradient: The input's gradient in torch's own terms, from the output's, what forward saves,
-            and the arguments beside the input.
-        formula: The kernel's name and its number, from the arguments beside the input, where these
-            are more than none.
+        formula: The function in torch's terms, of the input and the scalars.
+        gradient: The input's gradient, from the output's, what forward saves, and the scalars. None
+            for what torch's rules make of the formula of a saved input.
         overwrites: Whether torch has it in place.
         saves: What the gradient is computed from. The output is the better one where it will do:
             then the input's memory can go, or be the output's.
     """
 
-    gradient: Callable[..., Tensor]
-    formula: Callable[..., tuple[str, tuple[float, ...]]] | None = None
+    formula: Callable[..., Tensor]
+    gradient: Callable[..., Tensor] | None = None
     saves: str = "output"
     built_in: tuple[str, ...] = ("input",)
     overwrites: bool = field(init=False)
@@ -45,10 +44,28 @@ class Activation(Operator):
         if self.reference_ is self.reference:  # which knows no `inplace`
             self.reference_ = self.aten_
         self.overwrites = self.aten_ is not self.reference
+        if self.scalars and self.fallback_reason is None:
+            self.fallback_reason = self._unfit_scalar
+
+    def _unfit_scalar(self, *arguments: Any) -> str | None:
+        for place, scalar in self.scalar_places:
+            if not scalar.fits(arguments[place]):
+                return f"{scalar.name} is {arguments[place]!r}"
+        return None
+
+    def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
+        """What is computed where no kernel is: torch's function has a gradient of its input."""
+        if self.saves == "output":
+            assert self.gradient is not None
+            return self.gradient(grad_output, saved, *options)
+        function = lambda input: self.reference(input, *options)  # noqa: E731
+        (gradient,) = differentiate(function, (saved,), (True,), grad_output)
+        assert gradient is not None
+        return gradient
 
     def plan(self, arguments: Arguments, inplace: bool) -> ActivationPlan:
         input, *others = arguments
-        name, parameters = (self.name, ()) if self.formula is None else self.formula(*others)
+        name, numbers = self.kernel_of([arguments[place] for place, _ in self.scalar_places])
         backend = backend_of(input)
         return ActivationPlan(
             op=self,
@@ -56,7 +73,7 @@ class Activation(Operator):
             inplace=inplace,
             needs_grad=torch.is_grad_enabled() and input.requires_grad,
             options=tuple(others),
-            kernels=backend.activation(name, input, parameters, inplace),
+            kernels=backend.activation(name, input, tuple(map(float, numbers)), inplace),
         )
 
     def check(self, arguments: Arguments) -> None:
@@ -114,4 +131,4 @@ class ActivationPlan:
         return (self.kernels[1](grad_output, ctx.saved_tensors[0]),)
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return (self.op.gradient(grad_output, ctx.saved_tensors[0], *self.options),)
+        return (self.op.gradient_in_torch(grad_output, ctx.saved_tensors[0], *self.options),)

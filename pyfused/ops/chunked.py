@@ -232,7 +232,7 @@ def by_rows(
     def add(chunk: Chunk) -> Tensor | None:
         logits, here = chunk.output, chunk.rows
         targets = target[here].to(dtype) if target.is_floating_point() else target[here]
-        capped = _cap(backend, logits, options.softcap).view(-1, *shape)
+        capped = cap(backend, logits, options.softcap).view(-1, *shape)
         if options.with_metrics:
             states.append(state_of_metrics(backend, capped, targets, options))
         of_rows = grad_output[here] if grad_output is not None and each else grad_output
@@ -243,7 +243,7 @@ def by_rows(
             assert of_target is not None
             grad_target[here] = of_target
         if needed.logits():
-            gradient = _uncap(backend, capped.view_as(logits), logits, options.softcap)
+            gradient = uncap(backend, capped.view_as(logits), logits, options.softcap)
             least = None
             if options.filter_eps:
                 least = gradient.new_ones(()) if of_rows is None else of_rows
@@ -454,14 +454,14 @@ def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backen
 # ---- softcap -------------------------------------------------------------------------------------
 
 
-def _cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
+def cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
     """The logits themselves where there is no softcap."""
     return (
         logits if softcap is None else backend.activation("softcap", logits, (softcap,))[0](logits)
     )
 
 
-def _uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
+def uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
     """The gradient of the logits, given that of the capped ones."""
     if softcap is None:
         return gradient

@@ -41,10 +41,8 @@ class Given(NamedTuple):
 class ClassLoss(Operator):
     """A loss of each row of scores beside a class index, or beside probabilities of the classes."""
 
-    def size_key(self, arguments: Arguments) -> tuple[str, int]:
-        shape = arguments[0].shape
-        classes = shape[1] if len(shape) > 1 else arguments[0].numel()
-        return self.name + "_kdim" * (len(shape) > 2), classes
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
+        return checks.classes_of(arguments[0]) <= few
 
     @abstractmethod
     def read(self, arguments: Arguments) -> Given:
@@ -238,7 +236,7 @@ def _saved(ctx: Any) -> Tensors:
 def gradients_of_definition(
     op: ClassLoss, given: Given, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    """The gradients of torch's own operator, themselves differentiable."""
+    """Returns the gradients of torch's own operator, themselves differentiable."""
     dtype, weight = grad_output.dtype, given.weight
 
     def definition(input: Tensor, target: Tensor) -> Tensor:

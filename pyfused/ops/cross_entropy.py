@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import metrics, vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, ClassLossPlan, Given, Tensors
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, parameters_of, reduction_of
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
-from pyfused.types import CrossEntropyOptions
+from pyfused.types import CrossEntropyOptions, VocabOptions
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
 
@@ -54,6 +54,9 @@ class CrossEntropy(ClassLoss):
             return self._over_shards
         if is_compiled(input):
             return self._compiled
+        if arguments[-1].softcap is not None:
+            self.checked(arguments)
+            return self._by_state
         plan = self.planned(arguments, inplace)
 
         def run(arguments: Arguments) -> Any:
@@ -75,6 +78,16 @@ class CrossEntropy(ClassLoss):
         input, target, weight, options = local.arguments
         loss = vocab_parallel.cross_entropy((input, target), weight, options, local.shard)
         return local.whole(loss)
+
+    def _by_state(self, arguments: Arguments) -> Any:
+        """Returns the loss of capped logits, from the state of rows."""
+        input, target, weight, options = arguments
+        if options.token_weight is not None:
+            checks.values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
+        if not backend_of(target).ASYNCHRONOUS:
+            checks.class_indices(checks.classes_of(input), target, options.ignore_index)
+        target = target.reshape(loss_shape(input, "none"))
+        return vocab_parallel.cross_entropy((input, target), weight, options, None)
 
     def _compiled(self, arguments: Arguments) -> Tensor:
         given = self.checked(arguments)
@@ -119,17 +132,22 @@ def _with_metrics(plan: ClassLossPlan, tensors: Tensors) -> tuple[Tensor, metric
 
 
 def cross_entropy_fallback_reason(
-    input: Tensor, _target: Tensor, _weight: Tensor | None, options: CrossEntropyOptions
+    input: Tensor, target: Tensor, _weight: Tensor | None, options: CrossEntropyOptions
 ) -> str | None:
-    """Why torch's operator is the one for these arguments."""
+    """Returns why torch's operator is the one for these arguments."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
     if options.with_metrics and is_compiled(input):
         return "torch.compile: Inductor fuses the metrics"
+    if options.softcap is not None:
+        if is_compiled(input):
+            return "torch.compile: Inductor fuses the softcap"
+        if options.gamma or target.is_floating_point():
+            return "softcap beside gamma or class probabilities"
     return options_fallback_reason(input, options)
 
 
-def options_fallback_reason(input: Tensor, options: CrossEntropyOptions) -> str | None:
+def options_fallback_reason(input: Tensor, options: VocabOptions) -> str | None:
     compiled = is_compiled(input)
     if isinstance(options.denominator, Tensor):
         if compiled:

@@ -23,9 +23,10 @@ from pyfused.ops.chunked import GradientsNeeded, gradients_of, state_of
 from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.distillation import Divergence
+from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import CROSS_ENTROPY, GAUSSIAN_NLL_LOSS, OPERATORS
+from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 from pyfused.ops.row_state import fields_of
 from pyfused.ops.softmax import Softmax
@@ -176,7 +177,7 @@ class CompiledOperator:
         return *kept, *[None] * (inputs - len(kept))
 
     def gradients_in_torch(self, grad_output: Tensor, *given: Any) -> Tensor | list[Tensor]:
-        """What the operator of the gradients returns, in torch's terms."""
+        """Returns what the operator of the gradients returns, in torch's terms."""
         *arguments, wanted = given
         for index, want in enumerate(wanted):
             if want:
@@ -194,7 +195,7 @@ compute = _compute
 
 
 def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
-    """An operator returns no None."""
+    """Returns gradients with an empty tensor for None, which an operator cannot return."""
     return [input.new_empty(0) if each is None else each for each in gradients]
 
 
@@ -207,6 +208,7 @@ def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
 
 def _schema(op: Operator) -> list[str]:
     types = {s.name: "bool" if s.flag else "float?" if s.optional else "float" for s in op.scalars}
+    types |= {s.name: "str" for s in op.scalars if s.words}
     types |= {o.name: "Tensor?" if o.optional else "Tensor" for o in op.operands}
     for name, default in zip(op.arguments[1:], op.defaults, strict=True):
         types.setdefault(name, _NO_DEFAULT.get(name, type(default).__name__))
@@ -214,7 +216,7 @@ def _schema(op: Operator) -> list[str]:
 
 
 def _empty(like: Tensor) -> Tensor:
-    """Dense, and in the order of ``like`` where that is dense."""
+    """Returns a dense tensor, in the order of ``like`` where that is dense."""
     preserve = torch.preserve_format if is_dense(like) else torch.contiguous_format
     return torch.empty_like(like, memory_format=preserve)
 
@@ -288,7 +290,7 @@ def _of_activation(op: Activation) -> CompiledOperator:
     return _declared(
         op,
         gradients=gradients,
-        definition=lambda given, _, grad_output: (op.gradient(grad_output, *given),),
+        definition=lambda given, _, grad_output: (op.gradient_in_torch(grad_output, *given),),
         empty_value=lambda given: _empty(given[0]),
         saves_output=op.saves == "output",
     )
@@ -400,7 +402,7 @@ def _read_head(given: Arguments) -> tuple[Head, HeadOptions]:
 
 
 def _loss_of_head(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-    """The loss, the gradients, the metrics where they are wanted, and what gradients need."""
+    """Returns the loss, its gradients, the metrics that are wanted, and what backward needs."""
     head, options = _read_head(given)
     linear_cross_entropy.check_indices(head, options)
     needed = GradientsNeeded(*wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,19 +50,37 @@ class Scalar(NamedTuple):
     """A number among the arguments, in its bounds; a tensor of one element may hold it.
 
     Attributes:
+        default: Of a function that torch does not have.
         optional: None is as good as a number that is none.
         positive: It is more than 0.
-        flag: It is no number, but as good as True or False: 1 or 0.
-        chooses: Where this flag is set the formula is another one, named after both.
+        flag: It is no number, but as good as True or False, and each has a kernel.
+        words: It is no number, but one of these, and each has a kernel.
+        special: A number that has a kernel, which is the faster one.
     """
 
     name: str
+    default: Any = None
     low: float = -math.inf
     high: float = math.inf
     positive: bool = False
     optional: bool = False
     flag: bool = False
-    chooses: bool = False
+    words: tuple[str, ...] = ()
+    special: float | None = None
+
+    @property
+    def cases(self) -> tuple[Any, ...]:
+        """The values that have a kernel, and None for a number."""
+        if self.flag or self.words:
+            return self.words or (False, True)
+        return (None,) if self.special is None else (None, self.special)
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is a number in the bounds, or one of the words."""
+        if self.words:
+            return value in self.words
+        inside = isinstance(value, (int, float)) and self.low <= value <= self.high
+        return inside and not (self.positive and value <= 0)
 
 
 TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
@@ -90,6 +108,7 @@ class Operator(ABC):
         scalar_places: Where the scalars stand among the arguments, each beside its scalar.
         others: The tensors but for the input, likewise.
         broadcast: Where the tensors stand that the input broadcasts with.
+        counts_logits: The size of a call is that of a linear layer's output.
     """
 
     name: str
@@ -109,6 +128,7 @@ class Operator(ABC):
     scalar_places: tuple[tuple[int, Scalar], ...] = field(init=False)
     others: tuple[tuple[int, Operand], ...] = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
+    counts_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -119,18 +139,46 @@ class Operator(ABC):
         self.arguments = tuple(name for name in names if name != "inplace")
         self.defaults = tuple(names[name] for name in self.arguments[1:])
         self.scalar_places = tuple((self.arguments.index(s.name), s) for s in self.scalars)
+        self.counts_logits = "linear_weight" in self.arguments
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
         """The arguments as `call` takes them, from those of torch's function or of pyfused's."""
         return arguments + tuple([by_name[name] for name in self.arguments[len(arguments) :]])
 
-    def size_key(self, arguments: Arguments) -> tuple[str, int]:  # noqa: ARG002
-        """Which rows of the table of sizes are for a call, and the length of its rows there."""
-        return self.name, 1
+    def kernel_of(self, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+        """The kernel for values of the scalars, which is named after them, and its numbers."""
+        name, numbers = self.name, list[Any]()
+        for scalar, value in zip(self.scalars, values, strict=True):
+            if scalar.flag:
+                name += f"_{scalar.name}" if value else ""
+            elif scalar.words:
+                name += f"_{value}" if value != scalar.words[0] else ""
+            elif type(value) in (int, float) and value == scalar.special:
+                name += f"_{scalar.name}_{scalar.special:g}"
+            else:
+                numbers.append(value)
+        return name, tuple(numbers)
+
+    @property
+    def family(self) -> str:
+        """The row of the table of sizes for an operator that has none of its own."""
+        return type(self).__name__
+
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        """Returns whether the second limit of the table of sizes is for a call.
+
+        Args:
+            few: Up to so many classes there are few.
+        """
+        return False
 
     def elements(self, arguments: Arguments) -> int:
-        """The elements of the input and of what it broadcasts with: those that a call computes."""
+        """Returns how many elements a call computes: those of the logits, or of all operands."""
+        if self.counts_logits and isinstance(arguments[1], Tensor):
+            input, linear_weight = arguments[:2]
+            rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
+            return rows * classes if input.numel() else 0
         return broadcast_numel([arguments[0], *[arguments[place] for place in self.broadcast]])
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:  # noqa: ARG002
@@ -148,7 +196,7 @@ class Operator(ABC):
     def check_scalars(self, arguments: Arguments) -> None:
         for place, scalar in self.scalar_places:
             if not (scalar.flag or (scalar.optional and arguments[place] is None)):
-                name, low, high, positive, *_ = scalar
+                name, _, low, high, positive, *_ = scalar
                 checks.scalar(name, arguments[place], low, high, positive)
 
     def give_up(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.layout import accumulate_dtype, loss_shape
+from pyfused.layout import accumulate_dtype, loss_shape, of_leading
 from pyfused.ops import metrics
 from pyfused.ops.originals import original
+from pyfused.ops.pointwise_loss import reduced
 from pyfused.types import CrossEntropyOptions, Head, HeadOptions, LogProbsOptions
 
 _cross_entropy = original(F.cross_entropy)
@@ -30,8 +31,7 @@ def cross_entropy(
 ) -> Any:
     if options.with_metrics:
         loss = cross_entropy(input, target, weight, replace(options, with_metrics=False))
-        logits = input if options.scale == 1 else input * options.scale
-        return loss, metrics.of_logits(logits, target, options.ignore_index)
+        return loss, metrics.of_logits(_shaped(input, options), target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     reduction = options.reduction
     if options.is_plain():
@@ -42,7 +42,7 @@ def cross_entropy(
     checks.cross_entropy(input, target, weight, options)
     dim, loss_dtype = 0 if input.dim() == 1 else 1, options.loss_dtype
     input = input if loss_dtype is None else input.to(loss_dtype)
-    input = input if options.scale == 1 else input * options.scale
+    input = _shaped(input, options)
     weight = weight if weight is None or loss_dtype is None else weight.to(loss_dtype)
     if options.gamma:
         log_probability = F.log_softmax(input, dim)
@@ -72,6 +72,13 @@ def cross_entropy(
     return each.sum() / (counts.sum() if denominator is None else denominator)
 
 
+def _shaped(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
+    """Returns the logits with their softcap, scale and temperature."""
+    logits = logits if options.softcap is None else softcap(logits, options.softcap)
+    scale = options.scale / options.temperature
+    return logits if scale == 1 else logits * scale
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -81,7 +88,7 @@ def linear_cross_entropy(
     options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
     torch_options: Any = None,
 ) -> Any:
-    if options.is_plain() and _linear_cross_entropy is not None:
+    if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         return _linear_cross_entropy(
             input,
             linear_weight,
@@ -100,9 +107,17 @@ def linear_cross_entropy(
 
 def of_logits(head: Head, options: HeadOptions) -> Any:
     """Cross-entropy of a linear layer's output, from all of it."""
+    leading = head.input.shape[:-1]
+    if len(leading) > 1:
+        head, options = head.as_rows(options)
     logits = _head_logits(*head[:3])
-    logits = logits if options.softcap is None else softcap(logits, options.softcap)
-    return cross_entropy(logits, head.target, head.weight, options)
+    found = cross_entropy(logits, head.target, head.weight, options)
+    if len(leading) < 2:
+        return found
+    if not options.with_metrics:
+        return of_leading(found, leading)
+    loss, others = found
+    return of_leading(loss, leading), metrics.Metrics(*(of_leading(x, leading) for x in others))
 
 
 def _head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -139,20 +154,15 @@ def linear_log_probs(
     options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
 ) -> Tensor:
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
-    return log_probs(_head_logits(input, linear_weight, linear_bias), target, options)
+    rows, positions = input.reshape(-1, input.shape[-1]), linear_weight.shape[1:-1]
+    logits = _head_logits(rows, linear_weight, linear_bias)
+    of_rows = log_probs(logits, target.reshape(len(rows), *positions), options)
+    return of_rows.reshape(3, *target.shape)
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     checks.bounded("cap", cap, positive=True)
     return cap * (input / cap).tanh()
-
-
-def quantile_loss(
-    input: Tensor, target: Tensor, quantile: float = 0.5, reduction: str = "mean"
-) -> Tensor:
-    checks.scalar("quantile", quantile, 0.0, 1.0, False)
-    difference = target - input
-    return _reduced(torch.maximum(quantile * difference, (quantile - 1) * difference), reduction)
 
 
 def rmse_loss(
@@ -165,22 +175,6 @@ def rmse_loss(
     checks.scalar("eps", eps, 0.0, math.inf, False)
     loss = F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     return (loss + eps).sqrt()
-
-
-def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    size = (input - target).abs()
-    return _reduced(size + F.softplus(-2 * size) - math.log(2), reduction)
-
-
-def hinge_loss(
-    input: Tensor,
-    target: Tensor,
-    margin: float = 1.0,
-    squared: bool = False,
-    reduction: str = "mean",
-) -> Tensor:
-    slack = (margin - target * input).clamp(min=0)
-    return _reduced(slack * slack if squared else slack, reduction)
 
 
 def sigmoid_focal_loss(
@@ -204,11 +198,4 @@ def sigmoid_focal_loss(
     if alpha >= 0:
         each = each * (alpha * targets + (1 - alpha) * (1 - targets))
     each = (each if weight is None else each * weight).where(counts.bool(), 0)
-    return each.sum() / counts.sum() if reduction == "mean" else _reduced(each, reduction)
-
-
-def _reduced(each: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return each
-    checks.reduction(reduction)
-    return each.mean() if reduction == "mean" else each.sum()
+    return each.sum() / counts.sum() if reduction == "mean" else reduced(each, reduction)

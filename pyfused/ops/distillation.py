@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,22 +19,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import FORCED, Backend, backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
+from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
     Chunk,
     Layer,
     LayerGradients,
+    cap,
     chunks,
     counted_rows,
     joined,
     linear,
     of_all_rows,
     spread,
+    uncap,
 )
-from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, Operator
-from pyfused.ops.dispatch import SMALL, is_compiled, unsupported
+from pyfused.ops.cross_entropy import options_fallback_reason
+from pyfused.ops.declaration import Arguments, Operator
+from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import (
     apply,
     differentiate,
@@ -43,7 +48,7 @@ from pyfused.ops.gradients import (
     saved,
     wanted_in_forward,
 )
-from pyfused.ops.row_state import state_of_logits
+from pyfused.ops.row_state import denominator_of, state_of_logits
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -57,9 +62,6 @@ from pyfused.types import (
     Want,
 )
 
-# Logits below which torch is faster, which makes them all and takes no chunks.
-SMALL_BELOW = 1 << 15
-
 Found = tuple[Tensor | None, Gradients]  # a loss that is not divided yet, and gradients
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -71,8 +73,8 @@ def kl_div_with_logits(
     options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
 ) -> Tensor:
     checks.kl_div_with_logits(logits, teacher_logits, options)
-    both = (_shown(x, options) for x in (logits, teacher_logits))
-    log_p, log_q = (_log_softmax(x, options.temperature) for x in both)
+    log_p = _log_softmax(_shown(logits, options), options, options.softcap)
+    log_q = _log_softmax(_shown(teacher_logits, options), options, options.teacher_softcap)
     return _reduced(divergence(log_p, log_q, options.beta), logits, options)
 
 
@@ -103,9 +105,11 @@ def linear_topk_kl_div(
     layer, classes = (linear_weight, linear_bias), len(linear_weight)
     checks.linear_topk_kl_div(input, *layer, teacher_indices, teacher_log_probs, options)
     checks.topk_indices(teacher_indices.reshape(-1, teacher_indices.shape[-1]), classes)
-    log_p = _log_softmax(F.linear(_shown(input, options), *layer), options.temperature)
+    log_q = _shown(teacher_log_probs, options, -math.log(classes))
+    checks.topk_log_probs(log_q)
+    log_p = _log_softmax(F.linear(_shown(input, options), *layer), options, options.softcap)
     rest = log_p.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
-    log_q = _shown(teacher_log_probs, options, -math.log(classes)).to(log_p.dtype)
+    log_q = log_q.to(log_p.dtype)
     both = _with_rest(log_p.gather(-1, teacher_indices), rest, log_q, options, classes)
     return _reduced(divergence(*both, options.beta), input, options)
 
@@ -151,8 +155,10 @@ def _kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p * (log_p.where(counts, 0) - log_q.where(counts, 0))).sum(-1)
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits.to(accumulate_dtype(logits.dtype)) / temperature, -1)
+def _log_softmax(logits: Tensor, options: DivergenceOptions, cap: float | None) -> Tensor:
+    logits = logits.to(accumulate_dtype(logits.dtype))
+    logits = logits if cap is None else definitions.softcap(logits, cap)
+    return F.log_softmax(logits / options.temperature, -1)
 
 
 def _with_rest(
@@ -175,9 +181,11 @@ def _reduced(each: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
     weight, each = options.token_weight, each.to(accumulate_dtype(input.dtype))
     if weight is not None:
         each = (each * weight.to(each.dtype)).where(weight != 0, 0)
-    if options.reduction == "mean":
-        return each.sum() / (each.numel() if weight is None else weight.to(each.dtype).sum())
-    return each if options.reduction == "none" else each.sum()
+    if options.reduction == "none":
+        return each
+    counted = each.numel() if weight is None else weight.to(each.dtype).sum()
+    denominator = denominator_of(options, counted)
+    return each.sum() / torch.as_tensor(denominator, dtype=each.dtype, device=each.device)
 
 
 # ---- the operator --------------------------------------------------------------------------------
@@ -200,8 +208,15 @@ class Divergence(Operator):
         """Whether an operand has a row for each token."""
         return "linear_" not in self.operands[place].name
 
-    def bind(self, *arguments: Any, **by_name: Any) -> Arguments:  # noqa: ARG002
+    def bind(self, *_: Any, **by_name: Any) -> Arguments:
+        dim, has_gradient = by_name.pop("dim", None), by_name.pop("teacher_requires_grad", False)
         tensors = [by_name.pop(operand.name, None) for operand in self.operands]
+        if self.student == 1:
+            named = zip(self.operands, tensors, strict=True)
+            tensors = [checks.classes_at(-1, operand.name, x, dim) for operand, x in named]
+        for place, tensor in enumerate(tensors):
+            if place >= self.student and isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensors[place] = tensor if has_gradient else tensor.detach()
         return *tensors, DivergenceOptions(**by_name)
 
     def check(self, arguments: Arguments) -> None:
@@ -212,6 +227,7 @@ class Divergence(Operator):
         if self.operands[-2].indices:
             indices = arguments[-3]
             checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
+            checks.topk_log_probs(_shown(arguments[-2], arguments[-1], -torch.inf))
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "row by row" if self.student == 1 else "some logits at a time"
@@ -266,9 +282,8 @@ class Divergence(Operator):
     ) -> Found:
         input, weight, each = tensors[0], options.token_weight, options.reduction == "none"
         backend, n, kept = backend_of(input), len(input), None
-        denominator: float | Tensor = 1.0
-        if options.reduction == "mean":
-            denominator = n if weight is None else weight.sum(dtype=torch.float64)
+        counted = n if weight is None else weight.sum(dtype=torch.float64)
+        denominator = denominator_of(options, counted)
         if not each and want.gradients:
             if grad_output is None:
                 grad_output = input.new_ones((), dtype=torch.float64)
@@ -307,14 +322,7 @@ class Divergence(Operator):
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     """Why torch's operators are the ones for these arguments."""
-    options, compiled = arguments[-1], is_compiled(input)
-    reason = None
-    if options.token_weight is not None:
-        reason = unsupported(TOKEN_WEIGHT, options.token_weight, input, compiled)
-    if reason or FORCED is not None or compiled or len(arguments) == 2 or not input.dim():
-        return reason
-    logits = input.shape[:-1].numel() * arguments[0].shape[0]  # those of a linear layer
-    return SMALL if logits < SMALL_BELOW else None
+    return options_fallback_reason(input, arguments[-1])
 
 
 class DivergencePlan(NamedTuple):
@@ -351,7 +359,40 @@ def of_logits(
     want: Want,
     grad_output: Tensor | None,
 ) -> Found:
-    logits, teacher = tensors
+    of_capped = partial(_of_capped, backend, tensors[1])
+    return _capped(backend, tensors[0], of_capped, options, want, grad_output)
+
+
+def _capped(
+    backend: Backend,
+    logits: Tensor,
+    of_capped: Callable[..., Found],
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None,
+) -> Found:
+    """Returns the divergence, and the gradient of the logits, given those of capped logits."""
+    if options.softcap is None:
+        return of_capped(logits, options, want, grad_output)
+    wide = logits.to(accumulate_dtype(logits.dtype))  # capped logits are not rounded
+    given = cap(backend, wide, options.softcap), options, want._replace(inplace=True), grad_output
+    loss, (gradient,) = of_capped(*given)
+    if gradient is not None:
+        gradient = uncap(backend, gradient, wide, options.softcap).to(logits.dtype)
+    return loss, (gradient,)
+
+
+def _of_capped(
+    backend: Backend,
+    teacher: Tensor,
+    logits: Tensor,
+    options: DivergenceOptions,
+    want: Want,
+    grad_output: Tensor | None,
+) -> Found:
+    if options.teacher_softcap is not None:
+        wide = teacher.to(accumulate_dtype(teacher.dtype))
+        teacher = cap(backend, wide, options.teacher_softcap)
     dtype = torch.promote_types(logits.dtype, teacher.dtype)
     given = logits.to(dtype), teacher.to(dtype), options, want, grad_output
     loss, (gradient,) = backend.kl_div_with_logits(*given)
@@ -372,9 +413,10 @@ def of_layers(
     def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
         teacher_logits = backend.empty(logits.shape, dtype, logits)
         linear(teacher_input[here].to(dtype), weight, bias, teacher_logits)
-        return of_logits(backend, (logits, teacher_logits), *rest)
+        return _of_capped(backend, teacher_logits, logits, *rest)
 
-    return _by_rows(backend, Layer(*layer), of_chunk, dtype.itemsize, options, want, grad_output)
+    more_bytes = dtype.itemsize + (0 if options.teacher_softcap is None else 2 * dtype.itemsize)
+    return _by_rows(backend, Layer(*layer), of_chunk, more_bytes, options, want, grad_output)
 
 
 def of_topk(
@@ -386,6 +428,7 @@ def of_topk(
 ) -> Found:
     *layer, indices, log_probs = tensors
     wrong = checks.topk_indices(indices, len(layer[1]))[:, None]
+    checks.topk_log_probs(_shown(log_probs, options, -torch.inf))
     if backend.ASYNCHRONOUS:  # nobody waits for an error: the loss of such a row is NaN
         log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
 
@@ -413,7 +456,8 @@ def _by_rows(
     """
     n, columns, each = len(layer.input), len(layer.weight), options.reduction == "none"
     dtype = backend.product_dtype(layer.input.dtype)
-    row = columns * (dtype.itemsize + more_bytes)
+    capped = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
+    row = columns * (dtype.itemsize + capped + more_bytes)
     size = max(1, min(n, rows_in_budget(n, row, options.memory_budget)))
     wanted, weight = want.gradients or (False,) * 3, options.token_weight
     want = Want(want.loss, (True,) if any(wanted) else (), True)
@@ -423,7 +467,11 @@ def _by_rows(
         here = chunk.rows
         part = replace(options, token_weight=None if weight is None else weight[here])
         factor = grad_output[here] if each and grad_output is not None else grad_output
-        loss, (gradient,) = of_chunk(chunk.output, here, part, want, factor)
+
+        def of_capped(logits: Tensor, *rest: Any) -> Found:
+            return of_chunk(logits, here, *rest)
+
+        loss, (gradient,) = _capped(backend, chunk.output, of_capped, part, want, factor)
         if gradient is not None:
             gradients.add(chunk, gradient)
         return loss

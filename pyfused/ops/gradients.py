@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
-from pyfused.ops.dispatch import say_once
+from pyfused.ops.reasons import say_once
 from pyfused.types import Gradients
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that torch computes a loss in: autocast widens the half precisions."""
+    """Returns the dtype that torch computes a loss in: autocast widens the half precisions."""
     halves = (torch.bfloat16, torch.float16)
     return torch.float32 if dtype in halves and torch.is_autocast_enabled(device.type) else dtype
 
@@ -24,7 +24,7 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def in_autocast_dtype(
     device: str, tensors: Sequence[Tensor | None]
 ) -> tuple[AbstractContextManager[Any], list[Any]]:
-    """A linear layer's tensors as autocast casts them, and a context without autocast."""
+    """Returns a linear layer's tensors as autocast casts them, and a context without autocast."""
     if not torch.is_autocast_enabled(device):
         return nullcontext(), list(tensors)
     dtype = torch.get_autocast_dtype(device)
@@ -33,7 +33,7 @@ def in_autocast_dtype(
 
 
 def gradients_in_forward(reduction: str, input: Tensor) -> bool:
-    """Whether a loss's forward pass computes the gradients, which a scalar then only scales.
+    """Returns whether a loss's forward pass computes the gradients, to be scaled by backward.
 
     Not for float16: without grad_output, which GradScaler makes large, it underflows.
     """
@@ -41,7 +41,7 @@ def gradients_in_forward(reduction: str, input: Tensor) -> bool:
 
 
 def wanted_in_forward(reduction: str, tensors: Sequence[Tensor | None]) -> list[bool]:
-    """Whose gradients a compiled call computes with the loss, of the input and other tensors."""
+    """Returns for each tensor whether a compiled call computes its gradient with the loss."""
     input = tensors[0]
     assert input is not None
     now = torch.is_grad_enabled() and gradients_in_forward(reduction, input)
@@ -49,7 +49,7 @@ def wanted_in_forward(reduction: str, tensors: Sequence[Tensor | None]) -> list[
 
 
 def second_order(op: str, grad_output: Tensor) -> bool:
-    """Whether a backward pass is for torch's definition: differentiated itself, or under vmap."""
+    """Returns whether torch's definition computes a backward pass: differentiated, or in vmap."""
     reason = (
         (torch.is_grad_enabled() and "create_graph")
         or (torch._C._are_functorch_transforms_active() and "torch.func")
@@ -135,7 +135,10 @@ def differentiate(
     wanted: Sequence[bool],
     grad_output: Tensor,
 ) -> Gradients:
-    """The gradients of torch's own definition, themselves differentiable; None where not wanted."""
+    """Returns the gradients of torch's definition, which can be differentiated themselves.
+
+    They are None where they are not wanted.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # One of them may be computed from another: of each its own part alone is asked.

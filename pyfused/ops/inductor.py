@@ -13,7 +13,7 @@ A loss of few classes takes its time for exponentials, which forward and backwar
 the forward operator computes the gradient too, and what is left of the backward is a product.
 
 The patterns stand in Inductor's own table, beside those of its users. Where a version of torch has
-no such table, the graph stays as it was, and dispatch leaves further calls to Inductor.
+no such table, the graph stays as it was, and further calls are left to Inductor.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from pyfused.layout import is_dense
-from pyfused.ops.dispatch import COMPILED_BELOW, COMPILED_FORWARD_BELOW, FUSED, say_once
 from pyfused.ops.gradients import gradients_in_forward
+from pyfused.ops.reasons import FUSED, say_once
+from pyfused.ops.sizes import COMPILED
 
 Node = Any  # torch.fx.Node, whose arguments may be anything
 
@@ -48,13 +49,12 @@ _PRODUCTS = [
     for op in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 ]
 
-unavailable = False
 _registered = False
 
 
 def register() -> None:
     """Adds the patterns, once, if Inductor is compiling: nothing else imports what they go into."""
-    global _registered, unavailable
+    global _registered
     table = sys.modules.get("torch._inductor.fx_passes.joint_graph")
     if _registered or table is None:
         return
@@ -71,7 +71,8 @@ def register() -> None:
             pattern = CallFunctionVarArgs(getattr(torch.ops.pyfused, name).default)
             register_graph_pattern(pattern, pass_dict=patterns)(rewrite)
     except (AttributeError, ImportError, TypeError):
-        unavailable = True
+        for name in in_torch:
+            COMPILED.pop(name, None)
 
 
 # ---- operators between tensors that are in memory ------------------------------------------------
@@ -100,7 +101,7 @@ def _put_back(match: Any, *_: Any) -> None:
 
 
 def _traced(compute: Callable[..., Any], tensors: Sequence[Any]) -> torch.fx.GraphModule:
-    """The graph of a function, which may overwrite what it has computed."""
+    """Returns the graph of a function, which may overwrite what it has computed."""
     from torch._inductor.pattern_matcher import fwd_only
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -118,7 +119,7 @@ def _name(node: Node) -> str:
 
 
 def _call_of(node: Node) -> set[Node]:
-    """The operators of a call: forward, and backward if there is one."""
+    """Returns the operators of a call: forward, and backward if there is one."""
     name, forwards = _name(node).removesuffix("_backward"), [node]
     if _name(node) != name:
         saved, others = node.args[1], node.args[2:-1]
@@ -133,7 +134,7 @@ def _call_of(node: Node) -> set[Node]:
 
 
 def _is_small(node: Node, call: set[Node]) -> bool:
-    """Whether a table gives a call to Inductor.
+    """Returns whether a table gives a call to Inductor.
 
     Of sizes that change the first one counts. Dispatch knows neither these nor whether there is a
     backward pass.
@@ -142,14 +143,12 @@ def _is_small(node: Node, call: set[Node]) -> bool:
     hint = size if isinstance(size, int) else size.node.hint
     names = {_name(part) for part in call}
     op = min(names, key=len)
-    below = COMPILED_BELOW[op]
-    if len(names) == 1:
-        below = COMPILED_FORWARD_BELOW.get(op, below)
+    below = COMPILED[op][len(names) == 1]
     return hint is not None and hint < below
 
 
 def _is_between_memory(node: Node, call: set[Node]) -> bool:
-    """Whether all tensors of the input's size are in memory anyway, in one dense order."""
+    """Returns whether all tensors of the input's size are in memory anyway, in one dense order."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     backward = _name(node).endswith("_backward")
@@ -195,7 +194,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _is_extern(node: Node) -> bool:
-    """Whether it reads from memory and writes there, so that Inductor fuses it with nothing."""
+    """Returns whether Inductor calls the node as it is, between tensors in memory."""
     from torch._inductor.lowering import fallbacks
 
     namespace = getattr(node.target, "namespace", "aten")
@@ -284,7 +283,7 @@ def _pays(input: torch.Tensor, reduction: str) -> bool:
 
 
 def _before_cast(node: Node, target: Node) -> Node | None:
-    """The half-precision tensor whose float32 copy ``node`` is, in the shape of ``node``."""
+    """Returns the half-precision tensor that ``node`` is a float32 copy of, in its shape."""
     views = []
     while node.target in _VIEWS:
         views.append(node)

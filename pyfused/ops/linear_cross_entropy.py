@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import FORCED, Backend, backend_of
-from pyfused.layout import accumulate_dtype
+from pyfused.backends import Backend, backend_of
+from pyfused.layout import accumulate_dtype, of_leading
 from pyfused.ops import definitions, vocab_parallel
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
@@ -27,7 +27,7 @@ from pyfused.ops.chunked import (
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
-from pyfused.ops.dispatch import SMALL, is_compiled
+from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import (
     apply,
     differentiate,
@@ -40,16 +40,13 @@ from pyfused.ops.gradients import (
 from pyfused.ops.metrics import Metrics, of_state
 from pyfused.ops.row_state import (
     accumulated,
+    denominator_of,
     fields_of,
     gradients_of_loss,
     loss_of_state,
     weight_of_targets,
 )
 from pyfused.types import ClassRange, Gradients, Head, HeadOptions
-
-# Logits below which torch is faster, which makes them all and takes no chunks.
-SMALL_BELOW = 1 << 15
-
 
 # Before torch 2.13 there is none to patch.
 _OF_TORCH = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
@@ -79,15 +76,13 @@ class LinearCrossEntropy(Operator):
         head = Head._make((*layer, head.target, head.weight))
         if not is_compiled(head.input):
             check_indices(head, options)
-        single = head.input.dim() == 1
-        if single:
-            head, options = _as_batch(head, options)
+        leading = head.input.shape[:-1]
+        head, options = head.as_rows(options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
         with without_autocast:
             loss, *metrics = _run(head, options)
-        if single:
-            loss, *metrics = (found.reshape(()) for found in (loss, *metrics))
+        loss, *metrics = (of_leading(found, leading) for found in (loss, *metrics))
         loss = loss if loss.dtype is dtype else loss.to(dtype)
         return (loss, Metrics(*metrics)) if metrics else loss
 
@@ -112,14 +107,9 @@ def linear_cross_entropy_fallback_reason(
     _torch_options: Any,
 ) -> str | None:
     """Why torch's operator is the one for these arguments."""
-    if input.dim() not in (1, 2) or linear_weight.dim() < 2:
-        return "input is neither (D) nor (N, D)"
-    if reason := options_fallback_reason(input, options):
-        return reason
-    if FORCED is not None or is_compiled(input):
-        return None
-    rows = input.shape[0] if input.dim() == 2 else 1
-    return SMALL if rows * linear_weight[..., 0].numel() < SMALL_BELOW else None
+    if not input.dim() or linear_weight.dim() < 2:
+        return "input or linear_weight has too few dimensions"
+    return options_fallback_reason(input, options)
 
 
 def _head_of(arguments: Arguments) -> tuple[Head, HeadOptions]:
@@ -137,14 +127,6 @@ def check_indices(head: Head, options: HeadOptions) -> None:
     """Raises for a class index out of range, where reading it does not wait for the device."""
     if not (backend_of(head.input).ASYNCHRONOUS or head.target.is_floating_point()):
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
-
-
-def _as_batch(head: Head, options: HeadOptions) -> tuple[Head, HeadOptions]:
-    """Returns a single row as a batch of one."""
-    target = head.target[None] if head.target.is_floating_point() else head.target.reshape(1)
-    if options.token_weight is not None:
-        options = replace(options, token_weight=options.token_weight.reshape(1))
-    return head._replace(input=head.input[None], target=target), options
 
 
 def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
@@ -185,16 +167,9 @@ def _targets(head: Head, options: HeadOptions, backend: Backend) -> Targets:
     if target.is_floating_point():
         rows = target[:, 0].numel()
         counted = rows if token_weight is None else token_weight.sum(dtype=torch.float64)
-        return Targets(None, _denominator(options, counted))
+        return Targets(None, denominator_of(options, counted))
     kept = counted_rows(target, options.ignore_index, backend)
-    return Targets(kept, _denominator(options, weight_of_targets(target, head.weight, options)))
-
-
-def _denominator(options: HeadOptions, counted: float | Tensor) -> float | Tensor:
-    if options.reduction != "mean":
-        return 1.0
-    given = counted if options.denominator is None else options.denominator
-    return given.reshape(()) if isinstance(given, Tensor) else given
+    return Targets(kept, denominator_of(options, weight_of_targets(target, head.weight, options)))
 
 
 def _keep(head: Head, options: HeadOptions, kept: Tensor | None) -> tuple[Head, HeadOptions]:

@@ -24,18 +24,37 @@ from pyfused.ops.gradients import apply, differentiate, in_autocast_dtype
 from pyfused.types import ClassRange, Gradients, LogProbsOptions
 
 
-class LogProbs(NamedTuple):
+class _Values(NamedTuple):
+    log_probability: Tensor
+    entropy: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+
+
+class LogProbs(_Values):
     """Results of each target: float32, or float64 of float64; 0 where the target is ignored.
 
     Attributes:
         log_probability: ``log p_target``, in nats; never above 0.
-        entropy: ``-sum_c p_c log p_c``, or None where it was not asked for.
-        log_sum_exp: ``log sum_c exp(logit_c)``, or None where it was not asked for.
+        entropy: ``-sum_c p_c log p_c``.
+        log_sum_exp: ``log sum_c exp(logit_c)``.
+
+    Raises:
+        AttributeError: An attribute that was not asked for is read; as an item it is None.
     """
 
-    log_probability: Tensor
-    entropy: Tensor | None = None
-    log_sum_exp: Tensor | None = None
+    @property
+    def entropy(self) -> Tensor:
+        return self._asked(1, "entropy: expected a call with return_entropy=True")
+
+    @property
+    def log_sum_exp(self) -> Tensor:
+        return self._asked(2, "log_sum_exp: expected a call with return_lse=True")
+
+    def _asked(self, index: int, message: str) -> Tensor:
+        value: Tensor | None = self[index]
+        if value is None:
+            raise AttributeError(message)
+        return value
 
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
@@ -59,7 +78,10 @@ class LogProbsOfLogits(Operator):
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
         names = LogProbsOptions.__dataclass_fields__.keys() & by_name.keys()
         options = LogProbsOptions(**{name: by_name[name] for name in names})
-        return *(by_name.get(operand.name) for operand in self.operands), options
+        tensors: list[Any] = [by_name.get(operand.name) for operand in self.operands]
+        if len(tensors) == 2:
+            tensors[0] = checks.classes_at(1, "logits", tensors[0], by_name.get("dim"))
+        return *tensors, options
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:  # noqa: ARG002
         if self.local_of(arguments) is not None:

@@ -15,7 +15,7 @@ from pyfused.layout import accumulate_dtype, logit_at
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> Tensor:
-    """The logits with the target's lowered: cos - m (CosFace), or cos(angle + m) (ArcFace)."""
+    """Returns logits whose target is cos - m (CosFace), or cos(angle + m) (ArcFace)."""
     checks.additive_margin(input, target, margin, kind)
     index, cosine, in_range = logit_at(input, target)
     cosine = cosine.to(accumulate_dtype(input.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @cache
 def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """A Python function over the code that it has now; a built-in has no other.
+    """Returns a Python function over the code that it has now; a built-in has no other.
 
     Its globals are torch's, so that subclasses and modes see torch's function. One that calls a
     built-in which is patched, as ``sigmoid`` does, comes back to its caller: take the built-in.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
@@ -32,6 +34,13 @@ _OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
 
+def reduced(each: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return each
+    checks.reduction(reduction)
+    return each.mean() if reduction == "mean" else each.sum()
+
+
 def elements(operands: Sequence[Tensor], *_: Any) -> float:
     return float(operands[0].numel())
 
@@ -46,9 +55,12 @@ def weight_or_elements(
 class PointwiseLoss(Operator):
     """A formula of each element of the operands, multiplied by ``weight``, and reduced.
 
-    Where the last operand is optional and given, the formula is another one, named after both.
+    Where the last operand is optional and given, the kernel is another one, named after both.
 
     Attributes:
+        formula: The loss of each element in torch's terms, from the operands and the scalars.
+        gradient: The loss's derivative by each operand, None for none, from the same arguments;
+            or None for what torch's rules make of the formula.
         shapes: Raises where shapes of the formula's operands do not go together.
         warns: Whether torch warns of an input and a target that broadcast. Beside that, and
             weights, its function does no more than call the built-in one of its name.
@@ -60,10 +72,11 @@ class PointwiseLoss(Operator):
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
         enforces: Whether torch raises for values of an operand.
-        chooses: Whether a scalar chooses the formula.
         asks_dtype: Whether the result of operands of one dtype may have another.
     """
 
+    formula: Callable[..., Tensor]
+    gradient: Callable[..., Gradients] | None = None
     shapes: Callable[..., None] = checks.broadcasting
     warns: bool = False
     warning: Callable[[Arguments], str | None] | None = None
@@ -73,10 +86,11 @@ class PointwiseLoss(Operator):
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
     enforces: bool = field(init=False)
-    chooses: bool = field(init=False)
     asks_dtype: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.definition is None and not hasattr(F, self.name):
+            self.definition = self._definition()
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight")
         place = self.arguments.index
@@ -84,13 +98,31 @@ class PointwiseLoss(Operator):
         self._values = itemgetter(*places) if len(places) > 1 else itemgetter(slice(1))
         self.enforces = any(v.enforced is not None for v in self.variables)
         self.broadcast = tuple(places[1:])
-        self.chooses = any(scalar.chooses for scalar in self.scalars)
         self._weight = place("weight") if self.weight_shape is not None else None
         self._reduction = place("reduction")
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
         self._legacy = itemgetter(*map(place, legacy)) if legacy else None
         if self.warns:
             self.aten = self._built_in()
+
+    def _definition(self) -> Callable[..., Tensor]:
+        """The function that torch does not have: operands, scalars, reduction."""
+        names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
+        defaults = {scalar.name: scalar.default for scalar in self.scalars} | {"reduction": "mean"}
+        parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
+
+        signature = inspect.Signature(parameters)
+
+        def definition(*arguments: Any, **by_name: Any) -> Tensor:
+            given = defaults | signature.bind(*arguments, **by_name).arguments
+            self.check_scalars(tuple([given[name] for name in self.arguments]))
+            each = self.formula(*[given[name] for name in names])
+            return reduced(each, given["reduction"])
+
+        definition.__signature__ = signature  # type: ignore[attr-defined]
+        return definition
 
     def _built_in(self) -> Callable[..., Tensor]:
         """torch's function without most of its cost, whose warning names the caller's line."""
@@ -116,8 +148,8 @@ class PointwiseLoss(Operator):
 
         return aten
 
-    def size_key(self, arguments: Arguments) -> tuple[str, int]:
-        return self.name + "_none" * (arguments[self._reduction] == "none"), 1
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        return bool(arguments[self._reduction] == "none")
 
     def plan(
         self,
@@ -160,18 +192,15 @@ class PointwiseLoss(Operator):
         """What is beside the tensors, hashable."""
         return tuple([_number(arguments[place], s) for place, s in self.scalar_places])
 
-    def formula(
+    def kernel(
         self,
         numbers: tuple[Any, ...],
         operands: int,
         want: Want,  # noqa: ARG002
     ) -> tuple[str | Program, tuple[Any, ...]]:
         """The kernel and its numbers."""
-        name, last = self.name, self.variables[operands - 1]
-        if self.chooses:
-            given = list(zip(self.scalars, numbers, strict=True))
-            name = "_".join([name, *(s.name for s, number in given if s.chooses and number)])
-            numbers = tuple([number for s, number in given if not s.chooses])
+        name, numbers = self.kernel_of(numbers)
+        last = self.variables[operands - 1]
         return f"{name}_{last.name}" if last.optional else name, numbers
 
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
@@ -244,7 +273,7 @@ class PointwiseLoss(Operator):
 def _number(value: Any, scalar: Scalar) -> Any:
     """A scalar as a number, but for a tensor that would have to be waited for."""
     if scalar.flag:
-        value = bool(value)
+        return bool(value)
     if scalar.optional and value is None:
         return math.nan
     return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
@@ -396,7 +425,7 @@ class PointwisePlan:
         want: Want,
         grad_output: Tensor | None,
     ) -> Callable[..., tuple[Tensor | None, Gradients]]:
-        formula, numbers = self.op.formula(self.numbers, len(operands), want)
+        formula, numbers = self.op.kernel(self.numbers, len(operands), want)
         tensors = tuple(operands), weight, grad_output
         return self.backend.pointwise_loss(formula, tensors, numbers, self.reduction, want)
 

@@ -93,6 +93,12 @@ mul(sigmoid(a), mul(c, div(b, sigmoid(a)))) -> mul(c, b)
 mul(div(b, sigmoid(a)), mul(sigmoid(a), sigmoid(a))) -> mul(b, sigmoid(a))
 mul(exp(a), mul(b, mul(c, sigmoid(neg(a))))) -> mul(b, mul(c, sigmoid(a)))
 """
+# The normal distribution, whose tail 1 + erf loses.
+NORMAL = """
+mul(add(erf(div(a, 1.4142135623730951)), 1), 0.5) -> ndtr(a)
+mul(add(erf(mul(a, 0.7071067811865476)), 1), 0.5) -> ndtr(a)
+mul(exp(mul(mul(a, a), -0.5)), 0.3989422804014327) -> density(a)
+"""
 
 
 def _pattern(node: ast.expr) -> Pattern:
@@ -107,10 +113,10 @@ def _letters(pattern: Pattern) -> set[str]:
     return {pattern} if isinstance(pattern, str) else set()
 
 
-def _read(table: str, stable: bool) -> Iterator[tuple[Any, Pattern, bool]]:
-    for line in table.strip().splitlines():
+def _read(name: str) -> Iterator[tuple[Any, Pattern, str]]:
+    for line in globals()[name].strip().splitlines():
         sides = [ast.parse(side.strip(), mode="eval").body for side in line.split("->")]
-        yield *map(_pattern, sides), stable  # type: ignore[misc]
+        yield *map(_pattern, sides), name  # type: ignore[misc]
 
 
 def is_moderate(value: float | None) -> bool:
@@ -125,16 +131,21 @@ def _exact_reciprocal(value: float | None) -> float | None:
     return None
 
 
-RULES: dict[str, list[tuple[Any, Pattern, bool]]] = {}  # by operation
-for _rule in (*_read(SIMPLER, False), *_read(STABLE, True)):
+RULES: dict[str, list[tuple[Any, Pattern, str]]] = {}  # by operation
+for _rule in (*_read("SIMPLER"), *_read("STABLE"), *_read("NORMAL")):
     RULES.setdefault(_rule[0][0], []).append(_rule)
 EXPONENTS = {before[2] for before, *_ in RULES["pow"]}  # for which a power is something else
 
 
 class Expressions:
-    """Expressions, each once; ``self.add(a, b)`` and the like make one."""
+    """Expressions, each once; ``self.add(a, b)`` and the like make one.
 
-    def __init__(self) -> None:
+    Args:
+        left_out: A table of rewrites that are not wanted.
+    """
+
+    def __init__(self, left_out: str = "") -> None:
+        self.left_out = left_out
         self.nodes: list[Node] = []
         self.scalars: list[bool] = []  # whether it is the same for all elements
         self.masks: list[bool] = []  # whether it is 0 or 1
@@ -160,9 +171,9 @@ class Expressions:
         if op in _COMMUTATIVE:  # scalars come last
             arguments = tuple(sorted(arguments, key=lambda place: (self.scalars[place], place)))
         place = self._place(op, arguments)
-        for before, after, stable in RULES.get(op, ()):
-            for found in self._match(before, place, {}):
-                self.stabilized |= stable
+        for before, after, table in RULES.get(op, ()):
+            for found in self._match(before, place, {}) if table != self.left_out else ():
+                self.stabilized |= table != "SIMPLER"
                 return self._build(after, found)
         return place
 

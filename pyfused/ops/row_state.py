@@ -23,6 +23,7 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     RowOptions,
+    VocabOptions,
     Want,
 )
 
@@ -162,6 +163,14 @@ def weight_of_targets(
     if options.token_weight is not None:
         counted *= options.token_weight
     return counted.sum()
+
+
+def denominator_of(options: VocabOptions, counted: float | Tensor) -> float | Tensor:
+    """Returns what the sum of the losses is divided by, given the weight of those that count."""
+    if options.reduction != "mean":
+        return 1.0
+    given = counted if options.denominator is None else options.denominator
+    return given.reshape(()) if isinstance(given, Tensor) else given
 
 
 def _target_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions) -> Tensor:

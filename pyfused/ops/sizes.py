@@ -1,722 +1,144 @@
-"""From which number of elements on the kernels are faster than ATen's operators.
+"""From how many elements on a kernel takes a call. Whatever depends on a call's size asks here.
 
-`make sizes` writes it. What is not measured anew stays, from another machine perhaps; the last
-entries were measured on one thread and on all, forward and with backward on
-AMD EPYC, 2 cores, 2 threads, x86-64-v3, GCC 12.2.0, torch 2.13.0+cpu, Python 3.11.7, Linux,
-2026-11-23, and on AMD EPYC, 2 cores, 2 threads, x86-64-v4, GCC 12.2.0, torch 2.13.0+cpu, Python
-3.11.7, Linux, 2026-11-23.
+A kernel's call costs some microseconds more than torch's, and each element gains some nanoseconds.
+So each operator has the number of elements from which a kernel has clearly won, with a factor of
+two as a margin: on AMD EPYC with AVX-512, on one thread, in float32, float64 and bfloat16, forward
+alone and with backward. What torch computes by several operators is faster in one kernel at any
+size. What torch computes as fast as memory can be read is not faster until the outputs are so large
+that torch takes new memory from the system, page by page.
+
+``python -m pyfused tune`` measures the numbers of a machine, which then take the place of these.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
 
 import torch
 
-ANY = math.inf
+from pyfused import backends
+from pyfused.backends import cpu
+from pyfused.ops.declaration import Arguments, Operator
 
-# Rows of (classes up to, elements below which ATen is faster); the last is for all further
-# classes. Small calls cost more than their work: an autograd.Function alone as much as all of
-# ATen's. (N, C, d1, ..., dk) has rows of its own: ATen, too, has vectors along positions there.
-# So has a loss of each element, `_none`, as it is one more output.
-ATEN_BELOW: dict[str, dict[torch.dtype, tuple[tuple[float, int], ...]]] = {
-    "cross_entropy": {
-        torch.float32: ((8, 1 << 15), (24, 1 << 16), (ANY, 1 << 17)),
-        torch.float64: ((8, 1 << 13), (15, 1 << 14), (ANY, 1 << 15)),
-        torch.bfloat16: ((15, 1 << 12), (24, 1 << 14), (ANY, 1 << 17)),
-        torch.float16: ((8, 1 << 12), (15, 1 << 13), (24, 1 << 14), (64, 1 << 17), (ANY, 1 << 18)),
-    },
-    "cross_entropy_forward": {
-        torch.float32: ((8, 1 << 15), (24, 1 << 16), (ANY, 1 << 17)),
-        torch.float64: (
-            (8, 1 << 13),
-            (15, 1 << 14),
-            (64, 1 << 15),
-            (1000, 1 << 16),
-            (ANY, 1 << 15),
-        ),
-        torch.bfloat16: ((15, 1 << 12), (24, 1 << 14), (ANY, 1 << 17)),
-        torch.float16: ((15, 1 << 12), (24, 1 << 13), (64, 1 << 16), (ANY, 1 << 17)),
-    },
-    "cross_entropy_kdim": {
-        torch.float32: ((2, 1 << 16), (ANY, 1 << 17)),
-        torch.float64: ((2, 1 << 16), (21, 1 << 15), (ANY, 1 << 16)),
-        torch.bfloat16: ((2, 1 << 15), (21, 1 << 16), (ANY, 1 << 17)),
-        torch.float16: ((2, 1 << 14), (21, 1 << 16), (ANY, 1 << 18)),
-    },
-    "cross_entropy_kdim_forward": {
-        torch.float32: ((21, 1 << 17), (64, 1 << 18), (ANY, 1 << 17)),
-        torch.float64: ((2, 1 << 19), (ANY, 1 << 16)),
-        torch.bfloat16: ((21, 1 << 16), (ANY, 1 << 17)),
-        torch.float16: ((2, 1 << 14), (21, 1 << 16), (ANY, 1 << 24)),
-    },
-    "nll_loss": {
-        torch.float32: ((ANY, 1 << 24),),
-        torch.float64: ((10, 1 << 23), (ANY, 1 << 20)),
-        torch.bfloat16: ((10, 1 << 18), (ANY, 1 << 22)),
-        torch.float16: ((10, 1 << 16), (ANY, 1 << 22)),
-    },
-    "nll_loss_forward": {
-        torch.float32: ((ANY, 1 << 25),),
-        torch.float64: ((ANY, 1 << 25),),
-        torch.bfloat16: ((10, 1 << 16), (ANY, 1 << 24)),
-        torch.float16: ((10, 1 << 14), (ANY, 1 << 21)),
-    },
-    "multi_margin_loss": {
-        torch.float32: ((3, 1 << 20), (ANY, 1 << 15)),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 0),),
-        torch.float16: ((ANY, 0),),
-    },
-    "multi_margin_loss_forward": {
-        torch.float32: ((3, 1 << 25), (16, 1 << 16), (ANY, 1 << 14)),
-        torch.float64: ((ANY, 1 << 16),),
-        torch.bfloat16: ((ANY, 0),),
-        torch.float16: ((ANY, 0),),
-    },
-    "softmax": {
-        torch.float32: ((8, 1 << 17), (ANY, 1 << 18)),
-        torch.float64: (
-            (8, 1 << 13),
-            (32, 1 << 16),
-            (512, 1 << 17),
-            (4096, 1 << 22),
-            (ANY, 1 << 19),
-        ),
-        torch.bfloat16: (
-            (8, 1 << 12),
-            (32, 1 << 17),
-            (64, 1 << 18),
-            (128, 1 << 17),
-            (ANY, 1 << 18),
-        ),
-        torch.float16: (
-            (8, 1 << 12),
-            (32, 1 << 17),
-            (512, 1 << 18),
-            (4096, 1 << 19),
-            (ANY, 1 << 22),
-        ),
-    },
-    "softmax_forward": {
-        torch.float32: ((8, 1 << 14), (4096, 1 << 16), (ANY, 1 << 15)),
-        torch.float64: (
-            (8, 1 << 11),
-            (32, 1 << 14),
-            (512, 1 << 15),
-            (4096, 1 << 22),
-            (ANY, 1 << 17),
-        ),
-        torch.bfloat16: ((8, 1 << 12), (32, 1 << 15), (4096, 1 << 16), (ANY, 1 << 15)),
-        torch.float16: ((8, 1 << 12), (32, 1 << 15), (4096, 1 << 16), (ANY, 1 << 17)),
-    },
-    "log_softmax": {
-        torch.float32: ((8, 1 << 19), (ANY, 1 << 18)),
-        torch.float64: (
-            (8, 1 << 13),
-            (32, 1 << 17),
-            (128, 1 << 18),
-            (256, 1 << 20),
-            (512, 1 << 18),
-            (4096, 1 << 22),
-            (ANY, 1 << 18),
-        ),
-        torch.bfloat16: ((8, 1 << 12), (128, 1 << 17), (4096, 1 << 18), (ANY, 1 << 17)),
-        torch.float16: (
-            (8, 1 << 12),
-            (128, 1 << 17),
-            (512, 1 << 18),
-            (1024, 1 << 19),
-            (ANY, 1 << 18),
-        ),
-    },
-    "log_softmax_forward": {
-        torch.float32: ((8, 1 << 16), (ANY, 1 << 17)),
-        torch.float64: (
-            (8, 1 << 12),
-            (32, 1 << 15),
-            (128, 1 << 16),
-            (256, 1 << 17),
-            (4096, 1 << 16),
-            (ANY, 1 << 15),
-        ),
-        torch.bfloat16: ((8, 1 << 11), (32, 1 << 16), (ANY, 1 << 17)),
-        torch.float16: ((8, 1 << 10), (512, 1 << 17), (1024, 1 << 18), (ANY, 1 << 17)),
-    },
-    "mse_loss": {
-        torch.float32: ((ANY, 1 << 17),),
-        torch.float64: ((ANY, 1 << 16),),
-        torch.bfloat16: ((ANY, 1 << 16),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "mse_loss_forward": {
-        torch.float32: ((ANY, 1 << 17),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 16),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "mse_loss_none": {
-        torch.float32: ((ANY, 1 << 22),),
-        torch.float64: ((ANY, 1 << 23),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "mse_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 23),),
-        torch.float64: ((ANY, 1 << 23),),
-        torch.bfloat16: ((ANY, 1 << 18),),
-        torch.float16: ((ANY, 1 << 25),),
-    },
-    "l1_loss": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 14),),
-        torch.bfloat16: ((ANY, 1 << 16),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "l1_loss_forward": {
-        torch.float32: ((ANY, 1 << 16),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 16),),
-        torch.float16: ((ANY, 1 << 17),),
-    },
-    "l1_loss_none": {
-        torch.float32: ((ANY, 1 << 20),),
-        torch.float64: ((ANY, 1 << 18),),
-        torch.bfloat16: ((ANY, 1 << 18),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "l1_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 19),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 20),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "smooth_l1_loss": {
-        torch.float32: ((ANY, 1 << 17),),
-        torch.float64: ((ANY, 1 << 16),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "smooth_l1_loss_forward": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "smooth_l1_loss_none": {
-        torch.float32: ((ANY, 1 << 22),),
-        torch.float64: ((ANY, 1 << 21),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "smooth_l1_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 23),),
-        torch.float64: ((ANY, 1 << 24),),
-        torch.bfloat16: ((ANY, 1 << 25),),
-        torch.float16: ((ANY, 1 << 17),),
-    },
-    "huber_loss": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "huber_loss_forward": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "huber_loss_none": {
-        torch.float32: ((ANY, 1 << 23),),
-        torch.float64: ((ANY, 1 << 22),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "huber_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 23),),
-        torch.float64: ((ANY, 1 << 23),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "binary_cross_entropy": {
-        torch.float32: ((ANY, 1 << 12),),
-        torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 11),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "binary_cross_entropy_forward": {
-        torch.float32: ((ANY, 1 << 11),),
-        torch.float64: ((ANY, 1 << 11),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "binary_cross_entropy_none": {
-        torch.float32: ((ANY, 1 << 12),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 11),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "binary_cross_entropy_none_forward": {
-        torch.float32: ((ANY, 1 << 11),),
-        torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "binary_cross_entropy_with_logits": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 14),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "binary_cross_entropy_with_logits_forward": {
-        torch.float32: ((ANY, 1 << 14),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "binary_cross_entropy_with_logits_none": {
-        torch.float32: ((ANY, 1 << 16),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "binary_cross_entropy_with_logits_none_forward": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 14),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "kl_div": {
-        torch.float32: ((ANY, 1 << 13),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 13),),
-        torch.float16: ((ANY, 1 << 14),),
-    },
-    "kl_div_forward": {
-        torch.float32: ((ANY, 1 << 13),),
-        torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "kl_div_none": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 13),),
-        torch.float16: ((ANY, 1 << 14),),
-    },
-    "kl_div_none_forward": {
-        torch.float32: ((ANY, 1 << 13),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "poisson_nll_loss": {
-        torch.float32: ((ANY, 1 << 14),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 17),),
-    },
-    "poisson_nll_loss_forward": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 14),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "poisson_nll_loss_none": {
-        torch.float32: ((ANY, 1 << 16),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "poisson_nll_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 16),),
-        torch.float16: ((ANY, 1 << 17),),
-    },
-    "gaussian_nll_loss": {
-        torch.float32: ((ANY, 1 << 11),),
-        torch.float64: ((ANY, 1 << 11),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "gaussian_nll_loss_forward": {
-        torch.float32: ((ANY, 1 << 11),),
-        torch.float64: ((ANY, 1 << 11),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 11),),
-    },
-    "gaussian_nll_loss_none": {
-        torch.float32: ((ANY, 1 << 13),),
-        torch.float64: ((ANY, 1 << 14),),
-        torch.bfloat16: ((ANY, 1 << 13),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "gaussian_nll_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 12),),
-        torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "soft_margin_loss": {
-        torch.float32: ((ANY, 1 << 14),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "soft_margin_loss_forward": {
-        torch.float32: ((ANY, 1 << 14),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "soft_margin_loss_none": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "soft_margin_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "hinge_embedding_loss": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "hinge_embedding_loss_forward": {
-        torch.float32: ((ANY, 1 << 11),),
-        torch.float64: ((ANY, 1 << 11),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 11),),
-    },
-    "hinge_embedding_loss_none": {
-        torch.float32: ((ANY, 1 << 11),),
-        torch.float64: ((ANY, 1 << 11),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "hinge_embedding_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 11),),
-        torch.float64: ((ANY, 1 << 11),),
-        torch.bfloat16: ((ANY, 1 << 11),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "margin_ranking_loss": {
-        torch.float32: ((ANY, 1 << 14),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "margin_ranking_loss_forward": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "margin_ranking_loss_none": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "margin_ranking_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 16),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 17),),
-    },
-    "quantile_loss": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "quantile_loss_forward": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 14),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 14),),
-    },
-    "quantile_loss_none": {
-        torch.float32: ((ANY, 1 << 12),),
-        torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 11),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "quantile_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "log_cosh_loss": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 13),),
-    },
-    "log_cosh_loss_forward": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 11),),
-    },
-    "log_cosh_loss_none": {
-        torch.float32: ((ANY, 1 << 13),),
-        torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 12),),
-        torch.float16: ((ANY, 1 << 13),),
-    },
-    "log_cosh_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 12),),
-        torch.float64: ((ANY, 1 << 11),),
-        torch.bfloat16: ((ANY, 1 << 11),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "hinge_loss": {
-        torch.float32: ((ANY, 1 << 13),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 14),),
-    },
-    "hinge_loss_forward": {
-        torch.float32: ((ANY, 1 << 16),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "hinge_loss_none": {
-        torch.float32: ((ANY, 1 << 15),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 15),),
-        torch.float16: ((ANY, 1 << 15),),
-    },
-    "hinge_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 17),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 16),),
-        torch.float16: ((ANY, 1 << 17),),
-    },
-    "sigmoid_focal_loss": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "sigmoid_focal_loss_forward": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "sigmoid_focal_loss_none": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "sigmoid_focal_loss_none_forward": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "rmse_loss": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "rmse_loss_forward": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "multilabel_soft_margin_loss": {
-        torch.float32: ((ANY, 1 << 12),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 12),),
-    },
-    "multilabel_soft_margin_loss_forward": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 11),),
-    },
-    "relu": {
-        torch.float32: ((ANY, 1 << 23),),
-        torch.float64: ((ANY, 1 << 22),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "relu_forward": {
-        torch.float32: ((ANY, 1 << 25),),
-        torch.float64: ((ANY, 1 << 24),),
-        torch.bfloat16: ((ANY, 1 << 22),),
-        torch.float16: ((ANY, 1 << 25),),
-    },
-    "leaky_relu": {
-        torch.float32: ((ANY, 1 << 23),),
-        torch.float64: ((ANY, 1 << 23),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "leaky_relu_forward": {
-        torch.float32: ((ANY, 1 << 24),),
-        torch.float64: ((ANY, 1 << 23),),
-        torch.bfloat16: ((ANY, 1 << 21),),
-        torch.float16: ((ANY, 1 << 25),),
-    },
-    "sigmoid": {
-        torch.float32: ((ANY, 1 << 20),),
-        torch.float64: ((ANY, 1 << 19),),
-        torch.bfloat16: ((ANY, 1 << 22),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "sigmoid_forward": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 19),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 25),),
-    },
-    "tanh": {
-        torch.float32: ((ANY, 1 << 14),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 16),),
-        torch.float16: ((ANY, 1 << 16),),
-    },
-    "tanh_forward": {
-        torch.float32: ((ANY, 1 << 12),),
-        torch.float64: ((ANY, 1 << 12),),
-        torch.bfloat16: ((ANY, 1 << 14),),
-        torch.float16: ((ANY, 1 << 14),),
-    },
-    "softcap": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "softcap_forward": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 10),),
-        torch.bfloat16: ((ANY, 1 << 10),),
-        torch.float16: ((ANY, 1 << 10),),
-    },
-    "silu": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 18),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "silu_forward": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "gelu": {
-        torch.float32: ((ANY, 1 << 10),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "gelu_forward": {
-        torch.float32: ((ANY, 1 << 22),),
-        torch.float64: ((ANY, 1 << 13),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "CrossEntropy": {
-        torch.float32: ((ANY, 1 << 17),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "CrossEntropy_forward": {
-        torch.float32: ((ANY, 1 << 17),),
-        torch.float64: ((ANY, 1 << 16),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 17),),
-    },
-    "NllLoss": {
-        torch.float32: ((ANY, 1 << 24),),
-        torch.float64: ((ANY, 1 << 23),),
-        torch.bfloat16: ((ANY, 1 << 22),),
-        torch.float16: ((ANY, 1 << 22),),
-    },
-    "NllLoss_forward": {
-        torch.float32: ((ANY, 1 << 25),),
-        torch.float64: ((ANY, 1 << 25),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 21),),
-    },
-    "MultiMarginLoss": {
-        torch.float32: ((ANY, 1 << 20),),
-        torch.float64: ((ANY, 1 << 15),),
-        torch.bfloat16: ((ANY, 0),),
-        torch.float16: ((ANY, 0),),
-    },
-    "MultiMarginLoss_forward": {
-        torch.float32: ((ANY, 1 << 25),),
-        torch.float64: ((ANY, 1 << 16),),
-        torch.bfloat16: ((ANY, 0),),
-        torch.float16: ((ANY, 0),),
-    },
-    "PointwiseLoss": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "PointwiseLoss_forward": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "Composed": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 20),),
-    },
-    "Composed_forward": {
-        torch.float32: ((ANY, 1 << 18),),
-        torch.float64: ((ANY, 1 << 17),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
-    "Activation": {
-        torch.float32: ((ANY, 1 << 23),),
-        torch.float64: ((ANY, 1 << 23),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 24),),
-    },
-    "Activation_forward": {
-        torch.float32: ((ANY, 1 << 25),),
-        torch.float64: ((ANY, 1 << 24),),
-        torch.bfloat16: ((ANY, 1 << 24),),
-        torch.float16: ((ANY, 1 << 25),),
-    },
-    "Softmax": {
-        torch.float32: ((ANY, 1 << 19),),
-        torch.float64: ((ANY, 1 << 22),),
-        torch.bfloat16: ((ANY, 1 << 18),),
-        torch.float16: ((ANY, 1 << 22),),
-    },
-    "Softmax_forward": {
-        torch.float32: ((ANY, 1 << 17),),
-        torch.float64: ((ANY, 1 << 22),),
-        torch.bfloat16: ((ANY, 1 << 17),),
-        torch.float16: ((ANY, 1 << 18),),
-    },
+NEVER = sys.maxsize
+FORCED = backends.FORCED  # a backend that takes calls of any size; None if none is forced
+OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
+LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
+COMPOSED = ("rmse_loss", "multilabel_soft_margin_loss")
+
+Limits = tuple[int, int]
+
+
+def _of(limits: Limits, *names: str) -> dict[str, Limits]:
+    return dict.fromkeys(names, limits)
+
+
+# On CPUs: the smallest calls that a kernel takes, in elements. The second number is for a loss of
+# each element of pointwise losses, which is an output more; for up to FEW classes where there are
+# classes, as torch takes long for each row. Names of classes stand for operators without a row.
+FEW = 16
+ON_CPU = {
+    **_of((0, 0), "gaussian_nll_loss", "hinge_embedding_loss", "log_cosh_loss"),
+    **_of((0, 0), "log_probs", "kl_div_with_logits"),
+    **_of((0, 0), "multilabel_soft_margin_loss", "sigmoid_focal_loss", "softcap"),
+    **_of((0, 1 << 13), "quantile_loss"),
+    **_of((1 << 13, 1 << 16), "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"),
+    **_of((1 << 13, 1 << 16), "hinge_loss", "margin_ranking_loss", "poisson_nll_loss"),
+    **_of((1 << 13, 1 << 16), "soft_margin_loss"),
+    **_of((1 << 16, 1 << 20), "l1_loss"),
+    **_of((1 << 17, 1 << 23), "mse_loss", "smooth_l1_loss", "huber_loss", "rmse_loss"),
+    **_of((1 << 17, 1 << 17), "PointwiseLoss", "ClassLoss", "Composed"),
+    **_of((1 << 12, 1 << 12), "gelu"),
+    **_of((1 << 15, 1 << 15), "tanh", "multi_margin_loss"),
+    **_of((1 << 18, 1 << 18), "sigmoid", "silu", "Activation"),
+    **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "nll_loss"),
+    **_of((1 << 17, 1 << 12), "cross_entropy"),
+    **_of((1 << 18, 1 << 16), "softmax", "log_softmax"),
+    **_of((1 << 15, 1 << 15), *LINEAR),  # logits
+    **_of((1 << 14, 1 << 14), "Formula"),
+    **_of((1 << 10, 1 << 10), "LongFormula"),
 }
+# torch computes float16 in float32, as fast as other dtypes, but the kernels convert it in a step
+# of its own.
+FLOAT16 = 8
+
+# On GPUs, measured on an H100 with float32 and backward, behind a slow processor, where torch
+# launched a step of mse_loss in 150 us and pyfused in 400. ATen's activations reach the memory's
+# bandwidth, so that none is faster. Its loss of class indices takes 1.6 us a thousand rows,
+# whatever the number of classes.
+FEW_ON_GPU = 64
+ON_GPU = {
+    **_of((NEVER, NEVER), "Activation"),
+    **_of((1 << 26, 1 << 26), "mse_loss", "smooth_l1_loss", "huber_loss"),
+    **_of((1 << 25, 1 << 25), "l1_loss", "softmax", "log_softmax"),
+    **_of((1 << 26, 1 << 21), "cross_entropy"),
+    **_of((1 << 27, 1 << 21), "nll_loss"),
+    **_of((1 << 22, 1 << 22), "gaussian_nll_loss"),
+    **_of((1 << 14, 1 << 14), "sigmoid_focal_loss", "Formula", "LongFormula"),
+    **_of((0, 0), *LINEAR, "log_probs"),
+}
+_ELSE = 1 << 24, 1 << 24
+
+# In compiled programs, with a backward pass and without one. A custom operator costs some 30 us a
+# pass. Most kernels are as fast as Inductor's code until this has to take new memory for its
+# outputs, which glibc maps from 32 MiB on. They are faster earlier than that with exponentials, and
+# where Inductor's loop over the backward is not vectorised; a loss without exponentials takes as
+# long as reading its operands does. Measured by `benchmarks/run.py compiled`, on the AMD EPYC.
+_NEW_MEMORY = 1 << 24
+COMPILED = {
+    **_of((1 << 18, 1 << 18), *OF_LOGITS),
+    **_of((0, 0), *LINEAR, *COMPOSED),  # of what is composed, each part decides
+    **_of((_NEW_MEMORY, NEVER), "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "nll_loss"),
+    **_of((_NEW_MEMORY, NEVER), "kl_div", "poisson_nll_loss", "binary_cross_entropy"),
+    **_of((_NEW_MEMORY, _NEW_MEMORY), "sigmoid", "silu", "gelu", "softmax", "log_softmax"),
+    **_of((1 << 20, 1 << 20), "binary_cross_entropy_with_logits", "sigmoid_focal_loss"),
+    **_of((1 << 20, 1 << 20), "soft_margin_loss", "log_cosh_loss", "gaussian_nll_loss"),
+    **_of((1 << 20, 1 << 20), "tanh", "softcap"),
+    **_of((1 << 16, NEVER), "hinge_loss", "hinge_embedding_loss", "multi_margin_loss"),
+    **_of((1 << 16, NEVER), "margin_ranking_loss", "quantile_loss"),
+    **_of((1 << 16, _NEW_MEMORY), "relu", "leaky_relu"),
+}
+
+
+# What `python -m pyfused tune` has measured, on this processor with these kernels.
+FILE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pyfused", "sizes.json")
+MACHINE = f"{cpu.capability}, torch {torch.__version__}"
+
+
+def tuned() -> dict[str, Limits]:
+    """Returns the limits that were measured on this machine, none if there are no such."""
+    try:
+        kept = json.loads(FILE.read_text(encoding="utf-8"))
+        of_machine = kept["limits"] if kept["machine"] == MACHINE else {}
+        return {name: (int(first), int(second)) for name, (first, second) in of_machine.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+ON_CPU.update(tuned())
+
+
+@cache
+def limits(op: Operator, cpu: bool) -> Limits:
+    """Returns the limits of an operator on CPUs or on GPUs: its own, or those of its family."""
+    table, families = ON_CPU if cpu else ON_GPU, [kind.__name__ for kind in type(op).__mro__]
+    found = [table[name] for name in (op.name, op.family, *families) if name in table]
+    return found[0] if found else _ELSE
+
+
+def torch_is_faster(op: Operator, arguments: Arguments, elements: int) -> bool:
+    """Returns whether torch takes a call for its size; one without elements it always takes."""
+    if elements == 0 or FORCED is not None:
+        return elements == 0
+    input: torch.Tensor = arguments[0]
+    on_cpu = input.is_cpu
+    pair = limits(op, on_cpu)
+    if on_cpu and input.dtype is torch.float16:
+        elements //= FLOAT16
+    if (elements < pair[0]) == (elements < pair[1]):
+        return elements < pair[0]
+    return elements < pair[op.takes_second_limit(arguments, FEW if on_cpu else FEW_ON_GPU)]

@@ -38,12 +38,10 @@ class Softmax(Operator):
 
         self.aten = self.aten_ = aten
 
-    def size_key(self, arguments: Arguments) -> tuple[str, int]:
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         input, dim, *_ = arguments
-        try:
-            return self.name, input.size(dim) if type(dim) is int else 1
-        except IndexError:  # none of the input's
-            return self.name, 1
+        of_input = type(dim) is int and -input.dim() <= dim < input.dim()
+        return of_input and input.shape[dim] <= few
 
     def plan(self, arguments: Arguments, inplace: bool) -> SoftmaxPlan:  # noqa: ARG002
         input, dim, _, dtype = arguments

@@ -139,12 +139,12 @@ class Mode(TorchDispatchMode):
         return False  # torch would import its compiler, which takes a second
 
 
-class _Recorder(Mode):
+class Recorder(Mode):
     """Makes expressions of the ATen operators that it sees; a tensor is known by its memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: str = "") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.e, self.line = Expressions(), ""
+        self.e, self.line = Expressions(left_out), ""
         self.known: dict[int, tuple[Tensor, int]] = {}  # the tensors, so that no memory is reused
 
     def know(self, tensor: Tensor, place: int) -> Tensor:
@@ -198,11 +198,12 @@ class _Recorder(Mode):
             raise UntraceableError(problem)
 
 
+_SHAPE = (2, 3)  # of the operands that a function is traced with
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 
 
 class _Interpreter(fx.Interpreter):
-    recorder: _Recorder
+    recorder: Recorder
 
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.line = f"{n.stack_trace}, {n.name}"
@@ -211,45 +212,71 @@ class _Interpreter(fx.Interpreter):
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def derive(
-    recorded: Recorded, operands: int, lifted: Sequence[int]
+def expressions_of(
+    function: Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None]],
+    operands: int,
+    parameters: Sequence[float],
+    recorder: Recorder | None = None,
 ) -> tuple[Expressions, list[int]]:
-    """The expressions of the value and of the gradient of each operand.
+    """Runs a function of operands, parameters and the scale of the gradients, and records it.
+
+    Returns:
+        Expressions, and which of them the function's results are; None counts as 0.
 
     Raises:
         UntraceableError: The function is not elementwise, or the kernels lack an operator.
     """
-    recorder, shape = _Recorder(), (2, 3)
-    values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(shape)
+    recorder = recorder or Recorder()
+    values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
 
     def input(kind: str, k: int, value: Tensor) -> Tensor:
         return recorder.know(value, recorder.e.input(kind, k))
 
     leaves = [input("operand", k, values + 0.1 * k).requires_grad_() for k in range(operands)]
-    literals: list[Any] = [*recorded.literals]
-    for k, i in enumerate(lifted):  # of the operands' shape: torch takes the number out of a scalar
-        literals[i] = input("parameter", k, values.new_full(shape, literals[i]))
+    # A parameter is of the operands' shape: torch takes the number out of a scalar.
+    pairs = enumerate(parameters)
+    numbers = [input("parameter", k, values.new_full(_SHAPE, value)) for k, value in pairs]
     scale = input("scale", 0, values.new_ones(()))
-    interpreter = _Interpreter(torch.nn.Module(), graph=recorded.graph)
-    interpreter.recorder, interpreter.extra_traceback = recorder, False
     try:
         with torch.autocast("cpu", enabled=False), recorder:
-            value = interpreter.run(*leaves, *literals)
-            if value.shape != shape or not value.dtype.is_floating_point:
-                raise UntraceableError(
-                    f"expected an elementwise formula, got a {value.dtype} tensor of shape "
-                    f"{tuple(value.shape)} from operands of shape {shape}; leave reductions to "
-                    "'reduction'"
-                )
-            recorder.line = "a derivative"
-            gradients: Sequence[Tensor | None] = [None] * operands
-            if value.requires_grad:
-                grad_output = scale.to(value.dtype).expand(shape)
-                gradients = torch.autograd.grad(value, leaves, grad_output, allow_unused=True)
+            results = function(leaves, numbers, scale)
     except Exception as error:
         raise UntraceableError(f"{recorder.line}: {error}") from error
-    outputs = [recorder.read(0.0 if each is None else each) for each in (value, *gradients)]
-    return recorder.e, outputs
+    return recorder.e, [recorder.read(0.0 if each is None else each) for each in results]
+
+
+def with_gradients(value: Tensor, leaves: Sequence[Tensor], scale: Tensor) -> list[Tensor | None]:
+    """Returns the value and its gradients, by torch's rules, multiplied by the scale."""
+    if not value.requires_grad:
+        return [value, *[None] * len(leaves)]
+    grad_output = scale.to(value.dtype).expand(value.shape)
+    return [value, *torch.autograd.grad(value, leaves, grad_output, allow_unused=True)]
+
+
+def derive(
+    recorded: Recorded, operands: int, lifted: Sequence[int]
+) -> tuple[Expressions, list[int]]:
+    """The expressions of the value and of the gradient of each operand, as `expressions_of`."""
+    recorder = Recorder()
+    interpreter = _Interpreter(torch.nn.Module(), graph=recorded.graph)
+    interpreter.recorder, interpreter.extra_traceback = recorder, False
+
+    def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
+        literals: list[Any] = [*recorded.literals]
+        for i, number in zip(lifted, numbers, strict=True):
+            literals[i] = number
+        value = interpreter.run(*leaves, *literals)
+        if value.shape != _SHAPE or not value.dtype.is_floating_point:
+            raise UntraceableError(
+                f"expected an elementwise formula, got a {value.dtype} tensor of shape "
+                f"{tuple(value.shape)} from operands of shape {_SHAPE}; leave reductions to "
+                "'reduction'"
+            )
+        recorder.line = "a derivative"
+        return with_gradients(value, leaves, scale)
+
+    parameters = [recorded.literals[i] for i in lifted]
+    return expressions_of(run, operands, parameters, recorder)
 
 
 # ---- what expressions ATen's operators are -------------------------------------------------------
@@ -337,7 +364,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "softplus_backward": lambda e, g, a, beta, _: e.mul(g, e.sigmoid(e.mul(a, beta))),
     "log_sigmoid_forward": lambda e, a: (e.neg(e.softplus(e.neg(a))), a),
     "log_sigmoid_backward": lambda e, g, a, _: e.mul(g, e.sigmoid(e.neg(a))),
-    "sigmoid_backward": lambda e, g, y: e.mul(e.mul(g, y), e.sub(e.literal(1), y)),
+    "sigmoid_backward": lambda e, g, y: e.mul(e.mul(g, e.sub(e.literal(1), y)), y),
     "tanh_backward": lambda e, g, y: e.mul(g, e.sub(e.literal(1), e.mul(y, y))),
     **dict.fromkeys(
         ("softshrink_backward", "hardshrink_backward"),

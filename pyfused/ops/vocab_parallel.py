@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,17 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import DTYPES
-from pyfused.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype, of_leading
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
 from pyfused.ops.declaration import Arguments, Operand, Operator
-from pyfused.ops.dispatch import SMALL, unsupported
+from pyfused.ops.dispatch import unsupported
 from pyfused.ops.gradients import apply, autocast_dtype, differentiate
 from pyfused.ops.metrics import Metrics
+from pyfused.ops.reasons import SMALL
 from pyfused.ops.row_state import (
     accumulated,
+    denominator_of,
     fields_of,
     loss_of_state,
     state_of_nothing,
@@ -44,6 +46,7 @@ from pyfused.types import (
     CrossEntropyOptions,
     Gradients,
     Head,
+    HeadOptions,
     LogProbsOptions,
     VocabShard,
 )
@@ -196,17 +199,18 @@ def _has_classes(tensors: Sequence[Any]) -> bool:
     return bool(len(layer[0]) if layer else logits.numel())
 
 
-class ShardedStatePlan(NamedTuple):
-    """Computes the state of rows of which each process has some classes, or none.
+class StatePlan(NamedTuple):
+    """Computes the state of rows, of which each process may have some classes, or none.
 
     Attributes:
         options: What the state of this process' classes is computed by.
+        shard: What this process has of all classes, None for all.
         entropy: As in `_merged`.
     """
 
     name: str
     options: StateOptions
-    group: Any
+    shard: VocabShard | None
     entropy: bool
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
@@ -215,7 +219,8 @@ class ShardedStatePlan(NamedTuple):
             state, _ = state_of(tensors, self.options, weight)
         else:
             state = state_of_nothing(self.options.fields, tensors[-1])
-        state = _merged(state, self.group, self.entropy)
+        if self.shard is not None:
+            state = _merged(state, self.shard.group, self.entropy)
         state = state.where(tensors[-1] != self.options.rows.ignore_index, 0)
         ctx.save_for_backward(*tensors, weight, state)
         return state
@@ -230,7 +235,8 @@ class ShardedStatePlan(NamedTuple):
         else:
             found = tuple([None if x is None else torch.zeros_like(x) for x in tensors[:-1]])
         if len(found) > 1 and found[0] is not None:
-            dist.all_reduce(found[0], group=self.group)
+            assert self.shard is not None  # only logits are not sharded
+            dist.all_reduce(found[0], group=self.shard.group)
         return found
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
@@ -257,7 +263,8 @@ class ShardedStatePlan(NamedTuple):
         rows, (first, _) = self.options.rows, self.options.classes
         x, *parameters = [None if each is None else each.double() for each in layer]
         if parameters:
-            x = F.linear(_Copy.apply(x, self.group), *parameters)  # type: ignore[arg-type]
+            x = x if self.shard is None else _Copy.apply(x, self.shard.group)
+            x = F.linear(x, *parameters)  # type: ignore[arg-type]
         assert x is not None
         x = x if rows.softcap is None else definitions.softcap(x, rows.softcap)
         counted = target != rows.ignore_index
@@ -269,7 +276,8 @@ class ShardedStatePlan(NamedTuple):
         terms.append(x.where(is_target, 0))
         if self.options.fields > SMOOTH:
             terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
-        sums = _Sum.apply(torch.stack([term.sum(-1) for term in terms]), self.group)
+        sums = torch.stack([term.sum(-1) for term in terms])
+        sums = sums if self.shard is None else _Sum.apply(sums, self.shard.group)
         total, weighted, target_logit, *smooth = sums
         log_total = total.log()
         lse = pivot + log_total
@@ -284,42 +292,49 @@ def cross_entropy(
     tensors: Sequence[Any],
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    shard: VocabShard,
+    shard: VocabShard | None,
 ) -> Any:
-    """Returns the loss, beside metrics where the options ask for them.
+    """Returns the loss, beside metrics where the options ask for them, from the state of rows.
 
     Args:
         tensors: Logits and target, or input, weight and bias of a layer and the target, each with
             this process' classes.
+        shard: Which these are; None for all, of logits that are checked.
     """
     *layer, target = tensors
-    if len(layer) > 1:
-        classes = _class_range("linear_weight", layer[1], 0, shard)
-        head = Head._make((*tensors, None))
-        checks.linear_cross_entropy(head, options)  # type: ignore[arg-type]
+    linear, leading = len(layer) > 1, layer[0].shape[:-1]
+    if shard is None:
+        total = checks.classes_of(layer[0])
+        classes = ClassRange(0, total)
     else:
-        classes = _class_range("input", layer[0], 1, shard)
-    if options.gamma:
-        raise ValueError(f"gamma: expected 0.0 beside a shard, got {options.gamma}")
-    _check(layer, target, weight, options, classes.total)
+        given = ("linear_weight", layer[1], 0) if linear else ("input", layer[0], 1)
+        classes = _class_range(*given, shard)
+        if linear:
+            head, of_head = Head._make((*tensors, None)), cast("HeadOptions", options)
+            checks.linear_cross_entropy(head, of_head)
+            head, options = head.as_rows(of_head)
+            *layer, target = head[:4]
+        if options.gamma:
+            raise ValueError(f"gamma: expected 0.0 beside a shard, got {options.gamma}")
+        _check(layer, target, weight, options, classes.total)
     options = checks.normalized(options)
     budget = getattr(options, "memory_budget", None)
     of_state = StateOptions(options.rows, classes, fields_of(options), memory_budget=budget)
     weight, target = accumulated(weight, layer[0].dtype), target.to(torch.int64)
-    plan = ShardedStatePlan("cross_entropy", of_state, shard.group, options.with_metrics)
+    plan = StatePlan("cross_entropy", of_state, shard, options.with_metrics)
     state = apply(plan, *layer, target, weight)
     loss = loss_of_state(state, target, weight, options, classes.total)
     if options.reduction != "none":
-        loss = loss.sum()
-    if options.reduction == "mean":
-        divisor = options.denominator
-        loss = loss / (weight_of_targets(target, weight, options) if divisor is None else divisor)
+        counted = weight_of_targets(target, weight, options)
+        loss = loss.sum() / denominator_of(options, counted)
     input = layer[0]
-    loss = loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))
-    if not options.with_metrics:
-        return loss
-    of_rows = state.detach().flatten(1), target, options.ignore_index
-    return loss, metrics.of_state(*of_rows, accumulate_dtype(input.dtype))
+    found = [loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))]
+    if options.with_metrics:
+        of_rows = state.detach().reshape(len(state), -1), target, options.ignore_index
+        found += metrics.of_state(*of_rows, accumulate_dtype(input.dtype))
+    if linear:
+        found = [of_leading(each, leading) for each in found]
+    return (found[0], Metrics(*found[1:])) if options.with_metrics else found[0]
 
 
 def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: VocabShard) -> Tensor:
@@ -330,13 +345,16 @@ def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: VocabShar
     given = ("linear_weight", layer[1], 0) if linear else ("logits", layer[0], 1)
     classes = _class_range(*given, shard)
     getattr(checks, name)(*tensors, options)
+    shape = target.shape
+    if linear:
+        layer[0], target = layer[0].reshape(-1, layer[0].shape[-1]), target.flatten()
     of_target = CrossEntropyOptions(options.ignore_index, "none")
     _check(layer, target, None, of_target, classes.total)
     budget, fixed = options.memory_budget, options.deterministic_rows
     of_state = StateOptions(options.rows, classes, memory_budget=budget, fixed_sizes=fixed)
-    plan = ShardedStatePlan(name, of_state, shard.group, True)
+    plan = StatePlan(name, of_state, shard, True)
     state: Tensor = apply(plan, *layer, target.to(torch.int64), None)
-    return state.to(accumulate_dtype(layer[0].dtype))
+    return state.to(accumulate_dtype(layer[0].dtype)).reshape(-1, *shape)
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
@@ -420,7 +438,7 @@ def local_of(op: Operator, arguments: Arguments) -> LocalShard | None:
     by_class = arguments[linear]
     if type(by_class) is not type(input) or by_class.dtype not in DTYPES:
         return None
-    if by_class.dim() < 2 or (linear and (input.dim(), by_class.dim()) != (2, 2)):
+    if by_class.dim() < 2 or (linear and (input.dim() < 2 or by_class.dim() > 2)):
         return None
     from torch.distributed import tensor as dtensor
 

@@ -48,14 +48,14 @@ from triton.runtime.jit import JITFunction
 from pyfused.backends import cross_entropy_once
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
-from pyfused.kernels.activation import FORMULAS as ACTIVATIONS
-from pyfused.kernels.pointwise_loss import FORMULAS as LOSSES
+from pyfused.kernels.formulas import ACTIVATIONS, LOSSES
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.operators import OPERATORS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
 
+from pyfused.ops.program import OPERANDS
 from pyfused.types import (
     METRICS_FIELDS,
     SMOOTHING_FIELDS,
@@ -135,8 +135,9 @@ def cross_entropy(
     # A mean takes the loss's kernel and one that adds up; class indices are counted by one before.
     # Many rows are counted, and very many are added up, in two steps.
     launches = 2 if target is x else 3 + (n > 1 << 14) + (n > 1 << 20)
-    coefficients = (0.1 * (word in words) for word in ("smoothing", "focal", "z_loss"))
-    options = CrossEntropyOptions(-100, "mean", *coefficients)
+    names = {"label_smoothing": "smoothing", "gamma": "focal", "z_loss": "z_loss"}
+    coefficients = {name: 0.1 * (word in words) for name, word in names.items()}
+    options = CrossEntropyOptions(-100, "mean", **coefficients)
     options.scale = 16.0 if "scale" in words else 1.0
     want = Want(True, ("forward" not in words, target is x), "inplace" in words)
     grad_output = None
@@ -203,7 +204,7 @@ def class_cases() -> Iterator[Case]:
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
-            options = DivergenceOptions(beta, 2.0, "sum")
+            options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             run = partial(backend.kl_div_with_logits, x, x, options, Want(True, (True,)))
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=2, **fields)
         want, launches = Want(True, (True, False)), 3 + (target.numel() > 1 << 14)
@@ -263,7 +264,8 @@ def pointwise_cases() -> Iterator[Case]:
             "mse_loss broadcast": (2, ((rows, row), (), None, "mean", 1.0 * n, both)),
         }
         for name, formula in LOSSES.items():
-            count = formula.fn.__code__.co_argcount - 4  # three parameters and a scale
+            names = formula.fn.__code__.co_varnames[:OPERANDS]
+            count = sum(not re.fullmatch(r"x\d", name) for name in names)  # the others are unused
             want = Want(True, differentiated(name)[:count])
             calls[name] = 2, ((x,) * count, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, want)
         for name, (launches, arguments) in calls.items():
@@ -273,7 +275,7 @@ def pointwise_cases() -> Iterator[Case]:
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)
             want = Want(True, (True,) * count)
-            program, numbers = formula.op.formula((*formula.op.parameters.values(),), count, want)
+            program, numbers = formula.op.kernel((*formula.op.parameters.values(),), count, want)
             given = program, (x,) * count, numbers, None, "mean", 1.0 * n, want
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, launches=2, **fields)

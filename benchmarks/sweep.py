@@ -1,0 +1,158 @@
+"""Whether a call is ever slower than torch's: random shapes, and the smallest that kernels take."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import lru_cache, partial
+
+import cases
+import torch
+from cases import ACTIVATIONS, DTYPES, OPS, SOFTMAX, Case, ratios
+from pairs import cells
+from report import tabulated
+from rich.progress import track
+from torch.nn import functional as F
+
+import pyfused.functional
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.sizes import FEW, FLOAT16, limits
+
+Shape = tuple[int, ...]
+FAR = 1 << 22  # elements of the largest calls whose results are checked, as that takes seconds
+ALLOWED = 0.6e-3  # milliseconds that a call costs beyond torch's where it goes to ATen
+OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
+CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
+
+
+@lru_cache(maxsize=1)
+def drawn_and_checked(case: Case) -> cases.Arguments:
+    arguments = cases.draw(case)
+    if case.elements <= FAR:
+        cases.assert_correct(case, arguments)
+    return arguments
+
+
+def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
+    """Of torch's operator and of pyfused's."""
+    arguments, operators = drawn_and_checked(case), (cases.TORCH, pyfused.functional)
+    if how == PATCHED:
+        with pyfused.patch():
+            ours = cases.step(cases.Torch(), case, arguments, mode)
+        (theirs,) = cases.timers_of([cases.step(cases.TORCH, case, arguments, mode)])
+        return [theirs, partial(timed_patched, ours)]
+    if how == COMPILED:
+        torch._dynamo.reset()  # else the second shape compiles for all
+        operators = tuple(map(cases.Compiled, operators))
+    return cases.timers_of([cases.step(each, case, arguments, mode) for each in operators])
+
+
+def timed_patched(step: cases.Step, calls: int) -> float:
+    with pyfused.patch():
+        step()  # the first call after a patch fills the interpreter's caches
+        return cases.timed(step, calls)
+
+
+# ---- sweep ---------------------------------------------------------------------------------------
+
+
+# The lengths of rows in attention, detection, segmentation and language models.
+LENGTHS = ((64, 4096), (80, 1200), (19, 150), (2, 64), (10_000, 130_000))
+
+
+def between(low: float, high: float, draw: random.Random) -> int:
+    """As many of each order of magnitude."""
+    return round(math.exp(draw.uniform(math.log(low), math.log(high))))
+
+
+def split(elements: int, dims: int, draw: random.Random) -> Shape:
+    """About so many elements in so many dimensions."""
+    sizes = []
+    for _ in range(dims - 1):
+        sizes.append(between(1, max(2, elements), draw))
+        elements = max(1, elements // sizes[-1])
+    return (*sizes, elements)
+
+
+def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Iterator[Case]:
+    """Random shapes and reductions."""
+    for _ in range(count):
+        elements, reduction = between(1 << 6, 1 << 24, draw), "mean"
+        shape = split(elements, draw.randint(1, 4), draw)
+        if op in (*SOFTMAX, *OF_CLASSES):
+            length = between(*draw.choice(LENGTHS), draw)
+            rows = max(1, elements // length)
+            shape = (*split(rows, draw.randint(1, 3), draw), length)
+            if op not in SOFTMAX:
+                shape = (rows, length)
+            if op == "cross_entropy" and draw.random() < 0.3:
+                n = between(1, 16, draw)
+                shape = (n, length, max(1, rows // n))
+        if op not in (*SOFTMAX, *ACTIVATIONS, "multilabel_soft_margin_loss"):  # a loss of each row
+            reduction = draw.choice(("mean", "mean", "none"))
+        yield Case(op, shape, dtype, reduction=reduction)
+
+
+def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yields the smallest calls that the kernels take: those that have the least to win."""
+    for second, limit in enumerate(limits(OPERATORS[op], cpu=True)):
+        elements = limit * (FLOAT16 if dtype is torch.float16 else 1)
+        if elements == 0:
+            continue
+        if op in (*SOFTMAX, *OF_CLASSES):
+            classes = FEW if second else 1000
+            yield Case(op, (-(-elements // classes), classes), dtype)
+        else:
+            yield Case(op, (elements,), dtype, reduction="none" if second else "mean")
+
+
+def slower(times: cases.Times, margin: float) -> bool:
+    """Beyond the spread, by the minima, too, and by more than a call that ATen takes may cost."""
+    theirs, ours = (min(each) for each in times)
+    return ratios(*times)[2] < margin and ours > max(theirs / margin, theirs + ALLOWED)
+
+
+def sweep(options: Namespace) -> None:
+    """Times both, of calls of random shapes, and lists those that are slower than torch's."""
+    cases.settle_allocator()
+    how = options.how
+    ops = [op for op in options.op or OPS if how != PATCHED or hasattr(F, op)]
+    seed = random.randrange(1 << 16) if options.seed is None else options.seed
+    print(f"--seed {seed}")
+    draw = random.Random(seed)
+    points = [
+        (case, mode, threads)
+        for op in ops
+        for name in options.dtype or ("float32", "bfloat16")
+        for case in (*drawn(op, DTYPES[name], options.shapes, draw), *edges(op, DTYPES[name]))
+        for mode in cases.MODES
+        for threads in options.threads
+    ]
+    draw.shuffle(points)  # a noisy minute spoils no one operator
+    found = []
+    until = time.perf_counter() + options.minutes * 60
+    for case, mode, threads in track(points, "Measuring", transient=True):
+        if time.perf_counter() > until:
+            print(f"out of time after {len(found)} of {len(points)} calls")
+            break
+        torch.set_num_threads(threads)
+        try:
+            timers = both(case, mode, how)
+            times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
+        except NotImplementedError:  # torch's
+            continue
+        found.append((case, mode, threads, times))
+    found.sort(key=lambda each: ratios(*each[3])[1])
+    rows = [
+        [case.name, mode, str(threads), *cells(times), f"{min(times[0]) / min(times[1]):.2f}"]
+        for case, mode, threads, times in found
+        if slower(times, options.margin)
+    ]
+    names = ["case", "mode", "threads", "torch, ms", "pyfused, ms", "ratio", "of minima"]
+    print(tabulated(names, rows, names=2))
+    print(f"{len(rows)} of {len(found)} calls are slower than torch's beyond the spread")
+    sys.exit(bool(rows))

@@ -1,0 +1,34 @@
+// The formulas of the pointwise losses and of the activations, which `make formulas` prints from
+// pyfused/ops/elementwise.py: each the loss of an element and its gradients, or an activation
+//
+//   forward   y = f(x)
+//   backward  dx = f'(x) dy, from dy and either y or x, whichever the operator saves
+//
+// for float and double. A formula takes its numbers, at most three, in the constructor, and
+// computes there in double what follows from them. Reading, rounding, weights, sums, loops and
+// threads are in pointwise_loss.cpp and activation.cpp.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "activation.h"
+#include "pointwise_loss.h"
+#include "vec.h"
+
+namespace pyfused {
+PYFUSED_INLINE_ALL
+
+// The gradient of an operand that a formula does not differentiate is never requested.
+template <class A> struct Formula {
+  explicit Formula(const Parameters&) {}
+  A grad_target(A, A, A, A) const { return 0; }
+  A grad_other(A, A, A, A) const { return 0; }
+};
+
+#include "formulas.inc"
+
+PYFUSED_INLINE_END
+}  // namespace pyfused

@@ -1,0 +1,123 @@
+"""Measures from which sizes on the kernels are faster here: ``python -m pyfused tune``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfused import functional
+from pyfused.ops import sizes
+from pyfused.ops.declaration import Operand, Operator
+from pyfused.ops.operators import OPERATORS
+
+SMALLEST, LARGEST = 10, 24  # powers of two: the elements that are tried
+_SECONDS = 0.03  # for the calls of one size
+_ROUNDS = 7
+_MANY = 1000  # classes
+_WIN = 0.95  # the share of torch's time that is a clear win
+
+
+def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
+    """Returns a step of training with an operator, of random operands within their bounds.
+
+    Args:
+        second: The call is one that the second limit of the table is for.
+    """
+    classes = any(operand.indices for operand in op.operands) or "dim" in op.arguments
+    columns = (sizes.FEW if second else _MANY) if classes else 1
+    shape = (max(1, elements // columns), columns) if classes else (elements,)
+    operands = [_drawn(o, shape) for o in op.operands if not o.optional]
+    input = operands[0].requires_grad_()
+    options: dict[str, Any] = {"dim": 1} if "dim" in op.arguments else {}
+    if second and not classes and "reduction" in op.arguments:
+        options["reduction"] = "none"
+
+    def step(function: Callable[..., Tensor]) -> None:
+        result = function(*operands, **options)
+        torch.autograd.grad(result, input, torch.ones_like(result))
+
+    return step
+
+
+def _drawn(operand: Operand, shape: tuple[int, ...]) -> Tensor:
+    if operand.indices:
+        return torch.randint(shape[1], shape[:1])
+    if operand.sign:
+        return torch.randn(shape).sign()
+    if math.isinf(operand.low):
+        return torch.randn(shape)
+    return operand.low + min(operand.high - operand.low, 2.0) * torch.rand(shape)
+
+
+def torch_function(op: Operator) -> Callable[..., Tensor]:
+    return getattr(torch.nn.functional, op.name, op.reference)
+
+
+def wins(op: Operator, elements: int, second: bool) -> bool:
+    """Returns whether the kernel is clearly faster, by the median ratio of interleaved calls."""
+    step, functions = (
+        call_of(op, elements, second),
+        (torch_function(op), getattr(functional, op.name)),
+    )
+    calls = max(1, round(_SECONDS / _ROUNDS / 2 / _seconds(step, functions[0], 2)))
+    ratios = []
+    for _ in range(_ROUNDS):
+        theirs, ours = (_seconds(step, function, calls) for function in functions)
+        ratios.append(ours / theirs)
+    return sorted(ratios)[_ROUNDS // 2] < _WIN
+
+
+def _seconds(step: Callable[[Any], None], function: Any, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step(function)
+    return (time.perf_counter() - start) / calls
+
+
+def limit(op: Operator, second: bool) -> int:
+    """Returns the smallest power of two from which the kernel wins, found by bisection."""
+    low, high = SMALLEST, LARGEST + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wins(op, 1 << middle, second) else (middle + 1, high)
+    return 1 << low
+
+
+def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """Measures the limits of operators on this machine, with as many threads as torch has.
+
+    Args:
+        names: The operators; all whose limits depend on the size if there are none.
+
+    Returns:
+        For each operator the two limits of ``pyfused.ops.sizes``, in elements.
+    """
+    found = {}
+    forced, sizes.FORCED = sizes.FORCED, "cpu"  # so that the kernels take calls of any size
+    try:
+        for name in names or [n for n in sizes.ON_CPU if n in OPERATORS and n not in sizes.LINEAR]:
+            op = OPERATORS[name]
+            if names or any(sizes.limits(op, cpu=True)):
+                has_second = len(set(sizes.limits(op, cpu=True))) > 1
+                first = limit(op, second=False)
+                found[name] = first, limit(op, second=True) if has_second else first
+                print(f"{name}: {found[name][0]:,} and {found[name][1]:,}", file=sys.stderr)
+    finally:
+        sizes.FORCED = forced
+    return found
+
+
+def main(names: Sequence[str]) -> None:
+    """Measures, and keeps the result where later processes find it."""
+    found = tune(names)
+    kept = sizes.tuned() | found
+    sizes.FILE.parent.mkdir(parents=True, exist_ok=True)
+    sizes.FILE.write_text(json.dumps({"machine": sizes.MACHINE, "limits": kept}), encoding="utf-8")
+    print(f"Processes that start from now on use {sizes.FILE}.")

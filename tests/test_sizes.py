@@ -1,0 +1,129 @@
+"""From which size on a kernel takes a call, and how a machine's own sizes are measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyfused import tune
+from pyfused.ops import sizes
+from pyfused.ops.declaration import Operator
+from pyfused.ops.elementwise import MSE_LOSS, QUANTILE_LOSS
+from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS, SOFTMAX
+
+pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
+MSE = None, None, "mean", None
+MSE_NONE = None, None, "none", None
+FIRST, SECOND = 1 << 10, 1 << 12
+
+
+def is_torchs(op: Operator, x: Tensor, *others: Any) -> bool:
+    return sizes.torch_is_faster(op, (x, *others), x.numel())
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "limits", lambda op, cpu: (FIRST, SECOND))
+
+
+def test_the_second_limit_is_for_losses_of_each_element() -> None:
+    for elements, options, expected in (
+        (FIRST - 1, MSE, True),
+        (FIRST, MSE, False),
+        (FIRST, MSE_NONE, True),
+        (SECOND - 1, MSE_NONE, True),
+        (SECOND, MSE_NONE, False),
+    ):
+        x = torch.zeros(elements)
+        assert is_torchs(MSE_LOSS, x, x, *options) == expected
+
+
+@pytest.mark.parametrize("classes", [sizes.FEW, sizes.FEW + 1])
+def test_the_second_limit_is_for_few_classes(classes: int) -> None:
+    x = torch.zeros(-(-FIRST // classes), classes)
+    assert is_torchs(CROSS_ENTROPY, x) == (classes == sizes.FEW)
+    assert is_torchs(SOFTMAX, x, 1, 3, None) == (classes == sizes.FEW)
+    assert is_torchs(SOFTMAX, x.t(), -2, 3, None) == (classes == sizes.FEW)
+
+
+def test_float16_is_converted_in_a_step_of_its_own() -> None:
+    for elements, expected in ((8 * FIRST - 8, True), (8 * FIRST, False)):
+        x = torch.zeros(elements, dtype=torch.float16)
+        assert is_torchs(MSE_LOSS, x, x, *MSE) == expected
+
+
+def test_a_linear_layer_counts_its_logits() -> None:
+    x, weight = torch.zeros(3, 8), torch.zeros(5, 8)
+    assert LINEAR_CROSS_ENTROPY.elements((x, weight)) == 15
+    assert LINEAR_CROSS_ENTROPY.elements((x[:0], weight)) == 0
+
+
+def test_no_elements_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "FORCED", "cpu")
+    for elements in (0, 1):
+        x = torch.zeros(elements)
+        assert is_torchs(MSE_LOSS, x, x, *MSE) == (elements == 0)
+
+
+def test_families_stand_for_operators_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.delitem(sizes.ON_CPU, "quantile_loss")
+    sizes.limits.cache_clear()
+    try:
+        assert sizes.limits(QUANTILE_LOSS, True) == sizes.ON_CPU["PointwiseLoss"]
+        assert all(
+            sizes.limits(op, on_cpu) for op in OPERATORS.values() for on_cpu in (True, False)
+        )
+    finally:
+        sizes.limits.cache_clear()
+
+
+@pytest.mark.parametrize("faster_from", [1 << 10, 1 << 17, 1 << 25])
+def test_the_limit_of_a_machine_is_found_by_bisection(
+    monkeypatch: pytest.MonkeyPatch, faster_from: int
+) -> None:
+    tried: list[int] = []
+
+    def wins(_op: Operator, elements: int, _second: bool) -> bool:
+        tried.append(elements)
+        return elements >= faster_from
+
+    monkeypatch.setattr(tune, "wins", wins)
+    assert tune.limit(MSE_LOSS, second=False) == faster_from
+    assert len(tried) <= 4
+
+
+TUNED = [name for name in OPERATORS if any(sizes.ON_CPU.get(name, ())) and name not in sizes.LINEAR]
+
+
+@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("second", [False, True])
+def test_what_is_measured_is_a_step_of_the_operator(name: str, second: bool) -> None:
+    op = OPERATORS[name]
+    step = tune.call_of(op, 1 << 6, second)
+    for function in (tune.torch_function(op), getattr(tune.functional, name)):
+        step(function)  # raises where the arguments are none of the operator's
+
+
+def test_what_was_measured_is_kept_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sizes, "FILE", tmp_path / "cache" / "sizes.json")
+    assert sizes.tuned() == {}
+    monkeypatch.setattr(tune, "limit", lambda _op, second: 7 + second)
+    tune.main(["mse_loss"])
+    monkeypatch.setattr(tune, "limit", lambda _op, second: 5 + second)
+    tune.main(["l1_loss"])
+    kept = sizes.tuned()
+    assert kept == {"mse_loss": (7, 7), "l1_loss": (5, 5)} | kept
+    for text in ("", "[]", "{}", '{"machine": 3, "limits": 4}'):
+        sizes.FILE.write_text(text)
+        assert sizes.tuned() == {}
+    other = json.dumps({"machine": "another", "limits": {"mse_loss": [1, 2]}})
+    sizes.FILE.write_text(other)
+    assert sizes.tuned() == {}
