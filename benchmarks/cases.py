@@ -76,7 +76,7 @@ class Case:
     ignored: float = 0.0  # the share of the targets
     reduction: str = "mean"
     autocast: bool = False
-    headline: bool = False  # in the README's table, and run by `-m quick`
+    headline: bool = False  # in docs/benchmarks.md's table, and run by `-m quick`
 
     @property
     def name(self) -> str:

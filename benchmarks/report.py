@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-HEADLINE_PEERS = ("torch", "torch, THP", "torch.compile", "copy")  # in the README
+HEADLINE_PEERS = ("torch", "torch, THP", "torch.compile", "copy")  # in docs/benchmarks.md
 KEY = {
     "torch": "eager, with the defaults of its allocator.",
     "torch, THP": "eager; torch and pyfused in a process with THP_MEM_ALLOC_ENABLE=1.",
@@ -339,7 +339,7 @@ def write(
     allocators: Path | None = None,
     pages: Path | None = None,
 ) -> None:
-    """Write a report; with `pages`, also the tables of README.md and docs/memory.md below it."""
+    """Write a report; with `pages`, also the tables of docs/ below it."""
     found = load(files)
     if allocators:
         found |= json.loads(allocators.read_text(encoding="utf-8"))
@@ -369,5 +369,5 @@ def write(
         figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize=10)
         save(figure, folder / name)
     if pages:
-        fill(pages / "README.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")
+        fill(pages / "docs/benchmarks.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")
     print(markdown(rows), f"written to {folder}", sep="\n\n")

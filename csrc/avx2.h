@@ -35,11 +35,11 @@ PYFUSED_INLINE __m256 round_to_int(__m256 x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT);
 }
 
-// x 2^n, n < 128; 0 where n < -126.
-PYFUSED_INLINE __m256 times_power_of_2(__m256 x, __m256 n) {
+// p 2^n, -127 < n < 128; 0 where x < `least`.
+PYFUSED_INLINE __m256 times_power_of_2(__m256 p, __m256 n, __m256 x, float least) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  const __m256i positive = _mm256_max_epi32(exponent, _mm256_setzero_si256());
-  return x * _mm256_castsi256_ps(_mm256_slli_epi32(positive, 23));
+  const __m256 value = p * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  return _mm256_and_ps(value, _mm256_cmp_ps(x, _mm256_set1_ps(least), _CMP_NLT_UQ));
 }
 
 PYFUSED_INLINE Pair broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -35,7 +35,11 @@ PYFUSED_INLINE __m512 minimum(float x, __m512 y) {
 PYFUSED_INLINE __m512 round_to_int(__m512 x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
 }
-PYFUSED_INLINE __m512 times_power_of_2(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
+// p 2^n; 0 where x < `least`.
+PYFUSED_INLINE __m512 times_power_of_2(__m512 p, __m512 n, __m512 x, float least) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(kept, p, n);
+}
 
 PYFUSED_INLINE Pair broadcast(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
 PYFUSED_INLINE float sum_of_lanes(Pair x) { return _mm512_reduce_add_ps(x.low + x.high); }

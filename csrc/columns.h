@@ -23,9 +23,9 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
  public:
   static constexpr int64_t kPositions = kColumns;
 
-  Columns(const Positions& shape, int64_t first, bool streams, double scale = 1)
-      : shape(shape), first(first), n(std::min(kColumns, shape.positions() - first)),
-        streams(streams), scale(A(scale)) {}
+  // The positions first to first + n, at most kColumns.
+  Columns(const Positions& shape, int64_t first, int64_t n, bool streams, double scale = 1)
+      : shape(shape), first(first), n(n), streams(streams), scale(A(scale)) {}
 
  protected:
   using A = Accumulate<T>;
@@ -40,13 +40,14 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
   alignas(kVectorBytes) Lanes log_sum;
   alignas(kVectorBytes) A max[kColumns];
-  alignas(kVectorBytes) Tile x;
+  Lines<A> x;                    // what for_tiles reads
   alignas(kVectorBytes) Tile e;  // exp(x - max)
 
   // Whether one stride separates all positions of the block.
   bool evenly_spaced() const { return shape.outer == 1 || first % shape.inner + n <= shape.inner; }
-  template <class U> bool positions_contiguous(const View<U>& view) const {
-    return view.inner == 1 && evenly_spaced();
+  // Whether a line of the block is one of the tensor.
+  template <class U> bool whole_lines(const View<U>& view) const {
+    return view.inner == 1 && n == kColumns && evenly_spaced();
   }
   template <class U> bool transposes(const View<U>& view) const {
     return kTransposes<T> && view.classes == 1 && evenly_spaced();
@@ -58,16 +59,55 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     return narrow_tile;
   }
 
-  void load_tile(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
-    if (positions_contiguous(view)) {
-      const T* from = shape.at(view, first) + c * view.classes;
-      for (int64_t i = 0; i < k; ++i) {
-        const T* const piece = from + i * view.classes;
-        load(piece, tile[i], n);
-        // The hardware prefetcher does not follow as many streams as classes: 1.1 to 1.3 times
-        // faster.
-        for (int64_t b = 0; b < n; b += kLanes<T>) PYFUSED_PREFETCH(piece + n + b);
+  // Whether the block is one contiguous piece for a class, or few that are long.
+  template <class U> bool has_pieces(const View<U>& view) const {
+    return view.inner == 1 && (shape.inner >= 16 || evenly_spaced());
+  }
+
+  // Calls body(first position in the block, positions) for what lies side by side where the
+  // positions of one index of the outer dimensions are contiguous.
+  template <class Body> void for_pieces(const Body& body) const {
+    for (int64_t b = 0, count = 0; b < n; b += count) {
+      count = shape.outer == 1 ? n : std::min(n - b, shape.inner - (first + b) % shape.inner);
+      // A constant makes short loops of instructions without tests.
+      count == kColumns ? body(b, std::integral_constant<int64_t, kColumns>()) : body(b, count);
+    }
+  }
+
+  // All classes of a block of whole lines.
+  Lines<T> lines_of(const View<const T>& view) const {
+    const Lines<T> found{shape.at(view, first), view.classes};
+    for (int64_t i = 0; i < shape.classes; ++i) prefetch_after(found[i], kColumns);
+    return found;
+  }
+
+  // Returns k classes of the block, in the tensor itself if they are as a tile has them.
+  Lines<A> lines(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (whole_lines(view)) {
+        const Lines<A> found{shape.at(view, first) + c * view.classes, view.classes};
+        for (int64_t i = 0; i < k; ++i) prefetch_after(found[i], kColumns);
+        return found;
       }
+    }
+    load_tile(view, c, k, tile);
+    return {tile[0], kColumns};
+  }
+
+  // The hardware prefetcher does not follow as many streams as classes: 1.1 to 1.3 times faster.
+  static void prefetch_after(const T* piece, int64_t count) {
+    for (int64_t b = 0; b < count; b += kLanes<T>) PYFUSED_PREFETCH(piece + count + b);
+  }
+
+  void load_tile(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
+    if (has_pieces(view)) {
+      for_pieces([&](int64_t b, auto count) {
+        const T* from = shape.at(view, first + b) + c * view.classes;
+        for (int64_t i = 0; i < k; ++i, from += view.classes) {
+          load(from, tile[i] + b, count);
+          prefetch_after(from, count);
+        }
+      });
     } else if (transposes(view)) {
       if constexpr (kTransposes<T>) {
         load_transposed(shape.at(view, first) + c, view.inner, tile[0], kColumns, k, n);
@@ -86,10 +126,26 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
       std::fill(tile[i] + n, tile[i] + kColumns, A(0));
   }
 
+  // Stores what compute(class in the tile, line of results) writes, through the tile or not.
+  template <class Compute>
+  void write_lines(Tile& tile, const View<T>& view, int64_t c, int64_t k, const Compute& compute) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (whole_lines(view) && !streams) {
+        A* const to = shape.at(view, first) + c * view.classes;
+        for (int64_t i = 0; i < k; ++i) compute(i, to + i * view.classes);
+        return;
+      }
+    }
+    for (int64_t i = 0; i < k; ++i) compute(i, tile[i]);
+    store_tile(tile, view, c, k);
+  }
+
   void store_tile(Tile& tile, const View<T>& view, int64_t c, int64_t k) {
-    if (positions_contiguous(view)) {
-      T* to = shape.at(view, first) + c * view.classes;
-      for (int64_t i = 0; i < k; ++i) write(tile[i], to + i * view.classes, n, streams);
+    if (has_pieces(view)) {
+      for_pieces([&](int64_t b, auto count) {
+        T* const to = shape.at(view, first + b) + c * view.classes;
+        for (int64_t i = 0; i < k; ++i) write(tile[i] + b, to + i * view.classes, count, streams);
+      });
     } else if (transposes(view)) {
       if constexpr (kTransposes<T>) {
         store_transposed(tile[0], kColumns, shape.at(view, first) + c, view.inner, k, n);
@@ -109,9 +165,14 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     for (int64_t c = 0; c < shape.classes; c += kTileClasses) {
       const int64_t k = std::min(kTileClasses, shape.classes - c);
       if (shape.classes > kTileClasses || !loaded) {
-        load_tile(view, c, k, x);
-        for (int64_t i = 0; scale != 1 && i < k; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) x[i][b] *= scale;
+        if (scale == 1) {
+          x = lines(view, c, k, tile);
+        } else {
+          load_tile(view, c, k, tile);
+          for (int64_t i = 0; i < k; ++i) {
+            for (int64_t b = 0; b < kColumns; ++b) tile[i][b] *= scale;
+          }
+          x = {tile[0], kColumns};
         }
       }
       loaded = true;
@@ -125,14 +186,15 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
   }
 
-  void find_normalizer(const View<const T>& view) {
+  // With Keeps, e holds the exponentials of the last tile.
+  template <bool Keeps> void find_normalizer(const View<const T>& view) {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
     std::fill_n(max, kColumns, lowest);
     std::fill_n(sum, kColumns, 0.0);
     alignas(kVectorBytes) A pivot[kColumns];
     for_tiles(view, [&](int64_t c, int64_t k) {
       for (int64_t b = 0; b < kColumns; ++b) pivot[b] = max[b];
-      largest_of_columns(x, k, pivot);
+      largest_of_columns<kColumns>(x, k, pivot);
       for (int64_t b = 0; b < kColumns; ++b) {
         const A previous = max[b];
         max[b] = pivot[b];
@@ -141,7 +203,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
       }
       for_groups(k, [&](int64_t begin, int64_t end) {
         alignas(kVectorBytes) A part[kColumns];
-        exponentials_of_columns(x + begin, pivot, end - begin, e + begin, part);
+        exponentials_of_columns<kColumns, Keeps>(x.from(begin), pivot, end - begin, e[begin], part);
         for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
       });
     });
@@ -153,6 +215,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
 
  private:
   bool loaded = false;  // classes that fit one tile are read once
+  alignas(kVectorBytes) Tile tile;
   alignas(kVectorBytes) Line narrow_tile[kTileClasses];
 };
 

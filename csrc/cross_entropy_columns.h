@@ -24,11 +24,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   using Base::kPositions;
 
   CrossEntropyColumns(const CrossEntropyBatch<T>& ce, int64_t first)
-      : Base(ce, first, ce.streams, ce.scale), ce(ce) {}
+      : Base(ce, first, std::min(kColumns, ce.positions() - first), ce.streams, ce.scale), ce(ce) {}
 
   double run() {
     find_targets();
-    Base::find_normalizer(ce.logits);
+    ce.grad_logits.data ? Base::template find_normalizer<true>(ce.logits)
+                        : Base::template find_normalizer<false>(ce.logits);
     Base::find_log_sum();
     find_target_logits();
     if (ce.dense()) {

@@ -82,22 +82,51 @@ PYFUSED_INLINE void exponentials(const A* x, const A* pivot, A* e, int64_t n) {
   for (int64_t i = 0; i < n; ++i) e[i] = exp_shifted(x[i] - pivot[i]);
 }
 
+// Rows of columns, in a tile or in the tensor itself.
+template <class A> struct Lines {
+  const A* data;
+  int64_t stride;
+
+  const A* operator[](int64_t row) const { return data + row * stride; }
+  Lines from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
 // The largest of each column of k rows and of `highest`.
-template <class A, size_t kColumns>
-PYFUSED_INLINE void largest_of_columns(const A (*x)[kColumns], int64_t k, A* highest) {
+template <int64_t kColumns, class A>
+PYFUSED_INLINE void largest_of_columns(Lines<A> x, int64_t k, A* highest) {
   for (int64_t i = 0; i < k; ++i) {
-    for (size_t b = 0; b < kColumns; ++b) highest[b] = x[i][b] > highest[b] ? x[i][b] : highest[b];
+    for (int64_t b = 0; b < kColumns; ++b) highest[b] = x[i][b] > highest[b] ? x[i][b] : highest[b];
   }
 }
 
-// e = exp(x - pivot), with a pivot for each column, and the sum of each column.
-template <class A, size_t kColumns>
-PYFUSED_INLINE void exponentials_of_columns(const A (*x)[kColumns], const A* pivot, int64_t k,
-                                            A (*e)[kColumns], A* sums) {
+// e = exp(x - pivot), with a pivot for each column, and the sum of each column. Without Keeps, e is
+// one row, which is overwritten.
+template <int64_t kColumns, bool Keeps, class A>
+PYFUSED_INLINE void exponentials_of_columns(Lines<A> x, const A* pivot, int64_t k, A* e, A* sums) {
   std::fill_n(sums, kColumns, A(0));
   for (int64_t i = 0; i < k; ++i) {
-    exponentials(x[i], pivot, e[i], kColumns);
-    for (size_t b = 0; b < kColumns; ++b) sums[b] += e[i][b];
+    A* const powers = Keeps ? e + i * kColumns : e;
+    exponentials(x[i], pivot, powers, kColumns);
+    for (int64_t b = 0; b < kColumns; ++b) sums[b] += powers[b];
+  }
+}
+
+// The sum of each column of x y; without kProducts of x.
+template <int64_t kColumns, bool kProducts, class T, class A>
+PYFUSED_INLINE void sums_of_columns(Lines<T> x, Lines<T> y, int64_t k, A* sums) {
+  std::fill_n(sums, kColumns, A(0));
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t b = 0; b < kColumns; ++b) sums[b] += kProducts ? x[i][b] * y[i][b] : x[i][b];
+  }
+}
+
+// The gradient of softmax or, with kLogarithm, of log_softmax, from its output y; total is the sum
+// of dy y or of dy over the classes.
+template <bool kLogarithm, class T, class A>
+PYFUSED_INLINE void softmax_gradient(const T* dy, const T* y, const A* total, T* dx, int64_t n) {
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) {
+    dx[i] = kLogarithm ? dy[i] - exp_shifted(y[i]) * total[i] : y[i] * (dy[i] - total[i]);
   }
 }
 
@@ -112,15 +141,15 @@ inline constexpr float kExp<float16>[] = {4.15035798e-2f, 1.67878997e-1f, 5.0003
 template <>
 inline constexpr float kExp<bfloat16>[] = {1.65178276e-1f, 5.04134497e-1f, 1.00019623f, 1.0f};
 
-// exp(x) factor, to 2 + |x| / 30 ULP of a float; 0 below the range of float. Each instruction here
-// is about 6% of a row's time. Four registers at a time are 1.2 times faster than two.
+// exp(x) factor, to 2 + |x| / 30 ULP of a float; 0 where exp(x) < 2^-126, as many processors take a
+// hundred cycles for a result that is subnormal or rounds to 0. Each instruction here is about 6%
+// of a row's time. Four registers at a time are 1.2 times faster than two.
 template <class T, class V> PYFUSED_INLINE V exp_floats(V x, float factor = 1) {
-  x = maximum(-104.0f, x);
   const V n = round_to_int(x * 1.44269504f);
   const V r = x - n * 0.693147182f;
   V p = r * (kExp<T>[0] * factor) + kExp<T>[1] * factor;
   for (size_t i = 2; i < std::size(kExp<T>); ++i) p = p * r + kExp<T>[i] * factor;
-  return times_power_of_2(p, n);
+  return times_power_of_2(p, n, x, -87.3365f);
 }
 
 template <class T> float largest(const T* x, int64_t n, float highest) {
@@ -156,8 +185,7 @@ float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_
   return sum_of_lanes(sum);
 }
 
-// Writes f(x), rounded to T. The lanes after the row's end hold `fill`, because an exponential that
-// underflows takes as long as about ten others.
+// Writes f(x), rounded to T. The lanes after the row's end hold `fill`.
 template <class U, class F, class T>
 PYFUSED_INLINE void write_each(const U* x, float fill, const F& f, T* out, int64_t n,
                                bool streams) {
@@ -199,27 +227,50 @@ PYFUSED_INLINE void exponentials(const float* x, const float* pivot, float* e, i
 }
 
 // A maximum or a sum stays in registers while the rows are read. kColumns is a multiple of kPair.
-template <size_t kColumns>
-PYFUSED_INLINE void largest_of_columns(const float (*x)[kColumns], int64_t k, float* highest) {
-  for (size_t b = 0; b < kColumns; b += kPair) {
+template <int64_t kColumns>
+PYFUSED_INLINE void largest_of_columns(Lines<float> x, int64_t k, float* highest) {
+  for (int64_t b = 0; b < kColumns; b += kPair) {
     Pair high = load_pair(highest + b);
     for (int64_t i = 0; i < k; ++i) high = maximum(load_pair(x[i] + b), high);
     store_pair(high, highest + b);
   }
 }
 
-template <size_t kColumns>
-PYFUSED_INLINE void exponentials_of_columns(const float (*x)[kColumns], const float* pivot,
-                                            int64_t k, float (*e)[kColumns], float* sums) {
-  for (size_t b = 0; b < kColumns; b += kPair) {
+template <int64_t kColumns, bool Keeps>
+PYFUSED_INLINE void exponentials_of_columns(Lines<float> x, const float* pivot, int64_t k, float* e,
+                                            float* sums) {
+  for (int64_t b = 0; b < kColumns; b += kPair) {
     const Pair shift = load_pair(pivot + b);
     Pair sum = broadcast(0);
     for (int64_t i = 0; i < k; ++i) {
       const Pair value = exp_floats<float>(load_pair(x[i] + b) - shift);
-      store_pair(value, e[i] + b);
+      if (Keeps) store_pair(value, e + i * kColumns + b);
       sum = sum + value;
     }
     store_pair(sum, sums + b);
+  }
+}
+
+template <int64_t kColumns, bool kProducts, class T>
+PYFUSED_INLINE void sums_of_columns(Lines<T> x, Lines<T> y, int64_t k, float* sums) {
+  for (int64_t b = 0; b < kColumns; b += kPair) {
+    Pair sum = broadcast(0);
+    for (int64_t i = 0; i < k; ++i) {
+      const Pair value = load_pair(x[i] + b);
+      sum = sum + (kProducts ? value * load_pair(y[i] + b) : value);
+    }
+    store_pair(sum, sums + b);
+  }
+}
+
+// n is a multiple of kPair.
+template <bool kLogarithm, class T>
+PYFUSED_INLINE void softmax_gradient(const T* dy, const T* y, const float* total, T* dx,
+                                     int64_t n) {
+  for (int64_t i = 0; i < n; i += kPair) {
+    const Pair of_output = load_pair(dy + i), value = load_pair(y + i), sum = load_pair(total + i);
+    store_pair(kLogarithm ? of_output - exp_floats<T>(value) * sum : value * (of_output - sum),
+               dx + i);
   }
 }
 #endif

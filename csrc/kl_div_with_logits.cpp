@@ -149,6 +149,7 @@ template <class T, bool kScales> void kl_div_rows(const KlDiv<T>& kl) {
 }
 
 template <class T> void kl_div_with_logits(const KlDiv<T>& kl) {
+  const FlushSubnormals flush;
   kl.scale == 1 ? kl_div_rows<T, false>(kl) : kl_div_rows<T, true>(kl);
 }
 

@@ -53,8 +53,10 @@ template <int N> PYFUSED_INLINE Registers<N> minimum(float x, Registers<N> y) {
 template <int N> PYFUSED_INLINE Registers<N> round_to_int(Registers<N> x) {
   return {round_to_int(x.low), round_to_int(x.high)};
 }
-template <int N> PYFUSED_INLINE Registers<N> times_power_of_2(Registers<N> x, Registers<N> n) {
-  return {times_power_of_2(x.low, n.low), times_power_of_2(x.high, n.high)};
+template <int N> PYFUSED_INLINE Registers<N> times_power_of_2(Registers<N> p, Registers<N> n,
+                                                              Registers<N> x, float least) {
+  return {times_power_of_2(p.low, n.low, x.low, least),
+          times_power_of_2(p.high, n.high, x.high, least)};
 }
 
 // x, with a NaN replaced by one that stays NaN when its lower bits are rounded away.

@@ -281,6 +281,7 @@ template <class T> class LogitRow {
 // ---- the batch ----------------------------------------------------------------------------------
 
 template <class T, class Body> void for_rows(const LogitRows<T>& rows, const Body& body) {
+  const FlushSubnormals flush;
   const int64_t size = rows_of_block(rows.classes);
   const int64_t blocks = (rows.rows + size - 1) / size;
   parallel_for_with<LogitRow<T>>(blocks, rows.threads, [&](int64_t block, auto workspace) {

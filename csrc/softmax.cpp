@@ -86,75 +86,95 @@ template <class T, int64_t kColumns, int64_t kTileClasses>
 class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
-  using Base::for_tiles, Base::for_groups, Base::load_tile, Base::store_tile;
+  using Base::first, Base::streams, Base::for_tiles, Base::for_groups, Base::whole_lines;
+  using Base::lines, Base::lines_of, Base::write_lines;
   using Base::sum, Base::log_sum, Base::max, Base::x, Base::e;
 
  public:
   using Base::kPositions;
 
-  SoftmaxColumns(const Softmax<T>& softmax, int64_t first, bool streams)
-      : Base(softmax, first, streams), softmax(softmax) {}
+  SoftmaxColumns(const Softmax<T>& softmax, int64_t first, int64_t n, bool streams)
+      : Base(softmax, first, n, streams), softmax(softmax) {}
 
   void forward() {
-    Base::find_normalizer(softmax.input);
+    const bool kept = softmax.classes <= kTileClasses;
     alignas(kVectorBytes) A last[kColumns];  // what is subtracted, or multiplied by
     if (softmax.logarithm) {
+      Base::template find_normalizer<false>(softmax.input);
       Base::find_log_sum();
       std::copy_n(log_sum, kColumns, last);
     } else {
+      Base::template find_normalizer<true>(softmax.input);
       PYFUSED_SIMD()
       for (int64_t b = 0; b < kColumns; ++b) last[b] = A(1 / sum[b]);
     }
     for_tiles(softmax.input, [&](int64_t c, int64_t k) {
-      for (int64_t i = 0; i < k; ++i) {
+      write_lines(e, softmax.output, c, k, [&](int64_t i, A* y) {
+        const A* const logits = x[i];
         if (softmax.logarithm) {
-          for (int64_t b = 0; b < kColumns; ++b) e[i][b] = (x[i][b] - max[b]) - last[b];
+          PYFUSED_SIMD()
+          for (int64_t b = 0; b < kColumns; ++b) y[b] = (logits[b] - max[b]) - last[b];
         } else {
-          if (softmax.classes > kTileClasses) exponentials(x[i], max, e[i], kColumns);
-          for (int64_t b = 0; b < kColumns; ++b) e[i][b] *= last[b];
+          if (!kept) exponentials(logits, max, e[i], kColumns);
+          const A* const powers = e[i];
+          PYFUSED_SIMD()
+          for (int64_t b = 0; b < kColumns; ++b) y[b] = powers[b] * last[b];
         }
-      }
-      store_tile(e, softmax.output, c, k);
+      });
     });
   }
 
-  void backward() {
-    std::fill_n(sum, kColumns, 0.0);
-    for_pairs([&](int64_t, int64_t k) {
-      for_groups(k, [&](int64_t begin, int64_t end) {
-        alignas(kVectorBytes) A part[kColumns] = {};
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t b = 0; b < kColumns; ++b) {
-            part[b] += softmax.logarithm ? e[i][b] : e[i][b] * x[i][b];
-          }
-        }
-        for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
-      });
-    });
-    alignas(kVectorBytes) A total[kColumns];
-    std::copy_n(sum, kColumns, total);
-    std::fill_n(max, kColumns, A(0));
-    for_pairs([&](int64_t c, int64_t k) {
-      for (int64_t i = 0; i < k; ++i) {
-        if (softmax.logarithm) {
-          exponentials(x[i], max, x[i], kColumns);
-          for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= x[i][b] * total[b];
-        } else {
-          for (int64_t b = 0; b < kColumns; ++b) e[i][b] = x[i][b] * (e[i][b] - total[b]);
-        }
-      }
-      store_tile(e, softmax.output, c, k);
-    });
-  }
+  void backward() { softmax.logarithm ? backward<true>() : backward<false>(); }
 
  private:
   const Softmax<T>& softmax;
+  Lines<A> grad_output;
   bool paired = false;
+  alignas(kVectorBytes) A total[kColumns];
 
-  // Calls body(first class, classes) with y in x and dy in e.
+  template <bool kLogarithm> void backward() {
+    std::fill_n(sum, kColumns, 0.0);
+    if constexpr (kTransposes<T>) {
+      if (whole_lines(softmax.input) && whole_lines(softmax.grad_output) &&
+          whole_lines(softmax.output) && !streams) {
+        return backward_in_place<kLogarithm>();
+      }
+    }
+    for_pairs([&](int64_t, int64_t k) { add_up<kLogarithm>(grad_output, x, k); });
+    std::copy_n(sum, kColumns, total);
+    for_pairs([&](int64_t c, int64_t k) {
+      write_lines(e, softmax.output, c, k, [&](int64_t i, A* dx) {
+        softmax_gradient<kLogarithm>(grad_output[i], x[i], total, dx, kColumns);
+      });
+    });
+  }
+
+  // Without tiles. Widened twice, elements of 16 bits take less time than through a tile.
+  template <bool kLogarithm> void backward_in_place() {
+    const Lines<T> y = lines_of(softmax.input), dy = lines_of(softmax.grad_output);
+    T* const dx = softmax.at(softmax.output, first);
+    add_up<kLogarithm>(dy, y, softmax.classes);
+    std::copy_n(sum, kColumns, total);
+    for (int64_t c = 0; c < softmax.classes; ++c) {
+      softmax_gradient<kLogarithm>(dy[c], y[c], total, dx + c * softmax.output.classes, kColumns);
+    }
+  }
+
+  // sum += dy y, or dy
+  template <bool kLogarithm, class L> void add_up(Lines<L> dy, Lines<L> y, int64_t k) {
+    for_groups(k, [&](int64_t begin, int64_t end) {
+      alignas(kVectorBytes) A part[kColumns];
+      sums_of_columns<kColumns, !kLogarithm>(dy.from(begin), y.from(begin), end - begin, part);
+      for (int64_t b = 0; b < kColumns; ++b) sum[b] += double(part[b]);
+    });
+  }
+
+  // Calls body(first class, classes) with y in x and dy in grad_output.
   template <class Body> void for_pairs(const Body& body) {
     for_tiles(softmax.input, [&](int64_t c, int64_t k) {
-      if (softmax.classes > kTileClasses || !paired) load_tile(softmax.grad_output, c, k, e);
+      if (softmax.classes > kTileClasses || !paired) {
+        grad_output = lines(softmax.grad_output, c, k, e);
+      }
       paired = true;
       body(c, k);
     });
@@ -285,14 +305,29 @@ template <class T> void softmax_groups(const Softmax<T>& softmax) {
 
 template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, bool streams) {
   constexpr int64_t size = Block::kPositions;
-  const int64_t blocks = (softmax.positions() + size - 1) / size;
-  parallel_for_with<Block>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
-    Block& columns = workspace.make(softmax, block * size, streams);
-    softmax.backward() ? columns.backward() : columns.forward();
-  });
+  // Blocks of 16 bits end where the contiguous positions do, unless that leaves too many
+  // incomplete.
+  const int64_t whole = (softmax.inner + size - 1) / size;
+  const bool apart = sizeof(T) == 2 && whole * size * 3 <= softmax.inner * 4;
+  const int64_t length = apart ? softmax.inner : softmax.positions();
+  const int64_t blocks = (length + size - 1) / size;
+  parallel_for_with<Block>(
+      softmax.positions() / length * blocks, softmax.threads, [&](int64_t block, auto workspace) {
+        const int64_t begin = block % blocks * size, first = block / blocks * length + begin;
+        Block& columns = workspace.make(softmax, first, std::min(size, length - begin), streams);
+        softmax.backward() ? columns.backward() : columns.forward();
+      });
+}
+
+// Whether the distance of classes is a multiple of a page: narrow columns would leave most sets of
+// the caches without use, so that classes displace each other.
+template <class T> bool far_apart(const Softmax<T>& softmax) {
+  return softmax.input.inner == 1 && softmax.inner >= 128 &&
+         softmax.input.classes * int64_t(sizeof(T)) % 4096 == 0;
 }
 
 template <class T> void softmax(const Softmax<T>& softmax) {
+  const FlushSubnormals flush;
   const size_t bytes = size_t(softmax.positions() * softmax.classes) * sizeof(T);
   const bool streams = bytes >= kStreamBytes && has_pages(softmax.output.data, bytes);
 #ifdef PYFUSED_HAS_REGISTERS
@@ -302,7 +337,7 @@ template <class T> void softmax(const Softmax<T>& softmax) {
 #endif
   if (softmax.classes_contiguous() && softmax.classes >= kRowClasses<T>) {
     softmax_rows(softmax, streams);
-  } else if (softmax.classes <= kFewClasses) {
+  } else if (softmax.classes <= kFewClasses || far_apart(softmax)) {
     softmax_columns<SoftmaxColumns<T, 128, kFewClasses>>(softmax, streams);
   } else {
     softmax_columns<SoftmaxColumns<T, 32, 128>>(softmax, streams);

@@ -61,9 +61,18 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
     raise nodes.SkipNode
 
 
+def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
+    """Marks where a name in a table may go on in the next line: behind its underscores."""
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            if "_" in text:
+                text.parent.replace(text, nodes.Text(text.replace("_", "_\u200b")))
+
+
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", gallery.fill)
     app.connect("builder-inited", pages.write)
+    app.connect("doctree-resolved", let_names_break)
     app.connect("autodoc-process-docstring", pages.arguments, priority=400)  # Napoleon has 500
     app.connect("autodoc-process-docstring", pages.returns, priority=400)

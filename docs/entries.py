@@ -128,7 +128,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_kl_div": Entry(
             r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
-            "The same, of the last layers of two language models, whose logits are large.",
+            "Distillation of language models, from the inputs of their last layers: logits are"
+            " never held as a whole.",
             tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
             low=-5.0,
             high=5.0,
@@ -136,8 +137,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_topk_kl_div": Entry(
             r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
-            "The same, where only the k largest probabilities of the teacher were saved; r is all"
-            " the rest.",
+            "Distillation where only the k largest probabilities of the teacher were saved; r is"
+            " all the rest.",
             tuple(
                 Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")
             ),
@@ -263,7 +264,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_log_probs": Entry(
             r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
-            "The same, of the last layer of a language model, whose logits are large.",
+            "Log-probabilities of a language model, from the input of its last layer: logits are"
+            " never held as a whole.",
             tuple(
                 Curve(label, options=HEAD | {"target": torch.full((401,), target)} | options)
                 for label, target, options in (
@@ -352,6 +354,126 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"\tanh\, x",
             "Outputs between -1 and 1: recurrent networks, bounded actions.",
             (Curve(""),),
+        ),
+        "relu6": Entry(
+            r"\min(\max(x, 0), 6)",
+            "ReLU whose outputs are bounded, for networks that are quantized.",
+            (Curve(""),),
+            low=-3.0,
+            high=8.0,
+        ),
+        "hardtanh": Entry(
+            r"\min(\max(x, a), b)",
+            "Outputs between two bounds, without an exponential.",
+            (
+                Curve(""),
+                Curve("max_val 2", options={"max_val": 2.0}),
+            ),
+        ),
+        "hardsigmoid": Entry(
+            r"\frac{\min(\max(x + 3, 0), 6)}{6}",
+            "A sigmoid of straight lines: gates of networks for small devices.",
+            (Curve(""),),
+            low=-6.0,
+            high=6.0,
+        ),
+        "hardswish": Entry(
+            r"x \, \frac{\min(\max(x + 3, 0), 6)}{6}",
+            "silu of straight lines: MobileNetV3.",
+            (Curve(""),),
+            low=-6.0,
+            high=6.0,
+        ),
+        "hardshrink": Entry(
+            r"\begin{cases} x & |x| > \lambda \\"
+            r" 0 & \text{else} \end{cases}",
+            "Sparse codes: small values count as none.",
+            (
+                Curve(""),
+                Curve("lambd 1", options={"lambd": 1.0}),
+            ),
+        ),
+        "softshrink": Entry(
+            r"\mathrm{sign}(x) \, \max(|x| - \lambda, 0)",
+            "Sparse codes, and steps of solvers with an absolute penalty.",
+            (
+                Curve(""),
+                Curve("lambd 1", options={"lambd": 1.0}),
+            ),
+        ),
+        "elu": Entry(
+            r"\begin{cases} x & x > 0 \\"
+            r" \alpha (e^x - 1) & \text{else} \end{cases}",
+            "Smooth where the slope bends, with outputs whose mean is nearer to 0 than ReLU's.",
+            (
+                Curve(""),
+                Curve("alpha 0.5", options={"alpha": 0.5}),
+            ),
+        ),
+        "selu": Entry(
+            r"\lambda \begin{cases} x & x > 0 \\"
+            r" \alpha (e^x - 1) & \text{else} \end{cases}",
+            "Deep networks without normalization layers.",
+            (Curve(""),),
+        ),
+        "celu": Entry(
+            r"\begin{cases} x & x > 0 \\"
+            r" \alpha (e^{x / \alpha} - 1) & \text{else} \end{cases}",
+            "elu whose slope is continuous for every alpha.",
+            (
+                Curve(""),
+                Curve("alpha 0.5", options={"alpha": 0.5}),
+            ),
+        ),
+        "mish": Entry(
+            r"x \, \tanh(\log(1 + e^x))",
+            "Detectors of the YOLO family.",
+            (Curve(""),),
+            low=-6.0,
+            high=3.0,
+        ),
+        "softplus": Entry(
+            r"\frac{1}{\beta} \log(1 + e^{\beta x})",
+            "Outputs that have to be positive: variances, rates.",
+            (
+                Curve(""),
+                Curve("beta 3", options={"beta": 3.0}),
+            ),
+        ),
+        "logsigmoid": Entry(
+            r"-\log(1 + e^{-x})",
+            "Log-probabilities of labels; losses of preferences.",
+            (Curve(""),),
+        ),
+        "softsign": Entry(
+            r"\frac{x}{1 + |x|}",
+            "Like tanh, but it saturates slowly.",
+            (Curve(""),),
+            low=-6.0,
+            high=6.0,
+        ),
+        "tanhshrink": Entry(
+            r"x - \tanh\, x",
+            "Values near 0 are damped.",
+            (Curve(""),),
+        ),
+        "swiglu": Entry(
+            r"u \, x \, \sigma(x)",
+            "The gated layers of Llama, Qwen and Mistral; u is the layer's other half.",
+            (Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))),
+            axis="gate",
+        ),
+        "geglu": Entry(
+            r"u \, x \, \Phi(x)",
+            "The gated layers of Gemma and T5.",
+            (Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))),
+            axis="gate",
+        ),
+        "reglu": Entry(
+            r"u \, \max(x, 0)",
+            "Gated layers without an exponential.",
+            (Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))),
+            axis="gate",
         ),
         "softcap": Entry(
             r"c \, \tanh\, \frac{x}{c}",
@@ -577,6 +699,91 @@ y.sum().backward()
     "tanh": """
 x = torch.randn(64, 10, requires_grad=True)
 y = F.tanh(x)
+y.sum().backward()
+""",
+    "relu6": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.relu6(x)
+y.sum().backward()
+""",
+    "hardtanh": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.hardtanh(x, -2.0, 2.0)
+y.sum().backward()
+""",
+    "hardsigmoid": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.hardsigmoid(x)
+y.sum().backward()
+""",
+    "hardswish": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.hardswish(x)
+y.sum().backward()
+""",
+    "hardshrink": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.hardshrink(x, lambd=0.1)
+y.sum().backward()
+""",
+    "softshrink": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.softshrink(x, lambd=0.1)
+y.sum().backward()
+""",
+    "elu": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.elu(x, alpha=0.5)
+y.sum().backward()
+""",
+    "selu": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.selu(x)
+y.sum().backward()
+""",
+    "celu": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.celu(x, alpha=0.5)
+y.sum().backward()
+""",
+    "mish": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.mish(x)
+y.sum().backward()
+""",
+    "softplus": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.softplus(x, beta=2.0)
+y.sum().backward()
+""",
+    "logsigmoid": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.logsigmoid(x)
+y.sum().backward()
+""",
+    "softsign": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.softsign(x)
+y.sum().backward()
+""",
+    "tanhshrink": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.tanhshrink(x)
+y.sum().backward()
+""",
+    "swiglu": """
+gate, up = torch.randn(2, 64, 10, requires_grad=True)
+y = F.swiglu(gate, up)
+y.sum().backward()
+""",
+    "geglu": """
+gate, up = torch.randn(2, 64, 10, requires_grad=True)
+y = F.geglu(gate, up)
+y.sum().backward()
+""",
+    "reglu": """
+gate, up = torch.randn(2, 64, 10, requires_grad=True)
+y = F.reglu(gate, up)
 y.sum().backward()
 """,
     "softcap": """

@@ -16,6 +16,7 @@ import torch
 from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
+from pyfused.ops.dispatch import LINEAR, OF_LOGITS
 from pyfused.ops.operators import OPERATORS
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
@@ -43,8 +44,15 @@ def measured(name: str) -> str:
         if rows:
             tables.append(f"{report.machine(found)}:\n\n{report.markdown(rows)}")
     if not tables:
+        if name in LINEAR + OF_LOGITS:
+            return (
+                "[Language models](../language-models.md) has times and peak memory of the heads of"
+                " language models, beside torch's and those of three matrix products."
+            )
         return (
-            "No report has this operator yet. [Benchmarks](../benchmarks.md) describes the method."
+            "No machine's report has this operator, which is newer than they are."
+            f' `make bench-quick BENCH_ARGS="-k {name}"` measures it on yours, and'
+            " [benchmarks](../benchmarks.md) describes the method."
         )
     method = (
         "Medians, and in brackets the quartiles of the ratio. A ratio above 1 says that pyfused is"

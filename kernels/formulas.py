@@ -1053,26 +1053,655 @@ def gelu_tanh_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
     c2 = tl.full([], float("1.5957691216057308"), tl.float64)
     c3 = tl.full([], float("1.0"), tl.float64)
     c4 = tl.full([], float("0.134145"), tl.float64)
+    c5 = tl.full([], float("0.0"), tl.float64)
     c0 = c0.to(grad_output.dtype)
     c1 = c1.to(grad_output.dtype)
     c2 = c2.to(grad_output.dtype)
     c3 = c3.to(grad_output.dtype)
     c4 = c4.to(grad_output.dtype)
+    c5 = c5.to(grad_output.dtype)
     r0 = x * c1
     r0 = x * r0
     r0 = x * r0 + x
     r0 = r0 * c2
     r1 = exp_nonpositive(-tl.abs(r0), EXACT)
-    r1 = tl.where(r0 < 0.0, r1, 1.0) * reciprocal(1.0 + r1, EXACT)
-    r0 = c3 - r1
-    r0 = r1 * r0
-    r2 = x * c4
-    r2 = x * r2 + c3
-    r2 = r2 * c2
-    r0 = r0 * r2
-    r0 = x * r0 + r1
+    r2 = r1 + c3
+    r2 = 1.0 / r2
+    r1 = r1 * r2
+    r3 = r2 * r1
+    r4 = x * c4
+    r4 = x * r4 + c3
+    r4 = r4 * c2
+    r3 = r3 * r4
+    r1 = tl.where(r0 < c5, r1, r2)
+    r3 = x * r3 + r1
+    value = grad_output * r3
+    return value
+
+
+@triton.jit
+def relu6_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c2 = tl.full([], float("6.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    r0 = tl.where(c1 > x, c1, tl.where(c1 != c1, c1, x))
+    value = tl.where(c2 < r0, c2, tl.where(c2 != c2, c2, r0))
+    return value
+
+
+@triton.jit
+def relu6_formula_backward(grad_output, y, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c2 = tl.full([], float("6.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    r0 = tl.where(c1 < y, ONE, ZERO)
+    r1 = tl.where(y < c2, ONE, ZERO)
+    r1 = r0 * r1
+    value = tl.where(r1 != 0.0, grad_output, c1)
+    return value
+
+
+@triton.jit
+def hardtanh_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = parts[1]
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    r0 = tl.where(c1 > x, c1, tl.where(c1 != c1, c1, x))
+    value = tl.where(c2 < r0, c2, tl.where(c2 != c2, c2, r0))
+    return value
+
+
+@triton.jit
+def hardtanh_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = parts[1]
+    c3 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    r0 = tl.where(c1 < x, ONE, ZERO)
+    r1 = tl.where(x < c2, ONE, ZERO)
+    r1 = r0 * r1
+    value = tl.where(r1 != 0.0, grad_output, c3)
+    return value
+
+
+@triton.jit
+def hardsigmoid_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("3.0"), tl.float64)
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c3 = tl.full([], float("6.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    c3 = c3.to(x.dtype)
+    r0 = x + c1
+    r0 = tl.where(c2 > r0, c2, tl.where(c2 != c2, c2, r0))
+    r0 = tl.where(c3 < r0, c3, tl.where(c3 != c3, c3, r0))
+    value = r0 / c3
+    return value
+
+
+@triton.jit
+def hardsigmoid_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("-3.0"), tl.float64)
+    c2 = tl.full([], float("3.0"), tl.float64)
+    c3 = tl.full([], float("6.0"), tl.float64)
+    c4 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    c4 = c4.to(grad_output.dtype)
+    r0 = tl.where(c1 < x, ONE, ZERO)
+    r1 = tl.where(x < c2, ONE, ZERO)
+    r1 = r0 * r1
+    r0 = grad_output / c3
+    value = tl.where(r1 != 0.0, r0, c4)
+    return value
+
+
+@triton.jit
+def hardswish_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("3.0"), tl.float64)
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c3 = tl.full([], float("6.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    c3 = c3.to(x.dtype)
+    r0 = x + c1
+    r0 = tl.where(c2 > r0, c2, tl.where(c2 != c2, c2, r0))
+    r0 = tl.where(c3 < r0, c3, tl.where(c3 != c3, c3, r0))
+    r0 = r0 / c3
+    value = x * r0
+    return value
+
+
+@triton.jit
+def hardswish_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("-3.0"), tl.float64)
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c3 = tl.full([], float("3.0"), tl.float64)
+    c4 = tl.full([], float("0.5"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    c4 = c4.to(grad_output.dtype)
+    r0 = x / c3
+    r0 = r0 + c4
+    r0 = grad_output * r0
+    r0 = tl.where(c3 <= x, grad_output, r0)
+    value = tl.where(x <= c1, c2, r0)
+    return value
+
+
+@triton.jit
+def hardshrink_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c3 = tl.full([], float("0.0"), tl.float64)
+    c2 = (-1.0 * c1).to(tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    c3 = c3.to(x.dtype)
+    r0 = tl.where(c2 <= x, ONE, ZERO)
+    r1 = tl.where(x <= c1, ONE, ZERO)
+    r1 = r0 * r1
+    value = tl.where(r1 != 0.0, c3, x)
+    return value
+
+
+@triton.jit
+def hardshrink_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c3 = tl.full([], float("0.0"), tl.float64)
+    c2 = (-1.0 * c1).to(tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    r0 = tl.where(x < c2, ONE, ZERO)
+    r1 = tl.where(c1 < x, ONE, ZERO)
+    r1 = tl.where(r1 > r0, r1, tl.where(r1 != r1, r1, r0))
+    value = tl.where(r1 != 0.0, grad_output, c3)
+    return value
+
+
+@triton.jit
+def softshrink_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c3 = tl.full([], float("0.0"), tl.float64)
+    c2 = (-1.0 * c1).to(tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    c3 = c3.to(x.dtype)
+    r0 = x - c1
+    r1 = x + c1
+    r2 = tl.where(x == x, c3, x)
+    r1 = tl.where(x < c2, r1, r2)
+    value = tl.where(c1 < x, r0, r1)
+    return value
+
+
+@triton.jit
+def softshrink_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c3 = tl.full([], float("0.0"), tl.float64)
+    c2 = (-1.0 * c1).to(tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    r0 = tl.where(x < c2, ONE, ZERO)
+    r1 = tl.where(c1 < x, ONE, ZERO)
+    r1 = tl.where(r1 > r0, r1, tl.where(r1 != r1, r1, r0))
+    value = tl.where(r1 != 0.0, grad_output, c3)
+    return value
+
+
+@triton.jit
+def elu_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    r0 = expm1(x)
+    r0 = r0 * c1
+    value = tl.where(x < c2, r0, x)
+    return value
+
+
+@triton.jit
+def elu_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    r0 = exp(x)
+    r0 = r0 * c1
+    r0 = grad_output * r0
+    value = tl.where(c2 < x, grad_output, r0)
+    return value
+
+
+@triton.jit
+def selu_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c2 = tl.full([], float("1.7580993408473766"), tl.float64)
+    c3 = tl.full([], float("1.0507009873554805"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    c3 = c3.to(x.dtype)
+    r0 = expm1(x)
+    r0 = r0 * c2
+    r1 = x * c3
+    value = tl.where(x < c1, r0, r1)
+    return value
+
+
+@triton.jit
+def selu_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c2 = tl.full([], float("1.0507009873554805"), tl.float64)
+    c3 = tl.full([], float("1.7580993408473766"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    r0 = exp(x)
+    r0 = r0 * c3
+    r0 = tl.where(c1 < x, c2, r0)
     value = grad_output * r0
     return value
+
+
+@triton.jit
+def celu_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    r0 = x / c1
+    r0 = expm1(r0)
+    r0 = r0 * c1
+    value = tl.where(x < c2, r0, x)
+    return value
+
+
+@triton.jit
+def celu_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    r0 = x / c1
+    r0 = exp(r0)
+    r0 = grad_output * r0
+    value = tl.where(c2 < x, grad_output, r0)
+    return value
+
+
+@triton.jit
+def mish_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("25.0"), tl.float64)
+    c2 = tl.full([], float("2.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    r0 = tl.where(c1 < x, c1, tl.where(c1 != c1, c1, x))
+    r0 = exp(r0)
+    r1 = r0 + c2
+    r1 = r0 * r1
+    r0 = r1 + c2
+    r1 = r1 / r0
+    value = x * r1
+    return value
+
+
+@triton.jit
+def mish_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("25.0"), tl.float64)
+    c2 = tl.full([], float("1.0"), tl.float64)
+    c3 = tl.full([], float("0.0"), tl.float64)
+    c4 = tl.full([], float("2.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    c4 = c4.to(grad_output.dtype)
+    r0 = tl.where(c1 < x, c1, tl.where(c1 != c1, c1, x))
+    r0 = exp(r0)
+    r1 = r0 + c2
+    r1 = r0 / r1
+    r2 = r0 + c4
+    r2 = r0 * r2
+    r0 = r2 + c4
+    r3 = 1.0 / r0
+    r3 = r3 * c4
+    r3 = tl.where(c1 < x, c3, r3)
+    r0 = r2 / r0
+    r2 = r0 + c2
+    r3 = r3 * r2
+    r3 = r1 * r3
+    r3 = x * r3 + r0
+    value = grad_output * r3
+    return value
+
+
+@triton.jit
+def softplus_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = parts[1]
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    r0 = x * c1
+    r1 = exp_nonpositive(-tl.abs(r0), EXACT)
+    r1 = softplus(r0)
+    r1 = r1 / c1
+    value = tl.where(c2 < r0, x, r1)
+    return value
+
+
+@triton.jit
+def softplus_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = parts[1]
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    r0 = x * c1
+    r1 = exp_nonpositive(-tl.abs(r0), EXACT)
+    r1 = tl.where(r0 < 0.0, r1, 1.0) * reciprocal(1.0 + r1, EXACT)
+    r1 = grad_output * r1
+    value = tl.where(c2 < r0, grad_output, r1)
+    return value
+
+
+@triton.jit
+def logsigmoid_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    r0 = exp_nonpositive(-tl.abs(x), EXACT)
+    r1 = -1.0 * x
+    r0 = softplus(r1)
+    value = c1 - r0
+    return value
+
+
+@triton.jit
+def logsigmoid_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    r0 = exp_nonpositive(-tl.abs(x), EXACT)
+    r1 = -1.0 * x
+    r0 = tl.where(r1 < 0.0, r0, 1.0) * reciprocal(1.0 + r0, EXACT)
+    value = grad_output * r0
+    return value
+
+
+@triton.jit
+def softsign_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("1.0"), tl.float64)
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    r0 = tl.abs(x)
+    r0 = r0 + c1
+    value = x / r0
+    return value
+
+
+@triton.jit
+def softsign_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("1.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    r0 = tl.abs(x)
+    r0 = r0 + c1
+    r1 = x / r0
+    r1 = r1 / r0
+    r1 = grad_output * r1
+    r2 = sign(x)
+    r0 = grad_output / r0
+    value = r0 - r1 * r2
+    return value
+
+
+@triton.jit
+def tanhshrink_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c0 = c0.to(x.dtype)
+    r0 = tanh(x, EXACT)
+    value = x - r0
+    return value
+
+
+@triton.jit
+def tanhshrink_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = tl.full([], float("1.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    r0 = tanh(x, EXACT)
+    r0 = c1 - r0 * r0
+    value = grad_output - grad_output * r0
+    return value
+
+
+@triton.jit
+def swiglu_formula(gate, up, x2, x3, parts, scale):
+    value = 0.0
+    grad_gate = 0.0
+    grad_up = 0.0
+    grad_x2 = 0.0
+    grad_x3 = 0.0
+    EXACT: tl.constexpr = True
+    ONE, ZERO = tl.full([], 1.0, gate.dtype), tl.full([], 0.0, gate.dtype)
+    c0 = scale.to(tl.float64)
+    c1 = tl.full([], float("1.0"), tl.float64)
+    c0 = c0.to(gate.dtype)
+    c1 = c1.to(gate.dtype)
+    r0 = exp_nonpositive(-tl.abs(gate), EXACT)
+    r0 = tl.where(gate < 0.0, r0, 1.0) * reciprocal(1.0 + r0, EXACT)
+    r1 = gate * r0
+    value = up * r1
+    r2 = c1 - r0
+    r2 = gate * r2 + c1
+    r0 = r0 * r2
+    r0 = up * r0
+    grad_gate = r0 * c0
+    grad_up = r1 * c0
+    return value, grad_gate, grad_up, grad_x2, grad_x3
+
+
+@triton.jit
+def geglu_formula(gate, up, x2, x3, parts, scale):
+    value = 0.0
+    grad_gate = 0.0
+    grad_up = 0.0
+    grad_x2 = 0.0
+    grad_x3 = 0.0
+    EXACT: tl.constexpr = True
+    ONE, ZERO = tl.full([], 1.0, gate.dtype), tl.full([], 0.0, gate.dtype)
+    c0 = scale.to(tl.float64)
+    c0 = c0.to(gate.dtype)
+    r0 = normal_cdf(gate, EXACT)
+    r1 = gate * r0
+    value = up * r1
+    r2 = 0.3989422804014327 * exp_nonpositive(-0.5 * gate * gate, EXACT)
+    r2 = gate * r2 + r0
+    r2 = up * r2
+    grad_gate = r2 * c0
+    grad_up = r1 * c0
+    return value, grad_gate, grad_up, grad_x2, grad_x3
+
+
+@triton.jit
+def geglu_tanh_formula(gate, up, x2, x3, parts, scale):
+    value = 0.0
+    grad_gate = 0.0
+    grad_up = 0.0
+    grad_x2 = 0.0
+    grad_x3 = 0.0
+    EXACT: tl.constexpr = True
+    ONE, ZERO = tl.full([], 1.0, gate.dtype), tl.full([], 0.0, gate.dtype)
+    c0 = scale.to(tl.float64)
+    c1 = tl.full([], float("0.044715"), tl.float64)
+    c2 = tl.full([], float("1.5957691216057308"), tl.float64)
+    c3 = tl.full([], float("1.0"), tl.float64)
+    c4 = tl.full([], float("0.134145"), tl.float64)
+    c5 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(gate.dtype)
+    c1 = c1.to(gate.dtype)
+    c2 = c2.to(gate.dtype)
+    c3 = c3.to(gate.dtype)
+    c4 = c4.to(gate.dtype)
+    c5 = c5.to(gate.dtype)
+    r0 = gate * c1
+    r0 = gate * r0
+    r0 = gate * r0 + gate
+    r0 = r0 * c2
+    r1 = exp_nonpositive(-tl.abs(r0), EXACT)
+    r2 = tl.where(r0 < 0.0, r1, 1.0) * reciprocal(1.0 + r1, EXACT)
+    r2 = gate * r2
+    value = up * r2
+    r3 = r1 + c3
+    r3 = 1.0 / r3
+    r1 = r1 * r3
+    r4 = r3 * r1
+    r5 = gate * c4
+    r5 = gate * r5 + c3
+    r5 = r5 * c2
+    r4 = r4 * r5
+    r3 = tl.where(r0 < c5, r1, r3)
+    r3 = gate * r4 + r3
+    r3 = up * r3
+    grad_gate = r3 * c0
+    grad_up = r2 * c0
+    return value, grad_gate, grad_up, grad_x2, grad_x3
+
+
+@triton.jit
+def reglu_formula(gate, up, x2, x3, parts, scale):
+    value = 0.0
+    grad_gate = 0.0
+    grad_up = 0.0
+    grad_x2 = 0.0
+    grad_x3 = 0.0
+    EXACT: tl.constexpr = True
+    ONE, ZERO = tl.full([], 1.0, gate.dtype), tl.full([], 0.0, gate.dtype)
+    c0 = scale.to(tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(gate.dtype)
+    c1 = c1.to(gate.dtype)
+    r0 = tl.where(gate < c1, c1, gate)
+    value = up * r0
+    r0 = up * c0
+    grad_gate = tl.where(gate <= c1, c1, r0)
+    r0 = gate * c0
+    grad_up = tl.where(gate < c1, c1, r0)
+    return value, grad_gate, grad_up, grad_x2, grad_x3
 
 
 LOSSES = {
@@ -1100,6 +1729,10 @@ LOSSES = {
     "hinge_loss_squared": hinge_loss_squared_formula,
     "sigmoid_focal_loss": sigmoid_focal_loss_formula,
     "sigmoid_focal_loss_gamma_2": sigmoid_focal_loss_gamma_2_formula,
+    "swiglu": swiglu_formula,
+    "geglu": geglu_formula,
+    "geglu_tanh": geglu_tanh_formula,
+    "reglu": reglu_formula,
 }
 
 
@@ -1112,4 +1745,18 @@ ACTIVATIONS = {
     "silu": (silu_formula, silu_formula_backward),
     "gelu": (gelu_formula, gelu_formula_backward),
     "gelu_tanh": (gelu_tanh_formula, gelu_tanh_formula_backward),
+    "relu6": (relu6_formula, relu6_formula_backward),
+    "hardtanh": (hardtanh_formula, hardtanh_formula_backward),
+    "hardsigmoid": (hardsigmoid_formula, hardsigmoid_formula_backward),
+    "hardswish": (hardswish_formula, hardswish_formula_backward),
+    "hardshrink": (hardshrink_formula, hardshrink_formula_backward),
+    "softshrink": (softshrink_formula, softshrink_formula_backward),
+    "elu": (elu_formula, elu_formula_backward),
+    "selu": (selu_formula, selu_formula_backward),
+    "celu": (celu_formula, celu_formula_backward),
+    "mish": (mish_formula, mish_formula_backward),
+    "softplus": (softplus_formula, softplus_formula_backward),
+    "logsigmoid": (logsigmoid_formula, logsigmoid_formula_backward),
+    "softsign": (softsign_formula, softsign_formula_backward),
+    "tanhshrink": (tanhshrink_formula, tanhshrink_formula_backward),
 }

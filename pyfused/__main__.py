@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 from importlib import metadata, util
 
 import torch
@@ -14,7 +13,6 @@ import pyfused
 from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
 from pyfused.ops.operators import OPERATORS
-from pyfused.run import run
 from pyfused.tune import main as tune
 
 
@@ -94,11 +92,10 @@ def main() -> None:
     command = commands.add_parser(
         "run",
         help="run a program under pyfused.patch(), and count",
-        usage="python -m pyfused run (script | -m module | -c code | -) [argument ...]",
-        description="Run python with these arguments under pyfused.patch(), and count.",
+        usage="python -m pyfused run [--compare] (script | -m module | -c code | -) [argument ...]",
+        description="Run python with these arguments under pyfused.patch(), and say what that "
+        "gained. --compare repeats more of the calls by torch's operators, for a better estimate.",
     )
-    if sys.argv[1:2] == ["run"] and sys.argv[2:] not in ([], ["-h"], ["--help"]):
-        run(sys.argv[2:])
     tuning = commands.add_parser(
         "tune",
         help="measure from which sizes on the kernels are faster on this machine",

@@ -14,8 +14,15 @@ from pyfused.types import Reduction
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
+    "CELU",
+    "ELU",
+    "GEGLU",
     "GELU",
     "GaussianNLLLoss",
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
     "HingeEmbeddingLoss",
     "HingeLoss",
     "HuberLoss",
@@ -23,20 +30,30 @@ __all__ = [
     "L1Loss",
     "LeakyReLU",
     "LogCoshLoss",
+    "LogSigmoid",
     "MSELoss",
     "MarginRankingLoss",
+    "Mish",
     "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
     "PoissonNLLLoss",
     "QuantileLoss",
+    "ReGLU",
     "ReLU",
+    "ReLU6",
+    "SELU",
     "SiLU",
     "Sigmoid",
     "SmoothL1Loss",
     "SoftMarginLoss",
     "Softcap",
+    "Softplus",
+    "Softshrink",
+    "Softsign",
+    "SwiGLU",
     "Tanh",
+    "Tanhshrink",
 ]
 
 
@@ -294,3 +311,171 @@ class GELU(torch.nn.GELU):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.gelu(input, approximate=self.approximate)
+
+
+class ReLU6(torch.nn.ReLU6):
+    """:class:`torch.nn.ReLU6` over :func:`pyfused.functional.relu6`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu6(input, inplace=self.inplace)
+
+
+class Hardtanh(torch.nn.Hardtanh):
+    """:class:`torch.nn.Hardtanh` over :func:`pyfused.functional.hardtanh`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardtanh(input, min_val=self.min_val, max_val=self.max_val, inplace=self.inplace)
+
+
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    """:class:`torch.nn.Hardsigmoid` over :func:`pyfused.functional.hardsigmoid`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardsigmoid(input, inplace=self.inplace)
+
+
+class Hardswish(torch.nn.Hardswish):
+    """:class:`torch.nn.Hardswish` over :func:`pyfused.functional.hardswish`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardswish(input, inplace=self.inplace)
+
+
+class Hardshrink(torch.nn.Hardshrink):
+    """:class:`torch.nn.Hardshrink` over :func:`pyfused.functional.hardshrink`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardshrink(input, lambd=self.lambd)
+
+
+class Softshrink(torch.nn.Softshrink):
+    """:class:`torch.nn.Softshrink` over :func:`pyfused.functional.softshrink`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softshrink(input, lambd=self.lambd)
+
+
+class ELU(torch.nn.ELU):
+    """:class:`torch.nn.ELU` over :func:`pyfused.functional.elu`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.elu(input, alpha=self.alpha, inplace=self.inplace)
+
+
+class SELU(torch.nn.SELU):
+    """:class:`torch.nn.SELU` over :func:`pyfused.functional.selu`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.selu(input, inplace=self.inplace)
+
+
+class CELU(torch.nn.CELU):
+    """:class:`torch.nn.CELU` over :func:`pyfused.functional.celu`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.celu(input, alpha=self.alpha, inplace=self.inplace)
+
+
+class Mish(torch.nn.Mish):
+    """:class:`torch.nn.Mish` over :func:`pyfused.functional.mish`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.mish(input, inplace=self.inplace)
+
+
+class Softplus(torch.nn.Softplus):
+    """:class:`torch.nn.Softplus` over :func:`pyfused.functional.softplus`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softplus(input, beta=self.beta, threshold=self.threshold)
+
+
+class LogSigmoid(torch.nn.LogSigmoid):
+    """:class:`torch.nn.LogSigmoid` over :func:`pyfused.functional.logsigmoid`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.logsigmoid(input)
+
+
+class Softsign(torch.nn.Softsign):
+    """:class:`torch.nn.Softsign` over :func:`pyfused.functional.softsign`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softsign(input)
+
+
+class Tanhshrink(torch.nn.Tanhshrink):
+    """:class:`torch.nn.Tanhshrink` over :func:`pyfused.functional.tanhshrink`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanhshrink(input)
+
+
+class SwiGLU(torch.nn.Module):
+    """:func:`pyfused.functional.swiglu` as a module."""
+
+    __module__ = 'pyfused.nn'
+
+    def __init__(self, ) -> None:
+        super().__init__()
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.swiglu(gate, up)
+
+
+class GEGLU(torch.nn.Module):
+    """:func:`pyfused.functional.geglu` as a module."""
+
+    __module__ = 'pyfused.nn'
+
+    def __init__(self, approximate: str = 'none') -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def extra_repr(self) -> str:
+        options = {'approximate': 'none'}.items()
+        changed = [n for n, default in options if getattr(self, n) != default]
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in changed)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.geglu(gate, up, approximate=self.approximate)
+
+
+class ReGLU(torch.nn.Module):
+    """:func:`pyfused.functional.reglu` as a module."""
+
+    __module__ = 'pyfused.nn'
+
+    def __init__(self, ) -> None:
+        super().__init__()
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.reglu(gate, up)

@@ -180,7 +180,7 @@ class DeferredLogits:
             label_smoothing=label_smoothing,
             softcap=self.cap,
             scale=self.scale,
-            loss_dtype=self.dtype,
+            loss_dtype=None if self.dtype is self.hidden.dtype else self.dtype,
         )
 
 
@@ -204,14 +204,18 @@ for _name in ("add", "radd", "sub", "rsub", "matmul", "neg", "pow", "rtruediv", 
 def _finished(output: Any) -> Any:
     """Returns a model's output with None for logits of which the loss alone was asked."""
     if isinstance(output, DeferredLogits):
-        if output.computed is None and output.uses == [LOSS]:
+        if output.computed is None and set(output.uses) == {LOSS}:
             return None
         return output.tensor("the output")
     if isinstance(output, tuple):
-        return tuple(map(_finished, output))
+        parts = list(map(_finished, output))
+        if all(part is given for part, given in zip(parts, output, strict=True)):
+            return output
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
     if isinstance(output, dict):
         found = {name: _finished(value) for name, value in output.items()}
-        return output if list(found.values()) == list(output.values()) else type(output)(**found)
+        same = all(found[name] is value for name, value in output.items())
+        return output if same else type(output)(**found)
     return output
 
 
@@ -422,7 +426,7 @@ def _difference(model: Any, name: str) -> str | None:
             ]
     except Exception as error:
         return f"its forward was tried with given hidden states and has raised {error!r}"
-    if uses != [LOSS]:
+    if set(uses) != {LOSS}:
         read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
         return f"its logits are read by {read or 'no cross-entropy'}, beside its loss"
     tolerance = max(1e-3, 16 * torch.finfo(weight.dtype).eps)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module
 
 import pyfused.nn as nn
-from pyfused import causal_lm
+from pyfused import causal_lm, gated_mlp
 from pyfused.ops.operators import OPERATORS
 
 Model = TypeVar("Model", bound=Module)
@@ -62,6 +62,9 @@ def convert(model: Model, *, head: str | None = None) -> Model:
     runs with a few random hidden states, with both ways to the loss, and a model is left as it is
     where the loss or its gradient differ, or where the logits are read by something else.
 
+    Of the MLPs of transformers those that compute ``act(gate_proj(x)) * up_proj(x)`` get
+    :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
+
     What is swapped and what is left, :func:`plan_conversion` says before; the logger ``pyfused``
     has it at level INFO.
 
@@ -87,6 +90,8 @@ def convert(model: Model, *, head: str | None = None) -> Model:
             continue
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
+        elif gated_mlp.is_known(module):
+            gated_mlp.fuse(module)
         else:
             causal_lm.fuse(module, head if name == "." else None)
         setattr(module, _MARK, True)
@@ -119,7 +124,7 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             reason = _reason_to_leave(module)
         if reason:
             left.append(Left(name, type(module).__qualname__, reason))
-        elif has_head or type(module) in FUSED:
+        elif has_head or type(module) in FUSED or gated_mlp.is_known(module):
             swapped.append(name)
     return Conversion(tuple(swapped), tuple(left))
 
@@ -180,7 +185,7 @@ def _reason_to_leave(module: Module) -> str | None:
     for torch_class in FUSED:
         if type(module) is torch_class and "forward" in vars(module):
             return "its forward was replaced"
-        if type(module) is not torch_class and isinstance(module, torch_class):
+        if type(module) not in FUSED and isinstance(module, torch_class):
             return f"is a subclass of torch.nn.{torch_class.__name__}"
         if getattr(module, "original_name", None) == torch_class.__name__:
             return "is compiled by torch.jit"

@@ -125,7 +125,9 @@ def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
     if reason is not None:
         return Explanation(op.name, "torch", reason)
     local = op.local_of(arguments)
-    return _by_kernel(op, input, op.strategy if local is None else lambda _: BY_SHARDS)
+    return _by_kernel(
+        op, input, lambda _: op.strategy_of(arguments) if local is None else BY_SHARDS
+    )
 
 
 def _by_kernel(op: Operator, input: Tensor, strategy: Callable[[Tensor], str]) -> Explanation:

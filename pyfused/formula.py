@@ -263,7 +263,7 @@ class Formula:
         return self.dispatched(*operands, **named)
 
     def dispatched(self, *operands: Tensor, **named: Any) -> Tensor:
-        """A call that is dispatched, and counted by ``pyfused.run``, whatever its size."""
+        """Dispatches a call, whatever its size."""
         return dispatch.call(self.op, self.arguments(operands, named))
 
     def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:

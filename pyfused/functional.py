@@ -21,8 +21,15 @@ from pyfused.ops.dispatch import call
 from pyfused.ops.elementwise import (
     BINARY_CROSS_ENTROPY,
     BINARY_CROSS_ENTROPY_WITH_LOGITS,
+    CELU,
+    ELU,
     GAUSSIAN_NLL_LOSS,
+    GEGLU,
     GELU,
+    HARDSHRINK,
+    HARDSIGMOID,
+    HARDSWISH,
+    HARDTANH,
     HINGE_EMBEDDING_LOSS,
     HINGE_LOSS,
     HUBER_LOSS,
@@ -30,20 +37,30 @@ from pyfused.ops.elementwise import (
     L1_LOSS,
     LEAKY_RELU,
     LOG_COSH_LOSS,
+    LOGSIGMOID,
     MARGIN_RANKING_LOSS,
+    MISH,
     MSE_LOSS,
     MULTILABEL_SOFT_MARGIN_LOSS,
     POISSON_NLL_LOSS,
     QUANTILE_LOSS,
+    REGLU,
     RELU,
+    RELU6,
     RMSE_LOSS,
+    SELU,
     SIGMOID,
     SIGMOID_FOCAL_LOSS,
     SILU,
     SMOOTH_L1_LOSS,
     SOFT_MARGIN_LOSS,
     SOFTCAP,
+    SOFTPLUS,
+    SOFTSHRINK,
+    SOFTSIGN,
+    SWIGLU,
     TANH,
+    TANHSHRINK,
 )
 from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
@@ -80,10 +97,17 @@ __all__ = [
     "additive_margin",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "celu",
     "cross_entropy",
     "cross_entropy_with_metrics",
+    "elu",
     "gaussian_nll_loss",
+    "geglu",
     "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
     "hinge_embedding_loss",
     "hinge_loss",
     "huber_loss",
@@ -99,15 +123,20 @@ __all__ = [
     "log_cosh_loss",
     "log_probs",
     "log_softmax",
+    "logsigmoid",
     "margin_ranking_loss",
+    "mish",
     "mse_loss",
     "multi_margin_loss",
     "multilabel_soft_margin_loss",
     "nll_loss",
     "poisson_nll_loss",
     "quantile_loss",
+    "reglu",
     "relu",
+    "relu6",
     "rmse_loss",
+    "selu",
     "sigmoid",
     "sigmoid_focal_loss",
     "silu",
@@ -115,7 +144,12 @@ __all__ = [
     "soft_margin_loss",
     "softcap",
     "softmax",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "swiglu",
     "tanh",
+    "tanhshrink",
 ]
 
 
@@ -336,8 +370,9 @@ def linear_cross_entropy(
 
     A language model's logits are what it needs most memory for. Here some rows of them at a time go
     through matrix product, cross-entropy and the products of the gradients, while they are in
-    cache; with half precision on CPUs, or little memory, some classes at a time, the logits made
-    once more by the backward pass. The result is that of torch's function of this name::
+    cache; with little memory, or half precision that a CPU has no instructions for, some classes at
+    a time, and the backward pass recomputes the logits. The result is that of torch's function of
+    this name::
 
         cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
 
@@ -361,8 +396,9 @@ def linear_cross_entropy(
         options: torch's ``LinearCrossEntropyOptions``, for calls that go to torch's
             operator. Here nothing is chosen by it: the logits are taken apart in any case.
         memory_budget: Bytes for the logits that exist at once and what they are made of. None
-            takes up to 512 rows, no more than a quarter of them or 16 MiB. The result depends on it
-            by rounding alone.
+            takes up to 512 rows, no more than a quarter of them or 16 MiB; of bfloat16 on a CPU
+            with AMX, whose products are faster than sums, all rows up to a 32nd of the machine's
+            memory. The result depends on it by rounding alone.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
         filter_eps: Classes are left out of a block's products for the gradients where the gradient
@@ -677,7 +713,7 @@ def linear_kl_div(
             require grad, as a head's weight does by default. True gives it one: if they do, torch's
             operators compute the loss from all logits.
         memory_budget: Bytes for the logits of both models that exist at once, one row of each at
-            least. None takes up to 512 rows, no more than a quarter of them or 16 MiB.
+            least. None stands for as many as in :func:`linear_cross_entropy`.
 
     Returns:
         As :func:`kl_div_with_logits`.
@@ -1585,6 +1621,300 @@ def sigmoid(input: Tensor) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(SIGMOID, (input,))
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """The elements between 0 and 6, and the nearer bound for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(RELU6, (input,), inplace)
+
+
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
+    """The elements between two bounds, and the nearer bound for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        min_val: The lower bound.
+        max_val: The upper bound.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        ValueError: ``min_val`` is above ``max_val``.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(HARDTANH, (input, min_val, max_val), inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input / 6 + 1 / 2`` between -3 and 3, 0 below and 1 above.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(HARDSIGMOID, (input,), inplace)
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input`` times :func:`hardsigmoid` of it.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(HARDSWISH, (input,), inplace)
+
+
+def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """The elements beyond ``-lambd`` and ``lambd``, and 0 for those between.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        lambd: 0 or more.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(HARDSHRINK, (input, lambd))
+
+
+def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """The elements beyond ``-lambd`` and ``lambd``, nearer to 0 by ``lambd``; 0 for those between.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        lambd: 0 or more.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        RuntimeError: ``lambd`` is below 0.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(SOFTSHRINK, (input, lambd))
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """The elements above 0, and ``alpha * (exp(input) - 1)`` for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        alpha: What the others approach, negated.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(ELU, (input, alpha), inplace)
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """1.0507 times :func:`elu` with an ``alpha`` of 1.6733, which keep mean and variance.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SELU, (input,), inplace)
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """The elements above 0, and ``alpha * (exp(input / alpha) - 1)`` for others.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        alpha: What the others approach, negated; not 0.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(CELU, (input, alpha), inplace)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input * tanh(log(1 + exp(input)))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(MISH, (input,), inplace)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """``log(1 + exp(beta * input)) / beta``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        beta: How sharp the bend is.
+        threshold: Where ``beta * input`` is above it, the result is ``input``.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(SOFTPLUS, (input, beta, threshold))
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    """``-log(1 + exp(-input))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(LOGSIGMOID, (input,))
+
+
+def softsign(input: Tensor) -> Tensor:
+    """``input / (1 + abs(input))``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(SOFTSIGN, (input,))
+
+
+def tanhshrink(input: Tensor) -> Tensor:
+    """``input - tanh(input)``, element by element.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    return call(TANHSHRINK, (input,))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, the gated activation of most language models; not in torch.
+
+    Backward reads both inputs, and nothing else is saved: ``silu(gate)`` is computed again.
+
+    Args:
+        gate, up: Tensors that broadcast; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the broadcast shape and of the dtype that the two have together.
+
+    Raises:
+        RuntimeError: The shapes do not broadcast.
+        TypeError: ``gate`` is no tensor.
+    """
+    return call(SWIGLU, (gate, up))
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor:
+    """``gelu(gate, approximate) * up``; not in torch.
+
+    Backward reads both inputs, and nothing else is saved: ``gelu(gate)`` is computed again.
+
+    Args:
+        gate, up: Tensors that broadcast; float32, float64, bfloat16 or float16.
+        approximate: As :func:`gelu`'s.
+
+    Returns:
+        A tensor of the broadcast shape and of the dtype that the two have together.
+
+    Raises:
+        RuntimeError: The shapes do not broadcast, or ``approximate`` is neither word.
+        TypeError: ``gate`` is no tensor.
+    """
+    checks.approximate(approximate)
+    return call(GEGLU, (gate, up, approximate))
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``relu(gate) * up``; not in torch.
+
+    Backward reads both inputs, and nothing else is saved: ``relu(gate)`` is computed again.
+
+    Args:
+        gate, up: Tensors that broadcast; float32, float64, bfloat16 or float16.
+
+    Returns:
+        A tensor of the broadcast shape and of the dtype that the two have together.
+
+    Raises:
+        RuntimeError: The shapes do not broadcast.
+        TypeError: ``gate`` is no tensor.
+    """
+    return call(REGLU, (gate, up))
 
 
 def softmax(

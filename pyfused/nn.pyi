@@ -20,7 +20,6 @@ from torch.nn import BatchNorm2d as BatchNorm2d
 from torch.nn import BatchNorm3d as BatchNorm3d
 from torch.nn import Bilinear as Bilinear
 from torch.nn import Buffer as Buffer
-from torch.nn import CELU as CELU
 from torch.nn import CTCLoss as CTCLoss
 from torch.nn import ChannelShuffle as ChannelShuffle
 from torch.nn import CircularPad1d as CircularPad1d
@@ -44,7 +43,6 @@ from torch.nn import Dropout as Dropout
 from torch.nn import Dropout1d as Dropout1d
 from torch.nn import Dropout2d as Dropout2d
 from torch.nn import Dropout3d as Dropout3d
-from torch.nn import ELU as ELU
 from torch.nn import Embedding as Embedding
 from torch.nn import EmbeddingBag as EmbeddingBag
 from torch.nn import FeatureAlphaDropout as FeatureAlphaDropout
@@ -56,10 +54,6 @@ from torch.nn import GLU as GLU
 from torch.nn import GRU as GRU
 from torch.nn import GRUCell as GRUCell
 from torch.nn import GroupNorm as GroupNorm
-from torch.nn import Hardshrink as Hardshrink
-from torch.nn import Hardsigmoid as Hardsigmoid
-from torch.nn import Hardswish as Hardswish
-from torch.nn import Hardtanh as Hardtanh
 from torch.nn import Identity as Identity
 from torch.nn import InstanceNorm1d as InstanceNorm1d
 from torch.nn import InstanceNorm2d as InstanceNorm2d
@@ -86,14 +80,12 @@ from torch.nn import LazyLinear as LazyLinear
 from torch.nn import Linear as Linear
 from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 from torch.nn import LocalResponseNorm as LocalResponseNorm
-from torch.nn import LogSigmoid as LogSigmoid
 from torch.nn import MaxPool1d as MaxPool1d
 from torch.nn import MaxPool2d as MaxPool2d
 from torch.nn import MaxPool3d as MaxPool3d
 from torch.nn import MaxUnpool1d as MaxUnpool1d
 from torch.nn import MaxUnpool2d as MaxUnpool2d
 from torch.nn import MaxUnpool3d as MaxUnpool3d
-from torch.nn import Mish as Mish
 from torch.nn import Module as Module
 from torch.nn import ModuleDict as ModuleDict
 from torch.nn import ModuleList as ModuleList
@@ -113,22 +105,16 @@ from torch.nn import RNNBase as RNNBase
 from torch.nn import RNNCell as RNNCell
 from torch.nn import RNNCellBase as RNNCellBase
 from torch.nn import RReLU as RReLU
-from torch.nn import ReLU6 as ReLU6
 from torch.nn import ReflectionPad1d as ReflectionPad1d
 from torch.nn import ReflectionPad2d as ReflectionPad2d
 from torch.nn import ReflectionPad3d as ReflectionPad3d
 from torch.nn import ReplicationPad1d as ReplicationPad1d
 from torch.nn import ReplicationPad2d as ReplicationPad2d
 from torch.nn import ReplicationPad3d as ReplicationPad3d
-from torch.nn import SELU as SELU
 from torch.nn import Sequential as Sequential
 from torch.nn import Softmax2d as Softmax2d
 from torch.nn import Softmin as Softmin
-from torch.nn import Softplus as Softplus
-from torch.nn import Softshrink as Softshrink
-from torch.nn import Softsign as Softsign
 from torch.nn import SyncBatchNorm as SyncBatchNorm
-from torch.nn import Tanhshrink as Tanhshrink
 from torch.nn import Threshold as Threshold
 from torch.nn import Transformer as Transformer
 from torch.nn import TransformerDecoder as TransformerDecoder
@@ -173,6 +159,8 @@ class BCELoss(torch.nn.BCELoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+class CELU(torch.nn.CELU):
+    def forward(self, input: Tensor) -> Tensor: ...
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     gamma: float
     inplace: bool
@@ -180,10 +168,25 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def __init__(self, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = 'mean', label_smoothing: float = 0.0, *, gamma: float = 0.0, inplace: bool = False, **options: Unpack[ModuleOptions]) -> None: ...
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
     def extra_repr(self) -> str: ...
+class ELU(torch.nn.ELU):
+    def forward(self, input: Tensor) -> Tensor: ...
+class GEGLU(torch.nn.Module):
+    approximate: str
+    def __init__(self, approximate: str = 'none') -> None: ...
+    def extra_repr(self) -> str: ...
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
 class GELU(torch.nn.GELU):
     def forward(self, input: Tensor) -> Tensor: ...
 class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor: ...
+class Hardshrink(torch.nn.Hardshrink):
+    def forward(self, input: Tensor) -> Tensor: ...
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    def forward(self, input: Tensor) -> Tensor: ...
+class Hardswish(torch.nn.Hardswish):
+    def forward(self, input: Tensor) -> Tensor: ...
+class Hardtanh(torch.nn.Hardtanh):
+    def forward(self, input: Tensor) -> Tensor: ...
 class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class HingeLoss(torch.nn.modules.loss._Loss):
@@ -226,12 +229,16 @@ class LogProbs(torch.nn.Module):
     def __init__(self, *, dim: int | None = None, ignore_index: int = -100, softcap: float | None = None, temperature: float = 1.0, return_entropy: bool = False, return_lse: bool = False, shard: VocabShard | None = None) -> None: ...
     def forward(self, logits: Tensor, target: Tensor) -> Any: ...
     def extra_repr(self) -> str: ...
+class LogSigmoid(torch.nn.LogSigmoid):
+    def forward(self, input: Tensor) -> Tensor: ...
 class LogSoftmax(torch.nn.LogSoftmax):
     def forward(self, input: Tensor) -> Tensor: ...
 class MSELoss(torch.nn.MSELoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class MarginRankingLoss(torch.nn.MarginRankingLoss):
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor: ...
+class Mish(torch.nn.Mish):
+    def forward(self, input: Tensor) -> Tensor: ...
 class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class MultiMarginLoss(torch.nn.MultiMarginLoss):
@@ -250,7 +257,14 @@ class RMSELoss(torch.nn.modules.loss._WeightedLoss):
     def __init__(self, reduction: Reduction = 'mean', weight: Tensor | None = None, eps: float = 0.0) -> None: ...
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
     def extra_repr(self) -> str: ...
+class ReGLU(torch.nn.Module):
+    def __init__(self) -> None: ...
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
 class ReLU(torch.nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor: ...
+class ReLU6(torch.nn.ReLU6):
+    def forward(self, input: Tensor) -> Tensor: ...
+class SELU(torch.nn.SELU):
     def forward(self, input: Tensor) -> Tensor: ...
 class SiLU(torch.nn.SiLU):
     def forward(self, input: Tensor) -> Tensor: ...
@@ -274,5 +288,16 @@ class Softcap(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor: ...
 class Softmax(torch.nn.Softmax):
     def forward(self, input: Tensor) -> Tensor: ...
+class Softplus(torch.nn.Softplus):
+    def forward(self, input: Tensor) -> Tensor: ...
+class Softshrink(torch.nn.Softshrink):
+    def forward(self, input: Tensor) -> Tensor: ...
+class Softsign(torch.nn.Softsign):
+    def forward(self, input: Tensor) -> Tensor: ...
+class SwiGLU(torch.nn.Module):
+    def __init__(self) -> None: ...
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
 class Tanh(torch.nn.Tanh):
+    def forward(self, input: Tensor) -> Tensor: ...
+class Tanhshrink(torch.nn.Tanhshrink):
     def forward(self, input: Tensor) -> Tensor: ...

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -135,7 +136,7 @@ class _BuiltIn:
         method, needed = self.owner is Tensor, len(op.built_in)
         defaults = dict(zip(op.arguments[1:], op.defaults, strict=True))
         by_name = [name for name in defaults if not name.startswith("_")]
-        by_place = (*op.built_in, *by_name[1:]) if needed > 1 else op.built_in
+        by_place = (*op.built_in, *by_name[needed - 1 :]) if needed > 1 else op.built_in
         required, known = {*op.built_in}, {*op.built_in, *by_name}
         shown = _shown(torch_function) if method else torch_function
 
@@ -152,6 +153,9 @@ class _BuiltIn:
                 given = defaults | given
                 arguments = tuple([given[name] for name in op.arguments])
             if has_torch_function(arguments):
+                if any(isinstance(value, Proxy) for value in arguments):
+                    # Passes over the graph compare its functions with torch's names by identity.
+                    return handle_torch_function(stand_in, arguments, *args, **kwargs)
                 return shown(*args, **kwargs)
             torch_ = functools.partial(torch_function, **kwargs) if kwargs else torch_function
             return dispatch.call(op, arguments, inplace, torch_, args)

@@ -1,25 +1,15 @@
-"""Runs a program under :func:`pyfused.patch`, and says what it was worth.
+"""Counts calls that are dispatched, and compares some of them with torch's operators.
 
-``python -m pyfused run script.py``; ``startup/sitecustomize.py`` prints what is counted here.
+``python -m pyfused run script.py`` and :func:`pyfused.report` print what is counted here.
 """
 
 from __future__ import annotations
 
-import functools
-import getopt
 import math
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,233 +17,152 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
-from torch.nn import functional as F
 
-from pyfused import functional
-from pyfused.formula import Formula
 from pyfused.ops import custom_operators, dispatch, inductor, reasons
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import compiler_traces
-from pyfused.ops.operators import OPERATORS
-from pyfused.ops.originals import original
 from pyfused.ops.pointwise_loss import PointwiseLoss
-from pyfused.patch import (
-    C_FUNCTIONS,
-    MethodStandIn,
-    StandIn,
-    code_calling,
-    one_frame_further,
-    patch,
-    stands_for,
-)
-from pyfused.startup import sitecustomize
-from pyfused.startup.sitecustomize import KERNEL, SMALL, Calls, Key
+from pyfused.patch import patch
+from pyfused.startup.sitecustomize import Calls, Counts
 
-SHARE = 0.008  # of the program's time that repeated calls may take
-MOST = 1 << 24  # elements of a repeated call; one of more is cut, for the sake of memory
-TIMED = 32  # of so many small calls two are timed: to time each takes longer than most of them
-WARM = 0.01  # seconds: a shorter call is made once before it counts
-
-_LOSSES = (
-    *(name for name in dir(F) if name.endswith("_loss")),
-    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "linear_cross_entropy"),
-)
-_ACTIVATIONS = (
-    *("celu", "elu", "gelu", "glu", "gumbel_softmax", "hardshrink", "hardsigmoid", "hardswish"),
-    *("hardtanh", "leaky_relu", "log_softmax", "logsigmoid", "mish", "prelu", "relu6", "rrelu"),
-    *("selu", "silu", "softmax", "softmin", "softplus", "softshrink", "softsign", "tanh"),
-    *("tanhshrink", "threshold"),
-)
+SHARE = 0.003  # of the program's time that comparisons of an operator may take, beside BEGINNING
+BEGINNING = 0.25  # seconds, so that calls of a short program are compared as well
+MOST = 1 << 24  # elements of a compared call; one of more is cut, for the sake of memory
+SHORT = 0.01  # seconds; a shorter call is measured twice, and the better time counts
 
 
-class _Inside(threading.local):
-    """Whether a thread is within a call that is counted: those within that one are not."""
+class Counting:
+    """Counts, from :meth:`start` to :meth:`stop`, what :func:`pyfused.ops.dispatch.call` does.
 
-    call = False
+    A program never sees an error of counting. No mode counts, as torch's operators would take the
+    calls while one is active.
 
-
-_inside = _Inside()
-
-
-def counted(kinds: dict[Key, Calls]) -> Callable[..., Tensor]:
-    """:func:`pyfused.ops.dispatch.call`, which counts the path of each call, and takes its time.
-
-    The program never sees an error of counting: its call is made, once, and is not counted.
+    Args:
+        counts: What is counted.
+        compare: Compare a call whenever there are a quarter more of its kind, whatever that takes.
+            By default that is when there are twice as many, while there is time.
     """
-    function, repeat = dispatch.call, Repeat()
 
-    def count(
-        path: str, seconds: float, op: Operator, arguments: Arguments, inplace: bool, result: Any
+    def __init__(self, counts: Counts, compare: bool = False) -> None:
+        self.counts, self.compare = counts, compare
+        self.began, self.spent = perf_counter(), defaultdict[str, float](float)
+        self.plan_of, self.is_small = dispatch.plan_of, dispatch.is_small
+        self.compute, self.left = custom_operators.compute, inductor.left
+
+    def start(self) -> None:
+        self._replace(self._plan_of, self._is_small, self._compute, self._left)
+
+    def stop(self) -> None:
+        self._replace(self.plan_of, self.is_small, self.compute, self.left)
+
+    def _replace(self, plan_of: Any, is_small: Any, compute: Any, left: Any) -> None:
+        for module, name, function in (
+            (dispatch, "plan_of", plan_of),
+            (dispatch, "is_small", is_small),
+            (sys.modules["pyfused.patch"], "is_small", is_small),  # its name is the function's, too
+            (custom_operators, "compute", compute),
+            (inductor, "left", left),
+        ):
+            setattr(module, name, function)
+
+    def _is_small(self, op: Operator, arguments: Arguments) -> bool:
+        if self.is_small(op, arguments):
+            self.counts.small[op.name] += 1
+            return True
+        return False
+
+    def _plan_of(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Plan:
+        plan = self.plan_of(op, arguments, inplace)
+        if not is_dynamo_compiling():  # what is traced is called when it is traced alone
+            try:
+                self._count(plan, op, arguments, inplace)
+            except Exception as error:
+                self.counts.failed[op.name] = repr(error)
+        return plan
+
+    def _compute(self, op: str, function: Any, given: Arguments, *backward: Any) -> Any:
+        self.counts.compiled[op] += not backward
+        return self.compute(op, function, given, *backward)
+
+    def _left(self, op: str) -> None:
+        self.counts.left[op, reasons.FUSED] += 1
+        self.left(op)
+
+    def _count(
+        self, plan: dispatch.Plan, op: Operator, arguments: Arguments, inplace: bool
     ) -> None:
-        input = arguments[0]
-        elements = input.numel()
-        if type(elements) is not int:  # a tensor, to torch.jit.trace
-            elements = 0
-        needs_grad = getattr(result, "requires_grad", False) and torch.is_grad_enabled()
-        calls = kinds[op.name, path, elements.bit_length(), needs_grad]
+        if plan.run is None:
+            if not dispatch.compiler_traces():
+                self.counts.left[op.name, str(plan.reason)] += 1
+            return
+        elements = _elements(op, arguments)
+        if type(elements) is not int or dispatch.compiler_traces():  # of torch.jit.trace, a tensor
+            return
+        needs_grad = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in arguments
+        )
+        calls = self.counts.kernels[op.name, elements.bit_length(), needs_grad]
         calls.count += 1
         calls.elements += elements
         if elements > calls.largest:
             calls.largest = elements
-        if input.is_cpu:  # another device computes later
-            calls.seconds += seconds
-            calls.latest = seconds
-            if calls.count >= calls.due:
-                repeat(calls, op, arguments, inplace, path is KERNEL, result)
+        if calls.count >= calls.due:
+            self._compare_if_time(calls, op, arguments, inplace)
 
-    def call(op: Operator, arguments: Arguments, inplace: bool = False, *patched: Any) -> Any:
-        # What is traced is called while it is traced, and not when it runs.
-        if is_dynamo_compiling() or _inside.call:
-            return function(op, arguments, inplace, *patched)
-        if len(arguments) == 4 and arguments[1] is None:  # a softmax that is to warn
-            arguments = one_frame_further(op, arguments)
-        try:
-            path = _path(op, arguments, inplace)
-        except Exception:
-            path = None
-        if path is None:
-            return function(op, arguments, inplace, *patched)
-        _inside.call = True
-        try:
-            start = perf_counter()
-            result = function(op, arguments, inplace, *patched)
-            seconds = perf_counter() - start
-            with suppress(Exception):
-                count(path, seconds, op, arguments, inplace, result)
-        finally:
-            _inside.call = False
-        return result
+    # ---- compared with torch ----
 
-    return call
-
-
-def _path(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
-    """Which way a call takes, None where the compiler traces it."""
-    if dispatch.is_small(op, arguments):
-        return SMALL
-    if compiler_traces():
-        return None
-    reason = dispatch.reason_for_torch(op, arguments, inplace)
-    return KERNEL if reason is None else f"torch: {reason}"
-
-
-def counted_if_small(kinds: dict[Key, Calls]) -> Callable[[Operator, Arguments], bool]:
-    """:func:`pyfused.ops.dispatch.is_small`, which counts calls of patched functions on their way
-    to torch's, but for some: these take the long way, where they are timed.
-    """
-
-    def is_small(op: Operator, arguments: Arguments) -> bool:
-        if not dispatch.is_small(op, arguments):
-            return False
-        if _inside.call:
-            return True
-        input = arguments[0]
-        elements = input.numel()
-        needs_grad = input.requires_grad and torch.is_grad_enabled()
-        calls = kinds.get((op.name, SMALL, elements.bit_length(), needs_grad))
-        if calls is None or calls.count % TIMED < 2:  # the second one may be repeated
-            return False
-        calls.count += 1
-        calls.elements += elements
-        calls.largest = max(calls.largest, elements)
-        calls.seconds += calls.latest
-        return True
-
-    return is_small
-
-
-def count_compiled(kinds: dict[Key, Calls]) -> None:
-    """Counts the calls of custom operators, and the places where compiled programs have torch's."""
-    compute, left = custom_operators.compute, inductor.left
-
-    def counting(op: str, function: Callable[..., Any], given: Arguments, *backward: Any) -> Any:
-        start = perf_counter()
-        result = compute(op, function, given, *backward)
-        calls = kinds[op, f"{KERNEL}, compiled", 0, False]
-        calls.seconds += perf_counter() - start
-        calls.count += not backward
-        with suppress(Exception):
-            calls.largest = max(calls.largest, given[0].numel())
-        return result
-
-    def counting_left(op: str) -> None:
-        left(op)
-        kinds[op, f"torch: {reasons.FUSED}", 0, False].count += 1
-
-    setattr(custom_operators, "compute", counting)  # noqa: B010 mypy knows it as a function
-    setattr(inductor, "left", counting_left)  # noqa: B010
-
-
-# ---- compared with torch -------------------------------------------------------------------------
-
-
-class Repeat:
-    """Repeats some calls, by pyfused and by torch, and takes the time of both.
-
-    Of each kind of calls the second, and then one more whenever there are a quarter more of them,
-    as long as that takes no more than SHARE of the program's time. The program sees nothing of it:
-    the tensors are detached, none is overwritten, no random number is drawn, and nothing is
-    repeated where hooks or modes look on.
-    """
-
-    def __init__(self) -> None:
-        self.began, self.spent, self.torch_first = perf_counter(), 0.0, False
-
-    def __call__(
-        self,
-        calls: Calls,
-        op: Operator,
-        arguments: Arguments,
-        inplace: bool,
-        fused: bool,
-        result: Any,
+    def _compare_if_time(
+        self, calls: Calls, op: Operator, arguments: Arguments, inplace: bool
     ) -> None:
-        """Repeats a call that has returned this result, from a kernel if ``fused``."""
         start = perf_counter()
-        expected = calls.cost or 10 * calls.seconds / calls.count
-        share = SHARE / 2 if calls.cost else SHARE  # half of it for kinds not seen yet
-        if self.spent + expected > share * (start - self.began):
+        if self.spent[op.name] > SHARE * (start - self.began) + BEGINNING and not self.compare:
             return  # until there is time
-        calls.due = calls.count + max(1, calls.count // 4)
-        if not _can_be_repeated(op, arguments, inplace, result):
-            return
-        # An input that has been overwritten holds the result.
-        given = _cut(op, (result, *arguments[1:]) if inplace else arguments)
-        if _elements(op, given) > 4 * MOST:
-            return
-        reference: Any = op.aten_ if inplace else op.aten
-        ours: Any = (lambda *given: op.fused(given, inplace)) if fused else reference
-        functions = [ours, reference] if fused else [ours]
-        if self.torch_first:
-            functions.reverse()
-        self.torch_first = not self.torch_first
-        try:
-            if not calls.cost:  # a function's first time takes longer: kernels' for new memory
-                _times(ours, given, inplace)
-            times = {function: _times(function, given, inplace) for function in functions}
-            if not calls.cost and perf_counter() - start < WARM:
-                times = {function: _times(function, given, inplace) for function in functions}
-        except Exception:
-            calls.due = math.inf
-        else:
-            elements = given[0].numel()
-            calls.repeats.append((times[ours][1] / elements, sum(times[reference]) / elements))
-        calls.cost = perf_counter() - start
-        self.spent += calls.cost
+        calls.due = max(calls.count + 1, calls.count * (1.25 if self.compare else 2))
+        if _can_be_repeated(op, arguments, inplace):
+            try:
+                calls.repeats.append(self._times(op, arguments, inplace, not calls.repeats))
+            except Exception:
+                calls.due = math.inf
+        seconds = perf_counter() - start
+        self.spent[op.name] += seconds
+        self.counts.spent += seconds
+
+    def _times(
+        self, op: Operator, arguments: Arguments, inplace: bool, first: bool
+    ) -> tuple[float, float]:
+        """Returns the seconds an element that the call takes with pyfused and with torch.
+
+        The program sees nothing of it: the tensors are detached, none is overwritten, and no random
+        number is drawn.
+        """
+        given = _cut(op, arguments)
+        elements = _elements(op, given)
+        if elements > 4 * MOST:
+            raise MemoryError("a call that cannot be cut")
+        run = self.plan_of(op, given, inplace).run
+        assert run is not None
+        torch_function: Callable[..., Any] = op.aten_ if inplace else op.aten
+        if first:  # a kernel's first time takes new memory, and starts threads
+            _seconds(run, given, inplace)
+        ours, theirs = (
+            _best(function, given, inplace)
+            for function in (run, lambda arguments: torch_function(*arguments))
+        )
+        return ours / elements, theirs / elements
 
 
-def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool, result: Any) -> bool:
+def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool) -> bool:
     """Whether nobody sees it, neither a hook or mode nor who reads warnings."""
     named = dict(zip(op.arguments, arguments, strict=True))
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     pointwise = isinstance(op, (PointwiseLoss, Composed))
+    captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return (
-        type(result) is Tensor
-        and tensors[0].numel() > 0
-        and all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors)
-        and not (inplace and not isinstance(op, Activation))  # whose input holds a gradient now
+        tensors[0].numel() > 0
+        and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+        and (tensors[0].is_cpu or (tensors[0].is_cuda and not captured))
+        and not (inplace and not isinstance(op, Activation))  # whose input holds a gradient then
         and not (pointwise and any(t.shape != tensors[0].shape for t in tensors[1:2]))
         and (named.get("size_average"), named.get("reduce")) == (None, None)
         and not (op.name == "kl_div" and named["reduction"] == "mean")
@@ -270,13 +179,13 @@ def _elements(op: Operator, arguments: Sequence[Any]) -> int:
     """Returns the number of elements of the input, or of a linear layer's logits."""
     input = arguments[0]
     if not op.name.startswith("linear_"):
-        return int(input.numel())
+        return input.numel()  # type: ignore[no-any-return]
     features = input.shape[-1]
     return int(input.numel() // features * (arguments[1].numel() // features))
 
 
 def _cut(op: Operator, arguments: Arguments) -> Arguments:
-    """The arguments, or the same of the first rows if there are too many."""
+    """Returns the arguments, or those of the first rows if there are too many."""
     elements = _elements(op, arguments)
     if elements <= MOST:
         return arguments
@@ -288,8 +197,13 @@ def _cut(op: Operator, arguments: Arguments) -> Arguments:
     )
 
 
-def _times(function: Callable[..., Tensor], given: Arguments, inplace: bool) -> tuple[float, float]:
-    """Seconds that the forward and the backward pass take."""
+def _best(function: Callable[[Arguments], Any], given: Arguments, inplace: bool) -> float:
+    seconds = _seconds(function, given, inplace)
+    return min(seconds, _seconds(function, given, inplace)) if seconds < SHORT else seconds
+
+
+def _seconds(function: Callable[[Arguments], Any], given: Arguments, inplace: bool) -> float:
+    """Returns the seconds that the forward and the backward pass take."""
     arguments = [
         value.detach().requires_grad_(value.requires_grad and torch.is_grad_enabled())
         if isinstance(value, Tensor)
@@ -299,130 +213,61 @@ def _times(function: Callable[..., Tensor], given: Arguments, inplace: bool) -> 
     leaves = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
     if inplace:
         arguments[0] = arguments[0].clone()
+    wait: Callable[[], Any] = torch.cuda.synchronize if arguments[0].is_cuda else int
+    wait()
     start = perf_counter()
-    result = function(*arguments)
-    forward = perf_counter() - start
-    if not leaves:
-        return forward, 0.0
-    grad_output = torch.ones_like(result)
-    start = perf_counter()
-    grad(result, leaves, grad_output, allow_unused=True)
-    return forward, perf_counter() - start
+    result = function(tuple(arguments))
+    if leaves:
+        wait()
+        forward = perf_counter() - start
+        grad_output = torch.ones_like(result)
+        wait()
+        start = perf_counter() - forward
+        grad(result, leaves, grad_output, allow_unused=True)
+    wait()
+    return perf_counter() - start
 
 
-# ---- what pyfused does not have ------------------------------------------------------------------
+# ---- who counts ----------------------------------------------------------------------------------
 
 
-def count_others(missing: Counter[str]) -> None:
-    """Makes torch's losses and activations count their calls, for the rest of the process.
-
-    They stay the objects that they are, as under :func:`pyfused.patch`, where they are no
-    built-ins. No mode counts: with one active pyfused's own operators would be torch's.
-    """
-    for owner, name in _places():
-        torch_function = getattr(owner, name)
-        path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{name}"
-        call = _counting(path, original(torch_function), missing)
-        if not isinstance(torch_function, FunctionType):
-            stand_in = (MethodStandIn if owner is Tensor else StandIn)(call)
-            functools.update_wrapper(stand_in, torch_function)
-            stands_for(torch_function, stand_in)
-            module = "torch" if owner is Tensor else owner.__name__
-            stand_in.__module__, stand_in.__qualname__ = module, path.removeprefix(f"{module}.")
-            setattr(owner, name, stand_in)
-        elif torch_function.__globals__ is vars(F):
-            code = torch_function.__code__
-            by_place = code.co_varnames[: code.co_argcount]
-            by_name = code.co_varnames[len(by_place) :][: code.co_kwonlyargcount]
-            further = [f"{name} + 2" if name == "_stacklevel" else name for name in by_place]
-            arguments = ", ".join((*further, *(f"{name}={name}" for name in by_name)))
-            torch_function.__code__ = code_calling(call, f"callee({arguments})", code)
-
-
-def _places() -> Iterator[tuple[Any, str]]:
-    for name in _LOSSES:
-        if name not in OPERATORS:
-            yield F, name
-    for owner in (F, torch, Tensor):
-        for name in _ACTIVATIONS:
-            for spelled in (name, f"{name}_"):
-                is_one = isinstance(getattr(owner, spelled, None), (FunctionType, *C_FUNCTIONS))
-                if name not in OPERATORS and is_one:
-                    yield owner, spelled
-
-
-def _counting(
-    path: str, torch_function: Callable[..., Any], missing: Counter[str]
-) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if compiler_traces() or _inside.call:
-            return torch_function(*args, **kwargs)
-        _inside.call = True
-        try:
-            result = torch_function(*args, **kwargs)
-        finally:
-            _inside.call = False
-        missing[path] += 1
-        return result
-
-    return functools.update_wrapper(call, torch_function)
-
-
-# ---- the program ---------------------------------------------------------------------------------
-
-
-def run(arguments: list[str]) -> None:
-    """Becomes ``python`` with these arguments, patched and counting, and so do its children.
-
-    It prints what the calls took, to the standard error, when it ends.
-    """
-    flags = sys.flags.ignore_environment or sys.flags.no_site
-    if flags or not _reads_environment(arguments):
-        raise SystemExit("pyfused: run: expected a Python that reads PYTHONPATH, got -E, -I or -S")
-    if sitecustomize.open_file() is None:  # else another run counts, as its child
-        descriptor, path = tempfile.mkstemp(prefix="pyfused-run-")
-        unnamed = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-        if unnamed.exists():  # on Linux: the file ends with the last process that has it open
-            Path(path).unlink()
-            os.set_inheritable(descriptor, True)
-            path = str(unnamed)
-        sitecustomize.name_file(path, descriptor)
-        folder, others = Path(sitecustomize.__file__).parent, os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{others}" if others else str(folder)
-    # What python was given before "-m pyfused run".
-    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) - 1]
-    command = [sys.executable, *options, *arguments]
-    if sys.platform != "win32":
-        os.execv(sys.executable, command)
-    # Windows cannot replace a process: the program is a child, and this one prints.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program answers it
-    code = subprocess.call(command)
-    sitecustomize.leave()
-    sys.exit(code)
-
-
-def _reads_environment(arguments: list[str]) -> bool:
-    """Whether Python with these arguments reads PYTHONPATH and imports sitecustomize."""
-    try:
-        options, _ = getopt.getopt(
-            arguments, "bBdEhiIOPqRsSuvVxc:m:W:X:?", ["check-hash-based-pycs="]
-        )
-    except getopt.GetoptError:  # Python says what is wrong with them
-        return True
-    for option, _ in options:
-        if option in ("-c", "-m"):  # what follows is the program's
-            return True
-        if option in ("-E", "-I", "-S"):
-            return False
-    return True
-
-
-def start(kinds: dict[Key, Calls], missing: Counter[str]) -> None:
+def start(counts: Counts, compare: bool) -> None:
     """Patches this process and counts, until it ends."""
-    dispatch.call = counted(kinds)
-    setattr(functional, "call", dispatch.call)  # noqa: B010 it is there by name
-    vars(sys.modules["pyfused.patch"])["is_small"] = counted_if_small(kinds)
-    setattr(Formula, "__call__", Formula.dispatched)  # noqa: B010
-    count_compiled(kinds)
-    count_others(missing)
+    Counting(counts, compare).start()
     patch().__enter__()
+
+
+class Report:
+    """What :func:`pyfused.report` returns: its ``str`` and ``repr`` are the table."""
+
+    def __init__(self, compare: bool) -> None:
+        self._counts = Counts()
+        self._counting = Counting(self._counts, compare)
+        self._seconds = 0.0
+
+    def __enter__(self) -> Report:
+        self._began = perf_counter()
+        self._counting.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._counting.stop()
+        self._seconds += perf_counter() - self._began
+
+    def __repr__(self) -> str:
+        return self._counts.summary([self._seconds - self._counts.spent])
+
+
+def report(compare: bool = False) -> Report:
+    """Counts the calls of pyfused's operators in a ``with`` block, and compares some with torch's.
+
+    In a notebook it says what ``python -m pyfused run`` says of a program::
+
+        with pyfused.patch(), pyfused.report() as report:
+            train()
+        print(report)
+
+    Args:
+        compare: Compare more calls, for better estimates.
+    """
+    return Report(compare)

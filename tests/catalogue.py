@@ -42,7 +42,7 @@ SHAPE = (6, 5)
 OPTIONS: dict[str, list[Any]] = {
     name: values
     for names, values in (
-        ("alpha negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
+        ("alpha lambd negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
         ("approximate", ["none", "tanh"]),
         ("beta", [0.25, 1.0, 0.5, 1.5]),
         ("cap delta margin scale softcap teacher_softcap", [n / 8 for n in range(1, 16)]),
@@ -59,6 +59,8 @@ OPTIONS: dict[str, list[Any]] = {
         ("inplace with_metrics", [True]),  # the latter is another function
         ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
         ("memory_budget", [1000, 1, 10000]),
+        ("max_val threshold", [0.5, 1.0, 2.0]),
+        ("min_val", [-1.0, -0.25, 0.5]),
         ("p", [1, 2]),
         ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
         ("remainder", ["bucket", "ignore"]),

@@ -267,7 +267,7 @@ def precision(call: Call) -> float:
     # softmax saves its rounded output; gradients of what is broadcast are sums of rounded ones.
     rounds = isinstance(call.op, Softmax) or getattr(call.op, "saves", "") == "output"
     rounds |= isinstance(call.op, Composed) or call.op.name.startswith("linear_")
-    rounds |= bool(call.given.keys() & {*ROUNDED})
+    rounds |= bool(call.given.keys() & {"inplace", *ROUNDED})  # in place the output is saved
     rounds |= (
         not isinstance(call.op, (*OF_CLASSES, Divergence)) and len({x.shape for x in tensors}) > 1
     )

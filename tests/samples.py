@@ -23,7 +23,7 @@ from pyfused import functional as fused
 from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
+from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
 
 INF, NAN = float("inf"), float("nan")
 FINITE_PRODUCTS = (1.0, NAN, INF, -INF, -0.0, 30.0)  # of any two
@@ -230,6 +230,92 @@ def relu(input: Extended) -> tuple[Extended, ...]:
     return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
 
 
+def relu6(input: Extended) -> tuple[Extended, ...]:
+    return hardtanh(input, 0.0, 6.0)
+
+
+def hardtanh(input: Extended, min_val: float = -1.0, max_val: float = 1.0) -> tuple[Extended, ...]:
+    low, high = np.longdouble(min_val), np.longdouble(max_val)
+    return np.clip(input, low, high), ((input > low) & (input < high)).astype(input.dtype)
+
+
+def hardsigmoid(input: Extended) -> tuple[Extended, ...]:
+    value, slope = hardtanh(input / 6, -0.5, 0.5)
+    return value + 0.5, slope / 6
+
+
+def hardswish(input: Extended) -> tuple[Extended, ...]:
+    share, slope = hardsigmoid(input)
+    return input * share, share + input * slope
+
+
+def hardshrink(input: Extended, lambd: float = 0.5) -> tuple[Extended, ...]:
+    kept = (abs(input) > np.longdouble(lambd)).astype(input.dtype)
+    return input * kept, kept
+
+
+def softshrink(input: Extended, lambd: float = 0.5) -> tuple[Extended, ...]:
+    size = np.maximum(abs(input) - np.longdouble(lambd), 0)
+    return np.sign(input) * size, (size > 0).astype(input.dtype)
+
+
+def elu(input: Extended, alpha: float = 1.0) -> tuple[Extended, ...]:
+    a, small = np.longdouble(alpha), np.minimum(input, 0)
+    above = input > 0
+    return np.where(above, input, a * np.expm1(small)), np.where(above, 1, a * np.exp(small))
+
+
+def selu(input: Extended) -> tuple[Extended, ...]:
+    scale = np.longdouble("1.0507009873554804934193349852946")
+    value, slope = elu(input, np.longdouble("1.6732632423543772848170429916717"))
+    return scale * value, scale * slope
+
+
+def celu(input: Extended, alpha: float = 1.0) -> tuple[Extended, ...]:
+    a = np.longdouble(alpha)
+    value, slope = elu(input / a)
+    return np.where(input > 0, input, a * value), slope
+
+
+def mish(input: Extended) -> tuple[Extended, ...]:
+    t = np.tanh(np.logaddexp(input, 0))
+    return input * t, t + input * sigmoid(input)[0] / np.cosh(np.logaddexp(input, 0)) ** 2
+
+
+def softplus(input: Extended, beta: float = 1.0, threshold: float = 20.0) -> tuple[Extended, ...]:
+    b = np.longdouble(beta)
+    linear = input * b > threshold
+    value, slope = np.logaddexp(input * b, 0) / b, sigmoid(input * b)[0]
+    return np.where(linear, input, value), np.where(linear, 1, slope)
+
+
+def logsigmoid(input: Extended) -> tuple[Extended, ...]:
+    return -np.logaddexp(-input, 0), sigmoid(-input)[0]
+
+
+def softsign(input: Extended) -> tuple[Extended, ...]:
+    return input / (1 + abs(input)), 1 / (1 + abs(input)) ** 2
+
+
+def tanhshrink(input: Extended) -> tuple[Extended, ...]:
+    return input - np.tanh(input), np.tanh(input) ** 2
+
+
+def swiglu(gate: Extended, up: Extended) -> tuple[Extended, ...]:
+    value, slope = silu(gate)
+    return value * up, slope * up, value
+
+
+def geglu(gate: Extended, up: Extended, approximate: str = "none") -> tuple[Extended, ...]:
+    value, slope = gelu(gate, approximate)
+    return value * up, slope * up, value
+
+
+def reglu(gate: Extended, up: Extended) -> tuple[Extended, ...]:
+    value, slope = relu(gate)
+    return value * up, slope * up, value
+
+
 PI = 4 * np.arctan(np.longdouble(1))
 SAMPLES = {
     "mse_loss": Sample(mse_loss),
@@ -284,6 +370,23 @@ SAMPLES = {
     "softcap": Sample(softcap, cancels=True),
     "silu": Sample(silu, cancels=True),
     "gelu": Sample(gelu, cancels=True),
+    "relu6": Sample(relu6, rounds=False),
+    "hardtanh": Sample(hardtanh, ({}, {"min_val": -0.3, "max_val": 2.0}), rounds=False),
+    "hardsigmoid": Sample(hardsigmoid, cancels=True),
+    "hardswish": Sample(hardswish, cancels=True),
+    "hardshrink": Sample(hardshrink, ({}, {"lambd": 0.0}), rounds=False),
+    "softshrink": Sample(softshrink, ({}, {"lambd": 1.5}), cancels=True),
+    "elu": Sample(elu, ({}, {"alpha": 0.3})),
+    "selu": Sample(selu),
+    "celu": Sample(celu, ({}, {"alpha": 0.3})),
+    "mish": Sample(mish, cancels=True),
+    "softplus": Sample(softplus, ({}, {"beta": 2.5, "threshold": 10.0})),
+    "logsigmoid": Sample(logsigmoid),
+    "softsign": Sample(softsign),
+    "tanhshrink": Sample(tanhshrink, cancels=True),
+    "swiglu": Sample(swiglu, cancels=True),
+    "geglu": Sample(geglu, ({}, {"approximate": "tanh"}), cancels=True),
+    "reglu": Sample(reglu),
 }
 
 
@@ -418,7 +521,7 @@ def draw(
 def losses() -> list[Loss]:
     found = []
     for op in OPERATORS.values():
-        if isinstance(op, PointwiseLoss):
+        if isinstance(op, PointwiseLoss) and not isinstance(op, Gated):
             always = tuple(o for o in op.variables if not o.optional)
             for operands in dict.fromkeys((always, op.variables)):
                 found += [Loss(op, operands, tried) for tried in SAMPLES[op.name].tried]
@@ -428,4 +531,5 @@ def losses() -> list[Loss]:
 LOSSES = losses()
 FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one way of each
 BROADCASTING = [loss for loss in LOSSES if loss.broadcasts]
+GATED = [op for op in OPERATORS.values() if isinstance(op, Gated)]
 ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]

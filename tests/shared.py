@@ -12,6 +12,7 @@ SHARED = (
     "test_distillation.py",
     "test_formula.py",
     "test_fuzz.py",
+    "test_gated.py",
     "test_gradcheck.py",
     "test_inplace.py",
     "test_log_probs.py",

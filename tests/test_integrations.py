@@ -13,12 +13,14 @@ import inspect
 import io
 import logging
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import language_models
 import pytest
 import torch
 from conftest import KernelCalls
@@ -110,6 +112,10 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "Mistral": SIZES,
     "Qwen2": SIZES,
     "Qwen3": SIZES,
+    "Mixtral": SIZES | {"num_local_experts": 4, "output_router_logits": True},
+    "Gemma3": SIZES | {"final_logit_softcapping": 3.0, "layer_types": ["full_attention"] * 2},
+    "Cohere": SIZES | {"logit_scale": 0.25},
+    "Granite": SIZES | {"logits_scaling": 4.0},
     "Gemma2": SIZES | {"final_logit_softcapping": 2.0, "tie_word_embeddings": True},
     "GPT2": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
@@ -118,10 +124,10 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 def language_model(kind: str, **more: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(**LANGUAGE_MODELS[kind] | more)
     name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    model = getattr(transformers, name)
     torch.manual_seed(0)
-    return getattr(transformers, name)(config).train()
+    return model(model.config_class(**LANGUAGE_MODELS[kind] | more)).train()
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -248,6 +254,122 @@ def test_other_models_are_left_with_the_reason() -> None:
     model = language_model("Llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     assert pyfused.plan_conversion(model).left[0].reason == "its head is no plain torch.nn.Linear"
+
+
+def test_what_is_found_by_trying_is_what_differs() -> None:
+    """A forward that does more with its logits keeps them, and one that raises is left alone."""
+    kind = type(language_model("Llama"))
+
+    def of(forward: Callable[..., Any]) -> str:
+        class Mine(kind):  # type: ignore[misc, valid-type]
+            pass
+
+        forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+        Mine.forward = forward  # type: ignore[method-assign]
+        model = Mine(language_model("Llama").config)
+        (left,) = [each for each in pyfused.plan_conversion(model).left if each.name == "."] or [
+            None
+        ]
+        return "" if left is None else left.reason
+
+    def peaked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = kind.forward(self, *args, **kwargs)
+        output.loss = output.loss + output.logits.float().logsumexp(-1).mean()
+        return output
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = kind.forward(self, *args, **kwargs)
+        output.loss = output.loss * (2 if type(output.logits) is torch.Tensor else 1)
+        return output
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("no such key")
+
+    assert of(lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs)) == ""
+    assert of(peaked) == "its logits are read by logsumexp, beside its loss"
+    assert of(doubled).startswith("its loss differs from that of head and cross-entropy by 0.5")
+    assert of(broken).endswith("has raised KeyError('no such key')")
+
+
+@as_users_run_it
+def test_trying_a_model_changes_nothing_of_it() -> None:
+    model = language_model("Mixtral")
+    model(**batch()).loss.backward()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    state = torch.get_rng_state()
+    assert "." in pyfused.plan_conversion(model).swapped
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+class OwnModel(torch.nn.Module):
+    """A language model of no library, with its own names."""
+
+    def __init__(self, weight_of_logits: float = 0.0) -> None:
+        super().__init__()
+        self.embedding, self.out = torch.nn.Embedding(300, 16), torch.nn.Linear(16, 300)
+        self.weight_of_logits = weight_of_logits
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        logits = self.out(self.embedding(tokens).tanh()) / 2.0
+        if targets is None:
+            return logits, None
+        shifted = logits[..., :-1, :].contiguous()
+        loss = torch.nn.functional.cross_entropy(
+            shifted.view(-1, shifted.size(-1)), targets[..., 1:].reshape(-1)
+        )
+        if self.weight_of_logits:
+            loss = loss + self.weight_of_logits * logits.square().mean()
+        return logits, loss
+
+
+@as_users_run_it
+@pytest.mark.parametrize("weight_of_logits", [0.0, 0.1])
+def test_a_head_that_the_user_vouches_for(
+    weight_of_logits: float, kernel_calls: KernelCalls
+) -> None:
+    model, tokens = OwnModel(weight_of_logits), batch()["input_ids"]
+    expected = model(tokens, tokens)[1]
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    with pytest.raises(
+        ValueError, match=r"head: expected the name of a Linear, \['out'\], got 'x'"
+    ):
+        pyfused.convert(model, head="x")
+    assert pyfused.plan_conversion(model).swapped == ()
+    assert pyfused.plan_conversion(model, head="out").swapped == (".",)
+    pyfused.convert(model, head="out")
+    for again in (model, copy.deepcopy(model), saved_and_loaded(model)):
+        kernel_calls.clear()
+        logits, loss = again(tokens, tokens)
+        assert (logits is None) == (weight_of_logits == 0)
+        assert kernel_calls["cross_entropy"] > 0
+        torch.testing.assert_close(loss, expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(loss, list(again.parameters())), gradients, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert again(tokens)[0].shape == (8, 40, 300)
+        assert again.eval()(tokens, tokens)[0].shape == (8, 40, 300)
+        again.train()
+    pyfused.revert(model)
+    assert type(model) is OwnModel
+
+
+def test_every_causal_language_model_of_the_list() -> None:
+    """The page's list of what is converted is what convert() does, with equal gradients."""
+    page = (Path(__file__).parents[1] / "docs" / "causal-language-models.md").read_text()
+    listed = {
+        name: reason.strip()
+        for name, reason in re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
+    }
+    assert sum(reason == "converted" for reason in listed.values()) >= 100
+    found = {name: language_models.conversion(name) for name in listed}
+    assert found == listed
 
 
 @as_users_run_it

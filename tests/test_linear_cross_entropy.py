@@ -18,7 +18,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import chunked
+from pyfused.ops import chunk_sizes, chunked
 from pyfused.types import HeadOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -177,6 +177,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: int 
         return empty(shape, dtype, *rest, **options)
 
     monkeypatch.setattr(cpu, "empty", seen)
+    monkeypatch.setattr(cpu, "HAS_AMX", False)
     input = torch.randn(n, features).to(dtype).requires_grad_()
     head = torch.randn(classes, features).to(dtype).requires_grad_()
     target = torch.randint(0, classes, (n,))
@@ -537,3 +538,31 @@ def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
         fused.linear_cross_entropy(
             torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]), filter_eps=wrong
         )
+
+
+# ---- how many logits at a time -------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+def test_how_many_logits_exist_at_once_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AMX all of them are the fastest way in bfloat16, up to a share of the memory."""
+    given = Given(rows=3000, classes=4000)
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
+
+    def said(dtype: torch.dtype, **options: Any) -> str:
+        tensors = given.input.to(dtype), given.head.to(dtype), given.target
+        return pyfused.explain("linear_cross_entropy", *tensors, **options).reason
+
+    monkeypatch.setattr(cpu, "HAS_AMX", False)
+    assert said(torch.float32) == said(torch.bfloat16) == "logits of 512 rows at a time"
+    assert said(torch.bfloat16, memory_budget=1 << 20) == "logits of 131 rows at a time"
+    assert said(torch.bfloat16, memory_budget=1 << 17) == "logits of some classes at a time"
+    monkeypatch.setattr(cpu, "HAS_AMX", True)
+    assert said(torch.float32) == "logits of 512 rows at a time"
+    monkeypatch.setattr(chunk_sizes, "memory_of_machine", lambda: 32 * 3000 * 4000 * 2)
+    assert said(torch.bfloat16) == "all logits at once"
+    assert said(torch.bfloat16, memory_budget=1 << 20) == "logits of some classes at a time"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert said(torch.float32) == "all logits at once"
+    monkeypatch.setattr(chunk_sizes, "memory_of_machine", lambda: 32 * 3000 * 4000)
+    assert said(torch.bfloat16) == "logits of some classes at a time"

@@ -25,7 +25,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import pyfused
-from pyfused.backends import cpu
+from pyfused.backends import cpu, versions
 
 ROOT = Path(__file__).parents[1]
 MODULES = [f"pyfused._cpu_{isa.replace('-', '_')}" for isa in cpu.ISAS]
@@ -168,11 +168,39 @@ def test_the_changelog_begins_with_the_version() -> None:
     assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == pyfused.__version__
 
 
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=[file.stem for file in WORKFLOWS])
+def test_workflows_pin_actions_by_commit_and_call_known_targets(workflow: Path) -> None:
+    text, makefile = workflow.read_text("utf-8"), (ROOT / "Makefile").read_text("utf-8")
+    actions = re.findall(r"uses: (.*)", text)
+    assert actions
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", action) for action in actions)
+    for target in re.findall(r"run: make ([\w-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_workflow_tests_the_versions_that_are_supported() -> None:
+    """Each Python of the metadata, and each version of Triton."""
+    text = (ROOT / ".github/workflows/tests.yml").read_text("utf-8")
+    rows = re.findall(r'python: "([\d.]+)", torch: ([\d.]+), triton: ([\d.]+)', text)
+    pythons = re.findall(
+        r"Python :: (3\.\d+)$", "\n".join(settings()["project"]["classifiers"]), re.MULTILINE
+    )
+    assert [python for python, _, _ in rows] == pythons
+    assert {triton for _, _, triton in rows} == {*versions.TORCH_OF_TRITON}
+
+
+def test_the_citation_names_the_version() -> None:
+    assert f"version: {pyfused.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
 # ---- the installed wheel -------------------------------------------------------------------------
 
 RELU = """
 import torch
-from pyfused.backends import cpu
+from pyfused.backends import cpu, versions
 input = torch.tensor([-1.0, 2.0])
 relu, _ = cpu.activation("relu", input)
 output = relu(input)

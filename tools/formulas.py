@@ -151,6 +151,7 @@ CPP = {
     "sqrt": "std::sqrt({},)",
     "rsqrt": "1 / std::sqrt({},)",
     "exp": "exp_of({},)",
+    "decay": "exp_shifted(-std::abs({},))",
     "expm1": "expm1_of({},)",
     "log": "log_of({},)",
     "log1p": "log1p_of({},)",
@@ -439,7 +440,7 @@ def module_of(op: Operator) -> str:
         kept = [p for p in accepted if p in made_with and p not in ("size_average", "reduce")]
         doc = f":class:`{base}` over :func:`pyfused.functional.{name}`."
     else:
-        loss = isinstance(op, PointwiseLoss)
+        loss = isinstance(op, PointwiseLoss) and op.reduces
         base = "torch.nn.modules.loss._Loss" if loss else "torch.nn.Module"
         operands = [f"{operand.name}: Tensor" for operand in op.operands]
         scalars = [scalar.name for scalar in op.scalars]
@@ -570,4 +571,5 @@ def printed() -> dict[Path, str]:
 
 if __name__ == "__main__":
     for path, text in printed().items():
-        path.write_text(text, "utf-8")
+        if not path.exists() or path.read_text("utf-8") != text:  # else all would be compiled again
+            path.write_text(text, "utf-8")

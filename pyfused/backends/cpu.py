@@ -189,9 +189,8 @@ def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
 # ---- matrix products -----------------------------------------------------------------------------
 
 # A CPU without instructions for half precision multiplies it 3 to 250 times slower than float32.
-MULTIPLIES_BFLOAT16 = bool(
-    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-)
+HAS_AMX = bool(torch.cpu._is_amx_tile_supported())
+MULTIPLIES_BFLOAT16 = HAS_AMX or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -38,9 +38,10 @@ class Activation(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.aten_ = self.reference_
         if self.definition is None:
-            self.aten = _built_in(self.name)
-            self.aten_ = _built_in(f"{self.name}_")
+            self.aten = _built_in(self.name, self.reference)
+            self.aten_ = _built_in(f"{self.name}_", self.reference_)
         if self.reference_ is self.reference:  # which knows no `inplace`
             self.reference_ = self.aten_
         self.overwrites = self.aten_ is not self.reference
@@ -92,8 +93,9 @@ class Activation(Operator):
         return None
 
 
-def _built_in(name: str) -> Callable[..., Tensor]:
-    function: Callable[..., Tensor] = getattr(torch, name, None) or getattr(torch._C._nn, name)
+def _built_in(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function without the cost of Python's, where there is one."""
+    function: Callable[..., Tensor] = getattr(torch, name, getattr(torch._C._nn, name, reference))
     return function
 
 

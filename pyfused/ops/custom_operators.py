@@ -27,7 +27,7 @@ from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
-from pyfused.ops.pointwise_loss import PointwiseLoss
+from pyfused.ops.pointwise_loss import Gated, PointwiseLoss
 from pyfused.ops.row_state import fields_of
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
@@ -321,6 +321,8 @@ for _op in OPERATORS.values():
         _made = _of_activation(_op)
     elif isinstance(_op, Softmax):
         _made = _of_softmax(_op)
+    elif isinstance(_op, Gated):
+        continue  # Inductor fuses it with what is around it
     elif isinstance(_op, (PointwiseLoss, ClassLoss)) and _op is not CROSS_ENTROPY:
         _made = _of_loss(_op)
     else:

@@ -195,7 +195,7 @@ class Operator(ABC):
 
     def check_scalars(self, arguments: Arguments) -> None:
         for place, scalar in self.scalar_places:
-            if not (scalar.flag or (scalar.optional and arguments[place] is None)):
+            if not (scalar.flag or scalar.words or (scalar.optional and arguments[place] is None)):
                 name, _, low, high, positive, *_ = scalar
                 checks.scalar(name, arguments[place], low, high, positive)
 
@@ -218,6 +218,10 @@ class Operator(ABC):
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         """How a CPU kernel goes through the input, in words."""
         return "element by element"
+
+    def strategy_of(self, arguments: Arguments) -> str:
+        """How a CPU kernel goes through the arguments of a call, in words."""
+        return self.strategy(arguments[0])
 
 
 def parameters_of(function: Any) -> dict[str, Any]:

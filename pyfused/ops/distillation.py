@@ -236,11 +236,13 @@ class Divergence(Operator):
         getattr(checks, self.name)(*arguments)
         *tensors, options = arguments
         shape, device = tensors[0].shape[:-1], tensors[0].device.type
-        of_layers = len(tensors) // 3 * 3  # each has three; a top k stays as it is
-        without_autocast, cast = in_autocast_dtype(device, tensors[:of_layers])
+        inputs = [place for place, o in enumerate(self.operands) if o.name.endswith("input")]
+        without_autocast, cast = in_autocast_dtype(device, [tensors[place] for place in inputs])
+        for place, tensor in zip(inputs, cast, strict=True):
+            tensors[place] = tensor
         tensors = [
             tensor.reshape(-1, tensor.shape[-1]) if self.has_tokens(place) else tensor
-            for place, tensor in enumerate((*cast, *tensors[of_layers:]))
+            for place, tensor in enumerate(tensors)
         ]
         weight = options.token_weight
         options = replace(
@@ -458,7 +460,7 @@ def _by_rows(
     dtype = backend.product_dtype(layer.input.dtype)
     capped = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     row = columns * (dtype.itemsize + capped + more_bytes)
-    size = max(1, min(n, rows_in_budget(n, row, options.memory_budget)))
+    size = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
     wanted, weight = want.gradients or (False,) * 3, options.token_weight
     want = Want(want.loss, (True,) if any(wanted) else (), True)
     gradients = LayerGradients(backend, layer, dtype, (size, columns), wanted)

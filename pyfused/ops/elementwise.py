@@ -22,7 +22,7 @@ from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
-from pyfused.ops.pointwise_loss import PointwiseLoss, elements, weight_or_elements
+from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, elements, weight_or_elements
 from pyfused.types import Gradients
 
 INPUT, TARGET = Operand("input"), Operand("target")
@@ -585,12 +585,15 @@ def _cdf(x: Tensor, approximate: str) -> Tensor:
 
 
 def _gradient_of_gelu(grad_output: Tensor, input: Tensor, approximate: str) -> Tensor:
-    y = _cdf(input, approximate)
     if approximate == "none":
+        below = _cdf(input, approximate)
         density = (input * input * -0.5).exp() * (1 / math.sqrt(2 * math.pi))
-    else:
-        density = y * (1 - y) * (_TWICE * (1 + 0.134145 * input * input))
-    return grad_output * (y + input * density)
+        return grad_output * (below + input * density)
+    u = _TWICE * (input + 0.044715 * input * input * input)
+    e = (-u.abs()).exp()
+    d = 1 / (1 + e)  # y (1 - y) of y = sigmoid(u) is e d d
+    slope = e * d * d * (_TWICE * (1 + 0.134145 * input * input))
+    return grad_output * (torch.where(u < 0, e * d, d) + input * slope)
 
 
 GELU = Activation(
@@ -601,6 +604,254 @@ GELU = Activation(
     scalars=(Scalar("approximate", words=("none", "tanh")),),
     formula=lambda input, approximate: input * _cdf(input, approximate),
     gradient=_gradient_of_gelu,
+)
+
+# ---- piecewise linear activations ----------------------------------------------------------------
+
+
+def _between(low: Tensor | float, input: Tensor, high: Tensor | float) -> Tensor:
+    return (low < input) & (input < high)
+
+
+RELU6 = Activation(
+    name="relu6",
+    module="ReLU6",
+    formula=lambda input: input.clamp(0, 6),
+    gradient=lambda grad_output, output: torch.where(_between(0, output, 6), grad_output, 0),
+)
+
+HARDTANH = Activation(
+    name="hardtanh",
+    module="Hardtanh",
+    saves="input",  # half precision may round an output off its bound
+    scalars=(Scalar("min_val"), Scalar("max_val")),
+    fallback_reason=lambda _, low, high: (
+        None
+        if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low <= high
+        else "min_val is not below max_val"
+    ),
+    formula=lambda input, low, high: torch.minimum(torch.maximum(input, low), high),
+    gradient=lambda grad_output, input, low, high: torch.where(
+        _between(low, input, high), grad_output, 0
+    ),
+)
+
+HARDSIGMOID = Activation(
+    name="hardsigmoid",
+    module="Hardsigmoid",
+    saves="input",
+    formula=lambda input: (input + 3).clamp(0, 6) / 6,
+    gradient=lambda grad_output, input: torch.where(_between(-3, input, 3), grad_output / 6, 0),
+)
+
+HARDSWISH = Activation(
+    name="hardswish",
+    module="Hardswish",
+    saves="input",
+    formula=lambda input: input * ((input + 3).clamp(0, 6) / 6),
+    gradient=lambda grad_output, input: torch.where(
+        input <= -3, 0, torch.where(input >= 3, grad_output, grad_output * (input / 3 + 0.5))
+    ),
+)
+
+
+def _hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    return torch.hardshrink(input, lambd)
+
+
+def _beyond(input: Tensor, bound: Tensor) -> Tensor:
+    return (input < -bound) | (input > bound)
+
+
+HARDSHRINK = Activation(
+    name="hardshrink",
+    module="Hardshrink",
+    saves="input",
+    scalars=(Scalar("lambd", low=0.0),),
+    formula=lambda input, lambd: torch.where((-lambd <= input) & (input <= lambd), 0, input),
+    definition=_hardshrink,
+    gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
+)
+
+
+def _zero(input: Tensor) -> Tensor:
+    return torch.where(input == input, 0, input)  # NaN of NaN
+
+
+def _softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    return torch._C._nn.softshrink(input, lambd)
+
+
+SOFTSHRINK = Activation(
+    name="softshrink",
+    module="Softshrink",
+    saves="input",
+    scalars=(Scalar("lambd", low=0.0),),
+    formula=lambda input, lambd: torch.where(
+        input > lambd, input - lambd, torch.where(input < -lambd, input + lambd, _zero(input))
+    ),
+    definition=_softshrink,
+    gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
+)
+
+# ---- further smooth activations ------------------------------------------------------------------
+
+ELU = Activation(
+    name="elu",
+    module="ELU",
+    saves="input",
+    scalars=(Scalar("alpha"),),
+    formula=lambda input, alpha: torch.where(input < 0, alpha * input.expm1(), input),
+    gradient=lambda grad_output, input, alpha: torch.where(
+        input > 0, grad_output, grad_output * (alpha * input.exp())
+    ),
+)
+
+_SELU_SCALE = 1.0507009873554804934193349852946
+_SELU_ALPHA = 1.6732632423543772848170429916717 * _SELU_SCALE
+
+SELU = Activation(
+    name="selu",
+    module="SELU",
+    saves="input",
+    formula=lambda input: torch.where(input < 0, _SELU_ALPHA * input.expm1(), _SELU_SCALE * input),
+    gradient=lambda grad_output, input: (
+        grad_output * torch.where(input > 0, _SELU_SCALE, _SELU_ALPHA * input.exp())
+    ),
+)
+
+CELU = Activation(
+    name="celu",
+    module="CELU",
+    saves="input",
+    scalars=(Scalar("alpha", positive=True),),
+    formula=lambda input, alpha: torch.where(input < 0, alpha * (input / alpha).expm1(), input),
+    gradient=lambda grad_output, input, alpha: torch.where(
+        input > 0, grad_output, grad_output * (input / alpha).exp()
+    ),
+)
+
+
+def _parts_of_mish(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With e = exp(x): e, n = e (e + 2), and tanh(softplus(x)) = n / (n + 2)."""
+    e = input.clamp(max=25).exp()
+    n = e * (e + 2)
+    return e, n, n / (n + 2)
+
+
+def _gradient_of_mish(grad_output: Tensor, input: Tensor) -> Tensor:
+    e, n, t = _parts_of_mish(input)
+    rest = torch.where(input > 25, 0, 2 / (n + 2))  # 1 - t
+    return grad_output * (t + input * (e / (1 + e) * (rest * (1 + t))))
+
+
+MISH = Activation(
+    name="mish",
+    module="Mish",
+    saves="input",
+    formula=lambda input: input * _parts_of_mish(input)[2],
+    gradient=_gradient_of_mish,
+)
+
+
+def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return torch._C._nn.softplus(input, beta, threshold)
+
+
+SOFTPLUS = Activation(
+    name="softplus",
+    module="Softplus",
+    saves="input",
+    scalars=(Scalar("beta"), Scalar("threshold")),
+    formula=lambda input, beta, threshold: torch.where(
+        input * beta > threshold, input, F.softplus(input * beta) / beta
+    ),
+    definition=_softplus,
+    gradient=lambda grad_output, input, beta, threshold: torch.where(
+        input * beta > threshold, grad_output, grad_output * (input * beta).sigmoid()
+    ),
+)
+
+
+def _logsigmoid(input: Tensor) -> Tensor:
+    return torch._C._nn.log_sigmoid(input)
+
+
+LOGSIGMOID = Activation(
+    name="logsigmoid",
+    module="LogSigmoid",
+    saves="input",
+    formula=lambda input: 0 - F.softplus(-input),  # 0.0 of infinity
+    definition=_logsigmoid,
+    gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
+)
+
+
+SOFTSIGN = Activation(
+    name="softsign",
+    module="Softsign",
+    saves="input",
+    formula=lambda input: input / (1 + input.abs()),
+)
+
+TANHSHRINK = Activation(
+    name="tanhshrink",
+    module="Tanhshrink",
+    saves="input",
+    formula=lambda input: input - input.tanh(),
+)
+
+# ---- gated activations: act(gate) * up -----------------------------------------------------------
+
+GATED = (Operand("gate"), Operand("up"))
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch._C._nn.silu(gate) * up
+
+
+def _geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    return torch._C._nn.gelu(gate, approximate=approximate) * up
+
+
+def _reglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.relu(gate) * up
+
+
+def _gradient_of_swiglu(gate: Tensor, up: Tensor) -> Gradients:
+    y = gate.sigmoid()
+    return up * (y * (1 + gate * (1 - y))), gate * y
+
+
+SWIGLU = Gated(
+    name="swiglu",
+    module="SwiGLU",
+    operands=GATED,
+    formula=lambda gate, up: gate * gate.sigmoid() * up,
+    definition=_swiglu,
+    gradient=_gradient_of_swiglu,
+)
+
+GEGLU = Gated(
+    name="geglu",
+    module="GEGLU",
+    operands=GATED,
+    scalars=(Scalar("approximate", "none", words=("none", "tanh")),),
+    formula=lambda gate, up, approximate: gate * _cdf(gate, approximate) * up,
+    definition=_geglu,
+    gradient=lambda gate, up, approximate: (
+        _gradient_of_gelu(up, gate, approximate),
+        gate * _cdf(gate, approximate),
+    ),
+)
+
+REGLU = Gated(
+    name="reglu",
+    module="ReGLU",
+    operands=GATED,
+    formula=lambda gate, up: torch.where(gate < 0, 0, gate) * up,
+    definition=_reglu,
+    gradient=lambda gate, up: (torch.where(gate <= 0, 0, up), torch.where(gate < 0, 0, gate)),
 )
 
 OPERATORS = tuple(value for value in globals().values() if isinstance(value, Operator))

@@ -24,7 +24,10 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def in_autocast_dtype(
     device: str, tensors: Sequence[Tensor | None]
 ) -> tuple[AbstractContextManager[Any], list[Any]]:
-    """Returns a linear layer's tensors as autocast casts them, and a context without autocast."""
+    """Returns the inputs of linear layers as autocast casts them, and a context without autocast.
+
+    The layers stay as they are. Chunks cast them, and their gradients are not rounded on the way.
+    """
     if not torch.is_autocast_enabled(device):
         return nullcontext(), list(tensors)
     dtype = torch.get_autocast_dtype(device)

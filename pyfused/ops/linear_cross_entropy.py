@@ -72,8 +72,8 @@ class LinearCrossEntropy(Operator):
         head, options = _checked(arguments)
         options = checks.normalized(options)
         dtype = _dtype_of_loss(head, options)
-        without_autocast, layer = in_autocast_dtype(head.input.device.type, head[:3])
-        head = Head._make((*layer, head.target, head.weight))
+        without_autocast, (input,) = in_autocast_dtype(head.input.device.type, head[:1])
+        head = head._replace(input=input)
         if not is_compiled(head.input):
             check_indices(head, options)
         leading = head.input.shape[:-1]
@@ -95,6 +95,15 @@ class LinearCrossEntropy(Operator):
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "some logits at a time"
+
+    def strategy_of(self, arguments: Arguments) -> str:
+        head, options = _head_of(arguments)
+        head, options = head.as_rows(options)
+        _, (input,) = in_autocast_dtype(head.input.device.type, head[:1])
+        rows = rows_at_once(head._replace(input=input), options, backend_of(input))
+        if not rows:
+            return "logits of some classes at a time"
+        return "all logits at once" if rows >= len(input) else f"logits of {rows} rows at a time"
 
 
 def linear_cross_entropy_fallback_reason(

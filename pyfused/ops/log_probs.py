@@ -223,10 +223,12 @@ class LinearLogProbs(LogProbsOfLogits):
 
         def run(arguments: Arguments) -> Tensor:
             *tensors, target, options = arguments
-            without_autocast, tensors = in_autocast_dtype(target.device.type, tensors)
-            given = *tensors, target, options
+            count = 3 if is_compiled(target) else 1  # a custom operator checks what it is given
+            without_autocast, cast = in_autocast_dtype(target.device.type, tensors[:count])
+            given = *cast, *tensors[count:], target, options
+            plan = super(LinearLogProbs, self).plan(given, inplace)
             with without_autocast:
-                return super(LinearLogProbs, self).plan(given, inplace)(given)
+                return plan(given)
 
         return run
 

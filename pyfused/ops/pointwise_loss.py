@@ -72,6 +72,7 @@ class PointwiseLoss(Operator):
         arrange: What torch makes of the formula's operands before they broadcast.
         variables: The formula's operands: all but the weight.
         enforces: Whether torch raises for values of an operand.
+        reduces: Whether it is a loss, rather than an activation of several tensors.
         asks_dtype: Whether the result of operands of one dtype may have another.
     """
 
@@ -86,6 +87,7 @@ class PointwiseLoss(Operator):
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
     enforces: bool = field(init=False)
+    reduces: ClassVar[bool] = True
     asks_dtype: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class PointwiseLoss(Operator):
         self.enforces = any(v.enforced is not None for v in self.variables)
         self.broadcast = tuple(places[1:])
         self._weight = place("weight") if self.weight_shape is not None else None
-        self._reduction = place("reduction")
+        self._reduction = place("reduction") if self.reduces else None
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
         self._legacy = itemgetter(*map(place, legacy)) if legacy else None
         if self.warns:
@@ -110,16 +112,19 @@ class PointwiseLoss(Operator):
         names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
-        defaults = {scalar.name: scalar.default for scalar in self.scalars} | {"reduction": "mean"}
+        defaults = {scalar.name: scalar.default for scalar in self.scalars}
+        defaults |= {"reduction": "mean"} if self.reduces else {}
         parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
 
         signature = inspect.Signature(parameters)
 
         def definition(*arguments: Any, **by_name: Any) -> Tensor:
-            given = defaults | signature.bind(*arguments, **by_name).arguments
+            given = defaults | dict(zip(self.arguments, arguments, strict=False)) | by_name
+            for operand in self.operands:
+                checks.tensor(operand.name, given.get(operand.name))
             self.check_scalars(tuple([given[name] for name in self.arguments]))
             each = self.formula(*[given[name] for name in names])
-            return reduced(each, given["reduction"])
+            return reduced(each, given.get("reduction", "none"))
 
         definition.__signature__ = signature  # type: ignore[attr-defined]
         return definition
@@ -129,10 +134,11 @@ class PointwiseLoss(Operator):
         reference, built_in = self.reference, getattr(torch._C._nn, self.name)
         of_python = [i for i, name in enumerate(self.arguments) if name in _OF_PYTHON]
         scalars = [place for place, _ in self.scalar_places]
+        reduction_place = self.arguments.index("reduction")
 
         def aten(*arguments: Any) -> Tensor:
             input, target = arguments[:2]
-            reduction = _REDUCTIONS.get(arguments[self._reduction])
+            reduction = _REDUCTIONS.get(arguments[reduction_place])
             if reduction is None or type(target) not in (Tensor, Parameter):
                 return reference(*arguments)
             for place in of_python:
@@ -149,7 +155,7 @@ class PointwiseLoss(Operator):
         return aten
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        return bool(arguments[self._reduction] == "none")
+        return self._reduction is None or bool(arguments[self._reduction] == "none")
 
     def plan(
         self,
@@ -211,7 +217,9 @@ class PointwiseLoss(Operator):
             if scalar.optional and named[scalar.name] != named[scalar.name]:
                 named[scalar.name] = None  # for which NaN stood
         names = [variable.name for variable in self.variables]
-        return self.reference(**dict(zip(names, operands, strict=False)), **named, reduction="none")
+        if self.reduces:
+            named["reduction"] = "none"
+        return self.reference(**dict(zip(names, operands, strict=False)), **named)
 
     def check(self, arguments: Arguments) -> None:
         for place, operand in ((0, self.operands[0]), *self.others):
@@ -228,7 +236,9 @@ class PointwiseLoss(Operator):
                 checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
 
     def _read(self, arguments: Arguments) -> tuple[Sequence[Any], Tensor | None, str]:
-        operands, reduction = self._values(arguments), arguments[self._reduction]
+        operands, reduction = self._values(arguments), "none"
+        if self._reduction is not None:
+            reduction = arguments[self._reduction]
         if operands[-1] is None:
             operands = operands[:-1]
         if self._legacy is not None:
@@ -270,8 +280,16 @@ class PointwiseLoss(Operator):
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
+class Gated(PointwiseLoss):
+    """An activation of one tensor multiplied by another, which is computed as a loss is."""
+
+    reduces = False
+
+
 def _number(value: Any, scalar: Scalar) -> Any:
     """A scalar as a number, but for a tensor that would have to be waited for."""
+    if scalar.words:
+        return value
     if scalar.flag:
         return bool(value)
     if scalar.optional and value is None:
@@ -299,7 +317,8 @@ def result_dtype(
     for name, dtype, dim in kinds:
         ones[name] = torch.ones([1] * dim, dtype=dtype, device=device)
     with torch.no_grad():
-        return op.reference(**ones, reduction="none" if each else "sum").dtype
+        reduction = {"reduction": "none" if each else "sum"} if op.reduces else {}
+        return op.reference(**ones, **reduction).dtype
 
 
 @dataclass(eq=False, kw_only=True)

@@ -63,6 +63,7 @@ mul(where(a, s, t), u) -> where(a, mul(s, u), mul(t, u))
 div(1, a) -> reciprocal(a)
 div(neg(a), b) -> neg(div(a, b))
 div(where(a, s, t), u) -> where(a, div(s, u), div(t, u))
+exp(neg(abs(a))) -> decay(a)
 logical_not(logical_not(a)) -> a
 where(a, b, b) -> b
 where(logical_not(a), b, c) -> where(a, c, b)

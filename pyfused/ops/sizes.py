@@ -53,9 +53,10 @@ ON_CPU = {
     **_of((1 << 17, 1 << 23), "mse_loss", "smooth_l1_loss", "huber_loss", "rmse_loss"),
     **_of((1 << 17, 1 << 17), "PointwiseLoss", "ClassLoss", "Composed"),
     **_of((1 << 12, 1 << 12), "gelu"),
-    **_of((1 << 15, 1 << 15), "tanh", "multi_margin_loss"),
-    **_of((1 << 18, 1 << 18), "sigmoid", "silu", "Activation"),
-    **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "nll_loss"),
+    **_of((1 << 15, 1 << 15), "tanh", "mish", "softsign", "tanhshrink", "multi_margin_loss"),
+    **_of((1 << 18, 1 << 18), "sigmoid", "silu", "Activation", "Gated"),
+    **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "relu6", "hardtanh", "nll_loss"),
+    **_of((1 << 24, 1 << 24), "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
     **_of((1 << 17, 1 << 12), "cross_entropy"),
     **_of((1 << 18, 1 << 16), "softmax", "log_softmax"),
     **_of((1 << 15, 1 << 15), *LINEAR),  # logits
@@ -97,10 +98,13 @@ COMPILED = {
     **_of((_NEW_MEMORY, _NEW_MEMORY), "sigmoid", "silu", "gelu", "softmax", "log_softmax"),
     **_of((1 << 20, 1 << 20), "binary_cross_entropy_with_logits", "sigmoid_focal_loss"),
     **_of((1 << 20, 1 << 20), "soft_margin_loss", "log_cosh_loss", "gaussian_nll_loss"),
-    **_of((1 << 20, 1 << 20), "tanh", "softcap"),
+    **_of((1 << 20, 1 << 20), "tanh", "softcap", "mish", "softsign", "tanhshrink"),
+    **_of((_NEW_MEMORY, _NEW_MEMORY), "elu", "selu", "celu", "softplus", "logsigmoid"),
+    **_of((NEVER, NEVER), "swiglu", "geglu", "reglu"),  # fused with what is around them
     **_of((1 << 16, NEVER), "hinge_loss", "hinge_embedding_loss", "multi_margin_loss"),
     **_of((1 << 16, NEVER), "margin_ranking_loss", "quantile_loss"),
-    **_of((1 << 16, _NEW_MEMORY), "relu", "leaky_relu"),
+    **_of((1 << 16, _NEW_MEMORY), "relu", "leaky_relu", "relu6", "hardtanh"),
+    **_of((1 << 16, _NEW_MEMORY), "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
 }
 
 

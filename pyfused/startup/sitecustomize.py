@@ -15,73 +15,185 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from multiprocessing import util
 from pathlib import Path
 from typing import Any, BinaryIO
 
 VARIABLE = "PYFUSED_RUN"
-# The first process, which prints; the first line of the file that takes the counts; and its path.
-RUN = os.environ.get(VARIABLE, "").split(" ", 2)
-KERNEL, SMALL = "kernel", "torch: ATen is faster at this size"  # paths
+# The first process, which prints; the first line of the file that takes the counts; how many calls
+# are compared, "sample" or "compare"; and the file's path.
+RUN = os.environ.get(VARIABLE, "").split(" ", 3)
+SMALL = "ATen is faster at this size"
 
 
 class Calls:
-    """Calls of one operator that took one path, alike in size and in whether gradients are needed.
-
-    Some of them are repeated, by pyfused and by torch, to compare the two.
+    """Calls of one operator's kernels, alike in size and in whether gradients are needed.
 
     Attributes:
-        largest: The elements of the largest input.
+        largest: The elements of the largest input, or of a linear layer's logits.
         count: How many calls there were.
         elements: Those of all their inputs.
-        seconds: What the calls took; a backward pass comes later, and is not in it.
-        repeats: Seconds an element, for each repeated call: of our backward pass, and of torch's
-            forward and backward passes together.
-        due: The number of the next call to repeat.
-        cost: The seconds that the last repetition took.
-        latest: The seconds of the latest call that was timed.
+        repeats: For each call that was made again, by pyfused and by torch: the seconds an element
+            of both, forward and backward.
+        due: The number of the next call to compare.
     """
 
-    due: float = 2  # the first call of a kind starts threads, and takes new memory
-    cost = latest = 0.0
+    due: int | float = 1
 
     def __init__(self) -> None:
         self.largest = self.count = self.elements = 0
-        self.seconds = 0.0
         self.repeats: list[tuple[float, float]] = []
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.largest, self.count, self.elements, self.seconds, self.repeats))
-
-    def add(
-        self, largest: int, count: int, elements: int, seconds: float, repeats: list[Any]
-    ) -> None:
+    def add(self, largest: int, count: int, elements: int, repeats: list[Any]) -> None:
         self.largest = max(self.largest, largest)
         self.count += count
         self.elements += elements
-        self.seconds += seconds
         self.repeats += repeats
 
-    def with_backward(self) -> tuple[float, float | None]:
-        """What all of them took, and what torch would have taken; None where none was repeated."""
-        if not self.repeats:
-            return self.seconds, None
-        backward, by_torch = (
-            sorted(column)[(len(column) - 1) // 2] for column in zip(*self.repeats, strict=True)
+
+class Counts:
+    """What is counted in a process.
+
+    Attributes:
+        kernels: Calls that take a kernel, by operator, bits of the size, and whether gradients are
+            needed.
+        small: Calls that are left to torch for their size, by operator.
+        left: Those that are for another reason, by operator and reason.
+        compiled: Calls of kernels in compiled programs, by operator.
+        failed: Errors of counting.
+        spent: The seconds that comparisons took.
+    """
+
+    def __init__(self) -> None:
+        self.kernels: defaultdict[tuple[str, int, bool], Calls] = defaultdict(Calls)
+        self.small: Counter[str] = Counter()
+        self.left: Counter[tuple[str, str]] = Counter()
+        self.compiled: Counter[str] = Counter()
+        self.failed: dict[str, str] = {}
+        self.spent = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.kernels or self.small or self.left or self.compiled)
+
+    def as_json(self, seconds: float) -> str:
+        kernels = [(key, list(vars(calls).values())) for key, calls in self.kernels.items()]
+        for _, values in kernels:
+            values[4:] = []  # when the next call is due
+        left = list(self.left.items())
+        return json.dumps([seconds, kernels, self.small, left, self.compiled])
+
+    def add(self, kernels: Any, small: Any, left: Any, compiled: Any) -> None:
+        for key, (largest, count, elements, repeats) in kernels:
+            self.kernels[tuple(key)].add(largest, count, elements, repeats)
+        self.small.update(small)
+        self.left.update({tuple(key): count for key, count in left})
+        self.compiled.update(compiled)
+
+    # ---- the summary ----
+
+    def per_element(self, op: str, bits: int, needs_grad: bool) -> tuple[float, float] | None:
+        """Returns the median seconds of pyfused and torch, of this kind or the nearest compared."""
+        compared = [key for key, calls in self.kernels.items() if key[0] == op and calls.repeats]
+        if not compared:
+            return None
+        nearest = min(compared, key=lambda key: (key[2] != needs_grad, abs(key[1] - bits)))
+        ours, theirs = (
+            sorted(column)[(len(column) - 1) // 2]
+            for column in zip(*self.kernels[nearest].repeats, strict=True)
         )
-        return self.seconds + self.elements * backward, self.elements * by_torch
+        return ours, theirs
+
+    def rows(self) -> list[Row]:
+        """Returns a row for each operator with kernels, the one that took longest first."""
+        found: dict[str, Row] = {}
+        for (op, bits, needs_grad), calls in self.kernels.items():
+            row = found.setdefault(op, Row(op))
+            seconds = self.per_element(op, bits, needs_grad)
+            row.count += calls.count
+            row.largest = max(row.largest, calls.largest)
+            row.compared += len(calls.repeats)
+            if seconds:
+                row.ours += calls.elements * seconds[0]
+                row.theirs += calls.elements * seconds[1]
+        return sorted(found.values(), key=lambda row: -row.theirs)
+
+    def summary(self, processes: list[float]) -> str:
+        """Returns what the calls were worth, in lines.
+
+        Args:
+            processes: How long each process ran that made any.
+        """
+        if self.failed:
+            return "\n".join(f"not counted: {op}: {error}" for op, error in self.failed.items())
+        if not self:
+            return "pyfused: no calls of its losses and activations"
+        ran = time_of(sum(processes))
+        if len(processes) > 1:
+            ran += f" in {len(processes)} processes"
+        rows = self.rows()
+        if not (rows or self.left or self.compiled):
+            size = f"the size of all calls ({sum(self.small.values()):,})"
+            return f"pyfused: nothing gained: ATen is faster at {size}, in {ran}"
+        lines = table(rows) if rows else []
+        left = [f"{op} ({count:,}: {reason})" for (op, reason), count in self.left.most_common()]
+        left += [f"{op} ({count:,}: {SMALL})" for op, count in self.small.most_common()]
+        if left:
+            lines.append(f"left to torch: {', '.join(left)}")
+        if not (rows or self.compiled):
+            return "\n".join((*lines, f"pyfused: nothing gained: no kernel ran, in {ran}"))
+        unknown = [f"{row.op} ({row.count:,})" for row in rows if not row.compared]
+        unknown += [f"{op} ({count:,}, compiled)" for op, count in self.compiled.most_common()]
+        if unknown:
+            lines.append(f"not compared: {', '.join(unknown)}")
+        if compared := sum(row.compared for row in rows):
+            least = "at least " if unknown else ""
+            ours, theirs = (
+                time_of(sum(getattr(row, whose) for row in rows)) for whose in ("ours", "theirs")
+            )
+            lines.append(
+                f"pyfused's kernels took {least}{ours} of {ran}; torch's operators would have "
+                f"taken {least}{theirs} (estimated from calls that both made again: {compared:,})"
+            )
+        return "\n".join(lines)
 
 
-Key = tuple[str, str, int, bool]  # operator, path, size, whether gradients are needed
-CALLS: defaultdict[Key, Calls] = defaultdict(Calls)
-OTHERS: Counter[str] = Counter()  # losses and activations that pyfused does not have
+class Row:
+    """The calls of one operator's kernels, of all sizes together."""
+
+    def __init__(self, op: str) -> None:
+        self.op, self.count, self.largest, self.compared = op, 0, 0, 0
+        self.ours = self.theirs = 0.0
+
+
+def table(rows: list[Row]) -> list[str]:
+    lines = [("operator", "calls", "largest input", "pyfused", "torch")]
+    for row in rows:
+        times = (time_of(row.ours), time_of(row.theirs)) if row.compared else ("-", "-")
+        lines.append((row.op, f"{row.count:,}", f"{row.largest:,}", *times))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+
+
+def time_of(seconds: float) -> str:
+    digits = 0 if seconds >= 10 else 1 if seconds >= 1 else 3
+    return f"{seconds:,.{digits}f} s"
+
+
+# ---- the processes of a run ----------------------------------------------------------------------
+
+COUNTS = Counts()
 began = time.perf_counter()
 
 
-def name_file(path: str, descriptor: int) -> None:
+def name_file(path: str, descriptor: int, compare: bool) -> None:
     """Makes this process the first of a run, and this file the one that takes the counts."""
-    RUN[:] = str(os.getpid()), os.urandom(16).hex(), path
+    RUN[:] = str(os.getpid()), os.urandom(16).hex(), "compare" if compare else "sample", path
     os.write(descriptor, f"{RUN[1]}\n".encode())
     os.environ[VARIABLE] = " ".join(RUN)
 
@@ -93,7 +205,7 @@ def open_file() -> BinaryIO | None:
     number of the first.
     """
     with contextlib.suppress(OSError, ValueError):
-        _, token, path = RUN
+        _, token, _, path = RUN
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND), "r+b", buffering=0)
         if file.readline() == f"{token}\n".encode():
             return file
@@ -103,25 +215,22 @@ def open_file() -> BinaryIO | None:
 
 def leave() -> None:
     """Where a process ends: a child appends its counts to the file, and the first prints all."""
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began - COUNTS.spent
     with contextlib.suppress(Exception):  # the program is to end as it does by itself
         if RUN[0] == str(os.getpid()):
-            processes = [seconds] if CALLS else []
-            for brought in taken():
-                for key, calls in brought["calls"]:
-                    CALLS[tuple(key)].add(*calls)
-                OTHERS.update(brought["others"])
-                processes += [brought["seconds"]] if brought["calls"] else []
-            print(summary(processes), file=sys.stderr)
-        elif (CALLS or OTHERS) and (file := open_file()):
-            calls = [(key, list(calls)) for key, calls in CALLS.items()]
-            line = json.dumps({"calls": calls, "others": OTHERS, "seconds": seconds})
+            processes = [seconds] if COUNTS else []
+            for brought, *counts in taken():
+                COUNTS.add(*counts)
+                processes.append(brought)
+            print(COUNTS.summary(processes), file=sys.stderr)
+        elif COUNTS and (file := open_file()):
+            line = COUNTS.as_json(seconds)
             with file:
                 file.write(f"{line}\n".encode())  # one write, as other children append, too
     forget()
 
 
-def taken() -> list[dict[str, Any]]:
+def taken() -> list[list[Any]]:
     """What the children have brought; their file is removed."""
     file = open_file()
     if file is None:
@@ -129,96 +238,14 @@ def taken() -> list[dict[str, Any]]:
     with file:
         lines = file.readlines()
     with contextlib.suppress(OSError):  # on Linux it has lost its name already
-        Path(RUN[2]).unlink()
+        Path(RUN[3]).unlink()
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def forget() -> None:
     global began
     began = time.perf_counter()
-    CALLS.clear()
-    OTHERS.clear()
-
-
-# ---- the summary ---------------------------------------------------------------------------------
-
-
-class Row:
-    """The calls of one operator on one path, of all sizes together."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.count, self.largest = path, 0, 0
-        self.seconds = self.compared = self.by_torch = 0.0
-
-    def add(self, calls: Calls) -> None:
-        seconds, by_torch = calls.with_backward()
-        self.count += calls.count
-        self.largest = max(self.largest, calls.largest)
-        self.seconds += seconds
-        if not self.path.startswith(KERNEL):
-            by_torch = seconds  # which is what ran
-        if by_torch is not None:
-            self.compared += seconds
-            self.by_torch += by_torch
-
-    @property
-    def with_torch(self) -> float:
-        """What torch would have taken, 0 where that is not known."""
-        return self.seconds * self.by_torch / self.compared if self.compared else 0.0
-
-
-def summary(processes: list[float]) -> str:
-    """What the calls were worth.
-
-    Args:
-        processes: How long each process ran that made any.
-    """
-    found: dict[tuple[str, str], Row] = {}
-    for (op, path, *_), calls in CALLS.items():
-        found.setdefault((op, path), Row(path)).add(calls)
-    rows, lines = found.values(), []
-    total = sum(row.seconds for row in rows)
-    took = f"{time_of(total)} of {time_of(sum(processes))}"
-    if len(processes) > 1:
-        took += f" in {len(processes)} processes"
-    if not total:
-        took = "a time that is measured on CPUs alone"
-    if not found:
-        last = "pyfused: no calls of its losses and activations"
-    elif {row.path for row in rows} == {SMALL}:
-        count = sum(row.count for row in rows)
-        size = f"ATen is faster at the size of all {count:,} calls"
-        last = f"pyfused: nothing gained: {size}, which took {took}"
-    else:
-        lines = table(found)
-        last = f"losses and activations took {took}"
-        if any(row.compared for row in rows if row.path.startswith(KERNEL)):
-            with_torch = sum(row.with_torch or row.seconds for row in rows)
-            last += f"; with torch {time_of(with_torch)}"
-    if OTHERS:
-        others = (f"{name} ({count:,})" for name, count in OTHERS.most_common())
-        lines.append(f"not in pyfused: {', '.join(others)}")
-    return "\n".join((*lines, last))
-
-
-def table(found: dict[tuple[str, str], Row]) -> list[str]:
-    lines = [("operator", "calls", "largest input", "path", "time", "with torch")]
-    for (op, path), row in sorted(found.items(), key=lambda item: -item[1].seconds):
-        times = time_of(row.seconds), time_of(row.with_torch)
-        lines.append((op, f"{row.count:,}", f"{row.largest:,}", path, *times))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if title in ("operator", "path") else cell.rjust(width)
-            for title, cell, width in zip(lines[0], line, widths, strict=True)
-        )
-        for line in lines
-    ]
-
-
-def time_of(seconds: float) -> str:
-    digits = 0 if seconds >= 10 else 1 if seconds >= 1 else 3
-    return f"{seconds:,.{digits}f} s" if seconds else "-"
+    COUNTS.__init__()  # type: ignore[misc]
 
 
 # ---- where it starts -----------------------------------------------------------------------------
@@ -242,7 +269,7 @@ class AfterTorch:
     def after(name: str) -> None:
         try:
             if name == "pyfused":
-                importlib.import_module("pyfused.run").start(CALLS, OTHERS)
+                importlib.import_module("pyfused.run").start(COUNTS, RUN[2] == "compare")
             else:
                 importlib.import_module("pyfused")  # which may be what imports torch
         except ModuleNotFoundError:  # a child may be another Python

@@ -1,0 +1,105 @@
+"""Every causal language model of transformers, a tiny one, and what convert() makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+
+import pyfused
+
+# The names that configurations have for their sizes; each takes those that it knows.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 300),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads"), 2),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "mamba_n_heads"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 8),
+    **dict.fromkeys(("rotary_dim", "hidden_size_per_layer_input"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "encoder_layers"), 1),
+    "num_experts_per_tok": 2,
+    "mamba_d_head": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOST_PARAMETERS = 30_000_000  # of one that has no names for its sizes
+
+
+def names() -> list[str]:
+    import transformers
+
+    ends = ("ForCausalLM", "LMHeadModel")
+    return [n for n in dir(transformers) if n.endswith(ends) and not n.startswith("Auto")]
+
+
+def tiny(name: str) -> Any:
+    """A model of this class with random weights.
+
+    Raises:
+        Exception: Its configuration does not take these sizes.
+    """
+    import transformers
+
+    kind = getattr(transformers, name)
+    of_config, known = kind.config_class, kind.config_class()
+    given = {key: value for key, value in SIZES.items() if hasattr(known, key)}
+    config = of_config(**given)
+    for types in ("layer_types", "mlp_layer_types"):
+        if len(getattr(config, types, None) or (0, 0)) != 2:
+            with contextlib.suppress(Exception):
+                config = of_config(**given, **{types: list(getattr(config, types))[:2]})
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in kind(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{size >> 20} million parameters")
+    torch.manual_seed(0)
+    return kind(config).train()
+
+
+def step(model: Any) -> tuple[torch.Tensor, list[torch.Tensor | None], bool]:
+    """The loss and the gradients of a batch, and whether there were logits."""
+    tokens = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[:, ::4] = -100
+    torch.manual_seed(0)  # of dropout
+    output = model(input_ids=tokens, labels=labels, use_cache=False)
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True)
+    return output.loss.detach(), list(gradients), output.logits is not None
+
+
+def conversion(name: str) -> str:
+    """``converted``, if that leaves loss and gradients as they are, or what stands against it."""
+    try:
+        model = tiny(name)
+        expected = step(model)
+    except Exception as error:
+        return f"not tried: the tiny model raises {type(error).__name__}"
+    plan = pyfused.plan_conversion(model)
+    if "." not in plan.swapped:
+        reasons = [left.reason for left in plan.left if left.name == "."]
+        return f"left: {reasons[0] if reasons else 'it has no head of logits'}"
+    got = step(pyfused.convert(model))
+    assert (got[2], expected[2]) == (False, True), f"{name} has logits"
+    torch.testing.assert_close(got[0], expected[0], msg=lambda text: f"{name}: {text}")
+    largest = max(float(x.abs().max()) for x in expected[1] if x is not None)
+    for ours, theirs in zip(got[1], expected[1], strict=True):
+        assert (ours is None) == (theirs is None), name
+        if ours is not None and theirs is not None:
+            off = (ours - theirs).abs().max()
+            assert off <= 1e-4 * theirs.abs().max() + 1e-6 * largest, f"{name}: {float(off)}"
+    return "converted"
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or names():
+        print(f"| `{each}` | {conversion(each)} |", flush=True)

@@ -1,0 +1,143 @@
+"""Gated activations: values, gradients, what is saved, and the MLPs of transformers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compare import FLOATS, HALF, Errors, assert_matches_torch, evaluate, evaluate_upstream
+from conftest import KernelCalls
+from grid import grid
+from reference import extended
+from samples import GATED, SAMPLES
+from torch import Tensor
+
+import pyfused
+from pyfused import functional, nn
+from pyfused.ops.pointwise_loss import Gated
+
+close = torch.testing.assert_close
+SHAPES = [[(), ()], [(7,), (7,)], [(3, 50), (3, 50)], [(5, 1, 9), (2, 9)], [(0, 4), (0, 4)]]
+INF, NAN = float("inf"), float("nan")
+
+
+def cases() -> list[tuple[Gated, dict[str, Any]]]:
+    return [(op, options) for op in GATED for options in SAMPLES[op.name].tried]
+
+
+def in_torch(op: Gated, gate: Tensor, up: Tensor, **options: Any) -> Tensor:
+    act = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[op.name]
+    result: Tensor = getattr(torch.nn.functional, act)(gate, **options) * up
+    return result
+
+
+@grid(case=cases(), shapes=SHAPES, dtype=FLOATS)
+def test_values_and_gradients(
+    case: tuple[Gated, dict[str, Any]],
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    kernel_calls: KernelCalls,
+) -> None:
+    op, options = case
+    if dtype in HALF and shapes[0] != shapes[1]:
+        pytest.skip("a gradient of what is broadcast is a sum of rounded ones")
+    gate, up = (torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+    ours, reference = getattr(functional, op.name), partial(in_torch, op)
+    assert_matches_torch(ours, reference, gate, up, **options)
+    assert kernel_calls.total() >= bool(gate.numel())
+
+
+@grid(case=cases(), dtype=[torch.float32, torch.bfloat16])
+def test_the_error_is_at_most_torchs(
+    case: tuple[Gated, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    op, options = case
+    gate, up = ((3 * torch.randn(4000)).to(dtype).requires_grad_() for _ in range(2))
+    ours = evaluate(getattr(functional, op.name), gate, up, **options)
+    theirs = evaluate(lambda gate, up: in_torch(op, gate, up, **options), gate, up)
+    value, *slopes = SAMPLES[op.name].define(extended(gate), extended(up), **options)
+    grad_output = extended(evaluate_upstream(gate.shape).to(dtype))
+    errors = Errors()
+    errors.add("value", ours.value, theirs.value, value)
+    for name, got, reference, slope in zip(
+        ("gate", "up"), ours.gradients, theirs.gradients, slopes, strict=True
+    ):
+        errors.add(name, got, reference, slope * grad_output, 1.0)
+    errors.check()
+
+
+@grid(op=GATED)
+def test_special_values_are_torchs(op: Gated) -> None:
+    special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -2.0, 200.0, -200.0]).double()
+    gate, up = special.repeat(9), special.repeat_interleave(9)
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    ours = evaluate(getattr(functional, op.name), *leaves)
+    expected = evaluate(lambda gate, up: in_torch(op, gate, up), *leaves)
+    close(ours.value, expected.value, equal_nan=True)
+    close(ours.gradients, expected.gradients, equal_nan=True)
+
+
+@grid(op=GATED)
+def test_nothing_but_the_inputs_is_saved(op: Gated) -> None:
+    gate, up = (torch.randn(50, requires_grad=True) for _ in range(2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        getattr(functional, op.name)(gate, up)
+    assert {tensor.data_ptr() for tensor in saved} == {gate.data_ptr(), up.data_ptr()}
+
+
+@grid(case=cases())
+def test_higher_derivatives_and_modules(case: tuple[Gated, dict[str, Any]]) -> None:
+    op, options = case
+    gate, up = (torch.rand(5, dtype=torch.float64) + 0.1 for _ in range(2))
+    leaves = gate.requires_grad_(), up.requires_grad_()
+    function = lambda gate, up: getattr(functional, op.name)(gate, up, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+    module = pickle.loads(pickle.dumps(getattr(nn, op.module)(**options)))
+    assert torch.equal(module(*leaves), function(*leaves))
+    assert "GLU" in repr(module)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    close(compiled(*leaves), function(*leaves))
+
+
+def test_wrong_arguments() -> None:
+    x = torch.ones(3)
+    with pytest.raises(TypeError):
+        functional.swiglu(2.0, x)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"approximate: expected 'none' or 'tanh', got 'tan'"):
+        functional.geglu(x, x, "tan")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError):
+        functional.reglu(x, torch.ones(4))
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu"])
+def test_the_mlps_of_transformers(act: str, kernel_calls: KernelCalls) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, hidden_act=act)
+    mlp, x = LlamaMLP(config), torch.randn(5, 32, requires_grad=True)
+    expected = evaluate(mlp, x)
+    assert "." in pyfused.plan_conversion(mlp).swapped
+    pyfused.convert(mlp)
+    assert type(mlp) is not LlamaMLP
+    assert isinstance(mlp, LlamaMLP)
+    name = {"silu": "swiglu", "relu": "reglu"}.get(act, "geglu_tanh")
+    for layer in (mlp, copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+        kernel_calls.clear()
+        got = evaluate(layer, x)
+        assert kernel_calls[name] == 2
+        close(got.value, expected.value)
+        close(got.gradients, expected.gradients)
+    mlp.act_fn.register_forward_hook(lambda *_: None)
+    kernel_calls.clear()
+    close(evaluate(mlp, x).value, expected.value)
+    assert not kernel_calls[name]
+    assert "." in pyfused.revert(mlp)
+    assert type(mlp) is LlamaMLP
