@@ -252,7 +252,7 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str 
         raise RuntimeError(
             f"{whose}linear_bias: expected shape {tuple(shape)}, got {tuple(bias.shape)}"
         )
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype is not input.dtype and not autocast:
             raise RuntimeError(
@@ -452,7 +452,7 @@ def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
         raise RuntimeError(
             f"weight: expected shape ({classes},), one for each class, got {tuple(weight.shape)}"
         )
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     if alike and weight.dtype is not input.dtype and not autocast:
         raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
 

@@ -172,13 +172,3 @@ def assert_as_accurate(got: Tensor, of_torch: Tensor, exact: Tensor) -> None:
     errors.add("result", got, of_torch, exact)
     # In float64 the reference is itself rounded, in each of its steps.
     errors.check(roundings=4 if got.dtype == torch.float64 else 1)
-
-
-def assert_compiles(function: Callable[[Tensor], Tensor], leaf: Tensor) -> None:
-    """To one graph, whose value and gradient are those of the eager call."""
-    torch.compiler.reset()
-    expected, got = function(leaf), torch.compile(function, fullgraph=True)(leaf)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, leaf)[0], torch.autograd.grad(expected, leaf)[0]
-    )

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calls import cross_entropy
-from compare import DEVICE, FLOATS, HALF, Errors, evaluate, evaluate_upstream
+from catalogue import cross_entropy
+from compare import FLOATS, HALF, Errors, evaluate, evaluate_upstream
 from conftest import ISAS, KernelCalls
 from grid import grid
 from reference import Extended, extended
@@ -141,46 +141,6 @@ def test_closed_form(
     errors.check(roundings=4)
 
 
-@grid(loss=LOSSES, dtype=FLOATS)
-def test_dtypes_and_autocast(loss: str, dtype: torch.dtype) -> None:
-    name, _, options, _ = LOSSES[loss]
-    x, target = scores((5, 4), dtype), classes((5, 4), ignored=False)
-    for context in (torch.autocast(DEVICE, enabled=False), torch.autocast(DEVICE, torch.bfloat16)):
-        with context:
-            value = getattr(fused, name)(x, target, **options)
-            wide = torch.is_autocast_enabled(DEVICE) and dtype in HALF
-        assert value.dtype == (torch.float32 if wide else dtype)
-        assert torch.autograd.grad(value, x)[0].dtype == dtype
-
-
-@grid(
-    loss=["nll_loss", "focal_2", "focal_half"],
-    shape=[(4, 3), (2, 3, 2), (3,)],
-    reduction=REDUCTIONS,
-    weighted=WEIGHTED,
-)
-def test_gradcheck(loss: str, shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
-    name, _, options, _ = LOSSES[loss]
-    x, target = scores(shape, torch.float64), classes(shape)
-    weight = weight_of(shape, torch.float64) if weighted else None
-
-    def operator(x: Tensor) -> Tensor:
-        return getattr(fused, name)(x, target, weight=weight, reduction=reduction, **options)
-
-    assert torch.autograd.gradcheck(operator, x)
-    assert torch.autograd.gradgradcheck(operator, x)
-
-
-def test_multi_margin_is_not_twice_differentiable_as_in_torch() -> None:
-    x, target = scores((4, 3)), classes((4, 3), ignored=False)
-    for functional in (fused, F):
-        (gradient,) = torch.autograd.grad(
-            functional.multi_margin_loss(x, target), x, create_graph=True
-        )
-        with pytest.raises(RuntimeError, match="not implemented"):
-            gradient.sum().backward()
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_class_that_is_right_and_one_that_is_hopeless(loss: str) -> None:
     """Where nothing is missing gamma's power is 0, and where all is, exponentials underflow."""
@@ -281,20 +241,6 @@ def test_gamma_of_the_module_and_of_one_that_was_torchs() -> None:
     model = torch.nn.Sequential(torch.nn.CrossEntropyLoss())
     pyfused.convert(model)
     close(model[0](X, Y), F.cross_entropy(X, Y))
-
-
-@pytest.mark.cpu
-def test_gamma_compiled() -> None:
-    x = scores((600, 500))
-    target = classes((600, 500))
-
-    def loss(x: Tensor) -> Tensor:
-        return fused.cross_entropy(x, target, gamma=2.0)
-
-    close(
-        evaluate(torch.compile(loss, backend="aot_eager", fullgraph=True), x).gradients,
-        evaluate(loss, x).gradients,
-    )
 
 
 # ---- what is another loss's kernel ---------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import TORCH as F
+from catalogue import TORCH as F
 from compare import Outcome, evaluate
 from conftest import KernelCalls
 from torch import Tensor, nn

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from calls import TORCH as F
-from calls import within
+from catalogue import EXAMPLES, Call
+from catalogue import TORCH as F
 from compare import Outcome, evaluate
 from conftest import KernelCalls
-from samples import ACTIVATIONS, FIRST
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -20,7 +19,6 @@ from torch._inductor.decomposition import select_decomp_table
 
 from pyfused import functional as fused
 from pyfused.ops import sizes
-from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = [
@@ -34,31 +32,33 @@ pytestmark = [
 N, C = 12, 7
 close = torch.testing.assert_close
 
-GIVEN: dict[str, dict[str, Any]] = {loss.op.name: loss.draw((N, C), requiring=()) for loss in FIRST}
-GIVEN |= {op.name: {} for op in ACTIVATIONS}
-GIVEN |= {name: {"dim": 1} for name in ("softmax", "log_softmax")}
-GIVEN |= {name: {"target": torch.arange(N) % C} for name in ("nll_loss", "multi_margin_loss")}
-GIVEN |= {
-    name: {"target": torch.rand(N, C)} for name in ("rmse_loss", "multilabel_soft_margin_loss")
+# The operators that have a custom operator of this name, or of the loss that they are made of.
+CUSTOM = {
+    name: name
+    for name in OPERATORS
+    if name not in (*sizes.OF_LOGITS, *sizes.LINEAR)
+    and sizes.COMPILED[name] != (sizes.NEVER, sizes.NEVER)
 }
-GIVEN["kl_div"]["reduction"] = "batchmean"
-GIVEN["sigmoid_focal_loss"]["reduction"] = "sum"
-FIRST_OPERANDS = {loss.op.name: loss.bounded[0] for loss in FIRST}
-CUSTOM = {name: name for name in GIVEN} | {  # the operator that a graph holds
+CUSTOM |= {
     "rmse_loss": "mse_loss",
     "multilabel_soft_margin_loss": "binary_cross_entropy_with_logits",
 }
-every_operator = pytest.mark.parametrize("op", GIVEN)
+# A mean of kl_div warns, and losses that are not reduced are left to Inductor.
+WITH_REDUCTION = {"kl_div": "kl_div-batchmean", "sigmoid_focal_loss": "sigmoid_focal_loss-sum"}
+every_operator = pytest.mark.parametrize("op", CUSTOM)
+
+
+EXAMPLE = {op: EXAMPLES[WITH_REDUCTION.get(op, op)].call(shape=(N, C)) for op in CUSTOM}
+OURS = {op: example.of_first(Call.ours, bounded=False) for op, example in EXAMPLE.items()}
+OF_TORCH = {op: example.of_first(Call.reference, bounded=False) for op, example in EXAMPLE.items()}
 
 
 def call(functional: Any, op: str, x: Tensor) -> Tensor:
-    first = FIRST_OPERANDS.get(op, Operand("input"))
-    return getattr(functional, op)(**GIVEN[op] | {first.name: x})
+    return (OURS if functional is fused else OF_TORCH)[op](x)
 
 
 def input_of(op: str) -> Tensor:
-    x = torch.randn(N, C)
-    return within(FIRST_OPERANDS[op], x) if op in FIRST_OPERANDS else x
+    return EXAMPLE[op].first.clone()
 
 
 class Graphs:
@@ -134,7 +134,7 @@ def test_an_operator_of_what_is_computed_is_torchs(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's of torch 2.15
-@pytest.mark.parametrize("op", [op for op in GIVEN if CUSTOM[op] == op])
+@pytest.mark.parametrize("op", [op for op, custom in CUSTOM.items() if custom == op])
 def test_opcheck(op: str) -> None:
     opcheck(op, input_of(op))
 
@@ -144,14 +144,16 @@ def test_opcheck_of_strides_and_half_precision(op: str) -> None:
     x = input_of(op)
     opcheck(op, x.t().contiguous().t(), test_utils="test_faketensor")
     opcheck(op, x.repeat(2, 2)[::2, ::2], test_utils="test_faketensor")
-    if op not in CUSTOM or "target" not in GIVEN[op]:
+    if "target" not in EXAMPLE[op].tensors:
         opcheck(op, x.half(), test_utils="test_faketensor")
 
 
 def opcheck(op: str, x: Tensor, **options: Any) -> None:
     declared = OPERATORS[op]
     names, defaults = declared.arguments, declared.defaults
-    given = dict(zip(names[1:], defaults, strict=True)) | {names[0]: x} | GIVEN[op]
+    tensors = {name: tensor.detach() for name, tensor in EXAMPLE[op].tensors.items()}
+    given = dict(zip(names[1:], defaults, strict=True)) | EXAMPLE[op].given | tensors
+    given[names[0]] = x
     first, *others = [given[name] for name in names]
     forward = getattr(torch.ops.pyfused, op).default
     torch.library.opcheck(forward, (first.clone().requires_grad_(), *others), **options)
@@ -289,7 +291,7 @@ def test_a_second_derivative_where_the_compiler_leaves_autograd_alone(
         (first,) = torch.autograd.grad(step(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), x)[0]
 
-    X = input_of(op)  # noqa: N806
+    X = input_of(op) / 4  # noqa: N806
     compiled = torch.compile(lambda x: call(fused, op, x), fullgraph=True, backend="eager")
     close(second(compiled), second(lambda x: call(F, op, x)))
 

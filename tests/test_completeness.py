@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_calls import LEFT_OUT, OPTIONS
+from catalogue import LEFT_OUT, OPTIONS
 from samples import SAMPLES
 
 import pyfused

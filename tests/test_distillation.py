@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import FLOATS, Errors, assert_compiles, evaluate, evaluate_upstream
+from compare import FLOATS, Errors, evaluate, evaluate_upstream
 from conftest import KernelCalls, backend
 from reference import Extended, extended
 from torch import Tensor
@@ -395,37 +395,6 @@ def test_wants_no_product_that_nobody_wants(op: str, monkeypatch: pytest.MonkeyP
 
 
 @every_operator
-@every_dtype
-def test_backward_twice_and_none(op: str, dtype: torch.dtype) -> None:
-    arguments = given(op, dtype)
-    leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
-    loss = getattr(fused, op)(**arguments)
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    for one, other in zip(first, torch.autograd.grad(loss, leaves), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@every_operator
-@every_beta
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_derivatives(op: str, beta: float, reduction: str) -> None:
-    arguments = {
-        name: tensor.detach().double() if tensor.is_floating_point() else tensor
-        for name, tensor in given(op, rows=(3,)).items()
-    }
-    names = [name for name in arguments if not name.startswith("teacher")]
-    leaves = [arguments[name].requires_grad_() for name in names]
-    options: dict[str, Any] = {"beta": beta, "temperature": 1.5, "reduction": reduction}
-
-    def loss(*tensors: Tensor) -> Tensor:
-        given = arguments | dict(zip(names, tensors, strict=True))
-        return getattr(fused, op)(**given, **options)
-
-    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
-
-
-@every_operator
 def test_a_teacher_is_a_constant_unless_asked_otherwise(op: str, kernel_calls: KernelCalls) -> None:
     arguments = given(op)
     name = [name for name in arguments if name.startswith("teacher")][-1]
@@ -535,12 +504,6 @@ def test_softcaps(op: str, beta: float, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.double(), theirs, **tolerance)
 
 
-@every_operator
-def test_explained(op: str) -> None:
-    said = pyfused.explain(op, **given(op), beta=0.5, token_weight=torch.ones(N))
-    assert said.backend == ("cpu" if pyfused.backends.FORCED != "triton" else "triton")
-
-
 # ---- a teacher's top k ---------------------------------------------------------------------------
 
 
@@ -630,37 +593,6 @@ def test_log_probabilities_may_be_rounded(dtype: torch.dtype) -> None:
 
 
 # ---- what else the house has ---------------------------------------------------------------------
-
-
-@pytest.mark.cpu
-@every_operator
-def test_autocast(op: str) -> None:
-    arguments = given(op)
-    leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, native = getattr(fused, op)(**arguments), by_torch(op, **arguments)
-    assert got.dtype is torch.float32
-    torch.testing.assert_close(got, native.float(), rtol=0.02, atol=0.02)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, leaves), torch.autograd.grad(native, leaves), strict=True
-    ):
-        assert (ours - theirs).abs().max() <= 0.05 * theirs.abs().max()
-
-
-@pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@every_operator
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(op: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
-    arguments = given(op)
-    options: dict[str, Any] = {"beta": 0.5, "reduction": reduction, "token_weight": torch.rand(N)}
-    name, leaf = next(iter(arguments.items()))
-
-    def loss(x: Tensor) -> Tensor:
-        return getattr(fused, op)(**arguments | {name: x * 2}, **options).sum()
-
-    assert_compiles(loss, leaf)
 
 
 @pytest.mark.cpu

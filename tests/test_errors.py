@@ -10,8 +10,8 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from calls import BESIDE, within
-from calls import TORCH as F
+from catalogue import EXAMPLES
+from catalogue import TORCH as F
 from samples import FIRST, Loss
 from torch import Tensor
 
@@ -316,15 +316,16 @@ def wrong_of_every_loss() -> Wrong:
     """What is wrong with any pointwise loss: reductions, dtypes, missing operands, parameters."""
     found: Wrong = {}
     for loss in FIRST:
-        given = {name: tensor[:4] for name, tensor in BESIDE[loss.id].tensors.items()}
-        given.pop("weight", None)
+        drawn = EXAMPLES[loss.op.name].call(shape=(4, 5)).tensors
+        given = {name: x.detach() for name, x in drawn.items()}
+        first = given.pop(loss.operands[0].name)
 
         def call(f: Any, loss: Loss = loss, given: Any = given, **wrong: Any) -> Any:
-            first = {loss.operands[0].name: within(loss.bounded[0], X)}
-            arguments = first | given | loss.parameters | wrong
+            arguments = given | loss.parameters | wrong
             return getattr(f, loss.op.name)(**arguments)
 
-        name, tensors = loss.op.name, given | {loss.operands[0].name: X}
+        given[loss.operands[0].name] = first
+        name, tensors = loss.op.name, given
         found[f"{name}_reduction"] = (partial(call, reduction="avg"), ["avg"])
         found[f"{name}_integers"] = (
             partial(call, **{n: t.long() for n, t in tensors.items()}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import interpreter
-import pytest
 import torch
 from compare import Operator
 from conftest import ISAS, KernelCalls
@@ -18,14 +17,11 @@ from pyfused.functional import cross_entropy
 from pyfused.ops.activation import Activation
 from pyfused.ops.dispatch import call
 
-BROADCAST = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 WEIGHTED, TWICE = [False, False, True, True], [False, True]
 REDUCTIONS = ["none", "mean", "sum"]
 CE_SHAPES = [(5,), (4, 5), (2, 5, 3), (2, 3, 2, 2)]
 SMOOTHINGS = [0.0, 0.2, 1.0]
 IGNORED = [-100, 1, 9]  # none of the targets, a class, a number that is no class
-
-SHAPES = [[()], [(7,)], [(2, 3)], [(2, 3), (3,)], [(3,), (2, 3)]]
 
 
 def double(*shape: int) -> Tensor:
@@ -153,39 +149,6 @@ def test_probabilities(
     kernel_calls: KernelCalls,
 ) -> None:
     check(*probability_case(shape, weighted, smoothing, reduction, requiring), kernel_calls, twice)
-
-
-@BROADCAST
-@grid(
-    loss=LOSSES,
-    shapes=SHAPES,
-    requiring=[*range(-1, 4)],
-    reduction=REDUCTIONS,
-    weighted=WEIGHTED,
-    isa=ISAS,
-    twice=TWICE,
-)
-def test_pointwise_losses(
-    loss: Loss,
-    shapes: list[tuple[int, ...]],
-    requiring: int,
-    reduction: str,
-    weighted: bool,
-    twice: bool,
-    isa: str,
-    kernel_calls: KernelCalls,
-) -> None:
-    shapes = shapes if loss.broadcasts else shapes[:1]
-    check(*loss_case(loss, shapes, requiring, reduction, weighted), kernel_calls, twice)
-
-
-@grid(op=ACTIVATIONS, size=[1, 9], inplace=[False, True], isa=ISAS, twice=TWICE)
-def test_activations(
-    op: Activation, size: int, inplace: bool, kernel_calls: KernelCalls, isa: str, twice: bool
-) -> None:
-    inplace = inplace and op.saves == "output"
-    twice = twice and op.name != "hardsigmoid"  # of which torch has no second derivative
-    check(*activation_case(op, size, inplace), kernel_calls, twice)
 
 
 @grid(size=[*SIZES, *ACROSS_CHUNKS], isa=ISAS, smoothing=[0.0, 0.1], reduction=REDUCTIONS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import linear_cross_entropy as materialised
+from catalogue import linear_cross_entropy as materialised
 from compare import Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from torch import Tensor
@@ -261,17 +261,6 @@ def test_probabilities_of_another_dtype(reduction: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@every_dtype
-def test_backward_twice(dtype: torch.dtype) -> None:
-    given = Given(dtype=dtype)
-    loss = fused.linear_cross_entropy(given.input, given.head, given.target)
-    leaves = given.input, given.head
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    again = torch.autograd.grad(loss, leaves)
-    for one, other in zip(first, again, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_nothing_counts() -> None:
     given = Given()
     target = torch.full_like(given.target, -100)
@@ -281,26 +270,6 @@ def test_nothing_counts() -> None:
     assert given.head.grad is not None
     assert not given.head.grad.any()
     assert fused.linear_cross_entropy(given.input, given.head, target).isnan()
-
-
-@pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("names", ["", "none bias", "tokens z smoothing weight", "capped"])
-def test_compiled(names: str) -> None:
-    given = Given(rows=20)
-    options = given.options(names)
-
-    def loss(input: Tensor, head: Tensor) -> Tensor:
-        return fused.linear_cross_entropy(input * 2, head, given.target, **options).sum()
-
-    leaves = given.input, given.head
-    torch.compiler.reset()
-    expected = loss(*leaves)
-    got = torch.compile(loss, fullgraph=True)(*leaves)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)
-    )
 
 
 @pytest.mark.cpu
@@ -349,22 +318,6 @@ def test_compiled_makes_logits_as_often_as_eager(
     assert counts[1] == counts[0]
     for got, expected in zip(*gradients, strict=True):  # rounded before or after the factor of 3
         assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
-
-
-@pytest.mark.cpu
-def test_autocast() -> None:
-    given = Given(rows=50)
-    arguments = given.input, given.head, given.target
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = fused.linear_cross_entropy(*arguments)
-        native = materialised(*arguments)
-    exact = evaluate(materialised, *arguments, convert=exactly)
-    assert got.dtype == native.dtype == torch.float32
-    leaves = given.input, given.head
-    ours, of_torch = torch.autograd.grad(got, leaves), torch.autograd.grad(native, leaves)
-    for mine, theirs, best in zip(ours, of_torch, exact.gradients, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert (mine - best).abs().max() <= 1.5 * (theirs - best).abs().max()
 
 
 def test_module() -> None:

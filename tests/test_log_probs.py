@@ -10,18 +10,17 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from compare import FLOATS, Errors, assert_compiles, evaluate, exactly
+from compare import FLOATS, Errors, evaluate, exactly
 from conftest import KernelCalls, backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS
 from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import chunked, sizes
+from pyfused.ops import chunked
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     INDEX,
@@ -156,21 +155,6 @@ def test_budgets_and_fixed_products(budget: int, dtype: torch.dtype) -> None:
 
 
 @every_operator
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided(op: str, layout: str, isa: str) -> None:
-    """Any operand, grad_output included."""
-    tensors = draw(op, shape=(7, 80, 2) if op == "log_probs" else (7, 80))
-    strided = {name: LAYOUTS[layout](x.detach()) for name, x in tensors.items()}
-    leaves = [x.requires_grad_() for x in strided.values() if x.is_floating_point()]
-    got, expected = all_three(op, **strided), TORCH[op](**strided)
-    upstream = [LAYOUTS[layout](torch.randn_like(x)) for x in expected]
-    torch.testing.assert_close([*got], expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
-    )
-
-
-@every_operator
 def test_targets_of_other_kinds(op: str) -> None:
     """uint8, another ignored index, and a target of shape (1) beside a single row."""
     tensors = draw(op)
@@ -265,14 +249,6 @@ def test_nothing_counts(op: str) -> None:
 
 
 @every_operator
-def test_no_rows(op: str) -> None:
-    tensors = draw(op, shape=(0, 70))
-    found = all_three(op, **tensors)
-    assert [x.shape for x in found] == [(0,)] * 3
-    sum(x.sum() for x in found).backward()
-
-
-@every_operator
 def test_log_probabilities_are_never_above_0(op: str) -> None:
     """Of a class that has all but what is rounded away."""
     n, classes = 50, 130
@@ -334,20 +310,6 @@ def test_nan_stays(isa: str) -> None:
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-@every_operator
-def test_no_gradient_is_wanted(op: str) -> None:
-    tensors = draw(op)
-    expected = all_three(op, **tensors)
-    frozen = {name: x.detach() for name, x in tensors.items()}
-    with torch.no_grad():
-        found = [all_three(op, **tensors), all_three(op, **frozen)]
-    with torch.inference_mode():
-        found.append(all_three(op, **frozen))
-    for results in found:
-        assert not any(x.requires_grad for x in results)
-        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
-
-
 @pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias"])
 def test_no_product_that_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     products, add_product = [], backend.add_product
@@ -364,16 +326,6 @@ def test_no_product_that_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch
     assert [shape[1:] for shape in products] == [tensors[name].shape[1:]] * (name != "linear_bias")
 
 
-@every_dtype
-@every_operator
-def test_backward_twice(op: str, dtype: torch.dtype) -> None:
-    tensors = draw(op, dtype)
-    leaves = [x for x in tensors.values() if x.requires_grad]
-    loss = sum(x.sum() for x in all_three(op, **tensors))
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    torch.testing.assert_close(first, torch.autograd.grad(loss, leaves))
-
-
 def test_weight_gradients_are_summed_in_float32() -> None:
     """Each of many rows adds less to the sum than half precision can tell."""
     n = 4096 if backend is cpu else 512
@@ -382,39 +334,6 @@ def test_weight_gradients_are_summed_in_float32() -> None:
     found = fused.linear_log_probs(input, head, target, memory_budget=256 if backend is cpu else n)
     found.log_probability.mean().backward()
     torch.testing.assert_close(head.grad, torch.tensor([[0.5], [-0.5]], dtype=torch.bfloat16))
-
-
-@every_operator
-@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3)], ids=str)
-def test_derivatives(op: str, shape: tuple[int, ...]) -> None:
-    tensors = draw(op, torch.float64, shape)
-    names = [name for name, x in tensors.items() if x.requires_grad]
-
-    def results(*leaves: Tensor) -> tuple[Tensor, ...]:
-        given = tensors | dict(zip(names, leaves, strict=True))
-        return tuple(all_three(op, **given, softcap=3.0, temperature=0.8))
-
-    leaves = [tensors[name] for name in names]
-    assert torch.autograd.gradcheck(results, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(results, leaves, fast_mode=True)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@every_operator
-def test_functional_transforms(op: str) -> None:
-    tensors = {name: x.detach() for name, x in draw(op, torch.float64, (4, 9)).items()}
-    name, x = next(iter(tensors.items()))
-
-    def loss(x: Tensor, function: Callable[..., Any]) -> Tensor:
-        return sum(each.sum() for each in function(**tensors | {name: x}))
-
-    def ours(**given: Tensor) -> Any:
-        return all_three(op, **given)
-
-    torch.testing.assert_close(torch.func.grad(loss)(x, ours), torch.func.grad(loss)(x, TORCH[op]))
-    torch.testing.assert_close(
-        torch.func.hessian(loss)(x, ours), torch.func.hessian(loss)(x, TORCH[op])
-    )
 
 
 # ---- what a row's results depend on --------------------------------------------------------------
@@ -610,44 +529,6 @@ def test_rows_beyond_2_31_elements() -> None:
 
 
 # ---- how users call it ---------------------------------------------------------------------------
-
-
-@pytest.mark.cpu
-@every_operator
-def test_autocast(op: str) -> None:
-    tensors = draw(op, shape=(50, 70))
-    leaves = [x for x in tensors.values() if x.requires_grad]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = all_three(op, **tensors)
-        given = dict(tensors)
-        if op != "log_probs":
-            head = given["input"], given.pop("linear_weight"), given.pop("linear_bias")
-            given = {"logits": torch.nn.functional.linear(*head), "target": given["target"]}
-        native = of_logits(**given)
-    exact = TORCH[op](**tensors)
-    assert {x.dtype for x in got} == {torch.float32}
-    for ours, theirs, best in zip(got, native, exact, strict=True):
-        assert (ours - best).abs().max() <= 1.5 * (theirs - best).abs().max() + 1e-5
-    gradients = [torch.autograd.grad(sum(y.sum() for y in x), leaves) for x in (got, exact)]
-    for ours, best in zip(*gradients, strict=True):
-        assert ours.dtype is torch.float32
-        assert (ours - best).abs().max() <= 0.05 * best.abs().max()
-
-
-@pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@every_operator
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.5}], ids=str)
-def test_compiled(op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
-    tensors = draw(op)
-    name, leaf = next(iter(tensors.items()))
-
-    def loss(x: Tensor) -> Tensor:
-        found = all_three(op, **tensors | {name: x * 2}, **options)
-        return (found.log_probability.exp() + found.entropy * found.log_sum_exp).sum()
-
-    assert_compiles(loss, leaf)
 
 
 @pytest.mark.cpu

@@ -336,18 +336,6 @@ def test_definition_of_linear_cross_entropy() -> None:
         torch.testing.assert_close(mine[0], best)
 
 
-def test_second_derivatives_of_the_loss() -> None:
-    input, target = case((6, 5), torch.float64, False)
-
-    def loss(input: Tensor) -> Tensor:
-        return fused.cross_entropy_with_metrics(
-            input,
-            target,
-        )[0]
-
-    assert torch.autograd.gradgradcheck(loss, input)
-
-
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("linear", [False, True], ids=["cross_entropy", "linear_cross_entropy"])

@@ -13,10 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import ALL_CASES, CLASSES, OTHER, Case
-from compare import evaluate
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
@@ -24,6 +21,9 @@ from pyfused.ops import dispatch
 from pyfused.ops.elementwise import MSE_LOSS, SMOOTH_L1_LOSS
 from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.types import CrossEntropyOptions
+
+CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
+OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 
 
 def mse(input: Tensor, target: Tensor = OTHER) -> Any:
@@ -168,29 +168,6 @@ def test_threads_share_plans() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
-
-
-@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
-def test_a_replayed_call_has_the_bits_of_the_first(case: Case) -> None:
-    x = torch.linspace(-2, 2, 30).reshape(6, 5).requires_grad_()
-    y = (x.detach() + 0.125).requires_grad_()
-    first, replayed = evaluate(case.ours, x), evaluate(case.ours, y)
-    dispatch.forget_plans()
-    expected, again = evaluate(case.ours, y), evaluate(case.ours, x)
-    for one, other in ((first, again), (replayed, expected)):
-        assert torch.equal(one.value, other.value)
-        assert all(map(torch.equal, one.gradients, other.gradients))
-
-
-@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
-def test_hooks_may_change_the_layout_of_what_is_saved(case: Case) -> None:
-    """A prepared kernel is for one layout; saved tensors may come back in another."""
-    x = torch.linspace(-2, 2, 30).reshape(6, 5).requires_grad_()
-    expected = evaluate(case.ours, x)
-    with saved_tensors_hooks(lambda x: x, lambda x: x.t().contiguous().t() if x.dim() == 2 else x):
-        got = evaluate(case.ours, x)
-    for one, other in zip(got.gradients, expected.gradients, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 # ---- what a call costs ---------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from compare import (
-    DEVICE,
     FLOATS,
     HALF,
     Errors,
@@ -220,29 +219,6 @@ def test_errors(name: str, dim: Any, error: type[Exception], told: str) -> None:
 def test_scalars_and_nothing(name: str, shape: tuple[int, ...]) -> None:
     ours, of_torch = both(name, -1)
     assert_matches_torch(ours, of_torch, torch.randn(shape, requires_grad=True))
-
-
-@grid(name=NAMES, dtype=FLOATS, autocast=HALF)
-def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
-    x = torch.randn(4, 200).to(dtype).requires_grad_()
-    with torch.autocast(DEVICE, dtype=autocast):
-        assert_alike(*both(name, 1), x)
-
-
-@by_name
-@pytest.mark.parametrize(("shape", "dim"), [((3, 5), 1), ((3, 5), 0), ((2, 4, 3), 1)], ids=str)
-def test_gradcheck(name: str, shape: tuple[int, ...], dim: int) -> None:
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    ours, of_torch = both(name, dim)
-    assert torch.autograd.gradcheck(ours, x)
-    assert torch.autograd.gradgradcheck(ours, x)
-    second = [
-        torch.autograd.grad(
-            torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0].square().sum(), x
-        )[0]
-        for f in (ours, of_torch)
-    ]
-    close(*second)
 
 
 @by_name

@@ -317,7 +317,8 @@ def result_dtype(
     for name, dtype, dim in kinds:
         ones[name] = torch.ones([1] * dim, dtype=dtype, device=device)
     with torch.no_grad():
-        return op.reference(**ones, reduction="none" if each else "sum").dtype
+        reduction = {"reduction": "none" if each else "sum"} if op.reduces else {}
+        return op.reference(**ones, **reduction).dtype
 
 
 @dataclass(eq=False, kw_only=True)

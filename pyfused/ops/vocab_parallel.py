@@ -363,7 +363,7 @@ def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: VocabShar
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is torch's own DTensor, whose module is imported only by whoever makes one."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and type(tensor) is module.DTensor
+    return type(tensor) is getattr(module, "DTensor", None)  # another thread may be importing it
 
 
 class _ToLocal(torch.autograd.Function):

@@ -1,0 +1,420 @@
+"""Calls of every declared operator, made from its declaration.
+
+`examples` gives the calls that the contract suite makes of an operator, `random_calls.py` draws
+others from the same operands and options. An operator that is declared has its calls here. What
+cannot be made from a declaration is an error that names it: the operands of a new family are added
+to `operands`, the values of a new option to `OPTIONS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+import torch.nn.functional as F
+from layouts import Layout, contiguous
+from samples import draw
+from torch import Tensor
+
+from pyfused import VocabShard
+from pyfused import functional as fused
+from pyfused.ops import definitions
+from pyfused.ops.activation import Activation
+from pyfused.ops.class_loss import ClassLoss
+from pyfused.ops.declaration import TOKEN_WEIGHT, Operand, Operator
+from pyfused.ops.distillation import Divergence
+from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
+from pyfused.ops.log_probs import LogProbsOfLogits
+from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS, OPERATORS
+from pyfused.ops.softmax import Softmax
+from pyfused.types import CrossEntropyOptions, HeadOptions
+
+OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOfLogits)
+WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with options and results beyond torch's
+SHAPE = (6, 5)
+
+# Values of each option; the examples take the one in the middle, or one after it.
+OPTIONS: dict[str, list[Any]] = {
+    name: values
+    for names, values in (
+        ("alpha lambd negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
+        ("approximate", ["none", "tanh"]),
+        ("beta", [0.25, 1.0, 0.5, 1.5]),
+        ("cap delta margin scale softcap teacher_softcap", [n / 8 for n in range(1, 16)]),
+        ("temperature", [n / 8 for n in range(1, 16)]),
+        ("denominator", [3.0, torch.tensor(3.0), torch.tensor([2.5]).double()]),
+        ("dim", [*range(-5, 5)]),
+        ("dtype loss_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
+        ("eps", [1e-3, 0.5]),
+        ("filter_eps", [0.0]),
+        ("full log_input log_target reduce size_average squared", [False, True]),
+        ("deterministic_rows return_entropy return_lse", [False, True]),
+        ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient where p = 1 is NaN
+        ("ignore_index", [0, 255, 1, -1]),
+        ("inplace with_metrics", [True]),  # the latter is another function
+        ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
+        ("memory_budget", [1000, 1, 10000]),
+        ("max_val threshold", [0.5, 1.0, 2.0]),
+        ("min_val", [-1.0, -0.25, 0.5]),
+        ("p", [1, 2]),
+        ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
+        ("remainder", ["bucket", "ignore"]),
+    )
+    for name in names.split()
+}
+LEFT_OUT = ("_stacklevel", "options", "shard", "teacher_requires_grad")
+DEPRECATED = ("reduce", "size_average")
+
+
+@dataclass
+class Call:
+    """A call of an operator by the names of its arguments.
+
+    Attributes:
+        given: The arguments, of which those tensors are differentiated that require grad.
+        layout: The layout of grad_output, and of what is overwritten.
+        seed: The seed of grad_output.
+    """
+
+    op: Operator
+    given: dict[str, Any]
+    layout: Layout = contiguous
+    seed: int = 0
+
+    def __str__(self) -> str:
+        told = {n: repr(x) for n, x in self.given.items()}
+        for name, x in self.given.items():
+            if isinstance(x, Tensor) and x.numel() > 2:
+                grad = ", requires_grad" * x.requires_grad
+                told[name] = f"<{str(x.dtype)[6:]} {tuple(x.shape)}, strides {x.stride()}{grad}>"
+        return f"{self.op.name}({', '.join(f'{name}={x}' for name, x in told.items())})"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.given.items() if isinstance(x, Tensor)}
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.tensors.items() if x.requires_grad}
+
+    def ours(self, **changed: Any) -> Tensor:
+        """Returns the result that has gradients, by pyfused, with some arguments changed."""
+        return result_of(ours(self, **self.given | changed))
+
+    def reference(self, **changed: Any) -> Tensor:
+        """Returns the same by torch, or by the operator's definition."""
+        return result_of(reference(self, **self.given | changed))
+
+    @property
+    def first(self) -> Tensor:
+        """The first argument, of which there may be others of another kind: sparse, batched."""
+        return self.given[self.op.operands[0].name].detach()
+
+    def of_first(self, function: Function, bounded: bool = True) -> Callable[[Tensor], Tensor]:
+        """Returns the call as a function of its first argument, which is kept between its bounds.
+
+        Not so if it is not `bounded`; then it is taken as it is.
+        """
+        operand = self.op.operands[0]
+        frozen = replace(self, given=self.given | {n: t.detach() for n, t in self.tensors.items()})
+        within = Tensor.sigmoid if bounded and operand.enforced else lambda x: x
+
+        def step(x: Tensor) -> Tensor:
+            moved = {n: t.to(x.device) for n, t in frozen.tensors.items() if t.device != x.device}
+            return function(frozen, **moved | {operand.name: within(x)})
+
+        return step
+
+
+Function = Callable[..., Tensor]  # Call.ours or Call.reference
+
+
+def result_of(found: Any) -> Tensor:
+    return found[0] if isinstance(found, tuple) else found
+
+
+def ours(call: Call, **given: Any) -> Any:
+    """Calls pyfused's function; log-probabilities and what belongs to them become one tensor."""
+    if given.get("inplace"):
+        given["input"] = call.layout(given["input"] * 1)  # no leaf
+    name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
+    found = getattr(fused, name)(**given)
+    if not isinstance(call.op, LogProbsOfLogits):
+        return found
+    return torch.stack([result for result in found if result is not None])
+
+
+def reference(call: Call, **given: Any) -> Any:
+    """Calls torch's function, or the definition of what torch does not have."""
+    given.pop("inplace", None)
+    if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not with all options
+        given["target"] = given["target"].long()
+    if isinstance(call.op, LogProbsOfLogits):
+        wanted = [True, given.get("return_entropy", False), given.get("return_lse", False)]
+        chosen = [i for i, each in enumerate(wanted) if each]
+        return call.op.reference(*call.op.bind(**given))[chosen]
+    if call.op in WITH_OPTIONS or isinstance(call.op, Divergence):
+        return call.op.reference(*call.op.bind(**given))
+    return call.op.reference(**given)
+
+
+# ---- the arguments of an operator ----------------------------------------------------------------
+
+
+def declared(op: Operator) -> dict[str, Operand]:
+    """Returns the tensors among the arguments, those among the options included."""
+    found = {operand.name: operand for operand in op.operands}
+    if "token_weight" in parameters(op):
+        found["token_weight"] = TOKEN_WEIGHT
+    return found
+
+
+def parameters(op: Operator) -> dict[str, Any]:
+    """Returns the arguments of pyfused's function with their defaults."""
+    given = inspect.signature(getattr(fused, op.name)).parameters.values()
+    return {parameter.name: parameter.default for parameter in given}
+
+
+def options(op: Operator) -> dict[str, Any]:
+    """Returns the options with their defaults; deprecated ones are among them."""
+    found = parameters(op)
+    if op in WITH_OPTIONS:
+        found["with_metrics"] = False
+    left_out = {*declared(op), *LEFT_OUT}
+    return {name: default for name, default in found.items() if name not in left_out}
+
+
+def operands(
+    op: Operator,
+    shape: Sequence[int],
+    given: dict[str, Any],
+    soft: bool = False,
+    features: int = 4,
+) -> dict[str, Any]:
+    """Draws a tensor in float32 for each operand.
+
+    Args:
+        shape: The shape of the elements, or of the logits.
+        given: The options of the call.
+        soft: A target is the probabilities of the classes, where it may be.
+        features: The features of a linear layer's input.
+    """
+    if isinstance(op, OF_CLASSES):
+        return logits_and_targets(op, shape, given, soft, features)
+    if isinstance(op, Divergence):
+        return predictions(shape, features)
+    assert not any(operand.indices for operand in op.operands), (
+        f"{op.name}: catalogue.operands draws no class indices for a {type(op).__name__}"
+    )
+    found = {operand.name: draw(operand, tuple(shape), scale=0.5) for operand in op.operands}
+    first, *others = op.operands
+    if given.get("log_input") is False:
+        found[first.name] = found[first.name].abs() + 0.01
+    for operand in others:
+        if (operand.low, operand.high, operand.differentiated) == (0, 1, False):
+            found[operand.name] = found[operand.name].round()  # labels
+    return found
+
+
+def logits_and_targets(
+    op: Operator, shape: Sequence[int], given: dict[str, Any], soft: bool, features: int
+) -> dict[str, Tensor]:
+    dim = min(len(shape) - 1, 1)
+    rows, classes, columns = shape[:dim], shape[dim], shape[dim + 1 :]
+    target = torch.rand(shape).softmax(dim)
+    if not soft:
+        target = torch.randint(max(classes, 1), (*rows, *columns))
+        if op is not MULTI_MARGIN_LOSS and target.dim():
+            target.view(-1)[1::4] = given.get("ignore_index", -100)
+    logits = 2 * torch.randn(shape)
+    return {
+        "input": torch.randn(*rows, features) if "linear" in op.name else logits,
+        "logits": logits,
+        "linear_weight": torch.randn(classes, *columns, features) / features**0.5,
+        "target": target,
+        "linear_bias": torch.randn(classes, *columns),
+        "weight": torch.rand(classes) + 0.1,
+        "token_weight": torch.rand((*rows, *columns)),
+    }
+
+
+def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Tensor]:
+    """Draws those of a student and of a teacher, for every kind of divergence."""
+    *rows, classes = shape
+    log_probs, indices = (
+        torch.randn(*rows, max(classes, 1)).log_softmax(-1).topk(min(k, max(classes, 1)))
+    )
+    return {
+        "logits": torch.randn(*rows, classes),
+        "teacher_logits": torch.randn(*rows, classes),
+        "input": torch.randn(*rows, features),
+        "linear_weight": torch.randn(classes, features) / features**0.5,
+        "linear_bias": torch.randn(classes),
+        "teacher_input": torch.randn(*rows, features),
+        "teacher_linear_weight": torch.randn(classes, features) / features**0.5,
+        "teacher_linear_bias": torch.randn(classes),
+        "teacher_indices": indices,
+        "teacher_log_probs": log_probs - 0.01,  # what they add up to stays below 1 when rounded
+        "token_weight": torch.rand(rows),
+    }
+
+
+# ---- examples ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of an operator, whose tensors are drawn anew, and the same, for each test.
+
+    Attributes:
+        options: The options that are not left to their defaults.
+        optional: The operands that may be None and are not.
+        soft: The target is probabilities.
+    """
+
+    op: Operator
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    soft: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.op.name}-{self.name}" if self.name else self.op.name
+
+    def call(self, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -> Call:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            drawn = operands(self.op, shape, self.options, self.soft)
+        given = {}
+        for name, operand in declared(self.op).items():
+            x = drawn[name]
+            if operand.optional and name not in self.optional:
+                continue
+            if x.is_floating_point():
+                x = x.to(dtype).requires_grad_(operand.differentiated)
+            given[name] = x
+        options = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.options.items()}
+        return Call(self.op, given | options)
+
+
+def examples(op: Operator) -> Iterator[Example]:
+    """The calls of the contract suite: one for each reduction, operand and option of an operator.
+
+    The last has all options that go together; others that do are left to test_fuzz.py.
+    """
+    every = options(op)
+    values = {
+        name: tried(op, name, default)
+        for name, default in every.items()
+        if name not in ("reduction", *DEPRECATED)
+        and (name != "inplace" or overwrites(op))
+        and (name != "dim" or isinstance(op, Softmax))  # elsewhere it is told by the shapes
+    }
+    required = [name for name, default in every.items() if default is inspect.Parameter.empty]
+    base = {name: values[name][0] for name in required}
+    if "dim" in every:
+        base["dim"] = -1 if isinstance(op, Divergence) else 1  # where `operands` has the classes
+    optional = [operand.name for operand in declared(op).values() if operand.optional]
+    yield Example(op, "", base)
+    for operand in op.operands:
+        if operand.indices and operand.differentiated:
+            yield Example(op, "probabilities", soft=True)
+        if operand.number:
+            yield Example(op, f"{operand.name}=0.5", {operand.name: 0.5})
+    for name in optional:
+        yield Example(op, name, base, (name,))
+    if "reduction" in every:
+        for reduction in dict.fromkeys(("none", "sum", *getattr(op, "denominators", ("mean",)))):
+            if reduction != every["reduction"]:
+                yield Example(op, reduction, {"reduction": reduction})
+        if optional:
+            yield Example(op, "none_of_all", {"reduction": "none"}, (*optional,))
+    for name in values:
+        for value in values[name][name in required :]:
+            told = "tensor" if isinstance(value, Tensor) else str(value).removeprefix("torch.")
+            yield Example(op, f"{name}={told}", base | {name: value})
+    together = {name: found[0] for name, found in values.items() if name not in ALONE and found}
+    if isinstance(op, OF_CLASSES):
+        together.pop("gamma", None)  # not beside label_smoothing
+    if len(together) > 1:
+        yield Example(op, "everything", base | together, (*optional,))
+
+
+ALONE = ("dtype", "filter_eps", "inplace", "loss_dtype", "remainder", "with_metrics")
+
+
+def overwrites(op: Operator) -> bool:
+    """Whether a result takes its input's memory; test_inplace.py is about gradients that do."""
+    return isinstance(op, Activation) and op.overwrites
+
+
+def tried(op: Operator, name: str, default: Any) -> list[Any]:
+    """Returns values of an option that are not its default, one for each type of value."""
+    assert name in OPTIONS, f"{op.name}: catalogue.OPTIONS has no values for {name}"
+    values = OPTIONS[name]
+    middle = len(values) // 2
+    found: dict[type, Any] = {}
+    for value in (*values[middle:], *values[:middle]):
+        if isinstance(value, Tensor) or value != default:
+            found.setdefault(type(value), value)
+    return [*found.values()]
+
+
+EXAMPLES = {example.id: example for op in OPERATORS.values() for example in examples(op)}
+# A few calls of each operator: plain, of probabilities, and with all options at once.
+SOME = {n: e for n, e in EXAMPLES.items() if e.name in ("", "probabilities", "everything")}
+# The interpreter takes milliseconds for a kernel: there fewer calls go through autograd.
+_FEWER = {n: e for n, e in EXAMPLES.items() if n in SOME or e.name == "none_of_all"}
+_TRIED = _FEWER if interpreter.ON else EXAMPLES
+every_example = pytest.mark.parametrize("example", _TRIED.values(), ids=_TRIED)
+every_operator = pytest.mark.parametrize("example", SOME.values(), ids=SOME)
+# The calls one of whose options is a tensor, with sharded classes where they may be.
+TENSOR_OPTIONS = {
+    f"{e.id}{'-shard' * sharded}": (
+        name,
+        replace(e, options=e.options | {"shard": VocabShard(0)} if sharded else e.options),
+    )
+    for e in EXAMPLES.values()
+    for name in ("token_weight", "denominator")
+    for sharded in (False, True)
+    if e.name in (name, f"{name}=tensor") and (not sharded or "shard" in parameters(e.op))
+}
+
+
+# ---- torch's functions, and definitions of what torch does not have ------------------------------
+
+
+def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None, **given: Any) -> Any:
+    """Computes pyfused's function of this name in torch's terms."""
+    return definitions.cross_entropy(input, target, weight, CrossEntropyOptions(**given))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    **given: Any,
+) -> Any:
+    """Computes pyfused's function of this name in torch's terms, from all logits."""
+    tensors = input, linear_weight, target, linear_bias, weight
+    return definitions.linear_cross_entropy(*tensors, HeadOptions(**given))
+
+
+class Torchs:
+    """torch.nn.functional, with the definitions of what it does not have."""
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        own = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}
+        return own.get(name) or getattr(F, name, None) or OPERATORS[name].reference
+
+
+TORCH = Torchs()

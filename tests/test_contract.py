@@ -1,0 +1,227 @@
+"""The contract of every operator: values, dtypes, memory, empty inputs, plans, threads and modules.
+
+Each test makes calls of `catalogue.py`, which has some of every declared operator.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+
+import catalogue
+import pytest
+import torch
+from catalogue import EXAMPLES, SOME, Call, Example, every_example, every_operator, ours, parameters
+from compare import DEVICE, FLOATS, HALF
+from conftest import KernelCalls
+from grid import grid
+from layouts import LAYOUTS, SAME_VALUES, Layout
+from random_calls import ERRORS, check_call, converted, forward, largest, natively, run
+
+import pyfused
+from pyfused import nn
+from pyfused.ops import dispatch
+from pyfused.ops.distillation import Divergence
+from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTI_MARGIN_LOSS
+
+close = torch.testing.assert_close
+
+
+def rearranged(call: Call, layout: Layout, others: Layout | None = None) -> Call:
+    """The same call with all tensors, and grad_output, in other memory."""
+    first, *names = call.tensors
+    chosen = {first: layout} | dict.fromkeys(names, others or layout)
+    given = {name: chosen[name](x.detach()) for name, x in call.tensors.items() if x.numel() > 1}
+    for name in given.keys() & call.leaves.keys():
+        given[name].requires_grad_()
+    return Call(call.op, call.given | given, layout)
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+@grid(example=EXAMPLES.values(), dtype=FLOATS)
+def test_values_and_gradients(
+    example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
+) -> None:
+    """As exact as torch's and of its dtypes, from a kernel."""
+    if example.op.name == "hardsigmoid" and dtype is torch.float64:
+        pytest.skip("torch's slope is 1 / 6 as float32 has it")
+    call = example.call(dtype)
+    check_call(call)
+    assert kernel_calls.total() or "inplace" in call.given  # where torch may be the better one
+
+
+@every_example
+def test_explain_says_what_is_done(example: Example, kernel_calls: KernelCalls) -> None:
+    call = example.call()
+    arguments = {name: x for name, x in call.given.items() if name != "with_metrics"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        said = pyfused.explain(call.op.name, **arguments)
+    call.ours()
+    assert said.op == call.op.name
+    if "inplace" not in call.given:  # the leaf that was explained is none to overwrite
+        assert (said.backend == "torch") == (not kernel_calls.total())
+
+
+@every_example
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 2)], ids=str)
+def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
+    """The reduced value of nothing, and gradients of nothing, are torch's."""
+    if example.op is MULTI_MARGIN_LOSS:
+        pytest.skip("torch's mean over nothing is what was in memory")
+    call = example.call(shape=shape)
+    try:
+        expected = natively(call)
+    except ERRORS:  # of these dimensions
+        assert len(shape) == 3
+        return
+    close(run(call, ours), expected, equal_nan=True)
+
+
+@grid(example=EXAMPLES.values(), dtype=[torch.float32, *HALF])
+def test_autocast(example: Example, dtype: torch.dtype) -> None:
+    """torch's dtypes, and an error that is no larger than torch's, but for roundings."""
+    call = example.call(dtype)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = run(call, ours)
+        try:
+            native = run(call, catalogue.reference)
+        except (NotImplementedError, RuntimeError):  # torch lacks some in half precision
+            native = natively(call)
+    exact = run(converted(call, torch.float64), catalogue.reference)
+    rounded = torch.bfloat16 if "linear" in call.op.name else dtype  # in products
+    for one, theirs, best in zip(got, native, exact, strict=True):
+        assert one.dtype == theirs.dtype
+        if one.is_floating_point():
+            eps = max(torch.finfo(one.dtype).eps, torch.finfo(rounded).eps)
+            errors = [largest(x.double() - best) for x in (one, theirs)]
+            assert errors[0] <= 2 * errors[1] + 4 * eps * largest(best)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@grid(example=SOME.values(), layout=LAYOUTS, shape=[(6, 5), (2, 5, 3)])
+def test_layouts(
+    example: Example, layout: str, shape: tuple[int, ...], kernel_calls: KernelCalls
+) -> None:
+    """Strides change where values lie, never what comes out; the operands may have different ones.
+
+    Some layouts repeat values, which a teacher's class indices may not do.
+    """
+    layouts = SAME_VALUES if example.op is LINEAR_TOPK_KL_DIV else LAYOUTS
+    names = [*layouts]
+    if layout in layouts:
+        other = names[(names.index(layout) + 1) % len(names)]
+        for others in (layout, other):
+            check_call(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
+        assert kernel_calls.total() or (example.op is MULTI_MARGIN_LOSS and len(shape) == 3)
+
+
+@every_operator
+def test_a_view_of_the_result_that_works_on_torchs_works_on_ours(example: Example) -> None:
+    call = example.call()
+    for layout in SAME_VALUES.values():
+        moved = rearranged(call, layout)
+        if moved.reference().is_contiguous():
+            assert moved.ours().is_contiguous()
+
+
+@every_operator
+def test_memory_beyond_a_view_is_neither_read_nor_written(example: Example) -> None:
+    """NaN all around each tensor: nothing of it in the results, and all of it still there."""
+    call, whole = example.call(), {}
+    for name, x in call.tensors.items():
+        if not x.is_floating_point():
+            continue
+        around = torch.full([n + 4 for n in x.shape], float("nan"), dtype=x.dtype)
+        view = around[(slice(2, -2),) * x.dim()]
+        view.copy_(x.detach())
+        whole[name], call.given[name] = around, view.requires_grad_(x.requires_grad)
+    value = call.ours()
+    assert value.isfinite().all()
+    for gradient in torch.autograd.grad(value.sum(), [*call.leaves.values()]):
+        assert gradient.isfinite().all()
+    for name, around in whole.items():
+        assert int(around.isnan().sum()) == around.numel() - call.given[name].numel()
+
+
+@every_example
+def test_results_have_memory_of_their_own(example: Example) -> None:
+    call = example.call()
+    results, gradients = forward(call, ours)
+    seen = {x.untyped_storage().data_ptr() for x in call.tensors.values()}
+    for x in (results[0], *gradients()):
+        address = x.untyped_storage().data_ptr()
+        assert address not in seen
+        seen.add(address)
+
+
+# ---- plans and threads ---------------------------------------------------------------------------
+
+
+@every_example
+def test_a_replayed_call_has_the_bits_of_the_first(example: Example) -> None:
+    one, other = example.call(), example.call()
+    with torch.no_grad():
+        for x in other.leaves.values():
+            x.mul_(0.875)
+    first, replayed = run(one, ours), run(other, ours)
+    dispatch.forget_plans()
+    expected, again = run(other, ours), run(one, ours)
+    close((*first, *replayed), (*again, *expected), rtol=0, atol=0)
+
+
+@pytest.mark.cpu
+@every_operator
+@pytest.mark.parametrize("shape", [(203, 700), (7003, 10)], ids=["rows", "columns"])
+def test_the_same_bits_for_every_number_of_threads(
+    example: Example, shape: tuple[int, int], threads: Callable[[int], None]
+) -> None:
+    """But for a library's products of matrices."""
+    call, found = example.call(shape=shape), []
+    for number in (1, 2, 3):
+        threads(number)
+        found.append(run(call, ours))
+    exact = {} if "linear" in call.op.name else {"rtol": 0, "atol": 0}
+    close(found[1], found[0], **exact)
+    close(found[2], found[0], **exact)
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+@every_example
+def test_a_module_and_its_copies(example: Example) -> None:
+    """The module of an operator computes what the function does, and so does what is pickled."""
+    call = example.call()
+    op, options, by_name, layer = call.op, dict(call.given), {}, {}
+    tensors = [options.pop(o.name) for o in op.operands if not o.optional]
+    if "reduction" in parameters(op):
+        options.setdefault("reduction", parameters(op)["reduction"])  # a module's may be another
+    if isinstance(op, Divergence):
+        by_name = {name: options.pop(name) for name in call.tensors if name in options}
+    elif "linear" in op.name:
+        layer = {"weight": tensors.pop(1), "bias": options.pop("linear_bias", None)}
+        options |= {"in_features": 4, "num_classes": 5, "bias": layer["bias"] is not None}
+    try:
+        module = getattr(nn, op.module)(**options)
+    except TypeError:  # torch's constructor has no such argument, nor has one a function's metrics
+        assert hasattr(torch.nn, op.module) or "with_metrics" in options
+        return
+    for name, x in layer.items():
+        setattr(module.linear, name, x if x is None else torch.nn.Parameter(x.detach()))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for each in (module, *copies, torch.load(file, weights_only=False)):
+        found = each(*[x * 1 for x in tensors], **by_name)
+        if isinstance(found, tuple):
+            found = torch.stack([result for result in found if result is not None])
+        close(found, call.ours())

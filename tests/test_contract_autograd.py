@@ -1,0 +1,522 @@
+"""The contract of every operator with autograd: graphs kept, shared, hooked and differentiated.
+
+Each test makes calls of `catalogue.py`, which has some of every declared operator.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+import torch.distributed as dist
+from catalogue import (
+    TENSOR_OPTIONS,
+    Call,
+    Example,
+    Function,
+    declared,
+    every_example,
+    every_operator,
+    parameters,
+)
+from compare import evaluate_upstream
+from conftest import KernelCalls
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from pyfused.ops.activation import Activation
+from pyfused.ops.composed import Composed
+
+# torch compiles its own forward-mode decompositions with torch.jit when they are first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+close = torch.testing.assert_close
+CHANGED = "modified by an inplace operation"
+ours, of_torch = Call.ours, Call.reference
+
+
+def gradients(
+    call: Call, function: Function = ours, grad_output: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    value = function(call)
+    return torch.autograd.grad(value, [*call.leaves.values()], above(value, grad_output))
+
+
+def above(value: Tensor, grad_output: Tensor | None = None) -> Tensor:
+    if grad_output is None:
+        return evaluate_upstream(value.shape).to(value)
+    return grad_output.to(value.dtype).expand(value.shape)
+
+
+def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
+    """The differentiated arguments as results of a graph: the leaves times a factor."""
+    return {name: x * factor for name, x in call.leaves.items()}
+
+
+# ---- the gradient of the result ------------------------------------------------------------------
+
+
+@every_example
+def test_one_number_for_all_results(example: Example) -> None:
+    """expand() makes it a tensor without strides where the result has several elements."""
+    call = example.call()
+    for number in (0.0, 1.0, -2.5, float("nan"), float("inf")):
+        found = [gradients(call, function, torch.tensor(number)) for function in (ours, of_torch)]
+        for got, expected in zip(*found, strict=True):
+            if math.isfinite(number):
+                close(got, expected)
+            else:  # where one is NaN or infinite the other may be either, but no number but 0
+                numbers = [x.isfinite() & (x != 0) for x in (got, expected)]
+                assert torch.equal(*numbers)
+
+
+@every_example
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtype) -> None:
+    """Whoever holds a gradient may write into it, and grad_output is left as it was."""
+    call = example.call(dtype)
+    value = call.ours()
+    grad_output = above(value)
+    before, first = grad_output.clone(), None
+    if dtype is torch.float32:  # how exact other dtypes are is for test_contract.py to say
+        first = gradients(call, of_torch)
+    for _ in range(3):
+        found = torch.autograd.grad(value, [*call.leaves.values()], grad_output, retain_graph=True)
+        first = first or [gradient.clone() for gradient in found]
+        for gradient, expected in zip(found, first, strict=True):
+            rounding = 4 * torch.finfo(dtype).eps
+            close(gradient, expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
+            gradient.fill_(float("nan"))
+    assert torch.equal(grad_output, before)
+
+
+@every_example
+def test_backward_again_without_a_kept_graph_is_torchs_error(example: Example) -> None:
+    value = example.call().ours().sum()
+    value.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
+
+
+@every_example
+def test_gradients_are_added_up_in_grad(example: Example) -> None:
+    call = example.call()
+    expected = gradients(call, of_torch, torch.tensor(1.0))
+    for _ in range(3):
+        call.ours().sum().backward()
+    close([x.grad for x in call.leaves.values()], [3 * gradient for gradient in expected])
+
+
+@every_example
+def test_each_gradient_alone(example: Example) -> None:
+    """Where one argument requires grad, and one after the other through a kept graph."""
+    call = example.call()
+    expected, value = dict(zip(call.leaves, gradients(call, of_torch), strict=True)), call.ours()
+    for name, x in reversed(call.leaves.items()):
+        frozen = {other: y.detach() for other, y in call.leaves.items() if other != name}
+        alone = call.ours(**frozen)
+        close(torch.autograd.grad(alone, x, above(alone))[0], expected[name])
+        close(torch.autograd.grad(value, x, above(value), retain_graph=True)[0], expected[name])
+
+
+# ---- no graph ------------------------------------------------------------------------------------
+
+
+@every_example
+def test_no_gradient_is_wanted(example: Example, kernel_calls: KernelCalls) -> None:
+    call = example.call()
+    expected, kept = call.reference().detach(), {n: x.detach() for n, x in call.leaves.items()}
+    value = call.ours(**kept)
+    assert not value.requires_grad
+    assert kernel_calls.keys() & {"row_gradients", f"{call.op.name}_backward"} == set()
+    close(value, expected)
+    with torch.no_grad():
+        assert not call.ours().requires_grad
+    with torch.inference_mode():
+        value = call.ours(**kept)
+        assert value.is_inference()
+        close(value.clone(), expected)
+
+
+@every_example
+def test_inference_tensors_among_the_arguments(example: Example) -> None:
+    """torch may refuse to save one for backward; pyfused may, with its error, or gets it right."""
+    call = example.call()
+    first, *others = call.tensors
+    with torch.inference_mode():
+        kept = {name: call.given[name].detach().clone() for name in others}
+    if first not in call.leaves:
+        return
+    try:
+        value = call.ours(**kept).sum()
+    except RuntimeError as error:
+        assert "Inference tensors cannot be saved for backward" in str(error)  # noqa: PT017
+        return
+    (expected, *_) = gradients(call, of_torch, torch.tensor(1.0))
+    close(torch.autograd.grad(value, call.leaves[first])[0], expected)
+
+
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """What is there already is not looked at by each collection, of a tenth of a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("little_garbage")
+@every_operator
+def test_nothing_is_kept_alive_once_the_graph_is_gone(example: Example) -> None:
+    call = example.call()
+    hidden = through(call, torch.ones(()))
+    memory = [weakref.ref(x.untyped_storage()) for x in hidden.values()]
+    call.ours(**hidden).sum().backward()
+    hidden.clear()
+    gc.collect()
+    assert [each() for each in memory] == [None] * len(memory)
+
+
+# ---- arguments are only read, and a change to them never gives a wrong number --------------------
+
+
+@every_example
+def test_arguments_are_not_changed(example: Example) -> None:
+    call = example.call()
+    before = {name: (x._version, x.detach().clone()) for name, x in call.tensors.items()}
+    call.ours().sum().backward()
+    for name, x in call.tensors.items():
+        version, copy = before[name]
+        assert x._version == version
+        assert torch.equal(x, copy)
+
+
+@every_example
+@pytest.mark.parametrize("after", ["forward", "backward"])
+def test_an_argument_changed_in_place(example: Example, after: str) -> None:
+    """Backward raises, or the gradients are those of the old values, each time."""
+    call = example.call()
+    expected = gradients(call, of_torch)
+    for name, x in call.tensors.items():
+        changed = x.detach().clone().requires_grad_(x.requires_grad)
+        hidden = changed * 1 if name in call.leaves else changed
+        value = call.ours(**{name: hidden})
+        leaves = [changed if other == name else y for other, y in call.leaves.items()]
+        if after == "backward":
+            torch.autograd.grad(value, leaves, above(value), retain_graph=True)
+        with torch.no_grad():
+            hidden.copy_(1 - hidden if hidden.is_floating_point() else hidden.flip(0))
+        try:
+            got = torch.autograd.grad(value, leaves, above(value))
+        except RuntimeError as error:
+            assert CHANGED in str(error)  # noqa: PT017
+        else:
+            close(got, expected, msg=lambda told, name=name: f"{name}: {told}")
+
+
+@every_example
+def test_a_result_changed_in_place(example: Example) -> None:
+    """A loss is not what backward reads; an activation's may be, which raises."""
+    call = example.call()
+    value = call.ours()
+    doubled, grad_output = value * 2, above(value)
+    expected = gradients(call, of_torch)
+    with torch.no_grad():
+        value.fill_(3.0)
+    try:
+        got = torch.autograd.grad(doubled, [*call.leaves.values()], grad_output / 2)
+    except RuntimeError as error:
+        assert CHANGED in str(error)  # noqa: PT017
+        assert value.dim() == 2 or isinstance(call.op, Composed)  # whose root is torch's
+    else:
+        close(got, expected)
+
+
+# ---- options that are tensors --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A group of which this process is the only one."""
+    if not dist.is_available():
+        pytest.skip("torch without distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+every_tensor_option = pytest.mark.parametrize(
+    ("option", "example"), TENSOR_OPTIONS.values(), ids=TENSOR_OPTIONS
+)
+
+
+@every_tensor_option
+@pytest.mark.parametrize("reads", ["unreduced", "float16", "second_backward", "create_graph"])
+@pytest.mark.usefixtures("one_process")
+def test_an_option_changed_in_place_is_torchs_error(
+    option: str, example: Example, reads: str
+) -> None:
+    """In each of the calls whose backward pass reads it: not a gradient of the new number."""
+    if reads == "unreduced" and option == "denominator":
+        return  # only a mean has a denominator
+    call = example.call(torch.float16 if reads == "float16" else torch.float32)
+    value, leaves = call.given[option].clone(), [*call.leaves.values()]
+    changed = {option: value, "reduction": "none" if reads == "unreduced" else "mean"}
+    loss = call.ours(**changed).sum()
+    if reads == "second_backward":
+        torch.autograd.grad(loss, leaves, retain_graph=True)
+    value.mul_(2)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        torch.autograd.grad(loss, leaves, create_graph=reads == "create_graph")
+
+
+@every_tensor_option
+@pytest.mark.usefixtures("one_process", "little_garbage")
+def test_hooks_for_saved_tensors_see_an_option(option: str, example: Example) -> None:
+    """Backward reads what they give back, and nobody else keeps what they have taken away."""
+    call = example.call()
+    value, leaves = call.given[option].clone(), [*call.leaves.values()]
+    address, memory = value.data_ptr(), weakref.ref(value.untyped_storage())
+    weighted = option == "token_weight"
+    changed = {"reduction": "sum" if weighted else "mean"}
+
+    def pack(tensor: Tensor) -> Tensor:
+        copy = tensor.detach().clone()
+        return copy * 2 if tensor.data_ptr() == address else copy
+
+    expected = torch.autograd.grad(call.ours(**changed), leaves)
+    expected = tuple(x * 2 if weighted else x / 2 for x in expected)
+    with saved_tensors_hooks(pack, lambda packed: packed):
+        loss = call.ours(**changed, **{option: value})
+    del value
+    gc.collect()
+    assert memory() is None
+    torch.autograd.grad(loss, leaves, retain_graph=True)  # may be what forward has computed
+    close(torch.autograd.grad(loss, leaves, retain_graph=True), expected)
+    close(torch.autograd.grad(loss, leaves, create_graph=True), expected)
+
+
+# ---- hooks, checkpoints, anomalies ---------------------------------------------------------------
+
+
+@every_example
+def test_hooks_see_and_change_the_gradients(example: Example) -> None:
+    call = example.call()
+    hidden = through(call, torch.ones(()))
+    for x in hidden.values():
+        x.register_hook(lambda gradient: gradient * 3)
+    value = call.ours(**hidden)
+    got = torch.autograd.grad(value, [*call.leaves.values()], above(value))
+    close(got, tuple(3 * gradient for gradient in gradients(call, of_torch)))
+
+
+@every_example
+def test_hooks_for_saved_tensors(example: Example) -> None:
+    """What is saved may be moved away and brought back, in another layout, too."""
+    call = example.call()
+    expected = gradients(call, of_torch)
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.detach().clone())
+        return len(packed) - 1
+
+    def unpack(index: int) -> Tensor:
+        found = packed[index].clone()
+        return found.t().contiguous().t() if found.dim() == 2 else found
+
+    with saved_tensors_hooks(pack, unpack):
+        value = call.ours()
+    for _ in range(2):
+        close(
+            torch.autograd.grad(value, [*call.leaves.values()], above(value), retain_graph=True),
+            expected,
+        )
+    with save_on_cpu():
+        close(gradients(call), expected)
+
+
+@every_operator
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpoint(example: Example, reentrant: bool) -> None:
+    call = example.call()
+    expected = gradients(call, of_torch, torch.tensor(1.0))
+
+    def step(*leaves: Tensor) -> Tensor:
+        return call.ours(**dict(zip(call.leaves, leaves, strict=True)))
+
+    checkpoint(step, *call.leaves.values(), use_reentrant=reentrant).sum().backward()
+    close([x.grad for x in call.leaves.values()], [*expected])
+
+
+@every_operator
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_anomaly_mode(example: Example) -> None:
+    call = example.call()
+    with torch.autograd.detect_anomaly():
+        close(gradients(call), gradients(call, of_torch))
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            gradients(call, ours, torch.tensor(float("nan")))
+
+
+@pytest.mark.skipif(interpreter.ON, reason="the interpreter knows one thread")
+@every_operator
+def test_several_python_threads_at_once(example: Example) -> None:
+    call = example.call()
+    factors = [1 + n / 16 for n in range(8)]
+
+    def work(factor: float) -> tuple[Tensor, ...]:
+        return gradients(call, ours, torch.tensor(factor))
+
+    expected = [gradients(call, of_torch, torch.tensor(factor)) for factor in factors]
+    with ThreadPoolExecutor(4) as pool:
+        for got, wanted in zip(pool.map(work, factors), expected, strict=True):
+            close(got, wanted)
+
+
+# ---- derivatives that are torch's own definition -------------------------------------------------
+
+
+@every_example
+def test_gradients_by_finite_differences(example: Example, kernel_calls: KernelCalls) -> None:
+    """First derivatives of the kernels, and second ones of the definition."""
+    call = example.call(torch.float64)
+    if call.op.name == "gaussian_nll_loss" and "eps" in call.given:
+        pytest.skip("the gradient passes where eps is in the variance's place, as torch's does")
+    if isinstance(call.op, Activation):  # away from kinks
+        call.first.add_(0.1 * call.first.sign())
+
+    def function(*leaves: Tensor) -> Tensor:
+        return call.ours(**dict(zip(call.leaves, leaves, strict=True)))
+
+    leaves = [*call.leaves.values()]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
+    assert kernel_calls.total() or "inplace" in call.given
+    if call.op.name not in ("multi_margin_loss", "hardsigmoid"):  # torch has no second derivative
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
+
+
+@every_operator
+def test_a_gradient_that_no_kernel_computes(example: Example) -> None:
+    """An argument that is not differentiated may require grad; torch computes it, or raises."""
+    op = example.op
+    names = [operand.name for operand in declared(op).values() if not operand.differentiated]
+    call = replace(example, optional=(*example.optional, *names)).call()
+    if "teacher_requires_grad" in parameters(op):  # else a teacher is a constant
+        call.given["teacher_requires_grad"] = True
+    for name in {*names} & call.tensors.keys():
+        x = call.given[name].detach().clone()
+        if not x.is_floating_point():
+            continue
+        x.requires_grad_()
+
+        def compute(function: Function, name: str = name, x: Tensor = x) -> Tensor:
+            return torch.autograd.grad(function(call, **{name: x}).sum(), x)[0]
+
+        try:
+            expected = compute(of_torch)
+        except RuntimeError as error:
+            with pytest.raises(type(error)):
+                compute(ours)
+        else:
+            close(compute(ours), expected)
+
+
+def assert_alike(compute: Callable[[Function], Any]) -> None:
+    """What is computed by pyfused is torch's; where torch has no such derivative, both raise."""
+    try:
+        expected = compute(of_torch)
+    except RuntimeError as error:
+        known = "implemented", "not support", "vmap"
+        assert any(told in str(error) for told in known)  # noqa: PT017
+        with pytest.raises(RuntimeError, match=r"implemented|not support|vmap"):
+            compute(ours)
+    else:
+        close(compute(ours), expected)
+
+
+@every_example
+def test_double_backward(example: Example) -> None:
+    """By each argument and by grad_output; the arguments are all computed from one number."""
+    call = example.call(torch.float64)
+
+    def second(function: Function) -> list[Tensor]:
+        factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+        value = function(call, **through(call, factor))
+        grad_output = torch.linspace(1, 2, value.numel()).view_as(value).to(value)
+        leaves = [factor, *call.leaves.values(), grad_output.requires_grad_()]
+        first = torch.autograd.grad(value, leaves[:-1], grad_output, create_graph=True)
+        assert all(gradient.requires_grad for gradient in first)
+        total = sum(gradient.square().sum() for gradient in first)
+        return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+    assert_alike(second)
+
+
+@every_example
+def test_forward_mode(example: Example) -> None:
+    call = example.call()
+    x = call.first
+    tangent = torch.linspace(-1, 1, x.numel()).view_as(x)
+
+    def compute(function: Function) -> list[Tensor]:
+        step = call.of_first(function)
+        with forward_ad.dual_level():
+            value = forward_ad.unpack_dual(step(forward_ad.make_dual(x, tangent)))
+            return [*value, step(x)]  # and one without a tangent
+
+    assert_alike(compute)
+
+
+@every_operator
+@pytest.mark.parametrize("transform", ["grad", "hessian", "jacrev", "jacfwd", "jvp", "vjp"])
+def test_torch_func(example: Example, transform: str) -> None:
+    call = example.call()
+    x = call.first
+
+    def compute(function: Function) -> Any:
+        step, transformed = call.of_first(function), getattr(torch.func, transform)
+        if transform == "vjp":
+            return transformed(step, x)[0]
+        if transform == "jvp":
+            return transformed(step, (x,), (torch.linspace(-1, 1, x.numel()).view_as(x),))
+        return transformed(lambda x: step(x).sum())(x)
+
+    assert_alike(compute)
+
+
+@every_example
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
+def test_vmap(example: Example) -> None:
+    call = example.call()
+    batch = torch.stack([call.first * factor for factor in (1.0, 0.5, 0.25)])
+
+    def compute(function: Function) -> list[Tensor]:
+        step = call.of_first(function)
+        per_sample = torch.func.grad(lambda x: step(x).sum())
+        return [torch.vmap(step)(batch), torch.vmap(per_sample)(batch)]
+
+    assert_alike(compute)
+
+
+@every_example
+def test_batched_gradients(example: Example) -> None:
+    """is_grads_batched runs backward itself under vmap."""
+    call, found = example.call(), []
+    for function in (ours, of_torch):
+        value = function(call)
+        batch = evaluate_upstream((4, *value.shape)).to(value)
+        leaves = [*call.leaves.values()]
+        found.append(torch.autograd.grad(value, leaves, batch, is_grads_batched=True))
+    close(*found)
