@@ -223,7 +223,7 @@ def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool =
     if input.dim() > 2:
         rows, what = input.shape[:-1], "with the input's leading dimensions"
         of_target = *rows, *shape[not target.is_floating_point() :]
-        _shape("target", target, of_target, what, ValueError)
+        _shape("target", target, of_target, what, RuntimeError)
         if options.token_weight is not None:
             _shape("token_weight", options.token_weight, (*rows, *shape[1:]), what, ValueError)
         head, options = head.as_rows(options)

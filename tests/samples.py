@@ -278,8 +278,8 @@ def celu(input: Extended, alpha: float = 1.0) -> tuple[Extended, ...]:
 
 
 def mish(input: Extended) -> tuple[Extended, ...]:
-    t = np.tanh(np.logaddexp(input, 0))
-    return input * t, t + input * sigmoid(input)[0] / np.cosh(np.logaddexp(input, 0)) ** 2
+    t, decay = np.tanh(np.logaddexp(input, 0)), np.exp(-2 * np.logaddexp(input, 0))
+    return input * t, t + input * sigmoid(input)[0] * 4 * decay / (1 + decay) ** 2
 
 
 def softplus(input: Extended, beta: float = 1.0, threshold: float = 20.0) -> tuple[Extended, ...]:

@@ -16,7 +16,8 @@ from processes import python
 from pyfused import backends
 from pyfused.backends import cpu, versions
 from pyfused.functional import cross_entropy
-from pyfused.ops import dispatch, operators, reasons, sizes
+from pyfused.ops import dispatch, reasons, sizes
+from pyfused.ops.elementwise import RELU
 
 on_triton = pytest.mark.skipif(backend is cpu, reason="the C++ kernels raise instead")
 
@@ -99,7 +100,7 @@ def test_torch_takes_every_call_where_it_is_forced(
 ) -> None:
     monkeypatch.setattr(backends, "FORCED", "torch")
     x = torch.randn(6, 5)
-    assert dispatch.reason_for_torch(operators.RELU, (x,)) == "PYFUSED_BACKEND is torch"
+    assert dispatch.reason_for_torch(RELU, (x,)) == "PYFUSED_BACKEND is torch"
     target = torch.arange(5).repeat(2)[:6]
     torch.testing.assert_close(cross_entropy(x, target), F.cross_entropy(x, target))
     assert not kernel_calls.total()
@@ -109,9 +110,9 @@ def test_torch_takes_every_call_where_it_is_forced(
 @pytest.mark.thresholds
 def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small = torch.randn(6, 5)
-    assert dispatch.reason_for_torch(operators.RELU, (small,)) is reasons.SMALL
+    assert dispatch.reason_for_torch(RELU, (small,)) is reasons.SMALL
     monkeypatch.setattr(sizes, "FORCED", "cpu")
-    assert dispatch.reason_for_torch(operators.RELU, (small,)) is None
+    assert dispatch.reason_for_torch(RELU, (small,)) is None
 
 
 @pytest.mark.cpu

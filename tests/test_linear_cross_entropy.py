@@ -358,7 +358,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator: expected None with"),
     (
         {"input": torch.ones(2, 12, 6)},
-        ValueError,
+        RuntimeError,
         r"target: expected shape \(2, 12\), with the input's leading dimensions, got \(12,\)",
     ),
     (

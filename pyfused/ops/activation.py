@@ -25,6 +25,7 @@ class Activation(Operator):
         formula: The function in torch's terms, of the input and the scalars.
         gradient: The input's gradient, from the output's, what forward saves, and the scalars. None
             for what torch's rules make of the formula of a saved input.
+        checks: Whether torch's Python function raises for scalars that its built-in one takes.
         overwrites: Whether torch has it in place.
         saves: What the gradient is computed from. The output is the better one where it will do:
             then the input's memory can go, or be the output's.
@@ -34,13 +35,15 @@ class Activation(Operator):
     gradient: Callable[..., Tensor] | None = None
     saves: str = "output"
     built_in: tuple[str, ...] = ("input",)
+    checks: bool = False
     overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.aten_ = self.reference_
         if self.definition is None:
-            self.aten = _built_in(self.name, self.reference)
+            if not self.checks:
+                self.aten = _built_in(self.name, self.reference)
             self.aten_ = _built_in(f"{self.name}_", self.reference_)
         if self.reference_ is self.reference:  # which knows no `inplace`
             self.reference_ = self.aten_

@@ -623,6 +623,7 @@ RELU6 = Activation(
 HARDTANH = Activation(
     name="hardtanh",
     module="Hardtanh",
+    checks=True,
     saves="input",  # half precision may round an output off its bound
     scalars=(Scalar("min_val"), Scalar("max_val")),
     fallback_reason=lambda _, low, high: (
@@ -781,6 +782,9 @@ LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
     saves="input",
+    fallback_reason=lambda input: (
+        None if input.is_contiguous() else "torch makes its result contiguous"
+    ),
     formula=lambda input: 0 - F.softplus(-input),  # 0.0 of infinity
     definition=_logsigmoid,
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),

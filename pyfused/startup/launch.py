@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getopt
 import os
 import signal
 import subprocess
@@ -59,6 +58,8 @@ def run(arguments: list[str]) -> None:
 
 def _reads_environment(arguments: list[str]) -> bool:
     """Whether Python with these arguments reads PYTHONPATH and imports sitecustomize."""
+    import getopt  # for this command alone
+
     try:
         options, _ = getopt.getopt(
             arguments, "bBdEhiIOPqRsSuvVxc:m:W:X:?", ["check-hash-based-pycs="]
