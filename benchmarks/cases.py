@@ -74,6 +74,8 @@ class Case:
     smoothing: float = 0.0
     probabilities: bool = False
     ignored: float = 0.0  # the share of the targets
+    masked: float | None = None  # what half of the elements along a softmax are
+    spread: float = 1.0  # of the input: large ones saturate, and make a softmax confident
     reduction: str = "mean"
     autocast: bool = False
     headline: bool = False  # in docs/benchmarks.md's table, and run by `-m quick`
@@ -86,6 +88,8 @@ class Case:
             f"smoothing {self.smoothing}": self.smoothing,
             "probability target": self.probabilities,
             f"{self.ignored:.0%} ignored": self.ignored,
+            f"half {self.masked}": self.masked is not None,
+            f"spread {self.spread:g}": self.spread != 1,
             f"reduction {self.reduction}": self.reduction != "mean",
             "autocast": self.autocast,
         }
@@ -129,6 +133,7 @@ CASES = (
     Case("cross_entropy", (1024, 32000), BF16, headline=True),
     Case("cross_entropy", (1024, 32000), BF16, autocast=True),
     Case("cross_entropy", (1024, 32000), ignored=0.5),
+    Case("cross_entropy", (1024, 32000), masked=-math.inf),
     Case("cross_entropy", (1024, 128256)),
     Case("cross_entropy", (8192, 1000), headline=True),
     Case("cross_entropy", (8192, 1000), BF16),
@@ -145,6 +150,11 @@ CASES = (
     Case("multi_margin_loss", (64, 10)),
     *(Case(op, (1024, 32000), dtype) for op in SOFTMAX for dtype in (F32, BF16)),
     *(Case(op, (8, 16, 512, 512), headline=True) for op in SOFTMAX),
+    *(
+        Case(op, (8, 16, 256, 256), masked=masked)
+        for op in SOFTMAX
+        for masked in (-math.inf, -1e4, -95.0)
+    ),
     *(Case(op, (64, 10)) for op in SOFTMAX),
     *(Case(op, (n,)) for op in POINTWISE for n in (100, M)),
     *(Case(op, (32 * M,), headline=True) for op in POINTWISE),
@@ -210,7 +220,10 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         return (operand.low + span * torch.rand(case.shape, **here)).to(case.dtype)
 
     first = OPERATORS[case.op].operands[0]
-    input = (within(first) if first.enforced else normal(*case.shape)).requires_grad_()
+    input = within(first) if first.enforced else normal(*case.shape) * case.spread
+    if case.masked is not None:
+        input = torch.where(torch.rand(case.shape, **here) < 0.5, case.masked, input)
+    input.requires_grad_()
     if case.op in ACTIVATIONS:
         return Arguments(input, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
@@ -229,6 +242,8 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
             others = (normal(*case.shape).softmax(1),)
         else:
             indices = torch.randint(classes, shape, **here)
+            if case.masked is not None:  # no target is
+                input.detach().scatter_(1, indices.unsqueeze(1), 1.0)
             ignored = torch.rand(shape, **here) < case.ignored
             others = (indices.masked_fill(ignored, -100),)
     if case.reduction == "none":

@@ -79,9 +79,14 @@ def split(elements: int, dims: int, draw: random.Random) -> Shape:
 
 
 def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Iterator[Case]:
-    """Random shapes and reductions."""
+    """Yields calls of random shapes, reductions and values."""
     for _ in range(count):
         elements, reduction = between(1 << 6, 1 << 24, draw), "mean"
+        spread, masked = 1.0, None
+        if op in (*SOFTMAX, *ACTIVATIONS, "cross_entropy"):
+            spread = draw.choice((1.0, 1.0, 20.0, 100.0))
+        if op in (*SOFTMAX, "cross_entropy"):
+            masked = draw.choice((None, None, None, -math.inf, -1e4, -95.0))
         shape = split(elements, draw.randint(1, 4), draw)
         if op in (*SOFTMAX, *OF_CLASSES):
             length = between(*draw.choice(LENGTHS), draw)
@@ -94,7 +99,7 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
                 shape = (n, length, max(1, rows // n))
         if op not in (*SOFTMAX, *ACTIVATIONS, "multilabel_soft_margin_loss"):  # a loss of each row
             reduction = draw.choice(("mean", "mean", "none"))
-        yield Case(op, shape, dtype, reduction=reduction)
+        yield Case(op, shape, dtype, reduction=reduction, masked=masked, spread=spread)
 
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:

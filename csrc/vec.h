@@ -355,27 +355,11 @@ template <class A> PYFUSED_INLINE A softplus(A x) {
   return softplus_from(exp_shifted(-std::abs(x)), x);
 }
 
-// tanh(|x|) = (1 - e) / (1 + e), e = exp(-2 |x|). The float's exponential is computed of |x|
-// itself, which ends where tanh rounds to 1: a third of the operations less than with power_of.
-PYFUSED_INLINE float tanh_of(float x) {
-  constexpr float kRound = 0x1.8p23f + 127, kLeast = -9.02f;
-  float y = -std::abs(x);
-  y = kLeast > y ? kLeast : y;
-  const float shifted = y * 2.88539008f + kRound, n = shifted - kRound;
-  const float r = y - n * 0.34657359f;
-  float p = 0.0888480394f * r + 0.267729815f;  // of (exp(2 r) - 1) / r
-  p = p * r + 0.66667522f;
-  p = p * r + 1.33332347f;
-  p = p * r + 1.99999993f;
-  p = p * r + 2;
-  const float scale = bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
-  const float less_1 = p * r * scale + (scale - 1);  // e - 1
-  return std::copysign(less_1 / (2 + less_1), x);
-}
-PYFUSED_INLINE double tanh_of(double x) {
-  const Power<double> power = power_of(-2 * std::abs(x));
-  const double less_1 = power.less_1 * power.scale + (power.scale - 1);
-  return std::copysign(less_1 / (2 + less_1), x);
+// tanh(|x|) = (1 - e) / (1 + e), e = exp(-2 |x|).
+template <class A> PYFUSED_INLINE A tanh_of(A x) {
+  const Power<A> power = power_of(-2 * std::abs(x));
+  const A less_1 = power.less_1 * power.scale + (power.scale - 1);  // e - 1
+  return std::copysign(less_1 / (1 + (power.less_1 * power.scale + power.scale)), x);
 }
 
 template <class A> PYFUSED_INLINE A sigmoid_from(A decay, A x) {  // decay = exp(-|x|)

@@ -80,6 +80,8 @@ def take_turns(
     title: str, runs: dict[str, Iterator[T]], steps: int, progress: Progress
 ) -> dict[str, list[T]]:
     """Step the runs alternately: whatever else the machine does then slows all of them alike."""
+    if progress.disable:  # a log: lines in place of bars
+        print(f"{title}: {steps:,} steps of {', '.join(runs)}", flush=True)
     bars = {name: progress.add_task(f"{title}, {name}", total=steps) for name in runs}
     taken: dict[str, list[T]] = {name: [] for name in runs}
     for turn in zip(*runs.values(), strict=True):
@@ -294,7 +296,12 @@ def main() -> None:
 
     console = Console()
     columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as p:
+    with Progress(
+        *columns,
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    ) as p:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # steps this short lose more to a second thread than they gain
         jobs = [

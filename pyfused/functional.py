@@ -91,6 +91,24 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
+    # What __getattr__ finds, with its types; type checkers take other names of torch for Any.
+    from torch.nn.functional import avg_pool2d as avg_pool2d
+    from torch.nn.functional import batch_norm as batch_norm
+    from torch.nn.functional import conv1d as conv1d
+    from torch.nn.functional import conv2d as conv2d
+    from torch.nn.functional import cosine_similarity as cosine_similarity
+    from torch.nn.functional import dropout as dropout
+    from torch.nn.functional import embedding as embedding
+    from torch.nn.functional import group_norm as group_norm
+    from torch.nn.functional import interpolate as interpolate
+    from torch.nn.functional import layer_norm as layer_norm
+    from torch.nn.functional import linear as linear
+    from torch.nn.functional import max_pool2d as max_pool2d
+    from torch.nn.functional import normalize as normalize
+    from torch.nn.functional import one_hot as one_hot
+    from torch.nn.functional import pad as pad
+    from torch.nn.functional import rms_norm as rms_norm
+    from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention
     from typing_extensions import Unpack
 
 __all__ = [

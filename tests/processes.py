@@ -12,7 +12,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-SECONDS = 120  # far beyond what it takes, so that only a hang is cut short
+SECONDS = 600  # after which a process hangs, on however busy a machine
 # Each process is a fork of one that has imported torch, and nothing of pyfused.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch"])

@@ -110,6 +110,7 @@ def test_capped_logits(
     assert torch.equal(metrics.prediction, best.prediction) or dtype in HALF
 
 
+@pytest.mark.cpu
 def test_capped_logits_beside_what_the_state_has_not() -> None:
     """Probabilities, focal loss and second derivatives take torch's operators."""
     x = torch.randn(4, 30, dtype=torch.float64, requires_grad=True)

@@ -411,6 +411,7 @@ def test_a_teacher_is_a_constant_unless_asked_otherwise(op: str, kernel_calls: K
     assert_close(op, arguments, beta=0.5, teacher_requires_grad=True)
 
 
+@pytest.mark.cpu
 def test_a_costly_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 33 MiB of logits, as a teacher's gradient is asked for."""
     monkeypatch.setattr(reasons, "_said", set())

@@ -1,0 +1,34 @@
+"""What type checkers know of the package: a user's program passes mypy --strict."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+PROGRAM = Path(__file__).with_name("typed_program.py")
+
+
+def mypy(program: Path) -> str:
+    command = ["-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
+    done = subprocess.run(
+        [sys.executable, *command, str(program)],
+        env={**os.environ, "MYPYPATH": str(PROGRAM.parents[1])},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return done.stdout
+
+
+def test_a_users_program_has_types(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    assert mypy(PROGRAM).startswith("Success")
+    wrong = tmp_path / "program.py"
+    text = PROGRAM.read_text("utf-8")
+    wrong.write_text(text + 'F.mse_loss(x, "target")\nF.pad(x, 1.5)\nnn.CrossEntropyLoss(gama=1)\n')
+    assert mypy(wrong).count(": error: ") == 3
