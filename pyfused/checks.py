@@ -645,8 +645,8 @@ def bounded(name: str, value: Any, positive: bool = False) -> None:
 
 def _can_be_read(value: Tensor) -> bool:
     """Returns whether a tensor's values are there, and nobody has to wait for them."""
-    if not value.is_cpu or is_dynamo_compiling():
-        return False
+    if not value.is_cpu or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+        return False  # a mode among these would trace what is read
     return type(value) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(value)
 
 
@@ -656,9 +656,9 @@ def values(
     """Raises for values out of their bounds; a tensor on a GPU is not read."""
     if isinstance(value, float):
         value = torch.tensor(value)
-    value = value.detach()
     if not _can_be_read(value) or not value.numel():
         return
+    value = value.detach()
     least, most = (float(bound) for bound in value.aminmax())
     if low <= least and most <= high:
         return
