@@ -25,6 +25,7 @@ import pyfused
 from pyfused import nn
 from pyfused.ops import dispatch
 from pyfused.ops.distillation import Divergence
+from pyfused.ops.elementwise import LOGSIGMOID
 from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTI_MARGIN_LOSS
 
 close = torch.testing.assert_close
@@ -120,14 +121,13 @@ def test_layouts(
         other = names[(names.index(layout) + 1) % len(names)]
         for others in (layout, other):
             check_call(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
-        assert kernel_calls.total() or (example.op is MULTI_MARGIN_LOSS and len(shape) == 3)
+        torchs = example.op is MULTI_MARGIN_LOSS and len(shape) == 3
+        assert kernel_calls.total() or torchs or example.op is LOGSIGMOID
 
 
 @every_operator
 def test_a_view_of_the_result_that_works_on_torchs_works_on_ours(example: Example) -> None:
     call = example.call()
-    if call.op.name == "logsigmoid":
-        pytest.skip("torch makes it contiguous, pyfused keeps the input's layout")
     for layout in SAME_VALUES.values():
         moved = rearranged(call, layout)
         if moved.reference().is_contiguous():

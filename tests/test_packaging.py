@@ -88,7 +88,7 @@ def test_the_sdist_holds_what_a_build_needs_on_any_platform(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as sdist:
         files = {name.partition("/")[2] for name in sdist.getnames()}
-    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("csrc/*.[ch]*")}
+    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("csrc/*.[chi]*")}
     assert files >= sources | {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
 
 
@@ -98,7 +98,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     modules = {module.replace(".", "/") + suffix for module in MODULES}
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert files == sources | kernels | modules | {"pyfused/py.typed"}
+    assert files == sources | kernels | modules | {"pyfused/py.typed", "pyfused/nn.pyi"}
 
 
 def test_the_metadata_agrees_with_the_package(metadata: Message, wheel: zipfile.ZipFile) -> None:

@@ -138,7 +138,7 @@ class Native:
 
     def __getattr__(self, name: str) -> Any:
         kernel = getattr(self.native, name)
-        if not callable(kernel):
+        if isinstance(kernel, type) or not callable(kernel):
             return kernel
         return lambda *args: self.during(lambda: kernel(*args))
 
