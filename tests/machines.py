@@ -20,7 +20,7 @@ from pyfused.backends import cpu
 
 TESTS = Path(__file__).parent
 PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel metrics distributed"
-KERNELS = """accuracy activation autograd class_losses cross_entropy cross_entropy_options formula
+KERNELS = """accuracy activation contract class_losses cross_entropy cross_entropy_options formula
     inplace log_probs margin metrics pointwise_loss softmax strides"""
 COMPILED = "compile compiled_operators inductor"
 THREADS = "threads parallel processes recycle distributed training"

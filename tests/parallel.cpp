@@ -39,9 +39,9 @@ template <size_t bytes> int count_blocks(int64_t blocks, int threads) {
   return count;
 }
 
-// How many blocks run; -1 if there was no memory for the threads, which needs 2^60 bytes each.
+// How many blocks run; -1 if there was no memory for the threads, which needs 2^59 bytes each.
 EXPORTED int blocks_run(int64_t blocks, int threads, int huge) {
-  return huge ? count_blocks<size_t(1) << 60>(blocks, threads)
+  return huge ? count_blocks<size_t(1) << 59>(blocks, threads)
               : count_blocks<1000>(blocks, threads);
 }
 
