@@ -282,12 +282,14 @@ template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
 
 #ifdef PYFUSED_HAS_REGISTERS
 // Few classes leave lanes without work, which costs more than to transpose the rows. Large outputs
-// of floats are limited by memory, and groups have no non-temporal stores.
+// of floats are limited by memory, and groups have no non-temporal stores. The backward pass reads
+// two rows for each of a group twice, which leave L1 beyond 256 classes.
 template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
   const int64_t classes = softmax.classes, few = softmax.backward() ? 15 : kFewClasses;
   const bool limited_by_memory = streams && std::is_same_v<T, float> && classes >= kRowClasses<T>;
-  return softmax.outer == 1 && softmax.classes_contiguous() && classes > few &&
-         classes <= kGroupClasses && !limited_by_memory;
+  const int64_t most = softmax.backward() ? 256 : kGroupClasses;
+  return softmax.outer == 1 && softmax.classes_contiguous() && classes > few && classes <= most &&
+         !limited_by_memory;
 }
 
 template <class T> void softmax_groups(const Softmax<T>& softmax) {
