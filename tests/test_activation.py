@@ -262,3 +262,9 @@ def test_where_small_inputs_may_go_to_torch(
     assert_matches_torch(
         lambda x: ours(op, inplace)(x * 1), lambda x: of_torch(op, inplace)(x * 1), x
     )
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_bounds_in_the_wrong_order(inplace: bool) -> None:
+    with pytest.raises(ValueError, match="min_val"):
+        pyfused.functional.hardtanh(torch.randn(3), 0.5, -0.5, inplace=inplace)

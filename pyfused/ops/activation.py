@@ -41,9 +41,8 @@ class Activation(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.aten_ = self.reference_
-        if self.definition is None:
-            if not self.checks:
-                self.aten = _built_in(self.name, self.reference)
+        if self.definition is None and not self.checks:
+            self.aten = _built_in(self.name, self.reference)
             self.aten_ = _built_in(f"{self.name}_", self.reference_)
         if self.reference_ is self.reference:  # which knows no `inplace`
             self.reference_ = self.aten_
