@@ -441,3 +441,13 @@ def test_a_reduction_and_a_definition_of_its_own(kernel_calls: KernelCalls) -> N
     with pytest.raises(ValueError, match="expected 'none', 'batchmean' or 'sum', got 'mean'"):
         call(op, (x, t, "mean"))
     close(call(op, (x.to("meta"), t.to("meta"), "batchmean")), x.sum().to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+@pytest.mark.parametrize("op", ["mse_loss", "l1_loss"])
+def test_a_mean_divides_by_the_weight_before_it_broadcasts(op: str) -> None:
+    x, target = torch.randn(6, 1, requires_grad=True), torch.randn(8, 1, 6, 2)
+    weight = torch.rand(6, 1)
+    got, expected = (getattr(f, op)(x, target, weight=weight) for f in (functional, F))
+    close(got, expected)
+    close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))

@@ -370,9 +370,10 @@ class PointwisePlan:
             op._bounds(operands)
         if self.warning is not None:
             warnings.warn(self.warning, stacklevel=_stacklevel())
+        given = weight  # torch's mean divides by its sum before it broadcasts
         if not self.as_they_are:
             operands, weight = self.arranged(operands, weight)
-        divisor = self.divisor_of(operands, weight) if self.denominator is not None else None
+        divisor = self.divisor_of(operands, given) if self.denominator is not None else None
         if True in self.needs:
             loss: Tensor = apply(self, *operands, weight, divisor)
         else:
