@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from functools import cache, wraps
-from types import EllipsisType, new_class
+from functools import wraps
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
+from pyfused import subclass
 from pyfused.functional import linear_cross_entropy
 
 # ---- logits that nobody has computed -------------------------------------------------------------
@@ -277,7 +278,7 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     Raises:
         ValueError: There is no such head.
     """
-    if is_fused(model):
+    if subclass.is_fused(model):
         return "is pyfused's already"
     if vouched is not None:
         heads = [name for name, module in model.named_children() if type(module) is Linear]
@@ -295,26 +296,17 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     return None if getattr(model, head).weight.is_meta else _difference(model, head)
 
 
-def is_fused(model: Any) -> bool:
-    return hasattr(type(model), "_unfused")
-
-
 def fuse(model: Any, head: str | None = None) -> None:
     """Gives a model the subclass of its class.
 
     Args:
         head: The name of the head that a user vouches for; None for that of transformers.
     """
-    model.__class__ = _fused(type(model), head)  # type: ignore[arg-type]  # a class can be hashed
+    subclass.fuse(model, _fused_forward, head)
 
 
-def unfuse(model: Any) -> None:
-    model.__class__ = type(model)._unfused
-
-
-@cache
-def _fused(kind: Any, head: str | None = None) -> Any:
-    """The subclass of a model's class, which a copy, a replica and a loaded model have as well."""
+def _fused_forward(kind: Any, head: str | None) -> Any:
+    """Returns the ``forward`` of a model's subclass."""
     parameters = inspect.signature(kind.forward)
 
     @wraps(kind.forward)
@@ -326,17 +318,7 @@ def _fused(kind: Any, head: str | None = None) -> Any:
             return kind.forward(model, *args, **kwargs)
         return _forward(kind, model, name, *args, **kwargs)
 
-    def reduce(model: Any, protocol: Any) -> Any:  # the subclass cannot be imported
-        return _new, (kind, head), *kind.__reduce_ex__(model, protocol)[2:]
-
-    members = {"forward": forward, "__reduce_ex__": reduce, "_unfused": kind}
-    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(members | named))
-
-
-def _new(kind: Any, head: str | None = None) -> Any:
-    """A fused model without attributes, which pickle and copy fill."""
-    return kind.__new__(_fused(kind, head))
+    return forward
 
 
 def _is_plain(head: Any) -> bool:

@@ -12,6 +12,7 @@ from torch.nn import Module
 import pyfused.nn as nn
 from pyfused import causal_lm, gated_mlp
 from pyfused.ops.operators import OPERATORS
+from pyfused.subclass import is_fused, unfuse
 
 Model = TypeVar("Model", bound=Module)
 
@@ -145,8 +146,8 @@ def revert(model: Module) -> tuple[str, ...]:
     for _, module in converted:
         if _MARK in vars(module):
             delattr(module, _MARK)
-            if causal_lm.is_fused(module):
-                causal_lm.unfuse(module)
+            if is_fused(module):
+                unfuse(module)
             elif type(module) in _TORCH_CLASSES:
                 module.__class__ = _TORCH_CLASSES[type(module)]
     return tuple(name for name, _ in converted)
