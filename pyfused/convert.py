@@ -35,7 +35,7 @@ class Left(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """What :func:`pyfused.convert` does.
+    """Names the modules that :func:`pyfused.convert` swaps, and those that it leaves.
 
     Attributes:
         swapped: The names of the modules that it swaps.

@@ -30,10 +30,6 @@ class Composed(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.broadcast = (1,)  # the target
-        self._reduction = self.arguments.index("reduction")
-
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        return bool(arguments[self._reduction] == "none")
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         self.check_scalars(arguments)

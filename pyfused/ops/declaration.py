@@ -140,6 +140,8 @@ class Operator(ABC):
         self.defaults = tuple(names[name] for name in self.arguments[1:])
         self.scalar_places = tuple((self.arguments.index(s.name), s) for s in self.scalars)
         self.counts_logits = "linear_weight" in self.arguments
+        reduces = "reduction" in self.arguments
+        self._reduction = self.arguments.index("reduction") if reduces else None
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
@@ -171,7 +173,7 @@ class Operator(ABC):
         Args:
             few: Up to so many classes there are few.
         """
-        return False
+        return self._reduction is not None and bool(arguments[self._reduction] == "none")
 
     def elements(self, arguments: Arguments) -> int:
         """Returns how many elements a call computes: those of the logits, or of all operands."""

@@ -190,7 +190,7 @@ def _keep(head: Head, options: HeadOptions, kept: Tensor | None) -> tuple[Head, 
 
 
 class Computed(NamedTuple):
-    """What a call computes.
+    """Holds the results of a call.
 
     Attributes:
         state: The state of each row, where gradients need it: by blocks of classes.
@@ -248,7 +248,7 @@ def loss_shape(head: Head) -> tuple[int, ...]:
 
 
 def loss_dtype(head: Head) -> torch.dtype:
-    """What the loss is computed in."""
+    """Returns the dtype that the loss is computed in."""
     return accumulate_dtype(product_dtype(head, backend_of(head.input)))
 
 

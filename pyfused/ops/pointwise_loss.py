@@ -101,7 +101,6 @@ class PointwiseLoss(Operator):
         self.enforces = any(v.enforced is not None for v in self.variables)
         self.broadcast = tuple(places[1:])
         self._weight = place("weight") if self.weight_shape is not None else None
-        self._reduction = place("reduction") if self.reduces else None
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
         self._legacy = itemgetter(*map(place, legacy)) if legacy else None
         if self.warns:
@@ -154,9 +153,6 @@ class PointwiseLoss(Operator):
 
         return aten
 
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        return self._reduction is None or bool(arguments[self._reduction] == "none")
-
     def plan(
         self,
         arguments: Arguments,
@@ -195,7 +191,7 @@ class PointwiseLoss(Operator):
         )
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
-        """What is beside the tensors, hashable."""
+        """Returns the values of the scalars, which can be hashed."""
         return tuple([_number(arguments[place], s) for place, s in self.scalar_places])
 
     def kernel(

@@ -52,7 +52,7 @@ class Calls:
 
 
 class Counts:
-    """What is counted in a process.
+    """Holds what is counted in a process.
 
     Attributes:
         kernels: Calls that take a kernel, by operator, bits of the size, and whether gradients are
