@@ -487,7 +487,8 @@ def linear_cross_entropy_with_metrics(
         options: Its other keywords.
 
     Returns:
-        As :func:`cross_entropy_with_metrics`, of the layer's capped output.
+        The loss, and the :class:`~pyfused.ops.metrics.Metrics` of the layer's capped and scaled
+        output, as of :func:`cross_entropy_with_metrics`.
 
     Raises:
         IndexError, RuntimeError, TypeError, ValueError: As :func:`linear_cross_entropy`.
@@ -600,7 +601,8 @@ def linear_log_probs(
         shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
-        As :func:`log_probs`.
+        A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float32, or
+        float64 of float64.
 
     Raises:
         IndexError, RuntimeError, TypeError, ValueError: As :func:`log_probs`.
@@ -734,7 +736,8 @@ def linear_kl_div(
             least. None stands for as many as in :func:`linear_cross_entropy`.
 
     Returns:
-        As :func:`kl_div_with_logits`.
+        The loss in nats: a scalar, or of the tokens' shape for ``"none"``; float32, or float64 of
+        float64.
 
     Raises:
         RuntimeError, ValueError, TypeError: As :func:`kl_div_with_logits`.
@@ -793,7 +796,8 @@ def linear_topk_kl_div(
         denominator, memory_budget, teacher_requires_grad: Likewise.
 
     Returns:
-        As :func:`kl_div_with_logits`.
+        The loss in nats: a scalar, or of the tokens' shape for ``"none"``; float32, or float64 of
+        float64.
 
     Raises:
         IndexError, ValueError: A class index is out of range, or there twice in a token's k; or
@@ -985,7 +989,8 @@ def smooth_l1_loss(
         beta: The difference up to which it is squared, in the unit of the input; 0.0 for none.
 
     Returns:
-        As :func:`mse_loss`, but in the unit of the input.
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
 
     Raises:
         RuntimeError, ValueError: As :func:`mse_loss`, or ``beta`` is negative.
@@ -1373,7 +1378,8 @@ def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") 
         input, target, reduction: As in :func:`quantile_loss`.
 
     Returns:
-        As :func:`quantile_loss`.
+        The loss in the unit of the input, of the promoted dtype: a scalar, or of the broadcast
+        shape for ``"none"``. NaN for a mean over nothing.
 
     Raises:
         RuntimeError, ValueError: Shapes or options do not fit.
