@@ -91,7 +91,7 @@ def _choose() -> str:
     return asked
 
 
-_FOLDERS = [Path(folder) for folder in sys.modules["pyfused"].__path__]
+_FOLDERS = [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]
 MISSING: str | None = None  # why there are no kernels
 if any(file for folder in _FOLDERS for file in folder.glob("_cpu_*")):
     # The module for the least instruction set says which of the others are safe to load.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import inductor, linear_cross_entropy, log_probs
+from pyfused.ops import NAMESPACE, TORCH_OPS, inductor, linear_cross_entropy, log_probs
 from pyfused.ops.activation import Activation
 from pyfused.ops.chunked import GradientsNeeded, gradients_of, state_of
 from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
@@ -42,7 +42,7 @@ from pyfused.types import (
     Want,
 )
 
-_LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _SCHEMA = {  # of the types of fields
     "int": "int",
     "int | None": "int?",
@@ -141,9 +141,9 @@ class CompiledOperator:
             (backward, run_backward, fake_backward),
         ):
             _LIBRARY.impl(name, kernel, "CPU")
-            torch.library.register_fake(f"pyfused::{name}", meta, lib=_LIBRARY)
+            torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_LIBRARY)
         torch.library.register_autograd(
-            f"pyfused::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
+            f"{NAMESPACE}::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
         )
 
     def save(self, ctx: Any, inputs: Arguments, output: Any) -> None:
@@ -170,7 +170,7 @@ class CompiledOperator:
         elif saved[count:]:
             found = [gradient * grad_output for gradient in saved[count:]]
         else:
-            found = getattr(torch.ops.pyfused, f"{self.name}_backward")(grad_output, *given, wanted)
+            found = getattr(TORCH_OPS, f"{self.name}_backward")(grad_output, *given, wanted)
             found = found if self.differentiable > 1 else (found,)
         kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         inputs = len(given) - (self.adds_output is not None) + self.in_forward
@@ -394,7 +394,7 @@ _LIBRARY.define(
     f"{_NAME}({', '.join(cross_entropy.schema)}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl(_NAME, _loss_and_gradients, "CPU")
-torch.library.register_fake(f"pyfused::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
 
 # ---- linear_cross_entropy ------------------------------------------------------------------------
 

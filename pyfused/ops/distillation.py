@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import definitions
+from pyfused.ops import TORCH_OPS, definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
     Chunk,
@@ -259,7 +259,7 @@ class Divergence(Operator):
         grad = torch.is_grad_enabled()
         needs = [grad and t is not None and t.requires_grad for t in tensors[: self.student]]
         if is_compiled(tensors[0]):
-            operator = getattr(torch.ops.pyfused, self.name)
+            operator = getattr(TORCH_OPS, self.name)
             wanted = wanted_in_forward(options.reduction, tensors[: self.student])
             loss: Tensor | None = operator(*tensors, *options.values(), wanted)[0]
         elif any(needs):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype, of_leading
-from pyfused.ops import definitions, vocab_parallel
+from pyfused.ops import TORCH_OPS, definitions, vocab_parallel
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
     GradientsNeeded,
@@ -150,7 +150,7 @@ def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
     """The loss, and the metrics where they are wanted."""
     if is_compiled(head.input):
         wanted = wanted_in_forward(options.reduction, head[:4])
-        found = torch.ops.pyfused.linear_cross_entropy(*head, *options.values(), wanted)
+        found = TORCH_OPS.linear_cross_entropy(*head, *options.values(), wanted)
         return found[0], *(found[5:-1] if options.with_metrics else ())
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head[:4]]
     if any(needs):

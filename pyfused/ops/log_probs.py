@@ -16,7 +16,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import vocab_parallel
+from pyfused.ops import TORCH_OPS, vocab_parallel
 from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
@@ -107,7 +107,7 @@ class LogProbsOfLogits(Operator):
     def _compiled(self, arguments: Arguments) -> Tensor:
         self.check(arguments)
         *tensors, target, options = arguments
-        operator = getattr(torch.ops.pyfused, self.name)
+        operator = getattr(TORCH_OPS, self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
         return state.to(accumulate_dtype(tensors[0].dtype))
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import layouts
+from pyfused.ops import NAMESPACE
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops.gradients import apply, differentiate
 from pyfused.types import Gradients, Want
@@ -469,6 +470,6 @@ def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
 def _stacklevel() -> int:
     """Whose line a warning of the caller names: the first outside pyfused and torch's modules."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(("pyfused.", "torch.")):
+    while frame.f_back and frame.f_globals["__name__"].startswith((f"{NAMESPACE}.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level
