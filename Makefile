@@ -71,8 +71,8 @@ gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
-bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes)
-	$(BIN)/python benchmarks/run.py report
+bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes; THREADS=16)
+	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)
 
 bench-quick: $(BUILD) $(TOOLS) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
