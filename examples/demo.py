@@ -259,7 +259,10 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="About two minutes on two free cores, with --quick half a minute.",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument(
         "--output",

@@ -150,7 +150,7 @@ def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Seconds.")
     parser.add_argument(
         "--output",
         type=Path,

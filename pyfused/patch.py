@@ -359,7 +359,7 @@ def patch(function: Any = None) -> Any:
             _calls.add(asked)
         return asked
     if not callable(function) or isinstance(function, (torch.nn.Module, type)):
-        hint = ". pyfused.convert(model) makes a model's modules pyfused's; patch() takes none"
+        hint = ". pyfused.convert(model) makes a model's modules pyfused's; patch() takes functions"
         raise TypeError(
             f"function: expected a function, got {_describe(function)}"
             + hint * isinstance(function, torch.nn.Module)
