@@ -76,7 +76,7 @@ def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
     """Marks where a name in a table may go on in the next line: behind its underscores."""
     for entry in doctree.findall(nodes.entry):
         for text in list(entry.findall(nodes.Text)):
-            if "_" in text:
+            if "_" in text and not isinstance(text.parent, nodes.literal_block):
                 text.parent.replace(text, nodes.Text(text.replace("_", "_\u200b")))
 
 
