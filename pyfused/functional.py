@@ -555,7 +555,8 @@ def log_probs(
         RuntimeError, ValueError: Shapes, dtypes or options do not fit.
         TypeError: ``logits`` or ``target`` is no tensor, or an option no number.
     """
-    options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature)
+    alone = not (return_entropy or return_lse)
+    options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature, alone=alone)
     logits = checks.classes_at(1, "logits", logits, dim)
     if shard is None:
         values = call(LOG_PROBS, (logits, target, options))
@@ -609,6 +610,7 @@ def linear_log_probs(
         ignore_index,
         softcap=softcap,
         temperature=temperature,
+        alone=not (return_entropy or return_lse),
         memory_budget=memory_budget,
         deterministic_rows=deterministic_rows,
     )

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
@@ -141,7 +142,12 @@ class _BuiltIn:
         shown = _shown(torch_function) if method else torch_function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(args) >= needed and not has_torch_function(args) and is_small(op, args):
+            if (
+                len(args) >= needed
+                and not has_torch_function(args)
+                and not is_dynamo_compiling()
+                and is_small(op, args)
+            ):
                 return torch_function(*args, **kwargs)
             if len(args) == needed and not kwargs:
                 arguments = args + op.defaults[needed - 1 :]
@@ -208,7 +214,7 @@ def _fused(
         torch_function = torch_functions[inplace]
         if has_torch_function(arguments):
             return torch_function(*arguments)
-        if is_small(op, arguments):
+        if not is_dynamo_compiling() and is_small(op, arguments):
             return shortest[inplace](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
         return dispatch.call(op, bound, inplace, torch_function, arguments)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pyfused.ops import custom_operators, dispatch, inductor, reasons
@@ -74,11 +73,10 @@ class Counting:
 
     def _plan_of(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Plan:
         plan = self.plan_of(op, arguments, inplace)
-        if not is_dynamo_compiling():  # what is traced is called when it is traced alone
-            try:
-                self._count(plan, op, arguments, inplace)
-            except Exception as error:
-                self.counts.failed[op.name] = repr(error)
+        try:
+            self._count(plan, op, arguments, inplace)
+        except Exception as error:
+            self.counts.failed[op.name] = repr(error)
         return plan
 
     def _compute(self, op: str, function: Any, given: Arguments, *backward: Any) -> Any:

@@ -111,14 +111,16 @@ class HeadOptions(CrossEntropyOptions):
 
 @dataclass(eq=False)
 class LogProbsOptions(VocabOptions):
-    """Options of log-probabilities; the last two are a linear layer's.
+    """Options of log-probabilities.
 
     Attributes:
+        alone: The result is the log-probabilities alone, without entropy and log-sum-exp.
         memory_budget: Bytes for the logits that exist at once; None for the default.
         deterministic_rows: Logits come from matrix products of one size.
     """
 
     reduction: str = "none"
+    alone: bool = False
     memory_budget: int | None = None
     deterministic_rows: bool = False
 

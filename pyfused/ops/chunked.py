@@ -346,8 +346,8 @@ def gradients_of(
     Args:
         tensors, options, weight: As in ``state_of``.
         state: Of all classes.
-        grad_results: The gradients of log-probability, entropy, log-sum-exp and, as a fourth, of
-            the weighted sum of the logits, of shape (3 or 4, *target.shape), in float64.
+        grad_results: The gradients of the first of log-probability, entropy, log-sum-exp and the
+            weighted sum of the logits, of shape (1, 3 or 4, *target.shape), in float64.
         kept: The logits that ``state_of`` has kept, whose memory is overwritten.
         least: The least gradient of a logit of each row that counts in products; None if all do.
     """

@@ -21,6 +21,7 @@ from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, sta
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import apply, differentiate, in_autocast_dtype
+from pyfused.ops.row_state import results_of
 from pyfused.types import ClassRange, Gradients, LogProbsOptions
 
 
@@ -58,8 +59,9 @@ class LogProbs(_Values):
 
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
+    """Returns the results by name, of log-probabilities alone or of all three."""
     if not (return_entropy or return_lse):
-        return LogProbs(values[0])
+        return LogProbs(values)
     # For unused results unbind's gradient makes plain zeros, which do not mix with DTensors.
     if vocab_parallel.is_dtensor(values):
         log_p, entropy, lse = values[0], values[1], values[2]
@@ -109,7 +111,7 @@ class LogProbsOfLogits(Operator):
         *tensors, target, options = arguments
         operator = getattr(torch.ops.pyfused, self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
-        return state.to(accumulate_dtype(tensors[0].dtype))
+        return results_of(state, options, accumulate_dtype(tensors[0].dtype))
 
     def local_of(self, arguments: Arguments) -> vocab_parallel.LocalShard | None:
         return vocab_parallel.local_of(self, arguments)
@@ -152,7 +154,7 @@ class LogProbsOfLogits(Operator):
             wide = (None if tensor is None else tensor.to(grad_output.dtype) for tensor in given)
             return self.reference(*wide, target, options)
 
-        return differentiate(definition, differentiated, needs, grad_output[:3])
+        return differentiate(definition, differentiated, needs, grad_output)
 
 
 @dataclass(eq=False)
@@ -188,18 +190,18 @@ class LogProbsPlan:
         return self.forward(None, (*tensors, target))
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        """Returns the first three fields, which are the results."""
         state, kept = state_of(tensors, self.state_options, keeps=ctx is not None)
         if ctx is not None:
             ctx.kept = kept
             ctx.save_for_backward(*tensors, state)
-        return state[:3].to(self.dtype)
+        return results_of(state, self.options, self.dtype)
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *tensors, state = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
-        given = self.state_options, self.needs, state, grad_output.double(), kept
-        return gradients_of(tensors, *given)
+        grad_results = grad_output.double()
+        grad_results = grad_results.unsqueeze(0) if self.options.alone else grad_results
+        return gradients_of(tensors, self.state_options, self.needs, state, grad_results, kept)
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         tensors = ctx.saved_tensors[:-1]

@@ -27,6 +27,7 @@ from pyfused.ops.row_state import (
     denominator_of,
     fields_of,
     loss_of_state,
+    results_of,
     state_of_nothing,
     weight_of_targets,
 )
@@ -354,7 +355,8 @@ def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: VocabShar
     of_state = StateOptions(options.rows, classes, memory_budget=budget, fixed_sizes=fixed)
     plan = StatePlan(name, of_state, shard, True)
     state: Tensor = apply(plan, *layer, target.to(torch.int64), None)
-    return state.to(accumulate_dtype(layer[0].dtype)).reshape(-1, *shape)
+    results = results_of(state, options, accumulate_dtype(layer[0].dtype))
+    return results.reshape(*results.shape[: not options.alone], *shape)
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
