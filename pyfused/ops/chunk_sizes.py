@@ -37,7 +37,8 @@ def product_dtype(head: Head, backend: Backend) -> torch.dtype:
     dtype = head.input.dtype
     if head.target.is_floating_point():
         dtype = torch.promote_types(dtype, head.target.dtype)
-    return backend.product_dtype(dtype)
+    best: torch.dtype = backend.product_dtype(dtype)
+    return best
 
 
 def has_slow_sums(dtype: torch.dtype, backend: Backend) -> bool:

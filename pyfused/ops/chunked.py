@@ -456,16 +456,18 @@ def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backen
 
 def cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
     """The logits themselves where there is no softcap."""
-    return (
-        logits if softcap is None else backend.activation("softcap", logits, (softcap,))[0](logits)
-    )
+    if softcap is None:
+        return logits
+    capped: Tensor = backend.activation("softcap", logits, (softcap,))[0](logits)
+    return capped
 
 
 def uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
     """The gradient of the logits, given that of the capped ones."""
     if softcap is None:
         return gradient
-    return backend.activation("softcap", logits, (softcap,))[1](gradient, logits)
+    uncapped: Tensor = backend.activation("softcap", logits, (softcap,))[1](gradient, logits)
+    return uncapped
 
 
 # ---- products ------------------------------------------------------------------------------------

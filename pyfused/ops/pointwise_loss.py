@@ -443,7 +443,9 @@ class PointwisePlan:
     ) -> Callable[..., tuple[Tensor | None, Gradients]]:
         formula, numbers = self.op.kernel(self.numbers, len(operands), want)
         tensors = tuple(operands), weight, grad_output
-        return self.backend.pointwise_loss(formula, tensors, numbers, self.reduction, want)
+        prepare: Callable[..., Any] = self.backend.pointwise_loss
+        launch: Callable[..., Any] = prepare(formula, tensors, numbers, self.reduction, want)
+        return launch
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *operands, weight, divisor = ctx.saved_tensors
