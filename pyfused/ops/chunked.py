@@ -352,7 +352,8 @@ def gradients_of(
         least: The least gradient of a logit of each row that counts in products; None if all do.
     """
     if len(tensors) == 2:
-        return (_gradient_of_logits(tensors, options, weight, state, grad_results),)
+        given = *tensors, options, state, grad_results, weight
+        return (gradient_of_logits(backend_of(state), *given),)
     input, linear_weight, *_ = tensors
     backend, n = backend_of(input), input.shape[:-1].numel()
     counted = _counted_part(tensors, options, backend)
@@ -380,19 +381,23 @@ def gradients_of(
     )
 
 
-def _gradient_of_logits(
-    tensors: Sequence[Any],
+def gradient_of_logits(
+    backend: Backend,
+    logits: Tensor,
+    target: Tensor,
     options: StateOptions,
-    weight: Tensor | None,
     state: Tensor,
     grad_results: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    logits, target = tensors
+    """Returns the gradient of logits (C), (N, C) or (N, C, d1, ..., dk); see `gradients_of`."""
     logits = logits.detach()
-    rows, backend = as_rows(logits), backend_of(logits)
+    rows = as_rows(logits)
     copied = rows.data_ptr() != logits.data_ptr()
     out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
-    given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
+    state = state.reshape(len(state), -1).contiguous()
+    grad_results = grad_results.reshape(len(grad_results), -1).contiguous()
+    given = rows, target.flatten().contiguous(), options.rows, state, grad_results
     backend.row_gradients(*given, options.classes, out, weight)
     if logits.dim() == 2:
         return out

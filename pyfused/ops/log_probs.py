@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import vocab_parallel
-from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
+from pyfused.ops.chunked import (
+    GradientsNeeded,
+    StateOptions,
+    gradient_of_logits,
+    gradients_of,
+    state_of,
+)
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import apply, differentiate, in_autocast_dtype
-from pyfused.ops.row_state import results_of
+from pyfused.ops.row_state import results_of, state_of_logits
 from pyfused.types import ClassRange, Gradients, LogProbsOptions
 
 
@@ -93,10 +99,15 @@ class LogProbsOfLogits(Operator):
         self.check_shapes(arguments)
         *tensors, _, options = arguments
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-        asynchronous = backend_of(tensors[0]).ASYNCHRONOUS
-        dtype = accumulate_dtype(tensors[0].dtype)
-        given = self.state_options(tensors, options), options, dtype, GradientsNeeded(*needs)
-        return LogProbsPlan(self, self.name, *given, asynchronous)
+        return LogProbsPlan(
+            self,
+            self.name,
+            backend_of(tensors[0]),
+            self.state_options(tensors, options),
+            options,
+            accumulate_dtype(tensors[0].dtype),
+            GradientsNeeded(*needs),
+        )
 
     def _over_shards(self, arguments: Arguments) -> Tensor:
         """Returns the results of DTensors, of which every process has some classes."""
@@ -165,21 +176,19 @@ class LogProbsPlan:
         state_options: What the states are computed by.
         dtype: The dtype of the results.
         needs: The tensors that need a gradient.
-        asynchronous: Reading class indices would synchronise with the device, so that one out of
-            range gives NaN and no error.
     """
 
     op: LogProbsOfLogits
     name: str
+    backend: Backend
     state_options: StateOptions
     options: LogProbsOptions
     dtype: torch.dtype
     needs: GradientsNeeded
-    asynchronous: bool
 
     def __call__(self, arguments: Arguments) -> Tensor:
         *tensors, target, _ = arguments
-        if not self.asynchronous:
+        if not self.backend.ASYNCHRONOUS:
             checks.class_indices(
                 self.state_options.classes.total, target, self.options.ignore_index
             )
@@ -190,7 +199,13 @@ class LogProbsPlan:
         return self.forward(None, (*tensors, target))
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        state, kept = state_of(tensors, self.state_options, keeps=ctx is not None)
+        options, kept = self.state_options, None
+        if len(tensors) == 2:
+            logits, target = tensors
+            state = state_of_logits(self.backend, logits, target, options.rows, options.classes)
+            state = state.view(-1, *target.shape)
+        else:
+            state, kept = state_of(tensors, options, keeps=ctx is not None)
         if ctx is not None:
             ctx.kept = kept
             ctx.save_for_backward(*tensors, state)
@@ -201,7 +216,12 @@ class LogProbsPlan:
         kept, ctx.kept = ctx.kept, None
         grad_results = grad_output.double()
         grad_results = grad_results.unsqueeze(0) if self.options.alone else grad_results
-        return gradients_of(tensors, self.state_options, self.needs, state, grad_results, kept)
+        options = self.state_options
+        if len(tensors) == 2:
+            logits, target = tensors
+            given = self.backend, logits, target, options, state, grad_results
+            return (gradient_of_logits(*given),)
+        return gradients_of(tensors, options, self.needs, state, grad_results, kept)
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         tensors = ctx.saved_tensors[:-1]
