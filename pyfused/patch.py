@@ -196,14 +196,14 @@ class _BuiltIn:
 
 
 def _by_name(function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    """A function of arguments by position, some of which the other takes by name alone."""
+    """Returns a function that passes some of its positional arguments by name."""
     return lambda *arguments: function(**dict(zip(names, arguments, strict=True)))
 
 
 def _fused(
     op: Operator, torch_functions: tuple[Any, Any], shortest: tuple[Any, Any]
 ) -> Callable[..., Any]:
-    """What calls pyfused's operator, and torch's function where a subclass or mode is to see it.
+    """Returns what calls our operator, or torch's function for a subclass or mode to see.
 
     Args:
         torch_functions: torch's function, and the same as it overwrites the input.
@@ -223,7 +223,7 @@ def _fused(
 
 
 def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
-    """The arguments where one more function stands between a call and what may warn its caller."""
+    """Returns the arguments where one more function stands before what warns its caller."""
     if "_stacklevel" not in op.arguments:
         return arguments
     input, dim, stacklevel, dtype = arguments
@@ -464,6 +464,6 @@ def _describe(function: Any) -> str:
 
 
 def _compilers_table() -> Any:
-    """What torch.compile learns, once and by name, of torch's functions; None before its use."""
+    """Returns what torch.compile learns, once and by name, of torch's functions, or None."""
     rules = sys.modules.get("torch._dynamo.trace_rules")
     return rules and rules.get_torch_obj_rule_map

@@ -151,7 +151,7 @@ class Counting:
 
 
 def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool) -> bool:
-    """Whether nobody sees it, neither a hook or mode nor who reads warnings."""
+    """Returns whether nobody sees it, neither a hook or mode nor who reads warnings."""
     named = dict(zip(op.arguments, arguments, strict=True))
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     pointwise = isinstance(op, (PointwiseLoss, Composed))

@@ -177,7 +177,7 @@ class LayerGradients:
 
 
 def counted_rows(target: Tensor, ignored: int, backend: Backend) -> Tensor | None:
-    """The rows with a target that is not ignored, or None for all of them.
+    """Returns the rows with a target that is not ignored, or None for all of them.
 
     Others are left out where nobody waits for that, unless none is left then.
     """
@@ -263,7 +263,7 @@ def _layer(head: Head) -> Layer:
 
 
 def joined(losses: list[Tensor | None], each: bool) -> Tensor | None:
-    """The losses of chunks of rows as one tensor, None where they are not wanted."""
+    """Returns the losses of chunks of rows as one tensor, None where they are not wanted."""
     parts = [loss for loss in losses if loss is not None]
     if not parts:
         return None
@@ -460,7 +460,7 @@ def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backen
 
 
 def cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
-    """The logits themselves where there is no softcap."""
+    """Returns softcap * tanh(logits / softcap), or the logits where there is no softcap."""
     if softcap is None:
         return logits
     capped: Tensor = backend.activation("softcap", logits, (softcap,))[0](logits)
@@ -468,7 +468,7 @@ def cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
-    """The gradient of the logits, given that of the capped ones."""
+    """Returns the gradient of the logits, given that of the capped ones."""
     if softcap is None:
         return gradient
     uncapped: Tensor = backend.activation("softcap", logits, (softcap,))[1](gradient, logits)
