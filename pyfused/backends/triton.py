@@ -440,7 +440,7 @@ def row_gradients(
     strides = tuple(tensor.stride(0) for tensor in (logits, out, state, grad_results))
     choice, programs, given, meta = _logit_rows(logits, options, strides, classes, out)
     tensors = logits, target, weight, state, grad_results, out
-    run = prepared(row_gradients_kernel, choice, SMOOTHS=len(grad_results) > 3, **meta)
+    run = prepared(row_gradients_kernel, choice, RESULTS=len(grad_results), **meta)
     run(programs, *tensors, *given)
 
 

@@ -28,7 +28,7 @@ from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Gated, PointwiseLoss
-from pyfused.ops.row_state import fields_of
+from pyfused.ops.row_state import fields_of, results_of
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
     STATE_FIELDS,
@@ -499,6 +499,10 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
         found = gradients_of(tensors, *of_call, grad_output[:3])
         return tuple(None if each is None else each.contiguous() for each in found)
 
+    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        tensors, options = read(given)
+        return op.define(tensors, options, wanted, results_of(grad_output, options, torch.float64))
+
     def empty_value(given: Arguments) -> Tensor:
         target: Tensor = given[differentiable]
         return target.new_empty((STATE_FIELDS, *target.shape), dtype=torch.float64)
@@ -509,7 +513,7 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
         differentiable=differentiable,
         value=value,
         gradients=gradients,
-        definition=lambda given, wanted, grad_output: op.define(*read(given), wanted, grad_output),
+        definition=definition,
         empty_value=empty_value,
         adds_output=0,
     )

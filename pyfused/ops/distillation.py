@@ -115,7 +115,7 @@ def linear_topk_kl_div(
 
 
 def _shown(rows: Tensor, options: DivergenceOptions, other: float = 0.0) -> Tensor:
-    """The rows; other numbers for those of weight 0, whose NaN times 0 would reach gradients."""
+    """Returns the rows, with other numbers where the weight is 0, as NaN times 0 is NaN."""
     weight = options.token_weight
     return rows if weight is None else rows.where(weight.unsqueeze(-1) != 0, other)
 
@@ -139,7 +139,7 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def _slopes(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The derivative of the divergence by log p; for beta > 0 less a multiple of p.
+    """Returns the derivative of the divergence by log p; for beta > 0 less a multiple of p.
 
     That changes no derivative by logits: the p that log p is normalized to add up to 1.
     """
@@ -164,7 +164,7 @@ def _log_softmax(logits: Tensor, options: DivergenceOptions, cap: float | None) 
 def _with_rest(
     log_p: Tensor, rest: Tensor, log_q: Tensor, options: DivergenceOptions, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's log-probabilities of the top k, and of the rest as one class.
+    """Returns both log-probabilities of the top k, and of the rest as one class.
 
     If k is all classes, that has none but a rounding error, which is infinitely far from 0.
 
@@ -205,7 +205,7 @@ class Divergence(Operator):
     kernels: Callable[..., Found]
 
     def has_tokens(self, place: int) -> bool:
-        """Whether an operand has a row for each token."""
+        """Returns whether an operand has a row for each token."""
         return "linear_" not in self.operands[place].name
 
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
@@ -271,7 +271,7 @@ class Divergence(Operator):
         return loss
 
     def read(self, given: Arguments) -> tuple[Arguments, DivergenceOptions]:
-        """The arguments of the custom operator."""
+        """Returns the arguments of the custom operator."""
         count = len(self.operands)
         return given[:count], DivergenceOptions(*given[count:])
 
@@ -313,7 +313,7 @@ class Divergence(Operator):
         wanted: Sequence[bool],
         grad_output: Tensor,
     ) -> Gradients:
-        """The gradients in torch's own terms, themselves differentiable."""
+        """Returns the gradients in torch's own terms, themselves differentiable."""
         teacher = tensors[self.student :]
 
         def definition(*student: Any) -> Tensor:
@@ -323,7 +323,7 @@ class Divergence(Operator):
 
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
-    """Why torch's operators are the ones for these arguments."""
+    """Returns why torch's operators are the ones for these arguments."""
     return options_fallback_reason(input, arguments[-1])
 
 
@@ -491,7 +491,7 @@ def _topk(
     want: Want,
     grad_output: Tensor | None,
 ) -> Found:
-    """The divergence of k + 1 classes, the last of which stands for all others.
+    """Returns the divergence of k + 1 classes, the last of which stands for all others.
 
     Of the gradient by their log-probabilities, g, and its sum s, the gradient by the logit of one
     of the k is g_c - s p_c, and of any other (g_rest - s p_rest) exp(x_c - lse_rest).

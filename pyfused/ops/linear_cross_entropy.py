@@ -115,7 +115,7 @@ def linear_cross_entropy_fallback_reason(
     options: HeadOptions,
     _torch_options: Any,
 ) -> str | None:
-    """Why torch's operator is the one for these arguments."""
+    """Returns why torch's operator is the one for these arguments."""
     if not input.dim() or linear_weight.dim() < 2:
         return "input or linear_weight has too few dimensions"
     return options_fallback_reason(input, options)
@@ -147,7 +147,7 @@ def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
 
 
 def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
-    """The loss, and the metrics where they are wanted."""
+    """Returns the loss, and the metrics where they are wanted."""
     if is_compiled(head.input):
         wanted = wanted_in_forward(options.reduction, head[:4])
         found = TORCH_OPS.linear_cross_entropy(*head, *options.values(), wanted)
@@ -317,7 +317,7 @@ def compute_gradients(
 def gradients_of_definition(
     head: Head, options: HeadOptions, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    """The gradients in torch's own terms, themselves differentiable."""
+    """Returns the gradients in torch's own terms, themselves differentiable."""
     options = replace(options, with_metrics=False)
 
     def widened(tensor: Any) -> Any:
