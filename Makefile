@@ -101,7 +101,7 @@ TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf
 	$$($(BIN)/python -m pybind11 --includes)
 
 # Python is not instrumented, so what checks accesses is loaded ahead of it; libgomp is not either, so
-# threads are checked in a program without it. Tests left out (accuracy, gradcheck, autograd) call the
+# threads are checked in a program without it. Tests left out (accuracy, contract, autograd) call the
 # same code, for minutes more; those of memory and processes measure what checks change.
 SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \

@@ -13,7 +13,6 @@ SHARED = (
     "test_formula.py",
     "test_fuzz.py",
     "test_gated.py",
-    "test_gradcheck.py",
     "test_inplace.py",
     "test_log_probs.py",
     "test_metrics.py",

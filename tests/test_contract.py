@@ -14,7 +14,17 @@ from collections.abc import Callable
 import catalogue
 import pytest
 import torch
-from catalogue import EXAMPLES, SOME, Call, Example, every_example, every_operator, ours, parameters
+from catalogue import (
+    EXAMPLES,
+    SOME,
+    TRIED,
+    Call,
+    Example,
+    every_example,
+    every_operator,
+    ours,
+    parameters,
+)
 from compare import DEVICE, FLOATS, HALF
 from conftest import KernelCalls
 from grid import grid
@@ -69,6 +79,13 @@ def test_explain_says_what_is_done(example: Example, kernel_calls: KernelCalls) 
         assert (said.backend == "torch") == (not kernel_calls.total())
 
 
+@pytest.mark.thresholds
+@every_operator
+def test_a_call_that_may_be_left_to_torch_for_its_size(example: Example) -> None:
+    call = example.call()
+    close(run(call, ours), natively(call))
+
+
 @every_example
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 2)], ids=str)
 def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
@@ -84,7 +101,7 @@ def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
     close(run(call, ours), expected, equal_nan=True)
 
 
-@grid(example=EXAMPLES.values(), dtype=[torch.float32, *HALF])
+@grid(example=TRIED.values(), dtype=[torch.float32, *HALF])
 def test_autocast(example: Example, dtype: torch.dtype) -> None:
     """torch's dtypes, and an error that is no larger than torch's, but for roundings."""
     call = example.call(dtype)

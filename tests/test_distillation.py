@@ -19,7 +19,6 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused import nn
 from pyfused.ops import chunked, distillation, reasons, sizes
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import DivergenceOptions
@@ -620,17 +619,6 @@ def test_custom_operator(op: str) -> None:
         for in_forward in (False, reduction == "mean"):
             wanted = [in_forward and x.requires_grad for x in tensors[: OPERATORS[op].student]]
             torch.library.opcheck(operator, (*tensors, *options.values(), wanted))
-
-
-@every_operator
-def test_module(op: str) -> None:
-    options: dict[str, Any] = {"beta": 0.5, "temperature": 2.0, "reduction": "sum"}
-    module = getattr(nn, OPERATORS[op].module)(**options)
-    arguments, weight = given(op), torch.rand(N)
-    expected = getattr(fused, op)(**arguments, **options, token_weight=weight)
-    torch.testing.assert_close(module(**arguments, token_weight=weight), expected)
-    assert pyfused.explain(module, **arguments).op == op
-    assert repr(module).startswith(f"{OPERATORS[op].module}(beta=0.5, temperature=2.0")
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [

@@ -11,14 +11,13 @@ import interpreter
 import pytest
 import torch
 from compare import FLOATS, Errors, evaluate, exactly
-from conftest import KernelCalls, backend
+from conftest import backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused import nn
 from pyfused.backends import cpu
 from pyfused.ops import chunked
 from pyfused.ops.operators import OPERATORS
@@ -326,16 +325,6 @@ def test_no_product_that_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch
     assert [shape[1:] for shape in products] == [tensors[name].shape[1:]] * (name != "linear_bias")
 
 
-def test_weight_gradients_are_summed_in_float32() -> None:
-    """Each of many rows adds less to the sum than half precision can tell."""
-    n = 4096 if backend is cpu else 512
-    input, target = torch.ones(n, 1, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int64)
-    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    found = fused.linear_log_probs(input, head, target, memory_budget=256 if backend is cpu else n)
-    found.log_probability.mean().backward()
-    torch.testing.assert_close(head.grad, torch.tensor([[0.5], [-0.5]], dtype=torch.bfloat16))
-
-
 # ---- what a row's results depend on --------------------------------------------------------------
 
 ROWS, CLASSES = (9, 150) if interpreter.ON else (9, 3500)
@@ -539,29 +528,6 @@ def test_custom_operator(op: str) -> None:
     options = LogProbsOptions(softcap=9.0, temperature=2.0)
     operator = getattr(torch.ops.pyfused, op).default
     torch.library.opcheck(operator, (*given, *options.values()))
-
-
-@every_operator
-def test_explained(op: str, kernel_calls: KernelCalls) -> None:
-    said = pyfused.explain(op, **draw(op))
-    assert said.backend == ("cpu" if backend is cpu else "triton")
-    all_three(op, **draw(op))[0].sum().backward()
-    assert kernel_calls["row_state"] == kernel_calls["row_gradients"] == 1
-
-
-def test_modules() -> None:
-    options: dict[str, Any] = {"temperature": 0.5, "return_entropy": True}
-    tensors = draw("log_probs")
-    module = nn.LogProbs(**options)
-    expected = fused.log_probs(**tensors, **options)
-    torch.testing.assert_close(module(**tensors), expected)
-    assert "temperature=0.5, return_entropy=True" in repr(module)
-    head = nn.LinearLogProbs(FEATURES, 70, bias=True, memory_budget=4000, **options)
-    input, target = torch.randn(5, FEATURES), torch.randint(0, 70, (5,))
-    weight, bias = head.linear.weight, head.linear.bias
-    expected = fused.linear_log_probs(input, weight, target, linear_bias=bias, **options)
-    torch.testing.assert_close(head(input, target), expected)
-    assert "memory_budget=4000, deterministic_rows=False" in repr(head)
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
