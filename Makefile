@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
+	bench-quick bench-busy bench-compare bench-sweep formulas docs site lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -85,9 +85,11 @@ bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these:
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than torch's (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
-docs: $(BUILD) $(EXTRAS) ## write the documentation to site/; its links, code and spelling are checked
-	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
+docs: site ## write the documentation to site/; its links, code and spelling are checked
 	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
+
+site: $(BUILD) $(EXTRAS) ## the same, without the tests of its code, which are part of make test
+	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
 lint: $(TOOLS) ## check style, format and types
@@ -107,7 +109,7 @@ SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
-CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses softmax pointwise_loss activation formula strides inplace threads errors large vec
+CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses softmax pointwise_loss activation formula inplace threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; x = torch.ones(9 << 20); \
 	address = cpu.empty(x.shape, x.dtype, x).data_ptr(); \
 	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1)

@@ -343,7 +343,7 @@ def examples(op: Operator) -> Iterator[Example]:
     together = {name: found[0] for name, found in values.items() if name not in ALONE and found}
     if isinstance(op, OF_CLASSES):
         together.pop("gamma", None)  # not beside label_smoothing
-    if len(together) > 1:
+    if len(together) > 1 or optional:
         yield Example(op, "everything", base | together, (*optional,))
 
 

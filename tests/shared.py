@@ -18,6 +18,5 @@ SHARED = (
     "test_metrics.py",
     "test_pointwise_loss.py",
     "test_softmax.py",
-    "test_strides.py",
     "test_totals.py",
 )

@@ -11,6 +11,7 @@ import torch
 from compare import DEVICE, FLOATS, HALF, assert_matches_torch, evaluate
 from conftest import KernelCalls
 from grid import grid
+from layouts import SAME_VALUES
 from samples import ACTIVATIONS, SAMPLES
 from torch import Tensor
 
@@ -208,3 +209,9 @@ def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> Non
 def test_bounds_in_the_wrong_order(inplace: bool) -> None:
     with pytest.raises(ValueError, match="min_val"):
         pyfused.functional.hardtanh(torch.randn(3), 0.5, -0.5, inplace=inplace)
+
+
+@grid(op=ACTIVATIONS, layout=["contiguous", "classes_innermost", "transposed"])
+def test_activations_keep_the_layout_of_dense_memory(op: Activation, layout: str) -> None:
+    x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))
+    assert ours(op)(x).stride() == op.reference(x).stride()

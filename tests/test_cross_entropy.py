@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from compare import DEVICE, FLOATS, assert_matches_torch, evaluate, exactly
 from conftest import ISAS, KernelCalls
 from grid import grid
+from layouts import LAYOUTS, Layout
 
+from pyfused import layout as layouts
 from pyfused.functional import cross_entropy
 
 INF, NAN = float("inf"), float("nan")
@@ -393,3 +395,37 @@ def test_weights_of_another_dtype_with_probabilities(weight_dtype: torch.dtype) 
         assert_matches_torch(
             cross_entropy, F.cross_entropy, logits, target, weight, label_smoothing=smoothing
         )
+
+
+# ---- strides -------------------------------------------------------------------------------------
+
+
+@grid(
+    layout=LAYOUTS.values(),
+    shape=[*SHAPES, (70, 3), (3, 130), (6, 5, 1), (2, 3, 70), (7, 3, 1, 1)],
+    target_kind=KINDS,
+    reduction=REDUCTIONS,
+)
+def test_layouts(
+    layout: Layout,
+    shape: tuple[int, ...],
+    target_kind: str,
+    reduction: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    logits, target = problem(shape, target_kind)
+    if target_kind == "index" and target.dim():
+        target.view(-1)[0] = -100
+    logits = layout(logits.detach()).requires_grad_()
+    for smoothing in (0.0, 0.1):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
+    assert kernel_calls["cross_entropy"] >= 2
+
+
+def test_rows_of_a_batch_have_one_outer_index() -> None:
+    """The kernels take several rows at a time, of the same outer index."""
+    for shape in ((6, 5), (6, 5, 1), (6, 5, 1, 1)):
+        logits = torch.empty(shape)
+        assert layouts.row_sizes(logits) == (1, 6, 5)
+        assert layouts.strides_of(logits) == (0, 5, 1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from compare import FLOATS, Errors, evaluate, evaluate_upstream
 from conftest import KernelCalls, backend
+from grid import grid
 from reference import Extended, extended
 from torch import Tensor
 
@@ -25,11 +26,10 @@ from pyfused.types import DivergenceOptions
 
 N, D, E, C, K = 7, 6, 5, 150, 9
 TEMPERATURES = (1.0, 2.5)
-every_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
-every_operator = pytest.mark.parametrize(
-    "op", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"]
-)
+BETAS = [0.0, 0.3, 1.0]
+OPS = ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"]
+every_beta = pytest.mark.parametrize("beta", BETAS)
+every_operator = pytest.mark.parametrize("op", OPS)
 
 
 def given(op: str, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (N,)) -> Any:
@@ -168,9 +168,7 @@ def by_hand(op: str, arguments: dict[str, Any], **given: Any) -> tuple[Extended,
     return value, [of_logits @ head, of_logits.T @ x, of_logits.sum(0)]
 
 
-@every_operator
-@every_beta
-@every_dtype
+@grid(op=OPS, beta=BETAS, dtype=FLOATS)
 def test_as_exact_as_torch(op: str, beta: float, dtype: torch.dtype) -> None:
     errors = Errors()
     token_weight = torch.rand(N).to(dtype)
@@ -463,9 +461,7 @@ def test_classes_of_logits_with_more_dimensions() -> None:
         fused.kl_div_with_logits(x, y, dim=4)
 
 
-@every_operator
-@every_beta
-@every_dtype
+@grid(op=OPS, beta=BETAS, dtype=FLOATS)
 def test_softcaps(op: str, beta: float, dtype: torch.dtype) -> None:
     """Those of student and teacher, and a mean's denominator, beside torch in float64."""
     arguments = given(op, dtype)
