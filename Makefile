@@ -106,13 +106,13 @@ TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf
 	$$($(BIN)/python -m pybind11 --includes)
 
 # Python is not instrumented, so what checks accesses is loaded ahead of it; libgomp is not either, so
-# threads are checked in a program without it. Tests left out (accuracy, gradcheck, autograd) call the
+# threads are checked in a program without it. Tests left out (accuracy, contract, autograd) call the
 # same code, for minutes more; those of memory and processes measure what checks change.
 SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
-CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses softmax pointwise_loss activation formula strides inplace threads errors large vec
+CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses softmax pointwise_loss activation formula inplace threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; x = torch.ones(9 << 20); \
 	address = cpu.empty(x.shape, x.dtype, x).data_ptr(); \
 	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1)

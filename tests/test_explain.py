@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KernelCalls
-from samples import ACTIVATIONS, FIRST
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
@@ -41,8 +40,6 @@ class Mine(Tensor):
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
     "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
-    **{op.name: (op.name, (X,), {}, None) for op in ACTIVATIONS},
-    **{loss.kernel: (loss.op.name, tuple(loss.draw((6, 5)).values()), {}, None) for loss in FIRST},
     "empty": ("relu", (X[:0],), {}, reasons.SMALL),
     "inplace": ("relu", (X.clone(),), {"inplace": True}, "overwriting saves no memory to a kernel"),
     "inplace of a result": ("relu", (X.clone().requires_grad_() * 1, True), {}, None),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from catalogue import linear_cross_entropy as materialised
 from compare import Errors, evaluate, exactly
 from conftest import KernelCalls, backend
+from grid import grid
 from torch import Tensor
 
 import pyfused
@@ -22,7 +23,6 @@ from pyfused.ops import chunk_sizes, chunked
 from pyfused.types import HeadOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 
 
 class Given:
@@ -106,9 +106,7 @@ def add(errors: Errors, given: Given, names: str, **more: Any) -> None:
         errors.add(f"gradient {i}", *of, products=rows if i else columns)
 
 
-@every_dtype
-@pytest.mark.parametrize("kind", KINDS if backend is cpu else [*KINDS][:-1])
-@pytest.mark.parametrize("budget", [None, 3000], ids=["default", "small"])
+@grid(kind=KINDS if backend is cpu else [*KINDS][:-1], budget=[None, 3000], dtype=FLOATS)
 def test_as_exact_as_with_the_logits(kind: str, budget: int | None, dtype: torch.dtype) -> None:
     errors = Errors()
     for names in OPTIONS if backend is cpu else OPTIONS[-2:]:
@@ -148,24 +146,12 @@ def test_products_in_half_precision_are_added_in_blocks(
     torch.testing.assert_close(out, expected, rtol=0.01, atol=0.01)
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest of what operators return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self.elements = max(self.elements, out.untyped_storage().nbytes())
-        return out
-
-
 @pytest.mark.cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("share", [None, 16])
-def test_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: int | None) -> None:
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, None), (torch.bfloat16, 16)], ids=str)
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_log_probs"])
+def test_memory(
+    op: str, dtype: torch.dtype, share: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What exists at once beside inputs and gradients: a quarter of the logits, or less."""
     n, features, classes = 2048, 8, 16000
     logits = n * classes * dtype.itemsize
@@ -184,15 +170,16 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: int 
     budget = None if share is None else logits // share
     chunks = chunked.chunks
 
-    def chunks_seen(*args: Any) -> Iterator[Any]:
-        for chunk in chunks(*args):
+    def chunks_seen(*args: Any, **given: Any) -> Iterator[Any]:
+        for chunk in chunks(*args, **given):
             matrices = chunk.input, chunk.weight, chunk.weight  # and the gradient of one
             block = chunk.weight.shape != head.shape
             sizes.append(chunk.output.nbytes + 4 * block * sum(x.numel() for x in matrices))
             yield chunk
 
     monkeypatch.setattr(chunked, "chunks", chunks_seen)
-    fused.linear_cross_entropy(input, head, target, memory_budget=budget).backward()
+    found = getattr(fused, op)(input, head, target, memory_budget=budget)
+    (found if isinstance(found, Tensor) else found.log_probability).sum().backward()
     assert sizes
     assert max(sizes) <= logits / (share or 4)
 
@@ -296,9 +283,7 @@ def test_custom_operator() -> None:
 
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen head"])
-@pytest.mark.parametrize("budget", [None, 8 << 10], ids=["rows", "blocks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@grid(budget=[None, 8 << 10], frozen=[False, True], dtype=[torch.float32, torch.float16])
 def test_compiled_makes_logits_as_often_as_eager(
     dtype: torch.dtype, budget: int | None, frozen: bool, product_rows: list[int]
 ) -> None:
@@ -320,18 +305,7 @@ def test_compiled_makes_logits_as_often_as_eager(
         assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
-def test_module() -> None:
-    torch.manual_seed(1)
-    module = nn.LinearCrossEntropyLoss(6, 9, out_features=(2,), bias=True, z_loss=0.1)
-    input, target = torch.randn(5, 6), torch.randint(0, 9, (5, 2))
-    expected = materialised(
-        input,
-        module.linear.weight.reshape(9, 2, 6),
-        target,
-        linear_bias=module.linear.bias.reshape(9, 2),
-        z_loss=0.1,
-    )
-    torch.testing.assert_close(module(input, target), expected)
+def test_a_module_checks_its_options() -> None:
     with pytest.raises(RuntimeError, match=r"weight: expected shape \(9,\), got \(8,\)"):
         nn.LinearCrossEntropyLoss(6, 9, weight=torch.ones(8))
     with pytest.raises(RuntimeError, match=r"label_smoothing: expected 0.0 to 1.0, got 2"):
@@ -416,11 +390,10 @@ def test_class_indices_of_uint8_among_more_classes_than_it_holds() -> None:
 # ---- inputs of more dimensions -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["", "kdim", "probabilities", "kdim_probabilities"])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@grid(kind=["rows", *[*KINDS][2:5]], reduction=["none", "mean"])
 def test_leading_dimensions(kind: str, reduction: str, kernel_calls: KernelCalls) -> None:
     """Rows are counted along all of them, by the kernels and by the definition."""
-    given = Given(**KINDS[kind or "rows"])
+    given = Given(**KINDS[kind])
     shape = 2, 2, 3
     input, target, tokens = (
         x.detach().reshape(*shape, *x.shape[1:])
@@ -475,9 +448,7 @@ def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("budget", [None, 3000], ids=["default", "blocks"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@grid(reduction=["mean", "sum", "none"], budget=[None, 3000], dtype=[torch.float32, torch.bfloat16])
 def test_filtered_gradients_are_off_by_less_than_is_said(
     reduction: str, budget: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
