@@ -395,8 +395,8 @@ def gradient_of_logits(
     rows = as_rows(logits)
     copied = rows.data_ptr() != logits.data_ptr()
     out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
-    state = state.reshape(len(state), -1).contiguous()
-    grad_results = grad_results.reshape(len(grad_results), -1).contiguous()
+    state = state.reshape(state.shape[0], -1).contiguous()
+    grad_results = grad_results.reshape(grad_results.shape[0], -1).contiguous()
     given = rows, target.flatten().contiguous(), options.rows, state, grad_results
     backend.row_gradients(*given, options.classes, out, weight)
     if logits.dim() == 2:
