@@ -20,7 +20,7 @@ from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape,
 from pyfused.ops import NAMESPACE, TORCH_OPS, inductor, linear_cross_entropy, log_probs
 from pyfused.ops.activation import Activation
 from pyfused.ops.chunked import GradientsNeeded, gradients_of, state_of
-from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
+from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
@@ -340,9 +340,9 @@ def _fields(options: type[Options]) -> list[str]:
     return [f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(options)]
 
 
-def _read(given: Arguments) -> Given:
+def _read(given: Arguments) -> ClassLossArguments:
     input, target, weight, *options = given
-    return Given(input, target, weight, CrossEntropyOptions(*options))
+    return ClassLossArguments(input, target, weight, CrossEntropyOptions(*options))
 
 
 def _loss(given: Arguments, want: Want = _LOSS) -> tuple[Tensor, Gradients]:

@@ -62,7 +62,7 @@ from pyfused.types import (
     Want,
 )
 
-Found = tuple[Tensor | None, Gradients]  # a loss that is not divided yet, and gradients
+LossAndGradients = tuple[Tensor | None, Gradients]  # the loss is not divided yet
 
 # ---- definitions ---------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Divergence(Operator):
     """
 
     student: int
-    kernels: Callable[..., Found]
+    kernels: Callable[..., LossAndGradients]
 
     def has_tokens(self, place: int) -> bool:
         """Returns whether an operand has a row for each token."""
@@ -281,7 +281,7 @@ class Divergence(Operator):
         options: DivergenceOptions,
         want: Want,
         grad_output: Tensor | None = None,
-    ) -> Found:
+    ) -> LossAndGradients:
         input, weight, each = tensors[0], options.token_weight, options.reduction == "none"
         backend, n, kept = backend_of(input), len(input), None
         counted = n if weight is None else weight.sum(dtype=torch.float64)
@@ -360,7 +360,7 @@ def of_logits(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     of_capped = partial(_of_capped, backend, tensors[1])
     return _capped(backend, tensors[0], of_capped, options, want, grad_output)
 
@@ -368,11 +368,11 @@ def of_logits(
 def _capped(
     backend: Backend,
     logits: Tensor,
-    of_capped: Callable[..., Found],
+    of_capped: Callable[..., LossAndGradients],
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     """Returns the divergence, and the gradient of the logits, given those of capped logits."""
     if options.softcap is None:
         return of_capped(logits, options, want, grad_output)
@@ -391,7 +391,7 @@ def _of_capped(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     if options.teacher_softcap is not None:
         wide = teacher.to(accumulate_dtype(teacher.dtype))
         teacher = cap(backend, wide, options.teacher_softcap)
@@ -407,12 +407,12 @@ def of_layers(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     *layer, teacher_input, weight, bias = tensors
     dtype = backend.product_dtype(teacher_input.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
+    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> LossAndGradients:
         teacher_logits = backend.empty(logits.shape, dtype, logits)
         linear(teacher_input[here].to(dtype), weight, bias, teacher_logits)
         return _of_capped(backend, teacher_logits, logits, *rest)
@@ -427,14 +427,14 @@ def of_topk(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     *layer, indices, log_probs = tensors
     wrong = checks.topk_indices(indices, len(layer[1]))[:, None]
     checks.topk_log_probs(_shown(log_probs, options, -torch.inf))
     if backend.ASYNCHRONOUS:  # nobody waits for an error: the loss of such a row is NaN
         log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
 
-    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
+    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> LossAndGradients:
         return _topk(backend, logits, indices[here], log_probs[here], *rest)
 
     return _by_rows(backend, Layer(*layer), of_chunk, 0, options, want, grad_output)
@@ -443,12 +443,12 @@ def of_topk(
 def _by_rows(
     backend: Backend,
     layer: Layer,
-    of_chunk: Callable[..., Found],
+    of_chunk: Callable[..., LossAndGradients],
     more_bytes: int,
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     """Returns the divergence and the gradients, from the student's logits of some rows at a time.
 
     Args:
@@ -470,7 +470,7 @@ def _by_rows(
         part = replace(options, token_weight=None if weight is None else weight[here])
         factor = grad_output[here] if each and grad_output is not None else grad_output
 
-        def of_capped(logits: Tensor, *rest: Any) -> Found:
+        def of_capped(logits: Tensor, *rest: Any) -> LossAndGradients:
             return of_chunk(logits, here, *rest)
 
         loss, (gradient,) = _capped(backend, chunk.output, of_capped, part, want, factor)
@@ -490,7 +490,7 @@ def _topk(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     """Returns the divergence of k + 1 classes, the last of which stands for all others.
 
     Of the gradient by their log-probabilities, g, and its sum s, the gradient by the logit of one
