@@ -461,5 +461,6 @@ def test_the_default_is_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_strict_kernel_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_group_limits", list)
     monkeypatch.setattr(memory, "_number", lambda _: 2)
     assert memory._default_limit() == 0
