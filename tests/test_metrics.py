@@ -270,6 +270,7 @@ def test_of_linear_cross_entropy_in_half_precision(
 def test_all_ignored_and_one_row(single: bool) -> None:
     input, weight, bias, target = linear_case(torch.float32)
     target.fill_(7)
+    bias.data[7] = 50.0  # which is predicted, and right unless it is ignored
     if single:
         input, target = input[0], torch.tensor(7)
     for ignore_index in (-100, 7):
