@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare bench-sweep formulas docs site lint sanitize wheels test-wheel \
+	bench-quick bench-busy bench-compare bench-sweep formulas docs hub lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -23,11 +23,12 @@ setup: $(TOOLS) ## make the environment for development in .venv (PYTHON=python3
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 chooses another compiler)
 
-demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw what each loss does
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw: 4 minutes on two free cores
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+	$(BIN)/python examples/heads.py
 	$(BIN)/python examples/grpo.py
 	$(BIN)/python examples/distillation.py
 
@@ -36,6 +37,7 @@ demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free co
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+	$(BIN)/python examples/heads.py --rounds 1
 
 formulas: $(BUILD) $(TOOLS) ## print what follows from declarations: C++, Triton, and the types of modules
 	$(BIN)/python tools/formulas.py
@@ -69,8 +71,8 @@ gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
-bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes)
-	$(BIN)/python benchmarks/run.py report
+bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes; THREADS=16)
+	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)
 
 bench-quick: $(BUILD) $(TOOLS) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
@@ -85,12 +87,13 @@ bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these:
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than torch's (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
-docs: site ## write the documentation to site/; its links, code and spelling are checked
-	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
-
-site: $(BUILD) $(EXTRAS) ## the same, without the tests of its code, which are part of make test
+docs: $(BUILD) $(EXTRAS) ## write the documentation to site/; its links, code and spelling are checked
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
+	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
+
+hub: $(ENVIRONMENT) ## write dist/hub/, the package as a kernel of the Hugging Face hub
+	$(BIN)/python tools/hub.py dist/hub
 
 lint: $(TOOLS) ## check style, format and types
 	$(BIN)/ruff check

@@ -25,7 +25,7 @@ from pyfused.types import HeadOptions
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class Given:
+class HeadCase:
     """A call's arguments: N rows of D features, C classes; a third of the targets ignored."""
 
     def __init__(
@@ -91,7 +91,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def add(errors: Errors, given: Given, names: str, **more: Any) -> None:
+def add(errors: Errors, given: HeadCase, names: str, **more: Any) -> None:
     arguments, options = (given.input, given.head, given.target), given.options(names)
     got = evaluate(fused.linear_cross_entropy, *arguments, **options, **more)
     of_torch = evaluate(materialised, *arguments, **options)
@@ -110,14 +110,14 @@ def add(errors: Errors, given: Given, names: str, **more: Any) -> None:
 def test_as_exact_as_with_the_logits(kind: str, budget: int | None, dtype: torch.dtype) -> None:
     errors = Errors()
     for names in OPTIONS if backend is cpu else OPTIONS[-2:]:
-        add(errors, Given(**KINDS[kind], dtype=dtype), names, memory_budget=budget)
+        add(errors, HeadCase(**KINDS[kind], dtype=dtype), names, memory_budget=budget)
     errors.check(roundings=128 if dtype is torch.float64 else 1)  # its sums have no wider type
 
 
 @pytest.mark.cpu
 def test_budgets_change_nothing_but_roundings(kernel_calls: KernelCalls) -> None:
     """By rows, one at a time or all; by blocks of classes, of every size."""
-    given, calls = Given(rows=150, classes=1500), []
+    given, calls = HeadCase(rows=150, classes=1500), []
     expected = evaluate(materialised, given.input, given.head, given.target)
     for budget in (None, 1 << 30, 700_000, 100_000, 5_000, 1):
         kernel_calls.clear()
@@ -185,7 +185,7 @@ def test_memory(
 
 
 def test_wants_no_product_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    given, products = Given(rows=40), []
+    given, products = HeadCase(rows=40), []
     add_product = backend.add_product
     monkeypatch.setattr(
         backend, "add_product", lambda to, *a: (products.append(to.shape), add_product(to, *a))[1]
@@ -205,7 +205,7 @@ def test_wants_no_product_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.cpu
 def test_ignored_rows_take_no_product(product_rows: list[int]) -> None:
-    given = Given(rows=90)
+    given = HeadCase(rows=90)
     fused.linear_cross_entropy(given.input, given.head, given.target).backward()
     assert sum(product_rows) == 60
 
@@ -236,7 +236,7 @@ def test_weight_gradients_are_summed_in_float32() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_probabilities_of_another_dtype(reduction: str) -> None:
-    given = Given(probabilities=True)
+    given = HeadCase(probabilities=True)
     target = given.target.detach().double().requires_grad_()
     arguments = given.input, given.head, target
     got = evaluate(fused.linear_cross_entropy, *arguments, reduction=reduction)
@@ -249,7 +249,7 @@ def test_probabilities_of_another_dtype(reduction: str) -> None:
 
 
 def test_nothing_counts() -> None:
-    given = Given()
+    given = HeadCase()
     target = torch.full_like(given.target, -100)
     loss = fused.linear_cross_entropy(given.input, given.head, target, reduction="sum")
     loss.backward()
@@ -261,7 +261,7 @@ def test_nothing_counts() -> None:
 
 @pytest.mark.cpu
 def test_custom_operator() -> None:
-    given = Given()
+    given = HeadCase()
     arguments = (given.input, given.head, given.bias, given.target, None)
     for reduction in ("mean", "none"):
         options = HeadOptions(
@@ -287,7 +287,7 @@ def test_custom_operator() -> None:
 def test_compiled_makes_logits_as_often_as_eager(
     dtype: torch.dtype, budget: int | None, frozen: bool, product_rows: list[int]
 ) -> None:
-    given = Given(rows=90)
+    given = HeadCase(rows=90)
     input, head = given.input.detach().to(dtype), given.head.detach().to(dtype)
     leaves = [input.requires_grad_()] if frozen else [input.requires_grad_(), head.requires_grad_()]
 
@@ -352,7 +352,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("wrong", "error", "told"), WRONG, ids=[next(iter(w[0])) for w in WRONG])
 def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
-    given = Given()
+    given = HeadCase()
     arguments = {"input": given.input, "linear_weight": given.head, "target": given.target} | wrong
     with pytest.raises(error, match=told):
         fused.linear_cross_entropy(**arguments)
@@ -361,7 +361,7 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
 @pytest.mark.cpu
 @pytest.mark.parametrize("rows", [None, 12])
 def test_class_index_out_of_range(rows: int | None) -> None:
-    given = Given(rows=rows)
+    given = HeadCase(rows=rows)
     given.target.view(-1)[0] = 70
     place = r"\(0,\)" if rows else r"\(\)"
     told = rf"target: expected class indices in \[0, 70\) .*, got 70 at position {place}"
@@ -393,7 +393,7 @@ def test_class_indices_of_uint8_among_more_classes_than_it_holds() -> None:
 @grid(kind=["rows", *[*KINDS][2:5]], reduction=["none", "mean"])
 def test_leading_dimensions(kind: str, reduction: str, kernel_calls: KernelCalls) -> None:
     """Rows are counted along all of them, by the kernels and by the definition."""
-    given = Given(**KINDS[kind])
+    given = HeadCase(**KINDS[kind])
     shape = 2, 2, 3
     input, target, tokens = (
         x.detach().reshape(*shape, *x.shape[1:])
@@ -517,7 +517,7 @@ def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
 @pytest.mark.cpu
 def test_how_many_logits_exist_at_once_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """With AMX all of them are the fastest way in bfloat16, up to a share of the memory."""
-    given = Given(rows=3000, classes=4000)
+    given = HeadCase(rows=3000, classes=4000)
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
 
     def said(dtype: torch.dtype, **options: Any) -> str:

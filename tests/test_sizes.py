@@ -57,6 +57,13 @@ def test_float16_is_converted_in_a_step_of_its_own() -> None:
         assert is_torchs(MSE_LOSS, x, x, *MSE) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_second_limit_is_for_softmax_of_half_precision(dtype: torch.dtype) -> None:
+    for rows, expected in ((SECOND // 64 - 1, True), (SECOND // 64, False)):
+        x = torch.zeros(rows, 64, dtype=dtype)
+        assert is_torchs(SOFTMAX, x, 1, 3, None) == expected
+
+
 def test_a_linear_layer_counts_its_logits() -> None:
     x, weight = torch.zeros(3, 8), torch.zeros(5, 8)
     assert LINEAR_CROSS_ENTROPY.elements((x, weight)) == 15
