@@ -343,6 +343,8 @@ def examples(op: Operator) -> Iterator[Example]:
     together = {name: found[0] for name, found in values.items() if name not in ALONE and found}
     if isinstance(op, OF_CLASSES):
         together.pop("gamma", None)  # not beside label_smoothing
+    if every.get("reduction") == "none":
+        together["reduction"] = "mean"
     if len(together) > 1 or optional:
         yield Example(op, "everything", base | together, (*optional,))
 

@@ -219,7 +219,7 @@ def test_shapes_and_weights(op: str, beta: float, kernel_calls: KernelCalls) -> 
 @every_operator
 @every_beta
 def test_weight_zero_hides_a_token(op: str, beta: float) -> None:
-    """Whatever its logits are; and nothing is counted where all have weight 0."""
+    """Whatever its logits and grad_output are; nothing is counted where all have weight 0."""
     arguments = given(op)
     leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
     leaves[0].data[1] = math.nan
@@ -230,7 +230,10 @@ def test_weight_zero_hides_a_token(op: str, beta: float) -> None:
         options = {"beta": beta, "token_weight": weight, "reduction": reduction}
         bound = operator.bind(**arguments, **options)
         for loss in (getattr(fused, op)(**arguments, **options), operator.reference(*bound)):
-            gradients = torch.autograd.grad(loss.sum(), leaves)
+            grad_output = torch.ones_like(loss)
+            if loss.dim():
+                grad_output[1] = math.inf
+            gradients = torch.autograd.grad(loss, leaves, grad_output)
             assert loss.isfinite().all()
             assert all(gradient.isfinite().all() for gradient in gradients)
             assert not gradients[0][1].any()

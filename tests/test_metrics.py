@@ -269,10 +269,11 @@ def test_of_linear_cross_entropy_in_half_precision(
 @pytest.mark.parametrize("single", [False, True])
 def test_all_ignored_and_one_row(single: bool) -> None:
     input, weight, bias, target = linear_case(torch.float32)
-    target.fill_(7)
+    target.fill_(0)
+    bias.data[0] = 50.0  # which is predicted, and right unless it is ignored
     if single:
-        input, target = input[0], torch.tensor(7)
-    for ignore_index in (-100, 7):
+        input, target = input[0], torch.tensor(0)
+    for ignore_index in (-100, 0):
         _, metrics = fused.linear_cross_entropy_with_metrics(
             input,
             weight,
