@@ -157,6 +157,8 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens.pt")
         bar = progress.add_task("GPT, tokenizer", total=None)
+        if progress.disable:
+            print("GPT: training the tokenizer", flush=True)
         vocabulary = gpt.load(tokens)["vocabulary"]
         progress.update(bar, total=1, completed=1)
         runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in COLOURS}
