@@ -54,7 +54,7 @@ def _status(key: str) -> float | None:
 
 
 def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> None:
-    """Draw the medians as bars, and as a line on each the middle half of its values.
+    """Draw the medians as bars, with a legend, and as a line on each the middle half of its values.
 
     Args:
         groups: For each group of bars, the values of each bar by its name. The median of the first
@@ -75,6 +75,7 @@ def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> No
             medians.append(median)
             tallest = max(tallest, high)
         ratios = ", ".join(f"{medians[0] / median:.1f}" for median in medians[1:])
-        labels.append(f"{title}\ntorch / pyfused: {ratios}")
+        labels.append(f"{title}\nratio {ratios}")
     axes.set_xticks(range(len(groups)), labels)
-    axes.set_ylim(0, 1.1 * tallest)  # room for the number above the tallest
+    axes.set_ylim(0, 1.3 * tallest)  # room for the number above the tallest, and for the legend
+    axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1, frameon=False)

@@ -135,7 +135,10 @@ def draw(found: dict[str, dict[str, list[Measured]]]) -> Figure:
         f"A head of {CLASSES:,} classes and its loss, {TOKENS:,} tokens of {FEATURES} features, "
         f"forward and backward in float32, {torch.get_num_threads()} threads"
     )
-    titles = {"ms": "Milliseconds (median and middle half)", "mib": "Peak memory, MiB"}
+    titles = {
+        "ms": "Milliseconds, median and middle half (ratio: torch / pyfused)",
+        "mib": "MiB at the peak",
+    }
     known = all(taken.mib is not None for ways in found.values() for [taken, *_] in ways.values())
     panels = figure.subplots(1, 1 + known, squeeze=False)[0]
     for axes, (field, title) in zip(panels, titles.items(), strict=False):
@@ -148,7 +151,6 @@ def draw(found: dict[str, dict[str, list[Measured]]]) -> Figure:
         }
         draw_bars(axes, groups)
         axes.set_title(title)
-        axes.legend()
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
