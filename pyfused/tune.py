@@ -35,7 +35,7 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
     shape = (max(1, elements // columns), columns) if classes else (elements,)
     operands = [_drawn(o, shape) for o in op.operands if not o.optional]
     input = operands[0].requires_grad_()
-    options: dict[str, Any] = {"dim": 1} if "dim" in op.arguments else {}
+    options: dict[str, Any] = op.required | ({"dim": 1} if "dim" in op.arguments else {})
     if second and not classes and "reduction" in op.arguments:
         options["reduction"] = "none"
 

@@ -11,7 +11,7 @@ import torch
 from compare import DEVICE, FLOATS, HALF, assert_matches_torch, evaluate
 from conftest import KernelCalls
 from grid import grid
-from samples import ACTIVATIONS, SAMPLES
+from samples import ACTIVATIONS, SAMPLES, arguments
 from torch import Tensor
 
 import pyfused
@@ -28,11 +28,11 @@ close = torch.testing.assert_close
 def ours(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
     if inplace and not op.overwrites:
         pytest.skip("torch does not overwrite")
-    return lambda x: call(op, (x, *op.defaults), inplace)
+    return lambda x: call(op, arguments(op, x), inplace)
 
 
 def of_torch(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
-    return lambda x: (op.aten_ if inplace else op.aten)(x, *op.defaults)
+    return lambda x: (op.aten_ if inplace else op.aten)(*arguments(op, x))
 
 
 def bits(x: Tensor) -> Tensor:

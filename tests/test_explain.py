@@ -26,7 +26,9 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.ops import reasons, sizes
 from pyfused.ops.declaration import Operator
+from pyfused.ops.elementwise import PRELU
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import Gated
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
@@ -41,7 +43,7 @@ class Mine(Tensor):
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
     "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
-    **{op.name: (op.name, (X,), {}, None) for op in ACTIVATIONS},
+    **{op.name: (op.name, (X,), op.required, None) for op in ACTIVATIONS},
     **{loss.kernel: (loss.op.name, tuple(loss.draw((6, 5)).values()), {}, None) for loss in FIRST},
     "empty": ("relu", (X[:0],), {}, reasons.SMALL),
     "inplace": ("relu", (X.clone(),), {"inplace": True}, "overwriting saves no memory to a kernel"),
@@ -138,10 +140,15 @@ def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dic
     def arguments(x: Tensor, second: bool) -> tuple[list[Tensor], dict[str, Any]]:
         if any(operand.indices for operand in op.operands):
             return [x, torch.zeros(len(x), dtype=torch.int64)], {}
+        if isinstance(op, Gated) and second:
+            x = x.detach()
         operands = [x, *[x.detach()] * sum(not o.optional for o in op.operands[1:])]
+        if op is PRELU:
+            operands[1] = torch.ones(1)
         if op.name in ("softmax", "log_softmax"):
             return operands, {"dim": 1}
-        return operands, {"reduction": "none"} if second and "reduction" in op.arguments else {}
+        reduction = {"reduction": "none"} if second and "reduction" in op.arguments else {}
+        return operands, op.required | reduction
 
     return arguments
 

@@ -105,6 +105,35 @@ def test_higher_derivatives_and_modules(case: tuple[Gated, dict[str, Any]]) -> N
     close(compiled(*leaves), function(*leaves))
 
 
+# ---- glu and prelu -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_halves_along_each_dimension(dim: int, of_rows: bool, kernel_calls: KernelCalls) -> None:
+    """Of one column each, too, and beside a gradient that is broadcast."""
+    shape = [4, 6, 8] if not of_rows else [2, 2, 2]
+    x = torch.randn(shape, requires_grad=True)
+    assert_matches_torch(functional.glu, torch.nn.functional.glu, x, dim=dim)
+    found = [torch.autograd.grad(f.glu(x, dim).sum(), x) for f in (functional, torch.nn.functional)]
+    close(*found)
+    assert kernel_calls["glu"] == 4
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (2, 5, 3, 4), (7,), ()], ids=str)
+@pytest.mark.parametrize("each", [False, True])
+def test_slopes_of_channels(shape: tuple[int, ...], each: bool, kernel_calls: KernelCalls) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.rand(5 if each and len(shape) > 1 else 1, requires_grad=True)
+    assert_matches_torch(functional.prelu, torch.prelu, x, weight)
+    assert kernel_calls["prelu"] == 2
+
+
+def test_slopes_that_do_not_fit() -> None:
+    with pytest.raises(RuntimeError, match=r"weight: expected one number, or one for each of 5 ch"):
+        functional.prelu(torch.ones(2, 5), torch.ones(3))
+
+
 def test_wrong_arguments() -> None:
     x = torch.ones(3)
     with pytest.raises(TypeError):

@@ -9,7 +9,7 @@ import torch
 from compare import Operator
 from conftest import ISAS, KernelCalls
 from grid import grid
-from samples import ACTIVATIONS, LOSSES, Loss
+from samples import ACTIVATIONS, LOSSES, Loss, arguments
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -93,7 +93,7 @@ def activation_case(
     # Away from zero, where the difference quotient would straddle a kink.
     x = double(size)
     x = (x + 0.1 * x.sign()).requires_grad_()
-    return (lambda x: call(op, (x.clone(), *op.defaults), inplace)), (x,)
+    return (lambda x: call(op, arguments(op, x.clone()), inplace)), (x,)
 
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65]

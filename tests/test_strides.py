@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from catalogue import TORCH as F
 from compare import assert_matches_torch
@@ -66,4 +67,29 @@ def test_rows_of_a_batch_have_one_outer_index() -> None:
 @grid(op=ACTIVATIONS, layout=["contiguous", "classes_innermost", "transposed"])
 def test_activations_keep_the_layout_of_dense_memory(op: Activation, layout: str) -> None:
     x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))
-    assert getattr(functional, op.name)(x).stride() == op.reference(x).stride()
+    found = getattr(functional, op.name)(x, **op.required)
+    assert found.stride() == op.reference(x, **op.required).stride()
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_operands_in_rows_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that broadcast along rows or columns, and half of each row, are not copied."""
+    copied: list[Tensor] = []
+    copy = Tensor.copy_
+
+    def counted(self: Tensor, source: Tensor) -> Tensor:
+        copied.append(source)
+        return copy(self, source)
+
+    monkeypatch.setattr(Tensor, "copy_", counted)
+    x, whole = torch.randn(70, 300), torch.randn(70, 600)
+    of_rows, of_columns = torch.randn(70, 1), torch.randn(300)
+    for other in (of_rows, of_columns, whole[:, 300:], whole[:, :300], torch.randn(1, 1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = [t.to(dtype) for t in (x, other)]
+            given[0].requires_grad_()
+            assert_matches_torch(functional.huber_loss, F.huber_loss, *given, reduction="sum")
+    assert not copied
+    functional.huber_loss(x.T, whole[:, ::2].T)  # every other element
+    assert len(copied) == 1

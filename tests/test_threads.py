@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from compare import FLOATS, evaluate
-from samples import ACTIVATIONS, FIRST, LOSSES
+from samples import ACTIVATIONS, FIRST, LOSSES, arguments
 from torch import Tensor
 
 from pyfused import functional
 from pyfused.backends import cpu
 from pyfused.functional import cross_entropy
+from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import Operator
 from pyfused.ops.dispatch import call
 from pyfused.ops.operators import LOG_SOFTMAX, SOFTMAX
@@ -27,8 +28,8 @@ ROWS, COLUMNS = (1031, 700), (70_003, 10)
 Threads = Callable[[int], None]
 
 
-def arguments(op: Operator, x: Tensor) -> tuple[Any, ...]:
-    return (x, 1, 3, None) if op in (SOFTMAX, LOG_SOFTMAX) else (x, *op.defaults)
+def given(op: Operator, x: Tensor) -> tuple[Any, ...]:
+    return arguments(op, x) if isinstance(op, Activation) else (x, 1, 3, None)
 
 
 def results(shape: tuple[int, int], dtype: torch.dtype, reduction: str) -> Iterator[Tensor]:
@@ -51,7 +52,7 @@ def results(shape: tuple[int, int], dtype: torch.dtype, reduction: str) -> Itera
     turn = REDUCTIONS.index(reduction)
     if turn == 0:  # activations have none
         outcomes += [
-            evaluate(lambda x, op=op: call(op, arguments(op, x)), logits)
+            evaluate(lambda x, op=op: call(op, given(op, x)), logits)
             for op in (*ACTIVATIONS, SOFTMAX, LOG_SOFTMAX)
         ]
     # The losses by turns, so that each sees every reduction in one dtype or another.
@@ -110,7 +111,7 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
 
     def backward(op: Operator) -> Callable[[], Any]:
         x = torch.randn(shape, requires_grad=True)
-        output, grad_output = call(op, arguments(op, x)), torch.ones(shape)
+        output, grad_output = call(op, given(op, x)), torch.ones(shape)
         return lambda: torch.autograd.grad(output, x, grad_output)
 
     made: dict[str, Callable[[], Callable[[], Any]]] = {
@@ -125,7 +126,7 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
             getattr(functional, name), torch.randn(shape), torch.randint(1024, (4096,))
         )
     for op in (*ACTIVATIONS, SOFTMAX, LOG_SOFTMAX):
-        made[op.name] = lambda op=op: partial(call, op, arguments(op, torch.randn(shape)))
+        made[op.name] = lambda op=op: partial(call, op, given(op, torch.randn(shape)))
         made[f"{op.name}_backward"] = partial(backward, op)
     return made
 

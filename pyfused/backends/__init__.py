@@ -113,6 +113,7 @@ class Backend(Protocol):
         parameters: tuple[float, ...],
         reduction: str,
         want: Want,
+        halves: int | None = None,
     ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
 
     def row_state(

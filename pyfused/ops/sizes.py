@@ -38,8 +38,9 @@ def _of(limits: Limits, *names: str) -> dict[str, Limits]:
 
 
 # On CPUs: the smallest calls that a kernel takes, in elements. The second number is for a loss of
-# each element of pointwise losses, which is an output more; for up to FEW classes where there are
-# classes, as torch takes long for each row. Names of classes stand for operators without a row.
+# each element of pointwise losses, which is an output more; for calls without a gradient of
+# activations of several tensors; for up to FEW classes where there are classes, as torch takes long
+# for each row. Names of classes stand for operators without a row.
 FEW = 16
 ON_CPU = {
     **_of((0, 0), "gaussian_nll_loss", "hinge_embedding_loss", "log_cosh_loss"),
@@ -56,7 +57,10 @@ ON_CPU = {
     **_of((1 << 15, 1 << 15), "tanh", "mish", "softsign", "tanhshrink", "multi_margin_loss"),
     **_of((1 << 19, 1 << 19), "silu", "Activation", "Gated"),
     **_of((1 << 21, 1 << 21), "sigmoid"),
-    **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "relu6", "hardtanh", "nll_loss"),
+    **_of((1 << 18, 1 << 23), "prelu"),
+    **_of((1 << 23, 1 << 24), "glu"),
+    **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "relu6", "hardtanh", "threshold"),
+    **_of((1 << 24, 1 << 24), "nll_loss"),
     **_of((1 << 24, 1 << 24), "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
     **_of((1 << 17, 1 << 12), "cross_entropy"),
     **_of((1 << 18, 1 << 16), "log_softmax"),
@@ -102,10 +106,12 @@ COMPILED = {
     **_of((1 << 20, 1 << 20), "soft_margin_loss", "log_cosh_loss", "gaussian_nll_loss"),
     **_of((1 << 20, 1 << 20), "tanh", "softcap", "mish", "softsign", "tanhshrink"),
     **_of((_NEW_MEMORY, _NEW_MEMORY), "elu", "selu", "celu", "softplus", "logsigmoid"),
-    **_of((NEVER, NEVER), "swiglu", "geglu", "reglu"),  # fused with what is around them
+    **_of(
+        (NEVER, NEVER), "swiglu", "geglu", "reglu", "glu", "prelu"
+    ),  # fused with what is around them
     **_of((1 << 16, NEVER), "hinge_loss", "hinge_embedding_loss", "multi_margin_loss"),
     **_of((1 << 16, NEVER), "margin_ranking_loss", "quantile_loss"),
-    **_of((1 << 16, _NEW_MEMORY), "relu", "leaky_relu", "relu6", "hardtanh"),
+    **_of((1 << 16, _NEW_MEMORY), "relu", "leaky_relu", "relu6", "hardtanh", "threshold"),
     **_of((1 << 16, _NEW_MEMORY), "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
 }
 
