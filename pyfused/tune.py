@@ -33,7 +33,10 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
     classes = any(operand.indices for operand in op.operands) or "dim" in op.arguments
     columns = (sizes.FEW if second else _MANY) if classes else 1
     shape = (max(1, elements // columns), columns) if classes else (elements,)
-    operands = [_drawn(o, shape) for o in op.operands if not o.optional]
+    of_all = (1,)  # a learnt slope
+    operands = [
+        _drawn(o, of_all if o.name == "weight" else shape) for o in op.operands if not o.optional
+    ]
     input = operands[0].requires_grad_()
     options: dict[str, Any] = op.required | ({"dim": 1} if "dim" in op.arguments else {})
     if second and not classes and "reduction" in op.arguments:
