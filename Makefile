@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
+	bench-quick bench-busy bench-compare bench-sweep formulas docs hub lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -23,11 +23,12 @@ setup: $(TOOLS) ## make the environment for development in .venv (PYTHON=python3
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 chooses another compiler)
 
-demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw what each loss does
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw: 4 minutes on two free cores
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+	$(BIN)/python examples/heads.py
 	$(BIN)/python examples/grpo.py
 	$(BIN)/python examples/distillation.py
 
@@ -36,6 +37,7 @@ demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free co
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+	$(BIN)/python examples/heads.py --rounds 1
 
 formulas: $(BUILD) $(TOOLS) ## print what follows from declarations: C++, Triton, and the types of modules
 	$(BIN)/python tools/formulas.py
@@ -69,8 +71,8 @@ gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning and skorch
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
-bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes)
-	$(BIN)/python benchmarks/run.py report
+bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes; THREADS=16)
+	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)
 
 bench-quick: $(BUILD) $(TOOLS) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
@@ -90,6 +92,9 @@ docs: $(BUILD) $(EXTRAS) ## write the documentation to site/; its links, code an
 	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
+hub: $(ENVIRONMENT) ## write dist/hub/, the package as a kernel of the Hugging Face hub
+	$(BIN)/python tools/hub.py dist/hub
+
 lint: $(TOOLS) ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -101,13 +106,13 @@ TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf
 	$$($(BIN)/python -m pybind11 --includes)
 
 # Python is not instrumented, so what checks accesses is loaded ahead of it; libgomp is not either, so
-# threads are checked in a program without it. Tests left out (accuracy, gradcheck, autograd) call the
+# threads are checked in a program without it. Tests left out (accuracy, contract, autograd) call the
 # same code, for minutes more; those of memory and processes measure what checks change.
 SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
-CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses softmax pointwise_loss activation formula strides inplace threads errors large vec
+CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses softmax pointwise_loss activation formula inplace threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; x = torch.ones(9 << 20); \
 	address = cpu.empty(x.shape, x.dtype, x).data_ptr(); \
 	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1)

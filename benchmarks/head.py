@@ -53,7 +53,7 @@ def _status(key: str) -> int:
     return int(found[1]) << 10
 
 
-class Given:
+class HeadCase:
     """Arguments, and the ways from them to the gradients of input and head."""
 
     def __init__(self, tokens: int, features: int, classes: int) -> None:
@@ -145,7 +145,7 @@ class Given:
         }
 
 
-def check(given: Given) -> None:
+def check(given: HeadCase) -> None:
     """Raises where gradients are not torch's, before anything is timed."""
     for ways in given.ways().values():
         _, of_torch, *others = (way for name, way in ways.items() if "ignored" not in name)
@@ -168,7 +168,7 @@ def peak(loss: str, way: str, case: tuple[int, ...]) -> int:
 
 
 def measure(case: tuple[int, ...]) -> list[list[str]]:
-    given = Given(*case)
+    given = HeadCase(*case)
     check(given)
     rows = []
     for loss, ways in given.ways().items():
@@ -227,7 +227,7 @@ def head(options: Namespace) -> None:
 # ---- filter_eps ----------------------------------------------------------------------------------
 
 
-def trained(given: Given, steps: int) -> Given:
+def trained(given: HeadCase, steps: int) -> HeadCase:
     """Returns the demo's GPT: its head, and 1,024 tokens that it has not seen."""
     sys.path.insert(0, str(ROOT / "examples"))
     import gpt
@@ -255,7 +255,7 @@ def filter_eps(options: Namespace) -> None:
     """Time, and the largest error of each gradient as a share of its largest element."""
     settle_allocator()
     thresholds = (0.0, 2.0**-16, 2.0**-12, 2.0**-8)
-    rows, (random, model) = [], (Given(1024, 128, 32_000) for _ in range(2))
+    rows, (random, model) = [], (HeadCase(1024, 128, 32_000) for _ in range(2))
     for name, given in (("random", random), ("trained", trained(model, options.steps))):
         ways = [partial(given.ours, filter_eps=threshold) for threshold in thresholds]
         exact, *others = [way() for way in ways]
@@ -270,7 +270,7 @@ def filter_eps(options: Namespace) -> None:
 
 if __name__ == "__main__":
     loss, way, *sizes = sys.argv[1:]
-    given, kept = Given(*map(int, sizes)), []
+    given, kept = HeadCase(*map(int, sizes)), []
     call = given.ways()[loss][way]
     growth = peak_growth(lambda _: kept.append(call()) or kept.clear())
     print(growth - 4 * (given.input.numel() + given.head.numel()))

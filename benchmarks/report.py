@@ -120,7 +120,11 @@ def machine(found: Found) -> str:
 def slug(found: Found) -> str:
     """Returns the name of a machine's folder, which says which kernels were measured."""
     info = found["machine_info"]
-    name = info.get("gpu") or f"{info['cpu']} {info['cores']} cores {info['isa']}"
+    if "gpu" in info:
+        name = info["gpu"]
+    else:
+        threads = "" if info["threads"] == info["cores"] else f" {info['threads']} threads"
+        name = f"{info['cpu']} {info['cores']} cores{threads} {info['isa']}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

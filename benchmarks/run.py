@@ -45,9 +45,12 @@ def report(options: argparse.Namespace) -> None:
     if options.json:
         importlib.import_module("report").write(options.json, options.results)
         return
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # the processes below start with it
     files, allocators = suite(), FOUND / "allocators.json"
     subprocess.run([sys.executable, __file__, "allocators", "--json", allocators], check=True)
-    importlib.import_module("report").write(files, options.results, allocators, pages=ROOT)
+    pages = None if options.threads else ROOT
+    importlib.import_module("report").write(files, options.results, allocators, pages)
 
 
 def quick(options: argparse.Namespace) -> None:
@@ -230,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("report", report, "time all cases, and write benchmarks/results")
     add("--json", type=Path, nargs="+", help="report these measurements instead")
     add("--results", type=Path, default=HERE / "results", help="the folder")
+    add("--threads", type=int, help="how many; docs/ stays as it is then")
     add = command("quick", quick, "time the headline cases, and report in .benchmarks")
     add("-k", metavar="EXPRESSION", help="pytest's: these cases instead")
     add = command("memory", memory, "measure what torch and pyfused take at their peaks")
@@ -269,6 +273,10 @@ def parser() -> argparse.ArgumentParser:
     words = "time a language model's head and loss, and write docs/language-models.md"
     add = command("head", "head.head", words)
     add("--quick", action="store_true", help="the first case, and write nothing")
+    words = "time training steps of the examples' GPT in float32 and under bfloat16 autocast"
+    add = command("steps", "steps.steps", words)
+    add("--rounds", type=int, default=9, help="of a step each")
+    add("--cpu", action="store_true", help="CPU time of one thread, for a machine with other work")
     words = "measure what linear_cross_entropy's filter_eps gains and costs, on a trained model"
     add = command("filter-eps", "head.filter_eps", words)
     add("--steps", type=int, default=600, help="for how many to train")

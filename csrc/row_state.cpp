@@ -156,9 +156,11 @@ template <class T> class LogitRow {
     T* const grad = gradients.grad + row * gradients.stride;
     if (ignored) return void(std::fill_n(grad, classes, T{}));
     const auto value = [&](RowField field) { return gradients.state.at(field, row); };
-    const auto grad_of = [&](int field) { return gradients.grad_results.at(field, row); };
+    const auto grad_of = [&](int field) {
+      return field < gradients.grad_results.count ? gradients.grad_results.at(field, row) : 0;
+    };
     const double g_log_p = grad_of(0), g_entropy = grad_of(1), g_lse = grad_of(2);
-    const double g_smooth = gradients.grad_results.count > 3 ? grad_of(3) : 0;
+    const double g_smooth = grad_of(3);
     const double log_p = value(kLogP), entropy = value(kEntropy), sum = value(kSum);
     const A pivot = A(value(kPivot));
     const bool capped = rows.softcap > 0, has_target = uint64_t(label) < uint64_t(classes);

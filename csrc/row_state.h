@@ -68,7 +68,7 @@ template <class T> struct LogitRows {
 
 template <class T> struct RowGradients {
   RowFields<const double> state;  // of all classes
-  RowFields<const double> grad_results;  // of log_p, entropy, lse and, if it has four, smooth
+  RowFields<const double> grad_results;  // of the first of log_p, entropy, lse and smooth
   T* grad;  // may be the logits
   int64_t stride;
 };

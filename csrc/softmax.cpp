@@ -13,6 +13,36 @@ namespace pyfused {
 
 // ---- row layout: classes contiguous -------------------------------------------------------------
 
+#ifdef PYFUSED_HAS_REGISTERS
+// Writes f(x, y), rounded to T.
+template <class F, class T>
+PYFUSED_INLINE void write_each(const T* x, const T* y, const F& f, T* out, int64_t n,
+                               bool streams) {
+  streams = streams && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  int64_t i = 0;
+  for (; i + kQuad <= n; i += kQuad) {
+    const Quad z = f(load_quad(x + i), load_quad(y + i));
+    streams ? stream_quad(z, out + i) : store_quad(z, out + i);
+  }
+  for (; i < n; i += kPair) {
+    store_pair(f(load_pair(x + i, n - i), load_pair(y + i, n - i)), out + i, n - i);
+  }
+}
+
+// The sum of x, or with kProducts of x y.
+template <bool kProducts, class T> float sum_of(const T* x, const T* y, int64_t n) {
+  const auto terms = [=](int64_t i, int64_t left) {
+    const Pair of_x = load_pair(x + i, left);
+    return kProducts ? of_x * load_pair(y + i, left) : of_x;
+  };
+  Quad sum = {broadcast(0), broadcast(0)};
+  int64_t i = 0;
+  for (; i + kQuad <= n; i += kQuad) sum = sum + Quad{terms(i, kPair), terms(i + kPair, kPair)};
+  for (; i < n; i += kPair) sum.low = sum.low + zero_after(terms(i, n - i), n - i);
+  return sum_of_lanes(sum.low + sum.high);
+}
+#endif
+
 template <class T> class SoftmaxRow {
   using A = Accumulate<T>;
 
@@ -41,6 +71,11 @@ template <class T> class SoftmaxRow {
   }
 
   void backward() {
+#ifdef PYFUSED_HAS_REGISTERS
+    if constexpr (std::is_same_v<A, float>) {
+      return softmax.logarithm ? backward_in_registers<true>() : backward_in_registers<false>();
+    }
+#endif
     const T* const grad_output = softmax.at(softmax.grad_output, position);
     Sum sum;
     for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
@@ -72,6 +107,24 @@ template <class T> class SoftmaxRow {
   Normalizer<T> row;
   alignas(kVectorBytes) A buffer[kChunk];
   alignas(kVectorBytes) A grad_buffer[kChunk];
+
+#ifdef PYFUSED_HAS_REGISTERS
+  template <bool kLogarithm> void backward_in_registers() {
+    const T *const y = input, *const dy = softmax.at(softmax.grad_output, position);
+    Sum sum;
+    for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
+      sum.add(sum_of<!kLogarithm>(dy + first, y + first, n));
+    });
+    const float total = roundable(float(sum.value()));
+    write_each(
+        dy, y,
+        [=](auto of_output, auto value) {
+          if constexpr (kLogarithm) return of_output - exp_floats<T>(value) * total;
+          return value * (of_output - total);
+        },
+        output, classes, streams);
+  }
+#endif
 
   template <bool Keeps> void read() {
     const A first_max = Normalizer<T>::first_max(input, classes);
@@ -283,11 +336,12 @@ template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
 #ifdef PYFUSED_HAS_REGISTERS
 // Few classes leave lanes without work, which costs more than to transpose the rows. Large outputs
 // of floats are limited by memory, and groups have no non-temporal stores. The backward pass reads
-// two rows for each of a group twice, which leave L1 beyond 256 classes.
+// two rows for each of a group twice, which leave L1: by rows it takes 0.8 times as long at 256
+// classes.
 template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
   const int64_t classes = softmax.classes, few = softmax.backward() ? 15 : kFewClasses;
   const bool limited_by_memory = streams && std::is_same_v<T, float> && classes >= kRowClasses<T>;
-  const int64_t most = softmax.backward() ? 256 : kGroupClasses;
+  const int64_t most = softmax.backward() ? 160 : kGroupClasses;
   return softmax.outer == 1 && softmax.classes_contiguous() && classes > few && classes <= most &&
          !limited_by_memory;
 }

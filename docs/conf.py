@@ -61,11 +61,22 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
     raise nodes.SkipNode
 
 
+def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
+    """Gives each cell its column's heading, which pages.css shows where a row is a list."""
+    for table in doctree.findall(nodes.tgroup):
+        for head, body in zip(table.findall(nodes.thead), table.findall(nodes.tbody), strict=False):
+            titles = [entry.astext() for entry in head.findall(nodes.entry)]
+            for row in body.findall(nodes.row):
+                for title, entry in list(zip(titles, row.children, strict=True))[1:]:
+                    if title and entry.astext():
+                        entry.insert(0, nodes.inline("", title, classes=["label"]))
+
+
 def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
     """Marks where a name in a table may go on in the next line: behind its underscores."""
     for entry in doctree.findall(nodes.entry):
         for text in list(entry.findall(nodes.Text)):
-            if "_" in text:
+            if "_" in text and not isinstance(text.parent, nodes.literal_block):
                 text.parent.replace(text, nodes.Text(text.replace("_", "_\u200b")))
 
 
@@ -73,6 +84,7 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", gallery.fill)
     app.connect("builder-inited", pages.write)
+    app.connect("doctree-resolved", label_cells)
     app.connect("doctree-resolved", let_names_break)
     app.connect("autodoc-process-docstring", pages.arguments, priority=400)  # Napoleon has 500
     app.connect("autodoc-process-docstring", pages.returns, priority=400)

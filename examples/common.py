@@ -1,12 +1,20 @@
-"""What the examples share: comparing two runs, and measuring memory."""
+"""What the examples share: comparing two runs, measuring memory, and drawing bars."""
 
 from __future__ import annotations
 
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# From Okabe and Ito's palette, which every kind of colour vision tells apart.
+PALETTE = "#56B4E9", "#D55E00", "#009E73"
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
@@ -25,13 +33,49 @@ def require_equal(losses: Sequence[float], others: Sequence[float], tolerance: f
 
 def peak_memory() -> float | None:
     """The most memory this process has held so far, in MiB; None where the platform hides it."""
-    if sys.platform == "linux":
-        # Not getrusage: a child's ru_maxrss starts from its parent's.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    elif sys.platform == "darwin":
+    if sys.platform == "darwin":
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return _status("VmHWM")  # not getrusage: a child's ru_maxrss starts from its parent's
+
+
+def resident_memory() -> float | None:
+    """The memory this process holds now, in MiB; None where the platform hides it."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> float | None:
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) / 2**10
     return None
+
+
+def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> None:
+    """Draw the medians as bars, with a legend, and as a line on each the middle half of its values.
+
+    Args:
+        groups: For each group of bars, the values of each bar by its name. The median of the first
+            bar of a group is divided by those of the others.
+    """
+    labels, tallest = [], 0.0
+    for place, (title, group) in enumerate(groups.items()):
+        medians, width = [], 0.8 / len(group)
+        for index, (name, values) in enumerate(group.items()):
+            x = place + (index - (len(group) - 1) / 2) * width
+            several = values if len(values) > 1 else values * 2
+            low, median, high = statistics.quantiles(several, n=4)
+            label = name if place == 0 else None
+            axes.bar(x, median, width, color=PALETTE[index], label=label)
+            axes.plot([x, x], [low, high], color="black")
+            above = {"textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{median:,.0f}", (x, high), (0, 3), **above)
+            medians.append(median)
+            tallest = max(tallest, high)
+        ratios = ", ".join(f"{medians[0] / median:.1f}" for median in medians[1:])
+        labels.append(f"{title}\nratio {ratios}")
+    axes.set_xticks(range(len(groups)), labels)
+    axes.set_ylim(0, 1.3 * tallest)  # room for the number above the tallest, and for the legend
+    axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1, frameon=False)

@@ -1,7 +1,7 @@
 """Train every example with torch and with pyfused, side by side; print and draw how they compare.
 
-    python examples/demo.py
-    python examples/demo.py --quick
+    python examples/demo.py            two minutes on two free cores
+    python examples/demo.py --quick    half a minute
 
 Exits with 1 where the loss curves of an example differ by more than its tolerance.
 """
@@ -23,7 +23,7 @@ import digits
 import gpt
 import regression
 import torch
-from common import largest_difference
+from common import PALETTE, draw_bars, largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -33,8 +33,7 @@ from rich.table import Table
 import pyfused.nn
 
 MODULES = {"torch": torch.nn, "pyfused": pyfused.nn}
-# From Okabe and Ito's palette, which every kind of colour vision tells apart.
-COLOURS = dict(zip(gpt.IMPLEMENTATIONS, ("#56B4E9", "#D55E00", "#009E73"), strict=True))
+COLOURS = dict(zip(gpt.IMPLEMENTATIONS, PALETTE, strict=True))
 
 T = TypeVar("T")
 
@@ -80,14 +79,17 @@ def take_turns(
     title: str, runs: dict[str, Iterator[T]], steps: int, progress: Progress
 ) -> dict[str, list[T]]:
     """Step the runs alternately: whatever else the machine does then slows all of them alike."""
-    if progress.disable:  # a log: lines in place of bars
-        print(f"{title}: {steps:,} steps of {', '.join(runs)}", flush=True)
     bars = {name: progress.add_task(f"{title}, {name}", total=steps) for name in runs}
     taken: dict[str, list[T]] = {name: [] for name in runs}
-    for turn in zip(*runs.values(), strict=True):
+    started = time.perf_counter()
+    for number, turn in enumerate(zip(*runs.values(), strict=True), 1):
         for name, step in zip(runs, turn, strict=True):
             taken[name].append(step)
             progress.advance(bars[name])
+        if progress.disable and (number == steps or number % math.ceil(steps / 4) == 0):
+            # A log has lines in place of bars.
+            seconds = time.perf_counter() - started
+            print(f"{title}: {number:,} of {steps:,} steps, {seconds:.0f} s", flush=True)
     return taken
 
 
@@ -155,6 +157,8 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens.pt")
         bar = progress.add_task("GPT, tokenizer", total=None)
+        if progress.disable:
+            print("GPT: training the tokenizer", flush=True)
         vocabulary = gpt.load(tokens)["vocabulary"]
         progress.update(bar, total=1, completed=1)
         runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in COLOURS}
@@ -212,33 +216,6 @@ def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
     axes.set(title=f"{job.title}, training loss", xlabel=xlabel, ylabel=loss)
 
 
-def draw_bars(axes: Axes, groups: dict[str, dict[str, list[float]]], form: str) -> None:
-    """Draw the medians as bars, and as a line on each the middle half of the values."""
-    ratios = []
-    for place, group in enumerate(groups.values()):
-        medians = []
-        share = 0.8 / len(group)
-        for index, (name, values) in enumerate(group.items()):
-            offset = (index - (len(group) - 1) / 2) * share
-            low, median, high = statistics.quantiles(values, n=4)
-            label = name if place == 0 else None
-            axes.bar(place + offset, median, share, color=COLOURS[name], label=label)
-            axes.plot([place + offset] * 2, [low, high], color="black")
-            axes.annotate(
-                form.format(median),
-                (place + offset, high),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
-            )
-            medians.append(median)
-        ratios.append(", ".join(f"{medians[0] / median:.1f}" for median in medians[1:]))
-    labels = [f"{title}\nratio {ratio}" for title, ratio in zip(groups, ratios, strict=True)]
-    axes.set_xticks(range(len(groups)), labels)
-    axes.set_xlim(-0.75, len(groups) - 0.25)
-    axes.margins(y=0.3)  # room for the legend
-
-
 def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     panels = figure.subplot_mosaic([["gpt", "gpt", "digits"], ["time", "memory", "diabetes"]])
@@ -266,17 +243,19 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
         "head and loss": {name: [s.loss_ms for s in run] for name, run in gpt_steps.items()},
         "whole step": {name: [s.step_ms for s in run] for name, run in gpt_steps.items()},
     }
-    draw_bars(panels["time"], times, "{:.0f}")
-    panels["time"].set(title="GPT, time per step", ylabel="milliseconds (median and middle half)")
-    peaks = {name: [run[-1].peak_mib or 0.0] * 2 for name, run in gpt_steps.items()}
+    draw_bars(panels["time"], times)
+    title = "GPT, time per step (ratio: torch / pyfused)"
+    panels["time"].set(title=title, ylabel="milliseconds (median and middle half)")
+    peaks = {name: [run[-1].peak_mib or 0.0] for name, run in gpt_steps.items()}
     if all(map(all, peaks.values())):
-        draw_bars(panels["memory"], {"the process at its peak": peaks}, "{:,.0f}")
+        draw_bars(panels["memory"], {"the process at its peak": peaks})
         panels["memory"].set(title="GPT, memory", ylabel="MiB")
     else:
         panels.pop("memory").remove()
 
-    for axes in panels.values():
-        axes.legend()
+    for name, axes in panels.items():
+        if name in ("gpt", "digits", "diabetes"):
+            axes.legend()
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -284,7 +263,10 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="About two minutes on two free cores, with --quick half a minute.",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument(
         "--output",
@@ -294,7 +276,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a log is as wide as the table
     columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,
@@ -310,7 +292,7 @@ def main() -> None:
             train_sum(regression.STEPS, p),
         ]
         torch.set_num_threads(threads)
-        gpt_job, gpt_steps = train_gpt(30 if arguments.quick else gpt.STEPS, p)
+        gpt_job, gpt_steps = train_gpt(20 if arguments.quick else gpt.STEPS, p)
         jobs.append(gpt_job)
 
     console.print(tabulate(jobs))

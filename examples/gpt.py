@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 VOCABULARY = 32_000
 BATCH, CONTEXT = 8, 128
 LAYERS, HEADS, WIDTH = 4, 4, 128
-STEPS, EVALUATE_EVERY = 100, 20
+STEPS, EVALUATE_EVERY = 60, 20
 IMPLEMENTATIONS = {
     "torch": "torch.nn.functional",
     "pyfused": "pyfused.functional",
@@ -237,7 +237,9 @@ def run(names: Sequence[str], path: Path, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="About a minute and a half on two free cores."
+    )
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: all, in turn")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--tokens", type=Path, help="keep the tokenised text in this file")

@@ -1,12 +1,12 @@
 """One weight goes down each loss, with learning rates too small, right and too large.
 
-    python examples/gradient_descent.py
+    python examples/gradient_descent.py    seconds
 
-On the left the weight is the prediction, and the target is 0. On the right it is a logit, which
-goes through a sigmoid in the model or in the loss (with Poisson's, through exp), and one target in
-five is 1, the others 0. Where a slope is the same everywhere, steps do not shrink near the target.
-Where the sigmoid is flat, the squared error loses a weight that went too far; a cross-entropy
-brings it back.
+For some losses the weight is the prediction, and the target is 0. For the others it is a logit,
+which goes through a sigmoid in the model or in the loss (with Poisson's, through exp), and one
+target in five is 1, the others 0. The table has all losses, the picture eight of them. Where a
+slope is the same everywhere, steps do not shrink near the target. Where the sigmoid is flat, the
+squared error loses a weight that went too far; a cross-entropy brings it back.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Descent:
 
     Attributes:
         rates: A learning rate that is too small, one that is right, and one that is too large.
-        start, reach: Where the weight starts; the weights to draw are between -reach and reach.
+        start, reach: Where the weight starts; weights are drawn between -reach and reach.
         before: What the weight goes through before the loss.
         options: Further arguments of the loss; numbers in a tuple are further operands.
         signs: The loss takes targets of -1 in place of 0.
@@ -95,6 +95,7 @@ LOGITS = (
     Descent("hinge_loss", (0.1, 1.2, 9.0), ONE_IN_FIVE, 4.0, 8.0, signs=True),
     Descent("poisson_nll_loss", (0.02, 0.4, 1.2), ONE_IN_FIVE, 1.5, 4.0),
 )
+DRAWN = tuple(PREDICTIONS[i] for i in (0, 1, 3, 5)), tuple(LOGITS[i] for i in (0, 2, 3, 5))
 
 
 def descend(functional: ModuleType, descent: Descent, rate: float) -> list[tuple[float, float]]:
@@ -118,43 +119,38 @@ def difference(descent: Descent, rate: float) -> float:
     return largest_difference(*([loss for _, loss in path] for path in paths))
 
 
-@torch.no_grad()
-def draw_path(axes: Axes, descent: Descent, path: list[tuple[float, float]], colour: str) -> None:
-    weights = torch.linspace(-descent.reach, descent.reach, 201)
-    losses = [descent.loss(pyfused.functional, weight[None]).item() for weight in weights]
-    axes.plot(weights, losses, color="0.6", linewidth=1.2)
-    axes.plot(*zip(*path, strict=True), color=colour, linewidth=0.8)
-    axes.plot(*zip(*path, strict=True), "o", color=colour, markersize=4)
-    axes.plot(*path[0], "o", color="black", markersize=5)
-    low, high = min(losses), max(losses)
-    axes.set_xlim(-descent.reach, descent.reach)
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
+def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, float]]]) -> None:
+    """Draw the weight after each step, a line for each rate, and where the loss is least."""
+    with torch.no_grad():
+        weights = torch.linspace(-descent.reach, descent.reach, 201)
+        losses = [descent.loss(pyfused.functional, weight[None]).item() for weight in weights]
+    axes.axhline(weights[losses.index(min(losses))].item(), color="0.6", linestyle=":")
+    for rate, path, colour in zip(descent.rates, paths, COLOURS, strict=True):
+        axes.plot([weight for weight, _ in path], "o-", color=colour, label=f"{rate:g}")
+    axes.set_ylim(-1.5 * descent.reach, descent.reach)  # room for the legend
+    axes.set_title(descent.title, loc="left", fontsize=11)
+    axes.legend(title="learning rate", ncols=3, loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7)
 
 
 def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> Figure:
-    """A row for each loss, a column for each rate; the first step starts at the black dot."""
-    figure = Figure(figsize=(17, 2 * len(PREDICTIONS)), layout="constrained")
-    figure.suptitle(f"{STEPS} steps from the black dot; learning rates below")
-    blocks = figure.subfigures(1, 2, wspace=0.03)
-    for block, descents in zip(blocks, (PREDICTIONS, LOGITS), strict=True):
-        rows = block.subplots(len(PREDICTIONS), len(RATES), squeeze=False)
-        for descent, row in zip(descents, rows, strict=False):
-            row[0].set_title(descent.title, loc="left", fontsize=10)
-            for axes, name, rate, path, colour in zip(
-                row, RATES, descent.rates, paths[descent.title], COLOURS, strict=True
-            ):
-                draw_path(axes, descent, path, colour)
-                axes.set_xlabel(f"{name}: {rate:g}", fontsize=8)
-        for row in rows[len(descents) :]:
-            for axes in row:
-                axes.set_axis_off()
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    figure.suptitle(
+        f"A weight goes down a loss in {STEPS} steps, with learning rates that are too small, "
+        "right and too large; dotted: where the loss is least"
+    )
+    rows = figure.subplots(2, len(DRAWN[0]), sharex=True)
+    for row, descents in zip(rows, DRAWN, strict=True):
+        row[0].set_ylabel("weight")
+        for axes, descent in zip(row, descents, strict=True):
+            draw_descent(axes, descent, paths[descent.title])
+    for axes in rows[-1]:
+        axes.set_xlabel("step")
     return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Seconds.")
     parser.add_argument(
         "--output",
         type=Path,

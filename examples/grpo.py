@@ -135,7 +135,7 @@ def run(steps: int) -> tuple[dict[str, list[float]], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Seconds.")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     losses, rewards = run(parser.parse_args().steps)
     tenth = max(1, len(rewards) // 10)

@@ -137,7 +137,7 @@ def row_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Class indices, and n contiguous rows of at most BLOCK classes.
+    """Computes the loss of class indices, of n contiguous rows of at most BLOCK classes.
 
     strides: of the rows of logits and of grad.
     """
@@ -221,7 +221,7 @@ def two_pass_kernel(
     INNER_UNIT: tl.constexpr = 1,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Class indices, any strides and number of classes.
+    """Computes the loss of class indices, of any strides and number of classes.
 
     strides: outer, inner and class stride of logits and of grad.
     """
@@ -318,7 +318,7 @@ def probabilities_kernel(
     INNER_UNIT: tl.constexpr = 1,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Class probabilities of the logits' shape, any strides and number of classes.
+    """Computes the loss of class probabilities of the logits' shape, of any strides.
 
     strides: outer, inner and class stride of logits, target, grad and grad_target.
     """

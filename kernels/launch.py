@@ -7,6 +7,7 @@ shows that none of them spills, and `make gpu-check` times their neighbours on a
 from __future__ import annotations
 
 import functools
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ try:
     from triton._C.libtriton import native_specialize_impl as specialize
 except ImportError:  # a release of Triton that is not known yet
     specialize = None
+
+
+# An argument is not constant, and its value and its alignment count.
+SPECIALIZED = repeat(False), repeat(True), repeat(True)
 
 
 class Choice(NamedTuple):
@@ -109,7 +114,9 @@ class Launch:
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launches a grid of one dimension on the device of the first argument, a tensor."""
-        if not self.compiles or has_hooks():
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+        if hooks or not self.compiles:
             self.by_triton(programs, arguments)
             return
         active, index = driver.active, arguments[0].get_device()
@@ -119,7 +126,7 @@ class Launch:
                 self(programs, *arguments)
             return
         target = backend()
-        key = device, *[specialize(target, x, False, True, True) for x in arguments]
+        key = device, *map(specialize, repeat(target), arguments, *SPECIALIZED)
         compiled = self.compiled.get(key)
         if compiled is None:
             compiled = self.by_triton(programs, arguments)
@@ -136,14 +143,6 @@ class Launch:
 
 # Returns the launch of the same constants again, for calls that prepare none of their own.
 prepared = functools.lru_cache(maxsize=4096)(Launch)
-
-
-def has_hooks() -> bool:
-    """Returns whether someone, a profiler for example, is to be called with each launch."""
-    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):
-            return True
-    return False
 
 
 @functools.cache

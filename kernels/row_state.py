@@ -197,12 +197,12 @@ def row_gradients_kernel(
     ignore_index,
     CAP: tl.constexpr,
     SCALE: tl.constexpr,
-    SMOOTHS: tl.constexpr,
+    RESULTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """grad_results: of log_p, entropy, lse and, if it SMOOTHS, smooth.
+    """grad_results: Of the first RESULTS of log_p, entropy, lse and smooth.
 
     strides: of the rows of logits and of grad; of the fields of state and of grad_results.
     """
@@ -217,15 +217,17 @@ def row_gradients_kernel(
     to = row_starts(grad, 0, rows, 0, strides[1], 1, CLASS_UNIT)
     field, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64)
     g_log_p = tl.load(gradient_at, mask=valid, other=0.0)
-    g_entropy = tl.load(gradient_at + strides[3], mask=valid, other=0.0)
-    g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid, other=0.0)
+    g_entropy, g_lse = tl.zeros_like(g_log_p), tl.zeros_like(g_log_p)
+    if RESULTS > 1:
+        g_entropy = tl.load(gradient_at + strides[3], mask=valid, other=0.0)
+        g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid, other=0.0)
     entropy = tl.load(field + strides[2], mask=valid, other=0.0)
     pivot = tl.load(field + 3 * strides[2], mask=valid, other=0.0).to(A)
     total = tl.load(field + 4 * strides[2], mask=valid, other=1.0)
     # p_c = exp(x_c - pivot) / total, and log p_c = (x_c - pivot) - log(total)
     a = ((g_lse - g_log_p - g_entropy * (entropy - tl.log(total))) / total).to(A)[:, None]
     b = (-g_entropy / total).to(A)[:, None]
-    if SMOOTHS:
+    if RESULTS > 3:
         g_smooth = tl.load(gradient_at + 3 * strides[3], mask=valid, other=0.0).to(A)[:, None]
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
@@ -236,7 +238,7 @@ def row_gradients_kernel(
         gradient = tl.where(e == 0.0, 0.0, e * (a + b * y))
         is_target = has_target[:, None] & (c[None, :] == label[:, None])
         gradient = tl.where(is_target, gradient + g_log_p.to(A)[:, None], gradient)
-        if SMOOTHS:
+        if RESULTS > 3:
             gradient += g_smooth * class_weight(weight, c, classes, first_class, A)
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
         tl.store(pointers(to, c, 1, 1), gradient, mask=mask, eviction_policy=DROP)

@@ -110,7 +110,7 @@ def first_pass(
 
 @triton.jit
 def read_target(target, weight, rows, in_bounds, classes, ignore_index):
-    """Class index, whether it is valid, whether it is out of range, and its class weight or 1."""
+    """Returns the index, whether it is valid, whether out of range, and its class weight or 1."""
     label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
     counted = in_bounds & (label != ignore_index)
     valid = counted & (label >= 0) & (label < classes)

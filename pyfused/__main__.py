@@ -28,7 +28,7 @@ def built() -> list[str]:
 
 
 def is_torchs_runtime() -> bool:
-    """Whether torch's settings reach it: of two runtimes in a process each has its own."""
+    """Returns whether torch's settings reach it: of two runtimes in a process each has its own."""
     count = torch.get_num_threads()
     torch.set_num_threads(count + 1)
     try:

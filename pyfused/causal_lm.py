@@ -189,7 +189,7 @@ LOSS = "its loss"
 
 
 def _reads(name: str) -> Any:
-    """An operator of tensors, which needs the logits."""
+    """Returns the result of an operator of tensors, which needs the logits."""
 
     def read(self: DeferredLogits, *others: Any) -> Any:
         return getattr(self.tensor(name.strip("_")), name)(*others)
@@ -256,13 +256,13 @@ def _forward(kind: Any, model: Any, head: str, *args: Any, **kwargs: Any) -> Any
 
 
 def _head_of(model: Any) -> str | None:
-    """The name of a model's head among its own modules."""
+    """Returns the name of a model's head among its own modules."""
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_children() if module is head), None)
 
 
 def has_head(module: Any) -> bool:
-    """Whether it is a model of transformers with a head of logits."""
+    """Returns whether it is a model of transformers with a head of logits."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return False
@@ -270,7 +270,7 @@ def has_head(module: Any) -> bool:
 
 
 def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
-    """Why a model that has a head keeps its ``forward``.
+    """Returns why a model that has a head keeps its ``forward``.
 
     Args:
         vouched: The name of the head that a user vouches for; None for that of transformers.
@@ -322,7 +322,7 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
 
 
 def _is_plain(head: Any) -> bool:
-    """Whether nobody has put something of their own where the logits would be."""
+    """Returns whether nobody has put something of their own where the logits would be."""
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
     return type(head) is Linear and not hooks
 
@@ -330,7 +330,7 @@ def _is_plain(head: Any) -> bool:
 def _wants_loss_alone(
     model: Any, parameters: inspect.Signature, args: Any, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether a call of a model of transformers has labels, and nothing that needs the logits."""
+    """Returns whether a model's call has labels, and nothing that needs the logits."""
     given = parameters.bind(model, *args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     keep = given.get("logits_to_keep", 0)
@@ -377,7 +377,7 @@ class _Outputs:
 
 
 def _difference(model: Any, name: str) -> str | None:
-    """How the loss of a few random hidden states, or its gradient, differs; None where it does not.
+    """Returns how the loss of random hidden states, or its gradient, differs, or None.
 
     The model's ``forward`` runs twice, once with deferred logits, and with a decoder that returns
     the hidden states. So nothing of the model changes, and a few rows of logits are all it takes.

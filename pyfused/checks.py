@@ -145,7 +145,7 @@ def cross_entropy(
 
 
 def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
-    """Types and values of the options that all functions of a vocabulary have, and their numbers.
+    """Checks the types and values of the options that all functions of a vocabulary have.
 
     Args:
         losses: The shape of the losses before a reduction.
@@ -241,7 +241,7 @@ def memory_budget(value: Any) -> None:
 
 
 def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str = "") -> None:
-    """Shapes and dtypes of a layer's tensors; the messages put `whose` before their names."""
+    """Checks a layer's shapes and dtypes; messages put `whose` before the tensors' names."""
     features, shape = input.shape[-1], weight.shape[:-1]
     if weight.dim() < 2 or weight.shape[-1] != features:
         raise RuntimeError(
@@ -338,7 +338,7 @@ def topk_indices(indices: Tensor, classes: int) -> Tensor:
 
 
 def topk_log_probs(log_probs: Tensor) -> None:
-    """That rows (..., k) are logarithms of probabilities, as exact as bfloat16; raises on CPUs."""
+    """Checks that rows (..., k) are log-probabilities, as exact as bfloat16; raises on CPUs."""
     if not _can_be_read(log_probs):
         return
     logs = log_probs.detach().double()

@@ -104,7 +104,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
 
 
 def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
-    """What is said of the call that a module makes: its ``forward``, where ``F`` explains."""
+    """Returns what is said of a module's call: its ``forward`` runs with an ``F`` that explains."""
     if type(module) in FUSED:
         module = copy.copy(module)
         module.__class__ = FUSED[type(module)]
@@ -119,7 +119,7 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
-    """The same, of a call as :func:`pyfused.ops.dispatch.call` has it."""
+    """Returns the path of a call as :func:`pyfused.ops.dispatch.call` has it."""
     input = arguments[0]
     reason = reason_for_torch(op, arguments, inplace)
     if reason is not None:

@@ -147,7 +147,7 @@ class FormulaOperator(PointwiseLoss):
             checks.weight_that_broadcasts(torch.empty(shape, device="meta"), weight)
 
     def traced(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]]:
-        """The programs for some parameters, and their inputs.
+        """Returns the programs for some parameters, and their inputs.
 
         Raises:
             UntraceableError: There is none.
@@ -252,7 +252,7 @@ def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any)
 
 
 def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
-    """The names of the operands, and the parameters with their defaults."""
+    """Returns the names of the operands, and the parameters with their defaults."""
     name, operands, parameters = function.__name__, [], {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in _OF_CALLS:
@@ -361,7 +361,7 @@ class Formula:
         return (*operands, *(self.op.keywords | named).values())
 
     def module(self, **named: Any) -> FormulaModule:
-        """A module with these parameters, and of a loss its ``reduction`` and no ``weight``.
+        """Returns a module with these parameters, and of a loss its ``reduction``, no ``weight``.
 
         Raises:
             TypeError: The formula does not take these.
@@ -422,7 +422,7 @@ class FormulaModule(torch.nn.Module):
 
 
 def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
-    """Values of the operands: random, large, small, zeros, literals, ties, infinities and NaN."""
+    """Returns operands: random, large, small, zeros, literals, ties, infinities and NaN."""
     generator, n = torch.Generator().manual_seed(0), 256
     special = [0.0, 0.5, 1.0, 2.0, float("inf"), *map(float, literals)]
     special += [-value for value in special]
@@ -436,7 +436,7 @@ def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> lis
 
 
 def _run(op: FormulaOperator, operands: Sequence[Tensor]) -> Tensor:
-    """The function's value and gradients, in float64."""
+    """Returns the function's value and gradients, in float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
     with torch.enable_grad():
         value = op.function(*leaves)

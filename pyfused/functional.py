@@ -493,7 +493,8 @@ def linear_cross_entropy_with_metrics(
         options: Its other keywords.
 
     Returns:
-        As :func:`cross_entropy_with_metrics`, of the layer's capped output.
+        The loss, and the :class:`~pyfused.ops.metrics.Metrics` of the layer's capped and scaled
+        output, as of :func:`cross_entropy_with_metrics`.
 
     Raises:
         IndexError, RuntimeError, TypeError, ValueError: As :func:`linear_cross_entropy`.
@@ -530,7 +531,7 @@ def log_probs(
     return_lse: bool = False,
     shard: VocabShard | None = None,
 ) -> LogProbs:
-    """The log-probability of each target and, where wanted, entropy and log-sum-exp of its row.
+    """Returns each target's log-probability and, where wanted, its row's entropy and log-sum-exp.
 
     All three are differentiable, alone and together, and come from one pass over the logits. With
     ``x = softcap * tanh(logits / softcap) / temperature``, or ``logits / temperature``, they are
@@ -561,7 +562,8 @@ def log_probs(
         RuntimeError, ValueError: Shapes, dtypes or options do not fit.
         TypeError: ``logits`` or ``target`` is no tensor, or an option no number.
     """
-    options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature)
+    alone = not (return_entropy or return_lse)
+    options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature, alone=alone)
     logits = checks.classes_at(1, "logits", logits, dim)
     if shard is None:
         values = call(LOG_PROBS, (logits, target, options))
@@ -606,7 +608,8 @@ def linear_log_probs(
         shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
-        As :func:`log_probs`.
+        A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float32, or
+        float64 of float64.
 
     Raises:
         IndexError, RuntimeError, TypeError, ValueError: As :func:`log_probs`.
@@ -615,6 +618,7 @@ def linear_log_probs(
         ignore_index,
         softcap=softcap,
         temperature=temperature,
+        alone=not (return_entropy or return_lse),
         memory_budget=memory_budget,
         deterministic_rows=deterministic_rows,
     )
@@ -640,7 +644,7 @@ def kl_div_with_logits(
     denominator: float | Tensor | None = None,
     teacher_requires_grad: bool = False,
 ) -> Tensor:
-    """The divergence of a student's predictions from a teacher's, for distillation.
+    """Returns the divergence of a student's predictions from a teacher's, for distillation.
 
     With p and q the softmax of the student's and of the teacher's logits divided by the
     temperature, and m = beta q + (1 - beta) p, the loss of a token is
@@ -740,7 +744,8 @@ def linear_kl_div(
             least. None stands for as many as in :func:`linear_cross_entropy`.
 
     Returns:
-        As :func:`kl_div_with_logits`.
+        The loss in nats: a scalar, or of the tokens' shape for ``"none"``; float32, or float64 of
+        float64.
 
     Raises:
         RuntimeError, ValueError, TypeError: As :func:`kl_div_with_logits`.
@@ -799,7 +804,8 @@ def linear_topk_kl_div(
         denominator, memory_budget, teacher_requires_grad: Likewise.
 
     Returns:
-        As :func:`kl_div_with_logits`.
+        The loss in nats: a scalar, or of the tokens' shape for ``"none"``; float32, or float64 of
+        float64.
 
     Raises:
         IndexError, ValueError: A class index is out of range, or there twice in a token's k; or
@@ -836,7 +842,7 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The negative log-likelihood of class indices: ``-weight[target] * input[target]`` a row.
+    """Returns the negative log-likelihood of class indices: ``-weight[target] * input[target]``.
 
     :func:`cross_entropy` is this of :func:`log_softmax`, in one kernel.
 
@@ -876,7 +882,7 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """How far other classes come within a margin of the target's score, as in a multi-class SVM.
+    """Returns how far other classes come within a margin of the target's score, as in an SVM.
 
     With ``z_c = max(0, margin - input_target + input_c)``, the loss of a row is
     ``weight_target / C`` times the sum of ``z_c ** p`` over all classes but the target, as defined
@@ -991,7 +997,8 @@ def smooth_l1_loss(
         beta: The difference up to which it is squared, in the unit of the input; 0.0 for none.
 
     Returns:
-        As :func:`mse_loss`, but in the unit of the input.
+        The loss in the unit of the input, of the promoted dtype, or float32 under autocast: a
+        scalar, or of the broadcast shape for ``"none"``. NaN for a mean over nothing.
 
     Raises:
         RuntimeError, ValueError: As :func:`mse_loss`, or ``beta`` is negative.
@@ -1303,7 +1310,7 @@ def margin_ranking_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """How far the lower of two scores is from being lower by a margin, element by element.
+    """Returns how far the lower of two scores is from being lower by a margin, element by element.
 
     The loss of an element is ``max(0, -target * (input1 - input2) + margin)``, as defined by
     :func:`torch.nn.functional.margin_ranking_loss`.
@@ -1379,7 +1386,8 @@ def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") 
         input, target, reduction: As in :func:`quantile_loss`.
 
     Returns:
-        As :func:`quantile_loss`.
+        The loss in the unit of the input, of the promoted dtype: a scalar, or of the broadcast
+        shape for ``"none"``. NaN for a mean over nothing.
 
     Raises:
         RuntimeError, ValueError: Shapes or options do not fit.
@@ -1395,7 +1403,7 @@ def hinge_loss(
     squared: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """How far a score is from its side of zero by a margin, element by element.
+    """Returns how far a score is from its side of zero by a margin, element by element.
 
     The loss of support vector machines. torch has no such loss; in its terms::
 
@@ -1469,7 +1477,7 @@ def rmse_loss(
     weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """The square root of the mean squared error, in the target's own unit.
+    """Returns the square root of the mean squared error, in the target's own unit.
 
     torch has no such loss; in its terms::
 
@@ -1527,7 +1535,7 @@ def multilabel_soft_margin_loss(
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """The larger of each element and zero; NaN passes.
+    """Returns the larger of each element and zero; NaN passes.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1544,7 +1552,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """The elements above zero, and ``negative_slope`` times the others.
+    """Returns the elements above zero, and ``negative_slope`` times the others.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1562,7 +1570,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
 
 def tanh(input: Tensor) -> Tensor:
-    """The hyperbolic tangent, element by element.
+    """Returns the hyperbolic tangent, element by element.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1686,7 +1694,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """The elements between 0 and 6, and the nearer bound for others.
+    """Returns the elements between 0 and 6, and the nearer bound for others.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1705,7 +1713,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
-    """The elements between two bounds, and the nearer bound for others.
+    """Returns the elements between two bounds, and the nearer bound for others.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1759,7 +1767,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """The elements beyond ``-lambd`` and ``lambd``, and 0 for those between.
+    """Returns the elements beyond ``-lambd`` and ``lambd``, and 0 for those between.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1775,7 +1783,7 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """The elements beyond ``-lambd`` and ``lambd``, nearer to 0 by ``lambd``; 0 for those between.
+    """Returns elements beyond ``-lambd`` and ``lambd``, nearer to 0 by ``lambd``; 0 between.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1792,7 +1800,7 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """The elements above 0, and ``alpha * (exp(input) - 1)`` for others.
+    """Returns the elements above 0, and ``alpha * (exp(input) - 1)`` for others.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
@@ -1827,7 +1835,7 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """The elements above 0, and ``alpha * (exp(input / alpha) - 1)`` for others.
+    """Returns the elements above 0, and ``alpha * (exp(input / alpha) - 1)`` for others.
 
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.

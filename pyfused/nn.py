@@ -64,7 +64,7 @@ functional = F  # as torch.nn has torch's
 
 
 def _changed(module: torch.nn.Module, **defaults: Any) -> str:
-    """The options that torch's module does not have and that are no defaults, for ``repr``."""
+    """Returns the options, for ``repr``, that torch's module lacks and that are no defaults."""
     options = {name: getattr(module, name) for name in defaults}
     for name, value in getattr(module, "fused_options", {}).items():
         options[name], defaults[name] = value, getattr(CrossEntropyOptions, name, None)

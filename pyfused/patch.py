@@ -21,6 +21,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
@@ -141,7 +142,12 @@ class _BuiltIn:
         shown = _shown(torch_function) if method else torch_function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(args) >= needed and not has_torch_function(args) and is_small(op, args):
+            if (
+                len(args) >= needed
+                and not has_torch_function(args)
+                and not is_dynamo_compiling()
+                and is_small(op, args)
+            ):
                 return torch_function(*args, **kwargs)
             if len(args) == needed and not kwargs:
                 arguments = args + op.defaults[needed - 1 :]
@@ -190,14 +196,14 @@ class _BuiltIn:
 
 
 def _by_name(function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    """A function of arguments by position, some of which the other takes by name alone."""
+    """Returns a function that passes some of its positional arguments by name."""
     return lambda *arguments: function(**dict(zip(names, arguments, strict=True)))
 
 
 def _fused(
     op: Operator, torch_functions: tuple[Any, Any], shortest: tuple[Any, Any]
 ) -> Callable[..., Any]:
-    """What calls pyfused's operator, and torch's function where a subclass or mode is to see it.
+    """Returns what calls our operator, or torch's function for a subclass or mode to see.
 
     Args:
         torch_functions: torch's function, and the same as it overwrites the input.
@@ -208,7 +214,7 @@ def _fused(
         torch_function = torch_functions[inplace]
         if has_torch_function(arguments):
             return torch_function(*arguments)
-        if is_small(op, arguments):
+        if not is_dynamo_compiling() and is_small(op, arguments):
             return shortest[inplace](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
         return dispatch.call(op, bound, inplace, torch_function, arguments)
@@ -217,7 +223,7 @@ def _fused(
 
 
 def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
-    """The arguments where one more function stands between a call and what may warn its caller."""
+    """Returns the arguments where one more function stands before what warns its caller."""
     if "_stacklevel" not in op.arguments:
         return arguments
     input, dim, stacklevel, dtype = arguments
@@ -362,7 +368,7 @@ def patch(function: Any = None) -> Any:
             _calls.add(asked)
         return asked
     if not callable(function) or isinstance(function, (torch.nn.Module, type)):
-        hint = ". pyfused.convert(model) makes a model's modules pyfused's; patch() takes none"
+        hint = ". pyfused.convert(model) makes a model's modules pyfused's; patch() takes functions"
         raise TypeError(
             f"function: expected a function, got {_describe(function)}"
             + hint * isinstance(function, torch.nn.Module)
@@ -461,6 +467,6 @@ def _describe(function: Any) -> str:
 
 
 def _compilers_table() -> Any:
-    """What torch.compile learns, once and by name, of torch's functions; None before its use."""
+    """Returns what torch.compile learns, once and by name, of torch's functions, or None."""
     rules = sys.modules.get("torch._dynamo.trace_rules")
     return rules and rules.get_torch_obj_rule_map

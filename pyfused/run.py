@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pyfused.ops import custom_operators, dispatch, inductor, reasons
@@ -74,11 +73,10 @@ class Counting:
 
     def _plan_of(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Plan:
         plan = self.plan_of(op, arguments, inplace)
-        if not is_dynamo_compiling():  # what is traced is called when it is traced alone
-            try:
-                self._count(plan, op, arguments, inplace)
-            except Exception as error:
-                self.counts.failed[op.name] = repr(error)
+        try:
+            self._count(plan, op, arguments, inplace)
+        except Exception as error:
+            self.counts.failed[op.name] = repr(error)
         return plan
 
     def _compute(self, op: str, function: Any, given: Arguments, *backward: Any) -> Any:
@@ -153,7 +151,7 @@ class Counting:
 
 
 def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool) -> bool:
-    """Whether nobody sees it, neither a hook or mode nor who reads warnings."""
+    """Returns whether nobody sees it, neither a hook or mode nor who reads warnings."""
     named = dict(zip(op.arguments, arguments, strict=True))
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     pointwise = isinstance(op, (PointwiseLoss, Composed))

@@ -24,11 +24,11 @@ NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}  # of numbers; `
 @dataclass(eq=False)
 class Options:
     def values(self) -> tuple[Any, ...]:
-        """The fields' values, in their order."""
+        """Returns the fields' values, in their order."""
         return tuple([getattr(self, name) for name in self.__dataclass_fields__])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that hold tensors, by name."""
+        """Returns the fields that hold tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
@@ -84,7 +84,7 @@ class CrossEntropyOptions(VocabOptions):
         return RowOptions(self.ignore_index, self.scale / self.temperature, self.softcap)
 
     def is_plain(self) -> bool:
-        """Whether torch's function of this name has all that is asked for."""
+        """Returns whether torch's function of this name has all that is asked for."""
         return (
             self.gamma == self.z_loss == 0
             and self.scale == self.temperature == 1
@@ -111,14 +111,16 @@ class HeadOptions(CrossEntropyOptions):
 
 @dataclass(eq=False)
 class LogProbsOptions(VocabOptions):
-    """Options of log-probabilities; the last two are a linear layer's.
+    """Options of log-probabilities.
 
     Attributes:
+        alone: The result is the log-probabilities alone, without entropy and log-sum-exp.
         memory_budget: Bytes for the logits that exist at once; None for the default.
         deterministic_rows: Logits come from matrix products of one size.
     """
 
     reduction: str = "none"
+    alone: bool = False
     memory_budget: int | None = None
     deterministic_rows: bool = False
 
@@ -287,5 +289,5 @@ class Head(NamedTuple):
         return head, options
 
     def takes_blocks(self) -> bool:
-        """Whether the logits can be computed for some classes at a time."""
+        """Returns whether the logits can be computed for some classes at a time."""
         return self.linear_weight.dim() == 2 and not self.target.is_floating_point()

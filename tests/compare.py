@@ -165,10 +165,3 @@ class Errors:
                 f"{result} is {error:.2f} roundings off ({self.where[result]}), "
                 f"torch's at most {self.reference[result]:.2f}"
             )
-
-
-def assert_as_accurate(got: Tensor, of_torch: Tensor, exact: Tensor) -> None:
-    errors = Errors()
-    errors.add("result", got, of_torch, exact)
-    # In float64 the reference is itself rounded, in each of its steps.
-    errors.check(roundings=4 if got.dtype == torch.float64 else 1)

@@ -25,16 +25,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the one under test
 
-hypothesis.settings.register_profile(
-    "repeatable",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    max_examples=20 if interpreter.ON else 100,
-)
-hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -51,6 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if interpreter.ON:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
     grid.FULL = config.getoption("full")
+    examples = 20 if grid.FULL else 4, 100 if grid.FULL else 25
+    hypothesis.settings.register_profile(
+        "repeatable",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        max_examples=examples[not interpreter.ON],
+    )
+    hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
     # Parallel regions of tiny tensors cost more than the tests, most of all on busy cores;
     # test_threads.py holds every other number of threads to the very bits of this one.
     torch.set_num_threads(1)

@@ -1,7 +1,8 @@
 """Runs the tests as on other processors: `make test-machines` (PYTEST_ARGS chooses tests).
 
 Libraries choose their code by the processor, and variables make them choose as on another one. Each
-row of MACHINES has such variables and the files whose results depend on them.
+row of MACHINES has such variables and the files whose results depend on them. Names of files among
+the arguments, such as log_probs, choose from these.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from pyfused.backends import cpu
 TESTS = Path(__file__).parent
 PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel metrics distributed"
 KERNELS = """accuracy activation contract class_losses cross_entropy cross_entropy_options formula
-    inplace log_probs margin metrics pointwise_loss softmax strides"""
+    inplace log_probs margin metrics pointwise_loss softmax"""
 COMPILED = "compile compiled_operators inductor"
 THREADS = "threads parallel processes recycle distributed training"
 
-Machine = tuple[dict[str, str], str]
-MACHINES: tuple[Machine, ...] = (
+MACHINES: tuple[tuple[dict[str, str], str], ...] = (
     ({"MKL_CBWR": "AVX2"}, PRODUCTS),
     ({"MKL_CBWR": "COMPATIBLE"}, PRODUCTS),
     ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, PRODUCTS),
@@ -72,31 +72,35 @@ def intels_code(folder: str) -> str:
     return library
 
 
-def run(machine: Machine, arguments: list[str], folder: str) -> bool:
-    variables, files = machine
+def run(variables: dict[str, str], files: list[str], arguments: list[str], folder: str) -> bool:
     # Inductor does not know these variables, and would take code from its cache that was compiled
     # for other vectors.
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
     if "MKL_CBWR" in variables and sys.platform == "linux":
         environment["LD_PRELOAD"] = intels_code(folder)
-    paths = [str(TESTS / f"test_{name}.py") for name in files.split()]
+    paths = [str(TESTS / f"test_{name}.py") for name in files]
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
     rc = subprocess.run([*pytest, *paths, *arguments], env=environment, check=False).returncode
     return rc in (0, 5)  # 5: none chosen
 
 
 def main(arguments: list[str]) -> int:
-    failed = []
-    for machine in MACHINES:
-        (setting,) = machine[0].items()
+    failed, known = [], {name for _, files in MACHINES for name in files.split()}
+    chosen = known.intersection(arguments) or known
+    arguments = [each for each in arguments if each not in known]
+    for variables, files in MACHINES:
+        (setting,) = variables.items()
         name = "=".join(setting)
         if reason := reason_to_skip(*setting):
             print(f"{name}: skipped, as {reason}", flush=True)
             continue
+        names = [each for each in files.split() if each in chosen]
+        if not names:
+            continue
         print(f"{name}:", flush=True)
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            failed += [] if run(machine, arguments, folder) else [name]
+            failed += [] if run(variables, names, arguments, folder) else [name]
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"Failed: {', '.join(failed)}")

@@ -256,13 +256,18 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
     That is a few times what torch in float32 loses, the most of four calls so that none is judged
     by luck, scaled to that precision. In float64 torch's sums are themselves off, and so are
     products of matrices in any dtype. Where all terms cancel, of one class for example, a rounding
-    of a term is left.
+    of a term is left, and of each term where each is rounded on the way.
     """
     linear = call.op.name.startswith("linear_")
     few = 64 if linear or precision(call) < EPS else 4
     mean = call.given.get("reduction") in ("mean", "batchmean")
     mean = mean and not call.given.keys() & {*DEPRECATED, "denominator"}
     lost = [EPS / max(native[-1].numel(), 1) if mean else EPS] * len(native)
+    if isinstance(call.op, Composed):
+        terms = max(x.numel() for x in call.given.values() if isinstance(x, Tensor))
+        lost = [
+            error * max(1, terms / max(x.numel(), 1)) for error, x in zip(lost, native, strict=True)
+        ]
     for factor in (1.0, 0.9, 0.7, 0.4):
         single = converted(call, torch.float32, factor)
         pairs = zip(run(single, reference), of_reference(single, torch.float64), strict=True)

@@ -13,12 +13,10 @@ SHARED = (
     "test_formula.py",
     "test_fuzz.py",
     "test_gated.py",
-    "test_gradcheck.py",
     "test_inplace.py",
     "test_log_probs.py",
     "test_metrics.py",
     "test_pointwise_loss.py",
     "test_softmax.py",
-    "test_strides.py",
     "test_totals.py",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 from typing import Any
 
@@ -89,6 +90,21 @@ def test_the_triton_that_a_torch_requires() -> None:
 
 
 @pytest.mark.cpu
+def test_both_backends_have_the_same_functions() -> None:
+    pytest.importorskip("triton")
+    from pyfused.backends import triton
+
+    functions = {
+        *("describe", "supports_rows", "product_dtype", "add_product", "cross_entropy"),
+        *("nll_loss", "multi_margin_loss", "kl_div_with_logits", "pointwise_loss", "row_state"),
+        *("row_gradients", "softmax", "activation", "scale_"),
+    }
+    for name in functions:
+        one, another = (inspect.signature(getattr(module, name)) for module in (cpu, triton))
+        assert [*one.parameters] == [*another.parameters], name
+    assert (cpu.ASYNCHRONOUS, triton.ASYNCHRONOUS) == (False, True)
+
+
 def test_an_unknown_backend_is_an_error_that_names_the_known() -> None:
     refused = run(CALL, PYFUSED_BACKEND="cuda")
     assert "PYFUSED_BACKEND: expected cpu, triton or torch, got 'cuda'" in refused.stderr

@@ -106,12 +106,15 @@ def test_the_smallest_calls_that_kernels_take_are_swept() -> None:
 
 
 def found_on(**info: object) -> report.Found:
-    return {"machine_info": {"cpu": "AMD EPYC", "cores": 2, "isa": "x86-64-v3"} | info}
+    return {
+        "machine_info": {"cpu": "AMD EPYC", "cores": 2, "threads": 2, "isa": "x86-64-v3"} | info
+    }
 
 
 def test_machines_of_other_instruction_sets_have_folders_of_their_own() -> None:
     assert report.slug(found_on()) == "amd-epyc-2-cores-x86-64-v3"
     assert report.slug(found_on(isa="x86-64-v4")) == "amd-epyc-2-cores-x86-64-v4"
+    assert report.slug(found_on(threads=1)) == "amd-epyc-2-cores-1-threads-x86-64-v3"
     assert report.slug({"machine_info": {"gpu": "NVIDIA H100 80GB"}}) == "nvidia-h100-80gb"
     for file in report.RESULTS.glob("*/results.json"):
         assert file.parent.name == report.slug(report.load([file]))
@@ -133,7 +136,7 @@ def test_the_table_of_allocators_is_filled_in(tmp_path: Path) -> None:
 
 COMMANDS = (
     *("report", "quick", "memory", "busy", "compare HEAD", "allocators", "compiled", "overhead"),
-    *("sweep", "head", "filter-eps", "gpu gpu.json", "gpu-launch launch.md"),
+    *("sweep", "head", "steps", "filter-eps", "gpu gpu.json", "gpu-launch launch.md"),
     "gpu-check folder",
 )
 

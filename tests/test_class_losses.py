@@ -17,9 +17,7 @@ from reference import Extended, extended
 from torch import Tensor
 from torch.nn import functional as F
 
-import pyfused
 from pyfused import functional as fused
-from pyfused import nn
 
 close = torch.testing.assert_close
 REDUCTIONS = ["none", "mean", "sum"]
@@ -235,14 +233,6 @@ def test_gamma_beside_inplace(shape: tuple[int, ...]) -> None:
     assert torch.equal(torch.autograd.grad(got, x)[0], gradient)
 
 
-def test_gamma_of_the_module_and_of_one_that_was_torchs() -> None:
-    module = nn.CrossEntropyLoss(gamma=2.0)
-    close(module(X, Y), fused.cross_entropy(X, Y, gamma=2.0))
-    model = torch.nn.Sequential(torch.nn.CrossEntropyLoss())
-    pyfused.convert(model)
-    close(model[0](X, Y), F.cross_entropy(X, Y))
-
-
 # ---- what is another loss's kernel ---------------------------------------------------------------
 
 
@@ -276,25 +266,6 @@ def test_rmse_errors() -> None:
     zero = X.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(fused.rmse_loss(zero, X, eps=1e-12), zero)
     assert torch.equal(gradient, torch.zeros(6, 5))
-
-
-@pytest.mark.thresholds
-@grid(
-    name=["nll_loss", "multi_margin_loss"],
-    options=[{}, {"reduction": "none"}],
-    shape=[(0, 5), (3, 5), (300, 400)],
-)
-def test_where_small_inputs_may_go_to_torch(
-    name: str, options: dict[str, Any], shape: tuple[int, ...]
-) -> None:
-    x, target = scores(shape), classes(shape, ignored=False)
-    if not x.numel() and name == "multi_margin_loss":
-        assert getattr(fused, name)(x, target, reduction="none").shape == (0,)
-        return
-    got = evaluate(lambda x: getattr(fused, name)(x, target, **options), x)
-    expected = evaluate(lambda x: getattr(F, name)(x, target, **options), x)
-    close(got.value, expected.value, equal_nan=True)
-    close(got.gradients, expected.gradients, equal_nan=True)
 
 
 def test_focal_targets_that_are_all_ignored_get_no_gradient() -> None:

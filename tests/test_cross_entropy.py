@@ -11,10 +11,12 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, HALF, assert_matches_torch, evaluate, exactly
+from compare import DEVICE, FLOATS, assert_matches_torch, evaluate, exactly
 from conftest import ISAS, KernelCalls
 from grid import grid
+from layouts import LAYOUTS, Layout
 
+from pyfused import layout as layouts
 from pyfused.functional import cross_entropy
 
 INF, NAN = float("inf"), float("nan")
@@ -395,64 +397,35 @@ def test_weights_of_another_dtype_with_probabilities(weight_dtype: torch.dtype) 
         )
 
 
-def test_gradient_to_the_weight_is_torchs_behaviour(target_kind: str, reduction: str) -> None:
-    """A weight that requires a gradient gets what torch gives: a gradient or its error."""
-    logits, target = problem((4, 5), target_kind)
-    weight = torch.rand(5, requires_grad=True)
-    options = {"reduction": reduction}
-    try:
-        evaluate(F.cross_entropy, logits, target, weight, **options)
-    except RuntimeError:
-        with pytest.raises(RuntimeError):
-            evaluate(cross_entropy, logits, target, weight, **options)
-    else:
-        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, weight, **options)
+# ---- strides -------------------------------------------------------------------------------------
 
 
-LEGACY = [(a, b) for a in (None, True, False) for b in (None, True, False) if (a, b) != (None,) * 2]
-
-
-@pytest.mark.parametrize(("size_average", "reduce"), LEGACY)
-def test_size_average_and_reduce_warn_and_work(
-    size_average: bool | None, reduce: bool | None, target_kind: str
-) -> None:
-    logits, target = problem((4, 5), target_kind)
-    options = {"size_average": size_average, "reduce": reduce, "reduction": "no longer read"}
-    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
-        got = cross_entropy(logits, target, **options)
-    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
-        torch.testing.assert_close(got, F.cross_entropy(logits, target, **options))
-
-
-def test_the_arguments_by_position() -> None:
-    logits, target = problem((6, 5), "index")
-    weight = torch.rand(5)
-    args = (logits, target, weight, None, 2, None, "sum", 0.3)
-    assert_matches_torch(cross_entropy, F.cross_entropy, *args)
-
-
-@grid(dtype=FLOATS, autocast=HALF, target_kind=[*KINDS, *KINDS[::-1]])
-def test_autocast_gives_torchs_dtypes(
-    autocast: torch.dtype, dtype: torch.dtype, target_kind: str, kernel_calls: KernelCalls
-) -> None:
-    logits, target = problem((4, 5), target_kind)
-    logits = logits.detach().to(dtype).requires_grad_()
-    with torch.autocast(DEVICE, dtype=autocast):
-        got = evaluate(cross_entropy, logits, target)
-        expected = evaluate(F.cross_entropy, logits, target)
-    assert got.value.dtype == expected.value.dtype
-    assert got.gradients[0].dtype == dtype
-    exact = evaluate(reference.cross_entropy, logits, target, convert=exactly)
-    torch.testing.assert_close(got.value, exact.value.to(got.value.dtype))
-    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
-    torch.testing.assert_close(got.gradients[0], exact.gradients[0].to(dtype), **tolerance)
-    assert kernel_calls["cross_entropy"]
-
-
-@pytest.mark.thresholds
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3), (64, 10), (8, 1000), (2, 3, 40)], ids=str)
-def test_where_small_inputs_may_go_to_torch(
-    shape: tuple[int, ...], target_kind: str, reduction: str
+@grid(
+    layout=LAYOUTS.values(),
+    shape=[*SHAPES, (70, 3), (3, 130), (6, 5, 1), (2, 3, 70), (7, 3, 1, 1)],
+    target_kind=KINDS,
+    reduction=REDUCTIONS,
+)
+def test_layouts(
+    layout: Layout,
+    shape: tuple[int, ...],
+    target_kind: str,
+    reduction: str,
+    kernel_calls: KernelCalls,
 ) -> None:
     logits, target = problem(shape, target_kind)
-    assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, reduction=reduction)
+    if target_kind == "index" and target.dim():
+        target.view(-1)[0] = -100
+    logits = layout(logits.detach()).requires_grad_()
+    for smoothing in (0.0, 0.1):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
+    assert kernel_calls["cross_entropy"] >= 2
+
+
+def test_rows_of_a_batch_have_one_outer_index() -> None:
+    """The kernels take several rows at a time, of the same outer index."""
+    for shape in ((6, 5), (6, 5, 1), (6, 5, 1, 1)):
+        logits = torch.empty(shape)
+        assert layouts.row_sizes(logits) == (1, 6, 5)
+        assert layouts.strides_of(logits) == (0, 5, 1)

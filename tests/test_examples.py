@@ -49,7 +49,7 @@ def example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-DRAWN = ["demo", "losses", "gradient_descent"]
+DRAWN = ["demo", "losses", "gradient_descent", "heads"]
 
 
 WITHOUT_PICTURES = ["digits", "regression", "gpt", "custom_loss", "grpo", "distillation"]
@@ -288,3 +288,34 @@ def test_descents_are_drawn(
     monkeypatch.setattr(sys, "argv", ["gradient_descent.py", "--output", str(picture)])
     descents.main()
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "log-probabilities", "divergence"])
+def test_each_way_of_a_head_has_the_same_value_and_gradients(
+    loss: str, kernels_forced: None, kernel_calls: KernelCalls
+) -> None:
+    pytest.importorskip("matplotlib")
+    hidden, weight, teacher = torch.randn(12, 8), torch.randn(50, 8), torch.randn(12, 8)
+    given = hidden.requires_grad_(), weight.requires_grad_(), torch.randint(50, (12,))
+    first, *others = (
+        (value, *torch.autograd.grad(value, given[:2]))
+        for value in (
+            way(*given, teacher, torch.ones(50, 8)) for way in example("heads").WAYS[loss]
+        )
+    )
+    for results in others:
+        torch.testing.assert_close(results, first)
+    assert kernel_calls.total() >= 2
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_heads_draws_what_it_measured(memory: bool, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    heads = example("heads")
+    measured = heads.Measured(1.0, 2.0, 3.0 if memory else None)
+    figure = heads.draw({loss: dict.fromkeys(heads.NAMES, [measured] * 3) for loss in heads.WAYS})
+    figure.savefig(tmp_path / "heads.png")
+    assert len(figure.axes) == 1 + memory
+    for axes in figure.axes:
+        tallest = max(bar.get_height() for bar in axes.patches)
+        assert axes.get_ylim()[1] > tallest  # there is room for the number above it

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from compare import FLOATS, HALF, Errors, assert_matches_torch, evaluate, evaluate_upstream
+from compare import Errors, assert_matches_torch, evaluate, evaluate_upstream
 from conftest import KernelCalls
 from grid import grid
 from reference import extended
@@ -17,11 +16,10 @@ from samples import GATED, SAMPLES
 from torch import Tensor
 
 import pyfused
-from pyfused import functional, nn
+from pyfused import functional
 from pyfused.ops.pointwise_loss import Gated
 
 close = torch.testing.assert_close
-SHAPES = [[(), ()], [(7,), (7,)], [(3, 50), (3, 50)], [(5, 1, 9), (2, 9)], [(0, 4), (0, 4)]]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -33,22 +31,6 @@ def in_torch(op: Gated, gate: Tensor, up: Tensor, **options: Any) -> Tensor:
     act = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[op.name]
     result: Tensor = getattr(torch.nn.functional, act)(gate, **options) * up
     return result
-
-
-@grid(case=cases(), shapes=SHAPES, dtype=FLOATS)
-def test_values_and_gradients(
-    case: tuple[Gated, dict[str, Any]],
-    shapes: list[tuple[int, ...]],
-    dtype: torch.dtype,
-    kernel_calls: KernelCalls,
-) -> None:
-    op, options = case
-    if dtype in HALF and shapes[0] != shapes[1]:
-        pytest.skip("a gradient of what is broadcast is a sum of rounded ones")
-    gate, up = (torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
-    ours, reference = getattr(functional, op.name), partial(in_torch, op)
-    assert_matches_torch(ours, reference, gate, up, **options)
-    assert kernel_calls.total() >= bool(gate.numel())
 
 
 @grid(case=cases(), dtype=[torch.float32, torch.bfloat16])
@@ -88,21 +70,6 @@ def test_nothing_but_the_inputs_is_saved(op: Gated) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         getattr(functional, op.name)(gate, up)
     assert {tensor.data_ptr() for tensor in saved} == {gate.data_ptr(), up.data_ptr()}
-
-
-@grid(case=cases())
-def test_higher_derivatives_and_modules(case: tuple[Gated, dict[str, Any]]) -> None:
-    op, options = case
-    gate, up = (torch.rand(5, dtype=torch.float64) + 0.1 for _ in range(2))
-    leaves = gate.requires_grad_(), up.requires_grad_()
-    function = lambda gate, up: getattr(functional, op.name)(gate, up, **options)  # noqa: E731
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
-    module = pickle.loads(pickle.dumps(getattr(nn, op.module)(**options)))
-    assert torch.equal(module(*leaves), function(*leaves))
-    assert "GLU" in repr(module)
-    compiled = torch.compile(function, backend="eager", fullgraph=True)
-    close(compiled(*leaves), function(*leaves))
 
 
 # ---- glu and prelu -------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import interpreter
 import pytest
 import torch
 from compare import FLOATS, Errors, evaluate, exactly
-from conftest import KernelCalls, backend
+from conftest import backend
+from grid import FULL, grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused import nn
 from pyfused.backends import cpu
 from pyfused.ops import chunked
 from pyfused.ops.operators import OPERATORS
@@ -131,9 +131,7 @@ def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -
             errors.add(f"gradient {i} of {chosen}", *of, products=rows if i else columns)
 
 
-@every_dtype
-@every_operator
-@pytest.mark.parametrize("kind", SHAPES)
+@grid(kind=SHAPES, op=["log_probs", "linear_log_probs"], dtype=FLOATS)
 def test_as_exact_as_torch(op: str, kind: str, dtype: torch.dtype) -> None:
     errors = Errors()
     shaping: dict[str, Any] = {"softcap": 4.0, "temperature": 0.7}
@@ -144,8 +142,7 @@ def test_as_exact_as_torch(op: str, kind: str, dtype: torch.dtype) -> None:
     errors.check(roundings=128 if dtype is torch.float64 else few)  # its sums have no wider type
 
 
-@every_dtype
-@pytest.mark.parametrize("budget", [5000] if interpreter.ON else [1, 5000, 1 << 17, 1 << 22])
+@grid(dtype=FLOATS, budget=[5000] if interpreter.ON else [1, 5000, 1 << 17, 1 << 22])
 def test_budgets_and_fixed_products(budget: int, dtype: torch.dtype) -> None:
     errors, shape = Errors(), (40, 2100) if backend is cpu else (12, 70)
     for more in ({}, {"deterministic_rows": True}):
@@ -326,16 +323,6 @@ def test_no_product_that_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch
     assert [shape[1:] for shape in products] == [tensors[name].shape[1:]] * (name != "linear_bias")
 
 
-def test_weight_gradients_are_summed_in_float32() -> None:
-    """Each of many rows adds less to the sum than half precision can tell."""
-    n = 4096 if backend is cpu else 512
-    input, target = torch.ones(n, 1, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int64)
-    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    found = fused.linear_log_probs(input, head, target, memory_budget=256 if backend is cpu else n)
-    found.log_probability.mean().backward()
-    torch.testing.assert_close(head.grad, torch.tensor([[0.5], [-0.5]], dtype=torch.bfloat16))
-
-
 # ---- what a row's results depend on --------------------------------------------------------------
 
 ROWS, CLASSES = (9, 150) if interpreter.ON else (9, 3500)
@@ -346,7 +333,7 @@ def bits(results: Any) -> Tensor:
 
 
 @pytest.mark.cpu
-@settings(max_examples=40)
+@settings(max_examples=40 if FULL else 15)
 @given(
     classes=st.integers(1, CLASSES),
     rows=st.integers(1, ROWS),
@@ -385,7 +372,7 @@ def test_a_row_depends_on_itself_alone(
 
 
 @pytest.mark.cpu
-@settings(max_examples=30)
+@settings(max_examples=30 if FULL else 10)
 @given(
     classes=st.integers(1, 2600),
     rows=st.integers(1, 40),
@@ -408,7 +395,7 @@ def test_chunks_change_no_bit(
 
 
 @pytest.mark.cpu
-@settings(max_examples=40)
+@settings(max_examples=40 if FULL else 15)
 @given(
     features=st.integers(1, 300),
     classes=st.integers(2, 2600),
@@ -476,7 +463,7 @@ def test_a_call_continues_from_the_one_before(isa: str) -> None:
         logits, target = logits[:, :192].contiguous(), torch.tensor([5, 100, 191, -100])
     classes, block = logits.shape[1], 1024 if backend is cpu else 64
     options, weight = RowOptions(), torch.rand(classes)
-    logits[0, 2 * block : 2 * block + 2] = 50.0
+    logits[0, 2 * block - 1 : 2 * block + 1] = 50.0  # the first of them in the block before
     logits[1, [block - 1, block + 1]] = math.nan
     whole, parts = torch.empty(2, SMOOTHING_FIELDS, 4).double()
     backend.row_state(logits, target, options, whole, ClassRange(0, classes), weight)
@@ -494,26 +481,6 @@ def test_a_call_continues_from_the_one_before(isa: str) -> None:
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("share", [None, 16])
-def test_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: int | None) -> None:
-    """What exists at once beside inputs and gradients: a quarter of the logits, or less."""
-    n, classes = 2048, 16000
-    logits, empty, sizes = n * classes * dtype.itemsize, cpu.empty, []
-
-    def seen(shape: Any, dtype: torch.dtype, *rest: Any, **options: Any) -> Tensor:
-        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
-        return empty(shape, dtype, *rest, **options)
-
-    monkeypatch.setattr(cpu, "empty", seen)
-    tensors = draw("linear_log_probs", dtype, (n, classes), bias=False)
-    budget = None if share is None else logits // share
-    found = all_three("linear_log_probs", **tensors, memory_budget=budget)
-    sum(x.sum() for x in found).backward()
-    assert max(sizes) <= logits / (share or 4)
 
 
 @pytest.mark.cpu
@@ -539,29 +506,6 @@ def test_custom_operator(op: str) -> None:
     options = LogProbsOptions(softcap=9.0, temperature=2.0)
     operator = getattr(torch.ops.pyfused, op).default
     torch.library.opcheck(operator, (*given, *options.values()))
-
-
-@every_operator
-def test_explained(op: str, kernel_calls: KernelCalls) -> None:
-    said = pyfused.explain(op, **draw(op))
-    assert said.backend == ("cpu" if backend is cpu else "triton")
-    all_three(op, **draw(op))[0].sum().backward()
-    assert kernel_calls["row_state"] == kernel_calls["row_gradients"] == 1
-
-
-def test_modules() -> None:
-    options: dict[str, Any] = {"temperature": 0.5, "return_entropy": True}
-    tensors = draw("log_probs")
-    module = nn.LogProbs(**options)
-    expected = fused.log_probs(**tensors, **options)
-    torch.testing.assert_close(module(**tensors), expected)
-    assert "temperature=0.5, return_entropy=True" in repr(module)
-    head = nn.LinearLogProbs(FEATURES, 70, bias=True, memory_budget=4000, **options)
-    input, target = torch.randn(5, FEATURES), torch.randint(0, 70, (5,))
-    weight, bias = head.linear.weight, head.linear.bias
-    expected = fused.linear_log_probs(input, weight, target, linear_bias=bias, **options)
-    torch.testing.assert_close(head(input, target), expected)
-    assert "memory_budget=4000, deterministic_rows=False" in repr(head)
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [

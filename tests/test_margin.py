@@ -1,4 +1,4 @@
-"""additive_margin, and the scale of losses of cosines."""
+"""additive_margin, whose cosines cross_entropy scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from compare import FLOATS, Errors, evaluate, exactly
-from conftest import backend
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -122,61 +121,3 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
     input, target = cosines((6, 5), torch.float32)
     with pytest.raises(error, match=told):
         fused.additive_margin(**({"input": input, "target": target} | wrong))
-
-
-# ---- scale, which the kernels of cross_entropy multiply the logits by ----------------------------
-
-
-@every_dtype
-@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 2500), (2, 150, 6)], ids=str)
-def test_scale(shape: tuple[int, ...], probabilities: bool, dtype: torch.dtype) -> None:
-    """As of logits that were multiplied before, with gradients of the ones that were given."""
-    input, target = cosines(shape, dtype)
-    if probabilities:
-        dim = min(len(shape) - 1, 1)
-        target = torch.randn(shape).softmax(dim).to(dtype).requires_grad_()
-
-    def scaled(function: Any) -> Any:
-        def call(input: Tensor, *rest: Any, scale: float, **options: Any) -> Tensor:
-            return function(input * scale, *rest, **options)
-
-        return call
-
-    errors = Errors()
-    for options in (
-        {"scale": 16.0},
-        {"scale": 0.3, "label_smoothing": 0.1, "reduction": "none"},
-        {"scale": 3, "weight": (torch.rand(shape[min(len(shape) - 1, 1)]) + 0.5).to(dtype)},
-    ):
-        got = evaluate(fused.cross_entropy, input, target, **options)
-        native = evaluate(scaled(F.cross_entropy), input, target, **options)
-        exact = evaluate(scaled(F.cross_entropy), input, target, convert=exactly, **options)
-        errors.add("loss", got.value, native.value, exact.value)
-        for mine, theirs, best in zip(
-            got.gradients, native.gradients, exact.gradients, strict=True
-        ):
-            errors.add("gradient", mine, theirs, best)
-    errors.check(roundings=16 if dtype is torch.float64 else 2)
-
-
-def test_scale_in_place_with_gamma_and_z_loss() -> None:
-    input, target = cosines((6, 300), torch.float32)
-    options: dict[str, Any] = {"gamma": 2.0, "z_loss": 0.1}
-    got = fused.cross_entropy(input * 1, target, scale=7.0, inplace=True, **options)
-    expected = fused.cross_entropy(input * 7, target, **options)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, input), torch.autograd.grad(expected, input)
-    )
-
-
-@pytest.mark.parametrize("scale", [0.0, -2.0])
-def test_bad_scale(scale: float) -> None:
-    with pytest.raises(ValueError, match=f"scale: expected a positive number, got {scale}"):
-        fused.cross_entropy(*cosines((6, 5), torch.float32), scale=scale)
-    if backend is not None:
-        with pytest.raises(ValueError, match="scale: expected a positive number"):
-            fused.linear_cross_entropy(
-                torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]), scale=scale
-            )

@@ -733,46 +733,6 @@ def test_the_summary_is_one_line_where_nothing_is_gained() -> None:
     assert summary(60.0, left=dtype) == [[left], [f"{nothing}no kernel ran, in 60 s"]]
 
 
-FX = """
-import torch, torch.nn.functional as F
-class Model(torch.nn.Module):
-    def forward(self, x):
-        return torch.sigmoid(F.gelu(torch.relu(x))) + F.silu(x) + F.threshold(x, 0.0, 1.0).tanh()
-nodes = torch.fx.symbolic_trace(Model()).graph.nodes
-called = [node.target for node in nodes if node.op == "call_function"][:3]
-print([a is b for a, b in zip(called, (torch.relu, F.gelu, torch.sigmoid))])
-print([type(f).__name__ for f in (F.threshold, torch.prelu, torch.rrelu, torch.Tensor.prelu)])
-"""
-
-
-def test_passes_over_graphs_find_torchs_functions(tmp_path: Path) -> None:
-    expected = plain("-c", FX, folder=tmp_path)
-    got = counted("-c", FX, folder=tmp_path)
-    assert expected.stdout.startswith("[True, True, True]")
-    assert got.stdout == expected.stdout, got.stderr
-
-
-TABLE = """
-import torch, torch.nn.functional as F
-table = {F.softplus: 1, torch.celu: 2, torch.Tensor.prelu: 3, torch.relu: 4, F.gelu: 5, F.elu: 6}
-
-class Implements(torch.Tensor):
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return table.get(func, NotImplemented)
-
-x = torch.ones(2).as_subclass(Implements)
-assert F.softplus(x) == 1 and torch.celu(x) == 2 and x.prelu(x) == 3
-assert torch.relu(x) == 4 and F.gelu(x) == 5 and F.elu(x) == 6
-assert torch.celu in table and torch.selu not in table
-"""
-
-
-def test_a_subclasss_table_of_functions_that_are_counted(tmp_path: Path) -> None:
-    done = counted("-c", TABLE, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
 WARNS = """
 import sys, warnings, torch.nn.functional as F, torch
 x = torch.ones(2, 2)

@@ -8,29 +8,15 @@ CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environ
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import cpu
 from pyfused.backends.versions import unsupported_triton
-from pyfused.types import (
-    ClassRange,
-    CrossEntropyOptions,
-    DivergenceOptions,
-    Gradients,
-    Kernels,
-    MarginOptions,
-    NllOptions,
-    RowOptions,
-    Want,
-)
-
-if TYPE_CHECKING:
-    from pyfused.ops.program import Program
+from pyfused.types import CrossEntropyOptions, Gradients, Want
 
 DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 
@@ -41,111 +27,9 @@ if FORCED == "cpu" and cpu.MISSING:
     raise ImportError(f"PYFUSED_BACKEND: expected triton or torch, as {cpu.MISSING}, got 'cpu'")
 
 
-class Backend(Protocol):
-    """The functions of a module of this package. `cpu.py` says what they take and return.
-
-    Attributes:
-        ASYNCHRONOUS: Reading a tensor's value would wait for the device, so that a call does not.
-    """
-
-    ASYNCHRONOUS: bool
-
-    def describe(
-        self, input: Tensor, strategy: Callable[[Tensor], str]
-    ) -> tuple[str, str, str | None, int | None]:
-        """Returns the backend, how its kernel reads the input, instruction set and threads."""
-
-    def supports_rows(self, logits: Tensor) -> bool:
-        """Returns whether the C++ kernel's vectors are along classes, and not along rows."""
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-        """Returns a new tensor on the device of ``like``."""
-
-    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Returns the dtype that matrices of a dtype are best multiplied in."""
-
-    def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
-        """``out = beta * out + a @ b``, where ``out`` may have a wider dtype."""
-
-    def cross_entropy(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: CrossEntropyOptions,
-        want: Want,
-        grad_output: Tensor | None = None,
-    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
-
-    def nll_loss(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: NllOptions,
-        want: Want,
-        grad_output: Tensor | None = None,
-    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
-
-    def multi_margin_loss(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: MarginOptions,
-        want: Want,
-        grad_output: Tensor | None = None,
-    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
-
-    def kl_div_with_logits(
-        self,
-        input: Tensor,
-        teacher: Tensor,
-        options: DivergenceOptions,
-        want: Want,
-        grad_output: Tensor | None = None,
-    ) -> tuple[Tensor | None, Gradients]: ...
-
-    def pointwise_loss(
-        self,
-        formula: str | Program,
-        tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-        parameters: tuple[float, ...],
-        reduction: str,
-        want: Want,
-        halves: int | None = None,
-    ) -> Callable[..., tuple[Tensor | None, Gradients]]: ...
-
-    def row_state(
-        self,
-        logits: Tensor,
-        target: Tensor | None,
-        options: RowOptions,
-        state: Tensor,
-        classes: ClassRange,
-        weight: Tensor | None = None,
-        continues: bool = False,
-    ) -> None: ...
-
-    def row_gradients(
-        self,
-        logits: Tensor,
-        target: Tensor | None,
-        options: RowOptions,
-        state: Tensor,
-        grad_results: Tensor,
-        classes: ClassRange,
-        out: Tensor,
-        weight: Tensor | None = None,
-    ) -> None: ...
-
-    def softmax(self, formula: str, input: Tensor, dim: int) -> Kernels: ...
-
-    def activation(
-        self, formula: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
-    ) -> Kernels: ...
-
-    def scale_(self, tensor: Tensor, factor: Tensor) -> None: ...
+# A module of this package. They have the same functions; `cpu.py` says what these take and return.
+# Where a backend is ASYNCHRONOUS, reading a tensor's value would wait for the device.
+Backend = ModuleType
 
 
 def backend_of(input: Tensor) -> Backend:
@@ -168,7 +52,9 @@ def cross_entropy_once(
 ) -> tuple[Tensor | None, Gradients]:
     """Prepares and launches the kernel once, for layouts that need not come again."""
     launch = backend.cross_entropy(input, target, weight, options, want, grad_output)
-    return launch(input, target, weight, options.token_weight, options.denominator, grad_output)
+    tensors = input, target, weight, options.token_weight, options.denominator, grad_output
+    result: tuple[Tensor | None, Gradients] = launch(*tensors)
+    return result
 
 
 def takes_triton(input: Tensor) -> bool:

@@ -92,7 +92,7 @@ def _choose() -> str:
     return asked
 
 
-_FOLDERS = [Path(folder) for folder in sys.modules["pyfused"].__path__]
+_FOLDERS = [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]
 MISSING: str | None = None  # why there are no kernels
 if any(file for folder in _FOLDERS for file in folder.glob("_cpu_*")):
     # The module for the least instruction set says which of the others are safe to load.
@@ -513,8 +513,8 @@ def row_gradients(
     Args:
         logits, target, options, classes, weight: As in ``row_state``.
         state: Of all classes.
-        grad_results: The gradients of log-probability, entropy, log-sum-exp and, in a fourth row,
-            of the weighted sum of the logits; float64, the rows contiguous.
+        grad_results: The gradients of the first of log-probability, entropy, log-sum-exp and the
+            weighted sum of the logits: one row, three or four; float64, the rows contiguous.
         out: Of the logits' shape and dtype, with contiguous classes; it may be the logits.
     """
     given = _logit_rows(logits, target, options, classes, weight)

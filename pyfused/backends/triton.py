@@ -438,10 +438,10 @@ def row_gradients(
     weight: Tensor | None = None,
 ) -> None:
     """Computes what ``cpu.row_gradients`` does; an index out of range gives zeros."""
-    strides = tuple(tensor.stride(0) for tensor in (logits, out, state, grad_results))
+    strides = logits.stride(0), out.stride(0), state.stride(0), grad_results.stride(0)
     choice, programs, given, meta = _logit_rows(logits, options, strides, classes, out)
     tensors = logits, target, weight, state, grad_results, out
-    run = prepared(row_gradients_kernel, choice, SMOOTHS=len(grad_results) > 3, **meta)
+    run = prepared(row_gradients_kernel, choice, RESULTS=grad_results.shape[0], **meta)
     run(programs, *tensors, *given)
 
 

@@ -57,7 +57,7 @@ class Activation(Operator):
         return None
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
-        """What is computed where no kernel is: torch's function has a gradient of its input."""
+        """Returns the gradient where no kernel is: torch's function has one of its input."""
         if self.saves == "output":
             assert self.gradient is not None
             return self.gradient(grad_output, saved, *options)
@@ -96,7 +96,7 @@ class Activation(Operator):
 
 
 def _built_in(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function without the cost of Python's, where there is one."""
+    """Returns the function without the cost of Python's, where there is one."""
     function: Callable[..., Tensor] = getattr(torch, name, getattr(torch._C._nn, name, reference))
     return function
 

@@ -33,15 +33,16 @@ TILE = 1024  # rows, and classes, of a block
 
 
 def product_dtype(head: Head, backend: Backend) -> torch.dtype:
-    """The dtype in which matrices are multiplied."""
+    """Returns the dtype in which matrices are multiplied."""
     dtype = head.input.dtype
     if head.target.is_floating_point():
         dtype = torch.promote_types(dtype, head.target.dtype)
-    return backend.product_dtype(dtype)
+    best: torch.dtype = backend.product_dtype(dtype)
+    return best
 
 
 def has_slow_sums(dtype: torch.dtype, backend: Backend) -> bool:
-    """Whether sums of products in a dtype take longer than the products."""
+    """Returns whether sums of products in a dtype take longer than the products."""
     return dtype is torch.bfloat16 and backend is cpu and cpu.HAS_AMX
 
 

@@ -177,7 +177,7 @@ class LayerGradients:
 
 
 def counted_rows(target: Tensor, ignored: int, backend: Backend) -> Tensor | None:
-    """The rows with a target that is not ignored, or None for all of them.
+    """Returns the rows with a target that is not ignored, or None for all of them.
 
     Others are left out where nobody waits for that, unless none is left then.
     """
@@ -263,7 +263,7 @@ def _layer(head: Head) -> Layer:
 
 
 def joined(losses: list[Tensor | None], each: bool) -> Tensor | None:
-    """The losses of chunks of rows as one tensor, None where they are not wanted."""
+    """Returns the losses of chunks of rows as one tensor, None where they are not wanted."""
     parts = [loss for loss in losses if loss is not None]
     if not parts:
         return None
@@ -346,13 +346,14 @@ def gradients_of(
     Args:
         tensors, options, weight: As in ``state_of``.
         state: Of all classes.
-        grad_results: The gradients of log-probability, entropy, log-sum-exp and, as a fourth, of
-            the weighted sum of the logits, of shape (3 or 4, *target.shape), in float64.
+        grad_results: The gradients of the first of log-probability, entropy, log-sum-exp and the
+            weighted sum of the logits, of shape (1, 3 or 4, *target.shape), in float64.
         kept: The logits that ``state_of`` has kept, whose memory is overwritten.
         least: The least gradient of a logit of each row that counts in products; None if all do.
     """
     if len(tensors) == 2:
-        return (_gradient_of_logits(tensors, options, weight, state, grad_results),)
+        given = *tensors, options, state, grad_results, weight
+        return (gradient_of_logits(backend_of(state), *given),)
     input, linear_weight, *_ = tensors
     backend, n = backend_of(input), input.shape[:-1].numel()
     counted = _counted_part(tensors, options, backend)
@@ -380,19 +381,23 @@ def gradients_of(
     )
 
 
-def _gradient_of_logits(
-    tensors: Sequence[Any],
+def gradient_of_logits(
+    backend: Backend,
+    logits: Tensor,
+    target: Tensor,
     options: StateOptions,
-    weight: Tensor | None,
     state: Tensor,
     grad_results: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    logits, target = tensors
+    """Returns the gradient of logits (C), (N, C) or (N, C, d1, ..., dk); see `gradients_of`."""
     logits = logits.detach()
-    rows, backend = as_rows(logits), backend_of(logits)
+    rows = as_rows(logits)
     copied = rows.data_ptr() != logits.data_ptr()
     out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
-    given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
+    state = state.reshape(state.shape[0], -1).contiguous()
+    grad_results = grad_results.reshape(grad_results.shape[0], -1).contiguous()
+    given = rows, target.flatten().contiguous(), options.rows, state, grad_results
     backend.row_gradients(*given, options.classes, out, weight)
     if logits.dim() == 2:
         return out
@@ -455,17 +460,19 @@ def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backen
 
 
 def cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
-    """The logits themselves where there is no softcap."""
-    return (
-        logits if softcap is None else backend.activation("softcap", logits, (softcap,))[0](logits)
-    )
+    """Returns softcap * tanh(logits / softcap), or the logits where there is no softcap."""
+    if softcap is None:
+        return logits
+    capped: Tensor = backend.activation("softcap", logits, (softcap,))[0](logits)
+    return capped
 
 
 def uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
-    """The gradient of the logits, given that of the capped ones."""
+    """Returns the gradient of the logits, given that of the capped ones."""
     if softcap is None:
         return gradient
-    return backend.activation("softcap", logits, (softcap,))[1](gradient, logits)
+    uncapped: Tensor = backend.activation("softcap", logits, (softcap,))[1](gradient, logits)
+    return uncapped
 
 
 # ---- products ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ Tensors = tuple[Any, ...]  # the input, the target and the weights of the classe
 Launch = Callable[..., tuple[Tensor | None, Gradients]]
 
 
-class Given(NamedTuple):
+class ClassLossArguments(NamedTuple):
     """The arguments of a call, as checked and as the kernels take them."""
 
     input: Tensor
@@ -45,14 +45,14 @@ class ClassLoss(Operator):
         return checks.classes_of(arguments[0]) <= few
 
     @abstractmethod
-    def read(self, arguments: Arguments) -> Given:
+    def read(self, arguments: Arguments) -> ClassLossArguments:
         """Returns the arguments that kernels take, as they were given."""
 
     def tensors(self, arguments: Arguments) -> Tensors:
         """Returns the tensors among the arguments, but for those in the options."""
         return arguments[:3]
 
-    def checked(self, arguments: Arguments) -> Given:
+    def checked(self, arguments: Arguments) -> ClassLossArguments:
         """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
         given = self.read(arguments)
         checks.reduction(given.options.reduction)
@@ -89,7 +89,7 @@ class ClassLoss(Operator):
             and (is_dense(arranged[0]) or not inplace),
         )
 
-    def dtype_of(self, given: Given) -> torch.dtype:
+    def dtype_of(self, given: ClassLossArguments) -> torch.dtype:
         """Returns the dtype of the loss."""
         return autocast_dtype(given.input.dtype, given.input.device)
 
@@ -99,7 +99,7 @@ class ClassLoss(Operator):
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
         return input, target.reshape(()) if input.dim() == 1 else target, weight
 
-    def define(self, given: Given) -> Tensor:
+    def define(self, given: ClassLossArguments) -> Tensor:
         """Returns the loss as torch computes it."""
         input, target, weight, options = given
         return self.reference(input, target, weight=weight, **options._asdict())
@@ -219,7 +219,7 @@ class ClassLossPlan:
         if isinstance(options, CrossEntropyOptions):
             denominator = self.denominator if denominator is None else denominator
             options = replace(options, token_weight=token_weight, denominator=denominator)
-        given = Given(input, target, weight, options)
+        given = ClassLossArguments(input, target, weight, options)
         return gradients_of_definition(self.op, given, self.needs, grad_output)
 
 
@@ -234,7 +234,7 @@ def _saved(ctx: Any) -> Tensors:
 
 
 def gradients_of_definition(
-    op: ClassLoss, given: Given, wanted: Sequence[bool], grad_output: Tensor
+    op: ClassLoss, given: ClassLossArguments, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
     """Returns the gradients of torch's own operator, themselves differentiable."""
     dtype, weight = grad_output.dtype, given.weight
@@ -243,7 +243,7 @@ def gradients_of_definition(
         input = input.to(dtype)
         target = target.to(dtype) if target.is_floating_point() else target
         as_dtype = None if weight is None else weight.to(dtype)
-        return op.define(Given(input, target, as_dtype, given.options))
+        return op.define(ClassLossArguments(input, target, as_dtype, given.options))
 
     return differentiate(definition, given[:2], wanted, grad_output)
 
@@ -255,10 +255,10 @@ def gradients_of_definition(
 class NllLoss(ClassLoss):
     """The negative log-likelihood of log-probabilities."""
 
-    def read(self, arguments: Arguments) -> Given:
+    def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, weight, size_average, ignore_index, reduce, reduction = arguments
         reduction = reduction_of(size_average, reduce, reduction)
-        return Given(input, target, weight, NllOptions(ignore_index, reduction))
+        return ClassLossArguments(input, target, weight, NllOptions(ignore_index, reduction))
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "one element of a row"
@@ -268,10 +268,10 @@ class NllLoss(ClassLoss):
 class MultiMarginLoss(ClassLoss):
     """The margin loss of scores, rows of classes."""
 
-    def read(self, arguments: Arguments) -> Given:
+    def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, p, margin, weight, size_average, reduce, reduction = arguments
         reduction = reduction_of(size_average, reduce, reduction)
-        return Given(input, target, weight, MarginOptions(p, margin, reduction))
+        return ClassLossArguments(input, target, weight, MarginOptions(p, margin, reduction))
 
     def tensors(self, arguments: Arguments) -> Tensors:
         return arguments[0], arguments[1], arguments[4]

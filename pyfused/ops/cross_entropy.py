@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.layout import accumulate_dtype, loss_shape
-from pyfused.ops import metrics, vocab_parallel
-from pyfused.ops.class_loss import ClassLoss, ClassLossPlan, Given, Tensors
+from pyfused.ops import TORCH_OPS, metrics, vocab_parallel
+from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, ClassLossPlan, Tensors
 from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, parameters_of, reduction_of
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
@@ -37,14 +37,14 @@ class CrossEntropy(ClassLoss):
         tensors = given.pop("input"), given.pop("target"), given.pop("weight", None)
         return *tensors, CrossEntropyOptions(reduction=reduction, **given)
 
-    def read(self, arguments: Arguments) -> Given:
-        return Given(*arguments)
+    def read(self, arguments: Arguments) -> ClassLossArguments:
+        return ClassLossArguments(*arguments)
 
-    def checked(self, arguments: Arguments) -> Given:
+    def checked(self, arguments: Arguments) -> ClassLossArguments:
         given = super().checked(arguments)
         return given._replace(options=checks.normalized(given.options))
 
-    def define(self, given: Given) -> Tensor:
+    def define(self, given: ClassLossArguments) -> Tensor:
         return self.reference(*given)
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
@@ -91,12 +91,12 @@ class CrossEntropy(ClassLoss):
 
     def _compiled(self, arguments: Arguments) -> Tensor:
         given = self.checked(arguments)
-        operator, tensors = torch.ops.pyfused.cross_entropy, self.arranged(given[:3])
+        operator, tensors = TORCH_OPS.cross_entropy, self.arranged(given[:3])
         loss: Tensor = operator(*tensors, *given.options.values())
         dtype = self.dtype_of(given._replace(input=tensors[0]))
         return loss if loss.dtype is dtype else loss.to(dtype)
 
-    def dtype_of(self, given: Given) -> torch.dtype:
+    def dtype_of(self, given: ClassLossArguments) -> torch.dtype:
         return given.options.loss_dtype or super().dtype_of(given)
 
     def arranged(self, tensors: Tensors) -> Tensors:

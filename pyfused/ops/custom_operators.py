@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import inductor, linear_cross_entropy, log_probs
+from pyfused.ops import NAMESPACE, TORCH_OPS, inductor, linear_cross_entropy, log_probs
 from pyfused.ops.activation import Activation
 from pyfused.ops.chunked import GradientsNeeded, gradients_of, state_of
-from pyfused.ops.class_loss import ClassLoss, Given, gradients_of_definition
+from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
@@ -28,7 +28,7 @@ from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Gated, PointwiseLoss
-from pyfused.ops.row_state import fields_of
+from pyfused.ops.row_state import fields_of, results_of
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
     STATE_FIELDS,
@@ -42,7 +42,7 @@ from pyfused.types import (
     Want,
 )
 
-_LIBRARY = torch.library.Library("pyfused", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _SCHEMA = {  # of the types of fields
     "int": "int",
     "int | None": "int?",
@@ -141,9 +141,9 @@ class CompiledOperator:
             (backward, run_backward, fake_backward),
         ):
             _LIBRARY.impl(name, kernel, "CPU")
-            torch.library.register_fake(f"pyfused::{name}", meta, lib=_LIBRARY)
+            torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_LIBRARY)
         torch.library.register_autograd(
-            f"pyfused::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
+            f"{NAMESPACE}::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
         )
 
     def save(self, ctx: Any, inputs: Arguments, output: Any) -> None:
@@ -170,7 +170,7 @@ class CompiledOperator:
         elif saved[count:]:
             found = [gradient * grad_output for gradient in saved[count:]]
         else:
-            found = getattr(torch.ops.pyfused, f"{self.name}_backward")(grad_output, *given, wanted)
+            found = getattr(TORCH_OPS, f"{self.name}_backward")(grad_output, *given, wanted)
             found = found if self.differentiable > 1 else (found,)
         kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         inputs = len(given) - (self.adds_output is not None) + self.in_forward
@@ -340,9 +340,9 @@ def _fields(options: type[Options]) -> list[str]:
     return [f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(options)]
 
 
-def _read(given: Arguments) -> Given:
+def _read(given: Arguments) -> ClassLossArguments:
     input, target, weight, *options = given
-    return Given(input, target, weight, CrossEntropyOptions(*options))
+    return ClassLossArguments(input, target, weight, CrossEntropyOptions(*options))
 
 
 def _loss(given: Arguments, want: Want = _LOSS) -> tuple[Tensor, Gradients]:
@@ -394,7 +394,7 @@ _LIBRARY.define(
     f"{_NAME}({', '.join(cross_entropy.schema)}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl(_NAME, _loss_and_gradients, "CPU")
-torch.library.register_fake(f"pyfused::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
 
 # ---- linear_cross_entropy ------------------------------------------------------------------------
 
@@ -499,6 +499,10 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
         found = gradients_of(tensors, *of_call, grad_output[:3])
         return tuple(None if each is None else each.contiguous() for each in found)
 
+    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        tensors, options = read(given)
+        return op.define(tensors, options, wanted, results_of(grad_output, options, torch.float64))
+
     def empty_value(given: Arguments) -> Tensor:
         target: Tensor = given[differentiable]
         return target.new_empty((STATE_FIELDS, *target.shape), dtype=torch.float64)
@@ -509,7 +513,7 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
         differentiable=differentiable,
         value=value,
         gradients=gradients,
-        definition=lambda given, wanted, grad_output: op.define(*read(given), wanted, grad_output),
+        definition=definition,
         empty_value=empty_value,
         adds_output=0,
     )

@@ -71,13 +71,13 @@ class Scalar(NamedTuple):
 
     @property
     def cases(self) -> tuple[Any, ...]:
-        """The values that have a kernel, and None for a number."""
+        """Returns the values that have a kernel, and None for a number."""
         if self.flag or self.words:
             return self.words or (False, True)
         return (None,) if self.special is None else (None, self.special)
 
     def fits(self, value: Any) -> bool:
-        """Whether it is a number in the bounds, or one of the words."""
+        """Returns whether it is a number in the bounds, or one of the words."""
         if self.words:
             return value in self.words
         inside = isinstance(value, (int, float)) and self.low <= value <= self.high
@@ -146,11 +146,11 @@ class Operator(ABC):
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
-        """The arguments as `call` takes them, from those of torch's function or of pyfused's."""
+        """Returns the arguments as `call` takes them, from torch's function or from pyfused's."""
         return arguments + tuple([by_name[name] for name in self.arguments[len(arguments) :]])
 
     def kernel_of(self, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
-        """The kernel for values of the scalars, which is named after them, and its numbers."""
+        """Returns the name of the kernel for values of the scalars, and its numbers."""
         name, numbers = self.name, list[Any]()
         for scalar, value in zip(self.scalars, values, strict=True):
             if scalar.flag:
@@ -171,7 +171,7 @@ class Operator(ABC):
 
     @property
     def family(self) -> str:
-        """The row of the table of sizes for an operator that has none of its own."""
+        """Returns the row of the table of sizes for an operator that has none of its own."""
         return type(self).__name__
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
@@ -212,31 +212,32 @@ class Operator(ABC):
         """Prepares an input whose memory a call is to take."""
 
     def inplace_fallback_reason(self, input: Tensor) -> str | None:  # noqa: ARG002
-        """Why torch's operator is the one to overwrite the input, None where a kernel is."""
+        """Returns why torch's operator is to overwrite the input, None where a kernel is."""
         return None
 
     def local_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
-        """What this process has of DTensors that the kernels take, None of other tensors."""
+        """Returns this process' part of DTensors that the kernels take, None of other tensors."""
         return None
 
     def subclass_fallback_reason(self, arguments: Arguments) -> str | None:
-        """Why torch's operator takes an input of another class than Tensor."""
+        """Returns why torch's operator takes an input of another class than Tensor."""
         local = self.local_of(arguments)
         return f"input is a {type(arguments[0]).__name__}" if local is None else None
 
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        """How a CPU kernel goes through the input, in words."""
+        """Returns how a CPU kernel goes through the input, in words."""
         return "element by element"
 
     def strategy_of(self, arguments: Arguments) -> str:
-        """How a CPU kernel goes through the arguments of a call, in words."""
+        """Returns how a CPU kernel goes through the arguments of a call, in words."""
         return self.strategy(arguments[0])
 
 
 def parameters_of(function: Any) -> dict[str, Any]:
-    """The parameters of a Python function with their defaults, or `...`; a signature takes 0.1 ms.
+    """Returns a Python function's parameters with their defaults, or `...`.
 
-    Of one that someone wrapped those within; one with a ``__signature__`` has those of it.
+    A function that someone has wrapped has those of the function within, and one with a
+    ``__signature__`` those of that. `inspect.signature` would take 0.1 ms.
     """
     if signature := getattr(function, "__signature__", None):
         given = signature.parameters.values()
@@ -253,7 +254,7 @@ def parameters_of(function: Any) -> dict[str, Any]:
 def reduction_of(
     size_average: bool | None, reduce: bool | None, reduction: str, warn: bool = True
 ) -> str:
-    """The reduction that a loss is asked for, where two deprecated arguments take precedence."""
+    """Returns the reduction of a loss, where two deprecated arguments take precedence."""
     if size_average is None and reduce is None:
         return reduction
     if not is_dynamo_compiling():  # which cannot trace torch's function, nor a warning

@@ -131,18 +131,22 @@ def log_probs(
     target: Tensor,
     options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
 ) -> Tensor:
-    """The log-probability of each target, the entropy and the log-sum-exp of its row, stacked."""
+    """Returns the log-probability of each target, and stacked with it entropy and log-sum-exp."""
     checks.log_probs(logits, target, options)
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
     shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
     valid = target != options.ignore_index
     x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # else its NaN would be the gradient's
     x = (x if options.softcap is None else softcap(x, options.softcap)) / options.temperature
-    log_p, lse = x.log_softmax(dim), x.logsumexp(dim)
+    log_p = x.log_softmax(dim)
     at_target = log_p.gather(dim, target.where(valid, 0).unsqueeze(dim)).squeeze(dim)
+    if options.alone:
+        return at_target.where(valid, 0).reshape(shape)
     p = log_p.exp()
     entropy = -(p * log_p.where(p != 0, 0)).sum(dim)
-    results = torch.stack([found.where(valid, 0) for found in (at_target, entropy, lse)])
+    results = torch.stack(
+        [found.where(valid, 0) for found in (at_target, entropy, x.logsumexp(dim))]
+    )
     return results.reshape(3, *shape)
 
 
@@ -157,7 +161,7 @@ def linear_log_probs(
     rows, positions = input.reshape(-1, input.shape[-1]), linear_weight.shape[1:-1]
     logits = _head_logits(rows, linear_weight, linear_bias)
     of_rows = log_probs(logits, target.reshape(len(rows), *positions), options)
-    return of_rows.reshape(3, *target.shape)
+    return of_rows.reshape(*of_rows.shape[: not options.alone], *target.shape)
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext
 
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
-from pyfused.ops import reasons, sizes
+from pyfused.ops import TORCH_OPS, reasons, sizes
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.reasons import FUSED, SMALL, say_once
 from pyfused.types import Options
@@ -53,7 +53,12 @@ def call(
     """
     input, ours = arguments[0], None
     try:
-        reason, run = _SMALL if is_small(op, arguments) else plan_of(op, arguments, inplace)
+        if is_dynamo_compiling():
+            reason, run = _plan(op, arguments, inplace)
+        elif is_small(op, arguments):
+            reason, run = _SMALL
+        else:
+            reason, run = plan_of(op, arguments, inplace)
         if inplace and (reason is None or reason is SMALL):
             op.give_up(input)
         if run is not None:
@@ -128,7 +133,7 @@ def _plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
         return Plan(reason, None)
     traced = is_dynamo_compiling() or (type(input) not in _PLAIN and is_traced(input))
     if traced and op.name not in FOLLOWED:
-        operator = getattr(torch.ops.pyfused, op.name)
+        operator = getattr(TORCH_OPS, op.name)
         return Plan(None, lambda arguments: operator(*arguments))
     return Plan(None, op.plan(arguments, inplace))
 
@@ -139,7 +144,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
     These are the operator, the layout of each tensor and whether it requires grad, every other
     argument, grad mode and autocast.
     """
-    if is_dynamo_compiling() or type(arguments[0]) not in _PLAIN or _active_mode() is not None:
+    if type(arguments[0]) not in _PLAIN or _active_mode() is not None:
         return None
     key: list[Any] = [op, inplace, torch.is_grad_enabled()]
     if isinstance(arguments[-1], Options):
@@ -190,12 +195,14 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
     """
-    return SMALL if is_small(op, arguments) else reason_beside_size(op, arguments, inplace)
+    if not is_dynamo_compiling() and is_small(op, arguments):
+        return SMALL
+    return reason_beside_size(op, arguments, inplace)
 
 
 def reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
     input = arguments[0]
-    compiling = is_dynamo_compiling()  # first: comparing sizes would make a graph depend on them
+    compiling = is_dynamo_compiling()
     if type(input) not in _PLAIN:
         compiling = is_traced(input)
         if not compiling:
@@ -214,9 +221,12 @@ def reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str
 
 
 def is_small(op: Operator, arguments: Arguments) -> bool:
-    """Returns whether torch's operator takes a call for its size, whatever else is asked of it."""
+    """Returns whether torch's operator takes a call for its size, whatever else is asked of it.
+
+    A compiler does not ask, as its program would depend on the size.
+    """
     input = arguments[0]
-    if is_dynamo_compiling() or type(input) not in _PLAIN or input.is_nested:
+    if type(input) not in _PLAIN or input.is_nested:
         return False
     elements = input.numel()
     if type(elements) is not int:  # a tensor, to torch.jit.trace

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import definitions
+from pyfused.ops import TORCH_OPS, definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
     Chunk,
@@ -62,7 +62,7 @@ from pyfused.types import (
     Want,
 )
 
-Found = tuple[Tensor | None, Gradients]  # a loss that is not divided yet, and gradients
+LossAndGradients = tuple[Tensor | None, Gradients]  # the loss is not divided yet
 
 # ---- definitions ---------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ def linear_topk_kl_div(
 
 
 def _shown(rows: Tensor, options: DivergenceOptions, other: float = 0.0) -> Tensor:
-    """The rows; other numbers for those of weight 0, whose NaN times 0 would reach gradients."""
+    """Returns the rows, with other numbers where the weight is 0, as NaN times 0 is NaN."""
     weight = options.token_weight
     return rows if weight is None else rows.where(weight.unsqueeze(-1) != 0, other)
 
@@ -139,7 +139,7 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def _slopes(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The derivative of the divergence by log p; for beta > 0 less a multiple of p.
+    """Returns the derivative of the divergence by log p; for beta > 0 less a multiple of p.
 
     That changes no derivative by logits: the p that log p is normalized to add up to 1.
     """
@@ -164,7 +164,7 @@ def _log_softmax(logits: Tensor, options: DivergenceOptions, cap: float | None) 
 def _with_rest(
     log_p: Tensor, rest: Tensor, log_q: Tensor, options: DivergenceOptions, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's log-probabilities of the top k, and of the rest as one class.
+    """Returns both log-probabilities of the top k, and of the rest as one class.
 
     If k is all classes, that has none but a rounding error, which is infinitely far from 0.
 
@@ -202,10 +202,10 @@ class Divergence(Operator):
     """
 
     student: int
-    kernels: Callable[..., Found]
+    kernels: Callable[..., LossAndGradients]
 
     def has_tokens(self, place: int) -> bool:
-        """Whether an operand has a row for each token."""
+        """Returns whether an operand has a row for each token."""
         return "linear_" not in self.operands[place].name
 
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
@@ -259,7 +259,7 @@ class Divergence(Operator):
         grad = torch.is_grad_enabled()
         needs = [grad and t is not None and t.requires_grad for t in tensors[: self.student]]
         if is_compiled(tensors[0]):
-            operator = getattr(torch.ops.pyfused, self.name)
+            operator = getattr(TORCH_OPS, self.name)
             wanted = wanted_in_forward(options.reduction, tensors[: self.student])
             loss: Tensor | None = operator(*tensors, *options.values(), wanted)[0]
         elif any(needs):
@@ -271,7 +271,7 @@ class Divergence(Operator):
         return loss
 
     def read(self, given: Arguments) -> tuple[Arguments, DivergenceOptions]:
-        """The arguments of the custom operator."""
+        """Returns the arguments of the custom operator."""
         count = len(self.operands)
         return given[:count], DivergenceOptions(*given[count:])
 
@@ -281,7 +281,7 @@ class Divergence(Operator):
         options: DivergenceOptions,
         want: Want,
         grad_output: Tensor | None = None,
-    ) -> Found:
+    ) -> LossAndGradients:
         input, weight, each = tensors[0], options.token_weight, options.reduction == "none"
         backend, n, kept = backend_of(input), len(input), None
         counted = n if weight is None else weight.sum(dtype=torch.float64)
@@ -313,7 +313,7 @@ class Divergence(Operator):
         wanted: Sequence[bool],
         grad_output: Tensor,
     ) -> Gradients:
-        """The gradients in torch's own terms, themselves differentiable."""
+        """Returns the gradients in torch's own terms, themselves differentiable."""
         teacher = tensors[self.student :]
 
         def definition(*student: Any) -> Tensor:
@@ -323,7 +323,7 @@ class Divergence(Operator):
 
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
-    """Why torch's operators are the ones for these arguments."""
+    """Returns why torch's operators are the ones for these arguments."""
     return options_fallback_reason(input, arguments[-1])
 
 
@@ -360,7 +360,7 @@ def of_logits(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     of_capped = partial(_of_capped, backend, tensors[1])
     return _capped(backend, tensors[0], of_capped, options, want, grad_output)
 
@@ -368,11 +368,11 @@ def of_logits(
 def _capped(
     backend: Backend,
     logits: Tensor,
-    of_capped: Callable[..., Found],
+    of_capped: Callable[..., LossAndGradients],
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     """Returns the divergence, and the gradient of the logits, given those of capped logits."""
     if options.softcap is None:
         return of_capped(logits, options, want, grad_output)
@@ -391,7 +391,7 @@ def _of_capped(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     if options.teacher_softcap is not None:
         wide = teacher.to(accumulate_dtype(teacher.dtype))
         teacher = cap(backend, wide, options.teacher_softcap)
@@ -407,12 +407,12 @@ def of_layers(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     *layer, teacher_input, weight, bias = tensors
     dtype = backend.product_dtype(teacher_input.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
+    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> LossAndGradients:
         teacher_logits = backend.empty(logits.shape, dtype, logits)
         linear(teacher_input[here].to(dtype), weight, bias, teacher_logits)
         return _of_capped(backend, teacher_logits, logits, *rest)
@@ -427,14 +427,14 @@ def of_topk(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     *layer, indices, log_probs = tensors
     wrong = checks.topk_indices(indices, len(layer[1]))[:, None]
     checks.topk_log_probs(_shown(log_probs, options, -torch.inf))
     if backend.ASYNCHRONOUS:  # nobody waits for an error: the loss of such a row is NaN
         log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
 
-    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> Found:
+    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> LossAndGradients:
         return _topk(backend, logits, indices[here], log_probs[here], *rest)
 
     return _by_rows(backend, Layer(*layer), of_chunk, 0, options, want, grad_output)
@@ -443,12 +443,12 @@ def of_topk(
 def _by_rows(
     backend: Backend,
     layer: Layer,
-    of_chunk: Callable[..., Found],
+    of_chunk: Callable[..., LossAndGradients],
     more_bytes: int,
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
+) -> LossAndGradients:
     """Returns the divergence and the gradients, from the student's logits of some rows at a time.
 
     Args:
@@ -470,7 +470,7 @@ def _by_rows(
         part = replace(options, token_weight=None if weight is None else weight[here])
         factor = grad_output[here] if each and grad_output is not None else grad_output
 
-        def of_capped(logits: Tensor, *rest: Any) -> Found:
+        def of_capped(logits: Tensor, *rest: Any) -> LossAndGradients:
             return of_chunk(logits, here, *rest)
 
         loss, (gradient,) = _capped(backend, chunk.output, of_capped, part, want, factor)
@@ -490,8 +490,8 @@ def _topk(
     options: DivergenceOptions,
     want: Want,
     grad_output: Tensor | None,
-) -> Found:
-    """The divergence of k + 1 classes, the last of which stands for all others.
+) -> LossAndGradients:
+    """Returns the divergence of k + 1 classes, the last of which stands for all others.
 
     Of the gradient by their log-probabilities, g, and its sum s, the gradient by the logit of one
     of the k is g_c - s p_c, and of any other (g_rest - s p_rest) exp(x_c - lse_rest).

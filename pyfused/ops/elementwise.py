@@ -305,7 +305,7 @@ def _gradient_of_gaussian_nll_loss(
     full: bool,  # noqa: ARG001
     eps: Tensor,
 ) -> Gradients:
-    """The gradient of the variance passes where it is below eps."""
+    """Returns the gradients; that of the variance passes where it is below eps."""
     v, d = torch.where(var < eps, eps, var), input - target
     of_input = 2 * d * (0.5 / v)  # overflows where torch's does
     return of_input, -of_input, (v - d * d) / v / v * 0.5
@@ -333,7 +333,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
 
 
 def _hinge_embedding_loss(input: Tensor, target: Tensor, margin: Tensor) -> Tensor:
-    """A target that is neither 1 nor -1 counts as both."""
+    """Returns the loss; a target that is neither 1 nor -1 counts as both."""
     unlike = torch.where(target != 1, (margin - input).clamp(min=0), 0)
     return unlike + torch.where(target != -1, input, 0)
 
@@ -359,7 +359,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
 
 
 def _gradient_of_quantile_loss(input: Tensor, target: Tensor, quantile: Tensor) -> Gradients:
-    """The mean of both slopes at a tie, and their sum of NaN, as torch.maximum has it."""
+    """Returns the mean of both slopes at a tie, and their sum of NaN, as torch.maximum has it."""
     d = target - input
     equal = torch.where(d == 0, 0.5 - quantile, 1 - 2 * quantile)
     slope = torch.where(d > 0, -quantile, torch.where(d < 0, 1 - quantile, equal))
@@ -491,7 +491,7 @@ def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> tuple[Any, ...]:
-    """The arguments of binary_cross_entropy_with_logits, which computes in its target's dtype."""
+    """Returns arguments in the dtype of the target, in which torch computes this loss."""
     if isinstance(input, Tensor) and isinstance(target, Tensor):  # else an error to come
         dtype = _common_dtype(input, target, weight)
         input, target = input.to(dtype), target.to(dtype)
@@ -583,7 +583,7 @@ def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
 
 def _cdf(x: Tensor, approximate: str) -> Tensor:
-    """The normal distribution, or (1 + tanh(u)) / 2 = sigmoid(2 u)."""
+    """Returns the normal distribution, or (1 + tanh(u)) / 2 = sigmoid(2 u)."""
     if approximate == "none":
         below: Tensor = torch.special.ndtr(x)
         return below

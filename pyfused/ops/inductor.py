@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from pyfused.layout import is_dense
+from pyfused.ops import NAMESPACE, TORCH_OPS
 from pyfused.ops.gradients import gradients_in_forward
 from pyfused.ops.reasons import FUSED, say_once
 from pyfused.ops.sizes import COMPILED
@@ -68,7 +69,7 @@ def register() -> None:
         rewrites += [("cross_entropy", _forward, table.patterns)]
         rewrites += [("cross_entropy_backward", _backward, table.patterns)]
         for name, rewrite, patterns in rewrites:
-            pattern = CallFunctionVarArgs(getattr(torch.ops.pyfused, name).default)
+            pattern = CallFunctionVarArgs(getattr(TORCH_OPS, name).default)
             register_graph_pattern(pattern, pass_dict=patterns)(rewrite)
     except (AttributeError, ImportError, TypeError):
         for name in in_torch:
@@ -115,7 +116,7 @@ def left(op: str) -> None:
 def _name(node: Node) -> str:
     """Returns the name of a node's operator if that is one of pyfused's, else an empty string."""
     namespace, _, name = str(node.target).removesuffix(".default").partition(".")
-    return name if namespace == "pyfused" else ""
+    return name if namespace == NAMESPACE else ""
 
 
 def _call_of(node: Node) -> set[Node]:
@@ -247,16 +248,14 @@ def _backward(match: Any, _grad_output: Node, input: Node, target: Node, *_: Any
 def _compute_gradient_in_forward(forward: Node) -> None:
     """Merges an operator and its backward, which would read the logits and exponentiate again."""
     input, reduction, graph = forward.args[0], forward.args[4], forward.graph
-    operator = torch.ops.pyfused.cross_entropy_backward.default
+    operator = TORCH_OPS.cross_entropy_backward.default
     found = (n for n in input.users if n.target is operator and n.args[1:-1] == forward.args)
     backward = next(found, None)
     if backward is None or not _pays(input.meta["val"], reduction):
         return
     grad_output, *arguments = backward.args
     with graph.inserting_before(forward):
-        both = graph.call_function(
-            torch.ops.pyfused.cross_entropy_with_gradients.default, tuple(arguments)
-        )
+        both = graph.call_function(TORCH_OPS.cross_entropy_with_gradients.default, tuple(arguments))
         both.meta = {**forward.meta, "val": (forward.meta["val"], *backward.meta["val"])}
         both.meta.pop("eager_input_vals", None)
         loss = graph.call_function(getitem, (both, 0))

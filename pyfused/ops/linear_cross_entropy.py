@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype, of_leading
-from pyfused.ops import definitions, vocab_parallel
+from pyfused.ops import TORCH_OPS, definitions, vocab_parallel
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
     GradientsNeeded,
@@ -115,7 +115,7 @@ def linear_cross_entropy_fallback_reason(
     options: HeadOptions,
     _torch_options: Any,
 ) -> str | None:
-    """Why torch's operator is the one for these arguments."""
+    """Returns why torch's operator is the one for these arguments."""
     if not input.dim() or linear_weight.dim() < 2:
         return "input or linear_weight has too few dimensions"
     return options_fallback_reason(input, options)
@@ -147,10 +147,10 @@ def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
 
 
 def _run(head: Head, options: HeadOptions) -> tuple[Tensor, ...]:
-    """The loss, and the metrics where they are wanted."""
+    """Returns the loss, and the metrics where they are wanted."""
     if is_compiled(head.input):
         wanted = wanted_in_forward(options.reduction, head[:4])
-        found = torch.ops.pyfused.linear_cross_entropy(*head, *options.values(), wanted)
+        found = TORCH_OPS.linear_cross_entropy(*head, *options.values(), wanted)
         return found[0], *(found[5:-1] if options.with_metrics else ())
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head[:4]]
     if any(needs):
@@ -317,7 +317,7 @@ def compute_gradients(
 def gradients_of_definition(
     head: Head, options: HeadOptions, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    """The gradients in torch's own terms, themselves differentiable."""
+    """Returns the gradients in torch's own terms, themselves differentiable."""
     options = replace(options, with_metrics=False)
 
     def widened(tensor: Any) -> Any:

@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import vocab_parallel
-from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
+from pyfused.ops import TORCH_OPS, vocab_parallel
+from pyfused.ops.chunked import (
+    GradientsNeeded,
+    StateOptions,
+    gradient_of_logits,
+    gradients_of,
+    state_of,
+)
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import apply, differentiate, in_autocast_dtype
+from pyfused.ops.row_state import results_of, state_of_logits
 from pyfused.types import ClassRange, Gradients, LogProbsOptions
 
 
@@ -58,8 +65,9 @@ class LogProbs(_Values):
 
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
+    """Returns the results by name, of log-probabilities alone or of all three."""
     if not (return_entropy or return_lse):
-        return LogProbs(values[0])
+        return LogProbs(values)
     # For unused results unbind's gradient makes plain zeros, which do not mix with DTensors.
     if vocab_parallel.is_dtensor(values):
         log_p, entropy, lse = values[0], values[1], values[2]
@@ -91,10 +99,15 @@ class LogProbsOfLogits(Operator):
         self.check_shapes(arguments)
         *tensors, _, options = arguments
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-        asynchronous = backend_of(tensors[0]).ASYNCHRONOUS
-        dtype = accumulate_dtype(tensors[0].dtype)
-        given = self.state_options(tensors, options), options, dtype, GradientsNeeded(*needs)
-        return LogProbsPlan(self, self.name, *given, asynchronous)
+        return LogProbsPlan(
+            self,
+            self.name,
+            backend_of(tensors[0]),
+            self.state_options(tensors, options),
+            options,
+            accumulate_dtype(tensors[0].dtype),
+            GradientsNeeded(*needs),
+        )
 
     def _over_shards(self, arguments: Arguments) -> Tensor:
         """Returns the results of DTensors, of which every process has some classes."""
@@ -107,9 +120,9 @@ class LogProbsOfLogits(Operator):
     def _compiled(self, arguments: Arguments) -> Tensor:
         self.check(arguments)
         *tensors, target, options = arguments
-        operator = getattr(torch.ops.pyfused, self.name)
+        operator = getattr(TORCH_OPS, self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
-        return state.to(accumulate_dtype(tensors[0].dtype))
+        return results_of(state, options, accumulate_dtype(tensors[0].dtype))
 
     def local_of(self, arguments: Arguments) -> vocab_parallel.LocalShard | None:
         return vocab_parallel.local_of(self, arguments)
@@ -152,7 +165,7 @@ class LogProbsOfLogits(Operator):
             wide = (None if tensor is None else tensor.to(grad_output.dtype) for tensor in given)
             return self.reference(*wide, target, options)
 
-        return differentiate(definition, differentiated, needs, grad_output[:3])
+        return differentiate(definition, differentiated, needs, grad_output)
 
 
 @dataclass(eq=False)
@@ -163,21 +176,19 @@ class LogProbsPlan:
         state_options: What the states are computed by.
         dtype: The dtype of the results.
         needs: The tensors that need a gradient.
-        asynchronous: Reading class indices would synchronise with the device, so that one out of
-            range gives NaN and no error.
     """
 
     op: LogProbsOfLogits
     name: str
+    backend: Backend
     state_options: StateOptions
     options: LogProbsOptions
     dtype: torch.dtype
     needs: GradientsNeeded
-    asynchronous: bool
 
     def __call__(self, arguments: Arguments) -> Tensor:
         *tensors, target, _ = arguments
-        if not self.asynchronous:
+        if not self.backend.ASYNCHRONOUS:
             checks.class_indices(
                 self.state_options.classes.total, target, self.options.ignore_index
             )
@@ -188,18 +199,29 @@ class LogProbsPlan:
         return self.forward(None, (*tensors, target))
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        """Returns the first three fields, which are the results."""
-        state, kept = state_of(tensors, self.state_options, keeps=ctx is not None)
+        options, kept = self.state_options, None
+        if len(tensors) == 2:
+            logits, target = tensors
+            state = state_of_logits(self.backend, logits, target, options.rows, options.classes)
+            state = state.view(-1, *target.shape)
+        else:
+            state, kept = state_of(tensors, options, keeps=ctx is not None)
         if ctx is not None:
             ctx.kept = kept
             ctx.save_for_backward(*tensors, state)
-        return state[:3].to(self.dtype)
+        return results_of(state, self.options, self.dtype)
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *tensors, state = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
-        given = self.state_options, self.needs, state, grad_output.double(), kept
-        return gradients_of(tensors, *given)
+        grad_results = grad_output.double()
+        grad_results = grad_results.unsqueeze(0) if self.options.alone else grad_results
+        options = self.state_options
+        if len(tensors) == 2:
+            logits, target = tensors
+            given = self.backend, logits, target, options, state, grad_results
+            return (gradient_of_logits(*given),)
+        return gradients_of(tensors, options, self.needs, state, grad_results, kept)
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         tensors = ctx.saved_tensors[:-1]

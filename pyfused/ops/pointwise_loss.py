@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import layouts
+from pyfused.ops import NAMESPACE
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops.gradients import apply, differentiate
 from pyfused.types import Gradients, Want
@@ -109,7 +110,7 @@ class PointwiseLoss(Operator):
             self.aten = self._built_in()
 
     def _definition(self) -> Callable[..., Tensor]:
-        """The function that torch does not have: operands, scalars, reduction."""
+        """Returns the function that torch does not have: operands, scalars, reduction."""
         names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
@@ -202,13 +203,13 @@ class PointwiseLoss(Operator):
         operands: int,
         want: Want,  # noqa: ARG002
     ) -> tuple[str | Program, tuple[Any, ...]]:
-        """The kernel and its numbers."""
+        """Returns the kernel and its numbers."""
         name, numbers = self.kernel_of(numbers)
         last = self.variables[operands - 1]
         return f"{name}_{last.name}" if last.optional else name, numbers
 
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
-        """The losses in torch's terms."""
+        """Returns the losses in torch's terms."""
         given = zip(self.scalars, numbers, strict=True)
         named = {s.name: bool(number) if s.flag else number for s, number in given}
         for scalar in self.scalars:
@@ -263,7 +264,7 @@ class PointwiseLoss(Operator):
     def _dtypes(
         self, arguments: Arguments, input: Tensor, reduction: str
     ) -> tuple[torch.dtype, torch.dtype]:
-        """What the kernel computes the loss of, and what the loss is returned in."""
+        """Returns what the kernel computes the loss of, and what the loss is returned in."""
         dtype, device, alike = input.dtype, input.device, True
         for place, _ in self.others:
             alike = alike and getattr(arguments[place], "dtype", dtype) is dtype
@@ -333,7 +334,7 @@ class Halves(Gated):
 
 
 def _number(value: Any, scalar: Scalar) -> Any:
-    """A scalar as a number, but for a tensor that would have to be waited for."""
+    """Returns a scalar as a number, but for a tensor whose device is asynchronous."""
     if scalar.words:
         return value
     if scalar.flag:
@@ -351,7 +352,7 @@ def result_dtype(
     autocast: torch.dtype | None,  # noqa: ARG001 a key
     each: bool,
 ) -> torch.dtype:
-    """What torch's operator returns for tensors of these dtypes, asked of it with one element.
+    """Returns the dtype of torch's result for such tensors, asked of it with one element.
 
     Its answer follows no rule: of a loss made of several operators autocast may widen some, and
     an operand may be overwritten with what is of another dtype.
@@ -433,7 +434,7 @@ class PointwisePlan:
     def arranged(
         self, operands: Sequence[Any], weight: Tensor | None
     ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """The operands in one shape and dtype, and the weight beside them."""
+        """Returns the operands in one shape and dtype, and the weight beside them."""
         op, dtype = self.op, self.dtype
         if op.arrange is not None:
             operands = op.arrange(*operands)
@@ -447,7 +448,7 @@ class PointwisePlan:
         return [o if o.dtype is dtype else o.to(dtype) for o in operands], weight
 
     def divisor_of(self, operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
-        """The divisor where it depends on values, and otherwise None, once it is known."""
+        """Returns the divisor where it depends on values, and otherwise None, once it is known."""
         if self.denominator is None:
             return None
         divisor = self.denominator(operands, weight, self.numbers)
@@ -475,7 +476,7 @@ class PointwisePlan:
         return self.gradients(ctx.saved_tensors, grad_output)
 
     def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
-        """The gradients of the operands, where they are needed."""
+        """Returns the gradients of the operands, where they are needed."""
         *operands, weight, divisor = tensors
         grad_output = grad_output.expand_as(operands[0])
         key = layouts(*operands, weight, grad_output)
@@ -495,9 +496,11 @@ class PointwisePlan:
     ) -> Callable[..., tuple[Tensor | None, Gradients]]:
         formula, numbers = self.op.kernel(self.numbers, len(operands), want)
         tensors = tuple(operands), weight, grad_output
-        return self.backend.pointwise_loss(
+        prepare: Callable[..., Any] = self.backend.pointwise_loss
+        launch: Callable[..., Any] = prepare(
             formula, tensors, numbers, self.reduction, want, self.halves
         )
+        return launch
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *operands, weight, divisor = ctx.saved_tensors
@@ -561,6 +564,6 @@ def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
 def _stacklevel() -> int:
     """Whose line a warning of the caller names: the first outside pyfused and torch's modules."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(("pyfused.", "torch.")):
+    while frame.f_back and frame.f_globals["__name__"].startswith((f"{NAMESPACE}.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level

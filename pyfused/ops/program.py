@@ -121,7 +121,7 @@ def _read(name: str) -> Iterator[tuple[Any, Pattern, str]]:
 
 
 def is_moderate(value: float | None) -> bool:
-    """Whether products of two such literals are float32 numbers; None is no literal."""
+    """Returns whether products of two such literals are float32 numbers; None is no literal."""
     return not value or 2.0**-60 <= abs(value) <= 2.0**60
 
 
@@ -160,7 +160,7 @@ class Expressions:
         return self._place("literal", (float(value),))
 
     def input(self, kind: str, k: int) -> int:
-        """An "operand", a "parameter" or the "scale" of the gradients."""
+        """Returns an "operand", a "parameter" or the "scale" of the gradients."""
         return self._place(kind, (k,))
 
     def make(self, op: str, *arguments: int) -> int:
@@ -202,7 +202,7 @@ class Expressions:
     def _match(
         self, pattern: Pattern, place: int, letters: dict[str, int]
     ) -> Iterator[dict[str, int]]:
-        """What the letters stand for, in each way in which an expression has a pattern."""
+        """Yields what the letters stand for, for each way in which an expression has a pattern."""
         op, arguments = self.nodes[place]
         if isinstance(pattern, float):
             if self.value(place) == pattern:
@@ -253,7 +253,7 @@ class Program:
     _kernels: dict[Any, Any] = field(default_factory=dict)
 
     def kernel(self, key: Any, make: Callable[[Program], Any]) -> Any:
-        """What a backend makes of it, once for a key."""
+        """Returns what a backend makes of it, once for a key."""
         kernel = self._kernels.get(key)
         if kernel is None:
             kernel = self._kernels.setdefault(key, make(self))  # another thread may have been first
@@ -280,7 +280,7 @@ class Program:
 
 
 def _needed(nodes: Mapping[int, Node], outputs: Sequence[int]) -> dict[int, Node]:
-    """What the outputs are computed from, each after its arguments."""
+    """Returns what the outputs are computed from, each after its arguments."""
     found: dict[int, Node] = {}
     todo = list(reversed(outputs))
     while todo:
@@ -295,7 +295,7 @@ def _needed(nodes: Mapping[int, Node], outputs: Sequence[int]) -> dict[int, Node
 
 
 def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
-    """The instructions for the outputs: pairs are one, and exp(-|a|) is computed once.
+    """Returns the instructions for the outputs: pairs are one; exp(-|a|) is computed once.
 
     ``sigmoid`` and ``softplus`` are two: one loop with both is not faster.
     """
@@ -344,7 +344,7 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
 def compiled(
     name: str, e: Expressions, outputs: Sequence[int], wanted: Sequence[bool], parameters: int
 ) -> Program:
-    """The program of the wanted outputs: the value, and the gradient of each operand.
+    """Returns the program of the wanted outputs: the value, and the gradient of each operand.
 
     Its instructions are some of those for all outputs, in the same order, and what is both written
     and read again has a register in any case. So no program needs more registers or constants than

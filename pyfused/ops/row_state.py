@@ -22,6 +22,7 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     CrossEntropyOptions,
+    LogProbsOptions,
     RowOptions,
     VocabOptions,
     Want,
@@ -85,6 +86,11 @@ def state_of_metrics(
     assert loss is not None
     state[LOG_P] = -loss.flatten()
     return state
+
+
+def results_of(state: Tensor, options: LogProbsOptions, dtype: torch.dtype) -> Tensor:
+    """Returns the log-probabilities, and stacked with them the entropies and log-sum-exps."""
+    return (state[LOG_P] if options.alone else state[: LSE + 1]).to(dtype)
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Softmax(Operator):
 def not_along_one_dimension(
     input: Tensor, dim: int | None, _stacklevel: int, dtype: torch.dtype | None
 ) -> str | None:
-    """Why torch's operator is the one for these arguments."""
+    """Returns why torch's operator is the one for these arguments."""
     if type(dim) is not int:
         return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
     if not -input.dim() <= dim < input.dim():

@@ -136,7 +136,7 @@ def dependent(
     recorded: Recorded,
     gradient: Callable[..., Any] | None = None,
 ) -> list[int]:
-    """The literals that move with a parameter: another value of it makes the same graph but these.
+    """Returns the literals that move with a parameter: another value of it changes these alone.
 
     A parameter that another value of makes another graph, or an error, is no input. Nor are very
     large and very small literals, which the rewrites have to know.
@@ -283,7 +283,7 @@ def with_gradients(value: Tensor, leaves: Sequence[Tensor], scale: Tensor) -> li
 def derive(
     recorded: Recorded, operands: int, lifted: Sequence[int]
 ) -> tuple[Expressions, list[int]]:
-    """The expressions of the value and of the gradient of each operand, as `expressions_of`."""
+    """Returns expressions of the value and of each operand's gradient, as `expressions_of`."""
     recorder = Recorder()
     interpreter = _Interpreter(torch.nn.Module(), graph=recorded.graph)
     interpreter.recorder, interpreter.extra_traceback = recorder, False

@@ -27,6 +27,7 @@ from pyfused.ops.row_state import (
     denominator_of,
     fields_of,
     loss_of_state,
+    results_of,
     state_of_nothing,
     weight_of_targets,
 )
@@ -110,7 +111,7 @@ _CONSTANTS = ("weight", "token_weight", "denominator")  # the kernels compute no
 
 
 def _unsupported(input: Tensor, given: Mapping[str, Tensor | None]) -> tuple[str, str] | None:
-    """The name of a tensor that the kernels do not take, and the reason."""
+    """Returns the name of a tensor that the kernels do not take, and the reason."""
     for name, tensor in given.items():
         operand = Operand(name, indices=name == "target", differentiated=name not in _CONSTANTS)
         reason = None if tensor is None else unsupported(operand, tensor, input, False)
@@ -354,14 +355,15 @@ def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: VocabShar
     of_state = StateOptions(options.rows, classes, memory_budget=budget, fixed_sizes=fixed)
     plan = StatePlan(name, of_state, shard, True)
     state: Tensor = apply(plan, *layer, target.to(torch.int64), None)
-    return state.to(accumulate_dtype(layer[0].dtype)).reshape(-1, *shape)
+    results = results_of(state, options, accumulate_dtype(layer[0].dtype))
+    return results.reshape(*results.shape[: not options.alone], *shape)
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether it is torch's own DTensor, whose module is imported only by whoever makes one."""
+    """Returns whether it is torch's DTensor, whose module only its users import."""
     module = sys.modules.get("torch.distributed.tensor")
     return type(tensor) is getattr(module, "DTensor", None)  # another thread may be importing it
 
@@ -414,7 +416,7 @@ class LocalShard(NamedTuple):
     mesh: Any
 
     def whole(self, found: Any) -> Any:
-        """A result, which every process has, as the call returns it."""
+        """Returns a result, which every process has, as the call returns it."""
         if isinstance(found, tuple):
             loss, metrics = found
             return self.whole(loss), Metrics(*map(self.whole, metrics))

@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _reads_environment(arguments: list[str]) -> bool:
-    """Whether Python with these arguments reads PYTHONPATH and imports sitecustomize."""
+    """Returns whether Python with these arguments reads PYTHONPATH and imports sitecustomize."""
     import getopt  # for this command alone
 
     try:

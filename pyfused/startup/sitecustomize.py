@@ -199,7 +199,7 @@ def name_file(path: str, descriptor: int, compare: bool) -> None:
 
 
 def open_file() -> BinaryIO | None:
-    """The file that takes the counts, where a line can be read or appended; None after the run.
+    """Returns the file of the counts, where a line can be read or appended, or None.
 
     It is known by its first line: another file may have its name by then, or another process the
     number of the first.
@@ -214,7 +214,7 @@ def open_file() -> BinaryIO | None:
 
 
 def leave() -> None:
-    """Where a process ends: a child appends its counts to the file, and the first prints all."""
+    """Appends the counts of a child that ends to the file; the first process prints all."""
     seconds = time.perf_counter() - began - COUNTS.spent
     with contextlib.suppress(Exception):  # the program is to end as it does by itself
         if RUN[0] == str(os.getpid()):
@@ -231,7 +231,7 @@ def leave() -> None:
 
 
 def taken() -> list[list[Any]]:
-    """What the children have brought; their file is removed."""
+    """Returns what the children have brought, and removes their file."""
     file = open_file()
     if file is None:
         return []

@@ -1,0 +1,193 @@
+"""Time and memory of a language model's head with three losses, with and without the logits.
+
+    python examples/heads.py               half a minute on two free cores
+    python examples/heads.py --rounds 1    a quarter of a minute
+
+The head makes 32,000 logits for each of 1,024 tokens, 131 MB in float32. From them follow the
+cross-entropy (pretraining), the log-probabilities with their entropy (GRPO, PPO) or the divergence
+from a teacher's logits (distillation). Each loss is computed forward and backward by torch's
+operators, by pyfused's loss of logits, and by pyfused's linear loss, which has the logits of a few
+tokens at a time. Each way runs in a process of its own, whose peak memory is its own, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import draw_bars, peak_memory, resident_memory
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+import pyfused.functional
+
+TOKENS, FEATURES, CLASSES, ROUNDS = 1024, 128, 32_000, 3
+TOLERANCE = 1e-5  # of a mean over all tokens in float32
+NAMES = "torch", "pyfused, of logits", "pyfused, linear"
+
+Head = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def torch_log_probs(x: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+    log_p = F.linear(x, w).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return -(log_p.gather(1, target[:, None])[:, 0] + 0.01 * entropy).mean()
+
+
+def torch_divergence(x: Tensor, w: Tensor, _: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    log_p, log_q = F.linear(x, w).log_softmax(-1), F.linear(y, v).log_softmax(-1)
+    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def log_probs(x: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+    found = pyfused.functional.log_probs(F.linear(x, w), target, return_entropy=True)
+    return -(found.log_probability + 0.01 * found.entropy).mean()
+
+
+def linear_log_probs(x: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+    found = pyfused.functional.linear_log_probs(x, w, target, return_entropy=True)
+    return -(found.log_probability + 0.01 * found.entropy).mean()
+
+
+# For each loss one way of each name, from the input and the weight of the head, the targets, and
+# the input and the weight of the teacher's head.
+WAYS: dict[str, tuple[Head, Head, Head]] = {
+    "cross-entropy": (
+        lambda x, w, target, *_: F.cross_entropy(F.linear(x, w), target),
+        lambda x, w, target, *_: pyfused.functional.cross_entropy(F.linear(x, w), target),
+        lambda x, w, target, *_: pyfused.functional.linear_cross_entropy(x, w, target),
+    ),
+    "log-probabilities": (torch_log_probs, log_probs, linear_log_probs),
+    "divergence": (
+        torch_divergence,
+        lambda x, w, _, y, v: pyfused.functional.kl_div_with_logits(F.linear(x, w), F.linear(y, v)),
+        lambda x, w, _, y, v: pyfused.functional.linear_kl_div(x, w, y, v),
+    ),
+}
+
+
+@dataclasses.dataclass
+class Measured:
+    value: float
+    ms: float
+    mib: float | None  # beyond the arguments; the gradients are in it
+
+
+def work(loss: str, way: int) -> None:
+    """Make the loss and its gradients for each line read, and print what that took."""
+    torch.manual_seed(0)
+    x, w = torch.randn(TOKENS, FEATURES), torch.randn(CLASSES, FEATURES) / FEATURES**0.5
+    y, v = torch.randn(TOKENS, FEATURES), torch.randn(CLASSES, FEATURES) / FEATURES**0.5
+    target = torch.randint(CLASSES, (TOKENS,))
+    x.requires_grad_(), w.requires_grad_()
+    before = resident_memory()
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        value = WAYS[loss][way](x, w, target, y, v)
+        torch.autograd.grad(value, (x, w))
+        taken, peak = 1e3 * (time.perf_counter() - started), peak_memory()
+        mib = None if before is None or peak is None else peak - before
+        measured = Measured(value.item(), taken, mib)
+        print(json.dumps(dataclasses.asdict(measured)), flush=True)
+
+
+def measure(loss: str, rounds: int) -> dict[str, list[Measured]]:
+    """What each way measured in each round, after one to warm up."""
+    pipe = subprocess.PIPE
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--worker", loss, str(way)],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            bufsize=1,
+        )
+        for way in range(len(NAMES))
+    ]
+    taken: list[list[Measured]] = [[] for _ in workers]
+    for _ in range(rounds + 1):
+        # One at a time: whatever else the machine does slows all of them alike.
+        for worker, measured in zip(workers, taken, strict=True):
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            worker.stdin.write("step\n")
+            answer = worker.stdout.readline()
+            if not answer:
+                sys.exit(f"{loss}: a worker stopped: see its error above")
+            measured.append(Measured(**json.loads(answer)))
+    for worker in workers:
+        worker.communicate()
+    return {name: measured[1:] for name, measured in zip(NAMES, taken, strict=True)}
+
+
+def draw(found: dict[str, dict[str, list[Measured]]]) -> Figure:
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure.suptitle(
+        f"A head of {CLASSES:,} classes and its loss, {TOKENS:,} tokens of {FEATURES} features, "
+        f"forward and backward in float32, {torch.get_num_threads()} threads"
+    )
+    titles = {
+        "ms": "Milliseconds, median and middle half (ratio: torch / pyfused)",
+        "mib": "MiB at the peak",
+    }
+    known = all(taken.mib is not None for ways in found.values() for [taken, *_] in ways.values())
+    panels = figure.subplots(1, 1 + known, squeeze=False)[0]
+    for axes, (field, title) in zip(panels, titles.items(), strict=False):
+        groups = {
+            loss: {
+                name: [getattr(taken, field) for taken in (way if field == "ms" else way[-1:])]
+                for name, way in ways.items()
+            }
+            for loss, ways in found.items()
+        }
+        draw_bars(axes, groups)
+        axes.set_title(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Half a minute on two free cores."
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo", "heads.png"),
+        help="where the picture goes (default: %(default)s)",
+    )
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        loss, way = arguments.worker
+        work(loss, int(way))
+        return
+
+    found = {}
+    for loss in WAYS:
+        found[loss] = measure(loss, arguments.rounds)
+        print(f"{loss}, forward and backward:")
+        expected = found[loss]["torch"][0].value
+        for name, way in found[loss].items():
+            milliseconds, mib = statistics.median(taken.ms for taken in way), way[-1].mib
+            memory = "" if mib is None else f", {mib:5,.0f} MiB at the peak"
+            print(f"  {name:<22} {milliseconds:6.0f} ms{memory}", flush=True)
+            if not abs(way[0].value - expected) <= TOLERANCE * abs(expected):
+                sys.exit(f"{loss}: expected torch's value, {expected}, got {way[0].value}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(found).savefig(arguments.output, dpi=150)
+    print(f"drawn in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
