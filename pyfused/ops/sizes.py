@@ -60,7 +60,7 @@ ON_CPU = {
     **_of((1 << 15, 1 << 15), "tanh", "mish", "softsign", "tanhshrink"),
     **_of((1 << 19, 1 << 19), "silu", "Activation", "Gated"),
     **_of((1 << 21, 1 << 21), "sigmoid"),
-    **_of((1 << 18, 1 << 23), "prelu"),
+    **_of((1 << 22, 1 << 23), "prelu"),
     **_of((1 << 23, 1 << 24), "glu"),
     **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "relu6", "hardtanh", "threshold"),
     **_of((1 << 24, 1 << 24), "nll_loss"),
