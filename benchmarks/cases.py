@@ -225,7 +225,8 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         input = torch.where(torch.rand(case.shape, **here) < 0.5, case.masked, input)
     input.requires_grad_()
     if case.op in ACTIVATIONS:
-        return Arguments(input, grad_output=normal(*case.shape))
+        options = getattr(OPERATORS[case.op], "required", {})  # an older revision has none
+        return Arguments(input, options=options, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
         return Arguments(input, options={"dim": -1}, grad_output=normal(*case.shape))
     grad_output, options = None, {}

@@ -203,10 +203,12 @@ void run_softmax(bool logarithm, int dtype, std::array<int64_t, 3> sizes, const 
 
 // ---- pointwise losses and activations -----------------------------------------------------------
 
-using OperandTuple = std::array<int64_t, 2>;  // address; step
+using StepTuple = std::array<int64_t, 2>;     // address; step
+using OperandTuple = std::array<int64_t, 3>;  // address; step; row_step
+using RowsTuple = std::array<int64_t, 2>;     // columns; row_step of gradients
 
 template <class T> Operand<T> operand(const OperandTuple& o) {
-  return {pointer<const T>(o[0]), o[1]};
+  return {pointer<const T>(o[0]), o[1], o[2]};
 }
 
 template <class Formula>
@@ -215,7 +217,7 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
                         const Parameters& parameters, const OperandTuple& weight,
                         double denominator, const OperandTuple& grad_output, int64_t each,
                         int64_t reduced, const std::array<int64_t, kOperands>& gradients,
-                        int threads) {
+                        int threads, const RowsTuple& rows) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     PointwiseLoss<T> p{n,
@@ -227,7 +229,9 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
                        pointer<T>(each),
                        pointer<Accumulate<T>>(reduced),
                        {},
-                       threads};
+                       threads,
+                       rows[0],
+                       rows[1]};
     prefer_huge_pages(p.each, each ? size_t(n) * sizeof(T) : 0);
     for (int k = 0; k < kOperands; ++k) {
       p.operands[k] = operand<T>(operands[k]);
@@ -312,7 +316,7 @@ void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int6
 }
 
 void run_activation_backward(const ActivationFormula& formula, int dtype, int64_t n,
-                             const OperandTuple& grad_output, int64_t saved, int64_t grad_input,
+                             const StepTuple& grad_output, int64_t saved, int64_t grad_input,
                              const Parameters& parameters, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -421,9 +425,10 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
         [formula](int dtype, int64_t n, const std::array<OperandTuple, kOperands>& operands,
                   const Parameters& parameters, const OperandTuple& weight, double denominator,
                   const OperandTuple& grad_output, int64_t each, int64_t reduced,
-                  const std::array<int64_t, kOperands>& gradients, int threads) {
+                  const std::array<int64_t, kOperands>& gradients, int threads,
+                  const RowsTuple& rows) {
           run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator,
-                             grad_output, each, reduced, gradients, threads);
+                             grad_output, each, reduced, gradients, threads, rows);
         },
         unlocked);
   }
@@ -437,11 +442,11 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
              const std::array<OperandTuple, kOperands>& operands,
              const std::vector<double>& parameters, const OperandTuple& weight, double denominator,
              const OperandTuple& grad_output, int64_t each, int64_t reduced,
-             const std::array<int64_t, kOperands>& gradients, int threads) {
+             const std::array<int64_t, kOperands>& gradients, int threads, const RowsTuple& rows) {
             check_gradients(program, gradients);
             run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands,
                                {}, weight, denominator, grad_output, each, reduced, gradients,
-                               threads);
+                               threads, rows);
           },
           unlocked);
   for (const ActivationFormula& formula : activation_formulas()) {
@@ -453,7 +458,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
         },
         unlocked);
     m.def((std::string(formula.name) + "_backward").c_str(),
-          [formula](int dtype, int64_t n, const OperandTuple& grad_output, int64_t saved,
+          [formula](int dtype, int64_t n, const StepTuple& grad_output, int64_t saved,
                     int64_t grad_input, const Parameters& parameters, int threads) {
             run_activation_backward(formula, dtype, n, grad_output, saved, grad_input, parameters,
                                     threads);

@@ -48,10 +48,12 @@ struct LossFormula {
 
 std::vector<LossFormula> loss_formulas();
 
-// With step 0, one element is broadcast.
+// Element i is at i * step: with step 0, one element is broadcast, and otherwise step is 1. Where a
+// call has columns, it is at row * row_step + column * step of i = row * columns + column.
 template <class T> struct Operand {
   const T* data;  // null if not given
   int64_t step;
+  int64_t row_step = 0;
 };
 
 template <class T> struct PointwiseLoss {
@@ -66,6 +68,8 @@ template <class T> struct PointwiseLoss {
   A* reduced;                   // their sum / denominator, or null
   std::array<T*, kOperands> gradients;  // null if not wanted
   int threads;
+  int64_t columns = 0;            // of operands and gradients in rows; 0 for one row
+  int64_t gradient_row_step = 0;  // of gradients in rows
 };
 
 // Formula: LossFormula, or ProgramFormula of program.h.

@@ -15,7 +15,7 @@ class Curve:
     Numbers among the arguments become tensors, whole ones class indices.
 
     Attributes:
-        others: The logits of the classes beside the one drawn.
+        others: The logits of the classes beside the one drawn, or what else is beside the input.
     """
 
     label: str
@@ -401,6 +401,23 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("lambd 1", options={"lambd": 1.0}),
             ),
         ),
+        "threshold": Entry(
+            r"\begin{cases} x & x > \theta \\"
+            r" v & \text{else} \end{cases}",
+            "Values that are too small to count become one value.",
+            (
+                Curve("threshold 1, value 0.5", (), {"threshold": 1.0, "value": 0.5}),
+                Curve("threshold -1, value -2", (), {"threshold": -1.0, "value": -2.0}),
+            ),
+        ),
+        "prelu": Entry(
+            r"\begin{cases} x & x > 0 \\"
+            r" w x & \text{else} \end{cases}",
+            "ReLU with a slope for negative values that is learnt, of each channel or of all.",
+            tuple(
+                Curve(f"weight {w:g}", options={"weight": torch.tensor(w)}) for w in (0.25, -0.5)
+            ),
+        ),
         "elu": Entry(
             r"\begin{cases} x & x > 0 \\"
             r" \alpha (e^x - 1) & \text{else} \end{cases}",
@@ -456,6 +473,12 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"x - \tanh\, x",
             "Values near 0 are damped.",
             (Curve(""),),
+        ),
+        "glu": Entry(
+            r"x \, \sigma(b)",
+            "Gated convolutions of speech and language; b is the input's other half.",
+            (Curve("b 0", others=(0.0,)), Curve("b 2", others=(2.0,))),
+            axis="first half",
         ),
         "swiglu": Entry(
             r"u \, x \, \sigma(x)",
@@ -729,6 +752,21 @@ y.sum().backward()
     "softshrink": """
 x = torch.randn(64, 10, requires_grad=True)
 y = F.softshrink(x, lambd=0.1)
+y.sum().backward()
+""",
+    "threshold": """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.threshold(x, 0.1, 20.0)
+y.sum().backward()
+""",
+    "prelu": """
+x, slope = torch.randn(64, 10, requires_grad=True), torch.full((10,), 0.25, requires_grad=True)
+y = F.prelu(x, slope)
+y.sum().backward()
+""",
+    "glu": """
+x = torch.randn(64, 20, requires_grad=True)
+y = F.glu(x)
 y.sum().backward()
 """,
     "elu": """

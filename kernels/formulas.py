@@ -1080,6 +1080,60 @@ def gelu_tanh_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
 
 
 @triton.jit
+def threshold_formula(x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = parts[1]
+    c0 = c0.to(x.dtype)
+    c1 = c1.to(x.dtype)
+    c2 = c2.to(x.dtype)
+    value = tl.where(x <= c1, c2, x)
+    return value
+
+
+@triton.jit
+def threshold_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
+    value = 0.0
+    ONE, ZERO = tl.full([], 1.0, grad_output.dtype), tl.full([], 0.0, grad_output.dtype)
+    c0 = tl.full([], 0.0, tl.float64)
+    c1 = parts[0]
+    c2 = parts[1]
+    c3 = tl.full([], float("0.0"), tl.float64)
+    c0 = c0.to(grad_output.dtype)
+    c1 = c1.to(grad_output.dtype)
+    c2 = c2.to(grad_output.dtype)
+    c3 = c3.to(grad_output.dtype)
+    value = tl.where(x <= c1, c3, grad_output)
+    return value
+
+
+@triton.jit
+def prelu_formula(input, weight, x2, x3, parts, scale):
+    value = 0.0
+    grad_input = 0.0
+    grad_weight = 0.0
+    grad_x2 = 0.0
+    grad_x3 = 0.0
+    EXACT: tl.constexpr = True
+    ONE, ZERO = tl.full([], 1.0, input.dtype), tl.full([], 0.0, input.dtype)
+    c0 = scale.to(tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c2 = tl.full([], float("1.0"), tl.float64)
+    c0 = c0.to(input.dtype)
+    c1 = c1.to(input.dtype)
+    c2 = c2.to(input.dtype)
+    r0 = input * weight
+    value = tl.where(c1 < input, input, r0)
+    r0 = tl.where(c1 < input, c2, weight)
+    grad_input = r0 * c0
+    r0 = input * c0
+    grad_weight = tl.where(c1 < input, c1, r0)
+    return value, grad_input, grad_weight, grad_x2, grad_x3
+
+
+@triton.jit
 def relu6_formula(x, parts, EXACT: tl.constexpr):
     value = 0.0
     ONE, ZERO = tl.full([], 1.0, x.dtype), tl.full([], 0.0, x.dtype)
@@ -1590,6 +1644,35 @@ def tanhshrink_formula_backward(grad_output, x, parts, EXACT: tl.constexpr):
 
 
 @triton.jit
+def glu_formula(first, second, x2, x3, parts, scale):
+    value = 0.0
+    grad_first = 0.0
+    grad_second = 0.0
+    grad_x2 = 0.0
+    grad_x3 = 0.0
+    EXACT: tl.constexpr = True
+    ONE, ZERO = tl.full([], 1.0, first.dtype), tl.full([], 0.0, first.dtype)
+    c0 = scale.to(tl.float64)
+    c1 = tl.full([], float("0.0"), tl.float64)
+    c2 = tl.full([], float("1.0"), tl.float64)
+    c0 = c0.to(first.dtype)
+    c1 = c1.to(first.dtype)
+    c2 = c2.to(first.dtype)
+    r0 = exp_nonpositive(-tl.abs(second), EXACT)
+    r1 = tl.where(second < 0.0, r0, 1.0) * reciprocal(1.0 + r0, EXACT)
+    value = first * r1
+    r1 = r0 + c2
+    r1 = 1.0 / r1
+    r0 = r0 * r1
+    r2 = tl.where(second < c1, r0, r1)
+    grad_first = r2 * c0
+    r0 = r1 * r0
+    r0 = first * r0
+    grad_second = r0 * c0
+    return value, grad_first, grad_second, grad_x2, grad_x3
+
+
+@triton.jit
 def swiglu_formula(gate, up, x2, x3, parts, scale):
     value = 0.0
     grad_gate = 0.0
@@ -1729,6 +1812,8 @@ LOSSES = {
     "hinge_loss_squared": hinge_loss_squared_formula,
     "sigmoid_focal_loss": sigmoid_focal_loss_formula,
     "sigmoid_focal_loss_gamma_2": sigmoid_focal_loss_gamma_2_formula,
+    "prelu": prelu_formula,
+    "glu": glu_formula,
     "swiglu": swiglu_formula,
     "geglu": geglu_formula,
     "geglu_tanh": geglu_tanh_formula,
@@ -1745,6 +1830,7 @@ ACTIVATIONS = {
     "silu": (silu_formula, silu_formula_backward),
     "gelu": (gelu_formula, gelu_formula_backward),
     "gelu_tanh": (gelu_tanh_formula, gelu_tanh_formula_backward),
+    "threshold": (threshold_formula, threshold_formula_backward),
     "relu6": (relu6_formula, relu6_formula_backward),
     "hardtanh": (hardtanh_formula, hardtanh_formula_backward),
     "hardsigmoid": (hardsigmoid_formula, hardsigmoid_formula_backward),

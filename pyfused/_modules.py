@@ -18,6 +18,7 @@ __all__ = [
     "ELU",
     "GEGLU",
     "GELU",
+    "GLU",
     "GaussianNLLLoss",
     "Hardshrink",
     "Hardsigmoid",
@@ -37,6 +38,7 @@ __all__ = [
     "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
+    "PReLU",
     "PoissonNLLLoss",
     "QuantileLoss",
     "ReGLU",
@@ -54,6 +56,7 @@ __all__ = [
     "SwiGLU",
     "Tanh",
     "Tanhshrink",
+    "Threshold",
 ]
 
 
@@ -313,6 +316,24 @@ class GELU(torch.nn.GELU):
         return F.gelu(input, approximate=self.approximate)
 
 
+class Threshold(torch.nn.Threshold):
+    """:class:`torch.nn.Threshold` over :func:`pyfused.functional.threshold`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.threshold(input, threshold=self.threshold, value=self.value, inplace=self.inplace)
+
+
+class PReLU(torch.nn.PReLU):
+    """:class:`torch.nn.PReLU` over :func:`pyfused.functional.prelu`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.prelu(input, weight=self.weight)
+
+
 class ReLU6(torch.nn.ReLU6):
     """:class:`torch.nn.ReLU6` over :func:`pyfused.functional.relu6`."""
 
@@ -437,6 +458,15 @@ class Tanhshrink(torch.nn.Tanhshrink):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.tanhshrink(input)
+
+
+class GLU(torch.nn.GLU):
+    """:class:`torch.nn.GLU` over :func:`pyfused.functional.glu`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.glu(input, dim=self.dim)
 
 
 class SwiGLU(torch.nn.Module):

@@ -715,6 +715,15 @@ def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> Non
         )
 
 
+def slopes(input: Tensor, weight: Tensor) -> None:
+    channels = input.shape[1] if input.dim() > 1 else 1
+    if weight.dim() > 1 or weight.numel() not in (1, channels):
+        raise RuntimeError(
+            f"weight: expected one number, or one for each of {channels} channels of an input of "
+            f"shape {tuple(input.shape)}, got shape {tuple(weight.shape)}"
+        )
+
+
 def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
     _expands("weight", input.shape, weight.shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial, update_wrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,8 +71,17 @@ class FormulaOperator(PointwiseLoss):
 
     asks_dtype = True  # a mask, as a float32 tensor, widens half precision
 
-    def __init__(self, function: Callable[..., Tensor], loss: bool) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        loss: bool,
+        slopes: Callable[..., Any] | None = None,
+    ) -> None:
         operands, self.parameters = _read_signature(function)
+        self.recorded = partial(trace.record, function, operands, gradient=slopes)
+        self.dependent = partial(trace.dependent, function, operands, gradient=slopes)
+        if slopes is not None:
+            function = _differentiated(function, slopes, len(operands))
         self.function, self.loss, self.long = function, loss, False
         self.traces: list[Traced] = []
         self._traced = lru_cache(_MOST_VALUES)(self._trace)
@@ -157,7 +166,7 @@ class FormulaOperator(PointwiseLoss):
         parameters = dict(zip(self.parameters, numbers, strict=True))
         names = [operand.name for operand in self.variables]
         try:
-            recorded = trace.record(self.function, names, parameters)
+            recorded = self.recorded(parameters=parameters)
             for traced in self.traces:
                 if traced.fits(recorded):
                     return traced, traced.values(recorded)
@@ -166,7 +175,7 @@ class FormulaOperator(PointwiseLoss):
                     f"its parameters have needed {_MOST_TRACES} traces: each new value takes "
                     "another, as an operator of torch's that is no arithmetic takes one of them"
                 )
-            lifted = trace.dependent(self.function, names, parameters, recorded)
+            lifted = self.dependent(parameters=parameters, recorded=recorded)
             try:
                 traced = Traced(self.name, recorded, lifted, len(names))
             except UntraceableError:  # an operator takes no tensor there: a trace for each value
@@ -182,6 +191,48 @@ class FormulaOperator(PointwiseLoss):
                 return f"{name} is a {type(value).__name__}"
         found = self._found(self.numbers(arguments))
         return found if isinstance(found, str) else None
+
+
+def _differentiated(
+    function: Callable[..., Tensor], slopes: Callable[..., Any], operands: int
+) -> Callable[..., Tensor]:
+    """Returns the function with a gradient of a user's, which torch can differentiate again."""
+
+    class Differentiated(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(named: dict[str, Any], *given: Tensor) -> Tensor:
+            return function(*given, **named)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+            ctx.named, *given = inputs
+            ctx.save_for_backward(*given)
+            ctx.save_for_forward(*given)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Any:
+            found = trace.slopes_of(slopes, ctx.saved_tensors, ctx.named)
+            return None, *[None if slope is None else grad_output * slope for slope in found]
+
+    class WithTangents(Differentiated):  # which the compiler does not trace
+        @staticmethod
+        def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+            found = trace.slopes_of(slopes, ctx.saved_for_forward, ctx.named)
+            pairs = zip(found, tangents, strict=True)
+            parts = [s * t for s, t in pairs if s is not None and t is not None]
+            return sum(parts[1:], parts[0]) if parts else None
+
+    def differentiated(*given: Tensor, **named: Any) -> Tensor:
+        if len(given) < operands:  # some are named
+            bound = inspect.signature(function).bind(*given, **named)
+            given, named = bound.args[:operands], named
+        kind = Differentiated if is_dynamo_compiling() else WithTangents
+        value: Tensor = kind.apply(named, *given)  # type: ignore[no-untyped-call]
+        return value
+
+    return update_wrapper(differentiated, function)
 
 
 def _reduced(each: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
@@ -219,12 +270,17 @@ def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, 
     return operands, parameters
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
 class Formula:
     """An elementwise function whose forward and backward are fused; see :func:`pyfused.loss`.
 
     Attributes:
-        function: As it was written. It runs where no kernel does: small tensors, double backward,
-            forward mode, ``torch.func``, tensor subclasses, ``torch.compile``, other devices.
+        written: The function as it was written.
+        function: The same with the gradient that :meth:`gradient` gave it. It runs where no kernel
+            does: small tensors, double backward, forward mode, ``torch.func``, tensor subclasses,
+            ``torch.compile``, other devices.
         op: What the rest of pyfused knows of it.
     """
 
@@ -234,18 +290,45 @@ class Formula:
     def __init__(self, function: Callable[..., Tensor], loss: bool, strict: bool) -> None:
         if not hasattr(function, "__name__"):
             raise TypeError(f"function: expected a function with a name, got {function!r}")
-        self.function, self.op = function, FormulaOperator(function, loss)
+        self.written, self.strict = function, strict
         update_wrapper(self, function)
-        of_loss = self.op.reference.__signature__  # type: ignore[attr-defined]
+        op = FormulaOperator(function, loss)
+        of_loss = op.reference.__signature__  # type: ignore[attr-defined]
         self.__signature__ = of_loss if loss else inspect.signature(function)
-        self.keywords = {*self.op.parameters, *(_OF_CALLS if loss else ())}
+        self.keywords = {*op.parameters, *(_OF_CALLS if loss else ())}
+        self._declare(op)
+
+    def gradient(self, slopes: Function) -> Function:
+        """Gives the formula a gradient in the place of the one that follows by torch's rules.
+
+        A decorator, for a formula whose derivative is unstable or takes long, or is to be another.
+
+        Args:
+            slopes: Takes what the formula takes, and returns its derivative by each operand, or
+                None where that is 0: tensors of the operands' shape, made as the formula's are.
+
+        Returns:
+            The function itself.
+
+        Raises:
+            TypeError, RuntimeError: As :func:`loss`.
+        """
+        names, given = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
+        if names != given:
+            raise TypeError(f"{slopes.__name__}: expected the parameters {names}, got {given}")
+        self._declare(FormulaOperator(self.written, self.op.loss, slopes))
+        return slopes
+
+    def _declare(self, op: FormulaOperator) -> None:
+        """Takes an operator whose kernel computes what its function does."""
+        self.op, self.function = op, op.function
         try:
             with torch.device("cpu"):
-                check(self.op)
+                check(op)
         except UntraceableError as error:
-            if strict:
+            if self.strict:
                 raise UntraceableError(
-                    f"{function.__name__}: {error}; or pass strict=False, and it runs unfused"
+                    f"{self.__name__}: {error}; or pass strict=False, and it runs unfused"
                 ) from error
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:

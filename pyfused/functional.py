@@ -26,6 +26,7 @@ from pyfused.ops.elementwise import (
     GAUSSIAN_NLL_LOSS,
     GEGLU,
     GELU,
+    GLU,
     HARDSHRINK,
     HARDSIGMOID,
     HARDSWISH,
@@ -43,6 +44,7 @@ from pyfused.ops.elementwise import (
     MSE_LOSS,
     MULTILABEL_SOFT_MARGIN_LOSS,
     POISSON_NLL_LOSS,
+    PRELU,
     QUANTILE_LOSS,
     REGLU,
     RELU,
@@ -61,6 +63,7 @@ from pyfused.ops.elementwise import (
     SWIGLU,
     TANH,
     TANHSHRINK,
+    THRESHOLD,
 )
 from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
@@ -122,6 +125,7 @@ __all__ = [
     "gaussian_nll_loss",
     "geglu",
     "gelu",
+    "glu",
     "hardshrink",
     "hardsigmoid",
     "hardswish",
@@ -149,6 +153,7 @@ __all__ = [
     "multilabel_soft_margin_loss",
     "nll_loss",
     "poisson_nll_loss",
+    "prelu",
     "quantile_loss",
     "reglu",
     "relu",
@@ -168,6 +173,7 @@ __all__ = [
     "swiglu",
     "tanh",
     "tanhshrink",
+    "threshold",
 ]
 
 
@@ -1649,6 +1655,44 @@ def sigmoid(input: Tensor) -> Tensor:
     return call(SIGMOID, (input,))
 
 
+def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    """The elements above a threshold, and ``value`` in the place of the others; NaN passes.
+
+    Args:
+        input: Of any shape; float32, float64, bfloat16 or float16.
+        threshold: What an element has to be above.
+        value: What the others become.
+        inplace: Write the result over the input.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself where ``inplace``.
+
+    Raises:
+        RuntimeError: As :func:`relu`.
+        TypeError: ``input`` is no tensor, or a number is none.
+    """
+    return call(THRESHOLD, (input, threshold, value), inplace)
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """The elements above zero, and the others times a slope that is learnt.
+
+    Args:
+        input: Of shape (N, C, ...), or any other beside one slope; float32, float64, bfloat16 or
+            float16.
+        weight: The slope of each channel, of shape (C), or a single one, of shape (1) or ();
+            of the input's dtype.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        RuntimeError: ``weight`` has another shape or dtype.
+        TypeError: ``input`` or ``weight`` is no tensor.
+    """
+    return call(PRELU, (input, weight))
+
+
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns the elements between 0 and 6, and the nearer bound for others.
 
@@ -1885,6 +1929,24 @@ def tanhshrink(input: Tensor) -> Tensor:
         TypeError: ``input`` is no tensor.
     """
     return call(TANHSHRINK, (input,))
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    """The first half of a tensor times the :func:`sigmoid` of the second.
+
+    Args:
+        input: Its size along ``dim`` is even; float32, float64, bfloat16 or float16.
+        dim: The dimension along which the two halves lie.
+
+    Returns:
+        A tensor with half the size along ``dim``, of the input's dtype.
+
+    Raises:
+        IndexError: The input has no such dimension.
+        RuntimeError: The size along ``dim`` is odd, or the input has no dimension.
+        TypeError: ``input`` is no tensor.
+    """
+    return call(GLU, (input, dim))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

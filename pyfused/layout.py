@@ -142,3 +142,33 @@ def is_dense(tensor: Tensor) -> bool:
 
 def dense(tensor: Tensor) -> Tensor:
     return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def in_rows(
+    order: Tensor, tensors: Sequence[Tensor | None]
+) -> tuple[list[int], int | None, tuple[int, ...] | None]:
+    """Returns how a kernel reads tensors in the order in memory of ``order``, which is dense.
+
+    Returns:
+        The tensors to copy first, where rows x columns do not describe them; the number of columns
+        and two strides a tensor, of its rows and its columns, or None and None if all are dense.
+    """
+    stride = order.stride()
+    if all(tensor is None or tensor.stride() == stride for tensor in tensors):
+        return [], None, None
+    groups: list[tuple[int, list[int]]] = []  # a size, and a stride for each tensor
+    for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
+        size, strides = order.shape[dim], [(order if x is None else x).stride(dim) for x in tensors]
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == [step * size for step in strides]:
+            size *= groups.pop()[0]
+        groups.append((size, strides))
+    if not groups or (len(groups) == 1 and set(groups[0][1]) == {1}):
+        return [], None, None
+    if len(groups) > 2:
+        pairs = enumerate(tensors)
+        return [i for i, x in pairs if x is not None and x.stride() != stride], None, None
+    (columns, of_columns), (_, of_rows) = groups[-1], groups[0]
+    both = zip(of_rows, of_columns, strict=True)
+    return [], columns, tuple([step for pair in both for step in pair])

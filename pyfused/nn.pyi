@@ -50,7 +50,6 @@ from torch.nn import Flatten as Flatten
 from torch.nn import Fold as Fold
 from torch.nn import FractionalMaxPool2d as FractionalMaxPool2d
 from torch.nn import FractionalMaxPool3d as FractionalMaxPool3d
-from torch.nn import GLU as GLU
 from torch.nn import GRU as GRU
 from torch.nn import GRUCell as GRUCell
 from torch.nn import GroupNorm as GroupNorm
@@ -92,7 +91,6 @@ from torch.nn import ModuleList as ModuleList
 from torch.nn import MultiLabelMarginLoss as MultiLabelMarginLoss
 from torch.nn import MultiheadAttention as MultiheadAttention
 from torch.nn import NLLLoss2d as NLLLoss2d
-from torch.nn import PReLU as PReLU
 from torch.nn import PairwiseDistance as PairwiseDistance
 from torch.nn import Parameter as Parameter
 from torch.nn import ParameterDict as ParameterDict
@@ -115,7 +113,6 @@ from torch.nn import Sequential as Sequential
 from torch.nn import Softmax2d as Softmax2d
 from torch.nn import Softmin as Softmin
 from torch.nn import SyncBatchNorm as SyncBatchNorm
-from torch.nn import Threshold as Threshold
 from torch.nn import Transformer as Transformer
 from torch.nn import TransformerDecoder as TransformerDecoder
 from torch.nn import TransformerDecoderLayer as TransformerDecoderLayer
@@ -176,6 +173,8 @@ class GEGLU(torch.nn.Module):
     def extra_repr(self) -> str: ...
     def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
 class GELU(torch.nn.GELU):
+    def forward(self, input: Tensor) -> Tensor: ...
+class GLU(torch.nn.GLU):
     def forward(self, input: Tensor) -> Tensor: ...
 class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor: ...
@@ -245,6 +244,8 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class NLLLoss(torch.nn.NLLLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
+class PReLU(torch.nn.PReLU):
+    def forward(self, input: Tensor) -> Tensor: ...
 class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
     def forward(self, log_input: Tensor, target: Tensor) -> Tensor: ...
 class QuantileLoss(torch.nn.modules.loss._Loss):
@@ -300,4 +301,6 @@ class SwiGLU(torch.nn.Module):
 class Tanh(torch.nn.Tanh):
     def forward(self, input: Tensor) -> Tensor: ...
 class Tanhshrink(torch.nn.Tanhshrink):
+    def forward(self, input: Tensor) -> Tensor: ...
+class Threshold(torch.nn.Threshold):
     def forward(self, input: Tensor) -> Tensor: ...

@@ -240,15 +240,18 @@ def _shown(method: Any) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Tensor):
             return method(self, *args, **kwargs)  # raises
+        given = [x for x in (self, *args, *kwargs.values()) if has_torch_function((x,))]
+        given = given or [self]  # a mode sees it
         try:
-            return handle_torch_function(method, (self,), self, *args, **kwargs)
+            return handle_torch_function(method, given, self, *args, **kwargs)
         except AttributeError as error:  # of torch's message that there is no implementation
             if error.obj is not method:
                 raise
         raise TypeError(
             f"Multiple dispatch failed for '{name}'; all __torch_function__ handlers returned "
             "NotImplemented:\n\n"
-            f"  - tensor subclass {type(self)}\n\n"
+            + "".join(f"  - tensor subclass {type(x)}\n" for x in given)
+            + "\n"
             "For more information, try re-running with TORCH_LOGS=not_implemented"
         )
 

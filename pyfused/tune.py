@@ -16,6 +16,8 @@ from pyfused import functional
 from pyfused.ops import sizes
 from pyfused.ops.declaration import Operand, Operator
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import Gated
+from pyfused.ops.softmax import Softmax
 
 SMALLEST, LARGEST = 10, 24  # powers of two: the elements that are tried
 _SECONDS = 0.03  # for the calls of one size
@@ -30,18 +32,23 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
     Args:
         second: The call is one that the second limit of the table is for.
     """
-    classes = any(operand.indices for operand in op.operands) or "dim" in op.arguments
+    classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
     columns = (sizes.FEW if second else _MANY) if classes else 1
     shape = (max(1, elements // columns), columns) if classes else (elements,)
-    operands = [_drawn(o, shape) for o in op.operands if not o.optional]
-    input = operands[0].requires_grad_()
-    options: dict[str, Any] = {"dim": 1} if "dim" in op.arguments else {}
+    of_all = (1,)  # a learnt slope
+    operands = [
+        _drawn(o, of_all if o.name == "weight" else shape) for o in op.operands if not o.optional
+    ]
+    forward = second and isinstance(op, Gated)  # calls without a gradient
+    input = operands[0].requires_grad_(not forward)
+    options: dict[str, Any] = op.required | ({"dim": 1} if isinstance(op, Softmax) else {})
     if second and not classes and "reduction" in op.arguments:
         options["reduction"] = "none"
 
     def step(function: Callable[..., Tensor]) -> None:
         result = function(*operands, **options)
-        torch.autograd.grad(result, input, torch.ones_like(result))
+        if not forward:
+            torch.autograd.grad(result, input, torch.ones_like(result))
 
     return step
 

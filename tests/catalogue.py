@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import Layout, contiguous
-from samples import draw
+from samples import SAMPLES, draw
 from torch import Tensor
 
 from pyfused import VocabShard
@@ -29,9 +29,11 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.declaration import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.distillation import Divergence
+from pyfused.ops.elementwise import PRELU
 from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
 from pyfused.ops.log_probs import LogProbsOfLogits
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS, OPERATORS
+from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
@@ -60,7 +62,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("inplace with_metrics", [True]),  # the latter is another function
         ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
         ("memory_budget", [1000, 1, 10000]),
-        ("max_val threshold", [0.5, 1.0, 2.0]),
+        ("max_val threshold value", [0.5, 1.0, 2.0]),
         ("min_val", [-1.0, -0.25, 0.5]),
         ("p", [1, 2]),
         ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
@@ -201,7 +203,7 @@ def operands(
 
     Args:
         shape: The shape of the elements, or of the logits.
-        given: The options of the call.
+        given: The options of the call: halves along ``dim`` have the shape.
         soft: A target is the probabilities of the classes, where it may be.
         features: The features of a linear layer's input.
     """
@@ -212,7 +214,12 @@ def operands(
     assert not any(operand.indices for operand in op.operands), (
         f"{op.name}: catalogue.operands draws no class indices for a {type(op).__name__}"
     )
+    if isinstance(op, Halves) and shape:
+        shape = [*shape]
+        shape[given.get("dim", -1)] *= 2
     found = {operand.name: draw(operand, tuple(shape), scale=0.5) for operand in op.operands}
+    if op is PRELU:
+        found["weight"] = draw(op.operands[1], (shape[1] if len(shape) > 1 else 1,), scale=0.5)
     first, *others = op.operands
     if given.get("log_input") is False:
         found[first.name] = found[first.name].abs() + 0.01
@@ -357,10 +364,17 @@ def overwrites(op: Operator) -> bool:
     return isinstance(op, Activation) and op.overwrites
 
 
+def values_of(op: Operator, name: str) -> list[Any]:
+    """Returns values of an option: those of its name, or those of the operator's sample."""
+    sample = SAMPLES.get(op.name)
+    found = OPTIONS.get(name) or [t[name] for t in (sample.tried if sample else ()) if name in t]
+    assert found, f"{op.name}: neither its sample nor catalogue.OPTIONS has values for {name}"
+    return found
+
+
 def tried(op: Operator, name: str, default: Any) -> list[Any]:
     """Returns values of an option that are not its default, one for each type of value."""
-    assert name in OPTIONS, f"{op.name}: catalogue.OPTIONS has no values for {name}"
-    values = OPTIONS[name]
+    values = values_of(op, name)
     middle = len(values) // 2
     found: dict[type, Any] = {}
     for value in (*values[middle:], *values[:middle]):

@@ -14,13 +14,13 @@ import torch
 from catalogue import (
     DEPRECATED,
     OF_CLASSES,
-    OPTIONS,
     Call,
     declared,
     operands,
     options,
     ours,
     predictions,
+    values_of,
 )
 from compare import FLOATS, HALF
 from conftest import backend
@@ -34,6 +34,7 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Operator, reduction_of
 from pyfused.ops.distillation import Divergence
+from pyfused.ops.elementwise import PRELU
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
     KL_DIV_WITH_LOGITS,
@@ -41,6 +42,7 @@ from pyfused.ops.operators import (
     LOG_PROBS,
     MULTI_MARGIN_LOSS,
 )
+from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
 
 EPS = torch.finfo(torch.float32).eps
@@ -69,7 +71,7 @@ def random_call(
     if op.name in INEXACT_IN_TORCH:
         dtype = torch.float32
     given = {
-        name: rng.choice(OPTIONS[name])
+        name: rng.choice(values_of(op, name))
         for name in options(op)
         if name in ("dim", "reduction") or rng.once_in(12 if name in (*ROUNDED, *DEPRECATED) else 4)
     }
@@ -197,10 +199,15 @@ def of_one_shape(
 def of_elements(rng: Random, elements: int, op: Operator, given: dict[str, Any]) -> dict[str, Any]:
     shape, scale = shape_of(rng, elements, rng.randint(0, 4)), rng.choice([1 / 16, 1 / 4, 1.0])
     found: dict[str, Any] = {}
+    if isinstance(op, Halves) and -len(shape) <= given.get("dim", -1) < len(shape):
+        shape[given.get("dim", -1)] *= 2
     for operand in op.operands:
         own = tuple(shape)
-        if rng.once_in(4):  # it broadcasts
+        if op is PRELU and found:  # the slopes
+            own = rng.choice([(), (1,), tuple(shape[1:2]), (3,)])
+        elif rng.once_in(4) and len(op.operands) > 1:  # it broadcasts
             own = tuple(rng.choice([1, n]) for n in shape)[rng.randint(0, len(shape)) :]
+            shape = [*own] if op is PRELU else shape
         x = draw(operand, own, scale=scale)
         if found and operand.low == 0 and rng.once_in(2):
             x = x.round()  # labels, counts

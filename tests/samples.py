@@ -301,6 +301,28 @@ def tanhshrink(input: Extended) -> tuple[Extended, ...]:
     return input - np.tanh(input), np.tanh(input) ** 2
 
 
+def threshold(
+    input: Extended, threshold: float = 0.25, value: float = -1.5
+) -> tuple[Extended, ...]:
+    kept = input > np.longdouble(threshold)
+    return np.where(kept, input, np.longdouble(value)), np.where(kept, 1, 0)
+
+
+def prelu(input: Extended, weight: Extended) -> tuple[Extended, ...]:
+    above = input > 0
+    return (
+        np.where(above, input, weight * input),
+        np.where(above, 1, weight),
+        np.where(above, 0, input),
+    )
+
+
+def glu(input: Extended) -> tuple[Extended, ...]:
+    first, second = np.split(input, 2, -1)
+    value, slope = sigmoid(second)
+    return first * value, np.concatenate((value, first * slope), -1)
+
+
 def swiglu(gate: Extended, up: Extended) -> tuple[Extended, ...]:
     value, slope = silu(gate)
     return value * up, slope * up, value
@@ -384,6 +406,9 @@ SAMPLES = {
     "logsigmoid": Sample(logsigmoid),
     "softsign": Sample(softsign),
     "tanhshrink": Sample(tanhshrink, cancels=True),
+    "threshold": Sample(threshold, ({"threshold": 0.25, "value": -1.5},), rounds=False),
+    "prelu": Sample(prelu),
+    "glu": Sample(glu, cancels=True),
     "swiglu": Sample(swiglu, cancels=True),
     "geglu": Sample(geglu, ({}, {"approximate": "tanh"}), cancels=True),
     "reglu": Sample(reglu),
@@ -518,6 +543,11 @@ def draw(
     return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
 
 
+def arguments(op: Activation, x: Tensor) -> tuple[Any, ...]:
+    """Returns the arguments of an activation: defaults, and values to try of what has none."""
+    return (x, *(dict(zip(op.arguments[1:], op.defaults, strict=True)) | op.required).values())
+
+
 def losses() -> list[Loss]:
     found = []
     for op in OPERATORS.values():
@@ -531,5 +561,5 @@ def losses() -> list[Loss]:
 LOSSES = losses()
 FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one way of each
 BROADCASTING = [loss for loss in LOSSES if loss.broadcasts]
-GATED = [op for op in OPERATORS.values() if isinstance(op, Gated)]
+GATED = [OPERATORS[name] for name in ("swiglu", "geglu", "reglu")]
 ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]

@@ -12,7 +12,7 @@ from compare import DEVICE, FLOATS, HALF, assert_matches_torch, evaluate
 from conftest import KernelCalls
 from grid import grid
 from layouts import SAME_VALUES
-from samples import ACTIVATIONS, SAMPLES
+from samples import ACTIVATIONS, SAMPLES, arguments
 from torch import Tensor
 
 import pyfused
@@ -29,11 +29,11 @@ close = torch.testing.assert_close
 def ours(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
     if inplace and not op.overwrites:
         pytest.skip("torch does not overwrite")
-    return lambda x: call(op, (x, *op.defaults), inplace)
+    return lambda x: call(op, arguments(op, x), inplace)
 
 
 def of_torch(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
-    return lambda x: (op.aten_ if inplace else op.aten)(x, *op.defaults)
+    return lambda x: (op.aten_ if inplace else op.aten)(*arguments(op, x))
 
 
 def bits(x: Tensor) -> Tensor:
@@ -217,4 +217,4 @@ def test_bounds_in_the_wrong_order(inplace: bool) -> None:
 @grid(op=ACTIVATIONS, layout=["contiguous", "classes_innermost", "transposed"])
 def test_activations_keep_the_layout_of_dense_memory(op: Activation, layout: str) -> None:
     x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))
-    assert ours(op)(x).stride() == op.reference(x).stride()
+    assert ours(op)(x).stride() == op.reference(*arguments(op, x)).stride()

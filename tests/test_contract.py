@@ -36,7 +36,7 @@ import pyfused
 from pyfused import nn
 from pyfused.ops import dispatch
 from pyfused.ops.distillation import Divergence
-from pyfused.ops.elementwise import LOGSIGMOID
+from pyfused.ops.elementwise import LOGSIGMOID, PRELU
 from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTI_MARGIN_LOSS
 
 close = torch.testing.assert_close
@@ -241,6 +241,8 @@ def test_a_module_and_its_copies(example: Example) -> None:
         return
     for name, x in layer.items():
         setattr(module.linear, name, x if x is None else torch.nn.Parameter(x.detach()))
+    if op is PRELU:
+        module.weight = torch.nn.Parameter(tensors.pop().detach())
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)

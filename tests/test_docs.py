@@ -44,8 +44,8 @@ def test_a_curve_is_what_the_kernels_compute(
     assert kernel_calls.total() > 0
     assert x.shape == values.shape == gradients.shape
     assert values.isfinite().all()
-    if name == "hardshrink":
-        return  # it jumps
+    if name in ("hardshrink", "threshold"):
+        return  # they jump
     # Between the points: a gradient that were not the value's would stray by more than a kink does.
     slopes, between = values.diff() / x.diff(), (gradients[1:] + gradients[:-1]) / 2
     assert (slopes - between).abs().mean() < 0.02 * max(1.0, gradients.abs().max().item())

@@ -402,7 +402,8 @@ def test_what_is_no_tensor(op: Operator, wrong: Any, got: str) -> None:
     for operand in op.operands:
         if operand.optional and wrong is None:
             continue
-        given = {o.name: P for o in op.operands if not o.optional} | {operand.name: wrong}
+        given: dict[str, Any] = op.required
+        given |= {o.name: P for o in op.operands if not o.optional} | {operand.name: wrong}
         try:
             op.reference(**given)
         except Warning:  # NumPy's own, of a tensor subtracted from an array

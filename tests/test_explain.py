@@ -25,7 +25,9 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.ops import reasons, sizes
 from pyfused.ops.declaration import Operator
+from pyfused.ops.elementwise import PRELU
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import Gated, Halves
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
@@ -135,10 +137,17 @@ def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dic
     def arguments(x: Tensor, second: bool) -> tuple[list[Tensor], dict[str, Any]]:
         if any(operand.indices for operand in op.operands):
             return [x, torch.zeros(len(x), dtype=torch.int64)], {}
+        if isinstance(op, Gated) and second:
+            x = x.detach()
         operands = [x, *[x.detach()] * sum(not o.optional for o in op.operands[1:])]
+        if op is PRELU:
+            operands[1] = torch.ones(1)
+        if isinstance(op, Halves):
+            operands = [x.flatten()[: x.numel() // 2 * 2]]
         if op.name in ("softmax", "log_softmax"):
             return operands, {"dim": 1}
-        return operands, {"reduction": "none"} if second and "reduction" in op.arguments else {}
+        reduction = {"reduction": "none"} if second and "reduction" in op.arguments else {}
+        return operands, op.required | reduction
 
     return arguments
 

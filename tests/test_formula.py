@@ -16,7 +16,7 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, Errors, evaluate, exactly
+from compare import DEVICE, FLOATS, Errors, evaluate, evaluate_upstream, exactly
 from conftest import KernelCalls
 from grid import grid
 from hypothesis import given, settings
@@ -515,6 +515,123 @@ def test_parameters_that_have_no_kernel() -> None:
     assert "round" in mine.explain(input, rounds=True).reason
     assert mine.explain(input).backend != "torch"
     assert "Tensor" in wing.explain(input, input, omega=torch.tensor(3.0)).reason
+
+
+def test_eight_parameters(kernel_calls: KernelCalls) -> None:
+    @pyfused.activation
+    def mine(
+        input: Tensor,
+        *,
+        a: float = 0.5,
+        b: float = 1.5,
+        c: float = 0.25,
+        d: float = 2.0,
+        e: float = 0.75,
+        f: float = 3.0,
+        g: float = 1.25,
+        h: float = 4.0,
+    ) -> Tensor:
+        return a * input + b * input.tanh() * c + d * (e * input).sigmoid() + f * (g + h * input)
+
+    x = torch.randn(100, dtype=torch.float64, requires_grad=True)
+    for k, name in enumerate("abcdefgh"):
+        got, expected = (evaluate(f, x, **{name: 0.1 * k}) for f in (mine, mine.function))
+        torch.testing.assert_close(got.value, expected.value)
+        torch.testing.assert_close(got.gradients, expected.gradients)
+    assert kernel_calls[mine.op.name] == 2 * 8
+
+
+def test_many_values_at_a_time(kernel_calls: KernelCalls) -> None:
+    """All sines are needed until the last sum, so that each has a register."""
+
+    @pyfused.activation
+    def mine(input: Tensor) -> Tensor:
+        waves = [torch.sin(k * input) for k in range(1, 21)]
+        total = sum(waves)
+        for wave in reversed(waves):
+            total = total * wave + wave
+        return total
+
+    x = torch.randn(40, dtype=torch.float64)
+    torch.testing.assert_close(mine(x), mine.function(x))
+    assert kernel_calls[mine.op.name] == 1
+
+
+# ---- an explicit gradient ------------------------------------------------------------------------
+
+
+@pyfused.loss
+def log_cosh(input: Tensor, target: Tensor, *, scale: float = 1.0) -> Tensor:
+    size = (scale * (input - target)).abs()
+    return size + F.softplus(-2 * size)
+
+
+@log_cosh.gradient
+def _slopes(input: Tensor, target: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    slope = scale * torch.tanh(scale * (input - target))
+    return slope, -slope
+
+
+@pyfused.activation
+def step(input: Tensor, other: Tensor, *, width: float = 1.0) -> Tensor:
+    """Its own derivative is 0; that of other is left at 0."""
+    return torch.where(input > 0, 1.0, 0.0) * torch.ones_like(input) + 0 * other * width
+
+
+@step.gradient
+def _through(input: Tensor, other: Tensor, *, width: float = 1.0) -> tuple[Tensor, None]:
+    return torch.where(input.abs() < width, 0.5 / width, 0.0) * torch.ones_like(input), None
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_a_gradient_that_is_given(scale: float, reduction: str, kernel_calls: KernelCalls) -> None:
+    operands = [x.double().requires_grad_() for x in operands_of("wing", 200)]
+    got = evaluate(called(log_cosh, scale=scale, reduction=reduction), *operands)
+    slope = scale * (scale * (operands[0] - operands[1]).detach()).tanh()
+    grad_output = evaluate_upstream(got.value.shape).double()
+    torch.testing.assert_close(got.gradients, [slope * grad_output, -slope * grad_output])
+    assert kernel_calls[log_cosh.op.name] == 1 + (reduction == "none")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+def test_a_gradient_that_is_given_is_the_one_everywhere(kernel_calls: KernelCalls) -> None:
+    x, other = torch.randn(50, dtype=torch.float64), torch.ones(50, dtype=torch.float64)
+    expected = torch.where(x.abs() < 0.5, 1.0, 0.0).double()
+    named = {"width": 0.5}
+    leaves = x.requires_grad_(), other.requires_grad_()
+    for function in (step, step.function, step.dispatched):
+        found = torch.autograd.grad(function(*leaves, **named).sum(), leaves, allow_unused=True)
+        torch.testing.assert_close(found[0], expected)
+        assert found[1] is None or not found[1].any()
+    assert kernel_calls[step.op.name] == 4
+    of_one = lambda x: step(x, other.detach(), **named).sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(of_one)(x.detach()), expected)
+    _, tangent = torch.func.jvp(of_one, (x.detach(),), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, expected.sum())
+    compiled = torch.compile(lambda x: of_one(x) * 2, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], 2 * expected)
+    smooth = [y.double()[:9].requires_grad_() for y in operands_of("wing")]
+    assert torch.autograd.gradcheck(log_cosh, smooth)
+    assert torch.autograd.gradgradcheck(log_cosh, smooth)
+
+
+def test_a_gradient_of_other_parameters_or_results() -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, k: float = 1.0) -> Tensor:
+        return k * input
+
+    with pytest.raises(TypeError, match=r"other: expected the parameters \['input', 'k'\], got"):
+
+        @mine.gradient
+        def other(input: Tensor) -> Tensor:
+            return input
+
+    with pytest.raises(TypeError, match="two: expected a tensor or None for each of 1 operands"):
+
+        @mine.gradient
+        def two(input: Tensor, *, k: float = 1.0) -> tuple[Tensor, Tensor]:
+            return k * input, input
 
 
 # ---- rewrites ------------------------------------------------------------------------------------

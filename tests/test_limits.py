@@ -14,7 +14,7 @@ import pytest
 import torch
 from compare import FLOATS
 from processes import python
-from samples import ACTIVATIONS, FIRST
+from samples import ACTIVATIONS, FIRST, arguments
 from torch import Tensor
 
 import pyfused
@@ -41,7 +41,7 @@ def formula(a: Tensor, b: Tensor) -> Tensor:
 def elementwise(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Callable[[], Tensor]]:
     x, other = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     for operator in ACTIVATIONS:
-        yield partial(call, operator, (x, *operator.defaults))
+        yield partial(call, operator, arguments(operator, x))
     for loss in FIRST:
         yield partial(loss.ours, **loss.draw(shape, dtype), **loss.parameters)
     yield partial(formula, x, other)

@@ -44,7 +44,7 @@ MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     "rmse_loss": ("RMSELoss", {"eps": 1.0}),
     "softmax": ("Softmax", {"dim": 1}),
     "log_softmax": ("LogSoftmax", {"dim": 0}),
-    **{op.name: (op.module, {}) for op in ACTIVATIONS},
+    **{op.name: (op.module, op.required) for op in ACTIVATIONS},
     **{
         f"{loss.id}_sum": (loss.op.module, loss.parameters | {"reduction": "sum"})
         for loss in LOSSES
@@ -123,6 +123,7 @@ def test_functional_signatures_are_torchs(name: str) -> None:
         "softshrink": lambda input, lambd=0.5: None,
         "softplus": lambda input, beta=1, threshold=20: None,
         "logsigmoid": lambda input: None,
+        "prelu": lambda input, weight: None,
     }
     of_torch = built_in.get(name, of_torch)
     assert_same_signature(getattr(fused_functional, name), of_torch)

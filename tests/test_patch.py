@@ -200,7 +200,9 @@ def test_a_missing_dim_is_warned_of_at_the_line_that_torch_names(call: Any) -> N
 def tensors_of(name: str) -> dict[str, Tensor]:
     operands = [operand for operand in OPERATORS[name].operands if not operand.optional]
     given = {o.name: TARGET if o.indices else X.sigmoid() for o in operands}
-    return given | ({"linear_weight": X[:5]} if "linear_weight" in given else {})
+    others = {"prelu": {"weight": torch.full((1,), 0.25)}, "glu": {"input": X.view(5, 6)}}
+    linear = {"linear_weight": X[:5]} if "linear_weight" in given else {}
+    return given | others.get(name, {}) | linear
 
 
 def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -209,7 +211,7 @@ def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str
     tensors = tensors_of(op.name)
     (first, x), *others = tensors.items()
     if owner is F and isinstance(getattr(F, name), FunctionType):
-        dim = {"dim": 1} if "softmax" in name else {}
+        dim = op.required | ({"dim": 1} if "softmax" in name else {})
         return {"by name": ((x,), dict(others) | dim), "by place": (tuple(tensors.values()), dim)}
     if "softmax" in name:
         return {
@@ -222,12 +224,13 @@ def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str
             "out of range": ((x, 7), {}),
         }
     more = {"more": ((x,), {"approximate": "tanh"})} if name == "gelu" else {}
+    needed: dict[str, Any] = dict(others) | op.required
     return more | {
-        "by place": ((x,), {}),
-        "by name": ((), {first: x}),
-        "twice": ((x,), {first: x}),
-        "too many": ((x, True, 1, 1), {}),
-        "unknown": ((x,), {"inplace": True}),
+        "by place": ((x, *needed.values()), {}),
+        "by name": ((), {first: x} | needed),
+        "twice": ((x, *needed.values()), {first: x}),
+        "too many": ((x, *needed.values(), True, 1, 1), {}),
+        "unknown": ((x, *needed.values()), {"inplace": True}),
         "none": ((), {}),
     }
 
@@ -435,16 +438,18 @@ class Forms(nn.Module):
         self.name = name
         module = getattr(nn, OPERATORS[name].module, None)
         options = (1,) if "softmax" in name else (5, 5) if name == "linear_cross_entropy" else ()
-        self.module = module(*options) if module else None
+        self.required = tuple(OPERATORS[name].required.values())
+        self.module = module(*options, *self.required) if module else None
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        dim = (1,) if "softmax" in self.name else ()
+        dim = (1,) if "softmax" in self.name else self.required
         owners = [owner for owner, name in OWNERS if name == self.name]
         results = [getattr(owner, self.name)(*tensors, *dim) for owner in owners]
         inplace = [owner for owner, name in OWNERS if name == f"{self.name}_"]
-        results += [getattr(owner, f"{self.name}_")(tensors[0] * 1) for owner in inplace]
+        results += [getattr(owner, f"{self.name}_")(tensors[0] * 1, *dim) for owner in inplace]
         if self.module:
             of_module = tensors[::2] if self.name == "linear_cross_entropy" else tensors
+            of_module = tensors[:1] if self.name == "prelu" else of_module
             results.append(self.module(*of_module))
         return results
 

@@ -291,3 +291,27 @@ def test_a_mean_divides_by_the_weight_before_it_broadcasts(op: str) -> None:
     got, expected = (getattr(f, op)(x, target, weight=weight) for f in (functional, F))
     close(got, expected)
     close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_operands_in_rows_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that broadcast along rows or columns, and half of each row, are not copied."""
+    copied: list[Tensor] = []
+    copy = Tensor.copy_
+
+    def counted(self: Tensor, source: Tensor) -> Tensor:
+        copied.append(source)
+        return copy(self, source)
+
+    monkeypatch.setattr(Tensor, "copy_", counted)
+    x, whole = torch.randn(70, 300), torch.randn(70, 600)
+    of_rows, of_columns = torch.randn(70, 1), torch.randn(300)
+    for other in (of_rows, of_columns, whole[:, 300:], whole[:, :300], torch.randn(1, 1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = [t.to(dtype) for t in (x, other)]
+            given[0].requires_grad_()
+            assert_matches_torch(functional.huber_loss, F.huber_loss, *given, reduction="sum")
+    assert not copied
+    functional.huber_loss(x.T, whole[:, ::2].T)  # every other element
+    assert len(copied) == 1

@@ -13,6 +13,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -436,8 +438,9 @@ def module_of(op: Operator) -> str:
         of = [*inspect.signature(theirs.forward).parameters.values()][1:]
         operands = [f"{p.name}: {'Tensor | float' if p.name == 'var' else 'Tensor'}" for p in of]
         accepted = inspect.signature(getattr(functional, name)).parameters
-        made_with = inspect.signature(theirs).parameters
-        kept = [p for p in accepted if p in made_with and p not in ("size_average", "reduce")]
+        attributes = {*inspect.signature(theirs).parameters} - {"size_average", "reduce"}
+        attributes |= {o.name for o in op.operands[len(of) :] if not o.optional}
+        kept = [p for p in accepted if p in attributes]
         doc = f":class:`{base}` over :func:`pyfused.functional.{name}`."
     else:
         loss = isinstance(op, PointwiseLoss) and op.reduces
@@ -569,7 +572,14 @@ def printed() -> dict[Path, str]:
     }
 
 
+def is_changed(path: Path, text: str) -> bool:
+    """Whether it is to be written; else all that includes it would be compiled again."""
+    return not path.exists() or path.read_text("utf-8") != text
+
+
 if __name__ == "__main__":
-    for path, text in printed().items():
-        if not path.exists() or path.read_text("utf-8") != text:  # else all would be compiled again
-            path.write_text(text, "utf-8")
+    changed = {path: text for path, text in printed().items() if is_changed(path, text)}
+    for path, text in changed.items():
+        path.write_text(text, "utf-8")
+    if ROOT / "pyfused" / "_modules.py" in changed:  # nn.pyi is read from its classes
+        subprocess.run([sys.executable, __file__], check=True)

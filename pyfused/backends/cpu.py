@@ -31,6 +31,7 @@ from pyfused.layout import (
     contiguous_in,
     dense,
     empty_viewed,
+    in_rows,
     is_dense,
     loss_shape,
     order_of,
@@ -128,7 +129,7 @@ def _address(tensor: Tensor | None) -> int:
 # What a new scalar is like: torch.empty takes twice as long to read a shape and a dtype.
 _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _NO_VIEW = (0, 0, 0, 0)
-_NO_OPERAND = (0, 0)
+_NO_OPERAND = (0, 0, 0)
 
 
 # From this many bytes on, outputs come from recycled memory. glibc keeps smaller blocks by itself,
@@ -564,6 +565,7 @@ def pointwise_loss(
     parameters: tuple[float, ...],
     reduction: str,
     want: Want,
+    halves: int | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a pointwise loss for tensors of these layouts.
 
@@ -573,6 +575,7 @@ def pointwise_loss(
             of 0 included, and of one dtype in ``DTYPES``), the weight (of their shape and dtype, or
             None), and the loss's gradient (of the input's shape; None stands for ones).
         parameters: The formula's numbers, at most three but of a program.
+        halves: The dimension along which the gradients of both operands become one tensor.
 
     Returns:
         A function of the operands, the weight, what the sum of the losses and the gradients are
@@ -583,14 +586,22 @@ def pointwise_loss(
     dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
     order = order_of(operands)
     dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
-    orders = [_order(tensor, order) for tensor in (*operands, weight, grad_output)]
+    joined = first = None  # layouts of a gradient of both halves, and of the first of these
+    if halves is not None and want.gradients:
+        shape = [*order.shape[:halves], 2 * order.shape[halves], *order.shape[halves + 1 :]]
+        joined = torch.empty(shape, dtype=order.dtype, device="meta")
+        first = joined.narrow(halves, 0, order.shape[halves])
+        second = first.shape[halves] * first.stride(halves) * first.element_size()
+    steps, columns, row_step = _steps((*operands, weight, grad_output), order, first)
     if isinstance(formula, str):
         kernel, parameters = getattr(native, formula), (*parameters, 0.0, 0.0, 0.0)[:3]
     else:
         kernel = formula.kernel(native, _program)
     each = want.loss and reduction == "none"
     scalar = _SCALARS[accumulate_dtype(order.dtype)]
-    output = _output_like(order)
+    new = _allocation(order.to("meta"))
+    output = _output_like(order) if dense_operand is not None else lambda _: new()
+    new_joined = None if joined is None else _allocation(joined)
     no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(want.gradients))
 
     def launch(
@@ -599,24 +610,32 @@ def pointwise_loss(
         denominator: float | Tensor,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        like = operands[0].contiguous() if dense_operand is None else operands[dense_operand]
-        views, copies = [], []
-        for tensor, step in zip((*operands, weight, grad_output), orders, strict=True):
+        like = operands[0 if dense_operand is None else dense_operand]
+        views: list[tuple[int, int, int]] = []
+        copies = []
+        for tensor, step in zip((*operands, weight, grad_output), steps, strict=True):
             if tensor is None:
                 views.append(_NO_OPERAND)
                 continue
-            if step < 0:
-                tensor = torch.empty_like(like).copy_(tensor)
+            if step is None:
+                tensor = output(like).copy_(tensor)
                 copies.append(tensor)  # until the kernel has read it
-            views.append((tensor.data_ptr(), abs(step)))
+                views.append((tensor.data_ptr(), 1, columns))
+            else:
+                views.append((tensor.data_ptr(), *step))
         loss = None
         if want.loss:
             loss = output(like) if each else torch.empty_like(scalar)
-        gradients, addresses = [], []
-        for wanted in want.gradients:
-            gradient = output(like) if wanted else None
-            gradients.append(gradient)
-            addresses.append(0 if gradient is None else gradient.data_ptr())
+        gradients: list[Tensor | None] = []
+        addresses = []
+        if new_joined is None:
+            for wanted in want.gradients:
+                gradient = output(like) if wanted else None
+                gradients.append(gradient)
+                addresses.append(0 if gradient is None else gradient.data_ptr())
+        else:
+            gradients.append(whole := new_joined())
+            addresses += whole.data_ptr(), whole.data_ptr() + second
         address = 0 if loss is None else loss.data_ptr()
         kernel(
             dtype,
@@ -630,19 +649,40 @@ def pointwise_loss(
             0 if each else address,
             (*addresses, *no_gradients),
             torch.get_num_threads(),
+            (columns, row_step),
         )
         return loss, tuple(gradients)
 
     return launch
 
 
-def _order(tensor: Tensor | None, like: Tensor) -> int:
-    """Returns a tensor's stride in the order of another, or -1 where a copy has to be read."""
-    if tensor is None:
-        return 0
-    if not any(tensor.stride()) and tensor.dtype is like.dtype:
-        return 0
-    return 1 if tensor.stride() == like.stride() and tensor.dtype is like.dtype else -1
+def _steps(
+    tensors: Sequence[Tensor | None], order: Tensor, gradient: Tensor | None
+) -> tuple[list[tuple[int, int] | None], int, int]:
+    """Returns how a kernel reads tensors in the order in memory of a dense one.
+
+    Args:
+        gradient: A gradient that is not dense, None if all are.
+
+    Returns:
+        For each tensor its steps along columns and rows, None where a copy has to be read; the
+        number of columns, 0 where there is one row; and the step of the gradient along rows.
+    """
+    fitting = [x if x is not None and x.dtype is order.dtype else None for x in tensors]
+    fits = [x is not None for x in fitting]
+    same = [x is not None and not any(x.stride()) for x in fitting]
+    rows = [None if one else x for x, one in zip(fitting, same, strict=True)]
+    copied, columns, strides = in_rows(order, [*rows, gradient])
+    if gradient is not None and strides is not None and strides[-1] != 1:  # of halves of one column
+        columns, strides = 1, tuple([x for step in strides[1::2] for x in (step, 1)])
+    steps: list[tuple[int, int] | None] = []
+    for i, (fit, one) in enumerate(zip(fits, same, strict=True)):
+        step = (1, 0) if strides is None else (strides[2 * i + 1], strides[2 * i])
+        readable = fit and i not in copied and step[0] in (0, 1)
+        steps.append((0, 0) if one else step if readable else None)
+    if columns is None or strides is None:
+        return steps, 0, 0
+    return steps, columns, 0 if gradient is None else strides[-2]
 
 
 def _output_like(like: Tensor) -> Callable[[Tensor], Tensor]:

@@ -39,6 +39,7 @@ from pyfused.layout import (
     contiguous_in,
     dense,
     empty_viewed,
+    in_rows,
     loss_shape,
     order_of,
     row_sizes,
@@ -525,42 +526,13 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 Operands = list[Tensor | None]
 
 
-def _operands(
-    order: Tensor, tensors: Operands
-) -> tuple[list[int], int | None, tuple[int, ...] | None]:
-    """Returns how a kernel reads tensors in the order in memory of ``order``, which is dense.
-
-    Returns:
-        The tensors to copy first, where rows x columns do not describe them; the number of columns
-        and two strides a tensor, of its rows and its columns, or None and None if all are dense.
-    """
-    stride = order.stride()
-    if all(tensor is None or tensor.stride() == stride for tensor in tensors):
-        return [], None, None
-    groups: list[tuple[int, list[int]]] = []  # a size, and a stride for each tensor
-    for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
-        size, strides = order.shape[dim], [(order if x is None else x).stride(dim) for x in tensors]
-        if size == 1:
-            continue
-        if groups and groups[-1][1] == [step * size for step in strides]:
-            size *= groups.pop()[0]
-        groups.append((size, strides))
-    if not groups or (len(groups) == 1 and set(groups[0][1]) == {1}):
-        return [], None, None
-    if len(groups) > 2:
-        pairs = enumerate(tensors)
-        return [i for i, x in pairs if x is not None and x.stride() != stride], None, None
-    (columns, of_columns), (_, of_rows) = groups[-1], groups[0]
-    both = zip(of_rows, of_columns, strict=True)
-    return [], columns, tuple([step for pair in both for step in pair])
-
-
 def pointwise_loss(
     formula: str | Program,
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
     parameters: tuple[float, ...],
     reduction: str,
     want: Want,
+    halves: int | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a pointwise loss for tensors of these layouts; see ``cpu.pointwise_loss``.
 
@@ -576,7 +548,7 @@ def pointwise_loss(
     accumulate = accumulate_dtype(order.dtype)
     wanted = want.gradients or (False,) * len(operands)
     views = _padded(operands, weight, grad_output)
-    copied, columns, strides = _operands(order, views)
+    copied, columns, strides = in_rows(order, views)
     numbers = (*parameters, 0.0, 0.0, 0.0)[:3]
     stacked: Tensor | tuple[float, ...] | None = None
     if isinstance(formula, str):
@@ -631,9 +603,23 @@ def pointwise_loss(
             divisor,
         )
         _add_up(parts, loss)
+        if halves is not None and want.gradients:
+            return loss, (_joined(gradients, halves),)
         return loss, gradients
 
     return run
+
+
+def _joined(halves: Gradients, dim: int) -> Tensor:
+    """Returns two tensors as one; torch.cat would take the dtype of autocast."""
+    first, second = halves
+    assert first is not None
+    assert second is not None
+    size = first.shape[dim]
+    whole = first.new_empty([*first.shape[:dim], 2 * size, *first.shape[dim + 1 :]])
+    whole.narrow(dim, 0, size).copy_(first)
+    whole.narrow(dim, size, size).copy_(second)
+    return whole
 
 
 def _padded(
@@ -664,7 +650,7 @@ def activation(
 
     def run(kernel: Launch, x: Tensor, grad_output: Tensor | None, output: Tensor) -> Tensor:
         views: Operands = [x, grad_output]
-        copied, columns, strides = _operands(output, views)
+        copied, columns, strides = in_rows(output, views)
         for i in copied:
             view = views[i]
             assert view is not None

@@ -50,7 +50,8 @@ class Scalar(NamedTuple):
     """A number among the arguments, in its bounds; a tensor of one element may hold it.
 
     Attributes:
-        default: Of a function that torch does not have.
+        default: Of a function that torch does not have; where torch's has no default, a value to
+            try it with.
         optional: None is as good as a number that is none.
         positive: It is more than 0.
         flag: It is no number, but as good as True or False, and each has a kernel.
@@ -161,6 +162,12 @@ class Operator(ABC):
             else:
                 numbers.append(value)
         return name, tuple(numbers)
+
+    @property
+    def required(self) -> dict[str, Any]:
+        """A value to try of each scalar that callers have to give."""
+        places = self.scalar_places
+        return {s.name: s.default for place, s in places if self.defaults[place - 1] is ...}
 
     @property
     def family(self) -> str:

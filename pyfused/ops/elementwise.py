@@ -22,7 +22,13 @@ from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
-from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, elements, weight_or_elements
+from pyfused.ops.pointwise_loss import (
+    Gated,
+    Halves,
+    PointwiseLoss,
+    elements,
+    weight_or_elements,
+)
 from pyfused.types import Gradients
 
 INPUT, TARGET = Operand("input"), Operand("target")
@@ -37,8 +43,8 @@ def _differ_in_shape(input: Tensor, target: Tensor, *_: Any) -> str | None:
     return "input and target differ in shape" if input.shape != target.shape else None
 
 
-def _differ_in_dtype(input: Tensor, target: Tensor, *_: Any) -> str | None:
-    return "input and target differ in dtype" if input.dtype is not target.dtype else None
+def _differ_in_dtype(input: Tensor, other: Tensor, *_: Any) -> str | None:
+    return "the operands differ in dtype" if input.dtype is not other.dtype else None
 
 
 def _differ(input: Tensor, target: Tensor, *_: Any) -> str | None:
@@ -613,6 +619,52 @@ def _between(low: Tensor | float, input: Tensor, high: Tensor | float) -> Tensor
     return (low < input) & (input < high)
 
 
+THRESHOLD = Activation(
+    name="threshold",
+    module="Threshold",
+    saves="input",
+    built_in=("input", "threshold", "value"),
+    scalars=(Scalar("threshold", 0.25), Scalar("value", -1.5)),
+    formula=lambda input, threshold, value: torch.where(input <= threshold, value, input),
+    gradient=lambda grad_output, input, threshold, _: torch.where(
+        input <= threshold, 0, grad_output
+    ),
+)
+
+
+_BUILT_IN_PRELU = torch.prelu  # whatever pyfused.patch puts in its place
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    return _BUILT_IN_PRELU(input, weight)
+
+
+def _beside_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """With a slope for each channel of each sample, as kernels read tensors in rows and columns."""
+    if weight.numel() == 1:
+        return input, weight.reshape(())
+    if input.dim() == 2:
+        return input, weight
+    rows = weight.expand(input.shape[:2]).contiguous()
+    return input, rows.reshape(*rows.shape, *[1] * (input.dim() - 2))
+
+
+PRELU = Gated(
+    name="prelu",
+    module="PReLU",
+    built_in=("input", "weight"),
+    operands=(INPUT, Operand("weight")),
+    shapes=checks.slopes,
+    arrange=_beside_channels,
+    fallback_reason=_differ_in_dtype,
+    formula=lambda input, weight: torch.where(input > 0, input, weight * input),
+    definition=_prelu,
+    gradient=lambda input, weight: (
+        torch.where(input > 0, 1, weight),
+        torch.where(input > 0, 0, input),
+    ),
+)
+
 RELU6 = Activation(
     name="relu6",
     module="ReLU6",
@@ -806,6 +858,27 @@ TANHSHRINK = Activation(
 )
 
 # ---- gated activations: act(gate) * up -----------------------------------------------------------
+
+
+def _gradient_of_glu(first: Tensor, second: Tensor) -> Gradients:
+    e = (-second.abs()).exp()
+    d = 1 / (1 + e)  # y (1 - y) of y = sigmoid(second) is e d d
+    return torch.where(second < 0, e * d, d), first * (e * d * d)
+
+
+def _no_halves(input: Tensor, dim: int) -> str | None:
+    if not isinstance(dim, int) or not -input.dim() <= dim < input.dim():
+        return "input has no such dimension"
+    return "the dimension has no halves" if input.shape[dim] % 2 else None
+
+
+GLU = Halves(
+    name="glu",
+    module="GLU",
+    formula=lambda first, second: first * second.sigmoid(),
+    gradient=_gradient_of_glu,
+    fallback_reason=_no_halves,
+)
 
 GATED = (Operand("gate"), Operand("up"))
 

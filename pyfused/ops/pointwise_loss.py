@@ -71,7 +71,7 @@ class PointwiseLoss(Operator):
         denominators: What the sum is divided by in each reduction but none and sum, from the
             expanded operands, the weight and the scalars.
         arrange: What torch makes of the formula's operands before they broadcast.
-        variables: The formula's operands: all but the weight.
+        variables: The formula's operands: all but the weight of losses.
         enforces: Whether torch raises for values of an operand.
         reduces: Whether it is a loss, rather than an activation of several tensors.
         asks_dtype: Whether the result of operands of one dtype may have another.
@@ -95,12 +95,14 @@ class PointwiseLoss(Operator):
         if self.definition is None and not hasattr(F, self.name):
             self.definition = self._definition()
         super().__post_init__()
-        self.variables = tuple(o for o in self.operands if o.name != "weight")
+        self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         place = self.arguments.index
         places = [place(variable.name) for variable in self.variables]
-        self._values = itemgetter(*places) if len(places) > 1 else itemgetter(slice(1))
+        self._values: Callable[[Arguments], Sequence[Any]] = itemgetter(
+            *places if len(places) > 1 else [slice(1)]
+        )
         self.enforces = any(v.enforced is not None for v in self.variables)
-        self.broadcast = tuple(places[1:])
+        self.broadcast = tuple(places[1:]) if self.arrange is None else ()
         self._weight = place("weight") if self.weight_shape is not None else None
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
         self._legacy = itemgetter(*map(place, legacy)) if legacy else None
@@ -254,7 +256,7 @@ class PointwiseLoss(Operator):
         if reduction not in self.denominators:
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
         self.check_scalars(arguments)
-        if operands[1].shape != operands[0].shape or len(operands) > 2:
+        if operands[1].shape != operands[0].shape or len(operands) > 2 or self.arrange is not None:
             self.shapes(*operands)
         if self.weight_shape is not None and weight is not None:
             self.weight_shape(operands[0], weight)
@@ -278,9 +280,57 @@ class PointwiseLoss(Operator):
 
 
 class Gated(PointwiseLoss):
-    """An activation of one tensor multiplied by another, which is computed as a loss is."""
+    """An activation of several tensors, such as one that another is a gate of.
+
+    It is computed as a loss is, and not reduced.
+    """
 
     reduces = False
+
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        """Returns whether no gradient follows."""
+        return not torch.is_grad_enabled() or not any(
+            isinstance(arguments[place], Tensor) and arguments[place].requires_grad
+            for place in (0, *(place for place, _ in self.others))
+        )
+
+    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+        return self.formula(*operands, *numbers)
+
+
+class Halves(Gated):
+    """An activation of the halves of one tensor along ``dim``, to which the formula applies."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.variables = Operand("first"), Operand("second")
+        self._values = lambda arguments: arguments[0].chunk(2, arguments[1])
+
+    def check(self, arguments: Arguments) -> None:
+        checks.tensor(self.operands[0].name, arguments[0])
+
+    def plan(
+        self,
+        arguments: Arguments,
+        inplace: bool,  # noqa: ARG002
+        needs: Sequence[bool] | None = None,
+    ) -> PointwisePlan:
+        input, dim = arguments
+        if needs is None:
+            needs = (torch.is_grad_enabled() and input.requires_grad,)
+        return HalvesPlan(
+            op=self,
+            backend=backend_of(input),
+            numbers=(),
+            reduction="none",
+            dtype=input.dtype,
+            result=input.dtype,
+            needs=tuple(needs),
+            as_they_are=True,
+            warning=None,
+            denominator=None,
+            halves=dim % input.dim(),
+        )
 
 
 def _number(value: Any, scalar: Scalar) -> Any:
@@ -335,6 +385,7 @@ class PointwisePlan:
             that follows from the signature.
         divisor: That number.
         launches: The prepared kernel of the forward pass, and one for each layout of grad_output.
+        halves: The dimension along which the operands are one tensor, None where they are several.
     """
 
     op: PointwiseLoss
@@ -348,6 +399,7 @@ class PointwisePlan:
     warning: str | None
     denominator: Denominator | None
     divisor: float = 1.0
+    halves: int | None = None
     launches: dict[Any, Callable[..., tuple[Tensor | None, Gradients]]] = field(
         default_factory=dict
     )
@@ -445,7 +497,9 @@ class PointwisePlan:
         formula, numbers = self.op.kernel(self.numbers, len(operands), want)
         tensors = tuple(operands), weight, grad_output
         prepare: Callable[..., Any] = self.backend.pointwise_loss
-        launch: Callable[..., Any] = prepare(formula, tensors, numbers, self.reduction, want)
+        launch: Callable[..., Any] = prepare(
+            formula, tensors, numbers, self.reduction, want, self.halves
+        )
         return launch
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
@@ -458,6 +512,44 @@ class PointwisePlan:
 
         grad_output = grad_output.expand_as(operands[0])
         return differentiate(definition, operands, self.needs, grad_output)
+
+
+class HalvesPlan(PointwisePlan):
+    """Computes an activation of halves: autograd sees one input, and its gradient is one tensor."""
+
+    def __call__(self, arguments: Arguments) -> Tensor:
+        if not self.needs[0]:
+            return self.forward(None, arguments[:1])
+        output: Tensor = apply(self, arguments[0])
+        return output
+
+    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
+        assert self.halves is not None
+        operands = tensors[0].chunk(2, self.halves)
+        launch = self.launches.get(None)
+        if launch is None:
+            launch = self.launches[None] = self.prepared(operands, None, Want(True, ()), None)
+        if ctx is not None:
+            ctx.save_for_backward(*tensors)
+        output, _ = launch(operands, None, 1.0)
+        assert output is not None
+        return output
+
+    def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+        assert self.halves is not None
+        operands = tensors[0].contiguous().chunk(2, self.halves)
+        if any(grad_output.stride()):
+            grad_output = grad_output.contiguous()
+        key = layouts(grad_output)
+        launch = self.launches.get(key)
+        if launch is None:
+            want = Want(False, (True, True))
+            launch = self.launches[key] = self.prepared(operands, None, want, grad_output)
+        return launch(operands, None, 1.0, grad_output)[1]
+
+    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
+        definition = lambda input: self.op.reference(input, self.halves)  # noqa: E731
+        return differentiate(definition, ctx.saved_tensors, (True,), grad_output)
 
 
 def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:

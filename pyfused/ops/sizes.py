@@ -38,9 +38,10 @@ def _of(limits: Limits, *names: str) -> dict[str, Limits]:
 
 
 # On CPUs: the smallest calls that a kernel takes, in elements. The second number is for a loss of
-# each element of pointwise losses, which is an output more; for few classes where there are
-# classes, as torch has no vectors for rows that do not fill one. Names of classes stand for
-# operators without a row. VECTOR is what one holds, in bytes.
+# each element of pointwise losses, which is an output more; for calls without a gradient of
+# activations of several tensors; for few classes where there are classes, as torch has no vectors
+# for rows that do not fill one. Names of classes stand for operators without a row. VECTOR is what
+# one holds, in bytes.
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes; twice as many in half precision
 ON_CPU = {
@@ -59,7 +60,10 @@ ON_CPU = {
     **_of((1 << 15, 1 << 15), "tanh", "mish", "softsign", "tanhshrink"),
     **_of((1 << 19, 1 << 19), "silu", "Activation", "Gated"),
     **_of((1 << 21, 1 << 21), "sigmoid"),
-    **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "relu6", "hardtanh", "nll_loss"),
+    **_of((1 << 22, 1 << 23), "prelu"),
+    **_of((1 << 23, 1 << 24), "glu"),
+    **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "relu6", "hardtanh", "threshold"),
+    **_of((1 << 24, 1 << 24), "nll_loss"),
     **_of((1 << 24, 1 << 24), "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
     **_of((1 << 16, 1 << 12), "cross_entropy"),
     **_of((1 << 17, 1 << 12), "log_softmax"),
@@ -108,10 +112,12 @@ COMPILED = {
     **_of((1 << 20, 1 << 20), "soft_margin_loss", "log_cosh_loss", "gaussian_nll_loss"),
     **_of((1 << 20, 1 << 20), "tanh", "softcap", "mish", "softsign", "tanhshrink"),
     **_of((_NEW_MEMORY, _NEW_MEMORY), "elu", "selu", "celu", "softplus", "logsigmoid"),
-    **_of((NEVER, NEVER), "swiglu", "geglu", "reglu"),  # fused with what is around them
+    **_of(
+        (NEVER, NEVER), "swiglu", "geglu", "reglu", "glu", "prelu"
+    ),  # fused with what is around them
     **_of((1 << 16, NEVER), "hinge_loss", "hinge_embedding_loss", "multi_margin_loss"),
     **_of((1 << 16, NEVER), "margin_ranking_loss", "quantile_loss"),
-    **_of((1 << 16, _NEW_MEMORY), "relu", "leaky_relu", "relu6", "hardtanh"),
+    **_of((1 << 16, _NEW_MEMORY), "relu", "leaky_relu", "relu6", "hardtanh", "threshold"),
     **_of((1 << 16, _NEW_MEMORY), "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
 }
 

@@ -66,9 +66,13 @@ class Recorded(NamedTuple):
 
 
 def record(
-    function: Callable[..., Any], operands: Sequence[str], parameters: dict[str, Any]
+    function: Callable[..., Any],
+    operands: Sequence[str],
+    parameters: dict[str, Any],
+    gradient: Callable[..., Any] | None = None,
 ) -> Recorded:
-    """
+    """Records a function, and its gradient if one is given, which returns one for each operand.
+
     Raises:
         UntraceableError: The function does what depends on values or shapes.
     """
@@ -76,6 +80,7 @@ def record(
     inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in operands]
     try:
         output = function(*inputs, **parameters)
+        slopes = () if gradient is None else slopes_of(gradient, inputs, parameters)
     except UntraceableError:
         raise
     except Exception as error:
@@ -86,7 +91,8 @@ def record(
         ) from error
     if not isinstance(output, fx.Proxy):
         raise UntraceableError(f"expected it to return one tensor, got {type(output).__name__}")
-    tracer.create_node("output", "output", (output.node,), {})
+    outputs = tuple([x.node if isinstance(x, fx.Proxy) else x for x in (output, *slopes)])
+    tracer.create_node("output", "output", (outputs,), {})
     graph, literals, exponents = tracer.graph, list[float](), set[int]()
     nodes = list(graph.nodes)
 
@@ -104,11 +110,31 @@ def record(
     return Recorded(graph, str(graph), literals, exponents)
 
 
+def slopes_of(
+    gradient: Callable[..., Any], operands: Sequence[Any], parameters: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Returns what a gradient of a user's returns for each operand: a tensor, or None for 0.
+
+    Raises:
+        TypeError: It returns something else.
+    """
+    found = gradient(*operands, **parameters)
+    slopes = found if isinstance(found, (tuple, list)) else (found,)
+    kinds = (Tensor, fx.Proxy, type(None))
+    if len(slopes) != len(operands) or not all(isinstance(each, kinds) for each in slopes):
+        raise TypeError(
+            f"{gradient.__name__}: expected a tensor or None for each of {len(operands)} operands, "
+            f"got {found!r}"
+        )
+    return tuple(slopes)
+
+
 def dependent(
     function: Callable[..., Any],
     operands: Sequence[str],
     parameters: dict[str, Any],
     recorded: Recorded,
+    gradient: Callable[..., Any] | None = None,
 ) -> list[int]:
     """Returns the literals that move with a parameter: another value of it changes these alone.
 
@@ -120,7 +146,8 @@ def dependent(
         if type(value) not in (int, float):
             continue
         try:
-            other = record(function, operands, parameters | {name: value * 1.0009765625 + 2.0**-12})
+            moved = parameters | {name: value * 1.0009765625 + 2.0**-12}
+            other = record(function, operands, moved, gradient)
         except UntraceableError:
             continue
         if other.structure == recorded.structure:
@@ -265,7 +292,7 @@ def derive(
         literals: list[Any] = [*recorded.literals]
         for i, number in zip(lifted, numbers, strict=True):
             literals[i] = number
-        value = interpreter.run(*leaves, *literals)
+        value, *slopes = interpreter.run(*leaves, *literals)
         if value.shape != _SHAPE or not value.dtype.is_floating_point:
             raise UntraceableError(
                 f"expected an elementwise formula, got a {value.dtype} tensor of shape "
@@ -273,7 +300,9 @@ def derive(
                 "'reduction'"
             )
         recorder.line = "a derivative"
-        return with_gradients(value, leaves, scale)
+        if not slopes:
+            return with_gradients(value, leaves, scale)
+        return [value, *(None if slope is None else slope * scale for slope in slopes)]
 
     parameters = [recorded.literals[i] for i in lifted]
     return expressions_of(run, operands, parameters, recorder)
