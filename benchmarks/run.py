@@ -276,6 +276,7 @@ def parser() -> argparse.ArgumentParser:
     words = "time training steps of the examples' GPT in float32 and under bfloat16 autocast"
     add = command("steps", "steps.steps", words)
     add("--rounds", type=int, default=9, help="of a step each")
+    add("--cpu", action="store_true", help="CPU time of one thread, for a machine with other work")
     words = "measure what linear_cross_entropy's filter_eps gains and costs, on a trained model"
     add = command("filter-eps", "head.filter_eps", words)
     add("--steps", type=int, default=600, help="for how many to train")

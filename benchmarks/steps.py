@@ -1,6 +1,7 @@
 """Training steps of the examples' GPT: torch eager, with huge pages and compiled, and pyfused.
 
-Each way has a process of its own, in which it takes a step when it is its turn.
+Each way has a process of its own, in which it takes a step when it is its turn. With --cpu the time
+is the process's on one thread, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ WAYS = {
     "pyfused, linear_cross_entropy": (("pyfused", True, False), {}),
     "the same, compiled": (("pyfused", True, True), {}),
 }
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 DTYPES = ("float32", "bfloat16")
 WARM_UP = 3
 
 
-def work(library: str, linear: bool, compiled: bool, dtype: str) -> None:
+def work(library: str, linear: bool, compiled: bool, dtype: str, cpu: bool) -> None:
     """Take a step for each line read, and print the milliseconds that it took."""
+    clock = time.process_time if cpu else time.perf_counter
     functional = torch.nn.functional if library == "torch" else pyfused.functional
     torch.manual_seed(0)
     model = gpt.GPT(gpt.VOCABULARY, relu=functional.relu)
@@ -55,19 +58,19 @@ def work(library: str, linear: bool, compiled: bool, dtype: str) -> None:
 
     forward = torch.compile(loss_of) if compiled else loss_of
     for _ in sys.stdin:
-        started = time.perf_counter()
+        started = clock()
         optimizer.zero_grad()
         forward(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
-        print(1e3 * (time.perf_counter() - started), flush=True)
+        print(1e3 * (clock() - started), flush=True)
 
 
-def measure(dtype: str, rounds: int) -> dict[str, list[float]]:
+def measure(dtype: str, rounds: int, cpu: bool) -> dict[str, list[float]]:
     pipe = subprocess.PIPE
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, json.dumps([*arguments, dtype])],
-            env={**os.environ, **variables},
+            [sys.executable, __file__, json.dumps([*arguments, dtype, cpu])],
+            env={**os.environ, **variables, **(ONE_THREAD if cpu else {})},
             stdin=pipe,
             stdout=pipe,
             text=True,
@@ -88,7 +91,7 @@ def measure(dtype: str, rounds: int) -> dict[str, list[float]]:
 
 
 def steps(options: Namespace) -> None:
-    found = {dtype: measure(dtype, options.rounds) for dtype in DTYPES}
+    found = {dtype: measure(dtype, options.rounds, options.cpu) for dtype in DTYPES}
     rows = [
         [way, *(spread(ratios(times["torch"], times[way])) for times in found.values())]
         for way in WAYS

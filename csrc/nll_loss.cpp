@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "memory.h"
@@ -28,6 +29,13 @@ template <class T> void clear(T* data, int64_t n, int threads) {
   });
 }
 
+// A sum of floats in double, which needs no compensation within a block.
+struct BlockSum {
+  double sum = 0;
+  void add(double x) { sum += x; }
+  double value() const { return sum; }
+};
+
 template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
   using A = Accumulate<T>;
   const TargetStatistics statistics = target_statistics(nll);
@@ -41,7 +49,7 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
   const int64_t blocks = (nll.positions() + kBlock - 1) / kBlock;
   std::vector<double> partial(blocks);
   parallel_for(blocks, nll.threads, [&](int64_t block) {
-    Sum sum;
+    std::conditional_t<std::is_same_v<A, double>, Sum, BlockSum> sum;
     const int64_t end = std::min(nll.positions(), (block + 1) * kBlock);
     for (int64_t position = block * kBlock; position < end; ++position) {
       const bool ignored = nll.ignored(position);

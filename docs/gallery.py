@@ -20,7 +20,7 @@ from torch import Tensor
 import pyfused
 import pyfused.functional
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import FEW, limits
+from pyfused.ops.sizes import FEW, NEVER, limits
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
 
@@ -276,11 +276,15 @@ def sizes(*operators: str) -> str:
     """Returns a table of the smallest calls that take a kernel on CPUs."""
     columns = ["operator", "elements", f"without reduction, or up to {FEW} classes"]
     rows = [
-        [f"`{name}`", *(f"{below:,}" if below else "any" for below in limits(op, True))]
+        [f"`{name}`", *map(words, limits(op, True))]
         for name, op in OPERATORS.items()
         if name in (operators or OPERATORS)
     ]
     return report.tabulated(columns, rows, names=1)
+
+
+def words(limit: int) -> str:
+    return "none" if limit == NEVER else f"{limit:,}" if limit else "any"
 
 
 # What a page has in place of each of these comments.

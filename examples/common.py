@@ -53,32 +53,29 @@ def _status(key: str) -> float | None:
     return None
 
 
-def draw_bars(
-    axes: Axes, groups: Mapping[str, Mapping[str, Sequence[float]]], form: str = "{:,.0f}"
-) -> None:
-    """Draw the medians as bars, and as a line on each the middle half of its values.
+def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> None:
+    """Draw the medians as bars, with a legend, and as a line on each the middle half of its values.
 
     Args:
-        groups: For each group of bars, the values of each bar by its name. The first bar of a group
-            is what the others are divided by.
-        form: How a median is written above its bar.
+        groups: For each group of bars, the values of each bar by its name. The median of the first
+            bar of a group is divided by those of the others.
     """
     labels, tallest = [], 0.0
     for place, (title, group) in enumerate(groups.items()):
         medians, width = [], 0.8 / len(group)
         for index, (name, values) in enumerate(group.items()):
             x = place + (index - (len(group) - 1) / 2) * width
-            low, median, high = statistics.quantiles(
-                values * 2 if len(values) == 1 else values, n=4
-            )
+            several = values if len(values) > 1 else values * 2
+            low, median, high = statistics.quantiles(several, n=4)
             label = name if place == 0 else None
             axes.bar(x, median, width, color=PALETTE[index], label=label)
             axes.plot([x, x], [low, high], color="black")
             above = {"textcoords": "offset points", "ha": "center"}
-            axes.annotate(form.format(median), (x, high), (0, 3), **above)
+            axes.annotate(f"{median:,.0f}", (x, high), (0, 3), **above)
             medians.append(median)
             tallest = max(tallest, high)
         ratios = ", ".join(f"{medians[0] / median:.1f}" for median in medians[1:])
-        labels.append(f"{title}\ntorch / pyfused: {ratios}")
+        labels.append(f"{title}\nratio {ratios}")
     axes.set_xticks(range(len(groups)), labels)
-    axes.set_ylim(0, 1.1 * tallest)  # room for the number above the tallest
+    axes.set_ylim(0, 1.3 * tallest)  # room for the number above the tallest, and for the legend
+    axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1, frameon=False)

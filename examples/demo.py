@@ -157,6 +157,8 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens.pt")
         bar = progress.add_task("GPT, tokenizer", total=None)
+        if progress.disable:
+            print("GPT: training the tokenizer", flush=True)
         vocabulary = gpt.load(tokens)["vocabulary"]
         progress.update(bar, total=1, completed=1)
         runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in COLOURS}
@@ -242,7 +244,8 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
         "whole step": {name: [s.step_ms for s in run] for name, run in gpt_steps.items()},
     }
     draw_bars(panels["time"], times)
-    panels["time"].set(title="GPT, time per step", ylabel="milliseconds (median and middle half)")
+    title = "GPT, time per step (ratio: torch / pyfused)"
+    panels["time"].set(title=title, ylabel="milliseconds (median and middle half)")
     peaks = {name: [run[-1].peak_mib or 0.0] for name, run in gpt_steps.items()}
     if all(map(all, peaks.values())):
         draw_bars(panels["memory"], {"the process at its peak": peaks})
@@ -250,8 +253,9 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
     else:
         panels.pop("memory").remove()
 
-    for axes in panels.values():
-        axes.legend()
+    for name, axes in panels.items():
+        if name in ("gpt", "digits", "diabetes"):
+            axes.legend()
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -272,7 +276,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a log is as wide as the table
     columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,

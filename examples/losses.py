@@ -401,7 +401,7 @@ def draw(found: list[tuple[Experiment, list[Result]]]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="About ten seconds, with --quick five."
+        description=__doc__.splitlines()[0], epilog="About 15 seconds, with --quick six."
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps: seconds")
     parser.add_argument(

@@ -58,10 +58,20 @@ def test_float16_is_converted_in_a_step_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_second_limit_is_for_softmax_of_half_precision(dtype: torch.dtype) -> None:
-    for rows, expected in ((SECOND // 64 - 1, True), (SECOND // 64, False)):
-        x = torch.zeros(rows, 64, dtype=dtype)
+def test_softmax_of_half_precision_has_a_limit_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(sizes, "limits", lambda op, cpu: (sizes.NEVER, sizes.NEVER))
+    rows = sizes.SOFTMAX_OF_HALVES // 64
+    for more, expected in ((-1, True), (0, False)):
+        x = torch.zeros(rows + more, 64, dtype=dtype)
         assert is_torchs(SOFTMAX, x, 1, 3, None) == expected
+
+
+def test_half_precision_has_twice_as_many_few_classes() -> None:
+    for classes, expected in ((2 * sizes.FEW + 1, True), (2 * sizes.FEW + 2, False)):
+        x = torch.zeros(-(-FIRST // classes), classes, dtype=torch.bfloat16)
+        assert is_torchs(CROSS_ENTROPY, x) == expected
 
 
 def test_a_linear_layer_counts_its_logits() -> None:

@@ -38,9 +38,11 @@ def _of(limits: Limits, *names: str) -> dict[str, Limits]:
 
 
 # On CPUs: the smallest calls that a kernel takes, in elements. The second number is for a loss of
-# each element of pointwise losses, which is an output more; for up to FEW classes where there are
-# classes, as torch takes long for each row. Names of classes stand for operators without a row.
-FEW = 16
+# each element of pointwise losses, which is an output more; for few classes where there are
+# classes, as torch has no vectors for rows that do not fill one. Names of classes stand for
+# operators without a row. VECTOR is what one holds, in bytes.
+VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+FEW = VECTOR // 4 - 1  # classes; twice as many in half precision
 ON_CPU = {
     **_of((0, 0), "gaussian_nll_loss", "hinge_embedding_loss", "log_cosh_loss"),
     **_of((0, 0), "log_probs", "kl_div_with_logits"),
@@ -50,17 +52,19 @@ ON_CPU = {
     **_of((1 << 13, 1 << 16), "hinge_loss", "margin_ranking_loss", "poisson_nll_loss"),
     **_of((1 << 13, 1 << 16), "soft_margin_loss"),
     **_of((1 << 16, 1 << 20), "l1_loss"),
-    **_of((1 << 17, 1 << 23), "mse_loss", "smooth_l1_loss", "huber_loss", "rmse_loss"),
+    **_of((1 << 17, 1 << 23), "mse_loss", "huber_loss", "rmse_loss"),
+    **_of((1 << 17, 1 << 24), "smooth_l1_loss"),
     **_of((1 << 17, 1 << 17), "PointwiseLoss", "ClassLoss", "Composed"),
     **_of((1 << 12, 1 << 12), "gelu"),
-    **_of((1 << 15, 1 << 15), "tanh", "mish", "softsign", "tanhshrink", "multi_margin_loss"),
+    **_of((1 << 15, 1 << 15), "tanh", "mish", "softsign", "tanhshrink"),
     **_of((1 << 19, 1 << 19), "silu", "Activation", "Gated"),
     **_of((1 << 21, 1 << 21), "sigmoid"),
     **_of((1 << 24, 1 << 24), "relu", "leaky_relu", "relu6", "hardtanh", "nll_loss"),
     **_of((1 << 24, 1 << 24), "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
-    **_of((1 << 17, 1 << 12), "cross_entropy"),
-    **_of((1 << 18, 1 << 16), "log_softmax"),
-    **_of((1 << 22, 1 << 16), "softmax"),
+    **_of((1 << 16, 1 << 12), "cross_entropy"),
+    **_of((1 << 17, 1 << 12), "log_softmax"),
+    **_of((1 << 22, 1 << 12), "softmax"),
+    **_of((1 << 16, NEVER), "multi_margin_loss"),
     **_of((1 << 15, 1 << 15), *LINEAR),  # logits
     **_of((1 << 14, 1 << 14), "Formula"),
     **_of((1 << 10, 1 << 10), "LongFormula"),
@@ -68,8 +72,8 @@ ON_CPU = {
 # torch computes float16 in float32, as fast as other dtypes, but the kernels convert it in a step
 # of its own.
 FLOAT16 = 8
-# The second limit of softmax is also for these: from there on, torch takes 1.1 to 10 times as long.
-_HALVES = (torch.bfloat16, torch.float16)
+# torch's softmax takes 1.1 to 10 times as long in these from so many elements on, of many classes.
+_HALVES, SOFTMAX_OF_HALVES = (torch.bfloat16, torch.float16), 1 << 16
 
 # On GPUs, measured on an H100 with float32 and backward, behind a slow processor, where torch
 # launched a step of mse_loss in 150 us and pyfused in 400. ATen's activations reach the memory's
@@ -146,9 +150,10 @@ def torch_is_faster(op: Operator, arguments: Arguments, elements: int) -> bool:
     on_cpu = input.is_cpu
     pair = limits(op, on_cpu)
     if on_cpu and op.name == "softmax" and input.dtype in _HALVES:
-        return elements < pair[1]
-    if on_cpu and input.dtype is torch.float16:
+        pair = min(pair[0], SOFTMAX_OF_HALVES), pair[1]
+    elif on_cpu and input.dtype is torch.float16:
         elements //= FLOAT16
     if (elements < pair[0]) == (elements < pair[1]):
         return elements < pair[0]
-    return elements < pair[op.takes_second_limit(arguments, FEW if on_cpu else FEW_ON_GPU)]
+    few = VECTOR // min(input.element_size(), 4) - 1 if on_cpu else FEW_ON_GPU
+    return elements < pair[op.takes_second_limit(arguments, few)]
