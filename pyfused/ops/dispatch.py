@@ -56,7 +56,7 @@ def call(
         if is_dynamo_compiling():
             reason, run = _plan(op, arguments, inplace)
         elif is_small(op, arguments):
-            reason, run = _SMALL
+            reason, run = SMALL, None
         else:
             reason, run = plan_of(op, arguments, inplace)
         if inplace and (reason is None or reason is SMALL):
@@ -102,7 +102,6 @@ class Plan(NamedTuple):
     run: Callable[[Arguments], Any] | None
 
 
-_SMALL = Plan(SMALL, None)
 MOST_PLANS = 4096
 _plans: dict[Any, Plan] = {}
 forget_plans = _plans.clear

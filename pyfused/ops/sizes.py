@@ -149,6 +149,8 @@ def torch_is_faster(op: Operator, arguments: Arguments, elements: int) -> bool:
     input: torch.Tensor = arguments[0]
     on_cpu = input.is_cpu
     pair = limits(op, on_cpu)
+    if elements < pair[0] and elements < pair[1]:  # as most are, whatever follows
+        return True
     if on_cpu and op.name == "softmax" and input.dtype in _HALVES:
         pair = min(pair[0], SOFTMAX_OF_HALVES), pair[1]
     elif on_cpu and input.dtype is torch.float16:
