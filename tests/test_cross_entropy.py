@@ -62,7 +62,7 @@ def test_one_hot_target_gives_minus_log_of_its_probability(probability: float, l
 
 
 @grid(
-    shape=SHAPES,
+    shape=[*SHAPES, (6, 130)],
     dtype=FLOATS,
     target_kind=KINDS,
     reduction=REDUCTIONS,
@@ -79,6 +79,7 @@ def test_options_and_shapes_against_torch(
     kernel_calls: KernelCalls,
 ) -> None:
     logits, target = problem(shape, target_kind, dtype)
+    target.requires_grad_(target_kind == "probabilities")
     classes = logits.size(min(logits.dim() - 1, 1))
     weight = torch.rand(classes).to(dtype) if weighted else None
     assert_matches_torch(

@@ -169,7 +169,8 @@ def test_every_kind_of_output() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"), zip(["channels_last", "transposed", "sliced", ""], cpu.DTYPES, strict=True)
+    ("layout", "dtype"),
+    [*zip(["channels_last", "transposed", "sliced", ""], cpu.DTYPES, strict=True)],
 )
 def test_layout_and_dtype(layout: str, dtype: torch.dtype) -> None:
     x = torch.randn(9 * MIB * 4 // dtype.itemsize).to(dtype).view(64, 8, 128, -1)
