@@ -139,7 +139,7 @@ def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> Figure:
         f"A weight goes down a loss in {STEPS} steps, with learning rates that are too small, "
         "right and too large; dotted: where the loss is least"
     )
-    rows = figure.subplots(2, len(DRAWN[0]), sharex=True)
+    rows = figure.subplots(2, len(DRAWN[0]), sharex=True, squeeze=False)
     for row, descents in zip(rows, DRAWN, strict=True):
         row[0].set_ylabel("weight")
         for axes, descent in zip(row, descents, strict=True):

@@ -284,6 +284,7 @@ def test_descents_are_drawn(
 ) -> None:
     monkeypatch.setattr(descents, "PREDICTIONS", descents.PREDICTIONS[:1])
     monkeypatch.setattr(descents, "LOGITS", descents.LOGITS[:1])
+    monkeypatch.setattr(descents, "DRAWN", (descents.PREDICTIONS, descents.LOGITS))
     picture = tmp_path / "descent.png"
     monkeypatch.setattr(sys, "argv", ["gradient_descent.py", "--output", str(picture)])
     descents.main()
