@@ -193,6 +193,8 @@ def test_the_same_bits_in_every_run(shape: tuple[int, ...], target_kind: str) ->
 
 # ---- programs that nobody compiled --------------------------------------------------------------
 
+# The places of a program's values: four operands, five results, registers, and constants.
+FIRST = 9 + cpu.native.program_registers  # of the constants
 MUL = ("mul", 4, (0, 1))
 
 
@@ -203,11 +205,11 @@ MUL = ("mul", 4, (0, 1))
         (("cube", 4, (0,)), "no instruction cube"),
         (("mul", 4, ()), "mul: expected 2 operands, got 0"),
         (("mul", 4, (0, 1, 0, 1, 0)), "mul: expected 2 operands, got 5"),
-        (("mul", -1, (0, 1)), "mul: result: expected a place from 4 to 40, got -1"),
-        (("mul", 3, (0, 1)), "mul: result: expected a place from 4 to 40, got 3"),
-        (("mul", 41, (0, 1)), "mul: result: expected a place from 4 to 40, got 41"),
-        (("mul", 4, (0, -1)), "mul: operand: expected a place from 0 to 42, got -1"),
-        (("mul", 4, (43, 0)), "mul: operand: expected a place from 0 to 42, got 43"),
+        (("mul", -1, (0, 1)), f"mul: result: expected a place from 4 to {FIRST - 1}, got -1"),
+        (("mul", 3, (0, 1)), f"mul: result: expected a place from 4 to {FIRST - 1}, got 3"),
+        (("mul", FIRST, (0, 1)), f"mul: result: expected a place from 4 to {FIRST - 1}, got"),
+        (("mul", 4, (0, -1)), f"mul: operand: expected a place from 0 to {FIRST + 1}, got -1"),
+        (("mul", 4, (FIRST + 2, 0)), f"mul: operand: expected a place from 0 to {FIRST + 1}, got"),
     ],
 )
 def test_instructions_are_checked(instruction: Any, words: str) -> None:
@@ -217,9 +219,10 @@ def test_instructions_are_checked(instruction: Any, words: str) -> None:
 
 @pytest.mark.cpu
 def test_a_prologue_and_constants_are_checked() -> None:
-    """The prologue reads and writes constants, of which 41 is the first."""
-    for result, operand in ((40, 41), (41, 42), (4, 41), (41, 0)):
-        with pytest.raises(ValueError, match=r"neg: .*: expected a place from 41 to 41, got"):
+    """The prologue reads and writes constants."""
+    words = f"neg: .*: expected a place from {FIRST} to {FIRST}, got"
+    for result, operand in ((FIRST - 1, FIRST), (FIRST, FIRST + 1), (4, FIRST), (FIRST, 0)):
+        with pytest.raises(ValueError, match=words):
             cpu.native.Program([("neg", result, (operand,))], [MUL], [0.0], 0)
     for constants, parameters in (([], 0), ([0.0], 1), ([0.0] * 257, 0)):
         with pytest.raises(ValueError, match=f"constants: .* got {len(constants)}"):
@@ -229,12 +232,12 @@ def test_a_prologue_and_constants_are_checked() -> None:
 @pytest.mark.cpu
 def test_a_program_of_a_gradient_needs_its_memory() -> None:
     x, out = torch.randn(2, 9), torch.empty(9)
-    operands = [(row.data_ptr(), 1) for row in x] + [(0, 0)] * 2
+    operands = [(row.data_ptr(), 1, 9) for row in x] + [(0, 0, 0)] * 2
     gradient = cpu.native.Program([], [MUL, ("copy", 6, (0,))], [0.0], 0)
 
     def run(of_target: int) -> None:
         gradients = (0, of_target, 0, 0)
-        given = [], (0, 0), 1.0, (0, 0), 0, 0, gradients, 1
+        given = [], (0, 0, 0), 1.0, (0, 0, 0), 0, 0, gradients, 1, (9, 9)
         gradient(0, 9, operands, *given)
 
     with pytest.raises(ValueError, match="gradients: expected the address of gradient 1"):
@@ -246,7 +249,8 @@ def test_a_program_of_a_gradient_needs_its_memory() -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize("value", [0.5, 1e30], ids=str)
 @pytest.mark.parametrize(
-    ("name", "places"), [("sin", (42,)), ("cos", (42,)), ("pow_less", (0, 42, 42))]
+    ("name", "places"),
+    [("sin", (FIRST + 1,)), ("cos", (FIRST + 1,)), ("pow_less", (0, FIRST + 1, FIRST + 1))],
 )
 def test_instructions_on_constants_read_one_element(
     name: str, places: tuple[int, ...], value: float, isa: str
@@ -255,8 +259,9 @@ def test_instructions_on_constants_read_one_element(
     n = 1000
     x, out = torch.full((n,), value).pow(value + 1), torch.empty(n)
     program = cpu.native.Program([], [(name, 4, places)], [0.0, value], 0)
-    operands = [(x.data_ptr(), 1), *[(0, 0)] * 3]
-    program(0, n, operands, [], (0, 0), 1.0, (0, 0), out.data_ptr(), 0, (0, 0, 0, 0), 1)
+    none = (0, 0, 0)
+    operands = [(x.data_ptr(), 1, n), *[none] * 3]
+    program(0, n, operands, [], none, 1.0, none, out.data_ptr(), 0, (0, 0, 0, 0), 1, (n, n))
     constant = torch.tensor(value)
     expected = constant.pow(constant) if name == "pow_less" else getattr(torch, name)(constant)
     torch.testing.assert_close(out, expected.expand(n))

@@ -103,7 +103,7 @@ else:
     MISSING = "pyfused was installed without its CPU kernels"
     supported, capability = (), "none"
     native = SimpleNamespace(
-        compiler="none", runtime_file="", program_registers=32, program_constants=256
+        compiler="none", runtime_file="", program_registers=64, program_constants=256
     )
     if any((folder.parent / "csrc").is_dir() for folder in _FOLDERS):
         logging.getLogger("pyfused").warning(
