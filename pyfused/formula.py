@@ -21,7 +21,7 @@ from pyfused.ops.declaration import Arguments, Operand
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements
 from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled, is_moderate
 from pyfused.ops.sizes import torch_is_faster
-from pyfused.types import Want
+from pyfused.types import Outputs
 
 if TYPE_CHECKING:
     from pyfused.explain import Explanation
@@ -47,7 +47,7 @@ class Traced:
         self.name, self.recorded, self.lifted = name, recorded, lifted
         self.expressions, self.outputs = trace.derive(recorded, operands, lifted)
         self.program = cache(self._program)
-        self.program(Want(True, (True,) * operands))  # raises where it is too large
+        self.program(Outputs(True, (True,) * operands))  # raises where it is too large
 
     def values(self, recorded: trace.Recorded) -> tuple[float, ...]:
         return tuple([float(recorded.literals[i]) for i in self.lifted])
@@ -61,8 +61,8 @@ class Traced:
             for i, (one, other) in pairs
         )
 
-    def _program(self, want: Want) -> Program:
-        wanted = want.loss, *(want.gradients or (False,) * (len(self.outputs) - 1))
+    def _program(self, outputs: Outputs) -> Program:
+        wanted = outputs.loss, *(outputs.gradients or (False,) * (len(self.outputs) - 1))
         return compiled(self.name, self.expressions, self.outputs, wanted, len(self.lifted))
 
 
@@ -118,10 +118,10 @@ class FormulaOperator(PointwiseLoss):
         self,
         numbers: tuple[Any, ...],
         operands: int,  # noqa: ARG002
-        want: Want,
+        outputs: Outputs,
     ) -> tuple[Program, tuple[float, ...]]:
         traced, values = self.traced(numbers)
-        return traced.program(want), values
+        return traced.program(outputs), values
 
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         return self.function(*operands, **dict(zip(self.parameters, numbers, strict=True)))
@@ -383,7 +383,7 @@ class Formula:
             traced, values = self.op.traced(tuple(self.op.parameters.values()))
         except UntraceableError as error:
             return f"{self.__name__}: torch: {error}"
-        program = traced.program(Want(True, (True,) * len(names)))
+        program = traced.program(Outputs(True, (True,) * len(names)))
         read, written = len(names), len(names) + (not self.op.loss)
         return "\n  ".join([
             (f"{self.__name__}: {len(program.body)} instructions for an element and its gradients; "
@@ -483,12 +483,12 @@ def check(
     """
     traced, values = op.traced(tuple(op.parameters.values()))
     points = _points(len(op.variables), traced.recorded.literals, dtype)
-    want = Want(True, (True,) * len(points))
-    program = traced.program(want)
+    outputs = Outputs(True, (True,) * len(points))
+    program = traced.program(outputs)
     op.long = len(program.body) >= _LONG
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    launch = kernels(program, (tuple(points), None, None), values, "none", want)
+    launch = kernels(program, (tuple(points), None, None), values, "none", outputs)
     value, gradients = launch(points, None, 1.0)
     found = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]

@@ -239,7 +239,7 @@ class MarginOptions(NamedTuple):
 ClassLossOptions = CrossEntropyOptions | NllOptions | MarginOptions
 
 
-class Want(NamedTuple):
+class Outputs(NamedTuple):
     """The outputs that a call of a loss kernel computes.
 
     Attributes:

@@ -17,7 +17,7 @@ from pyfused import functional as fused
 from pyfused.backends import cpu, cross_entropy_once
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.row_state import accumulated, fields_of, gradients_of_loss, loss_of_state
-from pyfused.types import RESULTS, SMOOTH, ClassRange, CrossEntropyOptions, Want
+from pyfused.types import RESULTS, SMOOTH, ClassRange, CrossEntropyOptions, Outputs
 
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6))
 
@@ -325,7 +325,7 @@ def test_blocks_of_classes_add_up(
         given = options.rows, state, grad_results, ClassRange(first, classes)
         backend.row_gradients(logits[:, first:last], target, *given, part, weight)
     whole, (gradient, _) = cross_entropy_once(
-        backend, logits, target, weight, options, Want(True, (True, False)), grad_output
+        backend, logits, target, weight, options, Outputs(True, (True, False)), grad_output
     )
     assert whole is not None
     torch.testing.assert_close(loss_of_state(state, *of_loss).to(whole.dtype), whole)

@@ -29,7 +29,7 @@ from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, Traced, check
 from pyfused.ops import program as programs
 from pyfused.ops.program import Expressions, UntraceableError, compiled
-from pyfused.types import Want
+from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from formulas import FORMULAS, charbonnier, mish, wing
@@ -487,11 +487,11 @@ class Recording(TorchDispatchMode):
 
 def test_no_tensor_of_parameters_is_filled() -> None:
     """Kernels take them as numbers, which need no order of streams."""
-    program, values = wing.op.kernel((3.0, 0.7), 2, Want())
+    program, values = wing.op.kernel((3.0, 0.7), 2, Outputs())
     operands = (torch.ones(40), torch.zeros(40))
     with Recording() as recorded:
         backend, tensors = backend_of(operands[0]), (operands, None, None)
-        backend.pointwise_loss(program, tensors, values, "sum", Want())(operands, None, 1.0)
+        backend.pointwise_loss(program, tensors, values, "sum", Outputs())(operands, None, 1.0)
     assert values
     assert "aten::fill_" not in recorded.names
 
@@ -1048,8 +1048,8 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
     x = tuple(torch.randn(operands, 7, dtype=torch.float64))
 
     def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
-        program, want = traced.program(Want(False, wanted)), Want(False, wanted)
-        launch = cpu.pointwise_loss(program, (tuple(x), None, None), values, "none", want)
+        program, outputs = traced.program(Outputs(False, wanted)), Outputs(False, wanted)
+        launch = cpu.pointwise_loss(program, (tuple(x), None, None), values, "none", outputs)
         return launch(x, None, 1.0)[1]
 
     of_all = gradients((True,) * operands)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfused.backends import cpu
 from pyfused.backends.versions import unsupported_triton
-from pyfused.types import CrossEntropyOptions, Gradients, Want
+from pyfused.types import CrossEntropyOptions, Gradients, Outputs
 
 DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 
@@ -47,11 +47,11 @@ def cross_entropy_once(
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Prepares and launches the kernel once, for layouts that need not come again."""
-    launch = backend.cross_entropy(input, target, weight, options, want, grad_output)
+    launch = backend.cross_entropy(input, target, weight, options, outputs, grad_output)
     tensors = input, target, weight, options.token_weight, options.denominator, grad_output
     result: tuple[Tensor | None, Gradients] = launch(*tensors)
     return result

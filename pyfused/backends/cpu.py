@@ -47,8 +47,8 @@ from pyfused.types import (
     Kernels,
     MarginOptions,
     NllOptions,
+    Outputs,
     RowOptions,
-    Want,
 )
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss, and gradients of input and target, each where wanted.
@@ -254,9 +254,9 @@ def cross_entropy(
         tensor is not None and not (tensor.dtype is accumulate and tensor.is_contiguous())
         for tensor in (weight, options.token_weight, grad_output)
     )
-    of_input, of_target = want.gradients or (False, False)
+    of_input, of_target = outputs.gradients or (False, False)
     gradient_strides = logits_strides
-    if of_input and not want.inplace:
+    if of_input and not outputs.inplace:
         new_gradient, gradient_strides = _viewed_like(logits)
     if of_target:
         new_target_gradient, target_gradient_strides = _viewed_like(probabilities)
@@ -280,11 +280,11 @@ def cross_entropy(
                 accumulate, weight, grad_output, token_weight
             )
         loss = grad_input = grad_target = None
-        if want.loss:
+        if outputs.loss:
             loss = new_loss()
         grad_input_view = grad_target_view = _NO_VIEW
         if of_input:
-            grad_input = logits.detach() if want.inplace else new_gradient()
+            grad_input = logits.detach() if outputs.inplace else new_gradient()
             grad_input_view = (grad_input.data_ptr(), *gradient_strides)
         if of_target:
             grad_target = new_target_gradient()
@@ -332,7 +332,7 @@ def nll_loss(
     target: Tensor,  # noqa: ARG001 nothing follows from its layout
     weight: Tensor | None,  # noqa: ARG001
     options: NllOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
@@ -342,7 +342,7 @@ def nll_loss(
     new_gradient, gradient_strides = _viewed_like(view)
     new_loss = _new_loss(input, options.reduction)
     reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
-    needs_gradient = any(want.gradients)
+    needs_gradient = any(outputs.gradients)
 
     def launch(
         input: Tensor,
@@ -356,7 +356,7 @@ def nll_loss(
         view = input if strides is not None else input.contiguous()
         indices = target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        loss, gradient = new_loss() if want.loss else None, None
+        loss, gradient = new_loss() if outputs.loss else None, None
         gradient_view = _NO_VIEW
         if needs_gradient:
             gradient = new_gradient()
@@ -388,12 +388,12 @@ def multi_margin_loss(
     target: Tensor,  # noqa: ARG001 nothing follows from its layout
     weight: Tensor | None,  # noqa: ARG001
     options: MarginOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``."""
     dtype, accumulate, shape = DTYPES[input.dtype], accumulate_dtype(input.dtype), input.shape
-    new_loss, needs_gradient = _new_loss(input, options.reduction), any(want.gradients)
+    new_loss, needs_gradient = _new_loss(input, options.reduction), any(outputs.gradients)
     reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
 
     def launch(
@@ -407,7 +407,7 @@ def multi_margin_loss(
     ) -> tuple[Tensor | None, Gradients]:
         input, indices = input.contiguous(), target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        loss = new_loss() if want.loss else None
+        loss = new_loss() if outputs.loss else None
         gradient = empty_like(input) if needs_gradient else None
         out_of_range = native.multi_margin_loss(
             dtype,
@@ -434,7 +434,7 @@ def kl_div_with_logits(
     input: Tensor,
     teacher: Tensor,
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """Returns the divergence of each row of logits (N, C) from the teacher's, or their sum.
@@ -449,12 +449,12 @@ def kl_div_with_logits(
     """
     input, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (input, teacher))
     each, grad = options.reduction == "none", None
-    if any(want.gradients):
-        grad = input.detach() if want.inplace else empty_like(input, torch.contiguous_format)
+    if any(outputs.gradients):
+        grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
     token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), options.token_weight, grad_output
     )
-    loss = _new_loss(input, "none" if each else "sum")() if want.loss else None
+    loss = _new_loss(input, "none" if each else "sum")() if outputs.loss else None
     native.kl_div_with_logits(
         DTYPES[input.dtype],
         input.shape,
@@ -564,7 +564,7 @@ def pointwise_loss(
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
     parameters: tuple[float, ...],
     reduction: str,
-    want: Want,
+    outputs: Outputs,
     halves: int | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a pointwise loss for tensors of these layouts.
@@ -587,7 +587,7 @@ def pointwise_loss(
     order = order_of(operands)
     dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
     joined = first = None  # layouts of a gradient of both halves, and of the first of these
-    if halves is not None and want.gradients:
+    if halves is not None and outputs.gradients:
         shape = [*order.shape[:halves], 2 * order.shape[halves], *order.shape[halves + 1 :]]
         joined = torch.empty(shape, dtype=order.dtype, device="meta")
         first = joined.narrow(halves, 0, order.shape[halves])
@@ -597,12 +597,12 @@ def pointwise_loss(
         kernel, parameters = getattr(native, formula), (*parameters, 0.0, 0.0, 0.0)[:3]
     else:
         kernel = formula.kernel(native, _program)
-    each = want.loss and reduction == "none"
+    each = outputs.loss and reduction == "none"
     scalar = _SCALARS[accumulate_dtype(order.dtype)]
     new = _allocation(order.to("meta"))
     output = _output_like(order) if dense_operand is not None else lambda _: new()
     new_joined = None if joined is None else _allocation(joined)
-    no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(want.gradients))
+    no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
 
     def launch(
         operands: Sequence[Tensor],
@@ -624,12 +624,12 @@ def pointwise_loss(
             else:
                 views.append((tensor.data_ptr(), *step))
         loss = None
-        if want.loss:
+        if outputs.loss:
             loss = output(like) if each else torch.empty_like(scalar)
         gradients: list[Tensor | None] = []
         addresses = []
         if new_joined is None:
-            for wanted in want.gradients:
+            for wanted in outputs.gradients:
                 gradient = output(like) if wanted else None
                 gradients.append(gradient)
                 addresses.append(0 if gradient is None else gradient.data_ptr())

@@ -53,8 +53,8 @@ from pyfused.types import (
     Kernels,
     MarginOptions,
     NllOptions,
+    Outputs,
     RowOptions,
-    Want,
 )
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ def _count(
 
 
 def _loss_of(
-    input: Tensor, reduction: str, want: Want, programs: int
+    input: Tensor, reduction: str, outputs: Outputs, programs: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """New tensors for the loss of (N, C, d1, ..., dk), and for what the programs store of it."""
-    if not want.loss:
+    if not outputs.loss:
         return None, None
     loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
     return loss, loss if reduction == "none" or programs == 1 else loss.new_empty(programs)
@@ -152,16 +152,16 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss, and gradients of input and target; see ``cpu.cross_entropy``.
 
     A class index out of range makes the loss of its row NaN and its gradient zero.
     """
-    if grad_output is not None and want.loss and options.reduction == "none":
-        return _loss_and_gradients(input, target, weight, options, want, grad_output)
-    of_input, of_target = want.gradients or (False, False)
+    if grad_output is not None and outputs.loss and options.reduction == "none":
+        return _loss_and_gradients(input, target, weight, options, outputs, grad_output)
+    of_input, of_target = outputs.gradients or (False, False)
     indices, each = target.dtype is torch.int64, options.reduction == "none"
     logits, strides = viewed(input)
     copies = logits is not input
@@ -169,7 +169,7 @@ def cross_entropy(
     grad_strides = grad_target_strides = NO_STRIDES
     if of_input:
         new_grad, grad_strides = _viewed_like(logits)
-        grad_strides = strides if want.inplace else grad_strides
+        grad_strides = strides if outputs.inplace else grad_strides
     if probabilities is not None and of_target:
         new_grad_target, grad_target_strides = _viewed_like(probabilities)
     all_strides = strides, grad_strides, target_strides, grad_target_strides
@@ -216,17 +216,17 @@ def cross_entropy(
             )
         grad = grad_target = None
         if of_input:
-            grad = logits.detach() if want.inplace else new_grad()
+            grad = logits.detach() if outputs.inplace else new_grad()
         if of_target:
             grad_target = new_grad_target()
-        loss, parts = _loss_of(logits, reduction, want, programs)
+        loss, parts = _loss_of(logits, reduction, outputs, programs)
         row_weight = _row_weight(n, token_weight, grad_output)
         divisor = None
         if reduction == "mean":
             counted = target, weight, token_weight, ignore_index, classes
             divisor = _denominator(denominator, n, row_weight is token_weight, *counted)
-        outputs: Any = (parts, grad) if indices else (parts, grad, grad_target)
-        kernel(programs, logits, target, weight, row_weight, divisor, *outputs, *shape, *scalars)
+        results: Any = (parts, grad) if indices else (parts, grad, grad_target)
+        kernel(programs, logits, target, weight, row_weight, divisor, *results, *shape, *scalars)
         _add_up(parts, loss)
         if loss is not None and grad_output is not None:  # by which only gradients are multiplied
             loss /= grad_output
@@ -240,13 +240,13 @@ def _loss_and_gradients(
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares two launches, as grad_output multiplies each loss of a launch, too."""
     given = input, target, weight, options
-    loss_of = cross_entropy(*given, want._replace(gradients=()))
-    gradients_of = cross_entropy(*given, want._replace(loss=False), grad_output)
+    loss_of = cross_entropy(*given, outputs._replace(gradients=()))
+    gradients_of = cross_entropy(*given, outputs._replace(loss=False), grad_output)
 
     def run(*tensors: Any) -> tuple[Tensor | None, Gradients]:
         return loss_of(*tensors[:5])[0], gradients_of(*tensors)[1]
@@ -317,7 +317,7 @@ def nll_loss(
     target: Tensor,  # noqa: ARG001
     weight: Tensor | None,  # noqa: ARG001
     options: NllOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
@@ -331,7 +331,7 @@ def nll_loss(
         grad_output: Tensor | None = None,
         *_: None,
     ) -> tuple[Tensor | None, Gradients]:
-        return _nll_loss(input, target, weight, options, want, grad_output)
+        return _nll_loss(input, target, weight, options, outputs, grad_output)
 
     return run
 
@@ -341,21 +341,21 @@ def _nll_loss(
     target: Tensor,
     weight: Tensor | None,
     options: NllOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
     input, strides = viewed(input)
     outer, inner, classes = row_sizes(input)
     n, target, choice = outer * inner, target.contiguous(), launch.choose(input.element_size())
     grad, grad_strides = None, NO_STRIDES
-    if any(want.gradients):
+    if any(outputs.gradients):
         grad, grad_strides = empty_viewed(input)
         grad.zero_()
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
     programs, denominator = -(-n // choice.block), None
     if options.reduction == "mean":
         denominator = _count(target, weight, None, options.ignore_index, classes)
-    loss, parts = _loss_of(input, options.reduction, want, programs)
+    loss, parts = _loss_of(input, options.reduction, outputs, programs)
     given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
     numbers = n, inner, classes, strides, grad_strides, options.ignore_index
     prepared(nll_kernel, choice, EACH=options.reduction == "none")(programs, *given, *numbers)
@@ -368,7 +368,7 @@ def multi_margin_loss(
     target: Tensor,  # noqa: ARG001
     weight: Tensor | None,  # noqa: ARG001
     options: MarginOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``."""
@@ -382,7 +382,7 @@ def multi_margin_loss(
         grad_output: Tensor | None = None,
         *_: None,
     ) -> tuple[Tensor | None, Gradients]:
-        return _multi_margin_loss(input, target, weight, options, want, grad_output)
+        return _multi_margin_loss(input, target, weight, options, outputs, grad_output)
 
     return run
 
@@ -392,16 +392,16 @@ def _multi_margin_loss(
     target: Tensor,
     weight: Tensor | None,
     options: MarginOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
     input, target = input.contiguous(), target.contiguous()
     n, classes = input.shape
-    grad = torch.empty_like(input) if any(want.gradients) else None
+    grad = torch.empty_like(input) if any(outputs.gradients) else None
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
     sizes = 1, n, classes
     choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=2)
-    loss, parts = _loss_of(input, options.reduction, want, programs)
+    loss, parts = _loss_of(input, options.reduction, outputs, programs)
     denominator = n if options.reduction == "mean" else None
     given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
     meta = {"SQUARED": options.p == 2, "EACH": options.reduction == "none", **units}
@@ -465,14 +465,14 @@ def kl_div_with_logits(
     input: Tensor,
     teacher: Tensor,
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """See ``cpu.kl_div_with_logits``."""
     input, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (input, teacher))
     (n, classes), each, grad = input.shape, options.reduction == "none", None
-    if any(want.gradients):
-        grad = input.detach() if want.inplace else input.new_empty(input.shape)
+    if any(outputs.gradients):
+        grad = input.detach() if outputs.inplace else input.new_empty(input.shape)
     token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), options.token_weight, grad_output
     )
@@ -480,7 +480,7 @@ def kl_div_with_logits(
     rows = [(0, stride, 1) for stride in strides]
     choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
-    loss, parts = _loss_of(input, "none" if each else "sum", want, programs)
+    loss, parts = _loss_of(input, "none" if each else "sum", outputs, programs)
     given = input, teacher, token_weight, grad_output, parts, grad, n, classes, strides
     meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
     run = prepared(kl_div_kernel, choice, **meta, **units)
@@ -531,7 +531,7 @@ def pointwise_loss(
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
     parameters: tuple[float, ...],
     reduction: str,
-    want: Want,
+    outputs: Outputs,
     halves: int | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a pointwise loss for tensors of these layouts; see ``cpu.pointwise_loss``.
@@ -542,11 +542,11 @@ def pointwise_loss(
     order, n = order_of(operands), operands[0].numel()
     dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
     choice = launch.choose(order.element_size())
-    programs, reduce = -(-n // choice.block), want.loss and reduction != "none"
+    programs, reduce = -(-n // choice.block), outputs.loss and reduction != "none"
     if reduce:
         programs = min(max(programs, 1), MOST_PROGRAMS)  # of no elements, one stores the result
     accumulate = accumulate_dtype(order.dtype)
-    wanted = want.gradients or (False,) * len(operands)
+    wanted = outputs.gradients or (False,) * len(operands)
     views = _padded(operands, weight, grad_output)
     copied, columns, strides = in_rows(order, views)
     numbers = (*parameters, 0.0, 0.0, 0.0)[:3]
@@ -577,7 +577,7 @@ def pointwise_loss(
             loss = parts = like.new_empty((), dtype=accumulate)
             if programs > 1:
                 parts = like.new_empty(programs, dtype=torch.float64)
-        elif want.loss:
+        elif outputs.loss:
             loss = parts = torch.empty_like(like)
         gradients = tuple([torch.empty_like(like) if w else None for w in wanted])
         views = _padded(operands, weight, grad_output)
@@ -603,7 +603,7 @@ def pointwise_loss(
             divisor,
         )
         _add_up(parts, loss)
-        if halves is not None and want.gradients:
+        if halves is not None and outputs.gradients:
             return loss, (_joined(gradients, halves),)
         return loss, gradients
 

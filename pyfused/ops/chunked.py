@@ -24,8 +24,8 @@ from pyfused.types import (
     Gradients,
     Head,
     HeadOptions,
+    Outputs,
     RowOptions,
-    Want,
 )
 
 
@@ -223,7 +223,7 @@ def by_rows(
     dtype, each = product_dtype(head, backend), options.reduction == "none"
     options = replace(options, reduction="none" if each else "sum", denominator=None)
     grad_target = torch.empty_like(target) if needed.target else None
-    want = Want(want_loss, (needed.logits(), needed.target) if any(needed) else (), True)
+    outputs = Outputs(want_loss, (needed.logits(), needed.target) if any(needed) else (), True)
     shape = head.linear_weight.shape[:-1]
     layer, size = _layer(head), (rows, head.columns)
     gradients = LayerGradients(backend, layer, dtype, size, needed)
@@ -237,7 +237,7 @@ def by_rows(
             states.append(state_of_metrics(backend, capped, targets, options))
         of_rows = grad_output[here] if grad_output is not None and each else grad_output
         loss, (_, of_target) = cross_entropy_once(
-            backend, capped, targets, weight, _of_rows(options, here), want, of_rows
+            backend, capped, targets, weight, _of_rows(options, here), outputs, of_rows
         )
         if grad_target is not None:
             assert of_target is not None

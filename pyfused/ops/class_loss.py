@@ -21,7 +21,7 @@ from pyfused.types import (
     Gradients,
     MarginOptions,
     NllOptions,
-    Want,
+    Outputs,
 )
 
 Tensors = tuple[Any, ...]  # the input, the target and the weights of the classes
@@ -168,8 +168,8 @@ class ClassLossPlan:
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
         launch = self.launches.get(None)
         if launch is None:
-            want = Want(True, self.needs if ctx and self.now else (), self.inplace)
-            launch = self.launches[None] = self.prepared(tensors, want)
+            outputs = Outputs(True, self.needs if ctx and self.now else (), self.inplace)
+            launch = self.launches[None] = self.prepared(tensors, outputs)
         loss, gradients = self.launched(launch, tensors, None)
         if ctx is not None:
             ctx.save_for_backward(*tensors)
@@ -190,12 +190,12 @@ class ClassLossPlan:
         key = layouts(*tensors[:4], grad_output)
         launch = self.launches.get(key)
         if launch is None:
-            want = Want(False, self.needs, self.inplace)
-            launch = self.launches[key] = self.prepared(tensors, want, grad_output)
+            outputs = Outputs(False, self.needs, self.inplace)
+            launch = self.launches[key] = self.prepared(tensors, outputs, grad_output)
         return self.launched(launch, tensors, grad_output)[1]
 
     def prepared(
-        self, tensors: Sequence[Any], want: Want, grad_output: Tensor | None = None
+        self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None = None
     ) -> Launch:
         input, target, weight, token_weight, _ = tensors
         options = (
@@ -204,7 +204,7 @@ class ClassLossPlan:
             else replace(self.options, token_weight=token_weight)
         )
         prepare: Callable[..., Launch] = getattr(self.backend, self.op.name)
-        return prepare(input, target, weight, options, want, grad_output)
+        return prepare(input, target, weight, options, outputs, grad_output)
 
     def launched(
         self, launch: Launch, tensors: Sequence[Any], grad_output: Tensor | None

@@ -39,7 +39,7 @@ from pyfused.types import (
     HeadOptions,
     LogProbsOptions,
     Options,
-    Want,
+    Outputs,
 )
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -54,7 +54,7 @@ _SCHEMA = {  # of the types of fields
     "Tensor | None": "Tensor?",
     "torch.dtype | None": "ScalarType?",
 }
-_LOSS = Want()
+_LOSS = Outputs()
 _NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?", "dim": "int", "dtype": "ScalarType?"}
 
 
@@ -345,15 +345,15 @@ def _read(given: Arguments) -> ClassLossArguments:
     return ClassLossArguments(input, target, weight, CrossEntropyOptions(*options))
 
 
-def _loss(given: Arguments, want: Want = _LOSS) -> tuple[Tensor, Gradients]:
-    loss, gradients = cross_entropy_once(backend_of(given[0]), *_read(given), want)
+def _loss(given: Arguments, outputs: Outputs = _LOSS) -> tuple[Tensor, Gradients]:
+    loss, gradients = cross_entropy_once(backend_of(given[0]), *_read(given), outputs)
     assert loss is not None
     return loss, gradients
 
 
 def _gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-    want = Want(False, tuple(wanted))
-    return cross_entropy_once(backend_of(given[0]), *_read(given), want, grad_output)[1]
+    outputs = Outputs(False, tuple(wanted))
+    return cross_entropy_once(backend_of(given[0]), *_read(given), outputs, grad_output)[1]
 
 
 def _empty_loss(given: Arguments) -> Tensor:
@@ -379,8 +379,8 @@ cross_entropy.define()
 
 # Inductor may multiply what was saved in place, so inductor.py puts this operator for the two.
 def _loss_and_gradients(*given: Any) -> list[Tensor]:
-    want = Want(True, tuple(given[-1]))
-    loss, gradients = compute("cross_entropy", partial(_loss, want=want), given[:-1])
+    outputs = Outputs(True, tuple(given[-1]))
+    loss, gradients = compute("cross_entropy", partial(_loss, outputs=outputs), given[:-1])
     return [loss, *_filled(gradients, given[0])]
 
 
@@ -521,13 +521,13 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
 
 def _of_divergence(op: Divergence) -> CompiledOperator:
     def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-        want = Want(True, tuple(wanted) if any(wanted) else ())
-        loss, gradients = op.compute(*op.read(given), want)
+        outputs = Outputs(True, tuple(wanted) if any(wanted) else ())
+        loss, gradients = op.compute(*op.read(given), outputs)
         assert loss is not None
         return [loss, *_filled(gradients or (None,) * op.student, given[0])]
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return op.compute(*op.read(given), Want(False, tuple(wanted)), grad_output)[1]
+        return op.compute(*op.read(given), Outputs(False, tuple(wanted)), grad_output)[1]
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         return op.define(*op.read(given), wanted, grad_output)

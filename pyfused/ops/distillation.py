@@ -58,8 +58,8 @@ from pyfused.types import (
     ClassRange,
     DivergenceOptions,
     Gradients,
+    Outputs,
     RowOptions,
-    Want,
 )
 
 LossAndGradients = tuple[Tensor | None, Gradients]  # the loss is not divided yet
@@ -266,7 +266,7 @@ class Divergence(Operator):
             plan = DivergencePlan(self, self.name, backend_of(tensors[0]), tuple(needs))
             loss = apply(plan, *tensors, options)
         else:
-            loss, _ = self.compute(tensors, options, Want())
+            loss, _ = self.compute(tensors, options, Outputs())
         assert loss is not None
         return loss
 
@@ -279,14 +279,14 @@ class Divergence(Operator):
         self,
         tensors: Sequence[Any],
         options: DivergenceOptions,
-        want: Want,
+        outputs: Outputs,
         grad_output: Tensor | None = None,
     ) -> LossAndGradients:
         input, weight, each = tensors[0], options.token_weight, options.reduction == "none"
         backend, n, kept = backend_of(input), len(input), None
         counted = n if weight is None else weight.sum(dtype=torch.float64)
         denominator = denominator_of(options, counted)
-        if not each and want.gradients:
+        if not each and outputs.gradients:
             if grad_output is None:
                 grad_output = input.new_ones((), dtype=torch.float64)
             grad_output = grad_output / denominator
@@ -300,7 +300,7 @@ class Divergence(Operator):
                 tensors = [x[kept] if self.has_tokens(place) else x for place, x in places]
                 options = replace(options, token_weight=weight[kept])
                 grad_output = grad_output[kept] if each and grad_output is not None else grad_output
-        loss, gradients = self.kernels(backend, tensors, options, want, grad_output)
+        loss, gradients = self.kernels(backend, tensors, options, outputs, grad_output)
         if loss is not None:
             loss = spread(loss, kept, n) if each else loss / denominator
             loss = loss.to(accumulate_dtype(input.dtype))
@@ -338,14 +338,14 @@ class DivergencePlan(NamedTuple):
     def forward(self, ctx: Any, arguments: Sequence[Any]) -> Any:
         *tensors, options = arguments
         now = gradients_in_forward(options.reduction, tensors[0])
-        want = Want(True, self.needs if now else ())
-        loss, gradients = self.op.compute(tensors, options, want)
+        outputs = Outputs(True, self.needs if now else ())
+        loss, gradients = self.op.compute(tensors, options, outputs)
         ctx.gradients = gradients if now else None
         save(ctx, options, *tensors)
         return loss
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return self.op.compute(*saved(ctx), Want(False, self.needs), grad_output)[1]
+        return self.op.compute(*saved(ctx), Outputs(False, self.needs), grad_output)[1]
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         return self.op.define(*saved(ctx), self.needs, grad_output)
@@ -358,11 +358,11 @@ def of_logits(
     backend: Backend,
     tensors: Sequence[Tensor],
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossAndGradients:
     of_capped = partial(_of_capped, backend, tensors[1])
-    return _capped(backend, tensors[0], of_capped, options, want, grad_output)
+    return _capped(backend, tensors[0], of_capped, options, outputs, grad_output)
 
 
 def _capped(
@@ -370,15 +370,15 @@ def _capped(
     logits: Tensor,
     of_capped: Callable[..., LossAndGradients],
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossAndGradients:
     """Returns the divergence, and the gradient of the logits, given those of capped logits."""
     if options.softcap is None:
-        return of_capped(logits, options, want, grad_output)
+        return of_capped(logits, options, outputs, grad_output)
     wide = logits.to(accumulate_dtype(logits.dtype))  # capped logits are not rounded
-    given = cap(backend, wide, options.softcap), options, want._replace(inplace=True), grad_output
-    loss, (gradient,) = of_capped(*given)
+    capped, outputs = cap(backend, wide, options.softcap), outputs._replace(inplace=True)
+    loss, (gradient,) = of_capped(capped, options, outputs, grad_output)
     if gradient is not None:
         gradient = uncap(backend, gradient, wide, options.softcap).to(logits.dtype)
     return loss, (gradient,)
@@ -389,14 +389,14 @@ def _of_capped(
     teacher: Tensor,
     logits: Tensor,
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossAndGradients:
     if options.teacher_softcap is not None:
         wide = teacher.to(accumulate_dtype(teacher.dtype))
         teacher = cap(backend, wide, options.teacher_softcap)
     dtype = torch.promote_types(logits.dtype, teacher.dtype)
-    given = logits.to(dtype), teacher.to(dtype), options, want, grad_output
+    given = logits.to(dtype), teacher.to(dtype), options, outputs, grad_output
     loss, (gradient,) = backend.kl_div_with_logits(*given)
     return loss, (None if gradient is None else gradient.to(logits.dtype),)
 
@@ -405,7 +405,7 @@ def of_layers(
     backend: Backend,
     tensors: Sequence[Any],
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossAndGradients:
     *layer, teacher_input, weight, bias = tensors
@@ -418,14 +418,14 @@ def of_layers(
         return _of_capped(backend, teacher_logits, logits, *rest)
 
     more_bytes = dtype.itemsize + (0 if options.teacher_softcap is None else 2 * dtype.itemsize)
-    return _by_rows(backend, Layer(*layer), of_chunk, more_bytes, options, want, grad_output)
+    return _by_rows(backend, Layer(*layer), of_chunk, more_bytes, options, outputs, grad_output)
 
 
 def of_topk(
     backend: Backend,
     tensors: Sequence[Any],
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossAndGradients:
     *layer, indices, log_probs = tensors
@@ -437,7 +437,7 @@ def of_topk(
     def of_chunk(logits: Tensor, here: slice, *rest: Any) -> LossAndGradients:
         return _topk(backend, logits, indices[here], log_probs[here], *rest)
 
-    return _by_rows(backend, Layer(*layer), of_chunk, 0, options, want, grad_output)
+    return _by_rows(backend, Layer(*layer), of_chunk, 0, options, outputs, grad_output)
 
 
 def _by_rows(
@@ -446,14 +446,14 @@ def _by_rows(
     of_chunk: Callable[..., LossAndGradients],
     more_bytes: int,
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossAndGradients:
     """Returns the divergence and the gradients, from the student's logits of some rows at a time.
 
     Args:
-        of_chunk: From logits, the rows they are of, and options, Want and grad_output of these, the
-            divergence and the logits' gradient, which may take their memory.
+        of_chunk: From logits, the rows they are of, and options, Outputs and grad_output of these,
+            the divergence and the logits' gradient, which may take their memory.
         more_bytes: What it needs beside each logit.
     """
     n, columns, each = len(layer.input), len(layer.weight), options.reduction == "none"
@@ -461,8 +461,8 @@ def _by_rows(
     capped = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     row = columns * (dtype.itemsize + capped + more_bytes)
     size = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
-    wanted, weight = want.gradients or (False,) * 3, options.token_weight
-    want = Want(want.loss, (True,) if any(wanted) else (), True)
+    wanted, weight = outputs.gradients or (False,) * 3, options.token_weight
+    outputs = Outputs(outputs.loss, (True,) if any(wanted) else (), True)
     gradients = LayerGradients(backend, layer, dtype, (size, columns), wanted)
 
     def add(chunk: Chunk) -> Tensor | None:
@@ -473,7 +473,7 @@ def _by_rows(
         def of_capped(logits: Tensor, *rest: Any) -> LossAndGradients:
             return of_chunk(logits, here, *rest)
 
-        loss, (gradient,) = _capped(backend, chunk.output, of_capped, part, want, factor)
+        loss, (gradient,) = _capped(backend, chunk.output, of_capped, part, outputs, factor)
         if gradient is not None:
             gradients.add(chunk, gradient)
         return loss
@@ -488,7 +488,7 @@ def _topk(
     indices: Tensor,
     log_q: Tensor,
     options: DivergenceOptions,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossAndGradients:
     """Returns the divergence of k + 1 classes, the last of which stands for all others.
@@ -511,7 +511,7 @@ def _topk(
     if weight is not None:
         each = (each * weight).where(weight != 0, 0)
     loss = each if options.reduction == "none" else each.sum()
-    if not want.gradients:
+    if not outputs.gradients:
         return loss, (None,)
     factor = torch.ones_like(each) if weight is None else weight
     if grad_output is not None:

@@ -24,7 +24,7 @@ from pyfused.layout import layouts
 from pyfused.ops import NAMESPACE
 from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops.gradients import apply, differentiate
-from pyfused.types import Gradients, Want
+from pyfused.types import Gradients, Outputs
 
 if TYPE_CHECKING:
     from pyfused.ops.program import Program
@@ -201,7 +201,7 @@ class PointwiseLoss(Operator):
         self,
         numbers: tuple[Any, ...],
         operands: int,
-        want: Want,  # noqa: ARG002
+        outputs: Outputs,  # noqa: ARG002
     ) -> tuple[str | Program, tuple[Any, ...]]:
         """Returns the kernel and its numbers."""
         name, numbers = self.kernel_of(numbers)
@@ -462,8 +462,8 @@ class PointwisePlan:
         launch = self.launches.get(None)
         if launch is None:
             now = ctx is not None and self.gradients_now
-            want = Want(True, self.needs if now else ())
-            launch = self.launches[None] = self.prepared(operands, weight, want, None)
+            outputs = Outputs(True, self.needs if now else ())
+            launch = self.launches[None] = self.prepared(operands, weight, outputs, None)
         loss, gradients = launch(operands, weight, self.divisor if divisor is None else divisor)
         if ctx is not None:
             ctx.save_for_backward(*tensors)
@@ -482,8 +482,8 @@ class PointwisePlan:
         key = layouts(*operands, weight, grad_output)
         launch = self.launches.get(key)
         if launch is None:
-            want = Want(False, self.needs)
-            launch = self.launches[key] = self.prepared(operands, weight, want, grad_output)
+            outputs = Outputs(False, self.needs)
+            launch = self.launches[key] = self.prepared(operands, weight, outputs, grad_output)
         divisor = self.divisor if divisor is None else divisor
         return launch(operands, weight, divisor, grad_output)[1]
 
@@ -491,14 +491,14 @@ class PointwisePlan:
         self,
         operands: Sequence[Tensor],
         weight: Tensor | None,
-        want: Want,
+        outputs: Outputs,
         grad_output: Tensor | None,
     ) -> Callable[..., tuple[Tensor | None, Gradients]]:
-        formula, numbers = self.op.kernel(self.numbers, len(operands), want)
+        formula, numbers = self.op.kernel(self.numbers, len(operands), outputs)
         tensors = tuple(operands), weight, grad_output
         prepare: Callable[..., Any] = self.backend.pointwise_loss
         launch: Callable[..., Any] = prepare(
-            formula, tensors, numbers, self.reduction, want, self.halves
+            formula, tensors, numbers, self.reduction, outputs, self.halves
         )
         return launch
 
@@ -528,7 +528,7 @@ class HalvesPlan(PointwisePlan):
         operands = tensors[0].chunk(2, self.halves)
         launch = self.launches.get(None)
         if launch is None:
-            launch = self.launches[None] = self.prepared(operands, None, Want(True, ()), None)
+            launch = self.launches[None] = self.prepared(operands, None, Outputs(True, ()), None)
         if ctx is not None:
             ctx.save_for_backward(*tensors)
         output, _ = launch(operands, None, 1.0)
@@ -543,8 +543,8 @@ class HalvesPlan(PointwisePlan):
         key = layouts(grad_output)
         launch = self.launches.get(key)
         if launch is None:
-            want = Want(False, (True, True))
-            launch = self.launches[key] = self.prepared(operands, None, want, grad_output)
+            outputs = Outputs(False, (True, True))
+            launch = self.launches[key] = self.prepared(operands, None, outputs, grad_output)
         return launch(operands, None, 1.0, grad_output)[1]
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:

@@ -23,9 +23,9 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     LogProbsOptions,
+    Outputs,
     RowOptions,
     VocabOptions,
-    Want,
 )
 
 
@@ -82,7 +82,7 @@ def state_of_metrics(
         return state_of_logits(backend, logits, target, rows, classes, METRICS_FIELDS)
     state = state_of_logits(backend, logits, None, rows, classes, METRICS_FIELDS)
     plain = CrossEntropyOptions(reduction="none", scale=options.scale)
-    loss, _ = cross_entropy_once(backend, logits.detach(), target.detach(), None, plain, Want())
+    loss, _ = cross_entropy_once(backend, logits.detach(), target.detach(), None, plain, Outputs())
     assert loss is not None
     state[LOG_P] = -loss.flatten()
     return state

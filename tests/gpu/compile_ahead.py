@@ -65,8 +65,8 @@ from pyfused.types import (
     DivergenceOptions,
     MarginOptions,
     NllOptions,
+    Outputs,
     RowOptions,
-    Want,
 )
 
 TARGETS = {
@@ -139,16 +139,16 @@ def cross_entropy(
     coefficients = {name: 0.1 * (word in words) for name, word in names.items()}
     options = CrossEntropyOptions(-100, "mean", **coefficients)
     options.scale = 16.0 if "scale" in words else 1.0
-    want = Want(True, ("forward" not in words, target is x), "inplace" in words)
+    outputs = Outputs(True, ("forward" not in words, target is x), "inplace" in words)
     grad_output = None
     if "z_loss" in words:
         options.token_weight = empty(F32, *indices.shape)
     if "grad_output" in words:
-        options.reduction, want, launches = "none", want._replace(loss=False), 1
+        options.reduction, outputs, launches = "none", outputs._replace(loss=False), 1
         grad_output = empty(dtype, *indices.shape)
     fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
     weight = empty(dtype, classes) if "weight" in words else None
-    run = partial(cross_entropy_once, backend, x, target, weight, options, want, grad_output)
+    run = partial(cross_entropy_once, backend, x, target, weight, options, outputs, grad_output)
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
 
 
@@ -205,15 +205,15 @@ def class_cases() -> Iterator[Case]:
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
             options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
-            run = partial(backend.kl_div_with_logits, x, x, options, Want(True, (True,)))
+            run = partial(backend.kl_div_with_logits, x, x, options, Outputs(True, (True,)))
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=2, **fields)
-        want, launches = Want(True, (True, False)), 3 + (target.numel() > 1 << 14)
-        given = x, target, None, NllOptions(-100, "mean"), want
+        outputs, launches = Outputs(True, (True, False)), 3 + (target.numel() > 1 << 14)
+        given = x, target, None, NllOptions(-100, "mean"), outputs
         run = partial(prepare_and_launch, backend.nll_loss, given, x, target)
         yield case("nll_loss", *of, run, vector=0, launches=launches, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
             options = MarginOptions(p, 1.0, "mean")
-            given = x, target, None, options, want
+            given = x, target, None, options, outputs
             run = partial(prepare_and_launch, backend.multi_margin_loss, given, x, target)
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=2, **fields)
 
@@ -241,11 +241,11 @@ def pointwise_loss(
     weight: Tensor | None,
     reduction: str,
     divisor: Any,
-    want: Want,
+    outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> None:
     tensors = operands, weight, grad_output
-    run = backend.pointwise_loss(formula, tensors, numbers, reduction, want)
+    run = backend.pointwise_loss(formula, tensors, numbers, reduction, outputs)
     run(operands, weight, divisor, grad_output)
 
 
@@ -255,28 +255,28 @@ def pointwise_cases() -> Iterator[Case]:
         x, rows, total = empty(dtype, n), empty(dtype, 4096, 4096), empty(F64)
         row = empty(dtype, 4096).expand(4096, 4096)
         of, fields = (dtype, (n,)), {"targets": tuple(TARGETS) if dtype in (BF16, F32) else SOME}
-        both, after = Want(True, (True, True)), Want(False, (True, True))
+        both, after = Outputs(True, (True, True)), Outputs(False, (True, True))
         calls: dict[str, tuple[int, tuple[Any, ...]]] = {
-            "mse_loss forward": (2, ((x, x), (), None, "sum", 1.0, Want())),
+            "mse_loss forward": (2, ((x, x), (), None, "sum", 1.0, Outputs())),
             "mse_loss weight": (2, ((x, x), (), x, "mean", total, both)),
-            "mse_loss none": (1, ((x, x), (), None, "none", 1.0, Want())),
+            "mse_loss none": (1, ((x, x), (), None, "none", 1.0, Outputs())),
             "mse_loss grad_output": (1, ((x, x), (), None, "none", 1.0, after, x)),
             "mse_loss broadcast": (2, ((rows, row), (), None, "mean", 1.0 * n, both)),
         }
         for name, formula in LOSSES.items():
             names = formula.fn.__code__.co_varnames[:OPERANDS]
             count = sum(not re.fullmatch(r"x\d", name) for name in names)  # the others are unused
-            want = Want(True, differentiated(name)[:count])
-            calls[name] = 2, ((x,) * count, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, want)
+            outputs = Outputs(True, differentiated(name)[:count])
+            calls[name] = 2, ((x,) * count, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, outputs)
         for name, (launches, arguments) in calls.items():
             loss, _, kind = name.partition(" ")
             run = partial(pointwise_loss, loss, *arguments)
             yield case(loss, *of, run, kind, launches=launches, **fields)
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)
-            want = Want(True, (True,) * count)
-            program, numbers = formula.op.kernel((*formula.op.parameters.values(),), count, want)
-            given = program, (x,) * count, numbers, None, "mean", 1.0 * n, want
+            outputs = Outputs(True, (True,) * count)
+            program, numbers = formula.op.kernel((*formula.op.parameters.values(),), count, outputs)
+            given = program, (x,) * count, numbers, None, "mean", 1.0 * n, outputs
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, launches=2, **fields)
         for op in ACTIVATIONS:

@@ -18,7 +18,7 @@ import triton.language as tl
 from compile_ahead import BF16, F32, Case, compiling, empty
 
 from pyfused.backends import cross_entropy_once
-from pyfused.types import CrossEntropyOptions, Want
+from pyfused.types import CrossEntropyOptions, Outputs
 
 QUICK = (
     "cross_entropy bfloat16 4096x1000",
@@ -127,7 +127,7 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     options = CrossEntropyOptions(-100, "mean")
     target = empty(torch.int64, 2)
     with compiling("sm_90") as launched:
-        cross_entropy_once(ahead.backend, x, target, None, options, Want())
+        cross_entropy_once(ahead.backend, x, target, None, options, Outputs())
     text = launched[0].kernel.asm["ttir"]
     offsets = re.findall(r"tt\.addptr (%\w+),.*ptr<f32>.*, (?:tensor<\w+x)?(i\d+)>? loc", text)
     assert {bits for pointer, bits in offsets if pointer != "%loss"} == {"i64"}
