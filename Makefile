@@ -107,7 +107,8 @@ TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf
 
 # Python is not instrumented, so what checks accesses is loaded ahead of it; libgomp is not either, so
 # threads are checked in a program without it. Tests left out (accuracy, contract, autograd) call the
-# same code, for minutes more; those of memory and processes measure what checks change.
+# same code, for minutes more; those of memory and processes measure what checks change, as does the
+# accuracy of sums: their loops stay scalar.
 SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
@@ -128,7 +129,7 @@ sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the k
 	@$(SANITIZED) -c '$(AFTER_FREE)' 2>&1 | grep -q use-after-poison \
 		|| { echo 'A use after free goes unnoticed: free blocks are not poisoned'; exit 1; }
 	$(SANITIZED) -m pytest -n 2 --dist loadfile $(CHECKED:%=$(CURDIR)/tests/test_%.py) \
-		$(PYTEST_ARGS)
+		--deselect tests/test_softmax.py::test_as_accurate_as_torchs $(PYTEST_ARGS)
 	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp-simd -fsanitize=thread -I$(CURDIR)/csrc \
 		-c $(CURDIR)/tests/threads.cpp $(filter-out %/bindings.cpp,$(wildcard $(CURDIR)/csrc/*.cpp))
 	$(CXX) -fsanitize=thread -rdynamic $(SANITIZE)/*.o -ldl -lpthread -o $(SANITIZE)/threads

@@ -1,7 +1,7 @@
 """Distil the GPT of gpt.py into one a quarter its size, with torch's operators and with pyfused.
 
     python examples/distillation.py                 the teacher, and then a student each way
-    python examples/distillation.py --steps 20      fewer steps
+    python examples/distillation.py --steps 10      fewer steps
 
 The teacher learns from the text, the student only from what the teacher predicts: the generalised
 Jensen-Shannon divergence of the two heads' outputs. pyfused's linear_kl_div never holds the logits
@@ -31,7 +31,7 @@ import pyfused.functional
 # A quarter of the teacher's, and so are the weights of the embedding, which is the head's.
 WIDTH = gpt.WIDTH // 4
 BETA, TEMPERATURE = 0.5, 2.0
-TEACHER_STEPS, STEPS = 60, 30
+TEACHER_STEPS, STEPS = 40, 20
 TOLERANCE = gpt.TOLERANCE
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

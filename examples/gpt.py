@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 VOCABULARY = 32_000
 BATCH, CONTEXT = 8, 128
 LAYERS, HEADS, WIDTH = 4, 4, 128
-STEPS, EVALUATE_EVERY = 60, 20
+STEPS, EVALUATE_EVERY = 40, 20
 IMPLEMENTATIONS = {
     "torch": "torch.nn.functional",
     "pyfused": "pyfused.functional",

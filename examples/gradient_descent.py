@@ -129,7 +129,7 @@ def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, flo
         axes.plot([weight for weight, _ in path], "o-", color=colour, label=f"{rate:g}")
     axes.set_ylim(-1.5 * descent.reach, descent.reach)  # room for the legend
     axes.set_title(descent.title, loc="left", fontsize=11)
-    axes.legend(title="learning rate", ncols=3, loc="lower right", frameon=False)
+    axes.legend(title="learning rate", ncols=3, loc="lower right", edgecolor="none", framealpha=0.9)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -52,7 +52,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         patch.chdir(ROOT)
         kernels: Distribution = run_setup("setup.py", stop_after="init")
         kernels.ext_modules = [
-            Extension(module.name.rpartition(".")[2], ["tests/vec.cpp"], include_dirs=["csrc"])
+            Extension(
+                module.name.rpartition(".")[2],
+                ["tests/vec.cpp"],
+                include_dirs=["csrc"],
+                language="c++",
+            )
             for module in kernels.ext_modules
         ]
         build = kernels.get_command_obj("build_ext")
