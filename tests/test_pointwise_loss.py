@@ -315,3 +315,16 @@ def test_operands_in_rows_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) 
     assert not copied
     functional.huber_loss(x.T, whole[:, ::2].T)  # every other element
     assert len(copied) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("name", ["mse_loss", "poisson_nll_loss"])
+def test_the_gradient_of_what_broadcasts_is_rounded_once(name: str) -> None:
+    """The parts of a bfloat16 target's would cancel, if each were rounded."""
+    input = torch.tensor([1.003, -1.0], dtype=torch.float64).repeat(1000)
+    target = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+    loss = getattr(functional, name)(input, target, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, target)
+    exact = target.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(getattr(F, name)(input, exact, reduction="sum"), exact)
+    assert torch.equal(gradient, expected.bfloat16())

@@ -441,11 +441,13 @@ class PointwisePlan:
         shape = operands[0].shape
         if op.warns and operands[1].shape != shape:
             _warn_of_broadcasting(operands[0], operands[1])
+        # Cast first: the gradient of what broadcasts is then added up before it is rounded.
+        operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
         if any(operand.shape != shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)
         if weight is not None:
             weight = weight.to(dtype).expand_as(operands[0])
-        return [o if o.dtype is dtype else o.to(dtype) for o in operands], weight
+        return operands, weight
 
     def divisor_of(self, operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
         """Returns the divisor where it depends on values, and otherwise None, once it is known."""
