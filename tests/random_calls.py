@@ -273,6 +273,9 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
         pairs = zip(run(single, reference), of_reference(single, torch.float64), strict=True)
         errors = [largest(x.double() - y.double()) + EPS * largest(y) for x, y in pairs]
         lost = [max(pair) for pair in zip(lost, errors, strict=True)]
+    if call.op is MULTI_MARGIN_LOSS:  # torch adds its terms one after another, which may be alike
+        terms = call.given["target"].numel() * EPS / 2
+        lost = [max(e, terms * largest(x) / few) for e, x in zip(lost, native, strict=True)]
     return [few * precision(call) / EPS * error for error in lost]
 
 
