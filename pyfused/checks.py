@@ -101,6 +101,16 @@ def dim(value: Any, input: Tensor) -> None:
             )
 
 
+def halves(input: Tensor, along: int) -> None:
+    tensor("input", input)
+    if not input.dim():
+        raise RuntimeError("input: expected one dimension or more, got shape ()")
+    dim(along, input)
+    if input.shape[along] % 2:
+        shape = tuple(input.shape)
+        raise RuntimeError(f"input: expected an even size along dim {along}, got shape {shape}")
+
+
 # ---- losses over classes -------------------------------------------------------------------------
 
 

@@ -96,6 +96,23 @@ def test_slopes_of_channels(shape: tuple[int, ...], each: bool, kernel_calls: Ke
     assert kernel_calls["prelu"] == 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim", "error", "words"),
+    [
+        ((3, 5), -1, RuntimeError, "input: expected an even size along dim -1"),
+        ((), 0, RuntimeError, "input: expected one dimension or more"),
+        ((4,), 1, IndexError, "dim: expected -1 to 0"),
+    ],
+)
+def test_halves_that_there_are_not(
+    shape: tuple[int, ...], dim: int, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error):
+        torch.nn.functional.glu(torch.ones(shape), dim)
+    with pytest.raises(error, match=words):
+        functional.glu(torch.ones(shape), dim)
+
+
 def test_slopes_that_do_not_fit() -> None:
     with pytest.raises(RuntimeError, match=r"weight: expected one number, or one for each of 5 ch"):
         functional.prelu(torch.ones(2, 5), torch.ones(3))

@@ -307,7 +307,7 @@ class Halves(Gated):
         self._values = lambda arguments: arguments[0].chunk(2, arguments[1])
 
     def check(self, arguments: Arguments) -> None:
-        checks.tensor(self.operands[0].name, arguments[0])
+        checks.halves(*arguments)
 
     def plan(
         self,
