@@ -40,6 +40,7 @@ nitpick_ignore = [
     ("py:class", "typing.Unpack"),
     ("py:class", "pyfused.convert.Model"),  # type variables
     ("py:class", "pyfused.patch.Function"),
+    ("py:class", "pyfused.formula.Function"),
 ]
 # The names of torch that pages link to; an inventory in the first format is plain text.
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", "torch-objects.inv")}

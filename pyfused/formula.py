@@ -311,7 +311,7 @@ class Formula:
             The function itself.
 
         Raises:
-            TypeError, RuntimeError: As :func:`loss`.
+            TypeError, RuntimeError: As :func:`pyfused.loss`.
         """
         names, given = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
         if names != given:
