@@ -23,7 +23,7 @@ setup: $(TOOLS) ## make the environment for development in .venv (PYTHON=python3
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 chooses another compiler)
 
-demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw: 4 minutes on two free cores
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw: 3 minutes on two free cores
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py

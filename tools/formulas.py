@@ -573,7 +573,7 @@ def printed() -> dict[Path, str]:
 
 
 def is_changed(path: Path, text: str) -> bool:
-    """Whether it is to be written; else all that includes it would be compiled again."""
+    """Returns whether to write a file; if all were, all that includes them would be compiled."""
     return not path.exists() or path.read_text("utf-8") != text
 
 

@@ -165,7 +165,7 @@ class Operator(ABC):
 
     @property
     def required(self) -> dict[str, Any]:
-        """A value to try of each scalar that callers have to give."""
+        """Returns a value to try of each scalar that callers have to give."""
         places = self.scalar_places
         return {s.name: s.default for place, s in places if self.defaults[place - 1] is ...}
 

@@ -640,7 +640,7 @@ def _prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 
 def _beside_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """With a slope for each channel of each sample, as kernels read tensors in rows and columns."""
+    """Returns both with a slope for each row, as kernels read tensors in rows and columns."""
     if weight.numel() == 1:
         return input, weight.reshape(())
     if input.dim() == 2:

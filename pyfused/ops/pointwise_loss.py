@@ -317,7 +317,7 @@ class Halves(Gated):
     ) -> PointwisePlan:
         input, dim = arguments
         if needs is None:
-            needs = (torch.is_grad_enabled() and input.requires_grad,)
+            needs = (torch.is_grad_enabled() and input.requires_grad,) * 2
         return HalvesPlan(
             op=self,
             backend=backend_of(input),
@@ -326,9 +326,6 @@ class Halves(Gated):
             dtype=input.dtype,
             result=input.dtype,
             needs=tuple(needs),
-            as_they_are=True,
-            warning=None,
-            denominator=None,
             halves=dim % input.dim(),
         )
 
@@ -395,9 +392,9 @@ class PointwisePlan:
     dtype: torch.dtype
     result: torch.dtype
     needs: tuple[bool, ...]
-    as_they_are: bool
-    warning: str | None
-    denominator: Denominator | None
+    as_they_are: bool = True
+    warning: str | None = None
+    denominator: Denominator | None = None
     divisor: float = 1.0
     halves: int | None = None
     launches: dict[Any, Callable[..., tuple[Tensor | None, Gradients]]] = field(
@@ -527,14 +524,9 @@ class HalvesPlan(PointwisePlan):
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
         assert self.halves is not None
-        operands = tensors[0].chunk(2, self.halves)
-        launch = self.launches.get(None)
-        if launch is None:
-            launch = self.launches[None] = self.prepared(operands, None, Outputs(True, ()), None)
+        output = super().forward(None, (*tensors[0].chunk(2, self.halves), None, None))
         if ctx is not None:
             ctx.save_for_backward(*tensors)
-        output, _ = launch(operands, None, 1.0)
-        assert output is not None
         return output
 
     def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
@@ -542,12 +534,7 @@ class HalvesPlan(PointwisePlan):
         operands = tensors[0].contiguous().chunk(2, self.halves)
         if any(grad_output.stride()):
             grad_output = grad_output.contiguous()
-        key = layouts(grad_output)
-        launch = self.launches.get(key)
-        if launch is None:
-            outputs = Outputs(False, (True, True))
-            launch = self.launches[key] = self.prepared(operands, None, outputs, grad_output)
-        return launch(operands, None, 1.0, grad_output)[1]
+        return super().gradients((*operands, None, None), grad_output)
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         definition = lambda input: self.op.reference(input, self.halves)  # noqa: E731
