@@ -218,6 +218,14 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
+def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises an IndexError for the first of int64 class indices that is out of range."""
+    target = target.contiguous()
+    position = native.invalid_class_index(target.data_ptr(), target.numel(), classes, ignore_index)
+    if position >= 0:
+        raise checks.target_out_of_range(classes, target, ignore_index, position)
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -391,13 +391,10 @@ def gradient_of_logits(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Returns the gradient of logits (C), (N, C) or (N, C, d1, ..., dk); see `gradients_of`."""
-    logits = logits.detach()
     rows = as_rows(logits)
     copied = rows.data_ptr() != logits.data_ptr()
     out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
-    state = state.reshape(state.shape[0], -1).contiguous()
-    grad_results = grad_results.reshape(grad_results.shape[0], -1).contiguous()
-    given = rows, target.flatten().contiguous(), options.rows, state, grad_results
+    given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
     backend.row_gradients(*given, options.classes, out, weight)
     if logits.dim() == 2:
         return out
@@ -406,6 +403,9 @@ def gradient_of_logits(
 
 
 def _flat(values: Tensor) -> Tensor:
+    """Returns results of rows, with any dimensions, as the kernels take them."""
+    if values.dim() == 2 and values.is_contiguous():
+        return values
     return values.reshape(values.shape[0], -1).contiguous()
 
 

@@ -105,9 +105,9 @@ class CrossEntropy(ClassLoss):
         input, target, weight, options = arguments
         if options.token_weight is not None:
             checks.values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
-        if not backend_of(target).ASYNCHRONOUS:
-            checks.class_indices(checks.classes_of(input), target, options.ignore_index)
-        target = target.reshape(loss_shape(input, "none"))
+        target = target.reshape(loss_shape(input, "none")).to(torch.int64)
+        classes = checks.classes_of(input)
+        backend_of(target).check_class_indices(target, classes, options.ignore_index)
         return vocab_parallel.cross_entropy((input, target), weight, options, None)
 
     def _compiled(self, arguments: Arguments) -> Tensor:

@@ -131,8 +131,9 @@ class LogProbsOfLogits(Operator):
         """Raises for bad input; class indices are read only where that does not synchronise."""
         *tensors, target, options = arguments
         self.check_shapes(arguments)
-        if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
-            checks.class_indices(self.classes(tensors), target, options.ignore_index)
+        if not is_compiled(tensors[0]):
+            given = target.to(torch.int64), self.classes(tensors), options.ignore_index
+            backend_of(target).check_class_indices(*given)
 
     def check_shapes(self, arguments: Arguments) -> None:
         checks.log_probs(*arguments)
@@ -188,11 +189,9 @@ class LogProbsPlan:
 
     def __call__(self, arguments: Arguments) -> Tensor:
         *tensors, target, _ = arguments
-        if not self.backend.ASYNCHRONOUS:
-            checks.class_indices(
-                self.state_options.classes.total, target, self.options.ignore_index
-            )
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
+        classes = self.state_options.classes.total
+        self.backend.check_class_indices(target, classes, self.options.ignore_index)
         if True in self.needs:
             results: Tensor = apply(self, *tensors, target)
             return results
@@ -203,7 +202,7 @@ class LogProbsPlan:
         if len(tensors) == 2:
             logits, target = tensors
             state = state_of_logits(self.backend, logits, target, options.rows, options.classes)
-            state = state.view(-1, *target.shape)
+            state = state if target.dim() == 1 else state.view(-1, *target.shape)
         else:
             state, kept = state_of(tensors, options, keeps=ctx is not None)
         if ctx is not None:
