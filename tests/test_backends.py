@@ -69,7 +69,7 @@ def test_a_missing_triton_is_named() -> None:
 def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    reason = backends.without_triton.__wrapped__(torch.device("cuda"))
+    reason = backends._without_triton.__wrapped__(torch.device("cuda"))
     assert reason == "Triton is 3.5.1, expected 3.6 or later"
 
 

@@ -140,7 +140,8 @@ class CompiledOperator:
             (self.name, run, fake),
             (backward, run_backward, fake_backward),
         ):
-            _LIBRARY.impl(name, kernel, "CPU")
+            for device in ("CPU", "CUDA"):
+                _LIBRARY.impl(name, kernel, device)
             torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_LIBRARY)
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
