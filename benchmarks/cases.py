@@ -77,6 +77,7 @@ class Case:
     masked: float | None = None  # what half of the elements along a softmax are
     spread: float = 1.0  # of the input: large ones saturate, and make a softmax confident
     reduction: str = "mean"
+    dim: int = -1  # of a softmax
     autocast: bool = False
     headline: bool = False  # in docs/benchmarks.md's table, and run by `-m quick`
 
@@ -91,6 +92,7 @@ class Case:
             f"half {self.masked}": self.masked is not None,
             f"spread {self.spread:g}": self.spread != 1,
             f"reduction {self.reduction}": self.reduction != "mean",
+            f"dim {self.dim}": self.dim != -1,
             "autocast": self.autocast,
         }
         shape = ", ".join(_count(size) for size in self.shape)
@@ -228,7 +230,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         options = getattr(OPERATORS[case.op], "required", {})  # an older revision has none
         return Arguments(input, options=options, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
-        return Arguments(input, options={"dim": -1}, grad_output=normal(*case.shape))
+        return Arguments(input, options={"dim": case.dim}, grad_output=normal(*case.shape))
     grad_output, options = None, {}
     if case.op in POINTWISE:
         target, *optional = map(within, operands(case)[1:])

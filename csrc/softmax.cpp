@@ -14,21 +14,6 @@ namespace pyfused {
 // ---- row layout: classes contiguous -------------------------------------------------------------
 
 #ifdef PYFUSED_HAS_REGISTERS
-// Writes f(x, y), rounded to T.
-template <class F, class T>
-PYFUSED_INLINE void write_each(const T* x, const T* y, const F& f, T* out, int64_t n,
-                               bool streams) {
-  streams = streams && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-  int64_t i = 0;
-  for (; i + kQuad <= n; i += kQuad) {
-    const Quad z = f(load_quad(x + i), load_quad(y + i));
-    streams ? stream_quad(z, out + i) : store_quad(z, out + i);
-  }
-  for (; i < n; i += kPair) {
-    store_pair(f(load_pair(x + i, n - i), load_pair(y + i, n - i)), out + i, n - i);
-  }
-}
-
 // The sum of x, or with kProducts of x y.
 template <bool kProducts, class T> float sum_of(const T* x, const T* y, int64_t n) {
   const auto terms = [=](int64_t i, int64_t left) {
@@ -117,12 +102,11 @@ template <class T> class SoftmaxRow {
     });
     const float total = roundable(float(sum.value()));
     write_each(
-        dy, y,
         [=](auto of_output, auto value) {
           if constexpr (kLogarithm) return of_output - exp_floats<T>(value) * total;
-          return value * (of_output - total);
+          else return value * (of_output - total);
         },
-        output, classes, streams);
+        output, classes, streams, dy, y);
   }
 #endif
 
