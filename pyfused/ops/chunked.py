@@ -483,20 +483,24 @@ def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backen
 
 
 def capped(
-    backend: Backend, logits: Tensor, softcap: float | None, dtype: torch.dtype
+    backend: Backend, logits: Tensor, softcap: float | None, rounds: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Returns softcap * tanh(logits / softcap), and a function of its gradient.
 
     The function returns the gradient of the logits. Without a softcap nothing is changed.
 
     Args:
-        dtype: The dtype of what is returned first.
+        rounds: The values are in the logits' dtype, and not in that of the accumulation.
     """
     if softcap is None:
-        return logits, lambda gradient: gradient
-    wide = logits.to(dtype)
+        return logits, _unchanged
+    wide = logits if rounds else logits.to(accumulate_dtype(logits.dtype))
     forward, backward = backend.activation("softcap", wide, (softcap,))
     return forward(wide), lambda gradient: backward(gradient, wide).to(logits.dtype)
+
+
+def _unchanged(gradient: Tensor) -> Tensor:
+    return gradient
 
 
 # ---- products ------------------------------------------------------------------------------------

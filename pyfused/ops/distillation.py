@@ -272,11 +272,11 @@ def of_logits(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
 def _of_rows(logits: Tensor, teacher_logits: Tensor, arguments: LossArguments) -> ChunkResults:
     """Returns the divergence of rows of logits, and their gradient; capped ones are not rounded."""
     backend, _, options, outputs, grad_output, _ = arguments
-    student, uncapped = capped(backend, logits, options.softcap, accumulate_dtype(logits.dtype))
-    wide = accumulate_dtype(teacher_logits.dtype)
-    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap, wide)
+    student, uncapped = capped(backend, logits, options.softcap)
+    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
+    if student is not logits:
+        outputs = outputs._replace(inplace=True)
     loss, (gradient,) = backend.kl_div_with_logits(
         student.to(dtype), teacher.to(dtype), options, outputs, grad_output
     )
@@ -308,8 +308,7 @@ def of_topk(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
         log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
 
     def of_chunk(chunk: Chunk, part: LossArguments) -> ChunkResults:
-        softcap, wide = part.options.softcap, accumulate_dtype(chunk.output.dtype)
-        logits, uncapped = capped(backend, chunk.output, softcap, wide)
+        logits, uncapped = capped(backend, chunk.output, part.options.softcap)
         loss, gradient, _ = _topk(logits, indices[chunk.rows], log_probs[chunk.rows], part)
         return ChunkResults(loss, None if gradient is None else uncapped(gradient))
 

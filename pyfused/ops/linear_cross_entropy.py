@@ -180,11 +180,8 @@ def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
 def _by_rows(arguments: LossArguments, head: Head, rows: int) -> Computed:
     """Returns the results from all logits of some rows at a time."""
     backend, _, options, outputs, *_ = arguments
-    target, dtype, classes = (
-        head.target,
-        product_dtype(head, backend),
-        head.linear_weight.shape[:-1],
-    )
+    target, classes = head.target, head.linear_weight.shape[:-1]
+    dtype = product_dtype(head, backend)
     *of_layer, of_target = outputs.gradients or (False,) * 4
     of_logits = Outputs(outputs.loss, (any(of_layer), of_target), True)
     grad_target = torch.empty_like(target) if of_target else None
@@ -194,7 +191,7 @@ def _by_rows(arguments: LossArguments, head: Head, rows: int) -> Computed:
         options, grad_output = part.options, part.grad_output
         targets = target[chunk.rows]
         targets = targets.to(dtype) if targets.is_floating_point() else targets
-        logits, uncapped = capped(backend, chunk.output, options.softcap, dtype)
+        logits, uncapped = capped(backend, chunk.output, options.softcap, rounds=True)
         of_classes = logits.view(-1, *classes)
         if options.with_metrics:
             states.append(state_of_metrics(backend, of_classes, targets, options))
@@ -236,11 +233,9 @@ def _by_classes(arguments: LossArguments, head: Head) -> Computed:
     backend, _, options, outputs, grad_output, state = arguments
     dtype, classes = product_dtype(head, backend), len(head.linear_weight)
     weight, tile = accumulated(head.weight, dtype), tile_of(head, options, backend)
-    of_state = StateOptions(
-        options.rows, ClassRange(0, classes), fields_of(options), size=(tile, tile)
-    )
+    by_tiles = StateOptions(options.rows, ClassRange(0, classes), fields_of(options), (tile, tile))
     if state is None:
-        state, _ = state_of(head[:4], of_state, weight)
+        state, _ = state_of(head[:4], by_tiles, weight)
         loss = loss_of_state(state, head.target, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         metrics = _metrics(state, head, options, dtype) if options.with_metrics else ()
@@ -250,6 +245,6 @@ def _by_classes(arguments: LossArguments, head: Head) -> Computed:
     grad_results = gradients_of_loss(state, head.target, weight, options, classes, grad_output)
     least = options.filter_eps * grad_output.abs() if options.filter_eps else None
     gradients = gradients_of(
-        head[:4], of_state, outputs.gradients, state, grad_results, weight=weight, least=least
+        head[:4], by_tiles, outputs.gradients, state, grad_results, weight=weight, least=least
     )
     return Computed(None, (*gradients, None))

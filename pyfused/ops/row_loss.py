@@ -112,16 +112,18 @@ class RowLoss(Operator):
         if each:
             grad_output = rows.take(grad_output)
         elif outputs.gradients:
-            ones = tensors[0].new_ones(()) if grad_output is None else grad_output
-            grad_output = ones.double() / denominator
-        part = [rows.take(x) if self.has_rows(index) else x for index, x in enumerate(tensors)]
-        if options.token_weight is not None:
-            options = replace(options, token_weight=rows.take(options.token_weight))
-        loss, gradients, state, metrics = self.compute_rows(
-            arguments._replace(
-                tensors=part, options=options, grad_output=grad_output, state=rows.take(state, 1)
+            if grad_output is None:
+                grad_output = tensors[0].new_ones((), dtype=torch.float64)
+            grad_output = grad_output / denominator
+        if grad_output is not None:
+            arguments = arguments._replace(grad_output=grad_output)
+        if rows.indices is not None:
+            arguments = arguments._replace(
+                tensors=[rows.take(x) if self.has_rows(i) else x for i, x in enumerate(tensors)],
+                options=replace(options, token_weight=rows.take(options.token_weight)),
+                state=rows.take(state, 1),
             )
-        )
+        loss, gradients, state, metrics = self.compute_rows(arguments)
         if loss is not None:
             loss = rows.spread(loss) if each else loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
@@ -155,7 +157,8 @@ class RowLossPlan(NamedTuple):
         )
         ctx.gradients = gradients or None
         save(ctx, options, *tensors, state)
-        ctx.mark_non_differentiable(*metrics)
+        if metrics:
+            ctx.mark_non_differentiable(*metrics)
         return loss, *metrics
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
