@@ -18,7 +18,6 @@ from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import TORCH_OPS, vocab_parallel
 from pyfused.ops.chunked import (
-    GradientsNeeded,
     StateOptions,
     gradient_of_logits,
     gradients_of,
@@ -106,7 +105,7 @@ class LogProbsOfLogits(Operator):
             self.state_options(tensors, options),
             options,
             accumulate_dtype(tensors[0].dtype),
-            GradientsNeeded(*needs),
+            needs,
         )
 
     def _over_shards(self, arguments: Arguments) -> Tensor:
@@ -185,7 +184,7 @@ class LogProbsPlan:
     state_options: StateOptions
     options: LogProbsOptions
     dtype: torch.dtype
-    needs: GradientsNeeded
+    needs: Sequence[bool]
 
     def __call__(self, arguments: Arguments) -> Tensor:
         *tensors, target, _ = arguments
