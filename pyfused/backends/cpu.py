@@ -327,7 +327,7 @@ def cross_entropy(
 
 def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
     """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    layout, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    layout, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
     return _allocation(layout), strides
 
 

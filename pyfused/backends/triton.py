@@ -260,7 +260,7 @@ def _loss_and_gradients(
 
 def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
     """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    like, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    like, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
     options: Any = {"dtype": tensor.dtype, "device": tensor.device}
     return partial(torch.empty_strided, like.shape, like.stride(), **options), strides
 
