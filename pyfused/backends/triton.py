@@ -147,6 +147,10 @@ def _add_up(parts: Tensor | None, out: Tensor | None) -> None:
 # ---- losses over classes -------------------------------------------------------------------------
 
 
+def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Does nothing, as the host would wait for the GPU; the results of such a row are NaN."""
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -256,7 +260,7 @@ def _loss_and_gradients(
 
 def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
     """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    like, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    like, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
     options: Any = {"dtype": tensor.dtype, "device": tensor.device}
     return partial(torch.empty_strided, like.shape, like.stride(), **options), strides
 
