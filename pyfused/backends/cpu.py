@@ -221,6 +221,14 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
+def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises an IndexError for the first of int64 class indices that is out of range."""
+    target = target.contiguous()
+    position = native.invalid_class_index(target.data_ptr(), target.numel(), classes, ignore_index)
+    if position >= 0:
+        raise checks.target_out_of_range(classes, target, ignore_index, position)
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -319,7 +327,7 @@ def cross_entropy(
 
 def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
     """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    layout, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    layout, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
     return _allocation(layout), strides
 
 
