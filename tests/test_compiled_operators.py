@@ -37,8 +37,7 @@ NEVER = sizes.NEVER, sizes.NEVER
 CUSTOM = {
     name: name
     for name in OPERATORS
-    if name not in (*sizes.OF_LOGITS, *sizes.LINEAR)
-    and sizes.COMPILED.get(name, NEVER) != NEVER
+    if name not in (*sizes.OF_LOGITS, *sizes.LINEAR) and sizes.COMPILED.get(name, NEVER) != NEVER
 }
 CUSTOM |= {
     "rmse_loss": "mse_loss",
