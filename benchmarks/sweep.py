@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import pyfused.functional
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import FEW, FLOAT16, NEVER, limits
+from pyfused.ops.sizes import FEW, NEVER, limits
 
 Shape = tuple[int, ...]
 FAR = 1 << 22  # elements of the largest calls whose results are checked, as that takes seconds
@@ -117,9 +117,8 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
     """Yields the smallest calls that the kernels take: those that have the least to win."""
-    for second, limit in enumerate(limits(OPERATORS[op], cpu=True)):
-        elements = limit * (FLOAT16 if dtype is torch.float16 else 1)
-        if limit in (0, NEVER):
+    for second, elements in enumerate(limits(OPERATORS[op], True, dtype)):
+        if elements == 0 or elements >= NEVER:
             continue
         if op in (*SOFTMAX, *OF_CLASSES):
             classes = FEW if second else 1000

@@ -274,7 +274,7 @@ def covered() -> str:
 
 def sizes(*operators: str) -> str:
     """Returns a table of the smallest calls that take a kernel on CPUs."""
-    columns = ["operator", "elements", f"without reduction, or up to {FEW} classes"]
+    columns = ["operator", "elements", f"without reduction, up to {FEW} classes, or no gradient"]
     rows = [
         [f"`{name}`", *map(words, limits(op, True))]
         for name, op in OPERATORS.items()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pyfused import functional
 from pyfused.ops import sizes
+from pyfused.ops.activation import Activation
+from pyfused.ops.class_loss import NllLoss
 from pyfused.ops.declaration import Operand, Operator
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated
@@ -33,13 +35,14 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
         second: The call is one that the second limit of the table is for.
     """
     classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
-    columns = (sizes.FEW if second else _MANY) if classes else 1
+    forward = second and isinstance(op, (Activation, Gated, NllLoss))  # calls without a gradient
+    few = second and not forward
+    columns = (sizes.FEW if few else _MANY) if classes else 1
     shape = (max(1, elements // columns), columns) if classes else (elements,)
     of_all = (1,)  # a learnt slope
     operands = [
         _drawn(o, of_all if o.name == "weight" else shape) for o in op.operands if not o.optional
     ]
-    forward = second and isinstance(op, Gated)  # calls without a gradient
     input = operands[0].requires_grad_(not forward)
     options: dict[str, Any] = op.required | ({"dim": 1} if isinstance(op, Softmax) else {})
     if second and not classes and "reduction" in op.arguments:

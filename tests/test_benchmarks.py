@@ -84,10 +84,10 @@ def test_a_seed_draws_the_same_calls_again(op: str) -> None:
 @pytest.mark.parametrize("how", [sweep.CALLED, sweep.PATCHED])
 def test_a_sweep_times_torch_beside_the_kernels(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     fused = mock.Mock(side_effect=lambda arguments: torch.empty_like(arguments[0]))
-    sweep.drawn_and_checked(Case("sigmoid", (1 << 21,)))
+    sweep.drawn_and_checked(Case("sigmoid", (1 << 22,)))
     monkeypatch.setattr(SIGMOID, "plan", lambda *_: fused)
     dispatch.forget_plans()
-    theirs, ours = sweep.both(Case("sigmoid", (1 << 21,)), cases.FORWARD, how)
+    theirs, ours = sweep.both(Case("sigmoid", (1 << 22,)), cases.FORWARD, how)
     theirs(1)
     assert not fused.called
     ours(1)

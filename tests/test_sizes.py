@@ -13,8 +13,14 @@ from torch import Tensor
 from pyfused import tune
 from pyfused.ops import sizes
 from pyfused.ops.declaration import Operator
-from pyfused.ops.elementwise import MSE_LOSS, QUANTILE_LOSS
-from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS, SOFTMAX
+from pyfused.ops.elementwise import GELU, MSE_LOSS, QUANTILE_LOSS
+from pyfused.ops.operators import (
+    CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
+    NLL_LOSS,
+    OPERATORS,
+    SOFTMAX,
+)
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 MSE = None, None, "mean", None
@@ -28,7 +34,7 @@ def is_torchs(op: Operator, x: Tensor, *others: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "limits", lambda op, cpu: (FIRST, SECOND))
+    monkeypatch.setattr(sizes, "limits", lambda op, cpu, dtype=None: (FIRST, SECOND))
 
 
 def test_the_second_limit_is_for_losses_of_each_element() -> None:
@@ -51,21 +57,27 @@ def test_the_second_limit_is_for_few_classes(classes: int) -> None:
     assert is_torchs(SOFTMAX, x.t(), -2, 3, None) == (classes == sizes.FEW)
 
 
-def test_float16_is_converted_in_a_step_of_its_own() -> None:
-    for elements, expected in ((8 * FIRST - 8, True), (8 * FIRST, False)):
-        x = torch.zeros(elements, dtype=torch.float16)
-        assert is_torchs(MSE_LOSS, x, x, *MSE) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_softmax_of_half_precision_has_a_limit_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+def test_half_precision_needs_more_elements_but_where_torch_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sizes, "limits", lambda op, cpu: (sizes.NEVER, 1))
-    rows = sizes.SOFTMAX_OF_HALVES // 64
-    for more, expected in ((-1, True), (0, False)):
-        x = torch.zeros(rows + more, 64, dtype=dtype)
-        assert is_torchs(SOFTMAX, x, 1, 3, None) == expected
+    monkeypatch.undo()
+    mse, softmax = (sizes.limits(op, True) for op in (MSE_LOSS, SOFTMAX))
+    for dtype, factor in sizes.HALVES.items():
+        assert sizes.limits(MSE_LOSS, True, dtype) == (factor * mse[0], factor * mse[1])
+        assert sizes.limits(MSE_LOSS, False, dtype) == sizes.limits(MSE_LOSS, False)
+        assert sizes.limits(SOFTMAX, True, dtype)[0] < softmax[0]
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_second_limit_is_for_calls_without_a_gradient(needs_grad: bool) -> None:
+    x = torch.zeros(FIRST, requires_grad=needs_grad)
+    assert is_torchs(GELU, x, "none") != needs_grad
+    assert not is_torchs(GELU, x, "tanh")
+    rows = x.view(-1, 64)
+    assert is_torchs(NLL_LOSS, rows) != needs_grad
+    with torch.no_grad():
+        assert is_torchs(GELU, x, "none")
+        assert is_torchs(NLL_LOSS, rows)
 
 
 def test_half_precision_has_twice_as_many_few_classes() -> None:

@@ -255,6 +255,10 @@ def gradients_of_definition(
 class NllLoss(ClassLoss):
     """The negative log-likelihood of log-probabilities."""
 
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        """Returns whether no gradient follows: a forward pass reads an element of each row."""
+        return not (torch.is_grad_enabled() and arguments[0].requires_grad)
+
     def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, weight, size_average, ignore_index, reduce, reduction = arguments
         reduction = reduction_of(size_average, reduce, reduction)
