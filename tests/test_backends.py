@@ -97,6 +97,7 @@ def test_both_backends_have_the_same_functions() -> None:
     functions = {
         *("describe", "supports_rows", "product_dtype", "add_product", "cross_entropy"),
         *("nll_loss", "multi_margin_loss", "kl_div_with_logits", "pointwise_loss", "row_state"),
+        "embedding_loss",
         *("row_gradients", "softmax", "activation", "scale_"),
     }
     for name in functions:
