@@ -77,6 +77,7 @@ class Case:
     masked: float | None = None  # what half of the elements along a softmax are
     spread: float = 1.0  # of the input: large ones saturate, and make a softmax confident
     reduction: str = "mean"
+    dim: int = -1  # of a softmax
     autocast: bool = False
     headline: bool = False  # in docs/benchmarks.md's table, and run by `-m quick`
 
@@ -91,6 +92,7 @@ class Case:
             f"half {self.masked}": self.masked is not None,
             f"spread {self.spread:g}": self.spread != 1,
             f"reduction {self.reduction}": self.reduction != "mean",
+            f"dim {self.dim}": self.dim != -1,
             "autocast": self.autocast,
         }
         shape = ", ".join(_count(size) for size in self.shape)
@@ -233,7 +235,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         options = getattr(OPERATORS[case.op], "required", {})  # an older revision has none
         return Arguments(input, options=options, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
-        return Arguments(input, options={"dim": -1}, grad_output=normal(*case.shape))
+        return Arguments(input, options={"dim": case.dim}, grad_output=normal(*case.shape))
     grad_output, options = None, {}
     if case.op in EMBEDDINGS:
         shape = case.shape[:1]
@@ -328,6 +330,110 @@ def evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Ten
     value = function(a.input, *a.others, **a.options)
     (gradient,) = torch.autograd.grad(value, a.input, a.grad_output)
     return value.detach(), gradient
+
+
+# ---- a language model's head ---------------------------------------------------------------------
+
+
+class HeadCase:
+    """Arguments, and the ways from them to the gradients of input and head."""
+
+    def __init__(
+        self,
+        tokens: int,
+        features: int,
+        classes: int,
+        dtype: torch.dtype = F32,
+        device: str = "cpu",
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        here: dict[str, Any] = {"generator": generator, "device": device}
+        randn = partial(torch.randn, dtype=dtype, **here)
+        self.input = randn(tokens, features).requires_grad_()
+        self.head = (randn(classes, features) / features**0.5).requires_grad_()
+        self.target = torch.randint(classes, (tokens,), **here)
+        self.half = self.target.clone()
+        self.half[torch.randperm(tokens, **here)[: tokens // 2]] = -100
+        self.logits = tokens * classes * dtype.itemsize  # bytes
+        self.grad_outputs = randn(3, tokens).unbind()
+        self.teacher = randn(tokens, features), randn(classes, features) / features**0.5
+
+    def gradients(self, *results: Tensor) -> tuple[Tensor, ...]:
+        grad_outputs = None
+        if len(results) > 1:
+            pairs = zip(self.grad_outputs, results, strict=True)
+            grad_outputs = [grad_output.to(result.dtype) for grad_output, result in pairs]
+        return torch.autograd.grad(results, (self.input, self.head), grad_outputs)
+
+    def products(self) -> tuple[Tensor, ...]:
+        """Returns those without which there are no gradients, of logits that happen to be there."""
+        x, w = self.input.detach(), self.head.detach()
+        logits = x @ w.t()
+        return logits @ w, logits.t() @ x
+
+    def products_of_two(self) -> tuple[Tensor, ...]:
+        """Returns the same, after the logits of the teacher."""
+        input, weight = self.teacher
+        input @ weight.t()
+        return self.products()
+
+    def reference(self) -> tuple[Tensor, ...]:
+        return self.gradients(F.cross_entropy(F.linear(self.input, self.head), self.target))
+
+    def in_chunks(self) -> tuple[Tensor, ...]:
+        options = torch.nn.LinearCrossEntropyOptions()
+        given = self.input, self.head, self.target
+        return self.gradients(F.linear_cross_entropy(*given, options=options))
+
+    def ours(self, target: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+        given = self.input, self.head, self.target if target is None else target
+        return self.gradients(fused.linear_cross_entropy(*given, **options))
+
+    def log_probs_of_torch(self) -> tuple[Tensor, ...]:
+        logits, target = F.linear(self.input, self.head), self.target[:, None]
+        log_p = logits.log_softmax(1)
+        of_target = log_p.gather(1, target)
+        lse, entropy = logits.gather(1, target) - of_target, -(log_p.exp() * log_p).sum(1)
+        return self.gradients(of_target.squeeze(1), entropy, lse.squeeze(1))
+
+    def log_probs(self, **options: Any) -> tuple[Tensor, ...]:
+        options |= {"return_entropy": True, "return_lse": True}
+        given = self.input, self.head, self.target
+        return self.gradients(*fused.linear_log_probs(*given, **options))
+
+    def divergence_of_torch(self) -> tuple[Tensor, ...]:
+        log_p = F.linear(self.input, self.head).log_softmax(1)
+        log_q = F.linear(*self.teacher).log_softmax(1)
+        return self.gradients(F.kl_div(log_p, log_q, reduction="batchmean", log_target=True))
+
+    def divergence(self) -> tuple[Tensor, ...]:
+        return self.gradients(fused.linear_kl_div(self.input, self.head, *self.teacher))
+
+    def ways(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
+        """Returns, for each loss, the products alone, torch's operators, and others."""
+        return {
+            "cross-entropy": {
+                "three products": self.products,
+                "torch": self.reference,
+                "torch, in chunks": self.in_chunks,
+                "pyfused": self.ours,
+                "pyfused, a 16th of the logits": partial(
+                    self.ours, memory_budget=self.logits // 16
+                ),
+                "pyfused, half ignored": partial(self.ours, self.half),
+            },
+            "log-probabilities": {
+                "three products": self.products,
+                "torch": self.log_probs_of_torch,
+                "pyfused": self.log_probs,
+                "pyfused, rows of fixed bits": partial(self.log_probs, deterministic_rows=True),
+            },
+            "KL divergence": {
+                "four products": self.products_of_two,
+                "torch": self.divergence_of_torch,
+                "pyfused": self.divergence,
+            },
+        }
 
 
 # ---- timing --------------------------------------------------------------------------------------

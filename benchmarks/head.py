@@ -20,11 +20,10 @@ from typing import Any
 
 import report
 import torch
-from cases import interleaved, ratios, settle_allocator, timers_of
+from cases import HeadCase, interleaved, ratios, settle_allocator, timers_of
 from report import COLOURS, RESULTS, ROOT, Figure, finish, spread, tabulated
 from rich.progress import track
 from torch import Tensor
-from torch.nn import functional as F
 
 import pyfused.functional
 import pyfused.memory
@@ -51,98 +50,6 @@ def _status(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found
     return int(found[1]) << 10
-
-
-class HeadCase:
-    """Arguments, and the ways from them to the gradients of input and head."""
-
-    def __init__(self, tokens: int, features: int, classes: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        randn = partial(torch.randn, generator=generator)
-        self.input = randn(tokens, features).requires_grad_()
-        self.head = (randn(classes, features) / features**0.5).requires_grad_()
-        self.target = torch.randint(0, classes, (tokens,), generator=generator)
-        self.half = self.target.clone()
-        self.half[torch.randperm(tokens, generator=generator)[: tokens // 2]] = -100
-        self.logits = tokens * classes * 4  # bytes
-        self.grad_outputs = randn(3, tokens).unbind()
-        self.teacher = randn(tokens, features), randn(classes, features) / features**0.5
-
-    def gradients(self, *results: Tensor) -> tuple[Tensor, ...]:
-        grad_outputs = None if len(results) == 1 else self.grad_outputs
-        return torch.autograd.grad(results, (self.input, self.head), grad_outputs)
-
-    def products(self) -> tuple[Tensor, ...]:
-        """Returns those without which there are no gradients, of logits that happen to be there."""
-        x, w = self.input.detach(), self.head.detach()
-        logits = x @ w.t()
-        return logits @ w, logits.t() @ x
-
-    def products_of_two(self) -> tuple[Tensor, ...]:
-        """Returns the same, after the logits of the teacher."""
-        input, weight = self.teacher
-        input @ weight.t()
-        return self.products()
-
-    def reference(self) -> tuple[Tensor, ...]:
-        return self.gradients(F.cross_entropy(F.linear(self.input, self.head), self.target))
-
-    def in_chunks(self) -> tuple[Tensor, ...]:
-        options = torch.nn.LinearCrossEntropyOptions()
-        given = self.input, self.head, self.target
-        return self.gradients(F.linear_cross_entropy(*given, options=options))
-
-    def ours(self, target: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
-        given = self.input, self.head, self.target if target is None else target
-        return self.gradients(pyfused.functional.linear_cross_entropy(*given, **options))
-
-    def log_probs_of_torch(self) -> tuple[Tensor, ...]:
-        logits, target = F.linear(self.input, self.head), self.target[:, None]
-        log_p = logits.log_softmax(1)
-        of_target = log_p.gather(1, target)
-        lse, entropy = logits.gather(1, target) - of_target, -(log_p.exp() * log_p).sum(1)
-        return self.gradients(of_target.squeeze(1), entropy, lse.squeeze(1))
-
-    def log_probs(self, **options: Any) -> tuple[Tensor, ...]:
-        options |= {"return_entropy": True, "return_lse": True}
-        given = self.input, self.head, self.target
-        return self.gradients(*pyfused.functional.linear_log_probs(*given, **options))
-
-    def divergence_of_torch(self) -> tuple[Tensor, ...]:
-        log_p = F.linear(self.input, self.head).log_softmax(1)
-        log_q = F.linear(*self.teacher).log_softmax(1)
-        return self.gradients(F.kl_div(log_p, log_q, reduction="batchmean", log_target=True))
-
-    def divergence(self) -> tuple[Tensor, ...]:
-        return self.gradients(
-            pyfused.functional.linear_kl_div(self.input, self.head, *self.teacher)
-        )
-
-    def ways(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
-        """Returns, for each loss, the products alone, torch's operators, and others."""
-        return {
-            "cross-entropy": {
-                "three products": self.products,
-                "torch": self.reference,
-                "torch, in chunks": self.in_chunks,
-                "pyfused": self.ours,
-                "pyfused, a 16th of the logits": partial(
-                    self.ours, memory_budget=self.logits // 16
-                ),
-                "pyfused, half ignored": partial(self.ours, self.half),
-            },
-            "log-probabilities": {
-                "three products": self.products,
-                "torch": self.log_probs_of_torch,
-                "pyfused": self.log_probs,
-                "pyfused, rows of fixed bits": partial(self.log_probs, deterministic_rows=True),
-            },
-            "KL divergence": {
-                "four products": self.products_of_two,
-                "torch": self.divergence_of_torch,
-                "pyfused": self.divergence,
-            },
-        }
 
 
 def check(given: HeadCase) -> None:

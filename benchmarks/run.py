@@ -66,7 +66,7 @@ def memory(options: argparse.Namespace) -> None:
 # ---- gpu-check -----------------------------------------------------------------------------------
 
 SECONDS = 570  # for all of it
-BENCHMARK_SECONDS, LAUNCH_SECONDS = 180, 100  # no case starts after these
+BENCHMARK_SECONDS, LAUNCH_SECONDS, USE_SECONDS = 180, 100, 60  # no case starts after these
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,15 @@ def steps(out: Path) -> list[Step]:
     shared = [ROOT / "tests" / name for name in SHARED]
     gpu = (*run, "gpu", out / "gpu.json", "--seconds", str(BENCHMARK_SECONDS))
     launch = (*run, "gpu-launch", out / "launch.md", "--seconds", str(LAUNCH_SECONDS))
+    used = {
+        name: (*run, f"gpu-{name}", out / f"{name}.md", "--seconds", str(USE_SECONDS))
+        for name in ("sizes", "heads", "training")
+    }
     written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
     found = [
         Step("build", (*pip, "--target", out / "site", ROOT), 150, needed=True),
         Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120),
+        *(Step(name, command, USE_SECONDS + 30) for name, command in used.items()),
         Step("shared tests", (*parallel, *shared), 240),
         Step("benchmarks", gpu, BENCHMARK_SECONDS + 60),
         Step("report", written, 30),
@@ -193,7 +198,10 @@ def gpu_check(options: argparse.Namespace) -> None:
     until = time.perf_counter() + SECONDS
     variables = environment(out)
     results: list[str] = []
-    for step in steps(out):
+    chosen = [
+        step for step in steps(out) if step.needed or step.name in (options.steps or [step.name])
+    ]
+    for step in chosen:
         left = until - time.perf_counter()
         result = run_step(step, out, left, variables) if left > 5 else "not run: out of time"
         results.append(f"- {step.name}: {result}")
@@ -281,13 +289,20 @@ def parser() -> argparse.ArgumentParser:
     add = command("filter-eps", "head.filter_eps", words)
     add("--steps", type=int, default=600, help="for how many to train")
 
-    for name, words in (("gpu", "time the cases on a GPU"), ("gpu-launch", "time launch choices")):
-        add = command(name, f"gpu.{name.replace('-', '_')}", words, named)
+    for name, module, words in (
+        ("gpu", "gpu", "time the cases on a GPU"),
+        ("gpu-launch", "gpu", "time launch choices"),
+        ("gpu-sizes", "gpu_use", "time calls of every size on a GPU"),
+        ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
+        ("gpu-training", "gpu_use", "time a training step of GPT-2 on a GPU"),
+    ):
+        add = command(name, f"{module}.{name.replace('-', '_')}", words, named)
         add("file", type=Path, help="where to write what was found")
         add("--seconds", type=float, default=240, help="start no case after these")
         add("--trial", action="store_true", help="cases of microseconds, on the CPU")
     add = command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
     add("out", type=Path, help="the folder for what is found")
+    add("--steps", nargs="+", metavar="NAME", help="these steps alone, after the build")
     return parser
 
 

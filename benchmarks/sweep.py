@@ -14,7 +14,7 @@ import cases
 import torch
 from cases import ACTIVATIONS, DTYPES, EMBEDDINGS, OPS, SOFTMAX, Case, ratios
 from pairs import cells
-from report import tabulated
+from report import machine, machine_info, measured, tabulated
 from rich.progress import track
 from torch.nn import functional as F
 
@@ -26,6 +26,7 @@ Shape = tuple[int, ...]
 FAR = 1 << 22  # elements of the largest calls whose results are checked, as that takes seconds
 ALLOWED = 0.6e-3  # milliseconds that a call costs beyond torch's where it goes to ATen
 OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
+VECTORS = torch.backends.cpu.get_cpu_capability()
 CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
 
 
@@ -49,6 +50,16 @@ def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
         torch._dynamo.reset()  # else the second shape compiles for all
         operators = tuple(map(cases.Compiled, operators))
     return cases.timers_of([cases.step(each, case, arguments, mode) for each in operators])
+
+
+def taken_by(case: Case, mode: str, how: str) -> str:
+    """Returns whose code an eager call runs: torch's or the kernels'."""
+    if how == COMPILED:
+        return COMPILED
+    arguments = drawn_and_checked(case)
+    leaf = arguments.input.detach().requires_grad_(mode == cases.TRAINING)
+    said = pyfused.explain(case.op, leaf, *arguments.others, **arguments.options)
+    return "torch" if said.backend == "torch" else "a kernel"
 
 
 def timed_patched(step: cases.Step, calls: int) -> float:
@@ -82,7 +93,7 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
     """Yields calls of random shapes, reductions and values."""
     for _ in range(count):
         elements, reduction = between(1 << 6, 1 << 24, draw), "mean"
-        spread, masked = 1.0, None
+        spread, masked, dim = 1.0, None, -1
         if op in (*SOFTMAX, *ACTIVATIONS, "cross_entropy"):
             spread = draw.choice((1.0, 1.0, 20.0, 100.0))
         if op in (*SOFTMAX, "cross_entropy"):
@@ -100,9 +111,11 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
             if op == "cross_entropy" and draw.random() < 0.3:
                 n = between(1, 16, draw)
                 shape = (n, length, max(1, rows // n))
+            if op in SOFTMAX and len(shape) > 2 and draw.random() < 0.5:
+                shape, dim = (shape[0], length, *shape[1:-1]), 1
         if op not in (*SOFTMAX, *ACTIVATIONS, "multilabel_soft_margin_loss"):  # a loss of each row
             reduction = draw.choice(("mean", "mean", "none"))
-        yield Case(op, shape, dtype, reduction=reduction, masked=masked, spread=spread)
+        yield Case(op, shape, dtype, reduction=reduction, masked=masked, spread=spread, dim=dim)
 
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -130,7 +143,8 @@ def sweep(options: Namespace) -> None:
     how = options.how
     ops = [op for op in options.op or OPS if how != PATCHED or hasattr(F, op)]
     seed = random.randrange(1 << 16) if options.seed is None else options.seed
-    print(f"--seed {seed}")
+    info = machine_info() | {"threads": " and ".join(map(str, options.threads))}
+    print(f"--seed {seed}: {machine(measured(info))}, torch on {VECTORS}")
     draw = random.Random(seed)
     points = [
         (case, mode, threads)
@@ -153,14 +167,23 @@ def sweep(options: Namespace) -> None:
             times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
         except NotImplementedError:  # torch's
             continue
-        found.append((case, mode, threads, times))
+        found.append((case, mode, threads, times, taken_by(case, mode, how)))
     found.sort(key=lambda each: ratios(*each[3])[1])
     rows = [
-        [case.name, mode, str(threads), *cells(times), f"{min(times[0]) / min(times[1]):.2f}"]
-        for case, mode, threads, times in found
+        [
+            *(case.name, mode, str(threads), who, *cells(times)),
+            f"{min(times[0]) / min(times[1]):.2f}",
+        ]
+        for case, mode, threads, times, who in found
         if slower(times, options.margin)
     ]
-    names = ["case", "mode", "threads", "torch, ms", "pyfused, ms", "ratio", "of minima"]
-    print(tabulated(names, rows, names=2))
-    print(f"{len(rows)} of {len(found)} calls are slower than torch's beyond the spread")
+    names = ["case", "mode", "threads", "taken by", "torch, ms", "pyfused, ms"]
+    print(tabulated([*names, "ratio", "of minima"], rows, names=2))
+    for taker in dict.fromkeys(who for *_, who in found):
+        taken = [times for *_, times, who in found if who == taker]
+        counts = [sum(slower(times, margin) for times in taken) for margin in (0.95, 0.85)]
+        print(
+            f"taken by {taker}: {len(taken)} calls, of which {counts[0]} are slower than torch's "
+            f"by 5 % beyond the spread, and {counts[1]} by 15 %"
+        )
     sys.exit(bool(rows))

@@ -41,6 +41,13 @@ PYFUSED_INLINE __m256 times_power_of_2(__m256 p, __m256 n, __m256 x, float least
   const __m256 value = p * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
   return _mm256_and_ps(value, _mm256_cmp_ps(x, _mm256_set1_ps(least), _CMP_NLT_UQ));
 }
+// t - floor(t); NaN of an infinity.
+PYFUSED_INLINE __m256 fraction(__m256 t) { return t - _mm256_floor_ps(t); }
+// p 2^floor(t), 1 <= p <= 2, t < 128; 0 below 2^-126.
+constexpr bool kPowersOverflow = false;
+PYFUSED_INLINE __m256 times_power_of_floor(__m256 p, __m256 t) {
+  return times_power_of_2(p, _mm256_floor_ps(t), t, -126.0f);
+}
 
 PYFUSED_INLINE Pair broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 PYFUSED_INLINE float sum_of_lanes(Pair x) {

@@ -40,6 +40,12 @@ PYFUSED_INLINE __m512 times_power_of_2(__m512 p, __m512 n, __m512 x, float least
   const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(kept, p, n);
 }
+// t - floor(t); 0 of an infinity.
+PYFUSED_INLINE __m512 fraction(__m512 t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF); }
+// p 2^floor(t), 1 <= p <= 2; infinity from 2^128 on, and 0 below 2^-126 while subnormal results
+// are.
+constexpr bool kPowersOverflow = true;
+PYFUSED_INLINE __m512 times_power_of_floor(__m512 p, __m512 t) { return _mm512_scalef_ps(p, t); }
 
 PYFUSED_INLINE Pair broadcast(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
 PYFUSED_INLINE float sum_of_lanes(Pair x) { return _mm512_reduce_add_ps(x.low + x.high); }

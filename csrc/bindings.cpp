@@ -66,7 +66,8 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
+    const int64_t elements = sizes[0] * sizes[1] * sizes[2];
+    const size_t bytes = size_t(elements) * sizeof(T);
     for (const ViewTuple& gradient : gradients) {
       prefer_huge_pages(pointer<void>(gradient[0]), gradient[0] ? bytes : 0);
     }
@@ -80,7 +81,7 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
                                          pointer<A>(loss),
                                          view<T>(gradients[0]),
                                          view<T>(gradients[1]),
-                                         threads});
+                                         threads_for(elements, threads)});
   });
 }
 
@@ -90,8 +91,8 @@ int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& i
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T);
-    prefer_huge_pages(pointer<void>(grad_input[0]), grad_input[0] ? bytes : 0);
+    const int64_t written = grad_input[0] ? sizes[0] * sizes[1] * sizes[2] : 0;
+    prefer_huge_pages(pointer<void>(grad_input[0]), size_t(written) * sizeof(T));
     return nll_loss(CrossEntropy<T>{{sizes[0], sizes[1], sizes[2]},
                                     {ignore_index, Reduction(reduction)},
                                     view<const T>(input),
@@ -102,7 +103,7 @@ int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& i
                                     pointer<A>(loss),
                                     view<T>(grad_input),
                                     {},
-                                    threads});
+                                    threads_for(sizes[0] * sizes[1] + written, threads)});
   });
 }
 
@@ -115,11 +116,21 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
     prefer_huge_pages(pointer<void>(grad_input), grad_input ? bytes : 0);
-    return multi_margin_loss(MultiMargin<T>{
-        sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
-        pointer<const A>(weight), squared, margin, Reduction(reduction),
-        pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad_input), threads});
+    return multi_margin_loss(
+        MultiMargin<T>{sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
+                       pointer<const A>(weight), squared, margin, Reduction(reduction),
+                       pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad_input),
+                       threads_for(sizes[0] * sizes[1], threads)});
   });
+}
+
+// The first position whose target is neither a class nor ignored, or -1.
+int64_t invalid_class_index(int64_t target, int64_t n, int64_t classes, int64_t ignore_index) {
+  const auto* begin = pointer<const int64_t>(target);
+  const auto* found = std::find_if(begin, begin + n, [=](int64_t index) {
+    return index != ignore_index && uint64_t(index) >= uint64_t(classes);
+  });
+  return found == begin + n ? -1 : found - begin;
 }
 
 // ---- the state of rows --------------------------------------------------------------------------
@@ -136,12 +147,13 @@ template <class T>
 LogitRows<T> logit_rows(const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
                         int64_t ignore_index, const std::array<double, 2>& numbers, int64_t weight,
                         int threads) {
+  const int workers = threads_for(sizes[0] * sizes[1], threads);
   return {sizes[0],     sizes[1],
           sizes[2],     pointer<const T>(logits),
           sizes[3],     pointer<const int64_t>(target),
           ignore_index, numbers[0],
           numbers[1],   pointer<const Accumulate<T>>(weight),
-          threads};
+          workers};
 }
 
 void run_row_state(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
@@ -182,7 +194,8 @@ void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const Strid
     kl_div_with_logits(KlDiv<T>{sizes[0], sizes[1], pointer<const T>(student[0]), student[1],
                                 pointer<const T>(teacher[0]), teacher[1], beta, scale,
                                 pointer<const A>(token_weight), each, pointer<const A>(grad_output),
-                                pointer<A>(loss), pointer<T>(grad[0]), grad[1], threads});
+                                pointer<A>(loss), pointer<T>(grad[0]), grad[1],
+                                threads_for(sizes[0] * sizes[1], threads)});
   });
 }
 
@@ -231,13 +244,14 @@ void run_softmax(bool logarithm, int dtype, std::array<int64_t, 3> sizes, const 
                  const ViewTuple& grad_output, const ViewTuple& output, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    prefer_huge_pages(pointer<void>(output[0]), size_t(sizes[0] * sizes[1] * sizes[2]) * sizeof(T));
+    const int64_t elements = sizes[0] * sizes[1] * sizes[2];
+    prefer_huge_pages(pointer<void>(output[0]), size_t(elements) * sizeof(T));
     softmax(Softmax<T>{{sizes[0], sizes[1], sizes[2]},
                        logarithm,
                        view<const T>(input),
                        view<const T>(grad_output),
                        view<T>(output),
-                       threads});
+                       threads_for(elements, threads)});
   });
 }
 
@@ -269,7 +283,7 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
                        pointer<T>(each),
                        pointer<Accumulate<T>>(reduced),
                        {},
-                       threads,
+                       threads_for(n, threads),
                        rows[0],
                        rows[1]};
     prefer_huge_pages(p.each, each ? size_t(n) * sizeof(T) : 0);
@@ -351,7 +365,8 @@ void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int6
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if (input != output) prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
-    activation(formula, pointer<const T>(input), pointer<T>(output), parameters, n, threads);
+    activation(formula, pointer<const T>(input), pointer<T>(output), parameters, n,
+               threads_for(n, threads));
   });
 }
 
@@ -362,14 +377,15 @@ void run_activation_backward(const ActivationFormula& formula, int dtype, int64_
     using T = decltype(element);
     prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
     activation_backward(formula, pointer<const T>(grad_output[0]), grad_output[1],
-                        pointer<const T>(saved), pointer<T>(grad_input), parameters, n, threads);
+                        pointer<const T>(saved), pointer<T>(grad_input), parameters, n,
+                        threads_for(n, threads));
   });
 }
 
 void run_scale(int dtype, int64_t n, int64_t data, int64_t factor, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    scale(pointer<T>(data), *pointer<const Accumulate<T>>(factor), n, threads);
+    scale(pointer<T>(data), *pointer<const Accumulate<T>>(factor), n, threads_for(n, threads));
   });
 }
 
@@ -453,6 +469,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
             ignore_index, Reduction(reduction), label_smoothing, gamma, z_loss, scale};
       }));
   m.def("cross_entropy", &run_cross_entropy, unlocked);
+  m.def("invalid_class_index", &invalid_class_index, unlocked);
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
   m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);

@@ -74,13 +74,6 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     }
   }
 
-  // All classes of a block of whole lines.
-  Lines<T> lines_of(const View<const T>& view) const {
-    const Lines<T> found{shape.at(view, first), view.classes};
-    for (int64_t i = 0; i < shape.classes; ++i) prefetch_after(found[i], kColumns);
-    return found;
-  }
-
   // Returns k classes of the block, in the tensor itself if they are as a tile has them.
   Lines<A> lines(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
     if constexpr (std::is_same_v<T, A>) {

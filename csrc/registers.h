@@ -53,6 +53,13 @@ template <int N> PYFUSED_INLINE Registers<N> minimum(float x, Registers<N> y) {
 template <int N> PYFUSED_INLINE Registers<N> round_to_int(Registers<N> x) {
   return {round_to_int(x.low), round_to_int(x.high)};
 }
+template <int N> PYFUSED_INLINE Registers<N> fraction(Registers<N> t) {
+  return {fraction(t.low), fraction(t.high)};
+}
+template <int N>
+PYFUSED_INLINE Registers<N> times_power_of_floor(Registers<N> p, Registers<N> t) {
+  return {times_power_of_floor(p.low, t.low), times_power_of_floor(p.high, t.high)};
+}
 template <int N> PYFUSED_INLINE Registers<N> times_power_of_2(Registers<N> p, Registers<N> n,
                                                               Registers<N> x, float least) {
   return {times_power_of_2(p.low, n.low, x.low, least),

@@ -80,12 +80,11 @@ void write_gradient(const U* x, float pivot, float a, float b, float*, T* out, i
   a = roundable(a);
   b = roundable(b);
   write_each(
-      x, pivot,
       [=](auto z) {
         const auto y = maximum(-104.0f, z - pivot);
         return exp_floats<T>(y) * (y * b + a);
       },
-      out, n, streams);
+      out, n, streams, x);
 }
 template <class A> constexpr bool kInRegisters = std::is_same_v<A, float>;
 #else

@@ -14,21 +14,6 @@ namespace pyfused {
 // ---- row layout: classes contiguous -------------------------------------------------------------
 
 #ifdef PYFUSED_HAS_REGISTERS
-// Writes f(x, y), rounded to T.
-template <class F, class T>
-PYFUSED_INLINE void write_each(const T* x, const T* y, const F& f, T* out, int64_t n,
-                               bool streams) {
-  streams = streams && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-  int64_t i = 0;
-  for (; i + kQuad <= n; i += kQuad) {
-    const Quad z = f(load_quad(x + i), load_quad(y + i));
-    streams ? stream_quad(z, out + i) : store_quad(z, out + i);
-  }
-  for (; i < n; i += kPair) {
-    store_pair(f(load_pair(x + i, n - i), load_pair(y + i, n - i)), out + i, n - i);
-  }
-}
-
 // The sum of x, or with kProducts of x y.
 template <bool kProducts, class T> float sum_of(const T* x, const T* y, int64_t n) {
   const auto terms = [=](int64_t i, int64_t left) {
@@ -40,6 +25,24 @@ template <bool kProducts, class T> float sum_of(const T* x, const T* y, int64_t 
   for (; i + kQuad <= n; i += kQuad) sum = sum + Quad{terms(i, kPair), terms(i + kPair, kPair)};
   for (; i < n; i += kPair) sum.low = sum.low + zero_after(terms(i, n - i), n - i);
   return sum_of_lanes(sum.low + sum.high);
+}
+
+// The gradient of a row, without buffers.
+template <bool kLogarithm, class T>
+void write_row_gradient(const Softmax<T>& softmax, int64_t position, bool streams) {
+  const T* const y = softmax.at(softmax.input, position);
+  const T* const dy = softmax.at(softmax.grad_output, position);
+  Sum sum;
+  for_chunks(softmax.classes, [&](int64_t, int64_t first, int64_t n) {
+    sum.add(sum_of<!kLogarithm>(dy + first, y + first, n));
+  });
+  const float total = roundable(float(sum.value()));
+  write_each(
+      [=](auto of_output, auto value) {
+        if constexpr (kLogarithm) return of_output - exp_floats<T>(value) * total;
+        else return value * (of_output - total);
+      },
+      softmax.at(softmax.output, position), softmax.classes, streams, dy, y);
 }
 #endif
 
@@ -71,11 +74,6 @@ template <class T> class SoftmaxRow {
   }
 
   void backward() {
-#ifdef PYFUSED_HAS_REGISTERS
-    if constexpr (std::is_same_v<A, float>) {
-      return softmax.logarithm ? backward_in_registers<true>() : backward_in_registers<false>();
-    }
-#endif
     const T* const grad_output = softmax.at(softmax.grad_output, position);
     Sum sum;
     for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
@@ -108,24 +106,6 @@ template <class T> class SoftmaxRow {
   alignas(kVectorBytes) A buffer[kChunk];
   alignas(kVectorBytes) A grad_buffer[kChunk];
 
-#ifdef PYFUSED_HAS_REGISTERS
-  template <bool kLogarithm> void backward_in_registers() {
-    const T *const y = input, *const dy = softmax.at(softmax.grad_output, position);
-    Sum sum;
-    for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
-      sum.add(sum_of<!kLogarithm>(dy + first, y + first, n));
-    });
-    const float total = roundable(float(sum.value()));
-    write_each(
-        dy, y,
-        [=](auto of_output, auto value) {
-          if constexpr (kLogarithm) return of_output - exp_floats<T>(value) * total;
-          return value * (of_output - total);
-        },
-        output, classes, streams);
-  }
-#endif
-
   template <bool Keeps> void read() {
     const A first_max = Normalizer<T>::first_max(input, classes);
     row.template read<Keeps>([this](int64_t first, int64_t) { return input + first; }, output,
@@ -139,8 +119,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses>
 class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
-  using Base::first, Base::streams, Base::for_tiles, Base::for_groups, Base::whole_lines;
-  using Base::lines, Base::lines_of, Base::write_lines;
+  using Base::for_tiles, Base::for_groups, Base::lines, Base::write_lines;
   using Base::sum, Base::log_sum, Base::max, Base::x, Base::e;
 
  public:
@@ -187,12 +166,6 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
 
   template <bool kLogarithm> void backward() {
     std::fill_n(sum, kColumns, 0.0);
-    if constexpr (kTransposes<T>) {
-      if (whole_lines(softmax.input) && whole_lines(softmax.grad_output) &&
-          whole_lines(softmax.output) && !streams) {
-        return backward_in_place<kLogarithm>();
-      }
-    }
     for_pairs([&](int64_t, int64_t k) { add_up<kLogarithm>(grad_output, x, k); });
     std::copy_n(sum, kColumns, total);
     for_pairs([&](int64_t c, int64_t k) {
@@ -202,19 +175,8 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
     });
   }
 
-  // Without tiles. Widened twice, elements of 16 bits take less time than through a tile.
-  template <bool kLogarithm> void backward_in_place() {
-    const Lines<T> y = lines_of(softmax.input), dy = lines_of(softmax.grad_output);
-    T* const dx = softmax.at(softmax.output, first);
-    add_up<kLogarithm>(dy, y, softmax.classes);
-    std::copy_n(sum, kColumns, total);
-    for (int64_t c = 0; c < softmax.classes; ++c) {
-      softmax_gradient<kLogarithm>(dy[c], y[c], total, dx + c * softmax.output.classes, kColumns);
-    }
-  }
-
   // sum += dy y, or dy
-  template <bool kLogarithm, class L> void add_up(Lines<L> dy, Lines<L> y, int64_t k) {
+  template <bool kLogarithm> void add_up(Lines<A> dy, Lines<A> y, int64_t k) {
     for_groups(k, [&](int64_t begin, int64_t end) {
       alignas(kVectorBytes) A part[kColumns];
       sums_of_columns<kColumns, !kLogarithm>(dy.from(begin), y.from(begin), end - begin, part);
@@ -233,6 +195,85 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
     });
   }
 };
+
+// ---- the gradient along a middle dimension ------------------------------------------------------
+
+#ifdef PYFUSED_HAS_REGISTERS
+// Contiguous positions, at most kMost, are read where they are, in registers side by side: 1.2 to 3
+// times faster than through tiles. Prefetching takes longer than what it saves.
+template <bool kLogarithm, class T> class SoftmaxStrip {
+ public:
+  static constexpr int64_t kMost = 4 * kPair;
+
+  SoftmaxStrip(const Softmax<T>& softmax, int64_t position)
+      : softmax(softmax), y(softmax.at(softmax.input, position)),
+        dy(softmax.at(softmax.grad_output, position)), dx(softmax.at(softmax.output, position)) {}
+
+  void backward(int64_t n) const {
+    if (n > 3 * kPair) return backward_of<4>(n - 3 * kPair);
+    if (n > 2 * kPair) return backward_of<3>(n - 2 * kPair);
+    n > kPair ? backward_of<2>(n - kPair) : backward_of<1>(n);
+  }
+
+ private:
+  static constexpr int64_t kTerms = 32;  // in a float, so that rounding errors stay small
+  const Softmax<T>& softmax;
+  const T *const y, *const dy;
+  T* const dx;
+
+  // `last` elements of the last pair are positions.
+  template <int kPairs> PYFUSED_INLINE void backward_of(int64_t last) const {
+    const auto load = [=](const T* from, int p) {
+      return p < kPairs - 1 ? load_pair(from + p * kPair) : load_pair(from + p * kPair, last);
+    };
+    alignas(kVectorBytes) double sums[kPairs * kPair] = {};
+    alignas(kVectorBytes) float total[kPairs * kPair];
+    for (int64_t c = 0; c < softmax.classes; c += kTerms) {
+      Pair part[kPairs];
+      for (Pair& lanes : part) lanes = broadcast(0);
+      for (int64_t k = c; k < std::min(softmax.classes, c + kTerms); ++k) {
+        const T *const y_k = y + k * softmax.input.classes, *const dy_k =
+                                                                dy +
+                                                                k * softmax.grad_output.classes;
+        for (int p = 0; p < kPairs; ++p) {
+          part[p] = part[p] + (kLogarithm ? load(dy_k, p) : load(dy_k, p) * load(y_k, p));
+        }
+      }
+      for (int p = 0; p < kPairs; ++p) store_pair(part[p], total + p * kPair);
+      for (int64_t b = 0; b < kPairs * kPair; ++b) sums[b] += double(total[b]);
+    }
+    std::copy_n(sums, kPairs * kPair, total);
+    for (int64_t k = 0; k < softmax.classes; ++k) {
+      const T *const y_k = y + k * softmax.input.classes, *const dy_k =
+                                                              dy + k * softmax.grad_output.classes;
+      T* const dx_k = dx + k * softmax.output.classes;
+      for (int p = 0; p < kPairs; ++p) {
+        const Pair value = load(y_k, p), of_output = load(dy_k, p),
+                   sum = load_pair(total + p * kPair);
+        const Pair gradient =
+            kLogarithm ? of_output - exp_floats<T>(value) * sum : value * (of_output - sum);
+        p < kPairs - 1 ? store_pair(gradient, dx_k + p * kPair)
+                       : store_pair(gradient, dx_k + p * kPair, last);
+      }
+    }
+  }
+};
+
+template <class T> bool takes_strips(const Softmax<T>& softmax, bool streams) {
+  return softmax.backward() && !streams && softmax.inner >= kPair && softmax.input.inner == 1 &&
+         softmax.grad_output.inner == 1 && softmax.output.inner == 1;
+}
+
+template <bool kLogarithm, class T> void softmax_strips(const Softmax<T>& softmax) {
+  using Strip = SoftmaxStrip<kLogarithm, T>;
+  const int64_t strips = (softmax.inner + Strip::kMost - 1) / Strip::kMost;
+  parallel_for(softmax.outer * strips, softmax.threads, [&](int64_t block) {
+    const int64_t begin = block % strips * Strip::kMost;
+    const Strip strip(softmax, block / strips * softmax.inner + begin);
+    strip.backward(std::min(Strip::kMost, softmax.inner - begin));
+  });
+}
+#endif
 
 // ---- groups of short rows -----------------------------------------------------------------------
 
@@ -324,12 +365,27 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
 template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
   const int64_t size = rows_of_block(softmax.classes);
   const int64_t blocks = (softmax.positions() + size - 1) / size;
-  parallel_for_with<SoftmaxRow<T>>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
+  const auto for_positions = [&](int64_t block, const auto& body) {
     const int64_t end = std::min(softmax.positions(), (block + 1) * size);
-    for (int64_t position = block * size; position < end; ++position) {
+    for (int64_t position = block * size; position < end; ++position) body(position);
+  };
+#ifdef PYFUSED_HAS_REGISTERS
+  if constexpr (std::is_same_v<Accumulate<T>, float>) {
+    if (softmax.backward()) {
+      return parallel_for(blocks, softmax.threads, [&](int64_t block) {
+        for_positions(block, [&](int64_t position) {
+          softmax.logarithm ? write_row_gradient<true>(softmax, position, streams)
+                            : write_row_gradient<false>(softmax, position, streams);
+        });
+      });
+    }
+  }
+#endif
+  parallel_for_with<SoftmaxRow<T>>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
+    for_positions(block, [&](int64_t position) {
       SoftmaxRow<T>& row = workspace.make(softmax, position, streams);
       softmax.backward() ? row.backward() : row.forward();
-    }
+    });
   });
 }
 
@@ -389,6 +445,9 @@ template <class T> void softmax(const Softmax<T>& softmax) {
 #ifdef PYFUSED_HAS_REGISTERS
   if constexpr (kTransposes<T>) {
     if (takes_groups(softmax, streams)) return softmax_groups(softmax);
+    if (takes_strips(softmax, streams)) {
+      return softmax.logarithm ? softmax_strips<true>(softmax) : softmax_strips<false>(softmax);
+    }
   }
 #endif
   if (softmax.classes_contiguous() && softmax.classes >= kRowClasses<T>) {

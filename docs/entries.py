@@ -1,11 +1,22 @@
-"""What the gallery of docs/losses.md says about each operator: a row for each, written by hand."""
+"""What the gallery of docs/losses.md and each operator's page say, where it is written by hand.
+
+An elementwise operator without a row has what follows from its declaration and its docstring.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from pyfused import functional
+from pyfused.ops.activation import Activation
+from pyfused.ops.declaration import Operand
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import Halves, PointwiseLoss
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Entry:
     """A row of the gallery.
 
     Attributes:
-        formula: In LaTeX, of the input x and the target t.
+        formula: In LaTeX, of the input x and the target t; empty if it is in the docstring alone.
         use: When to take it, in a sentence.
         axis: What is drawn along x.
     """
@@ -535,20 +546,9 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
     },
 }
-ENTRIES = {name: entry for group in GALLERY.values() for name, entry in group.items()}
 
 # What follows the imports of torch, and of pyfused.functional as F.
 EXAMPLES = {
-    "mse_loss": """
-prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-loss = F.mse_loss(prediction, target)
-loss.backward()
-""",
-    "l1_loss": """
-prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-loss = F.l1_loss(prediction, target)
-loss.backward()
-""",
     "smooth_l1_loss": """
 boxes, target = torch.rand(64, 4, requires_grad=True), torch.rand(64, 4)
 loss = F.smooth_l1_loss(boxes, target, beta=0.1)
@@ -557,11 +557,6 @@ loss.backward()
     "huber_loss": """
 prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
 loss = F.huber_loss(prediction, target, delta=0.5)
-loss.backward()
-""",
-    "log_cosh_loss": """
-prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-loss = F.log_cosh_loss(prediction, target)
 loss.backward()
 """,
     "rmse_loss": """
@@ -731,11 +726,6 @@ logits = torch.randn(64, 10)
 log_probabilities = F.log_softmax(logits, dim=1)
 assert (log_probabilities <= 0).all()
 """,
-    "relu": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.relu(x)
-y.sum().backward()
-""",
     "leaky_relu": """
 x = torch.randn(64, 10, requires_grad=True)
 y = F.leaky_relu(x, negative_slope=0.2)
@@ -751,29 +741,9 @@ gate, x = torch.randn(2, 64, 10, requires_grad=True)
 y = F.silu(gate) * x
 y.sum().backward()
 """,
-    "tanh": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.tanh(x)
-y.sum().backward()
-""",
-    "relu6": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.relu6(x)
-y.sum().backward()
-""",
     "hardtanh": """
 x = torch.randn(64, 10, requires_grad=True)
 y = F.hardtanh(x, -2.0, 2.0)
-y.sum().backward()
-""",
-    "hardsigmoid": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.hardsigmoid(x)
-y.sum().backward()
-""",
-    "hardswish": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.hardswish(x)
 y.sum().backward()
 """,
     "hardshrink": """
@@ -796,19 +766,9 @@ x, slope = torch.randn(64, 10, requires_grad=True), torch.full((10,), 0.25, requ
 y = F.prelu(x, slope)
 y.sum().backward()
 """,
-    "glu": """
-x = torch.randn(64, 20, requires_grad=True)
-y = F.glu(x)
-y.sum().backward()
-""",
     "elu": """
 x = torch.randn(64, 10, requires_grad=True)
 y = F.elu(x, alpha=0.5)
-y.sum().backward()
-""",
-    "selu": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.selu(x)
 y.sum().backward()
 """,
     "celu": """
@@ -816,44 +776,9 @@ x = torch.randn(64, 10, requires_grad=True)
 y = F.celu(x, alpha=0.5)
 y.sum().backward()
 """,
-    "mish": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.mish(x)
-y.sum().backward()
-""",
     "softplus": """
 x = torch.randn(64, 10, requires_grad=True)
 y = F.softplus(x, beta=2.0)
-y.sum().backward()
-""",
-    "logsigmoid": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.logsigmoid(x)
-y.sum().backward()
-""",
-    "softsign": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.softsign(x)
-y.sum().backward()
-""",
-    "tanhshrink": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.tanhshrink(x)
-y.sum().backward()
-""",
-    "swiglu": """
-gate, up = torch.randn(2, 64, 10, requires_grad=True)
-y = F.swiglu(gate, up)
-y.sum().backward()
-""",
-    "geglu": """
-gate, up = torch.randn(2, 64, 10, requires_grad=True)
-y = F.geglu(gate, up)
-y.sum().backward()
-""",
-    "reglu": """
-gate, up = torch.randn(2, 64, 10, requires_grad=True)
-y = F.reglu(gate, up)
 y.sum().backward()
 """,
     "softcap": """
@@ -862,9 +787,51 @@ target = torch.randint(1000, (64,))
 loss = F.cross_entropy(F.softcap(logits, cap=30.0), target)
 loss.backward()
 """,
-    "sigmoid": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.sigmoid(x)
-y.sum().backward()
-""",
 }
+
+
+# ---- what follows from declarations --------------------------------------------------------------
+
+
+def drawn(operand: Operand) -> str:
+    """Returns a call that draws an operand of an example."""
+    if operand.sign:
+        return "torch.randn(64, 10).sign()"
+    return "torch.randn(64, 10)" if operand.low < 0 else "torch.rand(64, 10)"
+
+
+def example(op: Activation | PointwiseLoss) -> str:
+    first, *others = (operand for operand in op.operands if not operand.optional)
+    names = [operand.name for operand in (first, *others)]
+    given = ", ".join(names + [f"{name}={value}" for name, value in op.required.items()])
+    loss = "reduction" in op.arguments
+    lines = [f"{first.name} = {drawn(first)}.requires_grad_()"]
+    lines += [f"{operand.name} = {drawn(operand)}" for operand in others]
+    lines += [f"{'loss' if loss else 'y'} = F.{op.name}({given})"]
+    return "\n".join([*lines, "loss.backward()" if loss else "y.sum().backward()"])
+
+
+def entry(op: Activation | PointwiseLoss) -> Entry:
+    """Draws the second operand at two values, and the others at 1."""
+    first, *others = (operand for operand in op.operands if not operand.optional)
+    curves = [Curve("", (), op.required, (1.0,) if isinstance(op, Halves) else ())]
+    if others:
+        name, ones, ends = others[0].name, (1.0,) * len(others[1:]), (0.0, 1.0)
+        ends = (-1.0, 1.0) if others[0].sign else ends
+        curves = [Curve(f"{name} {end:g}", (end, *ones), op.required) for end in ends]
+    summary = (inspect.getdoc(getattr(functional, op.name)) or "").partition("\n\n")[0]
+    low, high = max(first.low + 0.02, -3.0), min(first.high - 0.02, 3.0)
+    use = re.sub(r":func:(`\w+`)", r"\1", " ".join(summary.split()))
+    return Entry("", use, tuple(curves), low, high, axis=first.name)
+
+
+_WRITTEN = {name for group in GALLERY.values() for name in group}
+for _op in OPERATORS.values():
+    if isinstance(_op, (Activation, PointwiseLoss)) and hasattr(functional, _op.name):
+        EXAMPLES.setdefault(_op.name, example(_op))
+        if _op.name not in _WRITTEN:
+            _loss = "reduction" in _op.arguments
+            GALLERY.setdefault("Other losses" if _loss else "Activations", {})[_op.name] = entry(
+                _op
+            )
+ENTRIES = {name: entry for group in GALLERY.values() for name, entry in group.items()}

@@ -1,6 +1,6 @@
 """Fills pages with what follows from the declarations: the gallery, ratios, sizes, what is covered.
 
-docs/entries.py holds what is written by hand. The pictures are what the kernels compute.
+docs/entries.py has what is said of each operator. The pictures are what the kernels compute.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def row_of(name: str, rows: dict[str, Row]) -> str:
     return "\n".join(
         (
             '<div class="entry"><div>\n',
-            f"```{{math}}\n{entry.formula}\n```\n",
+            entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
             f"{entry.use}\n",
             f"[`F.{name}`, `nn.{op.module}`](operators/{name}.md)\n",
             f"torch / pyfused: {_ratio(rows.get(name))}\n",

@@ -1,6 +1,6 @@
 """Writes docs/operators/: a page for each operator, from its declaration and its docstring.
 
-docs/entries.py holds the formula, the sentence, the picture's curves and the example.
+docs/entries.py has the formula, the sentence, the picture's curves and the example.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def page(name: str) -> str:
         (
             f"# {name}\n",
             f"{entry.use}\n",
-            f"```{{math}}\n{entry.formula}\n```\n",
+            entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
             f'<div class="picture">\n{gallery.picture(name, entry)}\n</div>\n',
             f"{in_torch(name)}\n",
             f"## Example\n\n```python\n{example(name)}```\n",

@@ -6,8 +6,7 @@
 Shapes: all of one shape. Operands may be strided or broadcast, outputs are dense.
 Bytes: each operand is read once, each output written once.
 
-A formula takes its operands, a tuple of three parameters, and EXACT, which is False where the
-result is rounded to half precision. `formulas.py` has them.
+A formula is printed by `program.py`; that of backward takes dy and what f saves.
 
 torch: F.relu(x), F.leaky_relu(x, slope), F.sigmoid(x), F.tanh(x), F.silu(x), F.gelu(x)
 """
@@ -34,13 +33,14 @@ def activation_kernel(
     FORMULA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = FORMULA(x, (p, q, r)), or FORMULA(grad_output, x, (p, q, r)); out may alias x."""
+    """out = FORMULA(x) with parameters p, q and r, or FORMULA(grad_output, x); out may alias x."""
     exact: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     saved = read(x, 0, i, n, columns, strides)
     numbers = tl.full([], p, tl.float64), tl.full([], q, tl.float64), tl.full([], r, tl.float64)
-    if grad_output is None:
-        value = FORMULA(saved, numbers, exact)
-    else:
-        value = FORMULA(read(grad_output, 1, i, n, columns, strides), saved, numbers, exact)
+    first, second = saved, None
+    if grad_output is not None:
+        first, second = read(grad_output, 1, i, n, columns, strides), saved
+    one = tl.full([], 1.0, tl.float32)
+    value, _, _, _, _ = FORMULA(first, second, None, None, numbers, None, one, exact)
     tl.store(out + i, value, mask=i < n)

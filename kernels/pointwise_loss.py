@@ -9,7 +9,7 @@ Bytes: each operand and w are read once, each gradient that is wanted is written
 
 A formula maps four operands, the parameters, and scale = 1 / denominator to the loss and the
 gradient of each; the compiler drops what the kernel does not store. It multiplies by scale before
-anything that may overflow. `formulas.py` has those of torch's losses, `program.py` prints a user's.
+anything that may overflow. `program.py` prints it.
 
 torch: (w * F.mse_loss(x, t, reduction="none")).sum() / denominator
 """
@@ -42,28 +42,26 @@ def pointwise_loss_kernel(
     q: tl.float64,
     r: tl.float64,
     parameters,
+    parts,
     denominator,
     FORMULA: tl.constexpr,
-    IS_PROGRAM: tl.constexpr,
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Outputs that are None are not wanted; with REDUCE `loss` takes one partial sum a program.
 
     denominator: None for 1, an integer, or a pointer to a number that only the GPU knows.
-    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them; for a
-        program, which takes up to four operands, what `parts_of` of `program.py` makes of its own.
+    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them.
+    parts: The parameters after these, as `program.py` reads them.
     """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     divisor = tl.full([], 1.0, tl.float64)
     if denominator is not None:
         divisor *= tl.load(denominator) if denominator.dtype.is_ptr() else denominator
     scale = (1.0 / divisor).to(dtype)
-    if parameters is not None and not IS_PROGRAM:
+    if parameters is not None:
         p, q, r = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
-    numbers = parameters
-    if not IS_PROGRAM:
-        numbers = tl.full([], p, tl.float64), tl.full([], q, tl.float64), tl.full([], r, tl.float64)
+    numbers = tl.full([], p, tl.float64), tl.full([], q, tl.float64), tl.full([], r, tl.float64)
     total = tl.zeros([BLOCK], dtype)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
@@ -75,7 +73,7 @@ def pointwise_loss_kernel(
         w = read(weight, 3, i, n, columns, strides)
         g = read(grad_output, 4, i, n, columns, strides)
         d = read(fourth, 5, i, n, columns, strides)
-        value, by_x, by_t, by_third, by_fourth = FORMULA(a, b, c, d, numbers, scale)
+        value, by_x, by_t, by_third, by_fourth = FORMULA(a, b, c, d, numbers, parts, scale, True)
         if weight is not None:
             value *= w
         if REDUCE:

@@ -1,10 +1,10 @@
-"""Prints the program of a formula as a Triton function: a user's, and ahead of time `formulas.py`.
+"""Prints the program of a formula, pyfused's or a user's, as a Triton function:
 
-    value, gradients of each operand = loss(four operands, parameters, scale)
-    value = activation(input, parameters, EXACT), or of grad_output and what forward saved
+    value, gradients of each operand = formula(four operands, numbers, parts, scale, EXACT)
 
 Literals and parameters are float64 until they meet an operand; what the program computes of these
-alone is computed in float64.
+alone is computed in float64. `numbers` are the first three parameters, and `parts` all others as
+`parts_of` has them. EXACT is False where the result is rounded to half precision.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from .arithmetic import (  # noqa: F401 programs call them
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pyfused.ops.program import Line, Program
 
-OPERANDS = 4  # at most
+OPERANDS = ("x0", "x1", "x2", "x3")
+NUMBERS = 3  # parameters that are arguments of a launch as they are
 
 
 def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
@@ -144,33 +143,16 @@ INSTRUCTIONS = {
 }
 
 
-# The functions that instructions call.
-NAMES = (
-    *("exp", "exp_nonpositive", "expm1", "log", "log1p", "normal_cdf", "power", "reciprocal"),
-    *("root", "sign", "softplus", "tanh"),
-)
-
-
-def source_of(
-    program: Program,
-    name: str,
-    operands: Sequence[str] = (),
-    parameter: str = "parameter(parts, {})",
-    activation: bool = False,
-) -> str:
-    """Returns the text of a Triton function.
-
-    Args:
-        operands: Their names.
-        parameter: The expression for the parameter of an index.
-        activation: It has no gradients and no scale, and may be inexact.
-    """
-    operands = [*operands, *[f"x{k}" for k in range(len(operands), 1 if activation else OPERANDS)]]
-    outputs = ["value"] if activation else ["value", *(f"grad_{x}" for x in operands)]
-    constants = [f"c{k}" for k in range(len(program.constants))]
+def source_of(program: Program, name: str) -> str:
+    """Returns the text of a Triton function of this name."""
+    operands, constants = OPERANDS, [f"c{k}" for k in range(len(program.constants))]
     names = program.names(operands, constants)
-    first = "tl.full([], 0.0, tl.float64)" if activation else "scale.to(tl.float64)"
-    values = [first, *(parameter.format(k) for k in range(program.parameters))]
+    outputs = ["value", *(f"grad_{x}" for x in operands)]
+    values = ["scale.to(tl.float64)"]
+    values += [
+        f"numbers[{k}]" if k < NUMBERS else f"parameter(parts, {k - NUMBERS})"
+        for k in range(program.parameters)
+    ]
     values += [
         f'tl.full([], float("{value!r}"), tl.float64)' for value in program.constants[len(values) :]
     ]
@@ -181,21 +163,17 @@ def source_of(
             for op, out, arguments in instructions
         ]
 
-    dtype = f"{operands[0]}.dtype"
     body = [
-        *[f"{name} = 0.0" for name in outputs],
-        *([] if activation else ["EXACT: tl.constexpr = True"]),
-        f"ONE, ZERO = tl.full([], 1.0, {dtype}), tl.full([], 0.0, {dtype})",
-        *[f"{name} = {value}" for name, value in zip(constants, values, strict=True)],
+        *[f"{output} = 0.0" for output in outputs],
+        "ONE, ZERO = tl.full([], 1.0, x0.dtype), tl.full([], 0.0, x0.dtype)",
+        *[f"{constant} = {value}" for constant, value in zip(constants, values, strict=True)],
         *lines(program.prologue, "({}).to(tl.float64)"),
-        *[f"{name} = {name}.to({dtype})" for name in constants],
+        *[f"{constant} = {constant}.to(x0.dtype)" for constant in constants],
         *lines(program.body, "{}"),
         f"return {', '.join(outputs)}",
     ]
-    last = "EXACT: tl.constexpr" if activation else "scale"
-    return "\n    ".join(
-        [f"@triton.jit\ndef {name}({', '.join([*operands, 'parts', last])}):", *body]
-    )
+    arguments = ", ".join([*operands, "numbers", "parts", "scale", "EXACT: tl.constexpr"])
+    return "\n    ".join([f"@triton.jit\ndef {name}({arguments}):", *body])
 
 
 def formula_of(program: Program) -> Any:

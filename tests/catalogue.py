@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import Layout, contiguous
-from samples import SAMPLES, draw
+from samples import SAMPLES, draw, values_to_try
 from torch import Tensor
 
 from pyfused import VocabShard
@@ -369,9 +369,10 @@ def overwrites(op: Operator) -> bool:
 
 
 def values_of(op: Operator, name: str) -> list[Any]:
-    """Returns values of an option: those of its name, or those of the operator's sample."""
+    """Returns values of an option: of its name, of the operator's sample, or as declared."""
     sample = SAMPLES.get(op.name)
     found = OPTIONS.get(name) or [t[name] for t in (sample.tried if sample else ()) if name in t]
+    found = found or values_to_try(op, name)
     assert found, f"{op.name}: neither its sample nor catalogue.OPTIONS has values for {name}"
     return found
 

@@ -87,8 +87,24 @@ def with_constants_of_bfloat16() -> None:
         Builder.get_bf16 = lambda self, x: self.create_fp_trunc(self.get_fp32(x), bfloat16)
 
 
+def with_negative_zero() -> None:
+    """Which is a constant of 0 to the interpreter, where a parameter of a launch is -0.0."""
+    from triton.language.semantic import TritonSemantic
+
+    constant = TritonSemantic.scalar_constant
+
+    def signed(self: Any, value: Any, dtype: Any) -> Any:
+        made = constant(self, value, dtype)
+        if isinstance(value, float) and value == 0:
+            made.handle.data = np.copysign(made.handle.data, value)
+        return made
+
+    TritonSemantic.scalar_constant = signed
+
+
 if ON:
     use_small_tiles()
     with_constants_of_bfloat16()
+    with_negative_zero()
     interpret_faster()
     np.seterr(all="ignore")  # NaN and infinities are the kernels' business, as on a GPU

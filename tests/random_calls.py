@@ -306,8 +306,9 @@ def precision(call: Call) -> float:
     rounds |= (
         not isinstance(call.op, (*OF_CLASSES, Divergence)) and len({x.shape for x in tensors}) > 1
     )
-    if dtype in HALF and rounds:
-        return torch.finfo(dtype).eps
+    halves = [torch.finfo(x).eps for x in (dtype, *(x.dtype for x in tensors)) if x in HALF]
+    if halves and rounds:  # kl_div takes the logarithm of a target in the target's dtype
+        return max(halves)
     dtypes = {dtype, *(x.dtype for x in tensors if x.is_floating_point())}
     return torch.finfo(torch.float64).eps if dtypes == {torch.float64} else EPS
 

@@ -1,7 +1,8 @@
 """What the tests know of each operator beyond its declaration: its definition, and what to try.
 
 A definition is the closed form in NumPy's long double: the value of each element and the gradient
-to each operand. The families' tests draw operands and options from here; a new operator is a row.
+to each operand. The families' tests draw operands and options from here. An operator of torch's
+without a row is held to torch's own in float64, and in float64 itself by the contract alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused import functional as fused
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import Operand
+from pyfused.ops.declaration import Operand, Operator
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
 
@@ -40,6 +41,7 @@ class Sample:
         large: What full-scale values are multiplied by where they are to be large, but torch's
             exponential is still finite.
         special: What both operands are tried with in every combination.
+        judges_float64: Whether its definition is more exact than that.
     """
 
     define: Callable[..., tuple[Extended, ...]]
@@ -49,6 +51,7 @@ class Sample:
     heavy: bool = False
     large: float = 1e4
     special: tuple[float, ...] = (1.0, NAN, INF, -INF, -0.0, 3e38)
+    judges_float64: bool = True
 
 
 def mse_loss(input: Extended, target: Extended) -> tuple[Extended, ...]:
@@ -413,6 +416,41 @@ SAMPLES = {
     "geglu": Sample(geglu, ({}, {"approximate": "tanh"}), cancels=True),
     "reglu": Sample(reglu),
 }
+
+
+def values_to_try(op: Operator, name: str) -> list[Any]:
+    """Returns values of an option that follow from its declaration."""
+    scalar = next((scalar for scalar in op.scalars if scalar.name == name), None)
+    if scalar is None:
+        return []
+    if scalar.flag or scalar.words:
+        return [*scalar.cases]
+    default = dict(zip(op.arguments[1:], op.defaults, strict=True))[name]
+    number = scalar.default if default is ... else default
+    return [value for value in (number / 2, 1.5 * number + 0.25) if scalar.fits(value)]
+
+
+def of_torch(op: Activation | PointwiseLoss) -> Sample:
+    """Returns a sample whose definition is torch's function in float64."""
+
+    def define(*operands: Extended, **named: Any) -> tuple[Extended, ...]:
+        declared = {operand.name: operand for operand in op.operands}
+        given = op.required | dict(zip(declared, operands, strict=False)) | named
+        for name in given.keys() & declared.keys():
+            given[name] = torch.from_numpy(given[name].astype(np.float64))
+            given[name].requires_grad_(declared[name].differentiated)
+        leaves = [given[name] for name in declared if name in given and given[name].requires_grad]
+        value = op.reference(**given, **({"reduction": "none"} if loss else {}))
+        return tuple(map(extended, (value, *torch.autograd.grad(value.sum(), leaves))))
+
+    loss = "reduction" in op.arguments
+    other = {s.name: values_to_try(op, s.name)[-1] for s in op.scalars}
+    return Sample(define, ({}, other) if loss and other else ({},), judges_float64=False)
+
+
+for _op in OPERATORS.values():
+    if isinstance(_op, (Activation, PointwiseLoss)) and hasattr(torch.nn.functional, _op.name):
+        SAMPLES.setdefault(_op.name, of_torch(_op))
 
 
 # ---- what the families' tests are parametrised by ------------------------------------------------

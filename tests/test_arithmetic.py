@@ -26,7 +26,8 @@ from triton._C.libtriton import interpreter as operations
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from pyfused.kernels import arithmetic
-from pyfused.kernels.formulas import ACTIVATIONS
+from pyfused.kernels.program import formula_of
+from pyfused.ops import formulas
 
 BLOCK = 1 << 15
 
@@ -52,12 +53,11 @@ def arithmetic_kernel(x, out, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def formula_kernel(x, grad_output, out, FORMULA: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    p = tl.full([], 30.0, tl.float32)
-    x = tl.load(x + i).to(tl.float32)
-    if grad_output is None:
-        value = FORMULA(x, (p, p, p), False)
-    else:
-        value = FORMULA(tl.load(grad_output + i).to(tl.float32), x, (p, p, p), False)
+    p, scale = tl.full([], 30.0, tl.float64), tl.full([], 1.0, tl.float32)
+    first, second = tl.load(x + i).to(tl.float32), None
+    if grad_output is not None:
+        first, second = tl.load(grad_output + i).to(tl.float32), first
+    value, _, _, _, _ = FORMULA(first, second, None, None, (p, p, p), None, scale, False)
     tl.store(out + i, value)
 
 
@@ -156,7 +156,8 @@ def every_number(dtype: torch.dtype) -> Tensor:
 def of_formula(name: str, x: Tensor, grad_output: Tensor | None = None) -> Tensor:
     """Before it is rounded."""
     out = torch.empty_like(x, dtype=torch.float32)
-    formula = ACTIVATIONS[name][0 if grad_output is None else 1]
+    program = formulas.programs(name)[grad_output is not None]
+    formula = program.kernel("triton", formula_of)
     formula_kernel[(x.numel() // BLOCK,)](x, grad_output, out, FORMULA=formula, BLOCK=BLOCK)
     return out
 

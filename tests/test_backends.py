@@ -69,7 +69,7 @@ def test_a_missing_triton_is_named() -> None:
 def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    reason = backends.without_triton.__wrapped__(torch.device("cuda"))
+    reason = backends._without_triton.__wrapped__(torch.device("cuda"))
     assert reason == "Triton is 3.5.1, expected 3.6 or later"
 
 
@@ -97,13 +97,25 @@ def test_both_backends_have_the_same_functions() -> None:
     functions = {
         *("describe", "supports_rows", "product_dtype", "add_product", "cross_entropy"),
         *("nll_loss", "multi_margin_loss", "kl_div_with_logits", "pointwise_loss", "row_state"),
-        "embedding_loss",
-        *("row_gradients", "softmax", "activation", "scale_"),
+        *("embedding_loss", "row_gradients", "softmax", "activation", "scale_"),
+        "check_class_indices",
     }
     for name in functions:
         one, another = (inspect.signature(getattr(module, name)) for module in (cpu, triton))
         assert [*one.parameters] == [*another.parameters], name
     assert (cpu.ASYNCHRONOUS, triton.ASYNCHRONOUS) == (False, True)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("invalid", [-1, 7, 8, 2**62, -(2**62)])
+def test_the_first_class_index_out_of_range_is_named(step: int, invalid: int) -> None:
+    target = torch.arange(14).remainder(8)[::step]
+    target[target == 7] = -100
+    cpu.check_class_indices(target, 7, -100)
+    target[5] = target[6] = invalid
+    with pytest.raises(IndexError, match=rf"got {invalid} at position \(5,\)"):
+        cpu.check_class_indices(target, 7, -100)
 
 
 def test_an_unknown_backend_is_an_error_that_names_the_known() -> None:

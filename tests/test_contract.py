@@ -26,7 +26,7 @@ from catalogue import (
     ours,
     parameters,
 )
-from compare import DEVICE, FLOATS, HALF
+from compare import DEVICE, FLOATS, HALF, evaluate
 from conftest import KernelCalls
 from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
@@ -34,7 +34,7 @@ from random_calls import ERRORS, check_call, converted, forward, largest, native
 
 import pyfused
 from pyfused import nn
-from pyfused.ops import dispatch
+from pyfused.ops import dispatch, sizes
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import LOGSIGMOID, PRELU
 from pyfused.ops.operators import (
@@ -124,6 +124,26 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
             eps = max(torch.finfo(one.dtype).eps, torch.finfo(rounded).eps)
             errors = [largest(x.double() - best) for x in (one, theirs)]
             assert errors[0] <= 2 * errors[1] + 16 * eps * largest(best)
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("op", sizes.LINEAR)
+def test_a_compiled_head_takes_the_kernels(op: str, kernel_calls: KernelCalls) -> None:
+    """On GPUs too, where Inductor computes other calls: it would make all of the logits."""
+    call = EXAMPLES[op].call()
+    step = call.of_first(Call.ours, bounded=False)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found = [evaluate(function, call.first.clone()) for function in (step, compiled)]
+    assert kernel_calls.total()
+    kernel_calls.clear()
+    found.append(evaluate(compiled, call.first.clone()))
+    assert kernel_calls.total()
+    for outcome in found[1:]:
+        close(outcome.value, found[0].value)
+        close(outcome.gradients, found[0].gradients)
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -283,9 +283,13 @@ def test_a_mode_sees_the_call(
 @every_operator
 def test_a_default_device_does_not_disturb(example: Example, kernel_calls: KernelCalls) -> None:
     ours, of_torch, x = steps(example)
-    for mode in (torch.device("cpu"), FlopCounterMode(display=False)):
+    x = x.detach().requires_grad_()
+    expected = of_torch(x)
+    expected_grad = torch.autograd.grad(expected.sum(), x)
+    for mode in (torch.device("cpu"), torch.device("meta"), FlopCounterMode(display=False)):
         with mode:
-            close(ours(x), of_torch(x))
+            got = ours(x)
+            close((got, *torch.autograd.grad(got.sum(), x)), (expected, *expected_grad))
 
 
 @every_operator

@@ -606,6 +606,25 @@ def test_compiled_makes_logits_once(
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("op", ["linear_kl_div", "linear_topk_kl_div"])
+def test_tokens_of_weight_zero_take_no_product(op: str, product_rows: list[int]) -> None:
+    arguments = given(op)
+    weight = torch.ones(N)
+    weight[2:] = 0
+    loss = getattr(fused, op)(**arguments, token_weight=weight)
+    torch.autograd.grad(loss, arguments["input"])
+    assert sum(product_rows) == 2
+
+
+@every_operator
+def test_nothing_counts_beside_a_denominator(op: str) -> None:
+    arguments = given(op)
+    loss = getattr(fused, op)(**arguments, token_weight=torch.zeros(N), denominator=2.0)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, next(iter(arguments.values())))[0].any()
+
+
+@pytest.mark.cpu
 @every_operator
 def test_custom_operator(op: str) -> None:
     arguments = given(op)

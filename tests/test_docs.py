@@ -64,7 +64,7 @@ def test_a_picture_is_one_element() -> None:
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.formula])
 def test_a_formula_can_be_typeset(name: str) -> None:
     mathml = pytest.importorskip("docutils.utils.math.latex2mathml")
     formula = mathml.tex2mathml(ENTRIES[name].formula, as_block=True)

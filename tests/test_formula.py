@@ -21,12 +21,14 @@ from conftest import KernelCalls
 from grid import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import python
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, Traced, check
+from pyfused.ops import formulas as declared
 from pyfused.ops import program as programs
 from pyfused.ops.program import Expressions, UntraceableError, compiled
 from pyfused.types import Outputs
@@ -483,6 +485,35 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(op._schema.name)
         return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["softsign", "log_cosh_loss"])
+def test_modes_and_hooks_of_a_caller_do_not_see_a_trace(name: str) -> None:
+    """A GPU prints a formula in its first call, whatever that is in."""
+    expected = [(p.prologue, p.body, p.constants) for p in declared.programs(name)]
+
+    def fail(_: Any) -> None:
+        raise AssertionError("a tensor of a trace is seen")
+
+    recording, hooks = Recording(), torch.autograd.graph.saved_tensors_hooks(fail, fail)
+    with hooks, recording, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        traced = declared.programs.__wrapped__(name)
+    assert [(p.prologue, p.body, p.constants) for p in traced] == expected
+    assert not recording.names
+
+
+def test_a_trace_imports_no_compiler() -> None:
+    """torch.autograd.grad would import sympy, which takes 0.4 s."""
+    found = python("""
+        import sys
+        from pyfused.ops import formulas
+
+        before = set(sys.modules)
+        formulas.programs("softsign")
+        print(*set(sys.modules) - before)
+        """)
+    assert found.returncode == 0, found.stderr
+    assert "sympy" not in found.stdout
 
 
 def test_no_tensor_of_parameters_is_filled() -> None:

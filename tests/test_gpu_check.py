@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import gpu_use  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 from cases import BF16, Case  # noqa: E402
@@ -51,14 +52,27 @@ def test_make_passes_its_words_on(tmp_path: Path) -> None:
 
 def test_steps_name_files_that_exist(tmp_path: Path) -> None:
     steps = run.steps(tmp_path)
-    shared = [Path(word).name for word in steps[2].command if "/tests/" in str(word)]
-    assert shared == list(interpreter.SHARED)
-    names = ["build", "gpu tests", "shared tests", "benchmarks", "report", "launch choices"]
-    assert [step.name for step in steps][:6] == names
+    first = ["build", "gpu tests", "sizes", "heads", "training"]
+    names = [*first, "shared tests", "benchmarks", "report", "launch choices"]
+    assert [step.name for step in steps][: len(names)] == names
+    command = steps[names.index("shared tests")].command
+    assert [Path(word).name for word in command if "/tests/" in str(word)] == [*interpreter.SHARED]
     for step in steps:
         for word in map(str, step.command):
             if word.startswith(str(ROOT)):
                 assert Path(word.partition("::")[0]).exists()
+
+
+def test_some_steps_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "without_gpu", lambda: None)
+    monkeypatch.setattr(run, "environment", lambda _: {})
+    monkeypatch.setattr(run, "run_step", lambda *_: "passed")
+    monkeypatch.setattr(sys, "argv", ["run.py", "gpu-check", str(tmp_path), "--steps", "heads"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert not ended.value.code
+    done = [line for line in (tmp_path / "summary.md").read_text().splitlines() if "passed" in line]
+    assert done == ["- build: passed", "- heads: passed"]
 
 
 def test_a_failing_and_an_endless_step_are_told_of(tmp_path: Path) -> None:
@@ -161,6 +175,38 @@ def test_targets_count_the_cases_that_reach_them(rehearsed: Path) -> None:
         ),
         "- peak memory beyond the inputs, in gradients: 1.00 (to reach: 1)",
     ]
+
+
+# ---- what users run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sizes", "heads", "training"])
+def test_what_users_run_is_rehearsed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_use, "SIZES", (256, 4096))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    file = tmp_path / f"{name}.md"
+    getattr(gpu_use, f"gpu_{name}")(Namespace(trial=True, seconds=60, file=file))
+    head, _, columns, _, *rows = file.read_text().splitlines()
+    assert torch.__version__ in head
+    found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert all(len(row) == columns.count("|") - 1 for row in found)
+    ways = {"sizes": ["mse_loss", "l1_loss"], "heads": ["three products", "torch"]}
+    expected = ways.get(name, ["torch", "pyfused.patch()"])
+    assert [row[2 if name == "heads" else 0] for row in found][:2] == expected
+    assert not any("Error" in cell for row in found for cell in row)
+
+
+def test_a_measurement_that_fails_and_one_too_late_have_a_row(tmp_path: Path) -> None:
+    options = Namespace(trial=True, seconds=60, file=tmp_path / "table.md")
+    table = gpu_use.Table(options, "Words.", ["case", "time", "ratio"], names=1)
+    table.add("one", lambda: [][0])
+    table.until = 0
+    table.add("two", list)
+    *_, one, two = options.file.read_text().splitlines()
+    assert one.startswith("| one | IndexError: list index out of range |")
+    assert two.startswith("| two | TimeoutError: out of time |")
 
 
 # ---- launch choices ------------------------------------------------------------------------------

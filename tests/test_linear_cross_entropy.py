@@ -262,6 +262,42 @@ def test_nothing_counts() -> None:
     assert fused.linear_cross_entropy(given.input, given.head, target).isnan()
 
 
+def test_nothing_counts_beside_a_denominator() -> None:
+    given = HeadCase()
+    target = torch.full_like(given.target, -100)
+    loss = fused.linear_cross_entropy(given.input, given.head, target, denominator=3.0)
+    loss.backward()
+    assert loss == 0
+    assert given.input.grad is not None
+    assert not given.input.grad.any()
+
+
+@pytest.mark.parametrize("budget", [None, 600])
+def test_a_mean_over_sequences(budget: int | None) -> None:
+    """Each sequence counts as much as another, however many of its tokens do."""
+    hidden = torch.randn(3, 5, 8, requires_grad=True)
+    head = torch.randn(40, 8, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    target = torch.randint(40, (3, 5)).masked_fill(~mask, -100)
+    loss = fused.linear_cross_entropy(
+        hidden,
+        head,
+        target,
+        token_weight=mask / mask.sum(1, keepdim=True).clamp(min=1),
+        denominator=len(mask),
+        memory_budget=budget,
+    )
+    each = [
+        F.cross_entropy(hidden[sequence, :tokens] @ head.t(), target[sequence, :tokens])
+        for sequence, tokens in ((0, 5), (1, 2))
+    ]
+    expected = sum(each) / len(mask)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(expected, (hidden, head))
+    )
+
+
 @pytest.mark.cpu
 def test_custom_operator() -> None:
     given = HeadCase()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import python
 from torch import Tensor
 
 from pyfused import functional as fused
@@ -209,3 +210,20 @@ def test_a_step_calls_few_python_functions(name: str) -> None:
     x = torch.randn(6, 5, requires_grad=True)
     of_autograd = python_calls(lambda: x.sum().backward())
     assert python_calls(lambda: call(x).backward()) - of_autograd <= most
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore")
+def test_the_first_call_of_no_operator_imports_a_compiler() -> None:
+    """torch's Python definitions, which run for meta tensors, would import sympy for 0.4 s."""
+    found = python("""
+        import sys
+        from catalogue import EXAMPLES
+        from conftest import fused_always
+
+        with fused_always():
+            for example in EXAMPLES.values():
+                example.call().ours().sum().backward()
+        print("sympy" in sys.modules)
+        """)
+    assert found.stdout == "False\n", found.stderr

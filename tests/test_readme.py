@@ -35,6 +35,7 @@ def test_block_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
+README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = sorted(
     {
         line.partition("#")[0].strip()
@@ -60,7 +61,9 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+    """Beside the list of operators, which is printed."""
+    first, last = README.split("## Operators\n\n")
+    assert len((first + last[last.index("\n\n") :]).splitlines()) <= 112
 
 
 EXAMPLE = re.findall(

@@ -84,9 +84,18 @@ def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
     return missing
 
 
-@cache
 def without_triton(device: torch.device) -> str | None:
     """Returns why the Triton kernels cannot run on a device, None where they can."""
+    return _without_triton(device)
+
+
+# As torch.compiler.assume_constant_result has it, which would import the compiler: Dynamo does not
+# trace what asks for Triton's version.
+without_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _without_triton(device: torch.device) -> str | None:
     if reason := unsupported_triton():
         return reason
     if device.type == "cpu":

@@ -129,7 +129,9 @@ def _address(tensor: Tensor | None) -> int:
 
 
 # What a new scalar is like: torch.empty takes twice as long to read a shape and a dtype.
-_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_SCALARS = {
+    dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
+}
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
 
@@ -148,7 +150,8 @@ def empty(
 ) -> Tensor:
     """``torch.empty`` or ``empty_strided``, in recycled memory where it is large.
 
-    See ``pyfused.memory``. Where there is no such memory, torch allocates and raises.
+    See ``pyfused.memory``. Where there is no such memory, torch allocates and raises. The device is
+    named, because torch's default may be another.
     """
     size = math.prod(shape) * dtype.itemsize
     if size >= RECYCLED_BYTES and RECYCLES:
@@ -157,8 +160,8 @@ def empty(
         if capsule is not None:
             return from_dlpack(capsule)
     if strides is None:
-        return torch.empty(shape, dtype=dtype)
-    return torch.empty_strided(shape, strides, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
 
 def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
@@ -218,6 +221,14 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 
 # ---- kernels -------------------------------------------------------------------------------------
+
+
+def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises an IndexError for the first of int64 class indices that is out of range."""
+    target = target.contiguous()
+    position = native.invalid_class_index(target.data_ptr(), target.numel(), classes, ignore_index)
+    if position >= 0:
+        raise checks.target_out_of_range(classes, target, ignore_index, position)
 
 
 def cross_entropy(
@@ -318,14 +329,16 @@ def cross_entropy(
 
 def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
     """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    layout, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    layout, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
     return _allocation(layout), strides
 
 
 def _allocation(layout: Tensor) -> Callable[[], Tensor]:
     """Returns what allocates tensors of a layout, large ones in recycled memory."""
     if layout.numel() * layout.element_size() < RECYCLED_BYTES:
-        return partial(torch.empty_strided, layout.shape, layout.stride(), dtype=layout.dtype)
+        return partial(
+            torch.empty_strided, layout.shape, layout.stride(), dtype=layout.dtype, device="cpu"
+        )
     return partial(empty, layout.shape, layout.dtype, strides=layout.stride())
 
 

@@ -23,13 +23,12 @@ from pyfused.kernels.cross_entropy import (
     two_pass_kernel,
 )
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
-from pyfused.kernels.formulas import ACTIVATIONS, LOSSES
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Launch, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
-from pyfused.kernels.program import formula_of, parts_of
+from pyfused.kernels.program import NUMBERS, formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
 from pyfused.kernels.row_state import row_gradients_kernel, row_state_kernel
 from pyfused.kernels.softmax import softmax_backward_kernel, softmax_kernel
@@ -47,6 +46,7 @@ from pyfused.layout import (
     row_sizes,
     viewed,
 )
+from pyfused.ops import formulas
 from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
@@ -148,6 +148,10 @@ def _add_up(parts: Tensor | None, out: Tensor | None) -> None:
 
 
 # ---- losses over classes -------------------------------------------------------------------------
+
+
+def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Does nothing, as the host would wait for the GPU; the results of such a row are NaN."""
 
 
 def cross_entropy(
@@ -259,7 +263,7 @@ def _loss_and_gradients(
 
 def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
     """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    like, strides = empty_viewed(torch.empty_like(tensor, device="meta"))
+    like, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
     options: Any = {"dtype": tensor.dtype, "device": tensor.device}
     return partial(torch.empty_strided, like.shape, like.stride(), **options), strides
 
@@ -596,21 +600,14 @@ def pointwise_loss(
     wanted = outputs.gradients or (False,) * len(operands)
     views = _padded(operands, weight, grad_output)
     copied, columns, strides = in_rows(order, views)
-    numbers = (*parameters, 0.0, 0.0, 0.0)[:3]
-    stacked: Tensor | tuple[float, ...] | None = None
+    numbers, others = (*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
+    stacked = None
+    if any(isinstance(number, Tensor) for number in numbers):
+        stacked, numbers = _stack(order, numbers), (0.0, 0.0, 0.0)
     if isinstance(formula, str):
-        function = LOSSES[formula]
-        if any(isinstance(number, Tensor) for number in numbers):
-            stacked, numbers = _stack(order, numbers), (0.0, 0.0, 0.0)
-    else:
-        function, numbers = formula.kernel("triton", formula_of), (0.0, 0.0, 0.0)
-        stacked = parts_of(parameters)
-    meta = {
-        "FORMULA": function,
-        "IS_PROGRAM": not isinstance(formula, str),
-        "REDUCE": reduce,
-    }
-    kernel = Launch(pointwise_loss_kernel, choice, **meta)
+        (formula,) = formulas.programs(formula)
+    function = formula.kernel("triton", formula_of)
+    kernel = Launch(pointwise_loss_kernel, choice, FORMULA=function, REDUCE=reduce)
 
     def run(
         operands: Sequence[Tensor],
@@ -647,6 +644,7 @@ def pointwise_loss(
             strides,
             *numbers,
             stacked,
+            others,
             divisor,
         )
         _add_up(parts, loss)
@@ -690,9 +688,10 @@ def activation(
 ) -> Kernels:
     """Prepares an activation for inputs of this layout; see ``cpu.activation``."""
     n, choice = input.numel(), launch.choose(input.element_size())
-    programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:3]
+    programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:NUMBERS]
     forward_kernel, backward_kernel = (
-        Launch(activation_kernel, choice, FORMULA=function) for function in ACTIVATIONS[formula]
+        Launch(activation_kernel, choice, FORMULA=program.kernel("triton", formula_of))
+        for program in formulas.programs(formula)
     )
 
     def run(kernel: Launch, x: Tensor, grad_output: Tensor | None, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's logits that never exist as a whole: the loops.
+"""A linear layer's logits that never exist as a whole: the loops of its losses.
 
 How many rows or classes a chunk has is decided in `chunk_sizes.py`.
 """
@@ -6,7 +6,7 @@ How many rows or classes a chunk has is decided in `chunk_sizes.py`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,32 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfused.backends import Backend, backend_of, cross_entropy_once
+from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import FIXED_ROWS, chunk_of_states, product_dtype
-from pyfused.ops.row_state import as_rows, state_of_logits, state_of_metrics
+from pyfused.ops.row_state import as_rows, state_of_logits
 from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     Gradients,
     Head,
-    HeadOptions,
     Outputs,
     RowOptions,
 )
-
-
-class GradientsNeeded(NamedTuple):
-    """Which tensors of a linear layer with a loss need a gradient."""
-
-    input: bool = False
-    linear_weight: bool = False
-    linear_bias: bool = False
-    target: bool = False
-
-    def logits(self) -> bool:
-        return self.input or self.linear_weight or self.linear_bias
-
 
 # ---- chunks --------------------------------------------------------------------------------------
 
@@ -130,8 +116,8 @@ class LayerGradients:
             self.input = self.input if all_columns else self.input.zero_()
         if needed[1]:
             once = all_rows and weight.dtype is dtype
-            own = weight.dtype if once or not all_columns else self.sums
-            self.weight = backend.empty(weight.shape, own, input)
+            sums = weight.dtype if once or not all_columns else self.sums
+            self.weight = backend.empty(weight.shape, sums, input)
         if needed[2] and bias is not None:
             self.bias = bias.new_zeros(len(bias), dtype=self.sums)
 
@@ -163,111 +149,142 @@ class LayerGradients:
         if last and self.part.data_ptr() != to.data_ptr():
             to.copy_(self.part)
 
-    def like(self, tensors: Sequence[Tensor | None]) -> Gradients:
-        """Returns the sums in the shapes and dtypes of the layer's tensors, after all chunks."""
+    def like(self, layer: Layer) -> Gradients:
+        """Returns the sums in the dtypes of the layer's tensors, after all chunks."""
 
-        def like(found: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-            if found is None or tensor is None:
-                return None
-            if found.dtype is not tensor.dtype:
-                found = self.backend.empty(found.shape, tensor.dtype, found).copy_(found)
-            return found.reshape(tensor.shape)
+        def like(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+            if total is None or tensor is None or total.dtype is tensor.dtype:
+                return total
+            converted: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
+            return converted.copy_(total)
 
-        return tuple(map(like, (self.input, self.weight, self.bias), tensors))
+        return tuple(map(like, (self.input, self.weight, self.bias), layer))
 
 
-def counted_rows(target: Tensor, ignored: int, backend: Backend) -> Tensor | None:
-    """Returns the rows with a target that is not ignored, or None for all of them.
+class CountedRows(NamedTuple):
+    """Which of all rows are computed: those whose target counts.
 
-    Others are left out where nobody waits for that, unless none is left then.
+    Attributes:
+        total: The number of all rows.
+        indices: Those that count, None for all.
+    """
+
+    total: int
+    indices: Tensor | None = None
+
+    def take(self, values: Any, dim: int = 0) -> Any:
+        """Returns the values of the rows that count."""
+        kept = values is None or self.indices is None
+        return values if kept else values.index_select(dim, self.indices)
+
+    def spread(self, values: Any, others: int = 0, *, dim: int = 0) -> Any:
+        """Returns the values of all rows: zeros, or ``others``, for those that do not count."""
+        if values is None or self.indices is None:
+            return values
+        shape = list(values.shape)
+        shape[dim] = self.total
+        return values.new_full(shape, others).index_copy_(dim, self.indices, values)
+
+
+def counted_rows(target: Tensor, ignored: int, backend: Backend) -> CountedRows:
+    """Returns the rows with a target that is not ignored.
+
+    All rows count where finding that out would synchronise, and where none has a target.
     """
     if backend.ASYNCHRONOUS:
-        return None
+        return CountedRows(len(target))
     counts = target != ignored
     rows = (counts.flatten(1).any(1) if counts.dim() > 1 else counts).nonzero().flatten()
-    return rows if 0 < len(rows) < len(target) else None
+    return CountedRows(len(target), rows if 0 < len(rows) < len(target) else None)
 
 
-def spread(values: Tensor, kept: Tensor | None, n: int, others: int = 0) -> Tensor:
-    """Returns the values of all n rows: zeros, or ``others``, for those left out."""
-    if kept is None:
-        return values
-    return values.new_full((n, *values.shape[1:]), others).index_copy_(0, kept, values)
+class ChunkResults(NamedTuple):
+    """What follows from a chunk of logits.
+
+    Attributes:
+        gradient: The logits' gradient, which may have taken their memory.
+        least: The least gradient of a logit of each row that counts in products; None if all do.
+    """
+
+    loss: Tensor | None = None
+    gradient: Tensor | None = None
+    least: Tensor | None = None
 
 
-def of_all_rows(found: Gradients, kept: Tensor | None, n: int) -> Gradients:
-    """Returns the gradients with that of the input spread over all rows."""
-    return (None if found[0] is None else spread(found[0], kept, n), *found[1:])
+def over_chunks(
+    backend: Backend,
+    layer: Layer,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    needed: Sequence[bool],
+    of_chunk: Callable[[Chunk], ChunkResults],
+    **how: Any,
+) -> tuple[list[Tensor | None], Gradients]:
+    """Returns the losses of all chunks, and the gradients of the layer that follow from them.
+
+    Args:
+        dtype, size, how: As in ``chunks``.
+        needed: Whether the input, the weight and the bias need a gradient.
+    """
+    gradients = LayerGradients(backend, layer, dtype, size, needed)
+
+    def add(chunk: Chunk) -> Tensor | None:
+        loss, gradient, least = of_chunk(chunk)
+        if gradient is not None:
+            gradients.add(chunk, gradient, classes_that_count(gradient, least))
+        return loss
+
+    losses = [add(chunk) for chunk in chunks(backend, layer, dtype, size, **how)]
+    return losses, gradients.like(layer)
 
 
-# ---- by rows -------------------------------------------------------------------------------------
+class LossArguments(NamedTuple):
+    """What a loss of rows, or its gradients, are computed from.
+
+    Attributes:
+        outputs: Whether the loss, and which of the tensors' gradients, are wanted.
+        grad_output: The loss's gradient, of the loss's shape; None stands for ones.
+        state: What the call for the loss has returned, for the gradients.
+    """
+
+    backend: Backend
+    tensors: Sequence[Any]
+    options: Any
+    outputs: Outputs = Outputs()
+    grad_output: Tensor | None = None
+    state: Tensor | None = None
 
 
 def by_rows(
-    backend: Backend,
-    head: Head,
-    options: HeadOptions,
+    arguments: LossArguments,
+    layer: Layer,
+    dtype: torch.dtype,
     rows: int,
-    want_loss: bool,
-    needed: GradientsNeeded,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients, Tensor | None]:
-    """Returns loss and gradients, where needed, and with metrics the state of the rows.
+    of_chunk: Callable[[Chunk, LossArguments], ChunkResults],
+) -> tuple[Tensor | None, Gradients]:
+    """Returns the loss and the layer's gradients, from all logits of some rows at a time.
 
     The loss is a sum in float64, or one for each row.
 
     Args:
-        grad_output: The loss's gradient, of the loss's shape; None stands for ones.
+        of_chunk: Takes the arguments with the options and grad_output of the chunk's rows.
     """
-    *_, target, weight = head
-    dtype, each = product_dtype(head, backend), options.reduction == "none"
-    options = replace(options, reduction="none" if each else "sum", denominator=None)
-    grad_target = torch.empty_like(target) if needed.target else None
-    outputs = Outputs(want_loss, (needed.logits(), needed.target) if any(needed) else (), True)
-    shape = head.linear_weight.shape[:-1]
-    layer, size = _layer(head), (rows, head.columns)
-    gradients = LayerGradients(backend, layer, dtype, size, needed)
-    states = []
+    options, factor = arguments.options, arguments.grad_output
+    weight, each = options.token_weight, options.reduction == "none"
 
-    def add(chunk: Chunk) -> Tensor | None:
-        logits, here = chunk.output, chunk.rows
-        targets = target[here].to(dtype) if target.is_floating_point() else target[here]
-        capped = cap(backend, logits, options.softcap).view(-1, *shape)
-        if options.with_metrics:
-            states.append(state_of_metrics(backend, capped, targets, options))
-        of_rows = grad_output[here] if grad_output is not None and each else grad_output
-        loss, (_, of_target) = cross_entropy_once(
-            backend, capped, targets, weight, _of_rows(options, here), outputs, of_rows
-        )
-        if grad_target is not None:
-            assert of_target is not None
-            grad_target[here] = of_target
-        if needed.logits():
-            gradient = uncap(backend, capped.view_as(logits), logits, options.softcap)
-            least = None
-            if options.filter_eps:
-                least = gradient.new_ones(()) if of_rows is None else of_rows
-                least = options.filter_eps * least.abs()
-            gradients.add(chunk, gradient, classes_that_count(gradient, least))
-        return loss
+    def of_rows(chunk: Chunk) -> ChunkResults:
+        part = options
+        if weight is not None:
+            part = replace(options, token_weight=weight[chunk.rows])
+        of_part = factor[chunk.rows] if each and factor is not None else factor
+        return of_chunk(chunk, arguments._replace(options=part, grad_output=of_part))
 
-    losses = [add(chunk) for chunk in chunks(backend, layer, dtype, size)]
-    state = torch.cat(states, 1) if states else None
-    return joined(losses, each), (*gradients.like(head), grad_target), state
-
-
-def _layer(head: Head) -> Layer:
-    """Returns the layer with one output for each class at each of the positions d1, ..., dk."""
-    bias = None if head.linear_bias is None else head.linear_bias.flatten()
-    return Layer(head.input, head.linear_weight.flatten(0, -2), bias)
-
-
-def joined(losses: list[Tensor | None], each: bool) -> Tensor | None:
-    """Returns the losses of chunks of rows as one tensor, None where they are not wanted."""
+    size, needed = (rows, len(layer.weight)), arguments.outputs.gradients[:3] or (False,) * 3
+    losses, gradients = over_chunks(arguments.backend, layer, dtype, size, needed, of_rows)
     parts = [loss for loss in losses if loss is not None]
     if not parts:
-        return None
-    return torch.cat(parts) if each else torch.stack(parts).sum(dtype=torch.float64)
+        return None, gradients
+    return torch.cat(parts) if each else torch.stack(parts).sum(dtype=torch.float64), gradients
 
 
 # ---- the state of rows ---------------------------------------------------------------------------
@@ -311,21 +328,26 @@ def state_of(
     target, rows, fields = tensors[-1], options.rows, options.fields
     backend = backend_of(target)
     if len(tensors) == 2:
-        given = *tensors, rows, options.classes, fields, weight
-        return state_of_logits(backend, *given).view(fields, *target.shape), None
-    counted, output = _counted_part(tensors, options, backend), None
-    layer, labels, kept, *_ = counted
-    state = labels.new_empty((fields, len(labels)), dtype=torch.float64)
-    for chunk in counted.chunks(options, backend, backwards=True):
-        logits, here, classes = counted.of_chunk(chunk, options)
-        given = logits, labels[here], rows, state[:, here], classes, weight
-        backend.row_state(*given, continues=chunk.columns.start > 0)
+        logits, _ = tensors
+        state = state_of_logits(backend, logits, target, rows, options.classes, fields, weight)
+        return state.view(fields, *target.shape), None
+    part, output = _counted_part(tensors, options, backend), None
+    state = part.labels.new_empty((fields, len(part.labels)), dtype=torch.float64)
+    for chunk in chunks(
+        *(backend, part.layer, part.dtype, part.size),
+        backwards=True,
+        fixed_sizes=options.fixed_sizes,
+    ):
+        logits, targets, classes = part.of_chunk(chunk, options)
+        backend.row_state(
+            *(logits, part.labels[targets], rows, state[:, targets], classes, weight),
+            continues=chunk.columns.start > 0,
+        )
         output = chunk.output
-    if kept is not None:
-        n, of_rows = tensors[0].shape[:-1].numel(), state.view(fields, len(kept), -1)
-        state = state.new_zeros((fields, n, of_rows.shape[2])).index_copy_(1, kept, of_rows)
-    state = state.view(fields, *target.shape)
-    if output is None or not keeps or output.shape[1] < len(layer.weight):
+    state = part.rows.spread(state.view(fields, -1, part.positions), dim=1).view(
+        fields, *target.shape
+    )
+    if output is None or not keeps or output.shape[1] < len(part.layer.weight):
         return state, None
     return state, output.view(-1)
 
@@ -333,7 +355,7 @@ def state_of(
 def gradients_of(
     tensors: Sequence[Any],
     options: StateOptions,
-    needed: GradientsNeeded,
+    needed: Sequence[bool],
     state: Tensor,
     grad_results: Tensor,
     kept: Tensor | None = None,
@@ -352,30 +374,36 @@ def gradients_of(
         least: The least gradient of a logit of each row that counts in products; None if all do.
     """
     if len(tensors) == 2:
-        given = *tensors, options, state, grad_results, weight
-        return (gradient_of_logits(backend_of(state), *given),)
+        logits, target = tensors
+        backend = backend_of(logits)
+        return (gradient_of_logits(backend, logits, target, options, state, grad_results, weight),)
     input, linear_weight, *_ = tensors
     backend, n = backend_of(input), input.shape[:-1].numel()
-    counted = _counted_part(tensors, options, backend)
-    layer, labels, rows, size, dtype, _ = counted
-    pair = [x.reshape(len(x), n, -1) for x in (state, grad_results)]
-    state, grad_results = (_flat(x if rows is None else x[:, rows]) for x in pair)
-    least = least if least is None or rows is None else least[rows]
-    sums = LayerGradients(backend, layer, dtype, size, needed)
+    part = _counted_part(tensors, options, backend)
+    state, grad_results = (
+        _flat(part.rows.take(values.reshape(len(values), n, -1), 1))
+        for values in (state, grad_results)
+    )
+    least = part.rows.take(least)
 
-    def add(chunk: Chunk) -> None:
-        logits, here, classes = counted.of_chunk(chunk, options)
-        given = logits, labels[here], options.rows, state[:, here], grad_results[:, here]
-        backend.row_gradients(*given, classes, logits, weight)
-        bound = None if least is None else least[chunk.rows]
-        sums.add(chunk, chunk.output, classes_that_count(chunk.output, bound))
+    def of_chunk(chunk: Chunk) -> ChunkResults:
+        logits, targets, classes = part.of_chunk(chunk, options)
+        backend.row_gradients(
+            *(logits, part.labels[targets], options.rows, state[:, targets]),
+            *(grad_results[:, targets], classes, logits, weight),
+        )
+        return ChunkResults(
+            gradient=chunk.output, least=None if least is None else least[chunk.rows]
+        )
 
-    for _ in map(add, counted.chunks(options, backend, memory=kept)):
-        pass  # and holds no chunk when it is through
-    of_input, of_weight, of_bias = sums.like(layer)
+    _, (of_input, of_weight, of_bias) = over_chunks(
+        *(backend, part.layer, part.dtype, part.size, needed, of_chunk),
+        memory=kept,
+        fixed_sizes=options.fixed_sizes,
+    )
     shape = *linear_weight.shape[1:-1], len(linear_weight)
     return (
-        None if of_input is None else spread(of_input, rows, n).view(input.shape),
+        None if of_input is None else part.rows.spread(of_input).view(input.shape),
         None if of_weight is None else of_weight.view(*shape, -1).movedim(-2, 0),
         None if of_bias is None else of_bias.view(shape).movedim(-1, 0),
     )
@@ -391,13 +419,10 @@ def gradient_of_logits(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Returns the gradient of logits (C), (N, C) or (N, C, d1, ..., dk); see `gradients_of`."""
-    logits = logits.detach()
     rows = as_rows(logits)
     copied = rows.data_ptr() != logits.data_ptr()
     out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
-    state = state.reshape(state.shape[0], -1).contiguous()
-    grad_results = grad_results.reshape(grad_results.shape[0], -1).contiguous()
-    given = rows, target.flatten().contiguous(), options.rows, state, grad_results
+    given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
     backend.row_gradients(*given, options.classes, out, weight)
     if logits.dim() == 2:
         return out
@@ -406,6 +431,9 @@ def gradient_of_logits(
 
 
 def _flat(values: Tensor) -> Tensor:
+    """Returns results of rows, with any dimensions, as the kernels take them."""
+    if values.dim() == 2 and values.is_contiguous():
+        return values
     return values.reshape(values.shape[0], -1).contiguous()
 
 
@@ -415,7 +443,7 @@ class _CountedPart(NamedTuple):
     Attributes:
         layer: The classes at one of the positions d1, ..., dk are neighbours.
         labels: The targets, flat.
-        rows: The indices of the rows in the whole layer, None for all.
+        rows: Which these are of the whole layer's.
         size: Rows and columns of a chunk.
         dtype: The dtype of the products.
         positions: The number of targets of a row, d1 * ... * dk.
@@ -423,14 +451,10 @@ class _CountedPart(NamedTuple):
 
     layer: Layer
     labels: Tensor
-    rows: Tensor | None
+    rows: CountedRows
     size: tuple[int, int]
     dtype: torch.dtype
     positions: int
-
-    def chunks(self, options: StateOptions, backend: Backend, **others: Any) -> Iterator[Chunk]:
-        given = backend, self.layer, self.dtype, self.size
-        return chunks(*given, fixed_sizes=options.fixed_sizes, **others)
 
     def of_chunk(self, chunk: Chunk, options: StateOptions) -> tuple[Tensor, slice, ClassRange]:
         """Returns the logits of each target, which targets these are, and of which classes."""
@@ -444,8 +468,7 @@ def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backen
     input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
     target = target.reshape(len(input), -1)
     rows = counted_rows(target, options.rows.ignore_index, backend)
-    if rows is not None:
-        input, target = input[rows], target[rows]
+    input, target = rows.take(input), rows.take(target)
     head = Head(input, weight, bias, target, None)
     bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
     layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias)
@@ -459,20 +482,25 @@ def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backen
 # ---- softcap -------------------------------------------------------------------------------------
 
 
-def cap(backend: Backend, logits: Tensor, softcap: float | None) -> Tensor:
-    """Returns softcap * tanh(logits / softcap), or the logits where there is no softcap."""
+def capped(
+    backend: Backend, logits: Tensor, softcap: float | None, rounds: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Returns softcap * tanh(logits / softcap), and a function of its gradient.
+
+    The function returns the gradient of the logits. Without a softcap nothing is changed.
+
+    Args:
+        rounds: The values are in the logits' dtype, and not in that of the accumulation.
+    """
     if softcap is None:
-        return logits
-    capped: Tensor = backend.activation("softcap", logits, (softcap,))[0](logits)
-    return capped
+        return logits, _unchanged
+    wide = logits if rounds else logits.to(accumulate_dtype(logits.dtype))
+    forward, backward = backend.activation("softcap", wide, (softcap,))
+    return forward(wide), lambda gradient: backward(gradient, wide).to(logits.dtype)
 
 
-def uncap(backend: Backend, gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
-    """Returns the gradient of the logits, given that of the capped ones."""
-    if softcap is None:
-        return gradient
-    uncapped: Tensor = backend.activation("softcap", logits, (softcap,))[1](gradient, logits)
-    return uncapped
+def _unchanged(gradient: Tensor) -> Tensor:
+    return gradient
 
 
 # ---- products ------------------------------------------------------------------------------------
@@ -559,9 +587,3 @@ def classes_that_count(gradient: Tensor, least: Tensor | None) -> Tensor | None:
     low, high = gradient.aminmax(dim=0)
     kept = (~((high < bound) & (low > -bound))).nonzero().flatten()  # a NaN counts
     return kept if len(kept) < MOST_KEPT * len(low) else None
-
-
-def _of_rows(options: HeadOptions, here: slice) -> HeadOptions:
-    if options.token_weight is None:
-        return options
-    return replace(options, token_weight=options.token_weight[here])

@@ -18,7 +18,13 @@ from pyfused.backends import backend_of
 from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import TORCH_OPS, metrics, vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, ClassLossPlan, Tensors
-from pyfused.ops.declaration import TOKEN_WEIGHT, Arguments, parameters_of, reduction_of
+from pyfused.ops.declaration import (
+    REDUCTIONS,
+    TOKEN_WEIGHT,
+    Arguments,
+    parameters_of,
+    reduction_of,
+)
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
 from pyfused.types import CrossEntropyOptions, VocabOptions
@@ -29,6 +35,21 @@ _OF_TORCH = tuple(parameters_of(F.cross_entropy))
 @dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(ClassLoss):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reference, built_in = self.reference, torch._C._nn.cross_entropy_loss
+
+        def aten(
+            input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
+        ) -> Any:
+            reduction = REDUCTIONS.get(options.reduction)
+            if reduction is None or type(target) is not Tensor or not options.is_plain():
+                return reference(input, target, weight, options)
+            index, smoothing = options.ignore_index, options.label_smoothing
+            return built_in(input, target, weight, reduction, index, smoothing)  # type: ignore[arg-type]
+
+        self.aten = self.aten_ = aten
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
         given = dict(zip(_OF_TORCH, arguments, strict=False)) | by_name
@@ -84,9 +105,9 @@ class CrossEntropy(ClassLoss):
         input, target, weight, options = arguments
         if options.token_weight is not None:
             checks.values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
-        if not backend_of(target).ASYNCHRONOUS:
-            checks.class_indices(checks.classes_of(input), target, options.ignore_index)
-        target = target.reshape(loss_shape(input, "none"))
+        target = target.reshape(loss_shape(input, "none")).to(torch.int64)
+        classes = checks.classes_of(input)
+        backend_of(target).check_class_indices(target, classes, options.ignore_index)
         return vocab_parallel.cross_entropy((input, target), weight, options, None)
 
     def _compiled(self, arguments: Arguments) -> Tensor:

@@ -19,14 +19,14 @@ from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
 from pyfused.ops import NAMESPACE, TORCH_OPS, inductor, linear_cross_entropy, log_probs
 from pyfused.ops.activation import Activation
-from pyfused.ops.chunked import GradientsNeeded, gradients_of, state_of
+from pyfused.ops.chunked import LossArguments, gradients_of, state_of
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
+from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Gated, TensorLoss
 from pyfused.ops.row_state import fields_of, results_of
 from pyfused.ops.softmax import Softmax
@@ -140,7 +140,8 @@ class CompiledOperator:
             (self.name, run, fake),
             (backward, run_backward, fake_backward),
         ):
-            _LIBRARY.impl(name, kernel, "CPU")
+            for device in ("CPU", "CUDA"):
+                _LIBRARY.impl(name, kernel, device)
             torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_LIBRARY)
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
@@ -407,27 +408,38 @@ def _loss_of_head(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
     """Returns the loss, its gradients, the metrics that are wanted, and what backward needs."""
     head, options = _read_head(given)
     linear_cross_entropy.check_indices(head, options)
-    needed = GradientsNeeded(*wanted)
-    found = linear_cross_entropy.compute(head, options, needed if any(wanted) else None)
-    gradients = found.gradients or (None,) * 4
-    if any(wanted) and found.gradients is None:
-        one = found.loss.new_ones(())
-        gradients = linear_cross_entropy.compute_gradients(head, options, needed, one, found.state)
-    metrics = found.metrics or [_empty_metric(given, name) for name in Metrics._fields]
-    state = _empty_state(given).zero_() if found.state is None else found.state
-    return [found.loss, *_filled(gradients, head.input), *metrics, state]
+    outputs = Outputs(True, tuple(wanted) if any(wanted) else ())
+    arguments = LossArguments(backend_of(head.input), head, options, outputs)
+    loss, gradients, state, metrics = LINEAR_CROSS_ENTROPY.compute(arguments)
+    assert loss is not None
+    if any(wanted) and not gradients:
+        gradients = _gradients_of_head((*given, state), wanted, loss.new_ones(()))
+    metrics = metrics or [_empty_metric(given, name) for name in Metrics._fields]
+    state = _empty_state(given).zero_() if state is None else state
+    return [loss, *_filled(gradients or (None,) * 4, head.input), *metrics, state]
 
 
 def _gradients_of_head(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-    head, options = _read_head(given[:-1])
-    each = head, options, GradientsNeeded(*wanted), grad_output, given[-1]
-    return linear_cross_entropy.compute_gradients(*each)
+    arguments = _loss_arguments(*_read_head(given[:-1]), wanted, grad_output, given[-1])
+    return LINEAR_CROSS_ENTROPY.compute(arguments).gradients
+
+
+def _loss_arguments(
+    tensors: Sequence[Any], options: Any, wanted: Sequence[bool], *backward: Tensor
+) -> LossArguments:
+    """Returns the arguments of gradients, given grad_output and a state where there is one."""
+    outputs = Outputs(False, tuple(wanted))
+    return LossArguments(backend_of(tensors[0]), tensors, options, outputs, *backward)
 
 
 def _empty_loss_of_head(given: Arguments) -> Tensor:
     head, options = _read_head(given)
-    shape = linear_cross_entropy.loss_shape(head) if options.reduction == "none" else ()
-    return head.input.new_empty(shape, dtype=linear_cross_entropy.loss_dtype(head))
+    shape = _loss_shape(head) if options.reduction == "none" else ()
+    return head.input.new_empty(shape, dtype=LINEAR_CROSS_ENTROPY.loss_dtype(head))
+
+
+def _loss_shape(head: Head) -> tuple[int, ...]:
+    return len(head.input), *head.linear_weight.shape[1:-1]
 
 
 def _empty_state(given: Arguments) -> Tensor:
@@ -437,11 +449,11 @@ def _empty_state(given: Arguments) -> Tensor:
 
 def _empty_metric(given: Arguments, name: str) -> Tensor:
     head, options = _read_head(given)
-    dtype = linear_cross_entropy.loss_dtype(head)
+    dtype = LINEAR_CROSS_ENTROPY.loss_dtype(head)
     if not options.with_metrics:
         return head.input.new_empty(0, dtype=dtype)
     dtype = {"prediction": torch.int64, "correct": torch.bool}.get(name, dtype)
-    return head.input.new_empty(linear_cross_entropy.loss_shape(head), dtype=dtype)
+    return head.input.new_empty(_loss_shape(head), dtype=dtype)
 
 
 CompiledOperator(
@@ -457,8 +469,8 @@ CompiledOperator(
     differentiable=4,
     value=_loss_of_head,
     gradients=_gradients_of_head,
-    definition=lambda given, wanted, grad_output: linear_cross_entropy.gradients_of_definition(
-        *_read_head(given[:-1]), wanted, grad_output
+    definition=lambda given, wanted, grad_output: LINEAR_CROSS_ENTROPY.define(
+        _loss_arguments(*_read_head(given[:-1]), wanted, grad_output)
     ),
     empty_value=_empty_loss_of_head,
     empty_gradient=lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format),
@@ -495,7 +507,7 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options = read(given)
-        of_call = op.state_options(tensors, options), GradientsNeeded(*wanted), given[-1]
+        of_call = op.state_options(tensors, options), wanted, given[-1]
         found = gradients_of(tensors, *of_call, grad_output[:3])
         return tuple(None if each is None else each.contiguous() for each in found)
 
@@ -521,16 +533,18 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
 
 def _of_divergence(op: Divergence) -> CompiledOperator:
     def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
+        tensors, options = op.read(given)
         outputs = Outputs(True, tuple(wanted) if any(wanted) else ())
-        loss, gradients = op.compute(*op.read(given), outputs)
+        arguments = LossArguments(backend_of(tensors[0]), tensors, options, outputs)
+        loss, gradients, *_ = op.compute(arguments)
         assert loss is not None
         return [loss, *_filled(gradients or (None,) * op.student, given[0])]
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return op.compute(*op.read(given), Outputs(False, tuple(wanted)), grad_output)[1]
+        return op.compute(_loss_arguments(*op.read(given), wanted, grad_output)).gradients
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return op.define(*op.read(given), wanted, grad_output)
+        return op.define(_loss_arguments(*op.read(given), wanted, grad_output))
 
     def empty_value(given: Arguments) -> Tensor:
         (input, *_), options = op.read(given)

@@ -19,6 +19,8 @@ from pyfused import checks
 from pyfused.layout import broadcast_numel
 from pyfused.ops.originals import original
 
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
+
 Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
 
 

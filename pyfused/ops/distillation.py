@@ -9,45 +9,33 @@ layer. Beside a teacher's top k, logits take the kernels of row states.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import TORCH_OPS, definitions
+from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.chunked import (
     Chunk,
+    ChunkResults,
+    CountedRows,
     Layer,
-    LayerGradients,
-    cap,
-    chunks,
+    LossArguments,
+    by_rows,
+    capped,
     counted_rows,
-    joined,
     linear,
-    of_all_rows,
-    spread,
-    uncap,
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import is_compiled
-from pyfused.ops.gradients import (
-    apply,
-    differentiate,
-    gradients_in_forward,
-    in_autocast_dtype,
-    save,
-    saved,
-    wanted_in_forward,
-)
+from pyfused.ops.declaration import Arguments
+from pyfused.ops.gradients import in_autocast_dtype
+from pyfused.ops.row_loss import Computed, RowLoss
 from pyfused.ops.row_state import denominator_of, state_of_logits
 from pyfused.types import (
     ENTROPY,
@@ -61,8 +49,6 @@ from pyfused.types import (
     Outputs,
     RowOptions,
 )
-
-LossAndGradients = tuple[Tensor | None, Gradients]  # the loss is not divided yet
 
 # ---- definitions ---------------------------------------------------------------------------------
 
@@ -192,21 +178,18 @@ def _reduced(each: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class Divergence(Operator):
+class Divergence(RowLoss):
     """The divergence of a student's predictions from a teacher's.
 
     Attributes:
-        student: How many of the operands are the student's: these come first and have gradients.
         kernels: The divergence of each row or their sum, and the gradients where they are wanted,
             of operands of two dimensions.
     """
 
-    student: int
-    kernels: Callable[..., LossAndGradients]
+    kernels: Callable[[LossArguments], tuple[Tensor | None, Gradients]]
 
-    def has_tokens(self, place: int) -> bool:
-        """Returns whether an operand has a row for each token."""
-        return "linear_" not in self.operands[place].name
+    def has_rows(self, index: int) -> bool:
+        return "linear_" not in self.operands[index].name
 
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
         dim, has_gradient = by_name.pop("dim", None), by_name.pop("teacher_requires_grad", False)
@@ -214,9 +197,9 @@ class Divergence(Operator):
         if self.student == 1:
             named = zip(self.operands, tensors, strict=True)
             tensors = [checks.classes_at(-1, operand.name, x, dim) for operand, x in named]
-        for place, tensor in enumerate(tensors):
-            if place >= self.student and isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensors[place] = tensor if has_gradient else tensor.detach()
+        for index in range(self.student, 0 if has_gradient else len(tensors)):
+            if isinstance(tensors[index], Tensor) and tensors[index].requires_grad:
+                tensors[index] = tensors[index].detach()
         return *tensors, DivergenceOptions(**by_name)
 
     def check(self, arguments: Arguments) -> None:
@@ -236,13 +219,13 @@ class Divergence(Operator):
         getattr(checks, self.name)(*arguments)
         *tensors, options = arguments
         shape, device = tensors[0].shape[:-1], tensors[0].device.type
-        inputs = [place for place, o in enumerate(self.operands) if o.name.endswith("input")]
-        without_autocast, cast = in_autocast_dtype(device, [tensors[place] for place in inputs])
-        for place, tensor in zip(inputs, cast, strict=True):
-            tensors[place] = tensor
+        inputs = [i for i, operand in enumerate(self.operands) if operand.name.endswith("input")]
+        without_autocast, cast = in_autocast_dtype(device, [tensors[i] for i in inputs])
+        for i, tensor in zip(inputs, cast, strict=True):
+            tensors[i] = tensor
         tensors = [
-            tensor.reshape(-1, tensor.shape[-1]) if self.has_tokens(place) else tensor
-            for place, tensor in enumerate(tensors)
+            tensor.reshape(-1, tensor.shape[-1]) if self.has_rows(i) else tensor
+            for i, tensor in enumerate(tensors)
         ]
         weight = options.token_weight
         options = replace(
@@ -252,74 +235,24 @@ class Divergence(Operator):
             token_weight=None if weight is None else weight.flatten(),
         )
         with without_autocast:
-            loss = self._run(tensors, options)
+            (loss,) = self.run(tensors, options)
         return loss.reshape(shape) if options.reduction == "none" else loss
 
-    def _run(self, tensors: Sequence[Any], options: DivergenceOptions) -> Tensor:
-        grad = torch.is_grad_enabled()
-        needs = [grad and t is not None and t.requires_grad for t in tensors[: self.student]]
-        if is_compiled(tensors[0]):
-            operator = getattr(TORCH_OPS, self.name)
-            wanted = wanted_in_forward(options.reduction, tensors[: self.student])
-            loss: Tensor | None = operator(*tensors, *options.values(), wanted)[0]
-        elif any(needs):
-            plan = DivergencePlan(self, self.name, backend_of(tensors[0]), tuple(needs))
-            loss = apply(plan, *tensors, options)
-        else:
-            loss, _ = self.compute(tensors, options, Outputs())
-        assert loss is not None
-        return loss
-
-    def read(self, given: Arguments) -> tuple[Arguments, DivergenceOptions]:
+    def read(self, arguments: Arguments) -> tuple[Arguments, DivergenceOptions]:
         """Returns the arguments of the custom operator."""
         count = len(self.operands)
-        return given[:count], DivergenceOptions(*given[count:])
+        return arguments[:count], DivergenceOptions(*arguments[count:])
 
-    def compute(
-        self,
-        tensors: Sequence[Any],
-        options: DivergenceOptions,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
-    ) -> LossAndGradients:
-        input, weight, each = tensors[0], options.token_weight, options.reduction == "none"
-        backend, n, kept = backend_of(input), len(input), None
-        counted = n if weight is None else weight.sum(dtype=torch.float64)
-        denominator = denominator_of(options, counted)
-        if not each and outputs.gradients:
-            if grad_output is None:
-                grad_output = input.new_ones((), dtype=torch.float64)
-            grad_output = grad_output / denominator
-        if weight is not None and self.student > 1:
-            # Tokens of weight 0 are left out, where nobody waits for that.
-            kept = counted_rows(weight, 0, backend)
-            if kept is None:
-                tensors = [_shown(input, options), *tensors[1:]]
-            else:
-                places = enumerate(tensors)
-                tensors = [x[kept] if self.has_tokens(place) else x for place, x in places]
-                options = replace(options, token_weight=weight[kept])
-                grad_output = grad_output[kept] if each and grad_output is not None else grad_output
-        loss, gradients = self.kernels(backend, tensors, options, outputs, grad_output)
-        if loss is not None:
-            loss = spread(loss, kept, n) if each else loss / denominator
-            loss = loss.to(accumulate_dtype(input.dtype))
-        return loss, of_all_rows(gradients, kept, n)
+    def counted(self, arguments: LossArguments) -> tuple[CountedRows, float | Tensor]:
+        weight, n = arguments.options.token_weight, len(arguments.tensors[0])
+        total = n if weight is None else weight.sum(dtype=torch.float64)
+        if weight is None or self.student == 1:
+            return CountedRows(n), total
+        return counted_rows(weight, 0, arguments.backend), total
 
-    def define(
-        self,
-        tensors: Sequence[Any],
-        options: DivergenceOptions,
-        wanted: Sequence[bool],
-        grad_output: Tensor,
-    ) -> Gradients:
-        """Returns the gradients in torch's own terms, themselves differentiable."""
-        teacher = tensors[self.student :]
-
-        def definition(*student: Any) -> Tensor:
-            return self.reference(*student, *teacher, options)
-
-        return differentiate(definition, tensors[: self.student], wanted, grad_output)
+    def compute_rows(self, arguments: LossArguments) -> Computed:
+        loss, gradients = self.kernels(arguments)
+        return Computed(loss, gradients if arguments.outputs.gradients else ())
 
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
@@ -327,175 +260,92 @@ def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     return options_fallback_reason(input, arguments[-1])
 
 
-class DivergencePlan(NamedTuple):
-    """Computes calls that need gradients: those of a scalar in the forward pass."""
-
-    op: Divergence
-    name: str
-    backend: Backend
-    needs: tuple[bool, ...]
-
-    def forward(self, ctx: Any, arguments: Sequence[Any]) -> Any:
-        *tensors, options = arguments
-        now = gradients_in_forward(options.reduction, tensors[0])
-        outputs = Outputs(True, self.needs if now else ())
-        loss, gradients = self.op.compute(tensors, options, outputs)
-        ctx.gradients = gradients if now else None
-        save(ctx, options, *tensors)
-        return loss
-
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return self.op.compute(*saved(ctx), Outputs(False, self.needs), grad_output)[1]
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return self.op.define(*saved(ctx), self.needs, grad_output)
-
-
 # ---- what the kernels compute --------------------------------------------------------------------
 
 
-def of_logits(
-    backend: Backend,
-    tensors: Sequence[Tensor],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossAndGradients:
-    of_capped = partial(_of_capped, backend, tensors[1])
-    return _capped(backend, tensors[0], of_capped, options, outputs, grad_output)
-
-
-def _capped(
-    backend: Backend,
-    logits: Tensor,
-    of_capped: Callable[..., LossAndGradients],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossAndGradients:
-    """Returns the divergence, and the gradient of the logits, given those of capped logits."""
-    if options.softcap is None:
-        return of_capped(logits, options, outputs, grad_output)
-    wide = logits.to(accumulate_dtype(logits.dtype))  # capped logits are not rounded
-    capped, outputs = cap(backend, wide, options.softcap), outputs._replace(inplace=True)
-    loss, (gradient,) = of_capped(capped, options, outputs, grad_output)
-    if gradient is not None:
-        gradient = uncap(backend, gradient, wide, options.softcap).to(logits.dtype)
+def of_logits(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
+    logits, teacher_logits = arguments.tensors
+    loss, gradient, _ = _of_rows(logits, teacher_logits, arguments)
     return loss, (gradient,)
 
 
-def _of_capped(
-    backend: Backend,
-    teacher: Tensor,
-    logits: Tensor,
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossAndGradients:
-    if options.teacher_softcap is not None:
-        wide = teacher.to(accumulate_dtype(teacher.dtype))
-        teacher = cap(backend, wide, options.teacher_softcap)
-    dtype = torch.promote_types(logits.dtype, teacher.dtype)
-    given = logits.to(dtype), teacher.to(dtype), options, outputs, grad_output
-    loss, (gradient,) = backend.kl_div_with_logits(*given)
-    return loss, (None if gradient is None else gradient.to(logits.dtype),)
+def _of_rows(logits: Tensor, teacher_logits: Tensor, arguments: LossArguments) -> ChunkResults:
+    """Returns the divergence of rows of logits, and their gradient; capped ones are not rounded."""
+    backend, _, options, outputs, grad_output, _ = arguments
+    student, uncapped = capped(backend, logits, options.softcap)
+    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    if student is not logits:
+        outputs = outputs._replace(inplace=True)
+    loss, (gradient,) = backend.kl_div_with_logits(
+        student.to(dtype), teacher.to(dtype), options, outputs, grad_output
+    )
+    if gradient is not None:
+        gradient = uncapped(gradient.to(student.dtype))
+    return ChunkResults(loss, gradient)
 
 
-def of_layers(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossAndGradients:
-    *layer, teacher_input, weight, bias = tensors
-    dtype = backend.product_dtype(teacher_input.dtype)
+def of_layers(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
+    *_, input, weight, bias = arguments.tensors
+    backend = arguments.backend
+    dtype = backend.product_dtype(input.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> LossAndGradients:
-        teacher_logits = backend.empty(logits.shape, dtype, logits)
-        linear(teacher_input[here].to(dtype), weight, bias, teacher_logits)
-        return _of_capped(backend, teacher_logits, logits, *rest)
+    def of_chunk(chunk: Chunk, part: LossArguments) -> ChunkResults:
+        teacher_logits = backend.empty(chunk.output.shape, dtype, chunk.output)
+        linear(input[chunk.rows].to(dtype), weight, bias, teacher_logits)
+        return _of_rows(chunk.output, teacher_logits, part)
 
-    more_bytes = dtype.itemsize + (0 if options.teacher_softcap is None else 2 * dtype.itemsize)
-    return _by_rows(backend, Layer(*layer), of_chunk, more_bytes, options, outputs, grad_output)
+    more_bytes = dtype.itemsize * (1 if arguments.options.teacher_softcap is None else 3)
+    return _by_rows(arguments, of_chunk, more_bytes)
 
 
-def of_topk(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossAndGradients:
-    *layer, indices, log_probs = tensors
-    wrong = checks.topk_indices(indices, len(layer[1]))[:, None]
-    checks.topk_log_probs(_shown(log_probs, options, -torch.inf))
-    if backend.ASYNCHRONOUS:  # nobody waits for an error: the loss of such a row is NaN
+def of_topk(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
+    backend, (_, weight, _, indices, log_probs), *_ = arguments
+    wrong = checks.topk_indices(indices, len(weight))[:, None]
+    checks.topk_log_probs(_shown(log_probs, arguments.options, -torch.inf))
+    if backend.ASYNCHRONOUS:  # an error would synchronise: the loss of such a row is NaN
         log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
 
-    def of_chunk(logits: Tensor, here: slice, *rest: Any) -> LossAndGradients:
-        return _topk(backend, logits, indices[here], log_probs[here], *rest)
+    def of_chunk(chunk: Chunk, part: LossArguments) -> ChunkResults:
+        logits, uncapped = capped(backend, chunk.output, part.options.softcap)
+        loss, gradient, _ = _topk(logits, indices[chunk.rows], log_probs[chunk.rows], part)
+        return ChunkResults(loss, None if gradient is None else uncapped(gradient))
 
-    return _by_rows(backend, Layer(*layer), of_chunk, 0, options, outputs, grad_output)
+    return _by_rows(arguments, of_chunk)
 
 
 def _by_rows(
-    backend: Backend,
-    layer: Layer,
-    of_chunk: Callable[..., LossAndGradients],
-    more_bytes: int,
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossAndGradients:
+    arguments: LossArguments,
+    of_chunk: Callable[[Chunk, LossArguments], ChunkResults],
+    more_bytes: int = 0,
+) -> tuple[Tensor | None, Gradients]:
     """Returns the divergence and the gradients, from the student's logits of some rows at a time.
 
     Args:
-        of_chunk: From logits, the rows they are of, and options, Outputs and grad_output of these,
-            the divergence and the logits' gradient, which may take their memory.
-        more_bytes: What it needs beside each logit.
+        more_bytes: What ``of_chunk`` needs beside each of the student's logits.
     """
-    n, columns, each = len(layer.input), len(layer.weight), options.reduction == "none"
-    dtype = backend.product_dtype(layer.input.dtype)
-    capped = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
-    row = columns * (dtype.itemsize + capped + more_bytes)
-    size = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
-    wanted, weight = outputs.gradients or (False,) * 3, options.token_weight
-    outputs = Outputs(outputs.loss, (True,) if any(wanted) else (), True)
-    gradients = LayerGradients(backend, layer, dtype, (size, columns), wanted)
-
-    def add(chunk: Chunk) -> Tensor | None:
-        here = chunk.rows
-        part = replace(options, token_weight=None if weight is None else weight[here])
-        factor = grad_output[here] if each and grad_output is not None else grad_output
-
-        def of_capped(logits: Tensor, *rest: Any) -> LossAndGradients:
-            return of_chunk(logits, here, *rest)
-
-        loss, (gradient,) = _capped(backend, chunk.output, of_capped, part, outputs, factor)
-        if gradient is not None:
-            gradients.add(chunk, gradient)
-        return loss
-
-    losses = [add(chunk) for chunk in chunks(backend, layer, dtype, (size, columns))]
-    return joined(losses, each), gradients.like(layer)
+    backend, (input, weight, bias, *_), options, outputs, *_ = arguments
+    dtype, n = backend.product_dtype(input.dtype), len(input)
+    of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
+    row = len(weight) * (dtype.itemsize + of_cap + more_bytes)
+    rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
+    of_logits = Outputs(outputs.loss, (True,) if outputs.gradients else (), True)
+    layer = Layer(_shown(input, options), weight, bias)
+    return by_rows(
+        arguments,
+        *(layer, dtype, rows),
+        lambda chunk, part: of_chunk(chunk, part._replace(outputs=of_logits)),
+    )
 
 
-def _topk(
-    backend: Backend,
-    logits: Tensor,
-    indices: Tensor,
-    log_q: Tensor,
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossAndGradients:
+def _topk(logits: Tensor, indices: Tensor, log_q: Tensor, arguments: LossArguments) -> ChunkResults:
     """Returns the divergence of k + 1 classes, the last of which stands for all others.
 
     Of the gradient by their log-probabilities, g, and its sum s, the gradient by the logit of one
     of the k is g_c - s p_c, and of any other (g_rest - s p_rest) exp(x_c - lse_rest).
     """
+    backend, _, options, outputs, grad_output, _ = arguments
     n, classes = logits.shape
     rows, among = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:
@@ -512,7 +362,7 @@ def _topk(
         each = (each * weight).where(weight != 0, 0)
     loss = each if options.reduction == "none" else each.sum()
     if not outputs.gradients:
-        return loss, (None,)
+        return ChunkResults(loss)
     factor = torch.ones_like(each) if weight is None else weight
     if grad_output is not None:
         factor = (factor * grad_output).where(factor != 0, 0)
@@ -529,4 +379,4 @@ def _topk(
     backend.row_gradients(logits, None, rows, state, grad_results, among, logits)
     of_chosen = (slopes[:, :k] - total * p[:, :k]) * rows.scale
     logits.scatter_(1, indices, of_chosen.to(logits.dtype))
-    return loss, (logits,)
+    return ChunkResults(loss, logits)

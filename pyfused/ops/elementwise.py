@@ -2,8 +2,8 @@
 
 A formula is a function in torch's terms of tensors, the operands, and of the scalars that are
 declared: numbers, which are tensors while it is traced, flags and words. ``make formulas`` prints
-it for the CPU and for GPUs, with the gradients that torch's rules make of it, or with those given:
-where these are more accurate or shorter, and at points where torch takes others.
+it in C++, and its first call on a GPU in Triton, with the gradients that torch's rules make of it
+or with those given: where these are more accurate or shorter, and where torch takes others.
 """
 
 from __future__ import annotations

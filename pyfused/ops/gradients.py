@@ -94,7 +94,8 @@ class Fused(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     dtype = torch.float64 if gradient.dtype is torch.float64 else torch.float32
-                    plan.backend.scale_(gradient, grad_output.to(dtype))
+                    factor = grad_output if grad_output.dtype is dtype else grad_output.to(dtype)
+                    plan.backend.scale_(gradient, factor)
         missing = len(ctx.needs_input_grad) - 1 - len(gradients)
         return None, *gradients, *(None,) * missing
 

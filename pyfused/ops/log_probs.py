@@ -18,7 +18,6 @@ from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import TORCH_OPS, vocab_parallel
 from pyfused.ops.chunked import (
-    GradientsNeeded,
     StateOptions,
     gradient_of_logits,
     gradients_of,
@@ -106,7 +105,7 @@ class LogProbsOfLogits(Operator):
             self.state_options(tensors, options),
             options,
             accumulate_dtype(tensors[0].dtype),
-            GradientsNeeded(*needs),
+            needs,
         )
 
     def _over_shards(self, arguments: Arguments) -> Tensor:
@@ -131,8 +130,9 @@ class LogProbsOfLogits(Operator):
         """Raises for bad input; class indices are read only where that does not synchronise."""
         *tensors, target, options = arguments
         self.check_shapes(arguments)
-        if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
-            checks.class_indices(self.classes(tensors), target, options.ignore_index)
+        if not is_compiled(tensors[0]):
+            given = target.to(torch.int64), self.classes(tensors), options.ignore_index
+            backend_of(target).check_class_indices(*given)
 
     def check_shapes(self, arguments: Arguments) -> None:
         checks.log_probs(*arguments)
@@ -184,15 +184,13 @@ class LogProbsPlan:
     state_options: StateOptions
     options: LogProbsOptions
     dtype: torch.dtype
-    needs: GradientsNeeded
+    needs: Sequence[bool]
 
     def __call__(self, arguments: Arguments) -> Tensor:
         *tensors, target, _ = arguments
-        if not self.backend.ASYNCHRONOUS:
-            checks.class_indices(
-                self.state_options.classes.total, target, self.options.ignore_index
-            )
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
+        classes = self.state_options.classes.total
+        self.backend.check_class_indices(target, classes, self.options.ignore_index)
         if True in self.needs:
             results: Tensor = apply(self, *tensors, target)
             return results
@@ -203,7 +201,7 @@ class LogProbsPlan:
         if len(tensors) == 2:
             logits, target = tensors
             state = state_of_logits(self.backend, logits, target, options.rows, options.classes)
-            state = state.view(-1, *target.shape)
+            state = state if target.dim() == 1 else state.view(-1, *target.shape)
         else:
             state, kept = state_of(tensors, options, keeps=ctx is not None)
         if ctx is not None:

@@ -38,6 +38,7 @@ CROSS_ENTROPY = CrossEntropy(
 LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     name="linear_cross_entropy",
     module="LinearCrossEntropyLoss",
+    student=4,
     operands=(
         INPUT,
         Operand("linear_weight"),

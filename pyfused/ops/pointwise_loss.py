@@ -22,14 +22,20 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import layouts
 from pyfused.ops import NAMESPACE
-from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
+from pyfused.ops.declaration import (
+    REDUCTIONS,
+    Arguments,
+    Operand,
+    Operator,
+    Scalar,
+    reduction_of,
+)
 from pyfused.ops.gradients import apply, differentiate
 from pyfused.types import Gradients, Outputs
 
 if TYPE_CHECKING:
     from pyfused.ops.program import Program
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
 _OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
 
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
@@ -278,7 +284,7 @@ class PointwiseLoss(TensorLoss):
 
         def aten(*arguments: Any) -> Tensor:
             input, target = arguments[:2]
-            reduction = _REDUCTIONS.get(arguments[reduction_place])
+            reduction = REDUCTIONS.get(arguments[reduction_place])
             if reduction is None or type(target) not in (Tensor, Parameter):
                 return reference(*arguments)
             for place in of_python:

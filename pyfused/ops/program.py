@@ -182,6 +182,15 @@ class Expressions:
         """1 where an expression is not 0, as NaN is not, and 0 elsewhere."""
         return place if self.masks[place] else self.logical_not(self.eq(place, self.literal(0)))
 
+    def scaled(self, place: int) -> int:
+        """Returns a gradient times the scale, which is infinite in the mean of nothing: 0 is 0."""
+        op, arguments = self.nodes[place]
+        if self.value(place) == 0:
+            return place
+        if op == "where" and self.value(arguments[1]) == 0:
+            return self.where(*arguments[:2], self.scaled(arguments[2]))
+        return self.mul(place, self.input("scale", 0))
+
     def value(self, place: int) -> float | None:
         op, arguments = self.nodes[place]
         return arguments[0] if op == "literal" else None

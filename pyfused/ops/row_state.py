@@ -62,7 +62,7 @@ def state_of_logits(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Returns the state of each row of logits (C), (N, C) or (N, C, d1, ..., dk)."""
-    rows = as_rows(logits.detach())
+    rows = as_rows(logits)
     target = None if target is None else target.flatten().contiguous()
     state = rows.new_empty((fields, rows.shape[0]), dtype=torch.float64)
     backend.row_state(rows, target, options, state, classes, weight)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from traceback import extract_tb, walk_stack
 from typing import Any, NamedTuple
 
@@ -57,12 +58,14 @@ class Recorded(NamedTuple):
         graph: Of the operands, and then of the numbers in it.
         literals: These numbers.
         exponents: Which of these are exponents with a program of their own.
+        differentiated: Whether the graph has a gradient for each operand, too.
     """
 
     graph: fx.Graph
     structure: str
     literals: list[float]
     exponents: set[int]
+    differentiated: bool
 
 
 def record(
@@ -107,7 +110,7 @@ def record(
     with graph.inserting_before(nodes[len(inputs)]):
         for node in nodes:
             node.args, node.kwargs = (map_aggregate(x, leaf) for x in (node.args, node.kwargs))
-    return Recorded(graph, str(graph), literals, exponents)
+    return Recorded(graph, str(graph), literals, exponents, gradient is not None)
 
 
 def slopes_of(
@@ -225,6 +228,9 @@ class Recorder(Mode):
             raise UntraceableError(problem)
 
 
+# What is recorded: a function of operands, parameters and the scale of the gradients.
+Function = Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None]]
+
 _SHAPE = (2, 3)  # of the operands that a function is traced with
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 
@@ -237,15 +243,13 @@ class _Interpreter(fx.Interpreter):
         return super().run_node(n)
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def expressions_of(
-    function: Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None]],
-    operands: int,
-    parameters: Sequence[float],
-    recorder: Recorder | None = None,
+    function: Function, operands: int, parameters: Sequence[float], recorder: Recorder
 ) -> tuple[Expressions, list[int]]:
-    """Runs a function of operands, parameters and the scale of the gradients, and records it.
+    """Runs a function of so many operands and with these parameters, and records it.
+
+    It runs in a thread of its own: torch's modes and hooks of saved tensors belong to a thread, and
+    those of a caller whose call is the first of its kind must not see this.
 
     Returns:
         Expressions, and which of them the function's results are; None counts as 0.
@@ -253,7 +257,13 @@ def expressions_of(
     Raises:
         UntraceableError: The function is not elementwise, or the kernels lack an operator.
     """
-    recorder = recorder or Recorder()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_record_run, function, operands, parameters, recorder).result()
+
+
+def _record_run(
+    function: Function, operands: int, parameters: Sequence[float], recorder: Recorder
+) -> tuple[Expressions, list[int]]:
     values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
 
     def input(kind: str, k: int, value: Tensor) -> Tensor:
@@ -265,19 +275,38 @@ def expressions_of(
     numbers = [input("parameter", k, values.new_full(_SHAPE, value)) for k, value in pairs]
     scale = input("scale", 0, values.new_ones(()))
     try:
-        with torch.autocast("cpu", enabled=False), recorder:
+        with recorder:
             results = function(leaves, numbers, scale)
     except Exception as error:
         raise UntraceableError(f"{recorder.line}: {error}") from error
     return recorder.e, [recorder.read(0.0 if each is None else each) for each in results]
 
 
-def with_gradients(value: Tensor, leaves: Sequence[Tensor], scale: Tensor) -> list[Tensor | None]:
-    """Returns the value and its gradients, by torch's rules, multiplied by the scale."""
+class _Weighted(torch.autograd.Function):
+    """A number whose gradient by the values is ``grad_output``.
+
+    torch.autograd.grad imports sympy, for 0.4 s, where it is given a tensor of that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, grad_output: Tensor) -> Tensor:
+        ctx.save_for_backward(grad_output)
+        ctx.shape = values.shape
+        return values.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return ctx.saved_tensors[0].expand(ctx.shape), None
+
+
+def gradients_of(
+    value: Tensor, leaves: Sequence[Tensor], grad_output: Tensor
+) -> list[Tensor | None]:
+    """Returns the gradients of the leaves by torch's rules, None of those that do not count."""
     if not value.requires_grad:
-        return [value, *[None] * len(leaves)]
-    grad_output = scale.to(value.dtype).expand(value.shape)
-    return [value, *torch.autograd.grad(value, leaves, grad_output, allow_unused=True)]
+        return [None] * len(leaves)
+    weighted = _Weighted.apply(value, grad_output)
+    return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
 
 
 def derive(
@@ -300,12 +329,13 @@ def derive(
                 "'reduction'"
             )
         recorder.line = "a derivative"
-        if not slopes:
-            return with_gradients(value, leaves, scale)
-        return [value, *(None if slope is None else slope * scale for slope in slopes)]
+        return [value, *(slopes or gradients_of(value, leaves, scale))]
 
     parameters = [recorded.literals[i] for i in lifted]
-    return expressions_of(run, operands, parameters, recorder)
+    e, (value, *gradients) = expressions_of(run, operands, parameters, recorder)
+    if recorded.differentiated:
+        gradients = [e.scaled(gradient) for gradient in gradients]
+    return e, [value, *gradients]
 
 
 # ---- what expressions ATen's operators are -------------------------------------------------------

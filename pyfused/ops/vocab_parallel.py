@@ -16,7 +16,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES
 from pyfused.layout import accumulate_dtype, of_leading
 from pyfused.ops import definitions, metrics
-from pyfused.ops.chunked import GradientsNeeded, StateOptions, gradients_of, state_of
+from pyfused.ops.chunked import StateOptions, gradients_of, state_of
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.dispatch import unsupported
 from pyfused.ops.gradients import apply, autocast_dtype, differentiate
@@ -230,7 +230,7 @@ class StatePlan(NamedTuple):
         *tensors, weight, state = ctx.saved_tensors
         found: Gradients
         if _has_classes(tensors):
-            needed = GradientsNeeded(*ctx.needs_input_grad[1 : len(tensors)])
+            needed = ctx.needs_input_grad[1 : len(tensors)]
             given = self.options, needed, state, self._of_results(grad_output)
             found = gradients_of(tensors, *given, weight=weight)
         else:

@@ -48,14 +48,13 @@ from triton.runtime.jit import JITFunction
 from pyfused.backends import cross_entropy_once
 from pyfused.backends import triton as backend
 from pyfused.kernels import launch
-from pyfused.kernels.formulas import ACTIVATIONS, LOSSES
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.operators import OPERATORS
+from pyfused.ops.activation import Activation
+from pyfused.ops.formulas import kernels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
 
-from pyfused.ops.program import OPERANDS
 from pyfused.types import (
     METRICS_FIELDS,
     SMOOTHING_FIELDS,
@@ -241,12 +240,6 @@ def launch_embeddings(given: tuple[Any, ...], outputs: Outputs) -> None:
     backend.embedding_loss(*given, outputs)(given[1], None, float(len(given[1][0])))
 
 
-def differentiated(formula: str) -> tuple[bool, ...]:
-    """Of which operands there is a gradient, as the operator declares that the formula is of."""
-    op: Any = OPERATORS[max((name for name in OPERATORS if formula.startswith(name)), key=len)]
-    return tuple(operand.differentiated for operand in op.variables)
-
-
 def prepare_and_launch(prepare: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> None:
     """Prepares within the run of a case, as the choice of a launch asks for the target."""
     prepare(*arguments)(*tensors)
@@ -286,11 +279,17 @@ def pointwise_cases() -> Iterator[Case]:
             "mse_loss grad_output": (1, ((x, x), (), None, "none", 1.0, after, x)),
             "mse_loss broadcast": (2, ((rows, row), (), None, "mean", 1.0 * n, both)),
         }
-        for name, formula in LOSSES.items():
-            names = formula.fn.__code__.co_varnames[:OPERANDS]
-            count = sum(not re.fullmatch(r"x\d", name) for name in names)  # the others are unused
-            outputs = Outputs(True, differentiated(name)[:count])
-            calls[name] = 2, ((x,) * count, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, outputs)
+        for name, kernel in kernels().items():
+            if isinstance(kernel.op, Activation):
+                forward = partial(launch_one_of, 0, backend.activation, (name, x), x)
+                backward = partial(launch_one_of, 1, backend.activation, (name, x), x, x)
+                yield case(name, *of, forward, **fields)
+                yield case(name, *of, backward, "backward", **fields)
+                continue
+            variables = kernel.op.variables[: kernel.operands]
+            outputs = Outputs(True, tuple(variable.differentiated for variable in variables))
+            given = (x,) * kernel.operands, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, outputs
+            calls[name] = 2, given
         for name, (launches, arguments) in calls.items():
             loss, _, kind = name.partition(" ")
             run = partial(pointwise_loss, loss, *arguments)
@@ -302,11 +301,6 @@ def pointwise_cases() -> Iterator[Case]:
             given = program, (x,) * count, numbers, None, "mean", 1.0 * n, outputs
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, launches=2, **fields)
-        for op in ACTIVATIONS:
-            forward = partial(launch_one_of, 0, backend.activation, (op, x), x)
-            backward = partial(launch_one_of, 1, backend.activation, (op, x), x, x)
-            yield case(op, *of, forward, **fields)
-            yield case(op, *of, backward, "backward", **fields)
         yield case("scale", *of, partial(backend.scale_, x, total), **fields)
 
 

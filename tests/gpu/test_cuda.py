@@ -164,6 +164,24 @@ def test_peak_memory_is_one_gradient(dtype: torch.dtype) -> None:
     assert peak <= 1.01 * x.numel() * x.element_size()
 
 
+def test_a_compiled_head_makes_no_logits() -> None:
+    x = torch.randn(2048, 64, device="cuda").requires_grad_()
+    weight = torch.randn(64_000, 64, device="cuda").requires_grad_()
+    target = torch.randint(64_000, (2048,), device="cuda")
+    compiled = torch.compile(
+        lambda: fused.linear_cross_entropy(x * 1, weight, target), fullgraph=True
+    )
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), target), (x, weight))
+    torch.testing.assert_close(torch.autograd.grad(compiled(), (x, weight)), expected)
+    del expected
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(compiled(), (x, weight))
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= 0.5 * 4 * len(x) * len(weight)
+
+
 def test_offsets_beyond_32_bits() -> None:
     rows = 2**31 // 32_768 + 5
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:

@@ -1,0 +1,262 @@
+"""What users run on a GPU: calls of every size, a language model's head, and a step of training.
+
+Each command writes a table, after every row of it, so that nothing is lost to a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import cases
+import torch
+from cases import BF16, Case, HeadCase, M, Step, interleaved, ratios
+from gpu import Clock, measured_on
+from report import machine, spread, tabulated
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pyfused
+from pyfused import functional as fused
+from pyfused.ops import sizes
+
+WARM_UP = 3
+
+
+class Table:
+    """A table in a file, written anew with every row."""
+
+    def __init__(self, options: Namespace, words: str, columns: Sequence[str], names: int) -> None:
+        self.device = "cpu" if options.trial else "cuda"
+        self.file: Path = options.file
+        self.until = time.perf_counter() + options.seconds
+        self.head = f"{machine(measured_on(self.device))}. {words}"
+        self.columns, self.names = columns, names
+        self.rows: list[list[str]] = []
+
+    def add(self, name: str, row: Callable[[], list[list[str]]]) -> None:
+        """Adds the rows of a measurement, or what became of it."""
+        try:
+            if time.perf_counter() > self.until:
+                raise TimeoutError("out of time")
+            rows = row()
+        except Exception as error:  # the other rows are still worth their time
+            told = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            rows = [[name, told, *[""] * (len(self.columns) - 2)]]
+        self.rows += rows
+        table = tabulated(self.columns, self.rows, names=self.names)
+        self.file.write_text(f"{self.head}\n\n{table}\n", encoding="utf-8")
+        for each in rows:
+            print(" | ".join(each), flush=True)
+
+
+# ---- calls of every size -------------------------------------------------------------------------
+
+SIZES = tuple(1 << n for n in range(8, 27, 2))
+CLASSES = 1000
+SIZED = (
+    *("mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div"),
+    *("gaussian_nll_loss", "cross_entropy", "nll_loss", "multi_margin_loss", "log_softmax"),
+    *("softmax", "gelu", "silu", "tanh", "relu", "mish"),
+)
+
+
+def shape_of(op: str, elements: int) -> tuple[int, ...]:
+    """Returns one dimension, or rows of 1,000 classes."""
+    of_rows = (*cases.SOFTMAX, "cross_entropy", "nll_loss", "multi_margin_loss")
+    return (max(1, elements // CLASSES), CLASSES) if op in of_rows else (elements,)
+
+
+def times_of(op: str, elements: int, clock: Clock, device: str, rounds: int) -> cases.Times:
+    """Returns milliseconds of a step with torch's operator and with the kernel."""
+    case = Case(op, shape_of(op, elements))
+    arguments = cases.draw(case, device)
+    cases.assert_correct(case, arguments)
+    steps = [cases.step(operators, case, arguments) for operators in (cases.TORCH, fused)]
+    timers = [clock.timer(step, small=True) for step in steps]
+    interleaved(timers, 1, WARM_UP)
+    return interleaved(timers, rounds, max(1, min(50, (16 * M) // elements)))
+
+
+def size_row(op: str, clock: Clock, device: str, rounds: int) -> list[str]:
+    with mock.patch.object(sizes, "FORCED", "every size"):  # the kernels take small calls too
+        found = [times_of(op, elements, clock, device, rounds) for elements in SIZES]
+    gains = [median(theirs) / median(ours) for theirs, ours in found]
+    slower = [size for size, gain in zip(SIZES, gains, strict=True) if gain < 1]
+    larger = [size for size in SIZES if size > max(slower, default=0)]
+    host = [f"{1e3 * median(times):.0f}" for times in reversed(found[0])]
+    faster_from = f"2^{larger[0].bit_length() - 1}" if larger else "never"
+    return [op, *host, faster_from, *(f"{gain:.2f}" for gain in gains)]
+
+
+def gpu_sizes(options: Namespace) -> None:
+    words = (
+        "Forward and backward in float32, call after call: microseconds of the smallest call, the "
+        "size from which the kernel is faster, and torch's time divided by pyfused's for each size"
+    )
+    columns = ["operator", "pyfused", "torch", "faster from"]
+    columns += [f"2^{size.bit_length() - 1}" for size in SIZES]
+    table = Table(options, words, columns, names=1)
+    clock, rounds = Clock(table.device), 3 if options.trial else 11
+    for op in SIZED[:2] if options.trial else SIZED:
+        table.add(op, lambda op=op: [size_row(op, clock, table.device, rounds)])  # type: ignore[misc]
+
+
+# ---- a language model's head ---------------------------------------------------------------------
+
+HEADS = ((8192, 4096, 128_256), (16_384, 2048, 32_000), (4096, 1024, 50_257))
+NORM = 2.0**-5  # by how much gradients in bfloat16 may differ, as a share of their norm
+
+
+def peers_of(given: HeadCase) -> dict[str, Step]:
+    """Returns the ways of other packages, as far as these are installed."""
+    peers: dict[str, Step] = {}
+    head = given.input, given.head, given.target
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+
+        peers["Liger"] = lambda: given.gradients(liger(*head))
+    with contextlib.suppress(ImportError):
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        peers["cut-cross-entropy"] = lambda: given.gradients(cut(*head))
+    compiled = torch.compile(lambda *head: F.cross_entropy(F.linear(*head[:2]), head[2]))
+    peers["torch.compile"] = lambda: given.gradients(compiled(*head))
+    return peers
+
+
+def peak(call: Step, device: str) -> int:
+    """Returns the bytes that a call takes beyond its arguments, its results among them."""
+    if device == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def head_rows(case: tuple[int, ...], clock: Clock, device: str, rounds: int) -> list[list[str]]:
+    given = HeadCase(*case, dtype=BF16, device=device)
+    rows = []
+    for loss, every_way in given.ways().items():
+        ways = {name: way for name, way in every_way.items() if "fixed bits" not in name}
+        if loss == "cross-entropy":
+            ways |= peers_of(given)
+        expected = ways["torch"]()
+        for name, way in ways.items():
+            if "products" not in name and "ignored" not in name:
+                for got, right in zip(way(), expected, strict=True):
+                    difference = (got.float() - right.float()).norm() / right.float().norm()
+                    assert difference <= NORM, f"{name}: {difference:.3f} of the norm"
+        peaks = {name: peak(way, device) / given.logits for name, way in ways.items()}
+        timers = [clock.timer(way, small=False) for way in ways.values()]
+        interleaved(timers, 1, 1)
+        times = interleaved(timers, rounds, 1)
+        products, of_torch, *_ = times
+        shape = f"({', '.join(map(str, case))})"
+        rows += [
+            [
+                shape,
+                loss,
+                name,
+                f"{median(taken):.3g} ms",
+                spread(ratios(taken, products)),
+                spread(ratios(of_torch, taken)),
+                f"{peaks[name]:.2f}",
+            ]
+            for name, taken in zip(ways, times, strict=True)
+        ]
+    return rows
+
+
+def gpu_heads(options: Namespace) -> None:
+    words = "bfloat16, forward and backward. Peaks are of all that a call allocates."
+    columns = ["tokens, features, classes", "loss", "", "time", "of the products"]
+    table = Table(options, words, [*columns, "times as fast as torch", "peak / logits"], names=3)
+    clock, rounds = Clock(table.device), 3 if options.trial else 7
+    for case in [(64, 16, 400)] if options.trial else HEADS:
+        table.add(str(case), partial(head_rows, case, clock, table.device, rounds))
+
+
+# ---- a step of training --------------------------------------------------------------------------
+
+
+class GPT2(nn.Module):
+    """A transformer of GPT-2's sizes, the head tied to the embedding."""
+
+    def __init__(self, vocabulary: int, width: int, layers: int, context: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        mask = nn.Transformer.generate_square_subsequent_mask(context)
+        self.register_buffer("mask", mask)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight
+        return self.norm(self.layers(x, self.mask, is_causal=True))  # type: ignore[no-any-return]
+
+
+def training_rows(model: GPT2, batch: int, device: str, rounds: int) -> list[list[str]]:
+    vocabulary, context = model.tokens.num_embeddings, model.positions.num_embeddings
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    given = torch.randint(vocabulary, (batch, context + 1), device=device)
+
+    def loss_of(linear: bool) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            features, target = model(given[:, :-1]), given[:, 1:]
+            if linear:
+                return fused.linear_cross_entropy(features, model.tokens.weight, target)
+            logits = F.linear(features, model.tokens.weight)
+            return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    def train(loss: Callable[[], Tensor], patched: bool) -> float:
+        with pyfused.patch() if patched else contextlib.nullcontext():
+            optimizer.zero_grad()
+            found = loss()
+            found.backward()
+            optimizer.step()
+        return found.item()
+
+    eager = partial(loss_of, False), partial(loss_of, True)
+    plain, of_patched, linear = (torch.compile(each) for each in (eager[0], eager[0], eager[1]))
+    ways: dict[str, Step] = {
+        "torch": partial(train, eager[0], False),
+        "pyfused.patch()": partial(train, eager[0], True),
+        "pyfused's linear_cross_entropy": partial(train, eager[1], True),
+        "torch.compile": partial(train, plain, False),
+        "torch.compile, pyfused.patch()": partial(train, of_patched, True),
+        "torch.compile, linear_cross_entropy": partial(train, linear, True),
+    }
+    losses = [way() for way in ways.values()]
+    assert max(losses) - min(losses) < 0.1, losses  # a step at 1e-5 changes little
+    peaks = [peak(way, device) for way in ways.values()]
+    timers = [partial(Clock("cpu").at_once, way) for way in ways.values()]  # .item() waits
+    interleaved(timers, 1, WARM_UP)
+    times = interleaved(timers, rounds, 1)
+    return [
+        [name, f"{median(taken):.4g} ms", spread(ratios(times[0], taken)), f"{most / 2**30:.2f}"]
+        for name, taken, most in zip(ways, times, peaks, strict=True)
+    ]
+
+
+def gpu_training(options: Namespace) -> None:
+    words = "GPT-2 small, 8 x 1024 random tokens, bfloat16 autocast, with AdamW's step."
+    columns = ["", "time", "times as fast as torch", "GiB beyond the model"]
+    table = Table(options, words, columns, names=1)
+    torch.manual_seed(0)
+    shape = (300, 64, 1, 16) if options.trial else (50_257, 768, 12, 1024)
+    batch, rounds = (2, 3) if options.trial else (8, 11)
+    model = GPT2(*shape).to(table.device)
+    table.add("step", partial(training_rows, model, batch, table.device, rounds))
