@@ -721,7 +721,8 @@ def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> Non
             f"{tuple(target.shape)} beside {tuple(input1.shape)}"
         )
     _alike_in_dimensions("input1", input1, input2=input2)
-    _broadcasts("target", torch.broadcast_shapes(input1.shape, input2.shape)[:-1], target.shape)
+    for each in (input1, input2):
+        _broadcasts("target", each.shape[:-1], target.shape)
 
 
 def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:

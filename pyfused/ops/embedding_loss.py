@@ -112,7 +112,8 @@ class EmbeddingPlan(PointwisePlan):
         operands = [x if x.dtype is d else x.to(d) for x, d in zip(operands, dtypes, strict=True)]
         leading = [x.shape[:-1] for x in operands]
         if leading.count(leading[0]) < len(leading):
-            shape = torch.broadcast_shapes(*leading)
+            # torch.broadcast_shapes would import a compiler.
+            shape = torch.broadcast_tensors(*[x[..., :1] for x in operands])[0].shape[:-1]
             operands = [x.expand(*shape, -1) for x in operands]
         return operands, weight
 

@@ -46,7 +46,8 @@ VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes; twice as many in half precision
 ON_CPU = {
     **_of((0, 0), "gaussian_nll_loss", "hinge_embedding_loss", "log_cosh_loss"),
-    **_of((0, 0), "log_probs", "kl_div_with_logits", "cosine_embedding_loss"),
+    **_of((0, 0), "log_probs", "kl_div_with_logits"),
+    **_of((0, 0), "cosine_embedding_loss", "triplet_margin_loss"),
     **_of((0, 0), "multilabel_soft_margin_loss", "sigmoid_focal_loss", "softcap"),
     **_of((0, 1 << 13), "quantile_loss"),
     **_of((1 << 13, 1 << 16), "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"),
@@ -56,7 +57,7 @@ ON_CPU = {
     **_of((1 << 17, 1 << 23), "mse_loss", "huber_loss", "rmse_loss"),
     **_of((1 << 17, 1 << 24), "smooth_l1_loss"),
     **_of((1 << 17, 1 << 17), "PointwiseLoss", "ClassLoss", "Composed"),
-    **_of((1 << 12, 1 << 12), "gelu", "triplet_margin_loss"),
+    **_of((1 << 12, 1 << 12), "gelu"),
     **_of((1 << 15, 1 << 15), "tanh", "mish", "softsign", "tanhshrink"),
     **_of((1 << 19, 1 << 19), "silu", "Activation", "Gated"),
     **_of((1 << 21, 1 << 21), "sigmoid"),
