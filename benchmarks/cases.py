@@ -30,7 +30,7 @@ def of_family(*families: str) -> tuple[str, ...]:
 
 
 POINTWISE, ACTIVATIONS = of_family("PointwiseLoss", "Composed"), of_family("Activation")
-SOFTMAX = of_family("Softmax")
+SOFTMAX, EMBEDDINGS = of_family("Softmax"), of_family("EmbeddingLoss")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 M = 1 << 20
@@ -113,6 +113,8 @@ class Case:
         backward = mode == TRAINING
         if self.op in (*ACTIVATIONS, *SOFTMAX):
             return 5 if backward else 2
+        if self.op in EMBEDDINGS:
+            return (3 if self.op == "triplet_margin_loss" else 2) + backward
         if self.op == "nll_loss":
             return int(backward)
         if self.op in POINTWISE:
@@ -150,6 +152,9 @@ CASES = (
     Case("nll_loss", (64, 10)),
     Case("multi_margin_loss", (8192, 1000), headline=True),
     Case("multi_margin_loss", (64, 10)),
+    *(Case(op, (65536, 256), headline=True) for op in EMBEDDINGS),
+    *(Case(op, (65536, 256), BF16) for op in EMBEDDINGS),
+    *(Case(op, (16, 128)) for op in EMBEDDINGS),
     *(Case(op, (1024, 32000), dtype) for op in SOFTMAX for dtype in (F32, BF16)),
     *(Case(op, (8, 16, 512, 512), headline=True) for op in SOFTMAX),
     *(
@@ -232,7 +237,13 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
     if case.op in SOFTMAX:
         return Arguments(input, options={"dim": case.dim}, grad_output=normal(*case.shape))
     grad_output, options = None, {}
-    if case.op in POINTWISE:
+    if case.op in EMBEDDINGS:
+        shape = case.shape[:1]
+        others = tuple(
+            normal(*shape).sign() if operand.sign else normal(*case.shape)
+            for operand in OPERATORS[case.op].operands[1:]
+        )
+    elif case.op in POINTWISE:
         target, *optional = map(within, operands(case)[1:])
         others, shape = (target,), case.shape
         options = {o.name: x for o, x in zip(operands(case)[2:], optional, strict=True)}

@@ -24,7 +24,7 @@ from unittest import mock
 
 import cases
 import torch
-from cases import BF16, F32, MODES, POINTWISE, Arguments, Case, M, Step, Timer, step
+from cases import BF16, EMBEDDINGS, F32, MODES, POINTWISE, Arguments, Case, M, Step, Timer, step
 from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
@@ -200,6 +200,7 @@ LAUNCH_CASES = (
     Case("softmax", (8192, 32_000), BF16),
     Case("multi_margin_loss", (65_536, 4096)),
     Case("nll_loss", (65_536, 4096)),
+    *(Case(op, (1 << 20, 256)) for op in EMBEDDINGS),
 )
 # Half or twice the rows, the block or the threads of a choice.
 NEIGHBOURS = {

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 
 import cases
 import torch
-from cases import ACTIVATIONS, DTYPES, OPS, SOFTMAX, Case, ratios
+from cases import ACTIVATIONS, DTYPES, EMBEDDINGS, OPS, SOFTMAX, Case, ratios
 from pairs import cells
 from report import machine, machine_info, measured, tabulated
 from rich.progress import track
@@ -99,6 +99,9 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
         if op in (*SOFTMAX, "cross_entropy"):
             masked = draw.choice((None, None, None, -math.inf, -1e4, -95.0))
         shape = split(elements, draw.randint(1, 4), draw)
+        if op in EMBEDDINGS:
+            features = between(2, 4096, draw)
+            shape = (max(1, elements // features), features)
         if op in (*SOFTMAX, *OF_CLASSES):
             length = between(*draw.choice(LENGTHS), draw)
             rows = max(1, elements // length)

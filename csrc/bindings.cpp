@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -18,6 +19,7 @@
 #include "activation.h"
 #include "cross_entropy.h"
 #include "dlpack.h"
+#include "embedding_loss.h"
 #include "kl_div_with_logits.h"
 #include "memory.h"
 #include "multi_margin_loss.h"
@@ -194,6 +196,44 @@ void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const Strid
                                 pointer<const A>(token_weight), each, pointer<const A>(grad_output),
                                 pointer<A>(loss), pointer<T>(grad[0]), grad[1],
                                 threads_for(sizes[0] * sizes[1], threads)});
+  });
+}
+
+// ---- losses of embeddings -----------------------------------------------------------------------
+
+// sizes: rows, features; inputs: x, y, and z or the target; options: margin, eps, euclidean, swap;
+// outputs: the losses, their sum, and the gradients.
+template <class Loss>
+void run_embedding_loss(const Loss& loss, int dtype, std::array<int64_t, 2> sizes,
+                        const std::array<StridedTuple, 3>& inputs,
+                        const std::tuple<double, double, bool, bool>& options, double denominator,
+                        int64_t grad_output, const std::array<int64_t, 5>& outputs, int threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulate<T>;
+    const auto [margin, eps, euclidean, swap] = options;
+    EmbeddingLoss<T> e{sizes[0],
+                       sizes[1],
+                       {},
+                       pointer<const A>(inputs[2][0]),
+                       inputs[2][1],
+                       margin,
+                       eps,
+                       euclidean,
+                       swap,
+                       denominator,
+                       pointer<const A>(grad_output),
+                       pointer<A>(outputs[0]),
+                       pointer<A>(outputs[1]),
+                       {},
+                       threads};
+    for (int i = 0; i < 3; ++i) {
+      e.inputs[i] = {pointer<const T>(inputs[i][0]), inputs[i][1]};
+      e.gradients[i] = pointer<T>(outputs[2 + i]);
+      const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
+      prefer_huge_pages(e.gradients[i], e.gradients[i] ? bytes : 0);
+    }
+    loss(e);
   });
 }
 
@@ -433,6 +473,19 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
   m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
+  const auto def_embedding_loss = [&](const char* name, const auto& loss) {
+    m.def(
+        name,
+        [loss](int dtype, std::array<int64_t, 2> sizes, const std::array<StridedTuple, 3>& inputs,
+               const std::tuple<double, double, bool, bool>& options, double denominator,
+               int64_t grad_output, const std::array<int64_t, 5>& outputs, int threads) {
+          run_embedding_loss(loss, dtype, sizes, inputs, options, denominator, grad_output, outputs,
+                             threads);
+        },
+        unlocked);
+  };
+  def_embedding_loss("triplet_margin_loss", [](const auto& e) { triplet_margin_loss(e); });
+  def_embedding_loss("cosine_embedding_loss", [](const auto& e) { cosine_embedding_loss(e); });
   m.def("row_gradients", &run_row_gradients, unlocked);
   m.def("row_state", &run_row_state, unlocked);
   m.def("softmax", &run_softmax, unlocked);

@@ -210,6 +210,27 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
     },
     "Similarity and ranking": {
+        "triplet_margin_loss": Entry(
+            r"\max(0,\; m + \lVert x - y \rVert_p - \lVert x - z \rVert_p)",
+            "Embeddings: x is to be nearer to y, which is alike, than to z, by a margin m.",
+            (
+                Curve("p 2, margin 1", (0.0, 1.0), others=(0.0,)),
+                Curve("p 2, margin 2", (0.0, 1.0), {"margin": 2.0}, (0.0,)),
+                Curve("p 1, margin 1", (0.0, 1.0), {"p": 1}, (0.0,)),
+            ),
+            axis="first of two features, y at 0, z at 1",
+        ),
+        "cosine_embedding_loss": Entry(
+            r"\begin{cases} 1 - \cos(x, y) & t = 1 \\"
+            r" \max(0,\; \cos(x, y) - m) & t = -1 \end{cases}",
+            "Embeddings whose length has no meaning: only the angle between a pair counts.",
+            (
+                Curve("target 1", (1.0, 1), others=(1.0,)),
+                Curve("target -1", (1.0, -1), others=(1.0,)),
+                Curve("target -1, margin 0.5", (1.0, -1), {"margin": 0.5}, (1.0,)),
+            ),
+            axis="first of two features, the second is 1",
+        ),
         "hinge_embedding_loss": Entry(
             r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
             "x is a distance: similar pairs should be close, and others at least a margin m apart.",
@@ -610,6 +631,17 @@ loss.backward()
 left, right = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
 alike = torch.randn(64).sign()  # 1 for pairs that are alike, -1 for others
 loss = F.hinge_embedding_loss((left - right).norm(dim=1), alike, margin=2.0)
+loss.backward()
+""",
+    "triplet_margin_loss": """
+anchor, positive, negative = torch.randn(3, 64, 128, requires_grad=True)
+loss = F.triplet_margin_loss(anchor, positive, negative, margin=0.5)
+loss.backward()
+""",
+    "cosine_embedding_loss": """
+first, second = torch.randn(2, 64, 128, requires_grad=True)
+target = torch.randn(64).sign()  # 1 for pairs that are alike, -1 for others
+loss = F.cosine_embedding_loss(first, second, target, margin=0.5)
 loss.backward()
 """,
     "margin_ranking_loss": """

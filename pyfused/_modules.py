@@ -15,6 +15,7 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CELU",
+    "CosineEmbeddingLoss",
     "ELU",
     "GEGLU",
     "GELU",
@@ -57,6 +58,7 @@ __all__ = [
     "Tanh",
     "Tanhshrink",
     "Threshold",
+    "TripletMarginLoss",
 ]
 
 
@@ -76,6 +78,24 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multi_margin_loss(input, target, p=self.p, margin=self.margin, weight=self.weight, reduction=self.reduction)
+
+
+class TripletMarginLoss(torch.nn.TripletMarginLoss):
+    """:class:`torch.nn.TripletMarginLoss` over :func:`pyfused.functional.triplet_margin_loss`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        return F.triplet_margin_loss(anchor, positive, negative, margin=self.margin, p=self.p, eps=self.eps, swap=self.swap, reduction=self.reduction)
+
+
+class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
+    """:class:`torch.nn.CosineEmbeddingLoss` over :func:`pyfused.functional.cosine_embedding_loss`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return F.cosine_embedding_loss(input1, input2, target, margin=self.margin, reduction=self.reduction)
 
 
 class MSELoss(torch.nn.MSELoss):

@@ -695,15 +695,34 @@ def same_shape(
         )
 
 
-def of_one_dimension_and_broadcasting(*operands: Tensor) -> None:
-    first, *others = operands
-    for name, other in zip(("input2", "target"), others, strict=True):
-        if other.dim() != first.dim():
+def of_one_dimension_and_broadcasting(input1: Tensor, input2: Tensor, target: Tensor) -> None:
+    _alike_in_dimensions("input1", input1, input2=input2, target=target)
+
+
+def triplets(anchor: Tensor, positive: Tensor, negative: Tensor) -> None:
+    _alike_in_dimensions("anchor", anchor, positive=positive, negative=negative)
+
+
+def _alike_in_dimensions(name: str, first: Tensor, **others: Tensor) -> None:
+    """Raises for tensors that do not broadcast, or have not as many dimensions as the first."""
+    for other, tensor in others.items():
+        if tensor.dim() != first.dim():
             raise RuntimeError(
-                f"{name}: expected as many dimensions as input1 of shape {tuple(first.shape)}, got "
-                f"shape {tuple(other.shape)}"
+                f"{other}: expected as many dimensions as {name} of shape {tuple(first.shape)}, "
+                f"got shape {tuple(tensor.shape)}"
             )
-        _broadcasts(name, first.shape, other.shape)
+        _broadcasts(other, first.shape, tensor.shape)
+
+
+def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> None:
+    if target.dim() > 1 or input1.dim() != target.dim() + 1:
+        raise RuntimeError(
+            "target: expected shape (N) beside inputs of shape (N, D), or () beside (D), got shape "
+            f"{tuple(target.shape)} beside {tuple(input1.shape)}"
+        )
+    _alike_in_dimensions("input1", input1, input2=input2)
+    for each in (input1, input2):
+        _broadcasts("target", each.shape[:-1], target.shape)
 
 
 def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:

@@ -68,6 +68,7 @@ from pyfused.ops.elementwise import (
 from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import (
+    COSINE_EMBEDDING_LOSS,
     CROSS_ENTROPY,
     KL_DIV_WITH_LOGITS,
     LINEAR_CROSS_ENTROPY,
@@ -79,6 +80,7 @@ from pyfused.ops.operators import (
     MULTI_MARGIN_LOSS,
     NLL_LOSS,
     SOFTMAX,
+    TRIPLET_MARGIN_LOSS,
 )
 from pyfused.types import (
     Approximate,
@@ -119,6 +121,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "cosine_embedding_loss",
     "cross_entropy",
     "cross_entropy_with_metrics",
     "elu",
@@ -174,6 +177,7 @@ __all__ = [
     "tanh",
     "tanhshrink",
     "threshold",
+    "triplet_margin_loss",
 ]
 
 
@@ -911,6 +915,93 @@ def multi_margin_loss(
     return call(
         MULTI_MARGIN_LOSS,
         (input, target, p, margin, weight, size_average, reduce, reduction),
+    )
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Returns how far the negative is from being farther than the positive by a margin.
+
+    With ``d(x, y) = ||x - y + eps||_p``, the loss of a row is ``max(0, margin + d(anchor, positive)
+    - d(anchor, negative))``, as defined by :func:`torch.nn.functional.triplet_margin_loss`.
+    Distances of another ``p`` than 1 and 2 are left to torch.
+
+    Args:
+        anchor: Embeddings, of shape (D) or (N, D), or of more dimensions before the features;
+            float32, float64, bfloat16 or float16.
+        positive: Embeddings of the same kind, of as many dimensions, which broadcast.
+        negative: Embeddings of another kind, likewise.
+        margin: A positive number: how much farther the negative is to be.
+        p: The norm's exponent.
+        eps: Is added to every difference.
+        swap: The negative's distance is the smaller one of that to the anchor and that to the
+            positive.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by their
+            number.
+
+    Returns:
+        The loss, of the inputs' dtype, or float32 under autocast: a scalar, or of the shape of the
+        inputs without the features for ``"none"``.
+
+    Raises:
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: An embedding is no tensor.
+    """
+    return call(
+        TRIPLET_MARGIN_LOSS,
+        (anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction),
+    )
+
+
+def cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Returns how far the angle of two embeddings is from what the target says of it.
+
+    The loss of a row is ``1 - cos`` for a target of 1, ``max(0, cos - margin)`` for -1, and 0 for
+    others, with ``cos = x1 . x2 / sqrt((x1 . x1 + 1e-12) (x2 . x2 + 1e-12))``, as defined by
+    :func:`torch.nn.functional.cosine_embedding_loss`.
+
+    Args:
+        input1: Embeddings, of shape (D) or (N, D); float32, float64, bfloat16 or float16.
+        input2: Embeddings, of as many dimensions, which broadcast.
+        target: 1 or -1 for each row, of shape () or (N), of any dtype.
+        margin: The cosine up to which embeddings that are to differ lose nothing.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by N.
+
+    Returns:
+        The loss, of the inputs' dtype, or float32 under autocast: a scalar, or of the target's
+        shape for ``"none"``.
+
+    Raises:
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: An input or the target is no tensor.
+    """
+    return call(
+        COSINE_EMBEDDING_LOSS,
+        (input1, input2, target, margin, size_average, reduce, reduction),
     )
 
 

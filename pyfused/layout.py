@@ -46,6 +46,13 @@ def row_sizes(input: Tensor) -> tuple[int, int, int]:
     return outer, input.numel() // (outer * classes), classes
 
 
+def feature_rows(tensor: Tensor) -> Tensor:
+    """Returns (..., D) as rows of contiguous features, copied where they are not."""
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
 def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
     """Returns the shape of the loss of logits (N, C, d1, ..., dk)."""
     if reduction != "none":

@@ -35,7 +35,6 @@ from torch.nn import Conv3d as Conv3d
 from torch.nn import ConvTranspose1d as ConvTranspose1d
 from torch.nn import ConvTranspose2d as ConvTranspose2d
 from torch.nn import ConvTranspose3d as ConvTranspose3d
-from torch.nn import CosineEmbeddingLoss as CosineEmbeddingLoss
 from torch.nn import CosineSimilarity as CosineSimilarity
 from torch.nn import CrossMapLRN2d as CrossMapLRN2d
 from torch.nn import DataParallel as DataParallel
@@ -118,7 +117,6 @@ from torch.nn import TransformerDecoder as TransformerDecoder
 from torch.nn import TransformerDecoderLayer as TransformerDecoderLayer
 from torch.nn import TransformerEncoder as TransformerEncoder
 from torch.nn import TransformerEncoderLayer as TransformerEncoderLayer
-from torch.nn import TripletMarginLoss as TripletMarginLoss
 from torch.nn import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
 from torch.nn import Unflatten as Unflatten
 from torch.nn import Unfold as Unfold
@@ -158,6 +156,8 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class CELU(torch.nn.CELU):
     def forward(self, input: Tensor) -> Tensor: ...
+class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor: ...
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     gamma: float
     inplace: bool
@@ -304,3 +304,5 @@ class Tanhshrink(torch.nn.Tanhshrink):
     def forward(self, input: Tensor) -> Tensor: ...
 class Threshold(torch.nn.Threshold):
     def forward(self, input: Tensor) -> Tensor: ...
+class TripletMarginLoss(torch.nn.TripletMarginLoss):
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor: ...

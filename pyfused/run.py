@@ -21,7 +21,7 @@ from pyfused.ops import custom_operators, dispatch, inductor, reasons
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.pointwise_loss import PointwiseLoss
+from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.patch import patch
 from pyfused.startup.sitecustomize import Calls, Counts
 
@@ -154,7 +154,7 @@ def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool) -> bool:
     """Returns whether nobody sees it, neither a hook or mode nor who reads warnings."""
     named = dict(zip(op.arguments, arguments, strict=True))
     tensors = [value for value in arguments if isinstance(value, Tensor)]
-    pointwise = isinstance(op, (PointwiseLoss, Composed))
+    pointwise = isinstance(op, (TensorLoss, Composed))
     captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return (
         tensors[0].numel() > 0

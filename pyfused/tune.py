@@ -17,6 +17,7 @@ from pyfused.ops import sizes
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import NllLoss
 from pyfused.ops.declaration import Operand, Operator
+from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated
 from pyfused.ops.softmax import Softmax
@@ -25,6 +26,7 @@ SMALLEST, LARGEST = 10, 24  # powers of two: the elements that are tried
 _SECONDS = 0.03  # for the calls of one size
 _ROUNDS = 7
 _MANY = 1000  # classes
+_FEATURES = 128  # of an embedding
 _WIN = 0.95  # the share of torch's time that is a clear win
 
 
@@ -35,17 +37,18 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
         second: The call is one that the second limit of the table is for.
     """
     classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
+    embeddings = isinstance(op, EmbeddingLoss)
     forward = second and isinstance(op, (Activation, Gated, NllLoss))  # calls without a gradient
     few = second and not forward
-    columns = (sizes.FEW if few else _MANY) if classes else 1
-    shape = (max(1, elements // columns), columns) if classes else (elements,)
-    of_all = (1,)  # a learnt slope
-    operands = [
-        _drawn(o, of_all if o.name == "weight" else shape) for o in op.operands if not o.optional
-    ]
+    columns = _FEATURES if embeddings else (sizes.FEW if few else _MANY) if classes else 1
+    shape = (max(1, elements // columns), columns) if classes or embeddings else (elements,)
+    shapes = {"weight": (1,)}  # a learnt slope
+    if embeddings:
+        shapes["target"] = shape[:1]
+    operands = [_drawn(o, shapes.get(o.name, shape)) for o in op.operands if not o.optional]
     input = operands[0].requires_grad_(not forward)
     options: dict[str, Any] = op.required | ({"dim": 1} if isinstance(op, Softmax) else {})
-    if second and not classes and "reduction" in op.arguments:
+    if second and (embeddings or not classes) and "reduction" in op.arguments:
         options["reduction"] = "none"
 
     def step(function: Callable[..., Tensor]) -> None:
@@ -57,10 +60,10 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
 
 
 def _drawn(operand: Operand, shape: tuple[int, ...]) -> Tensor:
-    if operand.indices:
-        return torch.randint(shape[1], shape[:1])
     if operand.sign:
         return torch.randn(shape).sign()
+    if operand.indices:
+        return torch.randint(shape[1], shape[:1])
     if math.isinf(operand.low):
         return torch.randn(shape)
     return operand.low + min(operand.high - operand.low, 2.0) * torch.rand(shape)

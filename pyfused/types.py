@@ -236,6 +236,19 @@ class MarginOptions(NamedTuple):
     reduction: str
 
 
+class EmbeddingOptions(NamedTuple):
+    """Options of losses of embeddings.
+
+    Attributes:
+        euclidean: Distances are those of p = 2, and not of p = 1.
+    """
+
+    margin: float
+    eps: float = 0.0
+    euclidean: bool = True
+    swap: bool = False
+
+
 ClassLossOptions = CrossEntropyOptions | NllOptions | MarginOptions
 
 

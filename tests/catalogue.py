@@ -30,6 +30,7 @@ from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.declaration import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
+from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
 from pyfused.ops.log_probs import LogProbsOfLogits
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS, OPERATORS
@@ -55,7 +56,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("dtype loss_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
         ("eps", [1e-3, 0.5]),
         ("filter_eps", [0.0]),
-        ("full log_input log_target reduce size_average squared", [False, True]),
+        ("full log_input log_target reduce size_average squared swap", [False, True]),
         ("deterministic_rows return_entropy return_lse", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient where p = 1 is NaN
         ("ignore_index", [0, 255, 1, -1]),
@@ -211,6 +212,9 @@ def operands(
         return logits_and_targets(op, shape, given, soft, features)
     if isinstance(op, Divergence):
         return predictions(shape, features)
+    if isinstance(op, EmbeddingLoss):
+        rows = tuple(shape)
+        return {o.name: draw(o, rows[:-1] if o.sign else rows, scale=0.5) for o in op.operands}
     assert not any(operand.indices for operand in op.operands), (
         f"{op.name}: catalogue.operands draws no class indices for a {type(op).__name__}"
     )

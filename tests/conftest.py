@@ -123,7 +123,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls: a test that compares torch with torch would pass without any."""
     calls = KernelCalls()
     dispatch.forget_plans()
-    for family in (*BY_NAME, "pointwise_loss", "activation", "softmax"):
+    for family in (*BY_NAME, "embedding_loss", "pointwise_loss", "activation", "softmax"):
         kernels = getattr(backend, family)
         monkeypatch.setattr(backend, family, calls.record(family, kernels))
     return calls

@@ -35,6 +35,7 @@ from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Operator, reduction_of
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
+from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
     KL_DIV_WITH_LOGITS,
@@ -91,6 +92,17 @@ def random_call(
         k = rng.randint(1, max(classes // 2, 1))
         found = predictions((*rows, classes), rng.randint(1, 20), k)
         found["logits"] *= rng.choice([1.0, 8.0])
+    elif isinstance(op, EmbeddingLoss):
+        shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))
+        if shape[-1] == 1:
+            shape[-1] = 5  # of one feature, gradients cancel but for a rounding error
+        given["margin"] = (
+            given.get("margin", 1.0) + 0.0137
+        )  # that no difference of a few features is
+        found = {
+            name: x[:1] if x.dim() > 1 and rng.once_in(8) else x  # it broadcasts
+            for name, x in operands(op, shape, given).items()
+        }
     elif isinstance(op, (Activation, Softmax)):
         found = of_one_shape(rng, elements, op, given)
     else:

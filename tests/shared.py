@@ -7,6 +7,7 @@ SHARED = (
     "test_contract_autograd.py",
     "test_backends.py",
     "test_class_losses.py",
+    "test_embedding_loss.py",
     "test_cross_entropy.py",
     "test_cross_entropy_options.py",
     "test_distillation.py",

@@ -97,7 +97,8 @@ def test_both_backends_have_the_same_functions() -> None:
     functions = {
         *("describe", "supports_rows", "product_dtype", "add_product", "cross_entropy"),
         *("nll_loss", "multi_margin_loss", "kl_div_with_logits", "pointwise_loss", "row_state"),
-        *("row_gradients", "softmax", "activation", "scale_", "check_class_indices"),
+        *("embedding_loss", "row_gradients", "softmax", "activation", "scale_"),
+        "check_class_indices",
     }
     for name in functions:
         one, another = (inspect.signature(getattr(module, name)) for module in (cpu, triton))

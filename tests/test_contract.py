@@ -37,7 +37,11 @@ from pyfused import nn
 from pyfused.ops import dispatch, sizes
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import LOGSIGMOID, PRELU
-from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTI_MARGIN_LOSS
+from pyfused.ops.operators import (
+    COSINE_EMBEDDING_LOSS,
+    LINEAR_TOPK_KL_DIV,
+    MULTI_MARGIN_LOSS,
+)
 
 close = torch.testing.assert_close
 
@@ -160,7 +164,7 @@ def test_layouts(
         # In the interpreter an example has one layout, and its operands have all beside that.
         for others in names if interpreter.ON else (layout, other):
             check_call(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
-        torchs = example.op is MULTI_MARGIN_LOSS and len(shape) == 3
+        torchs = example.op in (MULTI_MARGIN_LOSS, COSINE_EMBEDDING_LOSS) and len(shape) == 3
         assert kernel_calls.total() or torchs or example.op is LOGSIGMOID
 
 

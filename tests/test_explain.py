@@ -26,6 +26,7 @@ from pyfused.backends import cpu
 from pyfused.ops import reasons, sizes
 from pyfused.ops.declaration import Operator
 from pyfused.ops.elementwise import PRELU
+from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated, Halves
 
@@ -135,6 +136,10 @@ def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dic
     """Returns what makes the arguments of a call with an input, and for the second limit."""
 
     def arguments(x: Tensor, second: bool) -> tuple[list[Tensor], dict[str, Any]]:
+        if isinstance(op, EmbeddingLoss):
+            target = [torch.ones(len(x))] * op.has_target
+            reduction = {"reduction": "none"} if second else {}
+            return [x, *[x.detach()] * (len(op.inputs) - 1), *target], reduction
         if any(operand.indices for operand in op.operands):
             return [x, torch.zeros(len(x), dtype=torch.int64)], {}
         if isinstance(op, Gated) and second:

@@ -10,6 +10,7 @@
 
 #include "activation.h"
 #include "cross_entropy.h"
+#include "embedding_loss.h"
 #include "multi_margin_loss.h"
 #include "nll_loss.h"
 #include "pointwise_loss.h"
@@ -149,6 +150,45 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
   }
 }
 
+template <class T> void run_embeddings(std::string& bytes, const Shape& shape, int threads) {
+  using A = Accumulate<T>;
+  const int64_t rows = shape.outer * shape.inner, features = shape.classes, n = rows * features;
+  const std::vector<T> x = numbers<T>(n, 13), y = numbers<T>(n, 14), z = numbers<T>(n, 15);
+  const std::vector<A> grad_output = numbers<A>(rows, 16);
+  std::vector<A> target(rows);
+  for (int64_t i = 0; i < rows; ++i) target[i] = A(i % 3 - 1);
+  for (const bool each : {false, true}) {
+    std::vector<A> losses(each ? rows : 1);
+    std::vector<T> grad_x(n), grad_y(n), grad_z(n);
+    EmbeddingLoss<T> e{rows,
+                       features,
+                       {{{x.data(), features}, {y.data(), features}, {z.data(), features}}},
+                       target.data(),
+                       1,
+                       0.5,
+                       1e-6,
+                       each,
+                       each,
+                       1.0,
+                       grad_output.data(),
+                       each ? losses.data() : nullptr,
+                       each ? nullptr : losses.data(),
+                       {grad_x.data(), grad_y.data(), grad_z.data()},
+                       threads};
+    const auto keep = [&] {
+      append(bytes, losses);
+      append(bytes, grad_x);
+      append(bytes, grad_y);
+      append(bytes, grad_z);
+    };
+    triplet_margin_loss(e);
+    keep();
+    e.gradients[2] = nullptr;
+    cosine_embedding_loss(e);
+    keep();
+  }
+}
+
 template <class T> void run_softmax(std::string& bytes, const Shape& shape, int threads) {
   const int64_t n = shape.outer * shape.inner * shape.classes;
   const std::vector<T> input = numbers<T>(n, 11), grad_output = numbers<T>(n, 12);
@@ -207,6 +247,7 @@ std::string results(int threads) {
     for (const Shape& shape : kShapes) {
       run_cross_entropy<T>(bytes, shape, threads);
       run_class_losses<T>(bytes, shape, threads);
+      run_embeddings<T>(bytes, shape, threads);
       run_softmax<T>(bytes, shape, threads);
     }
     run_pointwise<T>(bytes, threads);

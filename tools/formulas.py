@@ -29,6 +29,7 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Operator
+from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.formulas import Kernel, Method, kernels
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
@@ -297,7 +298,7 @@ def is_thin(op: Operator) -> bool:
     if isinstance(op, (Activation, PointwiseLoss)) and not hasattr(torch.nn, op.module):
         return all(scalar.default is not None for scalar in op.scalars)
     return isinstance(
-        op, (Activation, PointwiseLoss, Composed, NllLoss, MultiMarginLoss)
+        op, (Activation, PointwiseLoss, Composed, EmbeddingLoss, NllLoss, MultiMarginLoss)
     ) and hasattr(torch.nn, op.module)
 
 

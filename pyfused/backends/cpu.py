@@ -31,6 +31,7 @@ from pyfused.layout import (
     contiguous_in,
     dense,
     empty_viewed,
+    feature_rows,
     in_rows,
     is_dense,
     loss_shape,
@@ -43,6 +44,7 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     DivergenceOptions,
+    EmbeddingOptions,
     Gradients,
     Kernels,
     MarginOptions,
@@ -483,6 +485,62 @@ def kl_div_with_logits(
         torch.get_num_threads(),
     )
     return loss, (grad,)
+
+
+def embedding_loss(
+    name: str,
+    inputs: tuple[Tensor, ...],
+    options: EmbeddingOptions,
+    reduction: str,
+    outputs: Outputs,
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares a loss of rows of features for tensors of these layouts.
+
+    Args:
+        name: The kernel's: ``"triplet_margin_loss"``, or ``"cosine_embedding_loss"``.
+        inputs: Three tensors (..., D) of one dtype in ``DTYPES``; or two, and a target (..., 1) of
+            the accumulation dtype.
+
+    Returns:
+        A function of the inputs, of None, of what the sum of the losses and the gradients are
+        divided by, and of the loss's gradient, one for each row; None stands for ones. It returns
+        the loss in the accumulation dtype, one for each row or their sum, and a gradient of each
+        input, where wanted.
+    """
+    first = inputs[0]
+    dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
+    leading, features = first.shape[:-1], first.shape[-1]
+    kernel, sizes, numbers = getattr(native, name), (leading.numel(), features), tuple(options)
+    new_loss = partial(empty, leading, accumulate)
+    if reduction != "none":
+        new_loss = partial(torch.empty_like, _SCALARS[accumulate])
+    new_gradient = _allocation(torch.empty(first.shape, dtype=first.dtype, device="meta"))
+
+    def launch(
+        inputs: Sequence[Tensor],
+        _weight: None,
+        denominator: float,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        views = [feature_rows(x) for x in inputs]
+        (grad_output,) = contiguous_in(accumulate, grad_output)
+        loss = new_loss() if outputs.loss else None
+        gradients = tuple([new_gradient() if wanted else None for wanted in outputs.gradients])
+        addresses = [*map(_address, gradients), 0, 0, 0][:3]
+        losses = (_address(loss), 0) if reduction == "none" else (0, _address(loss))
+        kernel(
+            dtype,
+            sizes,
+            [_rows_of(x) for x in (*views, None)[:3]],
+            numbers,
+            denominator,
+            _address(grad_output),
+            (*losses, *addresses),
+            torch.get_num_threads(),
+        )
+        return loss, gradients
+
+    return launch
 
 
 def row_state(

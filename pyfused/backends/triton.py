@@ -22,6 +22,7 @@ from pyfused.kernels.cross_entropy import (
     row_kernel,
     two_pass_kernel,
 )
+from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Launch, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel
@@ -38,6 +39,7 @@ from pyfused.layout import (
     contiguous_in,
     dense,
     empty_viewed,
+    feature_rows,
     in_rows,
     loss_shape,
     order_of,
@@ -49,6 +51,7 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     DivergenceOptions,
+    EmbeddingOptions,
     Gradients,
     Kernels,
     MarginOptions,
@@ -413,6 +416,50 @@ def _multi_margin_loss(
     prepared(multi_margin_kernel, choice, **meta)(programs, *given, *numbers)
     _add_up(parts, loss)
     return loss, (grad, None)
+
+
+def embedding_loss(
+    name: str,
+    inputs: tuple[Tensor, ...],  # noqa: ARG001 the launch is chosen for each call
+    options: EmbeddingOptions,
+    reduction: str,
+    outputs: Outputs,
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares a loss of rows of features; see ``cpu.embedding_loss``."""
+    triplet = name == "triplet_margin_loss"
+    kernel, count = (triplet_margin_kernel, 3) if triplet else (cosine_embedding_kernel, 2)
+    numbers = (options.margin, options.eps)[: count - 1]
+    meta: dict[str, Any] = {"EUCLIDEAN": options.euclidean, "SWAP": options.swap} if triplet else {}
+    wanted = (outputs.gradients or (False,) * count)[:count]
+
+    def run(
+        inputs: Sequence[Tensor],
+        _weight: None,
+        denominator: float,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        first = inputs[0]
+        views = [feature_rows(x) for x in inputs]
+        n, features = views[0].shape
+        strides = tuple([view.stride(0) for view in views])
+        rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
+        each = reduction == "none"
+        choice, programs, units = _tiling((1, n, features), first.element_size(), *rows, tensors=2)
+        accumulate = accumulate_dtype(first.dtype)
+        (grad_output,) = contiguous_in(accumulate, grad_output)
+        gradients = [first.new_empty(first.shape) if w else None for w in wanted]
+        loss = parts = None
+        if outputs.loss:
+            loss = parts = first.new_empty(first.shape[:-1] if each else (), dtype=accumulate)
+            if not each and programs > 1:
+                parts = first.new_empty(programs, dtype=accumulate)
+        divisor = None if denominator == 1 else int(denominator)
+        given = *views, grad_output, divisor, parts, *gradients, n, features, strides, *numbers
+        prepared(kernel, choice, EACH=each, **meta, **units)(programs, *given)
+        _add_up(parts, loss)
+        return loss, (*gradients, *[None] * (len(inputs) - count))
+
+    return run
 
 
 def row_state(

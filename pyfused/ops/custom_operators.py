@@ -27,7 +27,7 @@ from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
-from pyfused.ops.pointwise_loss import Gated, PointwiseLoss
+from pyfused.ops.pointwise_loss import Gated, TensorLoss
 from pyfused.ops.row_state import fields_of, results_of
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
@@ -232,8 +232,8 @@ def _declared(op: Operator, **family: Any) -> CompiledOperator:
     return CompiledOperator(op.name, _schema(op), count, value, empty_gradient=_empty, **family)
 
 
-def _of_loss(op: PointwiseLoss | ClassLoss) -> CompiledOperator:
-    kernels = _gradients_of_pointwise if isinstance(op, PointwiseLoss) else _gradients_of_classes
+def _of_loss(op: TensorLoss | ClassLoss) -> CompiledOperator:
+    kernels = _gradients_of_tensors if isinstance(op, TensorLoss) else _gradients_of_classes
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         found = kernels(op, given, wanted, grad_output)
@@ -262,7 +262,7 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient if gradient.stride() == empty.stride() else empty.copy_(gradient)
 
 
-def _gradients_of_pointwise(
+def _gradients_of_tensors(
     op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
     """Computes the gradients of operands alike in shape and dtype, which dispatch has checked."""
@@ -324,7 +324,7 @@ for _op in OPERATORS.values():
         _made = _of_softmax(_op)
     elif isinstance(_op, Gated):
         continue  # Inductor fuses it with what is around it
-    elif isinstance(_op, (PointwiseLoss, ClassLoss)) and _op is not CROSS_ENTROPY:
+    elif isinstance(_op, (TensorLoss, ClassLoss)) and _op is not CROSS_ENTROPY:
         _made = _of_loss(_op)
     else:
         continue

@@ -31,7 +31,7 @@ class Operand(NamedTuple):
         low, high: Between which its values have a meaning.
         differentiated: Whether the kernels compute its gradient.
         optional: It may be None.
-        indices: It may hold class indices.
+        indices: It may hold class indices, or other integers.
         sign: Its values are -1 and 1.
         number: It may be a float, which stands for a tensor full of it.
         enforced: What torch raises for other values, on CPUs, None where it does not look.

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pyfused import checks
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
-from pyfused.ops.declaration import Operand, Operator
+from pyfused.ops.declaration import Operand, Operator, Scalar
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import INPUT, WEIGHT
+from pyfused.ops.embedding_loss import (
+    EmbeddingLoss,
+    cosine_fallback_reason,
+    rows,
+    triplet_fallback_reason,
+)
 from pyfused.ops.linear_cross_entropy import (
     LinearCrossEntropy,
     linear_cross_entropy_fallback_reason,
@@ -72,6 +79,32 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
     ),
 )
 
+# ---- losses of embeddings ------------------------------------------------------------------------
+
+TRIPLET_MARGIN_LOSS = EmbeddingLoss(
+    name="triplet_margin_loss",
+    module="TripletMarginLoss",
+    operands=(Operand("anchor"), Operand("positive"), Operand("negative")),
+    scalars=(Scalar("margin"), Scalar("p"), Scalar("eps"), Scalar("swap", flag=True)),
+    shapes=checks.triplets,
+    denominators={"mean": rows},
+    fallback_reason=triplet_fallback_reason,
+)
+
+COSINE_EMBEDDING_LOSS = EmbeddingLoss(
+    name="cosine_embedding_loss",
+    module="CosineEmbeddingLoss",
+    operands=(
+        Operand("input1"),
+        Operand("input2"),
+        Operand("target", differentiated=False, indices=True, sign=True),
+    ),
+    scalars=(Scalar("margin"),),
+    shapes=checks.embeddings_and_target,
+    denominators={"mean": rows},
+    fallback_reason=cosine_fallback_reason,
+)
+
 # ---- distillation --------------------------------------------------------------------------------
 
 KL_DIV_WITH_LOGITS = Divergence(
@@ -132,6 +165,8 @@ OPERATORS: dict[str, Operator] = {
         LINEAR_TOPK_KL_DIV,
         NLL_LOSS,
         MULTI_MARGIN_LOSS,
+        TRIPLET_MARGIN_LOSS,
+        COSINE_EMBEDDING_LOSS,
         *elementwise.OPERATORS,
         SOFTMAX,
         LOG_SOFTMAX,

@@ -59,16 +59,11 @@ def weight_or_elements(
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class PointwiseLoss(Operator):
-    """A formula of each element of the operands, multiplied by ``weight``, and reduced.
-
-    Where the last operand is optional and given, the kernel is another one, named after both.
+class TensorLoss(Operator):
+    """A loss of several tensors that broadcast, multiplied by ``weight``, and reduced.
 
     Attributes:
-        formula: The loss of each element in torch's terms, from the operands and the scalars.
-        gradient: The loss's derivative by each operand, None for none, from the same arguments;
-            or None for what torch's rules make of the formula.
-        shapes: Raises where shapes of the formula's operands do not go together.
+        shapes: Raises where shapes of the operands do not go together.
         warns: Whether torch warns of an input and a target that broadcast. Beside that, and
             weights, its function does no more than call the built-in one of its name.
         warning: What torch warns of in a call with a reduction, None where of nothing.
@@ -76,15 +71,13 @@ class PointwiseLoss(Operator):
         weight_shape: Raises where ``weight`` does not go with the input.
         denominators: What the sum is divided by in each reduction but none and sum, from the
             expanded operands, the weight and the scalars.
-        arrange: What torch makes of the formula's operands before they broadcast.
-        variables: The formula's operands: all but the weight of losses.
+        arrange: What torch makes of the operands before they broadcast.
+        variables: The operands that the loss of an element is computed from: all but the weight.
         enforces: Whether torch raises for values of an operand.
         reduces: Whether it is a loss, rather than an activation of several tensors.
         asks_dtype: Whether the result of operands of one dtype may have another.
     """
 
-    formula: Callable[..., Tensor]
-    gradient: Callable[..., Gradients] | None = None
     shapes: Callable[..., None] = checks.broadcasting
     warns: bool = False
     warning: Callable[[Arguments], str | None] | None = None
@@ -98,8 +91,6 @@ class PointwiseLoss(Operator):
     asks_dtype: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.definition is None and not hasattr(F, self.name):
-            self.definition = self._definition()
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         place = self.arguments.index
@@ -112,55 +103,6 @@ class PointwiseLoss(Operator):
         self._weight = place("weight") if self.weight_shape is not None else None
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
         self._legacy = itemgetter(*map(place, legacy)) if legacy else None
-        if self.warns:
-            self.aten = self._built_in()
-
-    def _definition(self) -> Callable[..., Tensor]:
-        """Returns the function that torch does not have: operands, scalars, reduction."""
-        names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
-        defaults = {scalar.name: scalar.default for scalar in self.scalars}
-        defaults |= {"reduction": "mean"} if self.reduces else {}
-        parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
-
-        signature = inspect.Signature(parameters)
-
-        def definition(*arguments: Any, **by_name: Any) -> Tensor:
-            given = defaults | dict(zip(self.arguments, arguments, strict=False)) | by_name
-            for operand in self.operands:
-                checks.tensor(operand.name, given.get(operand.name))
-            self.check_scalars(tuple([given[name] for name in self.arguments]))
-            each = self.formula(*[given[name] for name in names])
-            return reduced(each, given.get("reduction", "none"))
-
-        definition.__signature__ = signature  # type: ignore[attr-defined]
-        return definition
-
-    def _built_in(self) -> Callable[..., Tensor]:
-        """torch's function without most of its cost, whose warning names the caller's line."""
-        reference, built_in = self.reference, getattr(torch._C._nn, self.name)
-        of_python = [i for i, name in enumerate(self.arguments) if name in _OF_PYTHON]
-        scalars = [place for place, _ in self.scalar_places]
-        reduction_place = self.arguments.index("reduction")
-
-        def aten(*arguments: Any) -> Tensor:
-            input, target = arguments[:2]
-            reduction = REDUCTIONS.get(arguments[reduction_place])
-            if reduction is None or type(target) not in (Tensor, Parameter):
-                return reference(*arguments)
-            for place in of_python:
-                if arguments[place] is not None:
-                    return reference(*arguments)
-            if input.shape != target.shape:
-                if is_dynamo_compiling():  # which cannot trace a warning
-                    return reference(*arguments)
-                _warn_of_broadcasting(input, target)
-                input, target = torch.broadcast_tensors(input, target)
-            loss: Tensor = built_in(input, target, reduction, *[arguments[i] for i in scalars])
-            return loss
-
-        return aten
 
     def plan(
         self,
@@ -183,7 +125,7 @@ class PointwiseLoss(Operator):
         alike = all(
             isinstance(o, Tensor) and o.shape == shape and o.dtype is dtype for o in operands
         )
-        return PointwisePlan(
+        return self.plan_type(
             op=self,
             backend=backend_of(operands[0]),
             # A copy, as the backward pass reads a tensor among them again.
@@ -198,6 +140,10 @@ class PointwiseLoss(Operator):
             warning=None if self.warning is None else self.warning(arguments),
             denominator=self.denominators.get(reduction),
         )
+
+    @property
+    def plan_type(self) -> type[PointwisePlan]:
+        return PointwisePlan
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the values of the scalars, which can be hashed."""
@@ -285,6 +231,76 @@ class PointwiseLoss(Operator):
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
+class PointwiseLoss(TensorLoss):
+    """A loss that is a formula of each element of the operands.
+
+    Where the last operand is optional and given, the kernel is another one, named after both.
+
+    Attributes:
+        formula: The loss of each element in torch's terms, from the operands and the scalars.
+        gradient: The loss's derivative by each operand, None for none, from the same arguments;
+            or None for what torch's rules make of the formula.
+    """
+
+    formula: Callable[..., Tensor]
+    gradient: Callable[..., Gradients] | None = None
+
+    def __post_init__(self) -> None:
+        if self.definition is None and not hasattr(F, self.name):
+            self.definition = self._definition()
+        super().__post_init__()
+        if self.warns:
+            self.aten = self._built_in()
+
+    def _definition(self) -> Callable[..., Tensor]:
+        """Returns the function that torch does not have: operands, scalars, reduction."""
+        names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
+        defaults = {scalar.name: scalar.default for scalar in self.scalars}
+        defaults |= {"reduction": "mean"} if self.reduces else {}
+        parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
+
+        signature = inspect.Signature(parameters)
+
+        def definition(*arguments: Any, **by_name: Any) -> Tensor:
+            given = defaults | dict(zip(self.arguments, arguments, strict=False)) | by_name
+            for operand in self.operands:
+                checks.tensor(operand.name, given.get(operand.name))
+            self.check_scalars(tuple([given[name] for name in self.arguments]))
+            each = self.formula(*[given[name] for name in names])
+            return reduced(each, given.get("reduction", "none"))
+
+        definition.__signature__ = signature  # type: ignore[attr-defined]
+        return definition
+
+    def _built_in(self) -> Callable[..., Tensor]:
+        """torch's function without most of its cost, whose warning names the caller's line."""
+        reference, built_in = self.reference, getattr(torch._C._nn, self.name)
+        of_python = [i for i, name in enumerate(self.arguments) if name in _OF_PYTHON]
+        scalars = [place for place, _ in self.scalar_places]
+        reduction_place = self.arguments.index("reduction")
+
+        def aten(*arguments: Any) -> Tensor:
+            input, target = arguments[:2]
+            reduction = REDUCTIONS.get(arguments[reduction_place])
+            if reduction is None or type(target) not in (Tensor, Parameter):
+                return reference(*arguments)
+            for place in of_python:
+                if arguments[place] is not None:
+                    return reference(*arguments)
+            if input.shape != target.shape:
+                if is_dynamo_compiling():  # which cannot trace a warning
+                    return reference(*arguments)
+                _warn_of_broadcasting(input, target)
+                input, target = torch.broadcast_tensors(input, target)
+            loss: Tensor = built_in(input, target, reduction, *[arguments[i] for i in scalars])
+            return loss
+
+        return aten
+
+
 class Gated(PointwiseLoss):
     """An activation of several tensors, such as one that another is a gate of.
 
@@ -349,7 +365,7 @@ def _number(value: Any, scalar: Scalar) -> Any:
 
 @cache
 def result_dtype(
-    op: PointwiseLoss,
+    op: TensorLoss,
     kinds: tuple[tuple[str, torch.dtype, int], ...],
     device: torch.device,
     autocast: torch.dtype | None,  # noqa: ARG001 a key
@@ -391,7 +407,7 @@ class PointwisePlan:
         halves: The dimension along which the operands are one tensor, None where they are several.
     """
 
-    op: PointwiseLoss
+    op: TensorLoss
     backend: Backend
     numbers: tuple[Any, ...]  # a flag that chooses the formula among them
     reduction: str
@@ -483,7 +499,7 @@ class PointwisePlan:
     def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
         """Returns the gradients of the operands, where they are needed."""
         *operands, weight, divisor = tensors
-        grad_output = grad_output.expand_as(operands[0])
+        grad_output = self.expanded(grad_output, operands)
         key = layouts(*operands, weight, grad_output)
         launch = self.launches.get(key)
         if launch is None:
@@ -515,8 +531,12 @@ class PointwisePlan:
             loss: Tensor = (each / (self.divisor if divisor is None else divisor)).to(each.dtype)
             return loss if weight is None else loss * weight
 
-        grad_output = grad_output.expand_as(operands[0])
+        grad_output = self.expanded(grad_output, operands)
         return differentiate(definition, operands, self.needs, grad_output)
+
+    def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        """Returns the gradient of each loss before these are reduced."""
+        return grad_output.expand_as(operands[0])
 
 
 class HalvesPlan(PointwisePlan):

@@ -43,11 +43,11 @@ FEW = VECTOR // 4 - 1  # classes; twice as many in half precision
 ON_CPU = {
     **_of(0, 0, "gaussian_nll_loss hinge_embedding_loss log_cosh_loss sigmoid_focal_loss softcap"),
     **_of(0, 0, "log_probs kl_div_with_logits multilabel_soft_margin_loss"),
+    **_of(0, 0, "triplet_margin_loss cosine_embedding_loss"),
     **_of(SMALL, MEDIUM, "binary_cross_entropy binary_cross_entropy_with_logits kl_div hinge_loss"),
     **_of(SMALL, MEDIUM, "margin_ranking_loss poisson_nll_loss soft_margin_loss quantile_loss"),
-    **_of(
-        SMALL, SMALL, f"gelu Formula LongFormula {' '.join(LINEAR)}"
-    ),  # elements of a head are logits
+    **_of(SMALL, SMALL, "gelu Formula LongFormula"),
+    **_of(SMALL, SMALL, " ".join(LINEAR)),  # elements of a head are logits
     **_of(MEDIUM, SMALL, "cross_entropy log_softmax"),
     **_of(MEDIUM, MEDIUM, "ClassLoss tanh mish softsign tanhshrink"),
     **_of(MEDIUM, NEVER, "multi_margin_loss"),
@@ -99,6 +99,7 @@ COMPILED = {
     **_of(PAGES, PAGES, "sigmoid silu gelu softmax log_softmax elu selu celu softplus logsigmoid"),
     **_of(PAGES, NEVER, "mse_loss l1_loss smooth_l1_loss huber_loss nll_loss kl_div"),
     **_of(PAGES, NEVER, "poisson_nll_loss binary_cross_entropy"),
+    **_of(PAGES, NEVER, "triplet_margin_loss cosine_embedding_loss"),
     **_of(1 << 16, PAGES, "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish"),
     **_of(1 << 16, PAGES, "hardshrink softshrink"),
     **_of(1 << 16, NEVER, "hinge_loss hinge_embedding_loss multi_margin_loss"),

@@ -62,6 +62,7 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     DivergenceOptions,
+    EmbeddingOptions,
     MarginOptions,
     NllOptions,
     Outputs,
@@ -217,6 +218,28 @@ def class_cases() -> Iterator[Case]:
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=2, **fields)
 
 
+def embedding_cases() -> Iterator[Case]:
+    for dtype, shape in product((BF16, F32, F16, F64), ((4096, 128), (4096, 4096), (4096, 16_384))):
+        x, target = empty(dtype, *shape), empty(accumulate_dtype(dtype), shape[0], 1)
+        targets = SOME if dtype in (F16, F64) else tuple(TARGETS)
+        if shape[1] == 128:  # which a warp of 64 threads does not read 16 bytes a thread
+            targets = tuple(target for target in targets if target != "gfx942")
+        fields: Any = {"launches": 2, "targets": targets}
+        for euclidean, swap in product((True, False), (False, True)):
+            options = EmbeddingOptions(1.0, 1e-6, euclidean, swap)
+            given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
+            run = partial(launch_embeddings, given, Outputs(True, (True,) * 3))
+            kind = f"p {2 if euclidean else 1}{' swap' * swap}"
+            yield case("triplet_margin_loss", dtype, shape, run, kind, **fields)
+        given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(0.5), "mean"
+        run = partial(launch_embeddings, given, Outputs(True, (True, True, False)))
+        yield case("cosine_embedding_loss", dtype, shape, run, **fields)
+
+
+def launch_embeddings(given: tuple[Any, ...], outputs: Outputs) -> None:
+    backend.embedding_loss(*given, outputs)(given[1], None, float(len(given[1][0])))
+
+
 def prepare_and_launch(prepare: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> None:
     """Prepares within the run of a case, as the choice of a launch asks for the target."""
     prepare(*arguments)(*tensors)
@@ -282,7 +305,7 @@ def pointwise_cases() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    return [*pointwise_cases(), *cross_entropy_cases(), *class_cases()]
+    return [*pointwise_cases(), *cross_entropy_cases(), *class_cases(), *embedding_cases()]
 
 
 # ---- compiling -----------------------------------------------------------------------------------

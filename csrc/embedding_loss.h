@@ -1,0 +1,50 @@
+// Losses of embeddings: rows of features of several tensors, reduced to a few sums for each row.
+//
+//   triplet   loss = max(0, margin + |u| - |v|),    u = x - y + eps, v = x - z + eps, w = y - z +
+//   eps
+//             with swap |v| is the smaller one of |v| and |w|; |u| is sum_i |u_i|, or with
+//             `euclidean` its square root of squares
+//             dloss/dx = u' - v', dloss/dy = -u', dloss/dz = v',    u'_i = u_i / |u| or sign u_i
+//             where |w| is the smaller one, w' is subtracted from y and added to z, and not v'
+//   cosine    loss = 1 - cos of a target of 1, max(0, cos - margin) of -1, and 0 of others
+//             cos = x.y / sqrt(X Y),    X = x.x + 1e-12, Y = y.y + 1e-12
+//             dcos/dx = y / sqrt(X Y) - cos x / X,    dcos/dy = x / sqrt(X Y) - cos y / Y
+//
+// torch: F.triplet_margin_loss(x, y, z, margin=..., p=..., eps=..., swap=...)
+//        F.cosine_embedding_loss(x, y, target, margin=...)
+//
+// Shapes: each is (N, D) with contiguous features. Memory traffic: each input is read once and each
+// gradient is written once; the second read hits the cache.
+#pragma once
+
+#include <array>
+
+#include "cross_entropy_terms.h"
+
+namespace pyfused {
+
+template <class T> struct EmbeddingLoss {
+  using A = Accumulate<T>;
+  struct Rows {
+    const T* data;
+    int64_t stride;
+  };
+
+  int64_t rows, features;
+  std::array<Rows, 3> inputs;  // x, y and z
+  const A* target;
+  int64_t target_stride;
+  double margin, eps;
+  bool euclidean, swap;
+  double denominator;  // what the sum of the losses and the gradients are divided by
+  const A* grad_output;  // of each row; null for ones
+  A* losses;  // of each row; null if not wanted
+  A* sum;  // their sum; null if not wanted
+  std::array<T*, 3> gradients;  // (N, D), dense; null if not wanted
+  int threads;
+};
+
+template <class T> void triplet_margin_loss(const EmbeddingLoss<T>& e);
+template <class T> void cosine_embedding_loss(const EmbeddingLoss<T>& e);
+
+}  // namespace pyfused

@@ -1,0 +1,196 @@
+"""Losses of embeddings: rows of features of several tensors, reduced to a few sums for each row.
+
+    triplet   loss = max(0, margin + |u| - |v|),  u = x - y + eps, v = x - z + eps, w = y - z + eps
+              with SWAP |v| is the smaller one of |v| and |w|; |u| is sum_i |u_i|, or with EUCLIDEAN
+              its square root of squares
+              dloss/dx = u' - v', dloss/dy = -u', dloss/dz = v',    u'_i = u_i / |u| or sign u_i
+              where |w| is the smaller one, w' is subtracted from y and added to z, and not v'
+    cosine    loss = 1 - cos of a target of 1, max(0, cos - margin) of -1, and 0 of others
+              cos = x.y / sqrt(X Y),    X = x.x + 1e-12, Y = y.y + 1e-12
+              dcos/dx = y / sqrt(X Y) - cos x / X,    dcos/dy = x / sqrt(X Y) - cos y / Y
+
+Shapes: each is (n, D), with features contiguous. Bytes: each input is read once, and for gradients
+a second time, mostly from cache; each gradient is written once.
+
+torch: F.triplet_margin_loss(x, y, z, margin=..., p=..., eps=..., swap=...)
+       F.cosine_embedding_loss(x, y, target, margin=...)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .program import root, sign
+from .rows import block_of_rows, multiple, pointers, row_scale, row_starts, scalar, store_loss
+
+EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 as a float, as torch has it
+
+
+@triton.jit
+def load_rows(x, rows, c, mask, stride, A: tl.constexpr, CLASS_UNIT: tl.constexpr):
+    starts = row_starts(x, 0, rows, 0, stride, 1, CLASS_UNIT)
+    return tl.load(pointers(starts, c, 1, 1), mask=mask, other=0.0).to(A)
+
+
+@triton.jit
+def store_rows(grad, rows, c, mask, features, gradient, CLASS_UNIT: tl.constexpr):
+    if grad is not None:
+        starts = row_starts(grad, 0, rows, 0, features, 1, CLASS_UNIT)
+        tl.store(pointers(starts, c, 1, 1), gradient, mask=mask)
+
+
+@triton.jit
+def size(u, mask, EUCLIDEAN: tl.constexpr):
+    return tl.where(mask, u * u if EUCLIDEAN else tl.abs(u), 0.0)
+
+
+@triton.jit
+def distance(sums, EUCLIDEAN: tl.constexpr):
+    total = tl.sum(sums, 1)
+    return root(total) if EUCLIDEAN else total
+
+
+@triton.jit
+def factor(distance, slope, EUCLIDEAN: tl.constexpr):
+    """What the derivatives of a distance's terms are multiplied by."""
+    if EUCLIDEAN:
+        slope = tl.where(distance == 0.0, 0.0, slope / distance)
+    return slope[:, None]
+
+
+@triton.jit
+def derivative(u, EUCLIDEAN: tl.constexpr):
+    return u if EUCLIDEAN else sign(u)  # of NaN 0, as in torch
+
+
+@triton.jit(do_not_specialize=["denominator"])
+def triplet_margin_kernel(
+    x,
+    y,
+    z,
+    grad_output,
+    denominator,
+    loss,
+    grad_x,
+    grad_y,
+    grad_z,
+    n,
+    features,
+    strides,
+    margin: tl.float64,
+    eps: tl.float64,
+    EUCLIDEAN: tl.constexpr,
+    SWAP: tl.constexpr,
+    EACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLASS_UNIT: tl.constexpr = 1,
+):
+    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    features = multiple(features, CLASS_UNIT)
+    _, rows, in_bounds = block_of_rows(n, ROWS)
+    scale = row_scale(grad_output, denominator, rows, in_bounds, A)
+    shift = scalar(eps, A)
+    uu = tl.zeros([ROWS, BLOCK], A)
+    vv = tl.zeros([ROWS, BLOCK], A)
+    ww = tl.zeros([ROWS, BLOCK], A)
+    for start in range(0, features, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        mask = in_bounds[:, None] & (c < features)[None, :]
+        a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
+        b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
+        d = load_rows(z, rows, c, mask, strides[2], A, CLASS_UNIT)
+        uu += size(a - b + shift, mask, EUCLIDEAN)
+        vv += size(a - d + shift, mask, EUCLIDEAN)
+        if SWAP:
+            ww += size(b - d + shift, mask, EUCLIDEAN)
+    u = distance(uu, EUCLIDEAN)
+    v = distance(vv, EUCLIDEAN)
+    w = distance(ww, EUCLIDEAN) if SWAP else v
+    nearest = tl.where((v < w) | (v != v), v, w)  # NaN if either is NaN
+    excess = scalar(margin, A) + u - nearest
+    if grad_x is not None or grad_y is not None or grad_z is not None:
+        slope = tl.where(excess >= 0.0, scale, 0.0)
+        half = tl.where(v == w, 0.5 * slope, slope) if SWAP else slope
+        by_u = factor(u, slope, EUCLIDEAN)
+        by_v = factor(v, tl.where(v > w, 0.0, half), EUCLIDEAN)
+        by_w = factor(w, tl.where(v < w, 0.0, half), EUCLIDEAN)
+        for start in range(0, features, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = in_bounds[:, None] & (c < features)[None, :]
+            a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
+            b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
+            d = load_rows(z, rows, c, mask, strides[2], A, CLASS_UNIT)
+            of_u = by_u * derivative(a - b + shift, EUCLIDEAN)
+            of_v = by_v * derivative(a - d + shift, EUCLIDEAN)
+            store_rows(grad_x, rows, c, mask, features, of_u - of_v, CLASS_UNIT)
+            if SWAP:
+                of_w = by_w * derivative(b - d + shift, EUCLIDEAN)
+                of_u += of_w
+                of_v += of_w
+            store_rows(grad_y, rows, c, mask, features, -of_u, CLASS_UNIT)
+            store_rows(grad_z, rows, c, mask, features, of_v, CLASS_UNIT)
+    if loss is not None:
+        value = tl.where(excess < 0.0, 0.0, excess)
+        store_loss(loss, value, scale, rows, in_bounds, in_bounds, rows < 0, EACH)
+
+
+@triton.jit(do_not_specialize=["denominator"])
+def cosine_embedding_kernel(
+    x,
+    y,
+    target,
+    grad_output,
+    denominator,
+    loss,
+    grad_x,
+    grad_y,
+    n,
+    features,
+    strides,
+    margin: tl.float64,
+    EACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLASS_UNIT: tl.constexpr = 1,
+):
+    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    features = multiple(features, CLASS_UNIT)
+    _, rows, in_bounds = block_of_rows(n, ROWS)
+    scale = row_scale(grad_output, denominator, rows, in_bounds, A)
+    label = tl.load(target + rows.to(tl.int64) * strides[2], mask=in_bounds, other=0.0)
+    same = label.to(A) == 1.0
+    different = label.to(A) == -1.0
+    xy = tl.zeros([ROWS, BLOCK], A)
+    xx = tl.zeros([ROWS, BLOCK], A)
+    yy = tl.zeros([ROWS, BLOCK], A)
+    for start in range(0, features, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        mask = in_bounds[:, None] & (c < features)[None, :]
+        a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
+        b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
+        xy += a * b
+        xx += a * a
+        yy += b * b
+    of_x = tl.sum(xx, 1) + EPS
+    of_y = tl.sum(yy, 1) + EPS
+    norms = root(of_x) * root(of_y)  # the product of the sums may overflow
+    cosine = tl.sum(xy, 1) / norms
+    excess = cosine - scalar(margin, A)
+    if grad_x is not None or grad_y is not None:
+        slope = tl.where(same, -scale, tl.where(different & (excess >= 0.0), scale, 0.0))
+        across = (slope / norms)[:, None]
+        by_x = (slope * cosine / of_x)[:, None]
+        by_y = (slope * cosine / of_y)[:, None]
+        for start in range(0, features, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            mask = in_bounds[:, None] & (c < features)[None, :]
+            a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
+            b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
+            store_rows(grad_x, rows, c, mask, features, across * b - by_x * a, CLASS_UNIT)
+            store_rows(grad_y, rows, c, mask, features, across * a - by_y * b, CLASS_UNIT)
+    if loss is not None:
+        above = tl.where(excess < 0.0, 0.0, excess)
+        value = tl.where(same, 1.0 - cosine, tl.where(different, above, 0.0))
+        store_loss(loss, value, scale, rows, in_bounds, in_bounds, rows < 0, EACH)

@@ -1,0 +1,137 @@
+"""Losses of embeddings, which compare rows of features: their declaration, and their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfused import checks
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.declaration import Arguments
+from pyfused.ops.gradients import autocast_dtype
+from pyfused.ops.pointwise_loss import PointwisePlan, TensorLoss
+from pyfused.types import EmbeddingOptions, Gradients, Outputs
+
+
+def rows(operands: Sequence[Tensor], *_: Any) -> float:
+    return float(operands[0].shape[:-1].numel())
+
+
+def triplet_fallback_reason(
+    anchor: Tensor, positive: Tensor, negative: Tensor, margin: Any, p: Any, eps: Any, *_: Any
+) -> str | None:
+    if type(p) not in (int, float) or p not in (1, 2):
+        return "p is neither 1 nor 2"
+    if isinstance(margin, Tensor) or isinstance(eps, Tensor):
+        return "margin or eps is a tensor"
+    return _differ_in_features(anchor, positive, negative)
+
+
+def cosine_fallback_reason(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: Any, *_: Any
+) -> str | None:
+    if isinstance(margin, Tensor):
+        return "margin is a tensor"
+    if target.dim() != input1.dim() - 1 or target.dim() > 1:
+        return "the target has a dimension more or less than rows of the inputs"
+    return _differ_in_features(input1, input2)
+
+
+def _differ_in_features(first: Tensor, *others: Tensor) -> str | None:
+    """Returns why the kernels do not take such shapes: dimensions before the features broadcast."""
+    if first.dim() and all(x.dim() == first.dim() for x in others):
+        if all(x.shape[-1] == first.shape[-1] for x in others):
+            return None
+        return "the inputs differ in the number of features"
+    return "the inputs differ in the number of dimensions, or have none"
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class EmbeddingLoss(TensorLoss):
+    """A loss of each row of features of two or three tensors.
+
+    The last operand is a row, too, or a target of each row that is 1 or -1.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.has_target = self.operands[-1].sign
+        self.inputs = self.operands[: len(self.operands) - self.has_target]
+        self.broadcast = tuple(range(1, len(self.inputs)))
+
+    @property
+    def plan_type(self) -> type[PointwisePlan]:
+        return EmbeddingPlan
+
+    def check_scalars(self, arguments: Arguments) -> None:
+        super().check_scalars(arguments)
+        if not self.has_target:
+            checks.bounded("margin", arguments[len(self.inputs)], positive=True)
+
+    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+        if self.has_target:
+            operands = *operands[:-1], operands[-1].squeeze(-1)
+        return super().of_each(operands, numbers)
+
+    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
+        return "row by row"
+
+    def _dtypes(
+        self,
+        arguments: Arguments,
+        input: Tensor,
+        reduction: str,  # noqa: ARG002
+    ) -> tuple[torch.dtype, torch.dtype]:
+        tensors = arguments[: len(self.inputs)]
+        dtypes = [autocast_dtype(tensor.dtype, input.device) for tensor in tensors]
+        dtype = reduce(torch.promote_types, dtypes)
+        return dtype, dtype
+
+
+class EmbeddingPlan(PointwisePlan):
+    """Computes the calls of one signature: a row is for it what an element is for a formula."""
+
+    op: EmbeddingLoss
+
+    def arranged(
+        self, operands: Sequence[Any], weight: Tensor | None
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Returns the inputs in one dtype, and as many rows of each operand."""
+        dtypes = [self.dtype] * len(operands)
+        if self.op.has_target:
+            *inputs, target = operands
+            dtypes[-1] = accumulate_dtype(self.dtype)
+            if target.dtype is torch.float64 is not dtypes[-1]:  # what is near 1 is not to become 1
+                target = (target == 1).to(dtypes[-1]) - (target == -1).to(dtypes[-1])
+            operands = *inputs, target.unsqueeze(-1)
+        operands = [x if x.dtype is d else x.to(d) for x, d in zip(operands, dtypes, strict=True)]
+        leading = [x.shape[:-1] for x in operands]
+        if leading.count(leading[0]) < len(leading):
+            # torch.broadcast_shapes would import a compiler.
+            shape = torch.broadcast_tensors(*[x[..., :1] for x in operands])[0].shape[:-1]
+            operands = [x.expand(*shape, -1) for x in operands]
+        return operands, weight
+
+    def prepared(
+        self,
+        operands: Sequence[Tensor],
+        weight: Tensor | None,  # noqa: ARG002 there is none
+        outputs: Outputs,
+        grad_output: Tensor | None,  # noqa: ARG002 any layout will do
+    ) -> Callable[..., tuple[Tensor | None, Gradients]]:
+        op, named = self.op, dict(zip([s.name for s in self.op.scalars], self.numbers, strict=True))
+        euclidean = named.pop("p", 2.0) == 2.0
+        options = EmbeddingOptions(**named, euclidean=euclidean)
+        prepare: Callable[..., Any] = self.backend.embedding_loss
+        launch: Callable[..., Any] = prepare(
+            op.name, tuple(operands), options, self.reduction, outputs
+        )
+        return launch
+
+    def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        return grad_output.expand(operands[0].shape[:-1])
