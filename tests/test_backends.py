@@ -15,6 +15,7 @@ from grid import grid
 from processes import python
 
 from pyfused import backends
+from pyfused import functional as fused
 from pyfused.backends import cpu, versions
 from pyfused.functional import cross_entropy
 from pyfused.ops import dispatch, reasons, sizes
@@ -116,6 +117,19 @@ def test_the_first_class_index_out_of_range_is_named(step: int, invalid: int) ->
     target[5] = target[6] = invalid
     with pytest.raises(IndexError, match=rf"got {invalid} at position \(5,\)"):
         cpu.check_class_indices(target, 7, -100)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_wrong_class_index_is_named_without_kernels(
+    linear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "MISSING", "no kernels")
+    monkeypatch.setattr(cpu, "native", object())
+    function = fused.linear_log_probs if linear else fused.log_probs
+    tensors = (torch.ones(3, 4), torch.ones(5, 4)) if linear else (torch.ones(3, 5),)
+    with pytest.raises(IndexError, match=r"target: .*\[0, 5\).*got 9 at position \(1,\)"):
+        function(*tensors, torch.tensor([0, 9, 1]))
 
 
 def test_an_unknown_backend_is_an_error_that_names_the_known() -> None:

@@ -130,9 +130,8 @@ class LogProbsOfLogits(Operator):
         """Raises for bad input; class indices are read only where that does not synchronise."""
         *tensors, target, options = arguments
         self.check_shapes(arguments)
-        if not is_compiled(tensors[0]):
-            given = target.to(torch.int64), self.classes(tensors), options.ignore_index
-            backend_of(target).check_class_indices(*given)
+        if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
+            checks.class_indices(self.classes(tensors), target, options.ignore_index)
 
     def check_shapes(self, arguments: Arguments) -> None:
         checks.log_probs(*arguments)
