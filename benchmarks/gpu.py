@@ -103,16 +103,21 @@ class Clock:
         return time.perf_counter() - started
 
 
-def peak_gradients(call: Step, arguments: Arguments) -> float | None:
-    """Returns the most memory that a call takes, in gradients of the input."""
-    if not arguments.input.is_cuda:
-        return None
+def peak(call: Step) -> int:
+    """Returns the bytes of a GPU that a call takes beyond its arguments, results included."""
+    if not torch.cuda.is_available():
+        return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / arguments.input.nbytes
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_gradients(call: Step, arguments: Arguments) -> float | None:
+    """Returns the most memory that a call takes, in gradients of the input."""
+    return peak(call) / arguments.input.nbytes if arguments.input.is_cuda else None
 
 
 def measure(case: Case, mode: str, arguments: Arguments, clock: Clock) -> Row:

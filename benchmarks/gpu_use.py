@@ -17,7 +17,7 @@ from unittest import mock
 import cases
 import torch
 from cases import BF16, Case, HeadCase, M, Step, interleaved, ratios
-from gpu import Clock, measured_on
+from gpu import Clock, measured_on, peak
 from report import machine, spread, tabulated
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,18 +131,6 @@ def peers_of(given: HeadCase) -> dict[str, Step]:
     return peers
 
 
-def peak(call: Step, device: str) -> int:
-    """Returns the bytes that a call takes beyond its arguments, its results among them."""
-    if device == "cpu":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def head_rows(case: tuple[int, ...], clock: Clock, device: str, rounds: int) -> list[list[str]]:
     given = HeadCase(*case, dtype=BF16, device=device)
     rows = []
@@ -156,7 +144,7 @@ def head_rows(case: tuple[int, ...], clock: Clock, device: str, rounds: int) -> 
                 for got, right in zip(way(), expected, strict=True):
                     difference = (got.float() - right.float()).norm() / right.float().norm()
                     assert difference <= NORM, f"{name}: {difference:.3f} of the norm"
-        peaks = {name: peak(way, device) / given.logits for name, way in ways.items()}
+        peaks = {name: peak(way) / given.logits for name, way in ways.items()}
         timers = [clock.timer(way, small=False) for way in ways.values()]
         interleaved(timers, 1, 1)
         times = interleaved(timers, rounds, 1)
@@ -241,7 +229,7 @@ def training_rows(model: GPT2, batch: int, device: str, rounds: int) -> list[lis
     }
     losses = [way() for way in ways.values()]
     assert max(losses) - min(losses) < 0.1, losses  # a step at 1e-5 changes little
-    peaks = [peak(way, device) for way in ways.values()]
+    peaks = [peak(way) for way in ways.values()]
     timers = [partial(Clock("cpu").at_once, way) for way in ways.values()]  # .item() waits
     interleaved(timers, 1, WARM_UP)
     times = interleaved(timers, rounds, 1)
