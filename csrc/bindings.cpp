@@ -226,7 +226,7 @@ void run_embedding_loss(const Loss& loss, int dtype, std::array<int64_t, 2> size
                        pointer<A>(outputs[0]),
                        pointer<A>(outputs[1]),
                        {},
-                       threads};
+                       threads_for(sizes[0] * sizes[1], threads)};
     for (int i = 0; i < 3; ++i) {
       e.inputs[i] = {pointer<const T>(inputs[i][0]), inputs[i][1]};
       e.gradients[i] = pointer<T>(outputs[2 + i]);

@@ -39,6 +39,8 @@ template <class T, int kInputs> struct EmbeddingTile {
   A factors[3][kTileRows];
   alignas(kVectorBytes) A gradients[kInputs][kTile];
 
+  const A* row(int i, int64_t r) const { return x[i] + r * stride[i]; }
+
   void load(const EmbeddingLoss<T>& e, int64_t row, int64_t first, int64_t n) {
     features = n;
     for (int i = 0; i < kInputs; ++i) {
@@ -108,8 +110,7 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
     const A eps = A(e.eps);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t n = tile.features;
-      const A *const x = tile.x[0] + r * tile.stride[0], *const y = tile.x[1] + r * tile.stride[1],
-                     *const z = tile.x[2] + r * tile.stride[2];
+      const A *const x = tile.row(0, r), *const y = tile.row(1, r), *const z = tile.row(2, r);
       add_sums<kSwap, A>(
           tile.sums[r], n, [=](int64_t i) { return size<kEuclidean>(x[i] - y[i] + eps); },
           [=](int64_t i) { return size<kEuclidean>(x[i] - z[i] + eps); },
@@ -149,8 +150,7 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
     const A eps = A(e.eps);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t n = tile.features;
-      const A *const x = tile.x[0] + r * tile.stride[0], *const y = tile.x[1] + r * tile.stride[1],
-                     *const z = tile.x[2] + r * tile.stride[2];
+      const A *const x = tile.row(0, r), *const y = tile.row(1, r), *const z = tile.row(2, r);
       A *const grad_x = tile.gradients[0] + r * n, *const grad_y = tile.gradients[1] + r * n,
                *const grad_z = tile.gradients[2] + r * n;
       const A by_u = tile.factors[0][r], by_v = tile.factors[1][r], by_w = tile.factors[2][r];
@@ -174,7 +174,7 @@ struct CosineEmbedding {
   template <class T> static void add(const EmbeddingLoss<T>&, Tile<T>& tile) {
     using A = Accumulate<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const A *const x = tile.x[0] + r * tile.stride[0], *const y = tile.x[1] + r * tile.stride[1];
+      const A *const x = tile.row(0, r), *const y = tile.row(1, r);
       add_sums<true, A>(
           tile.sums[r], tile.features, [=](int64_t i) { return x[i] * y[i]; },
           [=](int64_t i) { return x[i] * x[i]; }, [=](int64_t i) { return y[i] * y[i]; });
@@ -207,7 +207,7 @@ struct CosineEmbedding {
     using A = Accumulate<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t n = tile.features;
-      const A *const x = tile.x[0] + r * tile.stride[0], *const y = tile.x[1] + r * tile.stride[1];
+      const A *const x = tile.row(0, r), *const y = tile.row(1, r);
       A *const grad_x = tile.gradients[0] + r * n, *const grad_y = tile.gradients[1] + r * n;
       const A across = tile.factors[0][r], by_x = tile.factors[1][r], by_y = tile.factors[2][r];
       PYFUSED_SIMD()
