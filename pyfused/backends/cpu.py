@@ -273,7 +273,7 @@ def cross_entropy(
         new_gradient, gradient_strides = _viewed_like(logits)
     if of_target:
         new_target_gradient, target_gradient_strides = _viewed_like(probabilities)
-    new_loss = _new_loss(input, options.reduction)
+    new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
     numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
     native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers)
@@ -355,7 +355,7 @@ def nll_loss(
     sizes, strides = row_sizes(input), strides_of(input)
     view, view_strides = viewed(input)
     new_gradient, gradient_strides = _viewed_like(view)
-    new_loss = _new_loss(input, options.reduction)
+    new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
     reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
     needs_gradient = any(outputs.gradients)
 
@@ -408,7 +408,8 @@ def multi_margin_loss(
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``."""
     dtype, accumulate, shape = DTYPES[input.dtype], accumulate_dtype(input.dtype), input.shape
-    new_loss, needs_gradient = _new_loss(input, options.reduction), any(outputs.gradients)
+    new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
+    needs_gradient = any(outputs.gradients)
     reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
 
     def launch(
@@ -462,14 +463,13 @@ def kl_div_with_logits(
     Returns:
         The loss is in the accumulation dtype; the gradient is the input's.
     """
-    input, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (input, teacher))
+    input, teacher = feature_rows(input), feature_rows(teacher)
     each, grad = options.reduction == "none", None
     if any(outputs.gradients):
         grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
-    token_weight, grad_output = contiguous_in(
-        accumulate_dtype(input.dtype), options.token_weight, grad_output
-    )
-    loss = _new_loss(input, "none" if each else "sum")() if outputs.loss else None
+    accumulate = accumulate_dtype(input.dtype)
+    token_weight, grad_output = contiguous_in(accumulate, options.token_weight, grad_output)
+    loss = _new_loss(input.shape[:1] if each else (), accumulate)() if outputs.loss else None
     native.kl_div_with_logits(
         DTYPES[input.dtype],
         input.shape,
@@ -511,9 +511,7 @@ def embedding_loss(
     dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
     leading, features = first.shape[:-1], first.shape[-1]
     kernel, sizes, numbers = getattr(native, name), (leading.numel(), features), tuple(options)
-    new_loss = partial(empty, leading, accumulate)
-    if reduction != "none":
-        new_loss = partial(torch.empty_like, _SCALARS[accumulate])
+    new_loss = _new_loss(leading if reduction == "none" else (), accumulate)
     new_gradient = _allocation(torch.empty(first.shape, dtype=first.dtype, device="meta"))
 
     def launch(
@@ -620,14 +618,11 @@ def _rows_of(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-def _new_loss(input: Tensor, reduction: str) -> Callable[[], Tensor]:
-    """Returns what allocates the loss of (N, C, d1, ..., dk), in the accumulation dtype."""
-    shape, accumulate = loss_shape(input, reduction), accumulate_dtype(input.dtype)
-    return (
-        partial(empty, shape, accumulate)
-        if shape
-        else partial(torch.empty_like, _SCALARS[accumulate])
-    )
+def _new_loss(shape: Sequence[int], accumulate: torch.dtype) -> Callable[[], Tensor]:
+    """Returns what allocates a loss of this shape, in the accumulation dtype."""
+    if shape:
+        return partial(empty, shape, accumulate)
+    return partial(torch.empty_like, _SCALARS[accumulate])
 
 
 def pointwise_loss(

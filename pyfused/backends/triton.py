@@ -445,18 +445,15 @@ def embedding_loss(
         rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
         each = reduction == "none"
         choice, programs, units = _tiling((1, n, features), first.element_size(), *rows, tensors=2)
-        accumulate = accumulate_dtype(first.dtype)
-        (grad_output,) = contiguous_in(accumulate, grad_output)
+        (grad_output,) = contiguous_in(accumulate_dtype(first.dtype), grad_output)
         gradients = [first.new_empty(first.shape) if w else None for w in wanted]
-        loss = parts = None
-        if outputs.loss:
-            loss = parts = first.new_empty(first.shape[:-1] if each else (), dtype=accumulate)
-            if not each and programs > 1:
-                parts = first.new_empty(programs, dtype=accumulate)
+        loss, parts = _loss_of(views[0], reduction, outputs, programs)
         divisor = None if denominator == 1 else int(denominator)
         given = *views, grad_output, divisor, parts, *gradients, n, features, strides, *numbers
         prepared(kernel, choice, EACH=each, **meta, **units)(programs, *given)
         _add_up(parts, loss)
+        if each and loss is not None:
+            loss = loss.view(first.shape[:-1])
         return loss, (*gradients, *[None] * (len(inputs) - count))
 
     return run
@@ -520,7 +517,7 @@ def kl_div_with_logits(
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor | None, Gradients]:
     """See ``cpu.kl_div_with_logits``."""
-    input, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (input, teacher))
+    input, teacher = feature_rows(input), feature_rows(teacher)
     (n, classes), each, grad = input.shape, options.reduction == "none", None
     if any(outputs.gradients):
         grad = input.detach() if outputs.inplace else input.new_empty(input.shape)

@@ -58,8 +58,7 @@ class Activation(Operator):
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient follows; one that oneDNN computes for torch has no tanh."""
-        needs_grad = torch.is_grad_enabled() and arguments[0].requires_grad
-        return not needs_grad and "tanh" not in arguments[1:]
+        return self.is_forward_alone(arguments) and "tanh" not in arguments[1:]
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
         """Returns the gradient where no kernel is: torch's function has one of its input."""

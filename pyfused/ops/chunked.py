@@ -199,7 +199,7 @@ def counted_rows(target: Tensor, ignored: int, backend: Backend) -> CountedRows:
 
 
 class ChunkResults(NamedTuple):
-    """What follows from a chunk of logits.
+    """Holds the results of a chunk of logits.
 
     Attributes:
         gradient: The logits' gradient, which may have taken their memory.

@@ -257,7 +257,7 @@ class NllLoss(ClassLoss):
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient follows: a forward pass reads an element of each row."""
-        return not (torch.is_grad_enabled() and arguments[0].requires_grad)
+        return self.is_forward_alone(arguments)
 
     def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, weight, size_average, ignore_index, reduce, reduction = arguments

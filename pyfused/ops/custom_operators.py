@@ -408,8 +408,7 @@ def _loss_of_head(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
     """Returns the loss, its gradients, the metrics that are wanted, and what backward needs."""
     head, options = _read_head(given)
     linear_cross_entropy.check_indices(head, options)
-    outputs = Outputs(True, tuple(wanted) if any(wanted) else ())
-    arguments = LossArguments(backend_of(head.input), head, options, outputs)
+    arguments = _loss_arguments(head, options, wanted)
     loss, gradients, state, metrics = LINEAR_CROSS_ENTROPY.compute(arguments)
     assert loss is not None
     if any(wanted) and not gradients:
@@ -427,8 +426,8 @@ def _gradients_of_head(given: Arguments, wanted: Sequence[bool], grad_output: Te
 def _loss_arguments(
     tensors: Sequence[Any], options: Any, wanted: Sequence[bool], *backward: Tensor
 ) -> LossArguments:
-    """Returns the arguments of gradients, given grad_output and a state where there is one."""
-    outputs = Outputs(False, tuple(wanted))
+    """Returns the arguments of a loss, or given grad_output, and a state, those of gradients."""
+    outputs = Outputs(not backward, tuple(wanted) if backward or any(wanted) else ())
     return LossArguments(backend_of(tensors[0]), tensors, options, outputs, *backward)
 
 
@@ -533,10 +532,7 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
 
 def _of_divergence(op: Divergence) -> CompiledOperator:
     def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-        tensors, options = op.read(given)
-        outputs = Outputs(True, tuple(wanted) if any(wanted) else ())
-        arguments = LossArguments(backend_of(tensors[0]), tensors, options, outputs)
-        loss, gradients, *_ = op.compute(arguments)
+        loss, gradients, *_ = op.compute(_loss_arguments(*op.read(given), wanted))
         assert loss is not None
         return [loss, *_filled(gradients or (None,) * op.student, given[0])]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
@@ -183,6 +184,14 @@ class Operator(ABC):
             few: Up to so many classes there are few.
         """
         return self._reduction is not None and bool(arguments[self._reduction] == "none")
+
+    def is_forward_alone(self, arguments: Arguments) -> bool:
+        """Returns whether no gradient follows a call."""
+        places = (0, *(place for place, operand in self.others if operand.differentiated))
+        return not torch.is_grad_enabled() or not any(
+            isinstance(arguments[place], Tensor) and arguments[place].requires_grad
+            for place in places
+        )
 
     def elements(self, arguments: Arguments) -> int:
         """Returns how many elements a call computes: those of the logits, or of all operands."""

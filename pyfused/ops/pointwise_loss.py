@@ -310,11 +310,7 @@ class Gated(PointwiseLoss):
     reduces = False
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        """Returns whether no gradient follows."""
-        return not torch.is_grad_enabled() or not any(
-            isinstance(arguments[place], Tensor) and arguments[place].requires_grad
-            for place in (0, *(place for place, _ in self.others))
-        )
+        return self.is_forward_alone(arguments)
 
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         return self.formula(*operands, *numbers)
