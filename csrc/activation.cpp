@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "formulas.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace pyfused {
@@ -13,14 +14,16 @@ constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
 // Calls loop(first element, out, elements) for each chunk of the output, in the accumulation type.
 template <class T, class Loop> void map(T* output, int64_t n, int threads, const Loop& loop) {
   const int64_t blocks = (n + kActivationBlock - 1) / kActivationBlock;
+  const size_t bytes = size_t(n) * sizeof(T);
+  const bool streams = bytes >= kStreamBytes && has_pages(output, bytes);
   parallel_for(blocks, threads, [=](int64_t block) {
     const int64_t end = std::min(n, (block + 1) * kActivationBlock);
     for (int64_t first = block * kActivationBlock; first < end; first += kActivationChunk) {
       const int64_t count = std::min(kActivationChunk, end - first);
       alignas(kVectorBytes) Accumulate<T> buffer[kActivationChunk];
-      Accumulate<T>* const out = staged(output + first, buffer);
+      Accumulate<T>* const out = streams ? buffer : staged(output + first, buffer);
       loop(first, out, count);
-      store(out, output + first, count);
+      write(out, output + first, count, streams);
     }
   });
 }
