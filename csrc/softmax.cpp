@@ -120,7 +120,7 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
   using Base::for_tiles, Base::for_groups, Base::lines, Base::write_lines;
-  using Base::sum, Base::log_sum, Base::max, Base::x, Base::e;
+  using Base::sum, Base::max, Base::x, Base::e;
 
  public:
   using Base::kPositions;
@@ -133,8 +133,8 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
     alignas(kVectorBytes) A last[kColumns];  // what is subtracted, or multiplied by
     if (softmax.logarithm) {
       Base::template find_normalizer<false>(softmax.input);
-      Base::find_log_sum();
-      std::copy_n(log_sum, kColumns, last);
+      PYFUSED_SIMD()
+      for (int64_t b = 0; b < kColumns; ++b) last[b] = log_of(A(sum[b]));
     } else {
       Base::template find_normalizer<true>(softmax.input);
       PYFUSED_SIMD()

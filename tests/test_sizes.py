@@ -55,6 +55,7 @@ def test_the_second_limit_is_for_few_classes(classes: int) -> None:
     assert is_torchs(CROSS_ENTROPY, x) == (classes == sizes.FEW)
     assert is_torchs(SOFTMAX, x, 1, 3, None) == (classes == sizes.FEW)
     assert is_torchs(SOFTMAX, x.t(), -2, 3, None) == (classes == sizes.FEW)
+    assert not is_torchs(SOFTMAX, x.t().contiguous(), -2, 3, None)  # torch has vectors of columns
 
 
 def test_half_precision_needs_more_elements_but_where_torch_is_slow(

@@ -272,6 +272,10 @@ class NllLoss(ClassLoss):
 class MultiMarginLoss(ClassLoss):
     """The margin loss of scores, rows of classes."""
 
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        """Returns whether there are few classes: shorter rows fill no vector of either width."""
+        return super().takes_second_limit(arguments, 15)
+
     def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, p, margin, weight, size_average, reduce, reduction = arguments
         reduction = reduction_of(size_average, reduce, reduction)
