@@ -127,7 +127,8 @@ def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
             classes = FEW if second else 1000
             yield Case(op, (-(-elements // classes), classes), dtype)
         else:
-            yield Case(op, (elements,), dtype, reduction="none" if second else "mean")
+            shape = (elements // 128, 128) if op in EMBEDDINGS else (elements,)
+            yield Case(op, shape, dtype, reduction="none" if second else "mean")
 
 
 def slower(times: cases.Times, margin: float) -> bool:

@@ -39,7 +39,7 @@ class Softmax(Operator):
         self.aten = self.aten_ = aten
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
-        """Returns whether rows are contiguous and short; torch has vectors along other dimensions."""
+        """Returns whether rows are short; torch has vectors where positions are contiguous."""
         input, dim, *_ = arguments
         of_input = type(dim) is int and -input.dim() <= dim < input.dim()
         return of_input and input.shape[dim] <= few and input.stride(dim) == 1
