@@ -51,7 +51,8 @@ ON_CPU = {
     **_of(1 << 10, 1 << 10, "LongFormula"),  # a third to a quarter of torch's time from here on
     **_of(SMALL, SMALL, " ".join(LINEAR)),  # elements of a head are logits
     **_of(MEDIUM, SMALL, "cross_entropy log_softmax"),
-    **_of(MEDIUM, MEDIUM, "ClassLoss tanh mish softsign tanhshrink"),
+    **_of(MEDIUM, MEDIUM, "ClassLoss tanh mish softsign tanhshrink elu selu celu"),
+    **_of(MEDIUM, MEDIUM, "softplus logsigmoid"),
     **_of(MEDIUM, NEVER, "multi_margin_loss"),
     **_of(MEDIUM, PAGES, "PointwiseLoss"),
     **_of(LARGE, PAGES, "Composed"),
