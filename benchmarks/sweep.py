@@ -25,7 +25,7 @@ from pyfused.ops.sizes import FEW, NEVER, limits
 Shape = tuple[int, ...]
 FAR = 1 << 22  # elements of the largest calls whose results are checked, as that takes seconds
 ALLOWED = 0.6e-3  # milliseconds that a call costs beyond torch's where it goes to ATen
-OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
+OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss", "multilabel_margin_loss")
 VECTORS = torch.backends.cpu.get_cpu_capability()
 CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
 

@@ -108,9 +108,9 @@ int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& i
 }
 
 int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t input,
-                              int64_t target, int64_t weight, bool squared, double margin,
-                              int reduction, int64_t grad_output, int64_t loss, int64_t grad_input,
-                              int threads) {
+                              int64_t target, bool multilabel, int64_t weight, bool squared,
+                              double margin, int reduction, int64_t grad_output, int64_t loss,
+                              int64_t grad_input, int threads) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
@@ -118,7 +118,7 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
     prefer_huge_pages(pointer<void>(grad_input), grad_input ? bytes : 0);
     return multi_margin_loss(
         MultiMargin<T>{sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
-                       pointer<const A>(weight), squared, margin, Reduction(reduction),
+                       multilabel, pointer<const A>(weight), squared, margin, Reduction(reduction),
                        pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad_input),
                        threads_for(sizes[0] * sizes[1], threads)});
   });

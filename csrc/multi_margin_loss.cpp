@@ -1,6 +1,7 @@
 #include "multi_margin_loss.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "memory.h"
@@ -8,6 +9,11 @@
 #include "rows.h"
 
 namespace pyfused {
+
+// How much room a row of n elements takes in whole vectors.
+template <class A> int64_t whole_vectors(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
 
 // Returns the loss of a row, and writes its gradient times `scale`.
 template <class T> double multi_margin_row(const MultiMargin<T>& mm, int64_t row, double scale) {
@@ -42,26 +48,80 @@ template <class T> double multi_margin_row(const MultiMargin<T>& mm, int64_t row
   return row_weight * (losses.value() - (squared ? target_z * target_z : target_z));
 }
 
+// The same of a row with several targets. `x` and `slopes` have room for a row in whole vectors.
+template <class T>
+double multilabel_margin_row(const MultiMargin<T>& mm, int64_t row, double scale, Accumulate<T>* x,
+                             Accumulate<T>* slopes) {
+  using A = Accumulate<T>;
+  constexpr A kNone = -std::numeric_limits<A>::infinity();  // its z is 0
+  const T* const input = mm.input + row * mm.classes;
+  const int64_t n = whole_vectors<A>(mm.classes);
+  const int64_t* const target = mm.target + row * mm.classes;
+  const int64_t* const end = std::find(target, target + mm.classes, -1);
+  load(input, x, mm.classes);
+  std::fill(x + mm.classes, x + n, kNone);
+  std::fill_n(slopes, n, A(0));
+  for (const int64_t* t = target; t < end; ++t) x[*t] = kNone;
+  Sum losses;
+  for (const int64_t* t = target; t < end; ++t) {
+    const A slack = 1 - widen(input[*t]);
+    A count = 0;
+    add_terms<A>(losses, n, [=](int64_t i) {
+      const A z = slack + x[i];
+      slopes[i] += z > 0 ? A(1) : A(0);
+      return z > 0 ? z : A(0);
+    });
+    PYFUSED_SIMD(reduction(+ : count))
+    for (int64_t i = 0; i < n; ++i) count += slack + x[i] > 0 ? A(1) : A(0);
+    slopes[*t] -= count;
+  }
+  if (mm.grad_input) {
+    const A factor = A(scale / double(mm.classes));
+    for (int64_t i = 0; i < mm.classes; ++i) slopes[i] *= factor;
+    store(slopes, mm.grad_input + row * mm.classes, mm.classes);
+  }
+  return losses.value() / double(mm.classes);
+}
+
+// Returns the first of n targets that is not in [least, classes), or -1.
+int64_t first_out_of_range(const int64_t* target, int64_t n, int64_t least, int64_t classes) {
+  const auto is_wrong = [=](int64_t t) { return uint64_t(t - least) >= uint64_t(classes - least); };
+  int64_t wrong = 0;
+  PYFUSED_SIMD(reduction(+ : wrong))
+  for (int64_t i = 0; i < n; ++i) wrong += is_wrong(target[i]);
+  return wrong ? std::find_if(target, target + n, is_wrong) - target : -1;
+}
+
 template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
   using A = Accumulate<T>;
-  for (int64_t row = 0; row < mm.rows; ++row) {
-    if (uint64_t(mm.target[row]) >= uint64_t(mm.classes)) return row;
-  }
+  const int64_t targets = mm.multilabel ? mm.classes : 1;  // of a row
   const bool each = mm.reduction == Reduction::none;
   const double denominator = mm.reduction == Reduction::mean ? double(mm.rows) : 1;
   const int64_t size = rows_of_block(mm.classes), blocks = (mm.rows + size - 1) / size;
   std::vector<double> partial(blocks);
+  std::vector<int64_t> wrong(blocks);
   parallel_for(blocks, mm.threads, [&](int64_t block) {
     Sum sum;
-    const int64_t end = std::min(mm.rows, (block + 1) * size);
-    for (int64_t row = block * size; row < end; ++row) {
+    const int64_t begin = block * size, end = std::min(mm.rows, begin + size);
+    wrong[block] = first_out_of_range(mm.target + begin * targets, (end - begin) * targets,
+                                      mm.multilabel ? -1 : 0, mm.classes);
+    if (wrong[block] >= 0) return;
+    const int64_t room = mm.multilabel ? whole_vectors<A>(mm.classes) : 0;
+    std::vector<A> buffer(2 * room);
+    for (int64_t row = begin; row < end; ++row) {
       const double grad_output = mm.grad_output ? double(mm.grad_output[each ? row : 0]) : 1;
-      const double loss = multi_margin_row(mm, row, grad_output / denominator);
+      const double scale = grad_output / denominator;
+      const double loss =
+          mm.multilabel ? multilabel_margin_row(mm, row, scale, buffer.data(), buffer.data() + room)
+                        : multi_margin_row(mm, row, scale);
       if (mm.loss && each) mm.loss[row] = A(loss);
       sum.add(loss);
     }
     partial[block] = sum.value();
   });
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (wrong[block] >= 0) return block * size * targets + wrong[block];
+  }
   if (mm.loss && !each) *mm.loss = A(total<T>(partial.data(), blocks) / denominator);
   return -1;
 }

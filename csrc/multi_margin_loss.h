@@ -4,9 +4,18 @@
 //   loss = weight_t / C sum_{c != t} z_c^p,    p = 1 or 2
 //   dloss/dx_c = weight_t / C p z_c^(p - 1) [z_c > 0],    dloss/dx_t = -(the sum of these)
 //
-// torch: F.multi_margin_loss(x, target, p=..., margin=..., weight=..., reduction=...)
+// With several targets a row, of which the first -1 is the end, each class that is none of them is
+// compared with each target:
 //
-// Shapes: x is (N, C), dense. Memory traffic: x is read once and the gradient is written once.
+//   z_tc = max(0, 1 - x_t + x_c)
+//   loss = 1 / C sum_t sum_{c not in targets} z_tc
+//   dloss/dx_c = 1 / C sum_t [z_tc > 0],    dloss/dx_t = -1 / C sum_c [z_tc > 0]
+//
+// torch: F.multi_margin_loss(x, target, p=..., margin=..., weight=..., reduction=...)
+//        F.multilabel_margin_loss(x, target, reduction=...)
+//
+// Shapes: x is (N, C), dense, and the targets are (N), or (N, C) if there are several. Memory
+// traffic: x and the targets are read once and the gradient is written once.
 #pragma once
 
 #include "cross_entropy_terms.h"
@@ -18,6 +27,7 @@ template <class T> struct MultiMargin {
   int64_t rows, classes;
   const T* input;
   const int64_t* target;
+  bool multilabel;  // a row has several targets, p = 1, margin = 1, and no weight
   const A* weight;  // one for each class; null for ones
   bool squared;     // p = 2
   double margin;
@@ -28,7 +38,7 @@ template <class T> struct MultiMargin {
   int threads;
 };
 
-// Returns the first row whose target is out of range, with nothing written, or -1.
+// Returns the index of the first target that is out of range, or -1.
 template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm);
 
 }  // namespace pyfused

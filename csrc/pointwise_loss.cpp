@@ -98,7 +98,8 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
   using A = Accumulate<T>;
   auto& [read, written, buffer, weight, grad_output, registers] = buffers;
   A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
-  Sum* const summed = p.each || p.weight.data ? nullptr : &sum;
+  // A loss that was reduced has one grad_output for all elements.
+  Sum* const summed = p.each || p.weight.data || p.grad_output.step ? nullptr : &sum;
   LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
   for (int k = 0; k < kOperands; ++k) {
     const Operand<T>& operand = p.operands[k];
@@ -156,9 +157,9 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
 PYFUSED_INLINE_ALL
 
 // Flattened, as GCC vectorizes no loop that calls, and stops inlining in a file with this many.
-template <template <class> class Formula, class A>
+template <template <class> class Of, class A>
 PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
-  const Formula<A> f(parameters);
+  const Of<A> f(parameters);
   const int64_t n = chunk.n;
   const A scale = chunk.scale;
   const A* const x = chunk.operands[0];
@@ -171,6 +172,7 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
   };
   A* const value = chunk.value;
   A* const grad_input = chunk.gradients[0];
+  A* const grad_target = chunk.gradients[1];
   const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
   const auto value_and_grad_at =
       [=](int64_t i) {  // reads the operands once, so that the compiler shares terms
@@ -178,6 +180,21 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
         grad_input[i] = f.grad_input(a, b, c, scale);
         return value;
       };
+  // Where the target has a gradient, which is then not that of the base, both share their terms.
+  if constexpr (!std::is_same_v<decltype(&Of<A>::grad_target),
+                                decltype(&Formula<A>::grad_target)>) {
+    if (!chunk.sum && grad_input && grad_target) {
+      PYFUSED_SIMD()
+      for (int64_t i = 0; i < n; ++i) {
+        const A a = x[i], b = t[i], c = o[i];
+        value[i] = f.value(a, b, c);
+        grad_input[i] = f.grad_input(a, b, c, scale);
+        grad_target[i] = f.grad_target(a, b, c, scale);
+      }
+      fill(chunk.gradients[2], [=](A x, A t, A o) { return f.grad_other(x, t, o, scale); });
+      return;
+    }
+  }
   // With gradients, the loss is computed even if it is not wanted, so that a second backward gives
   // the same bits.
   if (chunk.sum) {
@@ -190,7 +207,7 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) value[i] = value_at(i);
   }
-  fill(chunk.gradients[1], [=](A x, A t, A o) { return f.grad_target(x, t, o, scale); });
+  fill(grad_target, [=](A x, A t, A o) { return f.grad_target(x, t, o, scale); });
   fill(chunk.gradients[2], [=](A x, A t, A o) { return f.grad_other(x, t, o, scale); });
 }
 

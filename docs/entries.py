@@ -23,14 +23,15 @@ from pyfused.ops.pointwise_loss import Halves, PointwiseLoss
 class Curve:
     """A call for each point: what follows the input, by position and by name.
 
-    Numbers among the arguments become tensors, whole ones class indices.
+    Numbers among the arguments become tensors, whole ones class indices, and tuples the labels of
+    each row.
 
     Attributes:
         others: The logits of the classes beside the one drawn, or what else is beside the input.
     """
 
     label: str
-    arguments: tuple[float | int, ...] = ()
+    arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     others: tuple[float, ...] = ()
 
@@ -333,6 +334,15 @@ GALLERY: dict[str, dict[str, Entry]] = {
             tuple(
                 Curve(f"p {p}, margin {m:g}", (0,), {"p": p, "margin": m}, others=(0.0, 0.0))
                 for p, m in ((1, 1.0), (1, 2.0), (2, 1.0))
+            ),
+            axis=LOGIT,
+        ),
+        "multilabel_margin_loss": Entry(
+            r"\frac{1}{C} \sum_{t} \sum_{c \notin T} \max(0,\; 1 - x_t + x_c), \quad t \in T",
+            "A row has several right classes, which should all come before the others.",
+            (
+                Curve("one target", ((0, -1, -1),), others=(0.0, 0.0)),
+                Curve("two targets", ((0, 1, -1),), others=(0.0, 0.0)),
             ),
             axis=LOGIT,
         ),
@@ -694,6 +704,13 @@ loss.backward()
 scores = torch.randn(64, 10, requires_grad=True)
 target = torch.randint(10, (64,))
 loss = F.multi_margin_loss(scores, target, margin=0.5)
+loss.backward()
+""",
+    "multilabel_margin_loss": """
+scores = torch.randn(64, 10, requires_grad=True)
+target = torch.full((64, 10), -1)  # of each row the targets, and then -1
+target[:, :2] = torch.tensor([3, 7])
+loss = F.multilabel_margin_loss(scores, target)
 loss.backward()
 """,
     "kl_div_with_logits": """

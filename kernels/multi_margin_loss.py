@@ -4,11 +4,20 @@
     loss = weight_t / C sum_{c != t} z_c^p,    p = 1 or 2
     dloss/dx_c = weight_t / C p z_c^(p - 1) [z_c > 0],    dloss/dx_t = -(the sum of these)
 
-Shapes: x is (n, C), contiguous. Bytes: x is read once and the gradient written once.
+With several targets t of a row, of which the first -1 is the end, each class c that is none of them
+is compared with each:
 
-A class index that is not in [0, C) gives a loss of NaN and a gradient of zero.
+    z_tc = max(0, 1 - x_t + x_c)
+    loss = 1 / C sum_t sum_{c not in targets} z_tc
+    dloss/dx_c = 1 / C sum_t [z_tc > 0],    dloss/dx_t = -1 / C sum_c [z_tc > 0]
+
+Shapes: x is (n, C), contiguous, and so are several targets. Bytes: x and the targets are read once
+and the gradient written once.
+
+A class index that is out of range gives a loss of NaN and a gradient of zero.
 
 torch: F.multi_margin_loss(x, t, p=..., margin=..., weight=..., reduction=...)
+       F.multilabel_margin_loss(x, t, reduction=...)
 """
 
 from __future__ import annotations
@@ -79,3 +88,56 @@ def multi_margin_kernel(
     if loss is not None:
         value = share * tl.sum(losses, 1)
         store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+
+
+@triton.jit(do_not_specialize=["denominator"])
+def multilabel_margin_kernel(
+    x,
+    target,
+    row_weight,
+    denominator,
+    loss,
+    grad,
+    n,
+    classes,
+    EACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLASS_UNIT: tl.constexpr = 1,
+):
+    """Keeps rows in registers: a target's gradient is a sum over all classes."""
+    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    classes = multiple(classes, CLASS_UNIT)
+    _, rows, in_bounds = block_of_rows(n, ROWS)
+    starts = row_starts(x, 0, rows, 0, classes, 1, CLASS_UNIT)
+    targets = row_starts(target, 0, rows, 0, classes, 1, CLASS_UNIT)
+    c = tl.arange(0, BLOCK)
+    mask = in_bounds[:, None] & (c < classes)[None, :]
+    label = tl.load(pointers(targets, c, 1, 1), mask=mask, other=-1)
+    wrong = (label < -1) | (label >= classes)
+    invalid = tl.max(wrong.to(tl.int32), 1) > 0
+    end = tl.min(tl.where(label < 0, c[None, :], classes), 1)
+    end = tl.where(invalid, 0, end)
+    most = tl.max(end, 0)
+    is_target = mask == 0
+    for k in range(most):
+        t = tl.load(targets + k, mask=k < end, other=-1)
+        is_target |= c[None, :] == t[:, None]
+    z = tl.load(pointers(starts, c, 1, 1), mask=mask, other=0.0).to(A)
+    z = tl.where(is_target, -float("inf"), z)
+    losses = tl.zeros([ROWS, BLOCK], A)
+    slopes = tl.zeros([ROWS, BLOCK], A)
+    for k in range(most):
+        t = tl.load(targets + k, mask=k < end, other=-1)
+        slack = 1.0 - tl.load(starts + t, mask=k < end, other=float("inf")).to(A)
+        above = z + slack[:, None] > 0.0  # not of NaN, as in torch
+        losses += tl.where(above, z + slack[:, None], 0.0)
+        slope = tl.where(above, 1.0, 0.0).to(A)
+        slopes += slope - tl.where(c[None, :] == t[:, None], tl.sum(slope, 1)[:, None], 0.0)
+    scale = row_scale(row_weight, denominator, rows, in_bounds, A)
+    if grad is not None:
+        to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
+        tl.store(pointers(to, c, 1, 1), slopes * (scale / classes)[:, None], mask=mask)
+    if loss is not None:
+        value = tl.sum(losses, 1) / classes
+        store_loss(loss, value, scale, rows, in_bounds, in_bounds & (invalid == 0), invalid, EACH)

@@ -36,6 +36,7 @@ __all__ = [
     "MSELoss",
     "MarginRankingLoss",
     "Mish",
+    "MultiLabelMarginLoss",
     "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
@@ -78,6 +79,15 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multi_margin_loss(input, target, p=self.p, margin=self.margin, weight=self.weight, reduction=self.reduction)
+
+
+class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss):
+    """:class:`torch.nn.MultiLabelMarginLoss` over :func:`pyfused.functional.multilabel_margin_loss`."""
+
+    __module__ = 'pyfused.nn'
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.multilabel_margin_loss(input, target, reduction=self.reduction)
 
 
 class TripletMarginLoss(torch.nn.TripletMarginLoss):

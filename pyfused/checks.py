@@ -523,6 +523,27 @@ def multi_margin_loss(
         _class_weight(input, weight)
 
 
+def multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: None,  # noqa: ARG001 there is none
+    options: MarginOptions,  # noqa: ARG001 which are fixed
+) -> None:
+    """Types, shapes and dtypes; class indices themselves are checked by the kernel."""
+    tensor("input", input)
+    tensor("target", target)
+    shape, of_target = tuple(input.shape), tuple(target.shape)
+    if len(shape) not in (1, 2) or not shape[-1]:
+        raise RuntimeError(f"input: expected shape (C) or (N, C), got {shape}")
+    if of_target != shape and (of_target, shape) != ((), (1,)):
+        raise RuntimeError(f"target: expected the input's shape {shape}, got {of_target}")
+    if target.dtype is not torch.int64:
+        raise RuntimeError(
+            f"target: expected class indices of dtype torch.int64, got {target.dtype}"
+            f"{_are_swapped(input, target)}"
+        )
+
+
 def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = True) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # as most are
@@ -571,18 +592,18 @@ def classes_of(input: Tensor) -> int:
 
 
 def target_out_of_range(
-    classes: int, target: Tensor, ignore_index: int | None, position: int
+    classes: int, target: Tensor, ignore_index: int | None, position: int, least: int = 0
 ) -> IndexError | RuntimeError:
     """Returns the error for the class index at ``position``, counted along the flattened target."""
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
     or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     return (RuntimeError if ignore_index is None else IndexError)(
-        f"target: expected class indices in [0, {classes}){or_ignored}, got "
+        f"target: expected class indices in [{least}, {classes}){or_ignored}, got "
         f"{target[index].item()} at position {index}"
     )
 
 
-def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> None:
+def class_indices(classes: int, target: Tensor, ignore_index: int | None, least: int = 0) -> None:
     """Raises for the first class index out of range, as the kernel finds it."""
     if target.is_floating_point():
         return
@@ -590,14 +611,14 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None) -> Non
     if not index.numel():
         return
     low, high = index.aminmax()
-    if int(low) >= 0 and int(high) < classes:  # as comparing tensors takes twice the time
+    if int(low) >= least and int(high) < classes:  # as comparing tensors takes twice the time
         return
-    invalid = (index < 0) | (index >= classes)
+    invalid = (index < least) | (index >= classes)
     if ignore_index is not None:
         invalid &= index != ignore_index
     if invalid.any():
         first = int(invalid.flatten().nonzero()[0])
-        raise target_out_of_range(classes, target, ignore_index, first)
+        raise target_out_of_range(classes, target, ignore_index, first, least)
 
 
 def overwritable(input: Tensor) -> None:

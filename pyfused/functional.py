@@ -78,6 +78,7 @@ from pyfused.ops.operators import (
     LOG_PROBS,
     LOG_SOFTMAX,
     MULTI_MARGIN_LOSS,
+    MULTILABEL_MARGIN_LOSS,
     NLL_LOSS,
     SOFTMAX,
     TRIPLET_MARGIN_LOSS,
@@ -153,6 +154,7 @@ __all__ = [
     "mish",
     "mse_loss",
     "multi_margin_loss",
+    "multilabel_margin_loss",
     "multilabel_soft_margin_loss",
     "nll_loss",
     "poisson_nll_loss",
@@ -916,6 +918,40 @@ def multi_margin_loss(
         MULTI_MARGIN_LOSS,
         (input, target, p, margin, weight, size_average, reduce, reduction),
     )
+
+
+def multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Returns how far other classes come within a margin of the score of each target of a row.
+
+    The loss of a row is ``1 / C`` times the sum of ``max(0, 1 - input_t + input_c)`` over its
+    targets t and over the classes c that are none of them, as defined by
+    :func:`torch.nn.functional.multilabel_margin_loss`. It takes time for each pair of these.
+
+    Args:
+        input: Scores, of shape (C) or (N, C); float32, float64, bfloat16 or float16.
+        target: Class indices in [0, C), int64, of the input's shape. The targets of a row end at
+            its first -1.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by N.
+
+    Returns:
+        The loss, of the input's dtype, or float32 under autocast: a scalar, or of shape () or (N)
+        for ``"none"``.
+
+    Raises:
+        RuntimeError: A class index is out of range; on a GPU, the loss of its row is NaN instead.
+        RuntimeError, ValueError: Shapes, dtypes or options do not fit; the message names the
+            argument, what was expected and what was got.
+        TypeError: ``input`` or ``target`` is no tensor.
+    """
+    return call(MULTILABEL_MARGIN_LOSS, (input, target, size_average, reduce, reduction))
 
 
 def triplet_margin_loss(

@@ -87,7 +87,6 @@ from torch.nn import MaxUnpool3d as MaxUnpool3d
 from torch.nn import Module as Module
 from torch.nn import ModuleDict as ModuleDict
 from torch.nn import ModuleList as ModuleList
-from torch.nn import MultiLabelMarginLoss as MultiLabelMarginLoss
 from torch.nn import MultiheadAttention as MultiheadAttention
 from torch.nn import NLLLoss2d as NLLLoss2d
 from torch.nn import PairwiseDistance as PairwiseDistance
@@ -238,6 +237,8 @@ class MarginRankingLoss(torch.nn.MarginRankingLoss):
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor: ...
 class Mish(torch.nn.Mish):
     def forward(self, input: Tensor) -> Tensor: ...
+class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor: ...
 class MultiMarginLoss(torch.nn.MultiMarginLoss):

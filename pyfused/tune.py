@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyfused import functional
 from pyfused.ops import sizes
@@ -63,7 +64,9 @@ def _drawn(operand: Operand, shape: tuple[int, ...]) -> Tensor:
     if operand.sign:
         return torch.randn(shape).sign()
     if operand.indices:
-        return torch.randint(shape[1], shape[:1])
+        target = torch.randint(shape[1], shape[:1])
+        ended = (0, shape[1] - 1)  # of labels a row has one
+        return pad(target[:, None], ended, value=-1) if operand.labels else target
     if math.isinf(operand.low):
         return torch.randn(shape)
     return operand.low + min(operand.high - operand.low, 2.0) * torch.rand(shape)

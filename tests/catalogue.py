@@ -26,14 +26,14 @@ from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
-from pyfused.ops.class_loss import ClassLoss
+from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
 from pyfused.ops.declaration import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
 from pyfused.ops.log_probs import LogProbsOfLogits
-from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, MULTI_MARGIN_LOSS, OPERATORS
+from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
 from pyfused.types import CrossEntropyOptions, HeadOptions
@@ -241,7 +241,9 @@ def logits_and_targets(
     target = torch.rand(shape).softmax(dim)
     if not soft:
         target = torch.randint(max(classes, 1), (*rows, *columns))
-        if op is not MULTI_MARGIN_LOSS and target.dim():
+        if op.operands[1].labels:
+            target = labels(shape)
+        elif not isinstance(op, MultiMarginLoss) and target.dim():
             target.view(-1)[1::4] = given.get("ignore_index", -100)
     logits = 2 * torch.randn(shape)
     return {
@@ -253,6 +255,11 @@ def logits_and_targets(
         "weight": torch.rand(classes) + 0.1,
         "token_weight": torch.rand((*rows, *columns)),
     }
+
+
+def labels(shape: Sequence[int]) -> Tensor:
+    """Draws the class indices of each row of scores, a third of which are -1."""
+    return torch.randint(max(shape[-1], 1), tuple(shape)).masked_fill(torch.rand(*shape) < 0.3, -1)
 
 
 def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Tensor]:

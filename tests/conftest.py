@@ -89,6 +89,7 @@ def seed() -> None:
 # Backends' functions of one operator.
 BY_NAME = (
     *("cross_entropy", "kl_div_with_logits", "nll_loss", "multi_margin_loss"),
+    "multilabel_margin_loss",
     *("row_state", "row_gradients"),
 )
 

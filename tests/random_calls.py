@@ -16,6 +16,7 @@ from catalogue import (
     OF_CLASSES,
     Call,
     declared,
+    labels,
     operands,
     options,
     ours,
@@ -31,6 +32,7 @@ from torch import Tensor
 from pyfused.backends import cpu
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
+from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Operator, reduction_of
 from pyfused.ops.distillation import Divergence
@@ -41,7 +43,6 @@ from pyfused.ops.operators import (
     KL_DIV_WITH_LOGITS,
     LINEAR_CROSS_ENTROPY,
     LOG_PROBS,
-    MULTI_MARGIN_LOSS,
 )
 from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
@@ -120,7 +121,7 @@ def random_call(
     chosen = same if "inplace" in given else [*layouts.values()]
     tensors: dict[str, Any] = {}
     for name, operand in declared(op).items():
-        alike = "linear" in op.name or op is MULTI_MARGIN_LOSS or isinstance(op, Divergence)
+        alike = "linear" in op.name or isinstance(op, (MultiMarginLoss, Divergence))
         mixed = tensors and not alike and rng.once_in(20)
         x = found[name]
         if operand.optional and not rng.once_in(3):
@@ -151,11 +152,12 @@ def shape_of(rng: Random, elements: int, dims: int) -> list[int]:
 def of_classes(
     rng: Random, elements: int, op: Operator, given: dict[str, Any]
 ) -> dict[str, Tensor]:
-    shape = shape_of(rng, elements, rng.choice([1, 2] if op is MULTI_MARGIN_LOSS else [1, 2, 3, 4]))
+    margin = isinstance(op, MultiMarginLoss)
+    shape = shape_of(rng, elements, rng.choice([1, 2] if margin else [1, 2, 3, 4]))
     of_class = len(shape) > 1
     if shape[of_class] == 1 and not rng.once_in(8):
         shape[of_class] = 5  # of one class the operator is torch's
-    if op is MULTI_MARGIN_LOSS:  # torch's mean over nothing is what was in memory
+    if margin:  # torch's mean over nothing is what was in memory
         shape = [max(n, 1) for n in shape]
     classes = shape[of_class]
     soft = any(o.indices and o.differentiated for o in op.operands) and rng.once_in(3)
@@ -185,7 +187,9 @@ def class_indices(rng: Random, op: Operator, logits: Tensor, given: dict[str, An
     """Draws targets some of which are ignored, or all of them, or out of range."""
     classes, rows = logits.shape[logits.dim() > 1], loss_shape(logits, "none")
     target = torch.randint(max(classes, 1), rows)
-    if op is not MULTI_MARGIN_LOSS:
+    if op.operands[1].labels:
+        target = labels(logits.shape)
+    if not isinstance(op, MultiMarginLoss):
         ignored = torch.rand(rows) < rng.choice([0.0, 0.3, 0.3, 1.0])
         target[ignored] = given.get("ignore_index", -100)
         if logits.dim() == 2 and target.byte().equal(target) and rng.once_in(4):
@@ -288,7 +292,7 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
         pairs = zip(run(single, reference), of_reference(single, torch.float64), strict=True)
         errors = [largest(x.double() - y.double()) + EPS * largest(y) for x, y in pairs]
         lost = [max(pair) for pair in zip(lost, errors, strict=True)]
-    if call.op is MULTI_MARGIN_LOSS:  # torch adds its terms one after another, which may be alike
+    if isinstance(call.op, MultiMarginLoss):  # torch adds its terms in turn, which may be alike
         terms = call.given["target"].numel() * EPS / 2
         lost = [max(e, terms * largest(x) / few) for e, x in zip(lost, native, strict=True)]
     return [few * precision(call) / EPS * error for error in lost]

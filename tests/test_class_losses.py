@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from catalogue import cross_entropy
+from catalogue import cross_entropy, labels
 from compare import FLOATS, HALF, Errors, evaluate, evaluate_upstream
 from conftest import ISAS, KernelCalls
 from grid import grid
@@ -139,6 +139,43 @@ def test_closed_form(
     errors.check(roundings=4)
 
 
+@grid(shape=[(7,), (6, 5), (7, 300), (3, 2100)], dtype=FLOATS, reduction=REDUCTIONS, isa=ISAS)
+def test_labels_in_closed_form(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    reduction: str,
+    isa: str,
+    kernel_calls: KernelCalls,
+) -> None:
+    x, target, size = scores(shape, dtype), labels(shape), shape[-1]
+    rows = target.view(-1, size)
+    rows[-1] = torch.arange(size).roll(3)
+    rows[-1, size // 2] = -1
+    rows[0, : size // 2] = 1  # a class that is a target many times
+    got = evaluate(lambda x: fused.multilabel_margin_loss(x, target, reduction=reduction), x)
+    calls = 2 if reduction == "none" or dtype is torch.float16 else 1
+    assert kernel_calls["multilabel_margin_loss"] == calls
+
+    inputs = as_rows(x)
+    each, slopes = np.zeros(len(inputs), np.longdouble), np.zeros_like(inputs)
+    for row, (scored, found) in enumerate(zip(inputs, rows.tolist(), strict=True)):
+        targets = found[: [*found, -1].index(-1)]
+        others = ~np.isin(np.arange(size), targets)
+        for t in targets:
+            z = np.where(others, 1 - scored[t] + scored, 0).clip(0)
+            each[row] += z.sum() / size
+            slopes[row] += (z > 0) / np.longdouble(size)
+            slopes[row, t] -= (z > 0).sum() / np.longdouble(size)
+    divisor = len(each) if reduction == "mean" else 1
+    grad_output = extended(evaluate_upstream(got.value.shape).to(dtype)).reshape(-1)
+    gradient = slopes * np.broadcast_to(grad_output, each.shape)[:, None] / divisor
+    value = each if reduction == "none" else each.sum(keepdims=True) / divisor
+    eps = torch.finfo(dtype).eps
+    assert (abs(extended(got.value).reshape(-1) - value) <= 2 * eps * value).all()
+    error = abs(extended(got.gradients[0]).reshape(slopes.shape) - gradient)
+    assert (error <= 2 * eps * abs(gradient)).all()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_class_that_is_right_and_one_that_is_hopeless(loss: str) -> None:
     """Where nothing is missing gamma's power is 0, and where all is, exponentials underflow."""
@@ -156,6 +193,7 @@ def test_a_class_that_is_right_and_one_that_is_hopeless(loss: str) -> None:
 
 X, Y = torch.randn(6, 5), torch.tensor([1, 0, 4, 2, 2, 3])
 FIELD, INDICES = torch.randn(2, 5, 7), torch.zeros(2, 7, dtype=torch.int64)
+L = torch.tensor([-1, 0, -1, -1, -1]).repeat(6, 1)
 WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "no dimension": ("nll_loss", (torch.tensor(1.0), Y[0]), {}, "input: expected shape"),
     "batch": ("nll_loss", (X, Y[:3]), {}, r"target: expected class indices of shape \(6,\)"),
@@ -182,6 +220,17 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
         r"\[0, 5\), got 5 at position \(2,\)",
     ),
     "margin weights": ("multi_margin_loss", (X, Y), {"weight": torch.ones(4)}, "weight: expected"),
+    "labels shape": ("multilabel_margin_loss", (X, L[:3]), {}, r"target: .* shape \(6, 5\), got"),
+    "labels field": ("multilabel_margin_loss", (FIELD, L), {}, r"input: expected shape \(C\) or"),
+    "labels float": ("multilabel_margin_loss", (X, L.float()), {}, "target: .* got torch.float32"),
+    "labels too large": (
+        "multilabel_margin_loss",
+        (X, L + 5),
+        {},
+        r"\[-1, 5\), got 5 at .*\(0, 1\)",
+    ),
+    "labels below": ("multilabel_margin_loss", (X, L - 1), {}, r"\[-1, 5\), got -2 at .*\(0, 0\)"),
+    "no labels": ("multilabel_margin_loss", (X, [1, 2]), {}, "target: expected a Tensor, got list"),
     "margin's weight": (
         "multi_margin_loss",
         (X, Y),

@@ -128,7 +128,7 @@ def test_an_operator_of_what_is_computed_is_torchs(
         return call(functional, op, x * 0.5 + 0.25)
 
     assert_torchs(step, input_of(op), graphs)
-    if op == "gaussian_nll_loss":  # torch's looks at values, for which there is no graph
+    if op in ("gaussian_nll_loss", "multilabel_margin_loss"):  # torch's graph is none, or is wrong
         assert kernel_calls.total() == 2
     else:
         assert not graphs.operators

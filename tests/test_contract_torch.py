@@ -31,7 +31,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.ops import sizes
 from pyfused.ops.elementwise import L1_LOSS
-from pyfused.ops.operators import LINEAR_TOPK_KL_DIV
+from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTILABEL_MARGIN_LOSS
 
 TARGET = torch.tensor([0, 1, 2, 3, 4, 0])
 OTHER = torch.linspace(-2, 2, 30).view(6, 5)
@@ -298,6 +298,8 @@ def test_make_fx_leaves_no_constants(example: Example, mode: str) -> None:
     ours, of_torch, x = steps(example)
     if mode == "real" and example.op is LINEAR_TOPK_KL_DIV:
         pytest.skip("its definition looks for class indices that are out of range")
+    if mode == "symbolic" and example.op is MULTILABEL_MARGIN_LOSS:
+        pytest.skip("torch's decomposition counts what follows the end of a row")
     graph = make_fx(ours, tracing_mode=mode, _allow_non_fake_inputs=True)(x * 0.5)
     close(graph(x), of_torch(x))
 

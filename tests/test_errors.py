@@ -286,6 +286,10 @@ OTHERS: Wrong = {
     ),
     "nll_target_elsewhere": (lambda f: f.nll_loss(X, Y.to("meta")), ["target", "cpu", "meta"]),
     "multi_margin_swapped": (lambda f: f.multi_margin_loss(Y, X), ["target", "swapped?"]),
+    "labels_swapped": (
+        lambda f: f.multilabel_margin_loss(X.long(), X),
+        ["target", "int64", "swapped?"],
+    ),
     "gelu_integers": (lambda f: f.gelu(X.long()), ["input", "floating", "int64"]),
     "gelu_approximate": (
         lambda f: f.gelu(X, approximate="foo"),

@@ -141,7 +141,8 @@ def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dic
             reduction = {"reduction": "none"} if second else {}
             return [x, *[x.detach()] * (len(op.inputs) - 1), *target], reduction
         if any(operand.indices for operand in op.operands):
-            return [x, torch.zeros(len(x), dtype=torch.int64)], {}
+            target = torch.zeros_like(x, dtype=torch.int64)
+            return [x, target if op.operands[1].labels else target[:, 0]], {}
         if isinstance(op, Gated) and second:
             x = x.detach()
         operands = [x, *[x.detach()] * sum(not o.optional for o in op.operands[1:])]

@@ -69,6 +69,9 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     }
     loss = FIRST[0]
     made[loss.kernel] = lambda: partial(loss.ours, **loss.draw(shape, requiring=()))
+    made["multilabel_margin_loss"] = lambda: partial(
+        functional.multilabel_margin_loss, torch.randn(shape), torch.zeros(shape).long()
+    )
     for name in ("nll_loss", "multi_margin_loss"):
         made[name] = lambda name=name: partial(
             getattr(functional, name), torch.randn(shape), torch.randint(1024, (4096,))

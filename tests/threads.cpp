@@ -139,12 +139,21 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
                              shape.view(nll_gradient.data()),
                              {},
                              threads});
-    multi_margin_loss(MultiMargin<T>{positions, shape.classes, input.data(), target.data(),
+    multi_margin_loss(MultiMargin<T>{positions, shape.classes, input.data(), target.data(), false,
                                      weight.data(), reduction == Reduction::mean, 1, reduction,
                                      grad_output.data(), margin.data(), margin_gradient.data(),
                                      threads});
     append(bytes, nll);
     append(bytes, margin);
+    std::vector<int64_t> labels(n, -1);
+    for (int64_t i = 0; i < positions; ++i) {
+      std::copy_n(target.begin(), std::min<int64_t>(2, shape.classes), &labels[i * shape.classes]);
+    }
+    multi_margin_loss(MultiMargin<T>{positions, shape.classes, input.data(), labels.data(), true,
+                                     nullptr, false, 1, reduction, grad_output.data(),
+                                     margin.data(), margin_gradient.data(), threads});
+    append(bytes, margin);
+    append(bytes, margin_gradient);
     append(bytes, nll_gradient);
     append(bytes, margin_gradient);
   }

@@ -400,13 +400,17 @@ def nll_loss(
 
 def multi_margin_loss(
     input: Tensor,
-    target: Tensor,  # noqa: ARG001 nothing follows from its layout
-    weight: Tensor | None,  # noqa: ARG001
+    target: Tensor,
+    weight: Tensor | None,  # noqa: ARG001 nothing follows from its layout
     options: MarginOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``."""
+    """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``.
+
+    With class indices (N, C) a row has several targets, which end at the first -1.
+    """
+    multilabel = target.dim() == 2
     dtype, accumulate, shape = DTYPES[input.dtype], accumulate_dtype(input.dtype), input.shape
     new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
     needs_gradient = any(outputs.gradients)
@@ -430,6 +434,7 @@ def multi_margin_loss(
             shape,
             input.data_ptr(),
             indices.data_ptr(),
+            multilabel,
             _address(weight),
             squared,
             margin,
@@ -440,10 +445,14 @@ def multi_margin_loss(
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
-            raise checks.target_out_of_range(checks.classes_of(input), target, None, out_of_range)
+            least = -1 if multilabel else 0
+            raise checks.target_out_of_range(shape[1], target, None, out_of_range, least)
         return loss, (gradient, None)
 
     return launch
+
+
+multilabel_margin_loss = multi_margin_loss
 
 
 def kl_div_with_logits(

@@ -25,7 +25,7 @@ from pyfused.kernels.cross_entropy import (
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Launch, prepared
-from pyfused.kernels.multi_margin_loss import multi_margin_kernel
+from pyfused.kernels.multi_margin_loss import multi_margin_kernel, multilabel_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
 from pyfused.kernels.program import NUMBERS, formula_of, parts_of
@@ -394,6 +394,9 @@ def multi_margin_loss(
     return run
 
 
+multilabel_margin_loss = multi_margin_loss
+
+
 def _multi_margin_loss(
     input: Tensor,
     target: Tensor,
@@ -402,18 +405,24 @@ def _multi_margin_loss(
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
-    input, target = input.contiguous(), target.contiguous()
+    input, target, multilabel = input.contiguous(), target.contiguous(), target.dim() == 2
     n, classes = input.shape
     grad = torch.empty_like(input) if any(outputs.gradients) else None
     weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
     sizes = 1, n, classes
-    choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=2)
+    tensors = 4 if multilabel else 2
+    choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=tensors)
     loss, parts = _loss_of(input, options.reduction, outputs, programs)
     denominator = n if options.reduction == "mean" else None
-    given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
-    meta = {"SQUARED": options.p == 2, "EACH": options.reduction == "none", **units}
-    numbers = n, classes, float(options.margin)
-    prepared(multi_margin_kernel, choice, **meta)(programs, *given, *numbers)
+    given = _row_weight(n, None, grad_output), denominator, parts, grad, n, classes
+    meta = {"EACH": options.reduction == "none", **units}
+    if multilabel:
+        if not choice.whole_row:
+            choice = launch.Choice(1, launch.power_of_2(classes), 512)
+        prepared(multilabel_margin_kernel, choice, **meta)(programs, input, target, *given)
+    else:
+        kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
+        kernel(programs, input, target, weight, *given, float(options.margin))
     _add_up(parts, loss)
     return loss, (grad, None)
 

@@ -107,7 +107,8 @@ class ClassLoss(Operator):
     def check(self, arguments: Arguments) -> None:
         given = self.checked(arguments)
         ignore_index = getattr(given.options, "ignore_index", None)
-        checks.class_indices(checks.classes_of(given.input), given.target, ignore_index)
+        least = -1 if self.operands[1].labels else 0
+        checks.class_indices(checks.classes_of(given.input), given.target, ignore_index, least)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -294,9 +295,39 @@ class MultiMarginLoss(ClassLoss):
 
         def shaped(arguments: Arguments) -> Tensor:
             loss: Tensor = run(arguments)
-            return loss.reshape(arguments[1].shape) if loss.dim() else loss
+            return loss.reshape(self.loss_shape(arguments)) if loss.dim() else loss
 
         return shaped
 
+    def loss_shape(self, arguments: Arguments) -> torch.Size:
+        """Returns the shape of the losses before they are reduced."""
+        shape: torch.Size = arguments[1].shape
+        return shape
+
     def strategy(self, input: Tensor) -> str:  # noqa: ARG002
         return "row by row"
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class MultilabelMarginLoss(MultiMarginLoss):
+    """The margin loss of rows with several targets, which end at the first -1."""
+
+    def read(self, arguments: Arguments) -> ClassLossArguments:
+        input, target, size_average, reduce, reduction = arguments
+        reduction = reduction_of(size_average, reduce, reduction)
+        return ClassLossArguments(input, target, None, MarginOptions(1, 1.0, reduction))
+
+    def tensors(self, arguments: Arguments) -> Tensors:
+        return arguments[0], arguments[1], None
+
+    def arranged(self, tensors: Tensors) -> Tensors:
+        input, target, _ = tensors
+        classes = input.shape[-1]
+        return input.reshape(-1, classes), target.reshape(-1, classes), None
+
+    def loss_shape(self, arguments: Arguments) -> torch.Size:
+        shape: torch.Size = arguments[0].shape
+        return shape[:-1]
+
+    def define(self, given: ClassLossArguments) -> Tensor:
+        return self.reference(given.input, given.target, reduction=given.options.reduction)

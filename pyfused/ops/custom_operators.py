@@ -26,7 +26,12 @@ from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
+from pyfused.ops.operators import (
+    CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
+    MULTILABEL_MARGIN_LOSS,
+    OPERATORS,
+)
 from pyfused.ops.pointwise_loss import Gated, TensorLoss
 from pyfused.ops.row_state import fields_of, results_of
 from pyfused.ops.softmax import Softmax
@@ -329,7 +334,8 @@ for _op in OPERATORS.values():
     else:
         continue
     _made.define()
-    if _op is not GAUSSIAN_NLL_LOSS:  # torch's looks at values, which no graph has
+    # torch's looks at values, which no graph has, or loses the ends of rows in a graph.
+    if _op not in (GAUSSIAN_NLL_LOSS, MULTILABEL_MARGIN_LOSS):
         _has_short_way = isinstance(_op, (Activation, Softmax))
         inductor.in_torch[_op.name] = _op.aten if _has_short_way else _op.reference
         inductor.in_torch[f"{_op.name}_backward"] = _made.gradients_in_torch

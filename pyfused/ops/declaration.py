@@ -33,6 +33,7 @@ class Operand(NamedTuple):
         differentiated: Whether the kernels compute its gradient.
         optional: It may be None.
         indices: It may hold class indices, or other integers.
+        labels: It holds several class indices for each row, which end at the first -1.
         sign: Its values are -1 and 1.
         number: It may be a float, which stands for a tensor full of it.
         enforced: What torch raises for other values, on CPUs, None where it does not look.
@@ -44,6 +45,7 @@ class Operand(NamedTuple):
     differentiated: bool = True
     optional: bool = False
     indices: bool = False
+    labels: bool = False
     sign: bool = False
     number: bool = False
     enforced: type[Exception] | None = None

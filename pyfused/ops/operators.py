@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from pyfused import checks
 from pyfused.ops import definitions, distillation, elementwise
-from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
+from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.declaration import Operand, Operator, Scalar
 from pyfused.ops.distillation import Divergence
@@ -70,12 +74,26 @@ NLL_LOSS = NllLoss(
     operands=(INPUT, CLASSES, WEIGHT),
 )
 
+
+def _neither_row_nor_rows(input: Tensor, *_: Any) -> str | None:
+    return "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None
+
+
 MULTI_MARGIN_LOSS = MultiMarginLoss(
     name="multi_margin_loss",
     module="MultiMarginLoss",
     operands=(INPUT, CLASSES, WEIGHT),
+    fallback_reason=_neither_row_nor_rows,
+)
+
+MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
+    name="multilabel_margin_loss",
+    module="MultiLabelMarginLoss",
+    operands=(INPUT, CLASSES._replace(labels=True)),
     fallback_reason=lambda input, *_: (
-        "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None
+        "more classes than a program keeps on a GPU"
+        if input.is_cuda and input.shape[-1:].numel() > 1 << 16
+        else _neither_row_nor_rows(input)
     ),
 )
 
@@ -165,6 +183,7 @@ OPERATORS: dict[str, Operator] = {
         LINEAR_TOPK_KL_DIV,
         NLL_LOSS,
         MULTI_MARGIN_LOSS,
+        MULTILABEL_MARGIN_LOSS,
         TRIPLET_MARGIN_LOSS,
         COSINE_EMBEDDING_LOSS,
         *elementwise.OPERATORS,

@@ -52,6 +52,7 @@ ON_CPU = {
     **_of(MEDIUM, SMALL, "cross_entropy log_softmax"),
     **_of(MEDIUM, MEDIUM, "ClassLoss logsigmoid"),
     **_of(MEDIUM, NEVER, "multi_margin_loss"),
+    **_of(SMALL, MEDIUM, "multilabel_margin_loss"),
     **_of(MEDIUM, PAGES, "PointwiseLoss"),
     **_of(LARGE, PAGES, "Composed"),
     **_of(LARGE, MEDIUM, "silu Gated"),
@@ -104,6 +105,7 @@ COMPILED = {
     **_of(1 << 16, PAGES, "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish"),
     **_of(1 << 16, PAGES, "hardshrink softshrink"),
     **_of(1 << 16, NEVER, "hinge_loss hinge_embedding_loss multi_margin_loss"),
+    **_of(0, 0, "multilabel_margin_loss"),  # in a graph torch counts what follows the end of a row
     **_of(1 << 16, NEVER, "margin_ranking_loss quantile_loss"),
     **_of(NEVER, NEVER, "swiglu geglu reglu glu prelu"),
 }

@@ -216,6 +216,11 @@ def class_cases() -> Iterator[Case]:
             given = x, target, None, options, outputs
             run = partial(prepare_and_launch, backend.multi_margin_loss, given, x, target)
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=2, **fields)
+    for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
+        options = MarginOptions(1, 1.0, "mean")
+        given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
+        run = partial(prepare_and_launch, backend.multilabel_margin_loss, given, *given[:2])
+        yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME, launches=2)
 
 
 def embedding_cases() -> Iterator[Case]:

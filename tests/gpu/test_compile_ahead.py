@@ -26,6 +26,7 @@ QUICK = (
     "cross_entropy float32 8x21x1000",
     "softmax bfloat16 4096x32000 backward",
     "multi_margin_loss float32 4096x32000 p 1",
+    "multilabel_margin_loss float32 4096x1000",
     "triplet_margin_loss bfloat16 4096x4096 p 2 swap",
     "cosine_embedding_loss float32 4096x128",
     "nll_loss float32 4096x1000",

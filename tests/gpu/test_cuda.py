@@ -31,6 +31,7 @@ CALLS: dict[str, Call] = {
     "softmax": lambda f, x, t, y: f.softmax(x, 1),
     "nll": lambda f, x, t, y: f.nll_loss(x, t),
     "margin": lambda f, x, t, y: f.multi_margin_loss(x, t.clamp(0)),
+    "labels": lambda f, x, t, y: f.multilabel_margin_loss(x, t.clamp(-1)[:, None].repeat(1, 700)),
     "mse": lambda f, x, t, y: f.mse_loss(x, y),
     "mse weighted": lambda f, x, t, y: f.mse_loss(x, y, weight=y.abs()),
     "mse none": lambda f, x, t, y: f.mse_loss(x, y, reduction="none"),
