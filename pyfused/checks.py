@@ -209,8 +209,15 @@ def normalized(options: Options) -> Options:
     return replace(options, **changed) if changed else options
 
 
-def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool = True) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked later."""
+def linear_cross_entropy(
+    head: Head, options: HeadOptions, probabilities: bool = True, classes: int | None = None
+) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked later.
+
+    Args:
+        probabilities: The target may hold class probabilities.
+        classes: The number of all classes, where the layer has some of them.
+    """
     input, linear_weight, linear_bias, target, weight = head
     for name, value in head._asdict().items():
         if value is not None or name not in ("linear_bias", "weight"):
@@ -237,7 +244,9 @@ def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool =
         if options.token_weight is not None:
             _shape("token_weight", options.token_weight, (*rows, *shape[1:]), what, ValueError)
         head, options = head.as_rows(options)
-    logits_without_memory = input.new_empty(()).expand(*head.input.shape[:-1], *shape)
+    classes = shape[0] if classes is None else classes
+    logits_shape = *head.input.shape[:-1], classes, *shape[1:]
+    logits_without_memory = input.new_empty(()).expand(logits_shape)
     if not probabilities:
         _class_index_target(logits_without_memory, head.target, probabilities=False)
     cross_entropy(logits_without_memory, head.target, weight, options)
@@ -415,11 +424,12 @@ def linear_log_probs(
     linear_bias: Tensor | None,
     target: Tensor,
     options: LogProbsOptions,
+    classes: int | None = None,
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
     given = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
     head = Head(input, linear_weight, linear_bias, target, None)
-    linear_cross_entropy(head, given, probabilities=False)
+    linear_cross_entropy(head, given, False, classes)
     if target.is_floating_point():
         raise RuntimeError(f"target: expected class indices, got {target.dtype}")
     vocab_options(options, ())

@@ -177,13 +177,13 @@ class CountedRows(NamedTuple):
         kept = values is None or self.indices is None
         return values if kept else values.index_select(dim, self.indices)
 
-    def spread(self, values: Any, others: int = 0, *, dim: int = 0) -> Any:
-        """Returns the values of all rows: zeros, or ``others``, for those that do not count."""
+    def spread(self, values: Any, dim: int = 0) -> Any:
+        """Returns the values of all rows: zeros for those that do not count."""
         if values is None or self.indices is None:
             return values
         shape = list(values.shape)
         shape[dim] = self.total
-        return values.new_full(shape, others).index_copy_(dim, self.indices, values)
+        return values.new_zeros(shape).index_copy_(dim, self.indices, values)
 
 
 def counted_rows(target: Tensor, ignored: int, backend: Backend) -> CountedRows:
