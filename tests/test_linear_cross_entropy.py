@@ -383,6 +383,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"token_weight: expected shape \(2, 12\), with the input's leading .*, got \(24,\)",
     ),
+    (
+        {"input": torch.ones(2, 12, 6), "target": torch.zeros(2, 12)},
+        RuntimeError,
+        r"target: expected class indices .*or class probabilities.*, got torch.float32 of shape",
+    ),
     ({"input": torch.ones(12, 6).long()}, RuntimeError, "input: expected a floating dtype"),
     ({"target": torch.ones(5).long()}, ValueError, "batch_size|target"),
     ({"weight": torch.ones(5)}, RuntimeError, "weight"),

@@ -19,7 +19,7 @@ from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
 from pyfused.ops import NAMESPACE, TORCH_OPS, inductor
 from pyfused.ops.activation import Activation
-from pyfused.ops.chunked import LossArguments, gradients_of, state_of
+from pyfused.ops.chunked import LossArguments, gradients_of
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
@@ -30,6 +30,7 @@ from pyfused.ops.pointwise_loss import Gated, TensorLoss
 from pyfused.ops.row_loss import RowLoss
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
+    RESULTS,
     STATE_FIELDS,
     CrossEntropyOptions,
     Gradients,
@@ -472,12 +473,14 @@ def _of_log_probs(op: LogProbsOperator) -> CompiledOperator:
     def value(given: Arguments) -> Tensor:
         tensors, options, _ = _read(op, given)
         op.check((*tensors, options))
-        return state_of(tensors, op.state_plan(tensors, options).options)[0]
+        plan = op.state_plan(tensors, options)._replace(results=None)
+        return plan.forward(None, (*tensors, None))
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options, (state,) = _read(op, given)
-        of_state = op.state_plan(tensors, options).options
-        found = gradients_of(tensors, of_state, wanted, state, grad_output[:3])
+        plan = op.state_plan(tensors, options)
+        given = plan.backend, tensors, plan.options, wanted, state
+        found = gradients_of(*given, grad_output[: len(RESULTS)])
         return tuple(None if each is None else each.contiguous() for each in found)
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:

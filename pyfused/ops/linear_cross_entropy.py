@@ -234,7 +234,7 @@ def _by_classes(arguments: LossArguments, head: Head) -> Computed:
     weight, tile = accumulated(head.weight, dtype), tile_of(head, options, backend)
     by_tiles = StateOptions(options.rows, ClassRange(0, classes), fields_of(options), (tile, tile))
     if state is None:
-        state, _ = state_of(head[:4], by_tiles, weight)
+        state, _ = state_of(backend, head[:4], by_tiles, weight)
         loss = loss_of_state(state, head.target, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         return Computed(loss, (), state)
@@ -242,7 +242,6 @@ def _by_classes(arguments: LossArguments, head: Head) -> Computed:
     grad_output = grad_output.expand(len(head.target))
     grad_results = gradients_of_loss(state, head.target, weight, options, classes, grad_output)
     least = options.filter_eps * grad_output.abs() if options.filter_eps else None
-    gradients = gradients_of(
-        head[:4], by_tiles, outputs.gradients, state, grad_results, weight=weight, least=least
-    )
+    given = backend, head[:4], by_tiles, outputs.gradients, state, grad_results
+    gradients = gradients_of(*given, weight=weight, least=least)
     return Computed(None, (*gradients, None))

@@ -21,7 +21,7 @@ from pyfused.ops.chunked import StateOptions
 from pyfused.ops.declaration import Arguments
 from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import apply, in_autocast_dtype
-from pyfused.ops.row_state import results_of
+from pyfused.ops.row_state import fields_of_log_probs
 from pyfused.ops.vocab_parallel import ShardedOperator, StatePlan, is_dtensor
 from pyfused.types import ClassRange, LogProbsOptions, VocabShard
 
@@ -110,14 +110,14 @@ class LogProbsOperator(ShardedOperator):
             return self._compiled
         getattr(checks, self.name)(*arguments)
         *tensors, _, options = arguments
-        plan, backend = self.state_plan(tensors, options), backend_of(tensors[0])
+        plan = self.state_plan(tensors, options)
         classes, ignore_index = plan.options.classes.total, options.ignore_index
         needs_gradients = not self.is_forward_alone(arguments)
 
         def run(arguments: Arguments) -> Tensor:
             *tensors, target, _ = arguments
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
-            backend.check_class_indices(target, classes, ignore_index)
+            plan.backend.check_class_indices(target, classes, ignore_index)
             if needs_gradients:
                 results: Tensor = apply(plan, *tensors, target, None)
                 return results
@@ -130,7 +130,7 @@ class LogProbsOperator(ShardedOperator):
         *tensors, target, options = arguments
         operator = getattr(TORCH_OPS, self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
-        return results_of(state, options, accumulate_dtype(tensors[0].dtype))
+        return state[fields_of_log_probs(options)].to(accumulate_dtype(tensors[0].dtype))
 
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
@@ -150,7 +150,8 @@ class LogProbsOperator(ShardedOperator):
             memory_budget=options.memory_budget,
             fixed_sizes=options.deterministic_rows,
         )
-        return StatePlan(self.name, of_state, shard, True, options)
+        results = fields_of_log_probs(options), accumulate_dtype(tensors[0].dtype)
+        return StatePlan(self.name, backend_of(tensors[0]), of_state, shard, True, results)
 
     def classes(self, tensors: Sequence[Tensor]) -> int:
         return len(tensors[1]) if self.counts_logits else checks.classes_of(tensors[0])

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import DTYPES
+from pyfused.backends import DTYPES, Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import StateOptions, gradients_of, state_of
@@ -27,7 +27,7 @@ from pyfused.ops.row_state import (
     denominator_of,
     fields_of,
     loss_of_state,
-    results_of,
+    state_of_logits,
     state_of_nothing,
     weight_of_targets,
 )
@@ -46,7 +46,6 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     Gradients,
-    LogProbsOptions,
     VocabShard,
 )
 
@@ -172,6 +171,10 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     return state
 
 
+def _has_classes(tensors: Sequence[Any]) -> bool:
+    return bool(tensors[len(tensors) > 1].numel())
+
+
 class StatePlan(NamedTuple):
     """Computes the state of rows, of which each process may have some classes, or none.
 
@@ -181,40 +184,48 @@ class StatePlan(NamedTuple):
         options: What the state of this process' classes is computed by.
         shard: What this process has of all classes, None for all.
         entropy: As in `_merged`.
-        log_probs: Which results are returned; None for the whole state.
+        results: Which fields are returned, and in which dtype; None for the whole state.
     """
 
     name: str
+    backend: Backend
     options: StateOptions
     shard: VocabShard | None
     entropy: bool
-    log_probs: LogProbsOptions | None = None
+    results: tuple[int | slice, torch.dtype] | None = None
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        *tensors, weight = tensors
-        if self._has_classes(tensors):
-            state, kept = state_of(tensors, self.options, weight, keeps=ctx is not None)
+        *tensors, target, weight = tensors
+        options, kept = self.options, None
+        if self.shard is not None and not _has_classes(tensors):
+            state = state_of_nothing(options.fields, target)
+        elif len(tensors) == 1:
+            given = *tensors, target, options.rows, options.classes, options.fields, weight
+            state = state_of_logits(self.backend, *given)
+            state = state if target.dim() == 1 else state.view(-1, *target.shape)
         else:
-            state, kept = state_of_nothing(self.options.fields, tensors[-1]), None
+            of_layer, keeps = (*tensors, target), ctx is not None
+            state, kept = state_of(self.backend, of_layer, options, weight, keeps)
         if self.shard is not None:
             state = _merged(state, self.shard.group, self.entropy)
-            state = state.where(tensors[-1] != self.options.rows.ignore_index, 0)
+            state = state.where(target != options.rows.ignore_index, 0)
         if ctx is not None:
             ctx.kept = kept
-            ctx.save_for_backward(*tensors, weight, state)
-        if self.log_probs is None:
+            ctx.save_for_backward(*tensors, target, weight, state)
+        if self.results is None:
             return state
-        return results_of(state, self.log_probs, accumulate_dtype(tensors[0].dtype))
+        fields, dtype = self.results
+        return state[fields].to(dtype)
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *tensors, weight, state = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         found: Gradients
-        if self._has_classes(tensors):
+        if self.shard is None or _has_classes(tensors[:-1]):
             needed = ctx.needs_input_grad[1 : len(tensors)]
             grad_results = _of_results(grad_output, state)
-            given = self.options, needed, state, grad_results, kept
-            found = gradients_of(tensors, *given, weight=weight)
+            given = self.backend, tensors, self.options, needed, state, grad_results, kept
+            found = gradients_of(*given, weight=weight)
         else:
             found = tuple([None if x is None else torch.zeros_like(x) for x in tensors[:-1]])
         if self.shard is not None and len(found) > 1 and found[0] is not None:
@@ -243,9 +254,6 @@ class StatePlan(NamedTuple):
             return results[: len(grad_results)]
 
         return differentiate(definition, layer, needs, grad_results)
-
-    def _has_classes(self, tensors: Sequence[Any]) -> bool:
-        return self.shard is None or bool(tensors[len(tensors) > 2].numel())
 
     def _results_in_torch(
         self, layer: Sequence[Tensor | None], target: Tensor, weight: Tensor | None, pivot: Tensor
@@ -284,8 +292,10 @@ def _of_results(grad_output: Tensor, state: Tensor) -> Tensor:
     """Returns the gradients of the fields that have one, as kernels take them."""
     if grad_output.dim() < state.dim():
         grad_output = grad_output.unsqueeze(0)
-    smooth = len(grad_output) > SMOOTH
-    grad_output = grad_output[[*RESULTS, SMOOTH]] if smooth else grad_output[: len(RESULTS)]
+    elif len(grad_output) > SMOOTH:
+        grad_output = grad_output[[*RESULTS, SMOOTH]]
+    elif len(grad_output) > len(RESULTS):
+        grad_output = grad_output[: len(RESULTS)]
     return grad_output.double()
 
 
@@ -308,7 +318,7 @@ def cross_entropy(
     budget = getattr(options, "memory_budget", None)
     of_state = StateOptions(options.rows, classes, fields_of(options), memory_budget=budget)
     weight, target = accumulated(weight, input.dtype), target.to(torch.int64)
-    plan = StatePlan("cross_entropy", of_state, shard, options.with_metrics)
+    plan = StatePlan("cross_entropy", backend_of(input), of_state, shard, options.with_metrics)
     state = apply(plan, *layer, target, weight)
     loss = loss_of_state(state, target, weight, options, classes.total)
     if options.reduction != "none":
