@@ -197,7 +197,8 @@ def test_wants_no_product_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> 
         fused.linear_cross_entropy(input, head, given.target, memory_budget=1 << 20).backward()
         # The logits' gradient has a row for each that is not ignored.
         assert [shape[1:] for shape in products] == [leaf.shape[1:]]
-        assert [shape[0] for shape in products] == [len(leaf) if wanted == "head" else 27]
+        counted = 40 if backend.ASYNCHRONOUS else 27
+        assert [shape[0] for shape in products] == [len(leaf) if wanted == "head" else counted]
     products.clear()
     fused.linear_cross_entropy(given.input.detach(), given.head.detach(), given.target)
     assert not products
