@@ -24,6 +24,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.ops import reasons, sizes
+from pyfused.ops.activation import Activation
 from pyfused.ops.declaration import Operator
 from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding_loss import EmbeddingLoss
@@ -143,7 +144,7 @@ def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dic
         if any(operand.indices for operand in op.operands):
             target = torch.zeros_like(x, dtype=torch.int64)
             return [x, target if op.operands[1].labels else target[:, 0]], {}
-        if isinstance(op, Gated) and second:
+        if isinstance(op, (Activation, Gated)) and second:
             x = x.detach()
         operands = [x, *[x.detach()] * sum(not o.optional for o in op.operands[1:])]
         if op is PRELU:
