@@ -209,8 +209,15 @@ def normalized(options: Options) -> Options:
     return replace(options, **changed) if changed else options
 
 
-def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool = True) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked later."""
+def linear_cross_entropy(
+    head: Head, options: HeadOptions, probabilities: bool = True, classes: int | None = None
+) -> None:
+    """Types, shapes, dtypes and options; class indices themselves are checked later.
+
+    Args:
+        probabilities: The target may hold class probabilities.
+        classes: The number of all classes, where the layer has some of them.
+    """
     input, linear_weight, linear_bias, target, weight = head
     for name, value in head._asdict().items():
         if value is not None or name not in ("linear_bias", "weight"):
@@ -230,6 +237,14 @@ def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool =
             f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
     memory_budget(options.memory_budget)
+    if not target.is_floating_point():
+        _index_dtype(target)
+    elif not probabilities or target.dim() < input.dim():
+        beside = ", or class probabilities for each row" * probabilities
+        raise RuntimeError(
+            f"target: expected class indices of dtype torch.int64 or torch.uint8{beside}, got "
+            f"{target.dtype} of shape {tuple(target.shape)}. Pass target.long()"
+        )
     if input.dim() > 2:
         rows, what = input.shape[:-1], "with the input's leading dimensions"
         of_target = *rows, *shape[not target.is_floating_point() :]
@@ -237,10 +252,20 @@ def linear_cross_entropy(head: Head, options: HeadOptions, probabilities: bool =
         if options.token_weight is not None:
             _shape("token_weight", options.token_weight, (*rows, *shape[1:]), what, ValueError)
         head, options = head.as_rows(options)
-    logits_without_memory = input.new_empty(()).expand(*head.input.shape[:-1], *shape)
+    classes = shape[0] if classes is None else classes
+    logits_shape = *head.input.shape[:-1], classes, *shape[1:]
+    logits_without_memory = input.new_empty(()).expand(logits_shape)
     if not probabilities:
         _class_index_target(logits_without_memory, head.target, probabilities=False)
     cross_entropy(logits_without_memory, head.target, weight, options)
+
+
+def _index_dtype(target: Tensor) -> None:
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            "target: expected class indices of dtype torch.int64 or torch.uint8, got "
+            f"{target.dtype}" + ". Pass target.long()" * (target.dtype in _OTHER_INTEGERS)
+        )
 
 
 def memory_budget(value: Any) -> None:
@@ -254,9 +279,12 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str 
     """Checks a layer's shapes and dtypes; messages put `whose` before the tensors' names."""
     features, shape = input.shape[-1], weight.shape[:-1]
     if weight.dim() < 2 or weight.shape[-1] != features:
+        swapped = weight.dim() == 2 and weight.shape[0] == features
         raise RuntimeError(
             f"{whose}linear_weight: expected shape (C, ..., {features}), with as many features as "
             f"the {whose}input, got {tuple(weight.shape)}"
+            + f". Is it transposed, or are the {whose}input logits?"
+            * swapped
         )
     if bias is not None and bias.shape != shape:
         raise RuntimeError(
@@ -291,8 +319,10 @@ def linear_kl_div(
     _head(teacher_input, teacher_linear_weight, teacher_linear_bias, "teacher_")
     features = teacher_input.shape[-1]
     shape = len(linear_weight), features
-    _shape("teacher_linear_weight", teacher_linear_weight, shape, "with as many classes")
-    _shape("teacher_input", teacher_input, (*input.shape[:-1], features), "with as many tokens")
+    _shape("teacher_linear_weight", teacher_linear_weight, shape, "with the student's classes")
+    _shape(
+        "teacher_input", teacher_input, (*input.shape[:-1], features), "with the student's tokens"
+    )
     _divergence(input.shape[:-1], options)
 
 
@@ -312,7 +342,7 @@ def linear_topk_kl_div(
     if not 0 < k <= classes:
         raise RuntimeError(f"teacher_log_probs: expected 1 to {classes} classes, got {k}")
     shape = *input.shape[:-1], k
-    _shape("teacher_log_probs", teacher_log_probs, shape, "with as many tokens")
+    _shape("teacher_log_probs", teacher_log_probs, shape, "with the student's tokens")
     _shape("teacher_indices", teacher_indices, shape, "that of teacher_log_probs")
     if options.remainder not in ("bucket", "ignore"):
         raise ValueError(f"remainder: expected 'bucket' or 'ignore', got {options.remainder!r}")
@@ -415,11 +445,12 @@ def linear_log_probs(
     linear_bias: Tensor | None,
     target: Tensor,
     options: LogProbsOptions,
+    classes: int | None = None,
 ) -> None:
     """Types, shapes, dtypes and options; class indices themselves are checked later."""
     given = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
     head = Head(input, linear_weight, linear_bias, target, None)
-    linear_cross_entropy(head, given, probabilities=False)
+    linear_cross_entropy(head, given, False, classes)
     if target.is_floating_point():
         raise RuntimeError(f"target: expected class indices, got {target.dtype}")
     vocab_options(options, ())

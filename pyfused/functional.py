@@ -15,7 +15,6 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.ops import custom_operators as custom_operators  # defines what torch.compile calls
 from pyfused.ops import margin as margins
-from pyfused.ops import vocab_parallel
 from pyfused.ops.declaration import reduction_of
 from pyfused.ops.dispatch import call
 from pyfused.ops.elementwise import (
@@ -294,10 +293,10 @@ def cross_entropy(
         scale,
         loss_dtype,
     )
+    arguments = input, target, weight, options
     if shard is not None:
-        loss: Tensor = vocab_parallel.cross_entropy((input, target), weight, options, shard)
-        return loss
-    return call(CROSS_ENTROPY, (input, target, weight, options), inplace)
+        return CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
+    return call(CROSS_ENTROPY, arguments, inplace)
 
 
 def cross_entropy_with_metrics(
@@ -336,12 +335,10 @@ def cross_entropy_with_metrics(
         with_metrics=True,
         **options,
     )
-    found: Any
-    if shard is None:
-        found = call(CROSS_ENTROPY, (input, target, weight, given), inplace)
-    else:
-        found = vocab_parallel.cross_entropy((input, target), weight, given, shard)
-    return found  # type: ignore[no-any-return]
+    arguments = input, target, weight, given
+    if shard is not None:
+        return CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
+    return call(CROSS_ENTROPY, arguments, inplace)  # type: ignore[return-value]
 
 
 def additive_margin(
@@ -467,11 +464,9 @@ def linear_cross_entropy(
         memory_budget=memory_budget,
         filter_eps=filter_eps,
     )
+    arguments = input, linear_weight, linear_bias, target, weight, given, options
     if shard is not None:
-        tensors = input, linear_weight, linear_bias, target
-        loss: Tensor = vocab_parallel.cross_entropy(tensors, weight, given, shard)
-        return loss
-    arguments = input, linear_weight, target, linear_bias, weight, given, options
+        return LINEAR_CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(LINEAR_CROSS_ENTROPY, arguments)
 
 
@@ -515,14 +510,10 @@ def linear_cross_entropy_with_metrics(
         filter_eps=filter_eps,
         **options,
     )
-    found: Any
-    if shard is None:
-        arguments = input, linear_weight, target, linear_bias, weight, given, None
-        found = call(LINEAR_CROSS_ENTROPY, arguments)
-    else:
-        tensors = input, linear_weight, linear_bias, target
-        found = vocab_parallel.cross_entropy(tensors, weight, given, shard)
-    return found  # type: ignore[no-any-return]
+    arguments = input, linear_weight, linear_bias, target, weight, given, None
+    if shard is not None:
+        return LINEAR_CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
+    return call(LINEAR_CROSS_ENTROPY, arguments)  # type: ignore[return-value]
 
 
 def log_probs(
@@ -571,10 +562,8 @@ def log_probs(
     alone = not (return_entropy or return_lse)
     options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature, alone=alone)
     logits = checks.classes_at(1, "logits", logits, dim)
-    if shard is None:
-        values = call(LOG_PROBS, (logits, target, options))
-    else:
-        values = vocab_parallel.log_probs((logits, target), options, shard)
+    op, arguments = LOG_PROBS, (logits, target, options)
+    values = call(op, arguments) if shard is None else op.of_shard(arguments, shard)
     return named(values, return_entropy, return_lse)
 
 
@@ -628,11 +617,9 @@ def linear_log_probs(
         memory_budget=memory_budget,
         deterministic_rows=deterministic_rows,
     )
-    tensors = input, linear_weight, linear_bias, target
-    if shard is None:
-        values = call(LINEAR_LOG_PROBS, (*tensors, options))
-    else:
-        values = vocab_parallel.log_probs(tensors, options, shard)
+    arguments = input, linear_weight, linear_bias, target, options
+    op = LINEAR_LOG_PROBS
+    values = call(op, arguments) if shard is None else op.of_shard(arguments, shard)
     return named(values, return_entropy, return_lse)
 
 

@@ -32,13 +32,13 @@ from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
-from pyfused.ops.log_probs import LogProbsOfLogits
+from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
-OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOfLogits)
+OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
 WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with options and results beyond torch's
 SHAPE = (6, 5)
 
@@ -148,7 +148,7 @@ def ours(call: Call, **given: Any) -> Any:
         given["input"] = call.layout(given["input"] * 1)  # no leaf
     name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
     found = getattr(fused, name)(**given)
-    if not isinstance(call.op, LogProbsOfLogits):
+    if not isinstance(call.op, LogProbsOperator):
         return found
     return torch.stack([result for result in found if result is not None])
 
@@ -158,7 +158,7 @@ def reference(call: Call, **given: Any) -> Any:
     given.pop("inplace", None)
     if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not with all options
         given["target"] = given["target"].long()
-    if isinstance(call.op, LogProbsOfLogits):
+    if isinstance(call.op, LogProbsOperator):
         wanted = [True, given.get("return_entropy", False), given.get("return_lse", False)]
         chosen = [i for i, each in enumerate(wanted) if each]
         return call.op.reference(*call.op.bind(**given))[chosen]
@@ -442,7 +442,7 @@ def linear_cross_entropy(
     **given: Any,
 ) -> Any:
     """Computes pyfused's function of this name in torch's terms, from all logits."""
-    tensors = input, linear_weight, target, linear_bias, weight
+    tensors = input, linear_weight, linear_bias, target, weight
     return definitions.linear_cross_entropy(*tensors, HeadOptions(**given))
 
 

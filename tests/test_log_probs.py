@@ -529,6 +529,19 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("linear_log_probs", {"memory_budget": 0}, ValueError, "memory_budget: expected a positive"),
     ("linear_log_probs", {"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\)"),
     ("linear_log_probs", {"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),
+    ("linear_log_probs", {"linear_weight": torch.ones(6, 70)}, RuntimeError, "Is it transposed"),
+    (
+        "linear_log_probs",
+        {"input": torch.ones(3, 4, 6), "target": torch.zeros(3, 4)},
+        RuntimeError,
+        r"target: expected class indices .*, got torch.float32 of shape \(3, 4\)",
+    ),
+    (
+        "linear_log_probs",
+        {"input": torch.ones(3, 4, 6), "target": torch.zeros(3, 4).int()},
+        RuntimeError,
+        r"got torch.int32. Pass target.long\(\)",
+    ),
     (
         "linear_log_probs",
         {"linear_weight": torch.ones(70, 6).double()},

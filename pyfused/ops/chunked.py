@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfused.backends import Backend, backend_of
+from pyfused.backends import Backend
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import FIXED_ROWS, chunk_of_states, product_dtype
-from pyfused.ops.row_state import as_rows, state_of_logits
+from pyfused.ops.row_state import as_rows
 from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
@@ -177,13 +177,13 @@ class CountedRows(NamedTuple):
         kept = values is None or self.indices is None
         return values if kept else values.index_select(dim, self.indices)
 
-    def spread(self, values: Any, others: int = 0, *, dim: int = 0) -> Any:
-        """Returns the values of all rows: zeros, or ``others``, for those that do not count."""
+    def spread(self, values: Any, dim: int = 0) -> Any:
+        """Returns the values of all rows: zeros for those that do not count."""
         if values is None or self.indices is None:
             return values
         shape = list(values.shape)
         shape[dim] = self.total
-        return values.new_full(shape, others).index_copy_(dim, self.indices, values)
+        return values.new_zeros(shape).index_copy_(dim, self.indices, values)
 
 
 def counted_rows(target: Tensor, ignored: int, backend: Backend) -> CountedRows:
@@ -311,6 +311,7 @@ class StateOptions(NamedTuple):
 
 
 def state_of(
+    backend: Backend,
     tensors: Sequence[Any],
     options: StateOptions,
     weight: Tensor | None = None,
@@ -322,15 +323,10 @@ def state_of(
     they have all classes.
 
     Args:
-        tensors: Logits, or input, weight and bias of a layer; and the target last.
+        tensors: Input, weight and bias of a layer, and the target.
         weight: One factor for each of all classes, in the accumulation dtype, or None.
     """
     target, rows, fields = tensors[-1], options.rows, options.fields
-    backend = backend_of(target)
-    if len(tensors) == 2:
-        logits, _ = tensors
-        state = state_of_logits(backend, logits, target, rows, options.classes, fields, weight)
-        return state.view(fields, *target.shape), None
     part, output = _counted_part(tensors, options, backend), None
     state = part.labels.new_empty((fields, len(part.labels)), dtype=torch.float64)
     for chunk in chunks(
@@ -353,6 +349,7 @@ def state_of(
 
 
 def gradients_of(
+    backend: Backend,
     tensors: Sequence[Any],
     options: StateOptions,
     needed: Sequence[bool],
@@ -366,7 +363,8 @@ def gradients_of(
     """Returns the gradients of all tensors but the target.
 
     Args:
-        tensors, options, weight: As in ``state_of``.
+        tensors: Logits and target, or those of ``state_of``.
+        options, weight: As in ``state_of``.
         state: Of all classes.
         grad_results: The gradients of the first of log-probability, entropy, log-sum-exp and the
             weighted sum of the logits, of shape (1, 3 or 4, *target.shape), in float64.
@@ -375,10 +373,17 @@ def gradients_of(
     """
     if len(tensors) == 2:
         logits, target = tensors
-        backend = backend_of(logits)
-        return (gradient_of_logits(backend, logits, target, options, state, grad_results, weight),)
+        rows = as_rows(logits)
+        copied = rows.data_ptr() != logits.data_ptr()
+        out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
+        given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
+        backend.row_gradients(*given, options.classes, out, weight)
+        if logits.dim() == 2:
+            return (out,)
+        dim = min(logits.dim() - 1, 1)
+        return (out.view(logits.movedim(dim, -1).shape).movedim(-1, dim),)
     input, linear_weight, *_ = tensors
-    backend, n = backend_of(input), input.shape[:-1].numel()
+    n = input.shape[:-1].numel()
     part = _counted_part(tensors, options, backend)
     state, grad_results = (
         _flat(part.rows.take(values.reshape(len(values), n, -1), 1))
@@ -407,27 +412,6 @@ def gradients_of(
         None if of_weight is None else of_weight.view(*shape, -1).movedim(-2, 0),
         None if of_bias is None else of_bias.view(shape).movedim(-1, 0),
     )
-
-
-def gradient_of_logits(
-    backend: Backend,
-    logits: Tensor,
-    target: Tensor,
-    options: StateOptions,
-    state: Tensor,
-    grad_results: Tensor,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Returns the gradient of logits (C), (N, C) or (N, C, d1, ..., dk); see `gradients_of`."""
-    rows = as_rows(logits)
-    copied = rows.data_ptr() != logits.data_ptr()
-    out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
-    given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
-    backend.row_gradients(*given, options.classes, out, weight)
-    if logits.dim() == 2:
-        return out
-    dim = min(logits.dim() - 1, 1)
-    return out.view(logits.movedim(dim, -1).shape).movedim(-1, dim)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -27,13 +27,14 @@ from pyfused.ops.declaration import (
 )
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
-from pyfused.types import CrossEntropyOptions, VocabOptions
+from pyfused.ops.vocab_parallel import ShardedOperator
+from pyfused.types import ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class CrossEntropy(ClassLoss):
+class CrossEntropy(ClassLoss, ShardedOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
     def __post_init__(self) -> None:
@@ -69,11 +70,9 @@ class CrossEntropy(ClassLoss):
         return self.reference(*given)
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
-        input = arguments[0]
-        local = None if type(input) is Tensor else self.local_of(arguments)
-        if local is not None:
-            return self._over_shards
-        if is_compiled(input):
+        if self.local_of(arguments) is not None:
+            return self.of_dtensors
+        if is_compiled(arguments[0]):
             return self._compiled
         if arguments[-1].softcap is not None:
             self.checked(arguments)
@@ -92,13 +91,11 @@ class CrossEntropy(ClassLoss):
 
         return run
 
-    def _over_shards(self, arguments: Arguments) -> Any:
-        """Returns the loss of DTensors, of which every process has some classes."""
-        local = self.local_of(arguments)
-        assert local is not None
-        input, target, weight, options = local.arguments
-        loss = vocab_parallel.cross_entropy((input, target), weight, options, local.shard)
-        return local.whole(loss)
+    def of_classes(
+        self, arguments: Arguments, classes: ClassRange, shard: VocabShard | None
+    ) -> Any:
+        input, target, weight, options = arguments
+        return vocab_parallel.cross_entropy((input, target), weight, options, classes, shard)
 
     def _by_state(self, arguments: Arguments) -> Any:
         """Returns the loss of capped logits, from the state of rows."""
@@ -108,7 +105,7 @@ class CrossEntropy(ClassLoss):
         target = target.reshape(loss_shape(input, "none")).to(torch.int64)
         classes = checks.classes_of(input)
         backend_of(target).check_class_indices(target, classes, options.ignore_index)
-        return vocab_parallel.cross_entropy((input, target), weight, options, None)
+        return self.of_classes((input, target, weight, options), ClassRange(0, classes), None)
 
     def _compiled(self, arguments: Arguments) -> Tensor:
         given = self.checked(arguments)
@@ -136,8 +133,8 @@ class CrossEntropy(ClassLoss):
             checks.overwritable(input)
             increment_version(input)
 
-    def local_of(self, arguments: Arguments) -> vocab_parallel.LocalShard | None:
-        return None if arguments[-1].gamma else vocab_parallel.local_of(self, arguments)
+    def local_of(self, arguments: Arguments) -> Any:
+        return None if arguments[-1].gamma else super().local_of(arguments)
 
     def strategy(self, input: Tensor) -> str:
         rows = backend_of(input).supports_rows(input)

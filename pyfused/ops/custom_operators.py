@@ -17,32 +17,23 @@ from torch import Tensor
 
 from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import NAMESPACE, TORCH_OPS, inductor, linear_cross_entropy, log_probs
+from pyfused.ops import NAMESPACE, TORCH_OPS, inductor
 from pyfused.ops.activation import Activation
-from pyfused.ops.chunked import LossArguments, gradients_of, state_of
+from pyfused.ops.chunked import LossArguments, gradients_of
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
-from pyfused.ops.metrics import Metrics
-from pyfused.ops.operators import (
-    CROSS_ENTROPY,
-    LINEAR_CROSS_ENTROPY,
-    MULTILABEL_MARGIN_LOSS,
-    OPERATORS,
-)
+from pyfused.ops.log_probs import LogProbsOperator
+from pyfused.ops.operators import CROSS_ENTROPY, MULTILABEL_MARGIN_LOSS, OPERATORS
 from pyfused.ops.pointwise_loss import Gated, TensorLoss
-from pyfused.ops.row_state import fields_of, results_of
+from pyfused.ops.row_loss import RowLoss
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
+    RESULTS,
     STATE_FIELDS,
     CrossEntropyOptions,
-    DivergenceOptions,
     Gradients,
-    Head,
-    HeadOptions,
-    LogProbsOptions,
     Options,
     Outputs,
 )
@@ -347,24 +338,24 @@ def _fields(options: type[Options]) -> list[str]:
     return [f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(options)]
 
 
-def _read(given: Arguments) -> ClassLossArguments:
+def _read_logits(given: Arguments) -> ClassLossArguments:
     input, target, weight, *options = given
     return ClassLossArguments(input, target, weight, CrossEntropyOptions(*options))
 
 
 def _loss(given: Arguments, outputs: Outputs = _LOSS) -> tuple[Tensor, Gradients]:
-    loss, gradients = cross_entropy_once(backend_of(given[0]), *_read(given), outputs)
+    loss, gradients = cross_entropy_once(backend_of(given[0]), *_read_logits(given), outputs)
     assert loss is not None
     return loss, gradients
 
 
 def _gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
     outputs = Outputs(False, tuple(wanted))
-    return cross_entropy_once(backend_of(given[0]), *_read(given), outputs, grad_output)[1]
+    return cross_entropy_once(backend_of(given[0]), *_read_logits(given), outputs, grad_output)[1]
 
 
 def _empty_loss(given: Arguments) -> Tensor:
-    input, *_, options = _read(given)
+    input, *_, options = _read_logits(given)
     shape = loss_shape(input, options.reduction)
     return input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
@@ -376,7 +367,7 @@ cross_entropy = CompiledOperator(
     value=lambda given: _loss(given)[0],
     gradients=_gradients,
     definition=lambda given, wanted, grad_output: gradients_of_definition(
-        CROSS_ENTROPY, _read(given), wanted, grad_output
+        CROSS_ENTROPY, _read_logits(given), wanted, grad_output
     ),
     empty_value=_empty_loss,
     empty_gradient=lambda tensor: empty_viewed(viewed(tensor)[0])[0],
@@ -403,122 +394,100 @@ _LIBRARY.define(
 _LIBRARY.impl(_NAME, _loss_and_gradients, "CPU")
 torch.library.register_fake(f"{NAMESPACE}::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
 
-# ---- linear_cross_entropy ------------------------------------------------------------------------
+# ---- functions of a vocabulary -------------------------------------------------------------------
 
 
-def _read_head(given: Arguments) -> tuple[Head, HeadOptions]:
-    return Head(*given[:5]), HeadOptions(*given[5:])
-
-
-def _loss_of_head(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-    """Returns the loss, its gradients, the metrics that are wanted, and what backward needs."""
-    head, options = _read_head(given)
-    linear_cross_entropy.check_indices(head, options)
-    arguments = _loss_arguments(head, options, wanted)
-    loss, gradients, state, metrics = LINEAR_CROSS_ENTROPY.compute(arguments)
-    assert loss is not None
-    if any(wanted) and not gradients:
-        gradients = _gradients_of_head((*given, state), wanted, loss.new_ones(()))
-    metrics = metrics or [_empty_metric(given, name) for name in Metrics._fields]
-    state = _empty_state(given).zero_() if state is None else state
-    return [loss, *_filled(gradients or (None,) * 4, head.input), *metrics, state]
-
-
-def _gradients_of_head(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-    arguments = _loss_arguments(*_read_head(given[:-1]), wanted, grad_output, given[-1])
-    return LINEAR_CROSS_ENTROPY.compute(arguments).gradients
-
-
-def _loss_arguments(
-    tensors: Sequence[Any], options: Any, wanted: Sequence[bool], *backward: Tensor
-) -> LossArguments:
-    """Returns the arguments of a loss, or given grad_output, and a state, those of gradients."""
-    outputs = Outputs(not backward, tuple(wanted) if backward or any(wanted) else ())
-    return LossArguments(backend_of(tensors[0]), tensors, options, outputs, *backward)
-
-
-def _empty_loss_of_head(given: Arguments) -> Tensor:
-    head, options = _read_head(given)
-    shape = _loss_shape(head) if options.reduction == "none" else ()
-    return head.input.new_empty(shape, dtype=LINEAR_CROSS_ENTROPY.loss_dtype(head))
-
-
-def _loss_shape(head: Head) -> tuple[int, ...]:
-    return len(head.input), *head.linear_weight.shape[1:-1]
-
-
-def _empty_state(given: Arguments) -> Tensor:
-    head, options = _read_head(given)
-    return head.input.new_empty((fields_of(options), len(head.input)), dtype=torch.float64)
-
-
-def _empty_metric(given: Arguments, name: str) -> Tensor:
-    head, options = _read_head(given)
-    dtype = LINEAR_CROSS_ENTROPY.loss_dtype(head)
-    if not options.with_metrics:
-        return head.input.new_empty(0, dtype=dtype)
-    dtype = {"prediction": torch.int64, "correct": torch.bool}.get(name, dtype)
-    return head.input.new_empty(_loss_shape(head), dtype=dtype)
-
-
-CompiledOperator(
-    name="linear_cross_entropy",
-    schema=[
-        "Tensor input",
-        "Tensor linear_weight",
-        "Tensor? linear_bias",
-        "Tensor target",
-        "Tensor? weight",
-        *_fields(HeadOptions),
-    ],
-    differentiable=4,
-    value=_loss_of_head,
-    gradients=_gradients_of_head,
-    definition=lambda given, wanted, grad_output: LINEAR_CROSS_ENTROPY.define(
-        _loss_arguments(*_read_head(given[:-1]), wanted, grad_output)
-    ),
-    empty_value=_empty_loss_of_head,
-    empty_gradient=lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format),
-    in_forward=True,
-    adds_output=-1,
-    empty_others=[*(partial(_empty_metric, name=name) for name in Metrics._fields), _empty_state],
-).define()
-
-# ---- log_probs and divergences -------------------------------------------------------------------
-
-
-def _of_operands(op: Operator, options: type[Options], **family: Any) -> CompiledOperator:
+def _of_operands(op: Any, **family: Any) -> CompiledOperator:
     """Takes the operands as declared, and then the fields of the options."""
     tensors = [f"{'Tensor?' if each.optional else 'Tensor'} {each.name}" for each in op.operands]
     return CompiledOperator(
         name=op.name,
-        schema=[*tensors, *_fields(options)],
+        schema=[*tensors, *_fields(op.options)],
         empty_gradient=lambda like: torch.empty_like(like, memory_format=torch.contiguous_format),
         **family,
     )
 
 
-def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
-    differentiable = len(op.operands) - 1
+def _read(op: Any, given: Arguments) -> tuple[Arguments, Any, Arguments]:
+    """Returns the tensors, the options, and the state where it follows them."""
+    count = len(op.operands)
+    last = count + len(fields(op.options))
+    return given[:count], op.options(*given[count:last]), given[last:]
 
-    def read(given: Arguments) -> tuple[Sequence[Any], LogProbsOptions]:
-        last = differentiable + 1 + len(fields(LogProbsOptions))
-        return given[: differentiable + 1], LogProbsOptions(*given[differentiable + 1 : last])
 
-    def value(given: Arguments) -> Tensor:
-        tensors, options = read(given)
-        op.check((*tensors, options))
-        return state_of(tensors, op.state_options(tensors, options))[0]
+def _of_row_loss(op: RowLoss) -> CompiledOperator:
+    def read(given: Arguments, wanted: Sequence[bool], *grad_output: Tensor) -> LossArguments:
+        tensors, options, state = _read(op, given)
+        gradients = tuple(wanted) if grad_output or any(wanted) else ()
+        outputs = Outputs(not grad_output, gradients)
+        return LossArguments(
+            backend_of(tensors[0]), tensors, options, outputs, *grad_output, *state
+        )
+
+    def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
+        arguments = read(given, wanted)
+        op.check_indices(arguments.tensors, arguments.options)
+        loss, found, state = op.compute(arguments)
+        assert loss is not None
+        if any(wanted) and not found:
+            found = gradients((*given, state), wanted, loss.new_ones(()))
+        results = [loss, *_filled(found or (None,) * op.student, given[0])]
+        if empty_others:
+            results.append(empty_state(given).zero_() if state is None else state)
+        return results
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        tensors, options = read(given)
-        of_call = op.state_options(tensors, options), wanted, given[-1]
-        found = gradients_of(tensors, *of_call, grad_output[:3])
+        return op.compute(read(given, wanted, grad_output)).gradients
+
+    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        return op.define(read(given, wanted, grad_output))
+
+    def empty_value(given: Arguments) -> Tensor:
+        tensors, options, _ = _read(op, given)
+        shape = op.losses(tensors) if options.reduction == "none" else ()
+        empty: Tensor = given[0].new_empty(shape, dtype=op.loss_dtype(tensors))
+        return empty
+
+    def empty_state(given: Arguments) -> Tensor:
+        tensors, options, _ = _read(op, given)
+        shape = op.fields(options), *op.losses(tensors)
+        empty: Tensor = given[0].new_empty(shape, dtype=torch.float64)
+        return empty
+
+    empty_others = [empty_state] * bool(op.fields(op.options()))
+    return _of_operands(
+        op,
+        differentiable=op.student,
+        value=value,
+        gradients=gradients,
+        definition=definition,
+        empty_value=empty_value,
+        in_forward=True,
+        adds_output=-1 if empty_others else None,
+        empty_others=empty_others,
+    )
+
+
+def _of_log_probs(op: LogProbsOperator) -> CompiledOperator:
+    differentiable = len(op.operands) - 1
+
+    def value(given: Arguments) -> Tensor:
+        tensors, options, _ = _read(op, given)
+        op.check((*tensors, options))
+        plan = op.state_plan(tensors, options)._replace(results=None)
+        return plan.forward(None, (*tensors, None))
+
+    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
+        tensors, options, (state,) = _read(op, given)
+        plan = op.state_plan(tensors, options)
+        given = plan.backend, tensors, plan.options, wanted, state
+        found = gradients_of(*given, grad_output[: len(RESULTS)])
         return tuple(None if each is None else each.contiguous() for each in found)
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        tensors, options = read(given)
-        return op.define(tensors, options, wanted, results_of(grad_output, options, torch.float64))
+        tensors, options, (state,) = _read(op, given)
+        plan = op.state_plan(tensors, options)
+        return plan.define_gradients(tensors, None, state, wanted, grad_output)
 
     def empty_value(given: Arguments) -> Tensor:
         target: Tensor = given[differentiable]
@@ -526,7 +495,6 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
 
     return _of_operands(
         op,
-        LogProbsOptions,
         differentiable=differentiable,
         value=value,
         gradients=gradients,
@@ -536,38 +504,8 @@ def _of_log_probs(op: log_probs.LogProbsOfLogits) -> CompiledOperator:
     )
 
 
-def _of_divergence(op: Divergence) -> CompiledOperator:
-    def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-        loss, gradients, *_ = op.compute(_loss_arguments(*op.read(given), wanted))
-        assert loss is not None
-        return [loss, *_filled(gradients or (None,) * op.student, given[0])]
-
-    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return op.compute(_loss_arguments(*op.read(given), wanted, grad_output)).gradients
-
-    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return op.define(_loss_arguments(*op.read(given), wanted, grad_output))
-
-    def empty_value(given: Arguments) -> Tensor:
-        (input, *_), options = op.read(given)
-        shape = input.shape[:-1] if options.reduction == "none" else ()
-        empty: Tensor = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
-        return empty
-
-    return _of_operands(
-        op,
-        DivergenceOptions,
-        differentiable=op.student,
-        value=value,
-        gradients=gradients,
-        definition=definition,
-        empty_value=empty_value,
-        in_forward=True,
-    )
-
-
 for _op in OPERATORS.values():
-    if isinstance(_op, log_probs.LogProbsOfLogits):
+    if isinstance(_op, LogProbsOperator):
         _of_log_probs(_op).define()
-    elif isinstance(_op, Divergence):
-        _of_divergence(_op).define()
+    elif isinstance(_op, RowLoss):
+        _of_row_loss(_op).define()

@@ -82,8 +82,8 @@ def _shaped(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
+    linear_bias: Tensor | None,
     target: Tensor,
-    linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
     torch_options: Any = None,
@@ -110,7 +110,7 @@ def of_logits(head: Head, options: HeadOptions) -> Any:
     leading = head.input.shape[:-1]
     if len(leading) > 1:
         head, options = head.as_rows(options)
-    logits = _head_logits(*head[:3])
+    logits = head_logits(*head[:3])
     found = cross_entropy(logits, head.target, head.weight, options)
     if len(leading) < 2:
         return found
@@ -120,7 +120,7 @@ def of_logits(head: Head, options: HeadOptions) -> Any:
     return of_leading(loss, leading), metrics.Metrics(*(of_leading(x, leading) for x in others))
 
 
-def _head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+def head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
     return logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
@@ -159,7 +159,7 @@ def linear_log_probs(
 ) -> Tensor:
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
     rows, positions = input.reshape(-1, input.shape[-1]), linear_weight.shape[1:-1]
-    logits = _head_logits(rows, linear_weight, linear_bias)
+    logits = head_logits(rows, linear_weight, linear_bias)
     of_rows = log_probs(logits, target.reshape(len(rows), *positions), options)
     return of_rows.reshape(*of_rows.shape[: not options.alone], *target.shape)
 

@@ -187,9 +187,7 @@ class Divergence(RowLoss):
     """
 
     kernels: Callable[[LossArguments], tuple[Tensor | None, Gradients]]
-
-    def has_rows(self, index: int) -> bool:
-        return "linear_" not in self.operands[index].name
+    options = DivergenceOptions
 
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
         dim, has_gradient = by_name.pop("dim", None), by_name.pop("teacher_requires_grad", False)
@@ -224,7 +222,7 @@ class Divergence(RowLoss):
         for i, tensor in zip(inputs, cast, strict=True):
             tensors[i] = tensor
         tensors = [
-            tensor.reshape(-1, tensor.shape[-1]) if self.has_rows(i) else tensor
+            tensor.reshape(-1, tensor.shape[-1]) if i in self.with_rows else tensor
             for i, tensor in enumerate(tensors)
         ]
         weight = options.token_weight
@@ -235,13 +233,8 @@ class Divergence(RowLoss):
             token_weight=None if weight is None else weight.flatten(),
         )
         with without_autocast:
-            (loss,) = self.run(tensors, options)
+            loss, _ = self.run(tensors, options)
         return loss.reshape(shape) if options.reduction == "none" else loss
-
-    def read(self, arguments: Arguments) -> tuple[Arguments, DivergenceOptions]:
-        """Returns the arguments of the custom operator."""
-        count = len(self.operands)
-        return arguments[:count], DivergenceOptions(*arguments[count:])
 
     def counted(self, arguments: LossArguments) -> tuple[CountedRows, float | Tensor]:
         weight, n = arguments.options.token_weight, len(arguments.tensors[0])

@@ -42,15 +42,18 @@ from pyfused.ops.row_state import (
     state_of_metrics,
     weight_of_targets,
 )
-from pyfused.types import ClassRange, Head, HeadOptions, Outputs
+from pyfused.ops.vocab_parallel import ShardedOperator
+from pyfused.types import ClassRange, Head, HeadOptions, Outputs, VocabShard
 
 # Before torch 2.13 there is none to patch.
 _OF_TORCH = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class LinearCrossEntropy(RowLoss):
+class LinearCrossEntropy(RowLoss, ShardedOperator):
     """Cross-entropy of a linear layer's output."""
+
+    options = HeadOptions
 
     def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
         named = dict(zip(_OF_TORCH, arguments, strict=False)) | by_name
@@ -61,29 +64,34 @@ class LinearCrossEntropy(RowLoss):
         return *tensors, HeadOptions(**named), torch_options
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
-        if (local := self.local_of(arguments)) is not None:
-            head, options = _head_of(local.arguments)
-            shard = local.shard
-            return local.whole(vocab_parallel.cross_entropy(head[:4], head.weight, options, shard))
+        if self.local_of(arguments) is not None:
+            return self.of_dtensors(arguments)
         head, options = _checked(arguments)
         options = checks.normalized(options)
         dtype = _dtype_of_loss(head, options)
         without_autocast, (input,) = in_autocast_dtype(head.input.device.type, head[:1])
         head = head._replace(input=input)
         if not is_compiled(head.input):
-            check_indices(head, options)
+            self.check_indices(head, options)
         leading = head.input.shape[:-1]
         head, options = head.as_rows(options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
         with without_autocast:
-            results = self.run(head, options)
-        loss, *metrics = (of_leading(result, leading) for result in results)
-        loss = loss if loss.dtype is dtype else loss.to(dtype)
-        return (loss, Metrics(*metrics)) if metrics else loss
+            loss, state = self.run(head, options)
+        loss = of_leading(loss, leading)
+        of_call = loss if loss.dtype is dtype else loss.to(dtype)
+        if not options.with_metrics:
+            return of_call
+        metrics = of_state(state, head.target, options.ignore_index, loss.dtype)
+        return of_call, Metrics(*(of_leading(each, leading) for each in metrics))
 
-    def local_of(self, arguments: Arguments) -> vocab_parallel.LocalShard | None:
-        return vocab_parallel.local_of(self, arguments)
+    def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
+        head, options = _head_of(arguments)
+        return vocab_parallel.cross_entropy(head[:4], head.weight, options, classes, shard)
+
+    def check_shapes(self, arguments: Arguments, classes: int) -> None:
+        checks.linear_cross_entropy(*_head_of(arguments), False, classes)
 
     def check(self, arguments: Arguments) -> None:
         head, options = _checked(arguments)
@@ -101,8 +109,17 @@ class LinearCrossEntropy(RowLoss):
             return "logits of some classes at a time"
         return "all logits at once" if rows >= len(input) else f"logits of {rows} rows at a time"
 
-    def has_rows(self, index: int) -> bool:
-        return Head._fields[index] in ("input", "target")
+    def losses(self, tensors: Sequence[Any]) -> tuple[int, ...]:
+        return len(tensors[0]), *tensors[1].shape[1:-1]
+
+    def fields(self, options: HeadOptions) -> int:
+        return fields_of(options)
+
+    def check_indices(self, tensors: Sequence[Any], options: HeadOptions) -> None:
+        _, linear_weight, _, target, _ = tensors
+        if not target.is_floating_point():
+            classes, backend = len(linear_weight), backend_of(target)
+            backend.check_class_indices(target.to(torch.int64), classes, options.ignore_index)
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
         head = Head(*tensors)
@@ -137,34 +154,23 @@ class LinearCrossEntropy(RowLoss):
 def linear_cross_entropy_fallback_reason(
     input: Tensor,
     linear_weight: Tensor,
-    _target: Tensor,
-    _linear_bias: Tensor | None,
-    _weight: Tensor | None,
-    options: HeadOptions,
-    _torch_options: Any,
+    *others: Any,
 ) -> str | None:
     """Returns why torch's operator is the one for these arguments."""
     if not input.dim() or linear_weight.dim() < 2:
         return "input or linear_weight has too few dimensions"
-    return options_fallback_reason(input, options)
+    return options_fallback_reason(input, others[-2])
 
 
 def _head_of(arguments: Arguments) -> tuple[Head, HeadOptions]:
-    input, linear_weight, target, linear_bias, weight, options, _ = arguments
-    return Head(input, linear_weight, linear_bias, target, weight), options
+    *tensors, options, _ = arguments
+    return Head(*tensors), options
 
 
 def _checked(arguments: Arguments) -> tuple[Head, HeadOptions]:
     head, options = _head_of(arguments)
     checks.linear_cross_entropy(head, options)
     return head, options
-
-
-def check_indices(head: Head, options: HeadOptions) -> None:
-    """Raises for a class index out of range, where reading it does not wait for the device."""
-    if not head.target.is_floating_point():
-        target, classes = head.target.to(torch.int64), len(head.linear_weight)
-        backend_of(head.input).check_class_indices(target, classes, options.ignore_index)
 
 
 def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
@@ -180,7 +186,7 @@ def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
 
 def _by_rows(arguments: LossArguments, head: Head, rows: int) -> Computed:
     """Returns the results from all logits of some rows at a time."""
-    backend, _, options, outputs, *_ = arguments
+    backend, _, _, outputs, *_ = arguments
     target, classes = head.target, head.linear_weight.shape[:-1]
     dtype = product_dtype(head, backend)
     *of_layer, of_target = outputs.gradients or (False,) * 4
@@ -211,19 +217,11 @@ def _by_rows(arguments: LossArguments, head: Head, rows: int) -> Computed:
 
     bias = None if head.linear_bias is None else head.linear_bias.flatten()
     layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias)
-    reduction = "none" if options.reduction == "none" else "sum"
-    summed = arguments._replace(options=replace(options, reduction=reduction, denominator=None))
-    loss, gradients = by_rows(summed, layer, dtype, rows, of_chunk)
+    loss, gradients = by_rows(arguments, layer, dtype, rows, of_chunk)
     pairs = zip(gradients, head[:3], strict=True)
     in_shape = [None if x is None or like is None else x.view_as(like) for x, like in pairs]
-    metrics = _metrics(torch.cat(states, 1), head, options, dtype) if states else ()
-    return Computed(loss, (*in_shape, grad_target) if outputs.gradients else (), None, metrics)
-
-
-def _metrics(
-    state: Tensor, head: Head, options: HeadOptions, dtype: torch.dtype
-) -> Sequence[Tensor]:
-    return of_state(state, head.target, options.ignore_index, accumulate_dtype(dtype))
+    state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
+    return Computed(loss, (*in_shape, grad_target) if outputs.gradients else (), state)
 
 
 def _by_classes(arguments: LossArguments, head: Head) -> Computed:
@@ -236,16 +234,14 @@ def _by_classes(arguments: LossArguments, head: Head) -> Computed:
     weight, tile = accumulated(head.weight, dtype), tile_of(head, options, backend)
     by_tiles = StateOptions(options.rows, ClassRange(0, classes), fields_of(options), (tile, tile))
     if state is None:
-        state, _ = state_of(head[:4], by_tiles, weight)
+        state, _ = state_of(backend, head[:4], by_tiles, weight)
         loss = loss_of_state(state, head.target, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
-        metrics = _metrics(state, head, options, dtype) if options.with_metrics else ()
-        return Computed(loss, (), state, metrics)
+        return Computed(loss, (), state)
     assert grad_output is not None
     grad_output = grad_output.expand(len(head.target))
     grad_results = gradients_of_loss(state, head.target, weight, options, classes, grad_output)
     least = options.filter_eps * grad_output.abs() if options.filter_eps else None
-    gradients = gradients_of(
-        head[:4], by_tiles, outputs.gradients, state, grad_results, weight=weight, least=least
-    )
+    given = backend, head[:4], by_tiles, outputs.gradients, state, grad_results
+    gradients = gradients_of(*given, weight=weight, least=least)
     return Computed(None, (*gradients, None))

@@ -36,6 +36,7 @@ class Metrics(NamedTuple):
 
 def of_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
     """Returns the metrics that follow from the state of rows, of a target in any shape."""
+    state = state.detach().reshape(len(state), -1)
     found = state[LOG_P], state[LSE], state[ENTROPY], state[INDEX].long()
     return _of_rows(*found, target, ignore_index, dtype)
 

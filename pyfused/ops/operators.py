@@ -23,7 +23,7 @@ from pyfused.ops.linear_cross_entropy import (
     LinearCrossEntropy,
     linear_cross_entropy_fallback_reason,
 )
-from pyfused.ops.log_probs import LinearLogProbs, LogProbsOfLogits
+from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.softmax import Softmax, not_along_one_dimension
 
 CLASSES = Operand("target", differentiated=False, indices=True)
@@ -43,25 +43,19 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     name="linear_cross_entropy",
     module="LinearCrossEntropyLoss",
     student=4,
-    operands=(
-        INPUT,
-        Operand("linear_weight"),
-        Operand("target", indices=True),
-        Operand("linear_bias", optional=True),
-        WEIGHT,
-    ),
+    operands=(*HEAD, Operand("target", indices=True), WEIGHT),
     fallback_reason=linear_cross_entropy_fallback_reason,
     definition=definitions.linear_cross_entropy,
 )
 
-LOG_PROBS = LogProbsOfLogits(
+LOG_PROBS = LogProbsOperator(
     name="log_probs",
     module="LogProbs",
     operands=(Operand("logits"), CLASSES),
     definition=definitions.log_probs,
 )
 
-LINEAR_LOG_PROBS = LinearLogProbs(
+LINEAR_LOG_PROBS = LogProbsOperator(
     name="linear_log_probs",
     module="LinearLogProbs",
     operands=(*HEAD, CLASSES),

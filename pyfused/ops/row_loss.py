@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ from pyfused.ops.gradients import (
     saved,
     wanted_in_forward,
 )
-from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import denominator_of
-from pyfused.types import Gradients, Outputs
+from pyfused.types import Gradients, Options, Outputs
 
 
 class Computed(NamedTuple):
@@ -35,14 +34,12 @@ class Computed(NamedTuple):
     Attributes:
         loss: None where it is not wanted. That of the rows that count is not divided yet.
         gradients: Those of the tensors that are differentiated, or ().
-        state: The state of each row that the backward pass needs, None if it needs none.
-        metrics: The metrics of each row, or ().
+        state: The state of each row that metrics or the backward pass need, None if none do.
     """
 
     loss: Tensor | None
     gradients: Gradients = ()
     state: Tensor | None = None
-    metrics: Sequence[Tensor] = ()
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -51,13 +48,17 @@ class RowLoss(Operator):
 
     Attributes:
         student: How many of its tensors are differentiated: these come first.
+        options: The class of its options, the fields of which the custom operator takes.
     """
 
     student: int
+    options: ClassVar[type[Options]]
 
-    @abstractmethod
-    def has_rows(self, index: int) -> bool:
-        """Returns whether a tensor has an entry for each row."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [operand.name.removeprefix("teacher_") for operand in self.operands]
+        layers = "linear_weight", "linear_bias", "weight"
+        self.with_rows = [i for i, name in enumerate(names) if name not in layers]
 
     @abstractmethod
     def counted(self, arguments: LossArguments) -> tuple[CountedRows, float | Tensor]:
@@ -70,6 +71,17 @@ class RowLoss(Operator):
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
         """Returns the dtype that the loss is computed in."""
         return accumulate_dtype(tensors[0].dtype)
+
+    def losses(self, tensors: Sequence[Any]) -> tuple[int, ...]:
+        """Returns the shape of the losses of rows."""
+        return tensors[0].shape[:-1]  # type: ignore[no-any-return]
+
+    def fields(self, options: Any) -> int:  # noqa: ARG002
+        """Returns how many fields the state has, 0 if there is none."""
+        return 0
+
+    def check_indices(self, tensors: Sequence[Any], options: Any) -> None:
+        """Raises for a class index out of range, where reading it does not wait for the device."""
 
     def in_torch(self, tensors: Sequence[Any], options: Any) -> Tensor:
         """Returns the loss as torch computes it."""
@@ -86,22 +98,20 @@ class RowLoss(Operator):
 
         return differentiate(definition, tensors[: self.student], outputs.gradients, grad_output)
 
-    def run(self, tensors: Sequence[Any], options: Any) -> tuple[Tensor, ...]:
-        """Returns the loss of rows, and the metrics where they are wanted."""
+    def run(self, tensors: Sequence[Any], options: Any) -> tuple[Tensor, Tensor]:
+        """Returns the loss of rows, and their state, if it has been computed."""
         differentiated = tensors[: self.student]
         if is_compiled(tensors[0]):
             wanted = wanted_in_forward(options.reduction, differentiated)
             loss, *others = getattr(TORCH_OPS, self.name)(*tensors, *options.values(), wanted)
-            metrics = others[self.student : -1] if getattr(options, "with_metrics", False) else ()
-            return loss, *metrics
+            return loss, others[-1]
         backend, grad = backend_of(tensors[0]), torch.is_grad_enabled()
         needs = tuple([grad and x is not None and x.requires_grad for x in differentiated])
         if True in needs:
             plan = RowLossPlan(self, self.name, backend, needs)
             return apply(plan, *tensors, options)  # type: ignore[no-any-return]
-        computed = self.compute(LossArguments(backend, tensors, options))
-        assert computed.loss is not None
-        return computed.loss, *computed.metrics
+        found: Any = self.compute(LossArguments(backend, tensors, options))
+        return found.loss, found.state
 
     def compute(self, arguments: LossArguments) -> Computed:
         """Returns the results of a call."""
@@ -112,27 +122,27 @@ class RowLoss(Operator):
         if each:
             grad_output = rows.take(grad_output)
         elif outputs.gradients:
-            if grad_output is None:
-                grad_output = tensors[0].new_ones((), dtype=torch.float64)
-            grad_output = grad_output / denominator
-        if grad_output is not None:
-            arguments = arguments._replace(grad_output=grad_output)
-        if rows.indices is not None:
-            arguments = arguments._replace(
-                tensors=[rows.take(x) if self.has_rows(i) else x for i, x in enumerate(tensors)],
-                options=replace(options, token_weight=rows.take(options.token_weight)),
-                state=rows.take(state, 1),
-            )
-        loss, gradients, state, metrics = self.compute_rows(arguments)
+            ones = tensors[0].new_ones((), dtype=torch.float64)
+            grad_output = (ones if grad_output is None else grad_output) / denominator
+        of_rows = replace(
+            options,
+            reduction="none" if each else "sum",
+            denominator=None,
+            token_weight=rows.take(options.token_weight),
+        )
+        arguments = arguments._replace(
+            tensors=[rows.take(x) if i in self.with_rows else x for i, x in enumerate(tensors)],
+            options=of_rows,
+            grad_output=grad_output,
+            state=rows.take(state, 1),
+        )
+        loss, gradients, state = self.compute_rows(arguments)
         if loss is not None:
             loss = rows.spread(loss) if each else loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
         if gradients:
             gradients = rows.spread(gradients[0]), *gradients[1:]
-        if metrics:
-            others = [options.ignore_index * (name == "prediction") for name in Metrics._fields]
-            metrics = Metrics(*map(rows.spread, metrics, others))
-        return Computed(loss, gradients, rows.spread(state, dim=1), metrics)
+        return Computed(loss, gradients, rows.spread(state, dim=1))
 
 
 class RowLossPlan(NamedTuple):
@@ -152,14 +162,14 @@ class RowLossPlan(NamedTuple):
         *tensors, options = arguments
         now = gradients_in_forward(options.reduction, tensors[0])
         outputs = Outputs(True, self.needs if now else ())
-        loss, gradients, state, metrics = self.op.compute(
+        loss, gradients, state = self.op.compute(
             LossArguments(self.backend, tensors, options, outputs)
         )
         ctx.gradients = gradients or None
         save(ctx, options, *tensors, state)
-        if metrics:
-            ctx.mark_non_differentiable(*metrics)
-        return loss, *metrics
+        if state is not None:
+            ctx.mark_non_differentiable(state)
+        return loss, state
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         return self.op.compute(self._saved(ctx, grad_output)).gradients

@@ -88,9 +88,9 @@ def state_of_metrics(
     return state
 
 
-def results_of(state: Tensor, options: LogProbsOptions, dtype: torch.dtype) -> Tensor:
-    """Returns the log-probabilities, and stacked with them the entropies and log-sum-exps."""
-    return (state[LOG_P] if options.alone else state[: LSE + 1]).to(dtype)
+def fields_of_log_probs(options: LogProbsOptions) -> int | slice:
+    """Returns the index of log-probabilities, or of them with entropies and log-sum-exps."""
+    return LOG_P if options.alone else slice(LSE + 1)
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------

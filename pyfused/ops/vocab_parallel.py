@@ -1,20 +1,20 @@
-"""Classes that are sharded among processes: the checks, and the state of rows of all classes."""
+"""Results from the state of rows for autograd, with the classes sharded among processes or not."""
 
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import DTYPES
-from pyfused.layout import accumulate_dtype, of_leading
+from pyfused.backends import DTYPES, Backend, backend_of
+from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import StateOptions, gradients_of, state_of
 from pyfused.ops.declaration import Arguments, Operand, Operator
@@ -27,7 +27,7 @@ from pyfused.ops.row_state import (
     denominator_of,
     fields_of,
     loss_of_state,
-    results_of,
+    state_of_logits,
     state_of_nothing,
     weight_of_targets,
 )
@@ -46,9 +46,6 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     Gradients,
-    Head,
-    HeadOptions,
-    LogProbsOptions,
     VocabShard,
 )
 
@@ -80,43 +77,22 @@ def _class_range(name: str, tensor: Tensor, dim: int, shard: VocabShard) -> Clas
     return ClassRange(first, classes)
 
 
-def _check(
-    layer: Sequence[Tensor | None],
-    target: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    classes: int,
-) -> None:
-    input, *parameters = layer
-    assert input is not None
-    positions = () if parameters else input.shape[2:]
-    logits = *input.shape[:1], classes, *positions
-    checks.reduction(options.reduction)
-    checks.tensor("target", target)
-    if target.is_floating_point():
-        raise RuntimeError(f"target: expected class indices, got {target.dtype}")
-    checks.cross_entropy(input.new_empty(()).expand(logits), target, weight, options)
-    given = {"input": input, "target": target, "weight": weight} | options.tensors()
-    given |= dict(zip(("linear_weight", "linear_bias"), parameters, strict=False))
-    if found := _unsupported(input, given):
-        name, reason = found
-        raise RuntimeError(
-            f"{name}: expected a tensor that the kernels take, got one where {reason}"
-        )
-    if target.is_cpu:
-        checks.class_indices(classes, target, options.ignore_index)
-
-
 _CONSTANTS = ("weight", "token_weight", "denominator")  # the kernels compute no gradient of these
 
 
-def _unsupported(input: Tensor, given: Mapping[str, Tensor | None]) -> tuple[str, str] | None:
-    """Returns the name of a tensor that the kernels do not take, and the reason."""
+def _unsupported(given: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns the name of a tensor that the kernels do not take, and the reason.
+
+    Args:
+        given: Arguments, the first of which is the input.
+    """
+    input = next(iter(given.values()))
     for name, tensor in given.items():
-        operand = Operand(name, indices=name == "target", differentiated=name not in _CONSTANTS)
-        reason = None if tensor is None else unsupported(operand, tensor, input, False)
-        if reason is not None and reason is not SMALL:
-            return name, reason
+        if isinstance(tensor, Tensor):
+            operand = Operand(name, indices=name == "target", differentiated=name not in _CONSTANTS)
+            reason = unsupported(operand, tensor, input, False)
+            if reason is not None and reason is not SMALL:
+                return name, reason
     return None
 
 
@@ -196,63 +172,88 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
 
 
 def _has_classes(tensors: Sequence[Any]) -> bool:
-    logits, *layer = tensors[:-1]
-    return bool(len(layer[0]) if layer else logits.numel())
+    return bool(tensors[len(tensors) > 1].numel())
 
 
 class StatePlan(NamedTuple):
     """Computes the state of rows, of which each process may have some classes, or none.
 
+    The logits of a layer's first rows stay for the backward pass, which recomputes the others.
+
     Attributes:
         options: What the state of this process' classes is computed by.
         shard: What this process has of all classes, None for all.
         entropy: As in `_merged`.
+        results: Which fields are returned, and in which dtype; None for the whole state.
     """
 
     name: str
+    backend: Backend
     options: StateOptions
     shard: VocabShard | None
     entropy: bool
+    results: tuple[int | slice, torch.dtype] | None = None
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        *tensors, weight = tensors
-        if _has_classes(tensors):
-            state, _ = state_of(tensors, self.options, weight)
+        *tensors, target, weight = tensors
+        options, kept = self.options, None
+        if self.shard is not None and not _has_classes(tensors):
+            state = state_of_nothing(options.fields, target)
+        elif len(tensors) == 1:
+            given = *tensors, target, options.rows, options.classes, options.fields, weight
+            state = state_of_logits(self.backend, *given)
+            state = state if target.dim() == 1 else state.view(-1, *target.shape)
         else:
-            state = state_of_nothing(self.options.fields, tensors[-1])
+            of_layer, keeps = (*tensors, target), ctx is not None
+            state, kept = state_of(self.backend, of_layer, options, weight, keeps)
         if self.shard is not None:
             state = _merged(state, self.shard.group, self.entropy)
-        state = state.where(tensors[-1] != self.options.rows.ignore_index, 0)
-        ctx.save_for_backward(*tensors, weight, state)
-        return state
+            state = state.where(target != options.rows.ignore_index, 0)
+        if ctx is not None:
+            ctx.kept = kept
+            ctx.save_for_backward(*tensors, target, weight, state)
+        if self.results is None:
+            return state
+        fields, dtype = self.results
+        return state[fields].to(dtype)
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *tensors, weight, state = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
         found: Gradients
-        if _has_classes(tensors):
+        if self.shard is None or _has_classes(tensors[:-1]):
             needed = ctx.needs_input_grad[1 : len(tensors)]
-            given = self.options, needed, state, self._of_results(grad_output)
-            found = gradients_of(tensors, *given, weight=weight)
+            grad_results = _of_results(grad_output, state)
+            given = self.backend, tensors, self.options, needed, state, grad_results, kept
+            found = gradients_of(*given, weight=weight)
         else:
             found = tuple([None if x is None else torch.zeros_like(x) for x in tensors[:-1]])
-        if len(found) > 1 and found[0] is not None:
-            assert self.shard is not None  # only logits are not sharded
+        if self.shard is not None and len(found) > 1 and found[0] is not None:
             dist.all_reduce(found[0], group=self.shard.group)
         return found
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        *layer, target, weight, state = ctx.saved_tensors
-        pivot = _pivot(state[PIVOT])
+        *tensors, weight, state = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1 : len(tensors)]
+        return self.define_gradients(tensors, weight, state, needs, grad_output)
+
+    def define_gradients(
+        self,
+        tensors: Sequence[Any],
+        weight: Tensor | None,
+        state: Tensor,
+        needs: Sequence[bool],
+        grad_output: Tensor,
+    ) -> Gradients:
+        """Returns the gradients in torch's own terms, themselves differentiable."""
+        *layer, target = tensors
+        pivot, grad_results = _pivot(state[PIVOT]), _of_results(grad_output, state)
 
         def definition(*layer: Tensor | None) -> Tensor:
-            return self._results_in_torch(layer, target, weight, pivot)
+            results = self._results_in_torch(layer, target, weight, pivot)
+            return results[: len(grad_results)]
 
-        needs = ctx.needs_input_grad[1 : 1 + len(layer)]
-        return differentiate(definition, layer, needs, self._of_results(grad_output))
-
-    def _of_results(self, state: Tensor) -> Tensor:
-        """Returns the fields that have a gradient."""
-        return state[[*RESULTS, SMOOTH]] if len(state) > SMOOTH else state[: len(RESULTS)]
+        return differentiate(definition, layer, needs, grad_results)
 
     def _results_in_torch(
         self, layer: Sequence[Tensor | None], target: Tensor, weight: Tensor | None, pivot: Tensor
@@ -263,13 +264,14 @@ class StatePlan(NamedTuple):
         """
         rows, (first, _) = self.options.rows, self.options.classes
         x, *parameters = [None if each is None else each.double() for each in layer]
+        assert x is not None
+        dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
         if parameters:
             x = x if self.shard is None else _Copy.apply(x, self.shard.group)
-            x = F.linear(x, *parameters)  # type: ignore[arg-type]
-        assert x is not None
+            x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
         x = x if rows.softcap is None else definitions.softcap(x, rows.softcap)
         counted = target != rows.ignore_index
-        x = (x.movedim(1, -1) * rows.scale).where(counted.unsqueeze(-1), 0)
+        x = (x.movedim(dim, -1) * rows.scale).where(counted.unsqueeze(-1), 0)
         is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
         shifted = x - pivot.unsqueeze(-1)
         exponentials = shifted.exp()
@@ -286,13 +288,22 @@ class StatePlan(NamedTuple):
         return found.where(counted, 0)
 
 
-# ---- operators -----------------------------------------------------------------------------------
+def _of_results(grad_output: Tensor, state: Tensor) -> Tensor:
+    """Returns the gradients of the fields that have one, as kernels take them."""
+    if grad_output.dim() < state.dim():
+        grad_output = grad_output.unsqueeze(0)
+    elif len(grad_output) > SMOOTH:
+        grad_output = grad_output[[*RESULTS, SMOOTH]]
+    elif len(grad_output) > len(RESULTS):
+        grad_output = grad_output[: len(RESULTS)]
+    return grad_output.double()
 
 
 def cross_entropy(
     tensors: Sequence[Any],
     weight: Tensor | None,
     options: CrossEntropyOptions,
+    classes: ClassRange,
     shard: VocabShard | None,
 ) -> Any:
     """Returns the loss, beside metrics where the options ask for them, from the state of rows.
@@ -300,63 +311,72 @@ def cross_entropy(
     Args:
         tensors: Logits and target, or input, weight and bias of a layer and the target, each with
             this process' classes.
-        shard: Which these are; None for all, of logits that are checked.
+        shard: Which these are; None for all.
     """
     *layer, target = tensors
-    linear, leading = len(layer) > 1, layer[0].shape[:-1]
-    if shard is None:
-        total = checks.classes_of(layer[0])
-        classes = ClassRange(0, total)
-    else:
-        given = ("linear_weight", layer[1], 0) if linear else ("input", layer[0], 1)
-        classes = _class_range(*given, shard)
-        if linear:
-            head, of_head = Head._make((*tensors, None)), cast("HeadOptions", options)
-            checks.linear_cross_entropy(head, of_head)
-            head, options = head.as_rows(of_head)
-            *layer, target = head[:4]
-        if options.gamma:
-            raise ValueError(f"gamma: expected 0.0 beside a shard, got {options.gamma}")
-        _check(layer, target, weight, options, classes.total)
-    options = checks.normalized(options)
+    input, options = layer[0], checks.normalized(options)
     budget = getattr(options, "memory_budget", None)
     of_state = StateOptions(options.rows, classes, fields_of(options), memory_budget=budget)
-    weight, target = accumulated(weight, layer[0].dtype), target.to(torch.int64)
-    plan = StatePlan("cross_entropy", of_state, shard, options.with_metrics)
+    weight, target = accumulated(weight, input.dtype), target.to(torch.int64)
+    plan = StatePlan("cross_entropy", backend_of(input), of_state, shard, options.with_metrics)
     state = apply(plan, *layer, target, weight)
     loss = loss_of_state(state, target, weight, options, classes.total)
     if options.reduction != "none":
         counted = weight_of_targets(target, weight, options)
         loss = loss.sum() / denominator_of(options, counted)
-    input = layer[0]
-    found = [loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))]
-    if options.with_metrics:
-        of_rows = state.detach().reshape(len(state), -1), target, options.ignore_index
-        found += metrics.of_state(*of_rows, accumulate_dtype(input.dtype))
-    if linear:
-        found = [of_leading(each, leading) for each in found]
-    return (found[0], Metrics(*found[1:])) if options.with_metrics else found[0]
+    loss = loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))
+    if not options.with_metrics:
+        return loss
+    dtype = accumulate_dtype(input.dtype)
+    return loss, metrics.of_state(state, target, options.ignore_index, dtype)
 
 
-def log_probs(tensors: Sequence[Any], options: LogProbsOptions, shard: VocabShard) -> Tensor:
-    """Returns log-probabilities, entropies and log-sum-exps of the operator's tensors."""
-    *layer, target = tensors
-    linear = len(layer) > 1
-    name = "linear_" * linear + "log_probs"
-    given = ("linear_weight", layer[1], 0) if linear else ("logits", layer[0], 1)
-    classes = _class_range(*given, shard)
-    getattr(checks, name)(*tensors, options)
-    shape = target.shape
-    if linear:
-        layer[0], target = layer[0].reshape(-1, layer[0].shape[-1]), target.flatten()
-    of_target = CrossEntropyOptions(options.ignore_index, "none")
-    _check(layer, target, None, of_target, classes.total)
-    budget, fixed = options.memory_budget, options.deterministic_rows
-    of_state = StateOptions(options.rows, classes, memory_budget=budget, fixed_sizes=fixed)
-    plan = StatePlan(name, of_state, shard, True)
-    state: Tensor = apply(plan, *layer, target.to(torch.int64), None)
-    results = results_of(state, options, accumulate_dtype(layer[0].dtype))
-    return results.reshape(*results.shape[: not options.alone], *shape)
+# ---- operators -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class ShardedOperator(Operator):
+    """An operator of logits, whose classes may be sharded among processes."""
+
+    @abstractmethod
+    def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
+        """Returns the result of checked arguments, which have this process' classes."""
+
+    def of_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
+        """Returns the result of arguments that have this process' classes."""
+        given = dict(zip(self.arguments, arguments, strict=True))
+        options, target, linear = given["options"], given["target"], self.counts_logits
+        name, dim = ("linear_weight", 0) if linear else (self.arguments[0], 1)
+        classes = _class_range(name, given[name], dim, shard)
+        checks.tensor("target", target)
+        if target.is_floating_point():
+            raise RuntimeError(f"target: expected class indices, got {target.dtype}")
+        checks.reduction(options.reduction)
+        if getattr(options, "gamma", 0):
+            raise ValueError(f"gamma: expected 0.0 beside a shard, got {options.gamma}")
+        self.check_shapes(arguments, classes.total)
+        if found := _unsupported(given | options.tensors()):
+            name, reason = found
+            raise RuntimeError(
+                f"{name}: expected a tensor that the kernels take, got one where {reason}"
+            )
+        if target.is_cpu:
+            checks.class_indices(classes.total, target, options.ignore_index)
+        return self.of_classes(arguments, classes, shard)
+
+    def check_shapes(self, arguments: Arguments, classes: int) -> None:
+        """Raises for shapes, dtypes or options that do not fit, given the number of all classes."""
+        input, *others = arguments
+        shape = *input.shape[:1], classes, *input.shape[2:]
+        getattr(checks, self.name)(input.new_empty(()).expand(shape), *others)
+
+    def of_dtensors(self, arguments: Arguments) -> Any:
+        """Returns the result of DTensors, of which every process has some classes."""
+        local = self.local_of(arguments)
+        return local.whole(self.of_shard(local.arguments, local.shard))
+
+    def local_of(self, arguments: Arguments) -> Any:
+        return local_of(self, arguments)
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
@@ -436,7 +456,7 @@ def local_of(op: Operator, arguments: Arguments) -> LocalShard | None:
     input = arguments[0]
     if type(input) is Tensor or not is_dtensor(input):  # first: any call comes here
         return None
-    linear = op.arguments[1] == "linear_weight"
+    linear = op.counts_logits
     by_class = arguments[linear]
     if type(by_class) is not type(input) or by_class.dtype not in DTYPES:
         return None
@@ -464,8 +484,7 @@ def local_of(op: Operator, arguments: Arguments) -> LocalShard | None:
             given[name] = _ToLocal.apply(tensor)
         elif name in names and tensor is not None:
             return None
-    tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
-    if _unsupported(given[op.arguments[0]], tensors):
+    if _unsupported(given):
         return None
     if among:
         given["options"] = replace(options, **{name: given.pop(name) for name in among})
