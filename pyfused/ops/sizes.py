@@ -46,13 +46,13 @@ ON_CPU = {
     **_of(0, 0, "cosine_embedding_loss softcap softsign"),
     **_of(0, SMALL, "triplet_margin_loss hinge_loss"),
     **_of(SMALL, MEDIUM, "binary_cross_entropy binary_cross_entropy_with_logits kl_div"),
-    **_of(SMALL, MEDIUM, "margin_ranking_loss poisson_nll_loss soft_margin_loss"),
+    **_of(SMALL, MEDIUM, "margin_ranking_loss multilabel_margin_loss"),
+    **_of(SMALL, MEDIUM, "poisson_nll_loss soft_margin_loss"),
     **_of(1 << 10, 1 << 10, "LongFormula"),  # a third to a quarter of torch's time from here on
     **_of(SMALL, SMALL, f"Activation Formula {' '.join(LINEAR)}"),  # a head's elements are logits
     **_of(MEDIUM, SMALL, "cross_entropy log_softmax"),
     **_of(MEDIUM, MEDIUM, "ClassLoss logsigmoid"),
     **_of(MEDIUM, NEVER, "multi_margin_loss"),
-    **_of(SMALL, MEDIUM, "multilabel_margin_loss"),
     **_of(MEDIUM, PAGES, "PointwiseLoss"),
     **_of(LARGE, PAGES, "Composed"),
     **_of(LARGE, MEDIUM, "silu Gated"),
