@@ -50,6 +50,7 @@ ON_CPU = {
     **_of(SMALL, MEDIUM, "poisson_nll_loss soft_margin_loss"),
     **_of(1 << 10, 1 << 10, "LongFormula"),  # a third to a quarter of torch's time from here on
     **_of(SMALL, SMALL, f"Activation Formula {' '.join(LINEAR)}"),  # a head's elements are logits
+    **_of(SMALL, PAGES, "gelu"),
     **_of(MEDIUM, SMALL, "cross_entropy log_softmax"),
     **_of(MEDIUM, MEDIUM, "ClassLoss logsigmoid"),
     **_of(MEDIUM, NEVER, "multi_margin_loss"),
