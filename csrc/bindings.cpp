@@ -29,6 +29,7 @@
 #include "program.h"
 #include "row_state.h"
 #include "softmax.h"
+#include "target_statistics.h"
 
 namespace {
 
@@ -124,13 +125,8 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
   });
 }
 
-// The first position whose target is neither a class nor ignored, or -1.
-int64_t invalid_class_index(int64_t target, int64_t n, int64_t classes, int64_t ignore_index) {
-  const auto* begin = pointer<const int64_t>(target);
-  const auto* found = std::find_if(begin, begin + n, [=](int64_t index) {
-    return index != ignore_index && uint64_t(index) >= uint64_t(classes);
-  });
-  return found == begin + n ? -1 : found - begin;
+int64_t run_invalid_class_index(int64_t target, int64_t n, int64_t classes, int64_t ignore_index) {
+  return invalid_class_index(pointer<const int64_t>(target), n, classes, ignore_index);
 }
 
 // ---- the state of rows --------------------------------------------------------------------------
@@ -469,7 +465,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
             ignore_index, Reduction(reduction), label_smoothing, gamma, z_loss, scale};
       }));
   m.def("cross_entropy", &run_cross_entropy, unlocked);
-  m.def("invalid_class_index", &invalid_class_index, unlocked);
+  m.def("invalid_class_index", &run_invalid_class_index, unlocked);
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
   m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);

@@ -7,6 +7,7 @@
 #include "memory.h"
 #include "parallel.h"
 #include "rows.h"
+#include "target_statistics.h"
 
 namespace pyfused {
 
@@ -65,14 +66,18 @@ double multilabel_margin_row(const MultiMargin<T>& mm, int64_t row, double scale
   Sum losses;
   for (const int64_t* t = target; t < end; ++t) {
     const A slack = 1 - widen(input[*t]);
-    A count = 0;
     add_terms<A>(losses, n, [=](int64_t i) {
       const A z = slack + x[i];
-      slopes[i] += z > 0 ? A(1) : A(0);
       return z > 0 ? z : A(0);
     });
+    if (!mm.grad_input) continue;
+    A count = 0;
     PYFUSED_SIMD(reduction(+ : count))
-    for (int64_t i = 0; i < n; ++i) count += slack + x[i] > 0 ? A(1) : A(0);
+    for (int64_t i = 0; i < n; ++i) {
+      const A slope = slack + x[i] > 0 ? A(1) : A(0);
+      slopes[i] += slope;
+      count += slope;
+    }
     slopes[*t] -= count;
   }
   if (mm.grad_input) {
@@ -81,15 +86,6 @@ double multilabel_margin_row(const MultiMargin<T>& mm, int64_t row, double scale
     store(slopes, mm.grad_input + row * mm.classes, mm.classes);
   }
   return losses.value() / double(mm.classes);
-}
-
-// Returns the first of n targets that is not in [least, classes), or -1.
-int64_t first_out_of_range(const int64_t* target, int64_t n, int64_t least, int64_t classes) {
-  const auto is_wrong = [=](int64_t t) { return uint64_t(t - least) >= uint64_t(classes - least); };
-  int64_t wrong = 0;
-  PYFUSED_SIMD(reduction(+ : wrong))
-  for (int64_t i = 0; i < n; ++i) wrong += is_wrong(target[i]);
-  return wrong ? std::find_if(target, target + n, is_wrong) - target : -1;
 }
 
 template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
@@ -103,8 +99,9 @@ template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
   parallel_for(blocks, mm.threads, [&](int64_t block) {
     Sum sum;
     const int64_t begin = block * size, end = std::min(mm.rows, begin + size);
-    wrong[block] = first_out_of_range(mm.target + begin * targets, (end - begin) * targets,
-                                      mm.multilabel ? -1 : 0, mm.classes);
+    const int64_t allowed = mm.multilabel ? -1 : 0;  // beside the classes, of which 0 is one
+    wrong[block] = invalid_class_index(mm.target + begin * targets, (end - begin) * targets,
+                                       mm.classes, allowed);
     if (wrong[block] >= 0) return;
     const int64_t room = mm.multilabel ? whole_vectors<A>(mm.classes) : 0;
     std::vector<A> buffer(2 * room);

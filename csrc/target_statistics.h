@@ -9,6 +9,18 @@
 
 namespace pyfused {
 
+// Returns the first of n targets that is neither a class nor ignored, or -1.
+inline int64_t invalid_class_index(const int64_t* target, int64_t n, int64_t classes,
+                                   int64_t ignore_index) {
+  const auto is_invalid = [=](int64_t index) {
+    return (index != ignore_index) & (uint64_t(index) >= uint64_t(classes));
+  };
+  int64_t invalid = 0;
+  PYFUSED_SIMD(reduction(+ : invalid))
+  for (int64_t i = 0; i < n; ++i) invalid += is_invalid(target[i]);
+  return invalid ? std::find_if(target, target + n, is_invalid) - target : -1;
+}
+
 struct TargetStatistics {
   double denominator;    // of the mean: the summed weight of the targets that are not ignored
   int64_t out_of_range;  // the first position whose target is not a class, or -1

@@ -122,8 +122,9 @@ class RowLoss(Operator):
         if each:
             grad_output = rows.take(grad_output)
         elif outputs.gradients:
-            ones = tensors[0].new_ones((), dtype=torch.float64)
-            grad_output = (ones if grad_output is None else grad_output) / denominator
+            if grad_output is None:
+                grad_output = tensors[0].new_ones((), dtype=torch.float64)
+            grad_output = grad_output / denominator
         of_rows = replace(
             options,
             reduction="none" if each else "sum",
