@@ -97,4 +97,3 @@ def test_the_last_program_to_arrive_adds_up() -> None:
         assert got.item() == pytest.approx((x - target).square().mean().item(), rel=1e-14)
         assert launched.called == (n == 700)
     assert [int(counter) for _, counter in triton._workspaces.values()] == [0]
-
