@@ -9,10 +9,10 @@ cross_entropy stays anywhere, and loses a cast to float32 before it. The kernels
 whatever they read, and round a gradient once, as the cast's backward does. So the cast goes, on the
 way in and on the way out.
 
-The forward operator of cross_entropy computes the gradient too, which is then multiplied by that of
-the loss, where this costs nothing: where matrix products read the gradient, as in a model's head, of
-which a small operand or result is multiplied instead. Otherwise it pays on CPUs with few classes,
-where exponentials take the time, which forward and backward both need.
+The forward operator of cross_entropy computes the gradient too where only matrix products read it,
+as in a model's head: a small operand or result of theirs is then multiplied by the loss's gradient.
+Otherwise that costs a pass. It pays on CPUs with few classes, where exponentials take the time,
+which forward and backward both need.
 
 The patterns stand in Inductor's own table, beside those of its users. Where a version of torch has
 no such table, the graph stays as it was, and further calls are left to Inductor.
@@ -40,9 +40,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 _CAST = torch.ops.prims.convert_element_type.default
 _VIEWS = tuple(getattr(torch.ops.aten, op).default for op in ("view", "reshape", "permute"))
 
-# Where a gradient computed in the forward pass pays though it is multiplied, by up to 1.5 times: with
-# few classes, and in memory that malloc reuses. Otherwise the product costs more than it saves.
-# Measured forward + backward, 2 threads, x86-64-v4.
+# Where a gradient computed in the forward pass pays though it is multiplied, by up to 1.5 times:
+# with few classes, and in memory that malloc reuses. Otherwise the product costs more than it
+# saves. Measured forward + backward, 2 threads, x86-64-v4.
 _FEW_CLASSES, _REUSED_BYTES = 128, 31 << 20
 
 # What custom operators compute, in torch's terms; those that are not here are never put back.
