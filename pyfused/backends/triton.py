@@ -652,7 +652,8 @@ def pointwise_loss(
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
         like = operands[0].contiguous() if dense_operand is None else operands[dense_operand]
-        loss = stored = None
+        loss: Tensor | None = None
+        stored: Tensor | Reduced | None = None
         if reduce:
             loss = like.new_empty((), dtype=accumulate)
             stored = _parts_of(loss, programs, n)
