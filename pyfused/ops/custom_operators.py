@@ -475,12 +475,12 @@ def _of_log_probs(op: LogProbsOperator) -> CompiledOperator:
     def value(given: Arguments) -> Tensor:
         tensors, options, _ = _read(op, given)
         op.check((*tensors, options))
-        plan = op.state_plan(tensors, options, results=0)
+        plan = op.state_plan(tensors[:-1], options, results=0)
         return plan.forward(None, (*tensors, None))
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options, (state,) = _read(op, given)
-        plan, grad_results = op.state_plan(tensors, options), grad_output[: len(RESULTS)]
+        plan, grad_results = op.state_plan(tensors[:-1], options), grad_output[: len(RESULTS)]
         found: Gradients
         if op.counts_logits:
             found = gradients_of(plan.backend, tensors, plan.options, wanted, state, grad_results)
@@ -492,7 +492,7 @@ def _of_log_probs(op: LogProbsOperator) -> CompiledOperator:
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options, (state,) = _read(op, given)
-        plan = op.state_plan(tensors, options)
+        plan = op.state_plan(tensors[:-1], options)
         return plan.define_gradients(tensors, None, state, wanted, grad_output)
 
     def empty_value(given: Arguments) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, cross_entropy_once
-from pyfused.layout import accumulate_dtype, loss_shape
+from pyfused.layout import accumulate_dtype
 from pyfused.types import (
     LOG_P,
     LSE,
@@ -68,17 +68,17 @@ def state_of_logits(
         returns the state, of shape (fields, *target.shape), and the first results of it in the
         accumulation dtype, None of 0: of the target's shape if it is one.
     """
-    rows, dtype, shape = as_rows(logits), accumulate_dtype(logits.dtype), loss_shape(logits, "none")
+    rows, dtype = as_rows(logits), accumulate_dtype(logits.dtype)
     launch = backend.row_state(rows, options, classes, fields, results)
-    views, of_state = rows is not logits, (fields, *shape)
-    of_results = shape if results == 1 else (results, *shape)
+    views, several = rows is not logits, (results,) * (results > 1)
 
     def run(
         logits: Tensor, target: Tensor | None, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         rows = as_rows(logits) if views else logits
-        state = rows.new_empty(of_state, dtype=torch.float64)
-        found = rows.new_empty(of_results, dtype=dtype) if results else None
+        shape = rows.shape[:1] if target is None else target.shape
+        state = rows.new_empty((fields, *shape), dtype=torch.float64)
+        found = rows.new_empty((*several, *shape), dtype=dtype) if results else None
         launch(rows, None if target is None else target.contiguous(), weight, state, found)
         return state, found
 
@@ -131,7 +131,7 @@ def state_of_metrics(
     plain = CrossEntropyOptions(reduction="none", scale=options.scale)
     loss, _ = cross_entropy_once(backend, logits.detach(), target.detach(), None, plain, Outputs())
     assert loss is not None
-    state[LOG_P] = -loss
+    state[LOG_P] = -loss.flatten()
     return state
 
 
