@@ -311,13 +311,13 @@ void row_gradients(const LogitRows<T>& rows, const RowGradients<T>& gradients) {
   for_rows(rows, [&](LogitRow<T>& row) { row.backward(gradients, streams); });
 }
 
-#define PYFUSED_ROW_STATE(T)                                             \
-  template void row_state(const LogitRows<T>&, const RowFields<double>&, \
-                          const RowFields<Accumulate<T>>&, bool);        \
+#define PYFUSED_ROW_STATE(T, A)                                                               \
+  template void row_state(const LogitRows<T>&, const RowFields<double>&, const RowFields<A>&, \
+                          bool);                                                              \
   template void row_gradients(const LogitRows<T>&, const RowGradients<T>&);
-PYFUSED_ROW_STATE(float)
-PYFUSED_ROW_STATE(double)
-PYFUSED_ROW_STATE(bfloat16)
-PYFUSED_ROW_STATE(float16)
+PYFUSED_ROW_STATE(float, float)
+PYFUSED_ROW_STATE(double, double)
+PYFUSED_ROW_STATE(bfloat16, float)
+PYFUSED_ROW_STATE(float16, float)
 
 }  // namespace pyfused

@@ -103,7 +103,7 @@ def gradient_of_logits(
     def run(
         logits: Tensor, target: Tensor, weight: Tensor | None, state: Tensor, grad_results: Tensor
     ) -> Tensor:
-        target = target.contiguous()
+        target, state = target.contiguous(), state.contiguous()  # hooks may have changed these
         if not views:
             return launch(logits, target, weight, state, grad_results)
         rows, fields = as_rows(logits), grad_results.shape[: results > 1]
