@@ -392,7 +392,8 @@ _NAME = "cross_entropy_with_gradients"
 _LIBRARY.define(
     f"{_NAME}({', '.join(cross_entropy.schema)}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.impl(_NAME, _loss_and_gradients, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl(_NAME, _loss_and_gradients, _device)
 torch.library.register_fake(f"{NAMESPACE}::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
 
 # ---- functions of a vocabulary -------------------------------------------------------------------
