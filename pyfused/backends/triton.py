@@ -500,52 +500,65 @@ def embedding_loss(
 
 def row_state(
     logits: Tensor,
-    target: Tensor | None,
     options: RowOptions,
-    state: Tensor,
     classes: ClassRange,
-    weight: Tensor | None = None,
+    fields: int,
+    results: int = 0,
     continues: bool = False,
-) -> None:
-    """Computes what ``cpu.row_state`` does; an index out of range gives a NaN."""
-    strides = logits.stride(0), state.stride(0)
-    choice, programs, given, meta = _logit_rows(logits, options, strides, classes)
-    meta |= {"FIELDS": state.shape[0], "CONTINUES": continues}
-    prepared(row_state_kernel, choice, **meta)(programs, logits, target, weight, state, *given)
+) -> Callable[..., None]:
+    """Prepares what ``cpu.row_state`` does; an index out of range gives a NaN."""
+    meta = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
+    kernel, programs, numbers = _logit_rows(row_state_kernel, logits, options, classes, meta)
+    shape, stride = logits.shape, logits.stride(0)
+
+    def run(
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
+        out: Tensor | None = None,
+    ) -> None:
+        tensors = logits, target, weight, state, out
+        kernel(programs, *tensors, *shape, (stride, state.stride(0)), *numbers)
+
+    return run
 
 
 def row_gradients(
-    logits: Tensor,
-    target: Tensor | None,
-    options: RowOptions,
-    state: Tensor,
-    grad_results: Tensor,
-    classes: ClassRange,
-    out: Tensor,
-    weight: Tensor | None = None,
-) -> None:
-    """Computes what ``cpu.row_gradients`` does; an index out of range gives zeros."""
-    strides = logits.stride(0), out.stride(0), state.stride(0), grad_results.stride(0)
-    choice, programs, given, meta = _logit_rows(logits, options, strides, classes, out)
-    tensors = logits, target, weight, state, grad_results, out
-    run = prepared(row_gradients_kernel, choice, RESULTS=grad_results.shape[0], **meta)
-    run(programs, *tensors, *given)
+    logits: Tensor, options: RowOptions, classes: ClassRange, results: int
+) -> Callable[..., Tensor]:
+    """Prepares what ``cpu.row_gradients`` does; an index out of range gives zeros."""
+    meta = {"RESULTS": results}
+    kernel, programs, numbers = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
+    shape, stride = logits.shape, logits.stride(0)
+
+    def run(
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
+        grad_results: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        out = logits.new_empty(shape) if out is None else out
+        strides = stride, out.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:]
+        tensors = logits, target, weight, state, grad_results, out
+        kernel(programs, *tensors, *shape, strides, *numbers)
+        return out
+
+    return run
 
 
 def _logit_rows(
-    logits: Tensor,
-    options: RowOptions,
-    strides: tuple[int, ...],
-    classes: ClassRange,
-    *others: Tensor,
-) -> tuple[launch.Choice, int, tuple[Any, ...], dict[str, Any]]:
-    """Returns the tile, the number of programs, and the arguments and constants of both kernels."""
+    kernel: Any, logits: Tensor, options: RowOptions, classes: ClassRange, meta: dict[str, Any]
+) -> tuple[Launch, int, tuple[int, ...]]:
+    """Returns a prepared kernel, the number of programs, and the last arguments of both kernels."""
     sizes: Any = (1, *logits.shape)
-    rows: Any = [(0, *tensor.stride()) for tensor in (logits, *others)]
-    choice, programs, units = _tiling(sizes, logits.element_size(), *rows, tensors=2)
-    given = *logits.shape, strides, *classes, options.ignore_index
-    shaping = {"CAP": options.softcap or 0.0, "SCALE": options.scale}
-    return choice, programs, given, {**shaping, **units}
+    strides: Any = (0, *logits.stride())
+    choice, programs, units = _tiling(sizes, logits.element_size(), strides, tensors=2)
+    meta |= {"CAP": options.softcap or 0.0, "SCALE": options.scale, **units}
+    numbers = *classes, options.ignore_index
+    return prepared(kernel, choice, **meta), programs, numbers
 
 
 def kl_div_with_logits(

@@ -193,20 +193,26 @@ def class_cases() -> Iterator[Case]:
         # A thread may load more bits of what it continues from than of 16-bit logits.
         few = {"vector": 0} if dtype.itemsize == 2 else {}
         for cap in (None, 30.0) if len(shape) == 2 else ():
-            call, kind = (x, target, RowOptions(-100, 1.4, cap)), "softcap" * bool(cap)
+            kind, rows = "softcap" * bool(cap), RowOptions(-100, 1.4, cap)
             range_, weight = ClassRange(0, shape[1]), empty(accumulate_dtype(dtype), shape[1])
-            given: Any = empty(F64, STATE_FIELDS, shape[0]), range_, None, cap is not None
-            run = partial(backend.row_state, *call, *given)
+            state = empty(F64, STATE_FIELDS, shape[0])
+            results = empty(accumulate_dtype(dtype), 3, shape[0])
+            given: Any = x, rows, range_, STATE_FIELDS, 3, cap is not None
+            tensors: Any = x, target, None, state, results
+            run = partial(prepare_and_launch, backend.row_state, given, *tensors)
             yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
             if cap is None:
-                given = empty(F64, METRICS_FIELDS, shape[0]), range_
-                yield case("row_state", *of, partial(backend.row_state, *call, *given), "metrics")
+                given, tensors = (x, rows, range_, METRICS_FIELDS), (x, target, None)
+                state = empty(F64, METRICS_FIELDS, shape[0])
+                run = partial(prepare_and_launch, backend.row_state, given, *tensors, state)
+                yield case("row_state", *of, run, "metrics")
             state = empty(F64, SMOOTHING_FIELDS, shape[0])
-            run = partial(backend.row_state, *call, state, range_, weight, True)
+            given, tensors = (x, rows, range_, SMOOTHING_FIELDS, 0, True), (x, target, weight)
+            run = partial(prepare_and_launch, backend.row_state, given, *tensors, state)
             yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
-            for results, factors, word in ((3, None, ""), (4, weight, "smoothing")):
-                given = state, state[:results], range_, x, factors
-                run = partial(backend.row_gradients, *call, *given)
+            for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
+                given, tensors = (x, rows, range_, len(grads)), (x, target, factors, state)
+                run = partial(prepare_and_launch, backend.row_gradients, given, *tensors, grads, x)
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
