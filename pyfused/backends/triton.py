@@ -229,10 +229,7 @@ def cross_entropy(
     else:
         kernel = prepared(two_pass_kernel, choice, **meta)
         shape = inner, classes, strides + grad_strides
-    converts = any(
-        tensor is not None and not (tensor.dtype is accumulate and tensor.is_contiguous())
-        for tensor in (weight, options.token_weight, grad_output)
-    )
+    converts = _converts(accumulate, weight, options.token_weight, grad_output)
     few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
     reduction = options.reduction  # what is prepared holds no tensor, as options may
 
@@ -320,6 +317,11 @@ def _tiling(
     return choice, outer * -(-inner // choice.rows), units
 
 
+def _converts(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Returns whether ``contiguous_in`` makes another tensor of one of them."""
+    return any(x is not None and not (x.dtype is dtype and x.is_contiguous()) for x in tensors)
+
+
 def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
     """Returns what the loss or the gradient of each of n rows is multiplied by."""
     if grad_output is None:
@@ -350,65 +352,23 @@ def _denominator(
 
 
 def nll_loss(
-    input: Tensor,  # noqa: ARG001 the launch is chosen for each call
-    target: Tensor,  # noqa: ARG001
-    weight: Tensor | None,  # noqa: ARG001
-    options: NllOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,  # noqa: ARG001
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
-
-    def run(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        _token_weight: None = None,
-        _denominator: None = None,
-        grad_output: Tensor | None = None,
-        *_: None,
-    ) -> tuple[Tensor | None, Gradients]:
-        return _nll_loss(input, target, weight, options, outputs, grad_output)
-
-    return run
-
-
-def _nll_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: NllOptions,
     outputs: Outputs,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients]:
-    input, strides = viewed(input)
-    outer, inner, classes = row_sizes(input)
-    n, target, choice = outer * inner, target.contiguous(), launch.choose(input.element_size())
-    grad, grad_strides = None, NO_STRIDES
-    if any(outputs.gradients):
-        grad, grad_strides = empty_viewed(input)
-        grad.zero_()
-    weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
-    programs, denominator = -(-n // choice.block), None
-    if options.reduction == "mean":
-        denominator = _count(target, weight, None, options.ignore_index, classes)
-    loss, stored = _loss_of(input, options.reduction, outputs, programs)
-    given = input, target, weight, _row_weight(n, None, grad_output), denominator, stored, grad
-    numbers = n, inner, classes, strides, grad_strides, options.ignore_index
-    prepared(nll_kernel, choice, EACH=options.reduction == "none")(programs, *given, *numbers)
-    _add_up(stored)
-    return loss, (grad, None)
-
-
-def multi_margin_loss(
-    input: Tensor,  # noqa: ARG001 the launch is chosen for each call
-    target: Tensor,  # noqa: ARG001
-    weight: Tensor | None,  # noqa: ARG001
-    options: MarginOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,  # noqa: ARG001
+    grad_output: Tensor | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``."""
+    """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
+    view, strides = viewed(input)
+    copies, n, (_, inner, classes) = view is not input, target.numel(), row_sizes(view)
+    new_grad, grad_strides = _viewed_like(view)
+    accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
+    converts = _converts(accumulate, weight, grad_output)
+    choice, reduction = launch.choose(input.element_size()), options.reduction
+    programs, ignore_index = -(-n // choice.block), options.ignore_index
+    kernel = prepared(nll_kernel, choice, EACH=reduction == "none")
+    numbers = n, inner, classes, strides, grad_strides, ignore_index
 
     def run(
         input: Tensor,
@@ -417,9 +377,66 @@ def multi_margin_loss(
         _token_weight: None = None,
         _denominator: None = None,
         grad_output: Tensor | None = None,
-        *_: None,
     ) -> tuple[Tensor | None, Gradients]:
-        return _multi_margin_loss(input, target, weight, options, outputs, grad_output)
+        input, target = input.contiguous() if copies else input, target.contiguous()
+        if converts:
+            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+        grad = new_grad().zero_() if needs_grad else None
+        loss, stored = _loss_of(input, reduction, outputs, programs)
+        divisor = None
+        if reduction == "mean":
+            divisor = _count(target, weight, None, ignore_index, classes)
+        row_weight = _row_weight(n, None, grad_output)
+        kernel(programs, input, target, weight, row_weight, divisor, stored, grad, *numbers)
+        _add_up(stored)
+        return loss, (grad, None)
+
+    return run
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: MarginOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None = None,
+) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    """Prepares the loss of scores (N, C) and class indices; see ``cpu.multi_margin_loss``."""
+    multilabel, (n, classes), reduction = target.dim() == 2, input.shape, options.reduction
+    accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
+    converts = _converts(accumulate, weight, grad_output)
+    sizes, strides, tensors = (1, n, classes), (0, classes, 1), 4 if multilabel else 2
+    choice, programs, units = _tiling(sizes, input.element_size(), strides, tensors=tensors)
+    meta: Any = {"EACH": reduction == "none", **units}
+    divisor = n if reduction == "mean" else None
+    numbers: tuple[float, ...] = n, classes
+    if multilabel:
+        if not choice.whole_row:
+            choice = launch.Choice(1, launch.power_of_2(classes), 512)
+        kernel = prepared(multilabel_margin_kernel, choice, **meta)
+    else:
+        kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
+        numbers = *numbers, float(options.margin)
+
+    def run(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        _token_weight: None = None,
+        _denominator: None = None,
+        grad_output: Tensor | None = None,
+    ) -> tuple[Tensor | None, Gradients]:
+        input, target = input.contiguous(), target.contiguous()
+        if converts:
+            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+        grad = torch.empty_like(input) if needs_grad else None
+        loss, stored = _loss_of(input, reduction, outputs, programs)
+        tensors = (input, target) if multilabel else (input, target, weight)
+        row_weight = _row_weight(n, None, grad_output)
+        kernel(programs, *tensors, row_weight, divisor, stored, grad, *numbers)
+        _add_up(stored)
+        return loss, (grad, None)
 
     return run
 
@@ -427,49 +444,28 @@ def multi_margin_loss(
 multilabel_margin_loss = multi_margin_loss
 
 
-def _multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: MarginOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients]:
-    input, target, multilabel = input.contiguous(), target.contiguous(), target.dim() == 2
-    n, classes = input.shape
-    grad = torch.empty_like(input) if any(outputs.gradients) else None
-    weight, grad_output = contiguous_in(accumulate_dtype(input.dtype), weight, grad_output)
-    sizes = 1, n, classes
-    tensors = 4 if multilabel else 2
-    choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=tensors)
-    loss, stored = _loss_of(input, options.reduction, outputs, programs)
-    denominator = n if options.reduction == "mean" else None
-    given = _row_weight(n, None, grad_output), denominator, stored, grad, n, classes
-    meta = {"EACH": options.reduction == "none", **units}
-    if multilabel:
-        if not choice.whole_row:
-            choice = launch.Choice(1, launch.power_of_2(classes), 512)
-        prepared(multilabel_margin_kernel, choice, **meta)(programs, input, target, *given)
-    else:
-        kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
-        kernel(programs, input, target, weight, *given, float(options.margin))
-    _add_up(stored)
-    return loss, (grad, None)
-
-
 def embedding_loss(
     name: str,
-    inputs: tuple[Tensor, ...],  # noqa: ARG001 the launch is chosen for each call
+    inputs: tuple[Tensor, ...],
     options: EmbeddingOptions,
     reduction: str,
     outputs: Outputs,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a loss of rows of features; see ``cpu.embedding_loss``."""
-    triplet = name == "triplet_margin_loss"
-    kernel, count = (triplet_margin_kernel, 3) if triplet else (cosine_embedding_kernel, 2)
-    numbers = (options.margin, options.eps)[: count - 1]
+    triplet, each = name == "triplet_margin_loss", reduction == "none"
+    function, count = (triplet_margin_kernel, 3) if triplet else (cosine_embedding_kernel, 2)
     meta: dict[str, Any] = {"EUCLIDEAN": options.euclidean, "SWAP": options.swap} if triplet else {}
+    views, shape = [feature_rows(x) for x in inputs], inputs[0].shape
+    as_they_are = all(view is x for view, x in zip(views, inputs, strict=True))
+    n, features = views[0].shape
+    strides = tuple([view.stride(0) for view in views])
+    rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
+    itemsize, accumulate = inputs[0].element_size(), accumulate_dtype(inputs[0].dtype)
+    choice, programs, units = _tiling((1, n, features), itemsize, *rows, tensors=2)
+    kernel = prepared(function, choice, EACH=each, **meta, **units)
+    numbers = n, features, strides, *(options.margin, options.eps)[: count - 1]
     wanted = (outputs.gradients or (False,) * count)[:count]
+    without_gradient = (None,) * (len(inputs) - count)
 
     def run(
         inputs: Sequence[Tensor],
@@ -478,22 +474,17 @@ def embedding_loss(
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
         first = inputs[0]
-        views = [feature_rows(x) for x in inputs]
-        n, features = views[0].shape
-        strides = tuple([view.stride(0) for view in views])
-        rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
-        each = reduction == "none"
-        choice, programs, units = _tiling((1, n, features), first.element_size(), *rows, tensors=2)
-        (grad_output,) = contiguous_in(accumulate_dtype(first.dtype), grad_output)
-        gradients = [first.new_empty(first.shape) if w else None for w in wanted]
+        views = inputs if as_they_are else [feature_rows(x) for x in inputs]
+        if grad_output is not None:
+            grad_output = grad_output.to(accumulate).contiguous()
+        gradients = [first.new_empty(shape) if w else None for w in wanted]
         loss, stored = _loss_of(views[0], reduction, outputs, programs)
         divisor = None if denominator == 1 else int(denominator)
-        given = *views, grad_output, divisor, stored, *gradients, n, features, strides, *numbers
-        prepared(kernel, choice, EACH=each, **meta, **units)(programs, *given)
+        kernel(programs, *views, grad_output, divisor, stored, *gradients, *numbers)
         _add_up(stored)
         if each and loss is not None:
-            loss = loss.view(first.shape[:-1])
-        return loss, (*gradients, *[None] * (len(inputs) - count))
+            loss = loss.view(shape[:-1])
+        return loss, (*gradients, *without_gradient)
 
     return run
 

@@ -186,8 +186,8 @@ def class_cases() -> Iterator[Case]:
         common, reduced = shape[1] == 32_000 and dtype in (BF16, F32), launches_of_sum(*shape)
         of, fields = (dtype, shape), {"targets": tuple(TARGETS) if common else SOME}
         for op in ("softmax", "log_softmax"):
-            forward = partial(launch_one_of, 0, backend.softmax, (op, x, 1), x)
-            backward = partial(launch_one_of, 1, backend.softmax, (op, x, 1), x, x)
+            forward = partial(backend.softmax(op, x, 1)[0], x)
+            backward = partial(backend.softmax(op, x, 1)[1], x, x)
             yield case(op, *of, forward, **fields)
             yield case(op, *of, backward, "backward", **fields)
         # A thread may load more bits of what it continues from than of 16-bit logits.
@@ -199,20 +199,20 @@ def class_cases() -> Iterator[Case]:
             results = empty(accumulate_dtype(dtype), 3, shape[0])
             given: Any = x, rows, range_, STATE_FIELDS, 3, cap is not None
             tensors: Any = x, target, None, state, results
-            run = partial(prepare_and_launch, backend.row_state, given, *tensors)
+            run = partial(backend.row_state(*given), *tensors)
             yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
             if cap is None:
                 given, tensors = (x, rows, range_, METRICS_FIELDS), (x, target, None)
                 state = empty(F64, METRICS_FIELDS, shape[0])
-                run = partial(prepare_and_launch, backend.row_state, given, *tensors, state)
+                run = partial(backend.row_state(*given), *tensors, state)
                 yield case("row_state", *of, run, "metrics")
             state = empty(F64, SMOOTHING_FIELDS, shape[0])
             given, tensors = (x, rows, range_, SMOOTHING_FIELDS, 0, True), (x, target, weight)
-            run = partial(prepare_and_launch, backend.row_state, given, *tensors, state)
+            run = partial(backend.row_state(*given), *tensors, state)
             yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
             for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
                 given, tensors = (x, rows, range_, len(grads)), (x, target, factors, state)
-                run = partial(prepare_and_launch, backend.row_gradients, given, *tensors, grads, x)
+                run = partial(backend.row_gradients(*given), *tensors, grads, x)
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
@@ -221,17 +221,17 @@ def class_cases() -> Iterator[Case]:
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=reduced, **fields)
         outputs = Outputs(True, (True, False))
         given = x, target, None, NllOptions(-100, "mean"), outputs
-        run = partial(prepare_and_launch, backend.nll_loss, given, x, target)
+        run = partial(backend.nll_loss(*given), x, target)
         yield case("nll_loss", *of, run, vector=0, launches=1 + reduced, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
             options = MarginOptions(p, 1.0, "mean")
             given = x, target, None, options, outputs
-            run = partial(prepare_and_launch, backend.multi_margin_loss, given, x, target)
+            run = partial(backend.multi_margin_loss(*given), x, target)
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=reduced, **fields)
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
         options = MarginOptions(1, 1.0, "mean")
         given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
-        run = partial(prepare_and_launch, backend.multilabel_margin_loss, given, *given[:2])
+        run = partial(backend.multilabel_margin_loss(*given), *given[:2])
         launches = launches_of_sum(*shape)
         yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME, launches=launches)
 
@@ -246,26 +246,14 @@ def embedding_cases() -> Iterator[Case]:
         for euclidean, swap in product((True, False), (False, True)):
             options = EmbeddingOptions(1.0, 1e-6, euclidean, swap)
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
-            run = partial(launch_embeddings, given, Outputs(True, (True,) * 3))
+            prepared = backend.embedding_loss(*given, Outputs(True, (True,) * 3))
+            run = partial(prepared, (x, x, x), None, float(len(x)))
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
             yield case("triplet_margin_loss", dtype, shape, run, kind, **fields)
         given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(0.5), "mean"
-        run = partial(launch_embeddings, given, Outputs(True, (True, True, False)))
+        prepared = backend.embedding_loss(*given, Outputs(True, (True, True, False)))
+        run = partial(prepared, (x, x, target), None, float(len(x)))
         yield case("cosine_embedding_loss", dtype, shape, run, **fields)
-
-
-def launch_embeddings(given: tuple[Any, ...], outputs: Outputs) -> None:
-    backend.embedding_loss(*given, outputs)(given[1], None, float(len(given[1][0])))
-
-
-def prepare_and_launch(prepare: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> None:
-    """Prepares within the run of a case, as the choice of a launch asks for the target."""
-    prepare(*arguments)(*tensors)
-
-
-def launch_one_of(index: int, prepare: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> None:
-    """Launches the forward (0) or the backward (1) kernel of what prepares both."""
-    prepare(*arguments)[index](*tensors)
 
 
 def pointwise_loss(
@@ -299,8 +287,8 @@ def pointwise_cases() -> Iterator[Case]:
         }
         for name, kernel in kernels().items():
             if isinstance(kernel.op, Activation):
-                forward = partial(launch_one_of, 0, backend.activation, (name, x), x)
-                backward = partial(launch_one_of, 1, backend.activation, (name, x), x, x)
+                forward = partial(backend.activation(name, x)[0], x)
+                backward = partial(backend.activation(name, x)[1], x, x)
                 yield case(name, *of, forward, **fields)
                 yield case(name, *of, backward, "backward", **fields)
                 continue
