@@ -464,8 +464,7 @@ def embedding_loss(
     choice, programs, units = _tiling((1, n, features), itemsize, *rows, tensors=2)
     kernel = prepared(function, choice, EACH=each, **meta, **units)
     numbers = n, features, strides, *(options.margin, options.eps)[: count - 1]
-    wanted = (outputs.gradients or (False,) * count)[:count]
-    without_gradient = (None,) * (len(inputs) - count)
+    wanted = outputs.gradients or (False,) * len(inputs)
 
     def run(
         inputs: Sequence[Tensor],
@@ -477,14 +476,14 @@ def embedding_loss(
         views = inputs if as_they_are else [feature_rows(x) for x in inputs]
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
-        gradients = [first.new_empty(shape) if w else None for w in wanted]
+        gradients = tuple([first.new_empty(shape) if w else None for w in wanted])
         loss, stored = _loss_of(views[0], reduction, outputs, programs)
         divisor = None if denominator == 1 else int(denominator)
-        kernel(programs, *views, grad_output, divisor, stored, *gradients, *numbers)
+        kernel(programs, *views, grad_output, divisor, stored, *gradients[:count], *numbers)
         _add_up(stored)
         if each and loss is not None:
             loss = loss.view(shape[:-1])
-        return loss, (*gradients, *without_gradient)
+        return loss, gradients
 
     return run
 
