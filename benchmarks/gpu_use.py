@@ -99,6 +99,8 @@ def peers_of(given: HeadCase) -> dict[str, Step]:
         peers["cut-cross-entropy"] = lambda: given.gradients(cut(*head))
     compiled = torch.compile(lambda *head: F.cross_entropy(F.linear(*head[:2]), head[2]))
     peers["torch.compile"] = lambda: given.gradients(compiled(*head))
+    of_logits = torch.compile(lambda *head: fused.cross_entropy(F.linear(*head[:2]), head[2]))
+    peers["pyfused's cross_entropy, torch.compile"] = lambda: given.gradients(of_logits(*head))
     return peers
 
 

@@ -42,6 +42,7 @@ KEY = {
     "torch": "eager, with the defaults of its allocator.",
     "torch, THP": "eager; torch and pyfused in a process with THP_MEM_ALLOC_ENABLE=1.",
     "torch.compile": "the operator alone, with Inductor's defaults; pyfused beside it is eager.",
+    "pyfused, compiled": "pyfused's operator alone under torch.compile.",
     "copy": "of as many bytes as the case must move at least, between buffers that are used again."
     " Its time divided by pyfused's is the share; GB/s are these bytes by pyfused's time.",
 }

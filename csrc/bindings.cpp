@@ -138,7 +138,8 @@ template <class D> RowFields<D> row_fields(const FieldsTuple& v) {
   return {pointer<D>(v[0]), v[1], int(v[2])};
 }
 
-// sizes: rows, classes, the first class, the logits' stride; numbers: scale, softcap.
+// sizes: rows, classes, the first class, the logits' stride; numbers: scale, softcap. The gradients
+// of results: address, both strides, count and bytes of a number.
 template <class T>
 LogitRows<T> logit_rows(const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
                         int64_t ignore_index, const std::array<double, 2>& numbers, int64_t weight,
@@ -154,25 +155,30 @@ LogitRows<T> logit_rows(const std::array<int64_t, 4>& sizes, int64_t logits, int
 
 void run_row_state(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
                    int64_t ignore_index, const std::array<double, 2>& numbers, int64_t weight,
-                   const FieldsTuple& state, bool continues, int threads) {
+                   const FieldsTuple& state, const FieldsTuple& results, bool continues,
+                   int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     row_state(logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads),
-              row_fields<double>(state), continues);
+              row_fields<double>(state), row_fields<Accumulate<T>>(results), continues);
   });
 }
 
 void run_row_gradients(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits,
                        int64_t target, int64_t ignore_index, const std::array<double, 2>& numbers,
-                       int64_t weight, const FieldsTuple& state, const FieldsTuple& grad_results,
-                       const StridedTuple& grad, int threads) {
+                       int64_t weight, const FieldsTuple& state,
+                       const std::array<int64_t, 5>& grad_results, const StridedTuple& grad,
+                       int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
     prefer_huge_pages(pointer<void>(grad[0]), grad[0] == logits ? 0 : bytes);
+    const auto& [address, stride, row_stride, count, itemsize] = grad_results;
     row_gradients(logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads),
-                  {row_fields<const double>(state), row_fields<const double>(grad_results),
-                   pointer<T>(grad[0]), grad[1]});
+                  {row_fields<const double>(state),
+                   {pointer<const void>(address), stride, row_stride, int(count), int(itemsize)},
+                   pointer<T>(grad[0]),
+                   grad[1]});
   });
 }
 

@@ -155,9 +155,7 @@ template <class T> class LogitRow {
     T* const grad = gradients.grad + row * gradients.stride;
     if (ignored) return void(std::fill_n(grad, classes, T{}));
     const auto value = [&](RowField field) { return gradients.state.at(field, row); };
-    const auto grad_of = [&](int field) {
-      return field < gradients.grad_results.count ? gradients.grad_results.at(field, row) : 0;
-    };
+    const auto grad_of = [&](int field) { return gradients.grad_results.at(field, row); };
     const double g_log_p = grad_of(0), g_entropy = grad_of(1), g_lse = grad_of(2);
     const double g_smooth = grad_of(3);
     const double log_p = value(kLogP), entropy = value(kEntropy), sum = value(kSum);
@@ -292,11 +290,16 @@ template <class T, class Body> void for_rows(const LogitRows<T>& rows, const Bod
 }
 
 template <class T>
-void row_state(const LogitRows<T>& rows, const RowFields<double>& state, bool continues) {
+void row_state(const LogitRows<T>& rows, const RowFields<double>& state,
+               const RowFields<Accumulate<T>>& results, bool continues) {
   if (state.count > kMaximum) {
     for_rows(rows, [&](LogitRow<T>& row) { row.template forward<true>(state, continues); });
   } else {
     for_rows(rows, [&](LogitRow<T>& row) { row.template forward<false>(state, continues); });
+  }
+  for (int field = 0; field < results.count; ++field) {
+    const double* const from = &state.at(field, 0);
+    std::copy(from, from + rows.rows, &results.at(field, 0));
   }
 }
 
@@ -308,12 +311,13 @@ void row_gradients(const LogitRows<T>& rows, const RowGradients<T>& gradients) {
   for_rows(rows, [&](LogitRow<T>& row) { row.backward(gradients, streams); });
 }
 
-#define PYFUSED_ROW_STATE(T)                                                    \
-  template void row_state(const LogitRows<T>&, const RowFields<double>&, bool); \
+#define PYFUSED_ROW_STATE(T, A)                                                               \
+  template void row_state(const LogitRows<T>&, const RowFields<double>&, const RowFields<A>&, \
+                          bool);                                                              \
   template void row_gradients(const LogitRows<T>&, const RowGradients<T>&);
-PYFUSED_ROW_STATE(float)
-PYFUSED_ROW_STATE(double)
-PYFUSED_ROW_STATE(bfloat16)
-PYFUSED_ROW_STATE(float16)
+PYFUSED_ROW_STATE(float, float)
+PYFUSED_ROW_STATE(double, double)
+PYFUSED_ROW_STATE(bfloat16, float)
+PYFUSED_ROW_STATE(float16, float)
 
 }  // namespace pyfused

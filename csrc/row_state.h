@@ -54,6 +54,18 @@ template <class D> struct RowFields {
   D& at(int field, int64_t row) const { return data[field * stride + row]; }
 };
 
+// The gradients of the first of log_p, entropy, lse and smooth: float or double, at two strides.
+struct ResultGradients {
+  const void* data;
+  int64_t stride, row_stride;
+  int count, bytes;  // of results, and of each number
+  double at(int field, int64_t row) const {
+    if (field >= count) return 0;
+    const int64_t i = field * stride + row * row_stride;
+    return bytes == 4 ? static_cast<const float*>(data)[i] : static_cast<const double*>(data)[i];
+  }
+};
+
 template <class T> struct LogitRows {
   int64_t rows, classes, first_class;
   const T* logits;
@@ -68,14 +80,16 @@ template <class T> struct LogitRows {
 
 template <class T> struct RowGradients {
   RowFields<const double> state;  // of all classes
-  RowFields<const double> grad_results;  // of the first of log_p, entropy, lse and smooth
+  ResultGradients grad_results;
   T* grad;  // may be the logits
   int64_t stride;
 };
 
+// results: copies of the first fields of the state.
 // continues: from the state of the classes before these.
 template <class T>
-void row_state(const LogitRows<T>& rows, const RowFields<double>& state, bool continues);
+void row_state(const LogitRows<T>& rows, const RowFields<double>& state,
+               const RowFields<Accumulate<T>>& results, bool continues);
 template <class T>
 void row_gradients(const LogitRows<T>& rows, const RowGradients<T>& gradients);
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log, tanh
-from .reductions import target_weights
+from .reductions import store_loss, target_weights
 from .rows import (
     DROP,
     block_of_rows,
@@ -42,7 +42,6 @@ from .rows import (
     row_scale,
     row_starts,
     scalar,
-    store_loss,
 )
 
 # ---- what the kernels share ----------------------------------------------------------------------

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from .program import root, sign
-from .rows import block_of_rows, multiple, pointers, row_scale, row_starts, scalar, store_loss
+from .reductions import store_loss
+from .rows import block_of_rows, multiple, pointers, row_scale, row_starts, scalar
 
 EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 as a float, as torch has it
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
+from .reductions import store_loss
 from .rows import (
     block_of_rows,
     first_pass,
@@ -31,7 +32,6 @@ from .rows import (
     row_scale,
     row_starts,
     scalar,
-    store_loss,
 )
 
 FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .reductions import store_loss
 from .rows import (
     block_of_rows,
     multiple,
@@ -33,7 +34,6 @@ from .rows import (
     row_scale,
     row_starts,
     scalar,
-    store_loss,
 )
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import read_target, row_scale, store_loss
+from .reductions import store_loss
+from .rows import read_target, row_scale
 
 
 @triton.jit(do_not_specialize=["n", "ignore_index"])

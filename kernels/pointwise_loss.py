@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import read
+from .reductions import add_up
 
 
 @triton.jit(do_not_specialize=["denominator"])
@@ -48,7 +49,7 @@ def pointwise_loss_kernel(
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Outputs that are None are not wanted; with REDUCE `loss` takes one partial sum a program.
+    """Outputs that are None are not wanted; with REDUCE `loss` is what `add_up` takes.
 
     denominator: None for 1, an integer, or a pointer to a number that only the GPU knows.
     parameters: None, or a pointer to p, q and r where the GPU alone knows one of them.
@@ -85,7 +86,7 @@ def pointwise_loss_kernel(
         store_gradient(grad_third, i, mask, by_third, w, g)
         store_gradient(grad_fourth, i, mask, by_fourth, w, g)
     if REDUCE:
-        tl.store(loss + tl.program_id(0), tl.sum(total).to(tl.float64) / divisor)
+        add_up(tl.sum(total).to(tl.float64) / divisor, loss)
 
 
 @triton.jit

@@ -4,8 +4,9 @@
     count    out = sum_i [t_i counts] weight[t_i] token_weight_i            reads 8 bytes a target
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
-A loss with a reduction takes two launches: each program of its kernel stores one partial sum, and
-one program of `sum_kernel` adds them up. The order never changes, so neither do the bits.
+Each program stores one partial sum. The last program to arrive adds them up in the order of the
+programs, which never changes, so neither do the bits. Where programs are very many, or a graph is
+captured, `sum_kernel` does that instead.
 
 torch: parts.sum(), weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
@@ -18,17 +19,52 @@ import triton.language as tl
 from .rows import read_target
 
 
+@triton.jit
+def sum_of_parts(parts, first, last, BLOCK: tl.constexpr):
+    """Returns the sum of parts[first:last]; L1 may hold what other programs have overwritten."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(first, last, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        part = tl.load(parts + i, mask=i < last, other=0.0, cache_modifier=".cg")
+        total += part.to(tl.float64)
+    return tl.sum(total)
+
+
 @triton.jit(do_not_specialize=["n"])
 def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
     """out[k] = the sum of the k-th of as many contiguous shares as there are programs."""
     share = tl.cdiv(n, tl.num_programs(0))
     first = tl.program_id(0).to(tl.int64) * share
-    last = tl.minimum(first + share, n)
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(first, last, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(parts + i, mask=i < last, other=0.0).to(tl.float64)
-    tl.store(out + tl.program_id(0), tl.sum(total))
+    total = sum_of_parts(parts, first, tl.minimum(first + share, n), BLOCK)
+    tl.store(out + tl.program_id(0), total)
+
+
+@triton.jit
+def add_up(part, reduced):
+    """Stores a program's part of a sum. The last program to arrive adds up the parts of all.
+
+    reduced: The sum, the parts, and a counter that is 0 before and after; or None for the counter,
+        where nobody adds up.
+    """
+    total, parts, arrived = reduced
+    tl.store(parts + tl.program_id(0), part)
+    if arrived is not None:
+        programs = tl.num_programs(0)
+        tl.debug_barrier()
+        # It releases the part and acquires those of the programs before.
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
+            tl.store(total, sum_of_parts(parts, 0, programs, 1024))
+            tl.store(arrived, 0)
+
+
+@triton.jit
+def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
+    """Stores the loss of each row, or the part of a sum that `add_up` takes."""
+    value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
+    if EACH:
+        tl.store(loss + rows, value, mask=in_bounds)
+    else:
+        add_up(tl.sum(tl.where(in_bounds, value, 0.0)), loss)
 
 
 @triton.jit
@@ -43,15 +79,15 @@ def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
 
 @triton.jit(do_not_specialize=["ignore_index", "classes"])
 def count_kernel(
-    target, weight, token_weight, parts, n, ignore_index, classes, BLOCK: tl.constexpr
+    target, weight, token_weight, counted, n, ignore_index, classes, BLOCK: tl.constexpr
 ):
-    """parts[k] = the weight of program k's targets, for the denominator of a mean."""
+    """Computes the weight of all targets, the denominator of a mean; `add_up` takes `counted`."""
     total = tl.zeros([BLOCK], tl.float64)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
         i = start + tl.arange(0, BLOCK)
         total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
-    tl.store(parts + tl.program_id(0), tl.sum(total))
+    add_up(tl.sum(total), counted)
 
 
 @triton.jit

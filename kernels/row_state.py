@@ -82,6 +82,7 @@ def row_state_kernel(
     target,
     weight,
     state,
+    results,
     n,
     classes,
     strides,
@@ -91,6 +92,7 @@ def row_state_kernel(
     CAP: tl.constexpr,
     SCALE: tl.constexpr,
     FIELDS: tl.constexpr,
+    RESULTS: tl.constexpr,
     CONTINUES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,6 +100,7 @@ def row_state_kernel(
 ):
     """CONTINUES: from the state, which is that of the classes before these.
 
+    results: copies of the first RESULTS fields of the state, which may be none.
     strides: of the rows of logits, and from one field of a row to the next.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
@@ -155,9 +158,17 @@ def row_state_kernel(
     log_p = tl.where(invalid, float("nan"), tl.where(log_p > 0.0, 0.0, log_p))
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     counted = valid | invalid
-    tl.store(at, tl.where(counted, log_p, 0.0), mask=in_bounds)
-    tl.store(at + step, tl.where(counted, entropy, 0.0), mask=in_bounds)
-    tl.store(at + 2 * step, tl.where(counted, pivot_of_row + log_total, 0.0), mask=in_bounds)
+    log_p = tl.where(counted, log_p, 0.0)
+    entropy = tl.where(counted, entropy, 0.0)
+    lse = tl.where(counted, pivot_of_row + log_total, 0.0)
+    tl.store(at, log_p, mask=in_bounds)
+    tl.store(at + step, entropy, mask=in_bounds)
+    tl.store(at + 2 * step, lse, mask=in_bounds)
+    if RESULTS > 0:
+        tl.store(results + rows, log_p, mask=in_bounds)
+    if RESULTS > 1:
+        tl.store(results + n + rows, entropy, mask=in_bounds)
+        tl.store(results + n + n + rows, lse, mask=in_bounds)
     tl.store(at + 3 * step, maximum.to(tl.float64), mask=in_bounds)
     tl.store(at + 4 * step, total_of_row, mask=in_bounds)
     tl.store(at + 5 * step, weighted_of_row, mask=in_bounds)
@@ -204,7 +215,7 @@ def row_gradients_kernel(
 ):
     """grad_results: Of the first RESULTS of log_p, entropy, lse and smooth.
 
-    strides: of the rows of logits and of grad; of the fields of state and of grad_results.
+    strides: of the rows of logits and of grad; of the fields of state; of both of grad_results.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
@@ -215,12 +226,12 @@ def row_gradients_kernel(
     )
     starts = row_starts(logits, 0, rows, 0, strides[0], 1, CLASS_UNIT)
     to = row_starts(grad, 0, rows, 0, strides[1], 1, CLASS_UNIT)
-    field, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64)
-    g_log_p = tl.load(gradient_at, mask=valid, other=0.0)
+    field, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
+    g_log_p = tl.load(gradient_at, mask=valid, other=0.0).to(tl.float64)
     g_entropy, g_lse = tl.zeros_like(g_log_p), tl.zeros_like(g_log_p)
     if RESULTS > 1:
-        g_entropy = tl.load(gradient_at + strides[3], mask=valid, other=0.0)
-        g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid, other=0.0)
+        g_entropy = tl.load(gradient_at + strides[3], mask=valid, other=0.0).to(tl.float64)
+        g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid, other=0.0).to(tl.float64)
     entropy = tl.load(field + strides[2], mask=valid, other=0.0)
     pivot = tl.load(field + 3 * strides[2], mask=valid, other=0.0).to(A)
     total = tl.load(field + 4 * strides[2], mask=valid, other=1.0)

@@ -140,13 +140,3 @@ def row_scale(row_weight, denominator, rows, counted, A: tl.constexpr):
             denominator = tl.load(denominator)
         scale /= denominator.to(A)
     return scale
-
-
-@triton.jit
-def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
-    """Stores the loss of each row, or the sum over the program's rows."""
-    value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
-    if EACH:
-        tl.store(loss + rows, value, mask=in_bounds)
-    else:
-        tl.store(loss + tl.program_id(0), tl.sum(tl.where(in_bounds, value, 0.0)))

@@ -564,7 +564,7 @@ def log_probs(
     logits = checks.classes_at(1, "logits", logits, dim)
     op, arguments = LOG_PROBS, (logits, target, options)
     values = call(op, arguments) if shard is None else op.of_shard(arguments, shard)
-    return named(values, return_entropy, return_lse)
+    return LogProbs(values) if options.alone else named(values, return_entropy, return_lse)
 
 
 def linear_log_probs(
@@ -620,7 +620,7 @@ def linear_log_probs(
     arguments = input, linear_weight, linear_bias, target, options
     op = LINEAR_LOG_PROBS
     values = call(op, arguments) if shard is None else op.of_shard(arguments, shard)
-    return named(values, return_entropy, return_lse)
+    return LogProbs(values) if options.alone else named(values, return_entropy, return_lse)
 
 
 def kl_div_with_logits(

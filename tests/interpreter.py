@@ -51,6 +51,7 @@ def use_small_tiles() -> None:
 
     launch.choose = choose
     backend.MOST_PROGRAMS, backend.MOST_PARTS, backend.COUNTED_BY_PROGRAMS = 30, 8, 16
+    backend.MOST_ARRIVALS = 20
 
 
 def interpret_faster() -> None:

@@ -16,8 +16,10 @@ from conftest import KernelCalls
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses import FakeTensorMode
 
 import pyfused
+from pyfused import backends
 from pyfused import functional as fused
 from pyfused.ops import dispatch, sizes
 from pyfused.types import CrossEntropyOptions
@@ -112,6 +114,49 @@ def test_sizes_of_a_dynamic_graph_are_not_compared_with_a_table() -> None:
         x = torch.randn(rows, C)
         close(compiled(x, INDICES[:rows]), F.cross_entropy(x, INDICES[:rows]))
     assert graphs.count == 1
+
+
+GPU_CALLS: dict[str, tuple[int, Any, str | None]] = {
+    "cross_entropy": (1 << 14, fused.cross_entropy, "cross_entropy"),
+    "kl_div": (1 << 14, lambda x, _: fused.kl_div_with_logits(x, x), "kl_div_with_logits"),
+    "small": ((1 << 14) - 1, fused.cross_entropy, None),
+    "elementwise": (1 << 14, lambda x, _: fused.mse_loss(x, x), None),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("rows", "call", "operator"), GPU_CALLS.values(), ids=GPU_CALLS.keys())
+def test_large_logits_on_a_gpu_take_the_operator(
+    rows: int, call: Any, operator: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced with fake tensors, which ask for no GPU."""
+    found: set[str] = set()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        found.update(str(n.target) for n in graph.graph.nodes if "pyfused" in str(n.target))
+        return graph.forward
+
+    with FakeTensorMode():
+        x = torch.empty(rows, 1 << 10, dtype=torch.bfloat16, device="cuda")
+        target = torch.empty(rows, dtype=torch.int64, device="cuda")
+        torch.compile(call, fullgraph=True, backend=backend)(x, target)
+        assert not found  # without a GPU
+        monkeypatch.setattr(backends, "_without_triton", lambda _: None)
+        torch.compiler.reset()
+        torch.compile(call, fullgraph=True, backend=backend)(x, target)
+    assert found == ({f"pyfused.{operator}"} if operator else set())
+
+
+def test_each_side_of_the_limit_of_gpus_has_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "takes_triton", lambda _: True)
+    monkeypatch.setitem(sizes.COMPILED_ON_GPU, "cross_entropy", 5 * C)
+    graphs = Graphs()
+    options = {"fullgraph": True, "dynamic": True, "backend": graphs.backend}
+    compiled = torch.compile(fused.cross_entropy, **options)
+    for rows, count in ((3, 1), (4, 1), (5, 2), (12, 2), (2, 2)):
+        x = torch.randn(rows, C)
+        close(compiled(x, INDICES[:rows]), F.cross_entropy(x, INDICES[:rows]))
+        assert (graphs.count, bool(graphs.of_pyfused())) == (count, count == 2)
 
 
 def test_a_compiled_gradient_has_memory_of_its_own() -> None:

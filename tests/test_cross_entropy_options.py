@@ -316,14 +316,16 @@ def test_blocks_of_classes_add_up(
     blocks = list(itertools.pairwise([0, 1, classes // 3, classes // 2, classes]))
     state = torch.empty(fields_of(options), 9, dtype=torch.float64)
     for first, last in blocks:
-        given = options.rows, state, ClassRange(first, classes), weight
-        backend.row_state(logits[:, first:last], target, *given, continues=first > 0)
+        given = options.rows, ClassRange(first, classes), len(state), 0, first > 0
+        part = logits[:, first:last]
+        backend.row_state(part, *given)(part, target, weight, state)
     of_loss = target, weight, options, classes
     grad_results = gradients_of_loss(state, *of_loss, grad_output)
     parts = [torch.empty_like(logits[:, first:last]) for first, last in blocks]
-    for (first, last), part in zip(blocks, parts, strict=True):
-        given = options.rows, state, grad_results, ClassRange(first, classes)
-        backend.row_gradients(logits[:, first:last], target, *given, part, weight)
+    for (first, last), out in zip(blocks, parts, strict=True):
+        part, of_classes = logits[:, first:last], ClassRange(first, classes)
+        launch = backend.row_gradients(part, options.rows, of_classes, len(grad_results))
+        launch(part, target, weight, state, grad_results, out)
     whole, (gradient, _) = cross_entropy_once(
         backend, logits, target, weight, options, Outputs(True, (True, False)), grad_output
     )

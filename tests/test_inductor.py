@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch._inductor import config, metrics
 
 from pyfused import functional as fused
 from pyfused.ops import inductor, sizes
+from pyfused.types import CrossEntropyOptions
 
 pytestmark = [
     # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
@@ -103,13 +105,24 @@ VIEWED: dict[str, Step] = {
     "rows_of_a_sequence": lambda f, x: f.cross_entropy(
         x.view(3, 4, C).float().view(-1, C), INDICES
     ),
+    "labels_shifted_as_transformers_does": lambda f, x: f.cross_entropy(
+        x.view(3, 4, C).float().view(-1, C),
+        F.pad(INDICES.view(3, 4), (0, 1), value=-100)[:, 1:].contiguous().view(-1),
+    ),
     "transposed": lambda f, x: f.cross_entropy(
         x.view(3, 4, C).float().transpose(1, 2), INDICES.view(3, 4)
     ),
 }
 
 
+@pytest.fixture
+def many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of classes is one where the forward pass computes no gradient."""
+    monkeypatch.setattr(inductor, "_FEW_CLASSES", 0)
+
+
 @halves
+@pytest.mark.usefixtures("many_classes")
 @pytest.mark.parametrize("step", VIEWED.values(), ids=VIEWED.keys())
 def test_the_operator_reads_and_writes_the_half(step: Step, dtype: torch.dtype, seen: Seen) -> None:
     assert_same(compiled_and_eager(step, logits(dtype)))
@@ -117,6 +130,7 @@ def test_the_operator_reads_and_writes_the_half(step: Step, dtype: torch.dtype, 
     assert not seen.casts()
 
 
+@pytest.mark.usefixtures("many_classes")
 def test_sizes_that_change(seen: Seen) -> None:
     step = VIEWED["rows_of_a_sequence"]
     assert_same(compiled_and_eager(step, logits(), dynamic=True))
@@ -276,6 +290,64 @@ def test_what_takes_two_operators(
 def test_a_number_of_rows_that_changes_takes_two_operators(seen: Seen) -> None:
     assert_same(compiled_and_eager(MERGED["mean"], logits(F32), dynamic=True))
     assert seen.operators() == PAIR
+
+
+# ---- a gradient that matrix products read --------------------------------------------------------
+
+HEAD_INPUT = torch.randint(-2, 3, (N, 5)).float()
+HEADS: dict[str, tuple[int, Step]] = {
+    "head": (C, lambda f, w: f.cross_entropy(HEAD_INPUT @ w, INDICES)),
+    "more_rows_than_classes": (3, lambda f, w: f.cross_entropy(HEAD_INPUT @ w, INDICES % 3)),
+    "scaled": (C, lambda f, w: 8 * f.cross_entropy(HEAD_INPUT @ w, INDICES, reduction="sum")),
+    "of_both": (C, lambda f, w: f.cross_entropy((HEAD_INPUT @ w.sin()) @ w.T @ w, INDICES)),
+    "bias": (C, lambda f, w: f.cross_entropy(F.linear(HEAD_INPUT, w.T, w[0]), INDICES)),
+}
+
+
+@pytest.mark.usefixtures("many_classes")
+@pytest.mark.parametrize(("classes", "step"), HEADS.values(), ids=HEADS.keys())
+def test_a_gradient_that_products_read_is_not_multiplied(
+    classes: int, step: Step, seen: Seen
+) -> None:
+    weight = torch.randn(5, classes).requires_grad_()
+    assert_same(compiled_and_eager(step, weight))
+    assert seen.operators() == MERGED_OPERATOR
+    (operator,) = [n for n in seen.nodes if str(n.target) == MERGED_OPERATOR[0]]
+    gradients = [n for n in operator.users if n.args[1] == 1]
+    assert gradients
+    assert not any("mul" in str(user.target) for n in gradients for user in n.users)
+
+
+def test_a_graph_of_a_gpu_reads_the_half_and_merges_for_products_alone() -> None:
+    """Traced with fake tensors: torch without CUDA runs neither autograd of them nor slices."""
+    import torch._inductor.compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    options, table = CrossEntropyOptions(-100, "mean").values(), select_decomp_table()
+
+    def step(x: Tensor, w: Tensor, labels: Tensor, of_weight: bool) -> Any:
+        logits = (x @ w).float().view(-1, C)
+        given = logits, labels.view(-1), None, *options
+        loss = torch.ops.pyfused.cross_entropy(*given)
+        backward = torch.ops.pyfused.cross_entropy_backward
+        gradient = backward(loss.cos(), *given, [True, False])[0].view(3, 4, C).to(x.dtype)
+        return loss, gradient.view(-1, C).T @ x.view(-1, 5) if of_weight else gradient
+
+    with FakeTensorMode():
+        x = torch.empty(3, 4, 5, dtype=BF16, device="cuda")
+        w, labels = x.new_empty(5, C), x.new_empty(3, 4, dtype=torch.int64)
+        for of_weight, expected in ((True, MERGED_OPERATOR), (False, PAIR)):
+            graph = make_fx(partial(step, of_weight=of_weight), table)(x, w, labels)
+            graph.graph.eliminate_dead_code()
+            joint_graph_passes(graph)
+            graph.graph.eliminate_dead_code()
+            seen = Seen()
+            seen.nodes = list(graph.graph.nodes)
+            assert seen.operators() == expected
+            assert set(seen.given_to_operators()) == {BF16}
 
 
 # ---- without patterns ----------------------------------------------------------------------------

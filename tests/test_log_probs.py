@@ -466,11 +466,14 @@ def test_a_call_continues_from_the_one_before(isa: str) -> None:
     logits[0, 2 * block - 1 : 2 * block + 1] = 50.0  # the first of them in the block before
     logits[1, [block - 1, block + 1]] = math.nan
     whole, parts = torch.empty(2, SMOOTHING_FIELDS, 4).double()
-    backend.row_state(logits, target, options, whole, ClassRange(0, classes), weight)
+    fields, results = SMOOTHING_FIELDS, torch.empty(3, 4)
+    launch = backend.row_state(logits, options, ClassRange(0, classes), fields, len(results))
+    launch(logits, target, weight, whole, results)
+    torch.testing.assert_close(results, whole[:3].float(), rtol=0, atol=0, equal_nan=True)
     for first in range(0, classes, block):
-        given = options, parts, ClassRange(first, classes), weight
         part = logits[:, first : first + block]
-        backend.row_state(part, target, *given, continues=first > 0)
+        given = options, ClassRange(first, classes), fields, 0, first > 0
+        backend.row_state(part, *given)(part, target, weight, parts)
     if backend is cpu:
         assert whole[:3].view(torch.int64).equal(parts[:3].view(torch.int64))
     torch.testing.assert_close(whole.float(), parts.float(), equal_nan=True)

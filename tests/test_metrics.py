@@ -295,7 +295,8 @@ def test_blocks_without_a_share() -> None:
     target, state = torch.tensor([3, 0]), torch.empty(METRICS_FIELDS, 2).double()
     for first in (0, 2):
         logits, classes = rows[:, first : first + 2].contiguous(), ClassRange(first, 4)
-        backend.row_state(logits, target, RowOptions(), state, classes, continues=first > 0)
+        given = RowOptions(), classes, METRICS_FIELDS, 0, first > 0
+        backend.row_state(logits, *given)(logits, target, None, state)
     metrics = of_state(state, target, -100, torch.float64)
     assert metrics.prediction.tolist() == rows.argmax(1).tolist()
     torch.testing.assert_close(metrics.log_sum_exp, rows.double().logsumexp(1), equal_nan=True)

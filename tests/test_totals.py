@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_sum(n: int, dtype: torch.dtype) -> None:
     parts = torch.randn(n, dtype=dtype)
     exact = math.fsum(parts.tolist())
     for out in (torch.empty(()), torch.empty((), dtype=torch.float64)):
-        triton._sum(parts, out)
+        triton._add_up((out, parts, None))
         torch.testing.assert_close(out, torch.tensor(exact).to(out), rtol=0, atol=1e-6 * n**0.5)
     assert abs(out.item() - exact) <= 1e-12 * n**0.5
 
@@ -39,7 +40,7 @@ def test_sum_of_nan_and_infinity() -> None:
     parts, out = torch.ones(40_000, dtype=torch.float64), torch.empty(())
     for value in (math.inf, -math.inf, math.nan):
         parts[39_999] = value
-        triton._sum(parts, out)
+        triton._add_up((out, parts, None))
         assert str(out.item()) == str(value)
 
 
@@ -55,7 +56,7 @@ def counted(target: Tensor, weights: list[Tensor | None], ignore_index: int) -> 
     return counts.sum().item()
 
 
-@pytest.mark.parametrize("n", [1, 5, 1025, 40_000])
+@pytest.mark.parametrize("n", [1, 5, 1025, 40_000, 400_000])
 @pytest.mark.parametrize("weighted", range(4))
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_count(n: int, weighted: int, ignore_index: int) -> None:
@@ -85,3 +86,14 @@ def test_programs_share_a_sum() -> None:
     x, target = torch.randn(2, 4999, dtype=torch.float64)
     torch.testing.assert_close(fused.mse_loss(x, target), (x - target).square().mean())
     torch.testing.assert_close(fused.mse_loss(x[:1], target[:1]), (x - target)[0].square())
+
+
+def test_the_last_program_to_arrive_adds_up() -> None:
+    """The counter is 0 after each call, and calls of other numbers of programs may use it."""
+    for n in (700, 33, 320, 32, 640):  # 22 programs are more than may add up
+        x, target = torch.randn(2, n, dtype=torch.float64)
+        with patch.object(triton, "SUM", wraps=triton.SUM) as launched:
+            got = fused.mse_loss(x, target)
+        assert got.item() == pytest.approx((x - target).square().mean().item(), rel=1e-14)
+        assert launched.called == (n == 700)
+    assert [int(counter) for _, counter in triton._workspaces.values()] == [0]

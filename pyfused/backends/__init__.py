@@ -101,6 +101,8 @@ def _without_triton(device: torch.device) -> str | None:
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "that takes TRITON_INTERPRET=1"
+    if not torch.cuda.is_available():  # to fake tensors, whose programs run elsewhere
+        return "no GPU is available"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton compiles for compute capability 8.0 and later"
     return None

@@ -552,75 +552,110 @@ def embedding_loss(
 
 def row_state(
     logits: Tensor,
-    target: Tensor | None,
     options: RowOptions,
-    state: Tensor,
     classes: ClassRange,
-    weight: Tensor | None = None,
+    fields: int,
+    results: int = 0,
     continues: bool = False,
-) -> None:
-    """Writes the state of each row.
+) -> Callable[..., None]:
+    """Prepares the state of each row of logits.
 
     Args:
         logits: (N, C) with contiguous classes, of a dtype in ``DTYPES``.
-        target: int64 class indices among all classes, in range or ``ignore_index``, contiguous.
-            None stands for targets that are none of the classes.
-        state: (fields, N), float64, the rows contiguous; the results are of the classes up to
-            these.
         classes: Which of all classes the logits' are.
-        weight: One factor for each of all classes, contiguous, in the accumulation dtype; or None.
+        fields: How many fields a state has.
+        results: How many of its first fields are written in the accumulation dtype, too.
         continues: From the state, which is that of the classes before these.
+
+    Returns:
+        A function of logits of this layout; of the target, int64 class indices among all classes,
+        in range or ``ignore_index``, contiguous, where None stands for targets that are none of the
+        classes; of the weight, one factor for each of all classes, contiguous, in the accumulation
+        dtype, or None; of the state (fields, ...), float64, the rows contiguous; and of results
+        (results, ...), contiguous. It writes the last two. The results are of the classes up to
+        these.
     """
-    fields = state.data_ptr(), state.stride(0), state.shape[0]
-    given = _logit_rows(logits, target, options, classes, weight)
-    native.row_state(*given, fields, continues, torch.get_num_threads())
+    dtype, sizes, ignore_index, numbers = _logit_rows(logits, options, classes)
+    n = len(logits)
+
+    def launch(
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
+        out: Tensor | None = None,
+    ) -> None:
+        native.row_state(
+            dtype,
+            sizes,
+            logits.data_ptr(),
+            0 if target is None else target.data_ptr(),
+            ignore_index,
+            numbers,
+            0 if weight is None else weight.data_ptr(),
+            (state.data_ptr(), state.stride(0), fields),
+            (0, 0, 0) if out is None else (out.data_ptr(), n, results),
+            continues,
+            torch.get_num_threads(),
+        )
+
+    return launch
 
 
 def row_gradients(
-    logits: Tensor,
-    target: Tensor | None,
-    options: RowOptions,
-    state: Tensor,
-    grad_results: Tensor,
-    classes: ClassRange,
-    out: Tensor,
-    weight: Tensor | None = None,
-) -> None:
-    """Writes the gradient of the logits.
+    logits: Tensor, options: RowOptions, classes: ClassRange, results: int
+) -> Callable[..., Tensor]:
+    """Prepares the gradient of logits, which has their shape and dtype.
 
     Args:
-        logits, target, options, classes, weight: As in ``row_state``.
-        state: Of all classes.
-        grad_results: The gradients of the first of log-probability, entropy, log-sum-exp and the
-            weighted sum of the logits: one row, three or four; float64, the rows contiguous.
-        out: Of the logits' shape and dtype, with contiguous classes; it may be the logits.
+        logits, options, classes: As in ``row_state``.
+        results: How many results have a gradient: the first of log-probability, entropy,
+            log-sum-exp and the weighted sum of the logits; one, three or four.
+
+    Returns:
+        A function of logits, target and weight as in ``row_state``; of the state of all classes; of
+        the results' gradients, (N) of one or (results, N), in the accumulation dtype or float64, of
+        any strides; and of the memory of the gradient, contiguous, or the logits themselves. It
+        returns the gradient, which is new memory for None.
     """
-    given = _logit_rows(logits, target, options, classes, weight)
-    native.row_gradients(
-        *given,
-        (state.data_ptr(), state.stride(0), state.shape[0]),
-        (grad_results.data_ptr(), grad_results.stride(0), grad_results.shape[0]),
-        (out.data_ptr(), out.stride(0)),
-        torch.get_num_threads(),
-    )
+    dtype, sizes, ignore_index, numbers = _logit_rows(logits, options, classes)
+    new = _allocation(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
+
+    def launch(
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
+        grad_results: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        out = new() if out is None else out
+        strides = (0, *grad_results.stride())[-2:]
+        native.row_gradients(
+            dtype,
+            sizes,
+            logits.data_ptr(),
+            0 if target is None else target.data_ptr(),
+            ignore_index,
+            numbers,
+            0 if weight is None else weight.data_ptr(),
+            (state.data_ptr(), state.stride(0), 0),
+            (grad_results.data_ptr(), *strides, results, grad_results.itemsize),
+            (out.data_ptr(), out.stride(0)),
+            torch.get_num_threads(),
+        )
+        return out
+
+    return launch
 
 
 def _logit_rows(
-    logits: Tensor,
-    target: Tensor | None,
-    options: RowOptions,
-    classes: ClassRange,
-    weight: Tensor | None,
-) -> tuple[Any, ...]:
-    return (
-        DTYPES[logits.dtype],
-        (*logits.shape, classes.first, logits.stride(0)),
-        logits.data_ptr(),
-        0 if target is None else target.data_ptr(),
-        options.ignore_index,
-        (options.scale, options.softcap or 0.0),
-        0 if weight is None else weight.data_ptr(),
-    )
+    logits: Tensor, options: RowOptions, classes: ClassRange
+) -> tuple[int, tuple[int, ...], int, tuple[float, float]]:
+    """Returns the dtype, the sizes, the index to ignore and the numbers of both kernels."""
+    sizes = *logits.shape, classes.first, logits.stride(0)
+    numbers = options.scale, options.softcap or 0.0
+    return DTYPES[logits.dtype], sizes, options.ignore_index, numbers
 
 
 def _rows_of(tensor: Tensor | None) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from pyfused.backends.versions import triton_version
 from pyfused.kernels import launch
@@ -66,11 +67,16 @@ if TYPE_CHECKING:
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
-# Programs add up the weights of so few class indices themselves, which saves a launch.
-COUNTED_BY_PROGRAMS = 1024
+# A call of at most so many elements waits for the host and not for the GPU, so it launches fewer
+# kernels: every program counts the class indices, if these are few, and the last of the programs
+# adds up their parts of a sum. In larger calls that would keep programs on the GPU for longer.
+HOST_BOUND = 1 << 24
+COUNTED_BY_PROGRAMS = 2048
+MOST_ARRIVALS = 1 << 14  # programs of which the last one adds up
 # Programs of a kernel that adds up: several waves on any GPU, and few partial sums.
 MOST_PROGRAMS = 4096
 MOST_PARTS = 1 << 15  # partial sums that one program adds up; more are added up in two steps
+SCALE_PROGRAMS = 512  # which nearly always only read that the factor is 1
 # Threads that hold a whole row; at 32,000 classes, 0.76 times the time of two passes.
 SOFTMAX_THREADS = 1024
 SUMMANDS = launch.Choice(1, 1024, 256)  # of a program at a time
@@ -108,9 +114,37 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 # ---- sums ----------------------------------------------------------------------------------------
 
+# A sum, the parts that programs store of it, and the counter of those that have; see `add_up`.
+Reduced = tuple[Tensor, Tensor, Tensor | None]
+# Parts and counters of each stream, whose kernels run one after another.
+_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
-def _sum(parts: Tensor, out: Tensor) -> None:
-    """Launches out = the sum of all parts, added up in float64 and in a fixed order."""
+
+def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
+    """Returns what so many programs take to compute a sum over so many elements.
+
+    A graph may be replayed on any stream, beside others, so that its parts are its own.
+    """
+    if programs == 1:
+        return out, out, None
+    most = MOST_ARRIVALS if elements <= HOST_BOUND else 1
+    if programs > most or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return out, out.new_empty(programs, dtype=torch.float64), None
+    stream = driver.active.get_current_stream(out.get_device()) if out.is_cuda else 0
+    key = out.device, stream
+    if key not in _workspaces:
+        parts = out.new_empty(MOST_ARRIVALS, dtype=torch.float64)
+        _workspaces[key] = parts, out.new_zeros(1, dtype=torch.int32)
+    return out, *_workspaces[key]
+
+
+def _add_up(stored: Tensor | Reduced | None) -> None:
+    """Launches the sum of a kernel's parts, where there are any that no program adds up."""
+    if not isinstance(stored, tuple):
+        return
+    out, parts, arrived = stored
+    if parts is out or arrived is not None:
+        return
     n = parts.numel()
     if n > MOST_PARTS:
         first = parts.new_empty(-(-n // MOST_PARTS), dtype=torch.float64)
@@ -125,26 +159,20 @@ def _count(
     """Launches the sum of the weights of the targets that count: a mean's denominator, float64."""
     n, count = target.numel(), target.new_empty((), dtype=torch.float64)
     programs = min(-(-n // (1 << 14)), 256)
-    parts = count if programs == 1 else count.new_empty(programs)
-    given = target, weight, token_weight, parts, n, ignore, classes
-    COUNT(programs, *given)
-    _add_up(parts, count)
+    reduced = _parts_of(count, programs, n)
+    COUNT(programs, target, weight, token_weight, reduced, n, ignore, classes)
+    _add_up(reduced)
     return count
 
 
 def _loss_of(
     input: Tensor, reduction: str, outputs: Outputs, programs: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """New tensors for the loss of (N, C, d1, ..., dk), and for what the programs store of it."""
+) -> tuple[Tensor | None, Tensor | Reduced | None]:
+    """Returns a tensor for the loss of (N, C, d1, ..., dk), and what the programs store it in."""
     if not outputs.loss:
         return None, None
     loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
-    return loss, loss if reduction == "none" or programs == 1 else loss.new_empty(programs)
-
-
-def _add_up(parts: Tensor | None, out: Tensor | None) -> None:
-    if parts is not None and out is not None and parts is not out:
-        _sum(parts, out)
+    return loss, loss if reduction == "none" else _parts_of(loss, programs, input.numel())
 
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -205,6 +233,7 @@ def cross_entropy(
         tensor is not None and not (tensor.dtype is accumulate and tensor.is_contiguous())
         for tensor in (weight, options.token_weight, grad_output)
     )
+    few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
     reduction = options.reduction  # what is prepared holds no tensor, as options may
 
     def run(
@@ -226,15 +255,16 @@ def cross_entropy(
             grad = logits.detach() if outputs.inplace else new_grad()
         if of_target:
             grad_target = new_grad_target()
-        loss, parts = _loss_of(logits, reduction, outputs, programs)
+        loss, stored = _loss_of(logits, reduction, outputs, programs)
         row_weight = _row_weight(n, token_weight, grad_output)
         divisor = None
         if reduction == "mean":
             counted = target, weight, token_weight, ignore_index, classes
-            divisor = _denominator(denominator, n, row_weight is token_weight, *counted)
-        results: Any = (parts, grad) if indices else (parts, grad, grad_target)
+            may_count = few and row_weight is token_weight
+            divisor = _denominator(denominator, n, may_count, *counted)
+        results: Any = (stored, grad) if indices else (stored, grad, grad_target)
         kernel(programs, logits, target, weight, row_weight, divisor, *results, *shape, *scalars)
-        _add_up(parts, loss)
+        _add_up(stored)
         if loss is not None and grad_output is not None:  # by which only gradients are multiplied
             loss /= grad_output
         return loss, (grad, grad_target)
@@ -305,7 +335,7 @@ def _denominator(
 
     Args:
         given: What the caller asks for, None for the weight of the targets that count.
-        may_count: The kernel's row_weight is that of the tokens, so that it can count itself.
+        may_count: The kernel can count, as its row_weight is that of the tokens.
         target, counted: The arguments of ``_count``.
     """
     token_weight = counted[1]
@@ -316,7 +346,7 @@ def _denominator(
         return int(given) if exact else target.new_full((), given, dtype=torch.float64)
     if target.dtype is not torch.int64:
         return n if token_weight is None else token_weight.sum(dtype=torch.float64)
-    return target if may_count and n <= COUNTED_BY_PROGRAMS else _count(target, *counted)
+    return target if may_count else _count(target, *counted)
 
 
 def nll_loss(
@@ -362,11 +392,11 @@ def _nll_loss(
     programs, denominator = -(-n // choice.block), None
     if options.reduction == "mean":
         denominator = _count(target, weight, None, options.ignore_index, classes)
-    loss, parts = _loss_of(input, options.reduction, outputs, programs)
-    given = input, target, weight, _row_weight(n, None, grad_output), denominator, parts, grad
+    loss, stored = _loss_of(input, options.reduction, outputs, programs)
+    given = input, target, weight, _row_weight(n, None, grad_output), denominator, stored, grad
     numbers = n, inner, classes, strides, grad_strides, options.ignore_index
     prepared(nll_kernel, choice, EACH=options.reduction == "none")(programs, *given, *numbers)
-    _add_up(parts, loss)
+    _add_up(stored)
     return loss, (grad, None)
 
 
@@ -412,9 +442,9 @@ def _multi_margin_loss(
     sizes = 1, n, classes
     tensors = 4 if multilabel else 2
     choice, programs, units = _tiling(sizes, input.element_size(), (0, classes, 1), tensors=tensors)
-    loss, parts = _loss_of(input, options.reduction, outputs, programs)
+    loss, stored = _loss_of(input, options.reduction, outputs, programs)
     denominator = n if options.reduction == "mean" else None
-    given = _row_weight(n, None, grad_output), denominator, parts, grad, n, classes
+    given = _row_weight(n, None, grad_output), denominator, stored, grad, n, classes
     meta = {"EACH": options.reduction == "none", **units}
     if multilabel:
         if not choice.whole_row:
@@ -423,7 +453,7 @@ def _multi_margin_loss(
     else:
         kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
         kernel(programs, input, target, weight, *given, float(options.margin))
-    _add_up(parts, loss)
+    _add_up(stored)
     return loss, (grad, None)
 
 
@@ -456,11 +486,11 @@ def embedding_loss(
         choice, programs, units = _tiling((1, n, features), first.element_size(), *rows, tensors=2)
         (grad_output,) = contiguous_in(accumulate_dtype(first.dtype), grad_output)
         gradients = [first.new_empty(first.shape) if w else None for w in wanted]
-        loss, parts = _loss_of(views[0], reduction, outputs, programs)
+        loss, stored = _loss_of(views[0], reduction, outputs, programs)
         divisor = None if denominator == 1 else int(denominator)
-        given = *views, grad_output, divisor, parts, *gradients, n, features, strides, *numbers
+        given = *views, grad_output, divisor, stored, *gradients, n, features, strides, *numbers
         prepared(kernel, choice, EACH=each, **meta, **units)(programs, *given)
-        _add_up(parts, loss)
+        _add_up(stored)
         if each and loss is not None:
             loss = loss.view(first.shape[:-1])
         return loss, (*gradients, *[None] * (len(inputs) - count))
@@ -470,52 +500,65 @@ def embedding_loss(
 
 def row_state(
     logits: Tensor,
-    target: Tensor | None,
     options: RowOptions,
-    state: Tensor,
     classes: ClassRange,
-    weight: Tensor | None = None,
+    fields: int,
+    results: int = 0,
     continues: bool = False,
-) -> None:
-    """Computes what ``cpu.row_state`` does; an index out of range gives a NaN."""
-    strides = logits.stride(0), state.stride(0)
-    choice, programs, given, meta = _logit_rows(logits, options, strides, classes)
-    meta |= {"FIELDS": state.shape[0], "CONTINUES": continues}
-    prepared(row_state_kernel, choice, **meta)(programs, logits, target, weight, state, *given)
+) -> Callable[..., None]:
+    """Prepares what ``cpu.row_state`` does; an index out of range gives a NaN."""
+    meta = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
+    kernel, programs, numbers = _logit_rows(row_state_kernel, logits, options, classes, meta)
+    shape, stride = logits.shape, logits.stride(0)
+
+    def run(
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
+        out: Tensor | None = None,
+    ) -> None:
+        tensors = logits, target, weight, state, out
+        kernel(programs, *tensors, *shape, (stride, state.stride(0)), *numbers)
+
+    return run
 
 
 def row_gradients(
-    logits: Tensor,
-    target: Tensor | None,
-    options: RowOptions,
-    state: Tensor,
-    grad_results: Tensor,
-    classes: ClassRange,
-    out: Tensor,
-    weight: Tensor | None = None,
-) -> None:
-    """Computes what ``cpu.row_gradients`` does; an index out of range gives zeros."""
-    strides = logits.stride(0), out.stride(0), state.stride(0), grad_results.stride(0)
-    choice, programs, given, meta = _logit_rows(logits, options, strides, classes, out)
-    tensors = logits, target, weight, state, grad_results, out
-    run = prepared(row_gradients_kernel, choice, RESULTS=grad_results.shape[0], **meta)
-    run(programs, *tensors, *given)
+    logits: Tensor, options: RowOptions, classes: ClassRange, results: int
+) -> Callable[..., Tensor]:
+    """Prepares what ``cpu.row_gradients`` does; an index out of range gives zeros."""
+    meta = {"RESULTS": results}
+    kernel, programs, numbers = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
+    shape, stride = logits.shape, logits.stride(0)
+
+    def run(
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
+        grad_results: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        out = logits.new_empty(shape) if out is None else out
+        strides = stride, out.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:]
+        tensors = logits, target, weight, state, grad_results, out
+        kernel(programs, *tensors, *shape, strides, *numbers)
+        return out
+
+    return run
 
 
 def _logit_rows(
-    logits: Tensor,
-    options: RowOptions,
-    strides: tuple[int, ...],
-    classes: ClassRange,
-    *others: Tensor,
-) -> tuple[launch.Choice, int, tuple[Any, ...], dict[str, Any]]:
-    """Returns the tile, the number of programs, and the arguments and constants of both kernels."""
+    kernel: Any, logits: Tensor, options: RowOptions, classes: ClassRange, meta: dict[str, Any]
+) -> tuple[Launch, int, tuple[int, ...]]:
+    """Returns a prepared kernel, the number of programs, and the last arguments of both kernels."""
     sizes: Any = (1, *logits.shape)
-    rows: Any = [(0, *tensor.stride()) for tensor in (logits, *others)]
-    choice, programs, units = _tiling(sizes, logits.element_size(), *rows, tensors=2)
-    given = *logits.shape, strides, *classes, options.ignore_index
-    shaping = {"CAP": options.softcap or 0.0, "SCALE": options.scale}
-    return choice, programs, given, {**shaping, **units}
+    strides: Any = (0, *logits.stride())
+    choice, programs, units = _tiling(sizes, logits.element_size(), strides, tensors=2)
+    meta |= {"CAP": options.softcap or 0.0, "SCALE": options.scale, **units}
+    numbers = *classes, options.ignore_index
+    return prepared(kernel, choice, **meta), programs, numbers
 
 
 def kl_div_with_logits(
@@ -537,12 +580,12 @@ def kl_div_with_logits(
     rows = [(0, stride, 1) for stride in strides]
     choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
-    loss, parts = _loss_of(input, "none" if each else "sum", outputs, programs)
-    given = input, teacher, token_weight, grad_output, parts, grad, n, classes, strides
+    loss, stored = _loss_of(input, "none" if each else "sum", outputs, programs)
+    given = input, teacher, token_weight, grad_output, stored, grad, n, classes, strides
     meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
     run = prepared(kl_div_kernel, choice, **meta, **units)
     run(programs, *given, float(options.beta))
-    _add_up(parts, loss)
+    _add_up(stored)
     return loss, (grad,)
 
 
@@ -622,13 +665,13 @@ def pointwise_loss(
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
         like = operands[0].contiguous() if dense_operand is None else operands[dense_operand]
-        loss = parts = None
+        loss: Tensor | None = None
+        stored: Tensor | Reduced | None = None
         if reduce:
-            loss = parts = like.new_empty((), dtype=accumulate)
-            if programs > 1:
-                parts = like.new_empty(programs, dtype=torch.float64)
+            loss = like.new_empty((), dtype=accumulate)
+            stored = _parts_of(loss, programs, n)
         elif outputs.loss:
-            loss = parts = torch.empty_like(like)
+            loss = stored = torch.empty_like(like)
         gradients = tuple([torch.empty_like(like) if w else None for w in wanted])
         views = _padded(operands, weight, grad_output)
         for i in copied:
@@ -641,7 +684,7 @@ def pointwise_loss(
         kernel(
             programs,
             *views[:5],
-            parts,
+            stored,
             *(*gradients, None, None)[:3],
             views[5],
             gradients[3] if len(gradients) == 4 else None,
@@ -653,7 +696,7 @@ def pointwise_loss(
             others,
             divisor,
         )
-        _add_up(parts, loss)
+        _add_up(stored)
         if halves is not None and outputs.gradients:
             return loss, (_joined(gradients, halves),)
         return loss, gradients
@@ -723,4 +766,4 @@ def activation(
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """Multiplies a dense tensor in place by a tensor of one element, which only the GPU reads."""
     n, scale = tensor.numel(), SCALE[tensor.element_size()]
-    scale(min(-(-n // scale.choice.block), MOST_PROGRAMS), tensor, factor, n)
+    scale(min(-(-n // scale.choice.block), SCALE_PROGRAMS), tensor, factor, n)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from pyfused.backends import Backend
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import FIXED_ROWS, chunk_of_states, product_dtype
-from pyfused.ops.row_state import as_rows
 from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
@@ -335,10 +334,8 @@ def state_of(
         fixed_sizes=options.fixed_sizes,
     ):
         logits, targets, classes = part.of_chunk(chunk, options)
-        backend.row_state(
-            *(logits, part.labels[targets], rows, state[:, targets], classes, weight),
-            continues=chunk.columns.start > 0,
-        )
+        launch = backend.row_state(logits, rows, classes, fields, 0, chunk.columns.start > 0)
+        launch(logits, part.labels[targets], weight, state[:, targets])
         output = chunk.output
     state = part.rows.spread(state.view(fields, -1, part.positions), dim=1).view(
         fields, *target.shape
@@ -360,43 +357,30 @@ def gradients_of(
     weight: Tensor | None = None,
     least: Tensor | None = None,
 ) -> Gradients:
-    """Returns the gradients of all tensors but the target.
+    """Returns the gradients of a layer's input, weight and bias.
 
     Args:
-        tensors: Logits and target, or those of ``state_of``.
-        options, weight: As in ``state_of``.
+        tensors, options, weight: As in ``state_of``.
         state: Of all classes.
         grad_results: The gradients of the first of log-probability, entropy, log-sum-exp and the
             weighted sum of the logits, of shape (1, 3 or 4, *target.shape), in float64.
         kept: The logits that ``state_of`` has kept, whose memory is overwritten.
         least: The least gradient of a logit of each row that counts in products; None if all do.
     """
-    if len(tensors) == 2:
-        logits, target = tensors
-        rows = as_rows(logits)
-        copied = rows.data_ptr() != logits.data_ptr()
-        out = rows if copied else backend.empty(rows.shape, rows.dtype, rows)
-        given = rows, target.flatten().contiguous(), options.rows, _flat(state), _flat(grad_results)
-        backend.row_gradients(*given, options.classes, out, weight)
-        if logits.dim() == 2:
-            return (out,)
-        dim = min(logits.dim() - 1, 1)
-        return (out.view(logits.movedim(dim, -1).shape).movedim(-1, dim),)
     input, linear_weight, *_ = tensors
     n = input.shape[:-1].numel()
     part = _counted_part(tensors, options, backend)
     state, grad_results = (
-        _flat(part.rows.take(values.reshape(len(values), n, -1), 1))
+        part.rows.take(values.reshape(len(values), n, -1), 1).flatten(1).contiguous()
         for values in (state, grad_results)
     )
     least = part.rows.take(least)
 
     def of_chunk(chunk: Chunk) -> ChunkResults:
         logits, targets, classes = part.of_chunk(chunk, options)
-        backend.row_gradients(
-            *(logits, part.labels[targets], options.rows, state[:, targets]),
-            *(grad_results[:, targets], classes, logits, weight),
-        )
+        launch = backend.row_gradients(logits, options.rows, classes, len(grad_results))
+        of_rows = weight, state[:, targets], grad_results[:, targets]
+        launch(logits, part.labels[targets], *of_rows, logits)
         return ChunkResults(
             gradient=chunk.output, least=None if least is None else least[chunk.rows]
         )
@@ -412,13 +396,6 @@ def gradients_of(
         None if of_weight is None else of_weight.view(*shape, -1).movedim(-2, 0),
         None if of_bias is None else of_bias.view(shape).movedim(-1, 0),
     )
-
-
-def _flat(values: Tensor) -> Tensor:
-    """Returns results of rows, with any dimensions, as the kernels take them."""
-    if values.dim() == 2 and values.is_contiguous():
-        return values
-    return values.reshape(values.shape[0], -1).contiguous()
 
 
 class _CountedPart(NamedTuple):

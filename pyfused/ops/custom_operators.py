@@ -28,6 +28,7 @@ from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, MULTILABEL_MARGIN_LOSS, OPERATORS
 from pyfused.ops.pointwise_loss import Gated, TensorLoss
 from pyfused.ops.row_loss import RowLoss
+from pyfused.ops.row_state import gradient_of_logits
 from pyfused.ops.softmax import Softmax
 from pyfused.types import (
     RESULTS,
@@ -391,7 +392,8 @@ _NAME = "cross_entropy_with_gradients"
 _LIBRARY.define(
     f"{_NAME}({', '.join(cross_entropy.schema)}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.impl(_NAME, _loss_and_gradients, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl(_NAME, _loss_and_gradients, _device)
 torch.library.register_fake(f"{NAMESPACE}::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
 
 # ---- functions of a vocabulary -------------------------------------------------------------------
@@ -474,19 +476,24 @@ def _of_log_probs(op: LogProbsOperator) -> CompiledOperator:
     def value(given: Arguments) -> Tensor:
         tensors, options, _ = _read(op, given)
         op.check((*tensors, options))
-        plan = op.state_plan(tensors, options)._replace(results=None)
+        plan = op.state_plan(tensors[:-1], options, results=0)
         return plan.forward(None, (*tensors, None))
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options, (state,) = _read(op, given)
-        plan = op.state_plan(tensors, options)
-        given = plan.backend, tensors, plan.options, wanted, state
-        found = gradients_of(*given, grad_output[: len(RESULTS)])
+        plan, grad_results = op.state_plan(tensors[:-1], options), grad_output[: len(RESULTS)]
+        found: Gradients
+        if op.counts_logits:
+            found = gradients_of(plan.backend, tensors, plan.options, wanted, state, grad_results)
+        else:
+            given = *plan.options[:2], len(RESULTS)
+            launch = gradient_of_logits(plan.backend, tensors[0], *given)
+            found = (launch(*tensors, None, state, grad_results),)
         return tuple(None if each is None else each.contiguous() for each in found)
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options, (state,) = _read(op, given)
-        plan = op.state_plan(tensors, options)
+        plan = op.state_plan(tensors[:-1], options)
         return plan.define_gradients(tensors, None, state, wanted, grad_output)
 
     def empty_value(given: Arguments) -> Tensor:

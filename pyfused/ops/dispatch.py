@@ -285,14 +285,20 @@ def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str 
     input = arguments[0]
     if torch.compiler.is_exporting():
         return "torch.export: a program of torch's operators runs without pyfused"
-    if takes_triton(input) and op.name not in sizes.LINEAR:  # whose logits never exist
-        return "torch.compile: Inductor writes Triton kernels, too"
-    if op.name not in sizes.COMPILED:
-        return FUSED
     # Imported by the compiler in any case, and slow to import.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
-    if statically_known_true(input.numel() < sizes.COMPILED[op.name][0]):
+    if takes_triton(input):
+        if op.name not in sizes.COMPILED_ON_GPU:
+            return "torch.compile: Inductor writes Triton kernels, too"
+        # Of sizes that change, each side of the limit has its program: a small call would wait for
+        # Python, and a large one is what the operator is for. A size that nobody knows is large.
+        small = guard_or_false(input.numel() < sizes.COMPILED_ON_GPU[op.name])
+    else:
+        if op.name not in sizes.COMPILED:
+            return FUSED
+        small = statically_known_true(input.numel() < sizes.COMPILED[op.name][0])
+    if small:
         return "torch.compile: Inductor is faster at this size"
     if torch._C._are_functorch_transforms_active():
         return "torch.func"

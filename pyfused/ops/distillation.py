@@ -345,7 +345,7 @@ def _topk(logits: Tensor, indices: Tensor, log_q: Tensor, arguments: LossArgumen
         logits -= logits.amax(1, keepdim=True)  # a smaller log-sum-exp is rounded to less
     chosen = logits.gather(1, indices).double() * rows.scale
     logits.scatter_(1, indices, -torch.inf)
-    state = state_of_logits(backend, logits, None, rows, among)
+    state, _ = state_of_logits(backend, logits, rows, among)(logits, None)
     lse_rest = state[LSE]
     lse = torch.logaddexp(chosen.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -369,7 +369,8 @@ def _topk(logits: Tensor, indices: Tensor, log_q: Tensor, arguments: LossArgumen
         state[field].masked_fill_(nothing, value)
     grad_results = state.new_zeros(len(RESULTS), n)
     grad_results[LSE] = of_rest
-    backend.row_gradients(logits, None, rows, state, grad_results, among, logits)
+    prepare = backend.row_gradients
+    prepare(logits, rows, among, len(RESULTS))(logits, None, None, state, grad_results, logits)
     of_chosen = (slopes[:, :k] - total * p[:, :k]) * rows.scale
     logits.scatter_(1, indices, of_chosen.to(logits.dtype))
     return ChunkResults(loss, logits)

@@ -9,8 +9,10 @@ cross_entropy stays anywhere, and loses a cast to float32 before it. The kernels
 whatever they read, and round a gradient once, as the cast's backward does. So the cast goes, on the
 way in and on the way out.
 
-A loss of few classes takes its time for exponentials, which forward and backward both need. There
-the forward operator computes the gradient too, and what is left of the backward is a product.
+The forward operator of cross_entropy computes the gradient too where only matrix products read it,
+as in a model's head: a small operand or result of theirs is then multiplied by the loss's gradient.
+Otherwise that costs a pass. It pays on CPUs with few classes, where exponentials take the time,
+which forward and backward both need.
 
 The patterns stand in Inductor's own table, beside those of its users. Where a version of torch has
 no such table, the graph stays as it was, and further calls are left to Inductor.
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from pyfused.backends import takes_triton
 from pyfused.layout import is_dense
 from pyfused.ops import NAMESPACE, TORCH_OPS
 from pyfused.ops.gradients import gradients_in_forward
@@ -37,9 +40,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 _CAST = torch.ops.prims.convert_element_type.default
 _VIEWS = tuple(getattr(torch.ops.aten, op).default for op in ("view", "reshape", "permute"))
 
-# Where a gradient computed in the forward pass pays, by up to 1.5 times: with few classes, and in
-# memory that malloc reuses. Otherwise the product costs more than it saves. Measured forward +
-# backward, 2 threads, x86-64-v4.
+# Where a gradient computed in the forward pass pays though it is multiplied, by up to 1.5 times:
+# with few classes, and in memory that malloc reuses. Otherwise the product costs more than it
+# saves. Measured forward + backward, 2 threads, x86-64-v4.
 _FEW_CLASSES, _REUSED_BYTES = 128, 31 << 20
 
 # What custom operators compute, in torch's terms; those that are not here are never put back.
@@ -49,6 +52,8 @@ _PRODUCTS = [
     getattr(torch.ops.aten, op)
     for op in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 ]
+
+_LINEAR = [getattr(torch.ops.aten, op) for op in ("mm", "bmm", "sum")]
 
 _registered = False
 
@@ -216,8 +221,7 @@ def _forward(match: Any, input: Node, target: Node, *_: Any) -> None:
     half = _before_cast(input, target)
     if half is not None:
         _replace_input(node, 0, half)
-    else:
-        _compute_gradient_in_forward(node)
+    _compute_gradient_in_forward(node)
 
 
 def _backward(match: Any, _grad_output: Node, input: Node, target: Node, *_: Any) -> None:
@@ -251,7 +255,10 @@ def _compute_gradient_in_forward(forward: Node) -> None:
     operator = TORCH_OPS.cross_entropy_backward.default
     found = (n for n in input.users if n.target is operator and n.args[1:-1] == forward.args)
     backward = next(found, None)
-    if backward is None or not _pays(input.meta["val"], reduction):
+    if backward is None or not gradients_in_forward(reduction, input.meta["val"]):
+        return
+    products = _products_of(backward)
+    if products is None and not _pays(input.meta["val"]):
         return
     grad_output, *arguments = backward.args
     with graph.inserting_before(forward):
@@ -265,25 +272,75 @@ def _compute_gradient_in_forward(forward: Node) -> None:
     for part in list(backward.users):
         with graph.inserting_before(part):
             gradient = graph.call_function(getitem, (both, part.args[1] + 1))
-            scaled = graph.call_function(torch.ops.aten.mul.Tensor, (gradient, grad_output))
-        gradient.meta, scaled.meta = dict(part.meta), part.meta
-        part.replace_all_uses_with(scaled)
+        gradient.meta = dict(part.meta)
+        part.replace_all_uses_with(gradient)
         graph.erase_node(part)
+        if products is None:
+            _multiply(gradient, grad_output)
+    for product, read in products or ():
+        _multiply_product(product, read, grad_output)
     graph.erase_node(backward)
 
 
-def _pays(input: torch.Tensor, reduction: str) -> bool:
+def _pays(input: torch.Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
     few = input.shape[min(1, input.dim() - 1)] <= _FEW_CLASSES
     reused = input.numel() * input.element_size() <= _REUSED_BYTES
     known = statically_known_true(few) and statically_known_true(reused)
-    return known and gradients_in_forward(reduction, input)
+    return known and not takes_triton(input)
+
+
+def _products_of(gradient: Node) -> list[tuple[Node, Node]] | None:
+    """Returns the products that read views of a gradient, and which; None if it is read elsewhere.
+
+    So are sums, which are the gradient of a bias.
+    """
+    found: list[tuple[Node, Node]] = []
+    for user in gradient.users:
+        if _is_view(user):
+            behind = _products_of(user)
+            if behind is None:
+                return None
+            found += behind
+        elif _operator(user) in _LINEAR and user.args.count(gradient) == 1:
+            found.append((user, gradient))
+        else:
+            return None
+    return found if len(dict(found)) == len(found) else None  # else a product reads it twice
+
+
+def _multiply_product(product: Node, read: Node, factor: Node) -> None:
+    """Multiplies the operand of a product beside ``read``, or the result if that is smaller."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    for other in product.all_input_nodes:
+        if other is not read:
+            sizes = other.meta["val"].numel(), product.meta["val"].numel()
+            if statically_known_true(sizes[0] <= sizes[1]):
+                _multiply(other, factor, product)
+                return
+    _multiply(product, factor)
+
+
+def _multiply(node: Node, factor: Node, reader: Node | None = None) -> None:
+    """Multiplies what ``reader`` reads of a node, or else all that do."""
+    with node.graph.inserting_before(reader or node.next):
+        scaled = node.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+    scaled.meta = {**(reader or node).meta, "val": node.meta["val"]}
+    scaled.meta.pop("eager_input_vals", None)
+    if reader is None:
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    else:
+        reader.replace_input_with(node, scaled)
 
 
 def _before_cast(node: Node, target: Node) -> Node | None:
     """Returns the half-precision tensor that ``node`` is a float32 copy of, in its shape."""
-    views = []
+    views, found = [], node.meta.get("pyfused_half")
+    if found is not None:
+        return found
+    given = node
     while node.target in _VIEWS:
         views.append(node)
         node = node.args[0]
@@ -295,9 +352,11 @@ def _before_cast(node: Node, target: Node) -> Node | None:
         return None
     if views and value.stride() != node.meta["val"].stride():
         return None  # what is a view of the copy may be none of the original
-    for view in reversed(views):
-        half = view.graph.call_function(view.target, (half, *view.args[1:]))
-        half.meta.update(view.meta, val=view.meta["val"].to(value.dtype))
+    with node.graph.inserting_before(given):
+        for view in reversed(views):
+            half = view.graph.call_function(view.target, (half, *view.args[1:]))
+            half.meta.update(view.meta, val=view.meta["val"].to(value.dtype))
+    given.meta["pyfused_half"] = half  # the same one for forward and backward
     return half
 
 

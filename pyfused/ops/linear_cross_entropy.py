@@ -201,7 +201,8 @@ def _by_rows(arguments: LossArguments, head: Head, rows: int) -> Computed:
         logits, uncapped = capped(backend, chunk.output, options.softcap, rounds=True)
         of_classes = logits.view(-1, *classes)
         if options.with_metrics:
-            states.append(state_of_metrics(backend, of_classes, targets, options))
+            state = state_of_metrics(backend, of_classes, targets, options)
+            states.append(state.flatten(1))
         loss, (gradient, of_targets) = cross_entropy_once(
             backend, of_classes, targets, head.weight, options, of_logits, grad_output
         )

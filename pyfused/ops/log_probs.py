@@ -21,9 +21,9 @@ from pyfused.ops.chunked import StateOptions
 from pyfused.ops.declaration import Arguments
 from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import apply, in_autocast_dtype
-from pyfused.ops.row_state import fields_of_log_probs
+from pyfused.ops.row_state import results_of
 from pyfused.ops.vocab_parallel import ShardedOperator, StatePlan, is_dtensor
-from pyfused.types import ClassRange, LogProbsOptions, VocabShard
+from pyfused.types import RESULTS, ClassRange, LogProbsOptions, VocabShard
 
 
 class _Values(NamedTuple):
@@ -60,9 +60,7 @@ class LogProbs(_Values):
 
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
-    """Returns the results by name, of log-probabilities alone or of all three."""
-    if not (return_entropy or return_lse):
-        return LogProbs(values)
+    """Returns results of a call for all three by name."""
     # For unused results unbind's gradient makes plain zeros, which do not mix with DTensors.
     if is_dtensor(values):
         log_p, entropy, lse = values[0], values[1], values[2]
@@ -130,7 +128,8 @@ class LogProbsOperator(ShardedOperator):
         *tensors, target, options = arguments
         operator = getattr(TORCH_OPS, self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
-        return state[fields_of_log_probs(options)].to(accumulate_dtype(tensors[0].dtype))
+        results = results_of(state, 1 if options.alone else len(RESULTS))
+        return results.to(accumulate_dtype(tensors[0].dtype))
 
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
@@ -143,6 +142,7 @@ class LogProbsOperator(ShardedOperator):
         options: LogProbsOptions,
         classes: ClassRange | None = None,
         shard: VocabShard | None = None,
+        results: int | None = None,
     ) -> StatePlan:
         of_state = StateOptions(
             options.rows,
@@ -150,8 +150,9 @@ class LogProbsOperator(ShardedOperator):
             memory_budget=options.memory_budget,
             fixed_sizes=options.deterministic_rows,
         )
-        results = fields_of_log_probs(options), accumulate_dtype(tensors[0].dtype)
-        return StatePlan(self.name, backend_of(tensors[0]), of_state, shard, True, results)
+        if results is None:
+            results = 1 if options.alone else len(RESULTS)
+        return StatePlan(self.name, tensors, of_state, shard, True, results)
 
     def classes(self, tensors: Sequence[Tensor]) -> int:
         return len(tensors[1]) if self.counts_logits else checks.classes_of(tensors[0])

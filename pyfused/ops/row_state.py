@@ -6,6 +6,8 @@ continues it with further classes; another kernel computes gradients from it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,6 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     CrossEntropyOptions,
-    LogProbsOptions,
     Outputs,
     RowOptions,
     VocabOptions,
@@ -55,18 +56,62 @@ def as_rows(logits: Tensor) -> Tensor:
 def state_of_logits(
     backend: Backend,
     logits: Tensor,
-    target: Tensor | None,
     options: RowOptions,
     classes: ClassRange,
     fields: int = STATE_FIELDS,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Returns the state of each row of logits (C), (N, C) or (N, C, d1, ..., dk)."""
+    results: int = 0,
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Prepares the state of each row of logits (C), (N, C) or (N, C, d1, ..., dk).
+
+    Returns:
+        A function of logits of this layout, the target or None, and the weight of the classes. It
+        returns the state, of shape (fields, *target.shape), and the first results of it in the
+        accumulation dtype, None of 0: of the target's shape if it is one.
+    """
+    rows, dtype = as_rows(logits), accumulate_dtype(logits.dtype)
+    launch = backend.row_state(rows, options, classes, fields, results)
+    views, several = rows is not logits, (results,) * (results > 1)
+
+    def run(
+        logits: Tensor, target: Tensor | None, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = as_rows(logits) if views else logits
+        shape = rows.shape[:1] if target is None else target.shape
+        state = rows.new_empty((fields, *shape), dtype=torch.float64)
+        found = rows.new_empty((*several, *shape), dtype=dtype) if results else None
+        launch(rows, None if target is None else target.contiguous(), weight, state, found)
+        return state, found
+
+    return run
+
+
+def gradient_of_logits(
+    backend: Backend, logits: Tensor, options: RowOptions, classes: ClassRange, results: int
+) -> Callable[..., Tensor]:
+    """Prepares the gradient of such logits, given those of results of their state.
+
+    Returns:
+        A function of logits of this layout, the target, the weight of the classes, the state, and
+        the gradients of the results, as ``state_of_logits`` returns these.
+    """
     rows = as_rows(logits)
-    target = None if target is None else target.flatten().contiguous()
-    state = rows.new_empty((fields, rows.shape[0]), dtype=torch.float64)
-    backend.row_state(rows, target, options, state, classes, weight)
-    return state
+    launch: Callable[..., Tensor] = backend.row_gradients(rows, options, classes, results)
+    views, copies = rows is not logits, rows.data_ptr() != logits.data_ptr()
+    dim = min(logits.dim() - 1, 1)
+    moved = logits.movedim(dim, -1).shape
+
+    def run(
+        logits: Tensor, target: Tensor, weight: Tensor | None, state: Tensor, grad_results: Tensor
+    ) -> Tensor:
+        target, state = target.contiguous(), state.contiguous()  # hooks may have changed these
+        if not views:
+            return launch(logits, target, weight, state, grad_results)
+        rows, fields = as_rows(logits), grad_results.shape[: results > 1]
+        given = target, weight, state, grad_results.reshape(*fields, -1)
+        out = launch(rows, *given, rows if copies else None)
+        return out.view(moved).movedim(-1, dim)
+
+    return run
 
 
 def state_of_metrics(
@@ -78,9 +123,11 @@ def state_of_metrics(
         RowOptions(options.ignore_index, options.scale),
         ClassRange(0, logits.shape[dim]),
     )
-    if not target.is_floating_point():
-        return state_of_logits(backend, logits, target, rows, classes, METRICS_FIELDS)
-    state = state_of_logits(backend, logits, None, rows, classes, METRICS_FIELDS)
+    indices = not target.is_floating_point()
+    launch = state_of_logits(backend, logits, rows, classes, METRICS_FIELDS)
+    state, _ = launch(logits, target if indices else None)
+    if indices:
+        return state
     plain = CrossEntropyOptions(reduction="none", scale=options.scale)
     loss, _ = cross_entropy_once(backend, logits.detach(), target.detach(), None, plain, Outputs())
     assert loss is not None
@@ -88,9 +135,9 @@ def state_of_metrics(
     return state
 
 
-def fields_of_log_probs(options: LogProbsOptions) -> int | slice:
-    """Returns the index of log-probabilities, or of them with entropies and log-sum-exps."""
-    return LOG_P if options.alone else slice(LSE + 1)
+def results_of(state: Tensor, count: int) -> Tensor:
+    """Returns the log-probabilities of a state, or with them entropies and log-sum-exps."""
+    return state[LOG_P] if count == 1 else state[:count]
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------

@@ -111,6 +111,12 @@ COMPILED = {
     **_of(NEVER, NEVER, "swiglu geglu reglu glu prelu"),
 }
 
+# In compiled programs on GPUs, from how many elements on; all that is not here is Inductor's. Of
+# 2^28 logits eager cross_entropy was 1.1 to 2.5 times as fast forward and backward as Inductor's
+# code (benchmarks/results/nvidia-h100-80gb-hbm3/table.md); heads make no logits. No compiled call
+# has been measured yet: the limit is where Python's launches should take no longer than the GPU.
+COMPILED_ON_GPU = {**dict.fromkeys(LINEAR, 0), **dict.fromkeys(OF_LOGITS, 1 << 24)}
+
 # What `python -m pyfused tune` has measured, on this processor with these kernels.
 FILE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pyfused", "sizes.json")
 MACHINE = f"{cpu.capability}, torch {torch.__version__}"

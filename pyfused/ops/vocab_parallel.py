@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import DTYPES, Backend, backend_of
+from pyfused.backends import DTYPES, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import StateOptions, gradients_of, state_of
@@ -26,7 +26,9 @@ from pyfused.ops.row_state import (
     accumulated,
     denominator_of,
     fields_of,
+    gradient_of_logits,
     loss_of_state,
+    results_of,
     state_of_logits,
     state_of_nothing,
     weight_of_targets,
@@ -171,38 +173,46 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     return state
 
 
-def _has_classes(tensors: Sequence[Any]) -> bool:
-    return bool(tensors[len(tensors) > 1].numel())
-
-
-class StatePlan(NamedTuple):
+@dataclass(eq=False)
+class StatePlan:
     """Computes the state of rows, of which each process may have some classes, or none.
 
     The logits of a layer's first rows stay for the backward pass, which recomputes the others.
 
     Attributes:
+        tensors: Logits, or the input, weight and bias of a layer.
         options: What the state of this process' classes is computed by.
         shard: What this process has of all classes, None for all.
         entropy: As in `_merged`.
-        results: Which fields are returned, and in which dtype; None for the whole state.
+        results: How many of the first fields are returned, in the accumulation dtype; 0 for the
+            whole state.
+        launches: The prepared kernels of gradients, one for each layout of logits.
     """
 
     name: str
-    backend: Backend
+    tensors: InitVar[Sequence[Any]]
     options: StateOptions
     shard: VocabShard | None
     entropy: bool
-    results: tuple[int | slice, torch.dtype] | None = None
+    results: int = 0
+    launches: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self, tensors: Sequence[Any]) -> None:
+        self.backend, self.dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
+        self.has_classes = self.shard is None or tensors[len(tensors) > 1].numel() > 0
+        if self.has_classes and len(tensors) == 1:
+            rows, classes, fields, *_ = self.options
+            results = self.results if self.shard is None else 0  # of some classes they are none
+            given = self.backend, tensors[0], rows, classes, fields, results
+            self.state_of_logits = state_of_logits(*given)
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
         *tensors, target, weight = tensors
-        options, kept = self.options, None
-        if self.shard is not None and not _has_classes(tensors):
+        options, results, kept = self.options, None, None
+        if not self.has_classes:
             state = state_of_nothing(options.fields, target)
         elif len(tensors) == 1:
-            given = *tensors, target, options.rows, options.classes, options.fields, weight
-            state = state_of_logits(self.backend, *given)
-            state = state if target.dim() == 1 else state.view(-1, *target.shape)
+            state, results = self.state_of_logits(*tensors, target, weight)
         else:
             of_layer, keeps = (*tensors, target), ctx is not None
             state, kept = state_of(self.backend, of_layer, options, weight, keeps)
@@ -212,22 +222,30 @@ class StatePlan(NamedTuple):
         if ctx is not None:
             ctx.kept = kept
             ctx.save_for_backward(*tensors, target, weight, state)
-        if self.results is None:
-            return state
-        fields, dtype = self.results
-        return state[fields].to(dtype)
+        if results is None:
+            results = results_of(state, self.results).to(self.dtype) if self.results else state
+        return results
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *tensors, weight, state = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         found: Gradients
-        if self.shard is None or _has_classes(tensors[:-1]):
+        if not self.has_classes:
+            found = tuple([None if x is None else torch.zeros_like(x) for x in tensors[:-1]])
+        elif len(tensors) == 2:
+            grad_results = grad_output if self.results else _of_results(grad_output, state)
+            layout = tensors[0].stride()  # which hooks for saved tensors may change
+            launch = self.launches.get(layout)
+            if launch is None:
+                of_logits = self.backend, tensors[0], *self.options[:2]
+                launch = gradient_of_logits(*of_logits, self.results or len(grad_results))
+                self.launches[layout] = launch
+            found = (launch(*tensors, weight, state, grad_results),)
+        else:
             needed = ctx.needs_input_grad[1 : len(tensors)]
             grad_results = _of_results(grad_output, state)
             given = self.backend, tensors, self.options, needed, state, grad_results, kept
             found = gradients_of(*given, weight=weight)
-        else:
-            found = tuple([None if x is None else torch.zeros_like(x) for x in tensors[:-1]])
         if self.shard is not None and len(found) > 1 and found[0] is not None:
             dist.all_reduce(found[0], group=self.shard.group)
         return found
@@ -318,7 +336,7 @@ def cross_entropy(
     budget = getattr(options, "memory_budget", None)
     of_state = StateOptions(options.rows, classes, fields_of(options), memory_budget=budget)
     weight, target = accumulated(weight, input.dtype), target.to(torch.int64)
-    plan = StatePlan("cross_entropy", backend_of(input), of_state, shard, options.with_metrics)
+    plan = StatePlan("cross_entropy", layer, of_state, shard, options.with_metrics)
     state = apply(plan, *layer, target, weight)
     loss = loss_of_state(state, target, weight, options, classes.total)
     if options.reduction != "none":

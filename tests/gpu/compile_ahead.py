@@ -132,9 +132,10 @@ def cross_entropy(
     words = kind.split()
     x, indices = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
     n, classes, target = indices.numel(), shape[1], x if "probabilities" in words else indices
-    # A mean takes the loss's kernel and one that adds up; class indices are counted by one before.
-    # Many rows are counted, and very many are added up, in two steps.
-    launches = 2 if target is x else 3 + (n > 1 << 14) + (n > 1 << 20)
+    # Many class indices are counted by a kernel of its own, and very many parts added up by two.
+    launches = launches_of_sum(*shape) + (n > 1 << 20)
+    if target is not x and (launches > 1 or n > backend.COUNTED_BY_PROGRAMS):
+        launches += 1
     names = {"label_smoothing": "smoothing", "gamma": "focal", "z_loss": "z_loss"}
     coefficients = {name: 0.1 * (word in words) for name, word in names.items()}
     options = CrossEntropyOptions(-100, "mean", **coefficients)
@@ -150,6 +151,11 @@ def cross_entropy(
     weight = empty(dtype, classes) if "weight" in words else None
     run = partial(cross_entropy_once, backend, x, target, weight, options, outputs, grad_output)
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
+
+
+def launches_of_sum(*shape: int) -> int:
+    """Returns how many kernels reduce a loss: the last program of the first one, or a second."""
+    return 1 + (math.prod(shape) > backend.HOST_BOUND)
 
 
 CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256, 262_144)
@@ -177,7 +183,7 @@ def class_cases() -> Iterator[Case]:
     shapes = (4096, 1000), (4096, 32_000), (4096, 50_257), (8, 21, 4096)
     for dtype, shape in product((BF16, F32, F16, F64), shapes):
         x, target = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
-        common = shape[1] == 32_000 and dtype in (BF16, F32)
+        common, reduced = shape[1] == 32_000 and dtype in (BF16, F32), launches_of_sum(*shape)
         of, fields = (dtype, shape), {"targets": tuple(TARGETS) if common else SOME}
         for op in ("softmax", "log_softmax"):
             forward = partial(launch_one_of, 0, backend.softmax, (op, x, 1), x)
@@ -187,40 +193,47 @@ def class_cases() -> Iterator[Case]:
         # A thread may load more bits of what it continues from than of 16-bit logits.
         few = {"vector": 0} if dtype.itemsize == 2 else {}
         for cap in (None, 30.0) if len(shape) == 2 else ():
-            call, kind = (x, target, RowOptions(-100, 1.4, cap)), "softcap" * bool(cap)
+            kind, rows = "softcap" * bool(cap), RowOptions(-100, 1.4, cap)
             range_, weight = ClassRange(0, shape[1]), empty(accumulate_dtype(dtype), shape[1])
-            given: Any = empty(F64, STATE_FIELDS, shape[0]), range_, None, cap is not None
-            run = partial(backend.row_state, *call, *given)
+            state = empty(F64, STATE_FIELDS, shape[0])
+            results = empty(accumulate_dtype(dtype), 3, shape[0])
+            given: Any = x, rows, range_, STATE_FIELDS, 3, cap is not None
+            tensors: Any = x, target, None, state, results
+            run = partial(prepare_and_launch, backend.row_state, given, *tensors)
             yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
             if cap is None:
-                given = empty(F64, METRICS_FIELDS, shape[0]), range_
-                yield case("row_state", *of, partial(backend.row_state, *call, *given), "metrics")
+                given, tensors = (x, rows, range_, METRICS_FIELDS), (x, target, None)
+                state = empty(F64, METRICS_FIELDS, shape[0])
+                run = partial(prepare_and_launch, backend.row_state, given, *tensors, state)
+                yield case("row_state", *of, run, "metrics")
             state = empty(F64, SMOOTHING_FIELDS, shape[0])
-            run = partial(backend.row_state, *call, state, range_, weight, True)
+            given, tensors = (x, rows, range_, SMOOTHING_FIELDS, 0, True), (x, target, weight)
+            run = partial(prepare_and_launch, backend.row_state, given, *tensors, state)
             yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
-            for results, factors, word in ((3, None, ""), (4, weight, "smoothing")):
-                given = state, state[:results], range_, x, factors
-                run = partial(backend.row_gradients, *call, *given)
+            for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
+                given, tensors = (x, rows, range_, len(grads)), (x, target, factors, state)
+                run = partial(prepare_and_launch, backend.row_gradients, given, *tensors, grads, x)
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
             options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             run = partial(backend.kl_div_with_logits, x, x, options, Outputs(True, (True,)))
-            yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=2, **fields)
-        outputs, launches = Outputs(True, (True, False)), 3 + (target.numel() > 1 << 14)
+            yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=reduced, **fields)
+        outputs = Outputs(True, (True, False))
         given = x, target, None, NllOptions(-100, "mean"), outputs
         run = partial(prepare_and_launch, backend.nll_loss, given, x, target)
-        yield case("nll_loss", *of, run, vector=0, launches=launches, **fields)
+        yield case("nll_loss", *of, run, vector=0, launches=1 + reduced, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
             options = MarginOptions(p, 1.0, "mean")
             given = x, target, None, options, outputs
             run = partial(prepare_and_launch, backend.multi_margin_loss, given, x, target)
-            yield case("multi_margin_loss", *of, run, f"p {p}", launches=2, **fields)
+            yield case("multi_margin_loss", *of, run, f"p {p}", launches=reduced, **fields)
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
         options = MarginOptions(1, 1.0, "mean")
         given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
         run = partial(prepare_and_launch, backend.multilabel_margin_loss, given, *given[:2])
-        yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME, launches=2)
+        launches = launches_of_sum(*shape)
+        yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME, launches=launches)
 
 
 def embedding_cases() -> Iterator[Case]:
@@ -229,7 +242,7 @@ def embedding_cases() -> Iterator[Case]:
         targets = SOME if dtype in (F16, F64) else tuple(TARGETS)
         if shape[1] == 128:  # which a warp of 64 threads does not read 16 bytes a thread
             targets = tuple(target for target in targets if target != "gfx942")
-        fields: Any = {"launches": 2, "targets": targets}
+        fields: Any = {"launches": launches_of_sum(*shape), "targets": targets}
         for euclidean, swap in product((True, False), (False, True)):
             options = EmbeddingOptions(1.0, 1e-6, euclidean, swap)
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
@@ -278,11 +291,11 @@ def pointwise_cases() -> Iterator[Case]:
         of, fields = (dtype, (n,)), {"targets": tuple(TARGETS) if dtype in (BF16, F32) else SOME}
         both, after = Outputs(True, (True, True)), Outputs(False, (True, True))
         calls: dict[str, tuple[int, tuple[Any, ...]]] = {
-            "mse_loss forward": (2, ((x, x), (), None, "sum", 1.0, Outputs())),
-            "mse_loss weight": (2, ((x, x), (), x, "mean", total, both)),
+            "mse_loss forward": (1, ((x, x), (), None, "sum", 1.0, Outputs())),
+            "mse_loss weight": (1, ((x, x), (), x, "mean", total, both)),
             "mse_loss none": (1, ((x, x), (), None, "none", 1.0, Outputs())),
             "mse_loss grad_output": (1, ((x, x), (), None, "none", 1.0, after, x)),
-            "mse_loss broadcast": (2, ((rows, row), (), None, "mean", 1.0 * n, both)),
+            "mse_loss broadcast": (1, ((rows, row), (), None, "mean", 1.0 * n, both)),
         }
         for name, kernel in kernels().items():
             if isinstance(kernel.op, Activation):
@@ -294,7 +307,7 @@ def pointwise_cases() -> Iterator[Case]:
             variables = kernel.op.variables[: kernel.operands]
             outputs = Outputs(True, tuple(variable.differentiated for variable in variables))
             given = (x,) * kernel.operands, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, outputs
-            calls[name] = 2, given
+            calls[name] = 1, given
         for name, (launches, arguments) in calls.items():
             loss, _, kind = name.partition(" ")
             run = partial(pointwise_loss, loss, *arguments)
@@ -305,7 +318,7 @@ def pointwise_cases() -> Iterator[Case]:
             program, numbers = formula.op.kernel((*formula.op.parameters.values(),), count, outputs)
             given = program, (x,) * count, numbers, None, "mean", 1.0 * n, outputs
             run = partial(pointwise_loss, *given)
-            yield case(f"formula {name}", *of, run, launches=2, **fields)
+            yield case(f"formula {name}", *of, run, **fields)
         yield case("scale", *of, partial(backend.scale_, x, total), **fields)
 
 
@@ -352,6 +365,7 @@ def compiling(target: str) -> Iterator[list[Launched]]:
 LABEL = re.compile(r"^(\.L\w+):")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;|^\t([a-z]\w*(?:\s.*)?)$")
 BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)|^s_c?branch\w*\s+(\.L\w+)")
+ATOMIC = re.compile(r"\bATOMG?\b|^(?:global|flat)_atomic")
 ENDS = re.compile(r"^(EXIT|s_endpgm)")
 LOAD = re.compile(r"\bLDG(?:STS)?(\.\S*)|^(?:global|buffer|flat)_load_(\w+)")
 STORE = re.compile(r"\bSTG(\.\S*)|^(?:global|buffer|flat)_store_(\w+)")
@@ -373,6 +387,8 @@ class Code(NamedTuple):
                 labels[label[1]] = len(found)
             elif instruction := INSTRUCTION.match(line):
                 found.append(instruction[1] or instruction[2])
+                if ATOMIC.search(found[-1]):
+                    break  # what follows adds up the parts of a sum, in one program
         loops = []
         for i, branch in enumerate(map(BRANCH.search, found)):
             first = labels.get(branch[1] or branch[2], i) if branch else i

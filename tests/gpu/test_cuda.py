@@ -183,6 +183,35 @@ def test_a_compiled_head_makes_no_logits() -> None:
     assert peak <= 0.5 * 4 * len(x) * len(weight)
 
 
+COMPILED: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda f, x, t: f.cross_entropy(x, t),
+    "made float32": lambda f, x, t: f.cross_entropy(x.float(), t),
+    "log_probs": lambda _, x, t: fused.log_probs(x, t)[0].mean(),
+    "head": lambda f, x, t: f.cross_entropy((x @ x[:64].T @ x[:64]).float(), t),
+}
+
+
+@pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_call_is_the_eager_one(
+    call: Callable[[Any, Tensor, Tensor], Tensor],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sizes.COMPILED_ON_GPU, "cross_entropy", 0)
+    monkeypatch.setitem(sizes.COMPILED_ON_GPU, "log_probs", 0)
+    x, target, _ = inputs(dtype)
+    x = (x.detach() / 8).requires_grad_()
+    compiled = torch.compile(lambda x: call(fused, x, target), fullgraph=True)
+    got, expected = compiled(x), call(F, x, target)
+    assert got.dtype == expected.dtype
+    pairs = [(got, expected)]
+    pairs += [(torch.autograd.grad(3 * got, x)[0], torch.autograd.grad(3 * expected, x)[0])]
+    for ours, theirs in pairs:
+        difference = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert difference <= 8 * torch.finfo(dtype).eps
+
+
 def test_offsets_beyond_32_bits() -> None:
     rows = 2**31 // 32_768 + 5
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
