@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -191,6 +191,33 @@ def gpu(options: Namespace) -> None:
     run(wanted, "cpu" if options.trial else "cuda", options.seconds, options.file)
 
 
+class Table:
+    """A table in a file, written anew with every row."""
+
+    def __init__(self, options: Namespace, words: str, columns: Sequence[str], names: int) -> None:
+        self.device = "cpu" if options.trial else "cuda"
+        self.file: Path = options.file
+        self.until = time.perf_counter() + options.seconds
+        self.head = f"{machine(measured_on(self.device))}. {words}"
+        self.columns, self.names = columns, names
+        self.rows: list[list[str]] = []
+
+    def add(self, name: str, row: Callable[[], list[list[str]]]) -> None:
+        """Adds the rows of a measurement, or what became of it."""
+        try:
+            if time.perf_counter() > self.until:
+                raise TimeoutError("out of time")
+            rows = row()
+        except Exception as error:  # the other rows are still worth their time
+            told = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            rows = [[name, told, *[""] * (len(self.columns) - 2)]]
+        self.rows += rows
+        table = tabulated(self.columns, self.rows, names=self.names)
+        self.file.write_text(f"{self.head}\n\n{table}\n", encoding="utf-8")
+        for each in rows:
+            print(" | ".join(each), flush=True)
+
+
 # ---- launch choices ------------------------------------------------------------------------------
 
 LAUNCH_CASES = (
@@ -291,18 +318,14 @@ def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) 
 
 
 def gpu_launch(options: Namespace) -> None:
-    device, until = "cpu" if options.trial else "cuda", time.perf_counter() + options.seconds
-    clock, rows, rounds = Clock(device), [], 3 if options.trial else ROUNDS
-    columns = ["case", "rows x block, threads", "ms", *NEIGHBOURS]
     words = "Time of a neighbour divided by that of the choice: above 1 the choice is faster."
-    head = f"{machine(measured_on(device))}. {words}"
-    for case in cases.chosen(TINY if options.trial else LAUNCH_CASES, options.k):
-        if time.perf_counter() > until:
-            print(f"{case.name}: left out, out of time")
-            continue
-        arguments = cases.draw(case, device)
+    table = Table(options, words, ["case", "rows x block, threads", "ms", *NEIGHBOURS], names=2)
+    clock, rounds = Clock(table.device), 3 if options.trial else ROUNDS
+
+    def row_of(case: Case) -> list[list[str]]:
+        arguments = cases.draw(case, table.device)
         cases.assert_correct(case, arguments)
-        rows.append(measure_choice(case, arguments, clock, rounds))
-        table = tabulated(columns, rows, names=2)
-        options.file.write_text(f"{head}\n\n{table}\n", encoding="utf-8")
-    print(options.file.read_text())
+        return [measure_choice(case, arguments, clock, rounds)]
+
+    for case in cases.chosen(TINY if options.trial else LAUNCH_CASES, options.k):
+        table.add(case.name, partial(row_of, case))

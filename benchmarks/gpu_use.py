@@ -6,19 +6,17 @@ Each command writes a table, after every row of it, so that nothing is lost to a
 from __future__ import annotations
 
 import contextlib
-import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
 import cases
 import torch
 from cases import BF16, Case, HeadCase, M, Step, interleaved, ratios
-from gpu import Clock, measured_on, peak
-from report import machine, spread, tabulated
+from gpu import Clock, Table, peak
+from report import spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,33 +25,6 @@ from pyfused import functional as fused
 from pyfused.ops import sizes
 
 WARM_UP = 3
-
-
-class Table:
-    """A table in a file, written anew with every row."""
-
-    def __init__(self, options: Namespace, words: str, columns: Sequence[str], names: int) -> None:
-        self.device = "cpu" if options.trial else "cuda"
-        self.file: Path = options.file
-        self.until = time.perf_counter() + options.seconds
-        self.head = f"{machine(measured_on(self.device))}. {words}"
-        self.columns, self.names = columns, names
-        self.rows: list[list[str]] = []
-
-    def add(self, name: str, row: Callable[[], list[list[str]]]) -> None:
-        """Adds the rows of a measurement, or what became of it."""
-        try:
-            if time.perf_counter() > self.until:
-                raise TimeoutError("out of time")
-            rows = row()
-        except Exception as error:  # the other rows are still worth their time
-            told = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-            rows = [[name, told, *[""] * (len(self.columns) - 2)]]
-        self.rows += rows
-        table = tabulated(self.columns, self.rows, names=self.names)
-        self.file.write_text(f"{self.head}\n\n{table}\n", encoding="utf-8")
-        for each in rows:
-            print(" | ".join(each), flush=True)
 
 
 # ---- calls of every size -------------------------------------------------------------------------

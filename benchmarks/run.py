@@ -119,10 +119,13 @@ def steps(out: Path) -> list[Step]:
         name: (*run, f"gpu-{name}", out / f"{name}.md", "--seconds", str(USE_SECONDS))
         for name in ("sizes", "heads", "training")
     }
+    variants = (*run, "gpu-variants", out / "variants.md", "--seconds", str(USE_SECONDS))
     written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
     found = [
         Step("build", (*pip, "--target", out / "site", ROOT), 150, needed=True),
         Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120),
+        Step("sizes", used.pop("sizes"), USE_SECONDS + 30),
+        Step("gpu-variants", variants, USE_SECONDS + 30),
         *(Step(name, command, USE_SECONDS + 30) for name, command in used.items()),
         Step("shared tests", (*parallel, *shared), 240),
         Step("benchmarks", gpu, BENCHMARK_SECONDS + 60),
@@ -292,6 +295,7 @@ def parser() -> argparse.ArgumentParser:
     for name, module, words in (
         ("gpu", "gpu", "time the cases on a GPU"),
         ("gpu-launch", "gpu", "time launch choices"),
+        ("gpu-variants", "gpu_variants", "time variants of kernels beside the shipped ones"),
         ("gpu-sizes", "gpu_use", "time calls of every size on a GPU"),
         ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
         ("gpu-training", "gpu_use", "time a training step of GPT-2 on a GPU"),

@@ -104,7 +104,7 @@ def log(x):
     if x.dtype == tl.float64:
         log = tl.log(x)
     else:
-        subnormal = x < 1.17549435e-38
+        subnormal = x < 1.1754943508222875e-38  # with fewer digits Triton would compare in float64
         u = tl.where(subnormal, x * 8388608.0, x)
         k = _exponent(u)
         f = (u.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) - 1.0

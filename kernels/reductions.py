@@ -5,8 +5,8 @@
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
 Each program stores one partial sum. The last program to arrive adds them up in the order of the
-programs, which never changes, so neither do the bits. Where programs are very many, or a graph is
-captured, `sum_kernel` does that instead.
+programs, which never changes, so neither do the bits. In large calls `sum_kernel` does that, as the
+programs would wait for the counter.
 
 torch: parts.sum(), weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """

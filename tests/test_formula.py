@@ -436,6 +436,20 @@ def test_a_trace_leaves_the_callers_state_alone() -> None:
     torch.testing.assert_close(got.gradients, expected.gradients)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_a_trace_in_anomaly_mode() -> None:
+    @pyfused.loss
+    def mine(input: Tensor, target: Tensor) -> Tensor:
+        return (input - target) ** 2 / 2
+
+    input, target = operands_of("wing", 50)
+    with torch.autograd.set_detect_anomaly(True):
+        got = evaluate(mine, input.requires_grad_(), target)
+    assert mine.explain(input, target).backend != "torch"
+    expected = evaluate(lambda *x: mine.function(*x).mean(), input, target)
+    torch.testing.assert_close(got.gradients, expected.gradients)
+
+
 def test_a_parameter_of_an_operator_of_torchs() -> None:
     @pyfused.activation
     def mine(input: Tensor, *, slope: float = 0.1) -> Tensor:

@@ -52,7 +52,7 @@ def test_make_passes_its_words_on(tmp_path: Path) -> None:
 
 def test_steps_name_files_that_exist(tmp_path: Path) -> None:
     steps = run.steps(tmp_path)
-    first = ["build", "gpu tests", "sizes", "heads", "training"]
+    first = ["build", "gpu tests", "sizes", "gpu-variants", "heads", "training"]
     names = [*first, "shared tests", "benchmarks", "report", "launch choices"]
     assert [step.name for step in steps][: len(names)] == names
     command = steps[names.index("shared tests")].command
@@ -200,7 +200,7 @@ def test_what_users_run_is_rehearsed(
 
 def test_a_measurement_that_fails_and_one_too_late_have_a_row(tmp_path: Path) -> None:
     options = Namespace(trial=True, seconds=60, file=tmp_path / "table.md")
-    table = gpu_use.Table(options, "Words.", ["case", "time", "ratio"], names=1)
+    table = gpu.Table(options, "Words.", ["case", "time", "ratio"], names=1)
     table.add("one", lambda: [][0])
     table.until = 0
     table.add("two", list)
@@ -277,4 +277,19 @@ def test_launch_choices_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None
     )
     rows = (tmp_path / "launch.md").read_text().splitlines()[-2:]
     assert [row.split(" (")[0] for row in rows] == ["| cross_entropy", "| mse_loss"]
+    assert "Error" not in "".join(rows)
+
+
+def test_variants_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, ROOT / "benchmarks/run.py", "gpu-variants", tmp_path / "variants.md"]
+    interpreted = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"}
+    subprocess.run(
+        [*command, "--trial"],
+        env={**os.environ, **interpreted},
+        check=True,
+        capture_output=True,
+    )
+    rows = (tmp_path / "variants.md").read_text().splitlines()[4:]
+    assert len(rows) == 5 + 7 + 9 + 5
     assert "Error" not in "".join(rows)

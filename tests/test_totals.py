@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -97,3 +97,14 @@ def test_the_last_program_to_arrive_adds_up() -> None:
         assert got.item() == pytest.approx((x - target).square().mean().item(), rel=1e-14)
         assert launched.called == (n == 700)
     assert [int(counter) for _, counter in triton._workspaces.values()] == [0]
+
+
+def test_a_graph_has_a_counter_of_its_own() -> None:
+    """Which is zero in each replay, whatever other streams do."""
+    out, shared = torch.empty(()), triton._parts_of(torch.empty(()), 4, 100)
+    on_gpu = Mock(is_cuda=True, new_empty=out.new_empty, new_zeros=out.new_zeros)
+    with patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+        for _, parts, counter in (triton._parts_of(on_gpu, 4, 100) for _ in range(2)):
+            assert counter is not shared[2]
+            assert parts is not shared[1]
+            assert counter.tolist() == [0]

@@ -123,19 +123,24 @@ _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
     """Returns what so many programs take to compute a sum over so many elements.
 
-    A graph may be replayed on any stream, beside others, so that its parts are its own.
+    A graph may be replayed on any stream, beside others, so its workspace is its own.
     """
     if programs == 1:
         return out, out, None
-    most = MOST_ARRIVALS if elements <= HOST_BOUND else 1
-    if programs > most or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if programs > (MOST_ARRIVALS if elements <= HOST_BOUND else 1):
         return out, out.new_empty(programs, dtype=torch.float64), None
+    if out.is_cuda and torch.cuda.is_current_stream_capturing():
+        return out, *_new_workspace(out)
     stream = driver.active.get_current_stream(out.get_device()) if out.is_cuda else 0
     key = out.device, stream
     if key not in _workspaces:
-        parts = out.new_empty(MOST_ARRIVALS, dtype=torch.float64)
-        _workspaces[key] = parts, out.new_zeros(1, dtype=torch.int32)
+        _workspaces[key] = _new_workspace(out)
     return out, *_workspaces[key]
+
+
+def _new_workspace(out: Tensor) -> tuple[Tensor, Tensor]:
+    parts = out.new_empty(MOST_ARRIVALS, dtype=torch.float64)
+    return parts, out.new_zeros(1, dtype=torch.int32)
 
 
 def _add_up(stored: Tensor | Reduced | None) -> None:

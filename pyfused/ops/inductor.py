@@ -9,10 +9,11 @@ cross_entropy stays anywhere, and loses a cast to float32 before it. The kernels
 whatever they read, and round a gradient once, as the cast's backward does. So the cast goes, on the
 way in and on the way out.
 
-The forward operator of cross_entropy computes the gradient too where only matrix products read it,
-as in a model's head: a small operand or result of theirs is then multiplied by the loss's gradient.
-Otherwise that costs a pass. It pays on CPUs with few classes, where exponentials take the time,
-which forward and backward both need.
+The forward operator of cross_entropy computes the gradient too where that saves more than it costs,
+as the gradient has to be multiplied by the loss's. On GPUs that is where matrix products alone read
+it, as in a model's head: a small operand or result of theirs is multiplied instead. On CPUs that
+takes as long either way and rounds once more. It pays there with few classes, where exponentials
+take the time, which forward and backward both need.
 
 The patterns stand in Inductor's own table, beside those of its users. Where a version of torch has
 no such table, the graph stays as it was, and further calls are left to Inductor.
@@ -257,7 +258,7 @@ def _compute_gradient_in_forward(forward: Node) -> None:
     backward = next(found, None)
     if backward is None or not gradients_in_forward(reduction, input.meta["val"]):
         return
-    products = _products_of(backward)
+    products = _products_of(backward) if takes_triton(input.meta["val"]) else None
     if products is None and not _pays(input.meta["val"]):
         return
     grad_output, *arguments = backward.args

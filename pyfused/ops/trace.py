@@ -306,7 +306,8 @@ def gradients_of(
     if not value.requires_grad:
         return [None] * len(leaves)
     weighted = _Weighted.apply(value, grad_output)
-    return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
+    with torch.autograd.set_detect_anomaly(False):  # which would ask whether a gradient is NaN
+        return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
 
 
 def derive(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,3 +149,21 @@ def test_launches_of_a_mean(positions: int, kernels: list[str]) -> None:
     with compiling("sm_90") as launched:
         ahead.cross_entropy(BF16, (positions, 1000)).run()
     assert [each.name for each in launched] == kernels
+
+
+@pytest.mark.parametrize(("classes", "kernel"), [(32_000, "persistent"), (128_256, "long_row")])
+def test_variants_load_ahead(classes: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from gpu_variants import cross_entropy_variants
+
+    sms = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: sms)
+    x, target = empty(BF16, 8192, classes), empty(torch.int64, 8192)
+    with compiling("sm_90") as launched:
+        variants = cross_entropy_variants(x, target, trial=False)
+        name = next(name for name in variants if "loads ahead" in name or "3 stages" in name)
+        variants[name]()
+    (variant,) = launched
+    assert variant.name == f"{kernel}_kernel"
+    assert "cp.async.cg" in variant.kernel.asm["ptx"]
+    assert ahead.disassembled(variant.kernel)[2] == 0

@@ -118,6 +118,26 @@ def test_a_captured_graph_follows_its_inputs(call: Call) -> None:
     close(got, results(F, call, *exact), torch.float32)
 
 
+def test_streams_and_graphs_add_up_beside_each_other() -> None:
+    """Each has a counter of its own of the programs that have stored their parts."""
+    x, _, y = inputs()
+    expected = fused.mse_loss(x, y)
+    assert torch.equal(expected, fused.mse_loss(x, y))  # in a fixed order
+    graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
+    with torch.cuda.graph(graph):
+        captured = fused.mse_loss(x, y)
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(fused.mse_loss(x, y))
+        with torch.cuda.stream(streams[0]):
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, expected) for each in (*found, captured))
+
+
 @pyfused.loss
 def scaled(input: Tensor, target: Tensor, *, scale: float = 0.5, power: float = 1.5) -> Tensor:
     return scale * (input - target).abs() ** power
