@@ -115,7 +115,11 @@ COMPILED = {
 # 2^28 logits eager cross_entropy was 1.1 to 2.5 times as fast forward and backward as Inductor's
 # code (benchmarks/results/nvidia-h100-80gb-hbm3/table.md); heads make no logits. No compiled call
 # has been measured yet: the limit is where Python's launches should take no longer than the GPU.
-COMPILED_ON_GPU = {**dict.fromkeys(LINEAR, 0), **dict.fromkeys(OF_LOGITS, 1 << 24)}
+# A compiled multilabel_margin_loss of torch's is wrong, see above.
+COMPILED_ON_GPU = {
+    **dict.fromkeys((*LINEAR, "multilabel_margin_loss"), 0),
+    **dict.fromkeys(OF_LOGITS, 1 << 24),
+}
 
 # What `python -m pyfused tune` has measured, on this processor with these kernels.
 FILE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pyfused", "sizes.json")
