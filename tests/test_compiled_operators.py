@@ -216,6 +216,19 @@ def test_neighbours_decide(step: Step, stay: Names, graphs: Graphs) -> None:
     assert sorted(graphs.operators) == stay
 
 
+def test_what_stayed_in_another_program_does_not_decide(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor lists the operators for which it has generated a call as they are."""
+    from torch._inductor import lowering
+
+    operators = torch.ops.pyfused.mse_loss.default, torch.ops.pyfused.mse_loss_backward.default
+    monkeypatch.setattr(lowering, "fallbacks", lowering.fallbacks.union(operators))
+    step, stay = NEIGHBOURS["an_activation_before_a_loss"]
+    assert_torchs(step, small_integers(N, C), graphs)
+    assert sorted(graphs.operators) == stay
+
+
 # ---- calls that take none ------------------------------------------------------------------------
 
 HALF = TARGET.bfloat16()

@@ -204,8 +204,11 @@ def _is_extern(node: Node) -> bool:
     """Returns whether Inductor calls the node as it is, between tensors in memory."""
     from torch._inductor.lowering import fallbacks
 
-    namespace = getattr(node.target, "namespace", "aten")
-    foreign = namespace not in ("aten", "prims") and _name(node) not in in_torch
+    if _name(node) in in_torch:
+        return (
+            False  # whatever became of it in another program, to which Inductor's fallbacks are due
+        )
+    foreign = getattr(node.target, "namespace", "aten") not in ("aten", "prims")
     return foreign or node.target in fallbacks or _operator(node) in _PRODUCTS
 
 
