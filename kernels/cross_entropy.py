@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log, tanh
-from .reductions import store_loss, target_weights
+from .reductions import read_rows, store_loss
 from .rows import (
     DROP,
     block_of_rows,
@@ -38,46 +38,12 @@ from .rows import (
     load_scaled,
     multiple,
     pointers,
-    read_target,
     row_scale,
     row_starts,
     scalar,
 )
 
 # ---- what the kernels share ----------------------------------------------------------------------
-
-
-@triton.jit
-def read_rows(
-    target,
-    weight,
-    row_weight,
-    denominator,
-    rows,
-    in_bounds,
-    inner,
-    classes,
-    ignore_index,
-    A: tl.constexpr,
-):
-    """Returns what `read_target` and `row_scale` give for rows of class indices.
-
-    The denominator may also be the class indices, whose weights each program then adds up itself:
-    of few that takes less time than the launch of another kernel.
-    """
-    label, valid, invalid, target_weight = read_target(
-        target, weight, rows, in_bounds, classes, ignore_index
-    )
-    if denominator is not None:
-        if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
-            n = tl.num_programs(0) // tl.cdiv(inner, rows.shape[0]) * inner
-            total = tl.zeros([1024], tl.float64)
-            for start in range(0, n, 1024):
-                i = start + tl.arange(0, 1024)
-                total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
-            denominator = tl.sum(total)
-    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
-    return label, valid, invalid, target_weight.to(A), scale
 
 
 @triton.jit

@@ -16,8 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reductions import store_loss
-from .rows import read_target, row_scale
+from .reductions import read_rows, store_loss
 
 
 @triton.jit(do_not_specialize=["n", "ignore_index"])
@@ -42,15 +41,14 @@ def nll_kernel(
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_bounds = rows < n
-    label, valid, invalid, target_weight = read_target(
-        target, weight, rows, in_bounds, classes, ignore_index
+    label, valid, invalid, target_weight, scale = read_rows(
+        target, weight, row_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
     )
-    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
     outer, lanes = rows // inner, rows % inner
     if loss is not None:
         offsets = outer * x_strides[0] + lanes * x_strides[1] + label * x_strides[2]
-        value = -target_weight.to(A) * tl.load(x + offsets, mask=valid, other=0.0).to(A)
+        value = -target_weight * tl.load(x + offsets, mask=valid, other=0.0).to(A)
         store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
     if grad is not None:
         offsets = outer * grad_strides[0] + lanes * grad_strides[1] + label * grad_strides[2]
-        tl.store(grad + offsets, -target_weight.to(A) * scale, mask=valid)
+        tl.store(grad + offsets, -target_weight * scale, mask=valid)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import read_target
+from .rows import read_target, row_scale
 
 
 @triton.jit
@@ -75,6 +75,39 @@ def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
     if token_weight is not None:
         counted *= tl.load(token_weight + i, mask=valid, other=0.0).to(tl.float64)
     return counted
+
+
+@triton.jit
+def read_rows(
+    target,
+    weight,
+    row_weight,
+    denominator,
+    rows,
+    in_bounds,
+    inner,
+    classes,
+    ignore_index,
+    A: tl.constexpr,
+):
+    """Returns what `read_target` and `row_scale` give for rows of class indices.
+
+    The denominator may also be the class indices, whose weights each program then adds up itself:
+    of few that takes less time than the launch of another kernel.
+    """
+    label, valid, invalid, target_weight = read_target(
+        target, weight, rows, in_bounds, classes, ignore_index
+    )
+    if denominator is not None:
+        if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
+            n = tl.num_programs(0) // tl.cdiv(inner, rows.shape[0]) * inner
+            total = tl.zeros([1024], tl.float64)
+            for start in range(0, n, 1024):
+                i = start + tl.arange(0, 1024)
+                total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
+            denominator = tl.sum(total)
+    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
+    return label, valid, invalid, target_weight.to(A), scale
 
 
 @triton.jit(do_not_specialize=["ignore_index", "classes"])

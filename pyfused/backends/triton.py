@@ -388,10 +388,11 @@ def nll_loss(
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = new_grad().zero_() if needs_grad else None
         loss, stored = _loss_of(input, reduction, outputs, programs)
-        divisor = None
+        row_weight, divisor = _row_weight(n, None, grad_output), None
         if reduction == "mean":
-            divisor = _count(target, weight, None, ignore_index, classes)
-        row_weight = _row_weight(n, None, grad_output)
+            may_count = n <= COUNTED_BY_PROGRAMS and row_weight is None
+            counted = target, weight, None, ignore_index, classes
+            divisor = target if may_count else _count(*counted)
         kernel(programs, input, target, weight, row_weight, divisor, stored, grad, *numbers)
         _add_up(stored)
         return loss, (grad, None)
