@@ -43,18 +43,18 @@ def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
 def add_up(part, reduced):
     """Stores a program's part of a sum. The last program to arrive adds up the parts of all.
 
-    reduced: The sum, the parts, and a counter that is 0 before and after; or None for the counter,
-        where nobody adds up.
+    reduced: The sum, the parts, and a counter that is 0 before and after; without a counter no
+        program adds up.
     """
-    total, parts, arrived = reduced
+    parts = reduced[1]
     tl.store(parts + tl.program_id(0), part)
-    if arrived is not None:
+    if len(reduced) > 2:
         programs = tl.num_programs(0)
         tl.debug_barrier()
         # It releases the part and acquires those of the programs before.
-        if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
-            tl.store(total, sum_of_parts(parts, 0, programs, 1024))
-            tl.store(arrived, 0)
+        if tl.atomic_add(reduced[2], 1, sem="acq_rel") == programs - 1:
+            tl.store(reduced[0], sum_of_parts(parts, 0, programs, 1024))
+            tl.store(reduced[2], 0)
 
 
 @triton.jit

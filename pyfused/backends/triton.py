@@ -114,8 +114,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 # ---- sums ----------------------------------------------------------------------------------------
 
-# A sum, the parts that programs store of it, and the counter of those that have; see `add_up`.
-Reduced = tuple[Tensor, Tensor, Tensor | None]
+# A sum, the parts that programs store of it, and often a counter of those that have; see `add_up`.
+Reduced = tuple[Tensor, ...]
 # Parts and counters of each stream, whose kernels run one after another.
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
@@ -126,9 +126,9 @@ def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
     A graph may be replayed on any stream, beside others, so its workspace is its own.
     """
     if programs == 1:
-        return out, out, None
+        return out, out
     if programs > (MOST_ARRIVALS if elements <= HOST_BOUND else 1):
-        return out, out.new_empty(programs, dtype=torch.float64), None
+        return out, out.new_empty(programs, dtype=torch.float64)
     if out.is_cuda and torch.cuda.is_current_stream_capturing():
         return out, *_new_workspace(out)
     stream = driver.active.get_current_stream(out.get_device()) if out.is_cuda else 0
@@ -145,10 +145,10 @@ def _new_workspace(out: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add_up(stored: Tensor | Reduced | None) -> None:
     """Launches the sum of a kernel's parts, where there are any that no program adds up."""
-    if not isinstance(stored, tuple):
+    if not isinstance(stored, tuple) or len(stored) > 2:
         return
-    out, parts, arrived = stored
-    if parts is out or arrived is not None:
+    out, parts = stored
+    if parts is out:
         return
     n = parts.numel()
     if n > MOST_PARTS:
