@@ -99,6 +99,12 @@ def test_the_last_program_to_arrive_adds_up() -> None:
     assert [int(counter) for _, counter in triton._workspaces.values()] == [0]
 
 
+def test_no_programs_add_up_to_zero() -> None:
+    out = torch.full((), math.nan)
+    triton._add_up(triton._parts_of(out, 0, 0))
+    assert out.item() == 0
+
+
 def test_a_graph_has_a_counter_of_its_own() -> None:
     """Which is zero in each replay, whatever other streams do."""
     out, shared = torch.empty(()), triton._parts_of(torch.empty(()), 4, 100)

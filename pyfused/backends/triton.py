@@ -127,7 +127,7 @@ def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
     """
     if programs == 1:
         return out, out
-    if programs > (MOST_ARRIVALS if elements <= HOST_BOUND else 1):
+    if not 0 < programs <= (MOST_ARRIVALS if elements <= HOST_BOUND else 1):
         return out, out.new_empty(programs, dtype=torch.float64)
     if out.is_cuda and torch.cuda.is_current_stream_capturing():
         return out, *_new_workspace(out)
