@@ -258,25 +258,27 @@ def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
 
 
 @contextlib.contextmanager
-def choosing(plans: dict[Any, Any], name: str = "", factor: float = 1.0) -> Iterator[list[Any]]:
-    """While entered, all kernels are launched by a neighbour of their choice.
+def choosing(
+    plans: dict[Any, Any], change: Callable[[Any, int], Any] = lambda choice, _: choice
+) -> Iterator[list[Any]]:
+    """While entered, all kernels are launched by other choices.
 
     Args:
         plans: The plans of calls, which hold the choices; they are made at the first entry.
+        change: Returns what stands for a choice, given the number of classes.
     """
     from pyfused.backends import triton
     from pyfused.kernels import launch
 
     choose, made = launch.choose, []
 
-    def choose_neighbour(itemsize: int, classes: int = 0, *args: Any, **kwargs: Any) -> Any:
-        choice = choose(itemsize, classes, *args, **kwargs)
-        choice = changed(choice, classes, name, factor) if name else choice
+    def choose_other(itemsize: int, classes: int = 0, *args: Any, **kwargs: Any) -> Any:
+        choice = change(choose(itemsize, classes, *args, **kwargs), classes)
         made.append((choice, classes))
         return choice
 
     with (
-        mock.patch.object(launch, "choose", choose_neighbour),
+        mock.patch.object(launch, "choose", choose_other),
         mock.patch.object(dispatch, "_plans", plans),
         mock.patch.object(triton, "_tiling", triton._tiling.__wrapped__),  # keeps no choice
     ):
@@ -290,9 +292,9 @@ def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) 
     with choosing(*variants[""]) as made:
         expected = cases.evaluate(operator, arguments)
     cells: dict[str, str] = dict.fromkeys(NEIGHBOURS, "")
-    for neighbour, change in NEIGHBOURS.items():
+    for neighbour, (name, factor) in NEIGHBOURS.items():
         try:
-            variant = {}, *change
+            variant = {}, partial(changed, name=name, factor=factor)
             with choosing(*variant) as others:
                 got = cases.evaluate(operator, arguments)
             if others == made:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import BF16, F32, Arguments, Case, M, interleaved, ratios
-from gpu import Clock, Table
+from gpu import Clock, Table, choosing
 from report import spread
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from pyfused import functional as fused
 from pyfused.kernels import launch, program
 from pyfused.kernels.arithmetic import polynomial
 from pyfused.kernels.rows import DROP, KEEP, finite_or_zero, multiple
-from pyfused.ops import dispatch, sizes
+from pyfused.ops import sizes
 from pyfused.ops.program import Program
 from pyfused.types import CrossEntropyOptions, Outputs
 
@@ -150,10 +150,7 @@ def shipped(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> V
     from pyfused.backends import triton as backend
 
     options, outputs = CrossEntropyOptions(-100, "mean"), Outputs(True, (True, False))
-    with contextlib.ExitStack() as stack:
-        if choice is not None:
-            stack.enter_context(mock.patch.object(launch, "choose", return_value=choice))
-            stack.enter_context(mock.patch.object(backend, "_tiling", backend._tiling.__wrapped__))
+    with choosing({}, lambda shipped, _: choice or shipped):
         prepared = backend.cross_entropy(x, target, None, options, outputs)
 
     def run() -> tuple[Tensor, Tensor]:
@@ -271,7 +268,7 @@ def planning(
     plans: dict[Any, Any], fast: bool = False, vectors: int = 2, threads: int = 128
 ) -> Iterator[None]:
     """While entered, calls take other functions or tiles; `plans` keeps what they prepare."""
-    choose, made = launch.choose, {}
+    made: dict[int, Any] = {}
 
     def kernel(formula: Program, *_: Any) -> Any:
         if id(formula) not in made:
@@ -279,16 +276,12 @@ def planning(
                 made[id(formula)] = program.formula_of(formula)
         return made[id(formula)]
 
-    def other_tile(itemsize: int, classes: int = 0, *args: Any, **kwargs: Any) -> launch.Choice:
-        choice = choose(itemsize, classes, *args, **kwargs)
+    def other_tile(choice: launch.Choice, _: int) -> launch.Choice:
         return choice._replace(block=choice.block * vectors * threads // 256, threads=threads)
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(dispatch, "_plans", plans))
-        stack.enter_context(mock.patch.object(sizes, "FORCED", "every size"))
-        stack.enter_context(mock.patch.object(launch, "choose", other_tile))
-        if fast:
-            stack.enter_context(mock.patch.object(Program, "kernel", kernel))
+    printing = mock.patch.object(Program, "kernel", kernel) if fast else contextlib.nullcontext()
+    every_size = mock.patch.object(sizes, "FORCED", "every size")
+    with choosing(plans, other_tile), every_size, printing:
         yield
 
 

@@ -265,31 +265,25 @@ def test_neighbours_of_a_choice_are_timed_and_checked(
     assert two_passes in clock.chosen
 
 
-def test_launch_choices_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
+def interpreted(command: str, file: Path) -> list[str]:
+    """Returns the lines of a table that the interpreter has filled on this machine."""
     pytest.importorskip("triton")
-    command = [sys.executable, ROOT / "benchmarks/run.py", "gpu-launch", tmp_path / "launch.md"]
-    interpreted = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"}
     subprocess.run(
-        [*command, "--trial"],
-        env={**os.environ, **interpreted},
+        [sys.executable, ROOT / "benchmarks/run.py", command, file, "--trial"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"},
         check=True,
         capture_output=True,
     )
-    rows = (tmp_path / "launch.md").read_text().splitlines()[-2:]
+    return file.read_text().splitlines()
+
+
+def test_launch_choices_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
+    rows = interpreted("gpu-launch", tmp_path / "launch.md")[-2:]
     assert [row.split(" (")[0] for row in rows] == ["| cross_entropy", "| mse_loss"]
     assert "Error" not in "".join(rows)
 
 
 def test_variants_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, ROOT / "benchmarks/run.py", "gpu-variants", tmp_path / "variants.md"]
-    interpreted = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"}
-    subprocess.run(
-        [*command, "--trial"],
-        env={**os.environ, **interpreted},
-        check=True,
-        capture_output=True,
-    )
-    rows = (tmp_path / "variants.md").read_text().splitlines()[4:]
+    rows = interpreted("gpu-variants", tmp_path / "variants.md")[4:]
     assert len(rows) == 5 + 7 + 9 + 5
     assert "Error" not in "".join(rows)

@@ -205,9 +205,7 @@ def _is_extern(node: Node) -> bool:
     from torch._inductor.lowering import fallbacks
 
     if _name(node) in in_torch:
-        return (
-            False  # whatever became of it in another program, to which Inductor's fallbacks are due
-        )
+        return False  # Inductor's fallbacks may be due to what became of it in another program
     foreign = getattr(node.target, "namespace", "aten") not in ("aten", "prims")
     return foreign or node.target in fallbacks or _operator(node) in _PRODUCTS
 
