@@ -22,6 +22,8 @@ if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
 # Inductor's workers have threads, whose warnings would be errors of whatever test runs by then.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# The key of a compiled program says nothing about tables and kernels that a test has exchanged.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the one under test
 

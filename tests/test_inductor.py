@@ -376,6 +376,13 @@ def test_a_torch_without_such_patterns(seen: Seen, monkeypatch: pytest.MonkeyPat
     assert not table.keys() & inductor.in_torch.keys()  # Inductor's, from here on
 
 
+def test_the_key_of_a_compiled_program_names_the_version(seen: Seen) -> None:
+    for classes in (3, 4):
+        x = torch.randn(2, classes, requires_grad=True)
+        compiled_and_eager(lambda f, x: f.cross_entropy(x, torch.tensor([0, 2])), x)
+        assert torch.compiler.config.cache_key_tag.count(f" pyfused {inductor._version()}") == 1
+
+
 def test_patterns_are_for_inductor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "_registered", False)
     monkeypatch.delitem(sys.modules, "torch._inductor.fx_passes.joint_graph", raising=False)

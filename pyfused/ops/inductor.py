@@ -16,19 +16,23 @@ takes as long either way and rounds once more. It pays there with few classes, w
 take the time, which forward and backward both need.
 
 The patterns stand in Inductor's own table, beside those of its users. Where a version of torch has
-no such table, the graph stays as it was, and further calls are left to Inductor.
+no such table, the graph stays as it was, and further calls are left to Inductor. Inductor keeps
+compiled programs on disk, by their graphs and not by its table. So the key names this version too:
+no program of another version is taken for one of this.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyfused.backends import takes_triton
+from pyfused.backends import FORCED, takes_triton
 from pyfused.layout import is_dense
 from pyfused.ops import NAMESPACE, TORCH_OPS
 from pyfused.ops.gradients import gradients_in_forward
@@ -77,9 +81,18 @@ def register() -> None:
         for name, rewrite, patterns in rewrites:
             pattern = CallFunctionVarArgs(getattr(TORCH_OPS, name).default)
             register_graph_pattern(pattern, pass_dict=patterns)(rewrite)
+        torch.compiler.config.cache_key_tag += f" pyfused {_version()}"
     except (AttributeError, ImportError, TypeError):
         for name in in_torch:
             COMPILED.pop(name, None)
+
+
+def _version() -> str:
+    """Returns what tells the code apart that decides about a program: its hash, and the backend."""
+    found = sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(path.read_bytes())
+    return f"{found.hexdigest()} {FORCED}"
 
 
 # ---- operators between tensors that are in memory ------------------------------------------------
