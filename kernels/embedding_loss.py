@@ -23,22 +23,19 @@ import triton.language as tl
 
 from .program import root, sign
 from .reductions import store_loss
-from .rows import block_of_rows, multiple, pointers, row_scale, row_starts, scalar
+from .rows import (
+    block_of_classes,
+    block_of_rows,
+    contiguous_rows,
+    load_scaled,
+    multiple,
+    pointers,
+    row_scale,
+    scalar,
+    store_rows,
+)
 
 EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 as a float, as torch has it
-
-
-@triton.jit
-def load_rows(x, rows, c, mask, stride, A: tl.constexpr, CLASS_UNIT: tl.constexpr):
-    starts = row_starts(x, 0, rows, 0, stride, 1, CLASS_UNIT)
-    return tl.load(pointers(starts, c, 1, 1), mask=mask, other=0.0).to(A)
-
-
-@triton.jit
-def store_rows(grad, rows, c, mask, features, gradient, CLASS_UNIT: tl.constexpr):
-    if grad is not None:
-        starts = row_starts(grad, 0, rows, 0, features, 1, CLASS_UNIT)
-        tl.store(pointers(starts, c, 1, 1), gradient, mask=mask)
 
 
 @triton.jit
@@ -92,16 +89,18 @@ def triplet_margin_kernel(
     features = multiple(features, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
+    x_rows = contiguous_rows(x, rows, strides[0], CLASS_UNIT)
+    y_rows = contiguous_rows(y, rows, strides[1], CLASS_UNIT)
+    z_rows = contiguous_rows(z, rows, strides[2], CLASS_UNIT)
     shift = scalar(eps, A)
     uu = tl.zeros([ROWS, BLOCK], A)
     vv = tl.zeros([ROWS, BLOCK], A)
     ww = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, features, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < features)[None, :]
-        a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
-        b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
-        d = load_rows(z, rows, c, mask, strides[2], A, CLASS_UNIT)
+        c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+        a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
+        b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+        d = load_scaled(pointers(z_rows, c), mask, 0.0, A)
         uu += size(a - b + shift, mask, EUCLIDEAN)
         vv += size(a - d + shift, mask, EUCLIDEAN)
         if SWAP:
@@ -118,20 +117,19 @@ def triplet_margin_kernel(
         by_v = factor(v, tl.where(v > w, 0.0, half), EUCLIDEAN)
         by_w = factor(w, tl.where(v < w, 0.0, half), EUCLIDEAN)
         for start in range(0, features, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            mask = in_bounds[:, None] & (c < features)[None, :]
-            a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
-            b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
-            d = load_rows(z, rows, c, mask, strides[2], A, CLASS_UNIT)
+            c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+            a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
+            b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+            d = load_scaled(pointers(z_rows, c), mask, 0.0, A)
             of_u = by_u * derivative(a - b + shift, EUCLIDEAN)
             of_v = by_v * derivative(a - d + shift, EUCLIDEAN)
-            store_rows(grad_x, rows, c, mask, features, of_u - of_v, CLASS_UNIT)
+            store_rows(grad_x, rows, features, c, mask, of_u - of_v, CLASS_UNIT)
             if SWAP:
                 of_w = by_w * derivative(b - d + shift, EUCLIDEAN)
                 of_u += of_w
                 of_v += of_w
-            store_rows(grad_y, rows, c, mask, features, -of_u, CLASS_UNIT)
-            store_rows(grad_z, rows, c, mask, features, of_v, CLASS_UNIT)
+            store_rows(grad_y, rows, features, c, mask, -of_u, CLASS_UNIT)
+            store_rows(grad_z, rows, features, c, mask, of_v, CLASS_UNIT)
     if loss is not None:
         value = tl.where(excess < 0.0, 0.0, excess)
         store_loss(loss, value, scale, rows, in_bounds, in_bounds, rows < 0, EACH)
@@ -160,6 +158,8 @@ def cosine_embedding_kernel(
     features = multiple(features, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
+    x_rows = contiguous_rows(x, rows, strides[0], CLASS_UNIT)
+    y_rows = contiguous_rows(y, rows, strides[1], CLASS_UNIT)
     label = tl.load(target + rows.to(tl.int64) * strides[2], mask=in_bounds, other=0.0)
     same = label.to(A) == 1.0
     different = label.to(A) == -1.0
@@ -167,10 +167,9 @@ def cosine_embedding_kernel(
     xx = tl.zeros([ROWS, BLOCK], A)
     yy = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, features, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < features)[None, :]
-        a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
-        b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
+        c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+        a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
+        b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
         xy += a * b
         xx += a * a
         yy += b * b
@@ -185,12 +184,11 @@ def cosine_embedding_kernel(
         by_x = (slope * cosine / of_x)[:, None]
         by_y = (slope * cosine / of_y)[:, None]
         for start in range(0, features, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            mask = in_bounds[:, None] & (c < features)[None, :]
-            a = load_rows(x, rows, c, mask, strides[0], A, CLASS_UNIT)
-            b = load_rows(y, rows, c, mask, strides[1], A, CLASS_UNIT)
-            store_rows(grad_x, rows, c, mask, features, across * b - by_x * a, CLASS_UNIT)
-            store_rows(grad_y, rows, c, mask, features, across * a - by_y * b, CLASS_UNIT)
+            c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+            a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
+            b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+            store_rows(grad_x, rows, features, c, mask, across * b - by_x * a, CLASS_UNIT)
+            store_rows(grad_y, rows, features, c, mask, across * a - by_y * b, CLASS_UNIT)
     if loss is not None:
         above = tl.where(excess < 0.0, 0.0, excess)
         value = tl.where(same, 1.0 - cosine, tl.where(different, above, 0.0))

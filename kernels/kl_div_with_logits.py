@@ -24,23 +24,25 @@ import triton.language as tl
 from .arithmetic import exp_nonpositive, log
 from .reductions import store_loss
 from .rows import (
+    block_of_classes,
     block_of_rows,
+    contiguous_rows,
     first_pass,
     load_scaled,
     multiple,
     pointers,
     row_scale,
-    row_starts,
     scalar,
+    store_rows,
 )
 
 FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def log_softmax(starts, c, mask, maximum, total, A: tl.constexpr, SCALE: tl.constexpr):
+def log_softmax(rows, c, mask, maximum, total, A: tl.constexpr, SCALE: tl.constexpr):
     """Probabilities and their logarithms; 0 and -inf outside of the mask."""
-    x = load_scaled(pointers(starts, c, 1, 1), mask, -float("inf"), A, SCALE) - maximum[:, None]
+    x = load_scaled(pointers(rows, c), mask, -float("inf"), A, SCALE) - maximum[:, None]
     return exp_nonpositive(x) / total[:, None], x - log(total)[:, None]
 
 
@@ -86,10 +88,10 @@ def kl_div_kernel(
     weight = row_scale(token_weight, None, rows, in_bounds, A)
     counted = in_bounds & (weight != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask by row would take loads of many rows apart
-    x_starts = row_starts(student, 0, rows, 0, strides[0], 1, CLASS_UNIT)
-    y_starts = row_starts(teacher, 0, rows, 0, strides[1], 1, CLASS_UNIT)
-    x_max, x_total = first_pass(x_starts, classes, 1, read, A, True, 1, ROWS, BLOCK, SCALE)
-    y_max, y_total = first_pass(y_starts, classes, 1, read, A, True, 1, ROWS, BLOCK, SCALE)
+    x_rows = contiguous_rows(student, rows, strides[0], CLASS_UNIT)
+    y_rows = contiguous_rows(teacher, rows, strides[1], CLASS_UNIT)
+    x_max, x_total = first_pass(x_rows, classes, read, A, True, ROWS, BLOCK, SCALE)
+    y_max, y_total = first_pass(y_rows, classes, read, A, True, ROWS, BLOCK, SCALE)
     scale = weight * SCALE
     if grad_output is not None:
         if EACH:
@@ -100,18 +102,15 @@ def kl_div_kernel(
     of_student = tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # in place, the first pass is over
     for start in range(0, classes, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = read[:, None] & (c < classes)[None, :]
-        p, log_p = log_softmax(x_starts, c, mask, x_max, x_total, A, SCALE)
-        q, log_q = log_softmax(y_starts, c, mask, y_max, y_total, A, SCALE)
+        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        p, log_p = log_softmax(x_rows, c, mask & read[:, None], x_max, x_total, A, SCALE)
+        q, log_q = log_softmax(y_rows, c, mask & read[:, None], y_max, y_total, A, SCALE)
         s, r = ratios(log_p, log_q, beta, KIND)
         of_teacher += tl.where(q == 0.0, 0.0, q * s)
         of_student += tl.where(p == 0.0, 0.0, p * r)
         if grad is not None and KIND == FORWARD:
             gradient = tl.where(counted[:, None], (p - q) * scale[:, None], 0.0)
-            to = row_starts(grad, 0, rows, 0, strides[2], 1, CLASS_UNIT)
-            mask = in_bounds[:, None] & (c < classes)[None, :]
-            tl.store(pointers(to, c, 1, 1), gradient, mask=mask)
+            store_rows(grad, rows, strides[2], c, mask, gradient, CLASS_UNIT)
     value = tl.sum(of_teacher, 1)
     if KIND != FORWARD:
         mean = tl.sum(of_student, 1)
@@ -119,15 +118,12 @@ def kl_div_kernel(
         value = mean if KIND == REVERSE else scalar(beta, A) * value + share * mean
         if grad is not None:
             for start in range(0, classes, BLOCK):
-                c = start + tl.arange(0, BLOCK)
-                mask = read[:, None] & (c < classes)[None, :]
-                p, log_p = log_softmax(x_starts, c, mask, x_max, x_total, A, SCALE)
-                q, log_q = log_softmax(y_starts, c, mask, y_max, y_total, A, SCALE)
+                c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+                p, log_p = log_softmax(x_rows, c, mask & read[:, None], x_max, x_total, A, SCALE)
+                q, log_q = log_softmax(y_rows, c, mask & read[:, None], y_max, y_total, A, SCALE)
                 s, r = ratios(log_p, log_q, beta, KIND)
                 gradient = p * (r - mean[:, None]) * (share * scale)[:, None]
                 gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
-                to = row_starts(grad, 0, rows, 0, strides[2], 1, CLASS_UNIT)
-                mask = in_bounds[:, None] & (c < classes)[None, :]
-                tl.store(pointers(to, c, 1, 1), gradient, mask=mask)
+                store_rows(grad, rows, strides[2], c, mask, gradient, CLASS_UNIT)
     if loss is not None:
         store_loss(loss, value, weight, rows, in_bounds, counted, rows < 0, EACH)

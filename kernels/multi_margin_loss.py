@@ -27,13 +27,16 @@ import triton.language as tl
 
 from .reductions import store_loss
 from .rows import (
+    block_of_classes,
     block_of_rows,
+    contiguous_rows,
+    load_scaled,
     multiple,
     pointers,
     read_target,
     row_scale,
-    row_starts,
     scalar,
+    store_rows,
 )
 
 
@@ -61,30 +64,25 @@ def multi_margin_kernel(
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
     invalid = in_bounds & (valid == 0)  # no class index is ignored
     scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
-    starts = row_starts(x, 0, rows, 0, classes, 1, CLASS_UNIT)
-    slack = scalar(margin, A) - tl.load(starts + label, mask=valid, other=0.0).to(A)
+    x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
+    slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0, A)
     share = target_weight.to(A) / classes
     factor = tl.where(valid, share * scale, 0.0) * (2.0 if SQUARED else 1.0)
     losses = tl.zeros([ROWS, BLOCK], A)
     slopes = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, classes, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < classes)[None, :]
-        z = tl.load(pointers(starts, c, 1, 1), mask=mask & valid[:, None], other=-float("inf")).to(
-            A
-        )
+        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        z = load_scaled(pointers(x_rows, c), mask & valid[:, None], -float("inf"), A)
         z += slack[:, None]
         z = tl.where((z > 0.0) & (c[None, :] != label[:, None]), z, 0.0)  # NaN is 0, as in torch
         slope = z if SQUARED else tl.where(z > 0.0, 1.0, 0.0).to(A)
         losses += z * z if SQUARED else z
         slopes += slope
-        if grad is not None:
-            to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
-            tl.store(pointers(to, c, 1, 1), slope * factor[:, None], mask=mask)
+        store_rows(grad, rows, classes, c, mask, slope * factor[:, None], CLASS_UNIT)
     if grad is not None:
         tl.debug_barrier()  # the row's gradient is stored, with 0 for the target
-        to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
-        tl.store(to + label, -tl.sum(slopes, 1) * factor, mask=valid)
+        to = contiguous_rows(grad, rows, classes, CLASS_UNIT)
+        tl.store(to[0] + label, -tl.sum(slopes, 1) * factor, mask=valid)
     if loss is not None:
         value = share * tl.sum(losses, 1)
         store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
@@ -109,11 +107,10 @@ def multilabel_margin_kernel(
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
-    starts = row_starts(x, 0, rows, 0, classes, 1, CLASS_UNIT)
-    targets = row_starts(target, 0, rows, 0, classes, 1, CLASS_UNIT)
-    c = tl.arange(0, BLOCK)
-    mask = in_bounds[:, None] & (c < classes)[None, :]
-    label = tl.load(pointers(targets, c, 1, 1), mask=mask, other=-1)
+    x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
+    targets = contiguous_rows(target, rows, classes, CLASS_UNIT)
+    c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
+    label = tl.load(pointers(targets, c), mask=mask, other=-1)
     wrong = (label < -1) | (label >= classes)
     invalid = tl.max(wrong.to(tl.int32), 1) > 0
     end = tl.min(tl.where(label < 0, c[None, :], classes), 1)
@@ -121,23 +118,21 @@ def multilabel_margin_kernel(
     most = tl.max(end, 0)
     is_target = mask == 0
     for k in range(most):
-        t = tl.load(targets + k, mask=k < end, other=-1)
+        t = tl.load(targets[0] + k, mask=k < end, other=-1)
         is_target |= c[None, :] == t[:, None]
-    z = tl.load(pointers(starts, c, 1, 1), mask=mask, other=0.0).to(A)
+    z = load_scaled(pointers(x_rows, c), mask, 0.0, A)
     z = tl.where(is_target, -float("inf"), z)
     losses = tl.zeros([ROWS, BLOCK], A)
     slopes = tl.zeros([ROWS, BLOCK], A)
     for k in range(most):
-        t = tl.load(targets + k, mask=k < end, other=-1)
-        slack = 1.0 - tl.load(starts + t, mask=k < end, other=float("inf")).to(A)
+        t = tl.load(targets[0] + k, mask=k < end, other=-1)
+        slack = 1.0 - load_scaled(x_rows[0] + t, k < end, float("inf"), A)
         above = z + slack[:, None] > 0.0  # not of NaN, as in torch
         losses += tl.where(above, z + slack[:, None], 0.0)
         slope = tl.where(above, 1.0, 0.0).to(A)
         slopes += slope - tl.where(c[None, :] == t[:, None], tl.sum(slope, 1)[:, None], 0.0)
     scale = row_scale(row_weight, denominator, rows, in_bounds, A)
-    if grad is not None:
-        to = row_starts(grad, 0, rows, 0, classes, 1, CLASS_UNIT)
-        tl.store(pointers(to, c, 1, 1), slopes * (scale / classes)[:, None], mask=mask)
+    store_rows(grad, rows, classes, c, mask, slopes * (scale / classes)[:, None], CLASS_UNIT)
     if loss is not None:
         value = tl.sum(losses, 1) / classes
         store_loss(loss, value, scale, rows, in_bounds, in_bounds & (invalid == 0), invalid, EACH)

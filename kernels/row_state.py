@@ -25,14 +25,17 @@ import triton.language as tl
 from .arithmetic import exp_nonpositive, tanh
 from .rows import (
     DROP,
+    block_of_classes,
     block_of_rows,
     class_weight,
+    contiguous_rows,
     finite_or_zero,
     load_scaled,
     multiple,
     pointers,
-    row_starts,
+    read_target,
     scalar,
+    store_rows,
 )
 
 
@@ -44,10 +47,9 @@ def read_label(target, rows, in_bounds, classes, first_class, vocabulary, ignore
     """
     label, valid, invalid = rows.to(tl.int64) * 0 - 1, in_bounds, in_bounds & (rows < 0)
     if target is not None:
-        label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
-        counted = in_bounds & (label != ignore_index)
-        valid = counted & (label >= 0) & (label < vocabulary)
-        invalid = counted & (valid == 0)
+        label, valid, invalid, _ = read_target(
+            target, None, rows, in_bounds, vocabulary, ignore_index
+        )
         label -= first_class
     return label, valid & (label >= 0) & (label < classes), valid, invalid
 
@@ -109,7 +111,7 @@ def row_state_kernel(
     label, has_target, valid, invalid = read_label(
         target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
     )
-    starts = row_starts(logits, 0, rows, 0, strides[0], 1, CLASS_UNIT)
+    x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
     at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
     total = tl.zeros([ROWS, BLOCK], A)  # by lane, so that lanes are added up once
@@ -117,7 +119,7 @@ def row_state_kernel(
     smooth = tl.zeros([ROWS, BLOCK], A)
     best = tl.full([ROWS, BLOCK], -float("inf"), A)
     index = tl.zeros([ROWS, BLOCK], tl.int32)
-    target_logit, _ = load_logits(starts + label, has_target, A, CAP, SCALE)
+    target_logit, _ = load_logits(x_rows[0] + label, has_target, A, CAP, SCALE)
     target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
     if CONTINUES:
         first = (tl.arange(0, BLOCK) == 0)[None, :]
@@ -129,9 +131,8 @@ def row_state_kernel(
         old_logit = tl.load(at + 6 * step, mask=in_bounds, other=0.0)
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < classes)[None, :]
-        x, _slope = load_logits(pointers(starts, c, 1, 1), mask, A, CAP, SCALE)
+        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        x, _slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
         by = tl.where(maximum == -float("inf"), 0.0, maximum - pivot)
@@ -224,8 +225,7 @@ def row_gradients_kernel(
     label, has_target, valid, _ = read_label(
         target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
     )
-    starts = row_starts(logits, 0, rows, 0, strides[0], 1, CLASS_UNIT)
-    to = row_starts(grad, 0, rows, 0, strides[1], 1, CLASS_UNIT)
+    x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
     field, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
     g_log_p = tl.load(gradient_at, mask=valid, other=0.0).to(tl.float64)
     g_entropy, g_lse = tl.zeros_like(g_log_p), tl.zeros_like(g_log_p)
@@ -241,9 +241,8 @@ def row_gradients_kernel(
     if RESULTS > 3:
         g_smooth = tl.load(gradient_at + 3 * strides[3], mask=valid, other=0.0).to(A)[:, None]
     for start in range(0, classes, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < classes)[None, :]
-        x, slope = load_logits(pointers(starts, c, 1, 1), mask, A, CAP, SCALE)
+        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        x, slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         y = x - pivot[:, None]
         e = exp_nonpositive(y, EXACT)
         gradient = tl.where(e == 0.0, 0.0, e * (a + b * y))
@@ -252,4 +251,4 @@ def row_gradients_kernel(
         if RESULTS > 3:
             gradient += g_smooth * class_weight(weight, c, classes, first_class, A)
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
-        tl.store(pointers(to, c, 1, 1), gradient, mask=mask, eviction_policy=DROP)
+        store_rows(grad, rows, strides[1], c, mask, gradient, CLASS_UNIT, DROP)

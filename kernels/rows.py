@@ -41,32 +41,53 @@ def block_of_rows(inner, ROWS: tl.constexpr):
 
 
 @triton.jit
-def row_starts(
-    tensor,
-    outer,
-    lanes,
-    outer_stride,
-    inner_stride,
-    INNER_UNIT: tl.constexpr,
-    CLASS_UNIT: tl.constexpr,
+def strided_rows(
+    x, outer, lanes, strides, k: tl.constexpr, INNER_UNIT: tl.constexpr, CLASS_UNIT: tl.constexpr
 ):
-    """Pointers to the first class of each row."""
-    offset = outer * multiple(outer_stride, INNER_UNIT * CLASS_UNIT)
-    return tensor + offset + lanes.to(tl.int64) * multiple(inner_stride, CLASS_UNIT)
+    """Returns pointers to the first class of each row, and the stride of classes.
+
+    The strides of a tensor's outer index, inner index and class begin with `strides[k]`.
+    """
+    starts = x + outer * multiple(strides[k], INNER_UNIT * CLASS_UNIT)
+    starts += lanes.to(tl.int64) * multiple(strides[k + 1], CLASS_UNIT)
+    return starts, multiple(strides[k + 2], INNER_UNIT)
 
 
 @triton.jit
-def pointers(starts, c, class_stride, INNER_UNIT: tl.constexpr):
-    """Pointers to the classes c of each row."""
-    return starts[:, None] + (c.to(tl.int64) * multiple(class_stride, INNER_UNIT))[None, :]
+def contiguous_rows(x, rows, stride, CLASS_UNIT: tl.constexpr):
+    """Returns what `strided_rows` does, of contiguous classes and one stride of all rows."""
+    return x + rows.to(tl.int64) * multiple(stride, CLASS_UNIT), 1
+
+
+@triton.jit
+def block_of_classes(start, classes, counted, BLOCK: tl.constexpr):
+    """Returns the next classes of rows, and a mask of those that exist in rows that count."""
+    c = start + tl.arange(0, BLOCK)
+    return c, counted[:, None] & (c < classes)[None, :]
+
+
+@triton.jit
+def pointers(rows, c):
+    """Returns pointers to the classes c of rows."""
+    return rows[0][:, None] + (c.to(tl.int64) * rows[1])[None, :]
+
+
+@triton.jit
+def store_rows(
+    x, rows, stride, c, mask, value, CLASS_UNIT: tl.constexpr, EVICT: tl.constexpr = DEFAULT
+):
+    """Stores the contiguous classes c of rows, in a tensor if there is one."""
+    if x is not None:
+        to = contiguous_rows(x, rows, stride, CLASS_UNIT)
+        tl.store(pointers(to, c), value, mask=mask, eviction_policy=EVICT)
 
 
 @triton.jit
 def load_scaled(
-    pointers, mask, other, A: tl.constexpr, SCALE: tl.constexpr, EVICT: tl.constexpr = DEFAULT
+    at, mask, other, A: tl.constexpr, SCALE: tl.constexpr = 1.0, EVICT: tl.constexpr = DEFAULT
 ):
     """Loads elements times SCALE, in dtype A."""
-    x = tl.load(pointers, mask=mask, other=other, eviction_policy=EVICT).to(A)
+    x = tl.load(at, mask=mask, other=other, eviction_policy=EVICT).to(A)
     return x if SCALE == 1.0 else x * scalar(SCALE, A)
 
 
@@ -78,13 +99,11 @@ def finite_or_zero(maximum):
 
 @triton.jit
 def first_pass(
-    starts,
+    rows,
     classes,
-    class_stride,
     counted,
     A: tl.constexpr,
     EXACT: tl.constexpr,
-    INNER_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALE: tl.constexpr = 1.0,
@@ -93,10 +112,8 @@ def first_pass(
     maximum = tl.full([ROWS], -float("inf"), A)
     total = tl.zeros([ROWS, BLOCK], A)  # by lane, so that lanes are added up once
     for start in range(0, classes, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = counted[:, None] & (c < classes)[None, :]
-        at = pointers(starts, c, class_stride, INNER_UNIT)
-        x = load_scaled(at, mask, -float("inf"), A, SCALE, KEEP)
+        c, mask = block_of_classes(start, classes, counted, BLOCK)
+        x = load_scaled(pointers(rows, c), mask, -float("inf"), A, SCALE, KEEP)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
         total *= exp_nonpositive(maximum - pivot, EXACT)[:, None]

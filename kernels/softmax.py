@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
-from .rows import DROP, block_of_rows, first_pass, load_scaled, multiple, pointers, row_starts
+from .rows import (
+    DROP,
+    block_of_classes,
+    block_of_rows,
+    first_pass,
+    load_scaled,
+    multiple,
+    pointers,
+    strided_rows,
+)
 
 
 @triton.jit
@@ -47,38 +56,22 @@ def softmax_kernel(
     EXACT: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
     inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
     outer, lanes, in_bounds = block_of_rows(inner, ROWS)
-    x_starts = row_starts(x, outer, lanes, x_strides[0], x_strides[1], INNER_UNIT, CLASS_UNIT)
-    y_starts = row_starts(y, outer, lanes, y_strides[0], y_strides[1], INNER_UNIT, CLASS_UNIT)
+    x_rows = strided_rows(x, outer, lanes, x_strides, 0, INNER_UNIT, CLASS_UNIT)
+    y_rows = strided_rows(y, outer, lanes, y_strides, 0, INNER_UNIT, CLASS_UNIT)
     if WHOLE_ROW:
-        c = tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < classes)[None, :]
-        row = tl.load(
-            pointers(x_starts, c, x_strides[2], INNER_UNIT), mask=mask, other=-float("inf")
-        ).to(A)
+        c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
+        row = load_scaled(pointers(x_rows, c), mask, -float("inf"), A)
         maximum = tl.max(row, 1)
         total = tl.sum(exp_nonpositive(row - maximum[:, None], EXACT), 1)
         value = normalize(row, maximum, total, LOGARITHM, EXACT)
-        tl.store(pointers(y_starts, c, y_strides[2], INNER_UNIT), value, mask=mask)
+        tl.store(pointers(y_rows, c), value, mask=mask)
     else:
-        maximum, total = first_pass(
-            x_starts, classes, x_strides[2], in_bounds, A, EXACT, INNER_UNIT, ROWS, BLOCK
-        )
+        maximum, total = first_pass(x_rows, classes, in_bounds, A, EXACT, ROWS, BLOCK)
         for start in range(0, classes, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            mask = in_bounds[:, None] & (c < classes)[None, :]
-            at = pointers(x_starts, c, x_strides[2], INNER_UNIT)
-            part = load_scaled(at, mask, 0.0, A, 1.0, DROP)
+            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+            part = load_scaled(pointers(x_rows, c), mask, 0.0, A, 1.0, DROP)
             value = normalize(part, maximum, total, LOGARITHM, EXACT)
-            tl.store(pointers(y_starts, c, y_strides[2], INNER_UNIT), value, mask=mask)
-
-
-@triton.jit
-def read_pair(
-    dy_starts, y_starts, c, class_stride, mask, A: tl.constexpr, INNER_UNIT: tl.constexpr
-):
-    dy = tl.load(pointers(dy_starts, c, class_stride, INNER_UNIT), mask=mask, other=0.0).to(A)
-    y = tl.load(pointers(y_starts, c, class_stride, INNER_UNIT), mask=mask, other=0.0).to(A)
-    return dy, y
+            tl.store(pointers(y_rows, c), value, mask=mask)
 
 
 @triton.jit
@@ -108,27 +101,27 @@ def softmax_backward_kernel(
     EXACT: tl.constexpr = y.dtype.element_ty.primitive_bitwidth > 16
     inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
     outer, lanes, in_bounds = block_of_rows(inner, ROWS)
-    dy_starts = row_starts(dy, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
-    y_starts = row_starts(y, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
-    dx_starts = row_starts(dx, outer, lanes, strides[0], strides[1], INNER_UNIT, CLASS_UNIT)
+    dy_rows = strided_rows(dy, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
+    y_rows = strided_rows(y, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
+    dx_rows = strided_rows(dx, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
     if WHOLE_ROW:
-        c = tl.arange(0, BLOCK)
-        mask = in_bounds[:, None] & (c < classes)[None, :]
-        dy_row, y_row = read_pair(dy_starts, y_starts, c, strides[2], mask, A, INNER_UNIT)
+        c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
+        dy_row = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
+        y_row = load_scaled(pointers(y_rows, c), mask, 0.0, A)
         total = tl.sum(dy_row if LOGARITHM else dy_row * y_row, 1)
         value = gradient(dy_row, y_row, total, LOGARITHM, EXACT)
-        tl.store(pointers(dx_starts, c, strides[2], INNER_UNIT), value, mask=mask)
+        tl.store(pointers(dx_rows, c), value, mask=mask)
     else:
         sums = tl.zeros([ROWS, BLOCK], A)
         for start in range(0, classes, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            mask = in_bounds[:, None] & (c < classes)[None, :]
-            dy_part, y_part = read_pair(dy_starts, y_starts, c, strides[2], mask, A, INNER_UNIT)
+            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+            dy_part = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
+            y_part = load_scaled(pointers(y_rows, c), mask, 0.0, A)
             sums += dy_part if LOGARITHM else dy_part * y_part
         total = tl.sum(sums, 1)
         for start in range(0, classes, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            mask = in_bounds[:, None] & (c < classes)[None, :]
-            dy_part, y_part = read_pair(dy_starts, y_starts, c, strides[2], mask, A, INNER_UNIT)
+            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+            dy_part = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
+            y_part = load_scaled(pointers(y_rows, c), mask, 0.0, A)
             value = gradient(dy_part, y_part, total, LOGARITHM, EXACT)
-            tl.store(pointers(dx_starts, c, strides[2], INNER_UNIT), value, mask=mask)
+            tl.store(pointers(dx_rows, c), value, mask=mask)

@@ -18,11 +18,7 @@ from triton.runtime import driver
 from pyfused.backends.versions import triton_version
 from pyfused.kernels import launch
 from pyfused.kernels.activation import activation_kernel
-from pyfused.kernels.cross_entropy import (
-    probabilities_kernel,
-    row_kernel,
-    two_pass_kernel,
-)
+from pyfused.kernels.cross_entropy import row_kernel, two_pass_kernel
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Launch, prepared
@@ -216,24 +212,20 @@ def cross_entropy(
     outer, inner, classes = sizes = _with_one_outer(row_sizes(logits), all_strides)
     n, accumulate = outer * inner, accumulate_dtype(input.dtype)
     smoothing, ignore_index = options.label_smoothing, options.ignore_index
-    dense = not indices or (smoothing > 0 and weight is not None)
-    tensors, once = (2, False) if dense else (1, not of_input)
+    weighted = not indices or (smoothing > 0 and weight is not None)  # each class differently
+    tensors, once = (2, False) if weighted else (1, not of_input)
     itemsize = input.element_size()
     choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
-    meta: Any = {"SCALE": options.scale, "EACH": each, **units}
-    if indices:
-        meta |= {"GAMMA": options.gamma, "SMOOTHING": smoothing > 0}
+    meta: Any = {"SCALE": options.scale, "EACH": each, "GAMMA": options.gamma, **units}
     whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
-    shape: Any = inner, classes, strides + target_strides + grad_strides + grad_target_strides
-    scalars: Any = ignore_index, smoothing, options.z_loss
-    if not indices:
-        kernel, scalars = prepared(probabilities_kernel, choice, **meta), scalars[1:]
-    elif whole_rows and not dense:
-        kernel = prepared(row_kernel, choice, **meta)
-        shape = inner, classes, (strides[1], grad_strides[1])
-    else:
-        kernel = prepared(two_pass_kernel, choice, **meta)
-        shape = inner, classes, strides + grad_strides
+    whole_rows = whole_rows and not weighted
+    function, given = two_pass_kernel, strides + grad_strides
+    if whole_rows:
+        function, given = row_kernel, (strides[1], grad_strides[1])
+    elif not indices:
+        given += target_strides + grad_target_strides
+    kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
+    numbers = inner, classes, given, ignore_index, smoothing, options.z_loss
     converts = _converts(accumulate, weight, options.token_weight, grad_output)
     few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
     reduction = options.reduction  # what is prepared holds no tensor, as options may
@@ -264,8 +256,8 @@ def cross_entropy(
             counted = target, weight, token_weight, ignore_index, classes
             may_count = few and row_weight is token_weight
             divisor = _denominator(denominator, n, may_count, *counted)
-        results: Any = (stored, grad) if indices else (stored, grad, grad_target)
-        kernel(programs, logits, target, weight, row_weight, divisor, *results, *shape, *scalars)
+        results: Any = (stored, grad) if whole_rows else (stored, grad, grad_target)
+        kernel(programs, logits, target, weight, row_weight, divisor, *results, *numbers)
         _add_up(stored)
         if loss is not None and grad_output is not None:  # by which only gradients are multiplied
             loss /= grad_output
