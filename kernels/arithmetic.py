@@ -81,48 +81,36 @@ def tanh(x, EXACT: tl.constexpr = True):
 
 
 @triton.jit
-def _exponent(u):
-    """k << 23, where a float32 has its exponent, of u = m 2**k with 2/3 <= m < 4/3."""
-    return (u.to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
-
-
-@triton.jit
-def _log(u, f, k):
-    """log(u) of u = (1 + f) 2**(k >> 23), where f is exact; infinite for 0, NaN below."""
-    rest = polynomial(
-        f,
-        (-0.133117437, 0.140062273, -0.120781489, 0.140008256, -0.166895032,
-         0.200107709, -0.249995068, 0.333332092, -0.5),
-    )  # fmt: skip
-    log = k.to(tl.float32) * 8.26295829e-08 + (f * f * rest + f)  # log(2) / 2**23
-    return tl.where((u > 0.0) & (u < float("inf")), log, u - tl.abs(tl.rsqrt(u)))
-
-
-@triton.jit
 def log(x):
-    """log(x) to 1 ULP, near 1 too, where a GPU's own is off by up to 2**-22."""
+    """log(x) to 1 ULP, near 1 too, where a GPU's own is off by up to 2**-22.
+
+    x = (1 + f) 2**k with 2/3 <= 1 + f < 4/3; infinite for 0, NaN below.
+    """
     if x.dtype == tl.float64:
         log = tl.log(x)
     else:
         subnormal = x < 1.1754943508222875e-38  # with fewer digits Triton would compare in float64
         u = tl.where(subnormal, x * 8388608.0, x)
-        k = _exponent(u)
-        f = (u.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) - 1.0
-        log = _log(u, f, k - tl.where(subnormal, 23 << 23, 0))
+        bits = u.to(tl.int32, bitcast=True)
+        k = (bits - 0x3F2AAAAB) & -0x800000  # k << 23, where a float32 has its exponent
+        f = (bits - k).to(tl.float32, bitcast=True) - 1.0
+        k -= tl.where(subnormal, 23 << 23, 0)
+        rest = polynomial(
+            f,
+            (-0.133117437, 0.140062273, -0.120781489, 0.140008256, -0.166895032,
+             0.200107709, -0.249995068, 0.333332092, -0.5),
+        )  # fmt: skip
+        log = k.to(tl.float32) * 8.26295829e-08 + (f * f * rest + f)  # log(2) / 2**23
+        log = tl.where((u > 0.0) & (u < float("inf")), log, u - tl.abs(tl.rsqrt(u)))
     return log
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for -1 <= x <= 1 to 2 ULP: the rounding error of 1 + x is not lost."""
+    """log(1 + x) to 2 ULP, with a correction of the rounding of 1 + x."""
     u = 1.0 + x
-    if x.dtype == tl.float64:
-        log = tl.where(u > 0.0, tl.log(u) + (x - (u - 1.0)) / u, tl.log(u))
-    else:
-        k = _exponent(u)
-        scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2**-k
-        log = _log(u, x * scale + (scale - 1.0), k)
-    return log
+    corrected = tl.where(u < float("inf"), log(u) + (x - (u - 1.0)) / u, log(u))
+    return tl.where(u > 0.0, corrected, log(u))
 
 
 @triton.jit
@@ -139,13 +127,6 @@ def softplus_nonpositive(x):
         )  # fmt: skip
         log = y * y * rest + y
     return log
-
-
-@triton.jit
-def sigmoid(x, EXACT: tl.constexpr = True):
-    """1 / (1 + exp(-x)) without overflow."""
-    z = exp_nonpositive(-tl.abs(x), EXACT)
-    return tl.where(x < 0.0, z, 1.0) * reciprocal(1.0 + z, EXACT)
 
 
 @triton.jit

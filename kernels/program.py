@@ -20,6 +20,7 @@ from .arithmetic import (  # noqa: F401 programs call them
     exp,
     exp_nonpositive,
     log,
+    log1p,
     normal_cdf,
     reciprocal,
     softplus_nonpositive,
@@ -68,14 +69,6 @@ def expm1(x):
     """Near 0 by tanh(x / 2) = expm1(x) / (expm1(x) + 2), to 4 ULP."""
     t = tanh(0.5 * x)
     return tl.where(tl.abs(x) < 0.5, 2.0 * t / (1.0 - t), exp(x) - 1.0)
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) of any x, with a correction of the rounding of 1 + x."""
-    u = 1.0 + x
-    corrected = tl.where(u < float("inf"), log(u) + (x - (u - 1.0)) / u, log(u))
-    return tl.where(u > 0.0, corrected, log(u))
 
 
 @triton.jit

@@ -94,12 +94,12 @@ CASES: dict[str, tuple[Any, Function, Function, float]] = {
     "log beside 1": (arithmetic.log, torch.log, lambda: 1 + uniform(-1e-5, 1e-5), 1.5),
     "log of subnormal": (arithmetic.log, torch.log, lambda: sizes(1e-44, 1e-38), 1.5),
     "log1p": (arithmetic.log1p, torch.log1p, lambda: uniform(-1, 1), 2),
+    "log1p of large numbers": (arithmetic.log1p, torch.log1p, lambda: sizes(1, 1e38), 2),
     "log1p near 0": (arithmetic.log1p, torch.log1p, lambda: sizes(1e-30, 1), 2),
     "log1p near -0": (arithmetic.log1p, torch.log1p, lambda: -sizes(1e-30, 1), 2),
     "softplus": (arithmetic.softplus_nonpositive, F.softplus, lambda: uniform(-80, 0), 5),
     "softplus near 0": (arithmetic.softplus_nonpositive, F.softplus, lambda: uniform(-1, 0), 3),
     "reciprocal": (arithmetic.reciprocal, torch.reciprocal, lambda: sizes(1e-30, 1e30), 1),
-    "sigmoid": (arithmetic.sigmoid, torch.sigmoid, lambda: uniform(-80, 20), 4),
     "tanh": (arithmetic.tanh, torch.tanh, lambda: uniform(-10, 10), 3),
     "tanh near 0": (arithmetic.tanh, torch.tanh, lambda: sizes(1e-30, 1), 3),
 }
@@ -111,13 +111,13 @@ def test_of_float32(function: Any, of_torch: Function, numbers: Any, most: float
     assert ulps(of(function, x), of_torch(x.double())) <= most
 
 
-@pytest.mark.parametrize("name", ["exp", "log", "log1p", "sigmoid", "tanh"])
+@pytest.mark.parametrize("name", ["exp", "log", "log1p", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
 def test_at_the_ends(name: str, dtype: torch.dtype) -> None:
     inf, nan = math.inf, math.nan
     given = [0.0, -0.0, inf, -inf, nan, 1.0, -1.0, -2.0, 1e-37, 1e30, -1e30, 88.72283, 89.0, -200.0]
     if name == "log1p":
-        given = [0.0, nan, 1.0, -1.0, -2.0, 1e-37, 0.5, -0.5]
+        given = [0.0, inf, nan, 1.0, -1.0, -2.0, 1e-37, 1e30, 0.5, -0.5]
     x = torch.tensor(given, dtype=dtype)
     of_torch = torch.log1p if name == "log1p" else getattr(torch, name)
     got = of(getattr(arithmetic, name), x.repeat(BLOCK)[:BLOCK])[: len(x)]
