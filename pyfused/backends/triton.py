@@ -193,10 +193,9 @@ def cross_entropy(
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss, and gradients of input and target; see ``cpu.cross_entropy``.
 
-    A class index out of range makes the loss of its row NaN and its gradient zero.
+    A class index out of range makes the loss of its row NaN and its gradient zero. With grad_output
+    no loss is wanted, as the kernels multiply both by it.
     """
-    if grad_output is not None and outputs.loss and options.reduction == "none":
-        return _loss_and_gradients(input, target, weight, options, outputs, grad_output)
     of_input, of_target = outputs.gradients or (False, False)
     indices, each = target.dtype is torch.int64, options.reduction == "none"
     logits, strides = viewed(input)
@@ -219,13 +218,13 @@ def cross_entropy(
     meta: Any = {"SCALE": options.scale, "EACH": each, "GAMMA": options.gamma, **units}
     whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
     whole_rows = whole_rows and not weighted
-    function, given = two_pass_kernel, strides + grad_strides
+    function, given = two_pass_kernel, [*strides, *grad_strides]
     if whole_rows:
-        function, given = row_kernel, (strides[1], grad_strides[1])
+        function, given = row_kernel, [strides[1], grad_strides[1]]
     elif not indices:
-        given += target_strides + grad_target_strides
+        given += [*target_strides, *grad_target_strides]
     kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
-    numbers = inner, classes, given, ignore_index, smoothing, options.z_loss
+    numbers = inner, classes, tuple(given), ignore_index, smoothing, options.z_loss
     converts = _converts(accumulate, weight, options.token_weight, grad_output)
     few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
     reduction = options.reduction  # what is prepared holds no tensor, as options may
@@ -259,28 +258,7 @@ def cross_entropy(
         results: Any = (stored, grad) if whole_rows else (stored, grad, grad_target)
         kernel(programs, logits, target, weight, row_weight, divisor, *results, *numbers)
         _add_up(stored)
-        if loss is not None and grad_output is not None:  # by which only gradients are multiplied
-            loss /= grad_output
         return loss, (grad, grad_target)
-
-    return run
-
-
-def _loss_and_gradients(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    outputs: Outputs,
-    grad_output: Tensor,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares two launches, as grad_output multiplies each loss of a launch, too."""
-    given = input, target, weight, options
-    loss_of = cross_entropy(*given, outputs._replace(gradients=()))
-    gradients_of = cross_entropy(*given, outputs._replace(loss=False), grad_output)
-
-    def run(*tensors: Any) -> tuple[Tensor | None, Gradients]:
-        return loss_of(*tensors[:5])[0], gradients_of(*tensors)[1]
 
     return run
 

@@ -63,6 +63,17 @@ _LINEAR = [getattr(torch.ops.aten, op) for op in ("mm", "bmm", "sum")]
 _registered = False
 
 
+def _version() -> str:
+    """Returns what tells the code apart that decides about a program: its hash, and the backend."""
+    found = sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(path.read_bytes())
+    return f"{found.hexdigest()} {FORCED}"
+
+
+torch.compiler.config.cache_key_tag += f" pyfused {_version()}"
+
+
 def register() -> None:
     """Adds the patterns, once, if Inductor is compiling: nothing else imports what they go into."""
     global _registered
@@ -81,18 +92,9 @@ def register() -> None:
         for name, rewrite, patterns in rewrites:
             pattern = CallFunctionVarArgs(getattr(TORCH_OPS, name).default)
             register_graph_pattern(pattern, pass_dict=patterns)(rewrite)
-        torch.compiler.config.cache_key_tag += f" pyfused {_version()}"
     except (AttributeError, ImportError, TypeError):
         for name in in_torch:
             COMPILED.pop(name, None)
-
-
-def _version() -> str:
-    """Returns what tells the code apart that decides about a program: its hash, and the backend."""
-    found = sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        found.update(path.read_bytes())
-    return f"{found.hexdigest()} {FORCED}"
 
 
 # ---- operators between tensors that are in memory ------------------------------------------------
