@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-import pyfused._modules as _modules
 import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused import checks
@@ -50,7 +49,6 @@ class Explanation(NamedTuple):
 
 
 BY_SHARDS = "some classes a process"
-_NAMES = vars(nn), vars(_modules)  # that our modules' code sees
 
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -109,11 +107,10 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
         module = copy.copy(module)
         module.__class__ = FUSED[type(module)]
     forward: Any = type(module).forward
-    names = next((names for names in _NAMES if forward.__globals__ is names), None)
-    if names is None:
+    if forward.__globals__ is not vars(nn):
         raise ValueError(f"op: expected a module that pyfused has a kernel of, got {module}")
     explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
-    explained = FunctionType(forward.__code__, names | {"F": explaining})
+    explained = FunctionType(forward.__code__, vars(nn) | {"F": explaining})
     said: Explanation = explained(module, *args, **kwargs)
     return said
 

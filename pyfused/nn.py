@@ -1,6 +1,7 @@
 """Fused counterparts of ``torch.nn``'s modules: subclasses, alike but for their ``forward``.
 
-A name that has no counterpart here, such as ``Linear``, is torch's.
+Most of them follow from the declarations of their operators; ``nn.pyi`` has their signatures. A
+name that has no counterpart here, such as ``Linear``, is torch's.
 """
 
 # mypy: disable-error-code="arg-type"
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
-from pyfused import _modules, checks
-from pyfused._modules import *  # noqa: F403 printed from declarations
+from pyfused import checks
+from pyfused.ops.declaration import Operator, parameters_of
+from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     CrossEntropyOptions,
     MarginKind,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
-    *_modules.__all__,
     "AdditiveMargin",
     "CrossEntropyLoss",
     "KLDivWithLogitsLoss",
@@ -308,7 +309,7 @@ class AdditiveMargin(torch.nn.Module):
         return f"margin={self.margin}, kind={self.kind!r}"
 
 
-class RMSELoss(torch.nn.modules.loss._WeightedLoss):
+class RMSELoss(_WeightedLoss):
     """:func:`pyfused.functional.rmse_loss` as a module."""
 
     def __init__(
@@ -324,7 +325,7 @@ class RMSELoss(torch.nn.modules.loss._WeightedLoss):
         return _changed(self, eps=0.0)
 
 
-class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
+class SigmoidFocalLoss(_WeightedLoss):
     """:func:`pyfused.functional.sigmoid_focal_loss` as a module, which takes the mean."""
 
     def __init__(
@@ -368,3 +369,51 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.log_softmax(input, self.dim, _stacklevel=5)
+
+
+# ---- modules that follow from declarations -------------------------------------------------------
+
+
+def _module_of(op: Operator) -> type[torch.nn.Module]:
+    """Returns the class of an operator's module: torch's with another ``forward``, or a new one.
+
+    Its functions are compiled from text, as those of a dataclass are, so that a call of the module
+    takes no longer than if they had been written out.
+    """
+    theirs: Any = getattr(torch.nn, op.module, None)
+    accepted, members = parameters_of(getattr(F, op.name)), dict[str, Any]()
+    if theirs is not None:
+        base, source = theirs, ""
+        doc = f":class:`torch.nn.{op.module}` over :func:`pyfused.functional.{op.name}`."
+        operands = list(parameters_of(theirs.forward))[1:]
+        options = parameters_of(theirs.__init__).keys() - {"size_average", "reduce"}
+        options |= {o.name for o in op.operands[len(operands) :] if not o.optional}  # a slope
+    else:
+        doc = f":func:`pyfused.functional.{op.name}` as a module."
+        operands = [operand.name for operand in op.operands]
+        defaults = {scalar.name: scalar.default for scalar in op.scalars}
+        given = [f"{name}: {type(value).__name__} = {value!r}" for name, value in defaults.items()]
+        reduces = "reduction" in accepted
+        given += ["reduction: Reduction = 'mean'"] * reduces
+        base = torch.nn.modules.loss._Loss if reduces else torch.nn.Module
+        options = {*defaults, *["reduction"] * reduces}
+        source = f"def __init__({', '.join(['self', *given])}) -> None:\n"
+        source += f"    super({op.module}, self).__init__({'reduction=reduction' * reduces})\n"
+        source += "".join(f"    self.{name} = {name}\n" for name in defaults)
+        source += f"def extra_repr(self) -> str:\n    return _changed(self, **{defaults})\n"
+    kinds = ["Tensor | float" if operand.number else "Tensor" for operand in op.operands]
+    taken = [f"{name}: {kind}" for name, kind in zip(operands, kinds, strict=False)]
+    passed = [*operands, *(f"{name}=self.{name}" for name in accepted if name in options)]
+    source += f"def forward({', '.join(['self', *taken])}) -> Tensor:\n"
+    source += f"    return F.{op.name}({', '.join(passed)})\n"
+    exec(source, globals(), members)
+    for name, function in members.items():
+        function.__qualname__ = f"{op.module}.{name}"
+    return type(op.module, (base,), {"__module__": __name__, "__doc__": doc, **members})
+
+
+for _op in OPERATORS.values():
+    if _op.module not in globals():  # else it is written above
+        globals()[_op.module] = _module_of(_op)
+        __all__.append(_op.module)
+__all__.sort()
