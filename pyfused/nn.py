@@ -23,6 +23,7 @@ from pyfused import checks
 from pyfused.ops.declaration import Operator, parameters_of
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
+    Approximate,  # noqa: F401 of geglu, whose module follows from its declaration
     CrossEntropyOptions,
     MarginKind,
     ModuleOptions,
@@ -42,10 +43,7 @@ __all__ = [
     "LinearLogProbs",
     "LinearTopKKLDivLoss",
     "LogProbs",
-    "LogSoftmax",
-    "RMSELoss",
     "SigmoidFocalLoss",
-    "Softmax",
 ]
 
 
@@ -309,22 +307,6 @@ class AdditiveMargin(torch.nn.Module):
         return f"margin={self.margin}, kind={self.kind!r}"
 
 
-class RMSELoss(_WeightedLoss):
-    """:func:`pyfused.functional.rmse_loss` as a module."""
-
-    def __init__(
-        self, reduction: Reduction = "mean", weight: Tensor | None = None, eps: float = 0.0
-    ) -> None:
-        super().__init__(weight, reduction=reduction)
-        self.eps = eps
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.rmse_loss(input, target, self.reduction, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return _changed(self, eps=0.0)
-
-
 class SigmoidFocalLoss(_WeightedLoss):
     """:func:`pyfused.functional.sigmoid_focal_loss` as a module, which takes the mean."""
 
@@ -357,20 +339,6 @@ class SigmoidFocalLoss(_WeightedLoss):
         return _changed(self, alpha=0.25, gamma=2, ignore_index=None)
 
 
-class Softmax(torch.nn.Softmax):
-    """:class:`torch.nn.Softmax` over :func:`pyfused.functional.softmax`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.softmax(input, self.dim, _stacklevel=5)
-
-
-class LogSoftmax(torch.nn.LogSoftmax):
-    """:class:`torch.nn.LogSoftmax` over :func:`pyfused.functional.log_softmax`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.log_softmax(input, self.dim, _stacklevel=5)
-
-
 # ---- modules that follow from declarations -------------------------------------------------------
 
 
@@ -381,7 +349,8 @@ def _module_of(op: Operator) -> type[torch.nn.Module]:
     takes no longer than if they had been written out.
     """
     theirs: Any = getattr(torch.nn, op.module, None)
-    accepted, members = parameters_of(getattr(F, op.name)), dict[str, Any]()
+    function, members = getattr(F, op.name), dict[str, Any]()
+    accepted, kinds = parameters_of(function), function.__annotations__
     if theirs is not None:
         base, source = theirs, ""
         doc = f":class:`torch.nn.{op.module}` over :func:`pyfused.functional.{op.name}`."
@@ -390,20 +359,23 @@ def _module_of(op: Operator) -> type[torch.nn.Module]:
         options |= {o.name for o in op.operands[len(operands) :] if not o.optional}  # a slope
     else:
         doc = f":func:`pyfused.functional.{op.name}` as a module."
-        operands = [operand.name for operand in op.operands]
-        defaults = {scalar.name: scalar.default for scalar in op.scalars}
-        given = [f"{name}: {type(value).__name__} = {value!r}" for name, value in defaults.items()]
-        reduces = "reduction" in accepted
-        given += ["reduction: Reduction = 'mean'"] * reduces
-        base = torch.nn.modules.loss._Loss if reduces else torch.nn.Module
-        options = {*defaults, *["reduction"] * reduces}
-        source = f"def __init__({', '.join(['self', *given])}) -> None:\n"
-        source += f"    super({op.module}, self).__init__({'reduction=reduction' * reduces})\n"
-        source += "".join(f"    self.{name} = {name}\n" for name in defaults)
-        source += f"def extra_repr(self) -> str:\n    return _changed(self, **{defaults})\n"
-    kinds = ["Tensor | float" if operand.number else "Tensor" for operand in op.operands]
-    taken = [f"{name}: {kind}" for name, kind in zip(operands, kinds, strict=False)]
+        operands = [operand.name for operand in op.operands if not operand.optional]
+        options = accepted.keys() - {*operands}
+        base = torch.nn.modules.loss._Loss if "reduction" in options else torch.nn.Module
+        base = _WeightedLoss if "weight" in options else base
+        of_base = parameters_of(base.__init__).keys() & options
+        defaults = {name: accepted[name] for name in accepted if name in options}
+        given = [f"{name}: {kinds[name]} = {default!r}" for name, default in defaults.items()]
+        own = {name: default for name, default in defaults.items() if name not in of_base}
+        source = (
+            f"def __init__({', '.join(['self', *given])}) -> None:\n"
+            f"    super({op.module}, self).__init__({', '.join(f'{n}={n}' for n in of_base)})\n"
+            + "".join(f"    self.{name} = {name}\n" for name in own)
+            + f"def extra_repr(self) -> str:\n    return _changed(self, **{own})\n"
+        )
+    taken = [f"{name}: {kinds[ours]}" for name, ours in zip(operands, accepted, strict=False)]
     passed = [*operands, *(f"{name}=self.{name}" for name in accepted if name in options)]
+    passed += ["_stacklevel=5"] * ("_stacklevel" in accepted)
     source += f"def forward({', '.join(['self', *taken])}) -> Tensor:\n"
     source += f"    return F.{op.name}({', '.join(passed)})\n"
     exec(source, globals(), members)
