@@ -807,13 +807,6 @@ def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
     _expands("weight", input.shape, weight.shape)
 
 
-def weight_of_inputs_shape(input: Tensor, weight: Tensor) -> None:
-    if weight.shape != input.shape:
-        raise ValueError(
-            f"weight: expected the input's shape {tuple(input.shape)}, got {tuple(weight.shape)}"
-        )
-
-
 def _expands(name: str, input: torch.Size, other: torch.Size) -> None:
     pairs = zip(reversed(input), reversed(other), strict=False)
     if len(other) > len(input) or any(b not in (1, a) for a, b in pairs):

@@ -34,7 +34,7 @@ class ClassLossArguments(NamedTuple):
     input: Tensor
     target: Tensor
     weight: Tensor | None
-    options: Any  # the operator's ClassLossOptions
+    options: Any  # CrossEntropyOptions, NllOptions or MarginOptions
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

@@ -36,6 +36,8 @@ SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
+_of_inputs_shape = partial(checks.same_shape, name="weight")
+
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
@@ -93,7 +95,7 @@ MSE_LOSS = PointwiseLoss(
     module="MSELoss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=checks.weight_of_inputs_shape,
+    weight_shape=_of_inputs_shape,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target) ** 2,
 )
@@ -103,7 +105,7 @@ L1_LOSS = PointwiseLoss(
     module="L1Loss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=checks.weight_of_inputs_shape,
+    weight_shape=_of_inputs_shape,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target).abs(),
 )
@@ -149,7 +151,7 @@ HUBER_LOSS = PointwiseLoss(
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     scalars=(Scalar("delta", positive=True),),
-    weight_shape=checks.weight_of_inputs_shape,
+    weight_shape=_of_inputs_shape,
     fallback_reason=_differ_in_dtype,
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
@@ -708,10 +710,6 @@ HARDSWISH = Activation(
 )
 
 
-def _hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    return torch.hardshrink(input, lambd)
-
-
 def _beyond(input: Tensor, bound: Tensor) -> Tensor:
     return (input < -bound) | (input > bound)
 
@@ -722,17 +720,13 @@ HARDSHRINK = Activation(
     saves="input",
     scalars=(Scalar("lambd", low=0.0),),
     formula=lambda input, lambd: torch.where((-lambd <= input) & (input <= lambd), 0, input),
-    definition=_hardshrink,
+    definition=lambda input, lambd=0.5: torch.hardshrink(input, lambd),
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
 
 def _zero(input: Tensor) -> Tensor:
     return torch.where(input == input, 0, input)  # NaN of NaN
-
-
-def _softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    return torch._C._nn.softshrink(input, lambd)
 
 
 SOFTSHRINK = Activation(
@@ -743,7 +737,7 @@ SOFTSHRINK = Activation(
     formula=lambda input, lambd: torch.where(
         input > lambd, input - lambd, torch.where(input < -lambd, input + lambd, _zero(input))
     ),
-    definition=_softshrink,
+    definition=lambda input, lambd=0.5: torch._C._nn.softshrink(input, lambd),
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
@@ -826,10 +820,6 @@ SOFTPLUS = Activation(
 )
 
 
-def _logsigmoid(input: Tensor) -> Tensor:
-    return torch._C._nn.log_sigmoid(input)
-
-
 LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
@@ -838,7 +828,7 @@ LOGSIGMOID = Activation(
         None if input.is_contiguous() else "torch makes its result contiguous"
     ),
     formula=lambda input: 0 - F.softplus(-input),  # 0.0 of infinity
-    definition=_logsigmoid,
+    definition=lambda input: torch._C._nn.log_sigmoid(input),
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )
 
@@ -883,16 +873,8 @@ GLU = Halves(
 GATED = (Operand("gate"), Operand("up"))
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch._C._nn.silu(gate) * up
-
-
 def _geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     return torch._C._nn.gelu(gate, approximate=approximate) * up
-
-
-def _reglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.relu(gate) * up
 
 
 def _gradient_of_swiglu(gate: Tensor, up: Tensor) -> Gradients:
@@ -905,7 +887,7 @@ SWIGLU = Gated(
     module="SwiGLU",
     operands=GATED,
     formula=lambda gate, up: gate * gate.sigmoid() * up,
-    definition=_swiglu,
+    definition=lambda gate, up: torch._C._nn.silu(gate) * up,
     gradient=_gradient_of_swiglu,
 )
 
@@ -927,7 +909,7 @@ REGLU = Gated(
     module="ReGLU",
     operands=GATED,
     formula=lambda gate, up: torch.where(gate < 0, 0, gate) * up,
-    definition=_reglu,
+    definition=lambda gate, up: torch.relu(gate) * up,
     gradient=lambda gate, up: (torch.where(gate <= 0, 0, up), torch.where(gate < 0, 0, gate)),
 )
 
