@@ -410,16 +410,21 @@ def unpatch() -> None:
             raise
 
 
+def _expect(asked: str, whose: str, function: Callable[[Any], Any]) -> None:
+    """Raises where a name holds another function than it should."""
+    for site in _SITES:
+        if not site.has(function(site)):
+            raise RuntimeError(
+                f"{asked}: expected {whose} function at {site.path}, got "
+                f"{_describe(site.now())}. Undo that patch first."
+            )
+
+
 def _install() -> None:
     global _installed
     if _installed:
         return
-    for site in _SITES:
-        if not site.has(site.unpatched):
-            raise RuntimeError(
-                f"patch: expected torch's own function at {site.path}, got "
-                f"{_describe(site.now())}. Undo that patch first."
-            )
+    _expect("patch", "torch's own", lambda site: site.unpatched)
     table = _compilers_table()
     if table:
         table()  # before the names are pyfused's
@@ -440,12 +445,7 @@ def _remove_unless_wanted() -> None:
     global _installed
     if _calls or _blocks or not _installed:
         return
-    for site in _SITES:
-        if not site.has(site.ours):
-            raise RuntimeError(
-                f"unpatch: expected pyfused's function at {site.path}, got "
-                f"{_describe(site.now())}. Undo that patch first."
-            )
+    _expect("unpatch", "pyfused's", lambda site: site.ours)
     for site in _SITES:
         site.put(site.unpatched)
     _installed = False

@@ -307,8 +307,11 @@ def dir_of_ours() -> list[str]:
 
 def stub_of(cls: type) -> str:
     names = [path_of(base) for base in cls.__bases__]
+    theirs = names == [f"torch.nn.{cls.__name__}"]  # whose `forward` takes the same
     annotations, attributes, members = inspect.get_annotations(cls), dict[str, str](), list[str]()
     for name, value in vars(cls).items():
+        if theirs and name == "forward":
+            continue
         if inspect.isfunction(value) and (name == "__init__" or name[0] != "_"):
             signature = f"{name}({parameters_in_words(value)}) -> {returned(value)}"
             members.append(f"    def {signature}: ...")
@@ -319,7 +322,8 @@ def stub_of(cls: type) -> str:
         elif name[0] != "_":
             attributes[name] = annotations.get(name, type(value).__name__)
     members = [f"    {name}: {of}" for name, of in attributes.items()] + members
-    return "\n".join([f"class {cls.__name__}({', '.join(names)}):", *(members or ["    ..."])])
+    head = f"class {cls.__name__}({', '.join(names)}):"
+    return "\n".join([head, *members]) if members else f"{head} ..."
 
 
 def path_of(base: type) -> str:

@@ -592,16 +592,21 @@ def _cdf(x: Tensor, approximate: str) -> Tensor:
     return (_TWICE * (x + 0.044715 * x * x * x)).sigmoid()
 
 
+def _sigmoid_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns y = sigmoid(x) and its derivative y (1 - y)."""
+    e = (-x.abs()).exp()
+    d = 1 / (1 + e)
+    return torch.where(x < 0, e * d, d), e * d * d
+
+
 def _gradient_of_gelu(grad_output: Tensor, input: Tensor, approximate: str) -> Tensor:
     if approximate == "none":
         below = _cdf(input, approximate)
         density = (input * input * -0.5).exp() * (1 / math.sqrt(2 * math.pi))
         return grad_output * (below + input * density)
-    u = _TWICE * (input + 0.044715 * input * input * input)
-    e = (-u.abs()).exp()
-    d = 1 / (1 + e)  # y (1 - y) of y = sigmoid(u) is e d d
-    slope = e * d * d * (_TWICE * (1 + 0.134145 * input * input))
-    return grad_output * (torch.where(u < 0, e * d, d) + input * slope)
+    y, slope = _sigmoid_and_slope(_TWICE * (input + 0.044715 * input * input * input))
+    slope = slope * (_TWICE * (1 + 0.134145 * input * input))
+    return grad_output * (y + input * slope)
 
 
 GELU = Activation(
@@ -851,9 +856,8 @@ TANHSHRINK = Activation(
 
 
 def _gradient_of_glu(first: Tensor, second: Tensor) -> Gradients:
-    e = (-second.abs()).exp()
-    d = 1 / (1 + e)  # y (1 - y) of y = sigmoid(second) is e d d
-    return torch.where(second < 0, e * d, d), first * (e * d * d)
+    y, slope = _sigmoid_and_slope(second)
+    return y, first * slope
 
 
 def _no_halves(input: Tensor, dim: int) -> str | None:
@@ -877,18 +881,13 @@ def _geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     return torch._C._nn.gelu(gate, approximate=approximate) * up
 
 
-def _gradient_of_swiglu(gate: Tensor, up: Tensor) -> Gradients:
-    y = gate.sigmoid()
-    return up * (y * (1 + gate * (1 - y))), gate * y
-
-
 SWIGLU = Gated(
     name="swiglu",
     module="SwiGLU",
     operands=GATED,
     formula=lambda gate, up: gate * gate.sigmoid() * up,
     definition=lambda gate, up: torch._C._nn.silu(gate) * up,
-    gradient=_gradient_of_swiglu,
+    gradient=lambda gate, up: (_gradient_of_silu(up, gate), gate * gate.sigmoid()),
 )
 
 GEGLU = Gated(
