@@ -42,9 +42,8 @@ def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> Non
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
-NamedTensors = Sequence[
-    tuple[str, Tensor, bool]
-]  # name, tensor, and whether it may hold class indices
+# Names, tensors, and whether these may hold class indices.
+NamedTensors = Sequence[tuple[str, Tensor, bool]]
 
 
 def devices(given: NamedTensors, error: Exception) -> None:

@@ -89,7 +89,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     shard = values.pop("shard", None)
     arguments = operator.bind(**values)
     if shard is not None:
-        return _by_kernel(operator, arguments[0], lambda _: BY_SHARDS)
+        return _by_kernel(name, arguments[0], BY_SHARDS)
     checks.tensor(operator.operands[0].name, arguments[0])
     said = path_of(operator, arguments, inplace)
     tensors = [value for value in arguments if isinstance(value, Tensor)]
@@ -121,11 +121,9 @@ def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
     reason = reason_for_torch(op, arguments, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
-    local = op.local_of(arguments)
-    return _by_kernel(
-        op, input, lambda _: op.strategy_of(arguments) if local is None else BY_SHARDS
-    )
+    plain = op.local_of(arguments) is None
+    return _by_kernel(op.name, input, op.strategy_of(arguments) if plain else BY_SHARDS)
 
 
-def _by_kernel(op: Operator, input: Tensor, strategy: Callable[[Tensor], str]) -> Explanation:
-    return Explanation(op.name, *backend_of(input).describe(input, strategy))
+def _by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:
+    return Explanation(op, *backend_of(input).describe(input, strategy))

@@ -70,6 +70,7 @@ class FormulaOperator(PointwiseLoss):
     """A formula of a user's, declared at run time; an activation is a loss that is not reduced."""
 
     asks_dtype = True  # a mask, as a float32 tensor, widens half precision
+    strategy = "a program of its formula, element by element"
 
     def __init__(
         self,
@@ -130,9 +131,6 @@ class FormulaOperator(PointwiseLoss):
     def family(self) -> str:
         """Formulas of many instructions have a row of their own."""
         return "LongFormula" if self.long else "Formula"
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "a program of its formula, element by element"
 
     def _check(
         self,

@@ -9,14 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    MethodDescriptorType,
-    MethodType,
-    NoneType,
-    TracebackType,
-)
+from types import BuiltinFunctionType, CodeType, MethodDescriptorType, MethodType, NoneType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -317,12 +310,7 @@ class Patch:
             _calls.discard(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _blocks
         with _lock:
             _blocks -= 1

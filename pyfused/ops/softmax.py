@@ -23,6 +23,7 @@ class Softmax(Operator):
 
     built_in: tuple[str, ...] = ("input", "dim")
     saves: ClassVar[str] = "output"
+    strategy = "row by row, or several rows at a time"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,9 +68,6 @@ class Softmax(Operator):
     def check(self, arguments: Arguments) -> None:
         checks.tensor("input", arguments[0])
         checks.dim(arguments[1], arguments[0])
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "row by row, or several rows at a time"
 
 
 def not_along_one_dimension(
