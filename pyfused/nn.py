@@ -43,7 +43,6 @@ __all__ = [
     "LinearLogProbs",
     "LinearTopKKLDivLoss",
     "LogProbs",
-    "SigmoidFocalLoss",
 ]
 
 
@@ -307,38 +306,6 @@ class AdditiveMargin(torch.nn.Module):
         return f"margin={self.margin}, kind={self.kind!r}"
 
 
-class SigmoidFocalLoss(_WeightedLoss):
-    """:func:`pyfused.functional.sigmoid_focal_loss` as a module, which takes the mean."""
-
-    def __init__(
-        self,
-        alpha: float = 0.25,
-        gamma: float = 2,
-        reduction: Reduction = "mean",
-        *,
-        weight: Tensor | None = None,
-        ignore_index: float | None = None,
-    ) -> None:
-        super().__init__(weight, reduction=reduction)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.ignore_index = ignore_index
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.sigmoid_focal_loss(
-            inputs,
-            targets,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-        )
-
-    def extra_repr(self) -> str:
-        return _changed(self, alpha=0.25, gamma=2, ignore_index=None)
-
-
 # ---- modules that follow from declarations -------------------------------------------------------
 
 
@@ -365,7 +332,11 @@ def _module_of(op: Operator) -> type[torch.nn.Module]:
         base = _WeightedLoss if "weight" in options else base
         of_base = parameters_of(base.__init__).keys() & options
         defaults = {name: accepted[name] for name in accepted if name in options}
+        if defaults.get("reduction", "mean") != "mean":
+            defaults["reduction"], doc = "mean", f"{doc[:-1]}, which takes the mean."
         given = [f"{name}: {kinds[name]} = {default!r}" for name, default in defaults.items()]
+        if by_name := function.__code__.co_kwonlyargcount:
+            given.insert(-by_name, "*")
         own = {name: default for name, default in defaults.items() if name not in of_base}
         source = (
             f"def __init__({', '.join(['self', *given])}) -> None:\n"
