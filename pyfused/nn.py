@@ -10,6 +10,7 @@ name that has no counterpart here, such as ``Linear``, is torch's.
 from __future__ import annotations
 
 import inspect
+import linecache
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -349,7 +350,9 @@ def _module_of(op: Operator) -> type[torch.nn.Module]:
     passed += ["_stacklevel=5"] * ("_stacklevel" in accepted)
     source += f"def forward({', '.join(['self', *taken])}) -> Tensor:\n"
     source += f"    return F.{op.name}({', '.join(passed)})\n"
-    exec(source, globals(), members)
+    file = f"<{__name__}.{op.module}>"  # as a traceback, and who reads sources, knows it
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), globals(), members)
     for name, function in members.items():
         function.__qualname__ = f"{op.module}.{name}"
     return type(op.module, (base,), {"__module__": __name__, "__doc__": doc, **members})
