@@ -355,15 +355,8 @@ def nll_loss(
     reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
     needs_gradient = any(outputs.gradients)
 
-    def launch(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        _token_weight: None = None,
-        _denominator: None = None,
-        grad_output: Tensor | None = None,
-        *_: None,
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(*tensors: Any) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, _, _, grad_output = tensors
         view = input.contiguous() if copies else input
         indices = target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
@@ -412,15 +405,8 @@ def multi_margin_loss(
     needs_gradient = any(outputs.gradients)
     reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
 
-    def launch(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        _token_weight: None = None,
-        _denominator: None = None,
-        grad_output: Tensor | None = None,
-        *_: None,
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(*tensors: Any) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, _, _, grad_output = tensors
         input, indices = input.contiguous(), target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         loss = new_loss() if outputs.loss else None
