@@ -234,11 +234,6 @@ class Operator(ABC):
         """Returns this process' part of DTensors that the kernels take, None of other tensors."""
         return None
 
-    def subclass_fallback_reason(self, arguments: Arguments) -> str | None:
-        """Returns why torch's operator takes an input of another class than Tensor."""
-        local = self.local_of(arguments)
-        return f"input is a {type(arguments[0]).__name__}" if local is None else None
-
     def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
         """Returns how a CPU kernel goes through the arguments of a call, in words."""
         return "some logits at a time" if self.counts_logits else self.strategy

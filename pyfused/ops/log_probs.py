@@ -65,7 +65,7 @@ def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
     if is_dtensor(values):
         log_p, entropy, lse = values[0], values[1], values[2]
     else:
-        log_p, entropy, lse = (values if values.shape[0] == 3 else values[:3]).unbind()
+        log_p, entropy, lse = values.unbind()
     return LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
 
 
