@@ -638,12 +638,7 @@ THRESHOLD = Activation(
     ),
 )
 
-
 _BUILT_IN_PRELU = torch.prelu  # whatever pyfused.patch puts in its place
-
-
-def _prelu(input: Tensor, weight: Tensor) -> Tensor:
-    return _BUILT_IN_PRELU(input, weight)
 
 
 def _beside_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -665,7 +660,7 @@ PRELU = Gated(
     arrange=_beside_channels,
     fallback_reason=_differ_in_dtype,
     formula=lambda input, weight: torch.where(input > 0, input, weight * input),
-    definition=_prelu,
+    definition=lambda input, weight: _BUILT_IN_PRELU(input, weight),
     gradient=lambda input, weight: (
         torch.where(input > 0, 1, weight),
         torch.where(input > 0, 0, input),
@@ -805,11 +800,6 @@ MISH = Activation(
     gradient=_gradient_of_mish,
 )
 
-
-def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return torch._C._nn.softplus(input, beta, threshold)
-
-
 SOFTPLUS = Activation(
     name="softplus",
     module="Softplus",
@@ -818,12 +808,13 @@ SOFTPLUS = Activation(
     formula=lambda input, beta, threshold: torch.where(
         input * beta > threshold, input, F.softplus(input * beta) / beta
     ),
-    definition=_softplus,
+    definition=lambda input, beta=1.0, threshold=20.0: torch._C._nn.softplus(
+        input, beta, threshold
+    ),
     gradient=lambda grad_output, input, beta, threshold: torch.where(
         input * beta > threshold, grad_output, grad_output * (input * beta).sigmoid()
     ),
 )
-
 
 LOGSIGMOID = Activation(
     name="logsigmoid",
@@ -836,7 +827,6 @@ LOGSIGMOID = Activation(
     definition=lambda input: torch._C._nn.log_sigmoid(input),
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )
-
 
 SOFTSIGN = Activation(
     name="softsign",
@@ -876,11 +866,6 @@ GLU = Halves(
 
 GATED = (Operand("gate"), Operand("up"))
 
-
-def _geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
-    return torch._C._nn.gelu(gate, approximate=approximate) * up
-
-
 SWIGLU = Gated(
     name="swiglu",
     module="SwiGLU",
@@ -896,7 +881,9 @@ GEGLU = Gated(
     operands=GATED,
     scalars=(Scalar("approximate", "none", words=("none", "tanh")),),
     formula=lambda gate, up, approximate: gate * _cdf(gate, approximate) * up,
-    definition=_geglu,
+    definition=lambda gate, up, approximate="none": (
+        torch._C._nn.gelu(gate, approximate=approximate) * up
+    ),
     gradient=lambda gate, up, approximate: (
         _gradient_of_gelu(up, gate, approximate),
         gate * _cdf(gate, approximate),
