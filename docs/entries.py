@@ -48,7 +48,7 @@ class Entry:
 
     formula: str
     use: str
-    curves: tuple[Curve, ...]
+    curves: tuple[Curve, ...] = (Curve(""),)
     low: float = -3.0
     high: float = 3.0
     axis: str = "input"
@@ -66,6 +66,14 @@ TOP_1 = {
     "teacher_indices": torch.zeros(401, 1, dtype=torch.int64),
     "teacher_log_probs": torch.full((401, 1), 0.6).log(),
 }
+OF_FIRST = {"target": torch.zeros(401, dtype=torch.int64)}
+OF_HEAD = (
+    Curve("the target", (), HEAD | OF_FIRST),
+    Curve("another class", (), HEAD | {"target": torch.ones(401, dtype=torch.int64)}),
+    Curve("the target, softcap 2", (), HEAD | OF_FIRST | {"softcap": 2.0}),
+)
+TARGETS = Curve("target 0", (0.0,)), Curve("target 1", (1.0,))
+UP = Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))
 SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
 
 GALLERY: dict[str, dict[str, Entry]] = {
@@ -73,12 +81,12 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "mse_loss": Entry(
             r"(x - t)^2",
             "Targets have no outliers, since one large error outweighs many small ones.",
-            (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
+            TARGETS,
         ),
         "l1_loss": Entry(
             r"|x - t|",
             "Targets have outliers, and the model should predict the median.",
-            (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
+            TARGETS,
         ),
         "smooth_l1_loss": Entry(
             r"\begin{cases} \dfrac{(x - t)^2}{2 \beta} & |x - t| < \beta \\"
@@ -95,7 +103,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "log_cosh_loss": Entry(
             r"\log\, \cosh (x - t)",
             "Like huber_loss, but smooth everywhere and without a parameter.",
-            (Curve("target 0", (0.0,)), Curve("target 1", (1.0,))),
+            TARGETS,
         ),
         "rmse_loss": Entry(
             r"\sqrt{\frac{1}{N} \sum_i (x_i - t_i)^2}",
@@ -269,15 +277,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
             "There are many classes, such as the tokens of a language model: the logits are never"
             " held in memory as a whole.",
-            tuple(
-                Curve(label, options=HEAD | {"target": torch.full((401,), target)} | options)
-                for label, target, options in (
-                    ("the target", 0, {}),
-                    ("another class", 1, {}),
-                    ("the target, softcap 2", 0, {"softcap": 2.0}),
-                    ("the target, z_loss 0.1", 0, {"z_loss": 0.1}),
-                )
-            ),
+            (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
             low=-6.0,
             high=6.0,
             axis="feature that is the first class's logit",
@@ -299,14 +299,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
             "Log-probabilities of a language model, from the input of its last layer: logits are"
             " never held as a whole.",
-            tuple(
-                Curve(label, options=HEAD | {"target": torch.full((401,), target)} | options)
-                for label, target, options in (
-                    ("the target", 0, {}),
-                    ("another class", 1, {}),
-                    ("the target, softcap 2", 0, {"softcap": 2.0}),
-                )
-            ),
+            OF_HEAD,
             low=-6.0,
             high=6.0,
             axis="feature that is the first class's logit",
@@ -373,7 +366,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "relu": Entry(
             r"\max(0,\; x)",
             "The default choice: it is the cheapest.",
-            (Curve(""),),
         ),
         "leaky_relu": Entry(
             r"\begin{cases} x & x > 0 \\ s \, x & \text{else} \end{cases}",
@@ -389,40 +381,32 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "silu": Entry(
             r"x \, \sigma(x)",
             "Convolutional networks and the gated layers of language models.",
-            (Curve(""),),
             low=-6.0,
         ),
         "tanh": Entry(
             r"\tanh\, x",
             "Outputs between -1 and 1: recurrent networks, bounded actions.",
-            (Curve(""),),
         ),
         "relu6": Entry(
             r"\min(\max(x, 0), 6)",
             "ReLU whose outputs are bounded, for networks that are quantized.",
-            (Curve(""),),
             low=-3.0,
             high=8.0,
         ),
         "hardtanh": Entry(
             r"\min(\max(x, a), b)",
             "Outputs between two bounds, without an exponential.",
-            (
-                Curve(""),
-                Curve("max_val 2", options={"max_val": 2.0}),
-            ),
+            (Curve(""), Curve("max_val 2", options={"max_val": 2.0})),
         ),
         "hardsigmoid": Entry(
             r"\frac{\min(\max(x + 3, 0), 6)}{6}",
             "A sigmoid of straight lines: gates of networks for small devices.",
-            (Curve(""),),
             low=-6.0,
             high=6.0,
         ),
         "hardswish": Entry(
             r"x \, \frac{\min(\max(x + 3, 0), 6)}{6}",
             "silu of straight lines: MobileNetV3.",
-            (Curve(""),),
             low=-6.0,
             high=6.0,
         ),
@@ -430,18 +414,12 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"\begin{cases} x & |x| > \lambda \\"
             r" 0 & \text{else} \end{cases}",
             "Sparse codes: small values count as none.",
-            (
-                Curve(""),
-                Curve("lambd 1", options={"lambd": 1.0}),
-            ),
+            (Curve(""), Curve("lambd 1", options={"lambd": 1.0})),
         ),
         "softshrink": Entry(
             r"\mathrm{sign}(x) \, \max(|x| - \lambda, 0)",
             "Sparse codes, and steps of solvers with an absolute penalty.",
-            (
-                Curve(""),
-                Curve("lambd 1", options={"lambd": 1.0}),
-            ),
+            (Curve(""), Curve("lambd 1", options={"lambd": 1.0})),
         ),
         "threshold": Entry(
             r"\begin{cases} x & x > \theta \\"
@@ -464,57 +442,43 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"\begin{cases} x & x > 0 \\"
             r" \alpha (e^x - 1) & \text{else} \end{cases}",
             "Smooth where the slope bends, with outputs whose mean is nearer to 0 than ReLU's.",
-            (
-                Curve(""),
-                Curve("alpha 0.5", options={"alpha": 0.5}),
-            ),
+            (Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})),
         ),
         "selu": Entry(
             r"\lambda \begin{cases} x & x > 0 \\"
             r" \alpha (e^x - 1) & \text{else} \end{cases}",
             "Deep networks without normalization layers.",
-            (Curve(""),),
         ),
         "celu": Entry(
             r"\begin{cases} x & x > 0 \\"
             r" \alpha (e^{x / \alpha} - 1) & \text{else} \end{cases}",
             "elu whose slope is continuous for every alpha.",
-            (
-                Curve(""),
-                Curve("alpha 0.5", options={"alpha": 0.5}),
-            ),
+            (Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})),
         ),
         "mish": Entry(
             r"x \, \tanh(\log(1 + e^x))",
             "Detectors of the YOLO family.",
-            (Curve(""),),
             low=-6.0,
             high=3.0,
         ),
         "softplus": Entry(
             r"\frac{1}{\beta} \log(1 + e^{\beta x})",
             "Outputs that have to be positive: variances, rates.",
-            (
-                Curve(""),
-                Curve("beta 3", options={"beta": 3.0}),
-            ),
+            (Curve(""), Curve("beta 3", options={"beta": 3.0})),
         ),
         "logsigmoid": Entry(
             r"-\log(1 + e^{-x})",
             "Log-probabilities of labels; losses of preferences.",
-            (Curve(""),),
         ),
         "softsign": Entry(
             r"\frac{x}{1 + |x|}",
             "Like tanh, but it saturates slowly.",
-            (Curve(""),),
             low=-6.0,
             high=6.0,
         ),
         "tanhshrink": Entry(
             r"x - \tanh\, x",
             "Values near 0 are damped.",
-            (Curve(""),),
         ),
         "glu": Entry(
             r"x \, \sigma(b)",
@@ -525,19 +489,19 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "swiglu": Entry(
             r"u \, x \, \sigma(x)",
             "The gated layers of Llama, Qwen and Mistral; u is the layer's other half.",
-            (Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))),
+            UP,
             axis="gate",
         ),
         "geglu": Entry(
             r"u \, x \, \Phi(x)",
             "The gated layers of Gemma and T5.",
-            (Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))),
+            UP,
             axis="gate",
         ),
         "reglu": Entry(
             r"u \, \max(x, 0)",
             "Gated layers without an exponential.",
-            (Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))),
+            UP,
             axis="gate",
         ),
         "softcap": Entry(
@@ -550,7 +514,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "sigmoid": Entry(
             r"\sigma(x) = \frac{1}{1 + e^{-x}}",
             "Gates, and probabilities to be read; for training, a loss of logits is more accurate.",
-            (Curve(""),),
             low=-6.0,
             high=6.0,
         ),
@@ -743,59 +706,14 @@ logits = torch.randn(64, 10)
 log_probabilities = F.log_softmax(logits, dim=1)
 assert (log_probabilities <= 0).all()
 """,
-    "leaky_relu": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.leaky_relu(x, negative_slope=0.2)
-y.sum().backward()
-""",
-    "gelu": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.gelu(x, approximate="tanh")
-y.sum().backward()
-""",
     "silu": """
 gate, x = torch.randn(2, 64, 10, requires_grad=True)
 y = F.silu(gate) * x
 y.sum().backward()
 """,
-    "hardtanh": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.hardtanh(x, -2.0, 2.0)
-y.sum().backward()
-""",
-    "hardshrink": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.hardshrink(x, lambd=0.1)
-y.sum().backward()
-""",
-    "softshrink": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.softshrink(x, lambd=0.1)
-y.sum().backward()
-""",
-    "threshold": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.threshold(x, 0.1, 20.0)
-y.sum().backward()
-""",
     "prelu": """
 x, slope = torch.randn(64, 10, requires_grad=True), torch.full((10,), 0.25, requires_grad=True)
 y = F.prelu(x, slope)
-y.sum().backward()
-""",
-    "elu": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.elu(x, alpha=0.5)
-y.sum().backward()
-""",
-    "celu": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.celu(x, alpha=0.5)
-y.sum().backward()
-""",
-    "softplus": """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.softplus(x, beta=2.0)
 y.sum().backward()
 """,
     "softcap": """
@@ -805,6 +723,23 @@ loss = F.cross_entropy(F.softcap(logits, cap=30.0), target)
 loss.backward()
 """,
 }
+OF_ACTIVATION = """
+x = torch.randn(64, 10, requires_grad=True)
+y = F.{}(x, {})
+y.sum().backward()
+"""
+OPTIONS = {
+    "leaky_relu": "negative_slope=0.2",
+    "gelu": 'approximate="tanh"',
+    "hardtanh": "-2.0, 2.0",
+    "hardshrink": "lambd=0.1",
+    "softshrink": "lambd=0.1",
+    "threshold": "0.1, 20.0",
+    "elu": "alpha=0.5",
+    "celu": "alpha=0.5",
+    "softplus": "beta=2.0",
+}
+EXAMPLES |= {name: OF_ACTIVATION.format(name, given) for name, given in OPTIONS.items()}
 
 
 # ---- what follows from declarations --------------------------------------------------------------

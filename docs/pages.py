@@ -121,10 +121,10 @@ def arguments(
 
 
 def _default(parameters: Any, names: list[str]) -> str:
-    defaults = [parameters[name].default for name in names if name in parameters]
-    if len(names) > 1 or not defaults or defaults[0] is inspect.Parameter.empty:
+    defaults = {parameters[name].default for name in names if name in parameters}
+    if len(defaults) != 1 or inspect.Parameter.empty in defaults:
         return ""
-    return f"``{defaults[0]!r}``"
+    return f"``{defaults.pop()!r}``"
 
 
 def returns(_app: Any, _what: str, _name: str, _object: Any, _: Any, lines: list[str]) -> None:

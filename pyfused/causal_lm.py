@@ -51,13 +51,9 @@ class DeferredLogits:
         self.computed: Tensor | None = None
 
     def _with(self, **changed: Any) -> DeferredLogits:
-        given: dict[str, Any] = {
-            "hidden": self.hidden,
-            "dtype": self.dtype,
-            "scale": self.scale,
-            "cap": self.cap,
-        }
-        return DeferredLogits(head=self.head, uses=self.uses, **given | changed)
+        given = vars(self) | changed
+        del given["computed"]
+        return DeferredLogits(**given)
 
     def tensor(self, reader: str) -> Tensor:
         """Returns the logits, computed once, and notes who has read them."""

@@ -42,9 +42,8 @@ def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> Non
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
-NamedTensors = Sequence[
-    tuple[str, Tensor, bool]
-]  # name, tensor, and whether it may hold class indices
+# Names, tensors, and whether these may hold class indices.
+NamedTensors = Sequence[tuple[str, Tensor, bool]]
 
 
 def devices(given: NamedTensors, error: Exception) -> None:
@@ -805,13 +804,6 @@ def slopes(input: Tensor, weight: Tensor) -> None:
 
 def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
     _expands("weight", input.shape, weight.shape)
-
-
-def weight_of_inputs_shape(input: Tensor, weight: Tensor) -> None:
-    if weight.shape != input.shape:
-        raise ValueError(
-            f"weight: expected the input's shape {tuple(input.shape)}, got {tuple(weight.shape)}"
-        )
 
 
 def _expands(name: str, input: torch.Size, other: torch.Size) -> None:

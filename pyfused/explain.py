@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-import pyfused._modules as _modules
 import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused import checks
@@ -50,7 +49,6 @@ class Explanation(NamedTuple):
 
 
 BY_SHARDS = "some classes a process"
-_NAMES = vars(nn), vars(_modules)  # that our modules' code sees
 
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -91,7 +89,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     shard = values.pop("shard", None)
     arguments = operator.bind(**values)
     if shard is not None:
-        return _by_kernel(operator, arguments[0], lambda _: BY_SHARDS)
+        return _by_kernel(name, arguments[0], BY_SHARDS)
     checks.tensor(operator.operands[0].name, arguments[0])
     said = path_of(operator, arguments, inplace)
     tensors = [value for value in arguments if isinstance(value, Tensor)]
@@ -109,11 +107,10 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
         module = copy.copy(module)
         module.__class__ = FUSED[type(module)]
     forward: Any = type(module).forward
-    names = next((names for names in _NAMES if forward.__globals__ is names), None)
-    if names is None:
+    if forward.__globals__ is not vars(nn):
         raise ValueError(f"op: expected a module that pyfused has a kernel of, got {module}")
     explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
-    explained = FunctionType(forward.__code__, names | {"F": explaining})
+    explained = FunctionType(forward.__code__, vars(nn) | {"F": explaining})
     said: Explanation = explained(module, *args, **kwargs)
     return said
 
@@ -124,11 +121,9 @@ def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
     reason = reason_for_torch(op, arguments, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
-    local = op.local_of(arguments)
-    return _by_kernel(
-        op, input, lambda _: op.strategy_of(arguments) if local is None else BY_SHARDS
-    )
+    plain = op.local_of(arguments) is None
+    return _by_kernel(op.name, input, op.strategy_of(arguments) if plain else BY_SHARDS)
 
 
-def _by_kernel(op: Operator, input: Tensor, strategy: Callable[[Tensor], str]) -> Explanation:
-    return Explanation(op.name, *backend_of(input).describe(input, strategy))
+def _by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:
+    return Explanation(op, *backend_of(input).describe(input, strategy))

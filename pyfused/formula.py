@@ -18,7 +18,7 @@ from pyfused.backends import cpu
 from pyfused.layout import broadcast_numel
 from pyfused.ops import dispatch, trace
 from pyfused.ops.declaration import Arguments, Operand
-from pyfused.ops.pointwise_loss import PointwiseLoss, elements
+from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled, is_moderate
 from pyfused.ops.sizes import torch_is_faster
 from pyfused.types import Outputs
@@ -70,6 +70,7 @@ class FormulaOperator(PointwiseLoss):
     """A formula of a user's, declared at run time; an activation is a loss that is not reduced."""
 
     asks_dtype = True  # a mask, as a float32 tensor, widens half precision
+    strategy = "a program of its formula, element by element"
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class FormulaOperator(PointwiseLoss):
             values = self.keywords | dict(zip(self.arguments, arguments, strict=False)) | named
             options = [values.pop(name) for name in added]
             each = function(*[values.pop(name) for name in operands], **values)
-            return _reduced(each, *options)
+            return reduced(each, *options)
 
         signature, kind = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
         parameters = [inspect.Parameter(n, kind, default=v) for n, v in added.items()]
@@ -130,9 +131,6 @@ class FormulaOperator(PointwiseLoss):
     def family(self) -> str:
         """Formulas of many instructions have a row of their own."""
         return "LongFormula" if self.long else "Formula"
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "a program of its formula, element by element"
 
     def _check(
         self,
@@ -235,16 +233,6 @@ def _differentiated(
     return update_wrapper(differentiated, function)
 
 
-def _reduced(each: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
-    checks.reduction(reduction)
-    if weight is None:
-        return each if reduction == "none" else getattr(each, reduction)()
-    weighted = each * weight
-    if reduction == "mean":
-        return weighted.sum() / weight.expand_as(each).sum()
-    return weighted if reduction == "none" else weighted.sum()
-
-
 def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any) -> float | Tensor:
     if weight is None:
         return elements(operands)
@@ -342,7 +330,7 @@ class Formula:
             if "reduction" not in named and "weight" not in named:  # without what takes 0.2 us
                 return self.function(*operands, **named).mean()
             reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
-            return _reduced(self.function(*operands, **named), reduction, weight)
+            return reduced(self.function(*operands, **named), reduction, weight)
         return self.dispatched(*operands, **named)
 
     def dispatched(self, *operands: Tensor, **named: Any) -> Tensor:

@@ -887,8 +887,7 @@ def multi_margin_loss(
         p: 1 or 2.
         margin: The distance between scores from which on nothing is lost.
         weight: One factor for each class, of shape (C) and the input's dtype.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by N.
 
     Returns:
@@ -924,8 +923,7 @@ def multilabel_margin_loss(
         input: Scores, of shape (C) or (N, C); float32, float64, bfloat16 or float16.
         target: Class indices in [0, C), int64, of the input's shape. The targets of a row end at
             its first -1.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by N.
 
     Returns:
@@ -969,8 +967,7 @@ def triplet_margin_loss(
         eps: Is added to every difference.
         swap: The negative's distance is the smaller one of that to the anchor and that to the
             positive.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by their
             number.
 
@@ -1009,8 +1006,7 @@ def cosine_embedding_loss(
         input2: Embeddings, of as many dimensions, which broadcast.
         target: 1 or -1 for each row, of shape () or (N), of any dtype.
         margin: The cosine up to which embeddings that are to differ lose nothing.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by N.
 
     Returns:
@@ -1045,8 +1041,7 @@ def mse_loss(
         input: Predictions, of any shape; float32, float64, bfloat16 or float16.
         target: Ground truth, of a shape that broadcasts with the input's; a difference in shape is
             warned of. Differing dtypes are promoted.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
             number of elements, or by the sum of ``weight``.
         weight: One factor for each element, of the input's shape.
@@ -1172,8 +1167,7 @@ def binary_cross_entropy(
             bfloat16 or float16.
         target: The same, as they should be, of the input's shape.
         weight: One factor for each element, of a shape that broadcasts to the input's.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
             number of elements, with or without ``weight``.
 
@@ -1210,8 +1204,7 @@ def binary_cross_entropy_with_logits(
         input: Logits, of any shape; float32, float64, bfloat16 or float16.
         target: Probabilities of the positive class, 0.0 to 1.0, of the input's shape.
         weight: One factor for each element, of a shape that broadcasts to the input's.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
             number of elements, with or without ``weight``.
         pos_weight: How much more the positive class counts, of a shape that broadcasts to the
@@ -1249,8 +1242,7 @@ def kl_div(
         input: Logarithms of probabilities, of any shape; float32, float64, bfloat16 or float16.
         target: Probabilities, or their logarithms, of a shape that broadcasts with the input's.
             Differing dtypes are promoted.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one term an element; ``"sum"``; ``"batchmean"``: the sum divided by
             the first dimension, which is the divergence's mean; ``"mean"``: the sum divided by the
             number of elements, of which torch warns.
@@ -1363,8 +1355,7 @@ def soft_margin_loss(
     Args:
         input: Scores, of any shape; float32, float64, bfloat16 or float16.
         target: The classes, -1 or 1, of the input's shape.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
             number of elements.
 
@@ -1398,8 +1389,7 @@ def hinge_embedding_loss(
         target: 1 for what is alike and -1 for what is not, of a shape that broadcasts with the
             input's. Another value counts as both.
         margin: The distance from which on what is not alike costs nothing.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
             number of elements.
 
@@ -1435,8 +1425,7 @@ def margin_ranking_loss(
         target: 1 where ``input1`` should be the higher one, -1 where ``input2`` should, of a shape
             that broadcasts with theirs.
         margin: By how much.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss an element; ``"sum"``; ``"mean"``: the sum divided by the
             number of elements.
 
@@ -1630,8 +1619,7 @@ def multilabel_soft_margin_loss(
             float16.
         target: Probabilities of the classes, as a rule 0.0 or 1.0, of the input's shape.
         weight: One factor for each class, of shape (C), or for each element.
-        size_average: Deprecated, see ``reduction``.
-        reduce: Deprecated, see ``reduction``.
+        size_average, reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``: one loss a row; ``"sum"``; ``"mean"``: the sum divided by the number
             of rows.
 

@@ -1,6 +1,7 @@
 """Fused counterparts of ``torch.nn``'s modules: subclasses, alike but for their ``forward``.
 
-A name that has no counterpart here, such as ``Linear``, is torch's.
+Most of them follow from the declarations of their operators; ``nn.pyi`` has their signatures. A
+name that has no counterpart here, such as ``Linear``, is torch's.
 """
 
 # mypy: disable-error-code="arg-type"
@@ -9,6 +10,7 @@ A name that has no counterpart here, such as ``Linear``, is torch's.
 from __future__ import annotations
 
 import inspect
+import linecache
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,9 +20,11 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 import pyfused.functional as F
-from pyfused import _modules, checks
-from pyfused._modules import *  # noqa: F403 printed from declarations
+from pyfused import checks
+from pyfused.ops.declaration import Operator, parameters_of
+from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
+    Approximate,  # noqa: F401 of geglu, whose module follows from its declaration
     CrossEntropyOptions,
     MarginKind,
     ModuleOptions,
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
-    *_modules.__all__,
     "AdditiveMargin",
     "CrossEntropyLoss",
     "KLDivWithLogitsLoss",
@@ -41,10 +44,6 @@ __all__ = [
     "LinearLogProbs",
     "LinearTopKKLDivLoss",
     "LogProbs",
-    "LogSoftmax",
-    "RMSELoss",
-    "SigmoidFocalLoss",
-    "Softmax",
 ]
 
 
@@ -308,63 +307,59 @@ class AdditiveMargin(torch.nn.Module):
         return f"margin={self.margin}, kind={self.kind!r}"
 
 
-class RMSELoss(torch.nn.modules.loss._WeightedLoss):
-    """:func:`pyfused.functional.rmse_loss` as a module."""
-
-    def __init__(
-        self, reduction: Reduction = "mean", weight: Tensor | None = None, eps: float = 0.0
-    ) -> None:
-        super().__init__(weight, reduction=reduction)
-        self.eps = eps
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.rmse_loss(input, target, self.reduction, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return _changed(self, eps=0.0)
+# ---- modules that follow from declarations -------------------------------------------------------
 
 
-class SigmoidFocalLoss(torch.nn.modules.loss._WeightedLoss):
-    """:func:`pyfused.functional.sigmoid_focal_loss` as a module, which takes the mean."""
+def _module_of(op: Operator) -> type[torch.nn.Module]:
+    """Returns the class of an operator's module: torch's with another ``forward``, or a new one.
 
-    def __init__(
-        self,
-        alpha: float = 0.25,
-        gamma: float = 2,
-        reduction: Reduction = "mean",
-        *,
-        weight: Tensor | None = None,
-        ignore_index: float | None = None,
-    ) -> None:
-        super().__init__(weight, reduction=reduction)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.ignore_index = ignore_index
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.sigmoid_focal_loss(
-            inputs,
-            targets,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
+    Its functions are compiled from text, as those of a dataclass are, so that a call of the module
+    takes no longer than if they had been written out.
+    """
+    theirs: Any = getattr(torch.nn, op.module, None)
+    function, members = getattr(F, op.name), dict[str, Any]()
+    accepted, kinds = parameters_of(function), function.__annotations__
+    if theirs is not None:
+        base, source = theirs, ""
+        doc = f":class:`torch.nn.{op.module}` over :func:`pyfused.functional.{op.name}`."
+        operands = list(parameters_of(theirs.forward))[1:]
+        options = parameters_of(theirs.__init__).keys() - {"size_average", "reduce"}
+        options |= {o.name for o in op.operands[len(operands) :] if not o.optional}  # a slope
+    else:
+        doc = f":func:`pyfused.functional.{op.name}` as a module."
+        operands = [operand.name for operand in op.operands if not operand.optional]
+        options = accepted.keys() - {*operands}
+        base = torch.nn.modules.loss._Loss if "reduction" in options else torch.nn.Module
+        base = _WeightedLoss if "weight" in options else base
+        of_base = parameters_of(base.__init__).keys() & options
+        defaults = {name: accepted[name] for name in accepted if name in options}
+        if defaults.get("reduction", "mean") != "mean":
+            defaults["reduction"], doc = "mean", f"{doc[:-1]}, which takes the mean."
+        given = [f"{name}: {kinds[name]} = {default!r}" for name, default in defaults.items()]
+        if by_name := function.__code__.co_kwonlyargcount:
+            given.insert(-by_name, "*")
+        own = {name: default for name, default in defaults.items() if name not in of_base}
+        source = (
+            f"def __init__({', '.join(['self', *given])}) -> None:\n"
+            f"    super({op.module}, self).__init__({', '.join(f'{n}={n}' for n in of_base)})\n"
+            + "".join(f"    self.{name} = {name}\n" for name in own)
+            + f"def extra_repr(self) -> str:\n    return _changed(self, **{own})\n"
         )
+    taken = [f"{name}: {kinds[ours]}" for name, ours in zip(operands, accepted, strict=False)]
+    passed = [*operands, *(f"{name}=self.{name}" for name in accepted if name in options)]
+    passed += ["_stacklevel=5"] * ("_stacklevel" in accepted)
+    source += f"def forward({', '.join(['self', *taken])}) -> Tensor:\n"
+    source += f"    return F.{op.name}({', '.join(passed)})\n"
+    file = f"<{__name__}.{op.module}>"  # as a traceback, and who reads sources, knows it
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), globals(), members)
+    for name, function in members.items():
+        function.__qualname__ = f"{op.module}.{name}"
+    return type(op.module, (base,), {"__module__": __name__, "__doc__": doc, **members})
 
-    def extra_repr(self) -> str:
-        return _changed(self, alpha=0.25, gamma=2, ignore_index=None)
 
-
-class Softmax(torch.nn.Softmax):
-    """:class:`torch.nn.Softmax` over :func:`pyfused.functional.softmax`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.softmax(input, self.dim, _stacklevel=5)
-
-
-class LogSoftmax(torch.nn.LogSoftmax):
-    """:class:`torch.nn.LogSoftmax` over :func:`pyfused.functional.log_softmax`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.log_softmax(input, self.dim, _stacklevel=5)
+for _op in OPERATORS.values():
+    if _op.module not in globals():  # else it is written above
+        globals()[_op.module] = _module_of(_op)
+        __all__.append(_op.module)
+__all__.sort()

@@ -9,14 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    MethodDescriptorType,
-    MethodType,
-    NoneType,
-    TracebackType,
-)
+from types import BuiltinFunctionType, CodeType, MethodDescriptorType, MethodType, NoneType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -317,12 +310,7 @@ class Patch:
             _calls.discard(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _blocks
         with _lock:
             _blocks -= 1
@@ -410,16 +398,21 @@ def unpatch() -> None:
             raise
 
 
+def _expect(asked: str, whose: str, function: Callable[[Any], Any]) -> None:
+    """Raises where a name holds another function than it should."""
+    for site in _SITES:
+        if not site.has(function(site)):
+            raise RuntimeError(
+                f"{asked}: expected {whose} function at {site.path}, got "
+                f"{_describe(site.now())}. Undo that patch first."
+            )
+
+
 def _install() -> None:
     global _installed
     if _installed:
         return
-    for site in _SITES:
-        if not site.has(site.unpatched):
-            raise RuntimeError(
-                f"patch: expected torch's own function at {site.path}, got "
-                f"{_describe(site.now())}. Undo that patch first."
-            )
+    _expect("patch", "torch's own", lambda site: site.unpatched)
     table = _compilers_table()
     if table:
         table()  # before the names are pyfused's
@@ -440,12 +433,7 @@ def _remove_unless_wanted() -> None:
     global _installed
     if _calls or _blocks or not _installed:
         return
-    for site in _SITES:
-        if not site.has(site.ours):
-            raise RuntimeError(
-                f"unpatch: expected pyfused's function at {site.path}, got "
-                f"{_describe(site.now())}. Undo that patch first."
-            )
+    _expect("unpatch", "pyfused's", lambda site: site.ours)
     for site in _SITES:
         site.put(site.unpatched)
     _installed = False

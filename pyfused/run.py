@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -173,13 +173,9 @@ def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool) -> bool:
     )
 
 
-def _elements(op: Operator, arguments: Sequence[Any]) -> int:
+def _elements(op: Operator, arguments: Arguments) -> int:
     """Returns the number of elements of the input, or of a linear layer's logits."""
-    input = arguments[0]
-    if not op.name.startswith("linear_"):
-        return input.numel()  # type: ignore[no-any-return]
-    features = input.shape[-1]
-    return int(input.numel() // features * (arguments[1].numel() // features))
+    return op.elements(arguments) if op.counts_logits else arguments[0].numel()
 
 
 def _cut(op: Operator, arguments: Arguments) -> Arguments:

@@ -78,10 +78,8 @@ def torch_function(op: Operator) -> Callable[..., Tensor]:
 
 def wins(op: Operator, elements: int, second: bool) -> bool:
     """Returns whether the kernel is clearly faster, by the median ratio of interleaved calls."""
-    step, functions = (
-        call_of(op, elements, second),
-        (torch_function(op), getattr(functional, op.name)),
-    )
+    step = call_of(op, elements, second)
+    functions = torch_function(op), getattr(functional, op.name)
     calls = max(1, round(_SECONDS / _ROUNDS / 2 / _seconds(step, functions[0], 2)))
     ratios = []
     for _ in range(_ROUNDS):

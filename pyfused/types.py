@@ -249,9 +249,6 @@ class EmbeddingOptions(NamedTuple):
     swap: bool = False
 
 
-ClassLossOptions = CrossEntropyOptions | NllOptions | MarginOptions
-
-
 class Outputs(NamedTuple):
     """The outputs that a call of a loss kernel computes.
 

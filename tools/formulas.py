@@ -1,7 +1,6 @@
 """Prints what follows from the declarations of elementwise operators: `make formulas`.
 
     csrc/formulas.inc     the formulas as C++, which pointwise_loss.cpp and activation.cpp include
-    pyfused/_modules.py   their modules
     pyfused/nn.pyi        what type checkers know of pyfused.nn: our modules, and torch's names
     README.md             the list of operators
     docs/torch-objects.inv    torch's names that pages link to
@@ -11,10 +10,10 @@ These are committed, so that a build needs no torch; `test_completeness.py` prin
 
 from __future__ import annotations
 
+import dis
 import inspect
 import math
 import re
-import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -24,12 +23,8 @@ from typing import Any
 
 import torch
 
-from pyfused import functional, nn, types
+from pyfused import nn, types
 from pyfused.ops.activation import Activation
-from pyfused.ops.class_loss import MultiMarginLoss, NllLoss
-from pyfused.ops.composed import Composed
-from pyfused.ops.declaration import Operator
-from pyfused.ops.embedding_loss import EmbeddingLoss
 from pyfused.ops.formulas import Kernel, Method, kernels
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
@@ -276,87 +271,6 @@ def cpp() -> str:
     return "\n\n".join([header, *structs, *lists]) + "\n"
 
 
-# ---- modules -------------------------------------------------------------------------------------
-
-HEADER = f'''"""Modules whose class follows from a declaration, {GENERATED}."""
-
-# ruff: noqa: E501
-# mypy: disable-error-code="arg-type"
-
-from __future__ import annotations
-
-import torch
-from torch import Tensor
-
-import pyfused.functional as F
-from pyfused.types import Reduction
-'''
-
-
-def is_thin(op: Operator) -> bool:
-    """Whether its module follows from the declaration and torch's class of its name."""
-    if isinstance(op, (Activation, PointwiseLoss)) and not hasattr(torch.nn, op.module):
-        return all(scalar.default is not None for scalar in op.scalars)
-    return isinstance(
-        op, (Activation, PointwiseLoss, Composed, EmbeddingLoss, NllLoss, MultiMarginLoss)
-    ) and hasattr(torch.nn, op.module)
-
-
-def module_of(op: Operator) -> str:
-    """The class of an operator's module."""
-    name = op.name
-    theirs = getattr(torch.nn, op.module, None)
-    if theirs is not None:
-        base, start = f"torch.nn.{op.module}", []
-        of = [*inspect.signature(theirs.forward).parameters.values()][1:]
-        operands = [f"{p.name}: {'Tensor | float' if p.name == 'var' else 'Tensor'}" for p in of]
-        accepted = inspect.signature(getattr(functional, name)).parameters
-        attributes = {*inspect.signature(theirs).parameters} - {"size_average", "reduce"}
-        attributes |= {o.name for o in op.operands[len(of) :] if not o.optional}
-        kept = [p for p in accepted if p in attributes]
-        doc = f":class:`{base}` over :func:`pyfused.functional.{name}`."
-    else:
-        loss = isinstance(op, PointwiseLoss) and op.reduces
-        base = "torch.nn.modules.loss._Loss" if loss else "torch.nn.Module"
-        operands = [f"{operand.name}: Tensor" for operand in op.operands]
-        scalars = [scalar.name for scalar in op.scalars]
-        given = [f"{s.name}: {type(s.default).__name__} = {s.default!r}" for s in op.scalars]
-        given += ['reduction: Reduction = "mean"'] * loss
-        start = [f"def __init__(self, {', '.join(given)}) -> None:"]
-        start += [f"    super().__init__({'reduction=reduction' * loss})"]
-        start += [f"    self.{scalar} = {scalar}" for scalar in scalars]
-        if scalars:
-            defaults = {scalar.name: scalar.default for scalar in op.scalars}
-            start += [
-                "",
-                "def extra_repr(self) -> str:",
-                f"    options = {defaults}.items()",
-                "    changed = [n for n, default in options if getattr(self, n) != default]",
-                '    return ", ".join(f"{n}={getattr(self, n)!r}" for n in changed)',
-            ]
-        start += [""]
-        kept = [*scalars, *["reduction"] * loss]
-        doc = f":func:`pyfused.functional.{name}` as a module."
-    names = [operand.partition(":")[0] for operand in operands]
-    given = ", ".join([*names, *(f"{option}=self.{option}" for option in kept)])
-    body = [
-        f'"""{doc}"""',
-        "",
-        "__module__ = 'pyfused.nn'",
-        "",
-        *start,
-        f"def forward(self, {', '.join(operands)}) -> Tensor:",
-        f"    return F.{name}({given})",
-    ]
-    return "\n".join([f"class {op.module}({base}):", *(f"    {line}".rstrip() for line in body)])
-
-
-def modules() -> str:
-    thin = [op for op in OPERATORS.values() if is_thin(op)]
-    names = ["__all__ = [", *(f'    "{name}",' for name in sorted(op.module for op in thin)), "]"]
-    return "\n\n\n".join([HEADER + "\n" + "\n".join(names), *map(module_of, thin)]) + "\n"
-
-
 # ---- types of modules ----------------------------------------------------------------------------
 
 
@@ -393,18 +307,23 @@ def dir_of_ours() -> list[str]:
 
 def stub_of(cls: type) -> str:
     names = [path_of(base) for base in cls.__bases__]
+    theirs = names == [f"torch.nn.{cls.__name__}"]  # whose `forward` takes the same
     annotations, attributes, members = inspect.get_annotations(cls), dict[str, str](), list[str]()
     for name, value in vars(cls).items():
+        if theirs and name == "forward":
+            continue
         if inspect.isfunction(value) and (name == "__init__" or name[0] != "_"):
             signature = f"{name}({parameters_in_words(value)}) -> {returned(value)}"
             members.append(f"    def {signature}: ...")
+            stored = {i.argval for i in dis.get_instructions(value) if i.opname == "STORE_ATTR"}
             for p in inspect.signature(value).parameters.values():
-                if f"self.{p.name} = {p.name}\n" in inspect.getsource(value):
+                if p.name in stored and p.kind is not p.VAR_KEYWORD:
                     attributes.setdefault(p.name, str(p.annotation))
         elif name[0] != "_":
             attributes[name] = annotations.get(name, type(value).__name__)
     members = [f"    {name}: {of}" for name, of in attributes.items()] + members
-    return "\n".join([f"class {cls.__name__}({', '.join(names)}):", *(members or ["    ..."])])
+    head = f"class {cls.__name__}({', '.join(names)}):"
+    return "\n".join([head, *members]) if members else f"{head} ..."
 
 
 def path_of(base: type) -> str:
@@ -476,7 +395,6 @@ def printed() -> dict[Path, str]:
     """The text of each file."""
     return {
         ROOT / "csrc" / "formulas.inc": cpp(),
-        ROOT / "pyfused" / "_modules.py": modules(),
         ROOT / "pyfused" / "nn.pyi": stub(),
         ROOT / "README.md": readme(),
         ROOT / "docs" / "torch-objects.inv": inventory(),
@@ -492,5 +410,3 @@ if __name__ == "__main__":
     changed = {path: text for path, text in printed().items() if is_changed(path, text)}
     for path, text in changed.items():
         path.write_text(text, "utf-8")
-    if ROOT / "pyfused" / "_modules.py" in changed:  # nn.pyi is read from its classes
-        subprocess.run([sys.executable, __file__], check=True)

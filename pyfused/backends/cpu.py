@@ -172,8 +172,8 @@ def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve
     return empty(plan.shape, like.dtype, strides=plan.stride())
 
 
-def describe(input: Tensor, strategy: Callable[[Tensor], str]) -> tuple[str, str, str, int]:
-    return "cpu", strategy(input), capability, torch.get_num_threads()
+def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa: ARG001
+    return "cpu", strategy, capability, torch.get_num_threads()
 
 
 def supports_rows(logits: Tensor) -> bool:
@@ -255,14 +255,10 @@ def cross_entropy(
         and has computed nothing then.
     """
     dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
-    strides, sizes = strides_of(input), row_sizes(input)
-    logits = input if strides is not None else input.contiguous()
-    logits_strides: Any = strides_of(logits)
-    indices = target.dtype is torch.int64
-    target_strides = None if indices else strides_of(target)
-    copies_target = not target.is_contiguous() if indices else target_strides is None
-    probabilities = target.contiguous() if target_strides is None else target
-    probabilities_strides: Any = (0, 0, 0) if indices else strides_of(probabilities)
+    sizes, indices = row_sizes(input), target.dtype is torch.int64
+    logits, logits_strides = viewed(input)
+    targets, target_strides = (target.contiguous(), (0, 0, 0)) if indices else viewed(target)
+    copies, copies_target = logits is not input, targets is not target
     converts = any(
         tensor is not None and not (tensor.dtype is accumulate and tensor.is_contiguous())
         for tensor in (weight, options.token_weight, grad_output)
@@ -272,7 +268,7 @@ def cross_entropy(
     if of_input and not outputs.inplace:
         new_gradient, gradient_strides = _viewed_like(logits)
     if of_target:
-        new_target_gradient, target_gradient_strides = _viewed_like(probabilities)
+        new_target_gradient, target_gradient_strides = _viewed_like(targets)
     new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
     numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
@@ -286,7 +282,7 @@ def cross_entropy(
         denominator: Tensor | float | None = None,
         grad_output: Tensor | None = None,
     ) -> tuple[Tensor | None, Gradients]:
-        logits = input if strides is not None else input.contiguous()
+        logits = input.contiguous() if copies else input
         targets = target.contiguous() if copies_target else target
         if converts:
             weight, grad_output, token_weight = contiguous_in(
@@ -308,7 +304,7 @@ def cross_entropy(
             sizes,
             (logits.data_ptr(), *logits_strides),
             address if indices else 0,
-            _NO_VIEW if indices else (address, *probabilities_strides),
+            _NO_VIEW if indices else (address, *target_strides),
             0 if weight is None else weight.data_ptr(),
             native_options,
             0 if token_weight is None else token_weight.data_ptr(),
@@ -352,23 +348,16 @@ def nll_loss(
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
     dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
-    sizes, strides = row_sizes(input), strides_of(input)
-    view, view_strides = viewed(input)
+    sizes, (view, view_strides) = row_sizes(input), viewed(input)
+    copies = view is not input
     new_gradient, gradient_strides = _viewed_like(view)
     new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
     reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
     needs_gradient = any(outputs.gradients)
 
-    def launch(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        _token_weight: None = None,
-        _denominator: None = None,
-        grad_output: Tensor | None = None,
-        *_: None,
-    ) -> tuple[Tensor | None, Gradients]:
-        view = input if strides is not None else input.contiguous()
+    def launch(*tensors: Any) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, _, _, grad_output = tensors
+        view = input.contiguous() if copies else input
         indices = target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         loss, gradient = new_loss() if outputs.loss else None, None
@@ -416,15 +405,8 @@ def multi_margin_loss(
     needs_gradient = any(outputs.gradients)
     reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
 
-    def launch(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        _token_weight: None = None,
-        _denominator: None = None,
-        grad_output: Tensor | None = None,
-        *_: None,
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(*tensors: Any) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, _, _, grad_output = tensors
         input, indices = input.contiguous(), target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         loss = new_loss() if outputs.loss else None

@@ -82,7 +82,7 @@ SCALE = {itemsize: Launch(scale_kernel, launch.choose(itemsize)) for itemsize in
 
 def describe(
     input: Tensor,
-    strategy: Callable[[Tensor], str],  # noqa: ARG001 of the C++ kernels
+    strategy: str,  # noqa: ARG001 of the C++ kernels
 ) -> tuple[str, str, None, None]:
     return "triton", f"kernels on {input.device}, Triton {triton_version()}", None, None
 

@@ -110,22 +110,28 @@ class ActivationPlan:
     """Computes the calls of one signature. Backward reads the output or the input, and no more.
 
     Attributes:
+        op: An activation, or a softmax.
         options: The arguments beside the input, which torch's gradient takes.
         kernels: The forward kernel and the backward kernel, prepared for the input's layout.
+        cast: The dtype that the input is converted to before, None where it stays as it is.
     """
 
-    op: Activation
+    op: Any
     name: str
-    inplace: bool
+    inplace: bool = False
     needs_grad: bool
     options: Arguments
     kernels: Kernels
+    cast: torch.dtype | None = None
 
     def __call__(self, arguments: Arguments) -> Tensor:
+        input = arguments[0]
+        if self.cast is not None:
+            input = input.to(self.cast)
         if self.needs_grad:
-            output: Tensor = apply(self, arguments[0])
+            output: Tensor = apply(self, input)
             return output
-        return self.kernels[0](arguments[0])
+        return self.kernels[0](input)
 
     def forward(self, ctx: Any, tensors: Sequence[Tensor]) -> Tensor:
         (input,) = tensors

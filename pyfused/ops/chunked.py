@@ -454,14 +454,10 @@ def capped(
         rounds: The values are in the logits' dtype, and not in that of the accumulation.
     """
     if softcap is None:
-        return logits, _unchanged
+        return logits, lambda gradient: gradient
     wide = logits if rounds else logits.to(accumulate_dtype(logits.dtype))
     forward, backward = backend.activation("softcap", wide, (softcap,))
     return forward(wide), lambda gradient: backward(gradient, wide).to(logits.dtype)
-
-
-def _unchanged(gradient: Tensor) -> Tensor:
-    return gradient
 
 
 # ---- products ------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class ClassLossArguments(NamedTuple):
     input: Tensor
     target: Tensor
     weight: Tensor | None
-    options: Any  # the operator's ClassLossOptions
+    options: Any  # CrossEntropyOptions, NllOptions or MarginOptions
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -199,11 +199,9 @@ class ClassLossPlan:
         self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None = None
     ) -> Launch:
         input, target, weight, token_weight, _ = tensors
-        options = (
-            self.options
-            if token_weight is None
-            else replace(self.options, token_weight=token_weight)
-        )
+        options = self.options
+        if token_weight is not None:
+            options = replace(options, token_weight=token_weight)
         prepare: Callable[..., Launch] = getattr(self.backend, self.op.name)
         return prepare(input, target, weight, options, outputs, grad_output)
 
@@ -256,6 +254,8 @@ def gradients_of_definition(
 class NllLoss(ClassLoss):
     """The negative log-likelihood of log-probabilities."""
 
+    strategy = "one element of a row"
+
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient follows: a forward pass reads an element of each row."""
         return self.is_forward_alone(arguments)
@@ -265,13 +265,12 @@ class NllLoss(ClassLoss):
         reduction = reduction_of(size_average, reduce, reduction)
         return ClassLossArguments(input, target, weight, NllOptions(ignore_index, reduction))
 
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "one element of a row"
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class MultiMarginLoss(ClassLoss):
     """The margin loss of scores, rows of classes."""
+
+    strategy = "row by row"
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         """Returns whether there are few classes: shorter rows fill no vector of either width."""
@@ -303,9 +302,6 @@ class MultiMarginLoss(ClassLoss):
         """Returns the shape of the losses before they are reduced."""
         shape: torch.Size = arguments[1].shape
         return shape
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "row by row"
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

@@ -136,8 +136,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def local_of(self, arguments: Arguments) -> Any:
         return None if arguments[-1].gamma else super().local_of(arguments)
 
-    def strategy(self, input: Tensor) -> str:
-        rows = backend_of(input).supports_rows(input)
+    def strategy_of(self, arguments: Arguments) -> str:
+        rows = backend_of(arguments[0]).supports_rows(arguments[0])
         return "row by row" if rows else "several rows at a time"
 
 

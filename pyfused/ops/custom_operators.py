@@ -281,7 +281,11 @@ def _gradients_of_classes(
     return (gradient.reshape(given[0].shape),)
 
 
-def _of_activation(op: Activation) -> CompiledOperator:
+def _of_activation(op: Activation | Softmax) -> CompiledOperator:
+    def empty(given: Arguments) -> Tensor:
+        input: Tensor = given[0]
+        return _empty(input) if isinstance(op, Activation) else input.new_empty(input.shape)
+
     def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
         return (op.plan(given, False).kernels[1](grad_output, given[0]),)
 
@@ -289,36 +293,14 @@ def _of_activation(op: Activation) -> CompiledOperator:
         op,
         gradients=gradients,
         definition=lambda given, _, grad_output: (op.gradient_in_torch(grad_output, *given),),
-        empty_value=lambda given: _empty(given[0]),
+        empty_value=empty,
         saves_output=op.saves == "output",
     )
 
 
-def _of_softmax(op: Softmax) -> CompiledOperator:
-    def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
-        output, dim, *_others = given
-        kernels = backend_of(output).softmax(op.name, output, dim % output.dim())
-        return (kernels[1](grad_output, output),)
-
-    def definition(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
-        output, dim, *_others = given
-        gradient = getattr(torch, f"_{op.name}_backward_data")
-        return (gradient(grad_output, output, dim, output.dtype),)
-
-    return _declared(
-        op,
-        gradients=gradients,
-        definition=definition,
-        empty_value=lambda given: given[0].new_empty(given[0].shape),
-        saves_output=True,
-    )
-
-
 for _op in OPERATORS.values():
-    if isinstance(_op, Activation):
+    if isinstance(_op, (Activation, Softmax)):
         _made = _of_activation(_op)
-    elif isinstance(_op, Softmax):
-        _made = _of_softmax(_op)
     elif isinstance(_op, Gated):
         continue  # Inductor fuses it with what is around it
     elif isinstance(_op, (TensorLoss, ClassLoss)) and _op is not CROSS_ENTROPY:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +115,7 @@ class Operator(ABC):
         others: The tensors but for the input, likewise.
         broadcast: Where the tensors stand that the input broadcasts with.
         counts_logits: The size of a call is that of a linear layer's output.
+        strategy: How CPU kernels go through an input, in words.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Operator(ABC):
     others: tuple[tuple[int, Operand], ...] = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
     counts_logits: bool = field(init=False)
+    strategy: ClassVar[str] = "element by element"
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -232,18 +234,9 @@ class Operator(ABC):
         """Returns this process' part of DTensors that the kernels take, None of other tensors."""
         return None
 
-    def subclass_fallback_reason(self, arguments: Arguments) -> str | None:
-        """Returns why torch's operator takes an input of another class than Tensor."""
-        local = self.local_of(arguments)
-        return f"input is a {type(arguments[0]).__name__}" if local is None else None
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        """Returns how a CPU kernel goes through the input, in words."""
-        return "element by element"
-
-    def strategy_of(self, arguments: Arguments) -> str:
+    def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
         """Returns how a CPU kernel goes through the arguments of a call, in words."""
-        return self.strategy(arguments[0])
+        return "some logits at a time" if self.counts_logits else self.strategy
 
 
 def parameters_of(function: Any) -> dict[str, Any]:

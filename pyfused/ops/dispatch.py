@@ -204,8 +204,10 @@ def reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str
     compiling = is_dynamo_compiling()
     if type(input) not in _PLAIN:
         compiling = is_traced(input)
+        if not compiling and op.local_of(arguments) is None:
+            return f"input is a {type(input).__name__}"
         if not compiling:
-            return op.subclass_fallback_reason(arguments) or _active_mode()
+            return _active_mode()
     reason = _left_to_compiler(op, arguments, inplace) if compiling else _active_mode()
     reason = reason or unsupported(op.operands[0], input, input, compiling)
     for place, operand in op.others:

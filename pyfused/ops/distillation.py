@@ -188,6 +188,7 @@ class Divergence(RowLoss):
 
     kernels: Callable[[LossArguments], tuple[Tensor | None, Gradients]]
     options = DivergenceOptions
+    strategy = "row by row"
 
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
         dim, has_gradient = by_name.pop("dim", None), by_name.pop("teacher_requires_grad", False)
@@ -209,9 +210,6 @@ class Divergence(RowLoss):
             indices = arguments[-3]
             checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
             checks.topk_log_probs(_shown(arguments[-2], arguments[-1], -torch.inf))
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "row by row" if self.student == 1 else "some logits at a time"
 
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
         getattr(checks, self.name)(*arguments)

@@ -36,6 +36,8 @@ SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
+_of_inputs_shape = partial(checks.same_shape, name="weight")
+
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
@@ -93,7 +95,7 @@ MSE_LOSS = PointwiseLoss(
     module="MSELoss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=checks.weight_of_inputs_shape,
+    weight_shape=_of_inputs_shape,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target) ** 2,
 )
@@ -103,7 +105,7 @@ L1_LOSS = PointwiseLoss(
     module="L1Loss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=checks.weight_of_inputs_shape,
+    weight_shape=_of_inputs_shape,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target).abs(),
 )
@@ -149,7 +151,7 @@ HUBER_LOSS = PointwiseLoss(
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     scalars=(Scalar("delta", positive=True),),
-    weight_shape=checks.weight_of_inputs_shape,
+    weight_shape=_of_inputs_shape,
     fallback_reason=_differ_in_dtype,
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
@@ -590,16 +592,21 @@ def _cdf(x: Tensor, approximate: str) -> Tensor:
     return (_TWICE * (x + 0.044715 * x * x * x)).sigmoid()
 
 
+def _sigmoid_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns y = sigmoid(x) and its derivative y (1 - y)."""
+    e = (-x.abs()).exp()
+    d = 1 / (1 + e)
+    return torch.where(x < 0, e * d, d), e * d * d
+
+
 def _gradient_of_gelu(grad_output: Tensor, input: Tensor, approximate: str) -> Tensor:
     if approximate == "none":
         below = _cdf(input, approximate)
         density = (input * input * -0.5).exp() * (1 / math.sqrt(2 * math.pi))
         return grad_output * (below + input * density)
-    u = _TWICE * (input + 0.044715 * input * input * input)
-    e = (-u.abs()).exp()
-    d = 1 / (1 + e)  # y (1 - y) of y = sigmoid(u) is e d d
-    slope = e * d * d * (_TWICE * (1 + 0.134145 * input * input))
-    return grad_output * (torch.where(u < 0, e * d, d) + input * slope)
+    y, slope = _sigmoid_and_slope(_TWICE * (input + 0.044715 * input * input * input))
+    slope = slope * (_TWICE * (1 + 0.134145 * input * input))
+    return grad_output * (y + input * slope)
 
 
 GELU = Activation(
@@ -631,12 +638,7 @@ THRESHOLD = Activation(
     ),
 )
 
-
 _BUILT_IN_PRELU = torch.prelu  # whatever pyfused.patch puts in its place
-
-
-def _prelu(input: Tensor, weight: Tensor) -> Tensor:
-    return _BUILT_IN_PRELU(input, weight)
 
 
 def _beside_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -658,7 +660,7 @@ PRELU = Gated(
     arrange=_beside_channels,
     fallback_reason=_differ_in_dtype,
     formula=lambda input, weight: torch.where(input > 0, input, weight * input),
-    definition=_prelu,
+    definition=lambda input, weight: _BUILT_IN_PRELU(input, weight),
     gradient=lambda input, weight: (
         torch.where(input > 0, 1, weight),
         torch.where(input > 0, 0, input),
@@ -708,10 +710,6 @@ HARDSWISH = Activation(
 )
 
 
-def _hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    return torch.hardshrink(input, lambd)
-
-
 def _beyond(input: Tensor, bound: Tensor) -> Tensor:
     return (input < -bound) | (input > bound)
 
@@ -722,17 +720,13 @@ HARDSHRINK = Activation(
     saves="input",
     scalars=(Scalar("lambd", low=0.0),),
     formula=lambda input, lambd: torch.where((-lambd <= input) & (input <= lambd), 0, input),
-    definition=_hardshrink,
+    definition=lambda input, lambd=0.5: torch.hardshrink(input, lambd),
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
 
 def _zero(input: Tensor) -> Tensor:
     return torch.where(input == input, 0, input)  # NaN of NaN
-
-
-def _softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    return torch._C._nn.softshrink(input, lambd)
 
 
 SOFTSHRINK = Activation(
@@ -743,7 +737,7 @@ SOFTSHRINK = Activation(
     formula=lambda input, lambd: torch.where(
         input > lambd, input - lambd, torch.where(input < -lambd, input + lambd, _zero(input))
     ),
-    definition=_softshrink,
+    definition=lambda input, lambd=0.5: torch._C._nn.softshrink(input, lambd),
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
@@ -806,11 +800,6 @@ MISH = Activation(
     gradient=_gradient_of_mish,
 )
 
-
-def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return torch._C._nn.softplus(input, beta, threshold)
-
-
 SOFTPLUS = Activation(
     name="softplus",
     module="Softplus",
@@ -819,16 +808,13 @@ SOFTPLUS = Activation(
     formula=lambda input, beta, threshold: torch.where(
         input * beta > threshold, input, F.softplus(input * beta) / beta
     ),
-    definition=_softplus,
+    definition=lambda input, beta=1.0, threshold=20.0: torch._C._nn.softplus(
+        input, beta, threshold
+    ),
     gradient=lambda grad_output, input, beta, threshold: torch.where(
         input * beta > threshold, grad_output, grad_output * (input * beta).sigmoid()
     ),
 )
-
-
-def _logsigmoid(input: Tensor) -> Tensor:
-    return torch._C._nn.log_sigmoid(input)
-
 
 LOGSIGMOID = Activation(
     name="logsigmoid",
@@ -838,10 +824,9 @@ LOGSIGMOID = Activation(
         None if input.is_contiguous() else "torch makes its result contiguous"
     ),
     formula=lambda input: 0 - F.softplus(-input),  # 0.0 of infinity
-    definition=_logsigmoid,
+    definition=lambda input: torch._C._nn.log_sigmoid(input),
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )
-
 
 SOFTSIGN = Activation(
     name="softsign",
@@ -861,9 +846,8 @@ TANHSHRINK = Activation(
 
 
 def _gradient_of_glu(first: Tensor, second: Tensor) -> Gradients:
-    e = (-second.abs()).exp()
-    d = 1 / (1 + e)  # y (1 - y) of y = sigmoid(second) is e d d
-    return torch.where(second < 0, e * d, d), first * (e * d * d)
+    y, slope = _sigmoid_and_slope(second)
+    return y, first * slope
 
 
 def _no_halves(input: Tensor, dim: int) -> str | None:
@@ -882,31 +866,13 @@ GLU = Halves(
 
 GATED = (Operand("gate"), Operand("up"))
 
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch._C._nn.silu(gate) * up
-
-
-def _geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
-    return torch._C._nn.gelu(gate, approximate=approximate) * up
-
-
-def _reglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.relu(gate) * up
-
-
-def _gradient_of_swiglu(gate: Tensor, up: Tensor) -> Gradients:
-    y = gate.sigmoid()
-    return up * (y * (1 + gate * (1 - y))), gate * y
-
-
 SWIGLU = Gated(
     name="swiglu",
     module="SwiGLU",
     operands=GATED,
     formula=lambda gate, up: gate * gate.sigmoid() * up,
-    definition=_swiglu,
-    gradient=_gradient_of_swiglu,
+    definition=lambda gate, up: torch._C._nn.silu(gate) * up,
+    gradient=lambda gate, up: (_gradient_of_silu(up, gate), gate * gate.sigmoid()),
 )
 
 GEGLU = Gated(
@@ -915,7 +881,9 @@ GEGLU = Gated(
     operands=GATED,
     scalars=(Scalar("approximate", "none", words=("none", "tanh")),),
     formula=lambda gate, up, approximate: gate * _cdf(gate, approximate) * up,
-    definition=_geglu,
+    definition=lambda gate, up, approximate="none": (
+        torch._C._nn.gelu(gate, approximate=approximate) * up
+    ),
     gradient=lambda gate, up, approximate: (
         _gradient_of_gelu(up, gate, approximate),
         gate * _cdf(gate, approximate),
@@ -927,7 +895,7 @@ REGLU = Gated(
     module="ReGLU",
     operands=GATED,
     formula=lambda gate, up: torch.where(gate < 0, 0, gate) * up,
-    definition=_reglu,
+    definition=lambda gate, up: torch.relu(gate) * up,
     gradient=lambda gate, up: (torch.where(gate <= 0, 0, up), torch.where(gate < 0, 0, gate)),
 )
 

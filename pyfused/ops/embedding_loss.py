@@ -58,6 +58,8 @@ class EmbeddingLoss(TensorLoss):
     The last operand is a row, too, or a target of each row that is 1 or -1.
     """
 
+    strategy = "row by row"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.has_target = self.operands[-1].sign
@@ -77,9 +79,6 @@ class EmbeddingLoss(TensorLoss):
         if self.has_target:
             operands = *operands[:-1], operands[-1].squeeze(-1)
         return super().of_each(operands, numbers)
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "row by row"
 
     def _dtypes(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,14 +40,6 @@ def gradients_in_forward(reduction: str, input: Tensor) -> bool:
     Not for float16: without grad_output, which GradScaler makes large, it underflows.
     """
     return reduction != "none" and input.dtype is not torch.float16
-
-
-def wanted_in_forward(reduction: str, tensors: Sequence[Tensor | None]) -> list[bool]:
-    """Returns for each tensor whether a compiled call computes its gradient with the loss."""
-    input = tensors[0]
-    assert input is not None
-    now = torch.is_grad_enabled() and gradients_in_forward(reduction, input)
-    return [now and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
 def second_order(op: str, grad_output: Tensor) -> bool:
@@ -100,37 +91,9 @@ class Fused(torch.autograd.Function):
         return None, *gradients, *(None,) * missing
 
 
-def without_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply``, which looks for functorch first; dispatch has left its calls to torch.
-
-    That takes 1.8 of 4.3 us.
-    """
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    return apply
-
-
-apply = without_functorch(Fused)
-
-
-def save(ctx: Any, options: Any, *tensors: Tensor | None) -> None:
-    """Saves what a backward pass reads, the tensors among the options with the others.
-
-    So an in-place change of one raises, hooks for saved tensors see all of them, and the graph
-    holds no other reference to them. Only `saved` gives them back.
-    """
-    among = options.tensors()
-    ctx.save_for_backward(*tensors, *among.values())
-    ctx.options = replace(options, **dict.fromkeys(among)) if among else options
-    ctx.tensors_in_options = tuple(among)
-
-
-def saved(ctx: Any) -> tuple[Sequence[Any], Any]:
-    """Returns the tensors and the options that `save` was given."""
-    tensors, names = ctx.saved_tensors, ctx.tensors_in_options
-    if not names:
-        return tensors, ctx.options
-    among = dict(zip(names, tensors[-len(names) :], strict=True))
-    return tensors[: -len(names)], replace(ctx.options, **among)
+# `Fused.apply` looks for functorch first, which takes 1.8 of 4.3 us; dispatch has left its calls to
+# torch.
+apply: Callable[..., Any] = super(torch.autograd.Function, Fused).apply
 
 
 def differentiate(

@@ -97,9 +97,6 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         head, options = _checked(arguments)
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "some logits at a time"
-
     def strategy_of(self, arguments: Arguments) -> str:
         head, options = _head_of(arguments)
         head, options = head.as_rows(options)

@@ -65,7 +65,7 @@ def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
     if is_dtensor(values):
         log_p, entropy, lse = values[0], values[1], values[2]
     else:
-        log_p, entropy, lse = (values if values.shape[0] == 3 else values[:3]).unbind()
+        log_p, entropy, lse = values.unbind()
     return LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
 
 
@@ -77,6 +77,7 @@ class LogProbsOperator(ShardedOperator):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
     options = LogProbsOptions
+    strategy = "row by row"
 
     def bind(self, *_: Any, **by_name: Any) -> Arguments:
         names = LogProbsOptions.__dataclass_fields__.keys() & by_name.keys()
@@ -169,6 +170,3 @@ class LogProbsOperator(ShardedOperator):
             getattr(checks, self.name)(*arguments, classes=classes)
         else:
             super().check_shapes(arguments, classes)
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "some logits at a time" if self.counts_logits else "row by row"

@@ -166,22 +166,5 @@ LOG_SOFTMAX = Softmax(
 )
 
 OPERATORS: dict[str, Operator] = {
-    op.name: op
-    for op in (
-        CROSS_ENTROPY,
-        LINEAR_CROSS_ENTROPY,
-        LOG_PROBS,
-        LINEAR_LOG_PROBS,
-        KL_DIV_WITH_LOGITS,
-        LINEAR_KL_DIV,
-        LINEAR_TOPK_KL_DIV,
-        NLL_LOSS,
-        MULTI_MARGIN_LOSS,
-        MULTILABEL_MARGIN_LOSS,
-        TRIPLET_MARGIN_LOSS,
-        COSINE_EMBEDDING_LOSS,
-        *elementwise.OPERATORS,
-        SOFTMAX,
-        LOG_SOFTMAX,
-    )
+    op.name: op for op in (*globals().values(), *elementwise.OPERATORS) if isinstance(op, Operator)
 }

@@ -41,11 +41,15 @@ _OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
 
-def reduced(each: Tensor, reduction: str) -> Tensor:
+def reduced(each: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """Returns the losses, their sum or their mean, which divides by the sum of the weights."""
     if reduction == "none":
-        return each
+        return each if weight is None else each * weight
     checks.reduction(reduction)
-    return each.mean() if reduction == "mean" else each.sum()
+    if weight is None:
+        return each.mean() if reduction == "mean" else each.sum()
+    total = (each * weight).sum()
+    return total / weight.expand_as(each).sum() if reduction == "mean" else total
 
 
 def elements(operands: Sequence[Tensor], *_: Any) -> float:

@@ -20,9 +20,6 @@ from pyfused.ops.gradients import (
     apply,
     differentiate,
     gradients_in_forward,
-    save,
-    saved,
-    wanted_in_forward,
 )
 from pyfused.ops.row_state import denominator_of
 from pyfused.types import Gradients, Options, Outputs
@@ -100,13 +97,14 @@ class RowLoss(Operator):
 
     def run(self, tensors: Sequence[Any], options: Any) -> tuple[Tensor, Tensor]:
         """Returns the loss of rows, and their state, if it has been computed."""
-        differentiated = tensors[: self.student]
+        grad, differentiated = torch.is_grad_enabled(), tensors[: self.student]
+        needs = tuple([grad and x is not None and x.requires_grad for x in differentiated])
         if is_compiled(tensors[0]):
-            wanted = wanted_in_forward(options.reduction, differentiated)
+            now = gradients_in_forward(options.reduction, tensors[0])
+            wanted = [now and need for need in needs]
             loss, *others = getattr(TORCH_OPS, self.name)(*tensors, *options.values(), wanted)
             return loss, others[-1]
-        backend, grad = backend_of(tensors[0]), torch.is_grad_enabled()
-        needs = tuple([grad and x is not None and x.requires_grad for x in differentiated])
+        backend = backend_of(tensors[0])
         if True in needs:
             plan = RowLossPlan(self, self.name, backend, needs)
             return apply(plan, *tensors, options)  # type: ignore[no-any-return]
@@ -167,7 +165,12 @@ class RowLossPlan(NamedTuple):
             LossArguments(self.backend, tensors, options, outputs)
         )
         ctx.gradients = gradients or None
-        save(ctx, options, *tensors, state)
+        # Tensors among the options, too: a change in place of one raises, hooks for saved tensors
+        # see all of them, and the graph holds no other reference to them.
+        among = options.tensors()
+        ctx.save_for_backward(*tensors, state, *among.values())
+        ctx.options = replace(options, **dict.fromkeys(among)) if among else options
+        ctx.names = tuple(among)
         if state is not None:
             ctx.mark_non_differentiable(state)
         return loss, state
@@ -179,6 +182,9 @@ class RowLossPlan(NamedTuple):
         return self.op.define(self._saved(ctx, grad_output))
 
     def _saved(self, ctx: Any, grad_output: Tensor) -> LossArguments:
-        (*tensors, state), options = saved(ctx)
+        count, saved = len(self.op.operands), ctx.saved_tensors
+        tensors, state, options = saved[:count], saved[count], ctx.options
+        if ctx.names:
+            options = replace(options, **dict(zip(ctx.names, saved[count + 1 :], strict=True)))
         outputs = Outputs(False, self.needs)
         return LossArguments(self.backend, tensors, options, outputs, grad_output, state)

@@ -119,11 +119,8 @@ def state_of_metrics(
 ) -> Tensor:
     """Returns the state of each row, with ``sum_c target_c log p_c`` beside class probabilities."""
     dim = min(logits.dim() - 1, 1)
-    rows, classes = (
-        RowOptions(options.ignore_index, options.scale),
-        ClassRange(0, logits.shape[dim]),
-    )
-    indices = not target.is_floating_point()
+    rows, indices = RowOptions(options.ignore_index, options.scale), not target.is_floating_point()
+    classes = ClassRange(0, logits.shape[dim])
     launch = state_of_logits(backend, logits, rows, classes, METRICS_FIELDS)
     state, _ = launch(logits, target if indices else None)
     if indices:

@@ -1,10 +1,10 @@
-"""Softmax and its logarithm: their declaration, and what computes them."""
+"""Softmax and its logarithm: their declaration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
+from pyfused.ops.activation import ActivationPlan
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.gradients import apply, autocast_dtype
-from pyfused.types import Gradients, Kernels
+from pyfused.ops.gradients import autocast_dtype
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -22,6 +22,8 @@ class Softmax(Operator):
     """A function of all elements along one dimension."""
 
     built_in: tuple[str, ...] = ("input", "dim")
+    saves: ClassVar[str] = "output"
+    strategy = "row by row, or several rows at a time"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,22 +46,28 @@ class Softmax(Operator):
         of_input = type(dim) is int and -input.dim() <= dim < input.dim()
         return of_input and input.shape[dim] <= few and input.stride(dim) == 1
 
-    def plan(self, arguments: Arguments, inplace: bool) -> SoftmaxPlan:  # noqa: ARG002
+    def gradient_in_torch(self, grad_output: Tensor, output: Tensor, dim: int, *_: Any) -> Tensor:
+        gradient: Callable[..., Tensor] = getattr(torch, f"_{self.name}_backward_data")
+        return gradient(grad_output, output, dim, output.dtype)
+
+    def plan(self, arguments: Arguments, inplace: bool) -> ActivationPlan:  # noqa: ARG002
         input, dim, _, dtype = arguments
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
-        needs_grad = torch.is_grad_enabled() and input.requires_grad
-        dim = dim % input.dim()
-        like = input if input.dtype is dtype else torch.empty_like(input, dtype=dtype)
-        kernels = backend_of(input).softmax(self.name, like, dim)
-        return SoftmaxPlan(self.name, dim, dtype, needs_grad, kernels)
+        dim, casts = dim % input.dim(), input.dtype is not dtype
+        like = torch.empty_like(input, dtype=dtype) if casts else input
+        return ActivationPlan(
+            op=self,
+            name=self.name,
+            needs_grad=torch.is_grad_enabled() and input.requires_grad,
+            options=(dim,),
+            kernels=backend_of(input).softmax(self.name, like, dim),
+            cast=dtype if casts else None,
+        )
 
     def check(self, arguments: Arguments) -> None:
         checks.tensor("input", arguments[0])
         checks.dim(arguments[1], arguments[0])
-
-    def strategy(self, input: Tensor) -> str:  # noqa: ARG002
-        return "row by row, or several rows at a time"
 
 
 def not_along_one_dimension(
@@ -71,35 +79,3 @@ def not_along_one_dimension(
     if not -input.dim() <= dim < input.dim():
         return "dim is none of the input's"
     return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"
-
-
-@dataclass(eq=False)
-class SoftmaxPlan:
-    """Computes the calls of one signature. Backward reads the output, and no other tensor."""
-
-    name: str
-    dim: int
-    dtype: torch.dtype
-    needs_grad: bool
-    kernels: Kernels
-
-    def __call__(self, arguments: Arguments) -> Tensor:
-        input = arguments[0]
-        input = input if input.dtype is self.dtype else input.to(self.dtype)
-        if self.needs_grad:
-            output: Tensor = apply(self, input)
-            return output
-        return self.kernels[0](input)
-
-    def forward(self, ctx: Any, tensors: Sequence[Tensor]) -> Tensor:
-        output = self.kernels[0](tensors[0])
-        ctx.save_for_backward(output)
-        return output
-
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return (self.kernels[1](grad_output, ctx.saved_tensors[0]),)
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        (output,) = ctx.saved_tensors
-        gradient = getattr(torch, f"_{self.name}_backward_data")
-        return (gradient(grad_output, output, self.dim, output.dtype),)

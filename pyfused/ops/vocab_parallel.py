@@ -394,7 +394,51 @@ class ShardedOperator(Operator):
         return local.whole(self.of_shard(local.arguments, local.shard))
 
     def local_of(self, arguments: Arguments) -> Any:
-        return local_of(self, arguments)
+        """Returns this process' part, where classes are sharded along one dimension of a mesh.
+
+        Every process has all of the other tensors, plain ones or replicated DTensors, but for the
+        input of a layer: a plain one may be part of a batch, beside a weight sharded by FSDP. Else
+        None, as where the kernels do not take this process' tensors.
+        """
+        input = arguments[0]
+        if type(input) is Tensor or not is_dtensor(input):  # first: any call comes here
+            return None
+        linear = self.counts_logits
+        by_class = arguments[linear]
+        if type(by_class) is not type(input) or by_class.dtype not in DTYPES:
+            return None
+        if by_class.dim() < 2 or (linear and (input.dim() < 2 or by_class.dim() > 2)):
+            return None
+        from torch.distributed import tensor as dtensor
+
+        given = dict(zip(self.arguments, arguments, strict=True))
+        names, dim = (("linear_weight", "linear_bias"), 0) if linear else (self.arguments[:1], 1)
+        mesh, placements = by_class.device_mesh, by_class.placements
+        part, whole = dtensor.Shard(dim), dtensor.Replicate()
+        if (placements.count(part), placements.count(whole)) != (1, mesh.ndim - 1):
+            return None
+        checks.tensor("target", given["target"])
+        if given["target"].is_floating_point():
+            return None
+        options = given["options"]
+        among = options.tensors()
+        given |= among
+        for name, tensor in given.items():
+            if is_dtensor(tensor):
+                expected = placements if name in names else (whole,) * mesh.ndim
+                if (tensor.device_mesh, tensor.placements) != (mesh, expected):
+                    return None
+                given[name] = _ToLocal.apply(tensor)
+            elif name in names and tensor is not None:
+                return None
+        if _unsupported(given):
+            return None
+        if among:
+            given["options"] = replace(options, **{name: given.pop(name) for name in among})
+        classes, of_mesh = by_class.shape[dim], placements.index(part)
+        first = -(-classes // mesh.size(of_mesh)) * mesh.get_local_rank(of_mesh)
+        shard = VocabShard(min(classes, first), classes, mesh.get_group(of_mesh))
+        return LocalShard(tuple(given.values()), shard, mesh)
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
@@ -462,51 +506,3 @@ class LocalShard(NamedTuple):
 
         everywhere = (Replicate(),) * self.mesh.ndim
         return _FromLocal.apply(found, self.mesh, everywhere, found.shape)
-
-
-def local_of(op: Operator, arguments: Arguments) -> LocalShard | None:
-    """Returns the part of this process, where classes are sharded along one dimension of a mesh.
-
-    Every process has all of the other tensors, plain ones or replicated DTensors, but for the input
-    of a layer: a plain one may be part of a batch, beside a weight sharded by FSDP. Else None, as
-    where the kernels do not take this process' tensors.
-    """
-    input = arguments[0]
-    if type(input) is Tensor or not is_dtensor(input):  # first: any call comes here
-        return None
-    linear = op.counts_logits
-    by_class = arguments[linear]
-    if type(by_class) is not type(input) or by_class.dtype not in DTYPES:
-        return None
-    if by_class.dim() < 2 or (linear and (input.dim() < 2 or by_class.dim() > 2)):
-        return None
-    from torch.distributed import tensor as dtensor
-
-    given = dict(zip(op.arguments, arguments, strict=True))
-    names, dim = (("linear_weight", "linear_bias"), 0) if linear else (op.arguments[:1], 1)
-    mesh, placements = by_class.device_mesh, by_class.placements
-    part, whole = dtensor.Shard(dim), dtensor.Replicate()
-    if (placements.count(part), placements.count(whole)) != (1, mesh.ndim - 1):
-        return None
-    checks.tensor("target", given["target"])
-    if given["target"].is_floating_point():
-        return None
-    options = given["options"]
-    among = options.tensors()
-    given |= among
-    for name, tensor in given.items():
-        if is_dtensor(tensor):
-            expected = placements if name in names else (whole,) * mesh.ndim
-            if (tensor.device_mesh, tensor.placements) != (mesh, expected):
-                return None
-            given[name] = _ToLocal.apply(tensor)
-        elif name in names and tensor is not None:
-            return None
-    if _unsupported(given):
-        return None
-    if among:
-        given["options"] = replace(options, **{name: given.pop(name) for name in among})
-    classes, of_mesh = by_class.shape[dim], placements.index(part)
-    first = -(-classes // mesh.size(of_mesh)) * mesh.get_local_rank(of_mesh)
-    shard = VocabShard(min(classes, first), classes, mesh.get_group(of_mesh))
-    return LocalShard(tuple(given.values()), shard, mesh)
