@@ -345,14 +345,8 @@ def nll_loss(
     kernel = prepared(nll_kernel, choice, EACH=reduction == "none")
     numbers = n, inner, classes, strides, grad_strides, ignore_index
 
-    def run(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        _token_weight: None = None,
-        _denominator: None = None,
-        grad_output: Tensor | None = None,
-    ) -> tuple[Tensor | None, Gradients]:
+    def run(*tensors: Any) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, _, _, grad_output = tensors
         input, target = input.contiguous() if copies else input, target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
@@ -395,22 +389,16 @@ def multi_margin_loss(
         kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
         numbers = *numbers, float(options.margin)
 
-    def run(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        _token_weight: None = None,
-        _denominator: None = None,
-        grad_output: Tensor | None = None,
-    ) -> tuple[Tensor | None, Gradients]:
+    def run(*tensors: Any) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, _, _, grad_output = tensors
         input, target = input.contiguous(), target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = torch.empty_like(input) if needs_grad else None
         loss, stored = _loss_of(input, reduction, outputs, programs)
-        tensors = (input, target) if multilabel else (input, target, weight)
+        given = (input, target) if multilabel else (input, target, weight)
         row_weight = _row_weight(n, None, grad_output)
-        kernel(programs, *tensors, row_weight, divisor, stored, grad, *numbers)
+        kernel(programs, *given, row_weight, divisor, stored, grad, *numbers)
         _add_up(stored)
         return loss, (grad, None)
 

@@ -78,6 +78,7 @@ TARGETS = {
 SOME = ("sm_90", "gfx942")  # for what is rare: one of each maker
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPILLED = 16  # bytes of a thread
+NO_OTHERS = (None,) * 4  # weight, token_weight, denominator and grad_output
 # Of 32,000 classes, where on an H100 a row that is read twice takes 1.3 times as long.
 # A sine of large numbers keeps many digits of pi.
 MAY_SPILL = {"": SPILLED, "softmax_backward_kernel": 80, "formula snake": 32}
@@ -221,17 +222,17 @@ def class_cases() -> Iterator[Case]:
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=reduced, **fields)
         outputs = Outputs(True, (True, False))
         given = x, target, None, NllOptions(-100, "mean"), outputs
-        run = partial(backend.nll_loss(*given), x, target)
+        run = partial(backend.nll_loss(*given), x, target, *NO_OTHERS)
         yield case("nll_loss", *of, run, vector=0, launches=1 + reduced, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
             options = MarginOptions(p, 1.0, "mean")
             given = x, target, None, options, outputs
-            run = partial(backend.multi_margin_loss(*given), x, target)
+            run = partial(backend.multi_margin_loss(*given), x, target, *NO_OTHERS)
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=reduced, **fields)
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
         options = MarginOptions(1, 1.0, "mean")
         given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
-        run = partial(backend.multilabel_margin_loss(*given), *given[:2])
+        run = partial(backend.multilabel_margin_loss(*given), *given[:2], *NO_OTHERS)
         launches = launches_of_sum(*shape)
         yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME, launches=launches)
 
