@@ -29,6 +29,7 @@ import torch
 from cases import CASES, HEADLINES, MODES, OPS, TORCH, TRAINING, Case, Step, draw, step, timers_of
 from report import ROOT, spread, tabulated
 from rich.progress import track
+from torch._inductor import config as inductor
 from torch.nn import functional
 
 import pyfused.functional
@@ -233,6 +234,7 @@ def compiled(options: Namespace) -> None:
     """
     cases.settle_allocator()
     sizes.COMPILED.update(dict.fromkeys(sizes.COMPILED, (0, 0)))
+    inductor.fx_graph_cache = False  # the key of a program on disk says nothing of the table
     rows = []
     for case in cases.chosen(CASES, options.k):
         logits = case.op == "cross_entropy"
