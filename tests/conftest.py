@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,6 +80,8 @@ def fused_always() -> Iterator[None]:
 def fused(request: pytest.FixtureRequest) -> Iterator[None]:
     measured = request.node.get_closest_marker("thresholds")
     dispatch.forget_plans()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # else a size that an earlier test changed is dynamic in this one
     with contextlib.nullcontext() if measured else fused_always():
         yield
 
