@@ -344,7 +344,10 @@ class Formula:
             TypeError: The formula does not take these.
         """
         if len(operands) != len(self.op.variables) or not named.keys() <= self.keywords:
-            named = self.__signature__.bind(*operands, **named).arguments  # takes microseconds
+            try:
+                named = self.__signature__.bind(*operands, **named).arguments  # takes microseconds
+            except TypeError as error:
+                raise TypeError(f"{self.__name__}: {error}") from None
             operands = tuple([named.pop(variable.name) for variable in self.op.variables])
         return (*operands, *(self.op.keywords | named).values())
 
@@ -373,9 +376,10 @@ class Formula:
             return f"{self.__name__}: torch: {error}"
         program = traced.program(Outputs(True, (True,) * len(names)))
         read, written = len(names), len(names) + (not self.op.loss)
+        tensors = "1 tensor" if read == 1 else f"{read} tensors"
         return "\n  ".join([
             (f"{self.__name__}: {len(program.body)} instructions for an element and its gradients; "
-            f"{read} tensors read, {written} written: {4 * (read + written)} bytes of float32"),
+            f"{tensors} read, {written} written: {4 * (read + written)} bytes of float32"),
             *program.lines(names, values),
         ])  # fmt: skip
 

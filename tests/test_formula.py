@@ -911,9 +911,9 @@ def test_signature_and_arguments() -> None:
     assert wing.__doc__
     assert wing.__name__ == "wing"
     assert torch.equal(wing(target=target, input=input), wing(input, target))
-    with pytest.raises(TypeError, match="omga"):
+    with pytest.raises(TypeError, match="wing.*omga"):
         wing(input, target, omga=1.0)
-    with pytest.raises(TypeError, match="target"):
+    with pytest.raises(TypeError, match="wing.*target"):
         wing(input)
     with pytest.raises(TypeError, match="reduction"):
         mish(input, reduction="sum")
@@ -923,6 +923,18 @@ def test_signature_and_arguments() -> None:
         wing(input, target, weight=torch.rand(3))
     with pytest.raises(RuntimeError):
         wing(input, target[:7])
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("n", [20, 1 << 15], ids=["by torch", "by the kernel"])
+def test_a_weight_that_does_not_broadcast(n: int, reduction: str) -> None:
+    input, target = operands_of("wing", n)
+    for weight in (torch.rand(3, n), torch.rand(1, n), torch.rand(3)):
+        with pytest.raises(RuntimeError, match="weight: expected a shape that broadcasts to"):
+            wing(input, target, weight=weight, reduction=reduction)
+    with pytest.raises(TypeError, match="weight: expected a Tensor, got float"):
+        wing(input, target, weight=2.0, reduction=reduction)
 
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -1001,6 +1013,8 @@ def test_wrong_definitions() -> None:
         pyfused.loss(lambda *inputs: inputs[0])
     with pytest.raises(TypeError, match="expected a default of the parameter beta"):
         exec("def f(input, *, beta): return input * beta\npyfused.loss(f)", {"pyfused": pyfused})
+    with pytest.raises(UntraceableError, match="name 'absent' is not defined; or pass"):
+        pyfused.activation(lambda input: absent(input))  # noqa: F821
     with pytest.raises(UntraceableError, match="expected it to return one tensor, got tuple"):
         pyfused.activation(lambda input: (input, input))
     with pytest.raises(UntraceableError, match=r"expected an elementwise formula.*\(6,\)"):

@@ -43,6 +43,9 @@ Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float |
 
 def reduced(each: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
     """Returns the losses, their sum or their mean, which divides by the sum of the weights."""
+    if weight is not None:
+        checks.tensor("weight", weight)
+        checks.weight_that_broadcasts(each, weight)
     if reduction == "none":
         return each if weight is None else each * weight
     checks.reduction(reduction)

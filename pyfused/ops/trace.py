@@ -88,10 +88,11 @@ def record(
         raise
     except Exception as error:
         lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == tracer.file]
-        raise UntraceableError(
-            f"line {[0, *lines][-1]} of {tracer.file}: {error}; use torch.where instead of 'if' "
-            "and torch's functions instead of math's on tensors"
-        ) from error
+        message = f"line {[0, *lines][-1]} of {tracer.file}: {error}"
+        if isinstance(error, (fx.proxy.TraceError, TypeError)):
+            message += "; use torch.where instead of 'if' and torch's functions instead of math's "
+            message += "on tensors"
+        raise UntraceableError(message) from error
     if not isinstance(output, fx.Proxy):
         raise UntraceableError(f"expected it to return one tensor, got {type(output).__name__}")
     outputs = tuple([x.node if isinstance(x, fx.Proxy) else x for x in (output, *slopes)])
