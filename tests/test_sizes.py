@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor
 
 from pyfused import tune
@@ -157,3 +158,16 @@ def test_what_was_measured_is_kept_for_this_machine(
     other = json.dumps({"machine": "another", "limits": {"mse_loss": [1, 2]}})
     sizes.FILE.write_text(other)
     assert sizes.tuned() == {}
+
+
+def test_a_user_without_a_home_as_in_containers() -> None:
+    child = python(
+        """
+        import os, pwd
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            os.environ.pop(name, None)
+        pwd.getpwuid = {}.__getitem__  # raises KeyError
+        import pyfused
+        """
+    )
+    assert child.returncode == 0, child.stderr

@@ -121,8 +121,10 @@ COMPILED_ON_GPU = {
     **dict.fromkeys(OF_LOGITS, 1 << 24),
 }
 
-# What `python -m pyfused tune` has measured, on this processor with these kernels.
-FILE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pyfused", "sizes.json")
+# What `python -m pyfused tune` has measured, on this processor with these kernels. For users
+# without a home, as in containers, Path.home() would raise an error.
+_CACHES = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+FILE = Path(_CACHES, "pyfused", "sizes.json")
 MACHINE = f"{cpu.capability}, torch {torch.__version__}"
 
 
