@@ -257,7 +257,7 @@ def draw_found(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -
         places = [place + 0.2 * index - 0.3 for place in range(len(of))]
         axes.bar(places, list(of.values()), 0.2, color=COLOURS[index], label=label)
     axes.set_xticks(range(len(of)), of)
-    axes.set(ylabel="share of the test rows", ylim=(0, 1))
+    axes.set(ylabel="score on the test rows", ylim=(0, 1))
 
 
 # ---- counts --------------------------------------------------------------------------------------

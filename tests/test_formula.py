@@ -879,6 +879,8 @@ def test_the_broadcast_size_decides(kernel_calls: KernelCalls) -> None:
 def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
     input, target = operands_of("wing", 20)
     said = wing.explain()
+    assert " 2 tensors read, 2 written" in said
+    assert " 1 tensor read, 2 written" in mish.explain()
     assert "value = where_lt" in said
     assert "bytes" in said
     assert str(wing.explain(input, target)) == str(pyfused.explain(wing, input, target))
