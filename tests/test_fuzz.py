@@ -90,7 +90,7 @@ def backward(call: Call, again: bool) -> Callable[[], Sequence[Tensor]]:
 @every_operator
 def test_threads(op: Operator, threads: Callable[[int], None]) -> None:
     """Several threads give the bits of one, but for torch's operators, its products of matrices and
-    its sums of the gradients of what was broadcast.
+    its sums of the gradients of what was broadcast, which round as they may.
     """
 
     @settings(max_examples=settings().max_examples // 10)
@@ -105,13 +105,13 @@ def test_threads(op: Operator, threads: Callable[[int], None]) -> None:
             if call.op.name.startswith("linear_"):
                 check_call(call)
                 return
-            kernel = takes_kernel(call)
+            if not takes_kernel(call):
+                return
             results, gradients = forward(call, ours)
             largest = max(x.numel() for x in call.given.values() if isinstance(x, Tensor))
             for i, (got, one) in enumerate(zip([*results, *gradients()], expected, strict=True)):
-                exact = kernel and (i < len(results) or got.numel() == largest)
-                given = {"rtol": 0, "atol": 0} if exact else {}
-                torch.testing.assert_close(got, one, equal_nan=True, **given)
+                if i < len(results) or got.numel() == largest:
+                    assert_identical([got], [one])
         except ERRORS:
             return
 
