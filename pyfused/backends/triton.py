@@ -194,7 +194,7 @@ def cross_entropy(
     """Prepares the loss, and gradients of input and target; see ``cpu.cross_entropy``.
 
     A class index out of range makes the loss of its row NaN and its gradient zero. With grad_output
-    no loss is wanted, as the kernels multiply both by it.
+    of each row no loss is wanted, as the kernels multiply both by it.
     """
     of_input, of_target = outputs.gradients or (False, False)
     indices, each = target.dtype is torch.int64, options.reduction == "none"
@@ -258,6 +258,8 @@ def cross_entropy(
         results: Any = (stored, grad) if whole_rows else (stored, grad, grad_target)
         kernel(programs, logits, target, weight, row_weight, divisor, *results, *numbers)
         _add_up(stored)
+        if loss is not None and grad_output is not None:  # by which only gradients are multiplied
+            loss /= grad_output
         return loss, (grad, grad_target)
 
     return run
