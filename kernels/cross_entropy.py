@@ -156,7 +156,7 @@ def row_kernel(
 def weights_of_classes(
     y_rows, weight, c, mask, classes, smoothing, A: tl.constexpr, INDICES: tl.constexpr
 ):
-    """q_c but for [c = t]; 0 outside of the mask."""
+    """Returns q_c without the term of [c = t]; 0 outside of the mask."""
     q = scalar(smoothing, A) / classes
     if not INDICES:
         y = tl.load(pointers(y_rows, c), mask=mask, other=0.0).to(A)
@@ -192,6 +192,7 @@ def two_pass_kernel(
     """Computes the loss of class indices or class probabilities, of any strides.
 
     strides: outer, inner and class stride of logits and grad; of probabilities and their grad, too.
+    DENSE: q_c may differ from 0 for every class, by smoothing or as probabilities.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
@@ -249,13 +250,13 @@ def two_pass_kernel(
             c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
             at = pointers(x_rows, c)
             x = load_scaled(at, mask & read[:, None], 0.0, A, SCALE, DROP) - maximum[:, None]
-            less = 0.0
+            of_weights = 0.0
             if DENSE:
                 q = weights_of_classes(y_rows, weight, c, mask, classes, smoothing, A, INDICES)
                 away = log_total[:, None] - x
                 distance += tl.where(mask, q * away, 0.0)
-                less = q * grad_scale[:, None]
-            gradient = exp_nonpositive(x, EXACT) * factor[:, None] - less
+                of_weights = q * grad_scale[:, None]
+            gradient = exp_nonpositive(x, EXACT) * factor[:, None] - of_weights
             if INDICES:
                 is_target = c[None, :] == label[:, None]
                 gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
