@@ -22,6 +22,11 @@ def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | 
     return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
 
 
+def converts_in(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Returns whether ``contiguous_in`` makes another tensor of one of them."""
+    return any(x is not None and not (x.dtype is dtype and x.is_contiguous()) for x in tensors)
+
+
 def layouts(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Returns what a kernel is prepared for, which hooks for saved tensors may change."""
     return tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])

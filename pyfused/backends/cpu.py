@@ -29,6 +29,7 @@ from pyfused.layout import (
     accumulate_dtype,
     along,
     contiguous_in,
+    converts_in,
     dense,
     empty_viewed,
     feature_rows,
@@ -259,10 +260,7 @@ def cross_entropy(
     logits, logits_strides = viewed(input)
     targets, target_strides = (target.contiguous(), (0, 0, 0)) if indices else viewed(target)
     copies, copies_target = logits is not input, targets is not target
-    converts = any(
-        tensor is not None and not (tensor.dtype is accumulate and tensor.is_contiguous())
-        for tensor in (weight, options.token_weight, grad_output)
-    )
+    converts = converts_in(accumulate, weight, options.token_weight, grad_output)
     of_input, of_target = outputs.gradients or (False, False)
     gradient_strides = logits_strides
     if of_input and not outputs.inplace:

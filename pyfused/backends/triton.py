@@ -34,6 +34,7 @@ from pyfused.layout import (
     accumulate_dtype,
     along,
     contiguous_in,
+    converts_in,
     dense,
     empty_viewed,
     feature_rows,
@@ -216,8 +217,8 @@ def cross_entropy(
     itemsize = input.element_size()
     choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
     meta: Any = {"SCALE": options.scale, "EACH": each, "GAMMA": options.gamma, **units}
-    whole_rows = choice.whole_row and outer == strides[2] == 1 and grad_strides[2] in (0, 1)
-    whole_rows = whole_rows and not weighted
+    contiguous = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
+    whole_rows = choice.whole_row and contiguous and not weighted
     function, given = two_pass_kernel, [*strides, *grad_strides]
     if whole_rows:
         function, given = row_kernel, [strides[1], grad_strides[1]]
@@ -225,7 +226,7 @@ def cross_entropy(
         given += [*target_strides, *grad_target_strides]
     kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
     numbers = inner, classes, tuple(given), ignore_index, smoothing, options.z_loss
-    converts = _converts(accumulate, weight, options.token_weight, grad_output)
+    converts = converts_in(accumulate, weight, options.token_weight, grad_output)
     few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
     reduction = options.reduction  # what is prepared holds no tensor, as options may
 
@@ -294,11 +295,6 @@ def _tiling(
     return choice, outer * -(-inner // choice.rows), units
 
 
-def _converts(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    """Returns whether ``contiguous_in`` makes another tensor of one of them."""
-    return any(x is not None and not (x.dtype is dtype and x.is_contiguous()) for x in tensors)
-
-
 def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
     """Returns what the loss or the gradient of each of n rows is multiplied by."""
     if grad_output is None:
@@ -341,7 +337,7 @@ def nll_loss(
     copies, n, (_, inner, classes) = view is not input, target.numel(), row_sizes(view)
     new_grad, grad_strides = _viewed_like(view)
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
-    converts = _converts(accumulate, weight, grad_output)
+    converts = converts_in(accumulate, weight, grad_output)
     choice, reduction = launch.choose(input.element_size()), options.reduction
     programs, ignore_index = -(-n // choice.block), options.ignore_index
     kernel = prepared(nll_kernel, choice, EACH=reduction == "none")
@@ -377,7 +373,7 @@ def multi_margin_loss(
     """Prepares the loss of scores (N, C) and class indices; see ``cpu.multi_margin_loss``."""
     multilabel, (n, classes), reduction = target.dim() == 2, input.shape, options.reduction
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
-    converts = _converts(accumulate, weight, grad_output)
+    converts = converts_in(accumulate, weight, grad_output)
     sizes, strides, tensors = (1, n, classes), (0, classes, 1), 4 if multilabel else 2
     choice, programs, units = _tiling(sizes, input.element_size(), strides, tensors=tensors)
     meta: Any = {"EACH": reduction == "none", **units}

@@ -65,10 +65,10 @@ _registered = False
 
 def _version() -> str:
     """Returns what tells the code apart that decides about a program: its hash, and the backend."""
-    found = sha256()
+    digest = sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        found.update(path.read_bytes())
-    return f"{found.hexdigest()} {FORCED}"
+        digest.update(path.read_bytes())
+    return f"{digest.hexdigest()} {FORCED}"
 
 
 torch.compiler.config.cache_key_tag += f" pyfused {_version()}"
