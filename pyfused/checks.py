@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from pyfused.layout import loss_shape
 from pyfused.types import (
+    TENSORS,
     CrossEntropyOptions,
     DivergenceOptions,
     Head,
@@ -24,6 +25,7 @@ from pyfused.types import (
     MarginOptions,
     ModuleOptions,
     NllOptions,
+    TensorSpec,
     VocabOptions,
 )
 
@@ -32,7 +34,7 @@ Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 
 
 def tensor(name: str, value: Any, also: type | None = None) -> None:
-    if not isinstance(value, Tensor) and not (also is not None and isinstance(value, also)):
+    if not isinstance(value, TENSORS) and not (also is not None and isinstance(value, also)):
         expected = "a Tensor" + (f" or a {also.__name__}" if also is not None else "")
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
@@ -40,6 +42,13 @@ def tensor(name: str, value: Any, also: type | None = None) -> None:
 def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+
+
+def one_number(name: str, value: Any) -> None:
+    if not isinstance(value, TENSORS):
+        number(name, value, (float, Real), "a float")
+    elif value.numel() != 1:
+        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
 
 
 # Names, tensors, and whether these may hold class indices.
@@ -120,7 +129,7 @@ def cross_entropy(
     tensor("input", input)
     tensor("target", target)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
-    number("label_smoothing", options.label_smoothing, (float, Real), "a float")
+    one_number("label_smoothing", options.label_smoothing)
     if input.dim() == 0:
         raise (IndexError if target.is_floating_point() else RuntimeError)(
             "input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()"
@@ -165,12 +174,12 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
         value = getattr(options, name)
         if value is not None or not optional:
             # A count in a tensor may be 0, as on a GPU, where nobody looks: the mean is NaN then.
-            count = name == "denominator" and isinstance(value, Tensor)
+            count = name == "denominator" and isinstance(value, TENSORS)
             bounded(name, value, positive and not count)
     if options.denominator is not None and options.reduction != "mean":
+        got = "a tensor" if isinstance(options.denominator, TENSORS) else options.denominator
         raise ValueError(
-            f"denominator: expected None with reduction {options.reduction!r}, got "
-            f"{options.denominator}"
+            f"denominator: expected None with reduction {options.reduction!r}, got {got}"
         )
     weight = options.token_weight
     if weight is not None:
@@ -244,19 +253,31 @@ def linear_cross_entropy(
             f"target: expected class indices of dtype torch.int64 or torch.uint8{beside}, got "
             f"{target.dtype} of shape {tuple(target.shape)}. Pass target.long()"
         )
+    leading: tuple[int, ...] = input.shape[:-1]
     if input.dim() > 2:
-        rows, what = input.shape[:-1], "with the input's leading dimensions"
-        of_target = *rows, *shape[not target.is_floating_point() :]
-        _shape("target", target, of_target, what, RuntimeError)
-        if options.token_weight is not None:
-            _shape("token_weight", options.token_weight, (*rows, *shape[1:]), what, ValueError)
-        head, options = head.as_rows(options)
-    classes = shape[0] if classes is None else classes
-    logits_shape = *head.input.shape[:-1], classes, *shape[1:]
-    logits_without_memory = input.new_empty(()).expand(logits_shape)
+        what, of_target = (
+            "with the input's leading dimensions",
+            shape[not target.is_floating_point() :],
+        )
+        _shape("target", target, (*leading, *of_target), what, RuntimeError)
+        token_weight = options.token_weight
+        if token_weight is not None:
+            _shape("token_weight", token_weight, (*leading, *shape[1:]), what, ValueError)
+            values("token_weight", token_weight, 0.0, math.inf, ValueError)
+        leading = (input.shape[:-1].numel(),)
+        target = _with_shape(target, (*leading, *of_target))
+        if token_weight is not None:
+            token_weight = _with_shape(token_weight, (*leading, *shape[1:]))
+            options = replace(options, token_weight=token_weight)
+    logits = _with_shape(input, (*leading, shape[0] if classes is None else classes, *shape[1:]))
     if not probabilities:
-        _class_index_target(logits_without_memory, head.target, probabilities=False)
-    cross_entropy(logits_without_memory, head.target, weight, options)
+        _class_index_target(logits, target, probabilities=False)
+    cross_entropy(logits, target, weight, options)
+
+
+def _with_shape(tensor: Any, shape: Sequence[int]) -> Any:
+    """Returns what checks read of a tensor, with another shape."""
+    return TensorSpec(tensor.dtype, torch.Size(shape), (), tensor.device, tensor.requires_grad)
 
 
 def _index_dtype(target: Tensor) -> None:
@@ -351,7 +372,7 @@ def linear_topk_kl_div(
 
 
 def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
-    number("beta", options.beta, (float, Real), "a float")
+    one_number("beta", options.beta)
     if not 0 <= options.beta <= 1:
         raise ValueError(f"beta: expected a number in [0.0, 1.0], got {options.beta}")
     vocab_options(options, tokens)
@@ -690,23 +711,20 @@ def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> No
 
 def bounded(name: str, value: Any, positive: bool = False) -> None:
     """Raises for a negative number, or 0 where it has to be positive."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
-        if not _can_be_read(value):
-            return
-    else:
-        number(name, value, (float, Real), "a float")
+    one_number(name, value)
+    if isinstance(value, TENSORS) and not _can_be_read(value):
+        return
     if not (value > 0 if positive else value >= 0):
         expected = "a positive number" if positive else "a number from 0.0 up"
         raise ValueError(f"{name}: expected {expected}, got {float(value)}")
 
 
-def _can_be_read(value: Tensor) -> bool:
+def _can_be_read(value: Any) -> bool:
     """Returns whether a tensor's values are there, and nobody has to wait for them."""
-    if not value.is_cpu or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+    plain = type(value) in (Tensor, Parameter) and value.is_cpu
+    if not plain or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return False  # a mode among these would trace what is read
-    return type(value) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(value)
+    return not is_functorch_wrapped_tensor(value)
 
 
 def values(

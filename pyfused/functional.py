@@ -464,7 +464,7 @@ def linear_cross_entropy(
         memory_budget=memory_budget,
         filter_eps=filter_eps,
     )
-    arguments = input, linear_weight, linear_bias, target, weight, given, options
+    arguments = input, linear_weight, linear_bias, target, weight, options, given
     if shard is not None:
         return LINEAR_CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(LINEAR_CROSS_ENTROPY, arguments)
@@ -510,7 +510,7 @@ def linear_cross_entropy_with_metrics(
         filter_eps=filter_eps,
         **options,
     )
-    arguments = input, linear_weight, linear_bias, target, weight, given, None
+    arguments = input, linear_weight, linear_bias, target, weight, None, given
     if shard is not None:
         return LINEAR_CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(LINEAR_CROSS_ENTROPY, arguments)  # type: ignore[return-value]

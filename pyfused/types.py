@@ -21,6 +21,61 @@ Remainder = Literal["bucket", "ignore"]
 NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}  # of numbers; `checks` looks here
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a plan may know of a tensor: its layout, and nothing of its values.
+
+    The attributes are those of a tensor, so that checks take either.
+
+    Attributes:
+        is_leaf_or_view: Known of an input that a call is to overwrite, None of any other tensor.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    device: torch.device
+    requires_grad: bool
+    is_leaf_or_view: bool | None = None
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def is_contiguous(self) -> bool:
+        return self.empty().is_contiguous()
+
+    def empty(self) -> Tensor:
+        """Returns a tensor of this layout without memory."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+TENSORS: Any = (Tensor, TensorSpec)
+
+
 @dataclass(eq=False)
 class Options:
     def values(self) -> tuple[Any, ...]:
@@ -29,7 +84,7 @@ class Options:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the fields that hold tensors, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, TENSORS)}
 
 
 @dataclass(eq=False)
@@ -63,8 +118,6 @@ class VocabOptions(Options):
 @dataclass(eq=False)
 class CrossEntropyOptions(VocabOptions):
     """The arguments of cross-entropy beside its tensors.
-
-    The C++ kernels read the fields by name.
 
     Attributes:
         scale: What the logits are multiplied by, as a temperature divides them.

@@ -443,7 +443,7 @@ def linear_cross_entropy(
 ) -> Any:
     """Computes pyfused's function of this name in torch's terms, from all logits."""
     tensors = input, linear_weight, linear_bias, target, weight
-    return definitions.linear_cross_entropy(*tensors, HeadOptions(**given))
+    return definitions.linear_cross_entropy(*tensors, options=HeadOptions(**given))
 
 
 class Torchs:

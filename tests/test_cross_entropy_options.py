@@ -245,7 +245,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"denominator": torch.tensor(2), "reduction": "none"},
         ValueError,
-        "denominator: expected None with reduction 'none', got 2",
+        "denominator: expected None with reduction 'none', got a tensor",
     ),
     ({"token_weight": torch.ones(5)}, ValueError, r"token_weight: expected shape \(6,\)"),
     (

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import EXAMPLES, Example
 from processes import python
 from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.ops import dispatch
-from pyfused.ops.elementwise import MSE_LOSS, SMOOTH_L1_LOSS
+from pyfused.ops.elementwise import MSE_LOSS
 from pyfused.ops.operators import CROSS_ENTROPY
-from pyfused.types import CrossEntropyOptions
+from pyfused.types import CrossEntropyOptions, Options
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
@@ -98,14 +99,22 @@ def test_options_are_in_the_signature(one: dict[str, Any], another: dict[str, An
 
 def test_a_number_in_a_tensor_is_read_for_each_call() -> None:
     x, beta = torch.zeros(6, 5), torch.tensor(1.0)
-    arguments = x, OTHER, None, None, "mean", beta
-    assert dispatch.plan_of(SMOOTH_L1_LOSS, arguments, False) is not dispatch.plan_of(
-        SMOOTH_L1_LOSS, arguments, False
-    )
     for value in (1.0, 0.25):
         beta.fill_(value)
         got = fused.smooth_l1_loss(x, OTHER, beta=beta)  # type: ignore[arg-type]
         assert got == pytest.approx(float(F.smooth_l1_loss(x, OTHER, beta=value)))
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_a_plan_is_made_without_tensors(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    kind, plan = type(example.op), type(example.op).plan
+    monkeypatch.setattr(kind, "plan", lambda op, *a: (given.append(a[0]), plan(op, *a))[1])
+    call = example.call()
+    call.ours()
+    for arguments in given:
+        options = vars(arguments[-1]).values() if isinstance(arguments[-1], Options) else ()
+        assert not any(isinstance(value, Tensor) for value in (*arguments, *options))
 
 
 def test_wrong_arguments_raise_each_time() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfused.backends import cpu
 from pyfused.backends.versions import unsupported_triton
-from pyfused.types import CrossEntropyOptions, Gradients, Outputs
+from pyfused.types import CrossEntropyOptions, Gradients, Outputs, TensorSpec
 
 DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 
@@ -32,7 +32,7 @@ if FORCED == "cpu" and cpu.MISSING:
 Backend = ModuleType
 
 
-def backend_of(input: Tensor) -> Backend:
+def backend_of(input: Tensor | TensorSpec) -> Backend:
     """Returns the kernels for a tensor that :func:`unsupported_device` gives no reason for."""
     if input.is_cpu and FORCED != "triton":
         return cpu
@@ -57,12 +57,14 @@ def cross_entropy_once(
     return result
 
 
-def takes_triton(input: Tensor) -> bool:
+def takes_triton(input: Tensor | TensorSpec) -> bool:
     """Returns whether the Triton kernels are the ones for a tensor of this device."""
     return not input.is_cpu or FORCED == "triton"
 
 
-def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
+def unsupported_device(
+    name: str, tensor: Tensor | TensorSpec, input: Tensor | TensorSpec
+) -> str | None:
     """Returns why no kernel runs on the device of a tensor beside an input, None where one does.
 
     Raises:

@@ -232,6 +232,14 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
         raise checks.target_out_of_range(classes, target, ignore_index, position)
 
 
+def all_in_range(target: Tensor, classes: int) -> bool:
+    """Returns whether contiguous int64 class indices are all in [0, classes)."""
+    if MISSING:
+        return bool(((target >= 0) & (target < classes)).all())
+    address, count, first = target.data_ptr(), target.numel(), 0
+    return bool(native.invalid_class_index(address, count, classes, first) < 0)
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,28 +74,32 @@ class Activation(Operator):
     def plan(self, arguments: Arguments, inplace: bool) -> ActivationPlan:
         input, *others = arguments
         name, numbers = self.kernel_of([arguments[place] for place, _ in self.scalar_places])
-        backend = backend_of(input)
+        prepare = partial(
+            backend_of(input).activation,
+            name,
+            parameters=tuple(map(float, numbers)),
+            inplace=inplace,
+        )
         return ActivationPlan(
             op=self,
-            name=self.name,
             inplace=inplace,
             needs_grad=torch.is_grad_enabled() and input.requires_grad,
             options=tuple(others),
-            kernels=backend.activation(name, input, tuple(map(float, numbers)), inplace),
+            prepare=prepare,
         )
 
     def check(self, arguments: Arguments) -> None:
         checks.tensor("input", arguments[0])
 
-    def inplace_fallback_reason(self, input: Tensor) -> str | None:
+    def inplace_fallback_reason(self, input: Any) -> str | None:
         """torch has the errors for what must not be overwritten, and takes any strides.
 
         Unless a gradient follows, from the output, there is no new memory for a kernel to save,
         either.
         """
         wants_grad = torch.is_grad_enabled() and input.requires_grad
-        keeps = self.saves == "output" and wants_grad and not (input.is_leaf or input._is_view())
-        if not keeps or not is_dense(input):
+        keeps = self.saves == "output" and wants_grad and not input.is_leaf_or_view
+        if not keeps or not is_dense(input.empty()):
             return "overwriting saves no memory to a kernel"
         return None
 
@@ -112,30 +117,35 @@ class ActivationPlan:
     Attributes:
         op: An activation, or a softmax.
         options: The arguments beside the input, which torch's gradient takes.
-        kernels: The forward kernel and the backward kernel, prepared for the input's layout.
+        prepare: Returns the forward kernel and the backward kernel for an input of this layout.
         cast: The dtype that the input is converted to before, None where it stays as it is.
     """
 
     op: Any
-    name: str
     inplace: bool = False
     needs_grad: bool
     options: Arguments
-    kernels: Kernels
+    prepare: Callable[[Tensor], Kernels]
     cast: torch.dtype | None = None
+    kernels: Any = None
+
+    def __post_init__(self) -> None:
+        self.name = self.op.name
 
     def __call__(self, arguments: Arguments) -> Tensor:
         input = arguments[0]
         if self.cast is not None:
             input = input.to(self.cast)
+        if self.kernels is None:
+            self.kernels = self.prepare(input)
         if self.needs_grad:
             output: Tensor = apply(self, input)
             return output
-        return self.kernels[0](input)
+        return self.kernels[0](input)  # type: ignore[no-any-return]
 
     def forward(self, ctx: Any, tensors: Sequence[Tensor]) -> Tensor:
         (input,) = tensors
-        output = self.kernels[0](input)
+        output: Tensor = self.kernels[0](input)
         if self.inplace:
             ctx.mark_dirty(input)
         ctx.save_for_backward(output if self.op.saves == "output" else input)

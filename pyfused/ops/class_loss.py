@@ -15,8 +15,14 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import is_dense, layouts
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
-from pyfused.ops.gradients import apply, autocast_dtype, differentiate, gradients_in_forward
+from pyfused.ops.gradients import (
+    apply,
+    autocast_dtype,
+    differentiate,
+    gradients_in_forward,
+)
 from pyfused.types import (
+    TENSORS,
     CrossEntropyOptions,
     Gradients,
     MarginOptions,
@@ -73,25 +79,31 @@ class ClassLoss(Operator):
                 to say.
         """
         given = self.checked(arguments)
-        tensors = given[:3]
-        arranged = self.arranged(tensors)
+        input: Any = given.input
+        options, (dtype, arranges) = given.options, self.arrangement(given)
         if needs is None:
-            needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+            grad = torch.is_grad_enabled()
+            needs = [grad and tensor.requires_grad for tensor in given[:2]]
         return ClassLossPlan(
             op=self,
-            backend=backend_of(arranged[0]),
-            options=given.options,
-            dtype=self.dtype_of(given._replace(input=arranged[0])),
-            needs=tuple(needs[:2]),
+            backend=backend_of(input),
+            options=options,
+            dtype=self.dtype_of(given, dtype),
+            needs=tuple(needs),
             inplace=inplace,
-            arranges=any(new is not old for new, old in zip(arranged, tensors, strict=True)),
-            now=gradients_in_forward(given.options.reduction, arranged[0])
-            and (is_dense(arranged[0]) or not inplace),
+            arranges=arranges,
+            now=gradients_in_forward(options.reduction, dtype)
+            and (not inplace or is_dense(input.empty())),
         )
 
-    def dtype_of(self, given: ClassLossArguments) -> torch.dtype:
-        """Returns the dtype of the loss."""
-        return autocast_dtype(given.input.dtype, given.input.device)
+    def dtype_of(self, given: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype of the loss of logits that the kernels take in a dtype."""
+        return autocast_dtype(dtype, given.input.device)
+
+    def arrangement(self, given: ClassLossArguments) -> tuple[torch.dtype, bool]:
+        """Returns the dtype in which the kernels take the input, and whether tensors change."""
+        scalar = given.input.dim() == 1
+        return given.input.dtype, given.target.dtype is not torch.int64 or scalar
 
     def arranged(self, tensors: Tensors) -> Tensors:
         """Returns the target as int64 indices in the shape of the losses, beside the others."""
@@ -145,7 +157,7 @@ class ClassLossPlan:
         self.denominator: float | None = None  # where it is a number
         if isinstance(self.options, CrossEntropyOptions):
             self.denominator = self.options.denominator  # type: ignore[assignment]
-            if isinstance(self.denominator, Tensor):
+            if isinstance(self.denominator, TENSORS):
                 self.denominator = None
             self.options = replace(
                 self.options, token_weight=None, denominator=None, with_metrics=False
@@ -173,8 +185,10 @@ class ClassLossPlan:
             launch = self.launches[None] = self.prepared(tensors, outputs)
         loss, gradients = self.launched(launch, tensors, None)
         if ctx is not None:
+            if self.now:
+                ctx.first_gradient = len(tensors)
+                tensors = *tensors, *gradients
             ctx.save_for_backward(*tensors)
-            ctx.gradients = gradients if self.now else None
             ctx.overwritten = self.inplace and self.now
         assert loss is not None
         return loss
@@ -228,8 +242,8 @@ def _saved(ctx: Any) -> Tensors:
             "inplace: expected False for create_graph=True or a second backward pass, got True, "
             "and the gradient has taken the logits' memory"
         )
-    saved: Tensors = ctx.saved_tensors
-    return saved
+    tensors: Tensors = ctx.saved_tensors[: ctx.first_gradient]
+    return tensors
 
 
 def gradients_of_definition(
@@ -283,6 +297,9 @@ class MultiMarginLoss(ClassLoss):
 
     def tensors(self, arguments: Arguments) -> Tensors:
         return arguments[0], arguments[1], arguments[4]
+
+    def arrangement(self, given: ClassLossArguments) -> tuple[torch.dtype, bool]:
+        return given.input.dtype, True
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import call, compiler_traces, plan_of
+from pyfused.ops.dispatch import call, plan_of
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
 
@@ -34,9 +34,13 @@ class Composed(Operator):
     def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
         self.check_scalars(arguments)
         given = self.given(*arguments)
-        _, run = (None, None) if compiler_traces() else plan_of(self.of, given, inplace)
+        run = plan_of(self.of, given, inplace).run
         loss = call(self.of, given) if run is None else run(given)
         return self.finish(loss, *arguments)
+
+    def compiled(self, arguments: Arguments) -> Tensor:
+        self.check_scalars(arguments)
+        return self.finish(call(self.of, self.given(*arguments)), *arguments)
 
     def check(self, arguments: Arguments) -> None:
         self.check_scalars(arguments)

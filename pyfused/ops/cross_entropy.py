@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import backend_of
+from pyfused.backends import backend_of, cpu
 from pyfused.layout import accumulate_dtype, loss_shape
-from pyfused.ops import TORCH_OPS, metrics, vocab_parallel
+from pyfused.ops import TORCH_OPS, definitions, metrics, vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, ClassLossPlan, Tensors
 from pyfused.ops.declaration import (
     REDUCTIONS,
@@ -28,7 +30,7 @@ from pyfused.ops.declaration import (
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
 from pyfused.ops.vocab_parallel import ShardedOperator
-from pyfused.types import ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
+from pyfused.types import TENSORS, ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
 
@@ -47,6 +49,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             reduction = REDUCTIONS.get(options.reduction)
             if reduction is None or type(target) is not Tensor or not options.is_plain():
                 return reference(input, target, weight, options)
+            if input.requires_grad and _may_ignore(input, target, options.ignore_index):
+                input = definitions.without_ignored(input, target, options.ignore_index)
             index, smoothing = options.ignore_index, options.label_smoothing
             return built_in(input, target, weight, reduction, index, smoothing)  # type: ignore[arg-type]
 
@@ -67,13 +71,10 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return given._replace(options=checks.normalized(given.options))
 
     def define(self, given: ClassLossArguments) -> Tensor:
-        return self.reference(*given)
+        input = definitions.without_ignored(*given[:2], given.options.ignore_index)
+        return self.reference(input, *given[1:])
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
-        if self.local_of(arguments) is not None:
-            return self.of_dtensors
-        if is_compiled(arguments[0]):
-            return self._compiled
         if arguments[-1].softcap is not None:
             self.checked(arguments)
             return self._by_state
@@ -84,7 +85,9 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             token_weight, denominator = options.token_weight, options.denominator
             if token_weight is not None:
                 checks.values("token_weight", token_weight, 0.0, math.inf, ValueError)
-            if not isinstance(denominator, Tensor):
+            if isinstance(denominator, Tensor):
+                checks.bounded("denominator", denominator)
+            else:
                 denominator = None
             tensors = input, target, weight, token_weight, denominator
             return plan.run(tensors) if not options.with_metrics else _with_metrics(plan, tensors)
@@ -107,23 +110,28 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         backend_of(target).check_class_indices(target, classes, options.ignore_index)
         return self.of_classes((input, target, weight, options), ClassRange(0, classes), None)
 
-    def _compiled(self, arguments: Arguments) -> Tensor:
+    def compiled(self, arguments: Arguments) -> Tensor:
         given = self.checked(arguments)
         operator, tensors = TORCH_OPS.cross_entropy, self.arranged(given[:3])
         loss: Tensor = operator(*tensors, *given.options.values())
-        dtype = self.dtype_of(given._replace(input=tensors[0]))
+        dtype = self.dtype_of(given, tensors[0].dtype)
         return loss if loss.dtype is dtype else loss.to(dtype)
 
-    def dtype_of(self, given: ClassLossArguments) -> torch.dtype:
-        return given.options.loss_dtype or super().dtype_of(given)
+    def dtype_of(self, given: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
+        loss_dtype: torch.dtype | None = given.options.loss_dtype
+        return loss_dtype or super().dtype_of(given, dtype)
+
+    def arrangement(self, given: ClassLossArguments) -> tuple[torch.dtype, bool]:
+        if not given.target.is_floating_point():
+            return super().arrangement(given)
+        common = _common_dtype(*given[:3])
+        return common, not given.input.dtype is given.target.dtype is common
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors
         if not target.is_floating_point():
             return super().arranged(tensors)
-        common = torch.promote_types(input.dtype, target.dtype)
-        if weight is not None:
-            common = torch.promote_types(common, weight.dtype)
+        common = _common_dtype(input, target, weight)
         return input.to(common), target.to(common), weight
 
     def give_up(self, input: Tensor) -> None:
@@ -139,6 +147,22 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def strategy_of(self, arguments: Arguments) -> str:
         rows = backend_of(arguments[0]).supports_rows(arguments[0])
         return "row by row" if rows else "several rows at a time"
+
+
+def _may_ignore(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+    """Returns whether rows of a CPU call may be ignored, of which torch's gradient may be NaN."""
+    if not target.is_cpu or target.dtype is not torch.int64 or not target.is_contiguous():
+        return False
+    if is_functorch_wrapped_tensor(target) or target.shape != loss_shape(input, "none"):
+        return False
+    classes = checks.classes_of(input)
+    return 0 <= ignore_index < classes or not cpu.all_in_range(target, classes)
+
+
+def _common_dtype(*tensors: Any) -> torch.dtype:
+    dtypes = [x.dtype for x in tensors if x is not None]
+    common: torch.dtype = reduce(torch.promote_types, dtypes)
+    return common
 
 
 def _with_metrics(plan: ClassLossPlan, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
@@ -167,11 +191,11 @@ def cross_entropy_fallback_reason(
 
 def options_fallback_reason(input: Tensor, options: VocabOptions) -> str | None:
     compiled = is_compiled(input)
-    if isinstance(options.denominator, Tensor):
+    if isinstance(options.denominator, TENSORS):
         if compiled:
             return "torch.compile: denominator is a tensor"
         if options.denominator.requires_grad:
             return "denominator requires grad"
     if options.token_weight is None:
         return None
-    return unsupported(TOKEN_WEIGHT, options.token_weight, input, compiled)
+    return unsupported(TOKEN_WEIGHT, options.token_weight, input)

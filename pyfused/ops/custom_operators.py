@@ -287,7 +287,7 @@ def _of_activation(op: Activation | Softmax) -> CompiledOperator:
         return _empty(input) if isinstance(op, Activation) else input.new_empty(input.shape)
 
     def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return (op.plan(given, False).kernels[1](grad_output, given[0]),)
+        return (op.plan(given, False).prepare(given[0])[1](grad_output, given[0]),)
 
     return _declared(
         op,

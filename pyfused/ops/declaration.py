@@ -18,7 +18,9 @@ from torch.nn._reduction import legacy_get_string
 
 from pyfused import checks
 from pyfused.layout import broadcast_numel
+from pyfused.ops import TORCH_OPS
 from pyfused.ops.originals import original
+from pyfused.types import TENSORS
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
 
@@ -193,7 +195,7 @@ class Operator(ABC):
         """Returns whether no gradient follows a call."""
         places = (0, *(place for place, operand in self.others if operand.differentiated))
         return not torch.is_grad_enabled() or not any(
-            isinstance(arguments[place], Tensor) and arguments[place].requires_grad
+            isinstance(arguments[place], TENSORS) and arguments[place].requires_grad
             for place in places
         )
 
@@ -206,8 +208,16 @@ class Operator(ABC):
         return broadcast_numel([arguments[0], *[arguments[place] for place in self.broadcast]])
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:  # noqa: ARG002
-        """Checks types, shapes and options, and returns what computes calls of this signature."""
+        """Checks types, shapes and options, and returns what computes calls of this signature.
+
+        Args:
+            arguments: Those of the call, with a TensorSpec in place of each tensor.
+        """
         return lambda arguments: self.fused(arguments, inplace)
+
+    def compiled(self, arguments: Arguments) -> Any:
+        """Returns the result within a program that is being compiled."""
+        return getattr(TORCH_OPS, self.name)(*arguments)
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:
         """Returns the result for arguments that the kernels take."""

@@ -41,6 +41,7 @@ def cross_entropy(
     checks.reduction(reduction)
     checks.cross_entropy(input, target, weight, options)
     dim, loss_dtype = 0 if input.dim() == 1 else 1, options.loss_dtype
+    input = without_ignored(input, target, ignore_index)
     input = input if loss_dtype is None else input.to(loss_dtype)
     input = _shaped(input, options)
     weight = weight if weight is None or loss_dtype is None else weight.to(loss_dtype)
@@ -72,6 +73,14 @@ def cross_entropy(
     return each.sum() / (counts.sum() if denominator is None else denominator)
 
 
+def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Returns logits with zeros in rows that are ignored: NaN of these is in no gradient then."""
+    if target.is_floating_point():
+        return input
+    valid = target.reshape(loss_shape(input, "none")) != ignore_index
+    return input.where(valid.unsqueeze(min(input.dim() - 1, 1)), 0)
+
+
 def _shaped(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
     """Returns the logits with their softcap, scale and temperature."""
     logits = logits if options.softcap is None else softcap(logits, options.softcap)
@@ -85,8 +94,8 @@ def linear_cross_entropy(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None = None,
-    options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
     torch_options: Any = None,
+    options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
 ) -> Any:
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         return _linear_cross_entropy(
@@ -110,8 +119,13 @@ def of_logits(head: Head, options: HeadOptions) -> Any:
     leading = head.input.shape[:-1]
     if len(leading) > 1:
         head, options = head.as_rows(options)
-    logits = head_logits(*head[:3])
-    found = cross_entropy(logits, head.target, head.weight, options)
+    input, target, ignore_index = head.input, head.target, options.ignore_index
+    if not target.is_floating_point():
+        valid = target != ignore_index
+        valid = valid if valid.dim() < max(input.dim(), 2) else valid.flatten(1).any(1)
+        input = input.where(valid.unsqueeze(-1), 0)
+    logits = without_ignored(head_logits(input, *head[1:3]), target, ignore_index)
+    found = cross_entropy(logits, target, head.weight, options)
     if len(leading) < 2:
         return found
     if not options.with_metrics:

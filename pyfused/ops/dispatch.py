@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +26,10 @@ from torch.utils._device import DeviceContext
 
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
-from pyfused.ops import TORCH_OPS, reasons, sizes
+from pyfused.ops import reasons, sizes
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.reasons import FUSED, SMALL, say_once
-from pyfused.types import Options
+from pyfused.types import TENSORS, Options, TensorSpec
 
 # What a compiler follows into, to the custom operators that are called there.
 FOLLOWED = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED)
@@ -54,7 +57,7 @@ def call(
     input, ours = arguments[0], None
     try:
         if is_dynamo_compiling():
-            reason, run = _plan(op, arguments, inplace)
+            reason, run = _compiled_plan(op, arguments, inplace)
         elif is_small(op, arguments):
             reason, run = SMALL, None
         else:
@@ -110,37 +113,59 @@ forget_plans = _plans.clear
 def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
     """Returns the plan of a call of any size: the one of its signature, or else a new one.
 
-    A plan holds no tensor and no value of a tensor. It stays until there are too many; nothing else
-    makes it stale, as what decides is in the signature or fixed when pyfused is imported.
+    A plan is made from the signature and from nothing else, so it never depends on something that
+    the key lacks. It stays until there are too many.
     """
     key = signature(op, arguments, inplace)
+    if key is None:
+        return _plan_without_key(op, arguments, inplace)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plan(op, arguments, inplace)
-        if key is not None and not any(
-            isinstance(arguments[i], Tensor) for i, _ in op.scalar_places
-        ):
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            _plans[key] = plan
+        plan = _new_plan(op, described(arguments, key), inplace)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
     return plan
 
 
-def _plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
-    reason, input = reason_beside_size(op, arguments, inplace), arguments[0]
+def _new_plan(op: Operator, specs: Arguments, inplace: bool) -> Plan:
+    readable = False
+    for name, value in named(op, specs).items():
+        if isinstance(value, TensorSpec) and name not in _tensors_of(op):
+            readable = value.is_cpu and not value.requires_grad and value.numel() == 1
+            if not readable:
+                return Plan(f"{name} is a tensor", None)
+    if readable:
+        return Plan(None, lambda given: call(op, _with_python_numbers(op, given), inplace))
+    reason = _reason(op, specs, inplace, compiling=False)
+    return Plan(reason, None if reason else op.plan(specs, inplace))
+
+
+def _plan_without_key(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
+    """Returns the plan of a call with numbers of another library, or of what torch computes."""
+    if is_traced(arguments[0]):
+        return _compiled_plan(op, arguments, inplace)
+    reason = _reason_for_no_plan(op, arguments)
     if reason is not None:
         return Plan(reason, None)
-    traced = is_dynamo_compiling() or (type(input) not in _PLAIN and is_traced(input))
-    if traced and op.name not in FOLLOWED:
-        operator = getattr(TORCH_OPS, op.name)
-        return Plan(None, lambda arguments: operator(*arguments))
-    return Plan(None, op.plan(arguments, inplace))
+    if op.local_of(arguments) is not None:
+        return Plan(None, op.of_dtensors)  # type: ignore[attr-defined]
+    numbers = _with_python_numbers(op, arguments)
+    if signature(op, numbers, inplace) is None:
+        return Plan(_unknown_kind(op, numbers), None)
+    return Plan(None, lambda _: call(op, numbers, inplace))
+
+
+def _compiled_plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
+    """Returns how a call goes into a program that is being compiled."""
+    reason = reason_beside_size(op, arguments, inplace)
+    return Plan(reason, None if reason else op.compiled)
 
 
 def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, ...] | None:
-    """Returns what decides how a call is carried out, or None where that is decided for each call.
+    """Returns the key of a call's plan, or None where the arguments have no plan as they are.
 
-    These are the operator, the layout of each tensor and whether it requires grad, every other
+    It holds the operator, the layout of each tensor and whether it requires grad, every other
     argument, grad mode and autocast.
     """
     if type(arguments[0]) not in _PLAIN or _active_mode() is not None:
@@ -160,19 +185,127 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
                 or is_lazy_clone(value)
             ):
                 return None
-            key += value.dtype, value.shape, value.stride(), value.device, value.requires_grad
+            shape, stride = value.shape, value.stride()
+            key.append((value.dtype, shape, stride, value.device, value.requires_grad))
         elif value is None or kind is str:
             key.append(value)
-        elif kind is float:
-            key.append(value or str(value))  # 0.0 is equal to -0.0
+        elif kind is float:  # 0.0 is equal to -0.0, and NaN is not equal to itself
+            key.append(value if value and value == value else str(value))
         elif kind in _KEYS:
-            key += kind, value
+            key.append((kind, value))
         else:
             return None
+    if inplace:
+        input = arguments[0]
+        key.append(input.is_leaf or input._is_view())
     if torch._C._is_any_autocast_enabled():
         device = arguments[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return tuple(key)
+
+
+def described(arguments: Arguments, key: Sequence[Any]) -> Arguments:
+    """Returns the arguments with what the key of a call holds of each tensor in place of it."""
+    entries = iter(key[3:])
+
+    def spec(value: Any) -> Any:
+        entry = next(entries)
+        return TensorSpec(*entry) if isinstance(value, Tensor) else value
+
+    specs = [spec(value) for value in arguments if not isinstance(value, Options)]
+    if isinstance(arguments[-1], Options):
+        specs.append(options := copy(arguments[-1]))
+        vars(options).update({name: spec(value) for name, value in vars(options).items()})
+    if key[1]:  # in place
+        specs[0] = replace(specs[0], is_leaf_or_view=next(entries))
+    return tuple(specs)
+
+
+def _reason_for_no_plan(op: Operator, arguments: Arguments) -> str | None:
+    """Returns which mode or tensor keeps a call from a plan."""
+    input, local = arguments[0], None
+    if type(input) not in _PLAIN:
+        local = op.local_of(arguments)
+        if local is None:
+            return f"input is a {type(input).__name__}"
+    reason = _active_mode()
+    if reason or local is not None:
+        return reason
+    for name, tensor in named(op, arguments).items():
+        if isinstance(tensor, Tensor) and (reason := _unplannable(name, tensor)):
+            return reason
+    return None
+
+
+def _unplannable(name: str, tensor: Tensor) -> str | None:
+    """Returns why a tensor is not described by its layout."""
+    if type(tensor) not in _PLAIN:
+        return f"{name} is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"{name} has layout {tensor.layout}"
+    if tensor.is_neg() or tensor._is_zerotensor():
+        return f"{name} is lazy"
+    if tensor.is_nested:
+        return f"{name} is nested"
+    if is_functorch_wrapped_tensor(tensor):
+        return f"{name} has left torch.func"
+    if is_lazy_clone(tensor):  # whose address cannot be had without the copy
+        return f"{name} is a lazy clone"
+    return None
+
+
+def named(op: Operator, arguments: Arguments) -> dict[str, Any]:
+    """Returns the arguments by name, options among them."""
+    given = dict(zip(op.arguments, arguments, strict=True))
+    for options in [value for value in arguments if isinstance(value, Options)]:
+        given |= vars(options)
+    return given
+
+
+def _tensors_of(op: Operator) -> tuple[str, ...]:
+    """Returns the names of arguments and options that may be tensors; others are numbers."""
+    return *[operand.name for operand in op.operands], "token_weight", "denominator"
+
+
+def _with_python_numbers(op: Operator, arguments: Arguments) -> Arguments:
+    """Returns the arguments with Python's numbers in place of NumPy's and of 0-d tensors.
+
+    A tensor that requires grad, or whose value only a GPU knows, stays one. Options of torch's own
+    function are left out.
+    """
+    tensors, operands = _tensors_of(op), [operand.name for operand in op.operands]
+    flags = [scalar.name for scalar in op.scalars if scalar.flag]
+
+    def number(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if name in tensors or type(value) not in _PLAIN or not value.is_cpu:
+                return value
+            return value if value.requires_grad or value.numel() != 1 else value.item()
+        if name in flags:
+            return bool(value)
+        if name == "torch_options":
+            return None
+        if isinstance(value, bool) or name in operands:
+            return value
+        if isinstance(value, Integral):
+            return int(value)
+        return float(value) if isinstance(value, Real) else value
+
+    numbers = [number(*pair) for pair in zip(op.arguments, arguments, strict=True)]
+    if isinstance(options := numbers[-1], Options):
+        numbers[-1] = options = copy(options)
+        vars(options).update({name: number(name, value) for name, value in vars(options).items()})
+    return tuple(numbers)
+
+
+def _unknown_kind(op: Operator, arguments: Arguments) -> str:
+    """Returns which argument has no place in a signature."""
+    for name, value in named(op, arguments).items():
+        if isinstance(value, Tensor) and name not in _tensors_of(op):
+            return f"{name} is a tensor"
+        if not (value is None or isinstance(value, (Tensor, Options, str, float, *_KEYS))):
+            return f"{name} is a {type(value).__name__}"
+    return "an argument has no plan"
 
 
 def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
@@ -200,20 +333,30 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
 
 
 def reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
+    if is_compiled(arguments[0]):
+        reason = _left_to_compiler(op, arguments, inplace)
+        return reason or _reason(op, arguments, inplace, compiling=True)
+    numbers = _with_python_numbers(op, arguments)
+    key = signature(op, numbers, inplace)
+    if key is None:
+        return _plan_without_key(op, numbers, inplace).reason
+    return _reason(op, described(numbers, key), inplace, compiling=False)
+
+
+def _reason(op: Operator, arguments: Arguments, inplace: bool, compiling: bool) -> str | None:
+    """Returns why torch's operator takes a call of plain tensors, whatever its size.
+
+    Args:
+        arguments: Tensors in a program that is being compiled; otherwise what a plan may know.
+    """
     input = arguments[0]
-    compiling = is_dynamo_compiling()
-    if type(input) not in _PLAIN:
-        compiling = is_traced(input)
-        if not compiling and op.local_of(arguments) is None:
-            return f"input is a {type(input).__name__}"
-        if not compiling:
-            return _active_mode()
-    reason = _left_to_compiler(op, arguments, inplace) if compiling else _active_mode()
-    reason = reason or unsupported(op.operands[0], input, input, compiling)
+    reason = _unsupported(op.operands[0], input, input)
     for place, operand in op.others:
         tensor = arguments[place]
         if reason is None and not (tensor is None and operand.optional):
-            reason = unsupported(operand, tensor, input, compiling)
+            if compiling and type(tensor) not in _PLAIN and not is_traced(tensor):
+                reason = f"{operand.name} is a {type(tensor).__name__}"
+            reason = reason or _unsupported(operand, tensor, input)
     if reason is None and op.fallback_reason is not None:
         reason = op.fallback_reason(*arguments)
     if reason is None and inplace:
@@ -357,28 +500,23 @@ def _function_mode() -> bool:
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in active)
 
 
-def unsupported(operand: Operand, tensor: Any, input: Tensor, compiling: bool) -> str | None:
+def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     """Returns why the kernels for the input's device do not take a tensor, None where they do."""
-    name, plain = operand.name, type(tensor) in _PLAIN
-    if not plain and not is_traced(tensor):
+    if isinstance(tensor, TensorSpec) or is_compiled(tensor):
+        return _unsupported(operand, tensor, input)
+    return _unplannable(operand.name, tensor) or _unsupported(operand, tensor, input)
+
+
+def _unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
+    """Returns why the kernels do not take a tensor of such a layout, None where they do."""
+    name = operand.name
+    if not isinstance(tensor, TENSORS):
         number = operand.number and type(tensor) is float
         return None if number else f"{name} is a {type(tensor).__name__}"
     if reason := unsupported_device(name, tensor, input):
         return reason
-    if tensor.layout is not torch.strided:
-        return f"{name} has layout {tensor.layout}"
     if tensor.dtype not in DTYPES and not (operand.indices and tensor.dtype in _INDEX_DTYPES):
         return f"{name} has dtype {tensor.dtype}"
-    # The dispatcher makes a lazy tensor whole on the way to a compiler's custom operator.
-    if plain and not compiling:
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return f"{name} is lazy"
-        if tensor.is_nested:
-            return f"{name} is nested"
-        if is_functorch_wrapped_tensor(tensor):
-            return f"{name} has left torch.func"
-        if is_lazy_clone(tensor):  # whose address cannot be had without the copy
-            return f"{name} is a lazy clone"
     if not operand.differentiated and tensor.requires_grad:
         return f"{name} requires grad"
     return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts

@@ -108,6 +108,8 @@ def _shown(rows: Tensor, options: DivergenceOptions, other: float = 0.0) -> Tens
 
 def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """Returns the divergence of the student's p from the teacher's q; 0 log 0 is 0."""
+    dtype = torch.promote_types(log_p.dtype, log_q.dtype)
+    log_p, log_q = log_p.to(dtype), log_q.to(dtype)
     if beta == 0:
         return _kl_div(log_q, log_p)
     if beta == 1:

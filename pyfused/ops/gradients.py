@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
+from pyfused.layout import is_dense
 from pyfused.ops.reasons import say_once
 from pyfused.types import Gradients
 
@@ -34,12 +35,12 @@ def in_autocast_dtype(
     return torch.autocast(device, enabled=False), cast
 
 
-def gradients_in_forward(reduction: str, input: Tensor) -> bool:
+def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
     """Returns whether a loss's forward pass computes the gradients, to be scaled by backward.
 
     Not for float16: without grad_output, which GradScaler makes large, it underflows.
     """
-    return reduction != "none" and input.dtype is not torch.float16
+    return reduction != "none" and dtype is not torch.float16
 
 
 def second_order(op: str, grad_output: Tensor) -> bool:
@@ -64,31 +65,67 @@ class Fused(torch.autograd.Function):
     A plan has these methods. ``forward(ctx, tensors)`` saves what the backward pass reads, and
     returns the outputs. ``backward(ctx, grad_output)`` returns a gradient for each tensor, or for
     the first ones. ``define(ctx, grad_output)`` returns the same from torch's definition, so that
-    they can be differentiated. Gradients that ``forward`` leaves in ``ctx.gradients`` are only
-    scaled, and only once: they are handed over, so that nobody else holds them.
+    they can be differentiated. Gradients that ``forward`` has computed already are the saved
+    tensors from ``ctx.first_gradient`` on: these are scaled, in their memory unless the graph is
+    retained, when another pass reads it, maybe at the same time.
     """
 
     @staticmethod
     def forward(ctx: Any, plan: Any, *tensors: Tensor | None) -> Any:
-        ctx.plan, ctx.gradients = plan, None
+        ctx.plan, ctx.first_gradient = plan, None
         return plan.forward(ctx, tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
-        plan, gradients = ctx.plan, ctx.gradients
+        plan, first = ctx.plan, ctx.first_gradient
+        gradients: Any
         if second_order(plan.name, grad_output):
             gradients = plan.define(ctx, grad_output)
-        elif gradients is None:
+            if torch.is_grad_enabled():
+                gradients = in_graph(gradients, ctx.saved_tensors)
+        elif first is None:
             gradients = plan.backward(ctx, grad_output)
         else:
-            ctx.gradients = None
-            for gradient in gradients:
+            copies, gradients = graph_is_retained(), list(ctx.saved_tensors[first:])
+            for i, gradient in enumerate(gradients):
                 if gradient is not None:
+                    if copies or not (gradient.is_contiguous() or is_dense(gradient)):
+                        gradients[i] = gradient = gradient.clone()
                     dtype = torch.float64 if gradient.dtype is torch.float64 else torch.float32
                     factor = grad_output if grad_output.dtype is dtype else grad_output.to(dtype)
                     plan.backend.scale_(gradient, factor)
         missing = len(ctx.needs_input_grad) - 1 - len(gradients)
         return None, *gradients, *(None,) * missing
+
+
+# Where torch does not say, each pass makes a copy.
+graph_is_retained: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+class _InGraph(torch.autograd.Function):
+    """A gradient that does not depend on the inputs, as a function of them: its slopes are 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return grad_output, *map(torch.zeros_like, ctx.saved_tensors)
+
+
+def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
+    """Returns gradients of which each can be differentiated, constant ones too, as torch's can."""
+    inputs = [x for x in saved if x is not None and x.requires_grad]
+    return tuple(
+        [
+            x if x is None or x.requires_grad or not inputs else _InGraph.apply(x, *inputs)
+            for x in gradients
+        ]
+    )
 
 
 # `Fused.apply` looks for functorch first, which takes 1.8 of 4.3 us; dispatch has left its calls to

@@ -61,11 +61,9 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             named["ignore_index"] = -100
         torch_options = named.pop("options", None)
         tensors = [named.pop(operand.name, None) for operand in self.operands]
-        return *tensors, HeadOptions(**named), torch_options
+        return *tensors, torch_options, HeadOptions(**named)
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
-        if self.local_of(arguments) is not None:
-            return self.of_dtensors(arguments)
         head, options = _checked(arguments)
         options = checks.normalized(options)
         dtype = _dtype_of_loss(head, options)
@@ -107,7 +105,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return "all logits at once" if rows >= len(input) else f"logits of {rows} rows at a time"
 
     def losses(self, tensors: Sequence[Any]) -> tuple[int, ...]:
-        return len(tensors[0]), *tensors[1].shape[1:-1]
+        return tensors[0].shape[0], *tensors[1].shape[1:-1]  # len would fix a dynamic size
 
     def fields(self, options: HeadOptions) -> int:
         return fields_of(options)
@@ -156,11 +154,11 @@ def linear_cross_entropy_fallback_reason(
     """Returns why torch's operator is the one for these arguments."""
     if not input.dim() or linear_weight.dim() < 2:
         return "input or linear_weight has too few dimensions"
-    return options_fallback_reason(input, others[-2])
+    return options_fallback_reason(input, others[-1])
 
 
 def _head_of(arguments: Arguments) -> tuple[Head, HeadOptions]:
-    *tensors, options, _ = arguments
+    *tensors, _, options = arguments
     return Head(*tensors), options
 
 

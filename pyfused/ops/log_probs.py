@@ -88,16 +88,13 @@ class LogProbsOperator(ShardedOperator):
         return *tensors, options
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:  # noqa: ARG002
-        if self.local_of(arguments) is not None:
-            return self.of_dtensors
         device = arguments[0].device.type
         if not (self.counts_logits and torch.is_autocast_enabled(device)):
             return self._plan(arguments)
 
         def run(arguments: Arguments) -> Tensor:
-            count = 3 if is_compiled(arguments[0]) else 1  # a custom operator checks dtypes
-            without_autocast, cast = in_autocast_dtype(device, arguments[:count])
-            given = *cast, *arguments[count:]
+            without_autocast, cast = in_autocast_dtype(device, arguments[:1])
+            given = *cast, *arguments[1:]
             plan = self._plan(given)
             with without_autocast:
                 return plan(given)
@@ -105,8 +102,6 @@ class LogProbsOperator(ShardedOperator):
         return run
 
     def _plan(self, arguments: Arguments) -> Callable[[Arguments], Tensor]:
-        if is_compiled(arguments[0]):
-            return self._compiled
         getattr(checks, self.name)(*arguments)
         *tensors, _, options = arguments
         plan = self.state_plan(tensors, options)
@@ -123,6 +118,14 @@ class LogProbsOperator(ShardedOperator):
             return plan.forward(None, (*tensors, target, None))
 
         return run
+
+    def compiled(self, arguments: Arguments) -> Tensor:
+        *tensors, target, options = arguments
+        if self.counts_logits:  # all, as a custom operator checks dtypes
+            without_autocast, tensors = in_autocast_dtype(tensors[0].device.type, tensors)
+            with without_autocast:
+                return self._compiled((*tensors, target, options))
+        return self._compiled(arguments)
 
     def _compiled(self, arguments: Arguments) -> Tensor:
         self.check(arguments)

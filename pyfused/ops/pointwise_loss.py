@@ -31,7 +31,7 @@ from pyfused.ops.declaration import (
     reduction_of,
 )
 from pyfused.ops.gradients import apply, differentiate
-from pyfused.types import Gradients, Outputs
+from pyfused.types import TENSORS, Gradients, Outputs
 
 if TYPE_CHECKING:
     from pyfused.ops.program import Program
@@ -127,18 +127,15 @@ class TensorLoss(Operator):
         dtype, result = self._dtypes(arguments, operands[0], reduction)
         if needs is None:
             grad = torch.is_grad_enabled()
-            needs = [grad and isinstance(o, Tensor) and o.requires_grad for o in operands]
+            needs = [grad and isinstance(o, TENSORS) and o.requires_grad for o in operands]
         shape = getattr(operands[0], "shape", None)
         alike = all(
-            isinstance(o, Tensor) and o.shape == shape and o.dtype is dtype for o in operands
+            isinstance(o, TENSORS) and o.shape == shape and o.dtype is dtype for o in operands
         )
         return self.plan_type(
             op=self,
             backend=backend_of(operands[0]),
-            # A copy, as the backward pass reads a tensor among them again.
-            numbers=tuple(
-                [n.clone() if isinstance(n, Tensor) else n for n in self.numbers(arguments)]
-            ),
+            numbers=self.numbers(arguments),
             reduction=reduction,
             dtype=dtype,
             result=result,
@@ -232,7 +229,7 @@ class TensorLoss(Operator):
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
         given = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.others)]
-        tensors = [(name, value) for name, value in given if isinstance(value, Tensor)]
+        tensors = [(name, value) for name, value in given if isinstance(value, TENSORS)]
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
         result = result_dtype(self, kinds, device, to, reduction == "none")
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
@@ -356,14 +353,14 @@ class Halves(Gated):
 
 
 def _number(value: Any, scalar: Scalar) -> Any:
-    """Returns a scalar as a number, but for a tensor whose device is asynchronous."""
+    """Returns a scalar as the kernels take it."""
     if scalar.words:
         return value
     if scalar.flag:
         return bool(value)
     if scalar.optional and value is None:
         return math.nan
-    return value if isinstance(value, Tensor) and not value.is_cpu else float(value)
+    return float(value)
 
 
 @cache
@@ -490,9 +487,10 @@ class PointwisePlan:
             launch = self.launches[None] = self.prepared(operands, weight, outputs, None)
         loss, gradients = launch(operands, weight, self.divisor if divisor is None else divisor)
         if ctx is not None:
-            ctx.save_for_backward(*tensors)
             if self.gradients_now:
-                ctx.gradients = gradients
+                ctx.first_gradient = len(tensors)
+                tensors = *tensors, *gradients
+            ctx.save_for_backward(*tensors)
         assert loss is not None
         return loss
 
@@ -527,7 +525,7 @@ class PointwisePlan:
         return launch
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        *operands, weight, divisor = ctx.saved_tensors
+        *operands, weight, divisor = ctx.saved_tensors[: ctx.first_gradient]
 
         def definition(*operands: Tensor) -> Tensor:
             each = self.op.of_each(operands, self.numbers)

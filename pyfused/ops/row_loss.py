@@ -14,7 +14,7 @@ from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import TORCH_OPS
 from pyfused.ops.chunked import CountedRows, LossArguments
-from pyfused.ops.declaration import Operator
+from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import (
     apply,
@@ -100,7 +100,7 @@ class RowLoss(Operator):
         grad, differentiated = torch.is_grad_enabled(), tensors[: self.student]
         needs = tuple([grad and x is not None and x.requires_grad for x in differentiated])
         if is_compiled(tensors[0]):
-            now = gradients_in_forward(options.reduction, tensors[0])
+            now = gradients_in_forward(options.reduction, tensors[0].dtype)
             wanted = [now and need for need in needs]
             loss, *others = getattr(TORCH_OPS, self.name)(*tensors, *options.values(), wanted)
             return loss, others[-1]
@@ -110,6 +110,9 @@ class RowLoss(Operator):
             return apply(plan, *tensors, options)  # type: ignore[no-any-return]
         found: Any = self.compute(LossArguments(backend, tensors, options))
         return found.loss, found.state
+
+    def compiled(self, arguments: Arguments) -> Any:
+        return self.fused(arguments, False)
 
     def compute(self, arguments: LossArguments) -> Computed:
         """Returns the results of a call."""
@@ -159,16 +162,17 @@ class RowLossPlan(NamedTuple):
 
     def forward(self, ctx: Any, arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
         *tensors, options = arguments
-        now = gradients_in_forward(options.reduction, tensors[0])
+        now = gradients_in_forward(options.reduction, tensors[0].dtype)
         outputs = Outputs(True, self.needs if now else ())
         loss, gradients, state = self.op.compute(
             LossArguments(self.backend, tensors, options, outputs)
         )
-        ctx.gradients = gradients or None
         # Tensors among the options, too: a change in place of one raises, hooks for saved tensors
         # see all of them, and the graph holds no other reference to them.
         among = options.tensors()
-        ctx.save_for_backward(*tensors, state, *among.values())
+        if gradients:
+            ctx.first_gradient = len(tensors) + 1 + len(among)
+        ctx.save_for_backward(*tensors, state, *among.values(), *gradients)
         ctx.options = replace(options, **dict.fromkeys(among)) if among else options
         ctx.names = tuple(among)
         if state is not None:
@@ -182,9 +186,9 @@ class RowLossPlan(NamedTuple):
         return self.op.define(self._saved(ctx, grad_output))
 
     def _saved(self, ctx: Any, grad_output: Tensor) -> LossArguments:
-        count, saved = len(self.op.operands), ctx.saved_tensors
-        tensors, state, options = saved[:count], saved[count], ctx.options
+        count, given = len(self.op.operands), ctx.saved_tensors[: ctx.first_gradient]
+        tensors, state, options = given[:count], given[count], ctx.options
         if ctx.names:
-            options = replace(options, **dict(zip(ctx.names, saved[count + 1 :], strict=True)))
+            options = replace(options, **dict(zip(ctx.names, given[count + 1 :], strict=True)))
         outputs = Outputs(False, self.needs)
         return LossArguments(self.backend, tensors, options, outputs, grad_output, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -55,13 +56,11 @@ class Softmax(Operator):
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
         dim, casts = dim % input.dim(), input.dtype is not dtype
-        like = torch.empty_like(input, dtype=dtype) if casts else input
         return ActivationPlan(
             op=self,
-            name=self.name,
             needs_grad=torch.is_grad_enabled() and input.requires_grad,
             options=(dim,),
-            kernels=backend_of(input).softmax(self.name, like, dim),
+            prepare=partial(backend_of(input).softmax, self.name, dim=dim),
             cast=dtype if casts else None,
         )
 

@@ -92,7 +92,7 @@ def _unsupported(given: Mapping[str, Any]) -> tuple[str, str] | None:
     for name, tensor in given.items():
         if isinstance(tensor, Tensor):
             operand = Operand(name, indices=name == "target", differentiated=name not in _CONSTANTS)
-            reason = unsupported(operand, tensor, input, False)
+            reason = unsupported(operand, tensor, input)
             if reason is not None and reason is not SMALL:
                 return name, reason
     return None
@@ -186,7 +186,8 @@ class StatePlan:
         entropy: As in `_merged`.
         results: How many of the first fields are returned, in the accumulation dtype; 0 for the
             whole state.
-        launches: The prepared kernels of gradients, one for each layout of logits.
+        launches: The prepared kernels: that of the state by None, and those of gradients, one for
+            each layout of logits.
     """
 
     name: str
@@ -195,16 +196,11 @@ class StatePlan:
     shard: VocabShard | None
     entropy: bool
     results: int = 0
-    launches: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
+    launches: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self, tensors: Sequence[Any]) -> None:
         self.backend, self.dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
         self.has_classes = self.shard is None or tensors[len(tensors) > 1].numel() > 0
-        if self.has_classes and len(tensors) == 1:
-            rows, classes, fields, *_ = self.options
-            results = self.results if self.shard is None else 0  # of some classes they are none
-            given = self.backend, tensors[0], rows, classes, fields, results
-            self.state_of_logits = state_of_logits(*given)
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
         *tensors, target, weight = tensors
@@ -212,7 +208,13 @@ class StatePlan:
         if not self.has_classes:
             state = state_of_nothing(options.fields, target)
         elif len(tensors) == 1:
-            state, results = self.state_of_logits(*tensors, target, weight)
+            launch = self.launches.get(None)
+            if launch is None:
+                rows, classes, fields, *_ = options
+                count = self.results if self.shard is None else 0  # of some classes they are none
+                given = self.backend, *tensors, rows, classes, fields, count
+                launch = self.launches[None] = state_of_logits(*given)
+            state, results = launch(*tensors, target, weight)
         else:
             of_layer, keeps = (*tensors, target), ctx is not None
             state, kept = state_of(self.backend, of_layer, options, weight, keeps)

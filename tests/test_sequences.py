@@ -1,0 +1,186 @@
+"""Random sequences of calls of a few layouts, in which everything else varies, against torch.
+
+Plans are never forgotten in between: what a plan has taken from an earlier call and should not have
+is a wrong number here. ``python tests/test_sequences.py 100000`` makes as many calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import interpreter
+import numpy as np
+import pytest
+import torch
+from catalogue import EXAMPLES, Call, Example, ours, parameters, reference
+from conftest import fused_always
+from torch import Tensor
+
+from pyfused.ops.activation import Activation
+
+ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
+# What has results beside the first, or rounds otherwise for a reason of its own.
+LEFT_OUT = ("inplace", "with_metrics", "filter_eps", "dtype", "loss_dtype")
+
+
+class Sequence:
+    """Draws calls and compares each with torch."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng, self.seed, self.calls = random.Random(seed), seed, 0
+        self.examples = [e for e in EXAMPLES.values() if not {*LEFT_OUT} & {*e.options}]
+        self.raised = 0
+
+    def step(self) -> None:
+        rng = self.rng
+        self.calls += 1
+        example = rng.choice(self.examples)
+        call = self.call(example)
+        modes = [rng.choice([torch.enable_grad, torch.enable_grad, torch.no_grad])]
+        halves = rng.random() < 0.2
+        if halves:
+            modes.append(lambda: torch.autocast("cpu", torch.bfloat16))
+        kinds = {name: rng.randrange(6) for name in call.tensors}
+        inplace = "inplace" in parameters(example.op) and isinstance(example.op, Activation)
+        inplace = inplace and rng.random() < 0.3
+        expected = outcome(call, reference, modes, kinds, inplace)
+        found = outcome(call, ours, modes, kinds, inplace)
+        try:
+            self.compare(found, expected, 0.1 if halves else 2e-4)
+        except AssertionError as error:
+            told = f"seed {self.seed}, call {self.calls}: {call}, modes {modes}, kinds {kinds}, "
+            told += f"inplace {inplace}"
+            raise AssertionError(f"{told}: {error}") from error
+
+    def call(self, example: Example) -> Call:
+        rng = self.rng
+        call = example.call()
+        for name, x in call.tensors.items():
+            if x.is_floating_point() and name in example.options:
+                x.mul_(rng.choice([1.0, 2.0]))
+            elif x.is_floating_point():  # other values of the same layout, in the same bounds
+                x.data = (x * rng.choice([0.25, 0.5, 1.0])).detach()
+                x.requires_grad_(x.requires_grad and rng.random() < 0.7)
+        given = call.given
+        for name, value in given.items():
+            if type(value) is float:
+                given[name] = self.number(value * rng.choice([0.5, 1.0]))
+        return replace(call, given=given)
+
+    def number(self, value: float) -> Any:
+        kind = self.rng.randrange(12)
+        if kind == 0 and value.is_integer():
+            return int(value)
+        if kind == 1:
+            return torch.tensor(value, dtype=torch.float64)
+        if kind == 2:
+            return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        return {3: np.float64(value), 4: np.float32(value)}.get(kind, value)
+
+    def compare(self, found: Any, expected: Any, tolerance: float) -> None:
+        if isinstance(expected, ERRORS) or isinstance(found, ERRORS):
+            self.raised += 1
+            # A number that requires grad: one refuses it, and the other may differentiate.
+            refused = "requires grad" in str(found) or "requires grad" in str(expected)
+            assert refused or (isinstance(found, ERRORS) and isinstance(expected, ERRORS)), (
+                f"found {found!r}, expected {expected!r}"
+            )
+            return
+        assert len(found) == len(expected)
+        for got, of_torch in zip(found, expected, strict=True):
+            assert (got is None) == (of_torch is None), (found, expected)
+            if got is not None:
+                scale = of_torch.abs().nan_to_num().max() if of_torch.numel() else 0
+                torch.testing.assert_close(
+                    got.double(),
+                    of_torch.double(),
+                    rtol=tolerance,
+                    atol=tolerance * float(scale) + 1e-6,
+                    equal_nan=True,
+                )
+
+
+def outcome(
+    call: Call, function: Any, modes: list[Any], kinds: dict[str, int], inplace: bool
+) -> list[Tensor | None] | Exception:
+    """Returns the value, the gradients, and the tensors after the call."""
+    given, leaves = dict(call.given), []
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            leaf = value.detach().clone().requires_grad_(value.requires_grad)
+            leaves.append(leaf)
+            given[name] = of_kind(leaf, kinds[name])
+    before = dict(given)
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode())
+        try:
+            value = overwritten(call, function, given) if inplace else function(call, **given)
+            results: list[Tensor | None] = [value.detach()]
+            if value.requires_grad:
+                grad = torch.linspace(0.5, 2, value.numel()).view(value.shape).to(value.dtype)
+                wanted = [leaf for leaf in leaves if leaf.requires_grad]
+                results += torch.autograd.grad(value, wanted, grad, allow_unused=True)
+        except ERRORS as error:
+            pairs = zip(leaves, call.tensors.values(), strict=True)
+            changed = [leaf for leaf, value in pairs if not torch.equal(leaf, value)]
+            return AssertionError(f"changed before {error!r}") if changed else error
+    return [*results, *[x.detach() for x in before.values() if isinstance(x, Tensor)]]
+
+
+def overwritten(call: Call, function: Any, given: dict[str, Any]) -> Any:
+    if function is reference:
+        return call.op.reference_(**given)
+    from pyfused import functional
+
+    return getattr(functional, call.op.name)(**given, inplace=True)
+
+
+def of_kind(leaf: Tensor, kind: int) -> Tensor:
+    """Returns a leaf, what was computed from it, a view of it, or other memory of its values."""
+    if kind == 0 or not leaf.is_floating_point():
+        return leaf
+    if kind == 1:
+        return leaf.view_as(leaf)
+    if kind == 2 and leaf.dim():
+        memory = torch.cat([leaf[:1].detach(), leaf])
+        return memory[1:]
+    if kind == 3 and leaf.dim() > 1:
+        return leaf.t().contiguous().t() if leaf.dim() == 2 else leaf * 1
+    return leaf * 1
+
+
+def run(seed: int, calls: int) -> Sequence:
+    sequence = Sequence(seed)
+    torch.manual_seed(seed)
+    for _ in range(calls):
+        sequence.step()
+    return sequence
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("seed", range(1 if interpreter.ON else 3))
+def test_a_sequence_of_calls_is_torchs(seed: int) -> None:
+    calls = 60 if interpreter.ON else 400
+    with quiet():
+        assert run(seed, calls).raised < calls / 4
+
+
+if __name__ == "__main__":
+    total, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000
+    torch.set_num_threads(1)
+    with fused_always(), quiet():
+        for begin in range(0, total, 1000):
+            print(first + begin // 1000, run(first + begin // 1000, 1000).raised, flush=True)
