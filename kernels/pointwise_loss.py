@@ -42,7 +42,6 @@ def pointwise_loss_kernel(
     p: tl.float64,
     q: tl.float64,
     r: tl.float64,
-    parameters,
     parts,
     denominator,
     FORMULA: tl.constexpr,
@@ -52,16 +51,13 @@ def pointwise_loss_kernel(
     """Outputs that are None are not wanted; with REDUCE `loss` is what `add_up` takes.
 
     denominator: None for 1, an integer, or a pointer to a number that only the GPU knows.
-    parameters: None, or a pointer to p, q and r where the GPU alone knows one of them.
-    parts: The parameters after these, as `program.py` reads them.
+    parts: The parameters after p, q and r, as `program.py` reads them.
     """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     divisor = tl.full([], 1.0, tl.float64)
     if denominator is not None:
         divisor *= tl.load(denominator) if denominator.dtype.is_ptr() else denominator
     scale = (1.0 / divisor).to(dtype)
-    if parameters is not None:
-        p, q, r = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
     numbers = tl.full([], p, tl.float64), tl.full([], q, tl.float64), tl.full([], r, tl.float64)
     total = tl.zeros([BLOCK], dtype)
     step = tl.num_programs(0).to(tl.int64) * BLOCK

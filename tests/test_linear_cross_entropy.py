@@ -300,6 +300,7 @@ def test_a_mean_over_sequences(budget: int | None) -> None:
 
 
 @pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_custom_operator() -> None:
     given = HeadCase()
     arguments = (given.input, given.head, given.bias, given.target, None)

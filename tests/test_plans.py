@@ -14,8 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import EXAMPLES, Example
+from conftest import KernelCalls
 from processes import python
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
@@ -236,3 +239,18 @@ def test_the_first_call_of_no_operator_imports_a_compiler() -> None:
         print("sympy" in sys.modules)
         """)
     assert found.stdout == "False\n", found.stderr
+
+
+def test_a_checkpoint_decides_once(kernel_calls: KernelCalls) -> None:
+    """Its forward pass runs under a mode, and so by torch's operator; its recomputation does not."""
+    x = torch.randn(6, 5, requires_grad=True)
+    step = lambda x: fused.cross_entropy(2 * x, CLASSES)  # noqa: E731
+    (expected,) = torch.autograd.grad(step(x), x)
+    ran = kernel_calls["cross_entropy"]
+    with FlopCounterMode(display=False):
+        loss = checkpoint(step, x, use_reentrant=False)
+    loss.backward()
+    assert kernel_calls["cross_entropy"] == ran
+    torch.testing.assert_close(x.grad, expected)
+    checkpoint(step, x, use_reentrant=False).backward()  # without the mode
+    assert kernel_calls["cross_entropy"] == ran + 2

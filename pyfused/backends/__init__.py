@@ -52,8 +52,9 @@ def cross_entropy_once(
 ) -> tuple[Tensor | None, Gradients]:
     """Prepares and launches the kernel once, for layouts that need not come again."""
     launch = backend.cross_entropy(input, target, weight, options, outputs, grad_output)
-    tensors = input, target, weight, options.token_weight, options.denominator, grad_output
-    result: tuple[Tensor | None, Gradients] = launch(*tensors)
+    denominator = options.denominator if isinstance(options.denominator, Tensor) else None
+    tensors = input, target, weight, options.token_weight, denominator
+    result: tuple[Tensor | None, Gradients] = launch(tensors, grad_output)
     return result
 
 

@@ -258,10 +258,10 @@ def cross_entropy(
         grad_output: The loss's gradient, of the loss's shape; None stands for ones.
 
     Returns:
-        A function of tensors of these layouts: the input, the target, the weight, token_weight, the
-        denominator (a tensor or a number) and grad_output. It returns the loss, in the accumulation
-        dtype, and the gradients. It raises an IndexError for a class index that is out of range,
-        and has computed nothing then.
+        A function of tensors of these layouts (the input, the target, the weight, token_weight and
+        the denominator, None where that is a number or not given) and of grad_output. It returns
+        the loss, in the accumulation dtype, and the gradients. It raises an IndexError for a class
+        index that is out of range, and has computed nothing then.
     """
     dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
     sizes, indices = row_sizes(input), target.dtype is torch.int64
@@ -279,15 +279,13 @@ def cross_entropy(
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
     numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
     native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers)
+    number = None if isinstance(options.denominator, Tensor) else options.denominator
 
     def launch(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        denominator: Tensor | float | None = None,
-        grad_output: Tensor | None = None,
+        tensors: Sequence[Any], grad_output: Tensor | None = None
     ) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, token_weight, denominator = tensors
+        denominator = number if denominator is None else denominator
         logits = input.contiguous() if copies else input
         targets = target.contiguous() if copies_target else target
         if converts:
@@ -361,8 +359,10 @@ def nll_loss(
     reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
     needs_gradient = any(outputs.gradients)
 
-    def launch(*tensors: Any) -> tuple[Tensor | None, Gradients]:
-        input, target, weight, _, _, grad_output = tensors
+    def launch(
+        tensors: Sequence[Any], grad_output: Tensor | None = None
+    ) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, *_ = tensors
         view = input.contiguous() if copies else input
         indices = target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
@@ -411,8 +411,10 @@ def multi_margin_loss(
     needs_gradient = any(outputs.gradients)
     reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
 
-    def launch(*tensors: Any) -> tuple[Tensor | None, Gradients]:
-        input, target, weight, _, _, grad_output = tensors
+    def launch(
+        tensors: Sequence[Any], grad_output: Tensor | None = None
+    ) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, *_ = tensors
         input, indices = input.contiguous(), target.contiguous()
         weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         loss = new_loss() if outputs.loss else None
@@ -490,6 +492,7 @@ def embedding_loss(
     options: EmbeddingOptions,
     reduction: str,
     outputs: Outputs,
+    denominator: float,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a loss of rows of features for tensors of these layouts.
 
@@ -497,12 +500,12 @@ def embedding_loss(
         name: The kernel's: ``"triplet_margin_loss"``, or ``"cosine_embedding_loss"``.
         inputs: Three tensors (..., D) of one dtype in ``DTYPES``; or two, and a target (..., 1) of
             the accumulation dtype.
+        denominator: What the sum of the losses and the gradients are divided by.
 
     Returns:
-        A function of the inputs, of None, of what the sum of the losses and the gradients are
-        divided by, and of the loss's gradient, one for each row; None stands for ones. It returns
-        the loss in the accumulation dtype, one for each row or their sum, and a gradient of each
-        input, where wanted.
+        A function of tensors, which begin with the inputs, and of the loss's gradient, one for each
+        row; None stands for ones. It returns the loss in the accumulation dtype, one for each row
+        or their sum, and a gradient of each input, where wanted.
     """
     first = inputs[0]
     dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
@@ -510,14 +513,12 @@ def embedding_loss(
     kernel, sizes, numbers = getattr(native, name), (leading.numel(), features), tuple(options)
     new_loss = _new_loss(leading if reduction == "none" else (), accumulate)
     new_gradient = _allocation(torch.empty(first.shape, dtype=first.dtype, device="meta"))
+    count = len(inputs)
 
     def launch(
-        inputs: Sequence[Tensor],
-        _weight: None,
-        denominator: float,
-        grad_output: Tensor | None = None,
+        tensors: Sequence[Any], grad_output: Tensor | None = None
     ) -> tuple[Tensor | None, Gradients]:
-        views = [feature_rows(x) for x in inputs]
+        views = [feature_rows(x) for x in tensors[:count]]
         (grad_output,) = contiguous_in(accumulate, grad_output)
         loss = new_loss() if outputs.loss else None
         gradients = tuple([new_gradient() if wanted else None for wanted in outputs.gradients])
@@ -663,6 +664,7 @@ def pointwise_loss(
     parameters: tuple[float, ...],
     reduction: str,
     outputs: Outputs,
+    divisor: float = 1.0,
     halves: int | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a pointwise loss for tensors of these layouts.
@@ -673,12 +675,14 @@ def pointwise_loss(
             of 0 included, and of one dtype in ``DTYPES``), the weight (of their shape and dtype, or
             None), and the loss's gradient (of the input's shape; None stands for ones).
         parameters: The formula's numbers, at most three but of a program.
+        divisor: What the sum of the losses and the gradients are divided by, where that is a
+            number.
         halves: The dimension along which the gradients of both operands become one tensor.
 
     Returns:
-        A function of the operands, the weight, what the sum of the losses and the gradients are
-        divided by, and the loss's gradient. It returns the loss, one per element in the input's
-        dtype or one sum in the accumulation dtype, and a gradient of each operand, where wanted.
+        A function of tensors (the operands, the weight, and the divisor where it is a tensor, else
+        None) and of the loss's gradient. It returns the loss, one per element in the input's dtype
+        or one sum in the accumulation dtype, and a gradient of each operand, where wanted.
     """
     operands, weight, grad_output = tensors
     dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
@@ -703,11 +707,10 @@ def pointwise_loss(
     no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
 
     def launch(
-        operands: Sequence[Tensor],
-        weight: Tensor | None,
-        denominator: float | Tensor,
-        grad_output: Tensor | None = None,
+        tensors: Sequence[Any], grad_output: Tensor | None = None
     ) -> tuple[Tensor | None, Gradients]:
+        *operands, weight, denominator = tensors
+        denominator = divisor if denominator is None else denominator
         like = operands[0 if dense_operand is None else dense_operand]
         views: list[tuple[int, int, int]] = []
         copies = []

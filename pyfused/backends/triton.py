@@ -230,14 +230,13 @@ def cross_entropy(
     few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
     reduction = options.reduction  # what is prepared holds no tensor, as options may
 
+    number = None if isinstance(options.denominator, Tensor) else options.denominator
+
     def run(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        denominator: Tensor | float | None = None,
-        grad_output: Tensor | None = None,
+        tensors: Sequence[Any], grad_output: Tensor | None = None
     ) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, token_weight, denominator = tensors
+        denominator = number if denominator is None else denominator
         logits = input.contiguous() if copies else input
         target = target.contiguous() if indices else viewed(target)[0]
         if converts:
@@ -343,8 +342,10 @@ def nll_loss(
     kernel = prepared(nll_kernel, choice, EACH=reduction == "none")
     numbers = n, inner, classes, strides, grad_strides, ignore_index
 
-    def run(*tensors: Any) -> tuple[Tensor | None, Gradients]:
-        input, target, weight, _, _, grad_output = tensors
+    def run(
+        tensors: Sequence[Any], grad_output: Tensor | None = None
+    ) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, *_ = tensors
         input, target = input.contiguous() if copies else input, target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
@@ -387,8 +388,10 @@ def multi_margin_loss(
         kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
         numbers = *numbers, float(options.margin)
 
-    def run(*tensors: Any) -> tuple[Tensor | None, Gradients]:
-        input, target, weight, _, _, grad_output = tensors
+    def run(
+        tensors: Sequence[Any], grad_output: Tensor | None = None
+    ) -> tuple[Tensor | None, Gradients]:
+        input, target, weight, *_ = tensors
         input, target = input.contiguous(), target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
@@ -412,6 +415,7 @@ def embedding_loss(
     options: EmbeddingOptions,
     reduction: str,
     outputs: Outputs,
+    denominator: float,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
     """Prepares a loss of rows of features; see ``cpu.embedding_loss``."""
     triplet, each = name == "triplet_margin_loss", reduction == "none"
@@ -427,20 +431,18 @@ def embedding_loss(
     kernel = prepared(function, choice, EACH=each, **meta, **units)
     numbers = n, features, strides, *(options.margin, options.eps)[: count - 1]
     wanted = outputs.gradients or (False,) * len(inputs)
+    tensor_count, divisor = len(inputs), None if denominator == 1 else int(denominator)
 
     def run(
-        inputs: Sequence[Tensor],
-        _weight: None,
-        denominator: float,
-        grad_output: Tensor | None = None,
+        tensors: Sequence[Any], grad_output: Tensor | None = None
     ) -> tuple[Tensor | None, Gradients]:
+        inputs = tensors[:tensor_count]
         first = inputs[0]
         views = inputs if as_they_are else [feature_rows(x) for x in inputs]
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
         gradients = tuple([first.new_empty(shape) if w else None for w in wanted])
         loss, stored = _loss_of(views[0], reduction, outputs, programs)
-        divisor = None if denominator == 1 else int(denominator)
         kernel(programs, *views, grad_output, divisor, stored, *gradients[:count], *numbers)
         _add_up(stored)
         if each and loss is not None:
@@ -584,12 +586,10 @@ def pointwise_loss(
     parameters: tuple[float, ...],
     reduction: str,
     outputs: Outputs,
+    divisor: float = 1.0,
     halves: int | None = None,
 ) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares a pointwise loss for tensors of these layouts; see ``cpu.pointwise_loss``.
-
-    A parameter may be a tensor of one element, which only the GPU reads.
-    """
+    """Prepares a pointwise loss for tensors of these layouts; see ``cpu.pointwise_loss``."""
     operands, weight, grad_output = tensors
     order, n = order_of(operands), operands[0].numel()
     dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
@@ -602,20 +602,17 @@ def pointwise_loss(
     views = _padded(operands, weight, grad_output)
     copied, columns, strides = in_rows(order, views)
     numbers, others = (*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
-    stacked = None
-    if any(isinstance(number, Tensor) for number in numbers):
-        stacked, numbers = _stack(order, numbers), (0.0, 0.0, 0.0)
     if isinstance(formula, str):
         (formula,) = formulas.programs(formula)
     function = formula.kernel("triton", formula_of)
     kernel = Launch(pointwise_loss_kernel, choice, FORMULA=function, REDUCE=reduce)
 
+    number = None if divisor == 1 else int(divisor)  # exact, where a float would be a float32
+
     def run(
-        operands: Sequence[Tensor],
-        weight: Tensor | None,
-        denominator: float | Tensor,
-        grad_output: Tensor | None = None,
+        tensors: Sequence[Any], grad_output: Tensor | None = None
     ) -> tuple[Tensor | None, Gradients]:
+        *operands, weight, denominator = tensors
         like = operands[0].contiguous() if dense_operand is None else operands[dense_operand]
         loss: Tensor | None = None
         stored: Tensor | Reduced | None = None
@@ -628,11 +625,6 @@ def pointwise_loss(
         views = _padded(operands, weight, grad_output)
         for i in copied:
             views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
-        divisor: Tensor | int | None = None
-        if isinstance(denominator, Tensor):
-            divisor = denominator
-        elif denominator != 1:
-            divisor = int(denominator)  # exact, where a float would be passed as float32
         kernel(
             programs,
             *views[:5],
@@ -644,9 +636,8 @@ def pointwise_loss(
             columns,
             strides,
             *numbers,
-            stacked,
             others,
-            divisor,
+            number if denominator is None else denominator,
         )
         _add_up(stored)
         if halves is not None and outputs.gradients:
@@ -674,14 +665,6 @@ def _padded(
     """Returns the operands, of which there are at most four, in the kernel's order of arguments."""
     x, t, third, fourth = (*operands, None, None, None)[:4]
     return [x, t, third, weight, grad_output, fourth]
-
-
-def _stack(order: Tensor, numbers: tuple[float | Tensor, ...]) -> Tensor:
-    """Numbers are filled in, as a copy from the host would wait for the GPU."""
-    stacked = order.new_empty(len(numbers), dtype=torch.float64)
-    for i, number in enumerate(numbers):
-        stacked[i] = number
-    return stacked
 
 
 def activation(

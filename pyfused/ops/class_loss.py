@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
-from pyfused.layout import is_dense, layouts
+from pyfused.backends import backend_of
+from pyfused.layout import is_dense
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
-from pyfused.ops.gradients import (
-    apply,
-    autocast_dtype,
-    differentiate,
-    gradients_in_forward,
-)
+from pyfused.ops.gradients import autocast_dtype, differentiate, gradients_in_forward
+from pyfused.ops.loss_plan import Launch, LossPlan
 from pyfused.types import (
     TENSORS,
     CrossEntropyOptions,
@@ -31,7 +27,6 @@ from pyfused.types import (
 )
 
 Tensors = tuple[Any, ...]  # the input, the target and the weights of the classes
-Launch = Callable[..., tuple[Tensor | None, Gradients]]
 
 
 class ClassLossArguments(NamedTuple):
@@ -88,7 +83,7 @@ class ClassLoss(Operator):
             op=self,
             backend=backend_of(input),
             options=options,
-            dtype=self.dtype_of(given, dtype),
+            result=self.dtype_of(given, dtype),
             needs=tuple(needs),
             inplace=inplace,
             arranges=arranges,
@@ -124,74 +119,39 @@ class ClassLoss(Operator):
 
 
 @dataclass(eq=False, kw_only=True)
-class ClassLossPlan:
+class ClassLossPlan(LossPlan):
     """Computes the calls of one signature.
 
-    Gradients of a scalar loss are computed by the forward pass, while each row of scores is in
-    cache. Exceptions are float16, which keeps them from underflowing only with grad_output, and a
-    gradient that is to take memory with gaps, which could not be scaled later.
+    The tensors are the input, the target, the weight, token_weight, and the denominator where that
+    is a tensor.
 
     Attributes:
         options: The options without their tensors, which every call brings.
-        dtype: The dtype of the loss.
-        needs: Whether the input and the target need a gradient.
-        inplace: The gradient of the input takes its memory.
         arranges: The kernels do not take the tensors as they are given.
-        now: The forward pass computes the gradients.
-        launches: The prepared kernels: that of the forward pass by None, and one for each layout of
-            grad_output.
     """
 
     op: ClassLoss
-    backend: Backend
     options: Any
-    dtype: torch.dtype
-    needs: tuple[bool, ...]
-    inplace: bool
     arranges: bool
-    now: bool
-    launches: dict[Any, Launch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.name = self.op.name
-        self.denominator: float | None = None  # where it is a number
-        if isinstance(self.options, CrossEntropyOptions):
-            self.denominator = self.options.denominator  # type: ignore[assignment]
-            if isinstance(self.denominator, TENSORS):
-                self.denominator = None
+        super().__post_init__()
+        options = self.options
+        if isinstance(options, CrossEntropyOptions):
+            number = None if isinstance(options.denominator, TENSORS) else options.denominator
             self.options = replace(
-                self.options, token_weight=None, denominator=None, with_metrics=False
+                options, token_weight=None, denominator=number, with_metrics=False
             )
 
-    def run(self, tensors: Tensors) -> Tensor:
-        """Returns the loss.
-
-        Args:
-            tensors: The input, the target, the weight, token_weight and the denominator, if that is
-                a tensor.
-        """
+    def run(self, tensors: Sequence[Any]) -> Tensor:
         if self.arranges:
-            tensors = *self.op.arranged(tensors[:3]), *tensors[3:]
-        if True in self.needs:
-            loss: Tensor = apply(self, *tensors)
-        else:
-            loss = self.forward(None, tensors)
-        return loss if loss.dtype is self.dtype else loss.to(self.dtype)
+            tensors = *self.op.arranged(tuple(tensors[:3])), *tensors[3:]
+        return super().run(tensors)
 
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        launch = self.launches.get(None)
-        if launch is None:
-            outputs = Outputs(True, self.needs if ctx and self.now else (), self.inplace)
-            launch = self.launches[None] = self.prepared(tensors, outputs)
-        loss, gradients = self.launched(launch, tensors, None)
         if ctx is not None:
-            if self.now:
-                ctx.first_gradient = len(tensors)
-                tensors = *tensors, *gradients
-            ctx.save_for_backward(*tensors)
             ctx.overwritten = self.inplace and self.now
-        assert loss is not None
-        return loss
+        return super().forward(ctx, tensors)
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         tensors = _saved(ctx)
@@ -200,17 +160,8 @@ class ClassLossPlan:
             ctx.overwritten = True
         return self.gradients(tensors, grad_output)
 
-    def gradients(self, tensors: Tensors, grad_output: Tensor) -> Gradients:
-        """Returns the gradients of the input and the target, where they are needed."""
-        key = layouts(*tensors[:4], grad_output)
-        launch = self.launches.get(key)
-        if launch is None:
-            outputs = Outputs(False, self.needs, self.inplace)
-            launch = self.launches[key] = self.prepared(tensors, outputs, grad_output)
-        return self.launched(launch, tensors, grad_output)[1]
-
     def prepared(
-        self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None = None
+        self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
     ) -> Launch:
         input, target, weight, token_weight, _ = tensors
         options = self.options
@@ -219,21 +170,14 @@ class ClassLossPlan:
         prepare: Callable[..., Launch] = getattr(self.backend, self.op.name)
         return prepare(input, target, weight, options, outputs, grad_output)
 
-    def launched(
-        self, launch: Launch, tensors: Sequence[Any], grad_output: Tensor | None
-    ) -> tuple[Tensor | None, Gradients]:
-        *given, denominator = tensors
-        denominator = self.denominator if denominator is None else denominator
-        return launch(*given, denominator, grad_output)
-
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         input, target, weight, token_weight, denominator = _saved(ctx)
         options = self.options
         if isinstance(options, CrossEntropyOptions):
-            denominator = self.denominator if denominator is None else denominator
-            options = replace(options, token_weight=token_weight, denominator=denominator)
-        given = ClassLossArguments(input, target, weight, options)
-        return gradients_of_definition(self.op, given, self.needs, grad_output)
+            given = options.denominator if denominator is None else denominator
+            options = replace(options, token_weight=token_weight, denominator=given)
+        arguments = ClassLossArguments(input, target, weight, options)
+        return gradients_of_definition(self.op, arguments, self.needs, grad_output)
 
 
 def _saved(ctx: Any) -> Tensors:

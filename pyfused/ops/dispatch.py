@@ -5,8 +5,10 @@ With ``PYFUSED_BACKEND`` set the kernels take tensors of any size.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -119,6 +121,8 @@ def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
     key = signature(op, arguments, inplace)
     if key is None:
         return _plan_without_key(op, arguments, inplace)
+    if _checkpoints and _was_left_to_torch(_checkpoint()):
+        return Plan("a torch dispatch or function mode in the checkpoint's forward pass", None)
     plan = _plans.get(key)
     if plan is None:
         plan = _new_plan(op, described(arguments, key), inplace)
@@ -490,8 +494,35 @@ def _active_mode() -> str | None:
     if torch._C._len_torch_dispatch_stack() or (
         torch._C._len_torch_function_stack() and _function_mode()
     ):
+        if (checkpoint := _checkpoint()) is not None:
+            _checkpoints.add(weakref.ref(checkpoint, _checkpoints.discard))
         return "a torch dispatch or function mode"
     return None
+
+
+# Checkpoints whose forward pass has left a call to torch because of a mode. Their recomputation has
+# to save the same tensors, and runs without the mode.
+_checkpoints: set[weakref.ref[Any]] = set()
+
+
+def _checkpoint() -> Any:
+    """Returns torch's record of the non-reentrant checkpoint around this call, None of none.
+
+    The hooks of a forward pass and of its recomputation have it; torch has no other way to it.
+    Without it, a mode around the forward pass alone is the error that torch raises.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    pack = inspect.unwrap(hooks[0]) if hooks else None
+    for cell in getattr(pack, "__closure__", None) or ():
+        record = cell.cell_contents
+        record = record() if isinstance(record, weakref.ref) else record
+        if type(record).__name__ == "_CheckpointFrame":
+            return record
+    return None
+
+
+def _was_left_to_torch(checkpoint: Any) -> bool:
+    return checkpoint is not None and weakref.ref(checkpoint) in _checkpoints
 
 
 def _function_mode() -> bool:

@@ -14,8 +14,9 @@ from pyfused import checks
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.declaration import Arguments
 from pyfused.ops.gradients import autocast_dtype
+from pyfused.ops.loss_plan import Launch
 from pyfused.ops.pointwise_loss import PointwisePlan, TensorLoss
-from pyfused.types import EmbeddingOptions, Gradients, Outputs
+from pyfused.types import EmbeddingOptions, Outputs
 
 
 def rows(operands: Sequence[Tensor], *_: Any) -> float:
@@ -118,18 +119,16 @@ class EmbeddingPlan(PointwisePlan):
 
     def prepared(
         self,
-        operands: Sequence[Tensor],
-        weight: Tensor | None,  # noqa: ARG002 there is none
+        tensors: Sequence[Any],
         outputs: Outputs,
         grad_output: Tensor | None,  # noqa: ARG002 any layout will do
-    ) -> Callable[..., tuple[Tensor | None, Gradients]]:
+    ) -> Launch:
         op, named = self.op, dict(zip([s.name for s in self.op.scalars], self.numbers, strict=True))
         euclidean = named.pop("p", 2.0) == 2.0
         options = EmbeddingOptions(**named, euclidean=euclidean)
         prepare: Callable[..., Any] = self.backend.embedding_loss
-        launch: Callable[..., Any] = prepare(
-            op.name, tuple(operands), options, self.reduction, outputs
-        )
+        inputs = tuple(tensors[:-2])
+        launch: Launch = prepare(op.name, inputs, options, self.reduction, outputs, self.divisor)
         return launch
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:

@@ -19,8 +19,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
-from pyfused.layout import layouts
+from pyfused.backends import backend_of
 from pyfused.ops import NAMESPACE
 from pyfused.ops.declaration import (
     REDUCTIONS,
@@ -30,7 +29,8 @@ from pyfused.ops.declaration import (
     Scalar,
     reduction_of,
 )
-from pyfused.ops.gradients import apply, differentiate
+from pyfused.ops.gradients import apply, differentiate, gradients_in_forward
+from pyfused.ops.loss_plan import Launch, LossPlan
 from pyfused.types import TENSORS, Gradients, Outputs
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ class TensorLoss(Operator):
             dtype=dtype,
             result=result,
             needs=tuple(needs),
+            now=gradients_in_forward(reduction, dtype),
             as_they_are=alike and self.arrange is None and weight is None,
             warning=None if self.warning is None else self.warning(arguments),
             denominator=self.denominators.get(reduction),
@@ -348,6 +349,7 @@ class Halves(Gated):
             dtype=input.dtype,
             result=input.dtype,
             needs=tuple(needs),
+            now=False,
             halves=dim % input.dim(),
         )
 
@@ -388,44 +390,31 @@ def result_dtype(
 
 
 @dataclass(eq=False, kw_only=True)
-class PointwisePlan:
+class PointwisePlan(LossPlan):
     """Computes the calls of one signature.
 
-    Gradients of a scalar loss are computed by the forward pass, while the operands are in cache,
-    but for float16, which keeps them from underflowing only with grad_output.
+    The tensors are the operands, the weight, and the divisor where it depends on values.
 
     Attributes:
+        numbers: The values of the scalars, a flag that chooses the formula among them.
         dtype: What the operands are computed in.
-        result: The dtype of the loss.
-        needs: The operands that need a gradient.
         as_they_are: The kernel takes the operands without a cast or an expansion, and no weight.
         warning: What every call warns of, None for nothing.
         denominator: What computes the divisor of the sum for each call, None where that is a number
             that follows from the signature.
         divisor: That number.
-        launches: The prepared kernel of the forward pass, and one for each layout of grad_output.
         halves: The dimension along which the operands are one tensor, None where they are several.
     """
 
     op: TensorLoss
-    backend: Backend
-    numbers: tuple[Any, ...]  # a flag that chooses the formula among them
+    numbers: tuple[Any, ...]
     reduction: str
     dtype: torch.dtype
-    result: torch.dtype
-    needs: tuple[bool, ...]
     as_they_are: bool = True
     warning: str | None = None
     denominator: Denominator | None = None
     divisor: float = 1.0
     halves: int | None = None
-    launches: dict[Any, Callable[..., tuple[Tensor | None, Gradients]]] = field(
-        default_factory=dict
-    )
-
-    def __post_init__(self) -> None:
-        self.name = self.op.name
-        self.gradients_now = self.reduction != "none" and self.dtype is not torch.float16
 
     def __call__(self, arguments: Arguments) -> Tensor:
         op = self.op
@@ -442,13 +431,10 @@ class PointwisePlan:
         if not self.as_they_are:
             operands, weight = self.arranged(operands, weight)
         divisor = self.divisor_of(operands, given) if self.denominator is not None else None
-        if True in self.needs:
-            loss: Tensor = apply(self, *operands, weight, divisor)
-        else:
-            loss = self.forward(None, (*operands, weight, divisor))
+        loss = self.run((*operands, weight, divisor))
         if op.nan_on_invalid and not self.backend.ASYNCHRONOUS and loss.sum().isnan():
             op._bounds(operands)
-        return loss if loss.dtype is self.result else loss.to(self.result)
+        return loss
 
     def arranged(
         self, operands: Sequence[Any], weight: Tensor | None
@@ -478,49 +464,18 @@ class PointwisePlan:
         self.divisor, self.denominator = divisor, None
         return None
 
-    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        *operands, weight, divisor = tensors
-        launch = self.launches.get(None)
-        if launch is None:
-            now = ctx is not None and self.gradients_now
-            outputs = Outputs(True, self.needs if now else ())
-            launch = self.launches[None] = self.prepared(operands, weight, outputs, None)
-        loss, gradients = launch(operands, weight, self.divisor if divisor is None else divisor)
-        if ctx is not None:
-            if self.gradients_now:
-                ctx.first_gradient = len(tensors)
-                tensors = *tensors, *gradients
-            ctx.save_for_backward(*tensors)
-        assert loss is not None
-        return loss
-
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return self.gradients(ctx.saved_tensors, grad_output)
-
     def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
-        """Returns the gradients of the operands, where they are needed."""
-        *operands, weight, divisor = tensors
-        grad_output = self.expanded(grad_output, operands)
-        key = layouts(*operands, weight, grad_output)
-        launch = self.launches.get(key)
-        if launch is None:
-            outputs = Outputs(False, self.needs)
-            launch = self.launches[key] = self.prepared(operands, weight, outputs, grad_output)
-        divisor = self.divisor if divisor is None else divisor
-        return launch(operands, weight, divisor, grad_output)[1]
+        return super().gradients(tensors, self.expanded(grad_output, tensors))
 
     def prepared(
-        self,
-        operands: Sequence[Tensor],
-        weight: Tensor | None,
-        outputs: Outputs,
-        grad_output: Tensor | None,
-    ) -> Callable[..., tuple[Tensor | None, Gradients]]:
+        self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
+    ) -> Launch:
+        *operands, weight, _ = tensors
         formula, numbers = self.op.kernel(self.numbers, len(operands), outputs)
-        tensors = tuple(operands), weight, grad_output
+        layouts = tuple(operands), weight, grad_output
         prepare: Callable[..., Any] = self.backend.pointwise_loss
-        launch: Callable[..., Any] = prepare(
-            formula, tensors, numbers, self.reduction, outputs, self.halves
+        launch: Launch = prepare(
+            formula, layouts, numbers, self.reduction, outputs, self.divisor, self.halves
         )
         return launch
 
@@ -529,7 +484,7 @@ class PointwisePlan:
 
         def definition(*operands: Tensor) -> Tensor:
             each = self.op.of_each(operands, self.numbers)
-            loss: Tensor = (each / (self.divisor if divisor is None else divisor)).to(each.dtype)
+            loss = (each / (self.divisor if divisor is None else divisor)).to(each.dtype)
             return loss if weight is None else loss * weight
 
         grad_output = self.expanded(grad_output, operands)
