@@ -185,7 +185,6 @@ def test_targets_are_compared_in_their_dtype(dtype: torch.dtype) -> None:
 
 REASONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "p": ((torch.ones(2, 3),) * 3, {"p": 3}, "p is neither 1 nor 2"),
-    "tensor": ((torch.ones(2, 3),) * 3, {"margin": torch.tensor(1.0)}, "margin or eps is a tensor"),
     "features": (
         (torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 3)),
         {},

@@ -536,7 +536,7 @@ def test_no_tensor_of_parameters_is_filled() -> None:
     operands = (torch.ones(40), torch.zeros(40))
     with Recording() as recorded:
         backend, tensors = backend_of(operands[0]), (operands, None, None)
-        backend.pointwise_loss(program, tensors, values, "sum", Outputs())(operands, None, 1.0)
+        backend.pointwise_loss(program, tensors, values, "sum", Outputs())((*operands, None, None))
     assert values
     assert "aten::fill_" not in recorded.names
 
@@ -1111,7 +1111,7 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
     def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
         program, outputs = traced.program(Outputs(False, wanted)), Outputs(False, wanted)
         launch = cpu.pointwise_loss(program, (tuple(x), None, None), values, "none", outputs)
-        return launch(x, None, 1.0)[1]
+        return launch((*x, None, None))[1]
 
     of_all = gradients((True,) * operands)
     for wanted in product([False, True], repeat=operands):  # the same instructions, or fewer

@@ -242,7 +242,7 @@ def test_the_first_call_of_no_operator_imports_a_compiler() -> None:
 
 
 def test_a_checkpoint_decides_once(kernel_calls: KernelCalls) -> None:
-    """Its forward pass runs under a mode, and so by torch's operator; its recomputation does not."""
+    """The forward pass runs under a mode, so by torch's operator; the recomputation does not."""
     x = torch.randn(6, 5, requires_grad=True)
     step = lambda x: fused.cross_entropy(2 * x, CLASSES)  # noqa: E731
     (expected,) = torch.autograd.grad(step(x), x)

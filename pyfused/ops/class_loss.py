@@ -15,7 +15,7 @@ from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.layout import is_dense
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
-from pyfused.ops.gradients import autocast_dtype, differentiate, gradients_in_forward
+from pyfused.ops.gradients import apply, autocast_dtype, differentiate, gradients_in_forward
 from pyfused.ops.loss_plan import Launch, LossPlan
 from pyfused.types import (
     TENSORS,
@@ -146,12 +146,8 @@ class ClassLossPlan(LossPlan):
     def run(self, tensors: Sequence[Any]) -> Tensor:
         if self.arranges:
             tensors = *self.op.arranged(tuple(tensors[:3])), *tensors[3:]
-        return super().run(tensors)
-
-    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        if ctx is not None:
-            ctx.overwritten = self.inplace and self.now
-        return super().forward(ctx, tensors)
+        loss: Tensor = apply(self, *tensors) if True in self.needs else self.forward(None, tensors)
+        return loss if loss.dtype is self.result else loss.to(self.result)
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         tensors = _saved(ctx)

@@ -24,20 +24,14 @@ def rows(operands: Sequence[Tensor], *_: Any) -> float:
 
 
 def triplet_fallback_reason(
-    anchor: Tensor, positive: Tensor, negative: Tensor, margin: Any, p: Any, eps: Any, *_: Any
+    anchor: Tensor, positive: Tensor, negative: Tensor, _margin: Any, p: Any, *_: Any
 ) -> str | None:
     if type(p) not in (int, float) or p not in (1, 2):
         return "p is neither 1 nor 2"
-    if isinstance(margin, Tensor) or isinstance(eps, Tensor):
-        return "margin or eps is a tensor"
     return _differ_in_features(anchor, positive, negative)
 
 
-def cosine_fallback_reason(
-    input1: Tensor, input2: Tensor, target: Tensor, margin: Any, *_: Any
-) -> str | None:
-    if isinstance(margin, Tensor):
-        return "margin is a tensor"
+def cosine_fallback_reason(input1: Tensor, input2: Tensor, target: Tensor, *_: Any) -> str | None:
     if target.dim() != input1.dim() - 1 or target.dim() > 1:
         return "the target has a dimension more or less than rows of the inputs"
     return _differ_in_features(input1, input2)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pyfused.backends import Backend
 from pyfused.layout import layouts
-from pyfused.ops.gradients import apply
 from pyfused.types import Gradients, Outputs
 
 # Takes the tensors of a call and the loss's gradient; returns the loss and the gradients.
@@ -57,10 +56,6 @@ class LossPlan(ABC):
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
         """Returns the gradients from torch's definition, which can be differentiated."""
 
-    def run(self, tensors: Sequence[Any]) -> Tensor:
-        loss: Tensor = apply(self, *tensors) if True in self.needs else self.forward(None, tensors)
-        return loss if loss.dtype is self.result else loss.to(self.result)
-
     def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
         launch = self.launches.get(None)
         if launch is None:
@@ -68,6 +63,7 @@ class LossPlan(ABC):
             launch = self.launches[None] = self.prepared(tensors, outputs, None)
         loss, gradients = launch(tensors)
         if ctx is not None:
+            ctx.overwritten = self.inplace and self.now
             if self.now:
                 ctx.first_gradient = len(tensors)
                 tensors = *tensors, *gradients

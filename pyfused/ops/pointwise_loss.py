@@ -431,10 +431,11 @@ class PointwisePlan(LossPlan):
         if not self.as_they_are:
             operands, weight = self.arranged(operands, weight)
         divisor = self.divisor_of(operands, given) if self.denominator is not None else None
-        loss = self.run((*operands, weight, divisor))
+        tensors = *operands, weight, divisor
+        loss: Tensor = apply(self, *tensors) if True in self.needs else self.forward(None, tensors)
         if op.nan_on_invalid and not self.backend.ASYNCHRONOUS and loss.sum().isnan():
             op._bounds(operands)
-        return loss
+        return loss if loss.dtype is self.result else loss.to(self.result)
 
     def arranged(
         self, operands: Sequence[Any], weight: Tensor | None
