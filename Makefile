@@ -39,7 +39,7 @@ demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free co
 	$(BIN)/python examples/custom_loss.py
 	$(BIN)/python examples/heads.py --rounds 1
 
-formulas: $(BUILD) $(TOOLS) ## print what follows from declarations: C++ and the types of modules
+formulas: $(BUILD) $(TOOLS) ## print what follows from declarations: C++ and lists of operators
 	$(BIN)/python tools/formulas.py
 
 test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" chooses some)

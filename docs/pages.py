@@ -20,6 +20,10 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.sizes import LINEAR, OF_LOGITS
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
+SHARED = (
+    "Dtypes, reductions, in-place operation, errors and fall-back are those of"
+    " [all functions](../reference.md#functions-and-modules)."
+)
 
 
 def example(name: str) -> str:
@@ -76,6 +80,7 @@ def page(name: str) -> str:
             f"{in_torch(name)}\n",
             f"## Example\n\n```python\n{example(name)}```\n",
             "## Reference\n\n```{eval-rst}\n" + "\n\n".join(documented) + "\n```\n",
+            f"{SHARED}\n",
             f"## Measured\n\n{measured(name)}\n",
             f"These are the smallest inputs that take a kernel on CPUs, in elements:\n\n{sizes}\n",
         )

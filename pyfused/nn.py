@@ -1,30 +1,29 @@
-"""Fused counterparts of ``torch.nn``'s modules: subclasses, alike but for their ``forward``.
+"""Fused counterparts of ``torch.nn``'s modules: subclasses that override ``forward``.
 
-Most of them follow from the declarations of their operators; ``nn.pyi`` has their signatures. A
-name that has no counterpart here, such as ``Linear``, is torch's.
+A class without a docstring takes the arguments of torch's class of the same name and calls the
+function of :mod:`pyfused.functional`. Other names, such as ``Linear``, are torch's.
 """
 
 # mypy: disable-error-code="arg-type"
 # torch's modules declare their reduction as a str, whose values are checked by the functions.
+# ruff: noqa: F403
 
 from __future__ import annotations
 
 import inspect
-import linecache
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.loss import _WeightedLoss
+from torch.nn.modules.loss import _Loss, _WeightedLoss
 
 import pyfused.functional as F
 from pyfused import checks
-from pyfused.ops.declaration import Operator, parameters_of
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
-    Approximate,  # noqa: F401 of geglu, whose module follows from its declaration
+    Approximate,
     CrossEntropyOptions,
     MarginKind,
     ModuleOptions,
@@ -33,21 +32,45 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
+    # The types of the names that __getattr__ finds.
+    from torch.nn import attention as attention
+    from torch.nn import init as init
+    from torch.nn import parallel as parallel
+    from torch.nn import utils as utils
+    from torch.nn.modules.activation import MultiheadAttention as MultiheadAttention
+    from torch.nn.modules.activation import RReLU as RReLU
+    from torch.nn.modules.activation import Softmax2d as Softmax2d
+    from torch.nn.modules.activation import Softmin as Softmin
+    from torch.nn.modules.adaptive import *
+    from torch.nn.modules.batchnorm import *
+    from torch.nn.modules.channelshuffle import *
+    from torch.nn.modules.container import *
+    from torch.nn.modules.conv import *
+    from torch.nn.modules.distance import *
+    from torch.nn.modules.dropout import *
+    from torch.nn.modules.flatten import *
+    from torch.nn.modules.fold import *
+    from torch.nn.modules.instancenorm import *
+    from torch.nn.modules.linear import *
+    from torch.nn.modules.loss import CTCLoss as CTCLoss
+    from torch.nn.modules.loss import NLLLoss2d as NLLLoss2d
+    from torch.nn.modules.loss import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
+    from torch.nn.modules.module import Module as Module
+    from torch.nn.modules.normalization import *
+    from torch.nn.modules.padding import *
+    from torch.nn.modules.pixelshuffle import *
+    from torch.nn.modules.pooling import *
+    from torch.nn.modules.rnn import *
+    from torch.nn.modules.sparse import *
+    from torch.nn.modules.transformer import *
+    from torch.nn.modules.upsampling import *
+    from torch.nn.parallel import DataParallel as DataParallel
+    from torch.nn.parameter import *
     from typing_extensions import Unpack
 
-__all__ = [
-    "AdditiveMargin",
-    "CrossEntropyLoss",
-    "KLDivWithLogitsLoss",
-    "LinearCrossEntropyLoss",
-    "LinearKLDivLoss",
-    "LinearLogProbs",
-    "LinearTopKKLDivLoss",
-    "LogProbs",
-]
+__all__ = sorted(["AdditiveMargin", *(op.module for op in OPERATORS.values())])
 
 
-# For type checkers, too: a star import would clash with the classes defined here.
 def __getattr__(name: str) -> Any:
     if name.startswith("_") or not hasattr(torch.nn, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -63,7 +86,7 @@ functional = F  # as torch.nn has torch's
 
 
 def _changed(module: torch.nn.Module, **defaults: Any) -> str:
-    """Returns the options, for ``repr``, that torch's module lacks and that are no defaults."""
+    """Returns the ``repr`` of the options that torch's module lacks and that are not defaults."""
     options = {name: getattr(module, name) for name in defaults}
     for name, value in getattr(module, "fused_options", {}).items():
         options[name], defaults[name] = value, getattr(CrossEntropyOptions, name, None)
@@ -76,18 +99,17 @@ def _changed(module: torch.nn.Module, **defaults: Any) -> str:
     return ", ".join(shown)
 
 
-# From torch 2.13 on; before it the module is this package's alone.
-_LinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
+# ---- losses over classes, and heads --------------------------------------------------------------
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
-    Its arguments are torch's, and by name ``gamma``, which makes it focal loss, ``inplace``, which
-    lets the gradient take the logits' memory, and that function's other keywords.
+    Takes torch's arguments, and as keywords ``gamma`` (focal loss), ``inplace`` (the gradient
+    overwrites the logits) and the function's other keywords.
     """
 
-    # Of a module that was torch's, too.
+    # On the class, because `convert` turns a torch.nn.CrossEntropyLoss into this one.
     gamma, inplace = 0.0, False
     fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
 
@@ -125,12 +147,17 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return _changed(self, gamma=0.0, inplace=False)
 
 
-class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
-    """torch's module of this name over :func:`pyfused.functional.linear_cross_entropy`.
+if TYPE_CHECKING:
+    _LinearCrossEntropyLoss = _WeightedLoss
+else:  # torch has this module since 2.13
+    _LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
 
-    Its arguments are torch's, and ``memory_budget``, ``filter_eps`` and that function's other
-    keywords. The layer is its ``linear``: a model's own head goes with the
-    function.
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+    """``torch.nn.LinearCrossEntropyLoss`` over :func:`pyfused.functional.linear_cross_entropy`.
+
+    Takes torch's arguments, ``memory_budget``, ``filter_eps`` and the function's other keywords.
+    The linear layer is the attribute ``linear``. For a model that has a head, call the function.
     """
 
     memory_budget: int | None = None
@@ -226,7 +253,7 @@ class LogProbs(torch.nn.Module):
 
 
 class LinearLogProbs(LogProbs):
-    """:func:`pyfused.functional.linear_log_probs` of its own layer ``linear``."""
+    """:func:`pyfused.functional.linear_log_probs` of the layer that is its attribute ``linear``."""
 
     def __init__(
         self,
@@ -251,13 +278,13 @@ class LinearLogProbs(LogProbs):
         return F.linear_log_probs(input, weight, target, linear_bias=bias, **self.options)
 
 
-class KLDivWithLogitsLoss(torch.nn.modules.loss._Loss):
-    """:func:`pyfused.functional.kl_div_with_logits` as a module, which takes its tensors.
+class KLDivWithLogitsLoss(_Loss):
+    """:func:`pyfused.functional.kl_div_with_logits` as a module, called with the same tensors.
 
-    Its arguments are that function's keywords but for ``token_weight``, which goes with a call.
+    Takes that function's keywords but for ``token_weight``, which goes with a call.
     """
 
-    _function = "kl_div_with_logits"
+    _function: ClassVar[Callable[..., Tensor]] = staticmethod(F.kl_div_with_logits)
 
     def __init__(
         self,
@@ -267,30 +294,28 @@ class KLDivWithLogitsLoss(torch.nn.modules.loss._Loss):
         **options: Any,
     ) -> None:
         super().__init__(reduction=reduction)
-        known = inspect.signature(getattr(F, self._function)).parameters
         for name in options:
-            if name not in known:
+            if name not in inspect.signature(self._function).parameters:
                 raise TypeError(f"{type(self).__name__}() got an unexpected argument {name!r}")
         self.options: dict[str, Any] = {"beta": beta, "temperature": temperature, **options}
 
     def forward(self, *tensors: Tensor, **by_name: Tensor | None) -> Tensor:
-        function: Callable[..., Tensor] = getattr(F, self._function)
-        return function(*tensors, **by_name, reduction=self.reduction, **self.options)
+        return self._function(*tensors, **by_name, reduction=self.reduction, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class LinearKLDivLoss(KLDivWithLogitsLoss):
-    """:func:`pyfused.functional.linear_kl_div` as a module, which takes its tensors."""
+    """:func:`pyfused.functional.linear_kl_div` as a module, called with the same tensors."""
 
-    _function = "linear_kl_div"
+    _function = staticmethod(F.linear_kl_div)
 
 
 class LinearTopKKLDivLoss(KLDivWithLogitsLoss):
-    """:func:`pyfused.functional.linear_topk_kl_div` as a module, which takes its tensors."""
+    """:func:`pyfused.functional.linear_topk_kl_div` as a module, called with the same tensors."""
 
-    _function = "linear_topk_kl_div"
+    _function = staticmethod(F.linear_topk_kl_div)
 
 
 class AdditiveMargin(torch.nn.Module):
@@ -307,59 +332,367 @@ class AdditiveMargin(torch.nn.Module):
         return f"margin={self.margin}, kind={self.kind!r}"
 
 
-# ---- modules that follow from declarations -------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
-def _module_of(op: Operator) -> type[torch.nn.Module]:
-    """Returns the class of an operator's module: torch's with another ``forward``, or a new one.
-
-    Its functions are compiled from text, as those of a dataclass are, so that a call of the module
-    takes no longer than if they had been written out.
-    """
-    theirs: Any = getattr(torch.nn, op.module, None)
-    function, members = getattr(F, op.name), dict[str, Any]()
-    accepted, kinds = parameters_of(function), function.__annotations__
-    if theirs is not None:
-        base, source = theirs, ""
-        doc = f":class:`torch.nn.{op.module}` over :func:`pyfused.functional.{op.name}`."
-        operands = list(parameters_of(theirs.forward))[1:]
-        options = parameters_of(theirs.__init__).keys() - {"size_average", "reduce"}
-        options |= {o.name for o in op.operands[len(operands) :] if not o.optional}  # a slope
-    else:
-        doc = f":func:`pyfused.functional.{op.name}` as a module."
-        operands = [operand.name for operand in op.operands if not operand.optional]
-        options = accepted.keys() - {*operands}
-        base = torch.nn.modules.loss._Loss if "reduction" in options else torch.nn.Module
-        base = _WeightedLoss if "weight" in options else base
-        of_base = parameters_of(base.__init__).keys() & options
-        defaults = {name: accepted[name] for name in accepted if name in options}
-        if defaults.get("reduction", "mean") != "mean":
-            defaults["reduction"], doc = "mean", f"{doc[:-1]}, which takes the mean."
-        given = [f"{name}: {kinds[name]} = {default!r}" for name, default in defaults.items()]
-        if by_name := function.__code__.co_kwonlyargcount:
-            given.insert(-by_name, "*")
-        own = {name: default for name, default in defaults.items() if name not in of_base}
-        source = (
-            f"def __init__({', '.join(['self', *given])}) -> None:\n"
-            f"    super({op.module}, self).__init__({', '.join(f'{n}={n}' for n in of_base)})\n"
-            + "".join(f"    self.{name} = {name}\n" for name in own)
-            + f"def extra_repr(self) -> str:\n    return _changed(self, **{own})\n"
+class NLLLoss(torch.nn.NLLLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(
+            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction
         )
-    taken = [f"{name}: {kinds[ours]}" for name, ours in zip(operands, accepted, strict=False)]
-    passed = [*operands, *(f"{name}=self.{name}" for name in accepted if name in options)]
-    passed += ["_stacklevel=5"] * ("_stacklevel" in accepted)
-    source += f"def forward({', '.join(['self', *taken])}) -> Tensor:\n"
-    source += f"    return F.{op.name}({', '.join(passed)})\n"
-    file = f"<{__name__}.{op.module}>"  # as a traceback, and who reads sources, knows it
-    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
-    exec(compile(source, file, "exec"), globals(), members)
-    for name, function in members.items():
-        function.__qualname__ = f"{op.module}.{name}"
-    return type(op.module, (base,), {"__module__": __name__, "__doc__": doc, **members})
 
 
-for _op in OPERATORS.values():
-    if _op.module not in globals():  # else it is written above
-        globals()[_op.module] = _module_of(_op)
-        __all__.append(_op.module)
-__all__.sort()
+class MultiMarginLoss(torch.nn.MultiMarginLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.multi_margin_loss(
+            input, target, self.p, self.margin, self.weight, reduction=self.reduction
+        )
+
+
+class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.multilabel_margin_loss(input, target, reduction=self.reduction)
+
+
+class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.multilabel_soft_margin_loss(input, target, self.weight, reduction=self.reduction)
+
+
+class TripletMarginLoss(torch.nn.TripletMarginLoss):
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        options = self.margin, self.p, self.eps, self.swap
+        return F.triplet_margin_loss(anchor, positive, negative, *options, reduction=self.reduction)
+
+
+class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return F.cosine_embedding_loss(
+            input1, input2, target, self.margin, reduction=self.reduction
+        )
+
+
+class MarginRankingLoss(torch.nn.MarginRankingLoss):
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return F.margin_ranking_loss(input1, input2, target, self.margin, reduction=self.reduction)
+
+
+class MSELoss(torch.nn.MSELoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(torch.nn.L1Loss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(input, target, self.reduction, self.delta)
+
+
+class BCELoss(torch.nn.BCELoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
+    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
+        return F.poisson_nll_loss(
+            log_input, target, self.log_input, self.full, eps=self.eps, reduction=self.reduction
+        )
+
+
+class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        return F.gaussian_nll_loss(input, target, var, self.full, self.eps, self.reduction)
+
+
+class SoftMarginLoss(torch.nn.SoftMarginLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.soft_margin_loss(input, target, reduction=self.reduction)
+
+
+class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.hinge_embedding_loss(input, target, self.margin, reduction=self.reduction)
+
+
+class QuantileLoss(_Loss):
+    """:func:`pyfused.functional.quantile_loss` as a module."""
+
+    def __init__(self, quantile: float = 0.5, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.quantile = quantile
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.quantile_loss(input, target, self.quantile, self.reduction)
+
+    def extra_repr(self) -> str:
+        return _changed(self, quantile=0.5)
+
+
+class LogCoshLoss(_Loss):
+    """:func:`pyfused.functional.log_cosh_loss` as a module."""
+
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.log_cosh_loss(input, target, self.reduction)
+
+
+class HingeLoss(_Loss):
+    """:func:`pyfused.functional.hinge_loss` as a module."""
+
+    def __init__(
+        self, margin: float = 1.0, squared: bool = False, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__(reduction=reduction)
+        self.margin, self.squared = margin, squared
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.hinge_loss(input, target, self.margin, self.squared, self.reduction)
+
+    def extra_repr(self) -> str:
+        return _changed(self, margin=1.0, squared=False)
+
+
+class SigmoidFocalLoss(_WeightedLoss):
+    """:func:`pyfused.functional.sigmoid_focal_loss` as a module; ``reduction`` is the mean."""
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2,
+        reduction: Reduction = "mean",
+        *,
+        weight: Tensor | None = None,
+        ignore_index: float | None = None,
+    ) -> None:
+        super().__init__(weight=weight, reduction=reduction)
+        self.alpha, self.gamma, self.ignore_index = alpha, gamma, ignore_index
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.sigmoid_focal_loss(
+            inputs,
+            targets,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        return _changed(self, alpha=0.25, gamma=2, ignore_index=None)
+
+
+class RMSELoss(_WeightedLoss):
+    """:func:`pyfused.functional.rmse_loss` as a module."""
+
+    def __init__(
+        self, reduction: Reduction = "mean", weight: Tensor | None = None, eps: float = 0.0
+    ) -> None:
+        super().__init__(weight=weight, reduction=reduction)
+        self.eps = eps
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.rmse_loss(input, target, self.reduction, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return _changed(self, eps=0.0)
+
+
+# ---- activations ---------------------------------------------------------------------------------
+
+
+class ReLU(torch.nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(input, self.inplace)
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class Sigmoid(torch.nn.Sigmoid):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.sigmoid(input)
+
+
+class Tanh(torch.nn.Tanh):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanh(input)
+
+
+class SiLU(torch.nn.SiLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(input, self.inplace)
+
+
+class GELU(torch.nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input, approximate=self.approximate)
+
+
+class Threshold(torch.nn.Threshold):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.threshold(input, self.threshold, self.value, self.inplace)
+
+
+class PReLU(torch.nn.PReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.prelu(input, self.weight)
+
+
+class ReLU6(torch.nn.ReLU6):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu6(input, self.inplace)
+
+
+class Hardtanh(torch.nn.Hardtanh):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardsigmoid(input, self.inplace)
+
+
+class Hardswish(torch.nn.Hardswish):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardswish(input, self.inplace)
+
+
+class Hardshrink(torch.nn.Hardshrink):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardshrink(input, self.lambd)
+
+
+class Softshrink(torch.nn.Softshrink):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softshrink(input, self.lambd)
+
+
+class ELU(torch.nn.ELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.elu(input, self.alpha, self.inplace)
+
+
+class SELU(torch.nn.SELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.selu(input, self.inplace)
+
+
+class CELU(torch.nn.CELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.celu(input, self.alpha, self.inplace)
+
+
+class Mish(torch.nn.Mish):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.mish(input, self.inplace)
+
+
+class Softplus(torch.nn.Softplus):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softplus(input, self.beta, self.threshold)
+
+
+class LogSigmoid(torch.nn.LogSigmoid):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.logsigmoid(input)
+
+
+class Softsign(torch.nn.Softsign):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softsign(input)
+
+
+class Tanhshrink(torch.nn.Tanhshrink):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanhshrink(input)
+
+
+class GLU(torch.nn.GLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.glu(input, self.dim)
+
+
+class Softmax(torch.nn.Softmax):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softmax(input, self.dim, _stacklevel=5)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.log_softmax(input, self.dim, _stacklevel=5)
+
+
+class Softcap(torch.nn.Module):
+    """:func:`pyfused.functional.softcap` as a module."""
+
+    def __init__(self, cap: float = 30.0) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softcap(input, self.cap)
+
+    def extra_repr(self) -> str:
+        return _changed(self, cap=30.0)
+
+
+class SwiGLU(torch.nn.Module):
+    """:func:`pyfused.functional.swiglu` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.swiglu(gate, up)
+
+
+class GEGLU(torch.nn.Module):
+    """:func:`pyfused.functional.geglu` as a module."""
+
+    def __init__(self, approximate: Approximate = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.geglu(gate, up, self.approximate)
+
+    def extra_repr(self) -> str:
+        return _changed(self, approximate="none")
+
+
+class ReGLU(torch.nn.Module):
+    """:func:`pyfused.functional.reglu` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.reglu(gate, up)

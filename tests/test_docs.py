@@ -218,6 +218,15 @@ Returns:
     assert "Args:" not in lines
 
 
+SHARED = {"reduction", "size_average", "reduce", "inplace"}  # described once, for all functions
+
+
+def test_shared_arguments_are_described_once() -> None:
+    assert all(f"``{name}" in (pyfused.functional.__doc__ or "") for name in SHARED)
+    assert ".. automodule:: pyfused.functional\n" in (DOCS / "reference.md").read_text("utf-8")
+    assert "](../reference.md#functions-and-modules)" in pages.page("relu")
+
+
 @pytest.mark.parametrize("name", pyfused.functional.__all__)
 def test_every_argument_is_in_the_table(name: str) -> None:
     """Else a section of the docstring has another form than the others."""
@@ -225,9 +234,9 @@ def test_every_argument_is_in_the_table(name: str) -> None:
     lines = inspect.getdoc(function).splitlines()
     pages.arguments(None, "function", name, function, None, lines)
     cells = [cell for line in lines if line.startswith("   * - ") for cell in line.split(" - ")[1:]]
-    assert set(re.findall(r"``(\w+)``", " ".join(cells))) == {
-        *inspect.signature(function).parameters
-    }
+    described = set(re.findall(r"``(\w+)``", " ".join(cells)))
+    parameters = {*inspect.signature(function).parameters}
+    assert described | (SHARED & parameters) == parameters
 
 
 # ---- links and pictures --------------------------------------------------------------------------

@@ -88,6 +88,48 @@ def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) 
     theirs.load_state_dict(ours.state_dict())
 
 
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+# The others keep their options in a dict; test_contract.py calls them.
+WITH_ATTRIBUTES = [
+    name for name in OPERATORS if "temperature" not in parameters(getattr(fused_functional, name))
+]
+
+
+@pytest.mark.parametrize("name", WITH_ATTRIBUTES)
+def test_forward_passes_every_attribute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, passed = OPERATORS[name], dict[str, Any]()
+    signature = inspect.signature(getattr(fused_functional, name))
+    module = getattr(fused, op.module)(*op.required.values())
+    tensors = [object() for _ in parameters(module.forward)]
+    attributes = {name: object() for name in signature.parameters if hasattr(module, name)}
+    vars(module).update(attributes)
+    monkeypatch.setattr(
+        fused_functional,
+        name,
+        lambda *args, **by_name: passed.update(signature.bind(*args, **by_name).arguments),
+    )
+    module.forward(*tensors)
+    assert list(passed.values())[: len(tensors)] == tensors
+    assert {name: passed[name] for name in attributes} == attributes
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_ATTRIBUTES if not hasattr(nn.functional, n)])
+def test_a_module_that_torch_lacks_takes_its_functions_options(name: str) -> None:
+    op = OPERATORS[name]
+    tensors = [operand.name for operand in op.operands if not operand.optional]
+    options = parameters(getattr(fused_functional, name))
+    expected = [
+        p.replace(default="mean") if p.name == "reduction" else p
+        for p in options.values()
+        if p.name not in tensors
+    ]
+    assert list(parameters(getattr(fused, op.module)).values()) == expected
+    assert list(parameters(getattr(fused, op.module)().forward)) == tensors
+
+
 SHOWN = {
     "CrossEntropyLoss(gamma=2.0)": fused.CrossEntropyLoss(gamma=2.0),
     "CrossEntropyLoss(inplace=True, scale=64.0)": fused.CrossEntropyLoss(

@@ -98,7 +98,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     modules = {module.replace(".", "/") + suffix for module in MODULES}
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert files == sources | kernels | modules | {"pyfused/py.typed", "pyfused/nn.pyi"}
+    assert files == sources | kernels | modules | {"pyfused/py.typed"}
 
 
 def test_the_metadata_agrees_with_the_package(metadata: Message, wheel: zipfile.ZipFile) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("typed_program.py")
@@ -32,3 +34,15 @@ def test_a_users_program_has_types(tmp_path: Path) -> None:
     text = PROGRAM.read_text("utf-8")
     wrong.write_text(text + 'F.mse_loss(x, "target")\nF.pad(x, 1.5)\nnn.CrossEntropyLoss(gama=1)\n')
     assert mypy(wrong).count(": error: ") == 3
+
+
+def test_torchs_modules_have_types(tmp_path: Path) -> None:
+    """mypy --strict allows no subclass of what it does not know."""
+    pytest.importorskip("mypy")
+    names = [name for name, value in vars(torch.nn).items() if inspect.isclass(value)]
+    others = {"DataParallel", "LinearCrossEntropyOptions"}  # generic; not in every supported torch
+    classes = [f"class Of{name}(nn.{name}): ...\n" for name in names if name not in others]
+    program = tmp_path / "program.py"
+    program.write_text("".join(["from pyfused import nn\n", *classes]))
+    found = mypy(program)
+    assert found.startswith("Success"), found

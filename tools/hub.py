@@ -47,7 +47,7 @@ def write(folder: Path) -> None:
     package = folder / "torch-ext/pyfused"
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=BYTECODE)
     source = ROOT / "pyfused"
-    for path in (*source.rglob("*.py"), *source.rglob("*.pyi")):
+    for path in source.rglob("*.py"):
         name = path.relative_to(source)
         if name.parts[0] not in LEFT_OUT:
             text = relative(path.read_text(encoding="utf-8"), depth=len(name.parts) - 1)

@@ -181,7 +181,7 @@ def build(python: str, name: str, include: Path, dist: Path) -> Path:
         assert int(asked[1]) <= int(GLIBC.removeprefix("2.")), told
         assert "external shared libraries are required" not in told, told
     names = [name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    compiled = [name for name in names if Path(name).suffix not in ("", ".py", ".pyi", ".typed")]
+    compiled = [name for name in names if Path(name).suffix not in ("", ".py", ".typed")]
     modules = [name for name in compiled if name.endswith(suffix)]
     assert modules == compiled, f"{wheel.name}: {compiled}"
     assert len(modules) == platform.modules, f"{wheel.name}: {modules}"
