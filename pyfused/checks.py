@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pyfused.layout import loss_shape
+from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped
 from pyfused.types import (
     TENSORS,
     CrossEntropyOptions,
@@ -722,9 +722,9 @@ def bounded(name: str, value: Any, positive: bool = False) -> None:
 def _can_be_read(value: Any) -> bool:
     """Returns whether a tensor's values are there, and nobody has to wait for them."""
     plain = type(value) in (Tensor, Parameter) and value.is_cpu
-    if not plain or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+    if not plain or is_dynamo_compiling() or dispatch_modes():
         return False  # a mode among these would trace what is read
-    return not is_functorch_wrapped_tensor(value)
+    return not is_functorch_wrapped(value)
 
 
 def values(

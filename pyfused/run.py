@@ -165,7 +165,7 @@ def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool) -> bool:
         and (named.get("size_average"), named.get("reduce")) == (None, None)
         and not (op.name == "kl_div" and named["reduction"] == "mean")
         and named.get("dim", 0) is not None
-        and dispatch._active_mode() is None
+        and dispatch.active_mode() is None
         and torch._C._current_graph_task_id() == -1  # no backward pass is running
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and not torch.is_anomaly_enabled()

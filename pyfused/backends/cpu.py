@@ -41,6 +41,7 @@ from pyfused.layout import (
     strides_of,
     viewed,
 )
+from pyfused.torch_internals import has_amx, has_avx512_bf16
 from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
@@ -196,8 +197,8 @@ def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
 # ---- matrix products -----------------------------------------------------------------------------
 
 # A CPU without instructions for half precision multiplies it 3 to 250 times slower than float32.
-HAS_AMX = bool(torch.cpu._is_amx_tile_supported())
-MULTIPLIES_BFLOAT16 = HAS_AMX or bool(torch.cpu._is_avx512_bf16_supported())
+HAS_AMX = bool(has_amx())
+MULTIPLIES_BFLOAT16 = HAS_AMX or bool(has_avx512_bf16())
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ from pyfused.ops.declaration import (
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
 from pyfused.ops.vocab_parallel import ShardedOperator
+from pyfused.torch_internals import is_functorch_wrapped
 from pyfused.types import TENSORS, ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
@@ -153,7 +153,7 @@ def _may_ignore(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Returns whether rows of a CPU call may be ignored, of which torch's gradient may be NaN."""
     if not target.is_cpu or target.dtype is not torch.int64 or not target.is_contiguous():
         return False
-    if is_functorch_wrapped_tensor(target) or target.shape != loss_shape(input, "none"):
+    if is_functorch_wrapped(target) or target.shape != loss_shape(input, "none"):
         return False
     classes = checks.classes_of(input)
     return 0 <= ignore_index < classes or not cpu.all_in_range(target, classes)

@@ -5,10 +5,8 @@ With ``PYFUSED_BACKEND`` set the kernels take tensors of any size.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -17,20 +15,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._guards import TracingContext
-from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
-from torch.utils._device import DeviceContext
 
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.ops import reasons, sizes
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.reasons import FUSED, SMALL, say_once
+from pyfused.torch_internals import (
+    _checkpoints,
+    active_mode,
+    any_autocast,
+    functorch_is_active,
+    is_functorch_wrapped,
+    is_lazy_clone,
+    is_view,
+    is_zero_tensor,
+    left_in_checkpoint,
+    traces_compiler,
+)
 from pyfused.types import TENSORS, Options, TensorSpec
 
 # What a compiler follows into, to the custom operators that are called there.
@@ -121,7 +126,7 @@ def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
     key = signature(op, arguments, inplace)
     if key is None:
         return _plan_without_key(op, arguments, inplace)
-    if _checkpoints and _was_left_to_torch(_checkpoint()):
+    if _checkpoints and left_in_checkpoint():
         return Plan("a torch dispatch or function mode in the checkpoint's forward pass", None)
     plan = _plans.get(key)
     if plan is None:
@@ -172,7 +177,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
     It holds the operator, the layout of each tensor and whether it requires grad, every other
     argument, grad mode and autocast.
     """
-    if type(arguments[0]) not in _PLAIN or _active_mode() is not None:
+    if type(arguments[0]) not in _PLAIN or active_mode() is not None:
         return None
     key: list[Any] = [op, inplace, torch.is_grad_enabled()]
     if isinstance(arguments[-1], Options):
@@ -183,9 +188,9 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
             if (
                 value.layout is not torch.strided
                 or value.is_neg()
-                or value._is_zerotensor()
+                or is_zero_tensor(value)
                 or value.is_nested
-                or is_functorch_wrapped_tensor(value)
+                or is_functorch_wrapped(value)
                 or is_lazy_clone(value)
             ):
                 return None
@@ -201,8 +206,8 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
             return None
     if inplace:
         input = arguments[0]
-        key.append(input.is_leaf or input._is_view())
-    if torch._C._is_any_autocast_enabled():
+        key.append(input.is_leaf or is_view(input))
+    if any_autocast():
         device = arguments[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return tuple(key)
@@ -232,7 +237,7 @@ def _reason_for_no_plan(op: Operator, arguments: Arguments) -> str | None:
         local = op.local_of(arguments)
         if local is None:
             return f"input is a {type(input).__name__}"
-    reason = _active_mode()
+    reason = active_mode()
     if reason or local is not None:
         return reason
     for name, tensor in named(op, arguments).items():
@@ -247,11 +252,11 @@ def _unplannable(name: str, tensor: Tensor) -> str | None:
         return f"{name} is a {type(tensor).__name__}"
     if tensor.layout is not torch.strided:
         return f"{name} has layout {tensor.layout}"
-    if tensor.is_neg() or tensor._is_zerotensor():
+    if tensor.is_neg() or is_zero_tensor(tensor):
         return f"{name} is lazy"
     if tensor.is_nested:
         return f"{name} is nested"
-    if is_functorch_wrapped_tensor(tensor):
+    if is_functorch_wrapped(tensor):
         return f"{name} has left torch.func"
     if is_lazy_clone(tensor):  # whose address cannot be had without the copy
         return f"{name} is a lazy clone"
@@ -404,8 +409,8 @@ def is_compiled(tensor: Tensor) -> bool:
 
 
 def compiler_traces() -> bool:
-    """Returns whether this thread compiles, which torch 2.12 tells only within Dynamo."""
-    return is_dynamo_compiling() or TracingContext.try_get() is not None
+    """Returns whether this thread compiles."""
+    return is_dynamo_compiling() or traces_compiler()
 
 
 def _warn_of_logits(op: Operator, arguments: Arguments, reason: str) -> None:
@@ -449,7 +454,7 @@ def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str 
         small = statically_known_true(input.numel() < sizes.COMPILED[op.name][0])
     if small:
         return "torch.compile: Inductor is faster at this size"
-    if torch._C._are_functorch_transforms_active():
+    if functorch_is_active():
         return "torch.func"
     return None if op.name in FOLLOWED else _without_operator(op, arguments, inplace)
 
@@ -482,53 +487,6 @@ def _without_operator(op: Operator, arguments: Arguments, inplace: bool) -> str 
         if not operand.optional and tensor.shape != input.shape:
             return f"torch.compile: {operand.name} differs in shape"
     return None
-
-
-def _active_mode() -> str | None:
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func"
-    if forward_ad._current_level >= 0:
-        return "forward-mode AD"
-    if torch._C._len_torch_dispatch_stack() or (
-        torch._C._len_torch_function_stack() and _function_mode()
-    ):
-        if (checkpoint := _checkpoint()) is not None:
-            _checkpoints.add(weakref.ref(checkpoint, _checkpoints.discard))
-        return "a torch dispatch or function mode"
-    return None
-
-
-# Checkpoints whose forward pass has left a call to torch because of a mode. Their recomputation has
-# to save the same tensors, and runs without the mode.
-_checkpoints: set[weakref.ref[Any]] = set()
-
-
-def _checkpoint() -> Any:
-    """Returns torch's record of the non-reentrant checkpoint around this call, None of none.
-
-    The hooks of a forward pass and of its recomputation have it; torch has no other way to it.
-    Without it, a mode around the forward pass alone is the error that torch raises.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = inspect.unwrap(hooks[0]) if hooks else None
-    for cell in getattr(pack, "__closure__", None) or ():
-        record = cell.cell_contents
-        record = record() if isinstance(record, weakref.ref) else record
-        if type(record).__name__ == "_CheckpointFrame":
-            return record
-    return None
-
-
-def _was_left_to_torch(checkpoint: Any) -> bool:
-    return checkpoint is not None and weakref.ref(checkpoint) in _checkpoints
-
-
-def _function_mode() -> bool:
-    """Returns whether another function mode is active than that of a default device."""
-    active = range(torch._C._len_torch_function_stack())
-    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in active)
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:

@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
 from pyfused.layout import is_dense
 from pyfused.ops.reasons import say_once
+from pyfused.torch_internals import (
+    functorch_is_active,
+    graph_is_retained,
+    is_batched,
+    is_lazy_clone,
+    is_zero_tensor,
+)
 from pyfused.types import Gradients
 
 
@@ -47,11 +53,11 @@ def second_order(op: str, grad_output: Tensor) -> bool:
     """Returns whether torch's definition computes a backward pass: differentiated, or in vmap."""
     reason = (
         (torch.is_grad_enabled() and "create_graph")
-        or (torch._C._are_functorch_transforms_active() and "torch.func")
-        or (torch._C._functorch.is_legacy_batchedtensor(grad_output) and "is_grads_batched")
+        or (functorch_is_active() and "torch.func")
+        or (is_batched(grad_output) and "is_grads_batched")
         or (type(grad_output) is not Tensor and f"gradient is a {type(grad_output).__name__}")
         or (grad_output.layout is not torch.strided and f"gradient is {grad_output.layout}")
-        or ((grad_output.is_neg() or grad_output._is_zerotensor()) and "gradient is lazy")
+        or ((grad_output.is_neg() or is_zero_tensor(grad_output)) and "gradient is lazy")
         or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
     )
     if reason:
@@ -96,12 +102,6 @@ class Fused(torch.autograd.Function):
                     plan.backend.scale_(gradient, factor)
         missing = len(ctx.needs_input_grad) - 1 - len(gradients)
         return None, *gradients, *(None,) * missing
-
-
-# Where torch does not say, each pass makes a copy.
-graph_is_retained: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)
 
 
 class _InGraph(torch.autograd.Function):

@@ -1,0 +1,133 @@
+"""Private attributes of torch, each with the reason why there is no public one.
+
+Whether a tensor or a mode is one that the kernels must not take is asked of torch. Where a version
+of torch lacks one of the answers, ``MISSING`` says so, and every call takes torch's operators.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+MISSING: str | None = None
+
+
+def _required(path: str) -> Any:
+    """Returns an attribute by its path, and notes the first that torch lacks."""
+    global MISSING
+    try:
+        return resolve_name(path)
+    except (ImportError, AttributeError):
+        MISSING = MISSING or path
+        return lambda *_: False
+
+
+def _optional(owner: Any, name: str, otherwise: Callable[..., Any]) -> Any:
+    return getattr(owner, name, otherwise)
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+# A copy-on-write tensor is copied when its address is taken.
+is_lazy_clone: Callable[[Tensor], bool] = _required("torch._C._is_cow_tensor")
+# Tensors that torch.func wraps, and of is_grads_batched, have no memory of their own.
+is_functorch_wrapped: Callable[[Tensor], bool] = _required(
+    "torch._C._functorch.is_functorch_wrapped_tensor"
+)
+is_batched: Callable[[Tensor], bool] = _required("torch._C._functorch.is_legacy_batchedtensor")
+is_zero_tensor: Callable[[Tensor], bool] = _required("torch.Tensor._is_zerotensor")
+is_view: Callable[[Tensor], bool] = _required("torch.Tensor._is_view")
+
+# ---- modes ---------------------------------------------------------------------------------------
+
+any_autocast: Callable[[], bool] = _required("torch._C._is_any_autocast_enabled")
+functorch_is_active: Callable[[], bool] = _required("torch._C._are_functorch_transforms_active")
+dispatch_modes: Callable[[], int] = _required("torch._C._len_torch_dispatch_stack")
+_function_modes: Callable[[], int] = _required("torch._C._len_torch_function_stack")
+_function_mode_at: Callable[[int], Any] = _required("torch._C._get_function_stack_at")
+_DefaultDevice: Any = _required("torch.utils._device.DeviceContext")
+_tracing_state: Callable[[], Any] = _required("torch._C._get_tracing_state")
+_TracingContext: Any = _required("torch._guards.TracingContext")
+_required("torch.autograd.forward_ad._current_level")
+
+
+def active_mode() -> str | None:
+    """Returns which mode is to see torch's operators instead of a kernel, None of none."""
+    if MISSING:
+        return f"this version of torch lacks {MISSING}"
+    if _tracing_state() is not None:
+        return "torch.jit.trace"
+    if functorch_is_active():
+        return "torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD"
+    if dispatch_modes() or (_function_modes() and _has_function_mode()):
+        if (checkpoint := _checkpoint()) is not None:
+            _checkpoints.add(weakref.ref(checkpoint, _checkpoints.discard))
+        return "a torch dispatch or function mode"
+    return None
+
+
+def _has_function_mode() -> bool:
+    """Returns whether another function mode is active than that of a default device."""
+    return any(type(_function_mode_at(i)) is not _DefaultDevice for i in range(_function_modes()))
+
+
+def traces_compiler() -> bool:
+    """Returns whether this thread compiles, which torch 2.12 tells only within Dynamo."""
+    return not MISSING and _TracingContext.try_get() is not None
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+# Whether saved tensors are read again after this backward pass; else they may be overwritten.
+graph_is_retained: Callable[[], bool] = _optional(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+_saved_tensors_hooks: Callable[[bool], Any] = _optional(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
+)
+
+# Checkpoints whose forward pass has left a call to torch because of a mode. Their recomputation has
+# to save the same tensors, and runs without the mode.
+_checkpoints: set[weakref.ref[Any]] = set()
+
+
+def left_in_checkpoint() -> bool:
+    """Returns whether a call is recomputed that a mode has left to torch in the forward pass."""
+    if not _checkpoints:
+        return False
+    checkpoint = _checkpoint()
+    return checkpoint is not None and weakref.ref(checkpoint) in _checkpoints
+
+
+def _checkpoint() -> Any:
+    """Returns torch's record of the non-reentrant checkpoint around this call, None of none.
+
+    The hooks of a forward pass and of its recomputation have it; torch has no other way to it.
+    Without it, a mode around the forward pass alone is the error that torch raises.
+    """
+    hooks = _saved_tensors_hooks(True)
+    pack = inspect.unwrap(hooks[0]) if hooks else None
+    for cell in getattr(pack, "__closure__", None) or ():
+        record = cell.cell_contents
+        record = record() if isinstance(record, weakref.ref) else record
+        if type(record).__name__ == "_CheckpointFrame":
+            return record
+    return None
+
+
+# ---- processors ----------------------------------------------------------------------------------
+
+# Instructions that multiply bfloat16: without them products in float32 are faster.
+has_amx: Callable[[], bool] = _optional(torch.cpu, "_is_amx_tile_supported", lambda: False)
+has_avx512_bf16: Callable[[], bool] = _optional(
+    torch.cpu, "_is_avx512_bf16_supported", lambda: False
+)
