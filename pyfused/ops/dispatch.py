@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext
 
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
-from pyfused.ops import TORCH_OPS, reasons, sizes
+from pyfused.ops import custom_operator, reasons, sizes
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.reasons import FUSED, SMALL, say_once
 from pyfused.types import Options
@@ -132,7 +132,7 @@ def _plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
         return Plan(reason, None)
     traced = is_dynamo_compiling() or (type(input) not in _PLAIN and is_traced(input))
     if traced and op.name not in FOLLOWED:
-        operator = getattr(TORCH_OPS, op.name)
+        operator = custom_operator(op.name)
         return Plan(None, lambda arguments: operator(*arguments))
     return Plan(None, op.plan(arguments, inplace))
 
