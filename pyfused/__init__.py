@@ -17,11 +17,6 @@ if (_folder.parent / "csrc").is_dir() and not any(_folder.glob("_cpu_*")):
     if (_installed := PathFinder.find_spec("pyfused", _others)) is not None:
         __path__[:] = _installed.submodule_search_locations or ()
 
-from pyfused.startup import launch  # noqa: E402 from the folder that __path__ names
-
-if (_arguments := launch.asked()) is not None:
-    launch.run(_arguments)  # becomes another Python, before this one imports torch
-
 try:
     from pyfused import functional, memory, nn
     from pyfused.convert import convert, plan_conversion, revert

@@ -13,6 +13,7 @@ import pyfused
 from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
 from pyfused.ops.operators import OPERATORS
+from pyfused.run import run
 from pyfused.tune import main as tune
 
 
@@ -92,10 +93,16 @@ def main() -> None:
     command = commands.add_parser(
         "run",
         help="run a program under pyfused.patch(), and count",
-        usage="python -m pyfused run [--compare] (script | -m module | -c code | -) [argument ...]",
-        description="Run python with these arguments under pyfused.patch(), and say what that "
-        "gained. --compare repeats more of the calls by torch's operators, for a better estimate.",
+        description="Run a program under pyfused.patch(), and say at its end what that gained.",
     )
+    command.add_argument(
+        "--compare",
+        action="store_true",
+        help="repeat more of the calls by torch's operators, for a better estimate",
+    )
+    command.add_argument("-m", action="store_true", dest="module", help="program is a module")
+    command.add_argument("program", help="a script, a folder or archive with __main__.py")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="what the program is given")
     tuning = commands.add_parser(
         "tune",
         help="measure from which sizes on the kernels are faster on this machine",
@@ -108,7 +115,8 @@ def main() -> None:
         tune(options.op)
         return
     if options.command == "run":
-        command.error("expected a program")
+        run(options.program, options.arguments, options.module, options.compare)
+        return
     for key, value in report().items():
         print(f"{key:<24}{value}")
 

@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.ops import custom_operators as custom_operators  # defines what torch.compile calls
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
 from pyfused.ops.declaration import reduction_of

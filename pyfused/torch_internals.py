@@ -95,6 +95,22 @@ _saved_tensors_hooks: Callable[[bool], Any] = _optional(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )
 
+_graph_task: Callable[[], int] = _optional(torch._C, "_current_graph_task_id", lambda: 0)
+_profiler_is_on: Callable[[], bool] = _optional(
+    torch._C._autograd, "_profiler_enabled", lambda: True
+)
+
+
+def is_observed() -> bool:
+    """Returns whether a call that is made twice would be noticed, other than by its time."""
+    return (
+        _graph_task() != -1  # a backward pass is running
+        or _saved_tensors_hooks(True) is not None
+        or torch.is_anomaly_enabled()
+        or _profiler_is_on()
+    )
+
+
 # Checkpoints whose forward pass has left a call to torch because of a mode. Their recomputation has
 # to save the same tensors, and runs without the mode.
 _checkpoints: set[weakref.ref[Any]] = set()

@@ -132,6 +132,7 @@ def main(names: Sequence[str]) -> None:
     """Measures, and keeps the result where later processes find it."""
     found = tune(names)
     kept = sizes.tuned() | found
-    sizes.FILE.parent.mkdir(parents=True, exist_ok=True)
-    sizes.FILE.write_text(json.dumps({"machine": sizes.MACHINE, "limits": kept}), encoding="utf-8")
-    print(f"Processes that start from now on use {sizes.FILE}.")
+    file = sizes.tuned_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": sizes.MACHINE, "limits": kept}), encoding="utf-8")
+    print(f"Processes that start from now on use {file}.")

@@ -101,7 +101,7 @@ def test_the_smallest_calls_that_kernels_take_are_swept() -> None:
     assert few <= swept[sizes.FEW].elements < few + sizes.FEW
     assert {case.reduction for case in sweep.edges("mse_loss", torch.float32)} == {"mean", "none"}
     (embeddings,) = sweep.edges("triplet_margin_loss", torch.float32)
-    assert embeddings.elements == sizes.ON_CPU["triplet_margin_loss"][1]
+    assert embeddings.elements == sizes.cpu_limits()["triplet_margin_loss"][1]
     assert len(embeddings.shape) == 2
 
 

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 import pyfused
 from pyfused import backends
 from pyfused import functional as fused
-from pyfused.ops import dispatch, sizes
+from pyfused.ops import custom_operator, dispatch, sizes
 from pyfused.types import CrossEntropyOptions
 
 # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
@@ -251,12 +251,12 @@ def test_opcheck(sample: tuple[Any, ...]) -> None:
     input, target, weight, reduction, smoothing = sample
     options = CrossEntropyOptions(-100, reduction, label_smoothing=smoothing)
     arguments = (target, weight, *options.values())
-    forward, backward = torch.ops.pyfused.cross_entropy, torch.ops.pyfused.cross_entropy_backward
+    forward, backward = map(custom_operator, ("cross_entropy", "cross_entropy_backward"))
     torch.library.opcheck(forward.default, (input.clone().requires_grad_(), *arguments))
     grad_output = torch.rand_like(forward(input, *arguments))
     wanted = [True, target.is_floating_point()]
     torch.library.opcheck(backward.default, (grad_output, input, *arguments, wanted))
-    both = torch.ops.pyfused.cross_entropy_with_gradients
+    both = custom_operator("cross_entropy_with_gradients")
     torch.library.opcheck(both.default, (input, *arguments, wanted))
 
 

@@ -18,7 +18,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from pyfused import functional as fused
-from pyfused.ops import sizes
+from pyfused.ops import custom_operator, sizes
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = [
@@ -157,11 +157,11 @@ def opcheck(op: str, x: Tensor, **options: Any) -> None:
     given = dict(zip(names[1:], defaults, strict=True)) | EXAMPLE[op].given | tensors
     given[names[0]] = x
     first, *others = [given[name] for name in names]
-    forward = getattr(torch.ops.pyfused, op).default
+    forward = custom_operator(op).default
     torch.library.opcheck(forward, (first.clone().requires_grad_(), *others), **options)
     output = forward(first, *others)
     saved = output if getattr(declared, "saves", None) == "output" or "softmax" in op else first
-    backward = getattr(torch.ops.pyfused, f"{op}_backward").default
+    backward = custom_operator(f"{op}_backward").default
     wanted = [True] + [False] * (sum(o.differentiated for o in declared.operands) - 1)
     arguments = (torch.rand_like(output), saved, *others, wanted)
     torch.library.opcheck(backward, arguments, **options)
@@ -222,7 +222,7 @@ def test_what_stayed_in_another_program_does_not_decide(
     """Inductor lists the operators for which it has generated a call as they are."""
     from torch._inductor import lowering
 
-    operators = torch.ops.pyfused.mse_loss.default, torch.ops.pyfused.mse_loss_backward.default
+    operators = [custom_operator(name).default for name in ("mse_loss", "mse_loss_backward")]
     monkeypatch.setattr(lowering, "fallbacks", lowering.fallbacks.union(operators))
     step, stay = NEIGHBOURS["an_activation_before_a_loss"]
     assert_torchs(step, small_integers(N, C), graphs)

@@ -23,7 +23,7 @@ from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import ON_CPU
+from pyfused.ops.sizes import cpu_limits
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[1] / "docs"
@@ -118,7 +118,7 @@ def test_sizes_are_listed() -> None:
     lines = gallery.sizes().splitlines()
     assert len(lines) == 2 + len(OPERATORS)
     (relu,) = (line for line in lines if line.startswith("| `relu` |"))
-    assert f"| {ON_CPU['relu'][0]:,} |" in relu
+    assert f"| {cpu_limits()['relu'][0]:,} |" in relu
 
 
 def test_the_pages_have_every_comment_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ CALLS_OF_A_SIZE = {
 def test_torch_takes_a_call_below_the_limit(
     op: str, second: bool, kernel_calls: KernelCalls
 ) -> None:
-    limit = sizes.ON_CPU[op][second]
+    limit = sizes.cpu_limits()[op][second]
     classes = sizes.FEW if second else 2 * sizes.FEW
     at_limit = {max(limit - 1, 0) // classes, -(-limit // classes)} - {0}
     for rows in {1} if limit == sizes.NEVER else {1, *at_limit}:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._inductor import config, metrics
 
 from pyfused import functional as fused
-from pyfused.ops import inductor, sizes
+from pyfused.ops import custom_operator, inductor, sizes
 from pyfused.types import CrossEntropyOptions
 
 pytestmark = [
@@ -337,8 +337,8 @@ def test_a_graph_of_a_gpu_reads_the_half_and_merges_for_products_alone() -> None
     def step(x: Tensor, w: Tensor, labels: Tensor, of_weight: bool) -> Any:
         logits = (x @ w).float().view(-1, C)
         given = logits, labels.view(-1), None, *options
-        loss = torch.ops.pyfused.cross_entropy(*given)
-        backward = torch.ops.pyfused.cross_entropy_backward
+        loss = custom_operator("cross_entropy")(*given)
+        backward = custom_operator("cross_entropy_backward")
         gradient = backward(loss.cos(), *given, [True, False])[0].view(3, 4, C).to(x.dtype)
         return loss, gradient.view(-1, C).T @ x.view(-1, 5) if of_weight else gradient
 
@@ -364,7 +364,7 @@ def test_a_torch_without_such_patterns(seen: Seen, monkeypatch: pytest.MonkeyPat
     from torch._inductor.fx_passes import joint_graph
 
     for name in ("cross_entropy", "cross_entropy_backward"):
-        operator = getattr(torch.ops.pyfused, name).default
+        operator = custom_operator(name).default
         joint_graph.patterns.patterns.setdefault(("call_function", operator), [])
         monkeypatch.delitem(joint_graph.patterns.patterns, ("call_function", operator))
     monkeypatch.setattr(inductor, "_registered", False)
@@ -381,7 +381,7 @@ def test_the_key_of_a_compiled_program_names_pyfused() -> None:
     code = """
         import torch
         torch.compiler.config.cache_key_tag = "mine"
-        import pyfused
+        from pyfused.ops import custom_operators
         print(torch.compiler.config.cache_key_tag)
     """
     tags = [python(code, PYFUSED_BACKEND=backend).stdout for backend in ("", "", "torch")]

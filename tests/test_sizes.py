@@ -103,7 +103,7 @@ def test_no_elements_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_families_stand_for_operators_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.delitem(sizes.ON_CPU, "quantile_loss")
+    monkeypatch.delitem(sizes.cpu_limits(), "quantile_loss")
     sizes.limits.cache_clear()
     try:
         assert sizes.limits(QUANTILE_LOSS, True) == sizes.ON_CPU["PointwiseLoss"]
@@ -144,7 +144,7 @@ def test_what_is_measured_is_a_step_of_the_operator(name: str, second: bool) -> 
 def test_what_was_measured_is_kept_for_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sizes, "FILE", tmp_path / "cache" / "sizes.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     assert sizes.tuned() == {}
     monkeypatch.setattr(tune, "limit", lambda _op, second: 7 + second)
     tune.main(["mse_loss"])
@@ -153,10 +153,10 @@ def test_what_was_measured_is_kept_for_this_machine(
     kept = sizes.tuned()
     assert kept == {"mse_loss": (7, 7), "l1_loss": (5, 5)} | kept
     for text in ("", "[]", "{}", '{"machine": 3, "limits": 4}'):
-        sizes.FILE.write_text(text)
+        sizes.tuned_file().write_text(text)
         assert sizes.tuned() == {}
     other = json.dumps({"machine": "another", "limits": {"mse_loss": [1, 2]}})
-    sizes.FILE.write_text(other)
+    sizes.tuned_file().write_text(other)
     assert sizes.tuned() == {}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "tools/hub"
-LEFT_OUT = {"__init__.py", "__main__.py", "run.py", "startup", "tune.py"}
+LEFT_OUT = {"__init__.py", "__main__.py", "run.py", "tune.py"}
 BYTECODE = shutil.ignore_patterns("__pycache__")
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import backend_of, cpu
 from pyfused.layout import accumulate_dtype, loss_shape
-from pyfused.ops import TORCH_OPS, definitions, metrics, vocab_parallel
+from pyfused.ops import custom_operator, definitions, metrics, vocab_parallel
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, ClassLossPlan, Tensors
 from pyfused.ops.declaration import (
     REDUCTIONS,
@@ -112,7 +112,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def compiled(self, arguments: Arguments) -> Tensor:
         given = self.checked(arguments)
-        operator, tensors = TORCH_OPS.cross_entropy, self.arranged(given[:3])
+        operator, tensors = custom_operator(self.name), self.arranged(given[:3])
         loss: Tensor = operator(*tensors, *given.options.values())
         dtype = self.dtype_of(given, tensors[0].dtype)
         return loss if loss.dtype is dtype else loss.to(dtype)

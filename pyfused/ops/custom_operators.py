@@ -1,5 +1,8 @@
 """The custom operators, which only a compiler sees: it cannot look into the kernels.
 
+Importing this module registers them, which takes longer than importing the rest of pyfused. So
+:func:`pyfused.ops.custom_operator` imports it, when a compiler first asks for one.
+
 An operator's schema follows from its declaration, or from the fields of its options. Its gradients
 are an operator of their own, computed by the backward pass: a custom operator must not hand over
 what it saved.
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused import ops
 from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
 from pyfused.ops import NAMESPACE, TORCH_OPS, inductor
@@ -113,12 +117,13 @@ class CompiledOperator:
 
         def run(*given: Any) -> Any:
             if not self.in_forward:
-                return compute(self.name, self.value, given)
+                return ops.compute(self.name, self.value, given)
             value = partial(self.value, wanted=given[-1])
-            return tuple(compute(self.name, value, given[:-1]))
+            return tuple(ops.compute(self.name, value, given[:-1]))
 
         def run_backward(grad_output: Tensor, *given: Any) -> Any:
-            found = compute(self.name, self.gradients, given[:-1], given[-1], grad_output)
+            arguments = given[:-1], given[-1], grad_output
+            found = ops.compute(self.name, self.gradients, *arguments)
             return _packed(_filled(found, given[0]))
 
         def fake(*given: Any) -> Any:
@@ -182,14 +187,6 @@ class CompiledOperator:
                 arguments[index] = arguments[index].detach().requires_grad_()
         found = self.definition(tuple(arguments), wanted, grad_output)
         return _packed(_filled(found, given[0]))
-
-
-def _compute(_: str, function: Callable[..., Any], given: Arguments, *backward: Any) -> Any:
-    return function(given, *backward)
-
-
-# What an operator of this name returns; run.py puts one here that counts.
-compute = _compute
 
 
 def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
@@ -361,7 +358,7 @@ cross_entropy.define()
 # Inductor may multiply what was saved in place, so inductor.py puts this operator for the two.
 def _loss_and_gradients(*given: Any) -> list[Tensor]:
     outputs = Outputs(True, tuple(given[-1]))
-    loss, gradients = compute("cross_entropy", partial(_loss, outputs=outputs), given[:-1])
+    loss, gradients = ops.compute("cross_entropy", partial(_loss, outputs=outputs), given[:-1])
     return [loss, *_filled(gradients, given[0])]
 
 

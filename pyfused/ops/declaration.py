@@ -18,7 +18,7 @@ from torch.nn._reduction import legacy_get_string
 
 from pyfused import checks
 from pyfused.layout import broadcast_numel
-from pyfused.ops import TORCH_OPS
+from pyfused.ops import custom_operator
 from pyfused.ops.originals import original
 from pyfused.types import TENSORS
 
@@ -217,7 +217,7 @@ class Operator(ABC):
 
     def compiled(self, arguments: Arguments) -> Any:
         """Returns the result within a program that is being compiled."""
-        return getattr(TORCH_OPS, self.name)(*arguments)
+        return custom_operator(self.name)(*arguments)
 
     def fused(self, arguments: Arguments, inplace: bool) -> Any:
         """Returns the result for arguments that the kernels take."""

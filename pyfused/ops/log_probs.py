@@ -16,7 +16,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import TORCH_OPS
+from pyfused.ops import custom_operator
 from pyfused.ops.chunked import StateOptions
 from pyfused.ops.declaration import Arguments
 from pyfused.ops.dispatch import is_compiled
@@ -130,7 +130,7 @@ class LogProbsOperator(ShardedOperator):
     def _compiled(self, arguments: Arguments) -> Tensor:
         self.check(arguments)
         *tensors, target, options = arguments
-        operator = getattr(TORCH_OPS, self.name)
+        operator = custom_operator(self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
         results = results_of(state, 1 if options.alone else len(RESULTS))
         return results.to(accumulate_dtype(tensors[0].dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import TORCH_OPS
+from pyfused.ops import custom_operator
 from pyfused.ops.chunked import CountedRows, LossArguments
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.dispatch import is_compiled
@@ -102,7 +102,7 @@ class RowLoss(Operator):
         if is_compiled(tensors[0]):
             now = gradients_in_forward(options.reduction, tensors[0].dtype)
             wanted = [now and need for need in needs]
-            loss, *others = getattr(TORCH_OPS, self.name)(*tensors, *options.values(), wanted)
+            loss, *others = custom_operator(self.name)(*tensors, *options.values(), wanted)
             return loss, others[-1]
         backend = backend_of(tensors[0])
         if True in needs:

@@ -121,24 +121,35 @@ COMPILED_ON_GPU = {
     **dict.fromkeys(OF_LOGITS, 1 << 24),
 }
 
-# What `python -m pyfused tune` has measured, on this processor with these kernels. For users
-# without a home, as in containers, Path.home() would raise an error.
-_CACHES = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-FILE = Path(_CACHES, "pyfused", "sizes.json")
 MACHINE = f"{cpu.capability}, torch {torch.__version__}"
+
+
+def tuned_file() -> Path:
+    """Returns the file in which ``python -m pyfused tune`` keeps what it has measured.
+
+    For users without a home, as in containers, ``Path.home()`` would raise an error.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(caches, "pyfused", "sizes.json")
 
 
 def tuned() -> dict[str, Limits]:
     """Returns the limits that were measured on this machine, none if there are no such."""
     try:
-        kept = json.loads(FILE.read_text(encoding="utf-8"))
+        kept = json.loads(tuned_file().read_text(encoding="utf-8"))
         of_machine = kept["limits"] if kept["machine"] == MACHINE else {}
         return {name: (int(first), int(second)) for name, (first, second) in of_machine.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-ON_CPU.update(tuned())
+@cache
+def cpu_limits() -> dict[str, Limits]:
+    """Returns the table of CPUs, with what was measured on this machine in place of its rows.
+
+    The first decision that depends on a size reads the file; importing pyfused does not.
+    """
+    return ON_CPU | tuned()
 
 
 @cache
@@ -146,7 +157,8 @@ def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limit
     """Returns an operator's limits on CPUs or on GPUs: its own, or those of its family."""
     if cpu and dtype in HALVES and op.name in ON_CPU_OF_HALVES:
         return ON_CPU_OF_HALVES[op.name]
-    table, families = ON_CPU if cpu else ON_GPU, [kind.__name__ for kind in type(op).__mro__]
+    table = cpu_limits() if cpu else ON_GPU
+    families = [kind.__name__ for kind in type(op).__mro__]
     found = [table[name] for name in (op.name, op.family, *families) if name in table]
     first, second = found[0] if found else _ELSE
     factor = HALVES.get(dtype, 1) if cpu else 1

@@ -1,1 +1,0 @@
-"""The folder that ``python -m pyfused run`` puts on ``PYTHONPATH``."""

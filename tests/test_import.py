@@ -1,0 +1,151 @@
+"""Importing pyfused defines functions and classes, and has no other effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import python
+
+from pyfused.ops import sizes
+
+pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
+
+OBSERVE = """
+import atexit, json, logging, os, signal, sys, threading, warnings
+import torch
+import torch._dynamo.config, torch._functorch.config, torch._inductor.config
+
+CHANGES = ("subprocess.", "socket.", "shutil.", "tempfile.", "os.exec", "os.fork", "os.posix_spawn",
+           "os.system", "os.putenv", "os.mkdir", "os.remove", "os.rename", "os.chdir", "os.kill")
+opened, executed, changed = [], [], []
+observing = True
+
+def observe(event, arguments):
+    if not observing:
+        return
+    if event == "open":
+        opened.append(str(arguments[0]))
+    elif event.startswith(CHANGES):
+        changed.append(f"{event} {arguments}")
+    elif event in ("exec", "compile"):  # and not the import system or a decorator of Python's
+        caller = sys._getframe(1)
+        if caller.f_globals["__name__"].startswith("pyfused"):
+            executed.append(f"{event} in {caller.f_globals['__name__']}")
+
+def state():
+    return {
+        "operators": torch._C._dispatch_get_all_op_names(),
+        "settings": [getattr(torch, name).config.save_config().hex()
+                     for name in ("compiler", "_dynamo", "_functorch", "_inductor")],
+        "numbers": [str(torch.get_default_dtype()), torch.get_num_threads(),
+                    torch.are_deterministic_algorithms_enabled(), torch.get_rng_state().tolist()],
+        "environment": dict(os.environ),
+        "importing": [sys.argv, sys.path, *map(repr, (sys.meta_path, sys.path_hooks))],
+        "at exit": atexit._ncallbacks(),
+        "signals": [repr(signal.getsignal(number)) for number in signal.valid_signals()],
+        "running": threading.active_count(),
+        "warnings": repr(warnings.filters),
+        "logging": repr(logging.getLogger().handlers),
+    }
+"""
+IMPORT = """
+before = state()
+sys.addaudithook(observe)
+import pyfused
+observing = False
+after = state()
+changed += [key for key in before if before[key] != after[key]]
+json.dump({"opened": opened, "executed": executed, "changed": changed}, sys.stdout)
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home with the sizes of another day, for ``mse_loss`` alone."""
+    file = tmp_path / ".cache/pyfused/sizes.json"
+    file.parent.mkdir(parents=True)
+    kept = {"machine": sizes.MACHINE, "limits": {"mse_loss": [1, 1]}}
+    file.write_text(json.dumps(kept))
+    return tmp_path
+
+
+def observed(code: str, home: Path) -> Any:
+    done = python(OBSERVE + code, HOME=str(home), XDG_CACHE_HOME="")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_importing_reads_no_file_of_the_user_and_changes_nothing(home: Path) -> None:
+    found = observed(IMPORT, home)
+    assert any("pyfused" in path for path in found["opened"])  # its own
+    assert not [path for path in found["opened"] if path.startswith(str(home))]
+    assert found["changed"] == []
+
+
+def test_importing_executes_no_text(home: Path) -> None:
+    assert observed(IMPORT, home)["executed"] == []
+
+
+SIZES = """
+import pyfused
+from pyfused.ops import sizes
+sys.addaudithook(observe)
+for _ in range(3):
+    x = torch.ones(3, requires_grad=True)
+    small = [pyfused.explain(op, x, x.detach()).backend for op in ("mse_loss", "l1_loss")]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = torch.ones(3, dtype=dtype)
+        pyfused.functional.relu(x), pyfused.functional.mse_loss(x, x)
+observing = False
+json.dump([opened.count(str(sizes.tuned_file())), small], sys.stdout)
+"""
+
+
+def test_the_first_call_reads_the_sizes_of_this_machine_once(home: Path) -> None:
+    assert observed(SIZES, home) == [1, ["cpu", "torch"]]
+
+
+OPERATORS = """
+import pyfused
+import pyfused.functional as F
+
+def registered():
+    return sum(name.startswith("pyfused::") for name in torch._C._dispatch_get_all_op_names())
+
+def step(x, target):
+    return CALL
+
+rows, classes = 300, 1000
+weight = torch.ones(classes, 8)
+x, target = torch.randn(rows, WIDTH, requires_grad=True), torch.zeros(rows, dtype=torch.int64)
+counts = []
+with pyfused.patch(), pyfused.report() as report:
+    step(x, target).backward()
+    counts.append(registered())
+    torch.compile(step, backend="eager", fullgraph=True)(x, target).backward()
+    counts.append(registered())
+json.dump([bool(count) for count in counts] + [", compiled)" in str(report)], sys.stdout)
+"""
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("call", "width"),
+    [
+        ("F.cross_entropy(x, target)", 1000),
+        ("torch.nn.functional.cross_entropy(x, target)", 1000),
+        ("F.linear_cross_entropy(x, weight, target)", 8),
+        ("F.log_probs(x, target).log_probability.sum()", 1000),
+        ("F.rmse_loss(x.repeat(64, 1), x.detach().repeat(64, 1) + 1)", 1000),
+    ],
+)
+def test_operators_are_registered_when_a_compiler_asks(call: str, width: int, home: Path) -> None:
+    code = OPERATORS.replace("CALL", call).replace("WIDTH", str(width))
+    assert observed(code, home) == [False, True, True]
