@@ -266,7 +266,8 @@ def cross_entropy(
         shard: The classes of this process, where each process of a group has the logits of some
             classes, as a :class:`pyfused.VocabShard`. All of them make the call, with the same
             targets and a ``weight`` of all classes; each has the loss of all classes, and the
-            gradient of its own logits. That takes class indices without ``gamma``.
+            gradient of its own logits. That takes class indices without ``gamma``. Calls that do
+            not fit together, or that one process refuses, raise in every process.
 
     Returns:
         The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a
