@@ -102,7 +102,7 @@ def random_call(rng: random.Random, dtype: torch.dtype, infinite: bool) -> Call:
         shape = *leading, *positions
     else:
         logits, shape = normal(rows, classes, *more), (rows, *more)
-        if infinite and rng.random() < 0.2:
+        if infinite and classes > 1 and rng.random() < 0.2:  # of one class, torch has NaN for 0
             logits[0, rng.randrange(classes)] = rng.choice([-1, 1, torch.nan]) * torch.inf
         tensors["logits" if name == "log_probs" else "input"] = logits
     chosen = dict(OPTIONS) if name == "log_probs" else OPTIONS | OF_LOSSES
