@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.cpu,
 ]
 
-SIZE, STEPS = 4, 40
+SIZE, STEPS = 4, 24
 GROUPS = ([0, 1, 2, 3], [0, 1], [2, 3], [1, 3], [0, 1, 2], [1, 2, 3])
 NAMES = ("cross_entropy", "cross_entropy_with_metrics", "log_probs")
 OPTIONS: dict[str, Callable[[random.Random], Any]] = {
