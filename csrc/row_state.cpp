@@ -38,15 +38,17 @@ template <bool Unbounded, class T, class A> Terms terms_of(const T* x, A pivot, 
   return total;
 }
 
-// out = e (a + b (x - pivot)). Not inlined for the reason of scaled_exponentials.
+// out = e (a + b (x - pivot)), where e is 0 below kLeast. Not inlined for the reason of
+// scaled_exponentials.
 template <class U, class A, class T>
 PYFUSED_NOINLINE void write_gradient(const U* x, A pivot, A a, A b, A* buffer, T* out, int64_t n,
                                      bool /* streams */) {
+  constexpr A kLeast = -1000;  // finite, as 0 * inf is NaN; but a NaN among a and b stays
   A* const wide = staged(out, buffer);
   PYFUSED_SIMD()
   for (int64_t i = 0; i < n; ++i) {
-    const A y = widen(x[i]) - pivot, e = exp_shifted(y);
-    wide[i] = e == 0 ? A(0) : e * (b * y + a);
+    const A shifted = widen(x[i]) - pivot, y = shifted < kLeast ? kLeast : shifted;
+    wide[i] = exp_shifted(y) * (b * y + a);
   }
   store(wide, out, n);
 }

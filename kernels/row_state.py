@@ -244,8 +244,8 @@ def row_gradients_kernel(
         c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
         x, slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         y = x - pivot[:, None]
-        e = exp_nonpositive(y, EXACT)
-        gradient = tl.where(e == 0.0, 0.0, e * (a + b * y))
+        y = tl.where(y < -1000.0, -1000.0, y)  # finite, as 0 * inf is NaN; one among a and b stays
+        gradient = exp_nonpositive(y, EXACT) * (a + b * y)
         is_target = has_target[:, None] & (c[None, :] == label[:, None])
         gradient = tl.where(is_target, gradient + g_log_p.to(A)[:, None], gradient)
         if RESULTS > 3:

@@ -312,7 +312,9 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str 
         )
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype is not input.dtype and not autocast:
+        if value is None or value.dtype is input.dtype:
+            continue
+        if not autocast or torch.float64 in (value.dtype, input.dtype):  # which autocast leaves
             raise RuntimeError(
                 f"{whose}linear_{name}: expected the {whose}input's {input.dtype}, got "
                 f"{value.dtype}"

@@ -222,7 +222,8 @@ def cross_entropy(
         shard: The classes of this process, a :class:`pyfused.VocabShard`, if a process group shards
             the classes. All processes call with the same targets, and a ``weight`` of all classes.
             Each gets the loss over all classes and the gradient of its own logits. Takes class
-            indices without ``gamma``.
+            indices without ``gamma``. Calls that do not fit together, or that one process refuses,
+            raise in every process.
 
     Returns:
         The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a

@@ -235,19 +235,24 @@ class ClassRange(NamedTuple):
 class VocabShard(NamedTuple):
     """The classes that this process has, of those that a group of processes has together.
 
-    Processes may have different numbers of classes. They exchange three numbers for each row of
-    logits, which are not gathered: the largest logit, the sum of exponentials, and the target's
-    logit; another with label smoothing; another for log-probabilities or metrics, and for metrics
-    each process sends two more to the others. The gradient of logits takes none.
+    Processes may have different numbers of classes, or none. They exchange three numbers for each
+    row of logits, which are not gathered: the largest logit, the sum of exponentials, and the
+    target's logit; another with label smoothing; another for log-probabilities or metrics, and for
+    metrics each process sends two more to the others. The gradient of logits takes none.
 
-    With ``create_graph=True`` gradients are computed in torch's terms, from all logits of a process
-    in float64, and can be differentiated any number of times. Each of these passes communicates, so
-    that every process of the group takes part.
+    Before that, each call gathers seven numbers from each process, which synchronises a GPU. All
+    processes raise the same error if shards overlap, leave gaps or exceed the classes, or if the
+    targets, options or shapes differ. If one process refuses its own arguments, the others raise,
+    too. DTensors skip this exchange, as their placements are the same in every process.
+
+    If anything requires grad in one process, the result requires grad in all of them, and all have
+    to call backward. With ``create_graph=True`` gradients are computed in torch's terms, from all
+    logits of a process in float64, and can be differentiated any number of times. Each of these
+    passes communicates, so that every process of the group takes part.
 
     Attributes:
         first: The first of this process' classes among all.
-        classes: The number of all classes. None adds up those of the processes, which takes a
-            number more of communication.
+        classes: The number of all classes. None adds up those of the processes.
         group: A process group of :mod:`torch.distributed`; None for all processes.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -583,3 +583,18 @@ def test_how_many_logits_exist_at_once_is_explained(monkeypatch: pytest.MonkeyPa
         assert said(torch.float32) == "all logits at once"
     monkeypatch.setattr(chunk_sizes, "memory_of_machine", lambda: 32 * 3000 * 4000)
     assert said(torch.bfloat16) == "logits of some classes at a time"
+
+
+@pytest.mark.parametrize("function", [fused.linear_cross_entropy, fused.linear_log_probs])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_autocast_mixes_no_float64(
+    function: Callable[..., Any], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Autocast leaves it alone, and torch refuses such a product."""
+    given = HeadCase(rows=40, classes=300)
+    input, head = (x.to(dtype) for x, dtype in zip((given.input, given.head), dtypes, strict=True))
+    with (
+        torch.autocast(given.input.device.type, dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="linear_weight: expected the input's"),
+    ):
+        function(input, head, given.target)

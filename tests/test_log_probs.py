@@ -296,6 +296,23 @@ def test_infinite_logits(isa: str) -> None:
     assert gradient.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
+    """Of a row with +inf every result is NaN, and so is every gradient, as torch's."""
+    logits = torch.randn(4, 300, dtype=dtype)
+    logits[1, 7] = logits[2, 1] = math.inf
+    leaf, target = logits.requires_grad_(), torch.tensor([1, 2, 1, 4])
+    found = all_three("log_probs", logits=leaf, target=target)
+    for value in found[:2]:
+        (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+        assert value.isnan().tolist() == [False, True, True, False]
+        assert gradient.isnan().all(1).tolist() == [False, True, True, False]
+        assert not gradient[[0, 3]].isnan().any()
+    (expected,) = torch.autograd.grad(logits.log_softmax(1)[range(4), target].sum(), leaf)
+    (gradient,) = torch.autograd.grad(found.log_probability.sum(), leaf)
+    torch.testing.assert_close(gradient, expected, equal_nan=True)
+
+
 def test_nan_stays(isa: str) -> None:
     logits = torch.randn(3, 300)
     logits[1, 7] = math.nan

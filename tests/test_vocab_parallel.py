@@ -17,6 +17,7 @@ from torch import Tensor
 from pyfused import VocabShard, explain, functional, nn
 from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs, log_probs
 from pyfused.ops import metrics as definition
+from pyfused.ops.collectives import Call
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
@@ -258,18 +259,22 @@ def rank_of(rank: int, size: int, folder: str, pipe: Any) -> None:
         found["dtensors"] = [each for dtype in WIDE for each in of_every_operator(dtype)]
         found["others"] = of_other_placements()
         found["other options"] = of_other_options()
+        first, total = 5 * rank, 5 * size
         found["errors"] = [
             told(
                 lambda shard=shard, option=option: cross_entropy(
-                    torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard, **option
+                    torch.zeros(2, 5), torch.tensor([0, total]), shard=shard, **option
                 )
             )
             for shard, option in (
-                (VocabShard(6, 10), {}),
-                (VocabShard(-1, 10), {}),
-                (VocabShard(0, 9), {}),
-                (VocabShard(0, 10), {"weight": torch.ones(5)}),
-                (VocabShard(0, 10), {"gamma": 2.0}),
+                (VocabShard(first + 1, total), {}),
+                (VocabShard(first - 1), {}),
+                (VocabShard(first, total + 1), {}),
+                (VocabShard(first, total), {}),
+                (VocabShard(first, total), {"weight": torch.ones(3)}),
+                (VocabShard(first), {"gamma": 2.0}),
+                (VocabShard(first, -1), {}),
+                (VocabShard("0"), {}),
                 (0, {}),
             )
         ]
@@ -519,7 +524,7 @@ def test_processes_together_are_one(
     close(torch.cat([rank[5] for rank in found]), of_bias)
     sent = {rank[name, dtype, "sent"] for rank in ranks}
     numbers = 4 if "label_smoothing" in CASES[name] else 3
-    assert sent == {numbers * ROWS + ("classes" not in CASES[name])}
+    assert sent == {numbers * ROWS}
 
 
 @pytest.mark.parametrize("case", DERIVED)
@@ -581,11 +586,12 @@ def test_metrics_in_torchs_terms(ranks: list[Any]) -> None:
 
 
 def test_metrics_are_gathered_once(ranks: list[Any]) -> None:
-    """Two numbers a row, and none without metrics."""
+    """Two numbers a row, and none without metrics, beside those that tell of each call."""
+    few = len(Call._fields)
     for rank in ranks:
         without, *each = rank["gathered"]
-        assert without == []
-        assert each == [[2 * ROWS * 4, 2 * ROWS * 4, 2 * ROWS]] * 4
+        assert without == [few] * 2 * (len(EVERY) + 1)
+        assert each == [[few, 2 * ROWS * 4, few, 2 * ROWS * 4, few, 2 * ROWS]] * 4
 
 
 def tolerance_of(expected: Tensor) -> dict[str, float]:
@@ -657,19 +663,20 @@ def test_modules_take_a_shard(ranks: list[Any]) -> None:
         assert said == "some classes a process"
 
 
-def test_the_shares_are_added_up_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    class AddedError(Exception):
+def test_processes_exchange_tensors_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class GatheredError(Exception):
         pass
 
-    def all_reduce(tensor: Tensor, **_: Any) -> None:
-        raise AddedError(tensor.device)
+    def all_gather(_: list[Tensor], tensor: Tensor, group: Any) -> None:
+        raise GatheredError(tensor.device, group)
 
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "get_backend", lambda _: "gloo")
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 1)
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(AddedError, match="meta"):
+    with pytest.raises(GatheredError, match="meta"):
         cross_entropy(logits, target, shard=VocabShard(0))
-    with pytest.raises(AddedError, match="meta"):
+    with pytest.raises(GatheredError, match="meta"):
         linear_log_probs(logits, logits, target, shard=VocabShard(0))
 
 
@@ -697,11 +704,18 @@ def test_what_has_no_derivatives_raises(ranks: list[Any]) -> None:
 
 
 def test_bad_input(ranks: list[Any]) -> None:
+    total = 5 * len(ranks)
     for rank in ranks:
-        beyond, before, index, weight, gamma, no_shard = rank["errors"]
-        assert "ValueError: shard: expected 5 classes within [0, 10), got" in beyond
-        assert "ValueError: shard: expected 5 classes within [0, 10), got" in before
-        assert "IndexError: target: expected class indices in [0, 9)" in index
-        assert "RuntimeError: weight: expected shape (10,)" in weight
+        late, early, short, index, weight, gamma, negative, number, no_shard = rank["errors"]
+        for of_all, shift, end in ((late, 1, total), (early, -1, total), (short, 0, total + 1)):
+            parts = ", ".join(f"[{i + shift}, {i + shift + 5})" for i in range(0, total, 5))
+            assert of_all == (
+                f"ValueError: shard: expected each class of [0, {end}) in one process of the "
+                f"group, got {parts}"
+            )
+        assert f"IndexError: target: expected class indices in [0, {total})" in index
+        assert f"RuntimeError: weight: expected shape ({total},)" in weight
         assert gamma == "ValueError: gamma: expected 0.0 beside a shard, got 2.0"
+        assert negative == "ValueError: classes: expected a number from 0.0 up, got -1.0"
+        assert number == "TypeError: first: expected an int, got str '0'"
         assert no_shard == "TypeError: shard: expected a VocabShard, got int"

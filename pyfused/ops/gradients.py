@@ -32,12 +32,13 @@ def in_autocast_dtype(
 ) -> tuple[AbstractContextManager[Any], list[Any]]:
     """Returns the inputs of linear layers as autocast casts them, and a context without autocast.
 
-    The layers stay as they are. Chunks cast them, and their gradients are not rounded on the way.
+    Autocast leaves float64 alone. The layers stay as they are. Chunks cast them, and their
+    gradients are not rounded on the way.
     """
     if not torch.is_autocast_enabled(device):
         return nullcontext(), list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    cast = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    cast = [x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors]
     return torch.autocast(device, enabled=False), cast
 
 

@@ -86,7 +86,11 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         head, options = _head_of(arguments)
-        return vocab_parallel.cross_entropy(head[:4], head.weight, options, classes, shard)
+        options = replace(options, loss_dtype=_dtype_of_loss(head, options))
+        without_autocast, (input,) = in_autocast_dtype(head.input.device.type, head[:1])
+        with without_autocast:
+            tensors = input, *head[1:4]
+            return vocab_parallel.cross_entropy(tensors, head.weight, options, classes, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         checks.linear_cross_entropy(*_head_of(arguments), False, classes)
@@ -171,8 +175,9 @@ def _checked(arguments: Arguments) -> tuple[Head, HeadOptions]:
 def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
     if options.loss_dtype is not None:
         return options.loss_dtype
-    autocast = torch.is_autocast_enabled(head.input.device.type)
-    dtype, target = torch.float32 if autocast else head.input.dtype, head.target
+    dtype, target = head.input.dtype, head.target
+    if dtype is not torch.float64 and torch.is_autocast_enabled(head.input.device.type):
+        dtype = torch.float32
     return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
 

@@ -137,8 +137,12 @@ class LogProbsOperator(ShardedOperator):
 
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
-        plan = self.state_plan(tensors, options, classes, shard)
-        return apply(plan, *tensors, target.to(torch.int64), None)
+        count = int(self.counts_logits)  # autocast casts the input of a layer, but no logits
+        without_autocast, cast = in_autocast_dtype(tensors[0].device.type, tensors[:count])
+        tensors = [*cast, *tensors[count:]]
+        with without_autocast:
+            plan = self.state_plan(tensors, options, classes, shard)
+            return apply(plan, *tensors, target.to(torch.int64), None)
 
     def state_plan(
         self,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from pyfused.backends import DTYPES, backend_of
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import StateOptions, gradients_of, state_of
+from pyfused.ops.collectives import Call, Copy, Sum, all_need_gradients, classes_of_all, gathered
 from pyfused.ops.declaration import Arguments, Operand, Operator
 from pyfused.ops.dispatch import unsupported
 from pyfused.ops.gradients import apply, autocast_dtype, differentiate
@@ -54,31 +57,6 @@ from pyfused.types import (
 # ---- what a call has to be -----------------------------------------------------------------------
 
 
-def _class_range(name: str, tensor: Tensor, dim: int, shard: VocabShard) -> ClassRange:
-    """Returns which of all classes this process has, along a dimension of a tensor.
-
-    Args:
-        name: The argument's, for errors.
-    """
-    checks.tensor(name, tensor)
-    if not isinstance(shard, VocabShard):
-        raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
-    if tensor.dim() < 2:
-        expected = "(C, D)" if dim == 0 else "(N, C, ...)"
-        raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-    first, classes, group = shard
-    here = tensor.shape[dim]
-    if classes is None:
-        total = torch.tensor(here, device=tensor.device)
-        dist.all_reduce(total, group=group)
-        classes = int(total)
-    if first < 0 or first + here > classes:
-        raise ValueError(
-            f"shard: expected {here} classes within [0, {classes}), got those from {first} on"
-        )
-    return ClassRange(first, classes)
-
-
 _CONSTANTS = ("weight", "token_weight", "denominator")  # the kernels compute no gradient of these
 
 
@@ -98,39 +76,15 @@ def _unsupported(given: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-# ---- collectives that autograd differentiates ----------------------------------------------------
+# The options that processes may have for themselves, as these change no communication and no loss.
+_MAY_DIFFER = ("alone", "deterministic_rows", "filter_eps", "memory_budget")
 
 
-class _Sum(torch.autograd.Function):
-    """The sum of what the processes have; the gradient of the sum is that of each summand.
-
-    The functional collectives of torch differentiate the sum of all processes' losses, and so add
-    up the gradients in the backward pass. All processes have the same loss here, which counts once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, summand: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = summand.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return _Copy.apply(grad_output, ctx.group), None
-
-
-class _Copy(torch.autograd.Function):
-    """What all processes have, for different uses, whose gradients its gradient is the sum of."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad_output, ctx.group), None
+def _described(value: Any) -> Any:
+    """Returns what an argument of one process has to have in common with those of the others."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return float(value) if isinstance(value, Real) else str(value)
 
 
 # ---- the state of all classes --------------------------------------------------------------------
@@ -160,10 +114,7 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     dist.all_reduce(sums, group=group)
     state[fields], state[PIVOT] = sums, largest
     if entropy and len(state) > INDEX:
-        numbers = state[MAXIMUM : INDEX + 1]
-        parts = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, numbers, group)
-        maxima, indices = torch.stack(parts, 1)
+        maxima, indices = gathered(state[MAXIMUM : INDEX + 1], group).unbind(1)
         leads = (maxima == maxima.amax(0)) | maxima.isnan()
         state[MAXIMUM], state[INDEX] = maxima.amax(0), indices.where(leads, torch.inf).amin(0)
     log_total = state[SUM].log()
@@ -231,9 +182,11 @@ class StatePlan:
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
         *tensors, weight, state = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
+        needed = ctx.needs_input_grad[1 : len(tensors)]
         found: Gradients
         if not self.has_classes:
-            found = tuple([None if x is None else torch.zeros_like(x) for x in tensors[:-1]])
+            pairs = zip(tensors, needed, strict=False)
+            found = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
         elif len(tensors) == 2:
             grad_results = grad_output if self.results else _of_results(grad_output, state)
             layout = tensors[0].stride()  # which hooks for saved tensors may change
@@ -244,7 +197,6 @@ class StatePlan:
                 self.launches[layout] = launch
             found = (launch(*tensors, weight, state, grad_results),)
         else:
-            needed = ctx.needs_input_grad[1 : len(tensors)]
             grad_results = _of_results(grad_output, state)
             given = self.backend, tensors, self.options, needed, state, grad_results, kept
             found = gradients_of(*given, weight=weight)
@@ -287,7 +239,7 @@ class StatePlan:
         assert x is not None
         dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
         if parameters:
-            x = x if self.shard is None else _Copy.apply(x, self.shard.group)
+            x = x if self.shard is None else Copy.apply(x, self.shard.group)
             x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
         x = x if rows.softcap is None else definitions.softcap(x, rows.softcap)
         counted = target != rows.ignore_index
@@ -300,7 +252,7 @@ class StatePlan:
         if self.options.fields > SMOOTH:
             terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
         sums = torch.stack([term.sum(-1) for term in terms])
-        sums = sums if self.shard is None else _Sum.apply(sums, self.shard.group)
+        sums = sums if self.shard is None else Sum.apply(sums, self.shard.group)
         total, weighted, target_logit, *smooth = sums
         log_total = total.log()
         lse = pivot + log_total
@@ -362,27 +314,95 @@ class ShardedOperator(Operator):
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         """Returns the result of checked arguments, which have this process' classes."""
 
+    @property
+    def by_class(self) -> tuple[tuple[str, ...], int]:
+        """Returns the names of the tensors whose classes are sharded, and their dimension."""
+        linear = ("linear_weight", "linear_bias"), 0
+        return linear if self.counts_logits else (self.arguments[:1], 1)
+
     def of_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
-        """Returns the result of arguments that have this process' classes."""
+        """Returns the result of arguments that have this process' classes.
+
+        The processes exchange what they have first. Then all of them raise, or all of them make the
+        same collectives, in the backward pass too.
+        """
+        if not isinstance(shard, VocabShard):
+            raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
+        if dist.get_rank(shard.group) < 0:
+            raise ValueError("shard: expected a group that this process is a member of")
+        input = arguments[0]
+        try:
+            own = self.call_of(arguments, shard)
+        except Exception:
+            device = getattr(input, "device", None)
+            gathered(torch.tensor(Call(), device=device), shard.group)  # and the others raise, too
+            raise
+        calls = [Call(*numbers) for numbers in gathered(own, shard.group).tolist()]
+        shard = shard._replace(classes=classes_of_all(calls))
+        if all_need_gradients(calls) and not input.requires_grad:
+            arguments = input.detach().requires_grad_(), *arguments[1:]
+        return self.of_checked(arguments, shard)
+
+    def call_of(self, arguments: Arguments, shard: VocabShard) -> Tensor:
+        """Checks the arguments of this process, and returns the numbers of its `Call`."""
         given = dict(zip(self.arguments, arguments, strict=True))
-        options, target, linear = given["options"], given["target"], self.counts_logits
-        name, dim = ("linear_weight", 0) if linear else (self.arguments[0], 1)
-        classes = _class_range(name, given[name], dim, shard)
+        names, dim = self.by_class
+        first, total, _ = shard
+        checks.number("first", first, (int, Integral), "an int")
+        if total is not None:
+            checks.number("classes", total, (int, Integral), "an int")
+            checks.bounded("classes", total)
+        elif isinstance(weight := given.get("weight"), Tensor):
+            total = weight.numel()
+        self.check_part(given, total)
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        needs = [tensor.requires_grad for tensor in tensors.values()]
+        common = {k: value for k, value in tensors.items() if k not in names}
+        common |= {k: v for k, v in vars(given["options"]).items() if k not in _MAY_DIFFER}
+        described = [(name, _described(value)) for name, value in common.items()]
+        target = given["target"].flatten()
+        autocast = torch.is_autocast_enabled(target.device.type)
+        call = Call(
+            is_valid=1,
+            first=int(first),
+            size=given[names[0]].shape[dim],
+            total=-1 if total is None else int(total),
+            needs=1 + any(needs) + needs[0] if torch.is_grad_enabled() else 0,
+            common=zlib.crc32(repr((self.name, autocast, described)).encode()),
+        )
+        numbers = torch.tensor(call, device=target.device)
+        index = torch.arange(1, len(target) + 1, device=target.device)
+        numbers[-1] = (target * index).sum()  # not as a number of Python: a GPU is not waited for
+        return numbers
+
+    def check_part(self, given: dict[str, Any], total: int | None) -> None:
+        """Raises for arguments that are wrong whatever the other processes have."""
+        options, target, ((name, *_), dim) = given["options"], given["target"], self.by_class
+        checks.tensor(name, given[name])
+        shape = tuple(given[name].shape)
+        if len(shape) < 2:
+            expected = "(N, C, ...)" if dim else "(C, D)"
+            raise RuntimeError(f"{name}: expected shape {expected}, got {shape}")
         checks.tensor("target", target)
         if target.is_floating_point():
             raise RuntimeError(f"target: expected class indices, got {target.dtype}")
         checks.reduction(options.reduction)
         if getattr(options, "gamma", 0):
             raise ValueError(f"gamma: expected 0.0 beside a shard, got {options.gamma}")
-        self.check_shapes(arguments, classes.total)
+        self.check_shapes((*given.values(),), max(1, shape[dim]) if total is None else total)
         if found := _unsupported(given | options.tensors()):
             name, reason = found
             raise RuntimeError(
                 f"{name}: expected a tensor that the kernels take, got one where {reason}"
             )
+
+    def of_checked(self, arguments: Arguments, shard: VocabShard) -> Any:
+        """Returns the result of checked arguments, given which classes of how many these are."""
+        target, options = (arguments[self.arguments.index(k)] for k in ("target", "options"))
+        assert shard.classes is not None
         if target.is_cpu:
-            checks.class_indices(classes.total, target, options.ignore_index)
-        return self.of_classes(arguments, classes, shard)
+            checks.class_indices(shard.classes, target, options.ignore_index)
+        return self.of_classes(arguments, ClassRange(shard.first, shard.classes), shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         """Raises for shapes, dtypes or options that do not fit, given the number of all classes."""
@@ -393,7 +413,9 @@ class ShardedOperator(Operator):
     def of_dtensors(self, arguments: Arguments) -> Any:
         """Returns the result of DTensors, of which every process has some classes."""
         local = self.local_of(arguments)
-        return local.whole(self.of_shard(local.arguments, local.shard))
+        given = dict(zip(self.arguments, local.arguments, strict=True))
+        self.check_part(given, local.shard.classes)
+        return local.whole(self.of_checked(local.arguments, local.shard))
 
     def local_of(self, arguments: Arguments) -> Any:
         """Returns this process' part, where classes are sharded along one dimension of a mesh.
@@ -405,7 +427,7 @@ class ShardedOperator(Operator):
         input = arguments[0]
         if type(input) is Tensor or not is_dtensor(input):  # first: any call comes here
             return None
-        linear = self.counts_logits
+        linear, (names, dim) = self.counts_logits, self.by_class
         by_class = arguments[linear]
         if type(by_class) is not type(input) or by_class.dtype not in DTYPES:
             return None
@@ -414,7 +436,6 @@ class ShardedOperator(Operator):
         from torch.distributed import tensor as dtensor
 
         given = dict(zip(self.arguments, arguments, strict=True))
-        names, dim = (("linear_weight", "linear_bias"), 0) if linear else (self.arguments[:1], 1)
         mesh, placements = by_class.device_mesh, by_class.placements
         part, whole = dtensor.Shard(dim), dtensor.Replicate()
         if (placements.count(part), placements.count(whole)) != (1, mesh.ndim - 1):
