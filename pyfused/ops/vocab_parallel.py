@@ -36,6 +36,7 @@ from pyfused.ops.row_state import (
     state_of_nothing,
     weight_of_targets,
 )
+from pyfused.torch_internals import graph_is_retained
 from pyfused.types import (
     ENTROPY,
     INDEX,
@@ -128,7 +129,8 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
 class StatePlan:
     """Computes the state of rows, of which each process may have some classes, or none.
 
-    The logits of a layer's first rows stay for the backward pass, which recomputes the others.
+    The logits of a layer's first rows are saved for the backward pass, which overwrites them and
+    recomputes the others; all of them where the graph is retained.
 
     Attributes:
         tensors: Logits, or the input, weight and bias of a layer.
@@ -173,15 +175,15 @@ class StatePlan:
             state = _merged(state, self.shard.group, self.entropy)
             state = state.where(target != options.rows.ignore_index, 0)
         if ctx is not None:
-            ctx.kept = kept
-            ctx.save_for_backward(*tensors, target, weight, state)
+            ctx.save_for_backward(*tensors, target, weight, state, kept)
         if results is None:
             results = results_of(state, self.results).to(self.dtype) if self.results else state
         return results
 
     def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        *tensors, weight, state = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None
+        *tensors, weight, state, kept = ctx.saved_tensors
+        if kept is not None and (graph_is_retained() or not kept.is_contiguous()):
+            kept = None  # it would be overwritten
         needed = ctx.needs_input_grad[1 : len(tensors)]
         found: Gradients
         if not self.has_classes:
@@ -205,7 +207,7 @@ class StatePlan:
         return found
 
     def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        *tensors, weight, state = ctx.saved_tensors
+        *tensors, weight, state, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad[1 : len(tensors)]
         return self.define_gradients(tensors, weight, state, needs, grad_output)
 
