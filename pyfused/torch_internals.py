@@ -7,9 +7,9 @@ of torch lacks one of the answers, ``MISSING`` says so, and every call takes tor
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import weakref
 from collections.abc import Callable
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def _required(path: str) -> Any:
     """Returns an attribute by its path, and notes the first that torch lacks."""
     global MISSING
     try:
-        return resolve_name(path)
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         MISSING = MISSING or path
         return lambda *_: False

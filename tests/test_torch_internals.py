@@ -1,0 +1,73 @@
+"""Private attributes of torch: where a version lacks one, calls are torch's and nothing raises."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import pyfused
+from pyfused import functional as fused
+from pyfused import torch_internals
+
+SOURCE = Path(torch_internals.__file__)
+REQUIRED = re.findall(r'_required\(\s*"([\w.]+)"', SOURCE.read_text())
+OPTIONAL = re.findall(r'_optional\(\s*([\w.]+), "(\w+)"', SOURCE.read_text())
+
+
+def loaded_again() -> Any:
+    spec = importlib.util.spec_from_file_location("internals_of_another_torch", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_this_version_has_all() -> None:
+    assert len(REQUIRED) > 10
+    assert torch_internals.MISSING is None
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_what_is_missing_is_said(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = pkgutil.resolve_name
+
+    def of_another_version(name: str) -> Any:
+        if name == path:
+            raise AttributeError(name)
+        return resolve(name)
+
+    monkeypatch.setattr(pkgutil, "resolve_name", of_another_version)
+    other = loaded_again()
+    assert path == other.MISSING
+    assert other.active_mode() == f"this version of torch lacks {path}"
+    assert not other.traces_compiler()
+
+
+@pytest.mark.parametrize(("owner", "name"), OPTIONAL)
+def test_what_can_be_done_without(owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(pkgutil.resolve_name(owner), name)
+    other = loaded_again()
+    assert other.MISSING is None
+    assert other.active_mode() is None
+    assert other.graph_is_retained() in (False, True)
+    assert other.is_observed() in (False, True)
+    assert other.has_amx() in (False, True)
+
+
+def test_torch_computes_what_pyfused_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    expected = torch.autograd.grad(F.mse_loss(x, y), x)
+    assert pyfused.explain("mse_loss", x, y).backend != "torch"
+    monkeypatch.setattr(torch_internals, "MISSING", "torch._C.something")
+    assert pyfused.explain("mse_loss", x, y).reason == (
+        "this version of torch lacks torch._C.something"
+    )
+    assert torch.equal(torch.autograd.grad(fused.mse_loss(x, y), x)[0], expected[0])
