@@ -12,6 +12,10 @@ Reductions
     ``"sum"`` adds them up; ``"mean"`` divides the sum by the number of elements or rows, and is NaN
     if there are none. ``size_average`` and ``reduce`` are torch's deprecated arguments for it.
 
+Numbers
+    An option that is a number may be a tensor of one element, whose value is read in each call. If
+    it requires grad, or is on a GPU, the call takes torch's operators, which differentiate it.
+
 In-place operation
     ``inplace=True`` writes an activation's result over ``input`` and returns ``input``. This is a
     RuntimeError for a leaf that requires grad, and for memory that overlaps itself.
