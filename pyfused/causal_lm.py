@@ -56,7 +56,7 @@ class _Call:
         self.families: list[deferred.Family] = []
         self.reason: str | None = None
         self.differs: str | None = None
-        self.hooks = None if is_dynamo_compiling() else deferred.hooks()
+        self.hooks = deferred.hooks()
 
     def run(self, kind: Any, model: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
         """Returns the output of the model's own ``forward``, and who has read its logits."""
@@ -80,7 +80,7 @@ class _Call:
         if not torch.is_grad_enabled() or not _is_usable(head, hidden):
             return None
         self.reason = self.reason or _reason(head, hidden)
-        if not is_dynamo_compiling() and self.hooks != deferred.hooks():
+        if self.hooks != deferred.hooks():
             self.reason = "a checkpoint within its forward calls its head"  # and again in backward
         if self.reason is not None:
             return None
@@ -110,6 +110,9 @@ def _head_forward(kind: Any) -> Any:
     return forward
 
 
+_HEAD = subclass.subclass(Linear, _head_forward)
+
+
 def _is_usable(head: Any, hidden: Any) -> bool:
     """Returns whether a call of a head is one that torch takes, with an ordinary gradient."""
     if is_dynamo_compiling():
@@ -134,7 +137,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: What the head is called with, to which its weight and bias have to fit.
     """
-    if type(head) not in (Linear, subclass.subclass(Linear, _head_forward)):
+    if type(head) not in (Linear, _HEAD):
         return f"its head is a {type(head).__name__}, and no plain torch.nn.Linear"
     if "forward" in vars(head):
         return "the forward of its head was replaced, as by accelerate. Convert the model before"
@@ -210,13 +213,13 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if subclass.is_fused(model):
         return "is pyfused's already"
     if vouched is not None:
-        heads = [name for name, module in model.named_children() if type(module) in _linear()]
+        heads = [name for name, module in model.named_children() if type(module) in (Linear, _HEAD)]
         if vouched not in heads:
             raise ValueError(f"head: expected the name of a Linear, {heads}, got {vouched!r}")
     if "forward" in vars(model):
         return "its forward was replaced"
     head = vouched or _head_of(model)
-    if head is None or type(getattr(model, head)) not in _linear():
+    if head is None or type(getattr(model, head)) not in (Linear, _HEAD):
         return "its head is no plain torch.nn.Linear"
     reason = _reason(getattr(model, head))
     if vouched is not None or reason is not None:
@@ -240,10 +243,6 @@ def fuse(model: Any, head: str | None = None) -> set[str]:
     _fuse_head(getattr(model, head or _head_of(model) or ""))
     subclass.fuse(model, _fused_forward, head)
     return told
-
-
-def _linear() -> tuple[type, type]:
-    return Linear, subclass.subclass(Linear, _head_forward)
 
 
 def _fuse_head(head: Any) -> None:
@@ -409,7 +408,8 @@ def _difference(model: Any, name: str) -> str | None:
     decoders = {base: _Decoder(children[base], hidden) for base in bases}
     vars(twin)["_modules"] = model._modules | decoders | {name: twin_head}
     devices = [weight.device] if weight.is_cuda else []
-    found, uses = [], []
+    found: list[Any] = []
+    uses: list[str] = []
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices):
             for of in (head, twin_head):

@@ -70,14 +70,14 @@ class Family:
         self.uses: list[str] = []
         self.computed = False
         self.nodes: list[_Node] = []
-        if not is_dynamo_compiling():
-            self.versions = _versions(inputs)
-            self.context = context(inputs[0].device.type)
+        self.traced = is_dynamo_compiling()
+        self.context = context(inputs[0].device.type)
+        self.versions = None if self.traced else _versions(inputs)
 
-    def logits(self) -> Tensor:
+    def logits(self) -> Any:
         """Returns the head's output, which is not computed yet."""
         hidden, weight, bias = self.inputs
-        if is_dynamo_compiling():
+        if self.traced:
             example = F.linear(hidden, weight, bias)
         else:
             enabled, dtype = self.context[1:3]
@@ -87,14 +87,12 @@ class Family:
 
     def is_lazy(self) -> bool:
         """Returns whether a read can be noted: all is as it was when the head was called."""
-        if self.computed or is_dynamo_compiling():
-            return not self.computed
-        return self.context == context(self.inputs[0].device.type)
+        return not self.computed and self.context == context(self.inputs[0].device.type)
 
     def compute(self, reader: str) -> None:
         """Computes the logits and what was noted of them, once, and notes who asked."""
         self.uses.append(reader)
-        if self.computed or is_dynamo_compiling():
+        if self.computed or self.traced:
             self.computed = True
             return
         with self.restored():
@@ -159,6 +157,8 @@ def hooks() -> Any:
     torch has no public name for that. Without it, a checkpoint within a model whose logits are read
     there raises, as it finds other tensors saved when it recomputes.
     """
+    if is_dynamo_compiling():
+        return None
     return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
 
 
@@ -199,11 +199,11 @@ class _Node:
     def tensor(self, example: Tensor) -> Any:
         """Returns the tensor that stands for it."""
         self.example = example
-        if is_dynamo_compiling():
-            traced: Any = example.as_subclass(TracedLogits)  # type: ignore[arg-type]
+        if self.family.traced:
+            traced: Any = example.as_subclass(TracedLogits)
             traced._node = self
             return traced
-        tensor = _Deferral.apply(self, *self.family.inputs)
+        tensor: Any = _Deferral.apply(self, *self.family.inputs)  # type: ignore[no-untyped-call]
         tensor._node = self
         self.family.nodes.append(self)
         self.reference = weakref.ref(tensor)
@@ -236,7 +236,7 @@ class _Node:
         """Returns the result of an operator that can be noted, or None of any other."""
         if function is F.cross_entropy:
             return self.cross_entropy(*args, **kwargs)
-        example = tensor if is_dynamo_compiling() else self.example
+        example = self.example
         rows, cast, scale, cap = self.rows, self.cast, self.scale, self.cap
         given = *args, *kwargs.values()
         if function in _VIEWS:
@@ -259,7 +259,7 @@ class _Node:
                 return None
             cast, result = torch.float32, function(example, *args, **kwargs)
         elif function in _PRODUCTS or function in _QUOTIENTS:
-            number = args[0] if len(given) == 1 and args else None
+            number: Any = args[0] if len(given) == 1 and args else None
             if type(number) not in (int, float) or not 0 < number < math.inf:
                 return None
             scale *= number if function in _PRODUCTS else 1 / number
@@ -288,7 +288,7 @@ class _Node:
     ) -> Tensor | None:
         """Returns what torch's function of this name returns, or None where it has to do it."""
         legacy = weight is not None or size_average is not None or reduce is not None
-        plain = is_dynamo_compiling() or type(target) in _PLAIN
+        plain = self.family.traced or type(target) in _PLAIN
         if legacy or not plain or target.is_floating_point() or self.rows.dim() != 2:
             return None
         options = {
@@ -296,7 +296,7 @@ class _Node:
             "reduction": reduction,
             "label_smoothing": label_smoothing,
         }
-        if not is_dynamo_compiling():
+        if not self.family.traced:
             with self.family.restored():
                 if not self.family.call.accepts(self, target, options):
                     return None
@@ -397,7 +397,7 @@ class DeferredLogits(_Logits):
     """Logits without memory."""
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Computes an operator that C++ has called, of other logits of the same values."""
@@ -451,7 +451,7 @@ def _refuse(*_: Any, **__: Any) -> Any:
 
 def _check_gradient(tensor: Any) -> None:
     """Raises for a tensor that an ``autograd.Function`` has changed, and said so to torch alone."""
-    if not is_dynamo_compiling() and getattr(tensor.grad_fn, "node", None) is not tensor._node:
+    if not tensor._node.family.traced and getattr(tensor.grad_fn, "node", None) is not tensor._node:
         raise RuntimeError(
             "pyfused.convert: expected no autograd.Function that changes logits in place or "
             "returns them, got one. Revert the model"
@@ -475,10 +475,9 @@ def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
 
 def computed(tensor: Any) -> Any:
     """Returns the computed logits in place of a tensor that has not become them."""
-    if type(tensor) is TracedLogits:
-        with torch._C.DisableTorchFunctionSubclass():
-            return tensor.as_subclass(Tensor)
-    return tensor._node.real if type(tensor) is DeferredLogits else tensor
+    if isinstance(tensor, TracedLogits):
+        return tensor._node.example
+    return tensor._node.real if isinstance(tensor, DeferredLogits) else tensor
 
 
 def _values(tensor: Any) -> Tensor:
@@ -490,6 +489,8 @@ def _values(tensor: Any) -> Tensor:
 
 
 def _name_of(function: Any) -> str:
+    if is_dynamo_compiling():
+        return "an operator"
     name = getattr(function, "__name__", str(function))
     if name in ("__get__", "__set__"):
         name = function.__self__.__name__
