@@ -364,7 +364,7 @@ def _becomes(tensor: Any, real: Tensor) -> bool:
 class _Logits(Tensor):
     """What a head has returned."""
 
-    _node: _Node
+    _node: Any = None
 
     @classmethod
     def __torch_function__(
