@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Linear, Module
 from torch.nn import functional as F
 
 from pyfused import deferred, subclass
@@ -36,7 +36,6 @@ from pyfused.ops.dispatch import _active_mode as active_mode
 _thread = threading.local()  # its attribute call: the call of a model that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
 ROWS_BYTES = 16 << 20  # of logits at once, where torch computes a loss to compare
-_PLAIN = (Tensor, Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which autocast casts
 # torch has no public name for that. Global hooks see logits whose reads compute them.
 _has_any_global_hook = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: False)
@@ -47,44 +46,39 @@ class _Call:
 
     Attributes:
         told: What the model's owner has been told, and whether a loss has been compared.
-        reason: Why the head has made its logits.
         differs: How the first loss differs from torch's.
     """
 
-    def __init__(self, head: Any, told: set[str]) -> None:
-        self.head, self.told = head, told
+    def __init__(self, model: Any, head: Any, told: set[str]) -> None:
+        self.model, self.head, self.told = model, head, told
         self.families: list[deferred.Family] = []
-        self.reason: str | None = None
         self.differs: str | None = None
         self.hooks = deferred.hooks()
 
-    def run(self, kind: Any, model: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
+    def run(self, kind: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
         """Returns the output of the model's own ``forward``, and who has read its logits."""
         before, _thread.call = getattr(_thread, "call", None), self
-        families = self.families
         try:
-            output = _finished(kind.forward(model, *args, **kwargs))
-            if not is_dynamo_compiling():
-                for family in families:
-                    if family.is_kept():  # beyond the call, where its weight may change
-                        family.compute("what the model keeps")
-            return output, [use for family in families for use in family.uses]
+            output = _finished(kind.forward(self.model, *args, **kwargs))
+            for family in self.families:
+                if family.is_kept():  # beyond the call, when its weight may change
+                    family.compute("what outlives its forward")
+            return output, [use for family in self.families for use in family.uses]
         finally:
             _thread.call = before
-            for family in families:
+            for family in self.families:
                 family.nodes.clear()
-            self.families = []
 
-    def logits(self, head: Any, hidden: Tensor) -> Any:
+    def logits(self, hidden: Tensor) -> Any:
         """Returns the deferred logits of hidden states, or None where the head has to run."""
-        if not torch.is_grad_enabled() or not _is_usable(head, hidden):
+        if not torch.is_grad_enabled() or not _is_usable(self.head, hidden):
             return None
-        self.reason = self.reason or _reason(head, hidden)
+        reason = _reason(self.head, hidden)
         if self.hooks != deferred.hooks():
-            self.reason = "a checkpoint within its forward calls its head"  # and again in backward
-        if self.reason is not None:
-            return None
-        family = deferred.Family(self, (hidden, head.weight, head.bias))
+            reason = "a checkpoint within its forward calls its head"  # and again in backward
+        if reason is not None:
+            return _tell(self.model, self.told, reason)
+        family = deferred.Family(self.accepts, hidden, self.head.weight, self.head.bias)
         self.families.append(family)
         return family.logits()
 
@@ -104,7 +98,7 @@ def _head_forward(kind: Any) -> Any:
     @wraps(kind.forward)
     def forward(head: Any, input: Tensor) -> Any:
         call = getattr(_thread, "call", None)
-        logits = call.logits(head, input) if call is not None and call.head is head else None
+        logits = call.logits(input) if call is not None and call.head is head else None
         return kind.forward(head, input) if logits is None else logits
 
     return forward
@@ -117,11 +111,12 @@ def _is_usable(head: Any, hidden: Any) -> bool:
     """Returns whether a call of a head is one that torch takes, with an ordinary gradient."""
     if is_dynamo_compiling():
         return True
+    if type(hidden) not in deferred.PLAIN:
+        return False
     tensors = [x for x in (hidden, head.weight, head.bias) if x is not None]
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return (
-        type(hidden) in _PLAIN
-        and hidden.layout is torch.strided
+        hidden.layout is torch.strided
         and not (hidden.is_nested or hidden.is_inference())
         and hidden.numel() > 0
         and hidden.shape[-1:] == head.weight.shape[-1:]
@@ -154,7 +149,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     for name, value in (("weight", head.weight), ("bias", head.bias)):
         if hidden is None or value is None:
             continue
-        if not is_dynamo_compiling() and type(value) not in _PLAIN:
+        if not is_dynamo_compiling() and type(value) not in deferred.PLAIN:
             return f"the {name} of its head is a {type(value).__name__}"
         if value.device != hidden.device:
             return f"the {name} of its head is on {value.device}, and its input on {hidden.device}"
@@ -229,20 +224,15 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     return None if getattr(model, head).weight.is_meta else _difference(model, head)
 
 
-def fuse(model: Any, head: str | None = None) -> set[str]:
+def fuse(model: Any, head: str | None = None) -> None:
     """Gives a model and its head the subclasses of their classes.
 
     Args:
         head: The name of the head that a user vouches for; None for that of transformers.
-
-    Returns:
-        What the model's owner has been told, which is nothing.
     """
-    told: set[str] = set()
-    setattr(model, subclass.MARK, told)
+    setattr(model, subclass.MARK, set())  # of what its owner has been told
     _fuse_head(getattr(model, head or _head_of(model) or ""))
     subclass.fuse(model, _fused_forward, head)
-    return told
 
 
 def _fuse_head(head: Any) -> None:
@@ -270,14 +260,14 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
             _fuse_head(layer)  # one that was put there since
-        call = _Call(layer, told)
-        output, uses = call.run(kind, model, args, kwargs)
+        call = _Call(model, layer, told)
+        output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _tell(model, told, f"its {call.differs}. Its own forward is used from now on")
             unfuse(model)
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
-        if call.reason is not None or reads:
-            _tell(model, told, call.reason or f"its logits are read by {', '.join(reads)}")
+        if reads:
+            _tell(model, told, f"its logits are read by {', '.join(reads)}")
         return output
 
     return forward
@@ -413,7 +403,7 @@ def _difference(model: Any, name: str) -> str | None:
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices):
             for of in (head, twin_head):
-                output, uses = _Call(of, {COMPARED}).run(kind, twin, (), given)
+                output, uses = _Call(twin, of, {COMPARED}).run(kind, (), given)
                 found.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
     except Exception as error:
         return f"its forward was tried with given hidden states and has raised {error!r}"

@@ -1,19 +1,19 @@
 """Logits that are computed when something else than their loss is asked.
 
-The layer that makes a model's logits returns a tensor without memory, of a subclass that sees every
-operator through ``__torch_function__``. A short list of reads is noted: views that keep rows whole,
-slices of rows, a cast to float32, a positive factor, a cap by tanh. The cross-entropy of what comes
-of these is ``linear_cross_entropy``. Any other operator computes the logits, and with them all that
-was noted, by the same operators of torch, in the grad mode and under the autocast of then. The
-tensors without memory then become these tensors, by ``torch.utils.swap_tensors``: views are views,
-changes in place are seen through them, and nothing is imitated any longer. The choice fell on that,
-and against a class that has a tensor's methods, as the list of what has to be right is short.
+A head returns a tensor without memory, of a subclass that sees every operator by
+``__torch_function__``. A short list of reads is noted: views that keep rows whole, slices of rows, a
+cast to float32, a positive factor, a cap by tanh. The cross-entropy of what comes of these is
+``linear_cross_entropy``. Any other operator computes the logits, and all that was noted of them, by
+the same operators of torch, in the grad mode and under the autocast of then. The tensors without
+memory become these tensors by ``torch.utils.swap_tensors``, so that from then on nothing is
+imitated: views are views, and changes in place are seen through them.
 
-torch exchanges no tensor that C++ holds, such as an argument of an ``autograd.Function``. That one
+This was chosen over a class with a tensor's methods, of which each is one more thing to be right.
+torch swaps no tensor that C++ holds, such as an argument of an ``autograd.Function``: that one
 passes operators on to the computed logits, and has a gradient of its own.
 
-A compiler gets logits with memory, of a subclass with the same ``__torch_function__``: what nobody
-reads of them is dead code of its program.
+A compiler gets logits with memory, of a subclass with the same ``__torch_function__``: those that
+nobody reads are dead code of its program.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
@@ -35,16 +36,12 @@ from torch.nn import functional as F
 from pyfused.functional import linear_cross_entropy
 
 LOSS = "its loss"
-_PLAIN = (Tensor, Parameter)
+PLAIN = (Tensor, Parameter)
 _METADATA = {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
-    *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size),
-    *(Tensor.__len__, Tensor.__hash__, Tensor.get_device),
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf")
-        + ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized")
-    ),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.element_size, Tensor.get_device, Tensor.__hash__),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_cuda", "is_cpu")),
 }
 # Each keeps the elements' order, and so the rows, if the last dimension stays as long as it is.
 _VIEWS = {
@@ -60,53 +57,51 @@ class Family:
     """All that follows from one call of a head.
 
     Attributes:
+        accepts: Whether a loss of a node, with its target and options, may take the kernels.
         inputs: The hidden states, the head's weight and its bias.
         uses: What their cross-entropy, and what else, was asked for, by name.
         computed: Whether the logits have been computed.
+        nodes: Its tensors, until they are computed or the model's call is over.
     """
 
-    def __init__(self, call: Any, inputs: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        self.call, self.inputs = call, inputs
+    def __init__(self, accepts: Callable[..., bool], *inputs: Any) -> None:
+        self.accepts, self.inputs = accepts, inputs
         self.uses: list[str] = []
         self.computed = False
         self.nodes: list[_Node] = []
         self.traced = is_dynamo_compiling()
-        self.context = context(inputs[0].device.type)
+        self.context = _context(inputs[0].device.type)
         self.versions = None if self.traced else _versions(inputs)
 
     def logits(self) -> Any:
         """Returns the head's output, which is not computed yet."""
-        hidden, weight, bias = self.inputs
+        hidden, weight, _ = self.inputs
         if self.traced:
-            example = F.linear(hidden, weight, bias)
-        else:
-            enabled, dtype = self.context[1:3]
-            shape = *hidden.shape[:-1], len(weight)
-            example = torch.empty(shape, dtype=dtype if enabled else hidden.dtype, device="meta")
-        return _Node(self, None, None, hidden, None, 1.0, None).tensor(example)
+            return _Node(self, hidden).tensor(F.linear(*self.inputs))
+        _, autocast, dtype, _ = self.context
+        shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
+        return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
 
     def is_lazy(self) -> bool:
         """Returns whether a read can be noted: all is as it was when the head was called."""
-        return not self.computed and self.context == context(self.inputs[0].device.type)
+        return not self.computed and self.context == _context(self.inputs[0].device.type)
+
+    def is_kept(self) -> bool:
+        """Returns whether anybody has a tensor that is not computed."""
+        return any(node.reference() is not None for node in self.nodes)
 
     def compute(self, reader: str) -> None:
         """Computes the logits and what was noted of them, once, and notes who asked."""
         self.uses.append(reader)
-        if self.computed or self.traced:
-            self.computed = True
-            return
-        with self.restored():
+        if not self.computed and not self.traced:
+            with self.restored():
+                for node in self.nodes:
+                    if node.reference() is not None:
+                        node.compute()
             for node in self.nodes:
-                if node.reference() is not None:
-                    node.compute()
-        for node in self.nodes:
-            node.real = node.real if node.passes_on else None
+                node.real = node.real if node.held else None
+            self.nodes.clear()
         self.computed = True
-        self.nodes.clear()
-
-    def is_kept(self) -> bool:
-        """Returns whether anybody still has what is not computed."""
-        return not self.computed and any(node.reference() is not None for node in self.nodes)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -118,37 +113,15 @@ class Family:
         if _versions(self.inputs) != self.versions:
             raise RuntimeError(
                 "pyfused.convert: expected a head whose input, weight and bias stay the same until "
-                "its logits are read, got one changed in place. Revert the model, or read the "
-                "logits before"
+                "its logits are read, got one changed in place. Read the logits before, or revert "
+                "the model"
             )
-        _, enabled, dtype, _ = self.context
-        cast = torch.autocast(self.inputs[0].device.type, dtype if enabled else None, enabled)
+        _, autocast, dtype, _ = self.context
+        cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
         with torch.inference_mode(False), torch.enable_grad(), cast:
             # A checkpoint would find that another moment has come when it recomputes.
             with nullcontext() if hooks() is None else saved_here():
                 yield
-
-
-def saved_here() -> saved_tensors_hooks:
-    """Keeps tensors that are saved for backward from the hooks that are in effect."""
-    return saved_tensors_hooks(_saved, _unpacked)
-
-
-def _saved(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), tensor._version
-
-
-def _unpacked(saved: tuple[Tensor, int]) -> Tensor:
-    tensor, version = saved
-    if tensor._version != version:
-        raise RuntimeError("a tensor that backward needs has been changed in place")
-    return tensor
-
-
-def context(device: str) -> tuple[Any, ...]:
-    """Returns what a call of torch depends on beside its arguments."""
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return torch.is_grad_enabled(), enabled, dtype, hooks()
 
 
 def hooks() -> Any:
@@ -162,10 +135,29 @@ def hooks() -> Any:
     return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[tuple[int, int]]:
+def saved_here() -> saved_tensors_hooks:
+    """Keeps tensors that are saved for backward from the hooks that are in effect."""
+
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        tensor, version = saved
+        if tensor._version != version:
+            raise RuntimeError("a tensor that backward needs has been changed in place")
+        return tensor
+
+    return saved_tensors_hooks(lambda tensor: (tensor.detach(), tensor._version), unpack)
+
+
+def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
+    """Returns what a call of torch depends on beside its arguments."""
+    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.is_grad_enabled(), autocast, dtype, hooks()
+
+
+def _versions(tensors: Any) -> list[tuple[int, int]]:
     return [(x._version, x.data_ptr()) for x in tensors if x is not None]
 
 
+@dataclass(eq=False)
 class _Node:
     """One tensor of a family: the head's output, or an operator of an earlier one.
 
@@ -173,108 +165,110 @@ class _Node:
     bias)``.
 
     Attributes:
-        operation: The operator of torch with its further arguments.
+        operation: The operator of torch, its further arguments and keywords.
         cast: The dtype that x was cast to, if it was.
-        example: A tensor of the same shape, strides and dtype: on meta, or the compiler's own.
-        real: The computed tensor, while someone needs it here.
+        example: A tensor of its shape, strides and dtype: on meta, or the compiler's own.
+        real: The computed tensor, and its version then.
+        held: Whether the tensor that stands for it could not become the computed one.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        parent: _Node | None,
-        operation: tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]] | None,
-        rows: Tensor,
-        cast: torch.dtype | None,
-        scale: float,
-        cap: float | None,
-    ) -> None:
-        self.family, self.parent, self.operation, self.rows = family, parent, operation, rows
-        self.cast, self.scale, self.cap = cast, scale, cap
-        self.example: Any = None
-        self.real: Tensor | None = None
-        self.reference: Callable[[], Any] = lambda: None
-        self.passes_on = False
+    family: Family
+    rows: Tensor
+    parent: _Node | None = None
+    operation: tuple[Any, Any, Any] = (None, None, None)
+    cast: torch.dtype | None = None
+    scale: float = 1.0
+    cap: float | None = None
+    example: Any = None
+    real: Tensor | None = None
+    version: int = 0
+    held: bool = False
+    reference: Callable[[], Any] = lambda: None
 
     def tensor(self, example: Tensor) -> Any:
         """Returns the tensor that stands for it."""
         self.example = example
         if self.family.traced:
-            traced: Any = example.as_subclass(TracedLogits)
-            traced._node = self
-            return traced
-        tensor: Any = _Deferral.apply(self, *self.family.inputs)  # type: ignore[no-untyped-call]
+            tensor: Any = example.as_subclass(TracedLogits)
+        else:
+            tensor = _Deferral.apply(self, *self.family.inputs)  # type: ignore[no-untyped-call]
+            self.reference = weakref.ref(tensor)
+            self.family.nodes.append(self)
         tensor._node = self
-        self.family.nodes.append(self)
-        self.reference = weakref.ref(tensor)
         return tensor
 
     def compute(self) -> Tensor:
-        """Returns the computed tensor, which is the very tensor that stood for it, if possible."""
+        """Returns the computed tensor, which the one that stood for it becomes if it can."""
         if self.real is None:
             real = self.replay(_Node.compute)
             if LOSS in self.family.uses:
                 vars(real).update(register_hook=_refuse, retain_grad=_refuse)
-            tensor, self.reference = self.reference(), lambda: None
+            tensor, self.reference = self.reference(), lambda: None  # no weak reference is left
             self.real = tensor if _becomes(tensor, real) else real
             self.version = self.real._version
-            self.passes_on = type(tensor) is DeferredLogits
+            self.held = isinstance(tensor, _Logits)
         return self.real
 
-    def replay(self, of: Callable[[_Node], Tensor]) -> Tensor:
-        """Returns the tensor, computed by torch from what its parent is by a function."""
-        if self.parent is None or self.operation is None:
-            return F.linear(*self.family.inputs)
+    def replay(self, parent: Callable[[_Node], Tensor], input: Tensor | None = None) -> Tensor:
+        """Returns the tensor, computed by torch from what a function makes of its parent."""
+        if self.parent is None:
+            hidden, *layer = self.family.inputs
+            return F.linear(hidden if input is None else input, *layer)
         function, args, kwargs = self.operation
-        return function(of(self.parent), *args, **kwargs)
+        if input is not None and (function in _VIEWS or function is Tensor.__getitem__):
+            return parent(self.parent)
+        result: Tensor = function(parent(self.parent), *args, **kwargs)
+        return result
 
     def anew(self) -> Tensor:
-        """Returns another such tensor, computed from the head's input."""
+        """Returns another such tensor."""
         return self.replay(_Node.anew)
+
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """Returns the logits of some rows, by torch's operators."""
+        return self.replay(lambda parent: parent.logits_of(rows), rows)
 
     def read(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator that can be noted, or None of any other."""
         if function is F.cross_entropy:
             return self.cross_entropy(*args, **kwargs)
-        example = self.example
-        rows, cast, scale, cap = self.rows, self.cast, self.scale, self.cap
-        given = *args, *kwargs.values()
+        rows, scale, given = self.rows, self.scale, (*args, *kwargs.values())
+        only: Any = given[0] if len(given) == 1 else None
+        changed: dict[str, Any] = {}
         if function in _VIEWS:
             if not all(map(_is_size, given)):
                 return None
-            result = function(example, *args, **kwargs)
-            if result.dim() == 0 or result.shape[-1] != example.shape[-1]:
-                return None
-            rows = rows.reshape(*result.shape[:-1], rows.shape[-1])
         elif function is Tensor.__getitem__:
-            if not _keeps_rows(args[0], example.dim()):
+            if not _keeps_rows(only, self.example.dim()):
                 return None
-            result, rows = function(example, *args), rows[args[0]]
-        elif function is Tensor.to and len(given) == 1 and type(given[0]) is torch.device:
-            return tensor if given[0] == rows.device else None
-        elif function is Tensor.float or (
-            function is Tensor.to and len(given) == 1 and given[0] is torch.float32
-        ):
-            if example.dtype is torch.float64:
+            changed["rows"] = rows[only]
+        elif function is Tensor.to and type(only) is torch.device:
+            return tensor if only == rows.device else None
+        elif function is Tensor.float or (function is Tensor.to and only is torch.float32):
+            if self.example.dtype is torch.float64:
                 return None
-            cast, result = torch.float32, function(example, *args, **kwargs)
+            changed["cast"] = torch.float32
         elif function in _PRODUCTS or function in _QUOTIENTS:
-            number: Any = args[0] if len(given) == 1 and args else None
-            if type(number) not in (int, float) or not 0 < number < math.inf:
+            if type(only) not in (int, float) or kwargs or not 0 < only < math.inf:
                 return None
-            scale *= number if function in _PRODUCTS else 1 / number
-            scale = 1.0 if math.isclose(scale, 1.0) else scale
-            result = function(example, number)
+            scale *= only if function in _PRODUCTS else 1 / only
             if not 0 < scale < math.inf:
                 return None
-        elif function in (Tensor.tanh, torch.tanh) and not given and cap is None:
-            cap, result = 1 / scale, function(example)
+            changed["scale"] = 1.0 if math.isclose(scale, 1.0) else scale
+        elif function in (Tensor.tanh, torch.tanh) and not given and self.cap is None:
+            changed["cap"] = 1 / scale
         else:
             return None
-        if result is example:
+        result = function(self.example, *args, **kwargs)
+        if result is self.example:
             return tensor
-        operation = function, args, kwargs
-        return _Node(self.family, self, operation, rows, cast, scale, cap).tensor(result)
+        if function in _VIEWS:
+            if result.shape[-1:] != self.example.shape[-1:]:
+                return None
+            changed["rows"] = rows.reshape(*result.shape[:-1], rows.shape[-1])
+        state = {"rows": rows, "cast": self.cast, "scale": scale, "cap": self.cap} | changed
+        node = _Node(self.family, parent=self, operation=(function, args, kwargs), **state)
+        return node.tensor(result)
 
     def cross_entropy(
         self,
@@ -288,7 +282,7 @@ class _Node:
     ) -> Tensor | None:
         """Returns what torch's function of this name returns, or None where it has to do it."""
         legacy = weight is not None or size_average is not None or reduce is not None
-        plain = self.family.traced or type(target) in _PLAIN
+        plain = self.family.traced or type(target) in PLAIN
         if legacy or not plain or target.is_floating_point() or self.rows.dim() != 2:
             return None
         options = {
@@ -298,33 +292,15 @@ class _Node:
         }
         if not self.family.traced:
             with self.family.restored():
-                if not self.family.call.accepts(self, target, options):
+                if not self.family.accepts(self, target, options):
                     return None
         self.family.uses.append(LOSS)
         return self.loss(self.rows, target, options)
 
     def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         _, weight, bias = self.family.inputs
-        return linear_cross_entropy(
-            rows,
-            weight,
-            target,
-            linear_bias=bias,
-            softcap=self.cap,
-            scale=self.scale,
-            loss_dtype=self.cast,
-            **options,
-        )
-
-    def logits_of(self, rows: Tensor) -> Tensor:
-        """Returns the logits of some rows, by torch's operators in the order of the calls."""
-        if self.parent is None or self.operation is None:
-            return F.linear(rows, *self.family.inputs[1:])
-        logits = self.parent.logits_of(rows)
-        function, args, kwargs = self.operation
-        if function in _VIEWS or function is Tensor.__getitem__:
-            return logits
-        return function(logits, *args, **kwargs)
+        options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
+        return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
 
 
 def _is_size(value: Any) -> bool:
@@ -334,28 +310,38 @@ def _is_size(value: Any) -> bool:
 def _keeps_rows(index: Any, dimensions: int) -> bool:
     """Returns whether an index takes whole rows, and leaves the last dimension as it is."""
     given = list(index) if type(index) is tuple else [index]
-    if Ellipsis in given:
-        place = given.index(Ellipsis)
-        given[place : place + 1] = [slice(None)] * (dimensions - len(given) + 1)
     for each in given:
-        bounds = (each.start, each.stop, each.step) if type(each) is slice else (each,)
-        if not all(type(i) is int or (i is None and type(each) is slice) for i in bounds):
+        bounds = (each.start, each.stop, each.step) if type(each) is slice else ()
+        plain = type(each) in (int, slice, EllipsisType)
+        if not plain or not all(type(bound) in (int, type(None)) for bound in bounds):
             return False
+    if ... in given:
+        place = given.index(...)
+        given[place : place + 1] = [slice(None)] * (dimensions - len(given) + 1)
     return len(given) < dimensions or (len(given) == dimensions and given[-1] == slice(None))
 
 
 def _becomes(tensor: Any, real: Tensor) -> bool:
-    """Exchanges two tensors, unless something in C++ or a weak reference has either of them."""
+    """Swaps two tensors, unless something in C++ or a weak reference has either of them."""
     if tensor is None:
         return False
     vars(real).update({name: value for name, value in vars(tensor).items() if name != "_node"})
     try:
         torch.utils.swap_tensors(tensor, real)
     except RuntimeError:
-        if type(tensor) is not DeferredLogits:  # half exchanged
+        if type(tensor) is not DeferredLogits:  # half swapped
             raise
         return False
     return True
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    """Raises for a hook, or a wish for a gradient, that would not see a loss."""
+    raise RuntimeError(
+        "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
+        "their loss, which has been computed without them, got it after. Call it before, or revert "
+        "the model"
+    )
 
 
 # ---- the tensors that stand for them -------------------------------------------------------------
@@ -378,14 +364,11 @@ class _Logits(Tensor):
                 result = tensor._node.read(tensor, function, args[1:], kwargs)
                 if result is not None:
                     return result
-            for each in _deferred((args, kwargs)):
-                if not isinstance(each, _Logits):  # its family has been computed just now
-                    continue
-                _check_gradient(each)
-                family = each._node.family
-                family.compute(_name_of(function))
-                if function in _OF_GRADIENTS and LOSS in family.uses:
-                    _refuse()
+            found: list[Any] = []
+            _mapped(found.append, (args, kwargs))
+            for each in found:
+                if isinstance(each, _Logits):  # and not swapped with its family just now
+                    _compute(each, function)
         return function(*_mapped(computed, args), **_mapped(computed, kwargs))
 
 
@@ -413,64 +396,56 @@ class _Deferral(torch.autograd.Function):
     """Makes a tensor without memory, whose gradient goes to the head's input and parameters."""
 
     @staticmethod
-    def forward(ctx: Any, node: _Node, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, node: _Node, hidden: Tensor, *_: Any) -> Tensor:
         ctx.node, example = node, node.example
-        assert inputs[0] is not None
-        return Tensor._make_wrapper_subclass(  # as torch's page on extending it has it
+        return Tensor._make_wrapper_subclass(  # which torch's page on extending it names
             DeferredLogits,
             example.shape,
             strides=example.stride(),
             dtype=example.dtype,
-            device=inputs[0].device,
+            device=hidden.device,
         )
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        node = ctx.node
+        node, inputs = ctx.node, ctx.node.family.inputs
         if node.real is not None and node.real._version != node.version:
             raise RuntimeError(
                 "pyfused.convert: expected logits that are not changed in place beside an "
                 "autograd.Function that takes them, got such ones. Revert the model"
             )
-        inputs, create_graph = node.family.inputs, torch.is_grad_enabled()
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        needed, create_graph = ctx.needs_input_grad[1:], torch.is_grad_enabled()
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         with node.family.restored():
             found = torch.autograd.grad(node.anew(), wanted, grad_output, create_graph=create_graph)
         gradients = iter(found)
-        return None, *(next(gradients) if any(x is w for w in wanted) else None for x in inputs)
+        return None, *(next(gradients) if need else None for need in needed)
 
 
-def _refuse(*_: Any, **__: Any) -> Any:
-    """Raises for a hook, or a wish for a gradient, that would not see a loss."""
-    raise RuntimeError(
-        "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
-        "their loss, which has been computed without them, got it after. Call it before, or revert "
-        "the model"
-    )
+def _compute(tensor: Any, function: Any) -> None:
+    """Computes a tensor's family for an operator.
 
-
-def _check_gradient(tensor: Any) -> None:
-    """Raises for a tensor that an ``autograd.Function`` has changed, and said so to torch alone."""
-    if not tensor._node.family.traced and getattr(tensor.grad_fn, "node", None) is not tensor._node:
+    Raises:
+        RuntimeError: The operator's result would lack a gradient.
+    """
+    family = tensor._node.family
+    if not family.traced and getattr(tensor.grad_fn, "node", None) is not tensor._node:
         raise RuntimeError(
             "pyfused.convert: expected no autograd.Function that changes logits in place or "
             "returns them, got one. Revert the model"
         )
+    family.compute(_name_of(function))
+    if function in _OF_GRADIENTS and LOSS in family.uses:
+        _refuse()
 
 
-def _deferred(x: Any) -> list[Any]:
-    if isinstance(x, _Logits):
-        return [x]
-    items = x.values() if type(x) is dict else x if type(x) in (list, tuple) else ()
-    return [each for item in items for each in _deferred(item)]
-
-
-def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
-    if isinstance(x, _Logits):
-        return function(x)
+def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """Returns arguments with deferred logits changed by a function."""
     if type(x) is dict:
-        return {key: _mapped(function, value) for key, value in x.items()}
-    return type(x)(_mapped(function, item) for item in x) if type(x) in (list, tuple) else x
+        return {key: _mapped(change, value) for key, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)([_mapped(change, item) for item in x])
+    return change(x) if isinstance(x, _Logits) else x
 
 
 def computed(tensor: Any) -> Any:
@@ -481,20 +456,19 @@ def computed(tensor: Any) -> Any:
 
 
 def _values(tensor: Any) -> Tensor:
-    node = tensor._node
+    node: _Node = tensor._node
     if node.real is not None:
-        return node.real.detach()  # type: ignore[no-any-return]
+        return node.real.detach()
     with node.family.restored(), torch.no_grad():
-        return node.anew().to(node.example.dtype)  # type: ignore[no-any-return]
+        return node.anew().to(node.example.dtype)
 
 
 def _name_of(function: Any) -> str:
     if is_dynamo_compiling():
         return "an operator"
     name = getattr(function, "__name__", str(function))
-    if name in ("__get__", "__set__"):
-        name = function.__self__.__name__
-    return {"getitem": "indexing"}.get(name.strip("_"), name.strip("_"))
+    name = function.__self__.__name__ if name in ("__get__", "__set__") else name.strip("_")
+    return "indexing" if name == "getitem" else name
 
 
 def is_deferred(value: Any) -> bool:

@@ -270,9 +270,7 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
                 lambda: F.cross_entropy(rows, rows.detach().softmax(-1)),
                 lambda: F.cross_entropy(rows[0], index[0].clamp(min=0)),
                 lambda: pyfused.functional.cross_entropy(rows, index, z_loss=0.1),
-                lambda: checkpoint(
-                    F.cross_entropy, rows, index, use_reentrant=draw.random() < 0.5
-                ),
+                lambda: checkpoint(F.cross_entropy, rows, index, use_reentrant=draw.random() < 0.5),
             ]
         )()
     return draw.choice(
