@@ -68,6 +68,7 @@ class _Call:
             _thread.call = before
             for family in self.families:
                 family.nodes.clear()
+            self.families.clear()
 
     def logits(self, hidden: Tensor) -> Any:
         """Returns the deferred logits of hidden states, or None where the head has to run."""
@@ -78,7 +79,7 @@ class _Call:
             reason = "a checkpoint within its forward calls its head"  # and again in backward
         if reason is not None:
             return _tell(self.model, self.told, reason)
-        family = deferred.Family(self.accepts, hidden, self.head.weight, self.head.bias)
+        family = deferred.Family(self, hidden, self.head.weight, self.head.bias)
         self.families.append(family)
         return family.logits()
 
@@ -165,7 +166,8 @@ def _finished(output: Any) -> Any:
         if not family.computed and set(family.uses) == {LOSS}:
             return None
         family.compute(OUTPUT)
-        return deferred.computed(output)
+        result = deferred.computed(output)
+        return result.view_as(result) if family.traced else result  # without our attribute
     if isinstance(output, tuple):
         parts = list(map(_finished, output))
         if all(part is given for part, given in zip(parts, output, strict=True)):
@@ -265,6 +267,7 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
         if call.differs is not None:
             _tell(model, told, f"its {call.differs}. Its own forward is used from now on")
             unfuse(model)
+            return output
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
             _tell(model, told, f"its logits are read by {', '.join(reads)}")

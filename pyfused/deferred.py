@@ -1,10 +1,10 @@
 """Logits that are computed when something else than their loss is asked.
 
 A head returns a tensor without memory, of a subclass that sees every operator by
-``__torch_function__``. A short list of reads is noted: views that keep rows whole, slices of rows, a
-cast to float32, a positive factor, a cap by tanh. The cross-entropy of what comes of these is
-``linear_cross_entropy``. Any other operator computes the logits, and all that was noted of them, by
-the same operators of torch, in the grad mode and under the autocast of then. The tensors without
+``__torch_function__``. A short list of reads is noted: views that keep rows whole, slices of rows,
+a cast to float32, a positive factor, a cap by tanh. The cross-entropy of what comes of these is
+``linear_cross_entropy``. Any other operator computes the logits, and all that was noted of them,
+by the same operators of torch, in the grad mode and under the autocast of then. The tensors without
 memory become these tensors by ``torch.utils.swap_tensors``, so that from then on nothing is
 imitated: views are views, and changes in place are seen through them.
 
@@ -57,15 +57,15 @@ class Family:
     """All that follows from one call of a head.
 
     Attributes:
-        accepts: Whether a loss of a node, with its target and options, may take the kernels.
+        call: The model's call, whose ``accepts`` says whether a loss may take the kernels.
         inputs: The hidden states, the head's weight and its bias.
         uses: What their cross-entropy, and what else, was asked for, by name.
         computed: Whether the logits have been computed.
         nodes: Its tensors, until they are computed or the model's call is over.
     """
 
-    def __init__(self, accepts: Callable[..., bool], *inputs: Any) -> None:
-        self.accepts, self.inputs = accepts, inputs
+    def __init__(self, call: Any, *inputs: Any) -> None:
+        self.call, self.inputs = call, inputs
         self.uses: list[str] = []
         self.computed = False
         self.nodes: list[_Node] = []
@@ -118,10 +118,10 @@ class Family:
             )
         _, autocast, dtype, _ = self.context
         cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
-        with torch.inference_mode(False), torch.enable_grad(), cast:
-            # A checkpoint would find that another moment has come when it recomputes.
-            with nullcontext() if hooks() is None else saved_here():
-                yield
+        # A checkpoint would find that another moment has come when it recomputes.
+        saved = nullcontext() if hooks() is None else saved_here()
+        with torch.inference_mode(False), torch.enable_grad(), cast, saved:
+            yield
 
 
 def hooks() -> Any:
@@ -161,8 +161,8 @@ def _versions(tensors: Any) -> list[tuple[int, int]]:
 class _Node:
     """One tensor of a family: the head's output, or an operator of an earlier one.
 
-    It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, of ``x = linear(rows, weight,
-    bias)``.
+    It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, of ``x = linear(rows,
+    weight, bias)``.
 
     Attributes:
         operation: The operator of torch, its further arguments and keywords.
@@ -292,7 +292,7 @@ class _Node:
         }
         if not self.family.traced:
             with self.family.restored():
-                if not self.family.accepts(self, target, options):
+                if not self.family.call.accepts(self, target, options):
                     return None
         self.family.uses.append(LOSS)
         return self.loss(self.rows, target, options)

@@ -6,22 +6,32 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import gc
+import logging
+import math
+import pickle
 import random
 import sys
+import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
-from pyfused import deferred
+import pyfused.nn
+from pyfused import causal_lm, deferred
+from pyfused.ops import reasons
 from pyfused.subclass import is_fused
 
 CLASSES, FEATURES = 23, 6
@@ -101,7 +111,7 @@ def number(draw: random.Random) -> float:
     return draw.choice([2, 0.5, 3.0, 1.25, 1, 0.1])
 
 
-def view(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa: ARG001
+def view(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     classes = x.shape[-1:]
     return draw.choice(
         [
@@ -120,7 +130,7 @@ def view(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa:
     )()
 
 
-def sliced(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa: ARG001
+def sliced(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     if x.dim() < 2 or min(x.shape) < 2:
         return x
     return draw.choice(
@@ -138,7 +148,7 @@ def sliced(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noq
     )()
 
 
-def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa: ARG001
+def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     by = number(draw)
     return draw.choice(
         [
@@ -155,7 +165,7 @@ def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noq
     )()
 
 
-def cast(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa: ARG001
+def cast(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     return draw.choice(
         [
             lambda: x.float(),
@@ -168,7 +178,7 @@ def cast(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa:
     )()
 
 
-def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa: ARG001
+def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     by = number(draw)
 
     def index(x: Tensor) -> Tensor:
@@ -199,9 +209,10 @@ def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # n
     )()
 
 
-def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa: ARG001
+def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     def hooked(x: Tensor) -> Tensor:
-        x.register_hook(lambda grad: grad * 2)
+        if x.grad_fn is not None:  # torch crashes for a view of what no_grad has changed
+            x.register_hook(lambda grad: grad * 2)
         return x
 
     def kept(x: Tensor) -> Tensor:
@@ -237,7 +248,7 @@ def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa:
     return x
 
 
-def without_gradient(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:  # noqa: ARG001
+def without_gradient(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     change = draw.choice(PROVEN + ANY[:2])
     with torch.no_grad() if draw.random() < 0.7 else torch.inference_mode():
         seen.append(change(x, draw, seen).clone())
@@ -290,10 +301,7 @@ def step(model: Drawn, draw: random.Random) -> tuple[Any, list[Any]]:
     outer = draw.random() < 0.1
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            if outer:
-                output = checkpoint(model, tokens, use_reentrant=False)
-            else:
-                output = model(tokens)
+            output = checkpoint(model, tokens, use_reentrant=False) if outer else model(tokens)
         if isinstance(output, Output):
             output = output.logits, output.loss
         logits, loss = output.values() if isinstance(output, dict) else output
@@ -323,8 +331,8 @@ def compare(seed: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deferred._Node, "loss", counted)
         error, found = step(again, random.Random(seed))
-    if str(error).startswith("pyfused.convert: expected register_hook"):
-        return "refused"
+    if str(error).startswith("pyfused.convert: expected"):
+        return "refused"  # gradients of logits without a loss, or changed beside a saved copy
     where = f"seed {seed}: {expected_error!r} became {error!r}"
     if "modified by an inplace operation" in str(expected_error) and error is None:
         return "error"  # a fused loss has saved less than torch's
@@ -352,7 +360,7 @@ def test_drawn_forwards(first: int) -> None:
     found = Counter(compare(seed) for seed in range(first, first + 50))
     assert found["without logits"] >= 5, found
     assert found["with logits"] >= 20, found
-    assert found["error"] + found["refused"] <= 10, found
+    assert found["refused"] <= 1, found
 
 
 # ---- a head that is more than its weight and bias ------------------------------------------------
@@ -365,7 +373,7 @@ class Model(nn.Module):
 
     factor = 1.25
 
-    def __init__(self, change: Callable[..., Any] = lambda _, logits: logits) -> None:
+    def __init__(self, change: Any = lambda _, logits: logits) -> None:
         super().__init__()
         torch.manual_seed(5)
         self.emb, self.head = nn.Embedding(50, 8), nn.Linear(8, 40)
@@ -436,8 +444,6 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_a_head_that_is_more_than_its_weight(name: str, when: str) -> None:
     if (name, when) == ("compiled", "before"):
         pytest.skip("convert refuses a model with a compiled part")
-    import torch.nn.utils.prune  # noqa: F401
-
     change, reason = CHANGES[name]
     plain, model = Model(), Model()
     remove = [change(plain.head)]
@@ -467,23 +473,351 @@ def test_a_head_that_is_more_than_its_weight(name: str, when: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_head_without_elements_or_of_another_class() -> None:
-    """What ZeRO-3 leaves of a weight, and a subclass put there later."""
+def test_a_weight_that_does_not_fit() -> None:
+    """A weight without elements, as ZeRO-3 leaves it, of another class, or on meta."""
 
     class Quantised(Tensor):
         pass
 
     model = pyfused.convert(Model(), head="head")
-    weight = model.head.weight
-    model.head.weight = nn.Parameter(torch.empty(0, 8))
-    with pytest.warns(RuntimeWarning, match="weight of its head has no elements"):
-        assert model(X).shape == (4, 16, 0) if model.head.bias is None else True
-    model.head.weight = nn.Parameter(weight.detach().as_subclass(Quantised))
-    with pytest.warns(RuntimeWarning, match="weight of its head is a Quantised"):
+    weight = model.head.weight.detach()
+    for other, reason in (
+        (weight[:0], "has no elements"),
+        (weight.as_subclass(Quantised), "is a Quantised"),
+        (weight.to("meta"), "is on meta, and its input on cpu"),
+    ):
+        model.head.weight = nn.Parameter(other)
+        warned = pytest.warns(RuntimeWarning, match=f"weight of its head {reason}")
+        with warned, contextlib.suppress(RuntimeError):  # of torch, for the bias
+            model(X)
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_the_head_of_a_checkpoint_within_the_forward() -> None:
+    """The checkpoint calls the head again when the model's call is over."""
+
+    class Checkpointed(Model):
+        def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
+            def loss_of(hidden: Tensor) -> Tensor:
+                return F.cross_entropy(self.head(hidden).flatten(0, 1), target)
+
+            hidden = self.embedded(x)
+            return None, checkpoint(loss_of, hidden, use_reentrant=self.change == "reentrant")
+
+    for kind in ("reentrant", "not reentrant"):
+        expected = results(Checkpointed(kind))
+        model = pyfused.convert(Checkpointed(kind), head="head")
+        torch.testing.assert_close(results(model), expected)
+
+
+# ---- what is the model's, and what an owner may do -----------------------------------------------
+
+
+class Sub(Model):
+    """A model that asks what it is, and changes what it has."""
+
+    def embedded(self, x: Tensor) -> Tensor:
+        assert isinstance(self, Sub)
+        assert isinstance(self.head, nn.Linear)
+        self.calls = getattr(self, "calls", 0) + 1
+        self._modules["emb"] = self.emb
+        return self.__class__.factor * super().embedded(x)
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The losses that were computed without logits."""
+    found: list[Tensor] = []
+    loss = deferred._Node.loss
+
+    def counted(*args: Any) -> Tensor:
+        found.append(loss(*args))
+        return found[-1]
+
+    monkeypatch.setattr(deferred._Node, "loss", counted)
+    return found
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda model: model,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "replica": lambda model: model._replicate_for_data_parallel(),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies(name: str, losses: list[Tensor]) -> None:
+    plain, model = Sub(_keep), Sub(_keep)
+    state = plain.state_dict()
+    expected = results(plain)
+    description = repr(model)
+    model = COPIES[name](pyfused.convert(model, head="head"))
+    if name == "replica":  # whose parameters are tensors that it is given
+        for place in ("emb", "head"):
+            part = getattr(model, place)._replicate_for_data_parallel()
+            for each, value in getattr(plain, place).named_parameters():
+                setattr(part, each, value)
+            model._modules[place] = part
+        torch.testing.assert_close(model(X, TARGET)[1].detach(), expected[0])
+    else:
+        torch.testing.assert_close(results(model), expected)
+        assert (repr(model), type(model).__name__) == (description, "Sub")
+        assert model.state_dict().keys() == state.keys()
+        plain.load_state_dict(model.state_dict())
+    assert losses
+    assert model(X, TARGET)[0] is None
+    assert model.calls == 2
+    assert "." in pyfused.revert(model)
+    assert (type(model), type(model.head)) == (Sub, nn.Linear)
+    assert model(X, TARGET)[0] is not None
+
+
+def _keep(_: Any, logits: Tensor) -> Tensor:
+    return logits
+
+
+def test_a_head_put_there_later(losses: list[Tensor]) -> None:
+    model, plain = pyfused.convert(Model(), head="head"), Model()
+    torch.manual_seed(9)
+    model.head = nn.Linear(8, 40)
+    plain.head = copy.deepcopy(model.head)
+    torch.testing.assert_close(results(model), results(plain))
+    assert losses
+
+
+def test_several_threads_call_one_model(losses: list[Tensor]) -> None:
+    model, expected = pyfused.convert(Model(), head="head"), Model()(X, TARGET)[1].detach()
+    found: list[Tensor] = []
+
+    def call() -> None:
+        found.extend(model(X, TARGET)[1].detach() for _ in range(20))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80
+    torch.testing.assert_close(torch.stack(found), expected.expand(80))
+    assert len(losses) >= 80
+
+
+def test_what_outlives_the_forward_is_computed() -> None:
+    """So that it is the logits of then, after a step of the optimiser too."""
+
+    def keep(model: Any, logits: Tensor) -> Tensor:
+        model.last = logits[:, :3]
+        return logits
+
+    plain, model = Model(keep), pyfused.convert(Model(keep), head="head")
+    with pytest.warns(RuntimeWarning, match="are read by what outlives its forward"):
+        results(model)
+    results(plain)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert type(model.last) is Tensor
+    torch.testing.assert_close(model.last, plain.last)
+
+
+def test_nothing_is_kept_of_a_call() -> None:
+    """Neither logits nor hidden states wait for the garbage collector."""
+    kept: list[Any] = []
+
+    def keep(_: Any, logits: Tensor) -> Tensor:
+        kept.append(weakref.ref(logits))
+        return logits.view(-1, 40)
+
+    model = pyfused.convert(Model(keep), head="head")
+    model.emb.register_forward_hook(lambda *a: kept.append(weakref.ref(a[-1])))
+    gc.disable()
+    try:
+        results(model)
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("changed", ["hidden", "weight"])
+def test_a_head_that_is_changed_before_its_loss(changed: str) -> None:
+    def change(model: Any, logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            (model.hidden if changed == "hidden" else model.head.weight).mul_(2)
+        return logits
+
+    class Changing(Model):
+        def embedded(self, x: Tensor) -> Tensor:
+            self.hidden = super().embedded(x).tanh()
+            return self.hidden
+
+    model = pyfused.convert(Changing(change), head="head")
+    with pytest.raises(RuntimeError, match=r"stay the same .* got one changed in place"):
+        model(X, TARGET)
+
+
+@pytest.mark.parametrize("how", ["register_hook", "retain_grad", "grad", "after a read"])
+def test_gradients_of_logits_whose_loss_was_computed_without_them(how: str) -> None:
+    def forward(model: Any, x: Tensor, target: Tensor) -> Any:
+        logits = model.head(model.embedded(x)).flatten(0, 1)
+        loss = F.cross_entropy(logits, target)
+        if how == "register_hook":
+            logits.register_hook(lambda grad: grad)
+        elif how == "retain_grad":
+            logits.retain_grad()
+        elif how == "grad":
+            torch.autograd.grad(loss, logits)
+        else:
+            logits.argmax()
+            logits.retain_grad()
+        return loss
+
+    class Late(Model):
+        pass
+
+    Late.forward = forward  # type: ignore[method-assign]
+    model = pyfused.convert(Late(), head="head")
+    with pytest.raises(RuntimeError, match="before their loss"):
+        model(X, TARGET)
+
+
+# ---- the first loss ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_first_loss_is_compared_once(
+    reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Large(Model):
+        def forward(self, x: Tensor, target: Tensor) -> Any:
+            logits = 8 * self.head(self.emb(x)).flatten(0, 1).float()
+            return None, F.cross_entropy(logits, target, reduction=reduction, ignore_index=3).sum()
+
+    calls: list[Any] = []
+    compare = causal_lm._loss_differs
+    monkeypatch.setattr(causal_lm, "ROWS_BYTES", 4 * 40 * 7)  # seven rows at a time
+    monkeypatch.setattr(
+        causal_lm, "_loss_differs", lambda *args: calls.append(compare(*args)) or calls[-1]
+    )
+    model = pyfused.convert(Large().to(dtype), head="head")
+    for _ in range(3):
+        results(model)
+    assert calls == [""]
+    no_target = torch.full_like(TARGET, 3)
+    model = pyfused.convert(Large().to(dtype), head="head")
+    model(X, no_target)  # says nothing, if it is NaN
+    model(X, TARGET)
+    assert calls[2:] in ([""], []), calls
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient", "finite"])
+def test_a_model_whose_first_loss_differs_is_reverted(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = deferred.linear_cross_entropy
+
+    def other(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        loss = right(input, *args, **kwargs)
+        if wrong == "finite":
+            return loss + math.nan
+        return loss * 1.01 if wrong == "loss" else loss + 0.001 * (input - input.detach()).sum()
+
+    expected = results(Model())
+    monkeypatch.setattr(deferred, "linear_cross_entropy", other)
+    model = pyfused.convert(Model(), head="head")
+    named = "gradient" if wrong == "gradient" else "loss"
+    with pytest.warns(RuntimeWarning, match=f"its {named} differs from torch's by .* from now on"):
+        found = results(model)
+    torch.testing.assert_close(found, expected)
+    assert type(model) is Model
+    torch.testing.assert_close(results(model), expected)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+def view_first(_: Any, logits: Tensor) -> Tensor:
+    view = logits.view(-1, 40)
+    logits.mul_(9.0)
+    return view
+
+
+def alias(_: Any, logits: Tensor) -> Tensor:
+    logits.float().masked_fill_(torch.arange(40) > 30, -1e9)
+    return logits
+
+
+def without_gradient_first(_: Any, logits: Tensor) -> Tensor:
+    with torch.no_grad():
+        view = logits.view(-1, 40)
+        logits.argmax(-1)
+    return view + 2 * logits.view(-1, 40)
+
+
+def broken(_: Any, logits: Tensor) -> Tensor:
+    view = 2 * logits
+    torch._dynamo.graph_break()
+    logits.mul_(3)
+    return view + logits
+
+
+COMPILED: list[tuple[Callable[..., Tensor], bool]] = [
+    (_keep, True),
+    (lambda _, x: 3 * torch.tanh(x.float().view(size=(-1, 40)) / 3), True),
+    (lambda model, x: x[:, 1:].reshape(-1, 40).repeat(2, 1)[:64] * model.factor, False),
+    (view_first, False),
+    (alias, False),
+    (without_gradient_first, False),
+    (broken, False),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo
+@pytest.mark.parametrize(("change", "fused"), COMPILED)
+def test_a_compiled_model(change: Callable[..., Tensor], fused: bool) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    names: list[str] = []
+
+    def forward(program: Any, _: Any) -> Any:
+        names.extend(str(node.target) for node in program.graph.nodes)
+        return program
+
+    expected = results(Model(change))
+    model = pyfused.convert(Model(change), head="head")
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda program, _: program)
+    compiled = torch.compile(model, backend=backend, fullgraph=change is not broken)
+    compiled(X, TARGET)[1].backward()
+    found = compiled(X, TARGET)[1].detach(), *(p.grad for p in model.parameters())
+    torch.testing.assert_close(found, expected)
+    assert any("linear_cross_entropy" in name for name in names) == fused
+    assert not (fused and any("addmm" in name for name in names)), names
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_logs_name_nothing_of_ours(caplog: pytest.LogCaptureFixture, losses: list[Tensor]) -> None:
+    class Own(Model):
+        def forward(self, x: Tensor, target: Tensor) -> Any:
+            logits = self.head(self.emb(x)).flatten(0, 1)
+            loss = pyfused.functional.cross_entropy(logits, target)
+            return None, loss + pyfused.nn.ReLU()(logits).sum()
+
+    reasons._said.clear()
+    with caplog.at_level(logging.INFO, "pyfused"):
+        results(pyfused.convert(Own(), head="head"))
+    assert losses
+    assert not any("Logits" in record.getMessage() for record in caplog.records)
+
+
+def test_a_read_is_told_once_of_a_model() -> None:
+    model = pyfused.convert(Model(lambda _, x: x[:, :, :20]), head="head")
+    with pytest.warns(RuntimeWarning, match="Model computes all of its logits: .* by indexing"):
         model(X)
-    model.head.weight = nn.Parameter(weight.detach().to("meta"))
-    with pytest.warns(RuntimeWarning, match="weight of its head is on meta, and its input on cpu"):
-        model(X)
+    model(X)  # a second warning would be an error
 
 
 if __name__ == "__main__":
@@ -495,9 +829,8 @@ if __name__ == "__main__":
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     found: Counter[str] = Counter()
     for seed in range(first, first + count):
-        try:
+        with contextlib.suppress(AssertionError):
             found[compare(seed)] += 1
-        except AssertionError as error:
-            found["differs"] += 1
-            print(str(error)[:400], flush=True)
+            continue
+        print(f"seed {seed} differs", flush=True)
     print(f"{count} forwards from {first}: {dict(found)}")
