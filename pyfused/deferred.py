@@ -141,7 +141,10 @@ def saved_here() -> saved_tensors_hooks:
     def unpack(saved: tuple[Tensor, int]) -> Tensor:
         tensor, version = saved
         if tensor._version != version:
-            raise RuntimeError("a tensor that backward needs has been changed in place")
+            raise RuntimeError(
+                "pyfused.convert: expected what backward needs of logits to stay the same, got it "
+                "changed in place"
+            )
         return tensor
 
     return saved_tensors_hooks(lambda tensor: (tensor.detach(), tensor._version), unpack)

@@ -294,11 +294,11 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
     )()
 
 
-def step(model: Drawn, draw: random.Random) -> tuple[Any, list[Any]]:
+def step(model: Drawn, draw: random.Random, checkpointed: bool = True) -> tuple[Any, list[Any]]:
     """The error of a step, or its loss, outputs and gradients."""
     tokens = torch.arange(12).view(3, 4) % 11
     autocast = draw.random() < 0.1
-    outer = draw.random() < 0.1
+    outer = draw.random() < 0.1 and checkpointed
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = checkpoint(model, tokens, use_reentrant=False) if outer else model(tokens)
@@ -319,7 +319,8 @@ def step(model: Drawn, draw: random.Random) -> tuple[Any, list[Any]]:
 def compare(seed: int) -> str:
     """Compares a drawn model with itself converted, and says how its loss was computed."""
     model = Drawn(seed)
-    expected_error, expected = step(model, random.Random(seed))
+    # A checkpoint around it hides from torch what was saved and changed in place since.
+    expected_error, expected = step(model, random.Random(seed), checkpointed=False)
     again = pyfused.convert(Drawn(seed), head="head")
     fused: list[deferred.Family] = []
     loss = deferred._Node.loss
@@ -348,9 +349,17 @@ def compare(seed: int) -> str:
         if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
             assert ours.dtype is theirs.dtype, where
             assert ours.requires_grad == theirs.requires_grad, where
-        torch.testing.assert_close(
-            ours, theirs, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{where}: {text}"
-        )
+            largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+            scaled = atol * max(1.0, largest if found[0] else 1.0)  # bfloat16 rounds terms of sums
+            torch.testing.assert_close(
+                *(ours, theirs),
+                rtol=rtol,
+                atol=scaled,
+                equal_nan=True,
+                msg=lambda text: f"{where}: {text}",
+            )
+        else:
+            assert ours is theirs is None, where
     return "without logits" if any(not family.computed for family in fused) else "with logits"
 
 
