@@ -136,7 +136,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     if type(head) not in (Linear, _HEAD):
         return f"its head is a {type(head).__name__}, and no plain torch.nn.Linear"
     if "forward" in vars(head):
-        return "the forward of its head was replaced, as by accelerate. Convert the model before"
+        return "the forward of its head was replaced, as accelerate does to offload it"
     if (
         head._forward_hooks
         or head._forward_pre_hooks

@@ -73,7 +73,8 @@ def convert(model: Model, *, head: str | None = None) -> Model:
         head: The name of the model's own :class:`torch.nn.Linear` that makes logits, where
             ``model`` is any language model, of whichever library, whose ``forward`` calls it and
             torch's cross-entropy. In training mode its logits are None where only the loss reads
-            them, and what else reads them gets them. Nothing is tried.
+            them, and what else reads them gets them. Nothing is tried before the first loss, which
+            is compared with torch's: if they differ, the model gets its own ``forward`` back.
 
     Returns:
         The same model.
