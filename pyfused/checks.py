@@ -36,7 +36,8 @@ Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 def tensor(name: str, value: Any, also: type | None = None) -> None:
     if not isinstance(value, TENSORS) and not (also is not None and isinstance(value, also)):
         expected = "a Tensor" + (f" or a {also.__name__}" if also is not None else "")
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+        hint = "; pass head.weight" if isinstance(value, torch.nn.Linear) else ""
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}{hint}")
 
 
 def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
@@ -296,7 +297,7 @@ def memory_budget(value: Any) -> None:
 
 
 def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str = "") -> None:
-    """Checks a layer's shapes and dtypes; messages put `whose` before the tensors' names."""
+    """Checks shapes, devices and dtypes; messages put `whose` before the tensors' names."""
     features, shape = input.shape[-1], weight.shape[:-1]
     if weight.dim() < 2 or weight.shape[-1] != features:
         swapped = weight.dim() == 2 and weight.shape[0] == features
@@ -311,6 +312,7 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str 
             f"{whose}linear_bias: expected shape {tuple(shape)}, got {tuple(bias.shape)}"
         )
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    layer_device(input, weight, bias, whose)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None or value.dtype is input.dtype:
             continue
@@ -318,6 +320,16 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str 
             raise RuntimeError(
                 f"{whose}linear_{name}: expected the {whose}input's {input.dtype}, got "
                 f"{value.dtype}"
+            )
+
+
+def layer_device(input: Tensor, weight: Any, bias: Any, whose: str = "") -> None:
+    """Raises for parameters on another device: torch reads memory beside a weight on meta."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        if isinstance(value, TENSORS) and value.device != input.device:
+            raise RuntimeError(
+                f"{whose}linear_{name}: expected the {whose}input's device {input.device}, got "
+                f"{value.device}"
             )
 
 

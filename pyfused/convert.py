@@ -12,7 +12,7 @@ from torch.nn import Module
 import pyfused.nn as nn
 from pyfused import causal_lm, gated_mlp
 from pyfused.ops.operators import OPERATORS
-from pyfused.subclass import is_fused, unfuse
+from pyfused.subclass import MARK, is_fused, unfuse
 
 Model = TypeVar("Model", bound=Module)
 
@@ -23,7 +23,6 @@ FUSED: dict[type[Module], type[Module]] = {
     if hasattr(torch.nn, op.module)
 }
 _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
-_MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
 
 
 class Left(NamedTuple):
@@ -74,7 +73,8 @@ def convert(model: Model, *, head: str | None = None) -> Model:
         head: The name of the model's own :class:`torch.nn.Linear` that makes logits, where
             ``model`` is any language model, of whichever library, whose ``forward`` calls it and
             torch's cross-entropy. In training mode its logits are None where only the loss reads
-            them, and what else reads them gets them. Nothing is tried.
+            them, and what else reads them gets them. Nothing is tried before the first loss, which
+            is compared with torch's: if they differ, the model gets its own ``forward`` back.
 
     Returns:
         The same model.
@@ -87,7 +87,7 @@ def convert(model: Model, *, head: str | None = None) -> Model:
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     for name in plan.swapped:
         module = modules[name]
-        if _MARK in vars(module):  # one that has several names is swapped once
+        if MARK in vars(module):  # one that has several names is swapped once
             continue
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
@@ -95,7 +95,8 @@ def convert(model: Model, *, head: str | None = None) -> Model:
             gated_mlp.fuse(module)
         else:
             causal_lm.fuse(module, head if name == "." else None)
-        setattr(module, _MARK, True)
+            continue
+        setattr(module, MARK, True)
     _log.info("convert: %s", plan)
     return model
 
@@ -142,10 +143,10 @@ def revert(model: Module) -> tuple[str, ...]:
     Raises:
         TypeError, ValueError: As in :func:`convert`.
     """
-    converted = [(name, module) for name, module in _modules(model) if _MARK in vars(module)]
+    converted = [(name, module) for name, module in _modules(model) if MARK in vars(module)]
     for _, module in converted:
-        if _MARK in vars(module):
-            delattr(module, _MARK)
+        if MARK in vars(module):
+            delattr(module, MARK)
             if is_fused(module):
                 unfuse(module)
             elif type(module) in _TORCH_CLASSES:

@@ -7,6 +7,7 @@ from functools import cache
 from types import new_class
 from typing import Any
 
+MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
 ForwardOf = Callable[..., Callable[..., Any]]  # a function of a module, so that pickle finds it
 
 

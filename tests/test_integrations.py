@@ -217,6 +217,40 @@ def test_copies_of_language_models(copied: Callable[[Any], Any]) -> None:
     assert model(**batch()).logits is None
 
 
+def offloaded(model: Any, how: str, folder: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    if how == "dispatch_model":
+        places = {"model": "cpu", "lm_head": "disk"}
+        accelerate.dispatch_model(model, places, offload_dir=folder, main_device="cpu")
+    elif how == "disk_offload":
+        accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@as_users_run_it
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
+def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
+    """accelerate gives the head another forward, and leaves its weight on meta."""
+    expected, model = language_model("Llama"), language_model("Llama")
+    offloaded(expected, how, tmp_path / "expected")
+    if when == "before":
+        offloaded(model, how, tmp_path / "model")
+        left = pyfused.plan_conversion(model).left
+        assert left[0].reason == "its forward was replaced"  # its own, too
+        pyfused.convert(model)
+    else:
+        pyfused.convert(model)
+        assert model(**batch()).logits is None
+        offloaded(model, how, tmp_path / "model")
+        with pytest.warns(RuntimeWarning, match="forward of its head was replaced"):
+            model(**batch())
+    output = model(**batch())
+    torch.testing.assert_close(output.loss, expected(**batch()).loss)
+    assert output.logits is not None
+
+
 def test_a_converted_language_model_is_freed_at_once() -> None:
     model = language_model("Llama")
     pyfused.convert(model)

@@ -598,3 +598,40 @@ def test_autocast_mixes_no_float64(
         pytest.raises(RuntimeError, match="linear_weight: expected the input's"),
     ):
         function(input, head, given.target)
+
+
+@pytest.mark.parametrize("name", ["linear_weight", "linear_bias", "teacher_linear_weight"])
+@pytest.mark.parametrize("rows", [2, 64])
+def test_parameters_on_another_device(name: str, rows: int) -> None:
+    """torch multiplies a CPU's input with a weight on meta, and so returns what memory holds."""
+    input, target = torch.randn(rows, 8), torch.zeros(rows, dtype=torch.int64)
+    indices, log_probs = torch.arange(3).expand(rows, 3), torch.full((rows, 3), -2.0)
+    layer = {"linear_weight": torch.randn(50, 8), "linear_bias": torch.randn(50)}
+    calls: list[Any] = [
+        lambda x, layer: fused.linear_cross_entropy(x, layer.pop("linear_weight"), target, **layer),
+        lambda x, layer: fused.linear_cross_entropy(
+            x, layer.pop("linear_weight"), target, z_loss=0.1, **layer
+        ),
+        lambda x, layer: fused.linear_cross_entropy_with_metrics(
+            x, layer.pop("linear_weight"), target, **layer
+        ),
+        lambda x, layer: fused.linear_log_probs(x, layer.pop("linear_weight"), target, **layer),
+        lambda x, layer: fused.linear_topk_kl_div(
+            x, layer.pop("linear_weight"), indices, log_probs, **layer
+        ),
+    ]
+    if name == "teacher_linear_weight":
+        layer = {name: torch.randn(50, 8)}
+        calls = [lambda x, layer: fused.linear_kl_div(x, torch.randn(50, 8), x, layer[name])]
+    for call in calls:
+        with pytest.raises(
+            (RuntimeError, ValueError), match=f"{name}: expected .* device {input.device}, got meta"
+        ):
+            call(input, layer | {name: layer[name].to("meta")})
+
+
+def test_a_layer_in_place_of_its_weight() -> None:
+    target = torch.zeros(4, dtype=torch.int64)
+    for function in (fused.linear_cross_entropy, fused.linear_log_probs):
+        with pytest.raises(TypeError, match=r"linear_weight: .* got Linear; pass head\.weight"):
+            function(torch.randn(4, 8), torch.nn.Linear(8, 50), target)  # type: ignore[arg-type]

@@ -97,6 +97,7 @@ def linear_cross_entropy(
     torch_options: Any = None,
     options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
 ) -> Any:
+    checks.layer_device(input, linear_weight, linear_bias)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         return _linear_cross_entropy(
             input,

@@ -87,7 +87,8 @@ def call(
         return result
     reference = op.aten_ if inplace else op.aten
     if reason is not SMALL:
-        say_once(op.name, str(reason))
+        if not hasattr(type(input), "_node"):  # of deferred logits, whose loss is fused after all
+            say_once(op.name, str(reason))
         if op.name in sizes.LINEAR:
             _warn_of_logits(op, arguments, str(reason))
         if patched is not None and not isinstance(input, Tensor):

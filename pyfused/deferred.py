@@ -1,0 +1,478 @@
+"""Logits that are computed when something else than their loss is asked.
+
+A head returns a tensor without memory, of a subclass that sees every operator by
+``__torch_function__``. A short list of reads is noted: views that keep rows whole, slices of rows,
+a cast to float32, a positive factor, a cap by tanh. The cross-entropy of what comes of these is
+``linear_cross_entropy``. Any other operator computes the logits, and all that was noted of them,
+by the same operators of torch, in the grad mode and under the autocast of then. The tensors without
+memory become these tensors by ``torch.utils.swap_tensors``, so that from then on nothing is
+imitated: views are views, and changes in place are seen through them.
+
+This was chosen over a class with a tensor's methods, of which each is one more thing to be right.
+torch swaps no tensor that C++ holds, such as an argument of an ``autograd.Function``: that one
+passes operators on to the computed logits, and has a gradient of its own.
+
+A compiler gets logits with memory, of a subclass with the same ``__torch_function__``: those that
+nobody reads are dead code of its program.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+from pyfused.functional import linear_cross_entropy
+
+LOSS = "its loss"
+PLAIN = (Tensor, Parameter)
+_METADATA = {
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.element_size, Tensor.get_device, Tensor.__hash__),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_cuda", "is_cpu")),
+}
+# Each keeps the elements' order, and so the rows, if the last dimension stays as long as it is.
+_VIEWS = {
+    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
+    *(Tensor.contiguous, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze),
+}
+_PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
+_QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide}
+_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+
+
+class Family:
+    """All that follows from one call of a head.
+
+    Attributes:
+        call: The model's call, whose ``accepts`` says whether a loss may take the kernels.
+        inputs: The hidden states, the head's weight and its bias.
+        uses: What their cross-entropy, and what else, was asked for, by name.
+        computed: Whether the logits have been computed.
+        nodes: Its tensors, until they are computed or the model's call is over.
+    """
+
+    def __init__(self, call: Any, *inputs: Any) -> None:
+        self.call, self.inputs = call, inputs
+        self.uses: list[str] = []
+        self.computed = False
+        self.nodes: list[_Node] = []
+        self.traced = is_dynamo_compiling()
+        self.context = _context(inputs[0].device.type)
+        self.versions = None if self.traced else _versions(inputs)
+
+    def logits(self) -> Any:
+        """Returns the head's output, which is not computed yet."""
+        hidden, weight, _ = self.inputs
+        if self.traced:
+            return _Node(self, hidden).tensor(F.linear(*self.inputs))
+        _, autocast, dtype, _ = self.context
+        shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
+        return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
+
+    def is_lazy(self) -> bool:
+        """Returns whether a read can be noted: all is as it was when the head was called."""
+        return not self.computed and self.context == _context(self.inputs[0].device.type)
+
+    def is_kept(self) -> bool:
+        """Returns whether anybody has a tensor that is not computed."""
+        return any(node.reference() is not None for node in self.nodes)
+
+    def compute(self, reader: str) -> None:
+        """Computes the logits and what was noted of them, once, and notes who asked."""
+        self.uses.append(reader)
+        if not self.computed and not self.traced:
+            with self.restored():
+                for node in self.nodes:
+                    if node.reference() is not None:
+                        node.compute()
+            for node in self.nodes:
+                node.real = node.real if node.held else None
+            self.nodes.clear()
+        self.computed = True
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Grad mode and autocast as they were when the head was called.
+
+        Raises:
+            RuntimeError: Its input or parameters have been changed in place since.
+        """
+        if _versions(self.inputs) != self.versions:
+            raise RuntimeError(
+                "pyfused.convert: expected a head whose input, weight and bias stay the same until "
+                "its logits are read, got one changed in place. Read the logits before, or revert "
+                "the model"
+            )
+        _, autocast, dtype, _ = self.context
+        cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
+        # A checkpoint would find that another moment has come when it recomputes.
+        saved = nullcontext() if hooks() is None else saved_here()
+        with torch.inference_mode(False), torch.enable_grad(), cast, saved:
+            yield
+
+
+def hooks() -> Any:
+    """Returns the hooks for saved tensors.
+
+    torch has no public name for that. Without it, a checkpoint within a model whose logits are read
+    there raises, as it finds other tensors saved when it recomputes.
+    """
+    if is_dynamo_compiling():
+        return None
+    return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+
+
+def saved_here() -> saved_tensors_hooks:
+    """Keeps tensors that are saved for backward from the hooks that are in effect."""
+
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        tensor, version = saved
+        if tensor._version != version:
+            raise RuntimeError(
+                "pyfused.convert: expected what backward needs of logits to stay the same, got it "
+                "changed in place"
+            )
+        return tensor
+
+    return saved_tensors_hooks(lambda tensor: (tensor.detach(), tensor._version), unpack)
+
+
+def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
+    """Returns what a call of torch depends on beside its arguments."""
+    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.is_grad_enabled(), autocast, dtype, hooks()
+
+
+def _versions(tensors: Any) -> list[tuple[int, int]]:
+    return [(x._version, x.data_ptr()) for x in tensors if x is not None]
+
+
+@dataclass(eq=False)
+class _Node:
+    """One tensor of a family: the head's output, or an operator of an earlier one.
+
+    It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, of ``x = linear(rows,
+    weight, bias)``.
+
+    Attributes:
+        operation: The operator of torch, its further arguments and keywords.
+        cast: The dtype that x was cast to, if it was.
+        example: A tensor of its shape, strides and dtype: on meta, or the compiler's own.
+        real: The computed tensor, and its version then.
+        held: Whether the tensor that stands for it could not become the computed one.
+    """
+
+    family: Family
+    rows: Tensor
+    parent: _Node | None = None
+    operation: tuple[Any, Any, Any] = (None, None, None)
+    cast: torch.dtype | None = None
+    scale: float = 1.0
+    cap: float | None = None
+    example: Any = None
+    real: Tensor | None = None
+    version: int = 0
+    held: bool = False
+    reference: Callable[[], Any] = lambda: None
+
+    def tensor(self, example: Tensor) -> Any:
+        """Returns the tensor that stands for it."""
+        self.example = example
+        if self.family.traced:
+            tensor: Any = example.as_subclass(TracedLogits)
+        else:
+            tensor = _Deferral.apply(self, *self.family.inputs)  # type: ignore[no-untyped-call]
+            self.reference = weakref.ref(tensor)
+            self.family.nodes.append(self)
+        tensor._node = self
+        return tensor
+
+    def compute(self) -> Tensor:
+        """Returns the computed tensor, which the one that stood for it becomes if it can."""
+        if self.real is None:
+            real = self.replay(_Node.compute)
+            if LOSS in self.family.uses:
+                vars(real).update(register_hook=_refuse, retain_grad=_refuse)
+            tensor, self.reference = self.reference(), lambda: None  # no weak reference is left
+            self.real = tensor if _becomes(tensor, real) else real
+            self.version = self.real._version
+            self.held = isinstance(tensor, _Logits)
+        return self.real
+
+    def replay(self, parent: Callable[[_Node], Tensor], input: Tensor | None = None) -> Tensor:
+        """Returns the tensor, computed by torch from what a function makes of its parent."""
+        if self.parent is None:
+            hidden, *layer = self.family.inputs
+            return F.linear(hidden if input is None else input, *layer)
+        function, args, kwargs = self.operation
+        if input is not None and (function in _VIEWS or function is Tensor.__getitem__):
+            return parent(self.parent)
+        result: Tensor = function(parent(self.parent), *args, **kwargs)
+        return result
+
+    def anew(self) -> Tensor:
+        """Returns another such tensor."""
+        return self.replay(_Node.anew)
+
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """Returns the logits of some rows, by torch's operators."""
+        return self.replay(lambda parent: parent.logits_of(rows), rows)
+
+    def read(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Returns the result of an operator that can be noted, or None of any other."""
+        if function is F.cross_entropy:
+            return self.cross_entropy(*args, **kwargs)
+        rows, scale, given = self.rows, self.scale, (*args, *kwargs.values())
+        only: Any = given[0] if len(given) == 1 else None
+        changed: dict[str, Any] = {}
+        if function in _VIEWS:
+            if not all(map(_is_size, given)):
+                return None
+        elif function is Tensor.__getitem__:
+            if not _keeps_rows(only, self.example.dim()):
+                return None
+            changed["rows"] = rows[only]
+        elif function is Tensor.to and type(only) is torch.device:
+            return tensor if only == rows.device else None
+        elif function is Tensor.float or (function is Tensor.to and only is torch.float32):
+            if self.example.dtype is torch.float64:
+                return None
+            changed["cast"] = torch.float32
+        elif function in _PRODUCTS or function in _QUOTIENTS:
+            if type(only) not in (int, float) or kwargs or not 0 < only < math.inf:
+                return None
+            scale *= only if function in _PRODUCTS else 1 / only
+            if not 0 < scale < math.inf:
+                return None
+            changed["scale"] = 1.0 if math.isclose(scale, 1.0) else scale
+        elif function in (Tensor.tanh, torch.tanh) and not given and self.cap is None:
+            changed["cap"] = 1 / scale
+        else:
+            return None
+        result = function(self.example, *args, **kwargs)
+        if result is self.example:
+            return tensor
+        if function in _VIEWS:
+            if result.shape[-1:] != self.example.shape[-1:]:
+                return None
+            changed["rows"] = rows.reshape(*result.shape[:-1], rows.shape[-1])
+        state = {"rows": rows, "cast": self.cast, "scale": scale, "cap": self.cap} | changed
+        node = _Node(self.family, parent=self, operation=(function, args, kwargs), **state)
+        return node.tensor(result)
+
+    def cross_entropy(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: Any = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor | None:
+        """Returns what torch's function of this name returns, or None where it has to do it."""
+        legacy = weight is not None or size_average is not None or reduce is not None
+        plain = self.family.traced or type(target) in PLAIN
+        if legacy or not plain or target.is_floating_point() or self.rows.dim() != 2:
+            return None
+        options = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
+        if not self.family.traced:
+            with self.family.restored():
+                if not self.family.call.accepts(self, target, options):
+                    return None
+        self.family.uses.append(LOSS)
+        return self.loss(self.rows, target, options)
+
+    def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+        _, weight, bias = self.family.inputs
+        options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
+        return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, (tuple, list)) and all(map(_is_size, value)))
+
+
+def _keeps_rows(index: Any, dimensions: int) -> bool:
+    """Returns whether an index takes whole rows, and leaves the last dimension as it is."""
+    given = list(index) if type(index) is tuple else [index]
+    for each in given:
+        bounds = (each.start, each.stop, each.step) if type(each) is slice else ()
+        plain = type(each) in (int, slice, EllipsisType)
+        if not plain or not all(type(bound) in (int, type(None)) for bound in bounds):
+            return False
+    if ... in given:
+        place = given.index(...)
+        given[place : place + 1] = [slice(None)] * (dimensions - len(given) + 1)
+    return len(given) < dimensions or (len(given) == dimensions and given[-1] == slice(None))
+
+
+def _becomes(tensor: Any, real: Tensor) -> bool:
+    """Swaps two tensors, unless something in C++ or a weak reference has either of them."""
+    if tensor is None:
+        return False
+    vars(real).update({name: value for name, value in vars(tensor).items() if name != "_node"})
+    try:
+        torch.utils.swap_tensors(tensor, real)
+    except RuntimeError:
+        if type(tensor) is not DeferredLogits:  # half swapped
+            raise
+        return False
+    return True
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    """Raises for a hook, or a wish for a gradient, that would not see a loss."""
+    raise RuntimeError(
+        "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
+        "their loss, which has been computed without them, got it after. Call it before, or revert "
+        "the model"
+    )
+
+
+# ---- the tensors that stand for them -------------------------------------------------------------
+
+
+class _Logits(Tensor):
+    """What a head has returned."""
+
+    _node: Any = None
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, tensor = kwargs or {}, args[0] if args else None
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _METADATA:
+                return function(*args, **kwargs)
+            if isinstance(tensor, _Logits) and tensor._node.family.is_lazy():
+                result = tensor._node.read(tensor, function, args[1:], kwargs)
+                if result is not None:
+                    return result
+            found: list[Any] = []
+            _mapped(found.append, (args, kwargs))
+            for each in found:
+                if isinstance(each, _Logits):  # and not swapped with its family just now
+                    _compute(each, function)
+        return function(*_mapped(computed, args), **_mapped(computed, kwargs))
+
+
+class TracedLogits(_Logits):
+    """Logits in a compiler's program, whose memory is the compiler's concern."""
+
+
+class DeferredLogits(_Logits):
+    """Logits without memory."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Computes an operator that C++ has called, of other logits of the same values."""
+        if function._schema.is_mutable:
+            raise RuntimeError(
+                f"pyfused.convert: expected no change in place of a converted model's logits by "
+                f"compiled code, got {function}. Revert the model"
+            )
+        return function(*_mapped(_values, args), **_mapped(_values, kwargs or {}))
+
+
+class _Deferral(torch.autograd.Function):
+    """Makes a tensor without memory, whose gradient goes to the head's input and parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, hidden: Tensor, *_: Any) -> Tensor:
+        ctx.node, example = node, node.example
+        return Tensor._make_wrapper_subclass(  # which torch's page on extending it names
+            DeferredLogits,
+            example.shape,
+            strides=example.stride(),
+            dtype=example.dtype,
+            device=hidden.device,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        node, inputs = ctx.node, ctx.node.family.inputs
+        if node.real is not None and node.real._version != node.version:
+            raise RuntimeError(
+                "pyfused.convert: expected logits that are not changed in place beside an "
+                "autograd.Function that takes them, got such ones. Revert the model"
+            )
+        needed, create_graph = ctx.needs_input_grad[1:], torch.is_grad_enabled()
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        with node.family.restored():
+            found = torch.autograd.grad(node.anew(), wanted, grad_output, create_graph=create_graph)
+        gradients = iter(found)
+        return None, *(next(gradients) if need else None for need in needed)
+
+
+def _compute(tensor: Any, function: Any) -> None:
+    """Computes a tensor's family for an operator.
+
+    Raises:
+        RuntimeError: The operator's result would lack a gradient.
+    """
+    family = tensor._node.family
+    if not family.traced and getattr(tensor.grad_fn, "node", None) is not tensor._node:
+        raise RuntimeError(
+            "pyfused.convert: expected no autograd.Function that changes logits in place or "
+            "returns them, got one. Revert the model"
+        )
+    family.compute(_name_of(function))
+    if function in _OF_GRADIENTS and LOSS in family.uses:
+        _refuse()
+
+
+def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """Returns arguments with deferred logits changed by a function."""
+    if type(x) is dict:
+        return {key: _mapped(change, value) for key, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)([_mapped(change, item) for item in x])
+    return change(x) if isinstance(x, _Logits) else x
+
+
+def computed(tensor: Any) -> Any:
+    """Returns the computed logits in place of a tensor that has not become them."""
+    if isinstance(tensor, TracedLogits):
+        return tensor._node.example
+    return tensor._node.real if isinstance(tensor, DeferredLogits) else tensor
+
+
+def _values(tensor: Any) -> Tensor:
+    node: _Node = tensor._node
+    if node.real is not None:
+        return node.real.detach()
+    with node.family.restored(), torch.no_grad():
+        return node.anew().to(node.example.dtype)
+
+
+def _name_of(function: Any) -> str:
+    if is_dynamo_compiling():
+        return "an operator"
+    name = getattr(function, "__name__", str(function))
+    name = function.__self__.__name__ if name in ("__get__", "__set__") else name.strip("_")
+    return "indexing" if name == "getitem" else name
+
+
+def is_deferred(value: Any) -> bool:
+    return isinstance(value, _Logits)
