@@ -33,6 +33,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from pyfused import torch_internals
 from pyfused.functional import linear_cross_entropy
 
 LOSS = "its loss"
@@ -127,12 +128,10 @@ class Family:
 def hooks() -> Any:
     """Returns the hooks for saved tensors.
 
-    torch has no public name for that. Without it, a checkpoint within a model whose logits are read
-    there raises, as it finds other tensors saved when it recomputes.
+    Without them, a checkpoint within a model whose logits are read there raises, as it finds other
+    tensors saved when it recomputes.
     """
-    if is_dynamo_compiling():
-        return None
-    return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    return None if is_dynamo_compiling() else torch_internals.saved_tensors_hooks(True)
 
 
 def saved_here() -> saved_tensors_hooks:

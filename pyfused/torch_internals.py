@@ -91,7 +91,7 @@ def traces_compiler() -> bool:
 graph_is_retained: Callable[[], bool] = _optional(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
-_saved_tensors_hooks: Callable[[bool], Any] = _optional(
+saved_tensors_hooks: Callable[[bool], Any] = _optional(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )
 
@@ -105,7 +105,7 @@ def is_observed() -> bool:
     """Returns whether a call that is made twice would be noticed, other than by its time."""
     return (
         _graph_task() != -1  # a backward pass is running
-        or _saved_tensors_hooks(True) is not None
+        or saved_tensors_hooks(True) is not None
         or torch.is_anomaly_enabled()
         or _profiler_is_on()
     )
@@ -130,7 +130,7 @@ def _checkpoint() -> Any:
     The hooks of a forward pass and of its recomputation have it; torch has no other way to it.
     Without it, a mode around the forward pass alone is the error that torch raises.
     """
-    hooks = _saved_tensors_hooks(True)
+    hooks = saved_tensors_hooks(True)
     pack = inspect.unwrap(hooks[0]) if hooks else None
     for cell in getattr(pack, "__closure__", None) or ():
         record = cell.cell_contents

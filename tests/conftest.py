@@ -37,6 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="what starts processes, builds packages or runs examples, too; --full implies it",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "thresholds: small inputs go to torch, as they do for users")
     config.addinivalue_line("markers", "cpu: what only the C++ kernels do, or torch on CPUs")
@@ -66,6 +73,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("thresholds: no size is torch's where a backend is forced")
     if item.get_closest_marker("large") and not grid.FULL:
         pytest.skip("large: run with --full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("slow") or config.getoption("full"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @contextlib.contextmanager
