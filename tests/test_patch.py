@@ -194,6 +194,52 @@ def test_a_missing_dim_is_warned_of_at_the_line_that_torch_names(call: Any) -> N
     assert lines[0] == lines[1] != []
 
 
+OVERWRITING = [
+    name for name in NAMES if "inplace" in inspect.signature(getattr(F, name)).parameters
+]
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_any_object_says_whether_to_overwrite(name: str) -> None:
+    """torch takes its truth value; an element of a tensor or array may be one."""
+    call, required = getattr(F, name), OPERATORS[name].required
+    no_number = torch.tensor([1, 2])
+
+    def outcomes() -> list[Any]:
+        found: list[Any] = []
+        for inplace in (None, 0, 2, -1.5, "", "yes", [], [0], torch.tensor(1), no_number):
+            x = X.clone()
+            try:
+                y = call(x, *required.values(), inplace=inplace)
+                found += [y, x, y is x]
+            except Exception as error:
+                found += [type(error), str(error)]
+        return found
+
+    expected = outcomes()
+    with pyfused.patch():
+        got = outcomes()
+    for one, another in zip(got, expected, strict=True):
+        if isinstance(another, Tensor):
+            torch.testing.assert_close(one, another)
+        else:
+            assert one == another
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_whether_to_overwrite_may_be_traced(name: str) -> None:
+    def step(x: Tensor, inplace: bool) -> Tensor:
+        return getattr(F, name)(x, **OPERATORS[name].required, inplace=inplace)
+
+    def graph() -> list[Any]:
+        nodes = torch.fx.symbolic_trace(step).graph.nodes
+        return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes]
+
+    expected = graph()
+    with pyfused.patch():
+        assert graph() == expected
+
+
 # ---- what defines __torch_function__ ------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.ops import TORCH_OPS, reasons, sizes
 from pyfused.ops.declaration import Arguments, Operand, Operator
+from pyfused.ops.originals import definition
 from pyfused.ops.reasons import FUSED, SMALL, say_once
 from pyfused.types import Options
 
@@ -76,6 +77,7 @@ def call(
         _warn_once(op.name, ours)
         return result
     reference = op.aten_ if inplace else op.aten
+    shown = False  # to subclasses and modes, whose own code may call what is patched
     if reason is not SMALL:
         say_once(op.name, str(reason))
         if op.name in sizes.LINEAR:
@@ -84,8 +86,12 @@ def call(
             return patched(*given)
         if has_torch_function(arguments):
             reference = op.reference_ if inplace else op.reference
+            shown = True
     try:
-        return reference(*arguments)
+        if shown or (reason is SMALL and op.definition is None) or is_dynamo_compiling():
+            return reference(*arguments)
+        with definition:
+            return reference(*arguments)
     except _ERRORS as error:
         if patched is None:
             _check(op, arguments, error)
