@@ -17,6 +17,8 @@ if (_folder.parent / "csrc").is_dir() and not any(_folder.glob("_cpu_*")):
     if (_installed := PathFinder.find_spec("pyfused", _others)) is not None:
         __path__[:] = _installed.submodule_search_locations or ()
 
+__version__ = "0.1.0"
+
 from pyfused.startup import launch  # noqa: E402 from the folder that __path__ names
 
 if (_arguments := launch.asked()) is not None:
@@ -52,4 +54,3 @@ __all__ = [
     "revert",
     "unpatch",
 ]
-__version__ = "0.1.0"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn import Parameter
 
-from pyfused.ops import custom_operators, dispatch, inductor, reasons
+from pyfused.ops import custom_operators, dispatch
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.declaration import Arguments, Operator
@@ -47,21 +47,20 @@ class Counting:
         self.counts, self.compare = counts, compare
         self.began, self.spent = perf_counter(), defaultdict[str, float](float)
         self.plan_of, self.is_small = dispatch.plan_of, dispatch.is_small
-        self.compute, self.left = custom_operators.compute, inductor.left
+        self.compute = custom_operators.compute
 
     def start(self) -> None:
-        self._replace(self._plan_of, self._is_small, self._compute, self._left)
+        self._replace(self._plan_of, self._is_small, self._compute)
 
     def stop(self) -> None:
-        self._replace(self.plan_of, self.is_small, self.compute, self.left)
+        self._replace(self.plan_of, self.is_small, self.compute)
 
-    def _replace(self, plan_of: Any, is_small: Any, compute: Any, left: Any) -> None:
+    def _replace(self, plan_of: Any, is_small: Any, compute: Any) -> None:
         for module, name, function in (
             (dispatch, "plan_of", plan_of),
             (dispatch, "is_small", is_small),
             (sys.modules["pyfused.patch"], "is_small", is_small),  # its name is the function's, too
             (custom_operators, "compute", compute),
-            (inductor, "left", left),
         ):
             setattr(module, name, function)
 
@@ -82,10 +81,6 @@ class Counting:
     def _compute(self, op: str, function: Any, given: Arguments, *backward: Any) -> Any:
         self.counts.compiled[op] += not backward
         return self.compute(op, function, given, *backward)
-
-    def _left(self, op: str) -> None:
-        self.counts.left[op, reasons.FUSED] += 1
-        self.left(op)
 
     def _count(
         self, plan: dispatch.Plan, op: Operator, arguments: Arguments, inplace: bool

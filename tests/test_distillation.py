@@ -20,7 +20,7 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops import chunked, distillation, reasons, sizes
+from pyfused.ops import TORCH_OPS, chunked, distillation, reasons, sizes
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import DivergenceOptions
 
@@ -633,7 +633,7 @@ def test_custom_operator(op: str) -> None:
         options = DivergenceOptions(
             reduction=reduction, token_weight=torch.rand(N), temperature=2.0, beta=0.5
         )
-        operator = getattr(torch.ops.pyfused, op).default
+        operator = getattr(TORCH_OPS, op).default
         for in_forward in (False, reduction == "mean"):
             wanted = [in_forward and x.requires_grad for x in tensors[: OPERATORS[op].student]]
             torch.library.opcheck(operator, (*tensors, *options.values(), wanted))

@@ -19,7 +19,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import chunk_sizes, chunked
+from pyfused.ops import TORCH_OPS, chunk_sizes, chunked
 from pyfused.types import HeadOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -316,7 +316,7 @@ def test_custom_operator() -> None:
         for in_forward in (False, reduction == "mean"):
             wanted = [in_forward and tensor.requires_grad for tensor in arguments[:4]]
             torch.library.opcheck(
-                torch.ops.pyfused.linear_cross_entropy.default,
+                TORCH_OPS.linear_cross_entropy.default,
                 (*arguments, *options.values(), wanted),
             )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops import chunked
+from pyfused.ops import TORCH_OPS, chunked
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     INDEX,
@@ -507,7 +507,7 @@ def test_custom_operator(op: str) -> None:
     tensors = draw(op)
     given = [tensors[operand.name] for operand in OPERATORS[op].operands]
     options = LogProbsOptions(softcap=9.0, temperature=2.0)
-    operator = getattr(torch.ops.pyfused, op).default
+    operator = getattr(TORCH_OPS, op).default
     torch.library.opcheck(operator, (*given, *options.values()))
 
 

@@ -14,7 +14,9 @@ from torch.autograd.graph import increment_version
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.layout import is_dense, layouts
+from pyfused.ops import TORCH_OPS
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
+from pyfused.ops.dispatch import is_compiled
 from pyfused.ops.gradients import apply, autocast_dtype, differentiate, gradients_in_forward
 from pyfused.types import (
     CrossEntropyOptions,
@@ -327,3 +329,17 @@ class MultilabelMarginLoss(MultiMarginLoss):
 
     def define(self, given: ClassLossArguments) -> Tensor:
         return self.reference(given.input, given.target, reduction=given.options.reduction)
+
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
+        return self.compiled if is_compiled(arguments[0]) else super().plan(arguments, inplace)
+
+    def compiled(self, arguments: Arguments) -> Tensor:
+        """Returns the loss in a compiled program, of any size and reduction.
+
+        torch's own is wrong there: it counts what follows the end of a row of labels.
+        """
+        input, target, _, options = self.checked(arguments)
+        input = input.to(autocast_dtype(input.dtype, input.device))
+        operator = TORCH_OPS.multilabel_margin_loss
+        loss: Tensor = operator(input, target, None, None, options.reduction)
+        return loss

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_cow_tensor as is_lazy_clone  # type: ignore[attr-defined]
 
-from pyfused.ops.originals import definition
+from pyfused.ops.originals import torch_alone
 from pyfused.ops.reasons import say_once
 from pyfused.types import Gradients
 
@@ -78,7 +78,7 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
         plan, gradients = ctx.plan, ctx.gradients
         if second_order(plan.name, grad_output):
-            with definition:
+            with torch_alone:
                 gradients = plan.define(ctx, grad_output)
         elif gradients is None:
             gradients = plan.backward(ctx, grad_output)

@@ -16,7 +16,7 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     """Returns a Python function over the code that it has now; a built-in has no other.
 
     Its globals are torch's, so that subclasses and modes see torch's function. So it may call other
-    functions that are patched, as ``selu`` calls ``torch.selu``: call it within `definition`.
+    functions that are patched, as ``selu`` calls ``torch.selu``: call it within `torch_alone`.
     """
     if not isinstance(function, FunctionType):
         return function
@@ -28,7 +28,7 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     return copy
 
 
-class _Definition(threading.local):
+class _TorchAlone(threading.local):
     """Entered while torch's definition of an operator is computed.
 
     Patched functions are torch's meanwhile: a definition that called one would come back to the
@@ -44,4 +44,4 @@ class _Definition(threading.local):
         self.depth -= 1
 
 
-definition = _Definition()
+torch_alone = _TorchAlone()
