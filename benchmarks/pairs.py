@@ -29,12 +29,11 @@ import torch
 from cases import CASES, HEADLINES, MODES, OPS, TORCH, TRAINING, Case, Step, draw, step, timers_of
 from report import ROOT, spread, tabulated
 from rich.progress import track
-from torch._inductor import config as inductor
 from torch.nn import functional
 
 import pyfused.functional
 from pyfused.backends import cpu
-from pyfused.ops import dispatch, sizes
+from pyfused.ops import dispatch
 
 
 def cells(times: cases.Times) -> list[str]:
@@ -228,20 +227,15 @@ def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.T
 def compiled(options: Namespace) -> None:
     """Programs with torch's operators and with pyfused's, both under torch.compile.
 
-    pyfused leaves small ones to Inductor (COMPILED in pyfused/ops/sizes.py). Here it takes
-    all, so that the table shows from which size on that is worth it. Behind arithmetic that
-    Inductor fuses with it, an operator is to be as fast as without pyfused.
+    Both are the same where COMPILED in pyfused/ops/sizes.py leaves a call to Inductor. A custom
+    operator is a wall to it, behind arithmetic and behind a cast, too.
     """
     cases.settle_allocator()
-    sizes.COMPILED.update(dict.fromkeys(sizes.COMPILED, (0, 0)))
-    inductor.fx_graph_cache = False  # the key of a program on disk says nothing of the table
     rows = []
     for case in cases.chosen(CASES, options.k):
         logits = case.op == "cross_entropy"
         for words, before in BEFORE.items():
             if case.autocast or ("float32" in words) > (logits and case.dtype is cases.BF16):
-                continue
-            if logits and "behind" in words:  # where its operator stays
                 continue
             arguments = draw(case)
             both = [program(each, case, before) for each in (TORCH, pyfused.functional)]

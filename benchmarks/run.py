@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("allocators", "pairs.allocators", "time large cases by allocator", named)
     add("--seconds", type=float, default=12, help="for a case")
     add("--json", type=Path, help="where the report is to find it")
-    words = "time programs under torch.compile, where Inductor is to fuse and where not"
+    words = "time programs under torch.compile, with torch's operators and with pyfused's"
     add = command("compiled", "pairs.compiled", words, named)
     add("--seconds", type=float, default=3, help="for a case and mode")
     words = "time what a call of 80 elements costs beyond torch's"

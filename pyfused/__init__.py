@@ -17,6 +17,8 @@ if (_folder.parent / "csrc").is_dir() and not any(_folder.glob("_cpu_*")):
     if (_installed := PathFinder.find_spec("pyfused", _others)) is not None:
         __path__[:] = _installed.submodule_search_locations or ()
 
+__version__ = "0.1.0"
+
 try:
     from pyfused import functional, memory, nn
     from pyfused.convert import convert, plan_conversion, revert
@@ -47,4 +49,3 @@ __all__ = [
     "revert",
     "unpatch",
 ]
-__version__ = "0.1.0"

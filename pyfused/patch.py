@@ -24,7 +24,8 @@ from pyfused.ops import dispatch
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
 from pyfused.ops.dispatch import is_small
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.originals import original
+from pyfused.ops.originals import original, torch_alone
+from pyfused.ops.sizes import COMPILED
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -76,9 +77,12 @@ class _Function:
 
     def put(self, code: Any) -> None:
         # The compiler puts torch's functions into graphs, and keeps what it made of these on disk,
-        # by the functions' names. With this attribute it reads another function instead. The copy
-        # with torch's own code must not have it, as it would point back to this function.
-        if code is self.ours:
+        # by the functions' names. With this attribute it reads another function instead, which may
+        # choose a custom operator. The copy with torch's own code must not have it, as it would
+        # point back to this function.
+        if self.op.name not in COMPILED and self.function.__name__ == self.name:
+            pass  # torch's in a graph, whatever the code
+        elif code is self.ours:
             self.function._torchdynamo_inline = self.traced
             vars(self.copy).pop("_torchdynamo_inline", None)
         else:
@@ -156,6 +160,8 @@ class _BuiltIn:
                     # Passes over the graph compare its functions with torch's names by identity.
                     return handle_torch_function(stand_in, arguments, *args, **kwargs)
                 return shown(*args, **kwargs)
+            if torch_alone.depth and not is_dynamo_compiling():
+                return torch_function(*args, **kwargs)
             torch_ = functools.partial(torch_function, **kwargs) if kwargs else torch_function
             return dispatch.call(op, arguments, inplace, torch_, args)
 
@@ -203,14 +209,14 @@ def _fused(
         shortest: The same where no subclass or mode is to see the call.
     """
 
-    def call(arguments: Arguments, inplace: bool = False) -> Any:
-        torch_function = torch_functions[inplace]
+    def call(arguments: Arguments, *inplace: Any) -> Any:
         if has_torch_function(arguments):
-            return torch_function(*arguments)
-        if not is_dynamo_compiling() and is_small(op, arguments):
-            return shortest[inplace](*arguments)
+            return torch_functions[0](*arguments, *inplace)
+        overwrites = bool(inplace and inplace[0])  # torch takes any object's truth value
+        if not is_dynamo_compiling() and (torch_alone.depth or is_small(op, arguments)):
+            return shortest[overwrites](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
-        return dispatch.call(op, bound, inplace, torch_function, arguments)
+        return dispatch.call(op, bound, overwrites, torch_functions[overwrites], arguments)
 
     return call
 

@@ -36,7 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="every combination of parameters, and what takes minutes, gigabytes or a build",
     )
 
-
     parser.addoption(
         "--slow",
         action="store_true",

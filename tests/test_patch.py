@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 from pyfused.ops import reasons
+from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 
 NAMES = [name for name in OPERATORS if isinstance(getattr(F, name, None), FunctionType)]
@@ -192,6 +193,52 @@ def test_a_missing_dim_is_warned_of_at_the_line_that_torch_names(call: Any) -> N
             call(X)
         lines.append([(warning.filename, warning.lineno) for warning in seen])
     assert lines[0] == lines[1] != []
+
+
+OVERWRITING = [
+    name for name in NAMES if "inplace" in inspect.signature(getattr(F, name)).parameters
+]
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_any_object_says_whether_to_overwrite(name: str) -> None:
+    """torch takes its truth value; an element of a tensor or array may be one."""
+    call, required = getattr(F, name), OPERATORS[name].required
+    no_number = torch.tensor([1, 2])
+
+    def outcomes() -> list[Any]:
+        found: list[Any] = []
+        for inplace in (None, 0, 2, -1.5, "", "yes", [], [0], torch.tensor(1), no_number):
+            x = X.clone()
+            try:
+                y = call(x, *required.values(), inplace=inplace)
+                found += [y, x, y is x]
+            except Exception as error:
+                found += [type(error), str(error)]
+        return found
+
+    expected = outcomes()
+    with pyfused.patch():
+        got = outcomes()
+    for one, another in zip(got, expected, strict=True):
+        if isinstance(another, Tensor):
+            torch.testing.assert_close(one, another)
+        else:
+            assert one == another
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_whether_to_overwrite_may_be_traced(name: str) -> None:
+    def step(x: Tensor, inplace: bool) -> Tensor:
+        return getattr(F, name)(x, **OPERATORS[name].required, inplace=inplace)
+
+    def graph() -> list[Any]:
+        nodes = torch.fx.symbolic_trace(step).graph.nodes
+        return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes]
+
+    expected = graph()
+    with pyfused.patch():
+        assert graph() == expected
 
 
 # ---- what defines __torch_function__ ------------------------------------------------------------
@@ -593,13 +640,41 @@ def test_what_was_compiled_while_patched_is_compiled_anew() -> None:
         graphs.append({node.target for node in graph.graph.nodes if node.op == "call_function"})
         return graph
 
-    compiled = torch.compile(lambda x: F.relu(x) + 1, fullgraph=True, backend=backend)
+    compiled = torch.compile(lambda x: F.mse_loss(x, x + 1), fullgraph=True, backend=backend)
     with pyfused.patch():
         compiled(X)
-    assert F.relu not in graphs[-1]  # what pyfused's function calls is
+    assert F.mse_loss not in graphs[-1]  # what pyfused's function calls is
     compiled(X)
-    assert F.relu in graphs[-1]
+    assert F.mse_loss in graphs[-1]
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(OPERATORS[n], Activation)])
+def test_a_compiled_activation_is_named_by_torchs_function(name: str) -> None:
+    """In the compiler's graph, and in an exported one, where torch's passes look for it."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(F, name)(x, **OPERATORS[name].required) + 1
+
+    def sources() -> list[Any]:
+        graphs: list[list[Any]] = []
+
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+            graphs.append([node.target for node in graph.graph.nodes if "call" in node.op])
+            return graph
+
+        torch.compiler.reset()
+        torch.compile(Model(), fullgraph=True, backend=backend)(X)
+        exported = torch.export.export(Model(), (X,), strict=True)
+        return [*graphs, *[node.meta.get("source_fn_stack") for node in exported.graph.nodes]]
+
+    if name == "threshold":
+        pytest.skip("torch's is F._threshold, which its compiler does not know by name")
+
+    expected = sources()
+    with pyfused.patch():
+        assert sources() == expected
 
 
 def scripted(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.layout import is_dense
+from pyfused.ops import custom_operator
 from pyfused.ops.declaration import Arguments, Operator, reduction_of
 from pyfused.ops.gradients import apply, autocast_dtype, differentiate, gradients_in_forward
 from pyfused.ops.loss_plan import Launch, LossPlan
@@ -284,3 +285,14 @@ class MultilabelMarginLoss(MultiMarginLoss):
 
     def define(self, given: ClassLossArguments) -> Tensor:
         return self.reference(given.input, given.target, reduction=given.options.reduction)
+
+    def compiled(self, arguments: Arguments) -> Tensor:
+        """Returns the loss in a compiled program, of any size and reduction.
+
+        torch's own is wrong there: it counts what follows the end of a row of labels.
+        """
+        input, target, _, options = self.checked(arguments)
+        input = input.to(autocast_dtype(input.dtype, input.device))
+        operator = custom_operator(self.name)
+        loss: Tensor = operator(input, target, None, None, options.reduction)
+        return loss

@@ -21,19 +21,18 @@ from torch import Tensor
 from pyfused import ops
 from pyfused.backends import backend_of, cross_entropy_once
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import NAMESPACE, TORCH_OPS, inductor
-from pyfused.ops.activation import Activation
+from pyfused.ops import NAMESPACE, TORCH_OPS
 from pyfused.ops.chunked import LossArguments, gradients_of
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
 from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.elementwise import GAUSSIAN_NLL_LOSS
 from pyfused.ops.gradients import differentiate
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, MULTILABEL_MARGIN_LOSS, OPERATORS
-from pyfused.ops.pointwise_loss import Gated, TensorLoss
+from pyfused.ops.originals import torch_alone
+from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.ops.row_loss import RowLoss
 from pyfused.ops.row_state import gradient_of_logits
-from pyfused.ops.softmax import Softmax
+from pyfused.ops.sizes import COMPILED
 from pyfused.types import (
     RESULTS,
     STATE_FIELDS,
@@ -55,7 +54,6 @@ _SCHEMA = {  # of the types of fields
     "Tensor | None": "Tensor?",
     "torch.dtype | None": "ScalarType?",
 }
-_LOSS = Outputs()
 _NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?", "dim": "int", "dtype": "ScalarType?"}
 
 
@@ -63,8 +61,7 @@ _NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?", "dim": "int", "dtype"
 class CompiledOperator:
     """What the custom operators of an operator are made of.
 
-    Their functions take the arguments in the order of the schema. Those of the gradients take the
-    output in the input's place where that is what is saved.
+    Their functions take the arguments in the order of the schema.
 
     Attributes:
         schema: The arguments' schema; the tensors that may have gradients come first.
@@ -73,7 +70,6 @@ class CompiledOperator:
         gradients: The gradients, given arguments, which are wanted, and grad_output.
         definition: The same in torch's terms, differentiable.
         empty_value, empty_gradient: Tensors like the result, and like the gradient of a tensor.
-        saves_output: Whether the gradients are computed from the output.
         adds_output: The output that they are computed from, beside the arguments, of which it is
             then the last; None if there is none.
         in_forward: Whether the operator takes which gradients are wanted, too, and ``value``
@@ -89,7 +85,6 @@ class CompiledOperator:
     definition: Callable[[Arguments, Sequence[bool], Tensor], Gradients]
     empty_gradient: Callable[[Tensor], Tensor]
     empty_value: Callable[[Arguments], Tensor]
-    saves_output: bool = False
     adds_output: int | None = None
     in_forward: bool = False
     empty_others: Sequence[Callable[[Arguments], Tensor]] = ()
@@ -127,7 +122,6 @@ class CompiledOperator:
             return _packed(_filled(found, given[0]))
 
         def fake(*given: Any) -> Any:
-            inductor.register()
             if not self.in_forward:
                 return self.empty_value(given)
             arguments, wanted = given[:-1], given[-1]
@@ -155,7 +149,6 @@ class CompiledOperator:
             ctx.mark_non_differentiable(*output[1:])
             given, outputs = inputs[:-1], output
             gradients = output[1 : self.differentiable + 1] if any(inputs[-1]) else ()
-        given = (output, *given[1:]) if self.saves_output else given
         given = given if self.adds_output is None else (*given, outputs[self.adds_output])
         tensors = [value if isinstance(value, Tensor) else None for value in given]
         ctx.save_for_backward(*tensors, *gradients)
@@ -169,7 +162,8 @@ class CompiledOperator:
         wanted = ctx.needs_input_grad[: self.differentiable]
         found: Any
         if torch.is_grad_enabled():
-            found = self.definition(given, wanted, grad_output)
+            with torch_alone:
+                found = self.definition(given, wanted, grad_output)
         elif saved[count:]:
             found = [gradient * grad_output for gradient in saved[count:]]
         else:
@@ -178,15 +172,6 @@ class CompiledOperator:
         kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         inputs = len(given) - (self.adds_output is not None) + self.in_forward
         return *kept, *[None] * (inputs - len(kept))
-
-    def gradients_in_torch(self, grad_output: Tensor, *given: Any) -> Tensor | list[Tensor]:
-        """Returns what the operator of the gradients returns, in torch's terms."""
-        *arguments, wanted = given
-        for index, want in enumerate(wanted):
-            if want:
-                arguments[index] = arguments[index].detach().requires_grad_()
-        found = self.definition(tuple(arguments), wanted, grad_output)
-        return _packed(_filled(found, given[0]))
 
 
 def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
@@ -198,7 +183,7 @@ def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
     return gradients if len(gradients) > 1 else gradients[0]
 
 
-# ---- operators as they are declared --------------------------------------------------------------
+# ---- losses as they are declared --------------------------------------------------------------
 
 
 def _schema(op: Operator) -> list[str]:
@@ -216,18 +201,13 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=preserve)
 
 
-def _declared(op: Operator, **family: Any) -> CompiledOperator:
+def _of_loss(op: Any) -> CompiledOperator:
+    kernels = _gradients_of_tensors if isinstance(op, TensorLoss) else _gradients_of_classes
+
     def value(given: Arguments) -> Tensor:
         with torch.no_grad():
             result: Tensor = op.fused(given, False)
         return result
-
-    count = sum(operand.differentiated for operand in op.operands)
-    return CompiledOperator(op.name, _schema(op), count, value, empty_gradient=_empty, **family)
-
-
-def _of_loss(op: TensorLoss | ClassLoss) -> CompiledOperator:
-    kernels = _gradients_of_tensors if isinstance(op, TensorLoss) else _gradients_of_classes
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         found = kernels(op, given, wanted, grad_output)
@@ -236,16 +216,30 @@ def _of_loss(op: TensorLoss | ClassLoss) -> CompiledOperator:
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         def loss(*tensors: Tensor) -> Tensor:
-            return op.reference(*tensors, *given[len(wanted) :])
+            result: Tensor = op.reference(*tensors, *given[len(wanted) :])
+            return result
 
         return differentiate(loss, given[: len(wanted)], wanted, grad_output)
 
-    return _declared(
-        op,
+    def empty_value(given: Arguments) -> Tensor:
+        empty: Tensor = given[0].new_empty(op.loss_shape(given) if _is_unreduced(op, given) else ())
+        return empty
+
+    return CompiledOperator(
+        op.name,
+        _schema(op),
+        differentiable=sum(operand.differentiated for operand in op.operands),
+        value=value,
         gradients=gradients,
         definition=definition,
-        empty_value=lambda given: given[0].new_empty(()),
+        empty_value=empty_value,
+        empty_gradient=_empty,
     )
+
+
+def _is_unreduced(op: Any, given: Arguments) -> bool:
+    """Returns whether the result is the losses of rows; all but one operator are called reduced."""
+    return op is MULTILABEL_MARGIN_LOSS and op.read(given).options.reduction == "none"
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
@@ -274,42 +268,19 @@ def _gradients_of_classes(
 ) -> Gradients:
     plan = op.planned(given, False, (*wanted, False))
     tensors = *op.arranged(op.tensors(given)), None, None
+    if _is_unreduced(op, given):
+        grad_output = grad_output.reshape(-1)
     gradient, _ = plan.gradients(tensors, grad_output)
     return (gradient.reshape(given[0].shape),)
 
 
-def _of_activation(op: Activation | Softmax) -> CompiledOperator:
-    def empty(given: Arguments) -> Tensor:
-        input: Tensor = given[0]
-        return _empty(input) if isinstance(op, Activation) else input.new_empty(input.shape)
-
-    def gradients(given: Arguments, _: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return (op.plan(given, False).prepare(given[0])[1](grad_output, given[0]),)
-
-    return _declared(
-        op,
-        gradients=gradients,
-        definition=lambda given, _, grad_output: (op.gradient_in_torch(grad_output, *given),),
-        empty_value=empty,
-        saves_output=op.saves == "output",
-    )
-
-
 for _op in OPERATORS.values():
-    if isinstance(_op, (Activation, Softmax)):
-        _made = _of_activation(_op)
-    elif isinstance(_op, Gated):
-        continue  # Inductor fuses it with what is around it
-    elif isinstance(_op, (TensorLoss, ClassLoss)) and _op is not CROSS_ENTROPY:
-        _made = _of_loss(_op)
-    else:
-        continue
-    _made.define()
-    # torch's looks at values, which no graph has, or loses the ends of rows in a graph.
-    if _op not in (GAUSSIAN_NLL_LOSS, MULTILABEL_MARGIN_LOSS):
-        _has_short_way = isinstance(_op, (Activation, Softmax))
-        inductor.in_torch[_op.name] = _op.aten if _has_short_way else _op.reference
-        inductor.in_torch[f"{_op.name}_backward"] = _made.gradients_in_torch
+    if (
+        isinstance(_op, (TensorLoss, ClassLoss))
+        and _op.name in COMPILED
+        and _op is not CROSS_ENTROPY
+    ):
+        _of_loss(_op).define()
 
 # ---- cross_entropy -------------------------------------------------------------------------------
 
@@ -323,10 +294,10 @@ def _read_logits(given: Arguments) -> ClassLossArguments:
     return ClassLossArguments(input, target, weight, CrossEntropyOptions(*options))
 
 
-def _loss(given: Arguments, outputs: Outputs = _LOSS) -> tuple[Tensor, Gradients]:
-    loss, gradients = cross_entropy_once(backend_of(given[0]), *_read_logits(given), outputs)
+def _loss(given: Arguments) -> Tensor:
+    loss, _ = cross_entropy_once(backend_of(given[0]), *_read_logits(given), Outputs())
     assert loss is not None
-    return loss, gradients
+    return loss
 
 
 def _gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
@@ -344,7 +315,7 @@ cross_entropy = CompiledOperator(
     name="cross_entropy",
     schema=["Tensor input", "Tensor target", "Tensor? weight", *_fields(CrossEntropyOptions)],
     differentiable=2,
-    value=lambda given: _loss(given)[0],
+    value=_loss,
     gradients=_gradients,
     definition=lambda given, wanted, grad_output: gradients_of_definition(
         CROSS_ENTROPY, _read_logits(given), wanted, grad_output
@@ -353,27 +324,6 @@ cross_entropy = CompiledOperator(
     empty_gradient=lambda tensor: empty_viewed(viewed(tensor)[0])[0],
 )
 cross_entropy.define()
-
-
-# Inductor may multiply what was saved in place, so inductor.py puts this operator for the two.
-def _loss_and_gradients(*given: Any) -> list[Tensor]:
-    outputs = Outputs(True, tuple(given[-1]))
-    loss, gradients = ops.compute("cross_entropy", partial(_loss, outputs=outputs), given[:-1])
-    return [loss, *_filled(gradients, given[0])]
-
-
-def _fake_loss_and_gradients(*given: Any) -> list[Tensor]:
-    arguments, wanted = given[:-1], given[-1]
-    return [_empty_loss(arguments), *cross_entropy.empty_gradients(arguments, wanted)]
-
-
-_NAME = "cross_entropy_with_gradients"
-_LIBRARY.define(
-    f"{_NAME}({', '.join(cross_entropy.schema)}, bool[2] wanted) -> (Tensor, Tensor, Tensor)"
-)
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl(_NAME, _loss_and_gradients, _device)
-torch.library.register_fake(f"{NAMESPACE}::{_NAME}", _fake_loss_and_gradients, lib=_LIBRARY)
 
 # ---- functions of a vocabulary -------------------------------------------------------------------
 

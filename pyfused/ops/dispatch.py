@@ -23,6 +23,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.ops import reasons, sizes
 from pyfused.ops.declaration import Arguments, Operand, Operator
+from pyfused.ops.originals import torch_alone
 from pyfused.ops.reasons import FUSED, SMALL, say_once
 from pyfused.torch_internals import (
     _checkpoints,
@@ -39,7 +40,7 @@ from pyfused.torch_internals import (
 from pyfused.types import TENSORS, Options, TensorSpec
 
 # What a compiler follows into, to the custom operators that are called there.
-FOLLOWED = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED)
+FOLLOWED = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED, "multilabel_margin_loss")
 _PLAIN = (Tensor, Parameter)
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 _KEYS = (bool, int, torch.dtype)  # of arguments that are part of a signature as they are
@@ -86,6 +87,7 @@ def call(
         _warn_once(op.name, ours)
         return result
     reference = op.aten_ if inplace else op.aten
+    shown = False  # to subclasses and modes, whose own code may call what is patched
     if reason is not SMALL:
         if not hasattr(type(input), "_node"):  # of deferred logits, whose loss is fused after all
             say_once(op.name, str(reason))
@@ -95,8 +97,12 @@ def call(
             return patched(*given)
         if has_torch_function(arguments):
             reference = op.reference_ if inplace else op.reference
+            shown = True
     try:
-        return reference(*arguments)
+        if shown or (reason is SMALL and op.definition is None) or is_dynamo_compiling():
+            return reference(*arguments)
+        with torch_alone:
+            return reference(*arguments)
     except _ERRORS as error:
         if patched is None:
             _check(op, arguments, error)
@@ -344,7 +350,7 @@ def reason_for_torch(op: Operator, arguments: Arguments, inplace: bool = False) 
 
 def reason_beside_size(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
     if is_compiled(arguments[0]):
-        reason = _left_to_compiler(op, arguments, inplace)
+        reason = _left_to_compiler(op, arguments)
         return reason or _reason(op, arguments, inplace, compiling=True)
     numbers = _with_python_numbers(op, arguments)
     key = signature(op, numbers, inplace)
@@ -436,44 +442,38 @@ def _warn_once(op: str, error: Exception) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _left_to_compiler(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
-    input = arguments[0]
+def _left_to_compiler(op: Operator, arguments: Arguments) -> str | None:
+    """Returns why a compiled call is torch's function, None where it is a custom operator."""
     if torch.compiler.is_exporting():
         return "torch.export: a program of torch's operators runs without pyfused"
+    input = arguments[0]
+    limits = sizes.COMPILED.get(op.name)
+    limit = sizes.NEVER if limits is None else limits[takes_triton(input)]
+    if limit == sizes.NEVER:
+        return FUSED
     # Imported by the compiler in any case, and slow to import.
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    if takes_triton(input):
-        if op.name not in sizes.COMPILED_ON_GPU:
-            return "torch.compile: Inductor writes Triton kernels, too"
-        # Of sizes that change, each side of the limit has its program: a small call would wait for
-        # Python, and a large one is what the operator is for. A size that nobody knows is large.
-        small = guard_or_false(input.numel() < sizes.COMPILED_ON_GPU[op.name])
-    else:
-        if op.name not in sizes.COMPILED:
-            return FUSED
-        small = statically_known_true(input.numel() < sizes.COMPILED[op.name][0])
-    if small:
+    # Of sizes that change, each side of the limit has its program. An unknown size is large.
+    if limit and guard_or_false(input.numel() < limit):
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
         return "torch.func"
-    return None if op.name in FOLLOWED else _without_operator(op, arguments, inplace)
+    return None if op.name in FOLLOWED else _without_operator(op, arguments)
 
 
-def _without_operator(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
-    """Returns why a compiled call takes no custom operator, which are made for common calls."""
-    input, named = arguments[0], dict(zip(op.arguments, arguments, strict=True))
+def _without_operator(op: Operator, arguments: Arguments) -> str | None:
+    """Returns why a large loss takes no custom operator, which are made for common calls."""
+    input, given = arguments[0], dict(zip(op.arguments, arguments, strict=True))
     warning = getattr(op, "warning", None)
-    if inplace:
-        return "torch.compile: inplace"
-    if named.get("reduction") == "none" or named.get("reduce") is not None:
+    if op.is_forward_alone(arguments):
+        return "torch.compile: Inductor is as fast without a gradient"
+    if given.get("reduction") == "none" or given.get("reduce") is not None:
         return "torch.compile: Inductor fuses what follows an unreduced loss"
     if warning is not None and warning(arguments):
         return "torch.compile: a warning"
-    if "reduction" in named and torch.is_autocast_enabled(input.device.type):
+    if torch.is_autocast_enabled(input.device.type):
         return "torch.compile: autocast"
-    if named.get("dtype") not in (None, input.dtype):
-        return "torch.compile: dtype"
     for place, scalar in op.scalar_places:
         if isinstance(arguments[place], Tensor):
             return f"torch.compile: {scalar.name} is a tensor"

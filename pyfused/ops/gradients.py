@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfused.layout import is_dense
+from pyfused.ops.originals import torch_alone
 from pyfused.ops.reasons import say_once
 from pyfused.torch_internals import (
     functorch_is_active,
@@ -87,7 +88,8 @@ class Fused(torch.autograd.Function):
         plan, first = ctx.plan, ctx.first_gradient
         gradients: Any
         if second_order(plan.name, grad_output):
-            gradients = plan.define(ctx, grad_output)
+            with torch_alone:
+                gradients = plan.define(ctx, grad_output)
             if torch.is_grad_enabled():
                 gradients = in_graph(gradients, ctx.saved_tensors)
         elif first is None:

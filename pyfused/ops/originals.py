@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from types import FunctionType
@@ -14,8 +15,8 @@ from torch import Tensor
 def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     """Returns a Python function over the code that it has now; a built-in has no other.
 
-    Its globals are torch's, so that subclasses and modes see torch's function. One that calls a
-    built-in which is patched, as ``sigmoid`` does, comes back to its caller: take the built-in.
+    Its globals are torch's, so that subclasses and modes see torch's function. So it may call other
+    functions that are patched, as ``selu`` calls ``torch.selu``: call it within `torch_alone`.
     """
     if not isinstance(function, FunctionType):
         return function
@@ -25,3 +26,22 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     # The compiler puts torch's functions into graphs, and would read the copy: warnings stop it.
     copy._torchdynamo_inline = function  # type: ignore[attr-defined]
     return copy
+
+
+class _TorchAlone(threading.local):
+    """Entered while torch's definition of an operator is computed.
+
+    Patched functions are torch's meanwhile: a definition that called one would come back to the
+    operator that it defines, or compute a part of it by another operator's kernel.
+    """
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+
+
+torch_alone = _TorchAlone()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.ops import NAMESPACE
+from pyfused.ops import PACKAGE
 from pyfused.ops.declaration import (
     REDUCTIONS,
     Arguments,
@@ -536,6 +536,6 @@ def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
 def _stacklevel() -> int:
     """Whose line a warning of the caller names: the first outside pyfused and torch's modules."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith((f"{NAMESPACE}.", "torch.")):
+    while frame.f_back and frame.f_globals["__name__"].startswith((f"{PACKAGE}.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level

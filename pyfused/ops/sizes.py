@@ -87,38 +87,23 @@ ON_GPU = {
 }
 _ELSE = PAGES, PAGES
 
-# In compiled programs, with a backward pass and without one. A custom operator costs some 30 us a
-# pass. Most kernels are as fast as Inductor's code until this has to take new memory for its
-# outputs. They are faster earlier than that with exponentials, and where Inductor's loop over the
-# backward is not vectorised; a loss without exponentials takes as long as reading its operands
-# does. Gated activations are fused with what is around them.
+# In compiled programs, on CPUs and on GPUs: from how many elements on a call is a custom operator,
+# to which Inductor is a wall. What is not here is torch's function, which Inductor fuses with its
+# neighbours. Heads make no logits. Of logits and of large losses on CPUs, a kernel reads and writes
+# less than Inductor's code, which takes new memory for its outputs; a custom operator costs some
+# 30 us a pass. No compiled call has been measured on a GPU: from 2^24 logits on the launches should
+# take no longer there than the kernels, which are 1.1 to 2.5 times as fast as Inductor's code
+# (benchmarks/results/nvidia-h100-80gb-hbm3/table.md).
 COMPILED = {
-    **_of(0, 0, " ".join((*LINEAR, *COMPOSED))),  # of what is composed, each part decides
-    **_of(1 << 18, 1 << 18, " ".join(OF_LOGITS)),
-    **_of(1 << 20, 1 << 20, "binary_cross_entropy_with_logits sigmoid_focal_loss soft_margin_loss"),
-    **_of(
-        1 << 20, 1 << 20, "log_cosh_loss gaussian_nll_loss tanh softcap mish softsign tanhshrink"
-    ),
-    **_of(PAGES, PAGES, "sigmoid silu gelu softmax log_softmax elu selu celu softplus logsigmoid"),
-    **_of(PAGES, NEVER, "mse_loss l1_loss smooth_l1_loss huber_loss nll_loss kl_div"),
-    **_of(PAGES, NEVER, "poisson_nll_loss binary_cross_entropy"),
-    **_of(PAGES, NEVER, "triplet_margin_loss cosine_embedding_loss"),
-    **_of(1 << 16, PAGES, "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish"),
-    **_of(1 << 16, PAGES, "hardshrink softshrink"),
-    **_of(1 << 16, NEVER, "hinge_loss hinge_embedding_loss multi_margin_loss"),
+    **_of(0, 0, " ".join(LINEAR)),
     **_of(0, 0, "multilabel_margin_loss"),  # in a graph torch counts what follows the end of a row
-    **_of(1 << 16, NEVER, "margin_ranking_loss quantile_loss"),
-    **_of(NEVER, NEVER, "swiglu geglu reglu glu prelu"),
-}
-
-# In compiled programs on GPUs, from how many elements on; all that is not here is Inductor's. Of
-# 2^28 logits eager cross_entropy was 1.1 to 2.5 times as fast forward and backward as Inductor's
-# code (benchmarks/results/nvidia-h100-80gb-hbm3/table.md); heads make no logits. No compiled call
-# has been measured yet: the limit is where Python's launches should take no longer than the GPU.
-# A compiled multilabel_margin_loss of torch's is wrong, see above.
-COMPILED_ON_GPU = {
-    **dict.fromkeys((*LINEAR, "multilabel_margin_loss"), 0),
-    **dict.fromkeys(OF_LOGITS, 1 << 24),
+    **_of(1 << 18, 1 << 24, " ".join(OF_LOGITS)),
+    **_of(PAGES, NEVER, "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy"),
+    **_of(PAGES, NEVER, "binary_cross_entropy_with_logits kl_div poisson_nll_loss"),
+    **_of(PAGES, NEVER, "gaussian_nll_loss soft_margin_loss hinge_embedding_loss hinge_loss"),
+    **_of(PAGES, NEVER, "margin_ranking_loss quantile_loss log_cosh_loss sigmoid_focal_loss"),
+    **_of(PAGES, NEVER, "triplet_margin_loss cosine_embedding_loss nll_loss multi_margin_loss"),
+    **_of(PAGES, NEVER, " ".join(COMPOSED)),  # each part decides again
 }
 
 MACHINE = f"{cpu.capability}, torch {torch.__version__}"

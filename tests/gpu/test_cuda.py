@@ -218,8 +218,8 @@ def test_a_compiled_call_is_the_eager_one(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sizes.COMPILED_ON_GPU, "cross_entropy", 0)
-    monkeypatch.setitem(sizes.COMPILED_ON_GPU, "log_probs", 0)
+    monkeypatch.setitem(sizes.COMPILED, "cross_entropy", (0, 0))
+    monkeypatch.setitem(sizes.COMPILED, "log_probs", (0, 0))
     x, target, _ = inputs(dtype)
     x = (x.detach() / 8).requires_grad_()
     compiled = torch.compile(lambda x: call(fused, x, target), fullgraph=True)
