@@ -1726,6 +1726,11 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
     """``input`` times the share of the standard normal distribution below it, for each element.
 
+    At infinity it is this product: inf of inf, NaN of -inf, with a gradient of NaN at both. oneDNN,
+    which computes torch's on x86 in float32 and bfloat16 without approximation, returns NaN of inf,
+    too, and inf from half of the largest number on; it takes small calls and those without a
+    gradient.
+
     Args:
         input: Of any shape; float32, float64, bfloat16 or float16.
         approximate: ``"none"``, or ``"tanh"`` for the approximation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -436,18 +437,36 @@ def test_a_trace_leaves_the_callers_state_alone() -> None:
     torch.testing.assert_close(got.gradients, expected.gradients)
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_a_trace_in_anomaly_mode() -> None:
-    @pyfused.loss
-    def mine(input: Tensor, target: Tensor) -> Tensor:
-        return (input - target) ** 2 / 2
+MODES = {
+    "": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+}
 
-    input, target = operands_of("wing", 50)
-    with torch.autograd.set_detect_anomaly(True):
-        got = evaluate(mine, input.requires_grad_(), target)
-    assert mine.explain(input, target).backend != "torch"
-    expected = evaluate(lambda *x: mine.function(*x).mean(), input, target)
-    torch.testing.assert_close(got.gradients, expected.gradients)
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_definition_and_a_trace_in_each_mode(mode: str) -> None:
+    """The derivative of log1p is NaN at some of the points of the check."""
+    with MODES[mode]():
+
+        @pyfused.loss
+        def mine(input: Tensor, target: Tensor, *, squared: bool = False) -> Tensor:
+            d = input - target
+            return d**2 / 2 if squared else torch.log1p(d.abs()) + torch.log(1 + torch.exp(d))
+
+        detached = operands_of("wing", 50)
+        for squared in (False, True):
+            mine(*detached, squared=squared)
+    operands = [x.clone().requires_grad_() for x in detached]
+    for squared in (False, True):
+        got = evaluate(called(mine, squared=squared), *operands)
+        assert mine.explain(*operands, squared=squared).backend != "torch"
+        expected = evaluate(
+            lambda *x, squared=squared: mine.function(*x, squared=squared).mean(), *operands
+        )
+        torch.testing.assert_close(got.value, expected.value)
+        torch.testing.assert_close(got.gradients, expected.gradients)
 
 
 def test_a_parameter_of_an_operator_of_torchs() -> None:
@@ -785,6 +804,26 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
     torch.testing.assert_close(got.gradients, evaluate(function, moderate).gradients)
 
 
+@given(st.floats(0.25, 4), st.floats(-30, 30), st.sampled_from(["value", "log", "where"]))
+@settings(max_examples=4 if interpreter.ON else 25)
+def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
+    """In float64, where the difference counts, on both sides of the threshold and at it."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, scale: float = 1.0) -> Tensor:
+        value = scale * F.softplus(input, beta=beta, threshold=threshold)
+        if use == "log":
+            return value + torch.log(1 + torch.exp(input))
+        return torch.where(input < 0, value, 2 * value) if use == "where" else value
+
+    steps = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    input = (torch.cat([steps, steps * 1e-9]) + threshold / beta).requires_grad_()
+    for scale in (1.0, 0.75):
+        got, expected = (evaluate(f, input, scale=scale) for f in (mine, mine.function))
+        torch.testing.assert_close(got.value, expected.value, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-12, atol=1e-13)
+
+
 # ---- where no kernel runs ------------------------------------------------------------------------
 
 
@@ -1035,6 +1074,25 @@ def test_the_check_of_a_definition_finds_a_wrong_kernel(monkeypatch: pytest.Monk
     monkeypatch.setitem(programs.RULES, "pow", [wrong])
     with pytest.raises(RuntimeError, match=r"mine: its kernel's value is .* at input=.*differ"):
         pyfused.activation(mine)
+    unfused, input = pyfused.activation(strict=False)(mine), torch.randn(50)
+    assert torch.equal(unfused(input), mine(input))
+    assert "its kernel's value is" in str(unfused.explain())
+    assert "its kernel's value is" in unfused.explain(input).reason
+
+
+def test_each_trace_is_checked(monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls) -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, power: bool = False, k: float = 2.5) -> Tensor:
+        return k * input.sigmoid() ** 2 if power else k * input
+
+    wrong = ("pow", "a", "b"), "a", "SIMPLER"
+    monkeypatch.setitem(programs.RULES, "pow", [wrong])
+    input = torch.randn(50)
+    for k in (2.5, 0.3):
+        assert torch.equal(mine(input, power=True, k=k), mine.function(input, power=True, k=k))
+        assert "its kernel's value is" in mine.explain(input, power=True, k=k).reason
+    assert not kernel_calls
+    assert mine.explain(input).backend != "torch"
 
 
 @pytest.mark.parametrize(
@@ -1054,7 +1112,8 @@ def test_the_check_of_a_definition_allows_for_roundings(function: Any) -> None:
 UNARY = {
     "abs": torch.abs, "neg": torch.neg, "exp": torch.exp, "tanh": torch.tanh, "sin": torch.sin,
     "cos": torch.cos, "sigmoid": torch.sigmoid, "erf": torch.erf,
-    "softplus": lambda x: F.softplus(x, threshold=40),  # exact, where torch is linear from 20 on
+    "softplus": F.softplus, "steps": lambda x: F.softplus(x, beta=2.0, threshold=0.5),
+    "log_exp": lambda x: torch.log(1 + torch.exp(x)),
     "sqrt": lambda x: torch.sqrt(x * x + 0.1), "log": lambda x: torch.log(x.abs() + 0.5),
     "log1p": lambda x: torch.log1p(x * x), "expm1": torch.expm1, "relu": torch.relu,
     "square": lambda x: x**2, "cube": lambda x: x**3, "reciprocal": lambda x: 1 / (x.abs() + 0.3),
@@ -1072,6 +1131,7 @@ BINARY = {
     "or": lambda a, b: torch.where(torch.logical_or(a.relu(), b < 0.25), b, 2 * a),
     "xor": lambda a, b: torch.logical_xor(a > 0, b.relu()).type_as(a) - b,
     "most": lambda a, b: torch.where((a > 0) | (b <= 0.5), a + b, a * b),
+    "branch": lambda a, b: torch.where(a < b, torch.log(1 + torch.exp(a)), F.softplus(b - a)),
 }  # fmt: skip
 
 
@@ -1099,12 +1159,13 @@ HEADS = {
 }
 
 
-@given(random_formulas())
+@given(random_formulas(), st.sampled_from([*MODES]))
 @settings(max_examples=20 if interpreter.ON else max(200, settings().max_examples))
-def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
+def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]], mode: str) -> None:
     """A definition compares the CPU's kernel with torch in float64."""
     operands, steps = drawn
-    formula = pyfused.activation(HEADS[operands](steps))
+    with MODES[mode]():
+        formula = pyfused.activation(HEADS[operands](steps))
     traced, values = formula.op.traced(())
     x = tuple(torch.randn(operands, 7, dtype=torch.float64))
 
@@ -1119,6 +1180,6 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
             assert (one is None) != is_wanted
             assert one is None or torch.equal(one.nan_to_num(), other.nan_to_num())
     kernels = backend_of(torch.empty(0)).pointwise_loss
-    check(formula.op, kernels, torch.float32)
+    check(formula.op, (), traced, kernels, torch.float32)
     if kernels is not cpu.pointwise_loss:
-        check(formula.op, kernels, torch.float64)
+        check(formula.op, (), traced, kernels, torch.float64)

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from traceback import extract_tb, walk_stack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -231,6 +231,7 @@ class Recorder(Mode):
 
 # What is recorded: a function of operands, parameters and the scale of the gradients.
 Function = Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None]]
+Result = TypeVar("Result")
 
 _SHAPE = (2, 3)  # of the operands that a function is traced with
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
@@ -244,13 +245,20 @@ class _Interpreter(fx.Interpreter):
         return super().run_node(n)
 
 
+def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls a function in a thread of its own, and without anomaly detection.
+
+    A formula is traced and checked wherever it is defined or first called. torch's grad modes,
+    other modes and hooks of saved tensors belong to a thread, but anomaly detection to a process.
+    """
+    with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
+
+
 def expressions_of(
     function: Function, operands: int, parameters: Sequence[float], recorder: Recorder
 ) -> tuple[Expressions, list[int]]:
     """Runs a function of so many operands and with these parameters, and records it.
-
-    It runs in a thread of its own: torch's modes and hooks of saved tensors belong to a thread, and
-    those of a caller whose call is the first of its kind must not see this.
 
     Returns:
         Expressions, and which of them the function's results are; None counts as 0.
@@ -258,13 +266,6 @@ def expressions_of(
     Raises:
         UntraceableError: The function is not elementwise, or the kernels lack an operator.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_record_run, function, operands, parameters, recorder).result()
-
-
-def _record_run(
-    function: Function, operands: int, parameters: Sequence[float], recorder: Recorder
-) -> tuple[Expressions, list[int]]:
     values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
 
     def input(kind: str, k: int, value: Tensor) -> Tensor:
@@ -307,8 +308,7 @@ def gradients_of(
     if not value.requires_grad:
         return [None] * len(leaves)
     weighted = _Weighted.apply(value, grad_output)
-    with torch.autograd.set_detect_anomaly(False):  # which would ask whether a gradient is NaN
-        return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
+    return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
 
 
 def derive(
@@ -360,9 +360,18 @@ def _clamp(e: E, a: int, low: int | None = None, high: int | None = None) -> int
     return a if high is None else e.minimum(a, high)
 
 
-def _softplus(e: E, a: int, beta: int | None = None, _threshold: int | None = None) -> int:
-    """Exact where torch's is linear."""
-    return e.softplus(a) if beta is None else e.div(e.softplus(e.mul(a, beta)), beta)
+def _softplus(e: E, a: int, beta: int | None = None, threshold: int | None = None) -> int:
+    beta, threshold = (
+        e.literal(default) if given is None else given
+        for given, default in ((beta, 1), (threshold, 20))
+    )
+    scaled = e.mul(a, beta)
+    return e.where(e.lt(threshold, scaled), a, e.div(e.softplus(scaled), beta))
+
+
+def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
+    scaled = e.mul(a, beta)
+    return e.where(e.lt(threshold, scaled), g, e.mul(g, e.sigmoid(scaled)))
 
 
 def _own(op: str) -> Callable[..., int]:
@@ -422,7 +431,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "threshold_backward": lambda e, g, a, low: e.where(e.le(a, low), e.literal(0), g),
     "masked_fill": lambda e, a, mask, value: e.where(mask, value, a),
     "softplus": _softplus,
-    "softplus_backward": lambda e, g, a, beta, _: e.mul(g, e.sigmoid(e.mul(a, beta))),
+    "softplus_backward": _softplus_backward,
     "log_sigmoid_forward": lambda e, a: (e.neg(e.softplus(e.neg(a))), a),
     "log_sigmoid_backward": lambda e, g, a, _: e.mul(g, e.sigmoid(e.neg(a))),
     "sigmoid_backward": lambda e, g, y: e.mul(e.mul(g, e.sub(e.literal(1), y)), y),
