@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from pyfused.layout import broadcast_numel
 from pyfused.ops import dispatch, trace
 from pyfused.ops.declaration import Arguments, Operand
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
-from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled, is_moderate
+from pyfused.ops.program import OPERANDS, Expressions, Program, UntraceableError, compiled
 from pyfused.ops.sizes import torch_is_faster
 from pyfused.types import Outputs
 
@@ -34,42 +35,40 @@ _KINDS_OF_PARAMETERS = (float, int, bool, str, type(None))
 _PLAIN = (Tensor, Parameter)
 
 
+@dataclass(eq=False)
 class Traced:
-    """A formula's programs for all parameters that make the same graph.
+    """A formula's programs for all parameters that make the same operations.
 
     Attributes:
-        lifted: The literals that are inputs of the programs.
+        run: The function's, for some of these.
+        inputs: Literals in it that are inputs of the programs, by their numbers.
+        outputs: Which expressions the value and the gradients are.
         difference: How the kernel's results differ from the function's, or None.
     """
 
+    name: str
+    run: trace.Run
+    inputs: dict[int, float]
+    expressions: Expressions
+    outputs: list[int]
     difference: RuntimeError | None = None
 
-    def __init__(
-        self, name: str, recorded: trace.Recorded, lifted: Sequence[int], operands: int
-    ) -> None:
-        self.name, self.recorded, self.lifted = name, recorded, lifted
-        self.expressions, self.outputs = trace.derive(recorded, operands, lifted)
+    def __post_init__(self) -> None:
         self.program = cache(self._program)
-        self.program(Outputs(True, (True,) * operands))  # raises where it is too large
+        self.program(Outputs(True, (True,) * (len(self.outputs) - 1)))  # raises if it is too large
 
-    def values(self, recorded: trace.Recorded) -> tuple[float, ...]:
-        return tuple([float(recorded.literals[i]) for i in self.lifted])
-
-    def fits(self, recorded: trace.Recorded) -> bool:
-        if recorded[1::2] != self.recorded[1::2]:  # structure and exponents
-            return False
-        pairs = enumerate(zip(self.recorded.literals, recorded.literals, strict=True))
-        return all(
-            is_moderate(other) if i in self.lifted else repr(float(one)) == repr(float(other))
-            for i, (one, other) in pairs
-        )
+    def values(self, run: trace.Run) -> tuple[float, ...] | None:
+        """Returns the inputs in another run, or None if that does other things."""
+        pairs = enumerate(zip(self.run.literals, run.literals, strict=False))
+        if run.structure != self.run.structure or any(
+            i not in self.inputs and repr(one) != repr(other) for i, (one, other) in pairs
+        ):
+            return None
+        return tuple([run.literals[i] for i in self.inputs])
 
     def _program(self, outputs: Outputs) -> Program:
         wanted = outputs.loss, *(outputs.gradients or (False,) * (len(self.outputs) - 1))
-        return compiled(self.name, self.expressions, self.outputs, wanted, len(self.lifted))
-
-
-Found = tuple[Traced, tuple[float, ...]] | Exception
+        return compiled(self.name, self.expressions, self.outputs, wanted, len(self.inputs))
 
 
 class FormulaOperator(PointwiseLoss):
@@ -85,8 +84,7 @@ class FormulaOperator(PointwiseLoss):
         slopes: Callable[..., Any] | None = None,
     ) -> None:
         operands, self.parameters = _read_signature(function)
-        self.recorded = partial(trace.record, function, operands, gradient=slopes)
-        self.dependent = partial(trace.dependent, function, operands, gradient=slopes)
+        self.written = trace.Written(function, slopes, len(operands))
         if slopes is not None:
             function = _differentiated(function, slopes, len(operands))
         self.function, self.loss, self.long = function, loss, False
@@ -160,48 +158,50 @@ class FormulaOperator(PointwiseLoss):
             UntraceableError: There is no program.
             RuntimeError: Its results differ from the function's.
         """
-        found = self.found(numbers)
+        # The key is the text, as 2 and 2.0, 1 and True, 0.0 and -0.0 make different operations.
+        found = self._traced(repr(numbers), numbers)
         if isinstance(found, Exception):
             raise type(found)(str(found))
         return found
 
-    def found(self, numbers: tuple[Any, ...]) -> Found:
-        """Returns the programs and their inputs, or why no kernel runs."""
-        # The key is the text, as 2 and 2.0, 1 and True, 0.0 and -0.0 make different graphs.
-        return self._traced(repr(numbers), numbers)
-
-    def _trace(self, numbers: tuple[Any, ...]) -> Found:
+    def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | Exception:
         parameters = dict(zip(self.parameters, numbers, strict=True))
-        names = [operand.name for operand in self.variables]
+
+        def made(inputs: dict[int, float]) -> Traced:
+            return Traced(self.name, run, inputs, *self.written.derive(parameters, inputs))
+
         try:
-            recorded = self.recorded(parameters=parameters)
+            run = self.written.run(parameters)
             for traced in self.traces:
-                if traced.fits(recorded):
-                    return traced.difference or (traced, traced.values(recorded))
+                if (values := traced.values(run)) is not None:
+                    return traced.difference or (traced, values)
             if len(self.traces) >= _MOST_TRACES:
                 return UntraceableError(
                     f"its parameters have needed {_MOST_TRACES} traces: each new value takes "
                     "another, as an operator of torch's that is no arithmetic takes one of them"
                 )
-            lifted = self.dependent(parameters=parameters, recorded=recorded)
+            inputs = {i: run.literals[i] for i in self.written.dependent(parameters, run)}
             try:
-                traced = Traced(self.name, recorded, lifted, len(names))
+                traced = made(inputs)
             except UntraceableError:  # an operator takes no tensor there: a trace for each value
-                traced = Traced(self.name, recorded, (), len(names))
+                traced = made({})
             check(self, numbers, traced)
         except UntraceableError as error:
             return UntraceableError(str(error))  # without its frames
         except RuntimeError as error:
             traced.difference = RuntimeError(str(error))
         self.traces.append(traced)
-        return traced.difference or (traced, traced.values(recorded))
+        return traced.difference or (traced, tuple(traced.inputs.values()))
 
     def _fallback_reason(self, *arguments: Any) -> str | None:
         for name, value in zip(self.parameters, self.numbers(arguments), strict=True):
             if type(value) not in _KINDS_OF_PARAMETERS:
                 return f"{name} is a {type(value).__name__}"
-        found = self.found(self.numbers(arguments))
-        return str(found) if isinstance(found, Exception) else None
+        try:
+            self.traced(self.numbers(arguments))
+        except (UntraceableError, RuntimeError) as error:
+            return str(error)
+        return None
 
 
 def _differentiated(
@@ -323,13 +323,13 @@ class Formula:
     def _declare(self, op: FormulaOperator) -> None:
         """Takes an operator whose kernel computes what its function does."""
         self.op, self.function = op, op.function
-        found = op.found(tuple(op.parameters.values()))
-        if not isinstance(found, Exception):
-            op.long = len(found[0].program(op.all_outputs).body) >= _LONG
-        elif self.strict:
-            raise type(found)(
-                f"{self.__name__}: {found}; or pass strict=False, and it runs unfused"
-            ) from found
+        try:
+            traced, _ = op.traced(tuple(op.parameters.values()))
+            op.long = len(traced.program(op.all_outputs).body) >= _LONG
+        except (UntraceableError, RuntimeError) as error:
+            if self.strict:
+                message = f"{self.__name__}: {error}; or pass strict=False, and it runs unfused"
+                raise type(error)(message) from error
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         if is_dynamo_compiling() or (
@@ -487,9 +487,9 @@ def check(
     """
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    points = _points(len(op.variables), traced.recorded.literals, dtype)
+    points = _points(len(op.variables), traced.run.literals, dtype)
     tensors, outputs = (tuple(points), None, None), op.all_outputs
-    values = traced.values(traced.recorded)
+    values = tuple(traced.inputs.values())
     launch = kernels(traced.program(outputs), tensors, values, "none", outputs)
     value, gradients = launch(points, None, 1.0)
     found = torch.stack([value, *gradients]).double()

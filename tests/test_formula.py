@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import interpreter
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -420,6 +421,148 @@ def test_parameters_take_no_new_trace(traces: list[str]) -> None:
     assert len(traces) == 2  # squares have a program of their own, and so has the flag
 
 
+def test_what_python_does_with_tensors_and_parameters(traces: list[str]) -> None:
+    """A function runs as it is written: on tensors, without a gradient where it asks for none."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, k: float = 1.5) -> Tensor:
+        if not isinstance(input, Tensor):
+            return 0 * input
+        with torch.no_grad():
+            factor = (input * input).exp()
+        return float(np.sqrt(k)) * factor * input + np.float64(k) * math.floor(10) * input.detach()
+
+    input = torch.randn(100, dtype=torch.float64, requires_grad=True)
+    traces.clear()
+    for k in (1.5, 2.25, 4, 0.1):
+        got, expected = (evaluate(f, input, k=k) for f in (mine, mine.function))
+        torch.testing.assert_close(got.value, expected.value)
+        torch.testing.assert_close(got.gradients, expected.gradients)
+    assert not traces
+
+
+def test_a_parameter_that_chooses_the_result() -> None:
+    """The operations are the same."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, k: float = 2.0) -> Tensor:
+        twice, thrice = 2 * input, 3 * input
+        return twice if k > 1 else thrice
+
+    @mine.gradient
+    def _(input: Tensor, *, k: float = 2.0) -> Tensor:
+        ones = torch.ones_like(input)
+        five, seven = 5 * ones, 7 * ones
+        return seven if k == 3 else five
+
+    input = torch.randn(100, requires_grad=True)
+    for k, value, slope in ((2.0, 2, 5), (0.5, 3, 5), (3.0, 2, 7), (2.5, 2, 5)):
+        got = mine(input, k=k)
+        assert torch.equal(got, value * input)
+        assert torch.equal(torch.autograd.grad(got.sum(), input)[0], torch.full((100,), slope))
+
+
+def test_gradients_that_a_parameter_changes_alone() -> None:
+    """The operations of the value are the same."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, both: bool = False, k: float = 2.0) -> Tensor:
+        with torch.set_grad_enabled(both):
+            factor = torch.exp(-input * input)
+        return k * factor * input
+
+    input = torch.randn(100, dtype=torch.float64, requires_grad=True)
+    for flag in (False, True, False):
+        got, expected = (evaluate(f, input, both=flag) for f in (mine, mine.function))
+        torch.testing.assert_close(got.gradients, expected.gradients)
+        assert mine.explain(input, both=flag).backend != "torch"
+
+    def scaled(input: Tensor, *, k: float = 2.0) -> Tensor:
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+                return x.exp()
+
+            @staticmethod
+            def backward(ctx: Any, g: Tensor) -> Tensor:  # noqa: ARG004
+                return k * g
+
+        return 2 * Scaled.apply(input)
+
+    with pytest.raises(UntraceableError, match=r"mul: an autograd.Function; give the formula"):
+        pyfused.activation(scaled)
+    unfused = pyfused.activation(strict=False)(scaled)
+    for k in (2.0, 3.0):
+        got, expected = (evaluate(f, input, k=k) for f in (unfused, scaled))
+        torch.testing.assert_close(got.gradients, expected.gradients)
+
+
+@pytest.mark.cpu  # the interpreter warns of NaN where the check runs such a kernel
+@pytest.mark.parametrize("patched", [False, True])
+def test_functions_of_pyfuseds_in_a_formula(patched: bool) -> None:
+    """They take torch's way there, as other formulas do."""
+    if patched:
+        pyfused.patch()
+    try:
+
+        @pyfused.loss
+        def mine(input: Tensor, target: Tensor, *, k: float = 3.0) -> Tensor:
+            value = pyfused.functional.softcap(input, 3.0) * pyfused.functional.gelu(target)
+            value = value + pyfused.functional.mse_loss(input, target, reduction="none")
+            return value + k * mish(input) + F.silu(input) + torch.relu(target) + F.gelu(input)
+    finally:
+        pyfused.unpatch() if patched else None
+    operands = [x.double().requires_grad_() for x in operands_of("wing")]
+    for k in (3.0, 0.7):
+        got, expected = (
+            evaluate(f, *operands, k=k) for f in (mine, lambda *x, k: mine.function(*x, k=k).mean())
+        )
+        torch.testing.assert_close(got.value, expected.value)
+        torch.testing.assert_close(got.gradients, expected.gradients)
+    assert len(mine.op.traces) == 1
+
+
+USES: dict[str, Callable[[Tensor, float], Any]] = {
+    "times": lambda x, k: k * x, "plus": lambda x, k: x + k, "over": lambda x, k: x / (k * k + 0.5),
+    "power": lambda x, k: (x.abs() + 0.5) ** k, "base": lambda x, k: (abs(k) + 0.5) ** x,
+    "derived": lambda x, k: x * math.log1p(k * k) - math.cos(k),
+    "where": lambda x, k: torch.where(x < k, x, k * x), "least": lambda x, k: x.clamp(min=k),
+    "branch": lambda x, k: x if k > 1 else x * x, "choice": lambda x, k: (2 * x, 3 * x)[k > 1],
+    "twice": lambda x, k: torch.maximum(k * x, (k - 1) * x), "slope": lambda x, k: F.elu(x, abs(k)),
+    "softplus": lambda x, k: F.softplus(x, beta=abs(k) + 0.5, threshold=k),
+    "full": lambda x, k: torch.full_like(x, k).tanh() * x, "int": lambda x, k: int(k) * x,
+}  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([*USES]), st.booleans()), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(*[st.sampled_from([0.0, -0.0, 1, 1.0, 2, 2.0, 0.5, -1.5, 0.3, 1.7, 2e18])] * 2),
+        min_size=3,
+        max_size=6,
+    ),
+)
+@settings(max_examples=5 if interpreter.ON else max(50, settings().max_examples))
+def test_random_uses_of_parameters(
+    uses: list[tuple[str, bool]], values: list[tuple[float, float]]
+) -> None:
+    """The programs of other values, which the definition did not compare with the function."""
+
+    @pyfused.activation(strict=False)
+    def mine(input: Tensor, *, j: float = 0.7, k: float = 1.3) -> Tensor:
+        total = input
+        for use, second in uses:
+            total = total + USES[use](input, k if second else j)
+        return total
+
+    input = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
+    for j, k in values:
+        got, expected = (evaluate(f, input, j=j, k=k) for f in (mine, mine.function))
+        torch.testing.assert_close(got.value, expected.value, rtol=1e-9, atol=1e-11, equal_nan=True)
+        for ours, theirs in zip(got.gradients, expected.gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
 def test_a_trace_leaves_the_callers_state_alone() -> None:
     @pyfused.loss
     def mine(input: Tensor, target: Tensor, *, scale: float = 1.0, squared: bool = False) -> Tensor:
@@ -805,7 +948,7 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
 
 
 @given(st.floats(0.25, 4), st.floats(-30, 30), st.sampled_from(["value", "log", "where"]))
-@settings(max_examples=4 if interpreter.ON else 25)
+@settings(max_examples=4 if interpreter.ON else settings().max_examples)
 def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
     """In float64, where the difference counts, on both sides of the threshold and at it."""
 
@@ -1060,9 +1203,15 @@ def test_wrong_definitions() -> None:
         pyfused.activation(lambda input: (input, input))
     with pytest.raises(UntraceableError, match=r"expected an elementwise formula.*\(6,\)"):
         pyfused.activation(lambda input: input.flatten())
-    tensor = torch.ones(3)
-    with pytest.raises(UntraceableError, match="a tensor of its own"):
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3), torch.tensor(2.0), torch.ones(2, 3)], ids=str)
+def test_a_tensor_that_is_no_operand(tensor: Tensor) -> None:
+    """It may have other values in later calls."""
+    with pytest.raises(UntraceableError, match="mul: a tensor of its own; make it an operand"):
         pyfused.activation(lambda input: input * tensor)
+    with pytest.raises(UntraceableError, match=r"a tensor of its own|elementwise formula"):
+        pyfused.activation(lambda input: tensor)
 
 
 def test_the_check_of_a_definition_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
