@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from pyfused.layout import broadcast_numel
 from pyfused.ops import dispatch, trace
 from pyfused.ops.declaration import Arguments, Operand
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
-from pyfused.ops.program import OPERANDS, Program, UntraceableError, compiled, is_moderate
+from pyfused.ops.program import OPERANDS, Expressions, Program, UntraceableError, compiled
 from pyfused.ops.sizes import torch_is_faster
 from pyfused.types import Outputs
 
@@ -34,36 +35,40 @@ _KINDS_OF_PARAMETERS = (float, int, bool, str, type(None))
 _PLAIN = (Tensor, Parameter)
 
 
+@dataclass(eq=False)
 class Traced:
-    """A formula's programs for all parameters that make the same graph.
+    """A formula's programs for all parameters that make the same operations.
 
     Attributes:
-        lifted: The literals that are inputs of the programs.
+        run: The function's, for some of these.
+        inputs: Literals in it that are inputs of the programs, by their numbers.
+        outputs: Which expressions the value and the gradients are.
+        difference: How the kernel's results differ from the function's, or None.
     """
 
-    def __init__(
-        self, name: str, recorded: trace.Recorded, lifted: Sequence[int], operands: int
-    ) -> None:
-        self.name, self.recorded, self.lifted = name, recorded, lifted
-        self.expressions, self.outputs = trace.derive(recorded, operands, lifted)
+    name: str
+    run: trace.Run
+    inputs: dict[int, float]
+    expressions: Expressions
+    outputs: list[int]
+    difference: RuntimeError | None = None
+
+    def __post_init__(self) -> None:
         self.program = cache(self._program)
-        self.program(Outputs(True, (True,) * operands))  # raises where it is too large
+        self.program(Outputs(True, (True,) * (len(self.outputs) - 1)))  # raises if it is too large
 
-    def values(self, recorded: trace.Recorded) -> tuple[float, ...]:
-        return tuple([float(recorded.literals[i]) for i in self.lifted])
-
-    def fits(self, recorded: trace.Recorded) -> bool:
-        if recorded[1::2] != self.recorded[1::2]:  # structure and exponents
-            return False
-        pairs = enumerate(zip(self.recorded.literals, recorded.literals, strict=True))
-        return all(
-            is_moderate(other) if i in self.lifted else repr(float(one)) == repr(float(other))
-            for i, (one, other) in pairs
-        )
+    def values(self, run: trace.Run) -> tuple[float, ...] | None:
+        """Returns the inputs in another run, or None if that does other things."""
+        pairs = enumerate(zip(self.run.literals, run.literals, strict=False))
+        if run.structure != self.run.structure or any(
+            i not in self.inputs and repr(one) != repr(other) for i, (one, other) in pairs
+        ):
+            return None
+        return tuple([run.literals[i] for i in self.inputs])
 
     def _program(self, outputs: Outputs) -> Program:
         wanted = outputs.loss, *(outputs.gradients or (False,) * (len(self.outputs) - 1))
-        return compiled(self.name, self.expressions, self.outputs, wanted, len(self.lifted))
+        return compiled(self.name, self.expressions, self.outputs, wanted, len(self.inputs))
 
 
 class FormulaOperator(PointwiseLoss):
@@ -79,13 +84,14 @@ class FormulaOperator(PointwiseLoss):
         slopes: Callable[..., Any] | None = None,
     ) -> None:
         operands, self.parameters = _read_signature(function)
-        self.recorded = partial(trace.record, function, operands, gradient=slopes)
-        self.dependent = partial(trace.dependent, function, operands, gradient=slopes)
+        self.written = trace.Written(function, slopes, len(operands))
         if slopes is not None:
             function = _differentiated(function, slopes, len(operands))
         self.function, self.loss, self.long = function, loss, False
         self.traces: list[Traced] = []
-        self._traced = lru_cache(_MOST_VALUES)(self._trace)
+        self._traced = lru_cache(_MOST_VALUES)(
+            lambda _, numbers: trace.isolated(self._trace, numbers)
+        )
         added = dict(zip(_OF_CALLS, ("mean" if loss else "none", None), strict=True))
         self.keywords = self.parameters | added
 
@@ -111,6 +117,7 @@ class FormulaOperator(PointwiseLoss):
             denominators={"mean": _mean_of_weights},
         )
         self.places = slice(len(operands), len(operands) + len(self.parameters))
+        self.all_outputs = Outputs(True, (True,) * len(operands))
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         return arguments[self.places]
@@ -148,47 +155,53 @@ class FormulaOperator(PointwiseLoss):
         """Returns the programs for some parameters, and their inputs.
 
         Raises:
-            UntraceableError: There is none.
+            UntraceableError: There is no program.
+            RuntimeError: Its results differ from the function's.
         """
-        found = self._found(numbers)
-        if isinstance(found, str):
-            raise UntraceableError(found)
+        # The key is the text, as 2 and 2.0, 1 and True, 0.0 and -0.0 make different operations.
+        found = self._traced(repr(numbers), numbers)
+        if isinstance(found, Exception):
+            raise type(found)(str(found))
         return found
 
-    def _found(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
-        """Returns the programs and their inputs, or why there are none."""
-        # The key is the text, as 2 and 2.0, 1 and True, 0.0 and -0.0 make different graphs.
-        return self._traced(repr(numbers), numbers)
-
-    def _trace(self, _: str, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | str:
+    def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | Exception:
         parameters = dict(zip(self.parameters, numbers, strict=True))
-        names = [operand.name for operand in self.variables]
+
+        def made(inputs: dict[int, float]) -> Traced:
+            return Traced(self.name, run, inputs, *self.written.derive(parameters, inputs))
+
         try:
-            recorded = self.recorded(parameters=parameters)
+            run = self.written.run(parameters)
             for traced in self.traces:
-                if traced.fits(recorded):
-                    return traced, traced.values(recorded)
+                if (values := traced.values(run)) is not None:
+                    return traced.difference or (traced, values)
             if len(self.traces) >= _MOST_TRACES:
-                return (
+                return UntraceableError(
                     f"its parameters have needed {_MOST_TRACES} traces: each new value takes "
                     "another, as an operator of torch's that is no arithmetic takes one of them"
                 )
-            lifted = self.dependent(parameters=parameters, recorded=recorded)
+            inputs = {i: run.literals[i] for i in self.written.dependent(parameters, run)}
             try:
-                traced = Traced(self.name, recorded, lifted, len(names))
+                traced = made(inputs)
             except UntraceableError:  # an operator takes no tensor there: a trace for each value
-                traced = Traced(self.name, recorded, (), len(names))
+                traced = made({})
+            check(self, numbers, traced)
         except UntraceableError as error:
-            return str(error)
+            return UntraceableError(str(error))  # without its frames
+        except RuntimeError as error:
+            traced.difference = RuntimeError(str(error))
         self.traces.append(traced)
-        return traced, traced.values(recorded)
+        return traced.difference or (traced, tuple(traced.inputs.values()))
 
     def _fallback_reason(self, *arguments: Any) -> str | None:
         for name, value in zip(self.parameters, self.numbers(arguments), strict=True):
             if type(value) not in _KINDS_OF_PARAMETERS:
                 return f"{name} is a {type(value).__name__}"
-        found = self._found(self.numbers(arguments))
-        return found if isinstance(found, str) else None
+        try:
+            self.traced(self.numbers(arguments))
+        except (UntraceableError, RuntimeError) as error:
+            return str(error)
+        return None
 
 
 def _differentiated(
@@ -311,13 +324,12 @@ class Formula:
         """Takes an operator whose kernel computes what its function does."""
         self.op, self.function = op, op.function
         try:
-            with torch.device("cpu"):
-                check(op)
-        except UntraceableError as error:
+            traced, _ = op.traced(tuple(op.parameters.values()))
+            op.long = len(traced.program(op.all_outputs).body) >= _LONG
+        except (UntraceableError, RuntimeError) as error:
             if self.strict:
-                raise UntraceableError(
-                    f"{self.__name__}: {error}; or pass strict=False, and it runs unfused"
-                ) from error
+                message = f"{self.__name__}: {error}; or pass strict=False, and it runs unfused"
+                raise type(error)(message) from error
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         if is_dynamo_compiling() or (
@@ -372,9 +384,9 @@ class Formula:
         names = [variable.name for variable in self.op.variables]
         try:
             traced, values = self.op.traced(tuple(self.op.parameters.values()))
-        except UntraceableError as error:
+        except (UntraceableError, RuntimeError) as error:
             return f"{self.__name__}: torch: {error}"
-        program = traced.program(Outputs(True, (True,) * len(names)))
+        program = traced.program(self.op.all_outputs)
         read, written = len(names), len(names) + (not self.op.loss)
         tensors = "1 tensor" if read == 1 else f"{read} tensors"
         return "\n  ".join([
@@ -427,11 +439,10 @@ def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> lis
     return [*torch.cat([normal.flatten(1), ties, uniform, chosen], 1).to(dtype)]
 
 
-def _run(op: FormulaOperator, operands: Sequence[Tensor]) -> Tensor:
+def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tensor]) -> Tensor:
     """Returns the function's value and gradients, in float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
-    with torch.enable_grad():
-        value = op.function(*leaves)
+    value = op.of_each(leaves, numbers)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
@@ -461,38 +472,39 @@ class _Roundings(trace.Mode):
 
 def check(
     op: FormulaOperator,
+    numbers: tuple[Any, ...],
+    traced: Traced,
     kernels: Callable[..., Any] = cpu.pointwise_loss,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Compares the kernel for the default parameters with the function.
+    """Compares the kernel for some parameters with the function.
 
     The function's values nearby, with other roundings, say how much these may change, as they do
     next to a jump or where numbers cancel.
 
     Raises:
-        UntraceableError: There is no kernel.
         RuntimeError: They differ.
     """
-    traced, values = op.traced(tuple(op.parameters.values()))
-    points = _points(len(op.variables), traced.recorded.literals, dtype)
-    outputs = Outputs(True, (True,) * len(points))
-    program = traced.program(outputs)
-    op.long = len(program.body) >= _LONG
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    launch = kernels(program, (tuple(points), None, None), values, "none", outputs)
+    points = _points(len(op.variables), traced.run.literals, dtype)
+    tensors, outputs = (tuple(points), None, None), op.all_outputs
+    values = tuple(traced.inputs.values())
+    launch = kernels(traced.program(outputs), tensors, values, "none", outputs)
     value, gradients = launch((*points, None, None))
     found = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]
-    expected = _run(op, wide)
+    expected = _run(op, numbers, wide)
     digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
-    beside = [expected, _run(op, points)]
+    beside = [expected, _run(op, numbers, points)]
     for _ in range(8):
         steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
         near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
         near = [torch.where(x.isinf(), x, y) for x, y in zip(wide, near, strict=True)]
         with _Roundings(dtype, generator):
-            beside += [_run(op, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}]
+            beside += [
+                _run(op, numbers, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}
+            ]
     values_beside = torch.stack(beside)
     undefined = values_beside.isnan()
     low = values_beside.masked_fill(undefined, torch.inf).amin(0)
@@ -500,9 +512,13 @@ def check(
     slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
     right = (found >= low - slack) & (found <= high + slack)
     right |= (found == expected) | (undefined.any(0) & found.isnan())
-    if traced.expressions.stabilized:  # float32 says where the function itself is unstable
-        error = (_run(op, [x.float() for x in points]) - expected).abs()
-        right |= found.isfinite() & ~((found - expected).abs() > 1e-6 * error)
+    if traced.expressions.stabilized:
+        # float32 says where the function itself is unstable; where it is NaN of numbers, the kernel
+        # may have a limit.
+        error = (_run(op, numbers, [x.float() for x in points]) - expected).abs()
+        lost = expected.isnan() & ~torch.stack(points).isnan().any(0)
+        stable = found.isfinite() & ~((found - expected).abs() > 1e-6 * error)
+        right |= ~found.isnan() & torch.where(expected.isnan(), lost, stable)
     if not right.all():
         wrong = (~right).nonzero()
         k, i = map(int, wrong[0])
@@ -510,7 +526,7 @@ def check(
         where = zip(op.variables, points, strict=True)
         at = ", ".join(f"{variable.name}={x[i].item():.6g}" for variable, x in where)
         raise RuntimeError(
-            f"{op.function.__name__}: its kernel's {names[k]} is {found[k, i].item():.9g} at {at}, "
+            f"its kernel's {names[k]} is {found[k, i].item():.9g} at {at}, "
             f"and the function's {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} "
             "values differ"
         )
@@ -526,7 +542,8 @@ def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) 
         function: Takes one to four tensors by position, which broadcast, and parameters with
             defaults, numbers, flags or words; returns a tensor of one loss for each element, made
             of torch's elementwise operations. It runs once to be traced, and where no kernel does.
-        strict: Raise where no kernel can run the function; False: it runs unfused then.
+        strict: Raise where no kernel can run the function, or its results differ from the
+            function's; False: it runs unfused then.
 
     Returns:
         A function of the same operands, the parameters by keyword, and the keywords ``reduction``,
@@ -538,7 +555,8 @@ def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) 
     Raises:
         TypeError: The function's arguments are of another kind, or, with ``strict``, it does what
             kernels cannot: control flow on values, reductions, random numbers, shapes.
-        RuntimeError: The kernels' results differ from the function's, at random and special values.
+        RuntimeError: With ``strict``, the kernels' results differ from the function's, at random
+            and special values.
     """
     return partial(loss, strict=strict) if function is None else Formula(function, True, strict)
 
@@ -548,7 +566,7 @@ def activation(function: Callable[..., Tensor] | None = None, *, strict: bool = 
 
     Args:
         function: Takes one to four tensors and parameters with defaults.
-        strict: Raise where no kernel can run the function; False: it runs unfused then.
+        strict: As :func:`loss`'s.
 
     Returns:
         A function of the same arguments, which returns a tensor of the operands' broadcast shape

@@ -1420,6 +1420,11 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
     """Returns ``input`` times the standard normal distribution function of it.
 
+    At infinity it is this product: inf of inf, NaN of -inf, with a gradient of NaN at both. oneDNN,
+    which computes torch's on x86 in float32 and bfloat16 without approximation, returns NaN of inf,
+    too, and inf from half of the largest number on; it takes small calls and those without a
+    gradient.
+
     Args:
         input: Any shape.
         approximate: ``"none"``, or ``"tanh"`` for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import interpreter
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -419,6 +421,148 @@ def test_parameters_take_no_new_trace(traces: list[str]) -> None:
     assert len(traces) == 2  # squares have a program of their own, and so has the flag
 
 
+def test_what_python_does_with_tensors_and_parameters(traces: list[str]) -> None:
+    """A function runs as it is written: on tensors, without a gradient where it asks for none."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, k: float = 1.5) -> Tensor:
+        if not isinstance(input, Tensor):
+            return 0 * input
+        with torch.no_grad():
+            factor = (input * input).exp()
+        return float(np.sqrt(k)) * factor * input + np.float64(k) * math.floor(10) * input.detach()
+
+    input = torch.randn(100, dtype=torch.float64, requires_grad=True)
+    traces.clear()
+    for k in (1.5, 2.25, 4, 0.1):
+        got, expected = (evaluate(f, input, k=k) for f in (mine, mine.function))
+        torch.testing.assert_close(got.value, expected.value)
+        torch.testing.assert_close(got.gradients, expected.gradients)
+    assert not traces
+
+
+def test_a_parameter_that_chooses_the_result() -> None:
+    """The operations are the same."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, k: float = 2.0) -> Tensor:
+        twice, thrice = 2 * input, 3 * input
+        return twice if k > 1 else thrice
+
+    @mine.gradient
+    def _(input: Tensor, *, k: float = 2.0) -> Tensor:
+        ones = torch.ones_like(input)
+        five, seven = 5 * ones, 7 * ones
+        return seven if k == 3 else five
+
+    input = torch.randn(100, requires_grad=True)
+    for k, value, slope in ((2.0, 2, 5), (0.5, 3, 5), (3.0, 2, 7), (2.5, 2, 5)):
+        got = mine(input, k=k)
+        assert torch.equal(got, value * input)
+        assert torch.equal(torch.autograd.grad(got.sum(), input)[0], torch.full((100,), slope))
+
+
+def test_gradients_that_a_parameter_changes_alone() -> None:
+    """The operations of the value are the same."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, both: bool = False, k: float = 2.0) -> Tensor:
+        with torch.set_grad_enabled(both):
+            factor = torch.exp(-input * input)
+        return k * factor * input
+
+    input = torch.randn(100, dtype=torch.float64, requires_grad=True)
+    for flag in (False, True, False):
+        got, expected = (evaluate(f, input, both=flag) for f in (mine, mine.function))
+        torch.testing.assert_close(got.gradients, expected.gradients)
+        assert mine.explain(input, both=flag).backend != "torch"
+
+    def scaled(input: Tensor, *, k: float = 2.0) -> Tensor:
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+                return x.exp()
+
+            @staticmethod
+            def backward(ctx: Any, g: Tensor) -> Tensor:  # noqa: ARG004
+                return k * g
+
+        return 2 * Scaled.apply(input)
+
+    with pytest.raises(UntraceableError, match=r"mul: an autograd.Function; give the formula"):
+        pyfused.activation(scaled)
+    unfused = pyfused.activation(strict=False)(scaled)
+    for k in (2.0, 3.0):
+        got, expected = (evaluate(f, input, k=k) for f in (unfused, scaled))
+        torch.testing.assert_close(got.gradients, expected.gradients)
+
+
+@pytest.mark.cpu  # the interpreter warns of NaN where the check runs such a kernel
+@pytest.mark.parametrize("patched", [False, True])
+def test_functions_of_pyfuseds_in_a_formula(patched: bool) -> None:
+    """They take torch's way there, as other formulas do."""
+    if patched:
+        pyfused.patch()
+    try:
+
+        @pyfused.loss
+        def mine(input: Tensor, target: Tensor, *, k: float = 3.0) -> Tensor:
+            value = pyfused.functional.softcap(input, 3.0) * pyfused.functional.gelu(target)
+            value = value + pyfused.functional.mse_loss(input, target, reduction="none")
+            return value + k * mish(input) + F.silu(input) + torch.relu(target) + F.gelu(input)
+    finally:
+        pyfused.unpatch() if patched else None
+    operands = [x.double().requires_grad_() for x in operands_of("wing")]
+    for k in (3.0, 0.7):
+        got, expected = (
+            evaluate(f, *operands, k=k) for f in (mine, lambda *x, k: mine.function(*x, k=k).mean())
+        )
+        torch.testing.assert_close(got.value, expected.value)
+        torch.testing.assert_close(got.gradients, expected.gradients)
+    assert len(mine.op.traces) == 1
+
+
+USES: dict[str, Callable[[Tensor, float], Any]] = {
+    "times": lambda x, k: k * x, "plus": lambda x, k: x + k, "over": lambda x, k: x / (k * k + 0.5),
+    "power": lambda x, k: (x.abs() + 0.5) ** k, "base": lambda x, k: (abs(k) + 0.5) ** x,
+    "derived": lambda x, k: x * math.log1p(k * k) - math.cos(k),
+    "where": lambda x, k: torch.where(x < k, x, k * x), "least": lambda x, k: x.clamp(min=k),
+    "branch": lambda x, k: x if k > 1 else x * x, "choice": lambda x, k: (2 * x, 3 * x)[k > 1],
+    "twice": lambda x, k: torch.maximum(k * x, (k - 1) * x), "slope": lambda x, k: F.elu(x, abs(k)),
+    "softplus": lambda x, k: F.softplus(x, beta=abs(k) + 0.5, threshold=k),
+    "full": lambda x, k: torch.full_like(x, k).tanh() * x, "int": lambda x, k: int(k) * x,
+}  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([*USES]), st.booleans()), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(*[st.sampled_from([0.0, -0.0, 1, 1.0, 2, 2.0, 0.5, -1.5, 0.3, 1.7, 2e18])] * 2),
+        min_size=3,
+        max_size=6,
+    ),
+)
+@settings(max_examples=5 if interpreter.ON else max(50, settings().max_examples))
+def test_random_uses_of_parameters(
+    uses: list[tuple[str, bool]], values: list[tuple[float, float]]
+) -> None:
+    """The programs of other values, which the definition did not compare with the function."""
+
+    @pyfused.activation(strict=False)
+    def mine(input: Tensor, *, j: float = 0.7, k: float = 1.3) -> Tensor:
+        total = input
+        for use, second in uses:
+            total = total + USES[use](input, k if second else j)
+        return total
+
+    input = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
+    for j, k in values:
+        got, expected = (evaluate(f, input, j=j, k=k) for f in (mine, mine.function))
+        torch.testing.assert_close(got.value, expected.value, rtol=1e-9, atol=1e-11, equal_nan=True)
+        for ours, theirs in zip(got.gradients, expected.gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
 def test_a_trace_leaves_the_callers_state_alone() -> None:
     @pyfused.loss
     def mine(input: Tensor, target: Tensor, *, scale: float = 1.0, squared: bool = False) -> Tensor:
@@ -436,18 +580,36 @@ def test_a_trace_leaves_the_callers_state_alone() -> None:
     torch.testing.assert_close(got.gradients, expected.gradients)
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_a_trace_in_anomaly_mode() -> None:
-    @pyfused.loss
-    def mine(input: Tensor, target: Tensor) -> Tensor:
-        return (input - target) ** 2 / 2
+MODES = {
+    "": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+}
 
-    input, target = operands_of("wing", 50)
-    with torch.autograd.set_detect_anomaly(True):
-        got = evaluate(mine, input.requires_grad_(), target)
-    assert mine.explain(input, target).backend != "torch"
-    expected = evaluate(lambda *x: mine.function(*x).mean(), input, target)
-    torch.testing.assert_close(got.gradients, expected.gradients)
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_definition_and_a_trace_in_each_mode(mode: str) -> None:
+    """The derivative of log1p is NaN at some of the points of the check."""
+    with MODES[mode]():
+
+        @pyfused.loss
+        def mine(input: Tensor, target: Tensor, *, squared: bool = False) -> Tensor:
+            d = input - target
+            return d**2 / 2 if squared else torch.log1p(d.abs()) + torch.log(1 + torch.exp(d))
+
+        detached = operands_of("wing", 50)
+        for squared in (False, True):
+            mine(*detached, squared=squared)
+    operands = [x.clone().requires_grad_() for x in detached]
+    for squared in (False, True):
+        got = evaluate(called(mine, squared=squared), *operands)
+        assert mine.explain(*operands, squared=squared).backend != "torch"
+        expected = evaluate(
+            lambda *x, squared=squared: mine.function(*x, squared=squared).mean(), *operands
+        )
+        torch.testing.assert_close(got.value, expected.value)
+        torch.testing.assert_close(got.gradients, expected.gradients)
 
 
 def test_a_parameter_of_an_operator_of_torchs() -> None:
@@ -786,6 +948,26 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
     torch.testing.assert_close(got.gradients, evaluate(function, moderate).gradients)
 
 
+@given(st.floats(0.25, 4), st.floats(-30, 30), st.sampled_from(["value", "log", "where"]))
+@settings(max_examples=4 if interpreter.ON else settings().max_examples)
+def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
+    """In float64, where the difference counts, on both sides of the threshold and at it."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, scale: float = 1.0) -> Tensor:
+        value = scale * F.softplus(input, beta=beta, threshold=threshold)
+        if use == "log":
+            return value + torch.log(1 + torch.exp(input))
+        return torch.where(input < 0, value, 2 * value) if use == "where" else value
+
+    steps = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    input = (torch.cat([steps, steps * 1e-9]) + threshold / beta).requires_grad_()
+    for scale in (1.0, 0.75):
+        got, expected = (evaluate(f, input, scale=scale) for f in (mine, mine.function))
+        torch.testing.assert_close(got.value, expected.value, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-12, atol=1e-13)
+
+
 # ---- where no kernel runs ------------------------------------------------------------------------
 
 
@@ -1022,9 +1204,15 @@ def test_wrong_definitions() -> None:
         pyfused.activation(lambda input: (input, input))
     with pytest.raises(UntraceableError, match=r"expected an elementwise formula.*\(6,\)"):
         pyfused.activation(lambda input: input.flatten())
-    tensor = torch.ones(3)
-    with pytest.raises(UntraceableError, match="a tensor of its own"):
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3), torch.tensor(2.0), torch.ones(2, 3)], ids=str)
+def test_a_tensor_that_is_no_operand(tensor: Tensor) -> None:
+    """It may have other values in later calls."""
+    with pytest.raises(UntraceableError, match="mul: a tensor of its own; make it an operand"):
         pyfused.activation(lambda input: input * tensor)
+    with pytest.raises(UntraceableError, match=r"a tensor of its own|elementwise formula"):
+        pyfused.activation(lambda input: tensor)
 
 
 def test_the_check_of_a_definition_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1036,6 +1224,25 @@ def test_the_check_of_a_definition_finds_a_wrong_kernel(monkeypatch: pytest.Monk
     monkeypatch.setitem(programs.RULES, "pow", [wrong])
     with pytest.raises(RuntimeError, match=r"mine: its kernel's value is .* at input=.*differ"):
         pyfused.activation(mine)
+    unfused, input = pyfused.activation(strict=False)(mine), torch.randn(50)
+    assert torch.equal(unfused(input), mine(input))
+    assert "its kernel's value is" in str(unfused.explain())
+    assert "its kernel's value is" in unfused.explain(input).reason
+
+
+def test_each_trace_is_checked(monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls) -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, power: bool = False, k: float = 2.5) -> Tensor:
+        return k * input.sigmoid() ** 2 if power else k * input
+
+    wrong = ("pow", "a", "b"), "a", "SIMPLER"
+    monkeypatch.setitem(programs.RULES, "pow", [wrong])
+    input = torch.randn(50)
+    for k in (2.5, 0.3):
+        assert torch.equal(mine(input, power=True, k=k), mine.function(input, power=True, k=k))
+        assert "its kernel's value is" in mine.explain(input, power=True, k=k).reason
+    assert not kernel_calls
+    assert mine.explain(input).backend != "torch"
 
 
 @pytest.mark.parametrize(
@@ -1055,7 +1262,8 @@ def test_the_check_of_a_definition_allows_for_roundings(function: Any) -> None:
 UNARY = {
     "abs": torch.abs, "neg": torch.neg, "exp": torch.exp, "tanh": torch.tanh, "sin": torch.sin,
     "cos": torch.cos, "sigmoid": torch.sigmoid, "erf": torch.erf,
-    "softplus": lambda x: F.softplus(x, threshold=40),  # exact, where torch is linear from 20 on
+    "softplus": F.softplus, "steps": lambda x: F.softplus(x, beta=2.0, threshold=0.5),
+    "log_exp": lambda x: torch.log(1 + torch.exp(x)),
     "sqrt": lambda x: torch.sqrt(x * x + 0.1), "log": lambda x: torch.log(x.abs() + 0.5),
     "log1p": lambda x: torch.log1p(x * x), "expm1": torch.expm1, "relu": torch.relu,
     "square": lambda x: x**2, "cube": lambda x: x**3, "reciprocal": lambda x: 1 / (x.abs() + 0.3),
@@ -1073,6 +1281,7 @@ BINARY = {
     "or": lambda a, b: torch.where(torch.logical_or(a.relu(), b < 0.25), b, 2 * a),
     "xor": lambda a, b: torch.logical_xor(a > 0, b.relu()).type_as(a) - b,
     "most": lambda a, b: torch.where((a > 0) | (b <= 0.5), a + b, a * b),
+    "branch": lambda a, b: torch.where(a < b, torch.log(1 + torch.exp(a)), F.softplus(b - a)),
 }  # fmt: skip
 
 
@@ -1100,12 +1309,13 @@ HEADS = {
 }
 
 
-@given(random_formulas())
+@given(random_formulas(), st.sampled_from([*MODES]))
 @settings(max_examples=20 if interpreter.ON else max(200, settings().max_examples))
-def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
+def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]], mode: str) -> None:
     """A definition compares the CPU's kernel with torch in float64."""
     operands, steps = drawn
-    formula = pyfused.activation(HEADS[operands](steps))
+    with MODES[mode]():
+        formula = pyfused.activation(HEADS[operands](steps))
     traced, values = formula.op.traced(())
     x = tuple(torch.randn(operands, 7, dtype=torch.float64))
 
@@ -1120,6 +1330,6 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]]) -> None:
             assert (one is None) != is_wanted
             assert one is None or torch.equal(one.nan_to_num(), other.nan_to_num())
     kernels = backend_of(torch.empty(0)).pointwise_loss
-    check(formula.op, kernels, torch.float32)
+    check(formula.op, (), traced, kernels, torch.float32)
     if kernels is not cpu.pointwise_loss:
-        check(formula.op, kernels, torch.float64)
+        check(formula.op, (), traced, kernels, torch.float64)

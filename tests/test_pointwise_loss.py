@@ -217,10 +217,12 @@ def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
 
 
 @grid(dtype=FLOATS, reduction=REDUCTIONS)
-def test_variances_below_eps(dtype: torch.dtype, reduction: str, kernel_calls: KernelCalls) -> None:
-    """They count as eps, and the gradient passes as if they had been."""
+def test_variances_at_the_edges(
+    dtype: torch.dtype, reduction: str, kernel_calls: KernelCalls
+) -> None:
+    """Those below eps count as eps, and the gradient passes; that of an infinite one is 0."""
     x, t = (torch.randn(40).to(dtype).requires_grad_() for _ in range(2))
-    var = torch.linspace(0, 1, 40).to(dtype).requires_grad_()
+    var = torch.cat([torch.linspace(0, 1, 39), torch.tensor([INF])]).to(dtype).requires_grad_()
     options = {"eps": 0.5, "reduction": reduction}
     assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, var, **options)
     assert kernel_calls["gaussian_nll_loss"]

@@ -151,11 +151,11 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
 def _may_ignore(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Returns whether rows of a CPU call may be ignored, of which torch's gradient may be NaN."""
-    if not target.is_cpu or target.dtype is not torch.int64 or not target.is_contiguous():
+    if is_dynamo_compiling() or target.dtype is not torch.int64 or not target.is_cpu:
         return False
     if is_functorch_wrapped(target) or target.shape != loss_shape(input, "none"):
         return False
-    classes = checks.classes_of(input)
+    classes, target = checks.classes_of(input), target.contiguous()
     return 0 <= ignore_index < classes or not cpu.all_in_range(target, classes)
 
 

@@ -38,6 +38,12 @@ _TWICE = 2 * math.sqrt(2 / math.pi)
 
 _of_inputs_shape = partial(checks.same_shape, name="weight")
 
+
+def _softplus(x: Tensor) -> Tensor:
+    """Returns log(1 + exp(x)), where F.softplus is linear from 20 on."""
+    return -F.logsigmoid(-x)
+
+
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
@@ -189,7 +195,7 @@ BINARY_CROSS_ENTROPY = PointwiseLoss(
 def _binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, pos_weight: Tensor | None = None
 ) -> Tensor:
-    softplus = F.softplus(-input)
+    softplus = _softplus(-input)
     if pos_weight is not None:
         softplus = ((pos_weight - 1) * target + 1) * softplus
     return (1 - target) * input + softplus
@@ -202,7 +208,7 @@ def _gradient_of_binary_cross_entropy_with_logits(
         return input.sigmoid() - target, -input
     positive = pos_weight * target
     of_input = (positive + 1 - target) * input.sigmoid() - positive
-    return of_input, pos_weight * F.softplus(-input) - F.softplus(input), None
+    return of_input, pos_weight * _softplus(-input) - _softplus(input), None
 
 
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
@@ -310,7 +316,7 @@ def _gradient_of_gaussian_nll_loss(
     """Returns the gradients; that of the variance passes where it is below eps."""
     v, d = torch.where(var < eps, eps, var), input - target
     of_input = 2 * d * (0.5 / v)  # overflows where torch's does
-    return of_input, -of_input, (v - d * d) / v / v * 0.5
+    return of_input, -of_input, (1 - d * d / v) / v * 0.5
 
 
 GAUSSIAN_NLL_LOSS = PointwiseLoss(
@@ -330,7 +336,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     operands=(INPUT, SIGNS),
     shapes=partial(checks.same_shape, error=RuntimeError),
     fallback_reason=_differ,
-    formula=lambda input, target: F.softplus(-target * input),
+    formula=lambda input, target: _softplus(-target * input),
 )
 
 
@@ -382,7 +388,7 @@ QUANTILE_LOSS = PointwiseLoss(
 
 def _log_cosh_loss(input: Tensor, target: Tensor) -> Tensor:
     size = (input - target).abs()
-    return size + (F.softplus(-2 * size) - math.log(2))
+    return size + (_softplus(-2 * size) - math.log(2))
 
 
 LOG_COSH_LOSS = PointwiseLoss(
@@ -420,7 +426,7 @@ def _parts_of_focal_loss(
         slope = power * torch.where(u > 0, p * q / u, 1)
     negative, positive = torch.where(alpha < 0, 1, 1 - alpha), torch.where(alpha < 0, 1, alpha)
     factor = positive * t + negative * (1 - t)
-    return [p, (1 - t) * x + F.softplus(-x), factor, power, slope]
+    return [p, (1 - t) * x + _softplus(-x), factor, power, slope]
 
 
 def _sigmoid_focal_loss(input: Tensor, target: Tensor, *numbers: Any) -> Tensor:
@@ -806,7 +812,7 @@ SOFTPLUS = Activation(
     saves="input",
     scalars=(Scalar("beta"), Scalar("threshold")),
     formula=lambda input, beta, threshold: torch.where(
-        input * beta > threshold, input, F.softplus(input * beta) / beta
+        input * beta > threshold, input, _softplus(input * beta) / beta
     ),
     definition=lambda input, beta=1.0, threshold=20.0: torch._C._nn.softplus(
         input, beta, threshold
@@ -823,7 +829,7 @@ LOGSIGMOID = Activation(
     fallback_reason=lambda input: (
         None if input.is_contiguous() else "torch makes its result contiguous"
     ),
-    formula=lambda input: 0 - F.softplus(-input),  # 0.0 of infinity
+    formula=lambda input: 0 - _softplus(-input),  # 0.0 of infinity
     definition=lambda input: torch._C._nn.log_sigmoid(input),
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )

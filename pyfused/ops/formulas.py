@@ -91,7 +91,7 @@ class Kernel(NamedTuple):
 
     def _traced(self, run: trace.Function, operands: int) -> tuple[Expressions, list[int]]:
         values = [0.5] * len(self.parameters)
-        return trace.expressions_of(run, operands, values, trace.Recorder(left_out="STABLE"))
+        return trace.isolated(trace.expressions_of, run, operands, values, "STABLE")
 
 
 @cache

@@ -1,165 +1,29 @@
 """From a Python function of tensors to expressions: its value, and its gradients by torch's rules.
 
-torch.fx records the function, with numbers as they are, so that it may do with its parameters what
-Python can. It then runs once, on tensors that stand for the operands, and the ATen operators of the
-function and of its derivatives become expressions. Literals that depend on parameters are inputs
-there, so that other parameters take no other trace.
+A function runs once on tensors that stand for its operands and parameters, and the ATen operators
+that it calls, and those of its derivatives, become expressions. To a user's function parameters are
+numbers, as Python may compute with them: where torch is given a number that depends on one, a
+tensor takes its place, so that other parameters take no other trace.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from traceback import extract_tb, walk_stack
-from typing import Any, NamedTuple
+from functools import partial
+from traceback import extract_tb
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._decomp import decomposition_table
-from torch.fx.node import map_aggregate
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from pyfused.ops.program import EXPONENTS, Expressions, UntraceableError, is_moderate
-
-# ---- torch.fx: the function as it is written -----------------------------------------------------
-
-_POW = (operator.pow, torch.pow, Tensor.pow, "pow", "__pow__", "__rpow__")
-_SHAPES = ("shape", "size", "numel", "ndim", "dim", "dtype", "device", "__len__", "item", "tolist")
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, file: str) -> None:
-        super().__init__()
-        self.root, self.graph = torch.nn.Module(), fx.Graph(tracer_cls=_Tracer)
-        self.tensor_attrs, self.file = {}, file
-
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, *args, **kwargs)
-        for frame, line in walk_stack(None):
-            if frame.f_code.co_filename == self.file:
-                node.stack_trace = f"line {line} of {self.file}"
-                break
-        asked = args[1][1] if args[0] is getattr else args[0]
-        if kind == "get_attr":
-            raise UntraceableError(f"{node.stack_trace}: a tensor of its own; make it an operand")
-        if asked in _SHAPES:
-            raise UntraceableError(
-                f"{node.stack_trace}: {asked}, which is not the same for every call; make it a "
-                "parameter, or use operations like torch.zeros_like and Tensor.type_as"
-            )
-        return node
-
-
-class Recorded(NamedTuple):
-    """A function as torch.fx sees it with some parameters.
-
-    Attributes:
-        graph: Of the operands, and then of the numbers in it.
-        literals: These numbers.
-        exponents: Which of these are exponents with a program of their own.
-        differentiated: Whether the graph has a gradient for each operand, too.
-    """
-
-    graph: fx.Graph
-    structure: str
-    literals: list[float]
-    exponents: set[int]
-    differentiated: bool
-
-
-def record(
-    function: Callable[..., Any],
-    operands: Sequence[str],
-    parameters: dict[str, Any],
-    gradient: Callable[..., Any] | None = None,
-) -> Recorded:
-    """Records a function, and its gradient if one is given, which returns one for each operand.
-
-    Raises:
-        UntraceableError: The function does what depends on values or shapes.
-    """
-    tracer = _Tracer(function.__code__.co_filename)
-    inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in operands]
-    try:
-        output = function(*inputs, **parameters)
-        slopes = () if gradient is None else slopes_of(gradient, inputs, parameters)
-    except UntraceableError:
-        raise
-    except Exception as error:
-        lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == tracer.file]
-        message = f"line {[0, *lines][-1]} of {tracer.file}: {error}"
-        if isinstance(error, (fx.proxy.TraceError, TypeError)):
-            message += "; use torch.where instead of 'if' and torch's functions instead of math's "
-            message += "on tensors"
-        raise UntraceableError(message) from error
-    if not isinstance(output, fx.Proxy):
-        raise UntraceableError(f"expected it to return one tensor, got {type(output).__name__}")
-    outputs = tuple([x.node if isinstance(x, fx.Proxy) else x for x in (output, *slopes)])
-    tracer.create_node("output", "output", (outputs,), {})
-    graph, literals, exponents = tracer.graph, list[float](), set[int]()
-    nodes = list(graph.nodes)
-
-    def leaf(argument: Any) -> Any:
-        if type(argument) not in (int, float):
-            return argument
-        if node.target in _POW and argument in EXPONENTS:
-            exponents.add(len(literals))
-        literals.append(argument)
-        return graph.placeholder("literal")
-
-    with graph.inserting_before(nodes[len(inputs)]):
-        for node in nodes:
-            node.args, node.kwargs = (map_aggregate(x, leaf) for x in (node.args, node.kwargs))
-    return Recorded(graph, str(graph), literals, exponents, gradient is not None)
-
-
-def slopes_of(
-    gradient: Callable[..., Any], operands: Sequence[Any], parameters: dict[str, Any]
-) -> tuple[Any, ...]:
-    """Returns what a gradient of a user's returns for each operand: a tensor, or None for 0.
-
-    Raises:
-        TypeError: It returns something else.
-    """
-    found = gradient(*operands, **parameters)
-    slopes = found if isinstance(found, (tuple, list)) else (found,)
-    kinds = (Tensor, fx.Proxy, type(None))
-    if len(slopes) != len(operands) or not all(isinstance(each, kinds) for each in slopes):
-        raise TypeError(
-            f"{gradient.__name__}: expected a tensor or None for each of {len(operands)} operands, "
-            f"got {found!r}"
-        )
-    return tuple(slopes)
-
-
-def dependent(
-    function: Callable[..., Any],
-    operands: Sequence[str],
-    parameters: dict[str, Any],
-    recorded: Recorded,
-    gradient: Callable[..., Any] | None = None,
-) -> list[int]:
-    """Returns the literals that move with a parameter: another value of it changes these alone.
-
-    A parameter that another value of makes another graph, or an error, is no input. Nor are very
-    large and very small literals, which the rewrites have to know.
-    """
-    found: set[int] = set()
-    for name, value in parameters.items():
-        if type(value) not in (int, float):
-            continue
-        try:
-            moved = parameters | {name: value * 1.0009765625 + 2.0**-12}
-            other = record(function, operands, moved, gradient)
-        except UntraceableError:
-            continue
-        if other.structure == recorded.structure:
-            pairs = zip(recorded.literals, other.literals, strict=True)
-            found |= {i for i, (one, another) in enumerate(pairs) if one != another}
-    immoderate = {i for i, value in enumerate(recorded.literals) if not is_moderate(value)}
-    return sorted(found - recorded.exponents - immoderate)
-
 
 # ---- operators of ATen: expressions --------------------------------------------------------------
 
@@ -175,7 +39,7 @@ class Recorder(Mode):
 
     def __init__(self, left_out: str = "") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.e, self.line = Expressions(left_out), ""
+        self.e = Expressions(left_out)
         self.known: dict[int, tuple[Tensor, int]] = {}  # the tensors, so that no memory is reused
 
     def know(self, tensor: Tensor, place: int) -> Tensor:
@@ -185,7 +49,9 @@ class Recorder(Mode):
     def read(self, argument: Any) -> Any:
         if isinstance(argument, Tensor) and argument.data_ptr() in self.known:
             return self.known[argument.data_ptr()][1]
-        if isinstance(argument, Tensor) and argument.dim() == 0:
+        if isinstance(argument, Tensor):
+            if argument.dim():
+                raise UntraceableError("a tensor of its own; make it an operand")
             argument = argument.item()
         return self.e.literal(argument) if type(argument) in (bool, int, float) else argument
 
@@ -231,55 +97,51 @@ class Recorder(Mode):
 
 # What is recorded: a function of operands, parameters and the scale of the gradients.
 Function = Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None]]
+Result = TypeVar("Result")
 
 _SHAPE = (2, 3)  # of the operands that a function is traced with
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 
 
-class _Interpreter(fx.Interpreter):
-    recorder: Recorder
+def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls a function in a thread of its own, and without anomaly detection.
 
-    def run_node(self, n: fx.Node) -> Any:
-        self.recorder.line = f"{n.stack_trace}, {n.name}"
-        return super().run_node(n)
+    A formula is traced and checked wherever it is defined or first called. torch's grad modes,
+    other modes and hooks of saved tensors belong to a thread, but anomaly detection to a process.
+    """
+    with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
+
+
+def _operands(count: int) -> list[Tensor]:
+    values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
+    return [values + 0.1 * k for k in range(count)]
 
 
 def expressions_of(
-    function: Function, operands: int, parameters: Sequence[float], recorder: Recorder
+    function: Function, operands: int, parameters: Sequence[float], left_out: str = ""
 ) -> tuple[Expressions, list[int]]:
     """Runs a function of so many operands and with these parameters, and records it.
-
-    It runs in a thread of its own: torch's modes and hooks of saved tensors belong to a thread, and
-    those of a caller whose call is the first of its kind must not see this.
 
     Returns:
         Expressions, and which of them the function's results are; None counts as 0.
 
     Raises:
-        UntraceableError: The function is not elementwise, or the kernels lack an operator.
+        UntraceableError: The kernels lack an operator.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_record_run, function, operands, parameters, recorder).result()
-
-
-def _record_run(
-    function: Function, operands: int, parameters: Sequence[float], recorder: Recorder
-) -> tuple[Expressions, list[int]]:
-    values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
-
-    def input(kind: str, k: int, value: Tensor) -> Tensor:
-        return recorder.know(value, recorder.e.input(kind, k))
-
-    leaves = [input("operand", k, values + 0.1 * k).requires_grad_() for k in range(operands)]
+    recorder = Recorder(left_out)
     # A parameter is of the operands' shape: torch takes the number out of a scalar.
-    pairs = enumerate(parameters)
-    numbers = [input("parameter", k, values.new_full(_SHAPE, value)) for k, value in pairs]
-    scale = input("scale", 0, values.new_ones(()))
-    try:
-        with recorder:
-            results = function(leaves, numbers, scale)
-    except Exception as error:
-        raise UntraceableError(f"{recorder.line}: {error}") from error
+    tensors = {
+        "operand": _operands(operands),
+        "parameter": [torch.full(_SHAPE, x, dtype=torch.float64, device="cpu") for x in parameters],
+        "scale": [torch.ones((), dtype=torch.float64, device="cpu")],
+    }
+    for kind, each in tensors.items():
+        for k, tensor in enumerate(each):
+            recorder.know(tensor, recorder.e.input(kind, k))
+    leaves, numbers, (scale,) = tensors.values()
+    with recorder:
+        results = function([leaf.requires_grad_() for leaf in leaves], numbers, scale)
     return recorder.e, [recorder.read(0.0 if each is None else each) for each in results]
 
 
@@ -307,37 +169,182 @@ def gradients_of(
     if not value.requires_grad:
         return [None] * len(leaves)
     weighted = _Weighted.apply(value, grad_output)
-    with torch.autograd.set_detect_anomaly(False):  # which would ask whether a gradient is NaN
-        return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
+    return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
 
 
-def derive(
-    recorded: Recorded, operands: int, lifted: Sequence[int]
-) -> tuple[Expressions, list[int]]:
-    """Returns expressions of the value and of each operand's gradient, as `expressions_of`."""
-    recorder = Recorder()
-    interpreter = _Interpreter(torch.nn.Module(), graph=recorded.graph)
-    interpreter.recorder, interpreter.extra_traceback = recorder, False
+# ---- a user's function ---------------------------------------------------------------------------
 
-    def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
-        literals: list[Any] = [*recorded.literals]
-        for i, number in zip(lifted, numbers, strict=True):
-            literals[i] = number
-        value, *slopes = interpreter.run(*leaves, *literals)
-        if value.shape != _SHAPE or not value.dtype.is_floating_point:
+
+class Run(TorchFunctionMode):
+    """Runs a user's function, and its gradient if one is given, and reads the numbers in it.
+
+    Args:
+        inputs: Tensors that take the places of some numbers.
+
+    Attributes:
+        results: The value, and the slopes by the operands if the gradient is given.
+        literals: The numbers that torch is given and a program may take as inputs.
+        structure: torch's functions and their arguments, whatever these numbers.
+
+    Raises:
+        UntraceableError: The function does what depends on values or shapes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        gradient: Callable[..., Any] | None,
+        operands: Sequence[Tensor],
+        parameters: dict[str, Any],
+        inputs: Mapping[int, Tensor],
+    ) -> None:
+        super().__init__()
+        self.inputs, self.literals, self.structure = inputs, list[float](), list[list[Any]]()
+        self.known: dict[int, tuple[Tensor, Any]] = {}  # the tensors, so that no memory is reused
+        self.know(operands)
+        try:
+            with self:
+                self.results = [function(*operands, **parameters)]
+                if gradient is not None:
+                    self.results += slopes_of(gradient, operands, parameters)
+            if not isinstance(self.results[0], Tensor):
+                kind = type(self.results[0]).__name__
+                raise UntraceableError(f"expected it to return one tensor, got {kind}")
+            self.structure.append(places := list[Any]())
+            tree_map(partial(self.read, places), self.results)
+        except Exception as error:
+            file = function.__code__.co_filename
+            lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == file]
+            message = f"line {[0, *lines][-1]} of {file}: {error}"
+            if "Boolean value" in message or "converted to" in message:
+                message += "; use torch.where instead of 'if' and torch's functions instead of "
+                message += "math's on tensors"
+            raise UntraceableError(message) from error
+
+    def know(self, tensors: Sequence[Tensor]) -> None:
+        for k, tensor in enumerate(tensors):
+            self.known[tensor.data_ptr()] = tensor, (len(self.structure), k)
+
+    def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "a property")
+        call = [func, torch.is_grad_enabled(), *(kwargs or {})]
+        self.structure.append(call)
+        try:
+            args, kwargs = tree_map(partial(self.read, call), (args, kwargs or {}))
+            made = func(*args, **kwargs)
+        except TypeError as error:  # which Python's operators would replace by one of their own
+            raise RuntimeError(f"{name}: {error}") from error
+        results = made if isinstance(made, (tuple, list)) else () if made is None else (made,)
+        if all(isinstance(result, Tensor) for result in results):
+            self.know(results)
+        elif not sys._getframe(1).f_globals["__name__"].startswith("pyfused."):  # which may ask
             raise UntraceableError(
-                f"expected an elementwise formula, got a {value.dtype} tensor of shape "
-                f"{tuple(value.shape)} from operands of shape {_SHAPE}; leave reductions to "
-                "'reduction'"
+                f"{name}, which is not the same for every call; make it a parameter, or use "
+                "operations like torch.zeros_like and Tensor.type_as"
             )
-        recorder.line = "a derivative"
-        return [value, *(slopes or gradients_of(value, leaves, scale))]
+        return made
 
-    parameters = [recorded.literals[i] for i in lifted]
-    e, (value, *gradients) = expressions_of(run, operands, parameters, recorder)
-    if recorded.differentiated:
-        gradients = [e.scaled(gradient) for gradient in gradients]
-    return e, [value, *gradients]
+    def read(self, call: list[Any], argument: Any) -> Any:
+        """Adds what an argument is to the call, and returns the argument or its input.
+
+        Exponents with a program of their own are part of the structure, and so are very large and
+        very small numbers, which the rewrites have to know.
+        """
+        if isinstance(argument, Tensor):
+            if argument.data_ptr() not in self.known:
+                raise UntraceableError("a tensor of its own; make it an operand")
+            if isinstance(argument.grad_fn, BackwardCFunction):  # may read a parameter unseen
+                raise UntraceableError(
+                    "an autograd.Function; give the formula its gradient by @formula.gradient"
+                )
+            call.append(self.known[argument.data_ptr()][1])
+        elif isinstance(argument, bool) or not isinstance(argument, (int, float)):
+            call.append(argument)
+        elif not is_moderate(argument) or (
+            call[0].__name__.strip("_") in ("pow", "rpow") and argument in EXPONENTS
+        ):
+            call.append(repr(float(argument)))
+        else:
+            call.append(float)
+            self.literals.append(float(argument))
+            return self.inputs.get(len(self.literals) - 1, argument)
+        return argument
+
+
+class Written(NamedTuple):
+    """A user's function of so many operands, and its gradient if one is given."""
+
+    function: Callable[..., Any]
+    gradient: Callable[..., Any] | None
+    operands: int
+
+    def run(self, parameters: dict[str, Any]) -> Run:
+        return Run(self.function, self.gradient, _operands(self.operands), parameters, {})
+
+    def dependent(self, parameters: dict[str, Any], run: Run) -> list[int]:
+        """Returns the literals that move with a parameter: another value of it changes these alone.
+
+        A parameter that another value of makes other operations, or an error, is no input.
+        """
+        found = set[int]()
+        for name, value in parameters.items():
+            if type(value) not in (int, float):
+                continue
+            try:
+                other = self.run(parameters | {name: value * 1.0009765625 + 2.0**-12})
+            except UntraceableError:
+                continue
+            if other.structure == run.structure:
+                pairs = zip(run.literals, other.literals, strict=True)
+                found |= {i for i, (one, another) in enumerate(pairs) if one != another}
+        return sorted(found)
+
+    def derive(
+        self, parameters: dict[str, Any], inputs: Mapping[int, float]
+    ) -> tuple[Expressions, list[int]]:
+        """Returns expressions of the value and of each operand's gradient, as `expressions_of`.
+
+        Args:
+            inputs: Those of the literals that are inputs, by their numbers.
+        """
+
+        def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
+            tensors = dict(zip(inputs, numbers, strict=True))
+            value, *slopes = Run(*self[:2], leaves, parameters, tensors).results
+            if value.shape != _SHAPE or not value.dtype.is_floating_point:
+                raise UntraceableError(
+                    f"expected an elementwise formula, got a {value.dtype} tensor of shape "
+                    f"{tuple(value.shape)} from operands of shape {_SHAPE}; leave reductions to "
+                    "'reduction'"
+                )
+            try:
+                return [value, *(slopes or gradients_of(value, leaves, scale))]
+            except Exception as error:
+                raise UntraceableError(f"a derivative: {error}") from error
+
+        e, (value, *gradients) = expressions_of(run, self.operands, [*inputs.values()])
+        return e, [value, *(map(e.scaled, gradients) if self.gradient else gradients)]
+
+
+def slopes_of(
+    gradient: Callable[..., Any], operands: Sequence[Any], parameters: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Returns what a gradient of a user's returns for each operand: a tensor, or None for 0.
+
+    Raises:
+        TypeError: It returns something else.
+    """
+    found = gradient(*operands, **parameters)
+    slopes = found if isinstance(found, (tuple, list)) else (found,)
+    right = all(each is None or isinstance(each, Tensor) for each in slopes)
+    if len(slopes) != len(operands) or not right:
+        raise TypeError(
+            f"{gradient.__name__}: expected a tensor or None for each of {len(operands)} operands, "
+            f"got {[type(each).__name__ for each in slopes]}"
+        )
+    return tuple(slopes)
 
 
 # ---- what expressions ATen's operators are -------------------------------------------------------
@@ -360,9 +367,18 @@ def _clamp(e: E, a: int, low: int | None = None, high: int | None = None) -> int
     return a if high is None else e.minimum(a, high)
 
 
-def _softplus(e: E, a: int, beta: int | None = None, _threshold: int | None = None) -> int:
-    """Exact where torch's is linear."""
-    return e.softplus(a) if beta is None else e.div(e.softplus(e.mul(a, beta)), beta)
+def _softplus(e: E, a: int, beta: int | None = None, threshold: int | None = None) -> int:
+    beta, threshold = (
+        e.literal(default) if given is None else given
+        for given, default in ((beta, 1), (threshold, 20))
+    )
+    scaled = e.mul(a, beta)
+    return e.where(e.lt(threshold, scaled), a, e.div(e.softplus(scaled), beta))
+
+
+def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
+    scaled = e.mul(a, beta)
+    return e.where(e.lt(threshold, scaled), g, e.mul(g, e.sigmoid(scaled)))
 
 
 def _own(op: str) -> Callable[..., int]:
@@ -422,7 +438,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "threshold_backward": lambda e, g, a, low: e.where(e.le(a, low), e.literal(0), g),
     "masked_fill": lambda e, a, mask, value: e.where(mask, value, a),
     "softplus": _softplus,
-    "softplus_backward": lambda e, g, a, beta, _: e.mul(g, e.sigmoid(e.mul(a, beta))),
+    "softplus_backward": _softplus_backward,
     "log_sigmoid_forward": lambda e, a: (e.neg(e.softplus(e.neg(a))), a),
     "log_sigmoid_backward": lambda e, g, a, _: e.mul(g, e.sigmoid(e.neg(a))),
     "sigmoid_backward": lambda e, g, y: e.mul(e.mul(g, e.sub(e.literal(1), y)), y),
