@@ -149,12 +149,13 @@ def shipped(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> V
     """Returns the kernels as they are, or with another launch choice."""
     from pyfused.backends import triton as backend
 
-    options, outputs = CrossEntropyOptions(-100, "mean"), Outputs(True, (True, False))
+    options = CrossEntropyOptions(-100, "mean", denominator=float(len(x)))
+    outputs = Outputs(True, (True, False))
     with choosing({}, lambda shipped, _: choice or shipped):
         prepared = backend.cross_entropy(x, target, None, options, outputs)
 
     def run() -> tuple[Tensor, Tensor]:
-        loss, (grad, _) = prepared(x, target, None, None, x.shape[0])
+        loss, (grad, _) = prepared((x, target, None, None, None))
         return loss, grad
 
     return run

@@ -114,7 +114,7 @@ import pyfused
 import pyfused.functional as F
 
 def registered():
-    return sum(name.startswith("pyfused::") for name in torch._C._dispatch_get_all_op_names())
+    return sum(name.startswith("pyfused_") for name in torch._C._dispatch_get_all_op_names())
 
 def step(x, target):
     return CALL

@@ -78,7 +78,7 @@ TARGETS = {
 SOME = ("sm_90", "gfx942")  # for what is rare: one of each maker
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPILLED = 16  # bytes of a thread
-NO_OTHERS = (None,) * 4  # weight, token_weight, denominator and grad_output
+NO_OTHERS = (None,) * 3  # weight, token_weight and denominator
 # Of 32,000 classes, where on an H100 a row that is read twice takes 1.3 times as long.
 # A sine of large numbers keeps many digits of pi.
 MAY_SPILL = {"": SPILLED, "softmax_backward_kernel": 80, "formula snake": 32}
@@ -222,17 +222,17 @@ def class_cases() -> Iterator[Case]:
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=reduced, **fields)
         outputs = Outputs(True, (True, False))
         given = x, target, None, NllOptions(-100, "mean"), outputs
-        run = partial(backend.nll_loss(*given), x, target, *NO_OTHERS)
+        run = partial(backend.nll_loss(*given), (x, target, *NO_OTHERS))
         yield case("nll_loss", *of, run, vector=0, launches=1 + reduced, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
             options = MarginOptions(p, 1.0, "mean")
             given = x, target, None, options, outputs
-            run = partial(backend.multi_margin_loss(*given), x, target, *NO_OTHERS)
+            run = partial(backend.multi_margin_loss(*given), (x, target, *NO_OTHERS))
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=reduced, **fields)
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
         options = MarginOptions(1, 1.0, "mean")
         given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
-        run = partial(backend.multilabel_margin_loss(*given), *given[:2], *NO_OTHERS)
+        run = partial(backend.multilabel_margin_loss(*given), (*given[:2], *NO_OTHERS))
         launches = launches_of_sum(*shape)
         yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME, launches=launches)
 
@@ -247,13 +247,13 @@ def embedding_cases() -> Iterator[Case]:
         for euclidean, swap in product((True, False), (False, True)):
             options = EmbeddingOptions(1.0, 1e-6, euclidean, swap)
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
-            prepared = backend.embedding_loss(*given, Outputs(True, (True,) * 3))
-            run = partial(prepared, (x, x, x), None, float(len(x)))
+            outputs = Outputs(True, (True,) * 3)
+            run = partial(backend.embedding_loss(*given, outputs, float(len(x))), (x, x, x))
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
             yield case("triplet_margin_loss", dtype, shape, run, kind, **fields)
         given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(0.5), "mean"
-        prepared = backend.embedding_loss(*given, Outputs(True, (True, True, False)))
-        run = partial(prepared, (x, x, target), None, float(len(x)))
+        outputs = Outputs(True, (True, True, False))
+        run = partial(backend.embedding_loss(*given, outputs, float(len(x))), (x, x, target))
         yield case("cosine_embedding_loss", dtype, shape, run, **fields)
 
 
@@ -267,9 +267,13 @@ def pointwise_loss(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> None:
-    tensors = operands, weight, grad_output
-    run = backend.pointwise_loss(formula, tensors, numbers, reduction, outputs)
-    run(operands, weight, divisor, grad_output)
+    tensors, number = (operands, weight, grad_output), divisor
+    if isinstance(divisor, Tensor):
+        number = 1.0
+    else:
+        divisor = None
+    run = backend.pointwise_loss(formula, tensors, numbers, reduction, outputs, number)
+    run((*operands, weight, divisor), grad_output)
 
 
 def pointwise_cases() -> Iterator[Case]:
