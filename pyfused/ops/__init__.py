@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ PACKAGE = __name__.partition(".")[0]
 # Where the custom operators of this copy of the package are registered. The package's name is in it
 # because a process may hold two copies, one of them loaded from the kernel hub under another name.
 # The version is in it because the compiler keeps programs on disk by the names of their operators.
-_VERSION = getattr(sys.modules[PACKAGE], "__version__", "")
-NAMESPACE = "_".join([PACKAGE, *_VERSION.replace("+", ".").split(".")]).rstrip("_")
+_VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
+NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)
 
 

@@ -54,7 +54,7 @@ _SCHEMA = {  # of the types of fields
     "Tensor | None": "Tensor?",
     "torch.dtype | None": "ScalarType?",
 }
-_NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?", "dim": "int", "dtype": "ScalarType?"}
+_NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
     return gradients if len(gradients) > 1 else gradients[0]
 
 
-# ---- losses as they are declared --------------------------------------------------------------
+# ---- losses as they are declared -----------------------------------------------------------------
 
 
 def _schema(op: Operator) -> list[str]:
