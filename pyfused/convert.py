@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module
 
 import pyfused.nn as nn
-from pyfused import causal_lm, gated_mlp
+from pyfused import causal_lm, gated_mlp, torch_internals
 from pyfused.ops.operators import OPERATORS
 from pyfused.subclass import MARK, is_fused, unfuse
 
@@ -171,11 +171,9 @@ def _modules(model: Any) -> list[tuple[str, Module]]:
 
 def _wrapper(module: Module) -> str | None:
     """Whoever wrapped the module has looked at its classes, and goes by what was there then."""
-    if module._compiled_call_impl is not None:
+    if torch_internals.is_compiled_module(module):
         return "compiled"
-    dynamo, fsdp = map(sys.modules.get, ("torch._dynamo", "torch.distributed.fsdp"))
-    if dynamo and isinstance(module, dynamo.OptimizedModule):
-        return "compiled"
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
         return "sharded by FSDP"
     return None

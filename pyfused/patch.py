@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -26,6 +25,7 @@ from pyfused.ops.dispatch import is_small
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.originals import original, torch_alone
 from pyfused.ops.sizes import COMPILED
+from pyfused.torch_internals import dynamo_table, tell_jit
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -419,13 +419,13 @@ def _install() -> None:
     if _installed:
         return
     _expect("patch", "torch's own", lambda site: site.unpatched)
-    table = _compilers_table()
+    table = dynamo_table()
     if table:
         table()  # before the names are pyfused's
     try:
         for site in _SITES:
             if isinstance(site, _BuiltIn):
-                stands_for(site.unpatched, site.ours)
+                tell_jit(site.unpatched, site.ours)
             site.put(site.ours)
     except BaseException:
         for site in _SITES:
@@ -443,24 +443,12 @@ def _remove_unless_wanted() -> None:
     for site in _SITES:
         site.put(site.unpatched)
     _installed = False
-    table = _compilers_table()
+    table = dynamo_table()
     if table and not table().keys().isdisjoint(site.traced for site in _SITES):
         table.cache_clear()  # learnt while the names were pyfused's
-
-
-def stands_for(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
-    """torch.jit.script knows built-ins by their identity: it takes the function for one."""
-    table = torch.jit._builtins
-    table._register_builtin(function, table._find_builtin(built_in))
 
 
 def _describe(function: Any) -> str:
     code = getattr(function, "__code__", None)
     where = f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__
     return f"{getattr(function, '__qualname__', function)} ({where})"
-
-
-def _compilers_table() -> Any:
-    """Returns what torch.compile learns, once and by name, of torch's functions, or None."""
-    rules = sys.modules.get("torch._dynamo.trace_rules")
-    return rules and rules.get_torch_obj_rule_map

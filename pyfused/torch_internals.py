@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,38 @@ def _checkpoint() -> Any:
         if type(record).__name__ == "_CheckpointFrame":
             return record
     return None
+
+
+# ---- functions -----------------------------------------------------------------------------------
+
+
+def built_in(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns torch's C++ function of a name, without the Python function around it."""
+    function: Callable[..., Any] = getattr(torch._C._nn, name, otherwise)
+    return function
+
+
+# The reduction that two deprecated arguments stand for, with torch's warning.
+legacy_reduction: Callable[..., str] = _required("torch.nn._reduction.legacy_get_string")
+
+
+def tell_jit(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """Makes torch.jit.script take a function for a built-in, which it knows by its identity."""
+    table = getattr(torch.jit, "_builtins", None)
+    if table is not None:
+        table._register_builtin(function, table._find_builtin(built_in))
+
+
+def dynamo_table() -> Any:
+    """Returns what torch.compile learns, once and by name, of torch's functions, or None."""
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    return getattr(rules, "get_torch_obj_rule_map", None)
+
+
+def is_compiled_module(module: Any) -> bool:
+    """Returns whether torch.compile has a module, or stands before it."""
+    kind = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, kind)
 
 
 # ---- processors ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pyfused.backends import backend_of
 from pyfused.layout import is_dense
 from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.gradients import apply, differentiate
+from pyfused.torch_internals import built_in
 from pyfused.types import Gradients, Kernels
 
 
@@ -106,7 +107,7 @@ class Activation(Operator):
 
 def _built_in(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns the function without the cost of Python's, where there is one."""
-    function: Callable[..., Tensor] = getattr(torch, name, getattr(torch._C._nn, name, reference))
+    function: Callable[..., Tensor] = getattr(torch, name, None) or built_in(name, reference)
     return function
 
 

@@ -29,7 +29,7 @@ from pyfused.ops.declaration import (
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
 from pyfused.ops.vocab_parallel import ShardedOperator
-from pyfused.torch_internals import is_functorch_wrapped
+from pyfused.torch_internals import built_in, is_functorch_wrapped
 from pyfused.types import TENSORS, ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
@@ -41,7 +41,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reference, built_in = self.reference, torch._C._nn.cross_entropy_loss
+        reference = self.reference
+        of_torch = built_in("cross_entropy_loss", reference)
 
         def aten(
             input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
@@ -52,7 +53,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             if input.requires_grad and _may_ignore(input, target, options.ignore_index):
                 input = definitions.without_ignored(input, target, options.ignore_index)
             index, smoothing = options.ignore_index, options.label_smoothing
-            return built_in(input, target, weight, reduction, index, smoothing)  # type: ignore[arg-type]
+            return of_torch(input, target, weight, reduction, index, smoothing)
 
         self.aten = self.aten_ = aten
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
-from torch.nn._reduction import legacy_get_string
 
 from pyfused import checks
 from pyfused.layout import broadcast_numel
 from pyfused.ops import custom_operator
 from pyfused.ops.originals import original
+from pyfused.torch_internals import legacy_reduction
 from pyfused.types import TENSORS
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
@@ -274,7 +274,7 @@ def reduction_of(
     if size_average is None and reduce is None:
         return reduction
     if not is_dynamo_compiling():  # which cannot trace torch's function, nor a warning
-        return legacy_get_string(size_average, reduce, warn)
+        return legacy_reduction(size_average, reduce, warn)
     if reduce is not None and not reduce:
         return "none"
     return "mean" if size_average is None or size_average else "sum"

@@ -29,11 +29,16 @@ from pyfused.ops.pointwise_loss import (
     elements,
     weight_or_elements,
 )
+from pyfused.torch_internals import built_in
 from pyfused.types import Gradients
 
 INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
+# Whatever pyfused.patch puts in the place of torch's names.
+_GELU, _SILU = built_in("gelu", F.gelu), built_in("silu", F.silu)
+_SOFTPLUS, _SOFTSHRINK = built_in("softplus", F.softplus), built_in("softshrink", F.softshrink)
+_LOG_SIGMOID = built_in("log_sigmoid", F.logsigmoid)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
 _of_inputs_shape = partial(checks.same_shape, name="weight")
@@ -586,8 +591,8 @@ SILU = Activation(
 
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate == "none":  # reading an argument takes 0.2 us
-        return torch._C._nn.gelu(input)
-    return torch._C._nn.gelu(input, approximate=approximate)
+        return _GELU(input)  # type: ignore[no-any-return]
+    return _GELU(input, approximate=approximate)  # type: ignore[no-any-return]
 
 
 def _cdf(x: Tensor, approximate: str) -> Tensor:
@@ -743,7 +748,7 @@ SOFTSHRINK = Activation(
     formula=lambda input, lambd: torch.where(
         input > lambd, input - lambd, torch.where(input < -lambd, input + lambd, _zero(input))
     ),
-    definition=lambda input, lambd=0.5: torch._C._nn.softshrink(input, lambd),
+    definition=lambda input, lambd=0.5: _SOFTSHRINK(input, lambd),
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
@@ -814,9 +819,7 @@ SOFTPLUS = Activation(
     formula=lambda input, beta, threshold: torch.where(
         input * beta > threshold, input, _softplus(input * beta) / beta
     ),
-    definition=lambda input, beta=1.0, threshold=20.0: torch._C._nn.softplus(
-        input, beta, threshold
-    ),
+    definition=lambda input, beta=1.0, threshold=20.0: _SOFTPLUS(input, beta, threshold),
     gradient=lambda grad_output, input, beta, threshold: torch.where(
         input * beta > threshold, grad_output, grad_output * (input * beta).sigmoid()
     ),
@@ -830,7 +833,7 @@ LOGSIGMOID = Activation(
         None if input.is_contiguous() else "torch makes its result contiguous"
     ),
     formula=lambda input: 0 - _softplus(-input),  # 0.0 of infinity
-    definition=lambda input: torch._C._nn.log_sigmoid(input),
+    definition=lambda input: _LOG_SIGMOID(input),
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )
 
@@ -877,7 +880,7 @@ SWIGLU = Gated(
     module="SwiGLU",
     operands=GATED,
     formula=lambda gate, up: gate * gate.sigmoid() * up,
-    definition=lambda gate, up: torch._C._nn.silu(gate) * up,
+    definition=lambda gate, up: _SILU(gate) * up,
     gradient=lambda gate, up: (_gradient_of_silu(up, gate), gate * gate.sigmoid()),
 )
 
@@ -887,9 +890,7 @@ GEGLU = Gated(
     operands=GATED,
     scalars=(Scalar("approximate", "none", words=("none", "tanh")),),
     formula=lambda gate, up, approximate: gate * _cdf(gate, approximate) * up,
-    definition=lambda gate, up, approximate="none": (
-        torch._C._nn.gelu(gate, approximate=approximate) * up
-    ),
+    definition=lambda gate, up, approximate="none": _GELU(gate, approximate=approximate) * up,
     gradient=lambda gate, up, approximate: (
         _gradient_of_gelu(up, gate, approximate),
         gate * _cdf(gate, approximate),

@@ -31,6 +31,7 @@ from pyfused.ops.declaration import (
 )
 from pyfused.ops.gradients import apply, differentiate, gradients_in_forward
 from pyfused.ops.loss_plan import Launch, LossPlan
+from pyfused.torch_internals import built_in
 from pyfused.types import TENSORS, Gradients, Outputs
 
 if TYPE_CHECKING:
@@ -282,7 +283,8 @@ class PointwiseLoss(TensorLoss):
 
     def _built_in(self) -> Callable[..., Tensor]:
         """torch's function without most of its cost, whose warning names the caller's line."""
-        reference, built_in = self.reference, getattr(torch._C._nn, self.name)
+        reference = self.reference
+        of_torch = built_in(self.name, reference)
         of_python = [i for i, name in enumerate(self.arguments) if name in _OF_PYTHON]
         scalars = [place for place, _ in self.scalar_places]
         reduction_place = self.arguments.index("reduction")
@@ -300,7 +302,7 @@ class PointwiseLoss(TensorLoss):
                     return reference(*arguments)
                 _warn_of_broadcasting(input, target)
                 input, target = torch.broadcast_tensors(input, target)
-            loss: Tensor = built_in(input, target, reduction, *[arguments[i] for i in scalars])
+            loss: Tensor = of_torch(input, target, reduction, *[arguments[i] for i in scalars])
             return loss
 
         return aten
