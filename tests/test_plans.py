@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import threading
@@ -118,6 +119,17 @@ def test_a_plan_is_made_without_tensors(example: Example, monkeypatch: pytest.Mo
     for arguments in given:
         options = vars(arguments[-1]).values() if isinstance(arguments[-1], Options) else ()
         assert not any(isinstance(value, Tensor) for value in (*arguments, *options))
+
+
+def test_nan_is_one_value() -> None:
+    for _ in range(5):
+        fused.quantile_loss(torch.randn(6, 5), OTHER, 0.5)
+        with contextlib.suppress(RuntimeError):
+            fused.softplus(torch.randn(6, 5), beta=float("nan"))
+    plans = len(dispatch._plans)
+    with contextlib.suppress(RuntimeError):
+        fused.softplus(torch.randn(6, 5), beta=float("nan"))
+    assert len(dispatch._plans) == plans
 
 
 def test_wrong_arguments_raise_each_time() -> None:
