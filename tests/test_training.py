@@ -111,9 +111,9 @@ def test_autocast_makes_no_float32_copy_of_the_logits(monkeypatch: pytest.Monkey
     def prepare_spying(*layouts: Any) -> Any:
         launch = prepare(*layouts)
 
-        def spy(input: Tensor, *args: Any) -> Any:
-            seen.append((input.dtype, input.data_ptr()))
-            return launch(input, *args)
+        def spy(tensors: Any, *args: Any) -> Any:
+            seen.append((tensors[0].dtype, tensors[0].data_ptr()))
+            return launch(tensors, *args)
 
         return spy
 

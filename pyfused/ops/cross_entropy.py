@@ -29,7 +29,12 @@ from pyfused.ops.declaration import (
 from pyfused.ops.dispatch import is_compiled, unsupported
 from pyfused.ops.row_state import state_of_metrics
 from pyfused.ops.vocab_parallel import ShardedOperator
-from pyfused.torch_internals import built_in, is_functorch_wrapped
+from pyfused.torch_internals import (
+    built_in,
+    dispatch_modes,
+    is_functorch_wrapped,
+    left_in_checkpoint,
+)
 from pyfused.types import TENSORS, ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
 
 _OF_TORCH = tuple(parameters_of(F.cross_entropy))
@@ -152,9 +157,10 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
 def _may_ignore(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Returns whether rows of a CPU call may be ignored, of which torch's gradient may be NaN."""
-    if is_dynamo_compiling() or target.dtype is not torch.int64 or not target.is_cpu:
-        return False
-    if is_functorch_wrapped(target) or target.shape != loss_shape(input, "none"):
+    if is_dynamo_compiling() or dispatch_modes() or left_in_checkpoint():
+        return False  # torch's operators are what is asked for
+    of_rows = target.dtype is torch.int64 and target.shape == loss_shape(input, "none")
+    if not (of_rows and target.is_cpu) or is_functorch_wrapped(target):
         return False
     classes, target = checks.classes_of(input), target.contiguous()
     return 0 <= ignore_index < classes or not cpu.all_in_range(target, classes)

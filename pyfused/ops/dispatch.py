@@ -76,7 +76,8 @@ def call(
             output: Tensor = run(arguments)
             return output
     except Exception as error:
-        if patched is None:
+        # A checkpoint ends its recomputation by an exception.
+        if patched is None or type(error).__module__ == "torch.utils.checkpoint":
             raise
         ours = error
     if ours is not None:
@@ -145,16 +146,20 @@ def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
 
 
 def _new_plan(op: Operator, specs: Arguments, inplace: bool) -> Plan:
-    readable = False
-    for name, value in named(op, specs).items():
-        if isinstance(value, TensorSpec) and name not in _tensors_of(op):
-            readable = value.is_cpu and not value.requires_grad and value.numel() == 1
-            if not readable:
-                return Plan(f"{name} is a tensor", None)
-    if readable:
+    tensors = _numbers_in_tensors(op, specs)
+    if tensors and all(map(_is_readable, tensors.values())):
         return Plan(None, lambda given: call(op, _with_python_numbers(op, given), inplace))
     reason = _reason(op, specs, inplace, compiling=False)
     return Plan(reason, None if reason else op.plan(specs, inplace))
+
+
+def _numbers_in_tensors(op: Operator, arguments: Arguments) -> dict[str, Any]:
+    pairs = named(op, arguments).items()
+    return {k: x for k, x in pairs if isinstance(x, TENSORS) and k not in _tensors_of(op)}
+
+
+def _is_readable(number: Any) -> bool:
+    return number.is_cpu and not number.requires_grad and bool(number.numel() == 1)
 
 
 def _plan_without_key(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
@@ -294,9 +299,8 @@ def _with_python_numbers(op: Operator, arguments: Arguments) -> Arguments:
 
     def number(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if name in tensors or type(value) not in _PLAIN or not value.is_cpu:
-                return value
-            return value if value.requires_grad or value.numel() != 1 else value.item()
+            plain = name not in tensors and type(value) in _PLAIN
+            return value.item() if plain and _is_readable(value) else value
         if name in flags:
             return bool(value)
         if name == "torch_options":
@@ -366,6 +370,8 @@ def _reason(op: Operator, arguments: Arguments, inplace: bool, compiling: bool) 
         arguments: Tensors in a program that is being compiled; otherwise what a plan may know.
     """
     input = arguments[0]
+    for name in _numbers_in_tensors(op, arguments) if not compiling else ():
+        return f"{name} is a tensor"
     reason = _unsupported(op.operands[0], input, input)
     for place, operand in op.others:
         tensor = arguments[place]
