@@ -29,6 +29,14 @@ collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the one under test
 
 
+# Files that start processes, build packages, run examples or rehearse the GPU report.
+SLOW = (
+    *("test_compile_ahead", "test_distributed", "test_examples", "test_gpu_check", "test_hub"),
+    *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
+    *("test_shard_sequences", "test_types"),
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
@@ -77,9 +85,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("slow") or config.getoption("full"):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    slow = {item for item in items if item.path.stem in SLOW or item.get_closest_marker("slow")}
+    config.hook.pytest_deselected(items=[*slow])
+    items[:] = [item for item in items if item not in slow]
 
 
 @contextlib.contextmanager

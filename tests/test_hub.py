@@ -13,8 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BACKENDS = {"torch": {}, "triton": {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"}}
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:

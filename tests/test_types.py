@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("typed_program.py")
 
 
