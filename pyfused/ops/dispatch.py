@@ -211,7 +211,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
         elif value is None or kind is str:
             key.append(value)
         elif kind is float:  # 0.0 is equal to -0.0, and NaN is not equal to itself
-            key.append(value if value and value == value else str(value))
+            key.append(value if value and value == value else (kind, str(value)))
         elif kind in _KEYS:
             key.append((kind, value))
         else:
