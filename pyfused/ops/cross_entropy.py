@@ -111,6 +111,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         input, target, weight, options = arguments
         if options.token_weight is not None:
             checks.values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
+        if isinstance(options.denominator, Tensor):
+            checks.bounded("denominator", options.denominator)
         target = target.reshape(loss_shape(input, "none")).to(torch.int64)
         classes = checks.classes_of(input)
         backend_of(target).check_class_indices(target, classes, options.ignore_index)
