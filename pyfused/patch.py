@@ -23,7 +23,7 @@ from pyfused.ops import dispatch
 from pyfused.ops.declaration import Arguments, Operator, parameters_of
 from pyfused.ops.dispatch import is_small
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.originals import original, torch_alone
+from pyfused.ops.originals import TorchAlone, original, torch_alone
 from pyfused.ops.sizes import COMPILED
 from pyfused.torch_internals import dynamo_table, tell_jit
 
@@ -419,6 +419,7 @@ def _install() -> None:
     if _installed:
         return
     _expect("patch", "torch's own", lambda site: site.unpatched)
+    TorchAlone.needed = True
     table = dynamo_table()
     if table:
         table()  # before the names are pyfused's

@@ -26,7 +26,7 @@ from pyfused.ops.declaration import (
     parameters_of,
     reduction_of,
 )
-from pyfused.ops.dispatch import is_compiled, unsupported
+from pyfused.ops.dispatch import is_compiled, plan_of, unsupported
 from pyfused.ops.row_state import state_of_metrics
 from pyfused.ops.vocab_parallel import ShardedOperator
 from pyfused.torch_internals import (
@@ -55,7 +55,11 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             reduction = REDUCTIONS.get(options.reduction)
             if reduction is None or type(target) is not Tensor or not options.is_plain():
                 return reference(input, target, weight, options)
-            if input.requires_grad and _may_ignore(input, target, options.ignore_index):
+            is_index = target.dtype is torch.int64
+            if is_index and input.requires_grad and _ignores(input, target, options.ignore_index):
+                run = plan_of(self, (input, target, weight, options), False).run
+                if run is not None:  # a kernel, which takes less time than other operators of torch
+                    return run((input, target, weight, options))
                 input = definitions.without_ignored(input, target, options.ignore_index)
             index, smoothing = options.ignore_index, options.label_smoothing
             return of_torch(input, target, weight, reduction, index, smoothing)
@@ -157,15 +161,21 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return "row by row" if rows else "several rows at a time"
 
 
-def _may_ignore(input: Tensor, target: Tensor, ignore_index: int) -> bool:
-    """Returns whether rows of a CPU call may be ignored, of which torch's gradient may be NaN."""
-    if is_dynamo_compiling() or dispatch_modes() or left_in_checkpoint():
-        return False  # torch's operators are what is asked for
-    of_rows = target.dtype is torch.int64 and target.shape == loss_shape(input, "none")
-    if not (of_rows and target.is_cpu) or is_functorch_wrapped(target):
+def _ignores(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+    """Returns whether rows of a CPU call are ignored, of which torch's gradient may be NaN.
+
+    Not where torch's own operators are asked for: in a program that is compiled, and under modes.
+    """
+    if is_dynamo_compiling() or is_functorch_wrapped(target) or not target.is_cpu:
         return False
-    classes, target = checks.classes_of(input), target.contiguous()
-    return 0 <= ignore_index < classes or not cpu.all_in_range(target, classes)
+    if not input.dim() or not target.is_contiguous():
+        return False
+    classes = input.shape[input.dim() > 1]
+    if target.numel() * classes != input.numel():
+        return False  # torch raises
+    if not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
+        return False
+    return not (dispatch_modes() or left_in_checkpoint())
 
 
 def _common_dtype(*tensors: Any) -> torch.dtype:

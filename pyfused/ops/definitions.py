@@ -77,8 +77,9 @@ def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Returns logits with zeros in rows that are ignored: NaN of these is in no gradient then."""
     if target.is_floating_point():
         return input
-    valid = target.reshape(loss_shape(input, "none")) != ignore_index
-    return input.where(valid.unsqueeze(min(input.dim() - 1, 1)), 0)
+    if target.dim() != input.dim() - 1:
+        target = target.reshape(loss_shape(input, "none"))
+    return input.masked_fill((target == ignore_index).unsqueeze(min(input.dim() - 1, 1)), 0)
 
 
 def _shaped(logits: Tensor, options: CrossEntropyOptions) -> Tensor:

@@ -23,7 +23,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.ops import reasons, sizes
 from pyfused.ops.declaration import Arguments, Operand, Operator
-from pyfused.ops.originals import torch_alone
+from pyfused.ops.originals import TorchAlone, torch_alone
 from pyfused.ops.reasons import FUSED, SMALL, say_once
 from pyfused.torch_internals import (
     _checkpoints,
@@ -100,7 +100,8 @@ def call(
             reference = op.reference_ if inplace else op.reference
             shown = True
     try:
-        if shown or (reason is SMALL and op.definition is None) or is_dynamo_compiling():
+        alone = shown or not TorchAlone.needed or (reason is SMALL and op.definition is None)
+        if alone or is_dynamo_compiling():
             return reference(*arguments)
         with torch_alone:
             return reference(*arguments)

@@ -28,7 +28,7 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     return copy
 
 
-class _TorchAlone(threading.local):
+class TorchAlone(threading.local):
     """Entered while torch's definition of an operator is computed.
 
     Patched functions are torch's meanwhile: a definition that called one would come back to the
@@ -36,6 +36,7 @@ class _TorchAlone(threading.local):
     """
 
     depth = 0
+    needed = False  # from the first patch on, in all threads
 
     def __enter__(self) -> None:
         self.depth += 1
@@ -44,4 +45,4 @@ class _TorchAlone(threading.local):
         self.depth -= 1
 
 
-torch_alone = _TorchAlone()
+torch_alone = TorchAlone()
