@@ -168,7 +168,7 @@ def _ignores(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """
     if is_dynamo_compiling() or is_functorch_wrapped(target) or not target.is_cpu:
         return False
-    if not input.dim() or not target.is_contiguous():
+    if not (input.dim() and input.numel() and target.is_contiguous()):
         return False
     classes = input.shape[input.dim() > 1]
     if target.numel() * classes != input.numel():
