@@ -131,6 +131,9 @@ def cross_entropy(
     tensor("target", target)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     one_number("label_smoothing", options.label_smoothing)
+    for name, *_ in _NUMBERS[type(options)]:
+        if isinstance(value := getattr(options, name), TENSORS):
+            one_number(name, value)
     if input.dim() == 0:
         raise (IndexError if target.is_floating_point() else RuntimeError)(
             "input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()"

@@ -242,6 +242,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "denominator: expected None with reduction 'sum', got 2.5",
     ),
+    ({"scale": torch.ones(2)}, ValueError, r"scale: expected one number, got shape \(2,\)"),
     (
         {"denominator": torch.tensor(2), "reduction": "none"},
         ValueError,
