@@ -350,7 +350,7 @@ def _refuse(*_: Any, **__: Any) -> Any:
 
 
 class _Logits(Tensor):
-    """What a head has returned."""
+    """The output of a converted head, or a noted read of it."""
 
     _node: Any = None
 

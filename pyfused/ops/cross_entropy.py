@@ -81,7 +81,9 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return given._replace(options=checks.normalized(given.options))
 
     def define(self, given: ClassLossArguments) -> Tensor:
-        input = definitions.without_ignored(*given[:2], given.options.ignore_index)
+        input, target, _, options = given
+        if options.is_plain():  # by torch's function; the definition of other options does it
+            input = definitions.without_ignored(input, target, options.ignore_index)
         return self.reference(input, *given[1:])
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
