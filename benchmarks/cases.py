@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import functional as fused
-from pyfused.ops.declaration import Operand
+from pyfused.dispatch.operator import Operand
 from pyfused.ops.operators import OPERATORS
 
 Step = Callable[[], object]

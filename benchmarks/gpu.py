@@ -29,7 +29,7 @@ from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
 from pyfused.__main__ import installed
-from pyfused.ops import dispatch
+from pyfused.dispatch import call as dispatch
 
 ROUNDS, WARM_UP = 30, 3
 SMALL, CALLS = 1 << 20, 100  # elements below which the call itself takes the time: so many at once

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops import sizes
+from pyfused.dispatch import sizes
 
 WARM_UP = 3
 

@@ -24,11 +24,11 @@ from report import spread
 from torch import Tensor
 
 from pyfused import functional as fused
+from pyfused.dispatch import sizes
+from pyfused.formulas.program import Program
 from pyfused.kernels import launch, program
 from pyfused.kernels.arithmetic import polynomial
 from pyfused.kernels.rows import DROP, KEEP, finite_or_zero, multiple
-from pyfused.ops import sizes
-from pyfused.ops.program import Program
 from pyfused.types import CrossEntropyOptions, Outputs
 
 LOG2E, LOG_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)

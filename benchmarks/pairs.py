@@ -33,7 +33,7 @@ from torch.nn import functional
 
 import pyfused.functional
 from pyfused.backends import cpu
-from pyfused.ops import dispatch
+from pyfused.dispatch import call as dispatch
 
 
 def cells(times: cases.Times) -> list[str]:
@@ -227,7 +227,7 @@ def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.T
 def compiled(options: Namespace) -> None:
     """Programs with torch's operators and with pyfused's, both under torch.compile.
 
-    Both are the same where COMPILED in pyfused/ops/sizes.py leaves a call to Inductor. A custom
+    Both are the same where COMPILED in dispatch/sizes.py leaves a call to Inductor. A custom
     operator is a wall to it, behind arithmetic and behind a cast, too.
     """
     cases.settle_allocator()

@@ -19,8 +19,8 @@ from rich.progress import track
 from torch.nn import functional as F
 
 import pyfused.functional
+from pyfused.dispatch.sizes import FEW, NEVER, limits
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import FEW, NEVER, limits
 
 Shape = tuple[int, ...]
 FAR = 1 << 22  # elements of the largest calls whose results are checked, as that takes seconds

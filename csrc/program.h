@@ -4,7 +4,7 @@
 // Chunks of 512, 256 and 128 elements took 1.03 to 1.07, 1.04 to 1.15 and 1.10 to 1.32 times as
 // long, in the median of ten formulas, as each instruction is found and called for more of them.
 //
-// pyfused/ops/program.py makes programs. A place is the number of
+// pyfused/formulas/program.py makes programs. A place is the number of
 //
 //   an operand (0 to 3), the value (4), a gradient (5 to 8), a register (9 to 72), or a constant:
 //

@@ -38,8 +38,8 @@ nitpick_ignore = [
     ("py:class", "Tensor"),  # of fields of a NamedTuple
     ("py:class", "collections.abc.Callable"),
     ("py:class", "typing.Unpack"),
-    ("py:class", "pyfused.convert.Model"),  # type variables
-    ("py:class", "pyfused.patch.Function"),
+    ("py:class", "pyfused.adopt.convert.Model"),  # type variables
+    ("py:class", "pyfused.adopt.patch.Function"),
     ("py:class", "pyfused.formula.Function"),
 ]
 # The names of torch that pages link to; an inventory in the first format is plain text.

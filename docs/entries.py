@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pyfused import functional
+from pyfused.dispatch.operator import Operand
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import Operand
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Halves, PointwiseLoss
 

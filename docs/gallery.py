@@ -19,8 +19,8 @@ from torch import Tensor
 
 import pyfused
 import pyfused.functional
+from pyfused.dispatch.sizes import FEW, NEVER, limits
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import FEW, NEVER, limits
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
 

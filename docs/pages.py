@@ -16,8 +16,8 @@ import torch
 from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
+from pyfused.dispatch.sizes import LINEAR, OF_LOGITS
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import LINEAR, OF_LOGITS
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
 SHARED = (

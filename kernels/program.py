@@ -28,7 +28,7 @@ from .arithmetic import (  # noqa: F401 programs call them
 )
 
 if TYPE_CHECKING:
-    from pyfused.ops.program import Line, Program
+    from pyfused.formulas.program import Line, Program
 
 OPERANDS = ("x0", "x1", "x2", "x3")
 NUMBERS = 3  # parameters that are arguments of a launch as they are

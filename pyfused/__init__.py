@@ -21,11 +21,11 @@ __version__ = "0.1.0"
 
 try:
     from pyfused import functional, memory, nn
-    from pyfused.convert import convert, plan_conversion, revert
-    from pyfused.explain import explain
+    from pyfused.adopt.convert import convert, plan_conversion, revert
+    from pyfused.adopt.explain import explain
+    from pyfused.adopt.patch import patch, unpatch
+    from pyfused.adopt.run import report
     from pyfused.formula import activation, loss
-    from pyfused.patch import patch, unpatch
-    from pyfused.run import report
     from pyfused.types import VocabShard
 except ImportError as error:
     # `python -m pyfused` is asked when something is wrong: one line says what.

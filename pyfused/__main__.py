@@ -10,11 +10,11 @@ from importlib import metadata, util
 import torch
 
 import pyfused
+from pyfused.adopt.run import run
+from pyfused.adopt.tune import main as tune
 from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
 from pyfused.ops.operators import OPERATORS
-from pyfused.run import run
-from pyfused.tune import main as tune
 
 
 def installed(package: str) -> str:

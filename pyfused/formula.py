@@ -16,16 +16,17 @@ from torch.utils._pytree import tree_map
 
 from pyfused import checks
 from pyfused.backends import cpu
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch.operator import Arguments, Operand
+from pyfused.dispatch.sizes import torch_is_faster
+from pyfused.formulas import trace
+from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError, compiled
 from pyfused.layout import broadcast_numel
-from pyfused.ops import dispatch, trace
-from pyfused.ops.declaration import Arguments, Operand
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
-from pyfused.ops.program import OPERANDS, Expressions, Program, UntraceableError, compiled
-from pyfused.ops.sizes import torch_is_faster
 from pyfused.types import Outputs
 
 if TYPE_CHECKING:
-    from pyfused.explain import Explanation
+    from pyfused.adopt.explain import Explanation
 
 _LONG = 16  # instructions, gradients' included
 _MOST_VALUES = 1024  # of parameters whose programs are kept
@@ -378,7 +379,7 @@ class Formula:
         each element, and the bytes that it reads and writes.
         """
         if operands or named:
-            from pyfused.explain import explain  # which imports this module
+            from pyfused.adopt.explain import explain  # which imports this module
 
             return explain(self, *operands, **named)
         names = [variable.name for variable in self.op.variables]

@@ -44,10 +44,10 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
+from pyfused.dispatch.call import call
+from pyfused.dispatch.operator import reduction_of
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
-from pyfused.ops.declaration import reduction_of
-from pyfused.ops.dispatch import call
 from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
 from pyfused.types import (

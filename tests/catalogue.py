@@ -24,13 +24,13 @@ from torch import Tensor
 
 from pyfused import VocabShard
 from pyfused import functional as fused
+from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
-from pyfused.ops.declaration import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
-from pyfused.ops.embedding_loss import EmbeddingLoss
+from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS

@@ -17,7 +17,9 @@ import torch
 
 import pyfused
 from pyfused.backends import backend_of, cpu
-from pyfused.ops import chunked, dispatch, sizes
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import sizes
+from pyfused.ops import chunked
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)

@@ -30,14 +30,14 @@ from samples import draw
 from torch import Tensor
 
 from pyfused.backends import cpu
+from pyfused.dispatch.operator import Operator, reduction_of
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.composed import Composed
-from pyfused.ops.declaration import Operator, reduction_of
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
-from pyfused.ops.embedding_loss import EmbeddingLoss
+from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
     KL_DIV_WITH_LOGITS,

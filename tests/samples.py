@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused import functional as fused
+from pyfused.dispatch.operator import Operand, Operator
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import Operand, Operator
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
 

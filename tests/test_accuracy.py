@@ -24,9 +24,9 @@ from samples import ACTIVATIONS, LOSSES, SAMPLES, Loss
 from torch import Tensor
 
 from pyfused import functional
+from pyfused.dispatch.operator import Operator
 from pyfused.functional import cross_entropy
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import Operator
 
 # Both sides of every vector, tile and chunk, and vocabularies in use.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]

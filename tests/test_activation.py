@@ -16,8 +16,8 @@ from samples import ACTIVATIONS, SAMPLES, arguments
 from torch import Tensor
 
 import pyfused
+from pyfused.dispatch.call import call
 from pyfused.ops.activation import Activation
-from pyfused.ops.dispatch import call
 from pyfused.ops.elementwise import RELU
 
 INF, NAN = float("inf"), float("nan")

@@ -17,8 +17,9 @@ from processes import python
 from pyfused import backends
 from pyfused import functional as fused
 from pyfused.backends import cpu, versions
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import reasons, sizes
 from pyfused.functional import cross_entropy
-from pyfused.ops import dispatch, reasons, sizes
 from pyfused.ops.elementwise import RELU
 
 on_triton = pytest.mark.skipif(backend is cpu, reason="the C++ kernels raise instead")

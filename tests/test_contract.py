@@ -34,7 +34,8 @@ from random_calls import ERRORS, check_call, converted, forward, largest, native
 
 import pyfused
 from pyfused import nn
-from pyfused.ops import dispatch, sizes
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import sizes
 from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import LOGSIGMOID, PRELU

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops import sizes
+from pyfused.dispatch import sizes
 from pyfused.ops.elementwise import L1_LOSS
 from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTILABEL_MARGIN_LOSS
 

@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 import pyfused
 import pyfused.nn
-from pyfused import causal_lm, deferred
-from pyfused.ops import reasons
-from pyfused.subclass import is_fused
+from pyfused.adopt import causal_lm, deferred
+from pyfused.adopt.subclass import is_fused
+from pyfused.dispatch import reasons
 
 CLASSES, FEATURES = 23, 6
 
@@ -830,7 +830,7 @@ def test_a_read_is_told_once_of_a_model() -> None:
 
 
 if __name__ == "__main__":
-    from pyfused.ops import sizes
+    from pyfused.dispatch import sizes
 
     sizes.FORCED = "every size"
     torch.set_num_threads(1)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops import chunked, custom_operator, distillation, reasons, sizes
+from pyfused.dispatch import reasons, sizes
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.ops import chunked, distillation
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import DivergenceOptions
 

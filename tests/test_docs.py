@@ -22,8 +22,8 @@ import pages
 from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
+from pyfused.dispatch.sizes import cpu_limits
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.sizes import cpu_limits
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[1] / "docs"

@@ -16,7 +16,7 @@ from samples import FIRST, Loss
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.ops.declaration import Operator
+from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import OPERATORS
 
 X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])

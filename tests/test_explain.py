@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops import reasons, sizes
+from pyfused.dispatch import reasons, sizes
+from pyfused.dispatch.operator import Operator
 from pyfused.ops.activation import Activation
-from pyfused.ops.declaration import Operator
 from pyfused.ops.elementwise import PRELU
-from pyfused.ops.embedding_loss import EmbeddingLoss
+from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated, Halves
 
@@ -123,7 +123,7 @@ def test_the_modes_that_are_active() -> None:
 
 
 def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("pyfused.explain")
+    module = importlib.import_module("pyfused.adopt.explain")
     other = SimpleNamespace(
         describe=lambda *_: ("triton", "kernels on cpu, Triton 3.7.1", None, None)
     )

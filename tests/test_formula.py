@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, Traced, check
+from pyfused.formulas import program as programs
+from pyfused.formulas.program import Expressions, UntraceableError, compiled
 from pyfused.ops import formulas as declared
-from pyfused.ops import program as programs
-from pyfused.ops.program import Expressions, UntraceableError, compiled
 from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

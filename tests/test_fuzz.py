@@ -21,8 +21,8 @@ from processes import python
 from random_calls import ERRORS, Call, check_call, forward, ours, random_call, run
 from torch import Tensor
 
-from pyfused.explain import explain
-from pyfused.ops.declaration import Operator
+from pyfused.adopt.explain import explain
+from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 
 SIZES = [10, 300] if interpreter.ON else [10, 3000]  # elements at most

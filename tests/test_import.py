@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import python
 
-from pyfused.ops import sizes
+from pyfused.dispatch import sizes
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 
@@ -92,7 +92,7 @@ def test_importing_executes_no_text(home: Path) -> None:
 
 SIZES = """
 import pyfused
-from pyfused.ops import sizes
+from pyfused.dispatch import sizes
 sys.addaudithook(observe)
 for _ in range(3):
     x = torch.ones(3, requires_grad=True)

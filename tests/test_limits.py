@@ -20,7 +20,7 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops.dispatch import call
+from pyfused.dispatch.call import call
 
 pytestmark = [
     pytest.mark.cpu,

@@ -19,7 +19,8 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import chunk_sizes, chunked, custom_operator
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.ops import chunk_sizes, chunked
 from pyfused.types import HeadOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

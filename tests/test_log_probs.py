@@ -20,7 +20,8 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops import chunked, custom_operator
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.ops import chunked
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     INDEX,

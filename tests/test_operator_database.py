@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from pyfused import functional as fused
 from pyfused import nn
-from pyfused.ops import sizes
-from pyfused.ops.declaration import Operator
+from pyfused.dispatch import sizes
+from pyfused.dispatch.operator import Operator
 from pyfused.ops.elementwise import POISSON_NLL_LOSS
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 

@@ -31,7 +31,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
-from pyfused.ops import reasons
+from pyfused.dispatch import reasons
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 
@@ -694,7 +694,7 @@ def test_script_compiles_what_torch_wrote() -> None:
 
 @pytest.mark.parametrize("fails", range(0, len(OWNERS), 4))
 def test_a_patch_that_fails_half_way_is_undone(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = sys.modules["pyfused.patch"]._SITES[fails]
+    site = sys.modules["pyfused.adopt.patch"]._SITES[fails]
     put, failed = type(site).put, []
 
     def fail_once(self: Any, function: Any) -> None:

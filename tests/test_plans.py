@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops import dispatch
+from pyfused.dispatch import call as dispatch
 from pyfused.ops.elementwise import MSE_LOSS
 from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.types import CrossEntropyOptions, Options

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional, nn
+from pyfused.dispatch import sizes
+from pyfused.dispatch.call import call
 from pyfused.functional import gaussian_nll_loss
-from pyfused.ops import sizes
-from pyfused.ops.dispatch import call
 from pyfused.ops.elementwise import MSE_LOSS
 
 INF, NAN = float("inf"), float("nan")

@@ -267,7 +267,7 @@ def test_a_forked_child_starts_with_no_free_block() -> None:
         import os, torch
         from pyfused import memory
         from pyfused.functional import relu
-        from pyfused.ops import dispatch
+        from pyfused.dispatch import call as dispatch
         dispatch.is_small = lambda *_: False  # a kernel takes every size
         torch.set_num_threads(1)
         x = torch.ones(9 << 20)
@@ -291,7 +291,7 @@ def test_tensors_outlive_the_interpreter() -> None:
     code = """if True:
         import builtins, torch
         from pyfused.functional import relu
-        from pyfused.ops import dispatch
+        from pyfused.dispatch import call as dispatch
         dispatch.is_small = lambda *_: False
         builtins.kept = relu(torch.ones(9 << 20))
         class Late:
@@ -311,7 +311,7 @@ def test_no_memory_left() -> None:
         import resource, torch
         from pyfused import memory
         from pyfused.functional import relu
-        from pyfused.ops import dispatch
+        from pyfused.dispatch import call as dispatch
         dispatch.is_small = lambda *_: False  # a kernel takes every size
         torch.set_num_threads(1)
         memory.recycle(limit=1 << 40)

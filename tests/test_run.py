@@ -25,7 +25,8 @@ import pyfused
 from pyfused import __main__ as main
 from pyfused import functional as F
 from pyfused import run
-from pyfused.ops import custom_operator, reasons
+from pyfused.dispatch import reasons
+from pyfused.dispatch.custom_operators import custom_operator
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
 Done = subprocess.CompletedProcess[str]

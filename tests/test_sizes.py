@@ -11,9 +11,9 @@ import torch
 from processes import python
 from torch import Tensor
 
-from pyfused import tune
-from pyfused.ops import sizes
-from pyfused.ops.declaration import Operator
+from pyfused.adopt import tune
+from pyfused.dispatch import sizes
+from pyfused.dispatch.operator import Operator
 from pyfused.ops.elementwise import GELU, MSE_LOSS, QUANTILE_LOSS
 from pyfused.ops.operators import (
     CROSS_ENTROPY,

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pyfused import functional
 from pyfused.backends import cpu
+from pyfused.dispatch.call import call
+from pyfused.dispatch.operator import Operator
 from pyfused.functional import cross_entropy
-from pyfused.ops.declaration import Operator
-from pyfused.ops.dispatch import call
 from pyfused.ops.operators import SOFTMAX
 
 Threads = Callable[[int], None]

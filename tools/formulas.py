@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from pyfused.formulas.program import Expressions
 from pyfused.ops.activation import Activation
 from pyfused.ops.formulas import Kernel, Method, kernels
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
-from pyfused.ops.program import Expressions
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))

@@ -56,7 +56,7 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    from pyfused.ops.program import Program
+    from pyfused.formulas.program import Program
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)

@@ -59,7 +59,7 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    from pyfused.ops.program import Program
+    from pyfused.formulas.program import Program
 
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import backend_of
+from pyfused.dispatch.autograd import apply, differentiate
+from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.layout import is_dense
-from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.gradients import apply, differentiate
 from pyfused.torch_internals import built_in
 from pyfused.types import Gradients, Kernels
 

@@ -13,11 +13,11 @@ from torch.autograd.graph import increment_version
 
 from pyfused import checks
 from pyfused.backends import backend_of
+from pyfused.dispatch.autograd import apply, autocast_dtype, differentiate, gradients_in_forward
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.dispatch.operator import Arguments, Operator, reduction_of
+from pyfused.dispatch.plan import Launch, LossPlan
 from pyfused.layout import is_dense
-from pyfused.ops import custom_operator
-from pyfused.ops.declaration import Arguments, Operator, reduction_of
-from pyfused.ops.gradients import apply, autocast_dtype, differentiate, gradients_in_forward
-from pyfused.ops.loss_plan import Launch, LossPlan
 from pyfused.types import (
     TENSORS,
     CrossEntropyOptions,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import call, plan_of
+from pyfused.dispatch.call import call, plan_of
+from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
 

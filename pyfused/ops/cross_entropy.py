@@ -16,19 +16,21 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of, cpu
-from pyfused.layout import accumulate_dtype, loss_shape
-from pyfused.ops import custom_operator, definitions, metrics, vocab_parallel
-from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, ClassLossPlan, Tensors
-from pyfused.ops.declaration import (
+from pyfused.dispatch.call import is_compiled, plan_of, unsupported
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.dispatch.operator import (
     REDUCTIONS,
     TOKEN_WEIGHT,
     Arguments,
     parameters_of,
     reduction_of,
 )
-from pyfused.ops.dispatch import is_compiled, plan_of, unsupported
+from pyfused.layout import accumulate_dtype, loss_shape
+from pyfused.ops import definitions, metrics
+from pyfused.ops import shards as vocab_parallel
+from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, ClassLossPlan, Tensors
 from pyfused.ops.row_state import state_of_metrics
-from pyfused.ops.vocab_parallel import ShardedOperator
+from pyfused.ops.shards import ShardedOperator
 from pyfused.torch_internals import (
     built_in,
     dispatch_modes,

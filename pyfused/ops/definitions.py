@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.dispatch.originals import original
 from pyfused.layout import accumulate_dtype, loss_shape, of_leading
 from pyfused.ops import metrics
-from pyfused.ops.originals import original
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.types import CrossEntropyOptions, Head, HeadOptions, LogProbsOptions
 

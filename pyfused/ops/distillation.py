@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.dispatch.autograd import in_autocast_dtype
+from pyfused.dispatch.operator import Arguments
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
@@ -33,8 +35,6 @@ from pyfused.ops.chunked import (
     linear,
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.declaration import Arguments
-from pyfused.ops.gradients import in_autocast_dtype
 from pyfused.ops.row_loss import Computed, RowLoss
 from pyfused.ops.row_state import denominator_of, state_of_logits
 from pyfused.types import (

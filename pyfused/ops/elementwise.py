@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.dispatch.operator import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
-from pyfused.ops.declaration import Arguments, Operand, Operator, Scalar, reduction_of
 from pyfused.ops.pointwise_loss import (
     Gated,
     Halves,

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyfused.ops import trace
+from pyfused.formulas import trace
+from pyfused.formulas.program import Expressions, Program, compiled
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
-from pyfused.ops.program import Expressions, Program, compiled
 
 
 class Method(NamedTuple):

@@ -12,8 +12,12 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of, cross_entropy_once
+from pyfused.dispatch.autograd import in_autocast_dtype
+from pyfused.dispatch.call import is_compiled
+from pyfused.dispatch.operator import Arguments, parameters_of
 from pyfused.layout import accumulate_dtype, of_leading
-from pyfused.ops import definitions, vocab_parallel
+from pyfused.ops import definitions
+from pyfused.ops import shards as vocab_parallel
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
 from pyfused.ops.chunked import (
     Chunk,
@@ -29,9 +33,6 @@ from pyfused.ops.chunked import (
     state_of,
 )
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.declaration import Arguments, parameters_of
-from pyfused.ops.dispatch import is_compiled
-from pyfused.ops.gradients import in_autocast_dtype
 from pyfused.ops.metrics import Metrics, of_state
 from pyfused.ops.row_loss import Computed, RowLoss
 from pyfused.ops.row_state import (
@@ -42,7 +43,7 @@ from pyfused.ops.row_state import (
     state_of_metrics,
     weight_of_targets,
 )
-from pyfused.ops.vocab_parallel import ShardedOperator
+from pyfused.ops.shards import ShardedOperator
 from pyfused.types import ClassRange, Head, HeadOptions, Outputs, VocabShard
 
 # Before torch 2.13 there is none to patch.

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import backend_of
+from pyfused.dispatch.autograd import apply, in_autocast_dtype
+from pyfused.dispatch.call import is_compiled
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.dispatch.operator import Arguments
 from pyfused.layout import accumulate_dtype
-from pyfused.ops import custom_operator
 from pyfused.ops.chunked import StateOptions
-from pyfused.ops.declaration import Arguments
-from pyfused.ops.dispatch import is_compiled
-from pyfused.ops.gradients import apply, in_autocast_dtype
 from pyfused.ops.row_state import results_of
-from pyfused.ops.vocab_parallel import ShardedOperator, StatePlan, is_dtensor
+from pyfused.ops.shards import ShardedOperator, StatePlan, is_dtensor
 from pyfused.types import RESULTS, ClassRange, LogProbsOptions, VocabShard
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from pyfused import checks
+from pyfused.dispatch.operator import Operand, Operator, Scalar
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
-from pyfused.ops.declaration import Operand, Operator, Scalar
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import INPUT, WEIGHT
-from pyfused.ops.embedding_loss import (
+from pyfused.ops.embedding import (
     EmbeddingLoss,
     cosine_fallback_reason,
     rows,

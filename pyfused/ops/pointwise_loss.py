@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.ops import PACKAGE
-from pyfused.ops.declaration import (
+from pyfused.dispatch.autograd import apply, differentiate, gradients_in_forward
+from pyfused.dispatch.custom_operators import PACKAGE
+from pyfused.dispatch.operator import (
     REDUCTIONS,
     Arguments,
     Operand,
@@ -29,13 +30,12 @@ from pyfused.ops.declaration import (
     Scalar,
     reduction_of,
 )
-from pyfused.ops.gradients import apply, differentiate, gradients_in_forward
-from pyfused.ops.loss_plan import Launch, LossPlan
+from pyfused.dispatch.plan import Launch, LossPlan
 from pyfused.torch_internals import built_in
 from pyfused.types import TENSORS, Gradients, Outputs
 
 if TYPE_CHECKING:
-    from pyfused.ops.program import Program
+    from pyfused.formulas.program import Program
 
 _OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, backend_of
-from pyfused.layout import accumulate_dtype
-from pyfused.ops import custom_operator
-from pyfused.ops.chunked import CountedRows, LossArguments
-from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import is_compiled
-from pyfused.ops.gradients import (
+from pyfused.dispatch.autograd import (
     apply,
     differentiate,
     gradients_in_forward,
 )
+from pyfused.dispatch.call import is_compiled
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.chunked import CountedRows, LossArguments
 from pyfused.ops.row_state import denominator_of
 from pyfused.types import Gradients, Options, Outputs
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
+from pyfused.dispatch.autograd import autocast_dtype
+from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.ops.activation import ActivationPlan
-from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.gradients import autocast_dtype
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

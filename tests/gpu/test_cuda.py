@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.ops import sizes
+from pyfused.dispatch import sizes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -1,7 +1,7 @@
 """Language models: their head and loss as ``linear_cross_entropy``.
 
 A model and its head get subclasses of their classes, of the same names. In training the model's own
-``forward`` runs, with the model itself, and its head returns the logits of :mod:`pyfused.deferred`,
+``forward`` runs, with the model itself, and its head returns the logits of `deferred.py`,
 which nobody has computed: their cross-entropy is that of the hidden states and the head's weight,
 and whatever else reads them computes them, so that the results are those of the model in any case.
 
@@ -27,8 +27,8 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
-from pyfused import deferred, subclass
-from pyfused.deferred import LOSS
+from pyfused.adopt import deferred, subclass
+from pyfused.adopt.deferred import LOSS
 from pyfused.torch_internals import active_mode
 
 # ---- a model's forward with another head ---------------------------------------------------------

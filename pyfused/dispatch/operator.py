@@ -16,9 +16,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
-from pyfused.ops import custom_operator
-from pyfused.ops.originals import original
 from pyfused.torch_internals import legacy_reduction
 from pyfused.types import TENSORS
 

@@ -10,9 +10,10 @@ import torch
 from torch.nn import Module
 
 import pyfused.nn as nn
-from pyfused import causal_lm, gated_mlp, torch_internals
+from pyfused import torch_internals
+from pyfused.adopt import causal_lm, gated_mlp
+from pyfused.adopt.subclass import MARK, is_fused, unfuse
 from pyfused.ops.operators import OPERATORS
-from pyfused.subclass import MARK, is_fused, unfuse
 
 Model = TypeVar("Model", bound=Module)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.dispatch.originals import torch_alone
+from pyfused.dispatch.reasons import say_once
 from pyfused.layout import is_dense
-from pyfused.ops.originals import torch_alone
-from pyfused.ops.reasons import say_once
 from pyfused.torch_internals import (
     functorch_is_active,
     graph_is_retained,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
+from pyfused.dispatch.autograd import autocast_dtype
+from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.plan import Launch
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.declaration import Arguments
-from pyfused.ops.gradients import autocast_dtype
-from pyfused.ops.loss_plan import Launch
 from pyfused.ops.pointwise_loss import PointwisePlan, TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs
 

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
-from pyfused.ops import dispatch
-from pyfused.ops.declaration import Arguments, Operator, parameters_of
-from pyfused.ops.dispatch import is_small
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch.call import is_small
+from pyfused.dispatch.operator import Arguments, Operator, parameters_of
+from pyfused.dispatch.originals import TorchAlone, original, torch_alone
+from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.originals import TorchAlone, original, torch_alone
-from pyfused.ops.sizes import COMPILED
 from pyfused.torch_internals import dynamo_table, tell_jit
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -16,11 +16,11 @@ from torch.nn import Module, Parameter
 import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused import checks
+from pyfused.adopt.convert import FUSED
 from pyfused.backends import backend_of
-from pyfused.convert import FUSED
+from pyfused.dispatch.call import reason_beside_size, reason_for_torch
+from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.formula import Formula, FormulaModule
-from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.dispatch import reason_beside_size, reason_for_torch
 from pyfused.ops.operators import OPERATORS
 
 
@@ -116,7 +116,7 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
-    """Returns the path of a call as :func:`pyfused.ops.dispatch.call` has it."""
+    """Returns the path of a call as :func:`pyfused.dispatch.call.call` has it."""
     input = arguments[0]
     reason = reason_for_torch(op, arguments, inplace)
     if reason is not None:

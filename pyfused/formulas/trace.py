@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from pyfused.ops.program import EXPONENTS, Expressions, UntraceableError, is_moderate
+from pyfused.formulas.program import EXPONENTS, Expressions, UntraceableError, is_moderate
 
 # ---- operators of ATen: expressions --------------------------------------------------------------
 

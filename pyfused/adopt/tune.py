@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyfused import functional
-from pyfused.ops import sizes
+from pyfused.dispatch import sizes
+from pyfused.dispatch.operator import Operand, Operator
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import NllLoss
-from pyfused.ops.declaration import Operand, Operator
-from pyfused.ops.embedding_loss import EmbeddingLoss
+from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated
 from pyfused.ops.softmax import Softmax
@@ -111,7 +111,7 @@ def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
         names: The operators; all whose limits depend on the size if there are none.
 
     Returns:
-        For each operator the two limits of ``pyfused.ops.sizes``, in elements.
+        For each operator the two limits of ``pyfused.dispatch.sizes``, in elements.
     """
     found = {}
     forced, sizes.FORCED = sizes.FORCED, "cpu"  # so that the kernels take calls of any size

@@ -20,7 +20,7 @@ import torch
 
 from pyfused import backends
 from pyfused.backends import cpu
-from pyfused.ops.declaration import Arguments, Operator
+from pyfused.dispatch.operator import Arguments, Operator
 
 NEVER = sys.maxsize
 FORCED = backends.FORCED  # a backend that takes calls of any size; None if none is forced

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn import Parameter
 
-from pyfused import ops, torch_internals
-from pyfused.ops import dispatch, reasons
+from pyfused import torch_internals
+from pyfused.adopt.patch import patch
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import custom_operators, reasons
+from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
-from pyfused.ops.declaration import Arguments, Operator
 from pyfused.ops.pointwise_loss import TensorLoss
-from pyfused.patch import patch
 
 SHARE = 0.003  # of the program's time that comparisons of an operator may take, beside BEGINNING
 BEGINNING = 0.25  # seconds, so that calls of a short program are compared as well
@@ -89,7 +90,7 @@ class Report:
 
     def __enter__(self) -> Report:
         self._began = perf_counter()
-        self._uncounted = dispatch.plan_of, dispatch.is_small, ops.compute
+        self._uncounted = dispatch.plan_of, dispatch.is_small, custom_operators.compute
         self._replace(self._plan_of, self._is_small, self._compute)
         return self
 
@@ -105,7 +106,7 @@ class Report:
             (dispatch, "plan_of", plan_of),
             (dispatch, "is_small", is_small),
             (sys.modules["pyfused.patch"], "is_small", is_small),  # its name is the function's, too
-            (ops, "compute", compute),
+            (custom_operators, "compute", compute),
         ):
             setattr(module, name, function)
 

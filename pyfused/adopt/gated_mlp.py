@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pyfused import functional as F
-from pyfused import subclass
+from pyfused.adopt import subclass
 
 _PRODUCT = r"self\.down_proj\(self\.act_fn\(self\.gate_proj\(x\)\) \* self\.up_proj\(x\)\)"
 _FORWARD = re.compile(

@@ -1,7 +1,7 @@
 """The custom operators, which only a compiler sees: it cannot look into the kernels.
 
 Importing this module registers them, which takes longer than importing the rest of pyfused. So
-:func:`pyfused.ops.custom_operator` imports it, when a compiler first asks for one.
+`custom_operator` imports it, when a compiler first asks for one.
 
 An operator's schema follows from its declaration, or from the fields of its options. Its gradients
 are an operator of their own, computed by the backward pass: a custom operator must not hand over
@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused import ops
 from pyfused.backends import backend_of, cross_entropy_once
+from pyfused.dispatch import custom_operators
+from pyfused.dispatch.autograd import differentiate
+from pyfused.dispatch.custom_operators import NAMESPACE, TORCH_OPS
+from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.originals import torch_alone
+from pyfused.dispatch.sizes import COMPILED
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops import NAMESPACE, TORCH_OPS
 from pyfused.ops.chunked import LossArguments, gradients_of
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
-from pyfused.ops.declaration import Arguments, Operator
-from pyfused.ops.gradients import differentiate
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, MULTILABEL_MARGIN_LOSS, OPERATORS
-from pyfused.ops.originals import torch_alone
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.ops.row_loss import RowLoss
 from pyfused.ops.row_state import gradient_of_logits
-from pyfused.ops.sizes import COMPILED
 from pyfused.types import (
     RESULTS,
     STATE_FIELDS,
@@ -112,13 +112,13 @@ class CompiledOperator:
 
         def run(*given: Any) -> Any:
             if not self.in_forward:
-                return ops.compute(self.name, self.value, given)
+                return custom_operators.compute(self.name, self.value, given)
             value = partial(self.value, wanted=given[-1])
-            return tuple(ops.compute(self.name, value, given[:-1]))
+            return tuple(custom_operators.compute(self.name, value, given[:-1]))
 
         def run_backward(grad_output: Tensor, *given: Any) -> Any:
             arguments = given[:-1], given[-1], grad_output
-            found = ops.compute(self.name, self.gradients, *arguments)
+            found = custom_operators.compute(self.name, self.gradients, *arguments)
             return _packed(_filled(found, given[0]))
 
         def fake(*given: Any) -> Any:

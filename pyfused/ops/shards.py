@@ -16,15 +16,15 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
+from pyfused.dispatch.autograd import apply, autocast_dtype, differentiate
+from pyfused.dispatch.call import unsupported
+from pyfused.dispatch.operator import Arguments, Operand, Operator
+from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunked import StateOptions, gradients_of, state_of
 from pyfused.ops.collectives import Call, Copy, Sum, all_need_gradients, classes_of_all, gathered
-from pyfused.ops.declaration import Arguments, Operand, Operator
-from pyfused.ops.dispatch import unsupported
-from pyfused.ops.gradients import apply, autocast_dtype, differentiate
 from pyfused.ops.metrics import Metrics
-from pyfused.ops.reasons import SMALL
 from pyfused.ops.row_state import (
     accumulated,
     denominator_of,

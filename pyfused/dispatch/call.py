@@ -21,10 +21,10 @@ from torch.overrides import has_torch_function
 
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
-from pyfused.ops import reasons, sizes
-from pyfused.ops.declaration import Arguments, Operand, Operator
-from pyfused.ops.originals import TorchAlone, torch_alone
-from pyfused.ops.reasons import FUSED, SMALL, say_once
+from pyfused.dispatch import reasons, sizes
+from pyfused.dispatch.operator import Arguments, Operand, Operator
+from pyfused.dispatch.originals import TorchAlone, torch_alone
+from pyfused.dispatch.reasons import FUSED, SMALL, say_once
 from pyfused.torch_internals import (
     _checkpoints,
     active_mode,

@@ -1,0 +1,1 @@
+"""From a call to a kernel: declarations of operators, signatures, plans and autograd."""

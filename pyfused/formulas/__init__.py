@@ -1,0 +1,1 @@
+"""Elementwise formulas: traced from torch code, differentiated, and compiled to small programs."""
