@@ -105,7 +105,7 @@ class Report:
         for module, name, function in (
             (dispatch, "plan_of", plan_of),
             (dispatch, "is_small", is_small),
-            (sys.modules["pyfused.patch"], "is_small", is_small),  # its name is the function's, too
+            (sys.modules["pyfused.adopt.patch"], "is_small", is_small),  # its name is the function's, too
             (custom_operators, "compute", compute),
         ):
             setattr(module, name, function)
