@@ -19,7 +19,7 @@ import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
-from pyfused.ops import chunked
+from pyfused.ops import heads as chunked
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)

@@ -23,7 +23,7 @@ from pyfused import backends
 from pyfused import functional as fused
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
-from pyfused.dispatch.custom_operators import NAMESPACE, custom_operator
+from pyfused.ops.custom_operators import NAMESPACE, custom_operator
 from pyfused.types import CrossEntropyOptions
 
 # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.

@@ -24,7 +24,7 @@ from torch._inductor.decomposition import select_decomp_table
 import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
-from pyfused.dispatch.custom_operators import NAMESPACE, TORCH_OPS, custom_operator
+from pyfused.ops.custom_operators import NAMESPACE, TORCH_OPS, custom_operator
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = [

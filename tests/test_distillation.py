@@ -21,8 +21,9 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch import reasons, sizes
-from pyfused.dispatch.custom_operators import custom_operator
-from pyfused.ops import chunked, distillation
+from pyfused.ops import distillation
+from pyfused.ops import heads as chunked
+from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import DivergenceOptions
 

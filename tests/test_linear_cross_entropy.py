@@ -19,8 +19,9 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.dispatch.custom_operators import custom_operator
-from pyfused.ops import chunk_sizes, chunked
+from pyfused.ops import chunk_sizes
+from pyfused.ops import heads as chunked
+from pyfused.ops.custom_operators import custom_operator
 from pyfused.types import HeadOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -169,7 +170,7 @@ def test_memory(
     head = torch.randn(classes, features).to(dtype).requires_grad_()
     target = torch.randint(0, classes, (n,))
     budget = None if share is None else logits // share
-    chunks = chunked.chunks
+    chunks = chunked.blocks
 
     def chunks_seen(*args: Any, **given: Any) -> Iterator[Any]:
         for chunk in chunks(*args, **given):

@@ -20,8 +20,8 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.dispatch.custom_operators import custom_operator
-from pyfused.ops import chunked
+from pyfused.ops import heads as chunked
+from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     INDEX,

@@ -26,7 +26,7 @@ from pyfused import __main__ as main
 from pyfused import functional as F
 from pyfused import run
 from pyfused.dispatch import reasons
-from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.ops.custom_operators import custom_operator
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
 Done = subprocess.CompletedProcess[str]

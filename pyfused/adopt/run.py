@@ -26,8 +26,9 @@ from torch.nn import Parameter
 from pyfused import torch_internals
 from pyfused.adopt.patch import patch
 from pyfused.dispatch import call as dispatch
-from pyfused.dispatch import custom_operators, reasons
+from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.ops import custom_operators
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.pointwise_loss import TensorLoss
@@ -105,7 +106,11 @@ class Report:
         for module, name, function in (
             (dispatch, "plan_of", plan_of),
             (dispatch, "is_small", is_small),
-            (sys.modules["pyfused.adopt.patch"], "is_small", is_small),  # its name is the function's, too
+            (
+                sys.modules["pyfused.adopt.patch"],
+                "is_small",
+                is_small,
+            ),  # its name is the function's, too
             (custom_operators, "compute", compute),
         ):
             setattr(module, name, function)
