@@ -11,6 +11,7 @@ from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Module, Parameter
 
 import pyfused.functional as functional
@@ -18,8 +19,9 @@ import pyfused.nn as nn
 from pyfused import checks
 from pyfused.adopt.convert import FUSED
 from pyfused.backends import backend_of
-from pyfused.dispatch.call import reason_beside_size, reason_for_torch
+from pyfused.dispatch.call import fallback_reason, is_small
 from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.reasons import SMALL
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.operators import OPERATORS
 
@@ -95,7 +97,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     if all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors):
         # What a kernel could not take is checked by torch, but for dtypes of indices.
-        reason = reason_beside_size(operator, arguments, inplace)
+        reason = fallback_reason(operator, arguments, inplace)
         if reason is None or " has dtype " in reason:
             operator.check(arguments)
     return said
@@ -118,7 +120,9 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
 def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
     """Returns the path of a call as :func:`pyfused.dispatch.call.call` has it."""
     input = arguments[0]
-    reason = reason_for_torch(op, arguments, inplace)
+    if not is_dynamo_compiling() and is_small(op, arguments):
+        return Explanation(op.name, "torch", SMALL)
+    reason = fallback_reason(op, arguments, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
     plain = op.local_of(arguments) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -24,7 +23,8 @@ def custom_operator(name: str) -> Any:
 
     The first call registers all of them, which takes longer than importing the rest of pyfused.
     """
-    importlib.import_module(f"{PACKAGE}.ops.compiled")
+    from pyfused.ops import compiled  # noqa: F401 Dynamo follows an import, but no import_module
+
     return getattr(TORCH_OPS, name)
 
 
