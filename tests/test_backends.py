@@ -19,6 +19,7 @@ from pyfused import functional as fused
 from pyfused.backends import cpu, versions
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
+from pyfused.formulas import program
 from pyfused.functional import cross_entropy
 from pyfused.ops.elementwise import RELU
 
@@ -223,8 +224,14 @@ def test_the_same_bits_in_every_run(shape: tuple[int, ...], target_kind: str) ->
 # ---- programs that nobody compiled --------------------------------------------------------------
 
 # The places of a program's values: four operands, five results, registers, and constants.
-FIRST = 9 + cpu.native.program_registers  # of the constants
+FIRST = program.CONSTANTS
 MUL = ("mul", 4, (0, 1))
+
+
+@pytest.mark.cpu
+def test_the_limits_of_programs_are_those_of_the_kernels() -> None:
+    limits = cpu.native.program_registers, cpu.native.program_constants
+    assert limits == (program.MOST_REGISTERS, program.MOST_CONSTANTS)
 
 
 @pytest.mark.cpu

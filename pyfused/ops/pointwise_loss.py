@@ -8,9 +8,10 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache, cached_property, partial, reduce
+from itertools import product
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,11 +32,11 @@ from pyfused.dispatch.operator import (
     reduction_of,
 )
 from pyfused.dispatch.plan import Launch, LossPlan
+from pyfused.formulas import trace
+from pyfused.formulas.kernel import Kernel, Method
+from pyfused.formulas.program import Program
 from pyfused.torch_internals import built_in
 from pyfused.types import TENSORS, Gradients, Outputs
-
-if TYPE_CHECKING:
-    from pyfused.formulas.program import Program
 
 _OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
 
@@ -155,17 +156,6 @@ class TensorLoss(Operator):
         """Returns the values of the scalars, which can be hashed."""
         return tuple([_number(arguments[place], s) for place, s in self.scalar_places])
 
-    def kernel(
-        self,
-        numbers: tuple[Any, ...],
-        operands: int,
-        outputs: Outputs,  # noqa: ARG002
-    ) -> tuple[str | Program, tuple[Any, ...]]:
-        """Returns the kernel and its numbers."""
-        name, numbers = self.kernel_of(numbers)
-        last = self.variables[operands - 1]
-        return f"{name}_{last.name}" if last.optional else name, numbers
-
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         """Returns the losses in torch's terms."""
         given = zip(self.scalars, numbers, strict=True)
@@ -258,6 +248,52 @@ class PointwiseLoss(TensorLoss):
         super().__post_init__()
         if self.warns:
             self.aten = self._built_in()
+
+    @cached_property
+    def kernels(self) -> dict[str, Kernel]:
+        """Returns the kernels by name: one for each choice of flags, words and last operand."""
+        kernels = {}
+        required = sum(not variable.optional for variable in self.variables)
+        for values in product(*(scalar.cases for scalar in self.scalars)):
+            stem, _ = self.kernel_of(values)
+            case = dict(zip([scalar.name for scalar in self.scalars], values, strict=True))
+            for operands in range(required, len(self.variables) + 1):
+                name = self._kernel_name(stem, operands)
+                kernels[name] = Kernel(name, case, partial(self._trace_kernel, operands))
+        return kernels
+
+    def kernel(
+        self,
+        numbers: tuple[Any, ...],
+        operands: int,
+        outputs: Outputs,  # noqa: ARG002
+    ) -> tuple[Kernel | Program, tuple[Any, ...]]:
+        """Returns the kernel and its numbers."""
+        stem, numbers = self.kernel_of(numbers)
+        return self.kernels[self._kernel_name(stem, operands)], numbers
+
+    def _kernel_name(self, stem: str, operands: int) -> str:
+        last = self.variables[operands - 1]
+        return f"{stem}_{last.name}" if last.optional else stem
+
+    def _trace_kernel(self, operands: int, kernel: Kernel) -> list[Method]:
+        """Traces the loss of an element and its gradients."""
+        variables = self.variables[:operands]
+
+        def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
+            scalars = kernel.scalars(numbers)
+            value = self.formula(*leaves, *scalars)
+            if self.gradient is None:
+                gradients = trace.gradients_of(value, leaves, scale)
+            else:
+                gradients = [*self.gradient(*leaves, *scalars)]
+            pairs = zip(gradients, variables, strict=True)
+            return [value, *(g if variable.differentiated else None for g, variable in pairs)]
+
+        e, (value, *gradients) = kernel.expressions(run, operands)
+        if self.gradient is not None:
+            gradients = [e.scaled(gradient) for gradient in gradients]
+        return [Method([variable.name for variable in variables], e, [value, *gradients])]
 
     def _definition(self) -> Callable[..., Tensor]:
         """Returns the function that torch does not have: operands, scalars, reduction."""
@@ -474,6 +510,7 @@ class PointwisePlan(LossPlan):
         self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
     ) -> Launch:
         *operands, weight, _ = tensors
+        assert isinstance(self.op, PointwiseLoss)
         formula, numbers = self.op.kernel(self.numbers, len(operands), outputs)
         layouts = tuple(operands), weight, grad_output
         prepare: Callable[..., Any] = self.backend.pointwise_loss
