@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial, update_wrapper
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from pyfused import checks
 from pyfused.backends import cpu
 from pyfused.dispatch import call as dispatch
+from pyfused.dispatch.explain import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Operand
 from pyfused.dispatch.sizes import torch_is_faster
 from pyfused.formulas import trace
@@ -24,9 +25,6 @@ from pyfused.formulas.program import OPERANDS, Expressions, Program, Untraceable
 from pyfused.layout import broadcast_numel
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.types import Outputs
-
-if TYPE_CHECKING:
-    from pyfused.adopt.explain import Explanation
 
 _LONG = 16  # instructions, gradients' included
 _MOST_VALUES = 1024  # of parameters whose programs are kept
@@ -379,9 +377,7 @@ class Formula:
         each element, and the bytes that it reads and writes.
         """
         if operands or named:
-            from pyfused.adopt.explain import explain  # which imports this module
-
-            return explain(self, *operands, **named)
+            return path_of(self.op, self.arguments(operands, named))
         names = [variable.name for variable in self.op.variables]
         try:
             traced, values = self.op.traced(tuple(self.op.parameters.values()))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 MISSING: str | None = None
 
@@ -81,9 +82,9 @@ def _has_function_mode() -> bool:
     return any(type(_function_mode_at(i)) is not _DefaultDevice for i in range(_function_modes()))
 
 
-def traces_compiler() -> bool:
+def compiler_traces() -> bool:
     """Returns whether this thread compiles, which torch 2.12 tells only within Dynamo."""
-    return not MISSING and _TracingContext.try_get() is not None
+    return is_dynamo_compiling() or (not MISSING and _TracingContext.try_get() is not None)
 
 
 # ---- autograd ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from pyfused.kernels import arithmetic
 from pyfused.kernels.program import formula_of
-from pyfused.ops import formulas
+from pyfused.ops.elementwise import kernels
 
 BLOCK = 1 << 15
 
@@ -156,7 +156,7 @@ def every_number(dtype: torch.dtype) -> Tensor:
 def of_formula(name: str, x: Tensor, grad_output: Tensor | None = None) -> Tensor:
     """Before it is rounded."""
     out = torch.empty_like(x, dtype=torch.float32)
-    program = formulas.programs(name)[grad_output is not None]
+    program = kernels()[name].programs[grad_output is not None]
     formula = program.kernel("triton", formula_of)
     formula_kernel[(x.numel() // BLOCK,)](x, grad_output, out, FORMULA=formula, BLOCK=BLOCK)
     return out

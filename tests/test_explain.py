@@ -123,7 +123,7 @@ def test_the_modes_that_are_active() -> None:
 
 
 def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("pyfused.adopt.explain")
+    module = importlib.import_module("pyfused.dispatch.explain")
     other = SimpleNamespace(
         describe=lambda *_: ("triton", "kernels on cpu, Triton 3.7.1", None, None)
     )

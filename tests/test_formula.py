@@ -9,6 +9,7 @@ import math
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, Traced, check
 from pyfused.formulas import program as programs
 from pyfused.formulas.program import Expressions, UntraceableError, compiled
-from pyfused.ops import formulas as declared
+from pyfused.ops.elementwise import kernels
 from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -666,14 +667,14 @@ class Recording(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["softsign", "log_cosh_loss"])
 def test_modes_and_hooks_of_a_caller_do_not_see_a_trace(name: str) -> None:
     """A GPU prints a formula in its first call, whatever that is in."""
-    expected = [(p.prologue, p.body, p.constants) for p in declared.programs(name)]
+    expected = [(p.prologue, p.body, p.constants) for p in kernels()[name].programs]
 
     def fail(_: Any) -> None:
         raise AssertionError("a tensor of a trace is seen")
 
     recording, hooks = Recording(), torch.autograd.graph.saved_tensors_hooks(fail, fail)
     with hooks, recording, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        traced = declared.programs.__wrapped__(name)
+        traced = replace(kernels()[name]).programs
     assert [(p.prologue, p.body, p.constants) for p in traced] == expected
     assert not recording.names
 
@@ -682,10 +683,10 @@ def test_a_trace_imports_no_compiler() -> None:
     """torch.autograd.grad would import sympy, which takes 0.4 s."""
     found = python("""
         import sys
-        from pyfused.ops import formulas
+        from pyfused.ops.elementwise import SOFTSIGN
 
         before = set(sys.modules)
-        formulas.programs("softsign")
+        SOFTSIGN.kernels["softsign"].programs
         print(*set(sys.modules) - before)
         """)
     assert found.returncode == 0, found.stderr

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import pyfused
 from pyfused import __main__ as main
 from pyfused import functional as F
-from pyfused import run
+from pyfused.adopt import run
 from pyfused.dispatch import reasons
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.types import CrossEntropyOptions, HeadOptions

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from pyfused.formulas.kernel import Kernel, Method
 from pyfused.formulas.program import Expressions
+from pyfused.ops import elementwise
 from pyfused.ops.activation import Activation
-from pyfused.ops.formulas import Kernel, Method, kernels
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
@@ -96,8 +97,8 @@ def is_atom(text: str) -> bool:
 class Struct:
     """A C++ struct of a kernel: its parameters and what follows from these are members."""
 
-    def __init__(self, name: str, kernel: Kernel) -> None:
-        self.name, self.kernel = struct_name(name), kernel
+    def __init__(self, kernel: Kernel) -> None:
+        self.name, self.kernel = struct_name(kernel.name), kernel
         self.members = {("parameter", k): name for k, name in enumerate(kernel.parameters)}
         self.initial = [f"{name}(A(p[{k}]))" for k, name in enumerate(kernel.parameters)]
 
@@ -212,7 +213,7 @@ class Struct:
         return written(self.template(e, place), [self.in_double(e, a) for a in arguments])
 
     def text(self) -> str:
-        functions, methods = [], self.kernel.methods()
+        functions, methods = [], self.kernel.methods
         loss = len(methods) == 1
         for method in methods:
             arguments = [f"A {operand}" for operand in method.operands]
@@ -253,10 +254,10 @@ def struct_name(name: str) -> str:
 
 
 def cpp() -> str:
-    structs = [Struct(name, kernel).text() for name, kernel in kernels().items()]
+    structs = [Struct(kernel).text() for kernel in elementwise.kernels().values()]
     lists = []
-    for macro, of in (("PYFUSED_LOSSES", PointwiseLoss), ("PYFUSED_ACTIVATIONS", Activation)):
-        names = [name for name, kernel in kernels().items() if isinstance(kernel.op, of)]
+    for macro, family in (("PYFUSED_LOSSES", PointwiseLoss), ("PYFUSED_ACTIVATIONS", Activation)):
+        names = [n for op in elementwise.OPERATORS if isinstance(op, family) for n in op.kernels]
         rows = [f'  X("{name}", {struct_name(name)})' for name in names]
         lists.append(" \\\n".join([f"#define {macro}(X)", *rows]))
     header = (

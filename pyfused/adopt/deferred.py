@@ -34,6 +34,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from pyfused import torch_internals
+from pyfused.dispatch import reasons
 from pyfused.functional import linear_cross_entropy
 
 LOSS = "its loss"
@@ -392,6 +393,10 @@ class DeferredLogits(_Logits):
                 f"compiled code, got {function}. Revert the model"
             )
         return function(*_mapped(_values, args), **_mapped(_values, kwargs or {}))
+
+
+# Dispatch leaves them to torch's function, whose __torch_function__ computes the fused loss.
+reasons.not_logged.add(f"input is a {DeferredLogits.__name__}")
 
 
 class _Deferral(torch.autograd.Function):

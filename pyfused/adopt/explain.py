@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -17,38 +17,10 @@ import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused import checks
 from pyfused.adopt.convert import FUSED
-from pyfused.backends import backend_of
-from pyfused.dispatch.call import reason_beside_size, reason_for_torch
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.call import fallback_reason
+from pyfused.dispatch.explain import BY_SHARDS, Explanation, by_kernel, path_of
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.operators import OPERATORS
-
-
-class Explanation(NamedTuple):
-    """The way of a call: in fields, and as ``str`` in words.
-
-    Attributes:
-        op: The operator's name in :mod:`pyfused.functional`.
-        backend: ``"torch"``, or whose kernels: ``"cpu"`` or ``"triton"``.
-        reason: Why it is torch's operator, or what the kernel makes of the arguments.
-        isa: The instruction set of a CPU kernel.
-        threads: The most threads that a CPU kernel uses.
-    """
-
-    op: str
-    backend: str
-    reason: str
-    isa: str | None = None
-    threads: int | None = None
-
-    def __str__(self) -> str:
-        if self.backend != "cpu":
-            return f"{self.op}: {self.backend}: {self.reason}"
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
-
-
-BY_SHARDS = "some classes a process"
 
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -74,7 +46,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if isinstance(op, FormulaModule):
         return explain(op.formula, *args, **op.named, **kwargs)
     if isinstance(op, Formula):
-        return path_of(op.op, op.arguments(args, kwargs), False)
+        return path_of(op.op, op.arguments(args, kwargs))
     if isinstance(op, Module):
         return _explain_module(op, *args, **kwargs)
     name = op if isinstance(op, str) else getattr(op, "__name__", "")
@@ -89,13 +61,13 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     shard = values.pop("shard", None)
     arguments = operator.bind(**values)
     if shard is not None:
-        return _by_kernel(name, arguments[0], BY_SHARDS)
+        return by_kernel(name, arguments[0], BY_SHARDS)
     checks.tensor(operator.operands[0].name, arguments[0])
     said = path_of(operator, arguments, inplace)
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     if all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors):
         # What a kernel could not take is checked by torch, but for dtypes of indices.
-        reason = reason_beside_size(operator, arguments, inplace)
+        reason = fallback_reason(operator, arguments, inplace)
         if reason is None or " has dtype " in reason:
             operator.check(arguments)
     return said
@@ -113,17 +85,3 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
     explained = FunctionType(forward.__code__, vars(nn) | {"F": explaining})
     said: Explanation = explained(module, *args, **kwargs)
     return said
-
-
-def path_of(op: Operator, arguments: Arguments, inplace: bool) -> Explanation:
-    """Returns the path of a call as :func:`pyfused.dispatch.call.call` has it."""
-    input = arguments[0]
-    reason = reason_for_torch(op, arguments, inplace)
-    if reason is not None:
-        return Explanation(op.name, "torch", reason)
-    plain = op.local_of(arguments) is None
-    return _by_kernel(op.name, input, op.strategy_of(arguments) if plain else BY_SHARDS)
-
-
-def _by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:
-    return Explanation(op, *backend_of(input).describe(input, strategy))

@@ -106,11 +106,6 @@ class Report:
         for module, name, function in (
             (dispatch, "plan_of", plan_of),
             (dispatch, "is_small", is_small),
-            (
-                sys.modules["pyfused.adopt.patch"],
-                "is_small",
-                is_small,
-            ),  # its name is the function's, too
             (custom_operators, "compute", compute),
         ):
             setattr(module, name, function)
@@ -139,7 +134,7 @@ class Report:
     def _count(
         self, plan: dispatch.Plan, op: Operator, arguments: Arguments, inplace: bool
     ) -> None:
-        if dispatch.compiler_traces():
+        if torch_internals.compiler_traces():
             return
         if plan.run is None:
             self._left[op.name, str(plan.reason)] += 1

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
+from pyfused.formulas.program import Program
 from pyfused.layout import (
     Strides,
     accumulate_dtype,
@@ -56,7 +57,7 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    from pyfused.formulas.program import Program
+    from pyfused.formulas.kernel import Kernel
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)
@@ -106,9 +107,7 @@ if any(file for folder in _FOLDERS for file in folder.glob("_cpu_*")):
 else:
     MISSING = "pyfused was installed without its CPU kernels"
     supported, capability = (), "none"
-    native = SimpleNamespace(
-        compiler="none", runtime_file="", program_registers=64, program_constants=256
-    )
+    native = SimpleNamespace(compiler="none", runtime_file="")
     if any((folder.parent / "csrc").is_dir() for folder in _FOLDERS):
         logging.getLogger("pyfused").warning(
             "pyfused is imported from its source folder, whose CPU kernels are not built: calls "
@@ -660,7 +659,7 @@ def _new_loss(shape: Sequence[int], accumulate: torch.dtype) -> Callable[[], Ten
 
 
 def pointwise_loss(
-    formula: str | Program,
+    formula: Kernel | Program,
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
     parameters: tuple[float, ...],
     reduction: str,
@@ -671,7 +670,7 @@ def pointwise_loss(
     """Prepares a pointwise loss for tensors of these layouts.
 
     Args:
-        formula: The kernel's name: ``"mse_loss"``; or a program.
+        formula: The kernel of a declared formula, or a user's program.
         tensors: The operands (input, target and what else the formula takes, of one shape, strides
             of 0 included, and of one dtype in ``DTYPES``), the weight (of their shape and dtype, or
             None), and the loss's gradient (of the input's shape; None stands for ones).
@@ -696,10 +695,10 @@ def pointwise_loss(
         first = joined.narrow(halves, 0, order.shape[halves])
         second = first.shape[halves] * first.stride(halves) * first.element_size()
     steps, columns, row_step = _steps((*operands, weight, grad_output), order, first)
-    if isinstance(formula, str):
-        kernel, parameters = getattr(native, formula), (*parameters, 0.0, 0.0, 0.0)[:3]
-    else:
+    if isinstance(formula, Program):
         kernel = formula.kernel(native, _program)
+    else:
+        kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
     each = outputs.loss and reduction == "none"
     scalar = _SCALARS[accumulate_dtype(order.dtype)]
     new = _allocation(order.to("meta"))
@@ -845,12 +844,11 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 
 
 def activation(
-    formula: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
+    formula: Kernel, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
 ) -> Kernels:
     """Prepares an activation for inputs of this layout.
 
     Args:
-        formula: The kernel's name: ``"relu"``.
         parameters: The formula's numbers, at most three.
         inplace: The output takes the input's memory, which has to be dense.
 
@@ -859,7 +857,8 @@ def activation(
         the output's gradient and of what is saved (the output or the input), which returns the
         input's gradient.
     """
-    kernel, backward_kernel = getattr(native, formula), getattr(native, f"{formula}_backward")
+    name = formula.name
+    kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
     dtype, n, as_it_is = DTYPES[input.dtype], input.numel(), is_dense(input)
     output_like, numbers = _output_like(input), (*parameters, 0.0, 0.0, 0.0)[:3]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from pyfused.backends.versions import triton_version
+from pyfused.formulas.program import Program
 from pyfused.kernels import launch
 from pyfused.kernels.activation import activation_kernel
 from pyfused.kernels.cross_entropy import row_kernel, two_pass_kernel
@@ -44,7 +45,6 @@ from pyfused.layout import (
     row_sizes,
     viewed,
 )
-from pyfused.ops import formulas
 from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
@@ -59,7 +59,7 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    from pyfused.formulas.program import Program
+    from pyfused.formulas.kernel import Kernel
 
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
@@ -581,7 +581,7 @@ Operands = list[Tensor | None]
 
 
 def pointwise_loss(
-    formula: str | Program,
+    formula: Kernel | Program,
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
     parameters: tuple[float, ...],
     reduction: str,
@@ -602,9 +602,8 @@ def pointwise_loss(
     views = _padded(operands, weight, grad_output)
     copied, columns, strides = in_rows(order, views)
     numbers, others = (*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
-    if isinstance(formula, str):
-        (formula,) = formulas.programs(formula)
-    function = formula.kernel("triton", formula_of)
+    program = formula if isinstance(formula, Program) else formula.programs[0]
+    function = program.kernel("triton", formula_of)
     kernel = Launch(pointwise_loss_kernel, choice, FORMULA=function, REDUCE=reduce)
 
     number = None if divisor == 1 else int(divisor)  # exact, where a float would be a float32
@@ -668,14 +667,14 @@ def _padded(
 
 
 def activation(
-    formula: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
+    formula: Kernel, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
 ) -> Kernels:
     """Prepares an activation for inputs of this layout; see ``cpu.activation``."""
     n, choice = input.numel(), launch.choose(input.element_size())
     programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:NUMBERS]
     forward_kernel, backward_kernel = (
         Launch(activation_kernel, choice, FORMULA=program.kernel("triton", formula_of))
-        for program in formulas.programs(formula)
+        for program in formula.programs
     )
 
     def run(kernel: Launch, x: Tensor, grad_output: Tensor | None, output: Tensor) -> Tensor:

@@ -16,15 +16,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pyfused.backends.cpu import native
-
 Node = tuple[str, tuple[Any, ...]]  # an operation and its arguments
 Pattern = tuple[Any, ...] | str | float
 
-OPERANDS = 4  # at most
+OPERANDS, MOST_REGISTERS, MOST_CONSTANTS = 4, 64, 256  # as in csrc/program.h
 # Places of a program, as program.h counts them: operands, and then these.
 VALUE, GRADIENTS, REGISTERS = OPERANDS, OPERANDS + 1, 2 * OPERANDS + 1
-CONSTANTS = REGISTERS + native.program_registers
+CONSTANTS = REGISTERS + MOST_REGISTERS
 _SCALAR_LEAVES = ("scale", "parameter", "literal")
 _LEAVES = ("operand", *_SCALAR_LEAVES)
 _COMMUTATIVE = ("add", "mul", "eq")
@@ -272,7 +270,7 @@ class Program:
         """Returns a name for each register, operand, gradient and constant, by its index."""
         names = [*operands, *[""] * (OPERANDS - len(operands))]
         names += ["value", *(f"grad_{name}" for name in names)]
-        names += [f"r{k}" for k in range(native.program_registers)]
+        names += [f"r{k}" for k in range(MOST_REGISTERS)]
         return dict(enumerate([*names, *constants]))
 
     def lines(self, operands: Sequence[str], parameters: Sequence[float]) -> list[str]:
@@ -396,6 +394,6 @@ def compiled(
     for out, place in found.items():
         if places[place] != out:
             program.body.append(("copy", out, (places[place],)))
-    if len(program.constants) > native.program_constants:
+    if len(program.constants) > MOST_CONSTANTS:
         raise UntraceableError("the formula has too many constants")
     return program

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.plan import Forward, Plan, Tensors, needs_grad
+from pyfused.formulas import trace
+from pyfused.formulas.kernel import Kernel, Method
 from pyfused.layout import is_dense
 from pyfused.torch_internals import built_in
 from pyfused.types import Kernels
@@ -75,14 +79,43 @@ class Activation(Operator):
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
         input, *options = arguments
         name, numbers = self.kernel_of([arguments[place] for place, _ in self.scalar_places])
+        kernel = self.kernels[name]
         backend, parameters = backend_of(input), tuple(map(float, numbers))
         return plan_of_activation(
             self,
             input,
             options,
-            lambda x: backend.activation(name, x, parameters, inplace),
+            lambda x: backend.activation(kernel, x, parameters, inplace),
             inplace,
         )
+
+    @cached_property
+    def kernels(self) -> dict[str, Kernel]:
+        """Returns the kernels by name: one for each choice of flags and words."""
+        kernels = {}
+        for values in product(*(scalar.cases for scalar in self.scalars)):
+            name, _ = self.kernel_of(values)
+            case = dict(zip([scalar.name for scalar in self.scalars], values, strict=True))
+            kernels[name] = Kernel(name, case, self._trace_kernel)
+        return kernels
+
+    def _trace_kernel(self, kernel: Kernel) -> list[Method]:
+        """Traces the forward and the backward function of an element."""
+
+        def forward(leaves: list[Tensor], numbers: list[Tensor], _: Tensor) -> list[Tensor | None]:
+            return [self.formula(*leaves, *kernel.scalars(numbers))]
+
+        def backward(leaves: list[Tensor], numbers: list[Tensor], _: Tensor) -> list[Tensor | None]:
+            (grad_output, saved), scalars = leaves, kernel.scalars(numbers)
+            if self.gradient is not None:
+                return [self.gradient(grad_output, saved, *scalars)]
+            return trace.gradients_of(self.formula(saved, *scalars), [saved], grad_output)
+
+        saved = "y" if self.saves == "output" else "x"
+        return [
+            Method(["x"], *kernel.expressions(forward, 1)),
+            Method(["grad_output", saved], *kernel.expressions(backward, 2)),
+        ]
 
     def check(self, arguments: Arguments) -> None:
         checks.tensor("input", arguments[0])

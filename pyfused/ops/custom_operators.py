@@ -23,7 +23,7 @@ def custom_operator(name: str) -> Any:
 
     The first call registers all of them, which takes longer than importing the rest of pyfused.
     """
-    from pyfused.ops import compiled  # noqa: F401 which imports the declarations
+    from pyfused.ops import compiled  # noqa: F401 Dynamo follows an import, but no import_module
 
     return getattr(TORCH_OPS, name)
 

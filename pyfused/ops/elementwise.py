@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.dispatch.operator import Arguments, Operand, Operator, Scalar, reduction_of
+from pyfused.formulas.kernel import Kernel
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
@@ -907,3 +908,9 @@ REGLU = Gated(
 )
 
 OPERATORS = tuple(value for value in globals().values() if isinstance(value, Operator))
+
+
+def kernels() -> dict[str, Kernel]:
+    """Returns the kernels of all formulas by name."""
+    formulas = [op for op in OPERATORS if isinstance(op, (Activation, PointwiseLoss))]
+    return {name: kernel for op in formulas for name, kernel in op.kernels.items()}

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pyfused.backends import Backend
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import FIXED_ROWS, chunk_of_states, product_dtype
+from pyfused.ops.elementwise import SOFTCAP
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, RowOptions
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -423,7 +424,7 @@ def capped(
     if softcap is None:
         return logits, lambda gradient: gradient
     wide = logits if rounds else logits.to(accumulate_dtype(logits.dtype))
-    forward, backward = backend.activation("softcap", wide, (softcap,))
+    forward, backward = backend.activation(SOFTCAP.kernels["softcap"], wide, (softcap,))
     return forward(wide), lambda gradient: backward(gradient, wide).to(logits.dtype)
 
 

@@ -6,11 +6,13 @@ import inspect
 import math
 import sys
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache, cached_property, partial, reduce
+from itertools import product
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,13 +39,13 @@ from pyfused.dispatch.plan import (
     loss_passes,
     needs_grad,
 )
+from pyfused.formulas import trace
+from pyfused.formulas.kernel import Kernel, Method
+from pyfused.formulas.program import Program
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import PACKAGE, custom_operator
 from pyfused.torch_internals import built_in
 from pyfused.types import TENSORS, Gradients, Outputs
-
-if TYPE_CHECKING:
-    from pyfused.formulas.program import Program
 
 _OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
 
@@ -226,6 +228,7 @@ class TensorLoss(Operator):
             weight = weight.to(dtype).expand_as(operands[0])
         return operands, weight
 
+    @abstractmethod
     def prepared(
         self,
         backend: Backend,
@@ -237,11 +240,6 @@ class TensorLoss(Operator):
         grad_output: Tensor | None,
     ) -> Launch:
         """Returns the kernel for tensors of these layouts."""
-        *operands, weight, _ = tensors
-        formula, numbers = self.kernel(numbers, len(operands), outputs)
-        layouts = tuple(operands), weight, grad_output
-        prepare: Callable[..., Launch] = backend.pointwise_loss
-        return prepare(formula, layouts, numbers, reduction, outputs, divisor)
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
         """Returns the gradient of each loss before these are reduced."""
@@ -253,17 +251,6 @@ class TensorLoss(Operator):
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the values of the scalars, which can be hashed."""
         return tuple([_number(arguments[place], s) for place, s in self.scalar_places])
-
-    def kernel(
-        self,
-        numbers: tuple[Any, ...],
-        operands: int,
-        outputs: Outputs,  # noqa: ARG002
-    ) -> tuple[str | Program, tuple[Any, ...]]:
-        """Returns the kernel and its numbers."""
-        name, numbers = self.kernel_of(numbers)
-        last = self.variables[operands - 1]
-        return f"{name}_{last.name}" if last.optional else name, numbers
 
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         """Returns the losses in torch's terms."""
@@ -357,6 +344,68 @@ class PointwiseLoss(TensorLoss):
         super().__post_init__()
         if self.warns:
             self.aten = self._built_in()
+
+    @cached_property
+    def kernels(self) -> dict[str, Kernel]:
+        """Returns the kernels by name: one for each choice of flags, words and last operand."""
+        kernels = {}
+        required = sum(not variable.optional for variable in self.variables)
+        for values in product(*(scalar.cases for scalar in self.scalars)):
+            stem, _ = self.kernel_of(values)
+            case = dict(zip([scalar.name for scalar in self.scalars], values, strict=True))
+            for operands in range(required, len(self.variables) + 1):
+                name = self._kernel_name(stem, operands)
+                kernels[name] = Kernel(name, case, partial(self._trace_kernel, operands))
+        return kernels
+
+    def kernel(
+        self,
+        numbers: tuple[Any, ...],
+        operands: int,
+        outputs: Outputs,  # noqa: ARG002
+    ) -> tuple[Kernel | Program, tuple[Any, ...]]:
+        """Returns the kernel and its numbers."""
+        stem, numbers = self.kernel_of(numbers)
+        return self.kernels[self._kernel_name(stem, operands)], numbers
+
+    def _kernel_name(self, stem: str, operands: int) -> str:
+        last = self.variables[operands - 1]
+        return f"{stem}_{last.name}" if last.optional else stem
+
+    def _trace_kernel(self, operands: int, kernel: Kernel) -> list[Method]:
+        """Traces the loss of an element and its gradients."""
+        variables = self.variables[:operands]
+
+        def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
+            scalars = kernel.scalars(numbers)
+            value = self.formula(*leaves, *scalars)
+            if self.gradient is None:
+                gradients = trace.gradients_of(value, leaves, scale)
+            else:
+                gradients = [*self.gradient(*leaves, *scalars)]
+            pairs = zip(gradients, variables, strict=True)
+            return [value, *(g if variable.differentiated else None for g, variable in pairs)]
+
+        e, (value, *gradients) = kernel.expressions(run, operands)
+        if self.gradient is not None:
+            gradients = [e.scaled(gradient) for gradient in gradients]
+        return [Method([variable.name for variable in variables], e, [value, *gradients])]
+
+    def prepared(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        numbers: tuple[Any, ...],
+        reduction: str,
+        outputs: Outputs,
+        divisor: float,
+        grad_output: Tensor | None,
+    ) -> Launch:
+        *operands, weight, _ = tensors
+        formula, numbers = self.kernel(numbers, len(operands), outputs)
+        layouts = tuple(operands), weight, grad_output
+        prepare: Callable[..., Launch] = backend.pointwise_loss
+        return prepare(formula, layouts, numbers, reduction, outputs, divisor)
 
     def _definition(self) -> Callable[..., Tensor]:
         """Returns the function that torch does not have: operands, scalars, reduction."""

@@ -47,10 +47,11 @@ from triton.runtime.jit import JITFunction
 
 from pyfused.backends import cross_entropy_once
 from pyfused.backends import triton as backend
+from pyfused.formulas.kernel import Kernel
 from pyfused.kernels import launch
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.activation import Activation
-from pyfused.ops.formulas import kernels
+from pyfused.ops.elementwise import OPERATORS, PointwiseLoss
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
@@ -290,20 +291,23 @@ def pointwise_cases() -> Iterator[Case]:
             "mse_loss grad_output": (1, ((x, x), (), None, "none", 1.0, after, x)),
             "mse_loss broadcast": (1, ((rows, row), (), None, "mean", 1.0 * n, both)),
         }
-        for name, kernel in kernels().items():
-            if isinstance(kernel.op, Activation):
-                forward = partial(backend.activation(name, x)[0], x)
-                backward = partial(backend.activation(name, x)[1], x, x)
-                yield case(name, *of, forward, **fields)
-                yield case(name, *of, backward, "backward", **fields)
-                continue
-            variables = kernel.op.variables[: kernel.operands]
-            outputs = Outputs(True, tuple(variable.differentiated for variable in variables))
-            given = (x,) * kernel.operands, (1.0, 1.0, 1.0), None, "mean", 1.0 * n, outputs
-            calls[name] = 1, given
+        kernels: dict[str, Kernel] = {}
+        for op in OPERATORS:
+            if isinstance(op, Activation):
+                for name, kernel in op.kernels.items():
+                    forward, backward = backend.activation(kernel, x)
+                    yield case(name, *of, partial(forward, x), **fields)
+                    yield case(name, *of, partial(backward, x, x), "backward", **fields)
+            elif isinstance(op, PointwiseLoss):
+                kernels |= op.kernels
+                for name, kernel in op.kernels.items():
+                    variables = op.variables[: len(kernel.methods[0].operands)]
+                    outputs = Outputs(True, tuple(v.differentiated for v in variables))
+                    given = (x,) * len(variables), (1.0, 1.0, 1.0), None, "mean", 1.0 * n, outputs
+                    calls[name] = 1, given
         for name, (launches, arguments) in calls.items():
             loss, _, kind = name.partition(" ")
-            run = partial(pointwise_loss, loss, *arguments)
+            run = partial(pointwise_loss, kernels[loss], *arguments)
             yield case(loss, *of, run, kind, launches=launches, **fields)
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)

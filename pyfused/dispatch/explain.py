@@ -1,0 +1,54 @@
+"""Reports the path that a call takes, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from pyfused.backends import backend_of
+from pyfused.dispatch.call import fallback_reason, is_small
+from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.reasons import SMALL
+
+BY_SHARDS = "some classes a process"
+
+
+class Explanation(NamedTuple):
+    """The way of a call: in fields, and as ``str`` in words.
+
+    Attributes:
+        op: The operator's name in :mod:`pyfused.functional`.
+        backend: ``"torch"``, or whose kernels: ``"cpu"`` or ``"triton"``.
+        reason: Why it is torch's operator, or what the kernel makes of the arguments.
+        isa: The instruction set of a CPU kernel.
+        threads: The most threads that a CPU kernel uses.
+    """
+
+    op: str
+    backend: str
+    reason: str
+    isa: str | None = None
+    threads: int | None = None
+
+    def __str__(self) -> str:
+        if self.backend != "cpu":
+            return f"{self.op}: {self.backend}: {self.reason}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
+
+
+def path_of(op: Operator, arguments: Arguments, inplace: bool = False) -> Explanation:
+    """Returns the path of a call as :func:`pyfused.dispatch.call.call` has it."""
+    if not is_dynamo_compiling() and is_small(op, arguments):
+        return Explanation(op.name, "torch", SMALL)
+    reason = fallback_reason(op, arguments, inplace)
+    if reason is not None:
+        return Explanation(op.name, "torch", reason)
+    plain = op.local_of(arguments) is None
+    return by_kernel(op.name, arguments[0], op.strategy_of(arguments) if plain else BY_SHARDS)
+
+
+def by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:
+    return Explanation(op, *backend_of(input).describe(input, strategy))
