@@ -39,6 +39,7 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import TENSORS, TensorSpec
 
+is_small = sizes.is_small
 # What a compiler follows into, to the custom operators that are called there.
 FOLLOWED = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED, "multilabel_margin_loss")
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -194,26 +195,6 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     if not operand.differentiated and tensor.requires_grad:
         return f"{name} requires grad"
     return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts
-
-
-def is_small(op: Operator, arguments: Arguments) -> bool:
-    """Returns whether torch's operator takes a call for its size, whatever else is asked of it.
-
-    A compiler does not ask, as its program would depend on the size.
-    """
-    input = arguments[0]
-    if type(input) not in PLAIN or input.is_nested:
-        return False
-    elements = input.numel()
-    if type(elements) is not int:  # a tensor, to torch.jit.trace
-        return False
-    if op.broadcast:
-        other = arguments[op.broadcast[0]]
-        if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
-            elements = op.elements(arguments)
-    elif op.counts_logits:
-        elements = op.elements(arguments)
-    return sizes.torch_is_faster(op, arguments, elements)
 
 
 # ---- programs that are compiled ------------------------------------------------------------------

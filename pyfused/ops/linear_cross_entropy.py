@@ -118,7 +118,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         _, linear_weight, _, target, _ = tensors
         if not target.is_floating_point():
             classes, backend = len(linear_weight), backend_of(target)
-            backend.check_class_indices(target, classes, options.ignore_index)
+            backend.check_class_indices(target.to(torch.int64), classes, options.ignore_index)
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
         head = Head(*tensors)

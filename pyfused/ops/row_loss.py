@@ -113,9 +113,8 @@ class RowLoss(Operator):
         backend, device = backend_of(arguments[0]), arguments[0].device.type
 
         def arrange(arguments: Arguments) -> Sequence[Any]:
-            tensors = self.arranged(arguments)
-            self.check_indices(tensors[:count], numbers)
-            return tensors
+            self.check_indices(arguments[:count], numbers)
+            return self.arranged(arguments)
 
         def forward(tensors: Sequence[Any]) -> Forward:
             options = with_tensors(numbers, *tensors[count:])
