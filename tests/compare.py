@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from reference import Extended, extended
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Operator = Callable[..., Tensor]
 DEVICE = os.environ.get("PYFUSED_TEST_DEVICE", "cpu")
@@ -89,6 +91,18 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
     if got.dtype in HALF:
         tolerance = {"rtol": 2 * torch.finfo(got.dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(got, wide.to(got.dtype), equal_nan=True, **tolerance)
+
+
+@contextlib.contextmanager
+def products() -> Iterator[list[tuple[int, int, int]]]:
+    """Collects the sizes (m, k, n) of the matrix products that run within the context."""
+    sizes: list[tuple[int, int, int]] = []
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        yield sizes
+    for event in profiler.events():
+        if event.name in ("aten::mm", "aten::addmm"):
+            (m, k), (_, n) = event.input_shapes[event.name == "aten::addmm" :][:2]
+            sizes.append((m, k, n))
 
 
 def rounding(largest: float, dtype: torch.dtype) -> float:
