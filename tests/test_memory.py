@@ -65,13 +65,12 @@ rows, classes = 2048, 16384  # 128 MiB of logits
 x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
 target, teacher = torch.randint(classes, (rows,)), (torch.randn(rows, 4), torch.randn(classes, 4))
 heads = {
-    "linear_cross_entropy": lambda **o: F.linear_cross_entropy(x, w, target, **o),
-    "linear_log_probs": lambda **o: F.linear_log_probs(x, w, target, **o).log_probability.sum(),
-    "linear_kl_div": lambda **o: F.linear_kl_div(x, w, *teacher, **o),
+    "linear_cross_entropy": lambda: F.linear_cross_entropy(x, w, target),
+    "linear_log_probs": lambda: F.linear_log_probs(x, w, target).log_probability.sum(),
+    "linear_kl_div": lambda: F.linear_kl_div(x, w, *teacher),
 }
 for name, head in heads.items():
     measured(name, lambda: head().backward(), [x, w])
-    measured(f"{name}-budget", lambda: head(memory_budget=8 << 20).backward(), [x, w])
 """
 
 
@@ -103,10 +102,7 @@ def test_a_call_takes_its_results_and_nothing_else(name: str, growth: dict[str, 
 
 
 @pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_log_probs", "linear_kl_div"])
-def test_a_head_takes_a_quarter_of_the_logits_or_its_budget(
-    op: str, growth: dict[str, int]
-) -> None:
+def test_a_head_takes_a_quarter_of_the_logits(op: str, growth: dict[str, int]) -> None:
     """Of linear_kl_div there are the logits of the teacher, too."""
     logits = 2 * SIZE * (2 if op == "linear_kl_div" else 1)
     assert growth[op] < logits / 4 + SLACK
-    assert growth[f"{op}-budget"] < (8 << 20) + SLACK
