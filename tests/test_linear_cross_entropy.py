@@ -347,6 +347,45 @@ def test_class_indices_of_uint8_among_more_classes_than_it_holds() -> None:
     torch.testing.assert_close(got, expected)
 
 
+# Of logits that are computed a block of classes at a time: where the largest or a NaN lies.
+BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rising": lambda row: row.sort().values,
+    "falling": lambda row: row.sort(descending=True).values,
+    "equal": lambda row: row * 0 + 3,
+    "ties": lambda row: row.index_fill(0, torch.tensor([63, 64, 190]), 50.0),
+    "first masked": lambda row: row.index_fill(0, torch.arange(130), -math.inf),
+    "last masked": lambda row: row.index_fill(0, torch.arange(60, 192), -math.inf),
+    "all masked": lambda row: row * 0 - math.inf,
+    "nan first": lambda row: row.index_fill(0, torch.tensor([5, 150]), math.nan),
+    "nan last": lambda row: row.index_fill(0, torch.tensor([191]), math.nan),
+    "nan beside masked": lambda row: row.index_fill(0, torch.arange(100), -math.inf).index_fill(
+        0, torch.tensor([120]), math.nan
+    ),
+}
+
+
+@grid(kind=BLOCKS, label=[0, 63, 191], options=[{}, {"label_smoothing": 0.1, "weight": True}])
+def test_blocks_of_classes_are_those_of_a_row(
+    kind: str, label: int, options: dict[str, Any], kernel_calls: KernelCalls
+) -> None:
+    """Losses, metrics and gradients; the products of one feature, 1, are exact."""
+    row, target = BLOCKS[kind](3 * torch.randn(192)), torch.tensor([label])
+    if "weight" in options:
+        options = options | {"weight": torch.rand(192)}
+    logits, head = row[None].clone().requires_grad_(), row[:, None].clone().requires_grad_()
+    expected = fused.cross_entropy_with_metrics(logits, target, **options, scale=0.5)
+    kernel_calls.clear()
+    got = fused.linear_cross_entropy_with_metrics(
+        torch.ones(1, 1), head, target, **options, scale=0.5, memory_budget=1
+    )
+    assert kernel_calls["row_state"] > 1
+    torch.testing.assert_close((got[0], *got[1]), (expected[0], *expected[1]), equal_nan=True)
+    (gradient,), (best,) = (
+        torch.autograd.grad(loss, leaf) for loss, leaf in ((got[0], head), (expected[0], logits))
+    )
+    torch.testing.assert_close(gradient.t(), best, equal_nan=True)
+
+
 # ---- inputs of more dimensions -------------------------------------------------------------------
 
 
