@@ -94,15 +94,23 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def products() -> Iterator[list[tuple[int, int, int]]]:
-    """Collects the sizes (m, k, n) of the matrix products that run within the context."""
-    sizes: list[tuple[int, int, int]] = []
+def operators_of_torch(*names: str) -> Iterator[list[list[Any]]]:
+    """Collects the shapes of the inputs of these operators of torch within the context."""
+    shapes: list[list[Any]] = []
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        yield shapes
+    shapes += [event.input_shapes for event in profiler.events() if event.name in names]
+
+
+@contextlib.contextmanager
+def products() -> Iterator[list[tuple[int, int, int]]]:
+    """Collects the sizes (m, k, n) of the matrix products within the context."""
+    sizes: list[tuple[int, int, int]] = []
+    with operators_of_torch("aten::mm", "aten::addmm") as found:
         yield sizes
-    for event in profiler.events():
-        if event.name in ("aten::mm", "aten::addmm"):
-            (m, k), (_, n) = event.input_shapes[event.name == "aten::addmm" :][:2]
-            sizes.append((m, k, n))
+    for shapes in found:  # addmm has an operand before the factors, and numbers behind them
+        (m, k), (_, n) = shapes[len(shapes) > 3 :][:2]
+        sizes.append((m, k, n))
 
 
 def rounding(largest: float, dtype: torch.dtype) -> float:
