@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,6 @@ import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
-from pyfused.ops import heads as chunked
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -104,10 +102,21 @@ def fused_always() -> Iterator[None]:
 def fused(request: pytest.FixtureRequest) -> Iterator[None]:
     measured = request.node.get_closest_marker("thresholds")
     dispatch.forget_plans()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # else a size that an earlier test changed is dynamic in this one
     with contextlib.nullcontext() if measured else fused_always():
         yield
+
+
+@pytest.fixture
+def compiler() -> None:
+    """A compiler without programs: a size that earlier tests changed would be dynamic."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def compiled_always(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size takes the custom operators: the measured table leaves most to Inductor."""
+    for op in sizes.COMPILED:
+        monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -160,17 +169,6 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
 
 
 ISAS = cpu.supported if backend is cpu else ["triton"]
-
-
-@pytest.fixture
-def product_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each product that makes a chunk's logits."""
-    rows: list[int] = []
-    linear = chunked.linear
-    monkeypatch.setattr(
-        chunked, "linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
-    )
-    return rows
 
 
 @pytest.fixture(params=ISAS)
