@@ -26,6 +26,7 @@ for module in (pyfused.functional, pyfused.nn):
 
 project = "pyfused"
 author = "The pyfused authors"
+project_copyright = f"2026, {author}"
 release = version = pyfused.__version__
 extensions = [
     "myst_parser",

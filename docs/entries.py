@@ -1,6 +1,6 @@
-"""What the gallery of docs/losses.md and each operator's page say, where it is written by hand.
+"""The formula, the sentence, the curves and the example of each operator's page.
 
-An elementwise operator without a row has what follows from its declaration and its docstring.
+An elementwise operator without a row gets them from its declaration and its docstring.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from pyfused.ops.pointwise_loss import Halves, PointwiseLoss
 
 @dataclass(frozen=True)
 class Curve:
-    """A call for each point: what follows the input, by position and by name.
+    """The arguments after the input, by position and by name, of the call for each point.
 
-    Numbers among the arguments become tensors, whole ones class indices, and tuples the labels of
-    each row.
+    Floats become tensors, integers become class indices, and tuples become the labels of each row.
 
     Attributes:
-        others: The logits of the classes beside the one drawn, or what else is beside the input.
+        others: The logits of the other classes, or the other features, beside the one drawn.
     """
 
     label: str
@@ -41,9 +40,9 @@ class Entry:
     """A row of the gallery.
 
     Attributes:
-        formula: In LaTeX, of the input x and the target t; empty if it is in the docstring alone.
-        use: When to take it, in a sentence.
-        axis: What is drawn along x.
+        formula: LaTeX, with the input x and the target t; empty if only the docstring has it.
+        use: A sentence about when to choose the operator.
+        axis: The label of the x axis.
     """
 
     formula: str
@@ -80,24 +79,25 @@ GALLERY: dict[str, dict[str, Entry]] = {
     "Regression": {
         "mse_loss": Entry(
             r"(x - t)^2",
-            "Targets have no outliers, since one large error outweighs many small ones.",
+            "For regression without outliers: one large error outweighs many small ones.",
             TARGETS,
         ),
         "l1_loss": Entry(
             r"|x - t|",
-            "Targets have outliers, and the model should predict the median.",
+            "For regression with outliers: the model predicts the median.",
             TARGETS,
         ),
         "smooth_l1_loss": Entry(
             r"\begin{cases} \dfrac{(x - t)^2}{2 \beta} & |x - t| < \beta \\"
             r" |x - t| - \dfrac{\beta}{2} & \text{else} \end{cases}",
-            "As the absolute error, with small steps near the target: the boxes of detectors.",
+            "Like l1_loss, with a gradient that shrinks near the target; common for bounding"
+            " boxes.",
             tuple(Curve(f"beta {beta:g}", (0.0,), {"beta": beta}) for beta in (0.5, 1.0, 2.0)),
         ),
         "huber_loss": Entry(
             r"\begin{cases} \dfrac{(x - t)^2}{2} & |x - t| < \delta \\"
             r" \delta \left(|x - t| - \dfrac{\delta}{2}\right) & \text{else} \end{cases}",
-            "Errors up to a known size are normal noise, and larger errors are outliers.",
+            "For regression with outliers, if the size of normal errors is known.",
             tuple(Curve(f"delta {delta:g}", (0.0,), {"delta": delta}) for delta in (0.5, 1.0, 2.0)),
         ),
         "log_cosh_loss": Entry(
@@ -112,25 +112,25 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "quantile_loss": Entry(
             r"\max\left(q \, (t - x),\; (q - 1) (t - x)\right)",
-            "Predictions that are too low cost more, or less, than those that are too high: stock"
-            " levels, and prediction intervals between two quantiles.",
+            "For predicting a quantile: errors in one direction cost more, as for stock levels, or"
+            " for prediction intervals between two quantiles.",
             tuple(Curve(f"quantile {q:g}", (0.0,), {"quantile": q}) for q in (0.1, 0.5, 0.9)),
         ),
     },
     "Distributions": {
         "gaussian_nll_loss": Entry(
             r"\frac{1}{2} \left(\log\, v + \frac{(x - t)^2}{v}\right)",
-            "The model also predicts how uncertain it is: a variance v for each mean.",
+            "For models that also predict their uncertainty, as a variance v for each mean.",
             tuple(Curve(f"variance {v:g}", (0.0, v)) for v in (0.25, 1.0, 4.0)),
         ),
         "poisson_nll_loss": Entry(
             r"e^x - t \, x",
-            "Targets are counts, and the model predicts the logarithm of their rate.",
+            "For counts: the model predicts the logarithm of their rate.",
             tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 1.0, 4.0)),
         ),
         "kl_div": Entry(
             r"t \, (\log\, t - x)",
-            "One distribution should approach another, as in distillation; x is a log-probability.",
+            "For matching a target distribution, given log-probabilities x, as in distillation.",
             tuple(Curve(f"target {t:g}", (t,)) for t in (0.1, 0.5, 0.9)),
             low=-4.0,
             high=0.0,
@@ -139,8 +139,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "kl_div_with_logits": Entry(
             r"\beta \, \mathrm{KL}(q \| m) + (1 - \beta) \, \mathrm{KL}(p \| m), \quad"
             r" m = \beta q + (1 - \beta) p",
-            "Distillation: the student's softmax p should approach the teacher's q. With beta 0 the"
-            " loss is KL(q || p), and with beta 1 KL(p || q).",
+            "For distillation from logits: the student's softmax p approaches the teacher's q."
+            " With beta 0 the loss is KL(q || p), and with beta 1 KL(p || q).",
             tuple(Curve(f"beta {b:g}", (0.0,), {"beta": b}, (0.0, 0.0)) for b in (0.0, 0.5, 1.0)),
             low=-5.0,
             high=5.0,
@@ -148,8 +148,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_kl_div": Entry(
             r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
-            "Distillation of language models, from the inputs of their last layers: logits are"
-            " never held as a whole.",
+            "For distillation of language models from the inputs of their last layers, without"
+            " holding all logits.",
             tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
             low=-5.0,
             high=5.0,
@@ -157,8 +157,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_topk_kl_div": Entry(
             r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
-            "Distillation where only the k largest probabilities of the teacher were saved; r is"
-            " all the rest.",
+            "For distillation if only the k largest probabilities of the teacher were saved; r"
+            " stands for the rest.",
             tuple(
                 Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")
             ),
@@ -170,7 +170,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
     "Binary and multi-label classification": {
         "binary_cross_entropy_with_logits": Entry(
             r"-p \, t \log\, \sigma(x) - (1 - t) \log (1 - \sigma(x))",
-            "Each output is a separate yes or no; use pos_weight p if yes is rare.",
+            "For independent yes-or-no outputs; use pos_weight p if positives are rare.",
             (
                 Curve("target 0", (0.0,)),
                 Curve("target 1", (1.0,)),
@@ -182,13 +182,13 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "multilabel_soft_margin_loss": Entry(
             r"\frac{1}{C} \sum_c \left( \log(1 + e^{x_c}) - t_c \, x_c \right)",
-            "Several classes can be right at once: tags, genres, medical findings.",
+            "For multi-label classification: tags, genres, medical findings.",
             tuple(Curve(f"target {t:g}", (t,), others=(0.0,)) for t in (1.0, 0.0)),
             axis="logit of the first class of two",
         ),
         "binary_cross_entropy": Entry(
             r"-t \log\, x - (1 - t) \log (1 - x)",
-            "The model outputs probabilities, and its logits are not available.",
+            "For models that output probabilities, if the logits are not available.",
             tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 0.3, 1.0)),
             low=0.02,
             high=0.98,
@@ -196,8 +196,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "sigmoid_focal_loss": Entry(
             r"-\alpha \, (1 - p)^\gamma \log\, p",
-            "Almost all answers are an easy no, as in dense detection: elements that are right"
-            " already, with p near 1 for the target, hardly count.",
+            "For heavily imbalanced labels, as in dense detection: elements that are already"
+            " right, with p near 1 for the target, contribute little.",
             tuple(
                 Curve(f"gamma {gamma:g}", (1.0,), {"alpha": -1.0, "gamma": gamma})
                 for gamma in (0.0, 1.0, 2.0, 5.0)
@@ -208,20 +208,21 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "soft_margin_loss": Entry(
             r"\log \left(1 + e^{-t x}\right)",
-            "Like the binary cross-entropy of logits, for targets of -1 and 1.",
+            "Like binary_cross_entropy_with_logits, for targets of -1 and 1.",
             SIGNS,
         ),
         "hinge_loss": Entry(
             r"\max(0,\; m - t \, x)",
-            "Only the side of the decision boundary matters, and no probability is needed: elements"
-            " beyond the margin m have no loss.",
+            "For classifiers that need no probabilities: elements beyond the margin m have no"
+            " loss.",
             (*SIGNS, Curve("target 1, squared", (1.0,), {"squared": True})),
         ),
     },
     "Similarity and ranking": {
         "triplet_margin_loss": Entry(
             r"\max(0,\; m + \lVert x - y \rVert_p - \lVert x - z \rVert_p)",
-            "Embeddings: x is to be nearer to y, which is alike, than to z, by a margin m.",
+            "For embeddings: x should be closer to a similar y than to a different z, by a margin"
+            " m.",
             (
                 Curve("p 2, margin 1", (0.0, 1.0), others=(0.0,)),
                 Curve("p 2, margin 2", (0.0, 1.0), {"margin": 2.0}, (0.0,)),
@@ -232,7 +233,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "cosine_embedding_loss": Entry(
             r"\begin{cases} 1 - \cos(x, y) & t = 1 \\"
             r" \max(0,\; \cos(x, y) - m) & t = -1 \end{cases}",
-            "Embeddings whose length has no meaning: only the angle between a pair counts.",
+            "For embeddings whose length has no meaning: only the angle of a pair counts.",
             (
                 Curve("target 1", (1.0, 1), others=(1.0,)),
                 Curve("target -1", (1.0, -1), others=(1.0,)),
@@ -242,7 +243,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "hinge_embedding_loss": Entry(
             r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
-            "x is a distance: similar pairs should be close, and others at least a margin m apart.",
+            "For distances x: similar pairs should be close, and others at least a margin m apart.",
             SIGNS,
             low=0.0,
             high=2.0,
@@ -250,7 +251,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "margin_ranking_loss": Entry(
             r"\max(0,\; m - t \, (x_1 - x_2))",
-            "Only the order of two scores matters, by a margin m.",
+            "For ranking: only the order of two scores matters, by a margin m.",
             (
                 Curve("first higher", (0.0, 1.0)),
                 Curve("second higher", (0.0, -1.0)),
@@ -262,7 +263,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
     "Classification": {
         "cross_entropy": Entry(
             r"\log\, \sum_c e^{x_c} - x_t",
-            "One class of several is right: tokens, digits, pixels.",
+            "For single-label classification: tokens, digits, pixels.",
             (
                 Curve("the target", (0,), others=(0.0, 0.0)),
                 Curve("another class", (1,), others=(0.0, 0.0)),
@@ -275,8 +276,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_cross_entropy": Entry(
             r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
-            "There are many classes, such as the tokens of a language model: the logits are never"
-            " held in memory as a whole.",
+            "For many classes, such as the tokens of a language model, without holding all logits"
+            " in memory.",
             (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
             low=-6.0,
             high=6.0,
@@ -284,8 +285,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "log_probs": Entry(
             r"x_t - \log\, \sum_c e^{x_c}",
-            "Reinforcement learning: the log-probability of each token that was sampled and, with"
-            " gradients too, the entropy and the log-sum-exp.",
+            "For reinforcement learning: the log-probability of each sampled token and,"
+            " optionally, entropy and log-sum-exp, all with gradients.",
             (
                 Curve("the target", (0,), others=(0.0, 0.0)),
                 Curve("another class", (1,), others=(0.0, 0.0)),
@@ -297,8 +298,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_log_probs": Entry(
             r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
-            "Log-probabilities of a language model, from the input of its last layer: logits are"
-            " never held as a whole.",
+            "For log-probabilities of a language model from the input of its last layer, without"
+            " holding all logits.",
             OF_HEAD,
             low=-6.0,
             high=6.0,
@@ -306,7 +307,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "nll_loss": Entry(
             r"-w_t \, x_t",
-            "The model outputs log-probabilities.",
+            "For models that output log-probabilities.",
             (
                 Curve("the target", (0,), others=(-1.0, -1.0)),
                 Curve(
@@ -323,7 +324,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "multi_margin_loss": Entry(
             r"\frac{1}{C} \sum_{c \ne t} \max(0,\; m - x_t + x_c)^p",
-            "Only the order of the classes matters, and the margin by which the right one leads.",
+            "For single-label classification if only the order of the classes matters: the target"
+            " should lead by a margin.",
             tuple(
                 Curve(f"p {p}, margin {m:g}", (0,), {"p": p, "margin": m}, others=(0.0, 0.0))
                 for p, m in ((1, 1.0), (1, 2.0), (2, 1.0))
@@ -332,7 +334,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "multilabel_margin_loss": Entry(
             r"\frac{1}{C} \sum_{t} \sum_{c \notin T} \max(0,\; 1 - x_t + x_c), \quad t \in T",
-            "A row has several right classes, which should all come before the others.",
+            "For multi-label classification if only the order matters: all targets should come"
+            " before all other classes.",
             (
                 Curve("one target", ((0, -1, -1),), others=(0.0, 0.0)),
                 Curve("two targets", ((0, 1, -1),), others=(0.0, 0.0)),
@@ -341,7 +344,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "softmax": Entry(
             r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
-            "Scores become probabilities: attention, and output for people to read.",
+            "For turning scores into probabilities, as in attention.",
             tuple(
                 Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
                 for a, b in ((0.0, 0.0), (0.0, 3.0))
@@ -352,7 +355,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "log_softmax": Entry(
             r"x_c - \log\, \sum_k e^{x_k}",
-            "Log-probabilities that do not underflow, for nll_loss, kl_div and sampling.",
+            "For log-probabilities that do not underflow, as input of nll_loss, kl_div and"
+            " sampling.",
             tuple(
                 Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
                 for a, b in ((0.0, 0.0), (0.0, 3.0))
@@ -365,66 +369,66 @@ GALLERY: dict[str, dict[str, Entry]] = {
     "Activations": {
         "relu": Entry(
             r"\max(0,\; x)",
-            "The default choice: it is the cheapest.",
+            "The default choice, and the cheapest.",
         ),
         "leaky_relu": Entry(
             r"\begin{cases} x & x > 0 \\ s \, x & \text{else} \end{cases}",
-            "Units with ReLU can stop learning; the slope s keeps their gradient from being zero.",
+            "Like relu, but the slope s keeps the gradient of negative values from being zero.",
             tuple(Curve(f"slope {s:g}", options={"negative_slope": s}) for s in (0.01, 0.2)),
         ),
         "gelu": Entry(
             r"x \, \Phi(x)",
-            "Transformers; Φ is the normal distribution, which tanh approximates.",
+            "For transformers. Φ is the normal distribution, which tanh approximates.",
             (Curve("exact"), Curve("tanh", options={"approximate": "tanh"})),
             low=-4.0,
         ),
         "silu": Entry(
             r"x \, \sigma(x)",
-            "Convolutional networks and the gated layers of language models.",
+            "For convolutional networks, and gated layers of language models.",
             low=-6.0,
         ),
         "tanh": Entry(
             r"\tanh\, x",
-            "Outputs between -1 and 1: recurrent networks, bounded actions.",
+            "For outputs between -1 and 1: recurrent networks, bounded actions.",
         ),
         "relu6": Entry(
             r"\min(\max(x, 0), 6)",
-            "ReLU whose outputs are bounded, for networks that are quantized.",
+            "Like relu with bounded outputs, for networks that will be quantized.",
             low=-3.0,
             high=8.0,
         ),
         "hardtanh": Entry(
             r"\min(\max(x, a), b)",
-            "Outputs between two bounds, without an exponential.",
+            "For outputs between two bounds, without an exponential.",
             (Curve(""), Curve("max_val 2", options={"max_val": 2.0})),
         ),
         "hardsigmoid": Entry(
             r"\frac{\min(\max(x + 3, 0), 6)}{6}",
-            "A sigmoid of straight lines: gates of networks for small devices.",
+            "A piecewise linear sigmoid, for gates of networks on small devices.",
             low=-6.0,
             high=6.0,
         ),
         "hardswish": Entry(
             r"x \, \frac{\min(\max(x + 3, 0), 6)}{6}",
-            "silu of straight lines: MobileNetV3.",
+            "A piecewise version of silu, as in MobileNetV3.",
             low=-6.0,
             high=6.0,
         ),
         "hardshrink": Entry(
             r"\begin{cases} x & |x| > \lambda \\"
             r" 0 & \text{else} \end{cases}",
-            "Sparse codes: small values count as none.",
+            "For sparse codes: small values become 0.",
             (Curve(""), Curve("lambd 1", options={"lambd": 1.0})),
         ),
         "softshrink": Entry(
             r"\mathrm{sign}(x) \, \max(|x| - \lambda, 0)",
-            "Sparse codes, and steps of solvers with an absolute penalty.",
+            "For sparse codes, and for steps of solvers with an absolute penalty.",
             (Curve(""), Curve("lambd 1", options={"lambd": 1.0})),
         ),
         "threshold": Entry(
             r"\begin{cases} x & x > \theta \\"
             r" v & \text{else} \end{cases}",
-            "Values that are too small to count become one value.",
+            "For replacing small values by one value.",
             (
                 Curve("threshold 1, value 0.5", (), {"threshold": 1.0, "value": 0.5}),
                 Curve("threshold -1, value -2", (), {"threshold": -1.0, "value": -2.0}),
@@ -433,7 +437,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "prelu": Entry(
             r"\begin{cases} x & x > 0 \\"
             r" w x & \text{else} \end{cases}",
-            "ReLU with a slope for negative values that is learnt, of each channel or of all.",
+            "Like leaky_relu with a learned slope, one for each channel or one for all.",
             tuple(
                 Curve(f"weight {w:g}", options={"weight": torch.tensor(w)}) for w in (0.25, -0.5)
             ),
@@ -441,34 +445,34 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "elu": Entry(
             r"\begin{cases} x & x > 0 \\"
             r" \alpha (e^x - 1) & \text{else} \end{cases}",
-            "Smooth where the slope bends, with outputs whose mean is nearer to 0 than ReLU's.",
+            "Like relu, with an exponential below 0 that brings the mean of outputs closer to 0.",
             (Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})),
         ),
         "selu": Entry(
             r"\lambda \begin{cases} x & x > 0 \\"
             r" \alpha (e^x - 1) & \text{else} \end{cases}",
-            "Deep networks without normalization layers.",
+            "For deep networks without normalization layers.",
         ),
         "celu": Entry(
             r"\begin{cases} x & x > 0 \\"
             r" \alpha (e^{x / \alpha} - 1) & \text{else} \end{cases}",
-            "elu whose slope is continuous for every alpha.",
+            "Like elu, with a continuous slope for every alpha.",
             (Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})),
         ),
         "mish": Entry(
             r"x \, \tanh(\log(1 + e^x))",
-            "Detectors of the YOLO family.",
+            "For detectors of the YOLO family.",
             low=-6.0,
             high=3.0,
         ),
         "softplus": Entry(
             r"\frac{1}{\beta} \log(1 + e^{\beta x})",
-            "Outputs that have to be positive: variances, rates.",
+            "For outputs that must be positive: variances, rates.",
             (Curve(""), Curve("beta 3", options={"beta": 3.0})),
         ),
         "logsigmoid": Entry(
             r"-\log(1 + e^{-x})",
-            "Log-probabilities of labels; losses of preferences.",
+            "For log-probabilities of labels, and for preference losses.",
         ),
         "softsign": Entry(
             r"\frac{x}{1 + |x|}",
@@ -478,49 +482,49 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "tanhshrink": Entry(
             r"x - \tanh\, x",
-            "Values near 0 are damped.",
+            "For damping values near 0.",
         ),
         "glu": Entry(
             r"x \, \sigma(b)",
-            "Gated convolutions of speech and language; b is the input's other half.",
+            "For gated convolutions of speech and language; b is the other half of the input.",
             (Curve("b 0", others=(0.0,)), Curve("b 2", others=(2.0,))),
             axis="first half",
         ),
         "swiglu": Entry(
             r"u \, x \, \sigma(x)",
-            "The gated layers of Llama, Qwen and Mistral; u is the layer's other half.",
+            "For the gated layers of Llama, Qwen and Mistral; u is the other half of the layer.",
             UP,
             axis="gate",
         ),
         "geglu": Entry(
             r"u \, x \, \Phi(x)",
-            "The gated layers of Gemma and T5.",
+            "For the gated layers of Gemma and T5.",
             UP,
             axis="gate",
         ),
         "reglu": Entry(
             r"u \, \max(x, 0)",
-            "Gated layers without an exponential.",
+            "For gated layers without an exponential.",
             UP,
             axis="gate",
         ),
         "softcap": Entry(
             r"c \, \tanh\, \frac{x}{c}",
-            "Logits of language models that should stay bounded.",
+            "For logits of language models that should stay bounded.",
             tuple(Curve(f"cap {c:g}", options={"cap": c}) for c in (1.0, 3.0)),
             low=-6.0,
             high=6.0,
         ),
         "sigmoid": Entry(
             r"\sigma(x) = \frac{1}{1 + e^{-x}}",
-            "Gates, and probabilities to be read; for training, a loss of logits is more accurate.",
+            "For gates, and for probabilities; for training, a loss of logits is more accurate.",
             low=-6.0,
             high=6.0,
         ),
     },
 }
 
-# What follows the imports of torch, and of pyfused.functional as F.
+# The code after the imports of torch, and of pyfused.functional as F.
 EXAMPLES = {
     "smooth_l1_loss": """
 boxes, target = torch.rand(64, 4, requires_grad=True), torch.rand(64, 4)
@@ -572,7 +576,7 @@ loss.backward()
 """,
     "multilabel_soft_margin_loss": """
 logits = torch.randn(64, 10, requires_grad=True)
-tags = torch.randint(2, (64, 10)).float()  # any number of them for each row
+tags = torch.randint(2, (64, 10)).float()  # any number of tags for each row
 loss = F.multilabel_soft_margin_loss(logits, tags)
 loss.backward()
 """,
@@ -602,8 +606,8 @@ loss.backward()
 """,
     "hinge_embedding_loss": """
 left, right = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-alike = torch.randn(64).sign()  # 1 for pairs that are alike, -1 for others
-loss = F.hinge_embedding_loss((left - right).norm(dim=1), alike, margin=2.0)
+similar = torch.randn(64).sign()  # 1 for similar pairs, -1 for others
+loss = F.hinge_embedding_loss((left - right).norm(dim=1), similar, margin=2.0)
 loss.backward()
 """,
     "triplet_margin_loss": """
@@ -613,7 +617,7 @@ loss.backward()
 """,
     "cosine_embedding_loss": """
 first, second = torch.randn(2, 64, 128, requires_grad=True)
-target = torch.randn(64).sign()  # 1 for pairs that are alike, -1 for others
+target = torch.randn(64).sign()  # 1 for similar pairs, -1 for others
 loss = F.cosine_embedding_loss(first, second, target, margin=0.5)
 loss.backward()
 """,
@@ -642,8 +646,8 @@ loss.backward()
 """,
     "log_probs": """
 logits = torch.randn(64, 1000, requires_grad=True)
-tokens = torch.randint(1000, (64,))  # sampled by an older policy, in which they had
-old_log_p, advantage = torch.full((64,), -7.0), torch.randn(64)
+tokens = torch.randint(1000, (64,))  # sampled by an older policy
+old_log_p, advantage = torch.full((64,), -7.0), torch.randn(64)  # of that policy
 found = F.log_probs(logits, tokens, return_entropy=True)
 ratio = (found.log_probability - old_log_p).exp()
 loss = -(ratio * advantage).mean() - 0.01 * found.entropy.mean()
@@ -671,7 +675,7 @@ loss.backward()
 """,
     "multilabel_margin_loss": """
 scores = torch.randn(64, 10, requires_grad=True)
-target = torch.full((64, 10), -1)  # of each row the targets, and then -1
+target = torch.full((64, 10), -1)  # each row lists its targets, followed by -1
 target[:, :2] = torch.tensor([3, 7])
 loss = F.multilabel_margin_loss(scores, target)
 loss.backward()
@@ -742,7 +746,7 @@ OPTIONS = {
 EXAMPLES |= {name: OF_ACTIVATION.format(name, given) for name, given in OPTIONS.items()}
 
 
-# ---- what follows from declarations --------------------------------------------------------------
+# ---- entries from declarations -------------------------------------------------------------------
 
 
 def drawn(operand: Operand) -> str:
@@ -764,7 +768,7 @@ def example(op: Activation | PointwiseLoss) -> str:
 
 
 def entry(op: Activation | PointwiseLoss) -> Entry:
-    """Draws the second operand at two values, and the others at 1."""
+    """Returns an entry that draws the second operand at two values, and the others at 1."""
     first, *others = (operand for operand in op.operands if not operand.optional)
     curves = [Curve("", (), op.required, (1.0,) if isinstance(op, Halves) else ())]
     if others:

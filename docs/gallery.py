@@ -1,6 +1,6 @@
-"""Fills pages with what follows from the declarations: the gallery, ratios, sizes, what is covered.
+"""Fills pages with what follows from the declarations: groups of operators, ratios and sizes.
 
-docs/entries.py has what is said of each operator. The pictures are what the kernels compute.
+docs/entries.py has the text about each operator. The pictures show the output of the kernels.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ POINTS = 401
 COLOURS = report.ORANGE, report.BLUE, report.GREEN, report.PINK
 
 
-# ---- what the kernels compute --------------------------------------------------------------------
+# ---- values of the kernels ----------------------------------------------------------------------
 
 
 def evaluate(name: str, entry: Entry, curve: Curve) -> tuple[Tensor, Tensor, Tensor]:
-    """Points, and the value and the gradient that the kernels compute at each."""
+    """Returns points, and the value and the gradient that the kernels compute at each."""
     x = torch.linspace(entry.low, entry.high, POINTS)
     return x, *_call(name, curve, x)
 
@@ -71,12 +71,12 @@ def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def picture(name: str, entry: Entry) -> str:
-    """Value and gradient of an operator, as SVG for within a page."""
+    """Draws value and gradient of an operator as SVG."""
     figure = Figure(figsize=(5.2, 2.3), layout="constrained")
     value, gradient = figure.subplots(1, 2)
     for index, curve in enumerate(entry.curves):
         x, values, gradients = evaluate(name, entry, curve)
-        # A thinner line over a broader one: where they agree, both are seen.
+        # Thinner lines are drawn over thicker ones, so that both are visible where they agree.
         style = {"color": COLOURS[index], "linewidth": 0.6 + 0.7 * (len(entry.curves) - index)}
         value.plot(x, values, label=curve.label, **style)
         gradient.plot(x, gradients, **style)
@@ -90,7 +90,7 @@ def picture(name: str, entry: Entry) -> str:
     return svg(figure, f"Value and gradient of {name}")
 
 
-# Of a formula whose target is not 0, or whose input is not any number: the target, from and to.
+# Formulas with a target other than 0, or a limited input: the target, the lowest and the highest x.
 _DRAWN: dict[str, tuple[Any, float, float]] = {
     "tweedie": (1.0, -3.0, 3.0),
     "asymmetric": (1.0, -6.0, 6.0),
@@ -99,7 +99,7 @@ _DRAWN: dict[str, tuple[Any, float, float]] = {
 
 
 def formulas() -> str:
-    """Value and gradient of each of the examples' formulas, as SVG."""
+    """Draws value and gradient of each formula of the examples as SVG."""
     figure = Figure(figsize=(5.2, 8), layout="constrained")
     panels = figure.subplots(len(FORMULAS) // 2, 2).flat
     for panel, (name, formula) in zip(panels, FORMULAS.items(), strict=True):
@@ -117,14 +117,14 @@ def formulas() -> str:
 
 
 def ratios(rows: dict[str, Row]) -> str:
-    """How many times as fast as torch each operator is, the most first, as SVG."""
+    """Draws how many times as fast as torch each operator is, the highest first, as SVG."""
     names = sorted(rows, key=lambda name: rows[name].peers["torch"].ratio[1])
-    figure = Figure(figsize=(5.2, 1.0 + 0.15 * len(names)), layout="constrained")
+    figure = Figure(figsize=(5.2, 1.2 + 0.15 * len(names)), layout="constrained")
     axes = figure.subplots()
     for peer, label, marker, colour in (
-        ("torch", "eager torch", "o", COLOURS[0]),
-        ("torch, THP", "with huge pages", "s", COLOURS[1]),
-        ("torch.compile", "compiled", "D", COLOURS[2]),
+        ("torch", "eager torch", "o", report.COLOURS["torch"]),
+        ("torch, THP", "with huge pages", "s", report.PINK),
+        ("torch.compile", "compiled", "D", report.COLOURS["torch.compile"]),
     ):
         known = [name for name in names if peer in rows[name].peers]
         if not known:  # else it is in the legend
@@ -135,13 +135,14 @@ def ratios(rows: dict[str, Row]) -> str:
     report.finish_ratios(axes)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.tick_params(axis="x", top=True, labeltop=True)  # the chart is tall
     axes.set_xlabel("time of torch / time of pyfused", fontsize=9)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return svg(figure, "Time of torch divided by time of pyfused, operator by operator")
 
 
 def gain() -> str:
-    """How many times as fast as torch a call is, over its size, as SVG."""
+    """Draws how many times as fast as torch a call is, by its size, as SVG."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     rows = newest_gain()["gain"]
@@ -174,7 +175,7 @@ def newest_gain() -> report.Found:
 
 
 def svg(figure: Figure, title: str) -> str:
-    """A figure as an element of HTML, in the colour of the text around it."""
+    """Returns a figure as an HTML element in the colour of the surrounding text."""
     for axes in figure.axes:
         axes.grid(color=report.INK, alpha=0.15, linewidth=0.6)
     text = report.svg(figure, title)
@@ -195,12 +196,12 @@ _OPENING = (
 
 
 def measured() -> dict[str, Row]:
-    """The largest case of each operator, forward and backward, in the newest report that has it."""
+    """Returns the largest case of each operator, forward and backward, in the newest report."""
     return {name: row for name, (row, _) in _newest().items()}
 
 
 def machines() -> str:
-    """Where these were measured."""
+    """Returns the machines and versions of these measurements."""
     found = {report.machine(found): None for _, found in _newest().values()}
     return "; ".join(found)
 
@@ -221,14 +222,14 @@ def _newest() -> dict[str, tuple[Row, report.Found]]:
 
 
 def row_of(name: str, rows: dict[str, Row]) -> str:
-    """What the page says of an operator, below its name."""
+    """Returns the row of an operator in the page of its group."""
     entry, op = ENTRIES[name], OPERATORS[name]
     return "\n".join(
         (
             '<div class="entry"><div>\n',
             entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
             f"{entry.use}\n",
-            f"[`F.{name}`, `nn.{op.module}`](operators/{name}.md)\n",
+            f"[`F.{name}`, `nn.{op.module}`](../operators/{name}.md)\n",
             f"torch / pyfused: {_ratio(rows.get(name))}\n",
             f"</div>\n{picture(name, entry)}\n</div>\n",
         )
@@ -246,30 +247,47 @@ def _ratio(row: Row | None) -> str:
 
 
 def shown() -> dict[str, list[str]]:
-    """The declared operators of each group that has any."""
+    """Returns the declared operators of each group that is not empty."""
     groups = {
         group: [name for name in entries if name in OPERATORS] for group, entries in GALLERY.items()
     }
     return {group: names for group, names in groups.items() if names}
 
 
-def gallery() -> str:
-    rows = measured()
-    parts = []
-    for group, names in shown().items():
-        parts.append(f"## {group}\n")
-        parts += [f"### {name}\n\n{row_of(name, rows)}" for name in names]
-    return "\n".join(parts)
+LEGEND = (
+    "In the formulas, x is the input and t the target. The pictures show the output of the kernels."
+    ' "torch / pyfused" is the time of eager torch divided by pyfused\'s, forward and backward, for'
+    ' the largest size that was [measured](../benchmarks.md) on CPUs; "compiled" is the same for'
+    " `torch.compile`. A ratio above 1 means that pyfused is faster."
+)
 
 
-def first_row() -> str:
-    name = next(iter(shown().values()))[0]
-    return f"**[{name}](operators/{name}.md)**\n\n{row_of(name, measured())}"
+def slug(group: str) -> str:
+    return group.lower().replace(" ", "-")
+
+
+def group_page(group: str) -> str:
+    """Returns the page of a group, below which the sidebar lists the pages of its operators."""
+    names, rows = shown()[group], measured()
+    toctree = "\n".join(f"../operators/{name}" for name in names)
+    return "\n".join(
+        (
+            f"# {group}\n\n{LEGEND}\n\nMeasured on: {machines()}.\n",
+            *(f"## {name}\n\n{row_of(name, rows)}" for name in names),
+            f"```{{toctree}}\n:hidden:\n\n{toctree}\n```\n",
+        )
+    )
+
+
+def groups() -> str:
+    """Returns the entries of a toctree."""
+    return "\n".join(f"groups/{slug(group)}" for group in shown())
 
 
 def covered() -> str:
     return "\n".join(
-        f"- {group}: " + ", ".join(f"[{name}](operators/{name}.md)" for name in names)
+        f"- [{group}](groups/{slug(group)}.md): "
+        + ", ".join(f"[{name}](operators/{name}.md)" for name in names)
         for group, names in shown().items()
     )
 
@@ -289,10 +307,9 @@ def words(limit: int) -> str:
     return "none" if limit == NEVER else f"{limit:,}" if limit else "any"
 
 
-# What a page has in place of each of these comments.
+# Functions whose results replace these comments in pages.
 FILLED = {
-    "<!-- gallery -->": gallery,
-    "<!-- first row -->": first_row,
+    "<!-- groups -->": groups,
     "<!-- ratios -->": lambda: ratios(measured()),
     "<!-- covered -->": covered,
     "<!-- machines -->": machines,
@@ -304,7 +321,7 @@ FILLED = {
 
 
 def fill(_app: object, _page: str, source: list[str]) -> None:
-    """Fill what is left open in a page, as Sphinx reads it."""
+    """Fills a page as Sphinx reads it."""
     for comment, text in FILLED.items():
         if comment in source[0]:
             source[0] = source[0].replace(comment, text())

@@ -1,4 +1,4 @@
-"""Writes docs/operators/: a page for each operator, from its declaration and its docstring.
+"""Writes docs/operators/, a page for each operator, and docs/groups/, a page for each group.
 
 docs/entries.py has the formula, the sentence, the picture's curves and the example.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,24 @@ from pyfused.ops.operators import OPERATORS
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
 SHARED = (
-    "Dtypes, reductions, in-place operation, errors and fall-back are those of"
+    "Dtypes, reductions, in-place operation, errors and fallback are described for"
     " [all functions](../reference.md#functions-and-modules)."
 )
 
 
 def example(name: str) -> str:
-    """A program that calls the operator."""
-    return f"{IMPORTS}\n{EXAMPLES[name].strip()}\n"
+    """Returns a program that calls the operator and prints its loss, if it has one."""
+    code = EXAMPLES[name].strip()
+    if not re.search(r"^loss = ", code, re.MULTILINE):
+        return f"{IMPORTS}\n{code}\n"
+    return f"{IMPORTS}\ntorch.manual_seed(0)\n{code}\nprint(loss)\n"
+
+
+def output(program: str) -> str:
+    """Returns what a program prints, as a block of the page."""
+    with redirect_stdout(StringIO()) as printed:
+        exec(compile(program, "example", "exec"), {})
+    return f"```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
 
 
 def in_torch(name: str) -> str:
@@ -40,7 +52,7 @@ def in_torch(name: str) -> str:
 
 
 def measured(name: str) -> str:
-    """What each machine's report has of an operator, below the machine's name."""
+    """Returns the measurements of an operator on each machine."""
     tables = []
     for path in sorted(report.RESULTS.glob("*/results.json")):
         found = report.load([path])
@@ -50,17 +62,17 @@ def measured(name: str) -> str:
     if not tables:
         if name in LINEAR + OF_LOGITS:
             return (
-                "[Language models](../language-models.md) has times and peak memory of the heads of"
-                " language models, beside torch's and those of three matrix products."
+                "[Language models](../language-models.md) has times and peak memory of heads beside"
+                " torch's and the matrix products alone."
             )
         return (
-            "No machine's report has this operator, which is newer than they are."
-            f' `make bench-quick BENCH_ARGS="-k {name}"` measures it on yours, and'
+            "This operator is newer than the latest report."
+            f' `make bench-quick BENCH_ARGS="-k {name}"` measures it on your machine, and'
             " [benchmarks](../benchmarks.md) describes the method."
         )
     method = (
-        "Medians, and in brackets the quartiles of the ratio. A ratio above 1 says that pyfused is"
-        " faster. [Benchmarks](../benchmarks.md) describes the method."
+        "Times are medians; brackets contain the quartiles of the ratio. A ratio above 1 means that"
+        " pyfused is faster. [Benchmarks](../benchmarks.md) describes the method."
     )
     return "\n\n".join([*tables, method])
 
@@ -79,22 +91,25 @@ def page(name: str) -> str:
             f'<div class="picture">\n{gallery.picture(name, entry)}\n</div>\n',
             f"{in_torch(name)}\n",
             f"## Example\n\n```python\n{example(name)}```\n",
+            output(example(name)),
             "## Reference\n\n```{eval-rst}\n" + "\n\n".join(documented) + "\n```\n",
             f"{SHARED}\n",
             f"## Measured\n\n{measured(name)}\n",
-            f"These are the smallest inputs that take a kernel on CPUs, in elements:\n\n{sizes}\n",
+            f"The smallest inputs that run a kernel on CPUs, in float32 elements:\n\n{sizes}\n",
         )
     )
 
 
 def write(app: Any) -> None:
-    """Before Sphinx looks for pages."""
-    folder = Path(app.srcdir, "operators")
-    folder.mkdir(exist_ok=True)
-    for stale in {file.stem for file in folder.glob("*.md")} - {*OPERATORS}:
-        (folder / f"{stale}.md").unlink()
-    for name in OPERATORS:
-        (folder / f"{name}.md").write_text(page(name), encoding="utf-8")
+    """Writes the pages before Sphinx looks for pages, and removes those that are gone."""
+    groups = {gallery.slug(group): gallery.group_page(group) for group in gallery.shown()}
+    for name, texts in (("operators", {op: page(op) for op in OPERATORS}), ("groups", groups)):
+        folder = Path(app.srcdir, name)
+        folder.mkdir(exist_ok=True)
+        for stale in {file.stem for file in folder.glob("*.md")} - {*texts}:
+            (folder / f"{stale}.md").unlink()
+        for stem, text in texts.items():
+            (folder / f"{stem}.md").write_text(text, encoding="utf-8")
 
 
 # ---- docstrings ----------------------------------------------------------------------------------
@@ -105,7 +120,7 @@ ARGUMENT = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 def arguments(
     _app: Any, _what: str, _name: str, documented: Any, _options: Any, lines: list[str]
 ) -> None:
-    """Turn the section "Args:" into a table with the defaults, before Napoleon makes it a list."""
+    """Turns the section "Args:" into a table with the defaults, before Napoleon makes it a list."""
     if "Args:" not in lines:
         return
     start = lines.index("Args:")
@@ -133,7 +148,7 @@ def _default(parameters: Any, names: list[str]) -> str:
 
 
 def returns(_app: Any, _what: str, _name: str, _object: Any, _: Any, lines: list[str]) -> None:
-    """Else Napoleon takes what stands before a colon, in the line after "Returns:", for a type."""
+    """Keeps Napoleon from taking words before a colon, below "Returns:", for a type."""
     for index, line in enumerate(lines[:-1]):
         if line.strip() == "Returns:":
             text = lines[index + 1].lstrip()

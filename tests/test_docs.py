@@ -128,7 +128,13 @@ def test_the_pages_have_every_comment_that_is_filled(monkeypatch: pytest.MonkeyP
     source = [text]
     gallery.fill(None, "", source)
     assert not any(comment in source[0] for comment in gallery.FILLED)
-    assert all(f"### {name}\n" in source[0] for name in OPERATORS)
+
+
+def test_every_operator_is_in_the_page_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "picture", lambda *_: "")
+    text = "".join(gallery.group_page(group) for group in gallery.shown())
+    assert all(f"## {name}\n" in text for name in OPERATORS)
+    assert all(f"../operators/{name}\n" in text for name in OPERATORS)
 
 
 # ---- a page for each operator --------------------------------------------------------------------
@@ -148,6 +154,7 @@ def test_the_page_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
         ENTRIES["cross_entropy"].formula,
         "<svg>cross_entropy</svg>",
         pages.example("cross_entropy"),
+        "```text\ntensor(",
         ".. autofunction:: pyfused.functional.cross_entropy\n",
         ".. autofunction:: pyfused.functional.cross_entropy_with_metrics\n",
         ".. autoclass:: pyfused.nn.CrossEntropyLoss\n",
@@ -170,10 +177,12 @@ def test_pages_of_operators_that_are_gone_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pages, "page", lambda name: f"# {name}")
+    monkeypatch.setattr(gallery, "group_page", lambda group: f"# {group}")
     (tmp_path / "operators").mkdir()
     (tmp_path / "operators/gone.md").touch()
     pages.write(SimpleNamespace(srcdir=tmp_path))
     assert {file.stem for file in tmp_path.glob("operators/*")} == {*OPERATORS}
+    assert [*tmp_path.glob("groups/regression.md")]
 
 
 def documented(input: int, scale: float = 2.0, *, name: str = "mean", other: str = "") -> None: ...

@@ -12,7 +12,8 @@ import pytest
 
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "benchmarks/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES += ["csrc/README.md", "tests/README.md", "benchmarks/README.md"]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md"))]
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")
@@ -40,7 +41,7 @@ COMMANDS = sorted(
     {
         line.partition("#")[0].strip()
         for page in PAGES
-        for block in re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text("utf-8"), FLAGS)
+        for block in re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text("utf-8"), FLAGS)
         for line in block.splitlines()
         if re.match(r"([A-Z_]+=\S+ )*make ", line)
     }
@@ -52,6 +53,13 @@ def test_make_knows_the_command(command: str) -> None:
     """The targets themselves are what CI runs."""
     dry = command.replace("make ", "make --dry-run ")
     subprocess.run(dry, shell=True, check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_code_names_its_language(page: str) -> None:
+    """Otherwise the site highlights it as Python."""
+    fences = re.findall(r"^ *```(.*)$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    assert all(fences[::2])
 
 
 @pytest.mark.parametrize("page", PAGES)
