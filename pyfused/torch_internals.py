@@ -10,13 +10,14 @@ import inspect
 import pkgutil
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MISSING: str | None = None
 
@@ -31,7 +32,7 @@ def _required(path: str) -> Any:
         return lambda *_: False
 
 
-def _optional(owner: Any, name: str, otherwise: Callable[..., Any]) -> Any:
+def _optional(owner: Any, name: str, otherwise: Any) -> Any:
     return getattr(owner, name, otherwise)
 
 
@@ -172,6 +173,22 @@ def is_compiled_module(module: Any) -> bool:
     """Returns whether torch.compile has a module, or stands before it."""
     kind = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
     return getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, kind)
+
+
+# ---- tracing of formulas -------------------------------------------------------------------------
+
+# Operators in terms of others. Without the table those that C++ composes are still decomposed.
+decomposition_table: Mapping[Any, Callable[..., Any]] = _optional(
+    torch._decomp, "decomposition_table", {}
+)
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that torch enters without importing its compiler, which takes a second."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 # ---- processors ----------------------------------------------------------------------------------
