@@ -323,7 +323,7 @@ def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | N
         (gradient,) = torch.autograd.grad(loss, rows, upstream)
         for some, targets in zip(rows.split(size), target.split(size), strict=True):
             some = some.detach().requires_grad_()
-            each = F.cross_entropy(node.logits_of(some), targets, **options | {"reduction": "none"})
+            each = F.cross_entropy(node.recompute(some), targets, **options | {"reduction": "none"})
             gradients += torch.autograd.grad(each.sum(), some)
             losses.append(each.detach())
     each = torch.cat(losses).float()
