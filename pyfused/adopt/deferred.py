@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
 from pyfused.functional import linear_cross_entropy
+from pyfused.torch_internals import version_of
 
 LOSS = "its loss"
 PLAIN = (Tensor, Parameter)
@@ -137,14 +138,14 @@ def saved_here() -> saved_tensors_hooks:
 
     def unpack(saved: tuple[Tensor, int]) -> Tensor:
         tensor, version = saved
-        if tensor._version != version:
+        if version_of(tensor) != version:
             raise RuntimeError(
                 "pyfused.convert: expected what backward needs of logits to stay the same, got it "
                 "changed in place"
             )
         return tensor
 
-    return saved_tensors_hooks(lambda tensor: (tensor.detach(), tensor._version), unpack)
+    return saved_tensors_hooks(lambda tensor: (tensor.detach(), version_of(tensor)), unpack)
 
 
 def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
@@ -154,7 +155,7 @@ def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
 
 
 def _versions(tensors: Any) -> list[tuple[int, int]]:
-    return [(x._version, x.data_ptr()) for x in tensors if x is not None]
+    return [(version_of(x), x.data_ptr()) for x in tensors if x is not None]
 
 
 @dataclass(eq=False)
@@ -206,7 +207,7 @@ class _Node:
                 vars(real).update(register_hook=_refuse, retain_grad=_refuse)
             tensor, self.reference = self.reference(), lambda: None  # no weak reference is left
             self.real = tensor if _becomes(tensor, real) else real
-            self.version = self.real._version
+            self.version = version_of(self.real)
             self.held = isinstance(tensor, _Logits)
         return self.real
 
@@ -355,7 +356,7 @@ class _Logits(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs, tensor = kwargs or {}, args[0] if args else None
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_internals.DisableTorchFunctionSubclass():
             if function in _METADATA:
                 return function(*args, **kwargs)
             if isinstance(tensor, _Logits) and tensor._node.family.is_lazy():
@@ -374,7 +375,7 @@ class DeferredLogits(_Logits):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Computes an operator that C++ has called, from logits that are recomputed for it."""
-        if function._schema.is_mutable:
+        if torch_internals.is_mutable(function):
             raise RuntimeError(
                 f"pyfused.convert: expected no change in place of a converted model's logits by "
                 f"compiled code, got {function}. Revert the model"
@@ -392,7 +393,7 @@ class _Deferral(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, node: _Node, hidden: Tensor, *_: Any) -> Tensor:
         ctx.node, example = node, node.example
-        return Tensor._make_wrapper_subclass(  # documented in torch's notes on extending it
+        return torch_internals.make_wrapper_subclass(
             DeferredLogits,
             example.shape,
             strides=example.stride(),
@@ -403,7 +404,7 @@ class _Deferral(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         node, inputs = ctx.node, ctx.node.family.inputs
-        if node.real is not None and node.real._version != node.version:
+        if node.real is not None and version_of(node.real) != node.version:
             raise RuntimeError(
                 "pyfused.convert: expected logits that are not changed in place beside an "
                 "autograd.Function that takes them, got such ones. Revert the model"
