@@ -26,11 +26,12 @@ from torch import Tensor
 from pyfused import torch_internals
 from pyfused.adopt.patch import patch
 from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import reasons
 from pyfused.dispatch.call import plan_of  # stays the function that does not count
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.signature import PLAIN
-from pyfused.ops import custom_operators, reasons
+from pyfused.ops import custom_operators
 
 BUDGET = 0.25  # seconds for re-running calls of an operator
 MOST = 1 << 24  # elements of a call that is re-run; of a larger one it is the first rows
@@ -93,8 +94,8 @@ class Report:
             torch.cuda.synchronize()  # else the block seems to end where its kernels are launched
         self._seconds += perf_counter() - self._began
 
-    def _is_small(self, op: Operator, arguments: Arguments) -> bool:
-        is_small = self._uncounted[1](op, arguments)
+    def _is_small(self, op: Operator, arguments: Arguments, elements: int | None = None) -> bool:
+        is_small = self._uncounted[1](op, arguments, elements)
         if is_small:
             self._small[op.name] += 1
         return is_small
