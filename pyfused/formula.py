@@ -1,4 +1,4 @@
-"""Losses and activations of one's own: one elementwise formula in Python becomes fused kernels."""
+"""Fused kernels for a user's own losses and activations, from one elementwise formula in Python."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from pyfused.formulas import trace
 from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError, compiled
 from pyfused.layout import broadcast_numel
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
+from pyfused.torch_internals import DispatchMode
 from pyfused.types import Outputs
 
-_LONG = 16  # instructions, gradients' included
-_MOST_VALUES = 1024  # of parameters whose programs are kept
-_MOST_TRACES = 32  # of a formula
-_OF_CALLS = ("reduction", "weight")
-_KINDS_OF_PARAMETERS = (float, int, bool, str, type(None))
+_LONG = 16  # instructions of a long formula, including those of its gradients
+_MOST_VALUES = 1024  # values of parameters whose programs a formula keeps
+_MOST_TRACES = 32  # traces of a formula
+_CALL_OPTIONS = ("reduction", "weight")  # keywords of losses beside a formula's parameters
+_PARAMETER_TYPES = (float, int, bool, str, type(None))
 _PLAIN = (Tensor, Parameter)
 
 
 @dataclass(eq=False)
 class Traced:
-    """A formula's programs for all parameters that make the same operations.
+    """A formula's programs for all parameters that lead to the same operations.
 
     Attributes:
-        run: The function's, for some of these.
-        inputs: Literals in it that are inputs of the programs, by their numbers.
-        outputs: Which expressions the value and the gradients are.
+        run: A run of the function with such parameters.
+        inputs: The values of the literals that are inputs of the programs, by their indices.
+        outputs: The expressions of the value and of the gradients.
         difference: How the kernel's results differ from the function's, or None.
     """
 
@@ -57,7 +58,7 @@ class Traced:
         self.program(Outputs(True, (True,) * (len(self.outputs) - 1)))  # raises if it is too large
 
     def values(self, run: trace.Run) -> tuple[float, ...] | None:
-        """Returns the inputs in another run, or None if that does other things."""
+        """Returns the inputs for another run, or None if its operations or constants differ."""
         pairs = enumerate(zip(self.run.literals, run.literals, strict=False))
         if run.structure != self.run.structure or any(
             i not in self.inputs and repr(one) != repr(other) for i, (one, other) in pairs
@@ -66,12 +67,12 @@ class Traced:
         return tuple([run.literals[i] for i in self.inputs])
 
     def _program(self, outputs: Outputs) -> Program:
-        wanted = outputs.loss, *(outputs.gradients or (False,) * (len(self.outputs) - 1))
-        return compiled(self.name, self.expressions, self.outputs, wanted, len(self.inputs))
+        needed = outputs.loss, *(outputs.gradients or (False,) * (len(self.outputs) - 1))
+        return compiled(self.name, self.expressions, self.outputs, needed, len(self.inputs))
 
 
 class FormulaOperator(PointwiseLoss):
-    """A formula of a user's, declared at run time; an activation is a loss that is not reduced."""
+    """The operator of a user's formula; an activation is a loss that is not reduced."""
 
     asks_dtype = True  # a mask, as a float32 tensor, widens half precision
     strategy = "a program of its formula, element by element"
@@ -85,28 +86,28 @@ class FormulaOperator(PointwiseLoss):
         operands, self.parameters = _read_signature(function)
         self.written = trace.Written(function, slopes, len(operands))
         if slopes is not None:
-            function = _differentiated(function, slopes, len(operands))
+            function = _differentiated(function, slopes, operands)
         self.function, self.loss, self.long = function, loss, False
         self.traces: list[Traced] = []
         self._traced = lru_cache(_MOST_VALUES)(
             lambda _, numbers: trace.isolated(self._trace, numbers)
         )
-        added = dict(zip(_OF_CALLS, ("mean" if loss else "none", None), strict=True))
-        self.keywords = self.parameters | added
+        options = dict(zip(_CALL_OPTIONS, ("mean" if loss else "none", None), strict=True))
+        self.keywords = self.parameters | options
 
         def definition(*arguments: Any, **named: Any) -> Tensor:
             values = self.keywords | dict(zip(self.arguments, arguments, strict=False)) | named
-            options = [values.pop(name) for name in added]
+            reduction, weight = [values.pop(name) for name in options]
             each = function(*[values.pop(name) for name in operands], **values)
-            return reduced(each, *options)
+            return reduced(each, reduction, weight)
 
         signature, kind = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter(n, kind, default=v) for n, v in added.items()]
+        parameters = [inspect.Parameter(n, kind, default=v) for n, v in options.items()]
         signature = signature.replace(parameters=[*signature.parameters.values(), *parameters])
         definition.__signature__ = signature  # type: ignore[attr-defined]
         weight = Operand("weight", differentiated=False, optional=True)
         super().__init__(
-            name=f"{function.__module__}.{function.__qualname__}",  # no name of torch's
+            name=f"{function.__module__}.{function.__qualname__}",
             module="",
             operands=(*map(Operand, operands), weight),
             fallback_reason=self._fallback_reason,
@@ -115,11 +116,11 @@ class FormulaOperator(PointwiseLoss):
             weight_shape=checks.weight_that_broadcasts,
             denominators={"mean": _mean_of_weights},
         )
-        self.places = slice(len(operands), len(operands) + len(self.parameters))
+        self._parameters = slice(len(operands), len(operands) + len(self.parameters))
         self.all_outputs = Outputs(True, (True,) * len(operands))
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
-        return arguments[self.places]
+        return arguments[self._parameters]
 
     def kernel(
         self,
@@ -135,7 +136,7 @@ class FormulaOperator(PointwiseLoss):
 
     @property
     def family(self) -> str:
-        """Formulas of many instructions have a row of their own."""
+        """Returns the row of the table of sizes, which depends on the number of instructions."""
         return "LongFormula" if self.long else "Formula"
 
     def _check(
@@ -158,15 +159,15 @@ class FormulaOperator(PointwiseLoss):
             RuntimeError: Its results differ from the function's.
         """
         # The key is the text, as 2 and 2.0, 1 and True, 0.0 and -0.0 make different operations.
-        found = self._traced(repr(numbers), numbers)
-        if isinstance(found, Exception):
-            raise type(found)(str(found))
-        return found
+        traced = self._traced(repr(numbers), numbers)
+        if isinstance(traced, Exception):
+            raise type(traced)(str(traced))
+        return traced
 
     def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | Exception:
         parameters = dict(zip(self.parameters, numbers, strict=True))
 
-        def made(inputs: dict[int, float]) -> Traced:
+        def derived(inputs: dict[int, float]) -> Traced:
             return Traced(self.name, run, inputs, *self.written.derive(parameters, inputs))
 
         try:
@@ -181,9 +182,9 @@ class FormulaOperator(PointwiseLoss):
                 )
             inputs = {i: run.literals[i] for i in self.written.dependent(parameters, run)}
             try:
-                traced = made(inputs)
+                traced = derived(inputs)
             except UntraceableError:  # an operator takes no tensor there: a trace for each value
-                traced = made({})
+                traced = derived({})
             check(self, numbers, traced)
         except UntraceableError as error:
             return UntraceableError(str(error))  # without its frames
@@ -194,7 +195,7 @@ class FormulaOperator(PointwiseLoss):
 
     def _fallback_reason(self, *arguments: Any) -> str | None:
         for name, value in zip(self.parameters, self.numbers(arguments), strict=True):
-            if type(value) not in _KINDS_OF_PARAMETERS:
+            if type(value) not in _PARAMETER_TYPES:
                 return f"{name} is a {type(value).__name__}"
         try:
             self.traced(self.numbers(arguments))
@@ -204,42 +205,42 @@ class FormulaOperator(PointwiseLoss):
 
 
 def _differentiated(
-    function: Callable[..., Tensor], slopes: Callable[..., Any], operands: int
+    function: Callable[..., Tensor], slopes: Callable[..., Any], operands: Sequence[str]
 ) -> Callable[..., Tensor]:
-    """Returns the function with a gradient of a user's, which torch can differentiate again."""
+    """Returns the function with the gradient written for it, which torch can differentiate."""
 
     class Differentiated(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(named: dict[str, Any], *given: Tensor) -> Tensor:
-            return function(*given, **named)
+        def forward(named: dict[str, Any], *operands: Tensor) -> Tensor:
+            return function(*operands, **named)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-            ctx.named, *given = inputs
-            ctx.save_for_backward(*given)
-            ctx.save_for_forward(*given)
+            ctx.named, *operands = inputs
+            ctx.save_for_backward(*operands)
+            ctx.save_for_forward(*operands)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            found = trace.slopes_of(slopes, ctx.saved_tensors, ctx.named)
-            return None, *[None if slope is None else grad_output * slope for slope in found]
+            values = trace.slopes_of(slopes, ctx.saved_tensors, ctx.named)
+            return None, *[None if slope is None else grad_output * slope for slope in values]
 
-    class WithTangents(Differentiated):  # which the compiler does not trace
+    class WithTangents(Differentiated):  # torch.compile does not trace functions with a jvp
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-            found = trace.slopes_of(slopes, ctx.saved_for_forward, ctx.named)
-            pairs = zip(found, tangents, strict=True)
+            values = trace.slopes_of(slopes, ctx.saved_for_forward, ctx.named)
+            pairs = zip(values, tangents, strict=True)
             parts = [s * t for s, t in pairs if s is not None and t is not None]
             return sum(parts[1:], parts[0]) if parts else None
 
-    def differentiated(*given: Tensor, **named: Any) -> Tensor:
-        if len(given) < operands:  # some are named
-            bound = inspect.signature(function).bind(*given, **named)
-            given, named = bound.args[:operands], named
+    def differentiated(*tensors: Tensor, **named: Any) -> Tensor:
+        if len(tensors) < len(operands):  # some are passed by name
+            named = inspect.signature(function).bind(*tensors, **named).arguments
+            tensors = tuple([named.pop(name) for name in operands])
         kind = Differentiated if is_dynamo_compiling() else WithTangents
-        value: Tensor = kind.apply(named, *given)  # type: ignore[no-untyped-call]
+        value: Tensor = kind.apply(named, *tensors)  # type: ignore[no-untyped-call]
         return value
 
     return update_wrapper(differentiated, function)
@@ -255,7 +256,7 @@ def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, 
     """Returns the names of the operands, and the parameters with their defaults."""
     name, operands, parameters = function.__name__, [], {}
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in _OF_CALLS:
+        if parameter.name in _CALL_OPTIONS:
             raise TypeError(f"{name}: {parameter.name} is added to a formula; take another name")
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{name}: expected operands and keywords, got {parameter}")
@@ -278,10 +279,10 @@ class Formula:
 
     Attributes:
         written: The function as it was written.
-        function: The same with the gradient that :meth:`gradient` gave it. It runs where no kernel
-            does: small tensors, double backward, forward mode, ``torch.func``, tensor subclasses,
+        function: The function with the gradient of :meth:`gradient`. It runs where no kernel does:
+            small tensors, double backward, forward mode, ``torch.func``, tensor subclasses,
             ``torch.compile``, other devices.
-        op: What the rest of pyfused knows of it.
+        op: The operator that calls are dispatched with.
     """
 
     __name__: str
@@ -295,17 +296,17 @@ class Formula:
         op = FormulaOperator(function, loss)
         of_loss = op.reference.__signature__  # type: ignore[attr-defined]
         self.__signature__ = of_loss if loss else inspect.signature(function)
-        self.keywords = {*op.parameters, *(_OF_CALLS if loss else ())}
+        self.keywords = {*op.parameters, *(_CALL_OPTIONS if loss else ())}
         self._declare(op)
 
     def gradient(self, slopes: Function) -> Function:
-        """Gives the formula a gradient in the place of the one that follows by torch's rules.
+        """Replaces the gradient that follows from torch's rules: a decorator.
 
-        A decorator, for a formula whose derivative is unstable or takes long, or is to be another.
+        For a formula whose derivative is unstable or slow, or is to be another one.
 
         Args:
-            slopes: Takes what the formula takes, and returns its derivative by each operand, or
-                None where that is 0: tensors of the operands' shape, made as the formula's are.
+            slopes: Takes the formula's arguments, and returns the derivative with respect to each
+                operand, a tensor of its shape made of elementwise operations, or None for 0.
 
         Returns:
             The function itself.
@@ -313,14 +314,18 @@ class Formula:
         Raises:
             TypeError, RuntimeError: As :func:`pyfused.loss`.
         """
-        names, given = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
-        if names != given:
-            raise TypeError(f"{slopes.__name__}: expected the parameters {names}, got {given}")
+        expected, names = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
+        if names != expected:
+            raise TypeError(f"{slopes.__name__}: expected the parameters {expected}, got {names}")
         self._declare(FormulaOperator(self.written, self.op.loss, slopes))
         return slopes
 
     def _declare(self, op: FormulaOperator) -> None:
-        """Takes an operator whose kernel computes what its function does."""
+        """Uses an operator from now on.
+
+        Raises:
+            TypeError, RuntimeError: With ``strict``, no kernel can compute the function.
+        """
         self.op, self.function = op, op.function
         try:
             traced, _ = op.traced(tuple(op.parameters.values()))
@@ -349,7 +354,7 @@ class Formula:
         return dispatch.call(self.op, self.arguments(operands, named))
 
     def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
-        """Returns the arguments of the operator for those of a call.
+        """Returns the operator's arguments from the arguments of a call.
 
         Raises:
             TypeError: The formula does not take these.
@@ -363,7 +368,7 @@ class Formula:
         return (*operands, *(self.op.keywords | named).values())
 
     def module(self, **named: Any) -> FormulaModule:
-        """Returns a module with these parameters, and of a loss its ``reduction``, no ``weight``.
+        """Returns a module with these parameters, and the ``reduction`` of a loss, not ``weight``.
 
         Raises:
             TypeError: The formula does not take these.
@@ -373,7 +378,7 @@ class Formula:
     def explain(self, *operands: Any, **named: Any) -> Explanation | str:
         """Returns the path that a call with these arguments takes: see :func:`pyfused.explain`.
 
-        Without arguments it returns the program for the defaults in words: its instructions for
+        Without arguments it returns the text of the program for the defaults: its instructions for
         each element, and the bytes that it reads and writes.
         """
         if operands or named:
@@ -400,7 +405,7 @@ class Formula:
 
 
 class FormulaModule(torch.nn.Module):
-    """A formula with some of its keywords, as :meth:`Formula.module` makes it."""
+    """A module that calls a formula with some of its keywords; see :meth:`Formula.module`."""
 
     def __init__(self, formula: Formula, named: dict[str, Any]) -> None:
         super().__init__()
@@ -415,8 +420,8 @@ class FormulaModule(torch.nn.Module):
         return self.formula(*operands, **self.named)
 
     def extra_repr(self) -> str:
-        given = [f"{name}={value!r}" for name, value in self.named.items()]
-        return ", ".join([self.formula.__name__, *given])
+        keywords = [f"{name}={value!r}" for name, value in self.named.items()]
+        return ", ".join([self.formula.__name__, *keywords])
 
 
 # ---- the check of a definition -------------------------------------------------------------------
@@ -448,23 +453,23 @@ def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tenso
     return torch.stack(each).double()
 
 
-class _Roundings(trace.Mode):
-    """Rounds each result once more, at random, and to 0 below normal numbers, as kernels may."""
+class _Roundings(DispatchMode):
+    """Rounds each result once more, at random, and subnormal results to 0, as kernels may."""
 
     def __init__(self, dtype: torch.dtype, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.limits, self.generator = torch.finfo(dtype), generator
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = op(*args, **(kwargs or {}))
-        return made if op.is_view or op._schema.is_mutable else tree_map(self.rounded, made)
+        result = op(*args, **(kwargs or {}))
+        return result if op.is_view or op._schema.is_mutable else tree_map(self.rounded, result)
 
-    def rounded(self, made: Any) -> Any:
-        if not isinstance(made, Tensor) or not made.is_floating_point():
-            return made
-        steps = torch.randn(made.shape, dtype=torch.float64, generator=self.generator)
-        rounded = (made * (1 + self.limits.eps * steps)).to(made.dtype)
-        return rounded.masked_fill_(made.abs() < self.limits.tiny, 0)
+    def rounded(self, result: Any) -> Any:
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        steps = torch.randn(result.shape, dtype=torch.float64, generator=self.generator)
+        rounded = (result * (1 + self.limits.eps * steps)).to(result.dtype)
+        return rounded.masked_fill_(result.abs() < self.limits.tiny, 0)
 
 
 def check(
@@ -476,8 +481,8 @@ def check(
 ) -> None:
     """Compares the kernel for some parameters with the function.
 
-    The function's values nearby, with other roundings, say how much these may change, as they do
-    next to a jump or where numbers cancel.
+    The function's values nearby and with other roundings bound the error, which is large next to a
+    jump and where numbers cancel.
 
     Raises:
         RuntimeError: They differ.
@@ -489,34 +494,34 @@ def check(
     values = tuple(traced.inputs.values())
     launch = kernels(traced.program(outputs), tensors, values, "none", outputs)
     value, gradients = launch((*points, None, None))
-    found = torch.stack([value, *gradients]).double()
+    results = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]
     expected = _run(op, numbers, wide)
     digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
-    beside = [expected, _run(op, numbers, points)]
+    nearby = [expected, _run(op, numbers, points)]
     for _ in range(8):
         steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
         near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
         near = [torch.where(x.isinf(), x, y) for x, y in zip(wide, near, strict=True)]
         with _Roundings(dtype, generator):
-            beside += [
+            nearby += [
                 _run(op, numbers, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}
             ]
-    values_beside = torch.stack(beside)
-    undefined = values_beside.isnan()
-    low = values_beside.masked_fill(undefined, torch.inf).amin(0)
-    high = values_beside.masked_fill(undefined, -torch.inf).amax(0)
+    bounds = torch.stack(nearby)
+    undefined = bounds.isnan()
+    low = bounds.masked_fill(undefined, torch.inf).amin(0)
+    high = bounds.masked_fill(undefined, -torch.inf).amax(0)
     slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
-    right = (found >= low - slack) & (found <= high + slack)
-    right |= (found == expected) | (undefined.any(0) & found.isnan())
+    right = (results >= low - slack) & (results <= high + slack)
+    right |= (results == expected) | (undefined.any(0) & results.isnan())
     if traced.expressions.stabilized:
-        # float32 says where the function itself is unstable; where it is NaN of numbers, the kernel
-        # may have a limit.
+        # The function is unstable where it differs in float32. Where it is NaN of operands that are
+        # not, the kernel may return a limit.
         error = (_run(op, numbers, [x.float() for x in points]) - expected).abs()
         of_numbers = [torch.where(x.isnan(), 0.5, x) for x in wide]
         lost = expected.isnan() & _run(op, numbers, of_numbers).isnan()
-        stable = found.isfinite() & ~((found - expected).abs() > 1e-6 * error)
-        right |= ~found.isnan() & torch.where(expected.isnan(), lost, stable)
+        stable = results.isfinite() & ~((results - expected).abs() > 1e-6 * error)
+        right |= ~results.isnan() & torch.where(expected.isnan(), lost, stable)
     if not right.all():
         wrong = (~right).nonzero()
         k, i = map(int, wrong[0])
@@ -524,7 +529,7 @@ def check(
         where = zip(op.variables, points, strict=True)
         at = ", ".join(f"{variable.name}={x[i].item():.6g}" for variable, x in where)
         raise RuntimeError(
-            f"its kernel's {names[k]} is {found[k, i].item():.9g} at {at}, "
+            f"its kernel's {names[k]} is {results[k, i].item():.9g} at {at}, "
             f"and the function's {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} "
             "values differ"
         )
@@ -534,7 +539,7 @@ def check(
 
 
 def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) -> Any:
-    """Makes a loss of an elementwise formula: a decorator.
+    """Makes a fused loss from an elementwise formula: a decorator.
 
     Args:
         function: Takes one to four tensors by position, which broadcast, and parameters with
@@ -560,15 +565,15 @@ def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) 
 
 
 def activation(function: Callable[..., Tensor] | None = None, *, strict: bool = True) -> Any:
-    """Makes an activation of an elementwise formula: a decorator, as :func:`loss`, but unreduced.
+    """Makes a fused activation from an elementwise formula: a decorator.
 
     Args:
         function: Takes one to four tensors and parameters with defaults.
-        strict: As :func:`loss`'s.
+        strict: As for :func:`loss`.
 
     Returns:
         A function of the same arguments, which returns a tensor of the operands' broadcast shape
-        and of torch's dtype.
+        and of torch's dtype. It has the methods that :func:`loss` describes.
 
     Raises:
         TypeError, RuntimeError: As :func:`loss`.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,12 +141,65 @@ def empty_viewed(
     return empty, strides
 
 
-def order_of(operands: tuple[Tensor, ...]) -> Tensor:
-    """Returns a dense tensor, in whose order in memory operands are read and outputs written."""
-    for operand in operands:
+class ClassLayout(NamedTuple):
+    """How kernels read tensors (N, C, d1, ..., dk) of one layout, and the layout of gradients.
+
+    Attributes:
+        copies: They read a contiguous copy, as no strides describe the tensor.
+        strides: Of the tensor or the copy.
+        grad: A gradient without memory.
+        grad_strides: Of the gradient.
+    """
+
+    copies: bool
+    strides: Strides
+    grad: Tensor
+    grad_strides: Strides
+
+
+def class_layout(tensor: Tensor, inplace: bool = False) -> ClassLayout:
+    """Returns the layout of a tensor and of its gradient, which may take the tensor's memory."""
+    view, strides = viewed(tensor)
+    grad, grad_strides = empty_viewed(view, partial(torch.empty_like, device="meta"))
+    return ClassLayout(view is not tensor, strides, grad, strides if inplace else grad_strides)
+
+
+class SoftmaxLayout(NamedTuple):
+    """How kernels read inputs of one layout along a dimension, and the layout of the output.
+
+    Attributes:
+        copies: They read a contiguous copy.
+        output: An output without memory, contiguous.
+    """
+
+    copies: bool
+    sizes: tuple[int, int, int]
+    strides: Strides
+    output: Tensor
+    output_strides: Strides
+
+
+def softmax_layout(input: Tensor, dim: int) -> SoftmaxLayout:
+    view, sizes, strides = along(input, dim)
+    output = torch.empty(input.shape, dtype=input.dtype, device="meta")
+    copies = view.data_ptr() != input.data_ptr()
+    return SoftmaxLayout(copies, sizes, strides, output, along(output, dim)[2])
+
+
+def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:
+    """Returns the first dense operand and its index, or else a copy of the first and None.
+
+    Operands are read, and outputs are written, in its order in memory.
+    """
+    for i, operand in enumerate(operands):
         if is_dense(operand):
-            return operand
-    return operands[0].contiguous()
+            return operand, i
+    return operands[0].contiguous(), None
+
+
+def doubled(shape: Sequence[int], dim: int) -> list[int]:
+    """Returns a shape with twice the size along a dimension."""
+    return [*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]]
 
 
 def is_dense(tensor: Tensor) -> bool:

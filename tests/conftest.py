@@ -29,11 +29,11 @@ collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the one under test
 
 
-# Files that start processes, build packages, run examples or rehearse the GPU report.
+# Files that start processes, build packages or C++, run examples or rehearse the GPU report.
 SLOW = (
     *("test_compile_ahead", "test_distributed", "test_examples", "test_gpu_check", "test_hub"),
     *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
-    *("test_shard_sequences", "test_types"),
+    *("test_shard_sequences", "test_types", "test_vec"),
 )
 
 
@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if interpreter.ON:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
     grid.FULL = config.getoption("full")
-    examples = 20 if grid.FULL else 4, 100 if grid.FULL else 25
+    examples = 20 if grid.FULL else 4, 100 if grid.FULL else 16
     hypothesis.settings.register_profile(
         "repeatable",
         deadline=None,

@@ -825,6 +825,15 @@ def test_a_gradient_that_is_given_is_the_one_everywhere(kernel_calls: KernelCall
     assert torch.autograd.gradgradcheck(log_cosh, smooth)
 
 
+@pytest.mark.thresholds
+def test_operands_of_a_small_call_are_passed_by_name() -> None:
+    input, target = operands_of("wing", 8)
+    expected = log_cosh(input, target, scale=2.0)
+    assert torch.equal(log_cosh(input, target=target, scale=2.0), expected)
+    by_name = log_cosh.function(target=target, scale=2.0, input=input)
+    assert torch.equal(by_name, log_cosh.function(input, target, scale=2.0))
+
+
 def test_a_gradient_of_other_parameters_or_results() -> None:
     @pyfused.activation
     def mine(input: Tensor, *, k: float = 1.0) -> Tensor:
@@ -1221,7 +1230,7 @@ def test_the_check_of_a_definition_finds_a_wrong_kernel(monkeypatch: pytest.Monk
         return input.sigmoid() ** 2
 
     pyfused.activation(mine)
-    wrong = ("pow", "a", "b"), "a", False
+    wrong = programs.Rule(("pow", "a", "b"), "a", programs.STABLE)
     monkeypatch.setitem(programs.RULES, "pow", [wrong])
     with pytest.raises(RuntimeError, match=r"mine: its kernel's value is .* at input=.*differ"):
         pyfused.activation(mine)
@@ -1236,7 +1245,7 @@ def test_each_trace_is_checked(monkeypatch: pytest.MonkeyPatch, kernel_calls: Ke
     def mine(input: Tensor, *, power: bool = False, k: float = 2.5) -> Tensor:
         return k * input.sigmoid() ** 2 if power else k * input
 
-    wrong = ("pow", "a", "b"), "a", "SIMPLER"
+    wrong = programs.Rule(("pow", "a", "b"), "a", programs.SIMPLER)
     monkeypatch.setitem(programs.RULES, "pow", [wrong])
     input = torch.randn(50)
     for k in (2.5, 0.3):

@@ -161,7 +161,8 @@ class _BuiltIn:
                     # Passes over the graph compare its functions with torch's names by identity.
                     return handle_torch_function(stand_in, arguments, *args, **kwargs)
                 return shown(*args, **kwargs)
-            if torch_alone.depth and not is_dynamo_compiling():
+            is_eager = not is_dynamo_compiling()
+            if is_eager and (torch_alone.depth or dispatch.is_small(op, arguments)):
                 return torch_function(*args, **kwargs)
             unbound = functools.partial(torch_function, *args, **kwargs)
             return _call(op, arguments, inplace, unbound)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import cpu
+from pyfused.backends.protocol import Backend as Backend
+from pyfused.backends.protocol import LossResult
 from pyfused.backends.versions import unsupported_triton
-from pyfused.types import CrossEntropyOptions, Gradients, Outputs, TensorSpec
+from pyfused.types import CrossEntropyOptions, Outputs, TensorSpec
 
 DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
 
@@ -25,11 +26,6 @@ if FORCED not in (None, "cpu", "triton", "torch"):
     raise ImportError(f"PYFUSED_BACKEND: expected cpu, triton or torch, got {FORCED!r}")
 if FORCED == "cpu" and cpu.MISSING:
     raise ImportError(f"PYFUSED_BACKEND: expected triton or torch, as {cpu.MISSING}, got 'cpu'")
-
-
-# A module of this package. They have the same functions; `cpu.py` says what these take and return.
-# Where a backend is ASYNCHRONOUS, reading a tensor's value would wait for the device.
-Backend = ModuleType
 
 
 def backend_of(input: Tensor | TensorSpec) -> Backend:
@@ -49,13 +45,12 @@ def cross_entropy_once(
     options: CrossEntropyOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> tuple[Tensor | None, Gradients]:
+) -> LossResult:
     """Prepares and launches the kernel once, for layouts that need not come again."""
     launch = backend.cross_entropy(input, target, weight, options, outputs, grad_output)
     denominator = options.denominator if isinstance(options.denominator, Tensor) else None
     tensors = input, target, weight, options.token_weight, denominator
-    result: tuple[Tensor | None, Gradients] = launch(tensors, grad_output)
-    return result
+    return launch(tensors, grad_output)
 
 
 def takes_triton(input: Tensor | TensorSpec) -> bool:

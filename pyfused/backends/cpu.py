@@ -1,4 +1,6 @@
-"""The C++ kernels: the one place where tensors become addresses and strides.
+"""The C++ kernels, which take addresses and strides of tensors.
+
+``protocol.py`` describes the functions of a backend.
 
 The extension is built once for each instruction set. The best one that this CPU runs is loaded at
 import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another. An installation with
@@ -24,23 +26,23 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
+from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.formulas.program import Program
 from pyfused.layout import (
-    Strides,
     accumulate_dtype,
     along,
+    class_layout,
     contiguous_in,
     converts_in,
     dense,
-    empty_viewed,
+    dense_operand,
+    doubled,
     feature_rows,
     in_rows,
     is_dense,
     loss_shape,
-    order_of,
     row_sizes,
-    strides_of,
-    viewed,
+    softmax_layout,
 )
 from pyfused.torch_internals import has_amx, has_avx512_bf16
 from pyfused.types import (
@@ -48,7 +50,6 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     EmbeddingOptions,
-    Gradients,
     Kernels,
     MarginOptions,
     NllOptions,
@@ -122,14 +123,9 @@ if not (native.runtime_file or MISSING):
     )
 
 
-# ---- tensors as the kernels see them -------------------------------------------------------------
+# ---- tensors as the kernels take them ------------------------------------------------------------
 
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-# What a new scalar is like: torch.empty takes twice as long to read a shape and a dtype.
+# Tensors to allocate scalars like: torch.empty takes twice as long to read a shape and a dtype.
 _SCALARS = {
     dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
 }
@@ -137,16 +133,25 @@ _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(tensor: Tensor | None) -> tuple[int, int]:
+    """Returns the address of rows and their stride."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
 # From this many bytes on, outputs come from recycled memory. glibc keeps smaller blocks by itself,
-# and to surrender their pages costs more than it saves: 0.7 to 1 times the speed at 2 to 31 MiB,
-# 1.3 to 2 from here on.
+# and releasing their pages costs more than it saves: 0.7 to 1 times the speed at 2 to 31 MiB, 1.3
+# to 2 from here on.
 RECYCLED_BYTES = 32 << 20
 
 
 def empty(
     shape: Sequence[int],
     dtype: torch.dtype,
-    like: Tensor | None = None,  # noqa: ARG001 of any device; this one is the CPU
+    like: Tensor | None = None,  # noqa: ARG001
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     """``torch.empty`` or ``empty_strided``, in recycled memory where it is large.
@@ -167,10 +172,26 @@ def empty(
 
 def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """``torch.empty_like``, in recycled memory where it is large."""
-    if like.numel() * like.element_size() < RECYCLED_BYTES:
+    if not _is_recycled(like):
         return torch.empty_like(like, memory_format=memory_format)
-    plan = torch.empty_like(like, device="meta", memory_format=memory_format)
-    return empty(plan.shape, like.dtype, strides=plan.stride())
+    layout = torch.empty_like(like, device="meta", memory_format=memory_format)
+    return empty(layout.shape, like.dtype, strides=layout.stride())
+
+
+def _is_recycled(layout: Tensor) -> bool:
+    return layout.numel() * layout.element_size() >= RECYCLED_BYTES
+
+
+def _allocator(layout: Tensor) -> Callable[[], Tensor]:
+    """Returns a function that allocates tensors of a layout."""
+    shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
+    if _is_recycled(layout):
+        return partial(empty, shape, dtype, strides=strides)
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device="cpu")
+
+
+def _loss_allocator(shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+    return partial(empty, shape, dtype) if shape else partial(torch.empty_like, _SCALARS[dtype])
 
 
 def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa: ARG001
@@ -178,19 +199,9 @@ def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa
 
 
 def supports_rows(logits: Tensor) -> bool:
-    views = [strides_of(tensor) for tensor in (logits, empty_viewed(logits)[0])]
+    copies, strides, _, grad_strides = class_layout(logits)
     enough = row_sizes(logits)[2] >= native.row_classes[DTYPES[logits.dtype]]
-    return enough and all(view is not None and view[2] == 1 for view in views)
-
-
-def _operand(tensor: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Returns the tensor in the order of ``like``, copied if need be, and its operand."""
-    if tensor.stride() == like.stride():
-        return tensor, (tensor.data_ptr(), 1)
-    if not any(tensor.stride()):
-        return tensor, (tensor.data_ptr(), 0)
-    tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    return tensor, (tensor.data_ptr(), 1)
+    return enough and not copies and strides[2] == grad_strides[2] == 1
 
 
 # ---- matrix products -----------------------------------------------------------------------------
@@ -216,16 +227,15 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         torch.addmm(out, a, b, beta=beta, out=out)
         return
     for first in range(0, len(out), PRODUCT_ROWS):
-        here = slice(first, first + PRODUCT_ROWS)
-        product = torch.mm(a[here], b)
-        out[here].add_(product) if beta else out[here].copy_(product)
+        rows = slice(first, first + PRODUCT_ROWS)
+        product = torch.mm(a[rows], b)
+        out[rows].add_(product) if beta else out[rows].copy_(product)
 
 
-# ---- kernels -------------------------------------------------------------------------------------
+# ---- losses over classes -------------------------------------------------------------------------
 
 
 def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises an IndexError for the first of int64 class indices that is out of range."""
     target = target.contiguous()
     position = native.invalid_class_index(target.data_ptr(), target.numel(), classes, ignore_index)
     if position >= 0:
@@ -236,8 +246,8 @@ def all_in_range(target: Tensor, classes: int) -> bool:
     """Returns whether contiguous int64 class indices are all in [0, classes)."""
     if MISSING:
         return bool(((target >= 0) & (target < classes)).all())
-    address, count, first = target.data_ptr(), target.numel(), 0
-    return bool(native.invalid_class_index(address, count, classes, first) < 0)
+    address, count, ignore_index = target.data_ptr(), target.numel(), 0
+    return bool(native.invalid_class_index(address, count, classes, ignore_index) < 0)
 
 
 def cross_entropy(
@@ -247,66 +257,49 @@ def cross_entropy(
     options: CrossEntropyOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss, and gradients of input and target, each where wanted.
-
-    Args:
-        input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk), of a dtype in ``DTYPES``.
-        target: int64 class indices, or probabilities of the input's shape and dtype.
-        weight: (C), or None.
-        options: Of its tensors only the layout counts.
-        grad_output: The loss's gradient, of the loss's shape; None stands for ones.
-
-    Returns:
-        A function of tensors of these layouts (the input, the target, the weight, token_weight and
-        the denominator, None where that is a number or not given) and of grad_output. It returns
-        the loss, in the accumulation dtype, and the gradients. It raises an IndexError for a class
-        index that is out of range, and has computed nothing then.
-    """
+) -> LossKernel:
     dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
     sizes, indices = row_sizes(input), target.dtype is torch.int64
-    logits, logits_strides = viewed(input)
-    targets, target_strides = (target.contiguous(), (0, 0, 0)) if indices else viewed(target)
-    copies, copies_target = logits is not input, targets is not target
+    copies, strides, grad_layout, grad_strides = class_layout(input, outputs.inplace)
+    new_grad = _allocator(grad_layout)
+    if indices:
+        copies_target = not target.is_contiguous()
+    else:
+        copies_target, target_strides, grad_layout, grad_target_strides = class_layout(target)
+        new_grad_target = _allocator(grad_layout)
     converts = converts_in(accumulate, weight, options.token_weight, grad_output)
-    of_input, of_target = outputs.gradients or (False, False)
-    gradient_strides = logits_strides
-    if of_input and not outputs.inplace:
-        new_gradient, gradient_strides = _viewed_like(logits)
-    if of_target:
-        new_target_gradient, target_gradient_strides = _viewed_like(targets)
-    new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
+    grad_of_input, grad_of_target = outputs.gradients or (False, False)
+    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
     numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
     native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers)
-    number = None if isinstance(options.denominator, Tensor) else options.denominator
+    fixed_denominator = None if isinstance(options.denominator, Tensor) else options.denominator
 
-    def launch(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
-        denominator = number if denominator is None else denominator
+        if denominator is None:
+            denominator = fixed_denominator
         logits = input.contiguous() if copies else input
         targets = target.contiguous() if copies_target else target
         if converts:
-            weight, grad_output, token_weight = contiguous_in(
-                accumulate, weight, grad_output, token_weight
+            weight, token_weight, grad_output = contiguous_in(
+                accumulate, weight, token_weight, grad_output
             )
-        loss = grad_input = grad_target = None
+        loss = grad = grad_target = None
+        grad_view = grad_target_view = _NO_VIEW
         if outputs.loss:
             loss = new_loss()
-        grad_input_view = grad_target_view = _NO_VIEW
-        if of_input:
-            grad_input = logits.detach() if outputs.inplace else new_gradient()
-            grad_input_view = (grad_input.data_ptr(), *gradient_strides)
-        if of_target:
-            grad_target = new_target_gradient()
-            grad_target_view = (grad_target.data_ptr(), *target_gradient_strides)
+        if grad_of_input:
+            grad = logits.detach() if outputs.inplace else new_grad()
+            grad_view = (grad.data_ptr(), *grad_strides)
+        if grad_of_target:
+            grad_target = new_grad_target()
+            grad_target_view = (grad_target.data_ptr(), *grad_target_strides)
         address = targets.data_ptr()
         out_of_range = native.cross_entropy(
             dtype,
             sizes,
-            (logits.data_ptr(), *logits_strides),
+            (logits.data_ptr(), *strides),
             address if indices else 0,
             _NO_VIEW if indices else (address, *target_strides),
             0 if weight is None else weight.data_ptr(),
@@ -315,80 +308,54 @@ def cross_entropy(
             None if denominator is None else float(denominator),
             0 if grad_output is None else grad_output.data_ptr(),
             0 if loss is None else loss.data_ptr(),
-            (grad_input_view, grad_target_view),
+            (grad_view, grad_target_view),
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
-            raise checks.target_out_of_range(
-                checks.classes_of(input), target, ignore_index, out_of_range
-            )
-        return loss, (grad_input, grad_target)
+            raise checks.target_out_of_range(sizes[2], target, ignore_index, out_of_range)
+        return loss, (grad, grad_target)
 
     return launch
 
 
-def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
-    """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    layout, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
-    return _allocation(layout), strides
-
-
-def _allocation(layout: Tensor) -> Callable[[], Tensor]:
-    """Returns what allocates tensors of a layout, large ones in recycled memory."""
-    if layout.numel() * layout.element_size() < RECYCLED_BYTES:
-        return partial(
-            torch.empty_strided, layout.shape, layout.stride(), dtype=layout.dtype, device="cpu"
-        )
-    return partial(empty, layout.shape, layout.dtype, strides=layout.stride())
-
-
 def nll_loss(
     input: Tensor,
-    target: Tensor,  # noqa: ARG001 nothing follows from its layout
-    weight: Tensor | None,  # noqa: ARG001
+    target: Tensor,  # noqa: ARG001
+    weight: Tensor | None,
     options: NllOptions,
     outputs: Outputs,
-    grad_output: Tensor | None = None,  # noqa: ARG001
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
-    dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
-    sizes, (view, view_strides) = row_sizes(input), viewed(input)
-    copies = view is not input
-    new_gradient, gradient_strides = _viewed_like(view)
-    new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
+    grad_output: Tensor | None = None,
+) -> LossKernel:
+    dtype, accumulate, sizes = DTYPES[input.dtype], accumulate_dtype(input.dtype), row_sizes(input)
+    copies, strides, grad_layout, grad_strides = class_layout(input)
+    new_grad, needs_grad = _allocator(grad_layout), any(outputs.gradients)
+    converts = converts_in(accumulate, weight, grad_output)
+    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
     reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
-    needs_gradient = any(outputs.gradients)
 
-    def launch(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
-        view = input.contiguous() if copies else input
-        indices = target.contiguous()
-        weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        loss, gradient = new_loss() if outputs.loss else None, None
-        gradient_view = _NO_VIEW
-        if needs_gradient:
-            gradient = new_gradient()
-            gradient_view = (gradient.data_ptr(), *gradient_strides)
+        input, indices = input.contiguous() if copies else input, target.contiguous()
+        if converts:
+            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+        loss = new_loss() if outputs.loss else None
+        grad = new_grad() if needs_grad else None
         out_of_range = native.nll_loss(
             dtype,
             sizes,
-            (view.data_ptr(), *view_strides),
+            (input.data_ptr(), *strides),
             indices.data_ptr(),
             _address(weight),
             ignore_index,
             reduction,
             _address(grad_output),
             _address(loss),
-            gradient_view,
+            _NO_VIEW if grad is None else (grad.data_ptr(), *grad_strides),
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
-            raise checks.target_out_of_range(
-                checks.classes_of(input), target, ignore_index, out_of_range
-            )
-        return loss, (gradient, None)
+            raise checks.target_out_of_range(sizes[2], target, ignore_index, out_of_range)
+        return loss, (grad, None)
 
     return launch
 
@@ -396,29 +363,24 @@ def nll_loss(
 def multi_margin_loss(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None,  # noqa: ARG001 nothing follows from its layout
+    weight: Tensor | None,
     options: MarginOptions,
     outputs: Outputs,
-    grad_output: Tensor | None = None,  # noqa: ARG001
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss of scores (N, C) and class indices; otherwise as ``cross_entropy``.
-
-    With class indices (N, C) a row has several targets, which end at the first -1.
-    """
-    multilabel = target.dim() == 2
+    grad_output: Tensor | None = None,
+) -> LossKernel:
     dtype, accumulate, shape = DTYPES[input.dtype], accumulate_dtype(input.dtype), input.shape
-    new_loss = _new_loss(loss_shape(input, options.reduction), accumulate)
-    needs_gradient = any(outputs.gradients)
+    multilabel, needs_grad = target.dim() == 2, any(outputs.gradients)
+    converts = converts_in(accumulate, weight, grad_output)
+    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
     reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
 
-    def launch(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
         input, indices = input.contiguous(), target.contiguous()
-        weight, grad_output = contiguous_in(accumulate, weight, grad_output)
+        if converts:
+            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         loss = new_loss() if outputs.loss else None
-        gradient = empty_like(input) if needs_gradient else None
+        grad = empty_like(input) if needs_grad else None
         out_of_range = native.multi_margin_loss(
             dtype,
             shape,
@@ -431,13 +393,13 @@ def multi_margin_loss(
             reduction,
             _address(grad_output),
             _address(loss),
-            _address(gradient),
+            _address(grad),
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
             least = -1 if multilabel else 0
             raise checks.target_out_of_range(shape[1], target, None, out_of_range, least)
-        return loss, (gradient, None)
+        return loss, (grad, None)
 
     return launch
 
@@ -451,36 +413,27 @@ def kl_div_with_logits(
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """Returns the divergence of each row of logits (N, C) from the teacher's, or their sum.
-
-    Args:
-        teacher: Of the input's dtype and shape.
-        options: A mean is the caller's part.
-        grad_output: The loss's gradient, of the loss's shape; None stands for ones.
-
-    Returns:
-        The loss is in the accumulation dtype; the gradient is the input's.
-    """
+) -> LossResult:
     input, teacher = feature_rows(input), feature_rows(teacher)
     each, grad = options.reduction == "none", None
     if any(outputs.gradients):
         grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
     accumulate = accumulate_dtype(input.dtype)
     token_weight, grad_output = contiguous_in(accumulate, options.token_weight, grad_output)
-    loss = _new_loss(input.shape[:1] if each else (), accumulate)() if outputs.loss else None
+    new_loss = _loss_allocator(loss_shape(input, "none" if each else "sum"), accumulate)
+    loss = new_loss() if outputs.loss else None
     native.kl_div_with_logits(
         DTYPES[input.dtype],
         input.shape,
-        _rows_of(input),
-        _rows_of(teacher),
+        _rows(input),
+        _rows(teacher),
         options.beta,
         1 / options.temperature,
         _address(token_weight),
         each,
         _address(grad_output),
         _address(loss),
-        _rows_of(grad),
+        _rows(grad),
         torch.get_num_threads(),
     )
     return loss, (grad,)
@@ -493,41 +446,25 @@ def embedding_loss(
     reduction: str,
     outputs: Outputs,
     denominator: float,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares a loss of rows of features for tensors of these layouts.
-
-    Args:
-        name: The kernel's: ``"triplet_margin_loss"``, or ``"cosine_embedding_loss"``.
-        inputs: Three tensors (..., D) of one dtype in ``DTYPES``; or two, and a target (..., 1) of
-            the accumulation dtype.
-        denominator: What the sum of the losses and the gradients are divided by.
-
-    Returns:
-        A function of tensors, which begin with the inputs, and of the loss's gradient, one for each
-        row; None stands for ones. It returns the loss in the accumulation dtype, one for each row
-        or their sum, and a gradient of each input, where wanted.
-    """
-    first = inputs[0]
+) -> LossKernel:
+    first, kernel, each = inputs[0], getattr(native, name), reduction == "none"
     dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
-    leading, features = first.shape[:-1], first.shape[-1]
-    kernel, sizes, numbers = getattr(native, name), (leading.numel(), features), tuple(options)
-    new_loss = _new_loss(leading if reduction == "none" else (), accumulate)
-    new_gradient = _allocation(torch.empty(first.shape, dtype=first.dtype, device="meta"))
+    sizes, numbers = (first.shape[:-1].numel(), first.shape[-1]), tuple(options)
+    new_loss = _loss_allocator(first.shape[:-1] if each else (), accumulate)
+    new_grad = _allocator(torch.empty(first.shape, dtype=first.dtype, device="meta"))
     count = len(inputs)
 
-    def launch(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         views = [feature_rows(x) for x in tensors[:count]]
         (grad_output,) = contiguous_in(accumulate, grad_output)
         loss = new_loss() if outputs.loss else None
-        gradients = tuple([new_gradient() if wanted else None for wanted in outputs.gradients])
+        gradients = tuple([new_grad() if needed else None for needed in outputs.gradients])
         addresses = [*map(_address, gradients), 0, 0, 0][:3]
-        losses = (_address(loss), 0) if reduction == "none" else (0, _address(loss))
+        losses = (_address(loss), 0) if each else (0, _address(loss))
         kernel(
             dtype,
             sizes,
-            [_rows_of(x) for x in (*views, None)[:3]],
+            [_rows(x) for x in (*views, None)[:3]],
             numbers,
             denominator,
             _address(grad_output),
@@ -539,6 +476,9 @@ def embedding_loss(
     return launch
 
 
+# ---- rows of logits ------------------------------------------------------------------------------
+
+
 def row_state(
     logits: Tensor,
     options: RowOptions,
@@ -547,23 +487,6 @@ def row_state(
     results: int = 0,
     continues: bool = False,
 ) -> Callable[..., None]:
-    """Prepares the state of each row of logits.
-
-    Args:
-        logits: (N, C) with contiguous classes, of a dtype in ``DTYPES``.
-        classes: Which of all classes the logits' are.
-        fields: How many fields a state has.
-        results: How many of its first fields are written in the accumulation dtype, too.
-        continues: From the state, which is that of the classes before these.
-
-    Returns:
-        A function of logits of this layout; of the target, int64 class indices among all classes,
-        in range or ``ignore_index``, contiguous, where None stands for targets that are none of the
-        classes; of the weight, one factor for each of all classes, contiguous, in the accumulation
-        dtype, or None; of the state (fields, ...), float64, the rows contiguous; and of results
-        (results, ...), contiguous. It writes the last two. The results are of the classes up to
-        these.
-    """
     dtype, sizes, ignore_index, numbers = _logit_rows(logits, options, classes)
     n = len(logits)
 
@@ -594,21 +517,8 @@ def row_state(
 def row_gradients(
     logits: Tensor, options: RowOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
-    """Prepares the gradient of logits, which has their shape and dtype.
-
-    Args:
-        logits, options, classes: As in ``row_state``.
-        results: How many results have a gradient: the first of log-probability, entropy,
-            log-sum-exp and the weighted sum of the logits; one, three or four.
-
-    Returns:
-        A function of logits, target and weight as in ``row_state``; of the state of all classes; of
-        the results' gradients, (N) of one or (results, N), in the accumulation dtype or float64, of
-        any strides; and of the memory of the gradient, contiguous, or the logits themselves. It
-        returns the gradient, which is new memory for None.
-    """
     dtype, sizes, ignore_index, numbers = _logit_rows(logits, options, classes)
-    new = _allocation(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
+    new_grad = _allocator(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
 
     def launch(
         logits: Tensor,
@@ -618,7 +528,7 @@ def row_gradients(
         grad_results: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
-        out = new() if out is None else out
+        out = new_grad() if out is None else out
         strides = (0, *grad_results.stride())[-2:]
         native.row_gradients(
             dtype,
@@ -641,181 +551,19 @@ def row_gradients(
 def _logit_rows(
     logits: Tensor, options: RowOptions, classes: ClassRange
 ) -> tuple[int, tuple[int, ...], int, tuple[float, float]]:
-    """Returns the dtype, the sizes, the index to ignore and the numbers of both kernels."""
+    """Returns the arguments that both kernels share: dtype, sizes, ignore_index and numbers."""
     sizes = *logits.shape, classes.first, logits.stride(0)
     numbers = options.scale, options.softcap or 0.0
     return DTYPES[logits.dtype], sizes, options.ignore_index, numbers
 
 
-def _rows_of(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
-
-
-def _new_loss(shape: Sequence[int], accumulate: torch.dtype) -> Callable[[], Tensor]:
-    """Returns what allocates a loss of this shape, in the accumulation dtype."""
-    if shape:
-        return partial(empty, shape, accumulate)
-    return partial(torch.empty_like, _SCALARS[accumulate])
-
-
-def pointwise_loss(
-    formula: Kernel | Program,
-    tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-    parameters: tuple[float, ...],
-    reduction: str,
-    outputs: Outputs,
-    divisor: float = 1.0,
-    halves: int | None = None,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares a pointwise loss for tensors of these layouts.
-
-    Args:
-        formula: The kernel of a declared formula, or a user's program.
-        tensors: The operands (input, target and what else the formula takes, of one shape, strides
-            of 0 included, and of one dtype in ``DTYPES``), the weight (of their shape and dtype, or
-            None), and the loss's gradient (of the input's shape; None stands for ones).
-        parameters: The formula's numbers, at most three but of a program.
-        divisor: What the sum of the losses and the gradients are divided by, where that is a
-            number.
-        halves: The dimension along which the gradients of both operands become one tensor.
-
-    Returns:
-        A function of tensors (the operands, the weight, and the divisor where it is a tensor, else
-        None) and of the loss's gradient. It returns the loss, one per element in the input's dtype
-        or one sum in the accumulation dtype, and a gradient of each operand, where wanted.
-    """
-    operands, weight, grad_output = tensors
-    dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
-    order = order_of(operands)
-    dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
-    joined = first = None  # layouts of a gradient of both halves, and of the first of these
-    if halves is not None and outputs.gradients:
-        shape = [*order.shape[:halves], 2 * order.shape[halves], *order.shape[halves + 1 :]]
-        joined = torch.empty(shape, dtype=order.dtype, device="meta")
-        first = joined.narrow(halves, 0, order.shape[halves])
-        second = first.shape[halves] * first.stride(halves) * first.element_size()
-    steps, columns, row_step = _steps((*operands, weight, grad_output), order, first)
-    if isinstance(formula, Program):
-        kernel = formula.kernel(native, _program)
-    else:
-        kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
-    each = outputs.loss and reduction == "none"
-    scalar = _SCALARS[accumulate_dtype(order.dtype)]
-    new = _allocation(order.to("meta"))
-    output = _output_like(order) if dense_operand is not None else lambda _: new()
-    new_joined = None if joined is None else _allocation(joined)
-    no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
-
-    def launch(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
-        *operands, weight, denominator = tensors
-        denominator = divisor if denominator is None else denominator
-        like = operands[0 if dense_operand is None else dense_operand]
-        views: list[tuple[int, int, int]] = []
-        copies = []
-        for tensor, step in zip((*operands, weight, grad_output), steps, strict=True):
-            if tensor is None:
-                views.append(_NO_OPERAND)
-                continue
-            if step is None:
-                tensor = output(like).copy_(tensor)
-                copies.append(tensor)  # until the kernel has read it
-                views.append((tensor.data_ptr(), 1, columns))
-            else:
-                views.append((tensor.data_ptr(), *step))
-        loss = None
-        if outputs.loss:
-            loss = output(like) if each else torch.empty_like(scalar)
-        gradients: list[Tensor | None] = []
-        addresses = []
-        if new_joined is None:
-            for wanted in outputs.gradients:
-                gradient = output(like) if wanted else None
-                gradients.append(gradient)
-                addresses.append(0 if gradient is None else gradient.data_ptr())
-        else:
-            gradients.append(whole := new_joined())
-            addresses += whole.data_ptr(), whole.data_ptr() + second
-        address = 0 if loss is None else loss.data_ptr()
-        kernel(
-            dtype,
-            n,
-            (*views[:count], *no_operands),
-            parameters,
-            views[count],
-            float(denominator),
-            views[count + 1],
-            address if each else 0,
-            0 if each else address,
-            (*addresses, *no_gradients),
-            torch.get_num_threads(),
-            (columns, row_step),
-        )
-        return loss, tuple(gradients)
-
-    return launch
-
-
-def _steps(
-    tensors: Sequence[Tensor | None], order: Tensor, gradient: Tensor | None
-) -> tuple[list[tuple[int, int] | None], int, int]:
-    """Returns how a kernel reads tensors in the order in memory of a dense one.
-
-    Args:
-        gradient: A gradient that is not dense, None if all are.
-
-    Returns:
-        For each tensor its steps along columns and rows, None where a copy has to be read; the
-        number of columns, 0 where there is one row; and the step of the gradient along rows.
-    """
-    fitting = [x if x is not None and x.dtype is order.dtype else None for x in tensors]
-    fits = [x is not None for x in fitting]
-    same = [x is not None and not any(x.stride()) for x in fitting]
-    rows = [None if one else x for x, one in zip(fitting, same, strict=True)]
-    copied, columns, strides = in_rows(order, [*rows, gradient])
-    if gradient is not None and strides is not None and strides[-1] != 1:  # of halves of one column
-        columns, strides = 1, tuple([x for step in strides[1::2] for x in (step, 1)])
-    steps: list[tuple[int, int] | None] = []
-    for i, (fit, one) in enumerate(zip(fits, same, strict=True)):
-        step = (1, 0) if strides is None else (strides[2 * i + 1], strides[2 * i])
-        readable = fit and i not in copied and step[0] in (0, 1)
-        steps.append((0, 0) if one else step if readable else None)
-    if columns is None or strides is None:
-        return steps, 0, 0
-    return steps, columns, 0 if gradient is None else strides[-2]
-
-
-def _output_like(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Allocates tensors of one layout, large ones in recycled memory."""
-    if like.numel() * like.element_size() < RECYCLED_BYTES:
-        return torch.empty_like
-    return empty_like
-
-
-def _program(program: Program) -> Callable[..., None]:
-    given = program.prologue, program.body, program.constants, program.parameters
-    kernel: Callable[..., None] = native.Program(*given)
-    return kernel
-
-
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    """Prepares ``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0.
-
-    Returns:
-        A function of the input, which returns the output; and a function of the output's gradient
-        and of the output, which returns the input's gradient. What they return is contiguous.
-    """
     logarithm, dtype = formula == "log_softmax", DTYPES[input.dtype]
-    view, sizes, strides = along(input, dim)
-    as_it_is = view.data_ptr() == input.data_ptr()
-    output = torch.empty_like(input, device="meta", memory_format=torch.contiguous_format)
-    _, _, out_strides = along(output, dim)
-    new = _allocation(output)
+    copies, sizes, strides, layout, out_strides = softmax_layout(input, dim)
+    new = _allocator(layout)
 
     def forward(input: Tensor) -> Tensor:
-        view = input if as_it_is else along(input, dim)[0]
-        output = new()
+        view, output = along(input, dim)[0] if copies else input, new()
         native.softmax(
             logarithm,
             dtype,
@@ -843,27 +591,134 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     return forward, backward
 
 
+# ---- element by element --------------------------------------------------------------------------
+
+
+def pointwise_loss(
+    formula: Kernel | Program,
+    tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
+    parameters: tuple[float, ...],
+    reduction: str,
+    outputs: Outputs,
+    divisor: float = 1.0,
+    halves: int | None = None,
+) -> LossKernel:
+    operands, weight, grad_output = tensors
+    dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
+    order, index = dense_operand(operands)
+    whole = half = None  # layouts of a gradient of both halves, and of its first half
+    if halves is not None and outputs.gradients:
+        whole = torch.empty(doubled(order.shape, halves), dtype=order.dtype, device="meta")
+        half = whole.narrow(halves, 0, order.shape[halves])
+        second = half.shape[halves] * half.stride(halves) * half.element_size()
+        new_whole = _allocator(whole)
+    steps, columns, row_step = _steps((*operands, weight, grad_output), order, half)
+    if isinstance(formula, Program):
+        kernel = formula.kernel(native, _native_program)
+    else:
+        kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
+    each = outputs.loss and reduction == "none"
+    scalar = _SCALARS[accumulate_dtype(order.dtype)]
+    new = _allocator(order)
+    output_like = (lambda _: new()) if index is None else _allocator_like(order)
+    no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
+
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+        *operands, weight, denominator = tensors
+        like = operands[index or 0]
+        views: list[tuple[int, int, int]] = []
+        copies = []  # which have to live until the kernel has read them
+        for tensor, step in zip((*operands, weight, grad_output), steps, strict=True):
+            if tensor is None:
+                views.append(_NO_OPERAND)
+            elif step is None:
+                copies.append(copy := output_like(like).copy_(tensor))
+                views.append((copy.data_ptr(), 1, columns))
+            else:
+                views.append((tensor.data_ptr(), *step))
+        loss = None
+        if outputs.loss:
+            loss = output_like(like) if each else torch.empty_like(scalar)
+        gradients: list[Tensor | None] = []
+        addresses = []
+        if whole is None:
+            for needed in outputs.gradients:
+                gradient = output_like(like) if needed else None
+                gradients.append(gradient)
+                addresses.append(0 if gradient is None else gradient.data_ptr())
+        else:
+            gradients.append(gradient := new_whole())
+            addresses += gradient.data_ptr(), gradient.data_ptr() + second
+        address = 0 if loss is None else loss.data_ptr()
+        kernel(
+            dtype,
+            n,
+            (*views[:count], *no_operands),
+            parameters,
+            views[count],
+            float(divisor if denominator is None else denominator),
+            views[count + 1],
+            address if each else 0,
+            0 if each else address,
+            (*addresses, *no_gradients),
+            torch.get_num_threads(),
+            (columns, row_step),
+        )
+        return loss, tuple(gradients)
+
+    return launch
+
+
+def _steps(
+    tensors: Sequence[Tensor | None], order: Tensor, gradient: Tensor | None
+) -> tuple[list[tuple[int, int] | None], int, int]:
+    """Returns how a kernel reads tensors in the order in memory of a dense one.
+
+    Args:
+        gradient: A gradient that is not dense, None if all are.
+
+    Returns:
+        For each tensor its steps along columns and rows, None where it reads a copy; the number of
+        columns, 0 where there is one row; and the step of the gradient along rows.
+    """
+    readable = [None if x is None or x.dtype is not order.dtype else x for x in tensors]
+    scalars = [x is not None and not any(x.stride()) for x in readable]
+    rows = [None if scalar else x for x, scalar in zip(readable, scalars, strict=True)]
+    copied, columns, strides = in_rows(order, [*rows, gradient])
+    if gradient is not None and strides is not None and strides[-1] != 1:  # of halves of one column
+        columns, strides = 1, tuple([x for step in strides[1::2] for x in (step, 1)])
+    steps: list[tuple[int, int] | None] = []
+    for i, (tensor, scalar) in enumerate(zip(readable, scalars, strict=True)):
+        step = (1, 0) if strides is None else (strides[2 * i + 1], strides[2 * i])
+        fits = tensor is not None and i not in copied and step[0] in (0, 1)
+        steps.append((0, 0) if scalar else step if fits else None)
+    if columns is None or strides is None:
+        return steps, 0, 0
+    return steps, columns, 0 if gradient is None else strides[-2]
+
+
+def _allocator_like(layout: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns a function that allocates tensors like one of this layout."""
+    return empty_like if _is_recycled(layout) else torch.empty_like
+
+
+def _native_program(program: Program) -> Callable[..., None]:
+    kernel: Callable[..., None] = native.Program(
+        program.prologue, program.body, program.constants, program.parameters
+    )
+    return kernel
+
+
 def activation(
     formula: Kernel, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
 ) -> Kernels:
-    """Prepares an activation for inputs of this layout.
-
-    Args:
-        parameters: The formula's numbers, at most three.
-        inplace: The output takes the input's memory, which has to be dense.
-
-    Returns:
-        A function of the input, which returns the output in the input's layout; and a function of
-        the output's gradient and of what is saved (the output or the input), which returns the
-        input's gradient.
-    """
     name = formula.name
     kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
-    dtype, n, as_it_is = DTYPES[input.dtype], input.numel(), is_dense(input)
-    output_like, numbers = _output_like(input), (*parameters, 0.0, 0.0, 0.0)[:3]
+    dtype, n, copies = DTYPES[input.dtype], input.numel(), not is_dense(input)
+    output_like, numbers = _allocator_like(input), (*parameters, 0.0, 0.0, 0.0)[:3]
 
     def forward(input: Tensor) -> Tensor:
-        input = input if as_it_is else input.contiguous()
+        input = input.contiguous() if copies else input
         output = input if inplace else output_like(input)
         threads = torch.get_num_threads()
         kernel(dtype, n, input.data_ptr(), output.data_ptr(), numbers, threads)
@@ -871,12 +726,14 @@ def activation(
 
     def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
         saved = dense(saved)
-        grad_output, grad_operand = _operand(grad_output, saved)
+        step = 1 if any(grad_output.stride()) else 0
+        if step and grad_output.stride() != saved.stride():
+            grad_output = torch.empty_like(saved, dtype=grad_output.dtype).copy_(grad_output)
         grad_input = output_like(saved)
         backward_kernel(
             dtype,
             grad_input.numel(),
-            grad_operand,
+            (grad_output.data_ptr(), step),
             saved.data_ptr(),
             grad_input.data_ptr(),
             numbers,
@@ -888,11 +745,7 @@ def activation(
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiplies a dense tensor in place by one element of the accumulation dtype."""
+    threads = torch.get_num_threads()
     native.scale(
-        DTYPES[tensor.dtype],
-        tensor.numel(),
-        tensor.data_ptr(),
-        factor.data_ptr(),
-        torch.get_num_threads(),
+        DTYPES[tensor.dtype], tensor.numel(), tensor.data_ptr(), factor.data_ptr(), threads
     )

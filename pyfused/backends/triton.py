@@ -1,7 +1,7 @@
-"""The Triton kernels for GPU tensors: the functions of ``cpu.py``, imported when a tensor asks.
+"""The Triton kernels for GPU tensors, imported when the first tensor needs one.
 
-Nothing here waits for the GPU: no value of a tensor decides what is launched, so that calls can be
-captured in CUDA graphs. A class index out of range is no error but a loss of NaN.
+``protocol.py`` describes the functions of a backend. None of them waits for the GPU: no value of a
+tensor decides what is launched, so that calls can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import triton_version
 from pyfused.formulas.program import Program
-from pyfused.kernels import launch
 from pyfused.kernels.activation import activation_kernel
 from pyfused.kernels.cross_entropy import row_kernel, two_pass_kernel
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
-from pyfused.kernels.launch import Launch, prepared
+from pyfused.kernels.launch import Choice, Launch, choose, power_of_2, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel, multilabel_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
@@ -34,16 +34,17 @@ from pyfused.layout import (
     Strides,
     accumulate_dtype,
     along,
+    class_layout,
     contiguous_in,
     converts_in,
     dense,
-    empty_viewed,
+    dense_operand,
+    doubled,
     feature_rows,
     in_rows,
     loss_shape,
-    order_of,
     row_sizes,
-    viewed,
+    softmax_layout,
 )
 from pyfused.types import (
     ClassRange,
@@ -76,19 +77,16 @@ MOST_PARTS = 1 << 15  # partial sums that one program adds up; more are added up
 SCALE_PROGRAMS = 512  # which nearly always only read that the factor is 1
 # Threads that hold a whole row; at 32,000 classes, 0.76 times the time of two passes.
 SOFTMAX_THREADS = 1024
-SUMMANDS = launch.Choice(1, 1024, 256)  # of a program at a time
+SUMMANDS = Choice(1, 1024, 256)  # of a program at a time
 SUM, COUNT = Launch(sum_kernel, SUMMANDS), Launch(count_kernel, SUMMANDS)
-SCALE = {itemsize: Launch(scale_kernel, launch.choose(itemsize)) for itemsize in (2, 4, 8)}
+SCALE = {itemsize: Launch(scale_kernel, choose(itemsize)) for itemsize in (2, 4, 8)}
 
 
-def describe(
-    input: Tensor,
-    strategy: str,  # noqa: ARG001 of the C++ kernels
-) -> tuple[str, str, None, None]:
+def describe(input: Tensor, strategy: str) -> tuple[str, str, None, None]:  # noqa: ARG001
     return "triton", f"kernels on {input.device}, Triton {triton_version()}", None, None
 
 
-def supports_rows(logits: Tensor) -> bool:  # noqa: ARG001 any strides take the same kernels
+def supports_rows(logits: Tensor) -> bool:  # noqa: ARG001
     return True
 
 
@@ -191,62 +189,56 @@ def cross_entropy(
     options: CrossEntropyOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss, and gradients of input and target; see ``cpu.cross_entropy``.
-
-    A class index out of range makes the loss of its row NaN and its gradient zero. With grad_output
-    of each row no loss is wanted, as the kernels multiply both by it.
-    """
-    of_input, of_target = outputs.gradients or (False, False)
+) -> LossKernel:
     indices, each = target.dtype is torch.int64, options.reduction == "none"
-    logits, strides = viewed(input)
-    copies = logits is not input
-    probabilities, target_strides = (None, NO_STRIDES) if indices else viewed(target)
-    grad_strides = grad_target_strides = NO_STRIDES
-    if of_input:
-        new_grad, grad_strides = _viewed_like(logits)
-        grad_strides = strides if outputs.inplace else grad_strides
-    if probabilities is not None and of_target:
-        new_grad_target, grad_target_strides = _viewed_like(probabilities)
+    grad_of_input, grad_of_target = outputs.gradients or (False, False)
+    copies, strides, grad_layout, grad_strides = class_layout(input, outputs.inplace)
+    new_grad = _allocator(grad_layout, input.device)
+    copies_target, target_strides, grad_target_strides = True, NO_STRIDES, NO_STRIDES
+    if not grad_of_input:
+        grad_strides = NO_STRIDES
+    if not indices:
+        copies_target, target_strides, grad_layout, grad_target_strides = class_layout(target)
+        new_grad_target = _allocator(grad_layout, input.device)
+        if not grad_of_target:
+            grad_target_strides = NO_STRIDES
     all_strides = strides, grad_strides, target_strides, grad_target_strides
-    outer, inner, classes = sizes = _with_one_outer(row_sizes(logits), all_strides)
+    outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
     n, accumulate = outer * inner, accumulate_dtype(input.dtype)
     smoothing, ignore_index = options.label_smoothing, options.ignore_index
     weighted = not indices or (smoothing > 0 and weight is not None)  # each class differently
-    tensors, once = (2, False) if weighted else (1, not of_input)
+    tensors, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
     choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
     meta: Any = {"SCALE": options.scale, "EACH": each, "GAMMA": options.gamma, **units}
     contiguous = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
     whole_rows = choice.whole_row and contiguous and not weighted
-    function, given = two_pass_kernel, [*strides, *grad_strides]
+    function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
     if whole_rows:
-        function, given = row_kernel, [strides[1], grad_strides[1]]
+        function, kernel_strides = row_kernel, [strides[1], grad_strides[1]]
     elif not indices:
-        given += [*target_strides, *grad_target_strides]
+        kernel_strides += [*target_strides, *grad_target_strides]
     kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
-    numbers = inner, classes, tuple(given), ignore_index, smoothing, options.z_loss
+    numbers = inner, classes, tuple(kernel_strides), ignore_index, smoothing, options.z_loss
     converts = converts_in(accumulate, weight, options.token_weight, grad_output)
     few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
-    reduction = options.reduction  # what is prepared holds no tensor, as options may
+    reduction = options.reduction
+    fixed_denominator = None if isinstance(options.denominator, Tensor) else options.denominator
 
-    number = None if isinstance(options.denominator, Tensor) else options.denominator
-
-    def run(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
-        denominator = number if denominator is None else denominator
+        if denominator is None:
+            denominator = fixed_denominator
         logits = input.contiguous() if copies else input
-        target = target.contiguous() if indices else viewed(target)[0]
+        target = target.contiguous() if copies_target else target
         if converts:
             weight, token_weight, grad_output = contiguous_in(
                 accumulate, weight, token_weight, grad_output
             )
         grad = grad_target = None
-        if of_input:
+        if grad_of_input:
             grad = logits.detach() if outputs.inplace else new_grad()
-        if of_target:
+        if grad_of_target:
             grad_target = new_grad_target()
         loss, stored = _loss_of(logits, reduction, outputs, programs)
         row_weight = _row_weight(n, token_weight, grad_output)
@@ -262,14 +254,13 @@ def cross_entropy(
             loss /= grad_output
         return loss, (grad, grad_target)
 
-    return run
+    return launch
 
 
-def _viewed_like(tensor: Tensor) -> tuple[Callable[[], Tensor], Strides]:
-    """Returns what allocates gradients in a tensor's layout, where that fits, and their strides."""
-    like, strides = empty_viewed(tensor, partial(torch.empty_like, device="meta"))
-    options: Any = {"dtype": tensor.dtype, "device": tensor.device}
-    return partial(torch.empty_strided, like.shape, like.stride(), **options), strides
+def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Returns a function that allocates tensors of a layout on a device."""
+    shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
@@ -282,12 +273,12 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
 
 @lru_cache(maxsize=4096)
 def _tiling(
-    sizes: Sizes, itemsize: int, *strides: Strides, **given: int
-) -> tuple[launch.Choice, int, dict[str, int]]:
+    sizes: Sizes, itemsize: int, *strides: Strides, **options: Any
+) -> tuple[Choice, int, dict[str, int]]:
     """Returns the launch choice of a kernel of `rows.py`, its number of programs, and its unit."""
     outer, inner, classes = sizes
     dim = 2 if strides[0][2] == 1 else 1  # the contiguous one
-    choice = launch.choose(itemsize, classes, inner, inner_contiguous=dim == 1, **given)
+    choice = choose(itemsize, classes, inner, inner_contiguous=dim == 1, **options)
     others = [s for each in strides for i, s in enumerate(each) if i != dim or s != 1]
     unit = math.gcd(16, sizes[dim], *others)
     units = {"CLASS_UNIT" if dim == 2 else "INNER_UNIT": unit}
@@ -303,21 +294,21 @@ def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None)
 
 
 def _denominator(
-    given: Tensor | float | None, n: int, may_count: bool, target: Tensor, *counted: Any
+    denominator: Tensor | float | None, n: int, may_count: bool, target: Tensor, *counted: Any
 ) -> Tensor | int:
     """Returns what a mean of n rows divides by, as the kernels take it: see `read_rows`.
 
     Args:
-        given: What the caller asks for, None for the weight of the targets that count.
+        denominator: That of the call, None for the weight of the targets that count.
         may_count: The kernel can count, as its row_weight is that of the tokens.
         target, counted: The arguments of ``_count``.
     """
     token_weight = counted[1]
-    if isinstance(given, Tensor):
-        return given.to(torch.float64)
-    if given is not None:
-        exact = float(given).is_integer()
-        return int(given) if exact else target.new_full((), given, dtype=torch.float64)
+    if isinstance(denominator, Tensor):
+        return denominator.to(torch.float64)
+    if denominator is not None:
+        exact = float(denominator).is_integer()
+        return int(denominator) if exact else target.new_full((), denominator, dtype=torch.float64)
     if target.dtype is not torch.int64:
         return n if token_weight is None else token_weight.sum(dtype=torch.float64)
     return target if may_count else _count(target, *counted)
@@ -330,21 +321,18 @@ def nll_loss(
     options: NllOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss of log-probabilities and class indices; otherwise as ``cross_entropy``."""
-    view, strides = viewed(input)
-    copies, n, (_, inner, classes) = view is not input, target.numel(), row_sizes(view)
-    new_grad, grad_strides = _viewed_like(view)
+) -> LossKernel:
+    copies, strides, grad_layout, grad_strides = class_layout(input)
+    n, (_, inner, classes) = target.numel(), row_sizes(input)
+    new_grad = _allocator(grad_layout, input.device)
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
-    choice, reduction = launch.choose(input.element_size()), options.reduction
+    choice, reduction = choose(input.element_size()), options.reduction
     programs, ignore_index = -(-n // choice.block), options.ignore_index
     kernel = prepared(nll_kernel, choice, EACH=reduction == "none")
     numbers = n, inner, classes, strides, grad_strides, ignore_index
 
-    def run(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
         input, target = input.contiguous() if copies else input, target.contiguous()
         if converts:
@@ -360,7 +348,7 @@ def nll_loss(
         _add_up(stored)
         return loss, (grad, None)
 
-    return run
+    return launch
 
 
 def multi_margin_loss(
@@ -370,8 +358,7 @@ def multi_margin_loss(
     options: MarginOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares the loss of scores (N, C) and class indices; see ``cpu.multi_margin_loss``."""
+) -> LossKernel:
     multilabel, (n, classes), reduction = target.dim() == 2, input.shape, options.reduction
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
@@ -382,28 +369,26 @@ def multi_margin_loss(
     numbers: tuple[float, ...] = n, classes
     if multilabel:
         if not choice.whole_row:
-            choice = launch.Choice(1, launch.power_of_2(classes), 512)
+            choice = Choice(1, power_of_2(classes), 512)
         kernel = prepared(multilabel_margin_kernel, choice, **meta)
     else:
         kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
         numbers = *numbers, float(options.margin)
 
-    def run(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
         input, target = input.contiguous(), target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = torch.empty_like(input) if needs_grad else None
         loss, stored = _loss_of(input, reduction, outputs, programs)
-        given = (input, target) if multilabel else (input, target, weight)
+        inputs = (input, target) if multilabel else (input, target, weight)
         row_weight = _row_weight(n, None, grad_output)
-        kernel(programs, *given, row_weight, divisor, stored, grad, *numbers)
+        kernel(programs, *inputs, row_weight, divisor, stored, grad, *numbers)
         _add_up(stored)
         return loss, (grad, None)
 
-    return run
+    return launch
 
 
 multilabel_margin_loss = multi_margin_loss
@@ -416,13 +401,12 @@ def embedding_loss(
     reduction: str,
     outputs: Outputs,
     denominator: float,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares a loss of rows of features; see ``cpu.embedding_loss``."""
+) -> LossKernel:
     triplet, each = name == "triplet_margin_loss", reduction == "none"
     function, count = (triplet_margin_kernel, 3) if triplet else (cosine_embedding_kernel, 2)
     meta: dict[str, Any] = {"EUCLIDEAN": options.euclidean, "SWAP": options.swap} if triplet else {}
     views, shape = [feature_rows(x) for x in inputs], inputs[0].shape
-    as_they_are = all(view is x for view, x in zip(views, inputs, strict=True))
+    copies = any(view is not x for view, x in zip(views, inputs, strict=True))
     n, features = views[0].shape
     strides = tuple([view.stride(0) for view in views])
     rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
@@ -430,18 +414,16 @@ def embedding_loss(
     choice, programs, units = _tiling((1, n, features), itemsize, *rows, tensors=2)
     kernel = prepared(function, choice, EACH=each, **meta, **units)
     numbers = n, features, strides, *(options.margin, options.eps)[: count - 1]
-    wanted = outputs.gradients or (False,) * len(inputs)
+    needs_grad = outputs.gradients or (False,) * len(inputs)
     tensor_count, divisor = len(inputs), None if denominator == 1 else int(denominator)
 
-    def run(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         inputs = tensors[:tensor_count]
         first = inputs[0]
-        views = inputs if as_they_are else [feature_rows(x) for x in inputs]
+        views = [feature_rows(x) for x in inputs] if copies else inputs
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
-        gradients = tuple([first.new_empty(shape) if w else None for w in wanted])
+        gradients = tuple([first.new_empty(shape) if needed else None for needed in needs_grad])
         loss, stored = _loss_of(views[0], reduction, outputs, programs)
         kernel(programs, *views, grad_output, divisor, stored, *gradients[:count], *numbers)
         _add_up(stored)
@@ -449,7 +431,7 @@ def embedding_loss(
             loss = loss.view(shape[:-1])
         return loss, gradients
 
-    return run
+    return launch
 
 
 def row_state(
@@ -460,12 +442,11 @@ def row_state(
     results: int = 0,
     continues: bool = False,
 ) -> Callable[..., None]:
-    """Prepares what ``cpu.row_state`` does; an index out of range gives a NaN."""
     meta = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
     kernel, programs, numbers = _logit_rows(row_state_kernel, logits, options, classes, meta)
     shape, stride = logits.shape, logits.stride(0)
 
-    def run(
+    def launch(
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -475,18 +456,17 @@ def row_state(
         tensors = logits, target, weight, state, out
         kernel(programs, *tensors, *shape, (stride, state.stride(0)), *numbers)
 
-    return run
+    return launch
 
 
 def row_gradients(
     logits: Tensor, options: RowOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
-    """Prepares what ``cpu.row_gradients`` does; an index out of range gives zeros."""
     meta = {"RESULTS": results}
     kernel, programs, numbers = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
     shape, stride = logits.shape, logits.stride(0)
 
-    def run(
+    def launch(
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -500,7 +480,7 @@ def row_gradients(
         kernel(programs, *tensors, *shape, strides, *numbers)
         return out
 
-    return run
+    return launch
 
 
 def _logit_rows(
@@ -521,8 +501,7 @@ def kl_div_with_logits(
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> tuple[Tensor | None, Gradients]:
-    """See ``cpu.kl_div_with_logits``."""
+) -> LossResult:
     input, teacher = feature_rows(input), feature_rows(teacher)
     (n, classes), each, grad = input.shape, options.reduction == "none", None
     if any(outputs.gradients):
@@ -535,41 +514,37 @@ def kl_div_with_logits(
     choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
     loss, stored = _loss_of(input, "none" if each else "sum", outputs, programs)
-    given = input, teacher, token_weight, grad_output, stored, grad, n, classes, strides
+    tensors = input, teacher, token_weight, grad_output, stored, grad
     meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
-    run = prepared(kl_div_kernel, choice, **meta, **units)
-    run(programs, *given, float(options.beta))
+    kernel = prepared(kl_div_kernel, choice, **meta, **units)
+    kernel(programs, *tensors, n, classes, strides, float(options.beta))
     _add_up(stored)
     return loss, (grad,)
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    """Prepares the kernels for inputs of this layout; see ``cpu.softmax``."""
-    output = torch.empty_like(input, device="meta", memory_format=torch.contiguous_format)
-    x, sizes, strides = along(input, dim)
-    _, _, y_strides = along(output, dim)
-    copies = x.data_ptr() != input.data_ptr()
+    copies, sizes, strides, _, output_strides = softmax_layout(input, dim)
 
     def prepare(kernel: Any, *strides: Strides) -> tuple[Launch, int]:
         most = {"most_threads": SOFTMAX_THREADS}
-        choice, programs, units = _tiling(sizes, x.element_size(), *strides, **most)
+        choice, programs, units = _tiling(sizes, input.element_size(), *strides, **most)
         flags = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row}
         return Launch(kernel, choice, **flags, **units), programs
 
-    forward_kernel, forward_programs = prepare(softmax_kernel, strides, y_strides)
-    backward_kernel, backward_programs = prepare(softmax_backward_kernel, y_strides)
+    forward_kernel, forward_programs = prepare(softmax_kernel, strides, output_strides)
+    backward_kernel, backward_programs = prepare(softmax_backward_kernel, output_strides)
 
     def forward(input: Tensor) -> Tensor:
         output = torch.empty_like(input, memory_format=torch.contiguous_format)
         x = along(input, dim)[0] if copies else input
-        forward_kernel(forward_programs, x, output, *sizes[1:], strides, y_strides)
+        forward_kernel(forward_programs, x, output, *sizes[1:], strides, output_strides)
         return output
 
     def backward(grad_output: Tensor, output: Tensor) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
         grad_input = torch.empty_like(output)
         tensors = grad_output, output, grad_input
-        backward_kernel(backward_programs, *tensors, *sizes[1:], y_strides)
+        backward_kernel(backward_programs, *tensors, *sizes[1:], output_strides)
         return grad_input
 
     return forward, backward
@@ -588,17 +563,15 @@ def pointwise_loss(
     outputs: Outputs,
     divisor: float = 1.0,
     halves: int | None = None,
-) -> Callable[..., tuple[Tensor | None, Gradients]]:
-    """Prepares a pointwise loss for tensors of these layouts; see ``cpu.pointwise_loss``."""
+) -> LossKernel:
     operands, weight, grad_output = tensors
-    order, n = order_of(operands), operands[0].numel()
-    dense_operand = next((i for i, operand in enumerate(operands) if operand is order), None)
-    choice = launch.choose(order.element_size())
+    n, (order, index) = operands[0].numel(), dense_operand(operands)
+    choice = choose(order.element_size())
     programs, reduce = -(-n // choice.block), outputs.loss and reduction != "none"
     if reduce:
         programs = min(max(programs, 1), MOST_PROGRAMS)  # of no elements, one stores the result
     accumulate = accumulate_dtype(order.dtype)
-    wanted = outputs.gradients or (False,) * len(operands)
+    needs_grad = outputs.gradients or (False,) * len(operands)
     views = _padded(operands, weight, grad_output)
     copied, columns, strides = in_rows(order, views)
     numbers, others = (*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
@@ -608,11 +581,9 @@ def pointwise_loss(
 
     number = None if divisor == 1 else int(divisor)  # exact, where a float would be a float32
 
-    def run(
-        tensors: Sequence[Any], grad_output: Tensor | None = None
-    ) -> tuple[Tensor | None, Gradients]:
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         *operands, weight, denominator = tensors
-        like = operands[0].contiguous() if dense_operand is None else operands[dense_operand]
+        like = operands[0].contiguous() if index is None else operands[index]
         loss: Tensor | None = None
         stored: Tensor | Reduced | None = None
         if reduce:
@@ -620,7 +591,7 @@ def pointwise_loss(
             stored = _parts_of(loss, programs, n)
         elif outputs.loss:
             loss = stored = torch.empty_like(like)
-        gradients = tuple([torch.empty_like(like) if w else None for w in wanted])
+        gradients = tuple([torch.empty_like(like) if needed else None for needed in needs_grad])
         views = _padded(operands, weight, grad_output)
         for i in copied:
             views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
@@ -643,7 +614,7 @@ def pointwise_loss(
             return loss, (_joined(gradients, halves),)
         return loss, gradients
 
-    return run
+    return launch
 
 
 def _joined(halves: Gradients, dim: int) -> Tensor:
@@ -651,8 +622,7 @@ def _joined(halves: Gradients, dim: int) -> Tensor:
     first, second = halves
     assert first is not None
     assert second is not None
-    size = first.shape[dim]
-    whole = first.new_empty([*first.shape[:dim], 2 * size, *first.shape[dim + 1 :]])
+    size, whole = first.shape[dim], first.new_empty(doubled(first.shape, dim))
     whole.narrow(dim, 0, size).copy_(first)
     whole.narrow(dim, size, size).copy_(second)
     return whole
@@ -669,8 +639,7 @@ def _padded(
 def activation(
     formula: Kernel, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
 ) -> Kernels:
-    """Prepares an activation for inputs of this layout; see ``cpu.activation``."""
-    n, choice = input.numel(), launch.choose(input.element_size())
+    n, choice = input.numel(), choose(input.element_size())
     programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:NUMBERS]
     forward_kernel, backward_kernel = (
         Launch(activation_kernel, choice, FORMULA=program.kernel("triton", formula_of))
@@ -698,6 +667,5 @@ def activation(
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiplies a dense tensor in place by a tensor of one element, which only the GPU reads."""
     n, scale = tensor.numel(), SCALE[tensor.element_size()]
     scale(min(-(-n // scale.choice.block), SCALE_PROGRAMS), tensor, factor, n)

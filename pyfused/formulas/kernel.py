@@ -62,4 +62,4 @@ class Kernel:
     def expressions(self, function: Function, operands: int) -> tuple[Expressions, list[int]]:
         """Returns the expressions of a function of operands, parameters and the scale."""
         values = [0.5] * len(self.parameters)
-        return isolated(expressions_of, function, operands, values, "STABLE")
+        return isolated(expressions_of, function, operands, values, False)

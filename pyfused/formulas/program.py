@@ -1,7 +1,7 @@
-"""Programs: what the kernels run for a formula of the user's, simplified.
+"""Programs: the simplified instructions that kernels run for a formula.
 
-An expression is a number: the place of its operation and arguments in an :class:`Expressions`,
-which has each once and rewrites it as it comes in, by a table. Derivatives are rewritten as well,
+An expression is an index into :class:`Expressions`, which holds the operation and the arguments of
+each expression once, and rewrites it by a table when it is made. Derivatives are rewritten as well,
 so that they are stable where the formula is.
 """
 
@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 Node = tuple[str, tuple[Any, ...]]  # an operation and its arguments
 Pattern = tuple[Any, ...] | str | float
 
 OPERANDS, MOST_REGISTERS, MOST_CONSTANTS = 4, 64, 256  # as in csrc/program.h
-# Places of a program, as program.h counts them: operands, and then these.
+# The slots of a program, as program.h numbers them: operands, and then these.
 VALUE, GRADIENTS, REGISTERS = OPERANDS, OPERANDS + 1, 2 * OPERANDS + 1
 CONSTANTS = REGISTERS + MOST_REGISTERS
 _SCALAR_LEAVES = ("scale", "parameter", "literal")
@@ -28,7 +28,7 @@ _LEAVES = ("operand", *_SCALAR_LEAVES)
 _COMMUTATIVE = ("add", "mul", "eq")
 _COMPARISONS = ("lt", "le", "eq")
 _MAKES_MASK = (*_COMPARISONS, "logical_not")  # whose results are 0 or 1
-_MASK_TO_MASK = ("mul", "minimum", "maximum", "where")  # so are these of masks
+_KEEPS_MASK = ("mul", "minimum", "maximum", "where")  # whose results are, if their arguments are
 _FOLDED: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -38,12 +38,12 @@ _FOLDED: dict[str, Callable[..., float]] = {
 
 
 class UntraceableError(TypeError):
-    """A formula that no kernel can run, and why."""
+    """Says why no kernel can run a formula."""
 
 
 # ---- rewrites ------------------------------------------------------------------------------------
-# Letters stand for expressions: s, t and u for those that are the same for all elements, except for
-# very large and very small literals, n for a literal, x for what differs, others for any.
+# Letters stand for expressions: s, t and u for scalars, which are the same for all elements, except
+# very large and very small literals; n for a literal; x for what is no scalar; others for any.
 
 SIMPLER = """
 neg(neg(a)) -> a
@@ -75,7 +75,7 @@ pow(a, -0.5) -> rsqrt(a)
 pow(a, -1) -> reciprocal(a)
 pow(a, -2) -> reciprocal(mul(a, a))
 """
-# The same functions, but finite where these overflow or lose all digits.
+# The same functions without overflow and cancellation.
 STABLE = """
 log(add(exp(a), 1)) -> softplus(a)
 log1p(exp(a)) -> softplus(a)
@@ -92,12 +92,20 @@ mul(sigmoid(a), mul(c, div(b, sigmoid(a)))) -> mul(c, b)
 mul(div(b, sigmoid(a)), mul(sigmoid(a), sigmoid(a))) -> mul(b, sigmoid(a))
 mul(exp(a), mul(b, mul(c, sigmoid(neg(a))))) -> mul(b, mul(c, sigmoid(a)))
 """
-# The normal distribution, whose tail 1 + erf loses.
+# The normal distribution: 1 + erf cancels in its lower tail.
 NORMAL = """
 mul(add(erf(div(a, 1.4142135623730951)), 1), 0.5) -> ndtr(a)
 mul(add(erf(mul(a, 0.7071067811865476)), 1), 0.5) -> ndtr(a)
 mul(exp(mul(mul(a, a), -0.5)), 0.3989422804014327) -> density(a)
 """
+
+
+class Rule(NamedTuple):
+    """A pattern of expressions, what replaces it, and the table that has the rule."""
+
+    before: Any
+    after: Pattern
+    table: str
 
 
 def _pattern(node: ast.expr) -> Pattern:
@@ -106,20 +114,26 @@ def _pattern(node: ast.expr) -> Pattern:
     return node.id if isinstance(node, ast.Name) else float(ast.literal_eval(node))
 
 
+def _rules(table: str) -> Iterator[Rule]:
+    for line in table.strip().splitlines():
+        before, after = (ast.parse(side.strip(), mode="eval").body for side in line.split("->"))
+        yield Rule(_pattern(before), _pattern(after), table)
+
+
+RULES: dict[str, list[Rule]] = {}  # by operation
+for _rule in (*_rules(SIMPLER), *_rules(STABLE), *_rules(NORMAL)):
+    RULES.setdefault(_rule.before[0], []).append(_rule)
+EXPONENTS = {rule.before[2] for rule in RULES["pow"]}  # that make a power another operation
+
+
 def _letters(pattern: Pattern) -> set[str]:
     if isinstance(pattern, tuple):
         return set().union(*map(_letters, pattern[1:]))
     return {pattern} if isinstance(pattern, str) else set()
 
 
-def _read(name: str) -> Iterator[tuple[Any, Pattern, str]]:
-    for line in globals()[name].strip().splitlines():
-        sides = [ast.parse(side.strip(), mode="eval").body for side in line.split("->")]
-        yield *map(_pattern, sides), name  # type: ignore[misc]
-
-
 def is_moderate(value: float | None) -> bool:
-    """Returns whether products of two such literals are float32 numbers; None is no literal."""
+    """Returns whether products of two such literals are normal in float32; None is no literal."""
     return not value or 2.0**-60 <= abs(value) <= 2.0**60
 
 
@@ -130,36 +144,35 @@ def _exact_reciprocal(value: float | None) -> float | None:
     return None
 
 
-RULES: dict[str, list[tuple[Any, Pattern, str]]] = {}  # by operation
-for _rule in (*_read("SIMPLER"), *_read("STABLE"), *_read("NORMAL")):
-    RULES.setdefault(_rule[0][0], []).append(_rule)
-EXPONENTS = {before[2] for before, *_ in RULES["pow"]}  # for which a power is something else
-
-
 class Expressions:
     """Expressions, each once; ``self.add(a, b)`` and the like make one.
 
     Args:
-        left_out: A table of rewrites that are not wanted.
+        stabilize: Apply the rewrites of ``STABLE``.
+
+    Attributes:
+        nodes: The operation and the arguments of each expression.
+        scalars: Whether each expression is the same for all elements.
+        masks: Whether each expression is 0 or 1.
+        stabilized: Whether a rewrite has changed where results are finite or accurate.
     """
 
-    def __init__(self, left_out: str = "") -> None:
-        self.left_out = left_out
+    def __init__(self, stabilize: bool = True) -> None:
+        self.stabilize, self.stabilized = stabilize, False
         self.nodes: list[Node] = []
-        self.scalars: list[bool] = []  # whether it is the same for all elements
-        self.masks: list[bool] = []  # whether it is 0 or 1
-        self.stabilized = False  # whether one is finite where torch's overflows
-        self._places: dict[Any, int] = {}
+        self.scalars: list[bool] = []
+        self.masks: list[bool] = []
+        self._indices: dict[Any, int] = {}
 
     def __getattr__(self, op: str) -> Callable[..., int]:
         return partial(self.make, op)
 
     def literal(self, value: float) -> int:
-        return self._place("literal", (float(value),))
+        return self._index("literal", (float(value),))
 
     def input(self, kind: str, k: int) -> int:
         """Returns an "operand", a "parameter" or the "scale" of the gradients."""
-        return self._place(kind, (k,))
+        return self._index(kind, (k,))
 
     def make(self, op: str, *arguments: int) -> int:
         values = [self.value(argument) for argument in arguments]
@@ -168,67 +181,70 @@ class Expressions:
         if op == "div" and (inverse := _exact_reciprocal(values[1])) is not None:
             return self.mul(arguments[0], self.literal(inverse))
         if op in _COMMUTATIVE:  # scalars come last
-            arguments = tuple(sorted(arguments, key=lambda place: (self.scalars[place], place)))
-        place = self._place(op, arguments)
-        for before, after, table in RULES.get(op, ()):
-            for found in self._match(before, place, {}) if table != self.left_out else ():
-                self.stabilized |= table != "SIMPLER"
-                return self._build(after, found)
-        return place
+            arguments = tuple(sorted(arguments, key=lambda a: (self.scalars[a], a)))
+        index = self._index(op, arguments)
+        for rule in RULES.get(op, ()):
+            if rule.table is STABLE and not self.stabilize:
+                continue
+            for letters in self._match(rule.before, index, {}):
+                self.stabilized |= rule.table is not SIMPLER
+                return self._build(rule.after, letters)
+        return index
 
-    def mask(self, place: int) -> int:
+    def mask(self, index: int) -> int:
         """1 where an expression is not 0, as NaN is not, and 0 elsewhere."""
-        return place if self.masks[place] else self.logical_not(self.eq(place, self.literal(0)))
+        return index if self.masks[index] else self.logical_not(self.eq(index, self.literal(0)))
 
-    def scaled(self, place: int) -> int:
+    def scaled(self, index: int) -> int:
         """Returns a gradient times the scale, which is infinite in the mean of nothing: 0 is 0."""
-        op, arguments = self.nodes[place]
-        if self.value(place) == 0:
-            return place
+        op, arguments = self.nodes[index]
+        if self.value(index) == 0:
+            return index
         if op == "where" and self.value(arguments[1]) == 0:
             return self.where(*arguments[:2], self.scaled(arguments[2]))
-        return self.mul(place, self.input("scale", 0))
+        return self.mul(index, self.input("scale", 0))
 
-    def value(self, place: int) -> float | None:
-        op, arguments = self.nodes[place]
+    def value(self, index: int) -> float | None:
+        """Returns the value of a literal, None of another expression."""
+        op, arguments = self.nodes[index]
         return arguments[0] if op == "literal" else None
 
-    def _place(self, op: str, arguments: tuple[Any, ...]) -> int:
+    def _index(self, op: str, arguments: tuple[Any, ...]) -> int:
         key = (op, str(arguments[0])) if op == "literal" else (op, arguments)  # -0.0 is not 0.0
-        place = self._places.setdefault(key, len(self.nodes))
-        if place == len(self.nodes):
+        index = self._indices.setdefault(key, len(self.nodes))
+        if index == len(self.nodes):
             self.nodes.append((op, arguments))
             computed = op not in (*_LEAVES, "copy") and all(self.scalars[a] for a in arguments)
             self.scalars.append(op in _SCALAR_LEAVES or computed)
             parts = arguments[1:] if op == "where" else arguments
-            preserved = op in _MASK_TO_MASK and all(self.masks[part] for part in parts)
+            preserved = op in _KEEPS_MASK and all(self.masks[part] for part in parts)
             is_bit = op == "literal" and arguments[0] in (0.0, 1.0)
             self.masks.append(op in _MAKES_MASK or preserved or is_bit)
-        return place
+        return index
 
     def _match(
-        self, pattern: Pattern, place: int, letters: dict[str, int]
+        self, pattern: Pattern, index: int, letters: dict[str, int]
     ) -> Iterator[dict[str, int]]:
-        """Yields what the letters stand for, for each way in which an expression has a pattern."""
-        op, arguments = self.nodes[place]
+        """Yields the meaning of the letters for each way in which an expression has a pattern."""
+        op, arguments = self.nodes[index]
         if isinstance(pattern, float):
-            if self.value(place) == pattern:
+            if self.value(index) == pattern:
                 yield letters
         elif _letters(pattern) <= letters.keys():
-            if self._build(pattern, letters) == place:
+            if self._build(pattern, letters) == index:
                 yield letters
         elif isinstance(pattern, tuple):
             for order in (arguments, arguments[::-1])[: 1 + (op in _COMMUTATIVE)]:
-                found = [letters] if op == pattern[0] else []
+                matches = [letters] if op == pattern[0] else []
                 for part, argument in zip(pattern[1:], order, strict=False):
-                    found = [more for each in found for more in self._match(part, argument, each)]
-                yield from found
+                    matches = [m for match in matches for m in self._match(part, argument, match)]
+                yield from matches
         elif (
-            (pattern not in "stu" or (self.scalars[place] and is_moderate(self.value(place))))
-            and (pattern != "n" or self.value(place) is not None)
-            and (pattern != "x" or not self.scalars[place])
+            (pattern not in "stu" or (self.scalars[index] and is_moderate(self.value(index))))
+            and (pattern != "n" or self.value(index) is not None)
+            and (pattern != "x" or not self.scalars[index])
         ):
-            yield {**letters, pattern: place}
+            yield {**letters, pattern: index}
 
     def _build(self, pattern: Pattern, letters: dict[str, int]) -> int:
         if isinstance(pattern, tuple):
@@ -238,18 +254,18 @@ class Expressions:
 
 # ---- programs ------------------------------------------------------------------------------------
 
-Line = tuple[str, int, tuple[int, ...]]  # an instruction, the place of its result, its arguments'
+Line = tuple[str, int, tuple[int, ...]]  # an instruction, the slot of its result, its arguments'
 
 
 @dataclass(eq=False)
 class Program:
-    """Instructions on places, as csrc/program.h has them.
+    """Instructions on slots, as csrc/program.h has them.
 
     Attributes:
-        name: The formula's.
-        prologue: Those on scalars.
+        name: The name of the formula.
+        prologue: The instructions on scalars.
         constants: Literals; the scale of the gradients and the parameters come first.
-        parameters: How many there are.
+        parameters: The number of parameters.
     """
 
     name: str
@@ -260,14 +276,14 @@ class Program:
     _kernels: dict[Any, Any] = field(default_factory=dict)
 
     def kernel(self, key: Any, make: Callable[[Program], Any]) -> Any:
-        """Returns what a backend makes of it, once for a key."""
+        """Returns the kernel that a backend makes from the program, once for a key."""
         kernel = self._kernels.get(key)
         if kernel is None:
             kernel = self._kernels.setdefault(key, make(self))  # another thread may have been first
         return kernel
 
     def names(self, operands: Sequence[str], constants: Sequence[str]) -> dict[int, str]:
-        """Returns a name for each register, operand, gradient and constant, by its index."""
+        """Returns a name for each slot."""
         names = [*operands, *[""] * (OPERANDS - len(operands))]
         names += ["value", *(f"grad_{name}" for name in names)]
         names += [f"r{k}" for k in range(MOST_REGISTERS)]
@@ -286,19 +302,19 @@ class Program:
         ]
 
 
-def _needed(nodes: Mapping[int, Node], outputs: Sequence[int]) -> dict[int, Node]:
-    """Returns what the outputs are computed from, each after its arguments."""
-    found: dict[int, Node] = {}
+def _in_order(nodes: Mapping[int, Node], outputs: Sequence[int]) -> dict[int, Node]:
+    """Returns the nodes that the outputs are computed from, each after its arguments."""
+    ordered: dict[int, Node] = {}
     todo = list(reversed(outputs))
     while todo:
         op, arguments = nodes[todo[-1]]
-        missing = [a for a in arguments if a not in found] if op not in _LEAVES else []
+        missing = [a for a in arguments if a not in ordered] if op not in _LEAVES else []
         if missing:
             todo += missing[::-1]
         else:
-            place = todo.pop()
-            found[place] = nodes[place]
-    return found
+            index = todo.pop()
+            ordered[index] = nodes[index]
+    return ordered
 
 
 def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
@@ -307,7 +323,7 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
     ``sigmoid`` and ``softplus`` are two: one loop with both is not faster.
     """
     one = e.literal(1.0)
-    nodes = _needed(dict(enumerate(e.nodes)), outputs)
+    nodes = _in_order(dict(enumerate(e.nodes)), outputs)
     uses = Counter(outputs)
     for op, arguments in nodes.values():
         if op not in _LEAVES:
@@ -316,84 +332,84 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
     # For each power, the power with an exponent lower by 1, which is in its derivative.
     powers = {k: (a[0], e.sub(a[1], one)) for k, (op, a) in nodes.items() if op == "pow"}
 
-    def product(place: int) -> tuple[int, ...]:
-        alone = uses[place] == 1 and not e.scalars[place] and e.nodes[place][0] == "mul"
-        return e.nodes[place][1] if alone else ()
+    def factors_of(index: int) -> tuple[int, ...]:
+        fits = uses[index] == 1 and not e.scalars[index] and e.nodes[index][0] == "mul"
+        return e.nodes[index][1] if fits else ()
 
-    def instruction(place: int, op: str, arguments: tuple[Any, ...]) -> Node:
+    def instruction(index: int, op: str, arguments: tuple[Any, ...]) -> Node:
         if op == "logical_not":
             return "sub", (one, *arguments)
         if op in ("sigmoid", "softplus"):
             negated, inner = e.nodes[arguments[0]]
             size = inner[0] if negated == "neg" else arguments[0]
             return f"{op}_from", (e.decay(size), *arguments)
-        if e.scalars[place]:
+        if e.scalars[index]:
             return op, arguments
         if op == "where" and e.nodes[arguments[0]][0] in _COMPARISONS:
             comparison, compared = e.nodes[arguments[0]]
             return f"where_{comparison}", (*compared, *arguments[1:])
         if op in ("add", "sub"):
             a, b = arguments
-            if factors := product(a):
+            if factors := factors_of(a):
                 return ("muladd" if op == "add" else "mulsub"), (*factors, b)
-            if factors := product(b):
+            if factors := factors_of(b):
                 return ("muladd" if op == "add" else "submul"), (*factors, a)
         if op == "pow":  # the compiler vectorises no loop with conditions on a constant
-            more = [k for k, node in powers.items() if node == arguments and k != place]
+            higher = [k for k, node in powers.items() if node == arguments and k != index]
             arguments = tuple([e.copy(a) if e.scalars[a] else a for a in arguments])
-            return ("pow_less", (more[0], *arguments)) if more else (op, arguments)
+            return ("pow_less", (higher[0], *arguments)) if higher else (op, arguments)
         return op, arguments
 
-    fused = {place: instruction(place, *node) for place, node in nodes.items()}
-    return _needed(dict(enumerate(e.nodes)) | fused, outputs)
+    fused = {index: instruction(index, *node) for index, node in nodes.items()}
+    return _in_order(dict(enumerate(e.nodes)) | fused, outputs)
 
 
 def compiled(
-    name: str, e: Expressions, outputs: Sequence[int], wanted: Sequence[bool], parameters: int
+    name: str, e: Expressions, outputs: Sequence[int], needed: Sequence[bool], parameters: int
 ) -> Program:
-    """Returns the program of the wanted outputs: the value, and the gradient of each operand.
+    """Returns the program of some outputs of the value and the gradient of each operand.
 
     Its instructions are some of those for all outputs, in the same order, and what is both written
     and read again has a register in any case. So no program needs more registers or constants than
-    the one for all outputs, and if that can be compiled, so can those for other wanted outputs.
+    the one for all outputs, and if that can be compiled, so can those for fewer outputs.
 
     Raises:
         UntraceableError: There are not enough registers or constants.
     """
-    found = {VALUE + k: o for k, (o, w) in enumerate(zip(outputs, wanted, strict=True)) if w}
+    results = {VALUE + k: o for k, (o, n) in enumerate(zip(outputs, needed, strict=True)) if n}
     nodes = _fused(e, outputs)
-    needed = _needed(nodes, [*found.values()])
-    nodes = {place: node for place, node in nodes.items() if place in needed}
-    last = {a: place for place, (op, given) in nodes.items() if op not in _LEAVES for a in given}
-    written = {place: out for out, place in reversed(found.items())}
+    kept = _in_order(nodes, [*results.values()])
+    nodes = {index: node for index, node in nodes.items() if index in kept}
+    last_use = {a: index for index, (op, args) in nodes.items() if op not in _LEAVES for a in args}
+    result_slots = {index: slot for slot, index in reversed(results.items())}
     free = list(range(CONSTANTS - 1, REGISTERS - 1, -1))
     program = Program(name, [], [], [0.0] * (1 + parameters), parameters)
-    places: dict[int, int] = {}
+    slots: dict[int, int] = {}
     registers: dict[int, int] = {}
-    for place, (op, arguments) in nodes.items():
+    for index, (op, arguments) in nodes.items():
         if op == "operand":
-            places[place] = arguments[0]
+            slots[index] = arguments[0]
         elif op in ("scale", "parameter"):
-            places[place] = CONSTANTS + (op == "parameter") * (1 + arguments[0])
-        elif e.scalars[place]:
-            places[place] = CONSTANTS + len(program.constants)
+            slots[index] = CONSTANTS + (op == "parameter") * (1 + arguments[0])
+        elif e.scalars[index]:
+            slots[index] = CONSTANTS + len(program.constants)
             program.constants.append(arguments[0] if op == "literal" else 0.0)
             if op != "literal":
-                line = op, places[place], tuple([places[a] for a in arguments])
+                line = op, slots[index], tuple([slots[a] for a in arguments])
                 program.prologue.append(line)
         else:
-            given = tuple([places[a] for a in arguments])
-            ended = {a for a in arguments if last[a] == place}
+            argument_slots = tuple([slots[a] for a in arguments])
+            ended = {a for a in arguments if last_use[a] == index}
             free += [registers[a] for a in ended if a in registers]
-            if place in last:
+            if index in last_use:
                 if not free:
                     raise UntraceableError("the formula has too many operations")
-                registers[place] = free.pop()
-            places[place] = written[place] if place in written else registers[place]
-            program.body.append((op, places[place], given))
-    for out, place in found.items():
-        if places[place] != out:
-            program.body.append(("copy", out, (places[place],)))
+                registers[index] = free.pop()
+            slots[index] = result_slots[index] if index in result_slots else registers[index]
+            program.body.append((op, slots[index], argument_slots))
+    for slot, index in results.items():
+        if slots[index] != slot:
+            program.body.append(("copy", slot, (slots[index],)))
     if len(program.constants) > MOST_CONSTANTS:
         raise UntraceableError("the formula has too many constants")
     return program

@@ -2,8 +2,8 @@
 
 A function runs once on tensors that stand for its operands and parameters, and the ATen operators
 that it calls, and those of its derivatives, become expressions. To a user's function parameters are
-numbers, as Python may compute with them: where torch is given a number that depends on one, a
-tensor takes its place, so that other parameters take no other trace.
+numbers, as Python may compute with them: a tensor replaces each number that depends on one when it
+is passed to torch, so that other parameters need no other trace.
 """
 
 from __future__ import annotations
@@ -17,39 +17,33 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from pyfused.formulas.program import EXPONENTS, Expressions, UntraceableError, is_moderate
+from pyfused.torch_internals import DispatchMode, decomposition_table
 
 # ---- operators of ATen: expressions --------------------------------------------------------------
 
 
-class Mode(TorchDispatchMode):
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would import its compiler, which takes a second
+class Recorder(DispatchMode):
+    """Makes expressions of the ATen operators that it sees; an address identifies a tensor."""
 
-
-class Recorder(Mode):
-    """Makes expressions of the ATen operators that it sees; a tensor is known by its memory."""
-
-    def __init__(self, left_out: str = "") -> None:
+    def __init__(self, stabilize: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.e = Expressions(left_out)
-        self.known: dict[int, tuple[Tensor, int]] = {}  # the tensors, so that no memory is reused
+        self.e = Expressions(stabilize)
+        # By address; the tensors are kept so that their memory is not reused.
+        self.expressions: dict[int, tuple[Tensor, int]] = {}
 
-    def know(self, tensor: Tensor, place: int) -> Tensor:
-        self.known[tensor.data_ptr()] = tensor, place
-        return tensor
+    def track(self, tensor: Tensor, expression: int) -> None:
+        self.expressions[tensor.data_ptr()] = tensor, expression
 
     def read(self, argument: Any) -> Any:
-        if isinstance(argument, Tensor) and argument.data_ptr() in self.known:
-            return self.known[argument.data_ptr()][1]
+        """Returns the expression of a tensor or a number, and other arguments as they are."""
         if isinstance(argument, Tensor):
+            if (tracked := self.expressions.get(argument.data_ptr())) is not None:
+                return tracked[1]
             if argument.dim():
                 raise UntraceableError("a tensor of its own; make it an operand")
             argument = argument.item()
@@ -60,27 +54,28 @@ class Recorder(Mode):
         name = op._schema.name.removeprefix("aten::")
         name = name if name in ATEN else name.removesuffix("_")  # in place
         if name in ATEN:
-            made = op(*args, **kwargs)
-            self.check_dtypes(name, args, made)
+            result = op(*args, **kwargs)
+            self.check_dtypes(name, args, result)
             named = {k: self.read(v) for k, v in kwargs.items() if k not in _NOT_READ}
-            places = ATEN[name](self.e, *map(self.read, args), **named)
-            pairs = zip(made, places, strict=True) if type(made) is tuple else [(made, places)]
-            for tensor, place in pairs:
-                self.know(tensor, self.e.mask(place) if tensor.dtype is torch.bool else place)
-            return made
+            made = ATEN[name](self.e, *map(self.read, args), **named)
+            pairs = zip(result, made, strict=True) if type(result) is tuple else [(result, made)]
+            for tensor, expression in pairs:
+                is_mask = tensor.dtype is torch.bool
+                self.track(tensor, self.e.mask(expression) if is_mask else expression)
+            return result
         with self:
-            made = decomposition_table.get(op, op.decompose)(*args, **kwargs)
-        if made is NotImplemented:
+            result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
+        if result is NotImplemented:
             raise UntraceableError(
                 f"{name}, which is not one of the elementwise operations that the kernels have; "
                 "write it with those"
             )
-        return made
+        return result
 
-    def check_dtypes(self, name: str, args: Sequence[Any], made: Any) -> None:
-        """Numbers are of one floating-point dtype; masks and integers made of them are exact."""
+    def check_dtypes(self, name: str, args: Sequence[Any], result: Any) -> None:
+        """Raises for a change of dtype that a program, whose values have one dtype, cannot make."""
         sources = {a.dtype for a in args if isinstance(a, Tensor) and a.dim()}
-        dtype = made.dtype if isinstance(made, Tensor) and made.dim() else torch.float64
+        dtype = result.dtype if isinstance(result, Tensor) and result.dim() else torch.float64
         problem = ""
         if torch.float64 in sources and dtype not in (torch.float64, torch.bool):
             problem = (
@@ -95,7 +90,7 @@ class Recorder(Mode):
             raise UntraceableError(problem)
 
 
-# What is recorded: a function of operands, parameters and the scale of the gradients.
+# A function to record: of operands, parameters and the scale of the gradients.
 Function = Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None]]
 Result = TypeVar("Result")
 
@@ -104,10 +99,10 @@ _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implic
 
 
 def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls a function in a thread of its own, and without anomaly detection.
+    """Calls a function in a new thread, and without anomaly detection.
 
-    A formula is traced and checked wherever it is defined or first called. torch's grad modes,
-    other modes and hooks of saved tensors belong to a thread, but anomaly detection to a process.
+    A formula is traced and checked wherever it is defined or first called. Grad modes, other modes
+    and hooks of saved tensors belong to a thread, but anomaly detection belongs to the process.
     """
     with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *arguments).result()
@@ -119,18 +114,18 @@ def _operands(count: int) -> list[Tensor]:
 
 
 def expressions_of(
-    function: Function, operands: int, parameters: Sequence[float], left_out: str = ""
+    function: Function, operands: int, parameters: Sequence[float], stabilize: bool = True
 ) -> tuple[Expressions, list[int]]:
     """Runs a function of so many operands and with these parameters, and records it.
 
     Returns:
-        Expressions, and which of them the function's results are; None counts as 0.
+        Expressions, and the indices of the function's results; the result None is 0.
 
     Raises:
         UntraceableError: The kernels lack an operator.
     """
-    recorder = Recorder(left_out)
-    # A parameter is of the operands' shape: torch takes the number out of a scalar.
+    recorder = Recorder(stabilize)
+    # Parameters have the operands' shape, because torch reads the number in a 0-d tensor.
     tensors = {
         "operand": _operands(operands),
         "parameter": [torch.full(_SHAPE, x, dtype=torch.float64, device="cpu") for x in parameters],
@@ -138,7 +133,7 @@ def expressions_of(
     }
     for kind, each in tensors.items():
         for k, tensor in enumerate(each):
-            recorder.know(tensor, recorder.e.input(kind, k))
+            recorder.track(tensor, recorder.e.input(kind, k))
     leaves, numbers, (scale,) = tensors.values()
     with recorder:
         results = function([leaf.requires_grad_() for leaf in leaves], numbers, scale)
@@ -146,9 +141,9 @@ def expressions_of(
 
 
 class _Weighted(torch.autograd.Function):
-    """A number whose gradient by the values is ``grad_output``.
+    """A number whose gradient with respect to the values is ``grad_output``.
 
-    torch.autograd.grad imports sympy, for 0.4 s, where it is given a tensor of that.
+    torch.autograd.grad with a tensor as grad_outputs imports sympy, which takes 0.4 s.
     """
 
     @staticmethod
@@ -165,7 +160,7 @@ class _Weighted(torch.autograd.Function):
 def gradients_of(
     value: Tensor, leaves: Sequence[Tensor], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """Returns the gradients of the leaves by torch's rules, None of those that do not count."""
+    """Returns the gradients of the leaves by torch's rules, None for unused leaves."""
     if not value.requires_grad:
         return [None] * len(leaves)
     weighted = _Weighted.apply(value, grad_output)
@@ -176,18 +171,18 @@ def gradients_of(
 
 
 class Run(TorchFunctionMode):
-    """Runs a user's function, and its gradient if one is given, and reads the numbers in it.
+    """Runs a user's function, and the gradient written for it, and reads the numbers in it.
 
     Args:
-        inputs: Tensors that take the places of some numbers.
+        inputs: Tensors that replace some of the literals, by the literals' indices.
 
     Attributes:
-        results: The value, and the slopes by the operands if the gradient is given.
-        literals: The numbers that torch is given and a program may take as inputs.
-        structure: torch's functions and their arguments, whatever these numbers.
+        results: The value, and the slopes of the operands if a gradient was written.
+        literals: The numbers passed to torch's functions, which may be inputs of a program.
+        structure: torch's functions and their arguments except for these numbers.
 
     Raises:
-        UntraceableError: The function does what depends on values or shapes.
+        UntraceableError: The function depends on values or shapes.
     """
 
     def __init__(
@@ -200,8 +195,9 @@ class Run(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.inputs, self.literals, self.structure = inputs, list[float](), list[list[Any]]()
-        self.known: dict[int, tuple[Tensor, Any]] = {}  # the tensors, so that no memory is reused
-        self.know(operands)
+        # By address; the tensors are kept so that their memory is not reused.
+        self.sources: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+        self.track(operands)
         try:
             with self:
                 self.results = [function(*operands, **parameters)]
@@ -210,8 +206,8 @@ class Run(TorchFunctionMode):
             if not isinstance(self.results[0], Tensor):
                 kind = type(self.results[0]).__name__
                 raise UntraceableError(f"expected it to return one tensor, got {kind}")
-            self.structure.append(places := list[Any]())
-            tree_map(partial(self.read, places), self.results)
+            self.structure.append(sources := list[Any]())
+            tree_map(partial(self.read, sources), self.results)
         except Exception as error:
             file = function.__code__.co_filename
             lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == file]
@@ -221,9 +217,10 @@ class Run(TorchFunctionMode):
                 message += "math's on tensors"
             raise UntraceableError(message) from error
 
-    def know(self, tensors: Sequence[Tensor]) -> None:
+    def track(self, tensors: Sequence[Tensor]) -> None:
+        """Identifies the results of a call by the call's index, and their indices in it."""
         for k, tensor in enumerate(tensors):
-            self.known[tensor.data_ptr()] = tensor, (len(self.structure), k)
+            self.sources[tensor.data_ptr()] = tensor, (len(self.structure), k)
 
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
@@ -234,12 +231,12 @@ class Run(TorchFunctionMode):
         try:
             args, kwargs = tree_map(partial(self.read, call), (args, kwargs or {}))
             made = func(*args, **kwargs)
-        except TypeError as error:  # which Python's operators would replace by one of their own
+        except TypeError as error:  # Python's operators would raise another TypeError instead
             raise RuntimeError(f"{name}: {error}") from error
         results = made if isinstance(made, (tuple, list)) else () if made is None else (made,)
         if all(isinstance(result, Tensor) for result in results):
-            self.know(results)
-        elif not sys._getframe(1).f_globals["__name__"].startswith("pyfused."):  # which may ask
+            self.track(results)
+        elif not sys._getframe(1).f_globals["__name__"].startswith("pyfused."):
             raise UntraceableError(
                 f"{name}, which is not the same for every call; make it a parameter, or use "
                 "operations like torch.zeros_like and Tensor.type_as"
@@ -247,19 +244,19 @@ class Run(TorchFunctionMode):
         return made
 
     def read(self, call: list[Any], argument: Any) -> Any:
-        """Adds what an argument is to the call, and returns the argument or its input.
+        """Adds an argument to the structure of its call, and returns it or the input for it.
 
-        Exponents with a program of their own are part of the structure, and so are very large and
-        very small numbers, which the rewrites have to know.
+        Some numbers are part of the structure, because rewrites depend on them: exponents that make
+        a power another operation, and very large and very small numbers.
         """
         if isinstance(argument, Tensor):
-            if argument.data_ptr() not in self.known:
+            if argument.data_ptr() not in self.sources:
                 raise UntraceableError("a tensor of its own; make it an operand")
             if isinstance(argument.grad_fn, BackwardCFunction):  # may read a parameter unseen
                 raise UntraceableError(
                     "an autograd.Function; give the formula its gradient by @formula.gradient"
                 )
-            call.append(self.known[argument.data_ptr()][1])
+            call.append(self.sources[argument.data_ptr()][1])
         elif isinstance(argument, bool) or not isinstance(argument, (int, float)):
             call.append(argument)
         elif not is_moderate(argument) or (
@@ -274,7 +271,7 @@ class Run(TorchFunctionMode):
 
 
 class Written(NamedTuple):
-    """A user's function of so many operands, and its gradient if one is given."""
+    """A user's function, the gradient written for it, and its number of operands."""
 
     function: Callable[..., Any]
     gradient: Callable[..., Any] | None
@@ -284,11 +281,11 @@ class Written(NamedTuple):
         return Run(self.function, self.gradient, _operands(self.operands), parameters, {})
 
     def dependent(self, parameters: dict[str, Any], run: Run) -> list[int]:
-        """Returns the literals that move with a parameter: another value of it changes these alone.
+        """Returns the literals that depend on parameters, by their indices.
 
-        A parameter that another value of makes other operations, or an error, is no input.
+        A parameter is left out if another value changes the structure, or raises.
         """
-        found = set[int]()
+        indices = set[int]()
         for name, value in parameters.items():
             if type(value) not in (int, float):
                 continue
@@ -298,8 +295,8 @@ class Written(NamedTuple):
                 continue
             if other.structure == run.structure:
                 pairs = zip(run.literals, other.literals, strict=True)
-                found |= {i for i, (one, another) in enumerate(pairs) if one != another}
-        return sorted(found)
+                indices |= {i for i, (one, another) in enumerate(pairs) if one != another}
+        return sorted(indices)
 
     def derive(
         self, parameters: dict[str, Any], inputs: Mapping[int, float]
@@ -307,7 +304,7 @@ class Written(NamedTuple):
         """Returns expressions of the value and of each operand's gradient, as `expressions_of`.
 
         Args:
-            inputs: Those of the literals that are inputs, by their numbers.
+            inputs: The values of the literals that are inputs, by the literals' indices.
         """
 
         def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
@@ -331,15 +328,15 @@ class Written(NamedTuple):
 def slopes_of(
     gradient: Callable[..., Any], operands: Sequence[Any], parameters: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Returns what a gradient of a user's returns for each operand: a tensor, or None for 0.
+    """Returns the derivative by each operand from a user's gradient: a tensor, or None for 0.
 
     Raises:
         TypeError: It returns something else.
     """
-    found = gradient(*operands, **parameters)
-    slopes = found if isinstance(found, (tuple, list)) else (found,)
-    right = all(each is None or isinstance(each, Tensor) for each in slopes)
-    if len(slopes) != len(operands) or not right:
+    result = gradient(*operands, **parameters)
+    slopes = result if isinstance(result, (tuple, list)) else (result,)
+    valid = all(each is None or isinstance(each, Tensor) for each in slopes)
+    if len(slopes) != len(operands) or not valid:
         raise TypeError(
             f"{gradient.__name__}: expected a tensor or None for each of {len(operands)} operands, "
             f"got {[type(each).__name__ for each in slopes]}"
@@ -347,7 +344,7 @@ def slopes_of(
     return tuple(slopes)
 
 
-# ---- what expressions ATen's operators are -------------------------------------------------------
+# ---- ATen's operators as expressions -------------------------------------------------------------
 
 E = Expressions
 
@@ -369,8 +366,8 @@ def _clamp(e: E, a: int, low: int | None = None, high: int | None = None) -> int
 
 def _softplus(e: E, a: int, beta: int | None = None, threshold: int | None = None) -> int:
     beta, threshold = (
-        e.literal(default) if given is None else given
-        for given, default in ((beta, 1), (threshold, 20))
+        e.literal(default) if value is None else value
+        for value, default in ((beta, 1), (threshold, 20))
     )
     scaled = e.mul(a, beta)
     return e.where(e.lt(threshold, scaled), a, e.div(e.softplus(scaled), beta))
@@ -381,11 +378,11 @@ def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
     return e.where(e.lt(threshold, scaled), g, e.mul(g, e.sigmoid(scaled)))
 
 
-def _own(op: str) -> Callable[..., int]:
+def _operation(op: str) -> Callable[..., int]:
     return lambda e, *arguments: e.make(op, *arguments)
 
 
-def _of_masks(op: str) -> Callable[..., int]:
+def _on_masks(op: str) -> Callable[..., int]:
     return lambda e, *arguments: e.make(op, *map(e.mask, arguments))
 
 
@@ -393,11 +390,11 @@ def _constant(value: float) -> Callable[..., int]:
     return lambda e, *_, **__: e.literal(value)
 
 
-def _argument(place: int) -> Callable[..., Any]:
-    return lambda _, *arguments, **__: arguments[place]
+def _argument(position: int) -> Callable[..., Any]:
+    return lambda _, *arguments, **__: arguments[position]
 
 
-_SAME_IN_BOTH = (
+_SAME_NAME = (
     *("abs", "cos", "eq", "erf", "exp", "expm1", "le", "log", "log1p", "lt"),
     *("maximum", "minimum", "mul", "neg", "pow", "reciprocal", "rsqrt", "sigmoid", "sign", "sin"),
     *("sqrt", "tanh", "where"),
@@ -407,7 +404,7 @@ _COPIES = (
     *("lift_fresh", "lift_fresh_copy", "scalar_tensor", "view", "view_as", "_to_copy"),
 )
 ATEN: dict[str, Callable[..., Any]] = {
-    **{name: _own(name) for name in _SAME_IN_BOTH},
+    **{name: _operation(name) for name in _SAME_NAME},
     **dict.fromkeys(_COPIES, _argument(0)),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "empty_like", "zero"), _constant(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
@@ -416,7 +413,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "sub": _scaled("sub"),
     "rsub": lambda e, a, b, alpha=None: e.sub(b, a if alpha is None else e.mul(a, alpha)),
     "div": _div,
-    "sgn": _own("sign"),
+    "sgn": _operation("sign"),
     "square": lambda e, a: e.mul(a, a),
     "log2": lambda e, a: e.mul(e.log(a), e.literal(1.4426950408889634)),
     "log10": lambda e, a: e.mul(e.log(a), e.literal(0.4342944819032518)),
@@ -425,9 +422,9 @@ ATEN: dict[str, Callable[..., Any]] = {
     "ge": lambda e, a, b: e.le(b, a),
     "ne": lambda e, a, b: e.logical_not(e.eq(a, b)),
     "isnan": lambda e, a: e.logical_not(e.eq(a, a)),
-    **dict.fromkeys(("logical_not", "bitwise_not"), _of_masks("logical_not")),
-    **dict.fromkeys(("logical_and", "bitwise_and"), _of_masks("mul")),
-    **dict.fromkeys(("logical_or", "bitwise_or"), _of_masks("maximum")),
+    **dict.fromkeys(("logical_not", "bitwise_not"), _on_masks("logical_not")),
+    **dict.fromkeys(("logical_and", "bitwise_and"), _on_masks("mul")),
+    **dict.fromkeys(("logical_or", "bitwise_or"), _on_masks("maximum")),
     **dict.fromkeys(
         ("logical_xor", "bitwise_xor"), lambda e, a, b: e.logical_not(e.eq(e.mask(a), e.mask(b)))
     ),

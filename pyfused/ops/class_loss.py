@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
 from pyfused.dispatch.operator import Arguments, Operator, reduction_of
 from pyfused.dispatch.plan import (
@@ -38,7 +38,15 @@ class ClassLossArguments(NamedTuple):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ClassLoss(Operator):
-    """A loss of each row of scores beside a class index, or beside probabilities of the classes."""
+    """A loss of each row of scores beside a class index, or beside probabilities of the classes.
+
+    Attributes:
+        check_arguments: Raises for types, shapes, dtypes and options that do not fit.
+        kernel: Returns a backend's function that prepares the loss.
+    """
+
+    check_arguments: Callable[..., None]
+    kernel: Callable[[Backend], Callable[..., Launch]]
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         return checks.classes_of(arguments[0]) <= few
@@ -55,7 +63,7 @@ class ClassLoss(Operator):
         """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
         given = self.read(arguments)
         checks.reduction(given.options.reduction)
-        getattr(checks, self.name)(*given)
+        self.check_arguments(*given)
         return given
 
     def plan(
@@ -86,8 +94,7 @@ class ClassLoss(Operator):
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> Launch:
             options = self.with_tensors(numbers, tensors)
-            prepare: Callable[..., Launch] = getattr(backend, self.name)
-            return prepare(*tensors[:3], options, outputs, grad_output)
+            return self.kernel(backend)(*tensors[:3], options, outputs, grad_output)
 
         def define(tensors: Tensors, grad_output: Tensor) -> Gradients:
             input, target, weight, *_ = tensors

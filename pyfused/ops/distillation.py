@@ -205,7 +205,7 @@ class Divergence(RowLoss):
             checks.topk_log_probs(_shown(arguments[-2], arguments[-1], -torch.inf))
 
     def check_call(self, arguments: Arguments) -> DivergenceOptions:
-        getattr(checks, self.name)(*arguments)
+        self.check_arguments(*arguments)
         options = arguments[-1]
         numbers = {"beta": float(options.beta), "temperature": float(options.temperature)}
         numbered: DivergenceOptions = replace(options, **numbers)

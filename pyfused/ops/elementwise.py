@@ -1,9 +1,9 @@
 """Elementwise operators: pointwise losses and activations, each with its formula.
 
-A formula is a function in torch's terms of tensors, the operands, and of the scalars that are
-declared: numbers, which are tensors while it is traced, flags and words. ``make formulas`` prints
-it in C++, and its first call on a GPU in Triton, with the gradients that torch's rules make of it
-or with those given: where these are more accurate or shorter, and where torch takes others.
+A formula is a torch function of the operands, which are tensors, and of the declared scalars:
+numbers, which are tensors while it is traced, flags and words. ``make formulas`` prints it as C++,
+and the first call on a GPU prints it as Triton. Its gradients follow from torch's rules, or are
+written where those are less accurate or longer, or where torch's operator has others.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from pyfused.types import Gradients
 INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
-# Whatever pyfused.patch puts in the place of torch's names.
+# torch's functions, whatever pyfused.patch replaces them by.
 _GELU, _SILU = built_in("gelu", F.gelu), built_in("silu", F.silu)
 _SOFTPLUS, _SOFTSHRINK = built_in("softplus", F.softplus), built_in("softshrink", F.softshrink)
 _LOG_SIGMOID = built_in("log_sigmoid", F.logsigmoid)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
-_of_inputs_shape = partial(checks.same_shape, name="weight")
+_same_shape_as_input = partial(checks.same_shape, name="weight")
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _differ_in_dtype(input: Tensor, other: Tensor, *_: Any) -> str | None:
     return "the operands differ in dtype" if input.dtype is not other.dtype else None
 
 
-def _differ(input: Tensor, target: Tensor, *_: Any) -> str | None:
+def _differ_in_dtype_or_shape(input: Tensor, target: Tensor, *_: Any) -> str | None:
     return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
 
 
@@ -78,7 +78,7 @@ def _kl_div_fallback_reason(
     return _differ_in_shape(input, target)
 
 
-def _mean_of_kl_div(arguments: Arguments) -> str | None:
+def _kl_div_warning(arguments: Arguments) -> str | None:
     _, _, size_average, reduce, reduction, _ = arguments
     if reduction != "mean" or size_average is not None or reduce is not None:
         return None
@@ -93,7 +93,7 @@ def _rows(operands: Sequence[Tensor], *_: Any) -> float:
     return float(len(operands[0]) if operands[0].dim() else 1)
 
 
-def _counted(
+def _counted_elements(
     operands: Sequence[Tensor], _weight: Tensor | None, numbers: Sequence[Any]
 ) -> float | Tensor:
     ignored = numbers[-1]
@@ -107,7 +107,7 @@ MSE_LOSS = PointwiseLoss(
     module="MSELoss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=_of_inputs_shape,
+    weight_shape=_same_shape_as_input,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target) ** 2,
 )
@@ -117,7 +117,7 @@ L1_LOSS = PointwiseLoss(
     module="L1Loss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=_of_inputs_shape,
+    weight_shape=_same_shape_as_input,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target).abs(),
 )
@@ -163,7 +163,7 @@ HUBER_LOSS = PointwiseLoss(
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     scalars=(Scalar("delta", positive=True),),
-    weight_shape=_of_inputs_shape,
+    weight_shape=_same_shape_as_input,
     fallback_reason=_differ_in_dtype,
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
@@ -192,7 +192,7 @@ BINARY_CROSS_ENTROPY = PointwiseLoss(
     shapes=checks.same_shape,
     weight_shape=checks.weight_that_broadcasts,
     nan_on_invalid=True,
-    fallback_reason=_differ,
+    fallback_reason=_differ_in_dtype_or_shape,
     formula=_binary_cross_entropy,
     gradient=_gradient_of_binary_cross_entropy,
 )
@@ -251,7 +251,7 @@ KL_DIV = PointwiseLoss(
     module="KLDivLoss",
     operands=(INPUT, Operand("target", low=0.0)),
     scalars=(Scalar("log_target", flag=True),),
-    warning=_mean_of_kl_div,
+    warning=_kl_div_warning,
     denominators={"mean": elements, "batchmean": _rows},
     fallback_reason=_kl_div_fallback_reason,
     formula=_kl_div,
@@ -294,7 +294,7 @@ POISSON_NLL_LOSS = PointwiseLoss(
 )
 
 
-def _as_gaussian_nll_loss_has_it(
+def _with_variance_tensor(
     input: Tensor, target: Tensor, var: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(var, float):
@@ -331,7 +331,7 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     operands=(INPUT, TARGET, Operand("var", low=0.0, number=True, enforced=ValueError)),
     scalars=(Scalar("full", flag=True), Scalar("eps")),
     shapes=checks.mean_and_variance,
-    arrange=_as_gaussian_nll_loss_has_it,
+    arrange=_with_variance_tensor,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
 )
@@ -341,7 +341,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     module="SoftMarginLoss",
     operands=(INPUT, SIGNS),
     shapes=partial(checks.same_shape, error=RuntimeError),
-    fallback_reason=_differ,
+    fallback_reason=_differ_in_dtype_or_shape,
     formula=lambda input, target: _softplus(-target * input),
 )
 
@@ -373,7 +373,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
 
 
 def _gradient_of_quantile_loss(input: Tensor, target: Tensor, quantile: Tensor) -> Gradients:
-    """Returns the mean of both slopes at a tie, and their sum of NaN, as torch.maximum has it."""
+    """Returns the gradients: of a tie the mean of both slopes, of NaN their sum, as torch does."""
     d = target - input
     equal = torch.where(d == 0, 0.5 - quantile, 1 - 2 * quantile)
     slope = torch.where(d > 0, -quantile, torch.where(d < 0, 1 - quantile, equal))
@@ -425,7 +425,7 @@ def _parts_of_focal_loss(
 ) -> list[Tensor]:
     p, q = x.sigmoid(), (-x).sigmoid()
     u = p * (1 - t) + q * t
-    if isinstance(gamma, float):  # the special one, 2: no logarithm and no exponential
+    if isinstance(gamma, float):  # 2, for which there is a kernel without log and exp
         power, slope = u * u, u * (p * q)
     else:
         power = torch.where(gamma == 0, 1, (gamma * u.log()).exp())
@@ -467,7 +467,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     ),
     shapes=partial(checks.same_shape, name="targets"),
     weight_shape=checks.weight_that_broadcasts,
-    denominators={"mean": _counted},
+    denominators={"mean": _counted_elements},
     definition=definitions.sigmoid_focal_loss,
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
@@ -506,7 +506,7 @@ def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> tuple[Any, ...]:
     """Returns arguments in the dtype of the target, in which torch computes this loss."""
-    if isinstance(input, Tensor) and isinstance(target, Tensor):  # else an error to come
+    if isinstance(input, Tensor) and isinstance(target, Tensor):  # else the loss raises
         dtype = _common_dtype(input, target, weight)
         input, target = input.to(dtype), target.to(dtype)
     return input, target, weight, *rest, None
@@ -514,7 +514,7 @@ def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> 
 
 def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
     input, target, weight, size_average, reduce, reduction = arguments
-    reduction = reduction_of(size_average, reduce, reduction, warn=False)  # the loss did
+    reduction = reduction_of(size_average, reduce, reduction, warn=False)  # the loss has warned
     if reduction == "none":
         loss = loss.mean(-1)
     elif reduction == "sum":
@@ -650,11 +650,11 @@ THRESHOLD = Activation(
     ),
 )
 
-_BUILT_IN_PRELU = torch.prelu  # whatever pyfused.patch puts in its place
+_BUILT_IN_PRELU = torch.prelu  # whatever pyfused.patch replaces it by
 
 
 def _beside_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns both with a slope for each row, as kernels read tensors in rows and columns."""
+    """Returns the input and a slope for each of its rows, as kernels read rows and columns."""
     if weight.numel() == 1:
         return input, weight.reshape(())
     if input.dim() == 2:
@@ -738,7 +738,7 @@ HARDSHRINK = Activation(
 
 
 def _zero(input: Tensor) -> Tensor:
-    return torch.where(input == input, 0, input)  # NaN of NaN
+    return torch.where(input == input, 0, input)  # NaN stays NaN
 
 
 SOFTSHRINK = Activation(
@@ -907,7 +907,53 @@ REGLU = Gated(
     gradient=lambda gate, up: (torch.where(gate <= 0, 0, up), torch.where(gate < 0, 0, gate)),
 )
 
-OPERATORS = tuple(value for value in globals().values() if isinstance(value, Operator))
+OPERATORS: tuple[Operator, ...] = (
+    MSE_LOSS,
+    L1_LOSS,
+    SMOOTH_L1_LOSS,
+    HUBER_LOSS,
+    BINARY_CROSS_ENTROPY,
+    BINARY_CROSS_ENTROPY_WITH_LOGITS,
+    KL_DIV,
+    POISSON_NLL_LOSS,
+    GAUSSIAN_NLL_LOSS,
+    SOFT_MARGIN_LOSS,
+    HINGE_EMBEDDING_LOSS,
+    MARGIN_RANKING_LOSS,
+    QUANTILE_LOSS,
+    LOG_COSH_LOSS,
+    HINGE_LOSS,
+    SIGMOID_FOCAL_LOSS,
+    RMSE_LOSS,
+    MULTILABEL_SOFT_MARGIN_LOSS,
+    RELU,
+    LEAKY_RELU,
+    SIGMOID,
+    TANH,
+    SOFTCAP,
+    SILU,
+    GELU,
+    THRESHOLD,
+    PRELU,
+    RELU6,
+    HARDTANH,
+    HARDSIGMOID,
+    HARDSWISH,
+    HARDSHRINK,
+    SOFTSHRINK,
+    ELU,
+    SELU,
+    CELU,
+    MISH,
+    SOFTPLUS,
+    LOGSIGMOID,
+    SOFTSIGN,
+    TANHSHRINK,
+    GLU,
+    SWIGLU,
+    GEGLU,
+    REGLU,
+)
 
 
 def kernels() -> dict[str, Kernel]:

@@ -61,7 +61,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def check_call(self, arguments: Arguments) -> HeadOptions:
         head, options = _head_of(arguments)
-        checks.linear_cross_entropy(head, options)
+        self.check_arguments(head, options)
         normalized: HeadOptions = checks.normalized(options)
         return normalized
 
@@ -92,11 +92,11 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return shards.cross_entropy(tensors, head.weight, options, classes, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
-        checks.linear_cross_entropy(*_head_of(arguments), False, classes)
+        self.check_arguments(*_head_of(arguments), False, classes)
 
     def check(self, arguments: Arguments) -> None:
         head, options = _head_of(arguments)
-        checks.linear_cross_entropy(head, options)
+        self.check_arguments(head, options)
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
     def strategy_of(self, arguments: Arguments) -> str:

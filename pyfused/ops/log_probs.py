@@ -6,7 +6,7 @@ one gradient; ``functional.py`` takes it apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +77,7 @@ def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
 class LogProbsOperator(ShardedOperator):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
+    check_arguments: Callable[..., None]
     options = LogProbsOptions
     strategy = "row by row"
 
@@ -89,7 +90,7 @@ class LogProbsOperator(ShardedOperator):
         return *tensors, options
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
-        getattr(checks, self.name)(*arguments)
+        self.check_arguments(*arguments)
         *tensors, _, options = arguments
         classes, ignore_index = self.classes(tensors), options.ignore_index
         check, count = backend_of(tensors[0]).check_class_indices, int(self.counts_logits)
@@ -154,12 +155,12 @@ class LogProbsOperator(ShardedOperator):
     def check(self, arguments: Arguments) -> None:
         """Raises for bad input; class indices are read only where that does not synchronise."""
         *tensors, target, options = arguments
-        getattr(checks, self.name)(*arguments)
+        self.check_arguments(*arguments)
         if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
             checks.class_indices(self.classes(tensors), target, options.ignore_index)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         if self.counts_logits:
-            getattr(checks, self.name)(*arguments, classes=classes)
+            self.check_arguments(*arguments, classes=classes)
         else:
             super().check_shapes(arguments, classes)

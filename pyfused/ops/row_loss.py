@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,10 +35,12 @@ class RowLoss(Operator):
 
     Attributes:
         student: How many of its tensors are differentiated: these come first.
+        check_arguments: Raises for types, shapes, dtypes and options that do not fit.
         options: The class of its options, the fields of which the custom operator takes.
     """
 
     student: int
+    check_arguments: Callable[..., None]
     options: ClassVar[type[Options]]
 
     def __post_init__(self) -> None:

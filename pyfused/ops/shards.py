@@ -317,6 +317,8 @@ def cross_entropy(
 class ShardedOperator(Operator):
     """An operator of logits, whose classes may be sharded among processes."""
 
+    check_arguments: Callable[..., None]
+
     @abstractmethod
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         """Returns the result of checked arguments, which have this process' classes."""
@@ -415,7 +417,7 @@ class ShardedOperator(Operator):
         """Raises for shapes, dtypes or options that do not fit, given the number of all classes."""
         input, *others = arguments
         shape = *input.shape[:1], classes, *input.shape[2:]
-        getattr(checks, self.name)(input.new_empty(()).expand(shape), *others)
+        self.check_arguments(input.new_empty(()).expand(shape), *others)
 
     def of_dtensors(self, arguments: Arguments) -> Any:
         """Returns the result of DTensors, of which every process has some classes."""
