@@ -68,6 +68,14 @@ def test_links_lead_somewhere(page: str) -> None:
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page: str) -> None:
+    folders = "csrc|kernels|pyfused|tests|benchmarks|tools|examples|docs"
+    text = (ROOT / page).read_text("utf-8")
+    names = re.findall(rf"`((?:{folders})/[\w/.-]+\.\w+)`", text)
+    assert all((ROOT / name).exists() for name in names)
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 110
 
