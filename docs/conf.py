@@ -12,7 +12,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
-os.environ["PYFUSED_BACKEND"] = "cpu"  # the gallery's few points take the kernels, too
+os.environ["PYFUSED_BACKEND"] = "cpu"  # the pictures' few points run kernels, too
 sys.path.append(str(Path(__file__).parent))
 
 import gallery
@@ -20,7 +20,7 @@ import pages
 
 import pyfused
 
-# Type checkers alone import it. Signatures that name it can be evaluated now, and are linked.
+# Only type checkers import Unpack. With it, autodoc evaluates and links signatures that name it.
 for module in (pyfused.functional, pyfused.nn):
     module.Unpack = Unpack
 
@@ -34,7 +34,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
 ]
-nitpicky = True  # a name that leads nowhere is an error
+nitpicky = True  # a reference without a target is an error
 nitpick_ignore = [
     ("py:class", "Tensor"),  # of fields of a NamedTuple
     ("py:class", "collections.abc.Callable"),
@@ -43,7 +43,7 @@ nitpick_ignore = [
     ("py:class", "pyfused.adopt.patch.Function"),
     ("py:class", "pyfused.formula.Function"),
 ]
-# The names of torch that pages link to; an inventory in the first format is plain text.
+# The inventory has the names of torch that pages link to, in the first format, which is plain text.
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", "torch-objects.inv")}
 html_theme = "furo"
 html_static_path = ["_static"]
@@ -58,13 +58,13 @@ napoleon_use_ivar = True
 
 
 def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
-    """MathML: browsers typeset it themselves, without a script or a network."""
+    """Writes MathML, which browsers typeset without a script or a network."""
     translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
     raise nodes.SkipNode
 
 
 def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Gives each cell its column's heading, which pages.css shows where a row is a list."""
+    """Gives each cell the heading of its column, which pages.css shows on narrow screens."""
     for table in doctree.findall(nodes.tgroup):
         for head, body in zip(table.findall(nodes.thead), table.findall(nodes.tbody), strict=False):
             titles = [entry.astext() for entry in head.findall(nodes.entry)]
@@ -75,7 +75,7 @@ def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
 
 
 def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Marks where a name in a table may go on in the next line: behind its underscores."""
+    """Allows line breaks behind the underscores of names in tables."""
     for entry in doctree.findall(nodes.entry):
         for text in list(entry.findall(nodes.Text)):
             if "_" in text and not isinstance(text.parent, nodes.literal_block):

@@ -1,6 +1,6 @@
-"""Measures what pyfused gains at each size, for docs/is-it-for-you.md: `python docs/gain.py`.
+"""Measures the gain by size for docs/is-it-for-you.md: `python docs/gain.py`.
 
-Forward and backward, torch and pyfused in turn, with the table of sizes in force, as users have it.
+Calls of torch and pyfused, forward and backward, are interleaved. The table of sizes applies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import report
 
 import pyfused.functional
 
-# Sizes of the other dimensions: the first one grows.
+# The sizes of the other dimensions; the first dimension grows.
 OPERATORS: dict[str, tuple[int, ...]] = {
     "cross_entropy": (1000,),
     "binary_cross_entropy_with_logits": (),
