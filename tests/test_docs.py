@@ -1,4 +1,4 @@
-"""The pages that are filled from the declarations: what is drawn, and that nothing is left out."""
+"""The pages of the site: their pictures, tables and examples, and that no operator is missing."""
 
 from __future__ import annotations
 
