@@ -447,7 +447,8 @@ def topk_log_probs(log_probs: Tensor) -> None:
 def _vectors(name: str, value: Tensor) -> None:
     if not value.dim():
         raise RuntimeError(f"{name}: expected one dimension or more, got shape ()")
-    _floating(name, value)
+    if not value.is_floating_point():  # without a Python call in the common case
+        _floating(name, value)
 
 
 def _head(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
