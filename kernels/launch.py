@@ -114,17 +114,18 @@ class Launch:
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launches a grid of one dimension on the device of the first argument, a tensor."""
+        index = arguments[0].get_device()
+        if index >= 0 and index != driver.active.get_current_device():
+            with torch.cuda.device(index):
+                self(programs, *arguments)
+            return
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
         if hooks or not self.compiles:
             self.by_triton(programs, arguments)
             return
-        active, index = driver.active, arguments[0].get_device()
+        active = driver.active
         device = active.get_current_device()
-        if index not in (device, -1):  # -1 is a CPU tensor, which a test may compile for
-            with torch.cuda.device(index):
-                self(programs, *arguments)
-            return
         target = backend()
         key = device, *map(specialize, repeat(target), arguments, *SPECIALIZED)
         compiled = self.compiled.get(key)

@@ -734,6 +734,14 @@ def bounded(name: str, value: Any, positive: bool = False) -> None:
         raise ValueError(f"{name}: expected {expected}, got {float(value)}")
 
 
+def values_of_options(token_weight: Tensor | None, denominator: Any) -> None:
+    """Raises for values of tensors among the options, whose layouts have been checked."""
+    if token_weight is not None:
+        values("token_weight", token_weight, 0.0, math.inf, ValueError)
+    if isinstance(denominator, Tensor):
+        bounded("denominator", denominator)
+
+
 def _can_be_read(value: Any) -> bool:
     """Returns whether a tensor's values can be read without waiting for a device."""
     plain = type(value) in (Tensor, Parameter) and value.is_cpu

@@ -19,7 +19,7 @@ from pyfused.backends import cpu
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch.explain import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Operand
-from pyfused.dispatch.sizes import torch_is_faster
+from pyfused.dispatch.sizes import is_small
 from pyfused.formulas import trace
 from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError, compiled
 from pyfused.layout import broadcast_numel
@@ -339,7 +339,7 @@ class Formula:
         if is_dynamo_compiling() or (
             operands
             and type(operands[0]) in _PLAIN
-            and torch_is_faster(self.op, operands, broadcast_numel((*operands, *named.values())))
+            and is_small(self.op, operands, broadcast_numel((*operands, *named.values())))
         ):
             if not self.op.loss:
                 return self.function(*operands, **named)

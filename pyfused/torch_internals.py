@@ -6,6 +6,7 @@ of torch lacks one of the answers, ``MISSING`` says so, and every call takes tor
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pkgutil
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MISSING: str | None = None
@@ -46,6 +48,21 @@ is_functorch_wrapped: Callable[[Tensor], bool] = _required(
 is_batched: Callable[[Tensor], bool] = _required("torch._C._functorch.is_legacy_batchedtensor")
 is_zero_tensor: Callable[[Tensor], bool] = _required("torch.Tensor._is_zerotensor")
 is_view: Callable[[Tensor], bool] = _required("torch.Tensor._is_view")
+# A context without __torch_function__ of subclasses, and a tensor without memory: torch's notes on
+# extending it name both.
+DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubclass")
+make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
+
+
+def version_of(tensor: Tensor) -> int:
+    """Returns how often a tensor has been changed in place."""
+    return tensor._version
+
+
+def is_mutable(operator: Any) -> bool:
+    """Returns whether an operator of ``__torch_dispatch__`` changes an argument."""
+    return bool(operator._schema.is_mutable)
+
 
 # ---- modes ---------------------------------------------------------------------------------------
 
@@ -82,9 +99,9 @@ def _has_function_mode() -> bool:
     return any(type(_function_mode_at(i)) is not _DefaultDevice for i in range(_function_modes()))
 
 
-def traces_compiler() -> bool:
+def compiler_traces() -> bool:
     """Returns whether this thread compiles, which torch 2.12 tells only within Dynamo."""
-    return not MISSING and _TracingContext.try_get() is not None
+    return is_dynamo_compiling() or (not MISSING and _TracingContext.try_get() is not None)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -168,10 +185,38 @@ def dynamo_table() -> Any:
     return getattr(rules, "get_torch_obj_rule_map", None)
 
 
+def has_compiled_call(module: Any) -> bool:
+    """Returns whether ``module.compile()`` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def is_compiled_module(module: Any) -> bool:
-    """Returns whether torch.compile has a module, or stands before it."""
+    """Returns whether a module was compiled, in place or by torch.compile."""
     kind = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
-    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, kind)
+    return has_compiled_call(module) or isinstance(module, kind)
+
+
+_has_any_global_hook: Callable[[], bool] = _optional(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: False
+)
+
+
+def has_hooks(module: Any) -> bool:
+    """Returns whether a call of a module runs hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def with_children(module: Any, children: dict[str, Any]) -> Any:
+    """Returns a shallow copy of a module with other children, which need not be modules."""
+    twin = copy.copy(module)
+    vars(twin)["_modules"] = module._modules | children
+    return twin
 
 
 # ---- tracing of formulas -------------------------------------------------------------------------

@@ -68,6 +68,9 @@ class TensorSpec:
     def is_contiguous(self) -> bool:
         return self.empty().is_contiguous()
 
+    def to(self, dtype: torch.dtype) -> TensorSpec:
+        return replace(self, dtype=dtype)
+
     def empty(self) -> Tensor:
         """Returns a tensor of this layout without memory."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")

@@ -409,6 +409,8 @@ if interpreter.ON:
     TRIED = {n: e for n, e in TRIED.items() if n in SOME or e.name == "none_of_all"}
 every_example = pytest.mark.parametrize("example", TRIED.values(), ids=TRIED)
 every_operator = pytest.mark.parametrize("example", SOME.values(), ids=SOME)
+OF_FAMILIES = {n: e for n, e in SOME.items() if e.op in FAMILIES.values()}
+every_family = pytest.mark.parametrize("example", OF_FAMILIES.values(), ids=OF_FAMILIES)
 # The calls one of whose options is a tensor, with sharded classes where they may be.
 TENSOR_OPTIONS = {
     f"{e.id}{'-shard' * sharded}": (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from reference import Extended, extended
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Operator = Callable[..., Tensor]
 DEVICE = os.environ.get("PYFUSED_TEST_DEVICE", "cpu")
@@ -89,6 +91,26 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
     if got.dtype in HALF:
         tolerance = {"rtol": 2 * torch.finfo(got.dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(got, wide.to(got.dtype), equal_nan=True, **tolerance)
+
+
+@contextlib.contextmanager
+def operators_of_torch(*names: str) -> Iterator[list[list[Any]]]:
+    """Collects the shapes of the inputs of these operators of torch within the context."""
+    shapes: list[list[Any]] = []
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        yield shapes
+    shapes += [event.input_shapes for event in profiler.events() if event.name in names]
+
+
+@contextlib.contextmanager
+def products() -> Iterator[list[tuple[int, int, int]]]:
+    """Collects the sizes (m, k, n) of the matrix products within the context."""
+    sizes: list[tuple[int, int, int]] = []
+    with operators_of_torch("aten::mm", "aten::addmm") as found:
+        yield sizes
+    for shapes in found:  # addmm has an operand before the factors, and numbers behind them
+        (m, k), (_, n) = shapes[len(shapes) > 3 :][:2]
+        sizes.append((m, k, n))
 
 
 def rounding(largest: float, dtype: torch.dtype) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,6 @@ import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
-from pyfused.ops import chunked
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -31,11 +29,11 @@ collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the one under test
 
 
-# Files that start processes, build packages, run examples or rehearse the GPU report.
+# Files that start processes, build packages or C++, run examples or rehearse the GPU report.
 SLOW = (
     *("test_compile_ahead", "test_distributed", "test_examples", "test_gpu_check", "test_hub"),
     *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
-    *("test_shard_sequences", "test_types"),
+    *("test_shard_sequences", "test_types", "test_vec"),
 )
 
 
@@ -60,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if interpreter.ON:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
     grid.FULL = config.getoption("full")
-    examples = 20 if grid.FULL else 4, 100 if grid.FULL else 25
+    examples = 20 if grid.FULL else 4, 100 if grid.FULL else 16
     hypothesis.settings.register_profile(
         "repeatable",
         deadline=None,
@@ -104,10 +102,21 @@ def fused_always() -> Iterator[None]:
 def fused(request: pytest.FixtureRequest) -> Iterator[None]:
     measured = request.node.get_closest_marker("thresholds")
     dispatch.forget_plans()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # else a size that an earlier test changed is dynamic in this one
     with contextlib.nullcontext() if measured else fused_always():
         yield
+
+
+@pytest.fixture
+def compiler() -> None:
+    """A compiler without programs: a size that earlier tests changed would be dynamic."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def compiled_always(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size takes the custom operators: the measured table leaves most to Inductor."""
+    for op in sizes.COMPILED:
+        monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -160,17 +169,6 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
 
 
 ISAS = cpu.supported if backend is cpu else ["triton"]
-
-
-@pytest.fixture
-def product_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each product that makes a chunk's logits."""
-    rows: list[int] = []
-    linear = chunked.linear
-    monkeypatch.setattr(
-        chunked, "linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1]
-    )
-    return rows
 
 
 @pytest.fixture(params=ISAS)

@@ -18,7 +18,7 @@ from pyfused import backends
 from pyfused import functional as fused
 from pyfused.backends import cpu, versions
 from pyfused.dispatch import call as dispatch
-from pyfused.dispatch import reasons, sizes
+from pyfused.dispatch import sizes
 from pyfused.formulas import program
 from pyfused.functional import cross_entropy
 from pyfused.ops.elementwise import RELU
@@ -144,7 +144,7 @@ def test_torch_takes_every_call_where_it_is_forced(
 ) -> None:
     monkeypatch.setattr(backends, "FORCED", "torch")
     x = torch.randn(6, 5)
-    assert dispatch.reason_for_torch(RELU, (x,)) == "PYFUSED_BACKEND is torch"
+    assert dispatch.fallback_reason(RELU, (x,)) == "PYFUSED_BACKEND is torch"
     target = torch.arange(5).repeat(2)[:6]
     torch.testing.assert_close(cross_entropy(x, target), F.cross_entropy(x, target))
     assert not kernel_calls.total()
@@ -154,9 +154,10 @@ def test_torch_takes_every_call_where_it_is_forced(
 @pytest.mark.thresholds
 def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small = torch.randn(6, 5)
-    assert dispatch.reason_for_torch(RELU, (small,)) is reasons.SMALL
+    assert dispatch.is_small(RELU, (small,))
     monkeypatch.setattr(sizes, "FORCED", "cpu")
-    assert dispatch.reason_for_torch(RELU, (small,)) is None
+    assert not dispatch.is_small(RELU, (small,))
+    assert dispatch.fallback_reason(RELU, (small,)) is None
 
 
 @pytest.mark.cpu

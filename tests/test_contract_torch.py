@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.dispatch import sizes
 from pyfused.ops.elementwise import L1_LOSS
 from pyfused.ops.operators import LINEAR_TOPK_KL_DIV, MULTILABEL_MARGIN_LOSS
 
@@ -348,14 +347,6 @@ def test_functionalization(example: Example) -> None:
 
 
 # ---- torch.compile ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every size takes the custom operators: the measured table would leave most to Inductor."""
-    for op in sizes.COMPILED:
-        monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
-    torch.compiler.reset()
 
 
 @every_operator

@@ -6,7 +6,6 @@ from itertools import product
 from typing import Any
 
 import interpreter
-import numpy as np
 import pytest
 import reference
 import torch
@@ -14,9 +13,7 @@ import torch.nn.functional as F
 from compare import DEVICE, FLOATS, assert_matches_torch, evaluate, exactly
 from conftest import ISAS, KernelCalls
 from grid import grid
-from layouts import LAYOUTS, Layout
 
-from pyfused import layout as layouts
 from pyfused.functional import cross_entropy
 
 INF, NAN = float("inf"), float("nan")
@@ -51,47 +48,6 @@ def test_the_reference_is_torch_in_float64(target_kind: str, reduction: str) -> 
         tight = {"rtol": 1e-13, "atol": 1e-14, "equal_nan": True}
         torch.testing.assert_close(spec.value, of_torch.value, **tight)
         torch.testing.assert_close(spec.gradients, of_torch.gradients, **tight)
-
-
-@pytest.mark.parametrize(("probability", "loss"), [(0.6, 0.5108), (0.1, 2.3026)])
-def test_one_hot_target_gives_minus_log_of_its_probability(probability: float, loss: float) -> None:
-    assert -np.log(probability) == pytest.approx(loss, abs=5e-5)
-    logits = torch.tensor(np.log([[probability, 1 - probability]]), dtype=torch.float32)
-    for target in (torch.tensor([0]), torch.tensor([[1.0, 0.0]])):
-        assert cross_entropy(logits, target).item() == pytest.approx(-np.log(probability), rel=1e-6)
-
-
-@grid(
-    shape=[*SHAPES, (6, 130)],
-    dtype=FLOATS,
-    target_kind=KINDS,
-    reduction=REDUCTIONS,
-    smoothing=[0.0, 0.1, 1.0],
-    weighted=[False, False, True, True],
-)
-def test_options_and_shapes_against_torch(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    smoothing: float,
-    weighted: bool,
-    target_kind: str,
-    reduction: str,
-    kernel_calls: KernelCalls,
-) -> None:
-    logits, target = problem(shape, target_kind, dtype)
-    target.requires_grad_(target_kind == "probabilities")
-    classes = logits.size(min(logits.dim() - 1, 1))
-    weight = torch.rand(classes).to(dtype) if weighted else None
-    assert_matches_torch(
-        cross_entropy,
-        F.cross_entropy,
-        logits,
-        target,
-        weight,
-        reduction=reduction,
-        label_smoothing=smoothing,
-    )
-    assert kernel_calls["cross_entropy"]
 
 
 @grid(
@@ -299,27 +255,6 @@ def test_unusual_probabilities_and_weights(value: float, reduction: str) -> None
             assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, weight, **options)
 
 
-EMPTY = [(0, 5), (0, 0), (0, 5, 3), (4, 5, 0), (4, 5, 0, 2)]
-
-
-@grid(shape=EMPTY, reduction=REDUCTIONS, smoothing=[0.0, 0.1], target_kind=KINDS * 2)
-def test_no_rows(
-    shape: tuple[int, ...], smoothing: float, target_kind: str, reduction: str
-) -> None:
-    logits = torch.empty(shape, requires_grad=True)
-    index_shape = (shape[0], *shape[2:])
-    index = target_kind == "index"
-    target = torch.empty(index_shape, dtype=torch.int64) if index else torch.empty(shape)
-    assert_matches_torch(
-        cross_entropy,
-        F.cross_entropy,
-        logits,
-        target,
-        reduction=reduction,
-        label_smoothing=smoothing,
-    )
-
-
 @grid(shape=[(4, 0), (0,), (4, 0, 3)], reduction=REDUCTIONS, smoothing=[0.0, 0.1])
 def test_no_classes(shape: tuple[int, ...], smoothing: float, reduction: str) -> None:
     logits = torch.empty(shape, requires_grad=True)
@@ -396,37 +331,3 @@ def test_weights_of_another_dtype_with_probabilities(weight_dtype: torch.dtype) 
         assert_matches_torch(
             cross_entropy, F.cross_entropy, logits, target, weight, label_smoothing=smoothing
         )
-
-
-# ---- strides -------------------------------------------------------------------------------------
-
-
-@grid(
-    layout=LAYOUTS.values(),
-    shape=[*SHAPES, (70, 3), (3, 130), (6, 5, 1), (2, 3, 70), (7, 3, 1, 1)],
-    target_kind=KINDS,
-    reduction=REDUCTIONS,
-)
-def test_layouts(
-    layout: Layout,
-    shape: tuple[int, ...],
-    target_kind: str,
-    reduction: str,
-    kernel_calls: KernelCalls,
-) -> None:
-    logits, target = problem(shape, target_kind)
-    if target_kind == "index" and target.dim():
-        target.view(-1)[0] = -100
-    logits = layout(logits.detach()).requires_grad_()
-    for smoothing in (0.0, 0.1):
-        options = {"reduction": reduction, "label_smoothing": smoothing}
-        assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
-    assert kernel_calls["cross_entropy"] >= 2
-
-
-def test_rows_of_a_batch_have_one_outer_index() -> None:
-    """The kernels take several rows at a time, of the same outer index."""
-    for shape in ((6, 5), (6, 5, 1), (6, 5, 1, 1)):
-        logits = torch.empty(shape)
-        assert layouts.row_sizes(logits) == (1, 6, 5)
-        assert layouts.strides_of(logits) == (0, 5, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -14,10 +13,7 @@ from grid import grid
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.backends import cpu, cross_entropy_once
-from pyfused.layout import accumulate_dtype
-from pyfused.ops.row_state import accumulated, fields_of, gradients_of_loss, loss_of_state
-from pyfused.types import RESULTS, SMOOTH, ClassRange, CrossEntropyOptions, Outputs
+from pyfused.backends import cpu
 
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6))
 
@@ -300,40 +296,3 @@ def test_compiled(names: str) -> None:
     got, expected = evaluate(compiled, input), evaluate(loss, input)
     torch.testing.assert_close(got.value, expected.value)
     torch.testing.assert_close(got.gradients, expected.gradients)
-
-
-# ---- logits of some of the classes ---------------------------------------------------------------
-
-
-@grid(classes=[7, 40, 400], dtype=FLOATS, smoothing=[0.0, 0.1], weighted=[False, False, True, True])
-def test_blocks_of_classes_add_up(
-    classes: int, smoothing: float, weighted: bool, dtype: torch.dtype
-) -> None:
-    """Losses and gradients of blocks are those of the whole."""
-    input, target, weight, _ = arguments((9, classes), dtype, False)
-    weight, options = accumulated(weight, dtype) if weighted else None, CrossEntropyOptions()
-    options.label_smoothing, options.reduction = smoothing, "none"
-    logits, grad_output = input.detach(), torch.rand(9).to(accumulate_dtype(dtype))
-    blocks = list(itertools.pairwise([0, 1, classes // 3, classes // 2, classes]))
-    state = torch.empty(fields_of(options), 9, dtype=torch.float64)
-    for first, last in blocks:
-        given = options.rows, ClassRange(first, classes), len(state), 0, first > 0
-        part = logits[:, first:last]
-        backend.row_state(part, *given)(part, target, weight, state)
-    of_loss = target, weight, options, classes
-    grad_results = gradients_of_loss(state, *of_loss, grad_output)
-    parts = [torch.empty_like(logits[:, first:last]) for first, last in blocks]
-    for (first, last), out in zip(blocks, parts, strict=True):
-        part, of_classes = logits[:, first:last], ClassRange(first, classes)
-        launch = backend.row_gradients(part, options.rows, of_classes, len(grad_results))
-        launch(part, target, weight, state, grad_results, out)
-    of_all = backend, logits, target, weight, options
-    whole, _ = cross_entropy_once(*of_all, Outputs())
-    _, (gradient, _) = cross_entropy_once(*of_all, Outputs(False, (True, False)), grad_output)
-    assert whole is not None
-    torch.testing.assert_close(loss_of_state(state, *of_loss).to(whole.dtype), whole)
-    torch.testing.assert_close(torch.cat(parts, 1), gradient)
-    leaf = state.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss_of_state(leaf, *of_loss), leaf, grad_output.double())
-    results = [*RESULTS, SMOOTH][: len(grad_results)]
-    torch.testing.assert_close(grad_results, expected[results])

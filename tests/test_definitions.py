@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import Call, Example, every_example, every_operator
+from catalogue import Call, Example, every_example, every_family, every_operator
 from compare import evaluate
 from test_contract_torch import steps
 from torch import Tensor
@@ -136,7 +136,8 @@ def test_in_sizes_of_users(example: Example) -> None:
     assert_same_bits(second, example.call(shape=(1024, 130)))
 
 
-@every_operator
+@every_family
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.13's compiler
 def test_compiled_while_torch_is_patched(example: Example) -> None:
     if example.id == "kl_div":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import linear_cross_entropy as materialised
-from compare import Errors, evaluate, exactly
+from compare import Errors, evaluate, exactly, products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -19,9 +19,6 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.dispatch.custom_operators import custom_operator
-from pyfused.ops import chunk_sizes, chunked
-from pyfused.types import HeadOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -135,81 +132,20 @@ def test_budgets_change_nothing_but_roundings(kernel_calls: KernelCalls) -> None
     assert calls[-1] > 500
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_products_in_half_precision_are_added_in_blocks(
-    beta: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "PRODUCT_ROWS", 7)
-    a, b, out = torch.randn(20, 5).bfloat16(), torch.randn(5, 3).bfloat16(), torch.randn(20, 3)
-    expected = beta * out + torch.mm(a, b)
-    cpu.add_product(out, a, b, beta)
-    torch.testing.assert_close(out, expected, rtol=0.01, atol=0.01)
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, None), (torch.bfloat16, 16)], ids=str)
-@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_log_probs"])
-def test_memory(
-    op: str, dtype: torch.dtype, share: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What exists at once beside inputs and gradients: a quarter of the logits, or less."""
-    n, features, classes = 2048, 8, 16000
-    logits = n * classes * dtype.itemsize
-    sizes: list[int] = []
-    empty = cpu.empty
-
-    def seen(shape: Any, dtype: torch.dtype, *rest: Any, **options: Any) -> Tensor:
-        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
-        return empty(shape, dtype, *rest, **options)
-
-    monkeypatch.setattr(cpu, "empty", seen)
-    monkeypatch.setattr(cpu, "HAS_AMX", False)
-    input = torch.randn(n, features).to(dtype).requires_grad_()
-    head = torch.randn(classes, features).to(dtype).requires_grad_()
-    target = torch.randint(0, classes, (n,))
-    budget = None if share is None else logits // share
-    chunks = chunked.chunks
-
-    def chunks_seen(*args: Any, **given: Any) -> Iterator[Any]:
-        for chunk in chunks(*args, **given):
-            matrices = chunk.input, chunk.weight, chunk.weight  # and the gradient of one
-            block = chunk.weight.shape != head.shape
-            sizes.append(chunk.output.nbytes + 4 * block * sum(x.numel() for x in matrices))
-            yield chunk
-
-    monkeypatch.setattr(chunked, "chunks", chunks_seen)
-    found = getattr(fused, op)(input, head, target, memory_budget=budget)
-    (found if isinstance(found, Tensor) else found.log_probability).sum().backward()
-    assert sizes
-    assert max(sizes) <= logits / (share or 4)
-
-
-def test_wants_no_product_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    given, products = HeadCase(rows=40), []
-    add_product = backend.add_product
-    monkeypatch.setattr(
-        backend, "add_product", lambda to, *a: (products.append(to.shape), add_product(to, *a))[1]
-    )
-    for wanted in ("input", "head"):
-        products.clear()
-        input, head = given.input.detach(), given.head.detach()
-        leaf = (head if wanted == "head" else input).requires_grad_()
-        fused.linear_cross_entropy(input, head, given.target, memory_budget=1 << 20).backward()
-        # The logits' gradient has a row for each that is not ignored.
-        assert [shape[1:] for shape in products] == [leaf.shape[1:]]
-        counted = 40 if backend.ASYNCHRONOUS else 27
-        assert [shape[0] for shape in products] == [len(leaf) if wanted == "head" else counted]
-    products.clear()
-    fused.linear_cross_entropy(given.input.detach(), given.head.detach(), given.target)
-    assert not products
-
-
-@pytest.mark.cpu
-def test_ignored_rows_take_no_product(product_rows: list[int]) -> None:
+@pytest.mark.parametrize("wanted", ["input", "head", None])
+def test_no_product_beyond_those_that_are_needed(wanted: str | None) -> None:
+    """Rows that are ignored have none, but on devices that nobody waits for."""
     given = HeadCase(rows=90)
-    fused.linear_cross_entropy(given.input, given.head, given.target).backward()
-    assert sum(product_rows) == 60
+    input, head = given.input.detach(), given.head.detach()
+    rows = 90 if backend.ASYNCHRONOUS else 60
+    if wanted:
+        (head if wanted == "head" else input).requires_grad_()
+    with products() as found:
+        loss = fused.linear_cross_entropy(input, head, given.target, memory_budget=1 << 20)
+        if wanted:
+            loss.backward()
+    gradient = {"input": [(rows, 70, 6)], "head": [(70, rows, 6)], None: []}
+    assert found == [(rows, 6, 70), *gradient[wanted]]
 
 
 def test_a_weight_shared_with_the_embedding() -> None:
@@ -301,33 +237,11 @@ def test_a_mean_over_sequences(budget: int | None) -> None:
 
 
 @pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_custom_operator() -> None:
-    given = HeadCase()
-    arguments = (given.input, given.head, given.bias, given.target, None)
-    for reduction in ("mean", "none"):
-        options = HeadOptions(
-            -100,
-            reduction,
-            label_smoothing=0.1,
-            z_loss=0.01,
-            scale=2.0,
-            token_weight=given.token_weight,
-            softcap=9.0,
-        )
-        for in_forward in (False, reduction == "mean"):
-            wanted = [in_forward and tensor.requires_grad for tensor in arguments[:4]]
-            torch.library.opcheck(
-                custom_operator("linear_cross_entropy").default,
-                (*arguments, *options.values(), wanted),
-            )
-
-
-@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @grid(budget=[None, 8 << 10], frozen=[False, True], dtype=[torch.float32, torch.float16])
+@pytest.mark.usefixtures("compiler")
 def test_compiled_makes_logits_as_often_as_eager(
-    dtype: torch.dtype, budget: int | None, frozen: bool, product_rows: list[int]
+    dtype: torch.dtype, budget: int | None, frozen: bool
 ) -> None:
     given = HeadCase(rows=90)
     input, head = given.input.detach().to(dtype), given.head.detach().to(dtype)
@@ -336,13 +250,12 @@ def test_compiled_makes_logits_as_often_as_eager(
     def loss(input: Tensor, head: Tensor) -> Tensor:
         return fused.linear_cross_entropy(input, head, given.target, memory_budget=budget)
 
-    counts, gradients = [], []
-    torch.compiler.reset()
+    sizes, gradients = [], []
     for call in (loss, torch.compile(loss, fullgraph=True)):
-        product_rows.clear()
-        gradients.append(torch.autograd.grad(call(input, head) * 3, leaves))
-        counts.append(sum(product_rows))
-    assert counts[1] == counts[0]
+        with products() as found:
+            gradients.append(torch.autograd.grad(call(input, head) * 3, leaves))
+        sizes.append(sorted(found))
+    assert sizes[1] == sizes[0]
     for got, expected in zip(*gradients, strict=True):  # rounded before or after the factor of 3
         assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
@@ -434,6 +347,45 @@ def test_class_indices_of_uint8_among_more_classes_than_it_holds() -> None:
     torch.testing.assert_close(got, expected)
 
 
+# Of logits that are computed a block of classes at a time: where the largest or a NaN lies.
+BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rising": lambda row: row.sort().values,
+    "falling": lambda row: row.sort(descending=True).values,
+    "equal": lambda row: row * 0 + 3,
+    "ties": lambda row: row.index_fill(0, torch.tensor([63, 64, 190]), 50.0),
+    "first masked": lambda row: row.index_fill(0, torch.arange(130), -math.inf),
+    "last masked": lambda row: row.index_fill(0, torch.arange(60, 192), -math.inf),
+    "all masked": lambda row: row * 0 - math.inf,
+    "nan first": lambda row: row.index_fill(0, torch.tensor([5, 150]), math.nan),
+    "nan last": lambda row: row.index_fill(0, torch.tensor([191]), math.nan),
+    "nan beside masked": lambda row: row.index_fill(0, torch.arange(100), -math.inf).index_fill(
+        0, torch.tensor([120]), math.nan
+    ),
+}
+
+
+@grid(kind=BLOCKS, label=[0, 63, 191], options=[{}, {"label_smoothing": 0.1, "weight": True}])
+def test_blocks_of_classes_are_those_of_a_row(
+    kind: str, label: int, options: dict[str, Any], kernel_calls: KernelCalls
+) -> None:
+    """Losses, metrics and gradients; the products of one feature, 1, are exact."""
+    row, target = BLOCKS[kind](3 * torch.randn(192)), torch.tensor([label])
+    if "weight" in options:
+        options = options | {"weight": torch.rand(192)}
+    logits, head = row[None].clone().requires_grad_(), row[:, None].clone().requires_grad_()
+    expected = fused.cross_entropy_with_metrics(logits, target, **options, scale=0.5)
+    kernel_calls.clear()
+    got = fused.linear_cross_entropy_with_metrics(
+        torch.ones(1, 1), head, target, **options, scale=0.5, memory_budget=1
+    )
+    assert kernel_calls["row_state"] > 1
+    torch.testing.assert_close((got[0], *got[1]), (expected[0], *expected[1]), equal_nan=True)
+    (gradient,), (best,) = (
+        torch.autograd.grad(loss, leaf) for loss, leaf in ((got[0], head), (expected[0], logits))
+    )
+    torch.testing.assert_close(gradient.t(), best, equal_nan=True)
+
+
 # ---- inputs of more dimensions -------------------------------------------------------------------
 
 
@@ -497,30 +449,21 @@ def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.cpu
 @grid(reduction=["mean", "sum", "none"], budget=[None, 3000], dtype=[torch.float32, torch.bfloat16])
 def test_filtered_gradients_are_off_by_less_than_is_said(
-    reduction: str, budget: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    reduction: str, budget: int | None, dtype: torch.dtype
 ) -> None:
     input, head, target = confident(dtype)
-    kept: list[int] = []
-    count = chunked.classes_that_count
-
-    def counted(*given: Any) -> Tensor | None:
-        found = count(*given)
-        kept.append(given[0].shape[1] if found is None else len(found))
-        return found
-
-    monkeypatch.setattr(chunked, "classes_that_count", counted)
     epsilon, leaves = 2.0**-6, (input, head)
     options: dict[str, Any] = {"memory_budget": budget, "reduction": reduction}
-    exact = fused.linear_cross_entropy(input, head, target, **options)
-    grad_output = torch.rand_like(exact)
-    exactly = torch.autograd.grad(exact, leaves, grad_output)
-    blocks, everything = len(kept), sum(kept)
-    kept.clear()
-    loss = fused.linear_cross_entropy(input, head, target, filter_eps=epsilon, **options)
-    found = torch.autograd.grad(loss, leaves, grad_output)
+    results, multiplications = [], []
+    for given in (options, options | {"filter_eps": epsilon}):
+        with products() as found:
+            loss = fused.linear_cross_entropy(input, head, target, **given)
+            grad_output = torch.linspace(0.1, 1, loss.numel()).view_as(loss).to(loss)
+            results.append((loss, torch.autograd.grad(loss, leaves, grad_output)))
+        multiplications.append(sum(map(math.prod, found)))
+    (exact, exactly), (loss, found) = results
     assert torch.equal(loss, exact)
-    assert len(kept) == blocks
-    assert sum(kept) < 0.3 * everything
+    assert multiplications[1] < 0.55 * multiplications[0]  # a third are those of the logits
     least = epsilon * float(grad_output.max()) / (len(target) if reduction == "mean" else 1)
     sums = head.detach().float().abs().sum(0), input.detach().float().abs().sum(0)
     rounding = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-6
@@ -543,9 +486,9 @@ def test_nothing_is_filtered_where_all_counts() -> None:
         strict=True,
     ):
         assert torch.equal(mine, best)
-    gradient = torch.zeros(4, 10)
-    gradient[2, 3], gradient[1, 5] = math.nan, -0.5
-    assert chunked.classes_that_count(gradient, torch.tensor(0.1)).tolist() == [3, 5]
+    head.data[7] = math.nan
+    loss = fused.linear_cross_entropy(input, head, target, filter_eps=0.5)
+    assert all(gradient.isnan().any() for gradient in torch.autograd.grad(loss, (input, head)))
 
 
 @pytest.mark.parametrize(
@@ -563,7 +506,7 @@ def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
 
 @pytest.mark.cpu
 def test_how_many_logits_exist_at_once_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With AMX all of them are the fastest way in bfloat16, up to a share of the memory."""
+    """With AMX all of them are the fastest way in bfloat16."""
     given = HeadCase(rows=3000, classes=4000)
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
 
@@ -577,13 +520,10 @@ def test_how_many_logits_exist_at_once_is_explained(monkeypatch: pytest.MonkeyPa
     assert said(torch.bfloat16, memory_budget=1 << 17) == "logits of some classes at a time"
     monkeypatch.setattr(cpu, "HAS_AMX", True)
     assert said(torch.float32) == "logits of 512 rows at a time"
-    monkeypatch.setattr(chunk_sizes, "memory_of_machine", lambda: 32 * 3000 * 4000 * 2)
     assert said(torch.bfloat16) == "all logits at once"
     assert said(torch.bfloat16, memory_budget=1 << 20) == "logits of some classes at a time"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert said(torch.float32) == "all logits at once"
-    monkeypatch.setattr(chunk_sizes, "memory_of_machine", lambda: 32 * 3000 * 4000)
-    assert said(torch.bfloat16) == "logits of some classes at a time"
 
 
 @pytest.mark.parametrize("function", [fused.linear_cross_entropy, fused.linear_log_probs])

@@ -10,7 +10,7 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from compare import FLOATS, Errors, evaluate, exactly
+from compare import FLOATS, Errors, evaluate, exactly, products
 from conftest import backend
 from grid import FULL, grid
 from hypothesis import given, settings
@@ -20,17 +20,7 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.dispatch.custom_operators import custom_operator
-from pyfused.ops import chunked
 from pyfused.ops.operators import OPERATORS
-from pyfused.types import (
-    INDEX,
-    SMOOTH,
-    SMOOTHING_FIELDS,
-    ClassRange,
-    LogProbsOptions,
-    RowOptions,
-)
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
@@ -230,10 +220,12 @@ def test_ignored_rows(op: str) -> None:
 
 
 @pytest.mark.cpu
-def test_ignored_rows_take_no_product(product_rows: list[int]) -> None:
-    found = fused.linear_log_probs(**draw("linear_log_probs", shape=(90, 70)))
-    found.log_probability.sum().backward()
-    assert product_rows == [60]  # these logits stay for the backward pass
+def test_ignored_rows_take_no_product() -> None:
+    with products() as found:
+        log_probs = fused.linear_log_probs(**draw("linear_log_probs", shape=(90, 70)))
+        log_probs.log_probability.sum().backward()
+    assert found.count((60, FEATURES, 70)) == 1  # these logits stay for the backward pass
+    assert not any(90 in sizes for sizes in found)
 
 
 @every_operator
@@ -325,20 +317,22 @@ def test_nan_stays(isa: str) -> None:
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias"])
-def test_no_product_that_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    products, add_product = [], backend.add_product
-    monkeypatch.setattr(
-        backend, "add_product", lambda to, *a: (products.append(to.shape), add_product(to, *a))[1]
-    )
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("input", [(8, 70, FEATURES)]), ("linear_weight", [(70, 8, FEATURES)]), ("linear_bias", [])],
+)
+def test_no_product_of_a_gradient_that_nobody_wants(
+    name: str, sizes: list[tuple[int, int, int]]
+) -> None:
     tensors = draw("linear_log_probs")
     frozen = {n: x.detach() for n, x in tensors.items()} | {name: tensors[name]}
-    found, expected = all_three("linear_log_probs", **frozen), of_head(**frozen)
-    torch.testing.assert_close(
-        torch.autograd.grad(sum(x.sum() for x in found), tensors[name]),
-        torch.autograd.grad(sum(x.sum() for x in expected), tensors[name]),
-    )
-    assert [shape[1:] for shape in products] == [tensors[name].shape[1:]] * (name != "linear_bias")
+    with products() as found:
+        results = all_three("linear_log_probs", **frozen)
+        gradient = torch.autograd.grad(sum(x.sum() for x in results), tensors[name])
+    expected = torch.autograd.grad(sum(x.sum() for x in of_head(**frozen)), tensors[name])
+    torch.testing.assert_close(gradient, expected)
+    assert found == [(8, FEATURES, 70), *sizes]
 
 
 # ---- what a row's results depend on --------------------------------------------------------------
@@ -447,58 +441,31 @@ def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, 
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(("group", "rows"), [(6, chunked.FIXED_ROWS), (7, 1)])
+@pytest.mark.parametrize(("group", "alike"), [(6, True), (7, False)])
 def test_rows_that_a_library_computes_in_another_order(
-    group: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    group: int, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups of rows have one order of sums, as in MKL, and what remains of a product another."""
-    linear, sizes = chunked.linear, []
+    mm, sizes = torch.mm, []
 
-    def by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def by_groups(x: Tensor, weight: Tensor, out: Tensor) -> None:
         sizes.append(len(x))
         whole = len(x) // group * group
-        linear(x[:whole], weight, bias, out[:whole])
-        linear(x[whole:].flip(1), weight.flip(1), bias, out[whole:])
+        mm(x[:whole], weight, out=out[:whole])
+        mm(x[whole:].flip(1), weight.flip(0), out=out[whole:])
 
-    monkeypatch.setattr(chunked, "linear", by_groups)
-    monkeypatch.setattr(chunked, "_rows_of_product", chunked._rows_of_product.__wrapped__)
-    input, target = torch.randn(150, 40), torch.randint(0, 30, (150,))
-    head = {"linear_weight": torch.randn(30, 40), "deterministic_rows": True}
+    monkeypatch.setattr(torch, "mm", by_groups)
+    features, classes = 16 * group, 31  # of no other test: what a library does is tried once
+    input, target = torch.randn(150, features), torch.randint(0, classes, (150,))
+    head = {"linear_weight": torch.randn(classes, features), "deterministic_rows": True}
 
     def found(of: slice) -> Tensor:
         return bits(all_three("linear_log_probs", input=input[of], target=target[of], **head))
 
     whole = found(slice(None))
-    assert sizes[-1] == rows
+    assert (sizes[-1] > 1) == alike
     for first in (1, 5, 64, 127, 149):
         assert torch.equal(found(slice(first, None)), whole[:, first:])
-
-
-def test_a_call_continues_from_the_one_before(isa: str) -> None:
-    """Block after block of classes, the target in any of them."""
-    logits, target = torch.randn(4, 3000) * 3, torch.tensor([5, 1500, 2999, -100])
-    if backend is not cpu:
-        logits, target = logits[:, :192].contiguous(), torch.tensor([5, 100, 191, -100])
-    classes, block = logits.shape[1], 1024 if backend is cpu else 64
-    options, weight = RowOptions(), torch.rand(classes)
-    logits[0, 2 * block - 1 : 2 * block + 1] = 50.0  # the first of them in the block before
-    logits[1, [block - 1, block + 1]] = math.nan
-    whole, parts = torch.empty(2, SMOOTHING_FIELDS, 4).double()
-    fields, results = SMOOTHING_FIELDS, torch.empty(3, 4)
-    launch = backend.row_state(logits, options, ClassRange(0, classes), fields, len(results))
-    launch(logits, target, weight, whole, results)
-    torch.testing.assert_close(results, whole[:3].float(), rtol=0, atol=0, equal_nan=True)
-    for first in range(0, classes, block):
-        part = logits[:, first : first + block]
-        given = options, ClassRange(first, classes), fields, 0, first > 0
-        backend.row_state(part, *given)(part, target, weight, parts)
-    if backend is cpu:
-        assert whole[:3].view(torch.int64).equal(parts[:3].view(torch.int64))
-    torch.testing.assert_close(whole.float(), parts.float(), equal_nan=True)
-    counted = target != -100
-    assert parts[INDEX][counted].tolist() == logits.argmax(1)[counted].tolist()
-    expected = (logits.double() * weight).sum(1).float()[counted]
-    torch.testing.assert_close(parts[SMOOTH].float()[counted], expected, equal_nan=True)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -517,16 +484,6 @@ def test_rows_beyond_2_31_elements() -> None:
 
 
 # ---- how users call it ---------------------------------------------------------------------------
-
-
-@pytest.mark.cpu
-@every_operator
-def test_custom_operator(op: str) -> None:
-    tensors = draw(op)
-    given = [tensors[operand.name] for operand in OPERATORS[op].operands]
-    options = LogProbsOptions(softcap=9.0, temperature=2.0)
-    operator = custom_operator(op).default
-    torch.library.opcheck(operator, (*given, *options.values()))
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [

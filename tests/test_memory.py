@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from pathlib import Path
 
 import pytest
 from processes import python
 
-linux_only = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
 )
 
@@ -16,8 +16,8 @@ MIB = 1 << 20
 SIZE = 64 * MIB  # of the logits: large beside what a process allocates by the way
 SLACK = 8 * MIB
 
-# `measured()` runs the call twice, so that what is set up once is there, and prints the growth of
-# the peak over what was resident before the second call.
+# `measured()` prints the growth of the peak over what was resident before the call. It makes the
+# call twice: the first one sets up what stays.
 PREAMBLE = """
 import gc, re
 from pathlib import Path
@@ -30,90 +30,79 @@ torch.set_num_threads(1)
 def resident(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
-def measured(call):
-    call()
-    gc.collect()
-    pyfused.memory.release()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
-    call()
-    print(resident("VmHWM") - before)
+def measured(name, call, leaves=()):
+    for before in (None, resident("VmRSS")):
+        gc.collect()
+        pyfused.memory.release()
+        if before is not None:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+            before = resident("VmRSS")
+        call()
+        for x in leaves:
+            x.grad = None
+    print(name, resident("VmHWM") - before)
 
 rows, classes = 64, (64 << 20) // 64 // 4
 leaf = torch.randn(rows, classes, requires_grad=True)
 target = torch.randint(classes, (rows,))
+grad_output = torch.randn(rows, classes)
+bias = torch.zeros(classes, requires_grad=True)
+other = grad_output.clone().requires_grad_()
+inputs = [(leaf.detach(), grad_output), (leaf, grad_output), (leaf, other)]
+options = {"mean": {}, "smoothed": {"label_smoothing": 0.1}, "sum": {"reduction": "sum"}}
+for name, options in options.items():
+    measured(name, lambda: F.cross_entropy(leaf, target, **options).backward(), [leaf])
+measured("no gradient", lambda: F.cross_entropy(leaf.detach(), target))
+made = lambda: leaf.detach() + bias
+measured("in place", lambda: F.cross_entropy(made(), target, inplace=True).backward(), [bias])
+for wanted, (x, y) in enumerate(inputs):
+    step = lambda: F.mse_loss(x, y).backward() if wanted else F.mse_loss(x, y)
+    measured(f"mse_loss-{wanted}", step, [x, y])
+measured("relu", lambda: F.relu(leaf).backward(grad_output), [leaf])
+del leaf, grad_output, other, inputs, x, y
+
+rows, classes = 2048, 16384  # 128 MiB of logits
+x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
+target, teacher = torch.randint(classes, (rows,)), (torch.randn(rows, 4), torch.randn(classes, 4))
+heads = {
+    "linear_cross_entropy": lambda: F.linear_cross_entropy(x, w, target),
+    "linear_log_probs": lambda: F.linear_log_probs(x, w, target).log_probability.sum(),
+    "linear_kl_div": lambda: F.linear_kl_div(x, w, *teacher),
+}
+for name, head in heads.items():
+    measured(name, lambda: head().backward(), [x, w])
 """
 
 
-def run(code: str, **environment: str) -> str:
-    done = python(PREAMBLE + textwrap.dedent(code), **environment)
+@pytest.fixture(scope="module")
+def growth() -> dict[str, int]:
+    """The bytes that each call takes, which one process measures."""
+    done = python(PREAMBLE)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return {name: int(size) for name, size in re.findall(r"(.+) (-?\d+)\n", done.stdout)}
 
 
-def growth(code: str) -> int:
-    return int(run(code))
+# The tensors of the size of the logits that a call makes.
+TENSORS = {
+    "mean": 1,
+    "smoothed": 1,
+    "sum": 1,
+    "no gradient": 0,
+    "mse_loss-0": 0,
+    "mse_loss-1": 1,
+    "mse_loss-2": 2,
+    "in place": 1,  # the logits, which are made within the call
+    "relu": 2,  # its output and the gradient
+}
 
 
-@linux_only
-@pytest.mark.parametrize("options", ["", ", label_smoothing=0.1", ", reduction='sum'"])
-def test_cross_entropy_takes_one_gradient(options: str) -> None:
-    code = f"""
-    def call():
-        leaf.grad = None
-        F.cross_entropy(leaf, target{options}).backward()
-        leaf.grad = None
-    measured(call)
-    """
-    taken = growth(code)
-    assert SIZE - SLACK < taken < SIZE + SLACK
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_call_takes_its_results_and_nothing_else(name: str, growth: dict[str, int]) -> None:
+    assert abs(growth[name] - TENSORS[name] * SIZE) < SLACK
 
 
-@linux_only
-def test_without_a_gradient_nothing() -> None:
-    code = """
-    measured(lambda: F.cross_entropy(leaf.detach(), target))
-    """
-    assert growth(code) < SLACK
-
-
-@linux_only
-def test_in_place_nothing() -> None:
-    """The logits are made within the call: they are all that it takes."""
-    code = """
-    bias = torch.zeros(classes, requires_grad=True)
-    def call():
-        F.cross_entropy(leaf.detach() + bias, target, inplace=True).backward()
-    measured(call)
-    """
-    assert SIZE - SLACK < growth(code) < SIZE + SLACK
-
-
-@linux_only
-@pytest.mark.parametrize("wanted", [0, 1, 2])
-def test_mse_loss_takes_the_gradients_that_are_wanted(wanted: int) -> None:
-    code = f"""
-    input, target = (torch.randn(rows, classes).requires_grad_(i < {wanted}) for i in range(2))
-    def call():
-        input.grad = target.grad = None
-        loss = F.mse_loss(input, target)
-        if {wanted}:
-            loss.backward()
-        input.grad = target.grad = None
-    measured(call)
-    """
-    taken = growth(code)
-    assert wanted * SIZE - SLACK < taken < wanted * SIZE + SLACK
-
-
-@linux_only
-def test_relu_takes_output_and_gradient() -> None:
-    code = """
-    grad_output = torch.randn(rows, classes)
-    def call():
-        leaf.grad = None
-        F.relu(leaf).backward(grad_output)
-        leaf.grad = None
-    measured(call)
-    """
-    assert 2 * SIZE - SLACK < growth(code) < 2 * SIZE + SLACK
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_log_probs", "linear_kl_div"])
+def test_a_head_takes_a_quarter_of_the_logits(op: str, growth: dict[str, int]) -> None:
+    """Of linear_kl_div there are the logits of the teacher, too."""
+    logits = 2 * SIZE * (2 if op == "linear_kl_div" else 1)
+    assert growth[op] < logits / 4 + SLACK

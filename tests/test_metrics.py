@@ -15,8 +15,7 @@ from torch.autograd import forward_ad
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.ops.metrics import Metrics, of_state
-from pyfused.types import METRICS_FIELDS, TARGET_LOGIT, ClassRange, RowOptions
+from pyfused.functional import Metrics
 
 MANY = (1, 40_000 if backend is cpu else 2_000)  # more than a tile holds, for several programs
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6), MANY)
@@ -289,22 +288,6 @@ def test_all_ignored_and_one_row(single: bool) -> None:
             torch.testing.assert_close(mine, best.reshape(target.shape).to(mine.dtype))
 
 
-def test_blocks_without_a_share() -> None:
-    """Of blocks whose logits are all -inf, or NaN, too."""
-    rows = torch.tensor([[-torch.inf, -torch.inf, 1.0, 2.0], [1.0, torch.nan, 3.0, 0.0]])
-    target, state = torch.tensor([3, 0]), torch.empty(METRICS_FIELDS, 2).double()
-    for first in (0, 2):
-        logits, classes = rows[:, first : first + 2].contiguous(), ClassRange(first, 4)
-        given = RowOptions(), classes, METRICS_FIELDS, 0, first > 0
-        backend.row_state(logits, *given)(logits, target, None, state)
-    metrics = of_state(state, target, -100, torch.float64)
-    assert metrics.prediction.tolist() == rows.argmax(1).tolist()
-    torch.testing.assert_close(metrics.log_sum_exp, rows.double().logsumexp(1), equal_nan=True)
-    expected = torch.special.entr(rows.double().log_softmax(1).exp()).sum(1)
-    torch.testing.assert_close(metrics.entropy, expected, equal_nan=True)
-    assert state[TARGET_LOGIT].tolist() == [2.0, 1.0]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
 def test_definition(probabilities: bool) -> None:
@@ -344,7 +327,8 @@ def test_definition_of_linear_cross_entropy() -> None:
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("linear", [False, True], ids=["cross_entropy", "linear_cross_entropy"])
-def test_compiled(linear: bool, product_rows: list[int]) -> None:
+@pytest.mark.usefixtures("compiler")
+def test_compiled(linear: bool, kernel_calls: KernelCalls) -> None:
     input, weight, bias, target = linear_case(torch.float32)
 
     def both(input: Tensor) -> tuple[Tensor, Metrics]:
@@ -363,9 +347,8 @@ def test_compiled(linear: bool, product_rows: list[int]) -> None:
             z_loss=Z_LOSS,
         )
 
-    torch.compiler.reset()
     loss, metrics = torch.compile(both, fullgraph=True, backend="aot_eager")(input)
-    assert bool(product_rows) == linear
+    assert bool(kernel_calls) == linear
     plain, expected = both(input)
     torch.testing.assert_close(metrics, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))

@@ -30,7 +30,7 @@ FIRST, SECOND = 1 << 10, 1 << 12
 
 
 def is_torchs(op: Operator, x: Tensor, *others: Any) -> bool:
-    return sizes.torch_is_faster(op, (x, *others), x.numel())
+    return sizes.is_small(op, (x, *others), x.numel())
 
 
 @pytest.fixture(autouse=True)

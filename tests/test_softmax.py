@@ -154,32 +154,6 @@ def test_no_result_is_subnormal(
     assert torch.tensor(1e-30) * 1e-10 > 0  # others' results may be
 
 
-@grid(name=NAMES, dtype=FLOATS, classes=[9, 300])
-def test_constant_rows_and_large_values(name: str, dtype: torch.dtype, classes: int) -> None:
-    ours, of_torch = both(name, -1)
-    for value in (0.0, 3e4, -3e4):
-        x = torch.full((3, classes), value).to(dtype)
-        x[1, 0] += 100
-        close(ours(x), of_torch(x))
-
-
-@grid(
-    name=NAMES,
-    given=[torch.float64, torch.float32, torch.bfloat16, torch.int64],
-    asked=[None, torch.float64, torch.float32, torch.float16, None],
-)
-def test_dtype(name: str, given: torch.dtype, asked: torch.dtype | None) -> None:
-    x = torch.randint(-4, 5, (6, 50)).to(given)
-    ours, of_torch = both(name, 1, dtype=asked)
-    if asked is None and given is torch.int64:
-        with pytest.raises(NotImplementedError):
-            ours(x)
-        return
-    if given.is_floating_point:
-        assert_alike(ours, of_torch, x.requires_grad_())
-    close(ours(x), of_torch(x))
-
-
 @by_name
 def test_a_dimension_that_is_not_given(name: str) -> None:
     for shape in ((4,), (3, 4), (2, 3, 4), (2, 3, 4, 5)):

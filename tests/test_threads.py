@@ -6,26 +6,18 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from catalogue import EXAMPLES
 from compare import evaluate
-from samples import ACTIVATIONS, FIRST
-from torch import Tensor
 
-from pyfused import functional
 from pyfused.backends import cpu
-from pyfused.dispatch.call import call
-from pyfused.dispatch.operator import Operator
-from pyfused.functional import cross_entropy
-from pyfused.ops.operators import SOFTMAX
+from pyfused.functional import cross_entropy, relu
 
 Threads = Callable[[int], None]
-
-
-def arguments(op: Operator, x: Tensor) -> tuple[Any, ...]:
-    return (x, 1, 3, None) if op is SOFTMAX else (x, *op.defaults)
 
 
 def test_more_threads_than_work(threads: Threads) -> None:
@@ -53,33 +45,20 @@ def test_out_of_range_target_is_found_by_whichever_thread(count: int, threads: T
         cross_entropy(logits, target)
 
 
-def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
-    """For each kind of kernel what prepares a call of one alone, and returns the call."""
-    shape = (4096, 1024)
+EACH_KIND = (
+    *("cross_entropy", "mse_loss", "multilabel_margin_loss", "nll_loss", "multi_margin_loss"),
+    *("relu", "softmax"),
+)
+BACKWARD = "relu", "softmax"  # whose backward passes have kernels of their own
 
-    def backward(op: Operator) -> Callable[[], Any]:
-        x = torch.randn(shape, requires_grad=True)
-        output, grad_output = call(op, arguments(op, x)), torch.ones(shape)
-        return lambda: torch.autograd.grad(output, x, grad_output)
 
-    made: dict[str, Callable[[], Callable[[], Any]]] = {
-        "cross_entropy": lambda: partial(
-            cross_entropy, torch.randn(shape), torch.randint(1024, (4096,))
-        )
-    }
-    loss = FIRST[0]
-    made[loss.kernel] = lambda: partial(loss.ours, **loss.draw(shape, requiring=()))
-    made["multilabel_margin_loss"] = lambda: partial(
-        functional.multilabel_margin_loss, torch.randn(shape), torch.zeros(shape).long()
-    )
-    for name in ("nll_loss", "multi_margin_loss"):
-        made[name] = lambda name=name: partial(
-            getattr(functional, name), torch.randn(shape), torch.randint(1024, (4096,))
-        )
-    for op in (ACTIVATIONS[0], SOFTMAX):
-        made[op.name] = lambda op=op: partial(call, op, arguments(op, torch.randn(shape)))
-        made[f"{op.name}_backward"] = partial(backward, op)
-    return made
+def prepared(name: str, backward: bool) -> Callable[[], Any]:
+    """Returns a call of one kernel alone."""
+    call = EXAMPLES[name].call(shape=(4096, 1024))
+    if backward:
+        value = call.ours()
+        return partial(torch.autograd.grad, value, [*call.leaves.values()], torch.ones_like(value))
+    return partial(call.ours, **{name: x.detach() for name, x in call.tensors.items()})
 
 
 class Native:
@@ -95,9 +74,11 @@ class Native:
         return lambda *args: self.during(lambda: kernel(*args))
 
 
-@pytest.mark.parametrize("prepare", calls().values(), ids=calls().keys())
+@pytest.mark.parametrize(
+    ("name", "backward"), [*((n, False) for n in EACH_KIND), *((n, True) for n in BACKWARD)]
+)
 def test_the_gil_is_released_within(
-    prepare: Callable[[], Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
+    name: str, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the kernel runs, and nothing else, another Python thread makes progress.
 
@@ -127,7 +108,22 @@ def test_the_gil_is_released_within(
     armed = threading.Event()
     native = Native(cpu.native, lambda run: until_progress(run) if armed.is_set() else run())
     monkeypatch.setattr(cpu, "native", native)
-    run = prepare()
+    run = prepared(name, backward)
     armed.set()
     run()
     assert progress == [True, "seen"]
+
+
+def test_the_number_of_threads_is_the_one_of_the_call(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one of the call that was planned."""
+    given: list[int] = []
+    native = cpu.native
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "native", SimpleNamespace(**vars(native)))
+        patch.setattr(cpu.native, "relu", lambda *a: (given.append(a[-1]), native.relu(*a)))
+        for number in (1, 2):
+            threads(number)
+            relu(torch.randn(6, 5))
+    assert given == [1, 2]

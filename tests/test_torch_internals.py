@@ -48,7 +48,7 @@ def test_what_is_missing_is_said(path: str, monkeypatch: pytest.MonkeyPatch) -> 
     other = loaded_again()
     assert path == other.MISSING
     assert other.active_mode() == f"this version of torch lacks {path}"
-    assert not other.traces_compiler()
+    assert not other.compiler_traces()
 
 
 @pytest.mark.parametrize(("owner", "name"), OPTIONAL)

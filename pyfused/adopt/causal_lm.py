@@ -1,14 +1,13 @@
-"""Language models: their head and loss as ``linear_cross_entropy``.
+"""Language models: the head and its loss become ``linear_cross_entropy``.
 
 A model and its head get subclasses of their classes, of the same names. In training the model's own
-``forward`` runs, with the model itself, and its head returns the logits of `deferred.py`,
-which nobody has computed: their cross-entropy is that of the hidden states and the head's weight,
-and whatever else reads them computes them, so that the results are those of the model in any case.
+``forward`` runs, and its head returns the logits of `deferred.py`, which are not computed: their
+cross-entropy is that of the hidden states and the head's weight. Whatever else reads the logits
+computes them, so the results are those of the model in any case.
 
-A head is replaced while it is nothing but its weight and bias. The first loss of a model is also
-computed by torch, some rows of logits at a time, with the gradient of the head's input: if they
-differ the model gets its own ``forward`` again. That takes the time of one more head and loss once,
-and the memory of those rows.
+The first loss of a model is also computed by torch, some rows of logits at a time, with the
+gradient of the head's input: if they differ, the model gets its own ``forward`` back. That takes
+the time of one more head and loss once, and the memory of those rows.
 """
 
 from __future__ import annotations
@@ -29,23 +28,22 @@ from torch.nn import functional as F
 
 from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS
-from pyfused.torch_internals import active_mode
-
-# ---- a model's forward with another head ---------------------------------------------------------
+from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
 
 _thread = threading.local()  # its attribute call: the call of a model that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
-ROWS_BYTES = 16 << 20  # of logits at once, where torch computes a loss to compare
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which autocast casts
-# torch has no public name for that. Global hooks see logits whose reads compute them.
-_has_any_global_hook = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: False)
+ROWS_BYTES = 16 << 20  # logits that torch computes at once for a loss to compare with
+TOKENS = 5  # of the batch that a model is tried with
+_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that autocast casts
+
+# ---- a model's forward with another head ---------------------------------------------------------
 
 
 class _Call:
     """One call of a model whose head defers its logits.
 
     Attributes:
-        told: What the model's owner has been told, and whether a loss has been compared.
+        told: The warnings that were given for the model, and COMPARED after its first loss.
         differs: How the first loss differs from torch's.
     """
 
@@ -56,12 +54,12 @@ class _Call:
         self.hooks = deferred.hooks()
 
     def run(self, kind: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
-        """Returns the output of the model's own ``forward``, and who has read its logits."""
+        """Returns the output of the model's own ``forward``, and what has read its logits."""
         before, _thread.call = getattr(_thread, "call", None), self
         try:
             output = _finished(kind.forward(self.model, *args, **kwargs))
             for family in self.families:
-                if family.is_kept():  # beyond the call, when its weight may change
+                if family.is_kept():  # beyond the call, when the head's weight may change
                     family.compute("what outlives its forward")
             return output, [use for family in self.families for use in family.uses]
         finally:
@@ -76,7 +74,7 @@ class _Call:
             return None
         reason = _reason(self.head, hidden)
         if self.hooks != deferred.hooks():
-            reason = "a checkpoint within its forward calls its head"  # and again in backward
+            reason = "a checkpoint within its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
         family = deferred.Family(self, hidden, self.head.weight, self.head.bias)
@@ -109,7 +107,7 @@ _HEAD = subclass.subclass(Linear, _head_forward)
 
 
 def _is_usable(head: Any, hidden: Any) -> bool:
-    """Returns whether a call of a head is one that torch takes, with an ordinary gradient."""
+    """Returns whether a head's call is valid, and its gradient plain reverse mode."""
     if is_dynamo_compiling():
         return True
     if type(hidden) not in deferred.PLAIN:
@@ -121,31 +119,25 @@ def _is_usable(head: Any, hidden: Any) -> bool:
         and not (hidden.is_nested or hidden.is_inference())
         and hidden.numel() > 0
         and hidden.shape[-1:] == head.weight.shape[-1:]
-        and all(x.dtype in _DTYPES if autocast else x.dtype is hidden.dtype for x in tensors)
+        and all(x.dtype in _CAST_DTYPES if autocast else x.dtype is hidden.dtype for x in tensors)
         and any(x.requires_grad for x in tensors)
         and active_mode() is None
     )
 
 
 def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
-    """Returns why a head is more than its weight and bias, which then makes its own logits.
+    """Returns why a head has to compute its logits itself: it is more than its weight and bias.
 
     Args:
-        hidden: What the head is called with, to which its weight and bias have to fit.
+        hidden: The head's input, which its weight and bias have to fit; None before a call.
     """
     if type(head) not in (Linear, _HEAD):
         return f"its head is a {type(head).__name__}, and no plain torch.nn.Linear"
     if "forward" in vars(head):
         return "the forward of its head was replaced, as accelerate does to offload it"
-    if (
-        head._forward_hooks
-        or head._forward_pre_hooks
-        or head._backward_hooks
-        or head._backward_pre_hooks
-        or _has_any_global_hook()
-    ):
+    if has_hooks(head):
         return "its head has hooks"
-    if head._compiled_call_impl is not None:
+    if has_compiled_call(head):
         return "its head is compiled by itself"
     for name, value in (("weight", head.weight), ("bias", head.bias)):
         if hidden is None or value is None:
@@ -160,14 +152,14 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
 
 
 def _finished(output: Any) -> Any:
-    """Returns a model's output with None for logits of which the loss alone was asked."""
+    """Returns a model's output with None for logits that only their loss has read."""
     if deferred.is_deferred(output):
         family = output._node.family
         if not family.computed and set(family.uses) == {LOSS}:
             return None
         family.compute(OUTPUT)
         result = deferred.computed(output)
-        return result.view_as(result) if family.traced else result  # without our attribute
+        return result.view_as(result) if family.traced else result
     if isinstance(output, tuple):
         parts = list(map(_finished, output))
         if all(part is given for part, given in zip(parts, output, strict=True)):
@@ -202,7 +194,7 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     """Returns why a model that has a head keeps its ``forward``.
 
     Args:
-        vouched: The name of the head that a user vouches for; None for that of transformers.
+        vouched: The name of the head that a user has given; None for that of transformers.
 
     Raises:
         ValueError: There is no such head.
@@ -223,16 +215,16 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
         return reason
     if "labels" not in inspect.signature(type(model).forward).parameters:
         return "its forward takes no labels"
-    return None if getattr(model, head).weight.is_meta else _difference(model, head)
+    return None if getattr(model, head).weight.is_meta else _trial_reason(model, head)
 
 
 def fuse(model: Any, head: str | None = None) -> None:
     """Gives a model and its head the subclasses of their classes.
 
     Args:
-        head: The name of the head that a user vouches for; None for that of transformers.
+        head: The name of the head that a user has given; None for that of transformers.
     """
-    setattr(model, subclass.MARK, set())  # of what its owner has been told
+    setattr(model, subclass.MARK, set())  # the warnings that were given
     _fuse_head(getattr(model, head or _head_of(model) or ""))
     subclass.fuse(model, _fused_forward, head)
 
@@ -261,7 +253,7 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
             _tell(model, told, reason)
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
-            _fuse_head(layer)  # one that was put there since
+            _fuse_head(layer)  # it may be another one than at the conversion
         call = _Call(model, layer, told)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
@@ -277,7 +269,7 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
 
 
 def unfuse(model: Any) -> None:
-    """Gives a model its own ``forward``. That of its head is torch's without one of ours."""
+    """Gives a model its own ``forward``; without it the head's is torch's."""
     delattr(model, subclass.MARK)
     subclass.unfuse(model)
 
@@ -305,50 +297,45 @@ def _wants_loss_alone(
     )
 
 
-# ---- whether it is the same ----------------------------------------------------------------------
+# ---- whether the loss is torch's -----------------------------------------------------------------
 
 
 def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | None:
-    """Returns how a loss or its gradient differs from torch's: "" not at all, None is unknown."""
+    """Returns how a loss or its gradient differs from torch's, "" for equal, None for unknown."""
     rows = node.rows.detach().requires_grad_()
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    dtype = node.family.nodes[0].example.dtype
     size = max(1, ROWS_BYTES // (4 * len(node.family.inputs[1])))
     losses, gradients = [], []
     valid = (target != options["ignore_index"]).sum() if options["reduction"] == "mean" else 1
     with deferred.saved_here():
         loss = node.loss(rows, target, options)
-        upstream = torch.ones_like(loss) * valid
-        (gradient,) = torch.autograd.grad(loss, rows, upstream)
-        for some, targets in zip(rows.split(size), target.split(size), strict=True):
-            some = some.detach().requires_grad_()
-            each = F.cross_entropy(node.logits_of(some), targets, **options | {"reduction": "none"})
-            gradients += torch.autograd.grad(each.sum(), some)
-            losses.append(each.detach())
-    each = torch.cat(losses).float()
-    expected = each if options["reduction"] == "none" else each.sum() / valid
-    for what, ours, theirs in (
-        ("loss", loss.detach(), expected),
-        ("gradient", gradient, torch.cat(gradients)),
-    ):
-        off, size_of = (ours.float() - theirs.float()).norm(), theirs.float().norm()
-        if not size_of.isfinite():
-            return None
-        if not off <= _tolerance(dtype) * size_of:
-            return f"{what} differs from torch's by {float(off / size_of):.2g}"
-    return ""
+        (gradient,) = torch.autograd.grad(loss, rows, torch.ones_like(loss) * valid)
+        for chunk, targets in zip(rows.split(size), target.split(size), strict=True):
+            leaf, unreduced = chunk.detach().requires_grad_(), options | {"reduction": "none"}
+            losses.append(F.cross_entropy(node.recompute(leaf), targets, **unreduced))
+            gradients += torch.autograd.grad(losses[-1].sum(), leaf)
+    expected = torch.cat(losses).detach().float()
+    if options["reduction"] != "none":
+        expected = expected.sum() / valid
+    expected_gradient = torch.cat(gradients)
+    if not (expected.isfinite().all() and expected_gradient.isfinite().all()):
+        return None
+    pairs = (loss.detach(), expected), (gradient, expected_gradient)
+    return _difference(pairs, node.family.nodes[0].example.dtype) or ""
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return max(1e-3, 16 * torch.finfo(dtype).eps)
-
-
-TOKENS = 5
+def _difference(pairs: Any, dtype: torch.dtype) -> str | None:
+    """Returns how far a loss or its gradient is from the expected one, None if they agree."""
+    for name, (value, expected) in zip(("loss", "gradient"), pairs, strict=True):
+        error, scale = (value.float() - expected.float()).norm(), expected.float().norm()
+        if not error <= max(1e-3, 16 * torch.finfo(dtype).eps) * scale:
+            return f"{name} differs from torch's by {float(error / scale):.2g}"
+    return None
 
 
 class _Decoder:
-    """Stands for what computes hidden states, and returns some that are given."""
+    """Replaces the modules that compute hidden states by given ones."""
 
     def __init__(self, module: Module, hidden: Tensor) -> None:
         self.module, self.hidden = module, hidden
@@ -375,10 +362,10 @@ class _Outputs:
             raise AttributeError(name)
 
 
-def _difference(model: Any, name: str) -> str | None:
-    """Returns how the loss of random hidden states, or its gradient, differs, or None.
+def _trial_reason(model: Any, name: str) -> str | None:
+    """Returns why a model of transformers is left, found by running it on random hidden states.
 
-    The ``forward`` of a shallow copy of the model runs twice, once with deferred logits, and with a
+    The ``forward`` of a shallow copy of the model runs with and without deferred logits, and with a
     decoder that returns the hidden states. So nothing of the model changes, and a few rows of
     logits are all it takes.
     """
@@ -387,34 +374,30 @@ def _difference(model: Any, name: str) -> str | None:
     bases = [n for n, m in children.items() if m is model.base_model or isinstance(m, kinds)]
     if not bases:
         return "its hidden states are no output of a base model"
-    generator = torch.Generator().manual_seed(0)
-    weight = head.weight
+    weight, generator = head.weight, torch.Generator().manual_seed(0)
     values = torch.randn(1, TOKENS, head.in_features, generator=generator)
     hidden = values.to(weight.device, weight.dtype).requires_grad_()
     labels = torch.randint(len(weight), (1, TOKENS), generator=generator).to(weight.device)
     labels[0, 1] = -100
-    given: dict[str, Any] = {"input_ids": torch.zeros_like(labels), "labels": labels}
+    inputs: dict[str, Any] = {"input_ids": torch.zeros_like(labels), "labels": labels}
     if "output_router_logits" in inspect.signature(type(model).forward).parameters:
-        given["output_router_logits"] = False
-    kind, twin, twin_head = type(model), copy.copy(model), copy.copy(head)
-    _fuse_head(twin_head)
+        inputs["output_router_logits"] = False
+    deferring = copy.copy(head)
+    _fuse_head(deferring)
     decoders = {base: _Decoder(children[base], hidden) for base in bases}
-    vars(twin)["_modules"] = model._modules | decoders | {name: twin_head}
-    devices = [weight.device] if weight.is_cuda else []
-    found: list[Any] = []
+    twin = with_children(model, decoders | {name: deferring})
+    results: list[tuple[Tensor, ...]] = []
     uses: list[str] = []
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices):
-            for of in (head, twin_head):
-                output, uses = _Call(twin, of, {COMPARED}).run(kind, (), given)
-                found.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
+        with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
+            for call in (_Call(twin, head, {COMPARED}), _Call(twin, deferring, {COMPARED})):
+                output, uses = call.run(type(model), (), inputs)  # the second one's are deferred
+                results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
     except Exception as error:
         return f"its forward was tried with given hidden states and has raised {error!r}"
     if set(uses) != {LOSS}:
         read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
         return f"its logits are read by {read or 'no cross-entropy'}, beside its loss"
-    for what, theirs, ours in zip(("loss", "gradient"), *found, strict=True):
-        off = (ours - theirs).abs().max() / theirs.abs().max()
-        if not off <= _tolerance(weight.dtype):
-            return f"its {what} differs from that of head and cross-entropy by {float(off):.2g}"
-    return None
+    expected, found = results
+    difference = _difference(zip(found, expected, strict=True), weight.dtype)
+    return f"its {difference}" if difference else None

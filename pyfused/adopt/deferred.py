@@ -1,19 +1,20 @@
-"""Logits that are computed when something else than their loss is asked.
+"""Logits that are computed only when something other than their cross-entropy reads them.
 
 A head returns a tensor without memory, of a subclass that sees every operator by
-``__torch_function__``. A short list of reads is noted: views that keep rows whole, slices of rows,
-a cast to float32, a positive factor, a cap by tanh. The cross-entropy of what comes of these is
-``linear_cross_entropy``. Any other operator computes the logits, and all that was noted of them,
-by the same operators of torch, in the grad mode and under the autocast of then. The tensors without
-memory become these tensors by ``torch.utils.swap_tensors``, so that from then on nothing is
-imitated: views are views, and changes in place are seen through them.
+``__torch_function__``. A few operators are recorded instead of computed: views that keep rows
+whole, slices of rows, a cast to float32, a positive factor, a cap by tanh. The cross-entropy of
+such logits is ``linear_cross_entropy`` of the hidden states. Any other operator computes the logits
+and everything recorded of them, by the same operators of torch, in the grad mode and autocast of
+the recording. ``torch.utils.swap_tensors`` then turns the tensors without memory into the computed
+ones, so nothing is imitated any longer: views are views, and changes in place are seen through
+them.
 
-This was chosen over a class with a tensor's methods, of which each is one more thing to be right.
-torch swaps no tensor that C++ holds, such as an argument of an ``autograd.Function``: that one
-passes operators on to the computed logits, and has a gradient of its own.
+A class with all methods of a tensor would be the alternative, with each method to be kept right.
+torch swaps no tensor that C++ holds, such as an argument of an ``autograd.Function``: such a tensor
+passes operators on to the computed logits, and `_Deferral` is its gradient.
 
-A compiler gets logits with memory, of a subclass with the same ``__torch_function__``: those that
-nobody reads are dead code of its program.
+Under torch.compile the logits have memory, and a subclass with the same ``__torch_function__``: the
+compiler drops those that nobody reads.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from pyfused import torch_internals
+from pyfused.dispatch import reasons
 from pyfused.functional import linear_cross_entropy
+from pyfused.torch_internals import version_of
 
 LOSS = "its loss"
 PLAIN = (Tensor, Parameter)
@@ -55,14 +58,14 @@ _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 
 
 class Family:
-    """All that follows from one call of a head.
+    """The logits of one call of a head, and what was recorded of them.
 
     Attributes:
         call: The model's call, whose ``accepts`` says whether a loss may take the kernels.
         inputs: The hidden states, the head's weight and its bias.
-        uses: What their cross-entropy, and what else, was asked for, by name.
+        uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
-        nodes: Its tensors, until they are computed or the model's call is over.
+        nodes: The recorded tensors, until they are computed or the model's call is over.
     """
 
     def __init__(self, call: Any, *inputs: Any) -> None:
@@ -75,7 +78,7 @@ class Family:
         self.versions = None if self.traced else _versions(inputs)
 
     def logits(self) -> Any:
-        """Returns the head's output, which is not computed yet."""
+        """Returns the output of the head."""
         hidden, weight, _ = self.inputs
         if self.traced:
             return _Node(self, hidden).tensor(F.linear(*self.inputs))
@@ -84,15 +87,15 @@ class Family:
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
 
     def is_lazy(self) -> bool:
-        """Returns whether a read can be noted: all is as it was when the head was called."""
+        """Returns whether operators can be recorded: modes are those of the head's call."""
         return not self.computed and self.context == _context(self.inputs[0].device.type)
 
     def is_kept(self) -> bool:
-        """Returns whether anybody has a tensor that is not computed."""
+        """Returns whether a tensor without memory is still referenced."""
         return any(node.reference() is not None for node in self.nodes)
 
     def compute(self, reader: str) -> None:
-        """Computes the logits and what was noted of them, once, and notes who asked."""
+        """Computes the logits and what was recorded of them, once, for the operator that reads."""
         self.uses.append(reader)
         if not self.computed and not self.traced:
             with self.restored():
@@ -106,10 +109,10 @@ class Family:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Grad mode and autocast as they were when the head was called.
+        """Restores grad mode and autocast of the head's call.
 
         Raises:
-            RuntimeError: Its input or parameters have been changed in place since.
+            RuntimeError: The head's input or parameters have been changed in place since.
         """
         if _versions(self.inputs) != self.versions:
             raise RuntimeError(
@@ -119,59 +122,56 @@ class Family:
             )
         _, autocast, dtype, _ = self.context
         cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
-        # A checkpoint would find that another moment has come when it recomputes.
+        # A checkpoint that recomputes would see these tensors saved at another point.
         saved = nullcontext() if hooks() is None else saved_here()
         with torch.inference_mode(False), torch.enable_grad(), cast, saved:
             yield
 
 
 def hooks() -> Any:
-    """Returns the hooks for saved tensors.
-
-    Without them, a checkpoint within a model whose logits are read there raises, as it finds other
-    tensors saved when it recomputes.
-    """
+    """Returns the hooks for saved tensors, by which a checkpoint is noticed."""
     return None if is_dynamo_compiling() else torch_internals.saved_tensors_hooks(True)
 
 
 def saved_here() -> saved_tensors_hooks:
-    """Keeps tensors that are saved for backward from the hooks that are in effect."""
+    """Hides tensors that are saved for backward from the hooks that are in effect."""
 
     def unpack(saved: tuple[Tensor, int]) -> Tensor:
         tensor, version = saved
-        if tensor._version != version:
+        if version_of(tensor) != version:
             raise RuntimeError(
                 "pyfused.convert: expected what backward needs of logits to stay the same, got it "
                 "changed in place"
             )
         return tensor
 
-    return saved_tensors_hooks(lambda tensor: (tensor.detach(), tensor._version), unpack)
+    return saved_tensors_hooks(lambda tensor: (tensor.detach(), version_of(tensor)), unpack)
 
 
 def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
-    """Returns what a call of torch depends on beside its arguments."""
+    """Returns the modes that a call of torch depends on."""
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return torch.is_grad_enabled(), autocast, dtype, hooks()
 
 
 def _versions(tensors: Any) -> list[tuple[int, int]]:
-    return [(x._version, x.data_ptr()) for x in tensors if x is not None]
+    return [(version_of(x), x.data_ptr()) for x in tensors if x is not None]
 
 
 @dataclass(eq=False)
 class _Node:
-    """One tensor of a family: the head's output, or an operator of an earlier one.
+    """One tensor of a family: the head's output, or an operator's result.
 
-    It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, of ``x = linear(rows,
-    weight, bias)``.
+    Its value is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where ``x =
+    linear(rows, weight, bias)``.
 
     Attributes:
-        operation: The operator of torch, its further arguments and keywords.
+        operation: The operator of torch, and its arguments and keywords after the parent.
         cast: The dtype that x was cast to, if it was.
         example: A tensor of its shape, strides and dtype: on meta, or the compiler's own.
-        real: The computed tensor, and its version then.
-        held: Whether the tensor that stands for it could not become the computed one.
+        real: The computed tensor. ``version`` is its version when it was computed.
+        held: Whether C++ holds the tensor without memory, which then stays what it is.
+        reference: A weak reference to the tensor without memory.
     """
 
     family: Family
@@ -188,10 +188,10 @@ class _Node:
     reference: Callable[[], Any] = lambda: None
 
     def tensor(self, example: Tensor) -> Any:
-        """Returns the tensor that stands for it."""
+        """Returns the tensor that users get."""
         self.example = example
         if self.family.traced:
-            tensor: Any = example.as_subclass(TracedLogits)
+            tensor: Any = example.as_subclass(_Logits)
         else:
             tensor = _Deferral.apply(self, *self.family.inputs)  # type: ignore[no-untyped-call]
             self.reference = weakref.ref(tensor)
@@ -200,38 +200,35 @@ class _Node:
         return tensor
 
     def compute(self) -> Tensor:
-        """Returns the computed tensor, which the one that stood for it becomes if it can."""
+        """Computes the tensor once; the one that users have becomes the computed one if it can."""
         if self.real is None:
-            real = self.replay(_Node.compute)
+            real = self.apply(self.parent.compute() if self.parent else self.family.inputs[0])
             if LOSS in self.family.uses:
                 vars(real).update(register_hook=_refuse, retain_grad=_refuse)
             tensor, self.reference = self.reference(), lambda: None  # no weak reference is left
             self.real = tensor if _becomes(tensor, real) else real
-            self.version = self.real._version
+            self.version = version_of(self.real)
             self.held = isinstance(tensor, _Logits)
         return self.real
 
-    def replay(self, parent: Callable[[_Node], Tensor], input: Tensor | None = None) -> Tensor:
-        """Returns the tensor, computed by torch from what a function makes of its parent."""
+    def apply(self, input: Tensor) -> Tensor:
+        """Returns torch's result of the operator, given its parent or the hidden states."""
         if self.parent is None:
-            hidden, *layer = self.family.inputs
-            return F.linear(hidden if input is None else input, *layer)
+            return F.linear(input, *self.family.inputs[1:])
         function, args, kwargs = self.operation
-        if input is not None and (function in _VIEWS or function is Tensor.__getitem__):
-            return parent(self.parent)
-        result: Tensor = function(parent(self.parent), *args, **kwargs)
+        result: Tensor = function(input, *args, **kwargs)
         return result
 
-    def anew(self) -> Tensor:
-        """Returns another such tensor."""
-        return self.replay(_Node.anew)
+    def recompute(self, rows: Tensor | None = None) -> Tensor:
+        """Returns another tensor of the same value, or the logits of other rows."""
+        if self.parent is None:
+            return self.apply(self.family.inputs[0] if rows is None else rows)
+        parent = self.parent.recompute(rows)
+        keeps_values = self.operation[0] in _VIEWS or self.operation[0] is Tensor.__getitem__
+        return parent if keeps_values and rows is not None else self.apply(parent)
 
-    def logits_of(self, rows: Tensor) -> Tensor:
-        """Returns the logits of some rows, by torch's operators."""
-        return self.replay(lambda parent: parent.logits_of(rows), rows)
-
-    def read(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Returns the result of an operator that can be noted, or None of any other."""
+    def record(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Returns the result of an operator that can be recorded, or else None."""
         if function is F.cross_entropy:
             return self.cross_entropy(*args, **kwargs)
         rows, scale, given = self.rows, self.scale, (*args, *kwargs.values())
@@ -282,7 +279,7 @@ class _Node:
         reduction: Any = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor | None:
-        """Returns what torch's function of this name returns, or None where it has to do it."""
+        """Returns the result of torch's function of this name if it can be fused, or else None."""
         legacy = weight is not None or size_average is not None or reduce is not None
         plain = self.family.traced or type(target) in PLAIN
         if legacy or not plain or target.is_floating_point() or self.rows.dim() != 2:
@@ -324,7 +321,7 @@ def _keeps_rows(index: Any, dimensions: int) -> bool:
 
 
 def _becomes(tensor: Any, real: Tensor) -> bool:
-    """Swaps two tensors, unless something in C++ or a weak reference has either of them."""
+    """Swaps two tensors, and returns whether torch could: C++ may hold one of them."""
     if tensor is None:
         return False
     vars(real).update({name: value for name, value in vars(tensor).items() if name != "_node"})
@@ -338,7 +335,7 @@ def _becomes(tensor: Any, real: Tensor) -> bool:
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
-    """Raises for a hook, or a wish for a gradient, that would not see a loss."""
+    """Raises for a hook or gradient of logits that a fused loss would bypass."""
     raise RuntimeError(
         "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
         "their loss, which has been computed without them, got it after. Call it before, or revert "
@@ -346,11 +343,11 @@ def _refuse(*_: Any, **__: Any) -> Any:
     )
 
 
-# ---- the tensors that stand for them -------------------------------------------------------------
+# ---- tensor subclasses ---------------------------------------------------------------------------
 
 
 class _Logits(Tensor):
-    """The output of a converted head, or a noted read of it."""
+    """The output of a converted head, or a recorded operator of it; compilers get this class."""
 
     _node: Any = None
 
@@ -359,23 +356,15 @@ class _Logits(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs, tensor = kwargs or {}, args[0] if args else None
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_internals.DisableTorchFunctionSubclass():
             if function in _METADATA:
                 return function(*args, **kwargs)
             if isinstance(tensor, _Logits) and tensor._node.family.is_lazy():
-                result = tensor._node.read(tensor, function, args[1:], kwargs)
+                result = tensor._node.record(tensor, function, args[1:], kwargs)
                 if result is not None:
                     return result
-            found: list[Any] = []
-            _mapped(found.append, (args, kwargs))
-            for each in found:
-                if isinstance(each, _Logits):  # and not swapped with its family just now
-                    _compute(each, function)
-        return function(*_mapped(computed, args), **_mapped(computed, kwargs))
-
-
-class TracedLogits(_Logits):
-    """Logits in a compiler's program, whose memory is the compiler's concern."""
+            args, kwargs = _mapped(lambda logits: _compute(logits, function), (args, kwargs))
+        return function(*args, **kwargs)
 
 
 class DeferredLogits(_Logits):
@@ -385,8 +374,8 @@ class DeferredLogits(_Logits):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Computes an operator that C++ has called, of other logits of the same values."""
-        if function._schema.is_mutable:
+        """Computes an operator that C++ has called, from logits that are recomputed for it."""
+        if torch_internals.is_mutable(function):
             raise RuntimeError(
                 f"pyfused.convert: expected no change in place of a converted model's logits by "
                 f"compiled code, got {function}. Revert the model"
@@ -394,13 +383,17 @@ class DeferredLogits(_Logits):
         return function(*_mapped(_values, args), **_mapped(_values, kwargs or {}))
 
 
+# Dispatch leaves them to torch's function, whose __torch_function__ computes the fused loss.
+reasons.not_logged.add(f"input is a {DeferredLogits.__name__}")
+
+
 class _Deferral(torch.autograd.Function):
-    """Makes a tensor without memory, whose gradient goes to the head's input and parameters."""
+    """Creates a tensor without memory, whose gradient goes to the head's input and parameters."""
 
     @staticmethod
     def forward(ctx: Any, node: _Node, hidden: Tensor, *_: Any) -> Tensor:
         ctx.node, example = node, node.example
-        return Tensor._make_wrapper_subclass(  # which torch's page on extending it names
+        return torch_internals.make_wrapper_subclass(
             DeferredLogits,
             example.shape,
             strides=example.stride(),
@@ -411,7 +404,7 @@ class _Deferral(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         node, inputs = ctx.node, ctx.node.family.inputs
-        if node.real is not None and node.real._version != node.version:
+        if node.real is not None and version_of(node.real) != node.version:
             raise RuntimeError(
                 "pyfused.convert: expected logits that are not changed in place beside an "
                 "autograd.Function that takes them, got such ones. Revert the model"
@@ -419,13 +412,14 @@ class _Deferral(torch.autograd.Function):
         needed, create_graph = ctx.needs_input_grad[1:], torch.is_grad_enabled()
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         with node.family.restored():
-            found = torch.autograd.grad(node.anew(), wanted, grad_output, create_graph=create_graph)
+            logits = node.recompute()
+            found = torch.autograd.grad(logits, wanted, grad_output, create_graph=create_graph)
         gradients = iter(found)
         return None, *(next(gradients) if need else None for need in needed)
 
 
-def _compute(tensor: Any, function: Any) -> None:
-    """Computes a tensor's family for an operator.
+def _compute(tensor: Any, function: Any) -> Any:
+    """Returns the computed logits for an operator that reads them.
 
     Raises:
         RuntimeError: The operator's result would lack a gradient.
@@ -439,10 +433,11 @@ def _compute(tensor: Any, function: Any) -> None:
     family.compute(_name_of(function))
     if function in _OF_GRADIENTS and LOSS in family.uses:
         _refuse()
+    return computed(tensor)
 
 
 def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
-    """Returns arguments with deferred logits changed by a function."""
+    """Returns arguments with a function applied to the deferred logits among them."""
     if type(x) is dict:
         return {key: _mapped(change, value) for key, value in x.items()}
     if type(x) in (list, tuple):
@@ -451,10 +446,10 @@ def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
 
 
 def computed(tensor: Any) -> Any:
-    """Returns the computed logits in place of a tensor that has not become them."""
-    if isinstance(tensor, TracedLogits):
-        return tensor._node.example
-    return tensor._node.real if isinstance(tensor, DeferredLogits) else tensor
+    """Returns the computed logits, given a tensor that may have become them."""
+    if isinstance(tensor, DeferredLogits):
+        return tensor._node.real
+    return tensor._node.example if isinstance(tensor, _Logits) else tensor
 
 
 def _values(tensor: Any) -> Tensor:
@@ -462,7 +457,7 @@ def _values(tensor: Any) -> Tensor:
     if node.real is not None:
         return node.real.detach()
     with node.family.restored(), torch.no_grad():
-        return node.anew().to(node.example.dtype)
+        return node.recompute().to(node.example.dtype)
 
 
 def _name_of(function: Any) -> str:

@@ -17,7 +17,7 @@ import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused import checks
 from pyfused.adopt.convert import FUSED
-from pyfused.dispatch.call import reason_beside_size
+from pyfused.dispatch.call import fallback_reason
 from pyfused.dispatch.explain import BY_SHARDS, Explanation, by_kernel, path_of
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.operators import OPERATORS
@@ -67,7 +67,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     if all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors):
         # What a kernel could not take is checked by torch, but for dtypes of indices.
-        reason = reason_beside_size(operator, arguments, inplace)
+        reason = fallback_reason(operator, arguments, inplace)
         if reason is None or " has dtype " in reason:
             operator.check(arguments)
     return said

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyfused import functional as F
 from pyfused.adopt import subclass
+from pyfused.torch_internals import has_hooks
 
 _PRODUCT = r"self\.down_proj\(self\.act_fn\(self\.gate_proj\(x\)\) \* self\.up_proj\(x\)\)"
 _FORWARD = re.compile(
@@ -47,7 +48,7 @@ def _is_product(kind: Any) -> bool:
 def _function_of(module: Any) -> Callable[..., Tensor] | None:
     """Returns the gated activation, None where hooks or another ``forward`` need what it fuses."""
     act: Any = module.act_fn
-    if "forward" in vars(module) or act._forward_hooks or act._forward_pre_hooks:
+    if "forward" in vars(module) or has_hooks(act):
         return None
     if type(act).__name__ == "GELU":
         return partial(F.geglu, approximate=act.approximate)

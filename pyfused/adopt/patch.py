@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from types import BuiltinFunctionType, CodeType, MethodDescriptorType, MethodType, NoneType
@@ -20,9 +21,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
 from pyfused.dispatch import call as dispatch
-from pyfused.dispatch.call import is_small
 from pyfused.dispatch.operator import Arguments, Operator, parameters_of
 from pyfused.dispatch.originals import TorchAlone, original, torch_alone
+from pyfused.dispatch.reasons import first_time
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
 from pyfused.torch_internals import dynamo_table, tell_jit
@@ -143,7 +144,7 @@ class _BuiltIn:
                 len(args) >= needed
                 and not has_torch_function(args)
                 and not is_dynamo_compiling()
-                and is_small(op, args)
+                and dispatch.is_small(op, args)
             ):
                 return torch_function(*args, **kwargs)
             if len(args) == needed and not kwargs:
@@ -160,10 +161,11 @@ class _BuiltIn:
                     # Passes over the graph compare its functions with torch's names by identity.
                     return handle_torch_function(stand_in, arguments, *args, **kwargs)
                 return shown(*args, **kwargs)
-            if torch_alone.depth and not is_dynamo_compiling():
+            is_eager = not is_dynamo_compiling()
+            if is_eager and (torch_alone.depth or dispatch.is_small(op, arguments)):
                 return torch_function(*args, **kwargs)
-            torch_ = functools.partial(torch_function, **kwargs) if kwargs else torch_function
-            return dispatch.call(op, arguments, inplace, torch_, args)
+            unbound = functools.partial(torch_function, *args, **kwargs)
+            return _call(op, arguments, inplace, unbound)
 
         stand_in = (MethodStandIn if method else StandIn)(call)
         globals()[self.path.replace(".", "_")] = stand_in
@@ -213,12 +215,52 @@ def _fused(
         if has_torch_function(arguments):
             return torch_functions[0](*arguments, *inplace)
         overwrites = bool(inplace and inplace[0])  # torch takes any object's truth value
-        if not is_dynamo_compiling() and (torch_alone.depth or is_small(op, arguments)):
+        if not is_dynamo_compiling() and (torch_alone.depth or dispatch.is_small(op, arguments)):
             return shortest[overwrites](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
-        return dispatch.call(op, bound, overwrites, torch_functions[overwrites], arguments)
+        unbound = functools.partial(torch_functions[overwrites], *arguments)
+        return _call(op, bound, overwrites, unbound)
 
     return call
+
+
+def _call(
+    op: Operator, arguments: Arguments, inplace: bool, torch_call: Callable[[], Tensor]
+) -> Tensor:
+    """Returns the result of a kernel, or else of torch's function, which raises torch's errors.
+
+    An error that torch does not raise is pyfused's: a warning says so, once, and the result is
+    torch's. With ``inplace`` it is raised, as the kernel may have overwritten the input.
+    """
+    reason, failure = None, None
+    try:
+        plan_of = dispatch.compiled_plan if is_dynamo_compiling() else dispatch.plan_of
+        reason, run = plan_of(op, arguments, inplace)
+        if run is not None:
+            output: Tensor = run(arguments)
+            return output
+    except Exception as error:
+        # A checkpoint ends its recomputation by an exception.
+        if type(error).__module__ == "torch.utils.checkpoint":
+            raise
+        failure = error
+    if reason is not None:
+        dispatch.report_fallback(op, arguments, reason)
+    # Called outside of `except`: the context of torch's error is no error of pyfused.
+    if is_dynamo_compiling():
+        result = torch_call()
+    else:
+        with torch_alone:
+            result = torch_call()
+    if failure is not None:
+        if inplace:
+            raise failure
+        if first_time(op.name, type(failure).__name__):
+            message = (
+                f"pyfused: {op.name}: the result is torch's, as pyfused has raised {failure!r}"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return result
 
 
 def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:

@@ -1,4 +1,4 @@
-"""Counts the calls of pyfused's operators, and compares some of them with torch's.
+"""Counts the calls of pyfused's operators, and estimates the time that their kernels save.
 
 ``python -m pyfused run train.py`` and :func:`pyfused.report` print what is counted here.
 """
@@ -10,34 +10,31 @@ import math
 import os
 import runpy
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_low
 from time import perf_counter
 from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
-from torch.nn import Parameter
 
 from pyfused import torch_internals
 from pyfused.adopt.patch import patch
 from pyfused.dispatch import call as dispatch
-from pyfused.dispatch import custom_operators, reasons
+from pyfused.dispatch import reasons
+from pyfused.dispatch.call import plan_of  # stays the function that does not count
 from pyfused.dispatch.operator import Arguments, Operator
-from pyfused.ops.activation import Activation
-from pyfused.ops.composed import Composed
-from pyfused.ops.pointwise_loss import TensorLoss
+from pyfused.dispatch.originals import torch_alone
+from pyfused.dispatch.signature import PLAIN
+from pyfused.ops import custom_operators
 
-SHARE = 0.003  # of the program's time that comparisons of an operator may take, beside BEGINNING
-BEGINNING = 0.25  # seconds, so that calls of a short program are compared as well
-MOST = 1 << 24  # elements of a compared call; one of more is cut, for the sake of memory
-SHORT = 0.01  # seconds; a shorter call is measured twice, and the better time counts
-
-plan_of = dispatch.plan_of  # which does not count
+BUDGET = 0.25  # seconds for re-running calls of an operator
+MOST = 1 << 24  # elements of a call that is re-run; of a larger one it is the first rows
 
 
 @dataclass
@@ -48,75 +45,60 @@ class Calls:
         count: The number of calls.
         largest: The elements of the largest input, or of a linear layer's logits.
         elements: The elements of all inputs together.
-        repeats: The seconds per element, of pyfused and of torch, of each call that was repeated.
-        due: The number of the next call to compare.
+        times: The seconds per element, of pyfused and of torch, of each call that was re-run.
+        due: The number of the next call to re-run.
     """
 
     count: int = 0
     largest: int = 0
     elements: int = 0
-    repeats: list[tuple[float, float]] = field(default_factory=list)
+    times: list[tuple[float, float]] = field(default_factory=list)
     due: float = 1
 
 
 class Row(NamedTuple):
-    """The calls of one operator's kernels, of all sizes together; both times are estimates."""
+    """The calls of one operator's kernels, of all sizes together; the times are estimates."""
 
     op: str
     calls: int
     largest: int
     compared: int
-    ours: float
-    theirs: float
+    pyfused: float
+    torch: float
 
 
 class Report:
-    """What :func:`pyfused.report` returns: its ``str`` and ``repr`` are the table.
-
-    The program sees no error of counting; the table shows it. Counting is no mode, as torch's
-    operators would take the calls while one is active.
-    """
+    """What :func:`pyfused.report` returns: its ``str`` and ``repr`` are the table."""
 
     def __init__(self, compare: bool = False) -> None:
-        self._compare = compare  # more calls, whatever time that takes
+        self._budget = math.inf if compare else BUDGET
         # By operator, bits of the size, and whether gradients are needed.
         self._kernels: defaultdict[tuple[str, int, bool], Calls] = defaultdict(Calls)
-        self._small: Counter[str] = Counter()  # calls that are left to torch for their size
-        self._left: Counter[tuple[str, str]] = Counter()  # by operator and another reason
+        self._small: Counter[str] = Counter()  # calls that are too small for a kernel
+        self._fallbacks: Counter[tuple[str, str]] = Counter()  # by operator and other reason
         self._compiled: Counter[str] = Counter()  # calls of kernels in compiled programs
-        self._failed: dict[str, str] = {}  # errors of counting
         self._comparing: defaultdict[str, float] = defaultdict(float)  # seconds, by operator
         self._seconds, self._began = 0.0, perf_counter()
 
+    # A mode cannot count: torch's operators take the calls while one is active.
     def __enter__(self) -> Report:
         self._began = perf_counter()
         self._uncounted = dispatch.plan_of, dispatch.is_small, custom_operators.compute
-        self._replace(self._plan_of, self._is_small, self._compute)
+        dispatch.plan_of, dispatch.is_small = self._plan_of, self._is_small
+        custom_operators.compute = self._compute
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._replace(*self._uncounted)
+        dispatch.plan_of, dispatch.is_small, custom_operators.compute = self._uncounted
         if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()  # else the block seems to end where its kernels are launched
         self._seconds += perf_counter() - self._began
 
-    @staticmethod
-    def _replace(plan_of: Any, is_small: Any, compute: Any) -> None:
-        for module, name, function in (
-            (dispatch, "plan_of", plan_of),
-            (dispatch, "is_small", is_small),
-            (sys.modules["pyfused.patch"], "is_small", is_small),  # its name is the function's, too
-            (custom_operators, "compute", compute),
-        ):
-            setattr(module, name, function)
-
-    # ---- counting ----
-
-    def _is_small(self, op: Operator, arguments: Arguments) -> bool:
-        if self._uncounted[1](op, arguments):
+    def _is_small(self, op: Operator, arguments: Arguments, elements: int | None = None) -> bool:
+        is_small = self._uncounted[1](op, arguments, elements)
+        if is_small:
             self._small[op.name] += 1
-            return True
-        return False
+        return is_small
 
     def _compute(self, op: str, function: Any, *arguments: Any) -> Any:
         if len(arguments) == 1:  # a backward pass has more
@@ -125,41 +107,31 @@ class Report:
 
     def _plan_of(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Plan:
         plan = self._uncounted[0](op, arguments, inplace)
-        try:
-            self._count(plan, op, arguments, inplace)
-        except Exception as error:
-            self._failed[op.name] = repr(error)
+        if torch_internals.compiler_traces():
+            return plan
+        if plan.run is None:
+            self._fallbacks[op.name, str(plan.reason)] += 1
+        else:
+            self._count(op, arguments)
         return plan
 
-    def _count(
-        self, plan: dispatch.Plan, op: Operator, arguments: Arguments, inplace: bool
-    ) -> None:
-        if dispatch.compiler_traces():
-            return
-        if plan.run is None:
-            self._left[op.name, str(plan.reason)] += 1
-            return
-        elements = _elements(op, arguments)
-        if type(elements) is not int:  # a tensor, to torch.jit.trace
-            return
+    def _count(self, op: Operator, arguments: Arguments) -> None:
         needs_grad = torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in arguments
         )
+        elements = _elements(op, arguments)
         calls = self._kernels[op.name, elements.bit_length(), needs_grad]
         calls.count += 1
         calls.elements += elements
         calls.largest = max(calls.largest, elements)
-        if calls.count < calls.due:
+        if calls.count < calls.due or self._comparing[op.name] > self._budget:
             return
+        calls.due = 2 * calls.count
         start = perf_counter()
-        allowed = SHARE * (start - self._began) + BEGINNING
-        if self._comparing[op.name] > allowed and not self._compare:
-            return  # until there is time
-        calls.due = max(calls.count + 1, calls.count * (1.25 if self._compare else 2))
-        if _can_be_repeated(op, arguments, inplace):
+        if _can_be_repeated(op, arguments):
             try:
-                calls.repeats.append(_times(op, arguments, inplace, first=not calls.repeats))
-            except Exception:
+                calls.times.append(_times(op, arguments))
+            except Exception:  # no memory for a second call, for example
                 calls.due = math.inf
         self._comparing[op.name] += perf_counter() - start
 
@@ -169,56 +141,57 @@ class Report:
         """Returns a row for each operator with kernels, the one that took longest first."""
         rows = []
         for op in dict.fromkeys(op for op, *_ in self._kernels):
-            kinds = {key[1:]: calls for key, calls in self._kernels.items() if key[0] == op}
-            medians = {
-                kind: [_median(column) for column in zip(*calls.repeats, strict=True)]
-                for kind, calls in kinds.items()
-                if calls.repeats
-            }
-            ours = theirs = 0.0
-            for (bits, needs_grad), calls in kinds.items() if medians else ():
-                nearest = min(medians, key=lambda k: (k[1] != needs_grad, abs(k[0] - bits)))
-                ours += calls.elements * medians[nearest][0]
-                theirs += calls.elements * medians[nearest][1]
-            largest = max(calls.largest for calls in kinds.values())
-            count = sum(calls.count for calls in kinds.values())
-            compared = sum(len(calls.repeats) for calls in kinds.values())
-            rows.append(Row(op, count, largest, compared, ours, theirs))
+            kinds = [calls for key, calls in self._kernels.items() if key[0] == op]
+            compared = [calls for calls in kinds if calls.times]
+            times = [0.0, 0.0]
+            for calls in compared:
+                for i, seconds in enumerate(zip(*calls.times, strict=True)):
+                    times[i] += calls.elements * median_low(seconds)
+            # Other sizes are taken to need as long per element.
+            known = sum(calls.elements for calls in compared)
+            scale = sum(calls.elements for calls in kinds) / max(known, 1)
+            rows.append(
+                Row(
+                    op,
+                    sum(calls.count for calls in kinds),
+                    max(calls.largest for calls in kinds),
+                    sum(len(calls.times) for calls in kinds),
+                    *(scale * seconds for seconds in times),
+                )
+            )
         # An estimate has a backward pass for each call that may have one, which may never have run.
-        part = min(1.0, ran / max(sum(row.ours for row in rows), 1e-9))
-        scaled = (row._replace(ours=part * row.ours, theirs=part * row.theirs) for row in rows)
-        return sorted(scaled, key=lambda row: -row.theirs)
+        part = min(1.0, ran / max(sum(row.pyfused for row in rows), 1e-9))
+        rows = [row._replace(pyfused=part * row.pyfused, torch=part * row.torch) for row in rows]
+        return sorted(rows, key=lambda row: -row.torch)
 
     def __repr__(self) -> str:
-        if self._failed:
-            return "\n".join(f"not counted: {op}: {error}" for op, error in self._failed.items())
         seconds = self._seconds - sum(self._comparing.values())
         rows, ran = self._rows(seconds), time_of(seconds)
-        if not (rows or self._small or self._left or self._compiled):
-            return "pyfused: no calls of its losses and activations"
-        if not (rows or self._left or self._compiled):
-            size = f"the size of all calls ({self._small.total():,})"
-            return f"pyfused: nothing gained: ATen is faster at {size}, in {ran}"
+        if not (rows or self._fallbacks or self._compiled):
+            if not self._small:
+                return "pyfused: no calls of its losses and activations"
+            calls = f"all calls ({self._small.total():,})"
+            return f"pyfused: no speed-up: {calls} were too small for a kernel, in {ran}"
         lines = table(rows) if rows else []
-        left = [f"{op} ({count:,}: {reason})" for (op, reason), count in self._left.most_common()]
-        left += [f"{op} ({count:,}: {reasons.SMALL})" for op, count in self._small.most_common()]
+        left = [f"{op} ({n:,}: {reason})" for (op, reason), n in self._fallbacks.most_common()]
+        left += [f"{op} ({n:,}: {reasons.SMALL})" for op, n in self._small.most_common()]
         if left:
             lines.append(f"left to torch: {', '.join(left)}")
         unknown = [f"{row.op} ({row.calls:,})" for row in rows if not row.compared]
-        unknown += [f"{op} ({count:,}, compiled)" for op, count in self._compiled.most_common()]
+        unknown += [f"{op} ({n:,}, compiled)" for op, n in self._compiled.most_common()]
         if unknown:
             lines.append(f"not compared: {', '.join(unknown)}")
         if not (rows or self._compiled):
-            lines.append(f"pyfused: nothing gained: no kernel ran, in {ran}")
+            lines.append(f"pyfused: no speed-up: no kernel ran, in {ran}")
         if compared := sum(row.compared for row in rows):
             least = "at least " if unknown else ""
-            ours, theirs = sum(row.ours for row in rows), sum(row.theirs for row in rows)
+            ours, theirs = sum(row.pyfused for row in rows), sum(row.torch for row in rows)
             loss = ours - theirs
             slower = f": pyfused was slower by {time_of(loss)}" if loss > 0.0005 else ""
             lines.append(
                 f"pyfused's kernels took {least}{time_of(ours)} of {ran}; torch's operators would "
                 f"have taken {least}{time_of(theirs)}{slower} "
-                f"(estimated from calls that both made again: {compared:,})"
+                f"(estimated by re-running calls with both: {compared:,})"
             )
         return "\n".join(lines)
 
@@ -226,14 +199,10 @@ class Report:
 def table(rows: Sequence[Row]) -> list[str]:
     lines = [("operator", "calls", "largest input", "pyfused", "torch")]
     for row in rows:
-        times = (time_of(row.ours), time_of(row.theirs)) if row.compared else ("-", "-")
+        times = (time_of(row.pyfused), time_of(row.torch)) if row.compared else ("-", "-")
         lines.append((row.op, f"{row.calls:,}", f"{row.largest:,}", *times))
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return ["  ".join((line[0].ljust(first), *map(str.rjust, line[1:], others))) for line in lines]
-
-
-def _median(numbers: Sequence[float]) -> float:
-    return sorted(numbers)[(len(numbers) - 1) // 2]
 
 
 def time_of(seconds: float) -> str:
@@ -241,50 +210,7 @@ def time_of(seconds: float) -> str:
     return f"{seconds:,.{digits}f} s"
 
 
-# ---- a call that is repeated ---------------------------------------------------------------------
-
-
-def _times(op: Operator, arguments: Arguments, inplace: bool, first: bool) -> tuple[float, float]:
-    """Returns the seconds per element that a call takes with pyfused and with torch.
-
-    The program sees nothing of it: the tensors are detached, none is overwritten, and no random
-    number is drawn.
-    """
-    arguments = _cut(op, arguments)
-    elements = _elements(op, arguments)
-    if elements > 4 * MOST:
-        raise MemoryError("a call that cannot be cut")
-    torch_function: Callable[..., Any] = op.aten_ if inplace else op.aten
-    run = plan_of(op, arguments, inplace).run
-    assert run is not None
-    if first:  # a kernel's first time takes new memory, and starts threads
-        _seconds(run, arguments, inplace)
-    found = []
-    for function in (run, lambda arguments: torch_function(*arguments)):
-        seconds = _seconds(function, arguments, inplace)
-        again = _seconds(function, arguments, inplace) if seconds < SHORT else seconds
-        found.append(min(seconds, again) / elements)
-    return found[0], found[1]
-
-
-def _can_be_repeated(op: Operator, arguments: Arguments, inplace: bool) -> bool:
-    """Returns whether nobody sees it, neither a hook or mode nor who reads warnings."""
-    named = dict(zip(op.arguments, arguments, strict=True))
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    pointwise = isinstance(op, (TensorLoss, Composed))
-    captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    return (
-        tensors[0].numel() > 0
-        and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
-        and (tensors[0].is_cpu or (tensors[0].is_cuda and not captured))
-        and not (inplace and not isinstance(op, Activation))  # whose input holds a gradient then
-        and not (pointwise and any(t.shape != tensors[0].shape for t in tensors[1:2]))
-        and (named.get("size_average"), named.get("reduce")) == (None, None)
-        and not (op.name == "kl_div" and named["reduction"] == "mean")
-        and named.get("dim", 0) is not None
-        and torch_internals.active_mode() is None
-        and not torch_internals.is_observed()
-    )
+# ---- a call that is re-run -----------------------------------------------------------------------
 
 
 def _elements(op: Operator, arguments: Arguments) -> int:
@@ -292,59 +218,85 @@ def _elements(op: Operator, arguments: Arguments) -> int:
     return op.elements(arguments) if op.counts_logits else arguments[0].numel()
 
 
-def _cut(op: Operator, arguments: Arguments) -> Arguments:
-    """Returns the arguments, or those of the first rows if there are too many."""
-    elements = _elements(op, arguments)
-    if elements <= MOST:
-        return arguments
-    rows = len(arguments[0])
-    kept = math.ceil(rows * MOST / elements)
-    return tuple(
-        value[:kept] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-        for value in arguments
+def _rows(arguments: Arguments) -> int:
+    return math.prod(arguments[0].shape[:1])
+
+
+def _can_be_repeated(op: Operator, arguments: Arguments) -> bool:
+    """Returns whether no hook, mode, profiler or CUDA graph would see that a call is re-run."""
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    on_gpu = tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing()
+    return (
+        0 < _elements(op, arguments) <= MOST * _rows(arguments)
+        and (tensors[0].is_cpu or on_gpu)
+        and all(type(tensor) in PLAIN for tensor in tensors)
+        and torch_internals.active_mode() is None
+        and not torch_internals.is_observed()
     )
 
 
-def _seconds(function: Callable[[Arguments], Any], given: Arguments, inplace: bool) -> float:
+def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
+    """Returns the seconds per element that a call takes with pyfused and with torch.
+
+    The tensors are detached and none is overwritten, so the program's results do not change.
+    """
+    elements, rows = _elements(op, arguments), _rows(arguments)
+    if elements > MOST:
+        kept = math.ceil(rows * MOST / elements)
+        arguments = tuple(
+            value[:kept] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+            for value in arguments
+        )
+        elements = _elements(op, arguments)
+    kernel = plan_of(op, arguments, False).run
+    assert kernel is not None
+    with warnings.catch_warnings(), torch_alone:
+        warnings.simplefilter("ignore")
+        # The first time of a call includes new memory and the start of threads.
+        ours = min(_seconds(kernel, arguments) for _ in range(2))
+        theirs = min(_seconds(lambda given: op.aten(*given), arguments) for _ in range(2))
+    return ours / elements, theirs / elements
+
+
+def _seconds(function: Callable[[Arguments], Any], arguments: Arguments) -> float:
     """Returns the seconds that the forward and the backward pass take."""
-    arguments = [
+    arguments = tuple(
         value.detach().requires_grad_(value.requires_grad and torch.is_grad_enabled())
         if isinstance(value, Tensor)
         else value
-        for value in given
-    ]
+        for value in arguments
+    )
     leaves = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
-    if inplace:
-        arguments[0] = arguments[0].clone()
     wait: Callable[[], Any] = torch.cuda.synchronize if arguments[0].is_cuda else int
     wait()
     start = perf_counter()
-    result = function(tuple(arguments))
+    result = function(arguments)
+    wait()
+    seconds = perf_counter() - start
     if leaves:
-        wait()
-        forward = perf_counter() - start
         grad_output = torch.ones_like(result)
         wait()
-        start = perf_counter() - forward
-        grad(result, leaves, grad_output, allow_unused=True)
-    wait()
-    return perf_counter() - start
+        start = perf_counter()
+        torch.autograd.grad(result, leaves, grad_output, allow_unused=True)
+        wait()
+        seconds += perf_counter() - start
+    return seconds
 
 
-# ---- what counts ---------------------------------------------------------------------------------
+# ---- what users call -----------------------------------------------------------------------------
 
 
 def report(compare: bool = False) -> Report:
     """Counts the calls of pyfused's operators in a ``with`` block, and compares some with torch's.
 
-    In a notebook it says what ``python -m pyfused run`` says of a program::
+    In a notebook it prints what ``python -m pyfused run`` prints of a program::
 
         with pyfused.patch(), pyfused.report() as report:
             train()
         print(report)
 
     Args:
-        compare: Compare more calls, for better estimates.
+        compare: Compare more calls, whatever time that takes, for better estimates.
     """
     return Report(compare)
 

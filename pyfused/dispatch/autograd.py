@@ -1,4 +1,4 @@
-"""The autograd function of all operators, and what their plans share."""
+"""The autograd function of all operators, and gradients from torch's definitions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.reasons import say_once
@@ -28,27 +29,22 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype in halves and torch.is_autocast_enabled(device.type) else dtype
 
 
-def in_autocast_dtype(
-    device: str, tensors: Sequence[Tensor | None]
-) -> tuple[AbstractContextManager[Any], list[Any]]:
-    """Returns the inputs of linear layers as autocast casts them, and a context without autocast.
+def in_autocast_dtype(device: str, *inputs: Tensor) -> list[Tensor]:
+    """Returns the inputs of linear layers as autocast casts them; it leaves float64 alone.
 
-    Autocast leaves float64 alone. The layers stay as they are. Chunks cast them, and their
-    gradients are not rounded on the way.
+    The layers stay as they are. Their loops cast them block by block, so that their gradients are
+    not rounded on the way.
     """
     if not torch.is_autocast_enabled(device):
-        return nullcontext(), list(tensors)
+        return [*inputs]
     dtype = torch.get_autocast_dtype(device)
-    cast = [x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors]
-    return torch.autocast(device, enabled=False), cast
+    return [x if x.dtype is torch.float64 else x.to(dtype) for x in inputs]
 
 
-def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
-    """Returns whether a loss's forward pass computes the gradients, to be scaled by backward.
-
-    Not for float16: without grad_output, which GradScaler makes large, it underflows.
-    """
-    return reduction != "none" and dtype is not torch.float16
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Returns a context in which autocast casts nothing on a device."""
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def second_order(op: str, grad_output: Tensor) -> bool:
@@ -68,34 +64,50 @@ def second_order(op: str, grad_output: Tensor) -> bool:
 
 
 class Fused(torch.autograd.Function):
-    """The one autograd function: a plan computes its outputs and its gradients.
+    """The autograd function of all operators, which runs the functions of a plan.
 
-    A plan has these methods. ``forward(ctx, tensors)`` saves what the backward pass reads, and
-    returns the outputs. ``backward(ctx, grad_output)`` returns a gradient for each tensor, or for
-    the first ones. ``define(ctx, grad_output)`` returns the same from torch's definition, so that
-    they can be differentiated. Gradients that ``forward`` has computed already are the saved
-    tensors from ``ctx.first_gradient`` on: these are scaled, in their memory unless the graph is
-    retained, when another pass reads it, maybe at the same time.
+    Gradients that the forward pass has computed are saved tensors from ``ctx.first_gradient`` on.
+    Backward scales them, in their memory unless the graph is retained: then another pass reads it,
+    maybe at the same time.
     """
 
     @staticmethod
     def forward(ctx: Any, plan: Any, *tensors: Tensor | None) -> Any:
-        ctx.plan, ctx.first_gradient = plan, None
-        return plan.forward(ctx, tensors)
+        output, saved, gradients = plan.forward(tensors)
+        ctx.plan, ctx.first_gradient = plan, len(saved) if gradients else None
+        ctx.save_for_backward(*saved, *gradients)
+        if plan.inplace:
+            ctx.input_is_overwritten = bool(gradients)
+            if plan.inplace == "output":
+                ctx.mark_dirty(tensors[0])
+        if type(output) is tuple:
+            ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
         plan, first = ctx.plan, ctx.first_gradient
+        differentiable = second_order(plan.name, grad_output)
+        overwrites = plan.inplace == "gradient" and (differentiable or first is None)
+        if overwrites and ctx.input_is_overwritten:
+            raise RuntimeError(
+                "inplace: expected False for create_graph=True or a second backward pass, got "
+                "True, and the gradient has taken the logits' memory"
+            )
+        saved: Any = ctx.saved_tensors
         gradients: Any
-        if second_order(plan.name, grad_output):
+        if overwrites and not differentiable:
+            increment_version(saved[0])
+            ctx.input_is_overwritten = True
+        if differentiable:
             with torch_alone:
-                gradients = plan.define(ctx, grad_output)
+                gradients = plan.define(saved[:first], grad_output)
             if torch.is_grad_enabled():
-                gradients = in_graph(gradients, ctx.saved_tensors)
+                gradients = in_graph(gradients, saved)
         elif first is None:
-            gradients = plan.backward(ctx, grad_output)
+            gradients = plan.backward(saved, grad_output)
         else:
-            copies, gradients = graph_is_retained(), list(ctx.saved_tensors[first:])
+            copies, gradients = graph_is_retained(), list(saved[first:])
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
                     if copies or not (gradient.is_contiguous() or is_dense(gradient)):

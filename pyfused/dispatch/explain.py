@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from pyfused.backends import backend_of
-from pyfused.dispatch.call import reason_for_torch
+from pyfused.dispatch.call import fallback_reason, is_small
 from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.reasons import SMALL
 
 BY_SHARDS = "some classes a process"
 
@@ -39,12 +41,13 @@ class Explanation(NamedTuple):
 
 def path_of(op: Operator, arguments: Arguments, inplace: bool = False) -> Explanation:
     """Returns the path of a call as :func:`pyfused.dispatch.call.call` has it."""
-    input = arguments[0]
-    reason = reason_for_torch(op, arguments, inplace)
+    if not is_dynamo_compiling() and is_small(op, arguments):
+        return Explanation(op.name, "torch", SMALL)
+    reason = fallback_reason(op, arguments, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
     plain = op.local_of(arguments) is None
-    return by_kernel(op.name, input, op.strategy_of(arguments) if plain else BY_SHARDS)
+    return by_kernel(op.name, arguments[0], op.strategy_of(arguments) if plain else BY_SHARDS)
 
 
 def by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:

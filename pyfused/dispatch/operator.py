@@ -16,7 +16,6 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.dispatch.custom_operators import custom_operator
 from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
@@ -207,21 +206,17 @@ class Operator(ABC):
             return rows * classes if input.numel() else 0
         return broadcast_numel([arguments[0], *[arguments[place] for place in self.broadcast]])
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:  # noqa: ARG002
+    @abstractmethod
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
         """Checks types, shapes and options, and returns what computes calls of this signature.
 
         Args:
             arguments: Those of the call, with a TensorSpec in place of each tensor.
         """
-        return lambda arguments: self.fused(arguments, inplace)
 
     def compiled(self, arguments: Arguments) -> Any:
         """Returns the result within a program that is being compiled."""
-        return custom_operator(self.name)(*arguments)
-
-    def fused(self, arguments: Arguments, inplace: bool) -> Any:
-        """Returns the result for arguments that the kernels take."""
-        return self.plan(arguments, inplace)(arguments)
+        raise NotImplementedError
 
     @abstractmethod
     def check(self, arguments: Arguments) -> None:

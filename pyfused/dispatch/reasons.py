@@ -1,4 +1,4 @@
-"""Why calls are left to torch: the reasons that several modules know, and the logger for all."""
+"""Why torch's operator takes a call: the reasons that several modules share, and the log."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from torch.compiler import is_dynamo_compiling
 SMALL = "ATen is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _log = logging.getLogger("pyfused")
+not_logged: set[str] = set()  # reasons that are no fall-back, as a kernel runs after all
 _said: set[tuple[str, str]] = set()
 
 
 def first_time(op: str, reason: str) -> bool:
-    """Returns whether this is asked for the first time of an operator and a reason."""
+    """Returns whether it is the first call with this operator and this reason."""
     new = (op, reason) not in _said
     _said.add((op, reason))
     return new
 
 
 def say_once(op: str, reason: str) -> None:
-    """Tells the logger, at level INFO, why an operator falls back to torch's."""
-    if not is_dynamo_compiling() and _log.isEnabledFor(logging.INFO) and first_time(op, reason):
+    """Logs, at level INFO and once, why torch's operator takes a call."""
+    if is_dynamo_compiling() or not _log.isEnabledFor(logging.INFO) or reason in not_logged:
+        return
+    if first_time(op, reason):
         _log.info("%s: torch: %s", op, reason)

@@ -21,6 +21,7 @@ import torch
 from pyfused import backends
 from pyfused.backends import cpu
 from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.signature import PLAIN
 
 NEVER = sys.maxsize
 FORCED = backends.FORCED  # a backend that takes calls of any size; None if none is forced
@@ -150,11 +151,29 @@ def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limit
     return factor * first, factor * second
 
 
-def torch_is_faster(op: Operator, arguments: Arguments, elements: int) -> bool:
-    """Returns whether torch takes a call for its size; one without elements it always takes."""
+def is_small(op: Operator, arguments: Arguments, elements: int | None = None) -> bool:
+    """Returns whether torch's operator takes a call for its size.
+
+    It takes one without elements. A compiler does not ask: its program would depend on the size.
+
+    Args:
+        elements: How many elements the call computes, where that is known.
+    """
+    input = arguments[0]
+    if elements is None:
+        if type(input) not in PLAIN or input.is_nested:
+            return False
+        elements = input.numel()
+        if type(elements) is not int:  # a tensor, to torch.jit.trace
+            return False
+        if op.broadcast:
+            other = arguments[op.broadcast[0]]
+            if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
+                elements = op.elements(arguments)
+        elif op.counts_logits:
+            elements = op.elements(arguments)
     if elements == 0 or FORCED is not None:
         return elements == 0
-    input: torch.Tensor = arguments[0]
     on_cpu = input.is_cpu
     first, second = limits(op, on_cpu, input.dtype)
     if (elements < first) == (elements < second):  # as most are, whatever follows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import apply, differentiate
+from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.plan import Forward, Plan, Tensors, needs_grad
 from pyfused.formulas import trace
 from pyfused.formulas.kernel import Kernel, Method
 from pyfused.layout import is_dense
 from pyfused.torch_internals import built_in
-from pyfused.types import Gradients, Kernels
+from pyfused.types import Kernels
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -75,21 +76,17 @@ class Activation(Operator):
         assert gradient is not None
         return gradient
 
-    def plan(self, arguments: Arguments, inplace: bool) -> ActivationPlan:
-        input, *others = arguments
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
+        input, *options = arguments
         name, numbers = self.kernel_of([arguments[place] for place, _ in self.scalar_places])
-        prepare = partial(
-            backend_of(input).activation,
-            self.kernels[name],
-            parameters=tuple(map(float, numbers)),
-            inplace=inplace,
-        )
-        return ActivationPlan(
-            op=self,
-            inplace=inplace,
-            needs_grad=torch.is_grad_enabled() and input.requires_grad,
-            options=tuple(others),
-            prepare=prepare,
+        kernel = self.kernels[name]
+        backend, parameters = backend_of(input), tuple(map(float, numbers))
+        return plan_of_activation(
+            self,
+            input,
+            options,
+            lambda x: backend.activation(kernel, x, parameters, inplace),
+            inplace,
         )
 
     @cached_property
@@ -142,49 +139,38 @@ def _built_in(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tens
     return function
 
 
-@dataclass(eq=False, kw_only=True)
-class ActivationPlan:
-    """Computes the calls of one signature. Backward reads the output or the input, and no more.
+def plan_of_activation(
+    op: Any,
+    input: Any,
+    options: Sequence[Any],
+    prepare: Callable[[Tensor], Kernels],
+    inplace: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Returns the plan of an activation or a softmax: backward reads the output or the input alone.
 
-    Attributes:
-        op: An activation, or a softmax.
+    Args:
         options: The arguments beside the input, which torch's gradient takes.
         prepare: Returns the forward kernel and the backward kernel for an input of this layout.
-        cast: The dtype that the input is converted to before, None where it stays as it is.
+        dtype: What the input is converted to before, None if it stays as it is.
     """
+    kernels: list[Kernels] = []
+    saves_output = op.saves == "output"
 
-    op: Any
-    inplace: bool = False
-    needs_grad: bool
-    options: Arguments
-    prepare: Callable[[Tensor], Kernels]
-    cast: torch.dtype | None = None
-    kernels: Any = None
-
-    def __post_init__(self) -> None:
-        self.name = self.op.name
-
-    def __call__(self, arguments: Arguments) -> Tensor:
-        input = arguments[0]
-        if self.cast is not None:
-            input = input.to(self.cast)
-        if self.kernels is None:
-            self.kernels = self.prepare(input)
-        if self.needs_grad:
-            output: Tensor = apply(self, input)
-            return output
-        return self.kernels[0](input)  # type: ignore[no-any-return]
-
-    def forward(self, ctx: Any, tensors: Sequence[Tensor]) -> Tensor:
+    def forward(tensors: Tensors) -> Forward:
         (input,) = tensors
-        output: Tensor = self.kernels[0](input)
-        if self.inplace:
-            ctx.mark_dirty(input)
-        ctx.save_for_backward(output if self.op.saves == "output" else input)
-        return output
+        if not kernels:
+            kernels.append(prepare(input))
+        output = kernels[0][0](input)
+        return output, (output if saves_output else input,), ()
 
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return (self.kernels[1](grad_output, ctx.saved_tensors[0]),)
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return (self.op.gradient_in_torch(grad_output, ctx.saved_tensors[0], *self.options),)
+    return Plan(
+        name=op.name,
+        backend=backend_of(input),
+        needs=needs_grad((input,)),
+        arrange=lambda arguments: arguments[:1] if dtype is None else (arguments[0].to(dtype),),
+        forward=forward,
+        backward=lambda saved, grad_output: (kernels[0][1](grad_output, saved[0]),),
+        define=lambda saved, grad_output: (op.gradient_in_torch(grad_output, saved[0], *options),),
+        inplace="output" if inplace else "",
+    )

@@ -9,25 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from pyfused import checks
-from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import apply, autocast_dtype, differentiate, gradients_in_forward
-from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.backends import Backend, backend_of
+from pyfused.dispatch.autograd import autocast_dtype, differentiate
 from pyfused.dispatch.operator import Arguments, Operator, reduction_of
-from pyfused.dispatch.plan import Launch, LossPlan
-from pyfused.layout import is_dense
-from pyfused.types import (
-    TENSORS,
-    CrossEntropyOptions,
-    Gradients,
-    MarginOptions,
-    NllOptions,
-    Outputs,
+from pyfused.dispatch.plan import (
+    Launch,
+    Plan,
+    Tensors,
+    gradients_in_forward,
+    loss_passes,
+    needs_grad,
 )
-
-Tensors = tuple[Any, ...]  # the input, the target and the weights of the classes
+from pyfused.layout import accumulate_dtype, is_dense
+from pyfused.ops.custom_operators import custom_operator
+from pyfused.types import Gradients, MarginOptions, NllOptions, Outputs
 
 
 class ClassLossArguments(NamedTuple):
@@ -41,7 +38,15 @@ class ClassLossArguments(NamedTuple):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ClassLoss(Operator):
-    """A loss of each row of scores beside a class index, or beside probabilities of the classes."""
+    """A loss of each row of scores beside a class index, or beside probabilities of the classes.
+
+    Attributes:
+        check_arguments: Raises for types, shapes, dtypes and options that do not fit.
+        kernel: Returns a backend's function that prepares the loss.
+    """
+
+    check_arguments: Callable[..., None]
+    kernel: Callable[[Backend], Callable[..., Launch]]
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         return checks.classes_of(arguments[0]) <= few
@@ -51,46 +56,76 @@ class ClassLoss(Operator):
         """Returns the arguments that kernels take, as they were given."""
 
     def tensors(self, arguments: Arguments) -> Tensors:
-        """Returns the tensors among the arguments, but for those in the options."""
-        return arguments[:3]
+        """Returns the tensors of a call, in the order of the plan's."""
+        return *arguments[:3], None, None
 
     def checked(self, arguments: Arguments) -> ClassLossArguments:
         """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
         given = self.read(arguments)
         checks.reduction(given.options.reduction)
-        getattr(checks, self.name)(*given)
+        self.check_arguments(*given)
         return given
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
-        plan = self.planned(arguments, inplace)
-        return lambda arguments: plan.run((*self.tensors(arguments), None, None))
-
-    def planned(
-        self, arguments: Arguments, inplace: bool, needs: Sequence[bool] | None = None
-    ) -> ClassLossPlan:
+    def plan(
+        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
+    ) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
+        The plan's tensors are the input, the target, the weight, token_weight and the denominator,
+        each None where the call has no such tensor.
+
         Args:
-            needs: Whether the input and the target need a gradient, where that is not for autograd
-                to say.
+            needs: Whether the input and the target need a gradient, where autograd does not know.
         """
         given = self.checked(arguments)
         input: Any = given.input
-        options, (dtype, arranges) = given.options, self.arrangement(given)
-        if needs is None:
-            grad = torch.is_grad_enabled()
-            needs = [grad and tensor.requires_grad for tensor in given[:2]]
-        return ClassLossPlan(
-            op=self,
-            backend=backend_of(input),
-            options=options,
-            result=self.dtype_of(given, dtype),
-            needs=tuple(needs),
-            inplace=inplace,
-            arranges=arranges,
-            now=gradients_in_forward(options.reduction, dtype)
-            and (not inplace or is_dense(input.empty())),
+        target, options = given.target, given.options
+        dtype, changes = self.arrangement(given)
+        needs = needs_grad((input, target)) if needs is None else needs
+        backend, result = backend_of(input), self.dtype_of(given, dtype)
+        numbers, reduction = self.without_tensors(options), options.reduction
+        in_forward = gradients_in_forward(reduction, dtype)
+        if inplace and not is_dense(input.empty()):  # a gradient that cannot be scaled
+            in_forward = False
+
+        def arrange(arguments: Arguments) -> Tensors:
+            tensors = self.tensors(arguments)
+            return (*self.arranged(tensors[:3]), *tensors[3:]) if changes else tensors
+
+        def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> Launch:
+            options = self.with_tensors(numbers, tensors)
+            return self.kernel(backend)(*tensors[:3], options, outputs, grad_output)
+
+        def define(tensors: Tensors, grad_output: Tensor) -> Gradients:
+            input, target, weight, *_ = tensors
+            options = self.with_tensors(numbers, tensors)
+            arguments = ClassLossArguments(input, target, weight, options)
+            return gradients_of_definition(self, arguments, needs, grad_output)
+
+        forward, backward = loss_passes(prepare, needs, in_forward, inplace)
+        kernel_dtype = accumulate_dtype(dtype)
+        return Plan(
+            name=self.name,
+            backend=backend,
+            needs=needs,
+            arrange=arrange,
+            forward=forward,
+            backward=backward,
+            define=define,
+            finish=None if kernel_dtype is result else lambda loss, _: loss.to(result),
+            inplace="gradient" if inplace else "",
         )
+
+    def compiled(self, arguments: Arguments) -> Any:
+        return custom_operator(self.name)(*arguments)
+
+    def without_tensors(self, options: Any) -> Any:
+        """Returns the options that a plan keeps."""
+        return options
+
+    def with_tensors(self, options: Any, tensors: Tensors) -> Any:  # noqa: ARG002
+        """Returns the options of a plan with the tensors of a call among them."""
+        return options
 
     def dtype_of(self, given: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype of the loss of logits that the kernels take in a dtype."""
@@ -117,74 +152,6 @@ class ClassLoss(Operator):
         ignore_index = getattr(given.options, "ignore_index", None)
         least = -1 if self.operands[1].labels else 0
         checks.class_indices(checks.classes_of(given.input), given.target, ignore_index, least)
-
-
-@dataclass(eq=False, kw_only=True)
-class ClassLossPlan(LossPlan):
-    """Computes the calls of one signature.
-
-    The tensors are the input, the target, the weight, token_weight, and the denominator where that
-    is a tensor.
-
-    Attributes:
-        options: The options without their tensors, which every call brings.
-        arranges: The kernels do not take the tensors as they are given.
-    """
-
-    op: ClassLoss
-    options: Any
-    arranges: bool
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options = self.options
-        if isinstance(options, CrossEntropyOptions):
-            number = None if isinstance(options.denominator, TENSORS) else options.denominator
-            self.options = replace(
-                options, token_weight=None, denominator=number, with_metrics=False
-            )
-
-    def run(self, tensors: Sequence[Any]) -> Tensor:
-        if self.arranges:
-            tensors = *self.op.arranged(tuple(tensors[:3])), *tensors[3:]
-        loss: Tensor = apply(self, *tensors) if True in self.needs else self.forward(None, tensors)
-        return loss if loss.dtype is self.result else loss.to(self.result)
-
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        tensors = _saved(ctx)
-        if self.inplace:
-            increment_version(tensors[0])
-            ctx.overwritten = True
-        return self.gradients(tensors, grad_output)
-
-    def prepared(
-        self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
-    ) -> Launch:
-        input, target, weight, token_weight, _ = tensors
-        options = self.options
-        if token_weight is not None:
-            options = replace(options, token_weight=token_weight)
-        prepare: Callable[..., Launch] = getattr(self.backend, self.op.name)
-        return prepare(input, target, weight, options, outputs, grad_output)
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        input, target, weight, token_weight, denominator = _saved(ctx)
-        options = self.options
-        if isinstance(options, CrossEntropyOptions):
-            given = options.denominator if denominator is None else denominator
-            options = replace(options, token_weight=token_weight, denominator=given)
-        arguments = ClassLossArguments(input, target, weight, options)
-        return gradients_of_definition(self.op, arguments, self.needs, grad_output)
-
-
-def _saved(ctx: Any) -> Tensors:
-    if ctx.overwritten:
-        raise RuntimeError(
-            "inplace: expected False for create_graph=True or a second backward pass, got True, "
-            "and the gradient has taken the logits' memory"
-        )
-    tensors: Tensors = ctx.saved_tensors[: ctx.first_gradient]
-    return tensors
 
 
 def gradients_of_definition(
@@ -237,7 +204,7 @@ class MultiMarginLoss(ClassLoss):
         return ClassLossArguments(input, target, weight, MarginOptions(p, margin, reduction))
 
     def tensors(self, arguments: Arguments) -> Tensors:
-        return arguments[0], arguments[1], arguments[4]
+        return arguments[0], arguments[1], arguments[4], None, None
 
     def arrangement(self, given: ClassLossArguments) -> tuple[torch.dtype, bool]:
         return given.input.dtype, True
@@ -247,14 +214,17 @@ class MultiMarginLoss(ClassLoss):
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
         return input.reshape(-1, input.shape[-1]), target.reshape(-1), weight
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
-        run = super().plan(arguments, inplace)
+    def plan(
+        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
+    ) -> Plan:
+        plan = super().plan(arguments, inplace, needs)
+        cast = plan.finish
 
-        def shaped(arguments: Arguments) -> Tensor:
-            loss: Tensor = run(arguments)
+        def finish(loss: Tensor, arguments: Arguments) -> Tensor:
+            loss = loss if cast is None else cast(loss, arguments)
             return loss.reshape(self.loss_shape(arguments)) if loss.dim() else loss
 
-        return shaped
+        return replace(plan, finish=finish)
 
     def loss_shape(self, arguments: Arguments) -> torch.Size:
         """Returns the shape of the losses before they are reduced."""
@@ -272,7 +242,7 @@ class MultilabelMarginLoss(MultiMarginLoss):
         return ClassLossArguments(input, target, None, MarginOptions(1, 1.0, reduction))
 
     def tensors(self, arguments: Arguments) -> Tensors:
-        return arguments[0], arguments[1], None
+        return arguments[0], arguments[1], None, None, None
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, _ = tensors

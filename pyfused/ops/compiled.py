@@ -19,22 +19,19 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import backend_of, cross_entropy_once
-from pyfused.dispatch import custom_operators
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.custom_operators import NAMESPACE, TORCH_OPS
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
-from pyfused.ops.chunked import LossArguments, gradients_of
+from pyfused.ops import custom_operators
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
+from pyfused.ops.custom_operators import NAMESPACE, TORCH_OPS
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, MULTILABEL_MARGIN_LOSS, OPERATORS
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.ops.row_loss import RowLoss
-from pyfused.ops.row_state import gradient_of_logits
 from pyfused.types import (
-    RESULTS,
     STATE_FIELDS,
     CrossEntropyOptions,
     Gradients,
@@ -202,15 +199,13 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _of_loss(op: Any) -> CompiledOperator:
-    kernels = _gradients_of_tensors if isinstance(op, TensorLoss) else _gradients_of_classes
-
     def value(given: Arguments) -> Tensor:
         with torch.no_grad():
-            result: Tensor = op.fused(given, False)
+            result: Tensor = op.plan(given, False)(given)
         return result
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        found = kernels(op, given, wanted, grad_output)
+        found = _gradients_of_loss(op, given, wanted, grad_output)
         pairs = zip(given, found, strict=False)
         return tuple([None if each is None else _laid_out(each, like) for like, each in pairs])
 
@@ -250,28 +245,17 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient if gradient.stride() == empty.stride() else empty.copy_(gradient)
 
 
-def _gradients_of_tensors(
+def _gradients_of_loss(
     op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    """Computes the gradients of operands alike in shape and dtype, which dispatch has checked."""
-    operands, weight, _ = op._read(given)
-    needs = (*wanted, *[False] * (len(operands) - len(wanted)))
-    plan = op.plan(given, False, needs)
-    operands, weight = plan.arranged(operands, weight)
-    tensors = *operands, weight, plan.divisor_of(operands, weight)
-    gradients: Gradients = plan.gradients(tensors, grad_output)
-    return gradients[: len(wanted)]
-
-
-def _gradients_of_classes(
-    op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
-) -> Gradients:
-    plan = op.planned(given, False, (*wanted, False))
-    tensors = *op.arranged(op.tensors(given)), None, None
+    """Computes the gradients of tensors that dispatch has found to be alike."""
+    count = len(op._read(given)[0]) if isinstance(op, TensorLoss) else 2
+    plan = op.plan(given, False, (*wanted, *[False] * (count - len(wanted))))
     if _is_unreduced(op, given):
         grad_output = grad_output.reshape(-1)
-    gradient, _ = plan.gradients(tensors, grad_output)
-    return (gradient.reshape(given[0].shape),)
+    gradients = plan.backward(plan.arrange(given), grad_output)
+    pairs = zip(gradients[: len(wanted)], given, strict=False)
+    return tuple([None if x is None else x.reshape(like.shape) for x, like in pairs])
 
 
 for _op in OPERATORS.values():
@@ -347,18 +331,11 @@ def _read(op: Any, given: Arguments) -> tuple[Arguments, Any, Arguments]:
 
 
 def _of_row_loss(op: RowLoss) -> CompiledOperator:
-    def read(given: Arguments, wanted: Sequence[bool], *grad_output: Tensor) -> LossArguments:
-        tensors, options, state = _read(op, given)
-        gradients = tuple(wanted) if grad_output or any(wanted) else ()
-        outputs = Outputs(not grad_output, gradients)
-        return LossArguments(
-            backend_of(tensors[0]), tensors, options, outputs, *grad_output, *state
-        )
-
     def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-        arguments = read(given, wanted)
-        op.check_indices(arguments.tensors, arguments.options)
-        loss, found, state = op.compute(arguments)
+        tensors, options, _ = _read(op, given)
+        op.check_indices(tensors, options)
+        outputs = Outputs(True, tuple(wanted) if any(wanted) else ())
+        loss, found, state = op.compute(backend_of(tensors[0]), tensors, options, outputs)
         assert loss is not None
         if any(wanted) and not found:
             found = gradients((*given, state), wanted, loss.new_ones(()))
@@ -368,10 +345,13 @@ def _of_row_loss(op: RowLoss) -> CompiledOperator:
         return results
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return op.compute(read(given, wanted, grad_output)).gradients
+        tensors, options, state = _read(op, given)
+        outputs = Outputs(False, tuple(wanted))
+        return op.compute(backend_of(tensors[0]), tensors, options, outputs, grad_output, *state)[1]
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        return op.define(read(given, wanted, grad_output))
+        tensors, options, _ = _read(op, given)
+        return op.define(tensors, options, wanted, grad_output)
 
     def empty_value(given: Arguments) -> Tensor:
         tensors, options, _ = _read(op, given)
@@ -405,25 +385,20 @@ def _of_log_probs(op: LogProbsOperator) -> CompiledOperator:
     def value(given: Arguments) -> Tensor:
         tensors, options, _ = _read(op, given)
         op.check((*tensors, options))
-        plan = op.state_plan(tensors[:-1], options, results=0)
-        return plan.forward(None, (*tensors, None))
+        plan = op.state_plan(tensors[:-1], options, results=0, needs=())
+        state: Tensor = plan((*tensors, None))
+        return state
 
     def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options, (state,) = _read(op, given)
-        plan, grad_results = op.state_plan(tensors[:-1], options), grad_output[: len(RESULTS)]
-        found: Gradients
-        if op.counts_logits:
-            found = gradients_of(plan.backend, tensors, plan.options, wanted, state, grad_results)
-        else:
-            given = *plan.options[:2], len(RESULTS)
-            launch = gradient_of_logits(plan.backend, tensors[0], *given)
-            found = (launch(*tensors, None, state, grad_results),)
+        plan = op.state_plan(tensors[:-1], options, results=0, needs=tuple(wanted))
+        found = plan.backward((*tensors, None, state, None), grad_output)
         return tuple(None if each is None else each.contiguous() for each in found)
 
     def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
         tensors, options, (state,) = _read(op, given)
-        plan = op.state_plan(tensors[:-1], options)
-        return plan.define_gradients(tensors, None, state, wanted, grad_output)
+        plan = op.state_plan(tensors[:-1], options, results=0, needs=tuple(wanted))
+        return plan.define((*tensors, None, state), grad_output)
 
     def empty_value(given: Arguments) -> Tensor:
         target: Tensor = given[differentiable]

@@ -31,12 +31,16 @@ class Composed(Operator):
         super().__post_init__()
         self.broadcast = (1,)  # the target
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:
         self.check_scalars(arguments)
-        given = self.given(*arguments)
-        run = plan_of(self.of, given, inplace).run
-        loss = call(self.of, given) if run is None else run(given)
-        return self.finish(loss, *arguments)
+
+        def run(arguments: Arguments) -> Tensor:
+            given = self.given(*arguments)
+            kernel = plan_of(self.of, given, inplace).run
+            loss = call(self.of, given) if kernel is None else kernel(given)
+            return self.finish(loss, *arguments)
+
+        return run
 
     def compiled(self, arguments: Arguments) -> Tensor:
         self.check_scalars(arguments)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -17,7 +15,6 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import backend_of, cpu
 from pyfused.dispatch.call import is_compiled, plan_of, unsupported
-from pyfused.dispatch.custom_operators import custom_operator
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     TOKEN_WEIGHT,
@@ -25,10 +22,11 @@ from pyfused.dispatch.operator import (
     parameters_of,
     reduction_of,
 )
+from pyfused.dispatch.plan import Forward, Plan, Tensors
 from pyfused.layout import accumulate_dtype, loss_shape
-from pyfused.ops import definitions, metrics
-from pyfused.ops import shards as vocab_parallel
-from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, ClassLossPlan, Tensors
+from pyfused.ops import definitions, metrics, shards
+from pyfused.ops.class_loss import ClassLoss, ClassLossArguments
+from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.row_state import state_of_metrics
 from pyfused.ops.shards import ShardedOperator
 from pyfused.torch_internals import (
@@ -88,41 +86,62 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             input = definitions.without_ignored(input, target, options.ignore_index)
         return self.reference(input, *given[1:])
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
-        if arguments[-1].softcap is not None:
+    def plan(
+        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
+    ) -> Any:
+        options = arguments[-1]
+        if options.softcap is not None:
             self.checked(arguments)
             return self._by_state
-        plan = self.planned(arguments, inplace)
+        plan = super().plan(arguments, inplace, needs)
+        return self._with_metrics(plan, arguments) if options.with_metrics else plan
 
-        def run(arguments: Arguments) -> Any:
-            input, target, weight, options = arguments
-            token_weight, denominator = options.token_weight, options.denominator
-            if token_weight is not None:
-                checks.values("token_weight", token_weight, 0.0, math.inf, ValueError)
-            if isinstance(denominator, Tensor):
-                checks.bounded("denominator", denominator)
-            else:
-                denominator = None
-            tensors = input, target, weight, token_weight, denominator
-            return plan.run(tensors) if not options.with_metrics else _with_metrics(plan, tensors)
+    def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:
+        """Returns the plan of the loss and the metrics: the state of rows is a second output."""
+        options = self.without_tensors(checks.normalized(arguments[-1]))
+        dtype = accumulate_dtype(arguments[0].dtype)
 
-        return run
+        def forward(tensors: Tensors) -> Forward:
+            state = state_of_metrics(plan.backend, tensors[0], tensors[1], options)
+            loss, saved, gradients = plan.forward(tensors)
+            return (loss, state), saved, gradients
+
+        def finish(results: Any, arguments: Arguments) -> tuple[Tensor, metrics.Metrics]:
+            (loss, state), target = results, self.arranged(arguments[:3])[1]
+            loss = loss if plan.finish is None else plan.finish(loss, arguments)
+            return loss, metrics.of_state(state, target, options.ignore_index, dtype)
+
+        return replace(plan, forward=forward, finish=finish)
+
+    def tensors(self, arguments: Arguments) -> Tensors:
+        *tensors, options = arguments
+        token_weight, denominator = options.token_weight, options.denominator
+        if not (token_weight is None and denominator is None):
+            checks.values_of_options(token_weight, denominator)
+        return *tensors, token_weight, denominator if isinstance(denominator, Tensor) else None
+
+    def without_tensors(self, options: CrossEntropyOptions) -> CrossEntropyOptions:
+        number = None if isinstance(options.denominator, TENSORS) else options.denominator
+        return replace(options, token_weight=None, denominator=number, with_metrics=False)
+
+    def with_tensors(self, options: CrossEntropyOptions, tensors: Tensors) -> CrossEntropyOptions:
+        *_, token_weight, denominator = tensors
+        if token_weight is None and denominator is None:
+            return options
+        denominator = options.denominator if denominator is None else denominator
+        return replace(options, token_weight=token_weight, denominator=denominator)
 
     def of_classes(
         self, arguments: Arguments, classes: ClassRange, shard: VocabShard | None
     ) -> Any:
         input, target, weight, options = arguments
-        return vocab_parallel.cross_entropy((input, target), weight, options, classes, shard)
+        return shards.cross_entropy((input, target), weight, options, classes, shard)
 
     def _by_state(self, arguments: Arguments) -> Any:
         """Returns the loss of capped logits, from the state of rows."""
-        input, target, weight, options = arguments
-        if options.token_weight is not None:
-            checks.values("token_weight", options.token_weight, 0.0, math.inf, ValueError)
-        if isinstance(options.denominator, Tensor):
-            checks.bounded("denominator", options.denominator)
+        input, target, weight, *_ = self.tensors(arguments)
+        options, classes = arguments[-1], checks.classes_of(input)
         target = target.reshape(loss_shape(input, "none")).to(torch.int64)
-        classes = checks.classes_of(input)
         backend_of(target).check_class_indices(target, classes, options.ignore_index)
         return self.of_classes((input, target, weight, options), ClassRange(0, classes), None)
 
@@ -186,14 +205,6 @@ def _common_dtype(*tensors: Any) -> torch.dtype:
     dtypes = [x.dtype for x in tensors if x is not None]
     common: torch.dtype = reduce(torch.promote_types, dtypes)
     return common
-
-
-def _with_metrics(plan: ClassLossPlan, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
-    input, target, weight = plan.op.arranged(tensors[:3])
-    state = state_of_metrics(plan.backend, input, target, plan.options)
-    loss = plan.run((input, target, weight, *tensors[3:]))
-    dtype = accumulate_dtype(tensors[0].dtype)
-    return loss, metrics.of_state(state, target, plan.options.ignore_index, dtype)
 
 
 def cross_entropy_fallback_reason(

@@ -9,7 +9,7 @@ layer. Beside a teacher's top k, logits take the kernels of row states.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,24 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.backends import Backend
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
-from pyfused.ops.chunked import (
-    Chunk,
-    ChunkResults,
-    CountedRows,
-    Layer,
-    LossArguments,
-    by_rows,
-    capped,
-    counted_rows,
-    linear,
-)
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.row_loss import Computed, RowLoss
+from pyfused.ops.heads import Block, Layer, capped, counted_rows, linear, loss_over_rows
+from pyfused.ops.row_loss import Results, RowLoss, tensors_of
 from pyfused.ops.row_state import denominator_of, state_of_logits
 from pyfused.types import (
     ENTROPY,
@@ -185,10 +176,10 @@ class Divergence(RowLoss):
 
     Attributes:
         kernels: The divergence of each row or their sum, and the gradients where they are wanted,
-            of operands of two dimensions.
+            of operands of two dimensions. Takes what `compute_rows` takes but for the state.
     """
 
-    kernels: Callable[[LossArguments], tuple[Tensor | None, Gradients]]
+    kernels: Callable[..., tuple[Tensor | None, Gradients]]
     options = DivergenceOptions
     strategy = "row by row"
 
@@ -207,45 +198,55 @@ class Divergence(RowLoss):
         for operand, value in zip(self.operands, arguments, strict=False):
             if value is not None or not operand.optional:
                 checks.tensor(operand.name, value)
-        getattr(checks, self.name)(*arguments)
+        self.check_call(arguments)
         if self.operands[-2].indices:
             indices = arguments[-3]
             checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
             checks.topk_log_probs(_shown(arguments[-2], arguments[-1], -torch.inf))
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Tensor:  # noqa: ARG002
-        getattr(checks, self.name)(*arguments)
-        *tensors, options = arguments
-        shape, device = tensors[0].shape[:-1], tensors[0].device.type
-        inputs = [i for i, operand in enumerate(self.operands) if operand.name.endswith("input")]
-        without_autocast, cast = in_autocast_dtype(device, [tensors[i] for i in inputs])
-        for i, tensor in zip(inputs, cast, strict=True):
-            tensors[i] = tensor
-        tensors = [
-            tensor.reshape(-1, tensor.shape[-1]) if i in self.with_rows else tensor
-            for i, tensor in enumerate(tensors)
-        ]
-        weight = options.token_weight
-        options = replace(
-            options,
-            beta=float(options.beta),
-            temperature=float(options.temperature),
-            token_weight=None if weight is None else weight.flatten(),
-        )
-        with without_autocast:
-            loss, _ = self.run(tensors, options)
-        return loss.reshape(shape) if options.reduction == "none" else loss
+    def check_call(self, arguments: Arguments) -> DivergenceOptions:
+        self.check_arguments(*arguments)
+        options = arguments[-1]
+        numbers = {"beta": float(options.beta), "temperature": float(options.temperature)}
+        numbered: DivergenceOptions = replace(options, **numbers)
+        return numbered
 
-    def counted(self, arguments: LossArguments) -> tuple[CountedRows, float | Tensor]:
-        weight, n = arguments.options.token_weight, len(arguments.tensors[0])
+    def arranged(self, arguments: Arguments) -> tuple[Any, ...]:
+        *tensors, options = arguments
+        token_weight, denominator = tensors_of(options)
+        checks.values_of_options(token_weight, denominator)
+        device = tensors[0].device.type
+        for i, operand in enumerate(self.operands):
+            if operand.name.endswith("input"):
+                (tensors[i],) = in_autocast_dtype(device, tensors[i])
+            if i in self.with_rows:
+                tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
+        return *tensors, None if token_weight is None else token_weight.flatten(), denominator
+
+    def finished(self, results: Any, arguments: Arguments) -> Tensor:
+        loss: Tensor = results[0]
+        return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
+
+    def counted(
+        self, backend: Backend, tensors: Sequence[Any], options: DivergenceOptions
+    ) -> tuple[Tensor | None, float | Tensor]:
+        weight, n = options.token_weight, len(tensors[0])
         total = n if weight is None else weight.sum(dtype=torch.float64)
         if weight is None or self.student == 1:
-            return CountedRows(n), total
-        return counted_rows(weight, 0, arguments.backend), total
+            return None, total
+        return counted_rows(weight, 0, backend), total
 
-    def compute_rows(self, arguments: LossArguments) -> Computed:
-        loss, gradients = self.kernels(arguments)
-        return Computed(loss, gradients if arguments.outputs.gradients else ())
+    def compute_rows(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        options: DivergenceOptions,
+        outputs: Outputs,
+        grad_output: Tensor | None,
+        state: Tensor | None,  # noqa: ARG002 there is none
+    ) -> Results:
+        loss, gradients = self.kernels(backend, tensors, options, outputs, grad_output)
+        return loss, gradients if outputs.gradients else (), None
 
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
@@ -256,15 +257,28 @@ def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
 # ---- what the kernels compute --------------------------------------------------------------------
 
 
-def of_logits(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
-    logits, teacher_logits = arguments.tensors
-    loss, gradient, _ = _of_rows(logits, teacher_logits, arguments)
+def of_logits(
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: DivergenceOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> tuple[Tensor | None, Gradients]:
+    """Returns the divergence of logits, and the gradient of the student's."""
+    logits, teacher_logits = tensors
+    loss, gradient = _of_rows(backend, logits, teacher_logits, options, outputs, grad_output)
     return loss, (gradient,)
 
 
-def _of_rows(logits: Tensor, teacher_logits: Tensor, arguments: LossArguments) -> ChunkResults:
+def _of_rows(
+    backend: Backend,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    options: DivergenceOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
     """Returns the divergence of rows of logits, and their gradient; capped ones are not rounded."""
-    backend, _, options, outputs, grad_output, _ = arguments
     student, uncapped = capped(backend, logits, options.softcap)
     teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
@@ -273,72 +287,99 @@ def _of_rows(logits: Tensor, teacher_logits: Tensor, arguments: LossArguments) -
     loss, (gradient,) = backend.kl_div_with_logits(
         student.to(dtype), teacher.to(dtype), options, outputs, grad_output
     )
-    if gradient is not None:
-        gradient = uncapped(gradient.to(student.dtype))
-    return ChunkResults(loss, gradient)
+    return loss, None if gradient is None else uncapped(gradient.to(student.dtype))
 
 
-def of_layers(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
-    *_, input, weight, bias = arguments.tensors
-    backend = arguments.backend
-    dtype = backend.product_dtype(input.dtype)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+def of_layers(
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: DivergenceOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> tuple[Tensor | None, Gradients]:
+    """Returns the divergence of a student's head from a teacher's, and the student's gradients."""
+    *_, input, weight, bias = tensors
+    teacher_dtype = backend.product_dtype(input.dtype)
+    weight, bias = weight.to(teacher_dtype), None if bias is None else bias.to(teacher_dtype)
 
-    def of_chunk(chunk: Chunk, part: LossArguments) -> ChunkResults:
-        teacher_logits = backend.empty(chunk.output.shape, dtype, chunk.output)
-        linear(input[chunk.rows].to(dtype), weight, bias, teacher_logits)
-        return _of_rows(chunk.output, teacher_logits, part)
+    def step(block: Block, *given: Any) -> tuple[Tensor | None, Tensor | None]:
+        teacher_logits = backend.empty(block.logits.shape, teacher_dtype, block.logits)
+        linear(input[block.rows].to(teacher_dtype), weight, bias, teacher_logits)
+        return _of_rows(backend, block.logits, teacher_logits, *given)
 
-    more_bytes = dtype.itemsize * (1 if arguments.options.teacher_softcap is None else 3)
-    return _by_rows(arguments, of_chunk, more_bytes)
+    more_bytes = teacher_dtype.itemsize * (1 if options.teacher_softcap is None else 3)
+    return _by_rows(backend, tensors, options, outputs, grad_output, step, more_bytes)
 
 
-def of_topk(arguments: LossArguments) -> tuple[Tensor | None, Gradients]:
-    backend, (_, weight, _, indices, log_probs), *_ = arguments
+def of_topk(
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: DivergenceOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> tuple[Tensor | None, Gradients]:
+    """Returns the divergence of a student's head from a teacher's top k, and the gradients."""
+    _, weight, _, indices, log_probs = tensors
     wrong = checks.topk_indices(indices, len(weight))[:, None]
-    checks.topk_log_probs(_shown(log_probs, arguments.options, -torch.inf))
+    checks.topk_log_probs(_shown(log_probs, options, -torch.inf))
     if backend.ASYNCHRONOUS:  # an error would synchronise: the loss of such a row is NaN
         log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
 
-    def of_chunk(chunk: Chunk, part: LossArguments) -> ChunkResults:
-        logits, uncapped = capped(backend, chunk.output, part.options.softcap)
-        loss, gradient, _ = _topk(logits, indices[chunk.rows], log_probs[chunk.rows], part)
-        return ChunkResults(loss, None if gradient is None else uncapped(gradient))
+    def step(
+        block: Block, options: DivergenceOptions, outputs: Outputs, grad_output: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        logits, uncapped = capped(backend, block.logits, options.softcap)
+        teacher = indices[block.rows], log_probs[block.rows]
+        loss, gradient = _topk(backend, logits, *teacher, options, outputs, grad_output)
+        return loss, None if gradient is None else uncapped(gradient)
 
-    return _by_rows(arguments, of_chunk)
+    return _by_rows(backend, tensors, options, outputs, grad_output, step)
 
 
 def _by_rows(
-    arguments: LossArguments,
-    of_chunk: Callable[[Chunk, LossArguments], ChunkResults],
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: DivergenceOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+    step: Callable[..., tuple[Tensor | None, Tensor | None]],
     more_bytes: int = 0,
 ) -> tuple[Tensor | None, Gradients]:
     """Returns the divergence and the gradients, from the student's logits of some rows at a time.
 
     Args:
-        more_bytes: What ``of_chunk`` needs beside each of the student's logits.
+        step: Takes a block, and the options, outputs and grad_output of its rows.
+        more_bytes: What ``step`` needs beside each of the student's logits.
     """
-    backend, (input, weight, bias, *_), options, outputs, *_ = arguments
-    dtype, n = backend.product_dtype(input.dtype), len(input)
+    input, weight, bias, *_ = tensors
+    n, dtype = len(input), backend.product_dtype(input.dtype)
     of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     row = len(weight) * (dtype.itemsize + of_cap + more_bytes)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
     of_logits = Outputs(outputs.loss, (True,) if outputs.gradients else (), True)
-    layer = Layer(_shown(input, options), weight, bias)
-    return by_rows(
-        arguments,
-        *(layer, dtype, rows),
-        lambda chunk, part: of_chunk(chunk, part._replace(outputs=of_logits)),
-    )
+
+    def of_block(block: Block, token_weight: Any, grad_output: Any) -> Any:
+        return step(block, replace(options, token_weight=token_weight), of_logits, grad_output)
+
+    layer, needed = Layer(_shown(input, options), weight, bias), outputs.gradients or (False,) * 3
+    given = backend, layer, dtype, rows, needed, options, grad_output
+    return loss_over_rows(*given, of_block)
 
 
-def _topk(logits: Tensor, indices: Tensor, log_q: Tensor, arguments: LossArguments) -> ChunkResults:
+def _topk(
+    backend: Backend,
+    logits: Tensor,
+    indices: Tensor,
+    log_q: Tensor,
+    options: DivergenceOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
     """Returns the divergence of k + 1 classes, the last of which stands for all others.
 
     Of the gradient by their log-probabilities, g, and its sum s, the gradient by the logit of one
     of the k is g_c - s p_c, and of any other (g_rest - s p_rest) exp(x_c - lse_rest).
     """
-    backend, _, options, outputs, grad_output, _ = arguments
     n, classes = logits.shape
     rows, among = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:
@@ -355,7 +396,7 @@ def _topk(logits: Tensor, indices: Tensor, log_q: Tensor, arguments: LossArgumen
         each = (each * weight).where(weight != 0, 0)
     loss = each if options.reduction == "none" else each.sum()
     if not outputs.gradients:
-        return ChunkResults(loss)
+        return loss, None
     factor = torch.ones_like(each) if weight is None else weight
     if grad_output is not None:
         factor = (factor * grad_output).where(factor != 0, 0)
@@ -373,4 +414,4 @@ def _topk(logits: Tensor, indices: Tensor, log_q: Tensor, arguments: LossArgumen
     prepare(logits, rows, among, len(RESULTS))(logits, None, None, state, grad_results, logits)
     of_chosen = (slopes[:, :k] - total * p[:, :k]) * rows.scale
     logits.scatter_(1, indices, of_chosen.to(logits.dtype))
-    return ChunkResults(loss, logits)
+    return loss, logits

@@ -1,4 +1,4 @@
-"""Losses of embeddings, which compare rows of features: their declaration, and their plan."""
+"""Losses of embeddings, which compare rows of features: their declaration and kernels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
+from pyfused.backends import Backend
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments
 from pyfused.dispatch.plan import Launch
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.pointwise_loss import PointwisePlan, TensorLoss
+from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs
 
 
@@ -61,10 +62,6 @@ class EmbeddingLoss(TensorLoss):
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast = tuple(range(1, len(self.inputs)))
 
-    @property
-    def plan_type(self) -> type[PointwisePlan]:
-        return EmbeddingPlan
-
     def check_scalars(self, arguments: Arguments) -> None:
         super().check_scalars(arguments)
         if not self.has_target:
@@ -86,20 +83,14 @@ class EmbeddingLoss(TensorLoss):
         dtype = reduce(torch.promote_types, dtypes)
         return dtype, dtype
 
-
-class EmbeddingPlan(PointwisePlan):
-    """Computes the calls of one signature: a row is for it what an element is for a formula."""
-
-    op: EmbeddingLoss
-
     def arranged(
-        self, operands: Sequence[Any], weight: Tensor | None
+        self, operands: Sequence[Any], weight: Tensor | None, dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Tensor | None]:
         """Returns the inputs in one dtype, and as many rows of each operand."""
-        dtypes = [self.dtype] * len(operands)
-        if self.op.has_target:
+        dtypes = [dtype] * len(operands)
+        if self.has_target:
             *inputs, target = operands
-            dtypes[-1] = accumulate_dtype(self.dtype)
+            dtypes[-1] = accumulate_dtype(dtype)
             if target.dtype is torch.float64 is not dtypes[-1]:  # what is near 1 is not to become 1
                 target = (target == 1).to(dtypes[-1]) - (target == -1).to(dtypes[-1])
             operands = *inputs, target.unsqueeze(-1)
@@ -113,17 +104,19 @@ class EmbeddingPlan(PointwisePlan):
 
     def prepared(
         self,
+        backend: Backend,
         tensors: Sequence[Any],
+        numbers: tuple[Any, ...],
+        reduction: str,
         outputs: Outputs,
+        divisor: float,
         grad_output: Tensor | None,  # noqa: ARG002 any layout will do
     ) -> Launch:
-        op, named = self.op, dict(zip([s.name for s in self.op.scalars], self.numbers, strict=True))
+        named = dict(zip([scalar.name for scalar in self.scalars], numbers, strict=True))
         euclidean = named.pop("p", 2.0) == 2.0
         options = EmbeddingOptions(**named, euclidean=euclidean)
-        prepare: Callable[..., Any] = self.backend.embedding_loss
-        inputs = tuple(tensors[:-2])
-        launch: Launch = prepare(op.name, inputs, options, self.reduction, outputs, self.divisor)
-        return launch
+        prepare: Callable[..., Launch] = backend.embedding_loss
+        return prepare(self.name, tuple(tensors[:-2]), options, reduction, outputs, divisor)
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
         return grad_output.expand(operands[0].shape[:-1])

@@ -11,30 +11,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import backend_of, cross_entropy_once
+from pyfused.backends import Backend, backend_of, cross_entropy_once
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.call import is_compiled
 from pyfused.dispatch.operator import Arguments, parameters_of
 from pyfused.layout import accumulate_dtype, of_leading
-from pyfused.ops import definitions
-from pyfused.ops import shards as vocab_parallel
+from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_of
-from pyfused.ops.chunked import (
-    Chunk,
-    ChunkResults,
-    CountedRows,
+from pyfused.ops.cross_entropy import options_fallback_reason
+from pyfused.ops.heads import (
+    Block,
     Layer,
-    LossArguments,
     StateOptions,
-    by_rows,
     capped,
     counted_rows,
     gradients_of,
+    loss_over_rows,
     state_of,
 )
-from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.metrics import Metrics, of_state
-from pyfused.ops.row_loss import Computed, RowLoss
+from pyfused.ops.row_loss import Results, RowLoss, tensors_of
 from pyfused.ops.row_state import (
     accumulated,
     fields_of,
@@ -64,46 +59,50 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         tensors = [named.pop(operand.name, None) for operand in self.operands]
         return *tensors, torch_options, HeadOptions(**named)
 
-    def fused(self, arguments: Arguments, inplace: bool) -> Any:  # noqa: ARG002
-        head, options = _checked(arguments)
-        options = checks.normalized(options)
-        dtype = _dtype_of_loss(head, options)
-        without_autocast, (input,) = in_autocast_dtype(head.input.device.type, head[:1])
-        head = head._replace(input=input)
-        if not is_compiled(head.input):
-            self.check_indices(head, options)
-        leading = head.input.shape[:-1]
-        head, options = head.as_rows(options)
+    def check_call(self, arguments: Arguments) -> HeadOptions:
+        head, options = _head_of(arguments)
+        self.check_arguments(head, options)
+        normalized: HeadOptions = checks.normalized(options)
+        return normalized
+
+    def arranged(self, arguments: Arguments) -> tuple[Any, ...]:
+        head, options = _head_of(arguments)
+        checks.values_of_options(options.token_weight, options.denominator)
+        (input,) = in_autocast_dtype(head.input.device.type, head.input)
+        head, options = head._replace(input=input).as_rows(options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
-        with without_autocast:
-            loss, state = self.run(head, options)
-        loss = of_leading(loss, leading)
-        of_call = loss if loss.dtype is dtype else loss.to(dtype)
+        return *head, *tensors_of(options)
+
+    def finished(self, results: Any, arguments: Arguments) -> Any:
+        (loss, state), (head, options) = results, _head_of(arguments)
+        leading, dtype = head.input.shape[:-1], _dtype_of_loss(head, options)
+        wide, loss = loss.dtype, of_leading(loss, leading)
+        loss = loss if loss.dtype is dtype else loss.to(dtype)
         if not options.with_metrics:
-            return of_call
-        metrics = of_state(state, head.target, options.ignore_index, loss.dtype)
-        return of_call, Metrics(*(of_leading(each, leading) for each in metrics))
+            return loss
+        target = self.arranged(arguments)[3]
+        metrics = of_state(state, target, options.ignore_index, wide)
+        return loss, Metrics(*(of_leading(each, leading) for each in metrics))
 
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         head, options = _head_of(arguments)
         options = replace(options, loss_dtype=_dtype_of_loss(head, options))
-        without_autocast, (input,) = in_autocast_dtype(head.input.device.type, head[:1])
-        with without_autocast:
-            tensors = input, *head[1:4]
-            return vocab_parallel.cross_entropy(tensors, head.weight, options, classes, shard)
+        tensors = *in_autocast_dtype(head.input.device.type, head.input), *head[1:4]
+        return shards.cross_entropy(tensors, head.weight, options, classes, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
-        checks.linear_cross_entropy(*_head_of(arguments), False, classes)
+        self.check_arguments(*_head_of(arguments), False, classes)
 
     def check(self, arguments: Arguments) -> None:
-        head, options = _checked(arguments)
+        head, options = _head_of(arguments)
+        self.check_arguments(head, options)
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
     def strategy_of(self, arguments: Arguments) -> str:
         head, options = _head_of(arguments)
         head, options = head.as_rows(options)
-        _, (input,) = in_autocast_dtype(head.input.device.type, head[:1])
+        (input,) = in_autocast_dtype(head.input.device.type, head.input)
         rows = rows_at_once(head._replace(input=input), options, backend_of(input))
         if not rows:
             return "logits of some classes at a time"
@@ -125,19 +124,30 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         head = Head(*tensors)
         return accumulate_dtype(product_dtype(head, backend_of(head.input)))
 
-    def counted(self, arguments: LossArguments) -> tuple[CountedRows, float | Tensor]:
-        (*_, target, weight), options = arguments.tensors, arguments.options
+    def counted(
+        self, backend: Backend, tensors: Sequence[Any], options: HeadOptions
+    ) -> tuple[Tensor | None, float | Tensor]:
+        *_, target, weight = tensors
         if not target.is_floating_point():
-            rows = counted_rows(target, options.ignore_index, arguments.backend)
+            rows = counted_rows(target, options.ignore_index, backend)
             return rows, weight_of_targets(target, weight, options)
         token_weight = options.token_weight
-        total = target[:, 0].numel() if token_weight is None else token_weight.double().sum()
-        return CountedRows(len(target)), total
+        return None, target[:, 0].numel() if token_weight is None else token_weight.double().sum()
 
-    def compute_rows(self, arguments: LossArguments) -> Computed:
-        head = Head(*arguments.tensors)
-        rows = rows_at_once(head, arguments.options, arguments.backend)
-        return _by_rows(arguments, head, rows) if rows else _by_classes(arguments, head)
+    def compute_rows(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        options: HeadOptions,
+        outputs: Outputs,
+        grad_output: Tensor | None,
+        state: Tensor | None,
+    ) -> Results:
+        head = Head(*tensors)
+        rows = rows_at_once(head, options, backend)
+        if rows:
+            return _by_rows(backend, head, options, outputs, grad_output, rows)
+        return _by_classes(backend, head, options, outputs, grad_output, state)
 
     def in_torch(self, tensors: Sequence[Any], options: HeadOptions) -> Tensor:
         dtype = self.loss_dtype(tensors)
@@ -167,12 +177,6 @@ def _head_of(arguments: Arguments) -> tuple[Head, HeadOptions]:
     return Head(*tensors), options
 
 
-def _checked(arguments: Arguments) -> tuple[Head, HeadOptions]:
-    head, options = _head_of(arguments)
-    checks.linear_cross_entropy(head, options)
-    return head, options
-
-
 def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
     if options.loss_dtype is not None:
         return options.loss_dtype
@@ -185,9 +189,15 @@ def _dtype_of_loss(head: Head, options: HeadOptions) -> torch.dtype:
 # ---- loss and gradients --------------------------------------------------------------------------
 
 
-def _by_rows(arguments: LossArguments, head: Head, rows: int) -> Computed:
+def _by_rows(
+    backend: Backend,
+    head: Head,
+    options: HeadOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+    rows: int,
+) -> Results:
     """Returns the results from all logits of some rows at a time."""
-    backend, _, _, outputs, *_ = arguments
     target, classes = head.target, head.linear_weight.shape[:-1]
     dtype = product_dtype(head, backend)
     *of_layer, of_target = outputs.gradients or (False,) * 4
@@ -195,43 +205,52 @@ def _by_rows(arguments: LossArguments, head: Head, rows: int) -> Computed:
     grad_target = torch.empty_like(target) if of_target else None
     states = []
 
-    def of_chunk(chunk: Chunk, part: LossArguments) -> ChunkResults:
-        options, grad_output = part.options, part.grad_output
-        targets = target[chunk.rows]
+    def step(
+        block: Block, token_weight: Tensor | None, grad_output: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        of_block = replace(options, token_weight=token_weight)
+        targets = target[block.rows]
         targets = targets.to(dtype) if targets.is_floating_point() else targets
-        logits, uncapped = capped(backend, chunk.output, options.softcap, rounds=True)
+        logits, uncapped = capped(backend, block.logits, options.softcap, rounds=True)
         of_classes = logits.view(-1, *classes)
         if options.with_metrics:
-            state = state_of_metrics(backend, of_classes, targets, options)
+            state = state_of_metrics(backend, of_classes, targets, of_block)
             states.append(state.flatten(1))
         loss, (gradient, of_targets) = cross_entropy_once(
-            backend, of_classes, targets, head.weight, options, of_logits, grad_output
+            backend, of_classes, targets, head.weight, of_block, of_logits, grad_output
         )
         if grad_target is not None and of_targets is not None:
-            grad_target[chunk.rows] = of_targets
-        if gradient is None:
-            return ChunkResults(loss)
-        least = None
-        if options.filter_eps:
-            least = logits.new_ones(()) if grad_output is None else grad_output
-            least = options.filter_eps * least.abs()
-        return ChunkResults(loss, uncapped(gradient.view_as(logits)), least)
+            grad_target[block.rows] = of_targets
+        return loss, None if gradient is None else uncapped(gradient.view_as(logits))
 
+    filter_below = None
+    if options.filter_eps:
+        one = head.input.new_ones(()) if grad_output is None else grad_output.abs()
+        filter_below = options.filter_eps * one
     bias = None if head.linear_bias is None else head.linear_bias.flatten()
     layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias)
-    loss, gradients = by_rows(arguments, layer, dtype, rows, of_chunk)
+    loss, gradients = loss_over_rows(
+        *(backend, layer, dtype, rows, of_layer, options, grad_output, step),
+        filter_below=filter_below,
+    )
     pairs = zip(gradients, head[:3], strict=True)
     in_shape = [None if x is None or like is None else x.view_as(like) for x, like in pairs]
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
-    return Computed(loss, (*in_shape, grad_target) if outputs.gradients else (), state)
+    return loss, (*in_shape, grad_target) if outputs.gradients else (), state
 
 
-def _by_classes(arguments: LossArguments, head: Head) -> Computed:
+def _by_classes(
+    backend: Backend,
+    head: Head,
+    options: HeadOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+    state: Tensor | None,
+) -> Results:
     """Returns the results from logits of some classes at a time.
 
     The gradients need the state of all classes, so that they are left to the backward pass.
     """
-    backend, _, options, outputs, grad_output, state = arguments
     dtype, classes = product_dtype(head, backend), len(head.linear_weight)
     weight, tile = accumulated(head.weight, dtype), tile_of(head, options, backend)
     by_tiles = StateOptions(options.rows, ClassRange(0, classes), fields_of(options), (tile, tile))
@@ -239,11 +258,11 @@ def _by_classes(arguments: LossArguments, head: Head) -> Computed:
         state, _ = state_of(backend, head[:4], by_tiles, weight)
         loss = loss_of_state(state, head.target, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
-        return Computed(loss, (), state)
+        return loss, (), state
     assert grad_output is not None
     grad_output = grad_output.expand(len(head.target))
     grad_results = gradients_of_loss(state, head.target, weight, options, classes, grad_output)
-    least = options.filter_eps * grad_output.abs() if options.filter_eps else None
     given = backend, head[:4], by_tiles, outputs.gradients, state, grad_results
-    gradients = gradients_of(*given, weight=weight, least=least)
-    return Computed(None, (*gradients, None))
+    filter_below = options.filter_eps * grad_output.abs() if options.filter_eps else None
+    gradients = gradients_of(*given, weight=weight, filter_below=filter_below)
+    return None, (*gradients, None), state

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import apply, in_autocast_dtype
+from pyfused.dispatch.autograd import in_autocast_dtype, without_autocast
 from pyfused.dispatch.call import is_compiled
-from pyfused.dispatch.custom_operators import custom_operator
 from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunked import StateOptions
+from pyfused.ops.custom_operators import custom_operator
+from pyfused.ops.heads import StateOptions
 from pyfused.ops.row_state import results_of
-from pyfused.ops.shards import ShardedOperator, StatePlan, is_dtensor
+from pyfused.ops.shards import ShardedOperator, is_dtensor, plan_of_state
 from pyfused.types import RESULTS, ClassRange, LogProbsOptions, VocabShard
 
 
@@ -76,6 +77,7 @@ def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
 class LogProbsOperator(ShardedOperator):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
+    check_arguments: Callable[..., None]
     options = LogProbsOptions
     strategy = "row by row"
 
@@ -87,45 +89,33 @@ class LogProbsOperator(ShardedOperator):
             tensors[0] = checks.classes_at(1, "logits", tensors[0], by_name.get("dim"))
         return *tensors, options
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:  # noqa: ARG002
-        device = arguments[0].device.type
-        if not (self.counts_logits and torch.is_autocast_enabled(device)):
-            return self._plan(arguments)
-
-        def run(arguments: Arguments) -> Tensor:
-            without_autocast, cast = in_autocast_dtype(device, arguments[:1])
-            given = *cast, *arguments[1:]
-            plan = self._plan(given)
-            with without_autocast:
-                return plan(given)
-
-        return run
-
-    def _plan(self, arguments: Arguments) -> Callable[[Arguments], Tensor]:
-        getattr(checks, self.name)(*arguments)
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+        self.check_arguments(*arguments)
         *tensors, _, options = arguments
-        plan = self.state_plan(tensors, options)
-        classes, ignore_index = plan.options.classes.total, options.ignore_index
-        needs_gradients = not self.is_forward_alone(arguments)
+        classes, ignore_index = self.classes(tensors), options.ignore_index
+        check, count = backend_of(tensors[0]).check_class_indices, int(self.counts_logits)
 
-        def run(arguments: Arguments) -> Tensor:
+        def arrange(arguments: Arguments) -> tuple[Any, ...]:
             *tensors, target, _ = arguments
+            if count:
+                tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
-            plan.backend.check_class_indices(target, classes, ignore_index)
-            if needs_gradients:
-                results: Tensor = apply(plan, *tensors, target, None)
-                return results
-            return plan.forward(None, (*tensors, target, None))
+            check(target, classes, ignore_index)
+            return *tensors, target, None
 
-        return run
+        tensors[:count] = in_autocast_dtype(tensors[0].device.type, *tensors[:count])
+        return self.state_plan(tensors, options, arrange=arrange)
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *tensors, target, options = arguments
-        if self.counts_logits:  # all, as a custom operator checks dtypes
-            without_autocast, tensors = in_autocast_dtype(tensors[0].device.type, tensors)
-            with without_autocast:
-                return self._compiled((*tensors, target, options))
-        return self._compiled(arguments)
+        if not self.counts_logits:
+            return self._compiled(arguments)
+        device = tensors[0].device.type  # all are cast, as a custom operator checks dtypes
+        input, weight, bias = tensors
+        input, weight = in_autocast_dtype(device, input, weight)
+        bias = None if bias is None else in_autocast_dtype(device, bias)[0]
+        with without_autocast(device):
+            return self._compiled((input, weight, bias, target, options))
 
     def _compiled(self, arguments: Arguments) -> Tensor:
         self.check(arguments)
@@ -138,11 +128,9 @@ class LogProbsOperator(ShardedOperator):
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
         count = int(self.counts_logits)  # autocast casts the input of a layer, but no logits
-        without_autocast, cast = in_autocast_dtype(tensors[0].device.type, tensors[:count])
-        tensors = [*cast, *tensors[count:]]
-        with without_autocast:
-            plan = self.state_plan(tensors, options, classes, shard)
-            return apply(plan, *tensors, target.to(torch.int64), None)
+        tensors[:count] = in_autocast_dtype(tensors[0].device.type, *tensors[:count])
+        plan = self.state_plan(tensors, options, classes, shard)
+        return plan((*tensors, target.to(torch.int64), None))
 
     def state_plan(
         self,
@@ -150,17 +138,16 @@ class LogProbsOperator(ShardedOperator):
         options: LogProbsOptions,
         classes: ClassRange | None = None,
         shard: VocabShard | None = None,
-        results: int | None = None,
-    ) -> StatePlan:
+        **given: Any,
+    ) -> Plan:
         of_state = StateOptions(
             options.rows,
             classes or ClassRange(0, self.classes(tensors)),
             memory_budget=options.memory_budget,
             fixed_sizes=options.deterministic_rows,
         )
-        if results is None:
-            results = 1 if options.alone else len(RESULTS)
-        return StatePlan(self.name, tensors, of_state, shard, True, results)
+        given.setdefault("results", 1 if options.alone else len(RESULTS))
+        return plan_of_state(self.name, tensors, of_state, shard, **given)
 
     def classes(self, tensors: Sequence[Tensor]) -> int:
         return len(tensors[1]) if self.counts_logits else checks.classes_of(tensors[0])
@@ -168,12 +155,12 @@ class LogProbsOperator(ShardedOperator):
     def check(self, arguments: Arguments) -> None:
         """Raises for bad input; class indices are read only where that does not synchronise."""
         *tensors, target, options = arguments
-        getattr(checks, self.name)(*arguments)
+        self.check_arguments(*arguments)
         if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
             checks.class_indices(self.classes(tensors), target, options.ignore_index)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         if self.counts_logits:
-            getattr(checks, self.name)(*arguments, classes=classes)
+            self.check_arguments(*arguments, classes=classes)
         else:
             super().check_shapes(arguments, classes)

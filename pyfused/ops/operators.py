@@ -34,6 +34,8 @@ HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
 CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
+    check_arguments=checks.cross_entropy,
+    kernel=lambda backend: backend.cross_entropy,
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
     fallback_reason=cross_entropy_fallback_reason,
     definition=definitions.cross_entropy,
@@ -42,6 +44,7 @@ CROSS_ENTROPY = CrossEntropy(
 LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     name="linear_cross_entropy",
     module="LinearCrossEntropyLoss",
+    check_arguments=checks.linear_cross_entropy,
     student=4,
     operands=(*HEAD, Operand("target", indices=True), WEIGHT),
     fallback_reason=linear_cross_entropy_fallback_reason,
@@ -51,6 +54,7 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
 LOG_PROBS = LogProbsOperator(
     name="log_probs",
     module="LogProbs",
+    check_arguments=checks.log_probs,
     operands=(Operand("logits"), CLASSES),
     definition=definitions.log_probs,
 )
@@ -58,6 +62,7 @@ LOG_PROBS = LogProbsOperator(
 LINEAR_LOG_PROBS = LogProbsOperator(
     name="linear_log_probs",
     module="LinearLogProbs",
+    check_arguments=checks.linear_log_probs,
     operands=(*HEAD, CLASSES),
     definition=definitions.linear_log_probs,
 )
@@ -65,6 +70,8 @@ LINEAR_LOG_PROBS = LogProbsOperator(
 NLL_LOSS = NllLoss(
     name="nll_loss",
     module="NLLLoss",
+    check_arguments=checks.nll_loss,
+    kernel=lambda backend: backend.nll_loss,
     operands=(INPUT, CLASSES, WEIGHT),
 )
 
@@ -76,6 +83,8 @@ def _neither_row_nor_rows(input: Tensor, *_: Any) -> str | None:
 MULTI_MARGIN_LOSS = MultiMarginLoss(
     name="multi_margin_loss",
     module="MultiMarginLoss",
+    check_arguments=checks.multi_margin_loss,
+    kernel=lambda backend: backend.multi_margin_loss,
     operands=(INPUT, CLASSES, WEIGHT),
     fallback_reason=_neither_row_nor_rows,
 )
@@ -83,6 +92,8 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
 MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
     name="multilabel_margin_loss",
     module="MultiLabelMarginLoss",
+    check_arguments=checks.multilabel_margin_loss,
+    kernel=lambda backend: backend.multi_margin_loss,
     operands=(INPUT, CLASSES._replace(labels=True)),
     fallback_reason=lambda input, *_: (
         "more classes than a program keeps on a GPU"
@@ -122,6 +133,7 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
 KL_DIV_WITH_LOGITS = Divergence(
     name="kl_div_with_logits",
     module="KLDivWithLogitsLoss",
+    check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
     kernels=distillation.of_logits,
@@ -132,6 +144,7 @@ KL_DIV_WITH_LOGITS = Divergence(
 LINEAR_KL_DIV = Divergence(
     name="linear_kl_div",
     module="LinearKLDivLoss",
+    check_arguments=checks.linear_kl_div,
     operands=(
         *HEAD,
         Operand("teacher_input", differentiated=False),
@@ -147,6 +160,7 @@ LINEAR_KL_DIV = Divergence(
 LINEAR_TOPK_KL_DIV = Divergence(
     name="linear_topk_kl_div",
     module="LinearTopKKLDivLoss",
+    check_arguments=checks.linear_topk_kl_div,
     operands=(
         *HEAD,
         Operand("teacher_indices", differentiated=False, indices=True),
@@ -166,5 +180,22 @@ LOG_SOFTMAX = Softmax(
 )
 
 OPERATORS: dict[str, Operator] = {
-    op.name: op for op in (*globals().values(), *elementwise.OPERATORS) if isinstance(op, Operator)
+    op.name: op
+    for op in (
+        CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY,
+        LOG_PROBS,
+        LINEAR_LOG_PROBS,
+        NLL_LOSS,
+        MULTI_MARGIN_LOSS,
+        MULTILABEL_MARGIN_LOSS,
+        TRIPLET_MARGIN_LOSS,
+        COSINE_EMBEDDING_LOSS,
+        KL_DIV_WITH_LOGITS,
+        LINEAR_KL_DIV,
+        LINEAR_TOPK_KL_DIV,
+        SOFTMAX,
+        LOG_SOFTMAX,
+        *elementwise.OPERATORS,
+    )
 }

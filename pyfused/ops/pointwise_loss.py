@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, reduce
@@ -20,9 +21,8 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import apply, differentiate, gradients_in_forward
-from pyfused.dispatch.custom_operators import PACKAGE
+from pyfused.backends import Backend, backend_of
+from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     Arguments,
@@ -31,10 +31,19 @@ from pyfused.dispatch.operator import (
     Scalar,
     reduction_of,
 )
-from pyfused.dispatch.plan import Launch, LossPlan
+from pyfused.dispatch.plan import (
+    Forward,
+    Launch,
+    Plan,
+    gradients_in_forward,
+    loss_passes,
+    needs_grad,
+)
 from pyfused.formulas import trace
 from pyfused.formulas.kernel import Kernel, Method
 from pyfused.formulas.program import Program
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.custom_operators import PACKAGE, custom_operator
 from pyfused.torch_internals import built_in
 from pyfused.types import TENSORS, Gradients, Outputs
 
@@ -117,40 +126,127 @@ class TensorLoss(Operator):
         self,
         arguments: Arguments,
         inplace: bool,  # noqa: ARG002
-        needs: Sequence[bool] | None = None,
-    ) -> PointwisePlan:
-        """Checks a call, and returns what computes it.
+        needs: tuple[bool, ...] | None = None,
+    ) -> Plan:
+        """Checks a call, and returns the plan of its signature.
+
+        The plan's tensors are the operands, the weight, and the divisor of the sum if that depends
+        on values.
 
         Args:
-            needs: The operands that need a gradient, where that is not for autograd to say.
+            needs: Whether each operand needs a gradient, where autograd does not know.
         """
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
-        if needs is None:
-            grad = torch.is_grad_enabled()
-            needs = [grad and isinstance(o, TENSORS) and o.requires_grad for o in operands]
+        needs = needs_grad(operands) if needs is None else needs
+        backend, numbers = backend_of(operands[0]), self.numbers(arguments)
+        warning = None if self.warning is None else self.warning(arguments)
         shape = getattr(operands[0], "shape", None)
-        alike = all(
-            isinstance(o, TENSORS) and o.shape == shape and o.dtype is dtype for o in operands
-        )
-        return self.plan_type(
-            op=self,
-            backend=backend_of(operands[0]),
-            numbers=self.numbers(arguments),
-            reduction=reduction,
-            dtype=dtype,
-            result=result,
-            needs=tuple(needs),
-            now=gradients_in_forward(reduction, dtype),
-            as_they_are=alike and self.arrange is None and weight is None,
-            warning=None if self.warning is None else self.warning(arguments),
-            denominator=self.denominators.get(reduction),
+        fits = self.arrange is None and weight is None
+        for operand in operands:
+            fits = fits and isinstance(operand, TENSORS) and operand.shape == shape
+            fits = fits and operand.dtype is dtype
+        broadcasts = self.warns and operands[1].shape != shape
+        denominator, divisor = self.denominators.get(reduction), 1.0
+
+        def divisor_of(operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
+            """Returns the divisor if it depends on values; else the first call keeps it."""
+            nonlocal denominator, divisor
+            if denominator is None:
+                return None
+            found = denominator(operands, weight, numbers)
+            if isinstance(found, Tensor):
+                return found
+            denominator, divisor = None, found
+            return None
+
+        def arrange(arguments: Arguments) -> Sequence[Any]:
+            operands, weight = self._values(arguments), None
+            if operands[-1] is None:
+                operands = operands[:-1]
+            if self._weight is not None:
+                weight = arguments[self._weight]
+            if self.enforces and not self.nan_on_invalid:
+                self._bounds(operands)
+            if broadcasts:
+                _warn_of_broadcasting(operands)
+            if warning is not None:
+                warnings.warn(warning, stacklevel=_stacklevel())
+            given = weight  # torch's mean divides by its sum before it broadcasts
+            if not fits:
+                operands, weight = self.arranged(operands, weight, dtype)
+            tensor = None if denominator is None else divisor_of(operands, given)
+            return *operands, weight, tensor
+
+        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> Launch:
+            return self.prepared(
+                backend, tensors, numbers, reduction, outputs, divisor, grad_output
+            )
+
+        def define(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+            *operands, weight, tensor = tensors
+
+            def definition(*operands: Tensor) -> Tensor:
+                each = self.of_each(operands, numbers)
+                loss = (each / (divisor if tensor is None else tensor)).to(each.dtype)
+                return loss if weight is None else loss * weight
+
+            return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
+
+        def finish(loss: Tensor, arguments: Arguments) -> Tensor:
+            if self.nan_on_invalid and not backend.ASYNCHRONOUS and loss.sum().isnan():
+                self._bounds(self._values(arguments))
+            return loss if loss.dtype is result else loss.to(result)
+
+        forward, of_expanded = loss_passes(prepare, needs, gradients_in_forward(reduction, dtype))
+        in_result_dtype = dtype is accumulate_dtype(dtype) and dtype is result
+        return Plan(
+            name=self.name,
+            backend=backend,
+            needs=needs,
+            arrange=arrange,
+            forward=forward,
+            backward=lambda tensors, grad_output: of_expanded(
+                tensors, self.expanded(grad_output, tensors)
+            ),
+            define=define,
+            finish=None if in_result_dtype and not self.nan_on_invalid else finish,
         )
 
-    @property
-    def plan_type(self) -> type[PointwisePlan]:
-        return PointwisePlan
+    def arranged(
+        self, operands: Sequence[Any], weight: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Returns the operands in one shape and dtype, and the weight beside them."""
+        if self.arrange is not None:
+            operands = self.arrange(*operands)
+        # Cast first: the gradient of what broadcasts is then added up before it is rounded.
+        operands = [x if x.dtype is dtype else x.to(dtype) for x in operands]
+        if any(operand.shape != operands[0].shape for operand in operands):
+            operands = torch.broadcast_tensors(*operands)
+        if weight is not None:
+            weight = weight.to(dtype).expand_as(operands[0])
+        return operands, weight
+
+    @abstractmethod
+    def prepared(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        numbers: tuple[Any, ...],
+        reduction: str,
+        outputs: Outputs,
+        divisor: float,
+        grad_output: Tensor | None,
+    ) -> Launch:
+        """Returns the kernel for tensors of these layouts."""
+
+    def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        """Returns the gradient of each loss before these are reduced."""
+        return grad_output.expand_as(operands[0])
+
+    def compiled(self, arguments: Arguments) -> Any:
+        return custom_operator(self.name)(*arguments)
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the values of the scalars, which can be hashed."""
@@ -295,6 +391,22 @@ class PointwiseLoss(TensorLoss):
             gradients = [e.scaled(gradient) for gradient in gradients]
         return [Method([variable.name for variable in variables], e, [value, *gradients])]
 
+    def prepared(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        numbers: tuple[Any, ...],
+        reduction: str,
+        outputs: Outputs,
+        divisor: float,
+        grad_output: Tensor | None,
+    ) -> Launch:
+        *operands, weight, _ = tensors
+        formula, numbers = self.kernel(numbers, len(operands), outputs)
+        layouts = tuple(operands), weight, grad_output
+        prepare: Callable[..., Launch] = backend.pointwise_loss
+        return prepare(formula, layouts, numbers, reduction, outputs, divisor)
+
     def _definition(self) -> Callable[..., Tensor]:
         """Returns the function that torch does not have: operands, scalars, reduction."""
         names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
@@ -336,7 +448,7 @@ class PointwiseLoss(TensorLoss):
             if input.shape != target.shape:
                 if is_dynamo_compiling():  # which cannot trace a warning
                     return reference(*arguments)
-                _warn_of_broadcasting(input, target)
+                _warn_of_broadcasting((input, target))
                 input, target = torch.broadcast_tensors(input, target)
             loss: Tensor = of_torch(input, target, reduction, *[arguments[i] for i in scalars])
             return loss
@@ -374,21 +486,45 @@ class Halves(Gated):
         self,
         arguments: Arguments,
         inplace: bool,  # noqa: ARG002
-        needs: Sequence[bool] | None = None,
-    ) -> PointwisePlan:
+        needs: tuple[bool, ...] | None = None,
+    ) -> Plan:
+        """Returns the plan of a signature: to autograd the halves are one tensor."""
         input, dim = arguments
-        if needs is None:
-            needs = (torch.is_grad_enabled() and input.requires_grad,) * 2
-        return HalvesPlan(
-            op=self,
-            backend=backend_of(input),
-            numbers=(),
-            reduction="none",
-            dtype=input.dtype,
-            result=input.dtype,
-            needs=tuple(needs),
-            now=False,
-            halves=dim % input.dim(),
+        needs, dim = needs_grad((input,)) if needs is None else needs, dim % input.dim()
+        backend: Backend = backend_of(input)
+
+        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> Launch:
+            formula, numbers = self.kernel((), 2, outputs)
+            layouts = tuple(tensors[:2]), None, grad_output
+            launch: Launch = backend.pointwise_loss(
+                formula, layouts, numbers, "none", outputs, 1.0, dim
+            )
+            return launch
+
+        of_halves, gradients = loss_passes(prepare, needs * 2, False)
+
+        def forward(tensors: Sequence[Any]) -> Forward:
+            output, *_ = of_halves((*tensors[0].chunk(2, dim), None, None))
+            return output, tensors, ()
+
+        def backward(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+            halves = tensors[0].contiguous().chunk(2, dim)
+            if any(grad_output.stride()):
+                grad_output = grad_output.contiguous()
+            return gradients((*halves, None, None), grad_output)
+
+        def define(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+            definition = lambda input: self.reference(input, dim)  # noqa: E731
+            return differentiate(definition, tensors, (True,), grad_output)
+
+        return Plan(
+            name=self.name,
+            backend=backend,
+            needs=needs,
+            arrange=lambda arguments: arguments[:1],
+            forward=forward,
+            backward=backward,
+            define=define,
         )
 
 
@@ -427,149 +563,15 @@ def result_dtype(
         return op.reference(**ones, **reduction).dtype
 
 
-@dataclass(eq=False, kw_only=True)
-class PointwisePlan(LossPlan):
-    """Computes the calls of one signature.
-
-    The tensors are the operands, the weight, and the divisor where it depends on values.
-
-    Attributes:
-        numbers: The values of the scalars, a flag that chooses the formula among them.
-        dtype: What the operands are computed in.
-        as_they_are: The kernel takes the operands without a cast or an expansion, and no weight.
-        warning: What every call warns of, None for nothing.
-        denominator: What computes the divisor of the sum for each call, None where that is a number
-            that follows from the signature.
-        divisor: That number.
-        halves: The dimension along which the operands are one tensor, None where they are several.
-    """
-
-    op: TensorLoss
-    numbers: tuple[Any, ...]
-    reduction: str
-    dtype: torch.dtype
-    as_they_are: bool = True
-    warning: str | None = None
-    denominator: Denominator | None = None
-    divisor: float = 1.0
-    halves: int | None = None
-
-    def __call__(self, arguments: Arguments) -> Tensor:
-        op = self.op
-        operands, weight = op._values(arguments), None
-        if operands[-1] is None:
-            operands = operands[:-1]
-        if op._weight is not None:
-            weight = arguments[op._weight]
-        if op.enforces and not op.nan_on_invalid:
-            op._bounds(operands)
-        if self.warning is not None:
-            warnings.warn(self.warning, stacklevel=_stacklevel())
-        given = weight  # torch's mean divides by its sum before it broadcasts
-        if not self.as_they_are:
-            operands, weight = self.arranged(operands, weight)
-        divisor = self.divisor_of(operands, given) if self.denominator is not None else None
-        tensors = *operands, weight, divisor
-        loss: Tensor = apply(self, *tensors) if True in self.needs else self.forward(None, tensors)
-        if op.nan_on_invalid and not self.backend.ASYNCHRONOUS and loss.sum().isnan():
-            op._bounds(operands)
-        return loss if loss.dtype is self.result else loss.to(self.result)
-
-    def arranged(
-        self, operands: Sequence[Any], weight: Tensor | None
-    ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Returns the operands in one shape and dtype, and the weight beside them."""
-        op, dtype = self.op, self.dtype
-        if op.arrange is not None:
-            operands = op.arrange(*operands)
-        shape = operands[0].shape
-        if op.warns and operands[1].shape != shape:
-            _warn_of_broadcasting(operands[0], operands[1])
-        # Cast first: the gradient of what broadcasts is then added up before it is rounded.
-        operands = [o if o.dtype is dtype else o.to(dtype) for o in operands]
-        if any(operand.shape != shape for operand in operands):
-            operands = torch.broadcast_tensors(*operands)
-        if weight is not None:
-            weight = weight.to(dtype).expand_as(operands[0])
-        return operands, weight
-
-    def divisor_of(self, operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
-        """Returns the divisor where it depends on values, and otherwise None, once it is known."""
-        if self.denominator is None:
-            return None
-        divisor = self.denominator(operands, weight, self.numbers)
-        if isinstance(divisor, Tensor):
-            return divisor
-        self.divisor, self.denominator = divisor, None
-        return None
-
-    def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
-        return super().gradients(tensors, self.expanded(grad_output, tensors))
-
-    def prepared(
-        self, tensors: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
-    ) -> Launch:
-        *operands, weight, _ = tensors
-        assert isinstance(self.op, PointwiseLoss)
-        formula, numbers = self.op.kernel(self.numbers, len(operands), outputs)
-        layouts = tuple(operands), weight, grad_output
-        prepare: Callable[..., Any] = self.backend.pointwise_loss
-        launch: Launch = prepare(
-            formula, layouts, numbers, self.reduction, outputs, self.divisor, self.halves
+def _warn_of_broadcasting(operands: Sequence[Tensor]) -> None:
+    input, target = operands[:2]
+    if input.shape != target.shape:
+        warnings.warn(
+            f"Using a target size ({target.shape}) that is different to the input size "
+            f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=_stacklevel(),
         )
-        return launch
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        *operands, weight, divisor = ctx.saved_tensors[: ctx.first_gradient]
-
-        def definition(*operands: Tensor) -> Tensor:
-            each = self.op.of_each(operands, self.numbers)
-            loss = (each / (self.divisor if divisor is None else divisor)).to(each.dtype)
-            return loss if weight is None else loss * weight
-
-        grad_output = self.expanded(grad_output, operands)
-        return differentiate(definition, operands, self.needs, grad_output)
-
-    def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        """Returns the gradient of each loss before these are reduced."""
-        return grad_output.expand_as(operands[0])
-
-
-class HalvesPlan(PointwisePlan):
-    """Computes an activation of halves: autograd sees one input, and its gradient is one tensor."""
-
-    def __call__(self, arguments: Arguments) -> Tensor:
-        if not self.needs[0]:
-            return self.forward(None, arguments[:1])
-        output: Tensor = apply(self, arguments[0])
-        return output
-
-    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        assert self.halves is not None
-        output = super().forward(None, (*tensors[0].chunk(2, self.halves), None, None))
-        if ctx is not None:
-            ctx.save_for_backward(*tensors)
-        return output
-
-    def gradients(self, tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
-        assert self.halves is not None
-        operands = tensors[0].contiguous().chunk(2, self.halves)
-        if any(grad_output.stride()):
-            grad_output = grad_output.contiguous()
-        return super().gradients((*operands, None, None), grad_output)
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        definition = lambda input: self.op.reference(input, self.halves)  # noqa: E731
-        return differentiate(definition, ctx.saved_tensors, (True,), grad_output)
-
-
-def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
-    warnings.warn(
-        f"Using a target size ({target.shape}) that is different to the input size "
-        f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
-        "Please ensure they have the same size.",
-        stacklevel=_stacklevel(),
-    )
 
 
 def _stacklevel() -> int:

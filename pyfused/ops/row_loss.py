@@ -1,54 +1,46 @@
-"""Losses of rows that may count for nothing: what a linear layer's and a divergence's share."""
+"""Losses of rows that may count for nothing: linear cross-entropy and divergences."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, backend_of
-from pyfused.dispatch.autograd import (
-    apply,
-    differentiate,
-    gradients_in_forward,
-)
-from pyfused.dispatch.call import is_compiled
-from pyfused.dispatch.custom_operators import custom_operator
+from pyfused.dispatch.autograd import differentiate, without_autocast
 from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunked import CountedRows, LossArguments
+from pyfused.ops.custom_operators import custom_operator
+from pyfused.ops.heads import spread_rows, take_rows
 from pyfused.ops.row_state import denominator_of
-from pyfused.types import Gradients, Options, Outputs
+from pyfused.types import TENSORS, Gradients, Options, Outputs
 
-
-class Computed(NamedTuple):
-    """The results of a call, or of the rows of it that count.
-
-    Attributes:
-        loss: None where it is not wanted. That of the rows that count is not divided yet.
-        gradients: Those of the tensors that are differentiated, or ().
-        state: The state of each row that metrics or the backward pass need, None if none do.
-    """
-
-    loss: Tensor | None
-    gradients: Gradients = ()
-    state: Tensor | None = None
+# The loss, None where it is not asked for; the gradients, or (); and the state of each row that
+# metrics or the backward pass need, None if none do.
+Results = tuple[Tensor | None, Gradients, Tensor | None]
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class RowLoss(Operator):
     """A loss of rows, of which those that count for nothing are left out.
 
+    Gradients of a scalar are computed by the forward pass, where all classes of a row are at hand.
+    Otherwise the backward pass recomputes the logits. So it does for float16, whose gradient would
+    underflow without grad_output.
+
     Attributes:
         student: How many of its tensors are differentiated: these come first.
+        check_arguments: Raises for types, shapes, dtypes and options that do not fit.
         options: The class of its options, the fields of which the custom operator takes.
     """
 
     student: int
+    check_arguments: Callable[..., None]
     options: ClassVar[type[Options]]
 
     def __post_init__(self) -> None:
@@ -58,11 +50,33 @@ class RowLoss(Operator):
         self.with_rows = [i for i, name in enumerate(names) if name not in layers]
 
     @abstractmethod
-    def counted(self, arguments: LossArguments) -> tuple[CountedRows, float | Tensor]:
-        """Returns the rows that count, and the weight that a mean divides by."""
+    def check_call(self, arguments: Arguments) -> Options:
+        """Raises for types, shapes and options that do not fit; returns the options to compute."""
 
     @abstractmethod
-    def compute_rows(self, arguments: LossArguments) -> Computed:
+    def arranged(self, arguments: Arguments) -> tuple[Any, ...]:
+        """Returns the operands as rows, and token_weight and denominator if they are tensors."""
+
+    @abstractmethod
+    def finished(self, results: Any, arguments: Arguments) -> Any:
+        """Returns the result of a call, given its loss and its state."""
+
+    @abstractmethod
+    def counted(
+        self, backend: Backend, tensors: Sequence[Any], options: Any
+    ) -> tuple[Tensor | None, float | Tensor]:
+        """Returns the rows that count, None for all, and the weight that a mean divides by."""
+
+    @abstractmethod
+    def compute_rows(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        options: Any,
+        outputs: Outputs,
+        grad_output: Tensor | None,
+        state: Tensor | None,
+    ) -> Results:
         """Returns the results of rows that all count; the loss is their sum, or one for each."""
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
@@ -85,110 +99,122 @@ class RowLoss(Operator):
         loss: Tensor = self.reference(*tensors, options)
         return loss
 
-    def define(self, arguments: LossArguments) -> Gradients:
-        """Returns the gradients in torch's own terms, themselves differentiable."""
-        _, tensors, options, outputs, grad_output, _ = arguments
-        assert grad_output is not None
+    def define(
+        self, tensors: Sequence[Any], options: Any, needs: Sequence[bool], grad_output: Tensor
+    ) -> Gradients:
+        """Returns the gradients from torch's definition, which can be differentiated."""
 
         def definition(*differentiated: Any) -> Tensor:
             return self.in_torch((*differentiated, *tensors[self.student :]), options)
 
-        return differentiate(definition, tensors[: self.student], outputs.gradients, grad_output)
+        return differentiate(definition, tensors[: self.student], needs, grad_output)
 
-    def run(self, tensors: Sequence[Any], options: Any) -> tuple[Tensor, Tensor]:
-        """Returns the loss of rows, and their state, if it has been computed."""
-        grad, differentiated = torch.is_grad_enabled(), tensors[: self.student]
-        needs = tuple([grad and x is not None and x.requires_grad for x in differentiated])
-        if is_compiled(tensors[0]):
-            now = gradients_in_forward(options.reduction, tensors[0].dtype)
-            wanted = [now and need for need in needs]
-            loss, *others = custom_operator(self.name)(*tensors, *options.values(), wanted)
-            return loss, others[-1]
-        backend = backend_of(tensors[0])
-        if True in needs:
-            plan = RowLossPlan(self, self.name, backend, needs)
-            return apply(plan, *tensors, options)  # type: ignore[no-any-return]
-        found: Any = self.compute(LossArguments(backend, tensors, options))
-        return found.loss, found.state
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+        numbers, count = without_tensors(self.check_call(arguments)), len(self.operands)
+        needs = needs_grad(arguments[: self.student])
+        backend, device = backend_of(arguments[0]), arguments[0].device.type
+
+        def arrange(arguments: Arguments) -> Sequence[Any]:
+            self.check_indices(arguments[:count], numbers)
+            return self.arranged(arguments)
+
+        def forward(tensors: Sequence[Any]) -> Forward:
+            options = with_tensors(numbers, *tensors[count:])
+            now = True in needs and gradients_in_forward(options.reduction, tensors[0].dtype)
+            outputs = Outputs(True, needs if now else ())
+            with without_autocast(device):
+                loss, gradients, state = self.compute(backend, tensors[:count], options, outputs)
+            return (loss, state), (*tensors, state), gradients
+
+        def backward(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+            *others, state = saved[count:]
+            options, outputs = with_tensors(numbers, *others), Outputs(False, needs)
+            given = backend, saved[:count], options, outputs, grad_output, state
+            return self.compute(*given)[1]
+
+        def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+            options = with_tensors(numbers, *saved[count:-1])
+            return self.define(saved[:count], options, needs, grad_output)
+
+        return Plan(
+            name=self.name,
+            backend=backend,
+            needs=needs,
+            arrange=arrange,
+            forward=forward,
+            backward=backward,
+            define=define,
+            finish=self.finished,
+        )
 
     def compiled(self, arguments: Arguments) -> Any:
-        return self.fused(arguments, False)
+        options = self.check_call(arguments)
+        *tensors, token_weight, denominator = self.arranged(arguments)
+        options = with_tensors(options, token_weight, denominator)
+        now = gradients_in_forward(options.reduction, tensors[0].dtype)
+        wanted = [now and need for need in needs_grad(tensors[: self.student])]
+        with without_autocast(tensors[0].device.type):
+            loss, *others = custom_operator(self.name)(*tensors, *options.values(), wanted)
+        return self.finished((loss, others[-1]), arguments)
 
-    def compute(self, arguments: LossArguments) -> Computed:
-        """Returns the results of a call."""
-        _, tensors, options, outputs, grad_output, state = arguments
-        each = options.reduction == "none"
-        rows, weight = self.counted(arguments)
+    def compute(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        options: Any,
+        outputs: Outputs,
+        grad_output: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Results:
+        """Returns the results of a call.
+
+        Args:
+            outputs: Whether the loss, and which of the tensors' gradients, are computed.
+            grad_output: The loss's gradient, of the loss's shape; None stands for ones.
+            state: What the forward pass has returned, for the gradients.
+        """
+        each, total = options.reduction == "none", len(tensors[0])
+        rows, weight = self.counted(backend, tensors, options)
         denominator = denominator_of(options, weight)
         if each:
-            grad_output = rows.take(grad_output)
+            grad_output = take_rows(grad_output, rows)
         elif outputs.gradients:
             if grad_output is None:
                 grad_output = tensors[0].new_ones((), dtype=torch.float64)
             grad_output = grad_output / denominator
-        of_rows = replace(
+        options = replace(
             options,
             reduction="none" if each else "sum",
             denominator=None,
-            token_weight=rows.take(options.token_weight),
+            token_weight=take_rows(options.token_weight, rows),
         )
-        arguments = arguments._replace(
-            tensors=[rows.take(x) if i in self.with_rows else x for i, x in enumerate(tensors)],
-            options=of_rows,
-            grad_output=grad_output,
-            state=rows.take(state, 1),
+        counted = [take_rows(x, rows) if i in self.with_rows else x for i, x in enumerate(tensors)]
+        state = take_rows(state, rows, 1)
+        loss, gradients, state = self.compute_rows(
+            backend, counted, options, outputs, grad_output, state
         )
-        loss, gradients, state = self.compute_rows(arguments)
         if loss is not None:
-            loss = rows.spread(loss) if each else loss / denominator
+            loss = spread_rows(loss, rows, total) if each else loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
         if gradients:
-            gradients = rows.spread(gradients[0]), *gradients[1:]
-        return Computed(loss, gradients, rows.spread(state, dim=1))
+            gradients = spread_rows(gradients[0], rows, total), *gradients[1:]
+        return loss, gradients, spread_rows(state, rows, total, 1)
 
 
-class RowLossPlan(NamedTuple):
-    """Computes calls that need gradients.
+def without_tensors(options: Any) -> Any:
+    """Returns the options of a signature: those that are no tensors."""
+    return replace(options, **dict.fromkeys(options.tensors()))
 
-    Those of a scalar are computed by the forward pass, where all classes of a row are at hand.
-    Otherwise the backward pass recomputes the logits. So it does for float16, whose gradient would
-    underflow without grad_output.
-    """
 
-    op: RowLoss
-    name: str
-    backend: Backend
-    needs: tuple[bool, ...]
+def with_tensors(options: Any, token_weight: Tensor | None, denominator: Tensor | None) -> Any:
+    """Returns the options of a call."""
+    if token_weight is None and denominator is None:
+        return options
+    denominator = options.denominator if denominator is None else denominator
+    return replace(options, token_weight=token_weight, denominator=denominator)
 
-    def forward(self, ctx: Any, arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        *tensors, options = arguments
-        now = gradients_in_forward(options.reduction, tensors[0].dtype)
-        outputs = Outputs(True, self.needs if now else ())
-        loss, gradients, state = self.op.compute(
-            LossArguments(self.backend, tensors, options, outputs)
-        )
-        # Tensors among the options, too: a change in place of one raises, hooks for saved tensors
-        # see all of them, and the graph holds no other reference to them.
-        among = options.tensors()
-        if gradients:
-            ctx.first_gradient = len(tensors) + 1 + len(among)
-        ctx.save_for_backward(*tensors, state, *among.values(), *gradients)
-        ctx.options = replace(options, **dict.fromkeys(among)) if among else options
-        ctx.names = tuple(among)
-        if state is not None:
-            ctx.mark_non_differentiable(state)
-        return loss, state
 
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return self.op.compute(self._saved(ctx, grad_output)).gradients
-
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        return self.op.define(self._saved(ctx, grad_output))
-
-    def _saved(self, ctx: Any, grad_output: Tensor) -> LossArguments:
-        count, given = len(self.op.operands), ctx.saved_tensors[: ctx.first_gradient]
-        tensors, state, options = given[:count], given[count], ctx.options
-        if ctx.names:
-            options = replace(options, **dict(zip(ctx.names, given[count + 1 :], strict=True)))
-        outputs = Outputs(False, self.needs)
-        return LossArguments(self.backend, tensors, options, outputs, grad_output, state)
+def tensors_of(options: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Returns token_weight and denominator, each None if it is no tensor."""
+    denominator = options.denominator
+    return options.token_weight, denominator if isinstance(denominator, TENSORS) else None

@@ -6,7 +6,7 @@ import sys
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
-from pyfused.dispatch.autograd import apply, autocast_dtype, differentiate
+from pyfused.dispatch.autograd import autocast_dtype, differentiate, without_autocast
 from pyfused.dispatch.call import unsupported
 from pyfused.dispatch.operator import Arguments, Operand, Operator
+from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
-from pyfused.ops.chunked import StateOptions, gradients_of, state_of
 from pyfused.ops.collectives import Call, Copy, Sum, all_need_gradients, classes_of_all, gathered
+from pyfused.ops.heads import StateOptions, gradients_of, state_of
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import (
     accumulated,
@@ -125,141 +126,144 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     return state
 
 
-@dataclass(eq=False)
-class StatePlan:
-    """Computes the state of rows, of which each process may have some classes, or none.
+def plan_of_state(
+    name: str,
+    tensors: Sequence[Any],
+    options: StateOptions,
+    shard: VocabShard | None,
+    *,
+    entropy: bool = True,
+    results: int = 0,
+    needs: tuple[bool, ...] | None = None,
+    arrange: Callable[[Arguments], Sequence[Any]] = tuple,
+) -> Plan:
+    """Returns the plan of the state of rows, of which each process may have some classes, or none.
 
-    The logits of a layer's first rows are saved for the backward pass, which overwrites them and
-    recomputes the others; all of them where the graph is retained.
+    The plan's tensors are the logits, or the input, weight and bias of a layer; the target; and the
+    weight of the classes. The logits of a layer's first rows are saved for the backward pass, which
+    overwrites them and recomputes the others; all of them where the graph is retained.
 
-    Attributes:
+    Args:
         tensors: Logits, or the input, weight and bias of a layer.
-        options: What the state of this process' classes is computed by.
+        options: How the state of this process' classes is computed.
         shard: What this process has of all classes, None for all.
         entropy: As in `_merged`.
         results: How many of the first fields are returned, in the accumulation dtype; 0 for the
             whole state.
-        launches: The prepared kernels: that of the state by None, and those of gradients, one for
-            each layout of logits.
+        needs: Whether each of the tensors needs a gradient, where autograd does not know.
+        arrange: As in `Plan`; by default the arguments are the plan's tensors.
     """
+    backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
+    needs = needs_grad(tensors) if needs is None else needs
+    of_logits, saves = len(tensors) == 1, True in needs
+    has_classes = shard is None or tensors[not of_logits].numel() > 0
+    rows, classes, fields, *_ = options
+    launches: dict[Any, Callable[..., Any]] = {}  # by the strides of logits; None is forward's
 
-    name: str
-    tensors: InitVar[Sequence[Any]]
-    options: StateOptions
-    shard: VocabShard | None
-    entropy: bool
-    results: int = 0
-    launches: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-
-    def __post_init__(self, tensors: Sequence[Any]) -> None:
-        self.backend, self.dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
-        self.has_classes = self.shard is None or tensors[len(tensors) > 1].numel() > 0
-
-    def forward(self, ctx: Any, tensors: Sequence[Any]) -> Tensor:
-        *tensors, target, weight = tensors
-        options, results, kept = self.options, None, None
-        if not self.has_classes:
-            state = state_of_nothing(options.fields, target)
-        elif len(tensors) == 1:
-            launch = self.launches.get(None)
+    def forward(tensors: Sequence[Any]) -> Forward:
+        *given, target, weight = tensors
+        found, kept = None, None
+        if not has_classes:
+            state = state_of_nothing(fields, target)
+        elif of_logits:
+            launch = launches.get(None)
             if launch is None:
-                rows, classes, fields, *_ = options
-                count = self.results if self.shard is None else 0  # of some classes they are none
-                given = self.backend, *tensors, rows, classes, fields, count
-                launch = self.launches[None] = state_of_logits(*given)
-            state, results = launch(*tensors, target, weight)
+                count = results if shard is None else 0  # of some classes they are none
+                launch = state_of_logits(backend, given[0], rows, classes, fields, count)
+                launches[None] = launch
+            state, found = launch(*given, target, weight)
         else:
-            of_layer, keeps = (*tensors, target), ctx is not None
-            state, kept = state_of(self.backend, of_layer, options, weight, keeps)
-        if self.shard is not None:
-            state = _merged(state, self.shard.group, self.entropy)
-            state = state.where(target != options.rows.ignore_index, 0)
-        if ctx is not None:
-            ctx.save_for_backward(*tensors, target, weight, state, kept)
-        if results is None:
-            results = results_of(state, self.results).to(self.dtype) if self.results else state
-        return results
+            with without_autocast(target.device.type):
+                state, kept = state_of(backend, (*given, target), options, weight, saves)
+        if shard is not None:
+            state = _merged(state, shard.group, entropy)
+            state = state.where(target != rows.ignore_index, 0)
+        if found is None:
+            found = results_of(state, results).to(dtype) if results else state
+        return found, (*tensors, state, kept), ()
 
-    def backward(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        *tensors, weight, state, kept = ctx.saved_tensors
+    def backward(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+        *tensors, weight, state, kept = saved
         if kept is not None and (graph_is_retained() or not kept.is_contiguous()):
             kept = None  # it would be overwritten
-        needed = ctx.needs_input_grad[1 : len(tensors)]
-        found: Gradients
-        if not self.has_classes:
-            pairs = zip(tensors, needed, strict=False)
-            found = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
-        elif len(tensors) == 2:
-            grad_results = grad_output if self.results else _of_results(grad_output, state)
-            layout = tensors[0].stride()  # which hooks for saved tensors may change
-            launch = self.launches.get(layout)
+        gradients: Gradients
+        if not has_classes:
+            pairs = zip(tensors, needs, strict=False)
+            gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
+        elif of_logits:
+            grad_results = grad_output if results else _of_results(grad_output, state)
+            strides = tensors[0].stride()  # which hooks for saved tensors may change
+            launch = launches.get(strides)
             if launch is None:
-                of_logits = self.backend, tensors[0], *self.options[:2]
-                launch = gradient_of_logits(*of_logits, self.results or len(grad_results))
-                self.launches[layout] = launch
-            found = (launch(*tensors, weight, state, grad_results),)
+                count = results or len(grad_results)
+                launch = gradient_of_logits(backend, tensors[0], rows, classes, count)
+                launches[strides] = launch
+            gradients = (launch(*tensors, weight, state, grad_results),)
         else:
             grad_results = _of_results(grad_output, state)
-            given = self.backend, tensors, self.options, needed, state, grad_results, kept
-            found = gradients_of(*given, weight=weight)
-        if self.shard is not None and len(found) > 1 and found[0] is not None:
-            dist.all_reduce(found[0], group=self.shard.group)
-        return found
+            given = backend, tensors, options, needs, state, grad_results, kept
+            gradients = gradients_of(*given, weight=weight)
+        if shard is not None and not of_logits and gradients[0] is not None:
+            dist.all_reduce(gradients[0], group=shard.group)
+        return gradients
 
-    def define(self, ctx: Any, grad_output: Tensor) -> Gradients:
-        *tensors, weight, state, _ = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1 : len(tensors)]
-        return self.define_gradients(tensors, weight, state, needs, grad_output)
-
-    def define_gradients(
-        self,
-        tensors: Sequence[Any],
-        weight: Tensor | None,
-        state: Tensor,
-        needs: Sequence[bool],
-        grad_output: Tensor,
-    ) -> Gradients:
-        """Returns the gradients in torch's own terms, themselves differentiable."""
-        *layer, target = tensors
+    def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+        *layer, target, weight, state = saved[: len(tensors) + 3]
         pivot, grad_results = _pivot(state[PIVOT]), _of_results(grad_output, state)
 
         def definition(*layer: Tensor | None) -> Tensor:
-            results = self._results_in_torch(layer, target, weight, pivot)
-            return results[: len(grad_results)]
+            found = _results_in_torch(layer, target, weight, pivot, options, shard)
+            return found[: len(grad_results)]
 
         return differentiate(definition, layer, needs, grad_results)
 
-    def _results_in_torch(
-        self, layer: Sequence[Tensor | None], target: Tensor, weight: Tensor | None, pivot: Tensor
-    ) -> Tensor:
-        """Returns these fields from all logits of this process, in torch's terms.
+    return Plan(
+        name=name,
+        backend=backend,
+        needs=needs,
+        arrange=arrange,
+        forward=forward,
+        backward=backward,
+        define=define,
+    )
 
-        The logits of ignored targets are 0, as NaN among them would reach the gradients.
-        """
-        rows, (first, _) = self.options.rows, self.options.classes
-        x, *parameters = [None if each is None else each.double() for each in layer]
-        assert x is not None
-        dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
-        if parameters:
-            x = x if self.shard is None else Copy.apply(x, self.shard.group)
-            x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
-        x = x if rows.softcap is None else definitions.softcap(x, rows.softcap)
-        counted = target != rows.ignore_index
-        x = (x.movedim(dim, -1) * rows.scale).where(counted.unsqueeze(-1), 0)
-        is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
-        shifted = x - pivot.unsqueeze(-1)
-        exponentials = shifted.exp()
-        terms = [exponentials, exponentials * shifted.where(exponentials != 0, 0)]
-        terms.append(x.where(is_target, 0))
-        if self.options.fields > SMOOTH:
-            terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
-        sums = torch.stack([term.sum(-1) for term in terms])
-        sums = sums if self.shard is None else Sum.apply(sums, self.shard.group)
-        total, weighted, target_logit, *smooth = sums
-        log_total = total.log()
-        lse = pivot + log_total
-        found = torch.stack([target_logit - lse, log_total - weighted / total, lse, *smooth])
-        return found.where(counted, 0)
+
+def _results_in_torch(
+    layer: Sequence[Tensor | None],
+    target: Tensor,
+    weight: Tensor | None,
+    pivot: Tensor,
+    options: StateOptions,
+    shard: VocabShard | None,
+) -> Tensor:
+    """Returns the fields of a state that have gradients, from all logits of this process.
+
+    The logits of ignored targets are 0, as NaN among them would reach the gradients.
+    """
+    rows, (first, _) = options.rows, options.classes
+    x, *parameters = [None if each is None else each.double() for each in layer]
+    assert x is not None
+    dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
+    if parameters:
+        x = x if shard is None else Copy.apply(x, shard.group)
+        x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
+    x = x if rows.softcap is None else definitions.softcap(x, rows.softcap)
+    counted = target != rows.ignore_index
+    x = (x.movedim(dim, -1) * rows.scale).where(counted.unsqueeze(-1), 0)
+    is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
+    shifted = x - pivot.unsqueeze(-1)
+    exponentials = shifted.exp()
+    terms = [exponentials, exponentials * shifted.where(exponentials != 0, 0)]
+    terms.append(x.where(is_target, 0))
+    if options.fields > SMOOTH:
+        terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
+    sums = torch.stack([term.sum(-1) for term in terms])
+    sums = sums if shard is None else Sum.apply(sums, shard.group)
+    total, weighted, target_logit, *smooth = sums
+    log_total = total.log()
+    lse = pivot + log_total
+    found = torch.stack([target_logit - lse, log_total - weighted / total, lse, *smooth])
+    return found.where(counted, 0)
 
 
 def _of_results(grad_output: Tensor, state: Tensor) -> Tensor:
@@ -292,8 +296,9 @@ def cross_entropy(
     budget = getattr(options, "memory_budget", None)
     of_state = StateOptions(options.rows, classes, fields_of(options), memory_budget=budget)
     weight, target = accumulated(weight, input.dtype), target.to(torch.int64)
-    plan = StatePlan("cross_entropy", layer, of_state, shard, options.with_metrics)
-    state = apply(plan, *layer, target, weight)
+    entropy = options.with_metrics
+    plan = plan_of_state("cross_entropy", layer, of_state, shard, entropy=entropy)
+    state = plan((*layer, target, weight))
     loss = loss_of_state(state, target, weight, options, classes.total)
     if options.reduction != "none":
         counted = weight_of_targets(target, weight, options)
@@ -311,6 +316,8 @@ def cross_entropy(
 @dataclass(eq=False, kw_only=True, repr=False)
 class ShardedOperator(Operator):
     """An operator of logits, whose classes may be sharded among processes."""
+
+    check_arguments: Callable[..., None]
 
     @abstractmethod
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
@@ -410,7 +417,7 @@ class ShardedOperator(Operator):
         """Raises for shapes, dtypes or options that do not fit, given the number of all classes."""
         input, *others = arguments
         shape = *input.shape[:1], classes, *input.shape[2:]
-        getattr(checks, self.name)(input.new_empty(()).expand(shape), *others)
+        self.check_arguments(input.new_empty(()).expand(shape), *others)
 
     def of_dtensors(self, arguments: Arguments) -> Any:
         """Returns the result of DTensors, of which every process has some classes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,8 @@ from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments, Operator
-from pyfused.ops.activation import ActivationPlan
+from pyfused.dispatch.plan import Plan
+from pyfused.ops.activation import plan_of_activation
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -51,17 +51,17 @@ class Softmax(Operator):
         gradient: Callable[..., Tensor] = getattr(torch, f"_{self.name}_backward_data")
         return gradient(grad_output, output, dim, output.dtype)
 
-    def plan(self, arguments: Arguments, inplace: bool) -> ActivationPlan:  # noqa: ARG002
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         input, dim, _, dtype = arguments
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
-        dim, casts = dim % input.dim(), input.dtype is not dtype
-        return ActivationPlan(
-            op=self,
-            needs_grad=torch.is_grad_enabled() and input.requires_grad,
-            options=(dim,),
-            prepare=partial(backend_of(input).softmax, self.name, dim=dim),
-            cast=dtype if casts else None,
+        dim, backend, kernel = dim % input.dim(), backend_of(input), self.name
+        return plan_of_activation(
+            self,
+            input,
+            (dim,),
+            lambda x: backend.softmax(kernel, x, dim),
+            dtype=None if input.dtype is dtype else dtype,
         )
 
     def check(self, arguments: Arguments) -> None:

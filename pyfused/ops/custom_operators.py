@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -24,10 +23,11 @@ def custom_operator(name: str) -> Any:
 
     The first call registers all of them, which takes longer than importing the rest of pyfused.
     """
-    importlib.import_module(f"{PACKAGE}.ops.compiled")
+    from pyfused.ops import compiled  # noqa: F401 Dynamo follows an import, but no import_module
+
     return getattr(TORCH_OPS, name)
 
 
-def compute(_: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns the result of a custom operator of this name; run.py puts a counter here."""
+def compute(op: str, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ARG001
+    """Returns the result of an operator's custom operator; run.py puts a counter here."""
     return function(*arguments)

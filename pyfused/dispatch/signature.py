@@ -1,0 +1,191 @@
+"""The signature of a call: all that a plan may depend on, and no tensor's values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.torch_internals import (
+    active_mode,
+    any_autocast,
+    is_functorch_wrapped,
+    is_lazy_clone,
+    is_view,
+    is_zero_tensor,
+)
+from pyfused.types import TENSORS, Options, TensorSpec
+
+PLAIN = (Tensor, Parameter)
+_CONSTANTS = (bool, int, torch.dtype)  # True is equal to 1, so the type is part of the key
+_HASHED = (type(None), str, float, *_CONSTANTS)
+
+
+def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, ...] | None:
+    """Returns the key of a call's plan, or None if `no_signature_reason` or numbers prevent one.
+
+    It holds the operator, the layout of each tensor and whether it requires grad, every other
+    argument, grad mode and autocast.
+    """
+    if type(arguments[0]) not in PLAIN or active_mode() is not None:
+        return None
+    key: list[Any] = [op, inplace, torch.is_grad_enabled()]
+    if isinstance(arguments[-1], Options):
+        arguments = (*arguments[:-1], *vars(arguments[-1]).values())
+    for value in arguments:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if (  # as in layout_reason, without the cost of a call for each tensor
+                value.layout is not torch.strided
+                or value.is_neg()
+                or is_zero_tensor(value)
+                or value.is_nested
+                or is_functorch_wrapped(value)
+                or is_lazy_clone(value)
+            ):
+                return None
+            shape, stride = value.shape, value.stride()
+            key.append((value.dtype, shape, stride, value.device, value.requires_grad))
+        elif value is None or kind is str:
+            key.append(value)
+        elif kind is float:  # 0.0 is equal to -0.0, and NaN is not equal to itself
+            key.append(value if value and value == value else (kind, str(value)))
+        elif kind in _CONSTANTS:
+            key.append((kind, value))
+        else:
+            return None
+    if inplace:
+        input = arguments[0]
+        key.append(input.is_leaf or is_view(input))
+    if any_autocast():
+        device = arguments[0].device.type
+        key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return tuple(key)
+
+
+def with_specs(arguments: Arguments, key: Sequence[Any]) -> Arguments:
+    """Returns the arguments with a TensorSpec, made from the signature, in place of each tensor."""
+    entries = iter(key[3:])
+
+    def spec(value: Any) -> Any:
+        entry = next(entries)
+        return TensorSpec(*entry) if isinstance(value, Tensor) else value
+
+    specs = [spec(value) for value in arguments if not isinstance(value, Options)]
+    if isinstance(arguments[-1], Options):
+        specs.append(options := copy(arguments[-1]))
+        vars(options).update({name: spec(value) for name, value in vars(options).items()})
+    if key[1]:  # in place
+        specs[0] = replace(specs[0], is_leaf_or_view=next(entries))
+    return tuple(specs)
+
+
+# ---- why a call has no signature -----------------------------------------------------------------
+
+
+def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
+    """Returns why torch's operator takes a call that no signature describes.
+
+    None means that a kernel may take it: its tensors are DTensors that the kernels take shard by
+    shard, or its numbers have to be converted first.
+    """
+    input = arguments[0]
+    sharded = type(input) not in PLAIN and op.local_of(arguments) is not None
+    if type(input) not in PLAIN and not sharded:
+        return f"input is a {type(input).__name__}"
+    reason = active_mode()
+    if reason or sharded:
+        return reason
+    tensors = _tensors_of(op)
+    for name, value in named(op, arguments).items():
+        if isinstance(value, Tensor):
+            reason = layout_reason(name, value)
+            if reason is None and name not in tensors and not is_readable(value):
+                reason = f"{name} is a tensor"
+        elif not isinstance(value, Options) and type(_number(op, name, value)) not in _HASHED:
+            reason = f"{name} is a {type(value).__name__}"
+        if reason is not None:
+            return reason
+    return None
+
+
+def layout_reason(name: str, tensor: Tensor) -> str | None:
+    """Returns why dtype, shape, strides and device do not describe a tensor, None if they do."""
+    if type(tensor) not in PLAIN:
+        return f"{name} is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"{name} has layout {tensor.layout}"
+    if tensor.is_neg() or is_zero_tensor(tensor):
+        return f"{name} is lazy"
+    if tensor.is_nested:
+        return f"{name} is nested"
+    if is_functorch_wrapped(tensor):
+        return f"{name} has left torch.func"
+    if is_lazy_clone(tensor):  # taking its address would copy it
+        return f"{name} is a lazy clone"
+    return None
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def named(op: Operator, arguments: Arguments) -> dict[str, Any]:
+    """Returns the arguments by name, options included."""
+    by_name = dict(zip(op.arguments, arguments, strict=True))
+    for options in [value for value in arguments if isinstance(value, Options)]:
+        by_name |= vars(options)
+    return by_name
+
+
+def _tensors_of(op: Operator) -> tuple[str, ...]:
+    """Returns the names of arguments and options that may be tensors; others are numbers."""
+    return *[operand.name for operand in op.operands], "token_weight", "denominator"
+
+
+def numbers_in_tensors(op: Operator, arguments: Arguments) -> dict[str, Any]:
+    """Returns the tensors, or their specs, that hold numbers, by name."""
+    pairs, tensors = named(op, arguments).items(), _tensors_of(op)
+    return {k: x for k, x in pairs if isinstance(x, TENSORS) and k not in tensors}
+
+
+def is_readable(number: Any) -> bool:
+    """Returns whether the value of a tensor can be used as a Python number.
+
+    A tensor that requires grad stays a tensor, and reading one on a GPU would synchronise.
+    """
+    return number.is_cpu and not number.requires_grad and bool(number.numel() == 1)
+
+
+def with_python_numbers(op: Operator, arguments: Arguments) -> Arguments:
+    """Returns the arguments with Python numbers in place of NumPy's and of one-element tensors.
+
+    Options of torch's own function are left out.
+    """
+    pairs = zip(op.arguments, arguments, strict=True)
+    numbers = [_number(op, name, value) for name, value in pairs]
+    if isinstance(options := numbers[-1], Options):
+        numbers[-1] = options = copy(options)
+        vars(options).update({k: _number(op, k, value) for k, value in vars(options).items()})
+    return tuple(numbers)
+
+
+def _number(op: Operator, name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        is_number = name not in _tensors_of(op) and layout_reason(name, value) is None
+        return value.item() if is_number and is_readable(value) else value
+    if any(scalar.flag and scalar.name == name for scalar in op.scalars):
+        return bool(value)
+    if name == "torch_options":
+        return None
+    if isinstance(value, bool) or any(operand.name == name for operand in op.operands):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
