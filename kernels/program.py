@@ -1,10 +1,10 @@
 """Prints the program of a formula, pyfused's or a user's, as a Triton function:
 
-    value, gradients of each operand = formula(four operands, numbers, parts, scale, EXACT)
+    value, gradient of each operand = formula(four operands, numbers, parts, scale, EXACT)
 
-Literals and parameters are float64 until they meet an operand; what the program computes of these
-alone is computed in float64. `numbers` are the first three parameters, and `parts` all others as
-`parts_of` has them. EXACT is False where the result is rounded to half precision.
+Literals, parameters and what follows from them alone are float64 until they meet an operand.
+`numbers` are the first three parameters, and `parts` are the others as `parts_of` encodes them.
+EXACT is False where the result is rounded to half precision.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from pyfused.formulas.program import Line, Program
 
 OPERANDS = ("x0", "x1", "x2", "x3")
-NUMBERS = 3  # parameters that are arguments of a launch as they are
+NUMBERS = 3  # parameters that are arguments of a launch themselves
 
 
 def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
-    """Four numbers for each parameter, which are arguments of the launch.
+    """Returns four numbers for each parameter, which are arguments of the launch.
 
-    Triton takes a number in a tuple as float32, and compiles again for some integers. 16 bits of a
-    float64 at a time are exact in float32.
+    Triton passes a number in a tuple as float32, and compiles again for some integers. Each number
+    is 16 bits of a float64, which float32 represents exactly.
     """
     n = len(parameters)
     return tuple(map(float, struct.unpack(f"<{4 * n}H", struct.pack(f"<{n}d", *parameters))))
@@ -46,7 +46,7 @@ def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
 
 @triton.jit
 def parameter(parts, k: tl.constexpr):
-    """Returns the float64 whose 16 bits at a time, from the lowest on, are four of the parts."""
+    """Returns parameter k, a float64 whose bits are in four of the parts, the lowest first."""
     bits = tl.cast(parts[4 * k], tl.int64)
     for i in tl.static_range(1, 4):
         bits |= tl.cast(parts[4 * k + i], tl.int64) << (16 * i)
@@ -60,13 +60,13 @@ def sign(x):
 
 @triton.jit
 def root(x):
-    """Rounded correctly, as the GPU's own of float32 is not."""
+    """Returns the square root, correctly rounded, as tl.sqrt is not in float32."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
 def expm1(x):
-    """Near 0 by tanh(x / 2) = expm1(x) / (expm1(x) + 2), to 4 ULP."""
+    """Returns exp(x) - 1, near 0 by tanh(x / 2) = expm1(x) / (expm1(x) + 2), to 4 ULP."""
     t = tanh(0.5 * x)
     return tl.where(tl.abs(x) < 0.5, 2.0 * t / (1.0 - t), exp(x) - 1.0)
 
@@ -78,7 +78,7 @@ def softplus(x):
 
 @triton.jit
 def power(x, y):
-    """x**y through float64, as the error of exp(y log(x)) grows with the exponent."""
+    """Returns x**y through float64, as the error of exp(y log(x)) grows with the exponent."""
     base, exponent = x.to(tl.float64), y.to(tl.float64)
     size, half = tl.abs(base), 0.5 * exponent
     found = tl.where(size == 1.0, 1.0, tl.exp(exponent * tl.log(size)))  # inf * 0 is NaN
@@ -150,11 +150,13 @@ def source_of(program: Program, name: str) -> str:
         f'tl.full([], float("{value!r}"), tl.float64)' for value in program.constants[len(values) :]
     ]
 
-    def lines(instructions: list[Line], of: str) -> list[str]:
-        return [
-            f"{names[out]} = {of.format(INSTRUCTIONS[op].format(*[names[a] for a in arguments]))}"
-            for op, out, arguments in instructions
+    def lines(instructions: list[Line], template: str) -> list[str]:
+        values = [
+            INSTRUCTIONS[op].format(*[names[a] for a in arguments])
+            for op, _, arguments in instructions
         ]
+        pairs = zip(instructions, values, strict=True)
+        return [f"{names[out]} = {template.format(value)}" for (_, out, _), value in pairs]
 
     body = [
         *[f"{output} = 0.0" for output in outputs],
@@ -170,11 +172,11 @@ def source_of(program: Program, name: str) -> str:
 
 
 def formula_of(program: Program) -> Any:
-    """Returns the Triton function, which reads its text from Python's cache of lines."""
+    """Returns the Triton function; Triton reads its source from Python's line cache."""
     name = "formula_" + "".join(c if c.isalnum() else "_" for c in program.name)
     source = source_of(program, name)
     file = f"<{program.name} {hash(source):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    found = dict(globals())
-    exec(compile(source, file, "exec"), found)
-    return found[name]
+    namespace = dict(globals())
+    exec(compile(source, file, "exec"), namespace)
+    return namespace[name]

@@ -40,6 +40,14 @@ def tensor(name: str, value: Any, also: type | None = None) -> None:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}{hint}")
 
 
+def _tensors(optional: Any = None, **tensors: Any) -> None:
+    """Checks tensors by name, and a weight that may be None."""
+    for name, value in tensors.items():
+        tensor(name, value)
+    if optional is not None:
+        tensor("weight", optional)
+
+
 def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
@@ -56,20 +64,27 @@ def one_number(name: str, value: Any) -> None:
 NamedTensors = Sequence[tuple[str, Tensor, bool]]
 
 
-def devices(given: NamedTensors, error: Exception) -> None:
+def devices(tensors: NamedTensors, error: Exception) -> None:
     """Raises for devices that differ, in a call that torch has refused; scalars may differ."""
-    for name, value, _ in given:
-        device = given[0][1].device
+    for name, value, _ in tensors:
+        device = tensors[0][1].device
         if value.device != device and value.dim():
             raise type(error)(f"{name}: expected the input's device {device}, got {value.device}")
 
 
-def floating(given: NamedTensors, error: Exception) -> None:
+def floating(tensors: NamedTensors, error: Exception) -> None:
     """Raises for dtypes that are not floating, in a call that torch has refused."""
-    for name, value, indices in given:
-        if not (value.is_floating_point() or indices):
-            hint = _are_swapped(given[0][1], given[1][1]) if len(given) > 1 else ""
-            raise type(error)(f"{name}: expected a floating dtype, got {value.dtype}{hint}")
+    for name, value, indices in tensors:
+        if not indices:
+            hint = _are_swapped(tensors[0][1], tensors[1][1]) if len(tensors) > 1 else ""
+            _floating(name, value, hint, type(error))
+
+
+def _floating(
+    name: str, value: Tensor, hint: str = "", error: type[Exception] = RuntimeError
+) -> None:
+    if not value.is_floating_point():
+        raise error(f"{name}: expected a floating dtype, got {value.dtype}{hint}")
 
 
 _OTHER_INTEGERS = (torch.int8, torch.int16, torch.int32)
@@ -126,9 +141,8 @@ def halves(input: Tensor, along: int) -> None:
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
-    tensor("input", input)
-    tensor("target", target)
+    """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
+    _tensors(input=input, target=target)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     one_number("label_smoothing", options.label_smoothing)
     for name, *_ in _NUMBERS[type(options)]:
@@ -224,7 +238,7 @@ def normalized(options: Options) -> Options:
 def linear_cross_entropy(
     head: Head, options: HeadOptions, probabilities: bool = True, classes: int | None = None
 ) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked later.
+    """Checks types, shapes, dtypes and options; class indices are checked later.
 
     Args:
         probabilities: The target may hold class probabilities.
@@ -239,8 +253,7 @@ def linear_cross_entropy(
     reduction(options.reduction)
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (..., D), got ()")
-    if not input.is_floating_point():
-        raise RuntimeError(f"input: expected a floating dtype, got {input.dtype}")
+    _floating("input", input)
     linear_layer(input, linear_weight, linear_bias)
     features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
@@ -259,10 +272,8 @@ def linear_cross_entropy(
         )
     leading: tuple[int, ...] = input.shape[:-1]
     if input.dim() > 2:
-        what, of_target = (
-            "with the input's leading dimensions",
-            shape[not target.is_floating_point() :],
-        )
+        what = "with the input's leading dimensions"
+        of_target = shape if target.is_floating_point() else shape[1:]
         _shape("target", target, (*leading, *of_target), what, RuntimeError)
         token_weight = options.token_weight
         if token_weight is not None:
@@ -299,39 +310,39 @@ def memory_budget(value: Any) -> None:
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {value}")
 
 
-def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str = "") -> None:
-    """Checks shapes, devices and dtypes; messages put `whose` before the tensors' names."""
+def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Checks shapes, devices and dtypes; messages put `prefix` before the tensors' names."""
     features, shape = input.shape[-1], weight.shape[:-1]
     if weight.dim() < 2 or weight.shape[-1] != features:
         swapped = weight.dim() == 2 and weight.shape[0] == features
         raise RuntimeError(
-            f"{whose}linear_weight: expected shape (C, ..., {features}), with as many features as "
-            f"the {whose}input, got {tuple(weight.shape)}"
-            + f". Is it transposed, or are the {whose}input logits?"
+            f"{prefix}linear_weight: expected shape (C, ..., {features}), with as many features as "
+            f"the {prefix}input, got {tuple(weight.shape)}"
+            + f". Is it transposed, or are the {prefix}input logits?"
             * swapped
         )
     if bias is not None and bias.shape != shape:
         raise RuntimeError(
-            f"{whose}linear_bias: expected shape {tuple(shape)}, got {tuple(bias.shape)}"
+            f"{prefix}linear_bias: expected shape {tuple(shape)}, got {tuple(bias.shape)}"
         )
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-    layer_device(input, weight, bias, whose)
+    layer_device(input, weight, bias, prefix)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None or value.dtype is input.dtype:
             continue
-        if not autocast or torch.float64 in (value.dtype, input.dtype):  # which autocast leaves
+        if not autocast or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
             raise RuntimeError(
-                f"{whose}linear_{name}: expected the {whose}input's {input.dtype}, got "
+                f"{prefix}linear_{name}: expected the {prefix}input's {input.dtype}, got "
                 f"{value.dtype}"
             )
 
 
-def layer_device(input: Tensor, weight: Any, bias: Any, whose: str = "") -> None:
+def layer_device(input: Tensor, weight: Any, bias: Any, prefix: str = "") -> None:
     """Raises for parameters on another device: torch reads memory beside a weight on meta."""
     for name, value in (("weight", weight), ("bias", bias)):
         if isinstance(value, TENSORS) and value.device != input.device:
             raise RuntimeError(
-                f"{whose}linear_{name}: expected the {whose}input's device {input.device}, got "
+                f"{prefix}linear_{name}: expected the {prefix}input's device {input.device}, got "
                 f"{value.device}"
             )
 
@@ -397,19 +408,19 @@ def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
-    """Returns for each row of (N, k) whether an index is wrong or repeated; raises on CPUs."""
+    """Returns for each row of (N, k) whether an index is invalid or repeated; raises on CPUs."""
     indices = indices.sort(-1).values
     outside = (indices < 0) | (indices >= classes)
     twice = torch.zeros_like(outside)
     twice[:, 1:] = indices[:, 1:] == indices[:, :-1]
     if _can_be_read(indices):
-        for wrong, error, expected, got in (
+        for invalid, error, expected, got in (
             (outside, IndexError, f"class indices in [0, {classes})", ""),
             (twice, ValueError, "each class once in a row", " twice"),
         ):
-            if wrong.any():
-                row, place = wrong.nonzero()[0].tolist()
-                value = int(indices[row, place])
+            if invalid.any():
+                row, column = invalid.nonzero()[0].tolist()
+                value = int(indices[row, column])
                 raise error(f"teacher_indices: expected {expected}, got {value}{got} in row {row}")
     return (outside | twice).any(-1)
 
@@ -420,12 +431,12 @@ def topk_log_probs(log_probs: Tensor) -> None:
         return
     logs = log_probs.detach().double()
     p = logs.exp()
-    # A logarithm that is rounded by 2 ** -8 of it changes the sum by that times p |log p|.
+    # Rounding a logarithm by a relative 2 ** -8 changes the sum by that times p |log p|.
     most = 1 + 2**-8 * (1 + (p * logs.abs()).where(p != 0, 0).sum(-1))
     total = p.sum(-1)
-    wrong = (total > most) | (logs > 1).any(-1)
-    if wrong.any():
-        row = int(wrong.flatten().nonzero()[0])
+    invalid = (total > most) | (logs > 1).any(-1)
+    if invalid.any():
+        row = int(invalid.flatten().nonzero()[0])
         raise ValueError(
             "teacher_log_probs: expected logarithms of probabilities, with a sum of 1 at most, got "
             f"a sum of {float(total.flatten()[row]):.4g} in row {row}, of logarithms up to "
@@ -436,18 +447,18 @@ def topk_log_probs(log_probs: Tensor) -> None:
 def _vectors(name: str, value: Tensor) -> None:
     if not value.dim():
         raise RuntimeError(f"{name}: expected one dimension or more, got shape ()")
-    if not value.is_floating_point():
-        raise RuntimeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if not value.is_floating_point():  # without a Python call in the common case
+        _floating(name, value)
 
 
-def _head(input: Tensor, weight: Tensor, bias: Tensor | None, whose: str = "") -> None:
-    _vectors(f"{whose}input", input)
+def _head(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    _vectors(f"{prefix}input", input)
     if weight.dim() != 2:
         expected = f"(C, {input.shape[-1]})"
         raise RuntimeError(
-            f"{whose}linear_weight: expected shape {expected}, got {tuple(weight.shape)}"
+            f"{prefix}linear_weight: expected shape {expected}, got {tuple(weight.shape)}"
         )
-    linear_layer(input, weight, bias, whose)
+    linear_layer(input, weight, bias, prefix)
 
 
 def _shape(
@@ -462,14 +473,11 @@ def _shape(
 
 
 def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked later."""
-    tensor("logits", logits)
-    tensor("target", target)
+    """Checks types, shapes, dtypes and options; class indices are checked later."""
+    _tensors(logits=logits, target=target)
     if logits.dim() == 0:
         raise RuntimeError("logits: expected shape (C), (N, C) or (N, C, d1, ...), got ()")
-    if not logits.is_floating_point():
-        hint = _are_swapped(logits, target)
-        raise RuntimeError(f"logits: expected a floating dtype, got {logits.dtype}{hint}")
+    _floating("logits", logits, _are_swapped(logits, target))
     if target.is_floating_point():
         raise RuntimeError(f"target: expected class indices, got {target.dtype}")
     _class_index_target(logits, target, probabilities=False)
@@ -484,36 +492,36 @@ def linear_log_probs(
     options: LogProbsOptions,
     classes: int | None = None,
 ) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked later."""
-    given = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
+    """Checks types, shapes, dtypes and options; class indices are checked later."""
+    head_options = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
     head = Head(input, linear_weight, linear_bias, target, None)
-    linear_cross_entropy(head, given, False, classes)
+    linear_cross_entropy(head, head_options, False, classes)
     vocab_options(options, ())
 
 
-def classes_at(where: int, name: str, logits: Tensor, given: int | None) -> Tensor:
+def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> Tensor:
     """Returns logits with the dimension of the classes moved to where an operator has it.
 
     Args:
-        given: The ``dim`` of the call; None leaves no choice if there are one or two dimensions.
+        class_dim: The ``dim`` of the call; required for more than two dimensions.
     """
-    if not isinstance(logits, Tensor) or (given is None and logits.dim() < 3):
+    if not isinstance(logits, Tensor) or (class_dim is None and logits.dim() < 3):
         return logits
-    if given is None:
+    if class_dim is None:
         raise ValueError(
             f"dim: expected the dimension of the classes of {name} of shape {tuple(logits.shape)}, "
             f"got None. With dim=-1 a token has {logits.shape[-1]} classes, as a language model's "
             f"logits have; with dim=1 it has {logits.shape[1]}, as torch's cross_entropy has it"
         )
-    dim(given, logits)
-    where = min(where, max(logits.dim() - 1, 0))
-    return logits if (given - where) % max(logits.dim(), 1) == 0 else logits.movedim(given, where)
+    dim(class_dim, logits)
+    dims = max(logits.dim(), 1)
+    where = min(where, dims - 1)
+    return logits if (class_dim - where) % dims == 0 else logits.movedim(class_dim, where)
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:
-    """Types, shapes and options; a class index out of range stands for no class."""
-    tensor("input", input)
-    tensor("target", target)
+    """Checks types, shapes and options; a class index out of range stands for no class."""
+    _tensors(input=input, target=target)
     bounded("margin", margin)
     if kind not in ("cosface", "arcface"):
         raise ValueError(f"kind: expected 'cosface' or 'arcface', got {kind!r}")
@@ -522,7 +530,9 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
     _class_index_target(input, target, probabilities=False)
 
 
-def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
+def _class_weight(input: Tensor, weight: Tensor | None, alike: bool = True) -> None:
+    if weight is None:
+        return
     classes = classes_of(input)
     if weight.shape != (classes,):
         raise RuntimeError(
@@ -534,11 +544,8 @@ def _class_weight(input: Tensor, weight: Tensor, alike: bool = True) -> None:
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllOptions) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
-    tensor("input", input)
-    tensor("target", target)
-    if weight is not None:
-        tensor("weight", weight)
+    """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
+    _tensors(weight, input=input, target=target)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     shape, of_target = input.shape, target.shape
     if input.dim() == 0:
@@ -550,23 +557,15 @@ def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllO
             f"target: expected class indices of shape {tuple(expected)}, got shape "
             f"{tuple(of_target)}{_hint(input, target)}"
         )
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(
-            "target: expected class indices of dtype torch.int64 or torch.uint8, got "
-            f"{target.dtype}"
-        )
-    if weight is not None:
-        _class_weight(input, weight)
+    _index_dtype(target)
+    _class_weight(input, weight)
 
 
 def multi_margin_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: MarginOptions
 ) -> None:
-    """Types, shapes, dtypes and options; class indices themselves are checked by the kernel."""
-    tensor("input", input)
-    tensor("target", target)
-    if weight is not None:
-        tensor("weight", weight)
+    """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
+    _tensors(weight, input=input, target=target)
     number("margin", options.margin, (float, Real), "a float")
     if options.p not in (1, 2):
         raise ValueError(f"p: expected 1 or 2, got {options.p}")
@@ -581,28 +580,27 @@ def multi_margin_loss(
             f"target: expected class indices of shape {tuple(shape[:-1])}, got shape "
             f"{tuple(target.shape)}{_hint(input, target)}"
         )
-    if target.dtype is not torch.int64:
-        raise RuntimeError(
-            f"target: expected class indices of dtype torch.int64, got {target.dtype}"
-        )
-    if weight is not None:
-        _class_weight(input, weight)
+    _int64_target(input, target)
+    _class_weight(input, weight)
 
 
 def multilabel_margin_loss(
     input: Tensor,
     target: Tensor,
-    weight: None,  # noqa: ARG001 there is none
-    options: MarginOptions,  # noqa: ARG001 which are fixed
+    weight: None,  # noqa: ARG001
+    options: MarginOptions,  # noqa: ARG001
 ) -> None:
-    """Types, shapes and dtypes; class indices themselves are checked by the kernel."""
-    tensor("input", input)
-    tensor("target", target)
+    """Checks types, shapes and dtypes; the kernel checks the class indices."""
+    _tensors(input=input, target=target)
     shape, of_target = tuple(input.shape), tuple(target.shape)
     if len(shape) not in (1, 2) or not shape[-1]:
         raise RuntimeError(f"input: expected shape (C) or (N, C), got {shape}")
     if of_target != shape and (of_target, shape) != ((), (1,)):
         raise RuntimeError(f"target: expected the input's shape {shape}, got {of_target}")
+    _int64_target(input, target)
+
+
+def _int64_target(input: Tensor, target: Tensor) -> None:
     if target.dtype is not torch.int64:
         raise RuntimeError(
             f"target: expected class indices of dtype torch.int64, got {target.dtype}"
@@ -612,9 +610,9 @@ def multilabel_margin_loss(
 
 def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = True) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
-        return  # as most are
+        return  # the common case
     expected = loss_shape(input, "none")
-    single = input.dim() == 1 and target.shape == (1,)  # as good as a scalar
+    single = input.dim() == 1 and target.shape == (1,)  # accepted as a scalar
     shape = tuple(input.shape)
     if target.shape == input.shape or (
         target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or single)
@@ -641,7 +639,7 @@ def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = Tru
 
 
 def _hint(input: Tensor, target: Tensor) -> str:
-    """Returns what may have been meant by a target whose shape does not fit."""
+    """Returns a hint at the probable mistake behind a target whose shape does not fit."""
     if input.dim() > 2 and target.shape == input.shape[:-1]:
         return (
             ". Classes are dimension 1 of the input: move them there with input.movedim(-1, 1), or "
@@ -677,7 +675,7 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None, least:
     if not index.numel():
         return
     low, high = index.aminmax()
-    if int(low) >= least and int(high) < classes:  # as comparing tensors takes twice the time
+    if int(low) >= least and int(high) < classes:  # twice as fast as comparing tensors
         return
     invalid = (index < least) | (index >= classes)
     if ignore_index is not None:
@@ -688,7 +686,7 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None, least:
 
 
 def overwritable(input: Tensor) -> None:
-    """Raises for a tensor whose values others than autograd's next node may read."""
+    """Raises for a tensor that may be read by something else than autograd's next node."""
     base = input._base if input._base is not None else input
     if base.is_leaf:
         what = "a leaf" if base is input else "a view of a leaf"
@@ -696,21 +694,21 @@ def overwritable(input: Tensor) -> None:
             f"inplace: expected False for an input that is {what}, whose values outlive the call, "
             "got True"
         )
-    reach = 0  # how far the dimensions inside the current one stretch
+    extent = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
-        if size > 1 and stride <= reach:
+        if size > 1 and stride <= extent:
             raise RuntimeError(
                 "inplace: expected False for an input with elements that share memory, got True "
                 f"with strides {input.stride()}"
             )
-        reach += stride * (size - 1)
+        extent += stride * (size - 1)
 
 
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
 def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
-    """Raises for a number out of its bounds; a tensor on a GPU is not read."""
+    """Checks the bounds of a number; a tensor on a GPU is not read."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -721,8 +719,8 @@ def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> No
     else:
         number(name, value, (float, Real), "a float")
     if not (float(value) > 0.0 if positive else low <= float(value) <= high):
-        upwards = f"a number from {low} up" if high == math.inf else f"a number in [{low}, {high}]"
-        expected = "a positive number" if positive else upwards
+        expected = f"a number from {low} up" if high == math.inf else f"a number in [{low}, {high}]"
+        expected = "a positive number" if positive else expected
         raise RuntimeError(f"{name}: expected {expected}, got {float(value)}")
 
 
@@ -745,10 +743,10 @@ def values_of_options(token_weight: Tensor | None, denominator: Any) -> None:
 
 
 def _can_be_read(value: Any) -> bool:
-    """Returns whether a tensor's values are there, and nobody has to wait for them."""
+    """Returns whether a tensor's values can be read without waiting for a device."""
     plain = type(value) in (Tensor, Parameter) and value.is_cpu
     if not plain or is_dynamo_compiling() or dispatch_modes():
-        return False  # a mode among these would trace what is read
+        return False  # a mode may trace operators that read values
     return not is_functorch_wrapped(value)
 
 
@@ -765,9 +763,9 @@ def values(
     if low <= least and most <= high:
         return
     within = (value >= low) & (value <= high)
-    wrong = value[~(within if high < math.inf else within | value.isnan())]
-    if wrong.numel():
-        raise error(f"{name}: expected values in [{low}, {high}], got {wrong[0].item()}")
+    invalid = value[~(within if high < math.inf else within | value.isnan())]
+    if invalid.numel():
+        raise error(f"{name}: expected values in [{low}, {high}], got {invalid[0].item()}")
 
 
 def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
@@ -796,7 +794,7 @@ def triplets(anchor: Tensor, positive: Tensor, negative: Tensor) -> None:
 
 
 def _alike_in_dimensions(name: str, first: Tensor, **others: Tensor) -> None:
-    """Raises for tensors that do not broadcast, or have not as many dimensions as the first."""
+    """Checks that tensors broadcast and have as many dimensions as the first."""
     for other, tensor in others.items():
         if tensor.dim() != first.dim():
             raise RuntimeError(
@@ -820,7 +818,7 @@ def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> Non
 def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:
     same_shape(input, target)
     if pos_weight is not None:
-        _expands("pos_weight", input.shape, pos_weight.shape)
+        _broadcasts("pos_weight", input.shape, pos_weight.shape, expands=True)
 
 
 def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
@@ -846,22 +844,15 @@ def slopes(input: Tensor, weight: Tensor) -> None:
 
 
 def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
-    _expands("weight", input.shape, weight.shape)
+    _broadcasts("weight", input.shape, weight.shape, expands=True)
 
 
-def _expands(name: str, input: torch.Size, other: torch.Size) -> None:
+def _broadcasts(name: str, input: torch.Size, other: torch.Size, expands: bool = False) -> None:
+    """Checks that a shape broadcasts with the input's, or that it expands to the input's."""
     pairs = zip(reversed(input), reversed(other), strict=False)
-    if len(other) > len(input) or any(b not in (1, a) for a, b in pairs):
+    fits = all(b in (1, a) or (a == 1 and not expands) for a, b in pairs)
+    if not fits or (expands and len(other) > len(input)):
         raise RuntimeError(
-            f"{name}: expected a shape that broadcasts to the input's {tuple(input)}, got "
-            f"{tuple(other)}"
-        )
-
-
-def _broadcasts(name: str, input: torch.Size, other: torch.Size) -> None:
-    pairs = zip(reversed(input), reversed(other), strict=False)
-    if any(a != b and 1 not in (a, b) for a, b in pairs):
-        raise RuntimeError(
-            f"{name}: expected a shape that broadcasts with the input's {tuple(input)}, got "
-            f"{tuple(other)}"
+            f"{name}: expected a shape that broadcasts {'to' if expands else 'with'} the input's "
+            f"{tuple(input)}, got {tuple(other)}"
         )

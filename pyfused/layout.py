@@ -1,4 +1,4 @@
-"""Tensors as the kernels of every backend see them: strides that fit, or one copy that does."""
+"""The layouts in which kernels of every backend read tensors: strides, or those of a copy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Strides = tuple[int, int, int]  # of the outer index of a row, the inner index, and the class
+Strides = tuple[int, int, int]  # of the outer and the inner index of a row, and of the class
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns what the kernels compute in for tensors of a dtype."""
+    """Returns the dtype in which kernels accumulate for tensors of a dtype."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -24,17 +24,17 @@ def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | 
 
 
 def converts_in(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    """Returns whether ``contiguous_in`` makes another tensor of one of them."""
+    """Returns whether ``contiguous_in`` copies one of the tensors."""
     return any(x is not None and not (x.dtype is dtype and x.is_contiguous()) for x in tensors)
 
 
 def layouts(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Returns what a kernel is prepared for, which hooks for saved tensors may change."""
+    """Returns the key of a prepared kernel: layouts, which hooks for saved tensors may change."""
     return tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
 
 
 def broadcast_numel(operands: Sequence[Any]) -> int:
-    """Returns how many elements the tensors among operands broadcast to; not nested ones."""
+    """Returns the number of elements that the operands broadcast to, except nested tensors."""
     if len(operands) == 1:
         return int(operands[0].numel())
     shapes = [x.shape for x in operands if isinstance(x, Tensor) and not x.is_nested]
@@ -66,25 +66,26 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
     return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
 
 
-def of_leading(found: Tensor, leading: Sequence[int]) -> Tensor:
-    """Returns results of rows in the leading dimensions of the input; a scalar stays one."""
-    rows = len(leading) == 1 or not found.dim()
-    return found if rows else found.reshape((*leading, *found.shape[1:]))
+def of_leading(results: Tensor, leading: Sequence[int]) -> Tensor:
+    """Returns results of rows with the leading dimensions of the input; a scalar stays a scalar."""
+    if len(leading) == 1 or not results.dim():
+        return results
+    return results.reshape((*leading, *results.shape[1:]))
 
 
 def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns, for one class of each row, its index for gather, its logit, and if it is in range.
+    """Returns for one class of each row an index for gather, the logit, and whether it is in range.
 
-    The index and the logit of a class out of range are those of another class.
+    For a class out of range, index and logit are those of another class.
     """
     dim = min(logits.dim() - 1, 1)
     index, classes = index.long().reshape(loss_shape(logits, "none")), logits.shape[dim]
-    at = index.clamp(0, classes - 1).unsqueeze(dim)
-    return at, logits.gather(dim, at).squeeze(dim), (index >= 0) & (index < classes)
+    clamped = index.clamp(0, classes - 1).unsqueeze(dim)
+    return clamped, logits.gather(dim, clamped).squeeze(dim), (index >= 0) & (index < classes)
 
 
 def strides_of(tensor: Tensor) -> Strides | None:
-    """Strides of (N, C, d1, ..., dk), None if no single stride leads along d1, ..., dk."""
+    """Returns the strides of (N, C, d1, ..., dk), None if d1, ..., dk have no common stride."""
     stride = tensor.stride()
     if len(stride) == 1:
         return 0, 0, stride[0]
@@ -103,14 +104,14 @@ def strides_of(tensor: Tensor) -> Strides | None:
 
 
 def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strides]:
-    """Returns the tensor, copied if its strides do not fit, its sizes and its strides.
+    """Returns the tensor, or a copy if its strides do not fit, and its sizes and strides.
 
-    The classes are along one dimension; the dimensions before and after it are the outer and the
-    inner index of a row.
+    The classes are along ``dim``; the dimensions before and after it are the outer and the inner
+    index of a row.
     """
     shape, length = tensor.shape, tensor.shape[dim]
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    if tensor.is_contiguous():  # as most are: a view takes longer than a small kernel
+    if tensor.is_contiguous():  # the common case: a view takes longer than a small kernel
         strides: tuple[int, ...] = length * inner, inner, 1
     else:
         tensor = tensor.reshape(outer, length, inner)
@@ -121,7 +122,7 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
 
 
 def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
-    """Returns the tensor, copied once if its strides do not fit, and its strides."""
+    """Returns the tensor, or a contiguous copy if its strides do not fit, and its strides."""
     strides = strides_of(tensor)
     if strides is None:
         tensor = tensor.contiguous()
@@ -133,7 +134,7 @@ def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
 def empty_viewed(
     like: Tensor, empty_like: Callable[..., Tensor] = torch.empty_like
 ) -> tuple[Tensor, Strides]:
-    """Returns a new tensor laid out as ``like`` where that fits, and its strides."""
+    """Returns a new tensor, with the layout of ``like`` if its strides fit, and its strides."""
     empty = empty_like(like)
     strides = strides_of(empty)
     if strides is None:
@@ -213,11 +214,12 @@ def dense(tensor: Tensor) -> Tensor:
 def in_rows(
     order: Tensor, tensors: Sequence[Tensor | None]
 ) -> tuple[list[int], int | None, tuple[int, ...] | None]:
-    """Returns how a kernel reads tensors in the order in memory of ``order``, which is dense.
+    """Returns how a kernel reads tensors in the memory order of ``order``, which is dense.
 
     Returns:
-        The tensors to copy first, where rows x columns do not describe them; the number of columns
-        and two strides a tensor, of its rows and its columns, or None and None if all are dense.
+        The indices of the tensors to copy, which rows x columns cannot describe; the number of
+        columns; and two strides for each tensor, of rows and of columns. The last two are None if
+        all are dense.
     """
     stride = order.stride()
     if all(tensor is None or tensor.stride() == stride for tensor in tensors):
@@ -233,8 +235,8 @@ def in_rows(
     if not groups or (len(groups) == 1 and set(groups[0][1]) == {1}):
         return [], None, None
     if len(groups) > 2:
-        pairs = enumerate(tensors)
-        return [i for i, x in pairs if x is not None and x.stride() != stride], None, None
-    (columns, of_columns), (_, of_rows) = groups[-1], groups[0]
-    both = zip(of_rows, of_columns, strict=True)
-    return [], columns, tuple([step for pair in both for step in pair])
+        copied = [i for i, x in enumerate(tensors) if x is not None and x.stride() != stride]
+        return copied, None, None
+    (columns, column_strides), (_, row_strides) = groups[-1], groups[0]
+    pairs = zip(row_strides, column_strides, strict=True)
+    return [], columns, tuple([stride for pair in pairs for stride in pair])

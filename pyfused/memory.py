@@ -1,11 +1,11 @@
-"""Large outputs on CPU take the memory of earlier ones that have been freed.
+"""Recycles the memory of large outputs on CPU.
 
 New memory is expensive: the operating system zeroes each page at its first write, which takes
-longer than most kernels here take to compute what goes into it. So gradients, losses without
-reduction and activations of 32 MiB or more reuse blocks that earlier ones have freed.
+longer than most kernels need to compute its contents. So gradients, losses without reduction and
+activations of 32 MiB or more reuse blocks that earlier ones have freed.
 
-The environment variable ``PYFUSED_RECYCLE`` sets this for a process: ``0`` switches it off, a
-larger number is the limit in bytes.
+The environment variable ``PYFUSED_RECYCLE`` configures this for a process: ``0`` switches it off,
+and a number above 1 is the limit in bytes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pyfused.backends import cpu
 
 __all__ = ["Stats", "recycle", "release", "stats"]
 
-_SHARE = 4  # free blocks may have one part in so many of the memory
+_DEFAULT_LIMIT = 1 / 4  # of the machine's memory
 
 
 class Stats(NamedTuple):
-    """The state of recycling: bytes, and outputs counted since the start of the process.
+    """The state of recycling.
 
     Attributes:
-        in_use: Bytes of blocks that tensors are in.
-        free: Bytes of blocks that wait for an output.
-        limit: The most bytes that free blocks may have; 0 where nothing is recycled.
-        hits: Large outputs that found a free block.
-        misses: Large outputs that took a new one.
+        in_use: Bytes of the blocks that hold tensors.
+        free: Bytes of the free blocks.
+        limit: The most bytes of free blocks; 0 where nothing is recycled.
+        hits: Large outputs since the start of the process that took a free block.
+        misses: Large outputs since the start of the process that took new memory.
     """
 
     in_use: int
@@ -43,27 +43,26 @@ _limit = 0
 
 
 def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
-    """Lets large outputs on CPU take the memory of earlier ones; on by default, on Linux.
+    """Lets large outputs on CPU take the memory of earlier ones; the default on Linux.
 
-    A block that is freed stays mapped, and its pages are surrendered (``MADV_FREE``): the kernel
-    takes them as soon as anyone needs memory. Until then they count as the process's own, so its
-    resident memory looks larger than it is, by ``limit`` at most. An output takes a free block of
-    its size, or of up to an eighth more. Where the address space is limited (``RLIMIT_AS``) blocks
-    are given back at once.
+    A freed block stays mapped, and its pages are released with ``MADV_FREE``: the operating system
+    reclaims them when memory is needed. Until then they count as resident memory of the process, up
+    to ``limit``. An output takes a free block of its size or up to an eighth larger. Where the
+    address space is limited (``RLIMIT_AS``) blocks are unmapped at once.
 
-    Such a tensor is like any other, but its storage cannot be resized: ``resize_`` to more elements
-    and ``untyped_storage().resize_`` raise torch's ``RuntimeError``, as they do for tensors made
-    from NumPy's arrays. torch's profiler does not count its memory.
+    The storage of such a tensor cannot be resized: ``resize_`` to more elements and
+    ``untyped_storage().resize_`` raise torch's ``RuntimeError``, as they do for tensors made from
+    NumPy arrays. torch's profiler does not count its memory.
 
     Args:
-        enabled: False switches recycling off and gives the free blocks back; every large output
-            takes new memory then, up to twice as slowly.
-        limit: The most bytes of free blocks; those freed first go first. By default a quarter of
+        enabled: False switches recycling off and unmaps the free blocks; every large output then
+            takes new memory, which is up to twice as slow.
+        limit: The most bytes of free blocks; the oldest are unmapped first. By default a quarter of
             the machine's memory, or of the control group's limit if that is less.
 
     Raises:
-        RuntimeError: The system is not Linux, and ``enabled`` was asked for.
-        TypeError, ValueError: ``limit`` is no positive int, or given with ``enabled=False``.
+        RuntimeError: ``enabled`` is True and the system is not Linux.
+        TypeError, ValueError: ``limit`` is no positive int, or is passed with ``enabled=False``.
     """
     global _limit
     if limit is not None:
@@ -81,18 +80,18 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
 
 
 def release() -> int:
-    """Gives the memory of all free blocks back to the system.
+    """Returns the memory of all free blocks to the system.
 
     The next large outputs take new memory.
 
     Returns:
-        The number of bytes given back.
+        The number of bytes.
     """
     return int(cpu.native.recycler_release()) if cpu.RECYCLES else 0
 
 
 def stats() -> Stats:
-    """Returns how much memory is in use and free, and how often an output found a free block."""
+    """Returns how much memory is in use and free, and how often an output took a free block."""
     if not cpu.RECYCLES:
         return Stats(0, 0, 0, 0, 0)
     in_use, free, hits, misses = cpu.native.recycler_stats()
@@ -100,11 +99,11 @@ def stats() -> Stats:
 
 
 def _default_limit() -> int:
-    """Returns a share of the memory, or 0 where the system charges for unused mappings."""
+    """Returns a part of the memory, or 0 where the system counts unused mappings as used."""
     if _number(Path("/proc/sys/vm/overcommit_memory")) == 2:
         return 0
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([memory, *_group_limits()]) // _SHARE
+    return int(min([memory, *_group_limits()]) * _DEFAULT_LIMIT)
 
 
 def _group_limits() -> list[int]:
@@ -134,12 +133,12 @@ def _number(file: Path) -> int | None:
         return None
 
 
-def _as_asked() -> None:
-    asked = os.environ.get("PYFUSED_RECYCLE", "1")
-    if not asked.isdecimal():
-        raise ImportError(f"PYFUSED_RECYCLE: expected 0 or a number of bytes, got {asked!r}")
+def _configure() -> None:
+    value = os.environ.get("PYFUSED_RECYCLE", "1")
+    if not value.isdecimal():
+        raise ImportError(f"PYFUSED_RECYCLE: expected 0 or a number of bytes, got {value!r}")
     if cpu.RECYCLES:
-        recycle(asked != "0", limit=int(asked) if int(asked) > 1 else None)
+        recycle(value != "0", limit=int(value) if int(value) > 1 else None)
 
 
-_as_asked()
+_configure()

@@ -32,7 +32,7 @@ from entries import GALLERY  # noqa: E402
 
 # ---- C++ -----------------------------------------------------------------------------------------
 
-# Each operation as an expression of its arguments, which get brackets where there is no comma.
+# Each operation as an expression of its arguments, which get brackets if the template has no comma.
 CPP = {
     "add": "{} + {}",
     "sub": "{} - {}",
@@ -65,8 +65,8 @@ CPP = {
     "logical_not": "!{}",
 }
 PASSES_NAN = {"minimum": "!({1} >= {0}) ? {1} : {0}", "maximum": "!({1} <= {0}) ? {1} : {0}"}
-LOGIC = {"mul": "{} & {}", "maximum": "{} | {}", "minimum": "{} & {}"}  # of masks
-TWICE = ("sign", "minimum", "maximum")  # read an argument twice
+LOGIC = {"mul": "{} & {}", "maximum": "{} | {}", "minimum": "{} & {}"}  # operations on masks
+TWICE = ("sign", "minimum", "maximum")  # operations that read an argument twice
 INPUTS = ("operand", "scale", "literal", "parameter")
 
 
@@ -78,8 +78,8 @@ def literal(value: float, kind: str = "A") -> str:
     return f"{'-' * (value < 0)}std::numeric_limits<{kind}>::{name}()"
 
 
-def written(template: str, arguments: Sequence[str]) -> str:
-    """An expression without brackets around it."""
+def expression(template: str, arguments: Sequence[str]) -> str:
+    """Returns an expression without brackets around it."""
     if "," in template:
         return template.format(*arguments).replace(",)", ")")
     return template.format(*(a if is_atom(a) else f"({a})" for a in arguments))
@@ -95,7 +95,7 @@ def is_atom(text: str) -> bool:
 
 
 class Struct:
-    """A C++ struct of a kernel: its parameters and what follows from these are members."""
+    """A C++ struct of a kernel, whose members are its parameters and what follows from these."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.name, self.kernel = struct_name(kernel.name), kernel
@@ -103,71 +103,70 @@ class Struct:
         self.initial = [f"{name}(A(p[{k}]))" for k, name in enumerate(kernel.parameters)]
 
     def body(self, method: Method, output: int) -> str:
-        """The statements of a function that returns an output."""
+        """Returns the statements of a function that returns an output."""
         e, statements, names = method.expressions, list[str](), dict[int, str]()
         uses, todo = Counter([output]), {output}
         while todo:
-            op, arguments = e.nodes[place := todo.pop()]
-            if not self.is_leaf(e, place):
+            op, arguments = e.nodes[index := todo.pop()]
+            if not self.is_leaf(e, index):
                 todo.update(argument for argument in arguments if argument not in uses)
                 uses.update([*arguments] * (1 + (op in TWICE)))
 
-        def text(place: int) -> str:
-            op, arguments = e.nodes[place]
+        def text(index: int) -> str:
+            op, arguments = e.nodes[index]
             if op == "operand":
                 return method.operands[arguments[0]]
             if op == "scale":
                 return op
             if op == "literal":
                 return literal(arguments[0])
-            if self.is_leaf(e, place):
-                return self.member(e, place)
-            if place not in names:
-                unconditional = (
-                    arguments[1:] if op == "where" else ()
-                )  # so that loops do not branch
-                of = [named(a) if a in unconditional else text(a) for a in arguments]
-                made = written(self.template(e, place), of)
-                if uses[place] == 1:
-                    return made
-                name(place, made)
-            return names[place]
+            if self.is_leaf(e, index):
+                return self.member(e, index)
+            if index not in names:
+                # Both values of a condition are computed before it, so that loops do not branch.
+                values = arguments[1:] if op == "where" else ()
+                operands = [named(a) if a in values else text(a) for a in arguments]
+                value = expression(self.template(e, index), operands)
+                if uses[index] == 1:
+                    return value
+                name(index, value)
+            return names[index]
 
-        def name(place: int, made: str) -> None:
-            names[place] = f"v{len(names)}"
-            kind = "bool" if self.is_mask(e, place) else "A"
-            statements.append(f"const {kind} {names[place]} = {made};")
+        def name(index: int, value: str) -> None:
+            names[index] = f"v{len(names)}"
+            kind = "bool" if self.is_mask(e, index) else "A"
+            statements.append(f"const {kind} {names[index]} = {value};")
 
-        def named(place: int) -> str:
-            made = text(place)
-            if place in names or self.is_leaf(e, place):
-                return made
-            name(place, made)
-            return names[place]
+        def named(index: int) -> str:
+            value = text(index)
+            if index in names or self.is_leaf(e, index):
+                return value
+            name(index, value)
+            return names[index]
 
         result = text(output)
         return "\n    ".join([*statements, f"return {result};"])
 
     @staticmethod
-    def is_mask(e: Expressions, place: int) -> bool:
-        """Whether it is a bool in C++."""
-        op, arguments = e.nodes[place]
+    def is_mask(e: Expressions, index: int) -> bool:
+        """Returns whether an expression is a bool in C++."""
+        op, arguments = e.nodes[index]
         if op in LOGIC:
             return all(Struct.is_mask(e, a) for a in arguments)
         return op in ("lt", "le", "eq", "logical_not")
 
     @staticmethod
-    def is_negative(e: Expressions, place: int) -> bool:
-        """Whether it is a magnitude times a number below 0."""
-        op, arguments = e.nodes[place]
+    def is_negative(e: Expressions, index: int) -> bool:
+        """Returns whether an expression is a magnitude times a number below 0."""
+        op, arguments = e.nodes[index]
         return (
             op == "mul" and e.nodes[arguments[0]][0] == "abs" and (e.value(arguments[1]) or 0) < 0
         )
 
     @staticmethod
-    def template(e: Expressions, place: int) -> str:
-        op, arguments = e.nodes[place]
-        if op in LOGIC and Struct.is_mask(e, place):
+    def template(e: Expressions, index: int) -> str:
+        op, arguments = e.nodes[index]
+        if op in LOGIC and Struct.is_mask(e, index):
             return LOGIC[op]
         if op == "softplus" and Struct.is_negative(e, arguments[0]):
             return "log1p_unit(exp_shifted({},))"
@@ -176,41 +175,41 @@ class Struct:
         return CPP[op]
 
     @staticmethod
-    def is_leaf(e: Expressions, place: int) -> bool:
-        """An input, or a number that is computed of parameters and literals."""
-        op, arguments = e.nodes[place]
+    def is_leaf(e: Expressions, index: int) -> bool:
+        """Returns whether an expression is an input, or a number that follows from parameters."""
+        op, arguments = e.nodes[index]
         if op in INPUTS:
             return True
-        computed = e.scalars[place] and not Struct.is_mask(e, place)
+        computed = e.scalars[index] and not Struct.is_mask(e, index)
         return computed and all(Struct.is_known(e, a) for a in arguments)
 
     @staticmethod
-    def is_known(e: Expressions, place: int) -> bool:
-        """Whether it follows from parameters and literals."""
-        op, arguments = e.nodes[place]
+    def is_known(e: Expressions, index: int) -> bool:
+        """Returns whether an expression follows from parameters and literals."""
+        op, arguments = e.nodes[index]
         if op in INPUTS:
             return op not in ("operand", "scale")
         return all(Struct.is_known(e, a) for a in arguments)
 
-    def member(self, e: Expressions, place: int) -> str:
-        """The member that has the value, computed in double from the parameters."""
-        key = self.key(e, place)
+    def member(self, e: Expressions, index: int) -> str:
+        """Returns the member that has the value, which is computed in double from parameters."""
+        key = self.key(e, index)
         if key not in self.members:
             self.members[key] = f"c{len(self.members) - len(self.kernel.parameters)}"
-            self.initial.append(f"{self.members[key]}(A({self.in_double(e, place)}))")
+            self.initial.append(f"{self.members[key]}(A({self.in_double(e, index)}))")
         return self.members[key]
 
-    def key(self, e: Expressions, place: int) -> Any:
-        op, arguments = e.nodes[place]
+    def key(self, e: Expressions, index: int) -> Any:
+        op, arguments = e.nodes[index]
         return (op, *(arguments if op in INPUTS else [self.key(e, a) for a in arguments]))
 
-    def in_double(self, e: Expressions, place: int) -> str:
-        op, arguments = e.nodes[place]
+    def in_double(self, e: Expressions, index: int) -> str:
+        op, arguments = e.nodes[index]
         if op == "literal":
             return literal(arguments[0], "double")
         if op == "parameter":
             return f"p[{arguments[0]}]"
-        return written(self.template(e, place), [self.in_double(e, a) for a in arguments])
+        return expression(self.template(e, index), [self.in_double(e, a) for a in arguments])
 
     def text(self) -> str:
         functions, methods = [], self.kernel.methods
@@ -244,7 +243,7 @@ class Struct:
 
 
 def used(arguments: list[str], body: str) -> list[str]:
-    """Arguments without the names that a function's body has no use for."""
+    """Returns the arguments of a function, without the names that its body does not use."""
     words = set("".join(c if c.isalnum() or c == "_" else " " for c in body).split())
     return [a if a.split()[-1] in words else "A" for a in arguments]
 
@@ -271,7 +270,7 @@ def cpp() -> str:
 
 
 def readme() -> str:
-    """README.md with every operator, in the groups of the gallery."""
+    """Returns README.md with every operator, in the groups of the gallery."""
     text = (ROOT / "README.md").read_text("utf-8")
     start = text.index("## Operators\n\n") + len("## Operators\n\n")
     groups = [
@@ -281,7 +280,7 @@ def readme() -> str:
     return text[:start] + textwrap.fill(" ".join(groups), 119) + text[text.index("\n\n", start) :]
 
 
-# Names that pages link to beside those of operators, with their kinds and pages.
+# Names other than operators that pages link to, with their kinds and pages.
 LINKED = """
 torch mod torch
 torch.Tensor class tensors
@@ -296,7 +295,7 @@ torch.nn.modules.module.Module class generated/torch.nn.Module
 
 
 def inventory() -> str:
-    """An inventory of Sphinx in its first format, which is plain text."""
+    """Returns an inventory of Sphinx in its first format, which is plain text."""
     rows = LINKED.split("\n")[1:-1]
     for op in OPERATORS.values():
         if op.name == "linear_cross_entropy" or hasattr(torch.nn.functional, op.name):
@@ -307,7 +306,7 @@ def inventory() -> str:
 
 
 def printed() -> dict[Path, str]:
-    """The text of each file."""
+    """Returns the text of each file."""
     return {
         ROOT / "csrc" / "formulas.inc": cpp(),
         ROOT / "README.md": readme(),
@@ -316,7 +315,7 @@ def printed() -> dict[Path, str]:
 
 
 def is_changed(path: Path, text: str) -> bool:
-    """Returns whether to write a file; if all were, all that includes them would be compiled."""
+    """Returns whether to write a file: writing it anew would recompile what includes it."""
     return not path.exists() or path.read_text("utf-8") != text
 
 

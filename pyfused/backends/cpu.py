@@ -172,22 +172,18 @@ def empty(
 
 def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """``torch.empty_like``, in recycled memory where it is large."""
-    if not _is_recycled(like):
+    if like.nbytes < RECYCLED_BYTES:
         return torch.empty_like(like, memory_format=memory_format)
     layout = torch.empty_like(like, device="meta", memory_format=memory_format)
     return empty(layout.shape, like.dtype, strides=layout.stride())
 
 
-def _is_recycled(layout: Tensor) -> bool:
-    return layout.numel() * layout.element_size() >= RECYCLED_BYTES
-
-
 def _allocator(layout: Tensor) -> Callable[[], Tensor]:
     """Returns a function that allocates tensors of a layout."""
     shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
-    if _is_recycled(layout):
-        return partial(empty, shape, dtype, strides=strides)
-    return partial(torch.empty_strided, shape, strides, dtype=dtype, device="cpu")
+    if layout.nbytes < RECYCLED_BYTES:
+        return partial(torch.empty_strided, shape, strides, dtype=dtype, device="cpu")
+    return partial(empty, shape, dtype, strides=strides)
 
 
 def _loss_allocator(shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -420,8 +416,7 @@ def kl_div_with_logits(
         grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
     accumulate = accumulate_dtype(input.dtype)
     token_weight, grad_output = contiguous_in(accumulate, options.token_weight, grad_output)
-    new_loss = _loss_allocator(loss_shape(input, "none" if each else "sum"), accumulate)
-    loss = new_loss() if outputs.loss else None
+    loss = _loss_allocator(input.shape[:1] if each else (), accumulate)() if outputs.loss else None
     native.kl_div_with_logits(
         DTYPES[input.dtype],
         input.shape,
@@ -699,7 +694,7 @@ def _steps(
 
 def _allocator_like(layout: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns a function that allocates tensors like one of this layout."""
-    return empty_like if _is_recycled(layout) else torch.empty_like
+    return torch.empty_like if layout.nbytes < RECYCLED_BYTES else empty_like
 
 
 def _native_program(program: Program) -> Callable[..., None]:

@@ -65,19 +65,19 @@ if TYPE_CHECKING:
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
-# A call of at most so many elements waits for the host and not for the GPU, so it launches fewer
-# kernels: every program counts the class indices, if these are few, and the last of the programs
-# adds up their parts of a sum. In larger calls that would keep programs on the GPU for longer.
+# Up to this many elements a call waits for the host and not for the GPU, so it launches fewer
+# kernels: each program counts the class indices if these are few, and the last program to arrive
+# adds up the partial sums. In larger calls that would keep programs on the GPU for longer.
 HOST_BOUND = 1 << 24
-COUNTED_BY_PROGRAMS = 2048
-MOST_ARRIVALS = 1 << 14  # programs of which the last one adds up
-# Programs of a kernel that adds up: several waves on any GPU, and few partial sums.
+COUNTED_BY_PROGRAMS = 2048  # class indices that each program counts
+MOST_ARRIVALS = 1 << 14  # programs whose partial sums the last one adds up
+# The programs of a grid-stride loop with a sum: several waves on any GPU, and few partial sums.
 MOST_PROGRAMS = 4096
 MOST_PARTS = 1 << 15  # partial sums that one program adds up; more are added up in two steps
-SCALE_PROGRAMS = 512  # which nearly always only read that the factor is 1
-# Threads that hold a whole row; at 32,000 classes, 0.76 times the time of two passes.
+SCALE_PROGRAMS = 512  # most calls only read that the factor is 1
+# Threads with a whole row in registers; at 32,000 classes, 0.76 times the time of two passes.
 SOFTMAX_THREADS = 1024
-SUMMANDS = Choice(1, 1024, 256)  # of a program at a time
+SUMMANDS = Choice(1, 1024, 256)  # partial sums that a program loads at a time
 SUM, COUNT = Launch(sum_kernel, SUMMANDS), Launch(count_kernel, SUMMANDS)
 SCALE = {itemsize: Launch(scale_kernel, choose(itemsize)) for itemsize in (2, 4, 8)}
 
@@ -109,16 +109,16 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 # ---- sums ----------------------------------------------------------------------------------------
 
-# A sum, the parts that programs store of it, and often a counter of those that have; see `add_up`.
+# A sum, the partial sums of the programs, and often an arrival counter; see `add_up`.
 Reduced = tuple[Tensor, ...]
-# Parts and counters of each stream, whose kernels run one after another.
+# Partial sums and a counter for each stream, whose kernels run one after another.
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
 def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
-    """Returns what so many programs take to compute a sum over so many elements.
+    """Returns the sum of some elements as the programs that compute it take it.
 
-    A graph may be replayed on any stream, beside others, so its workspace is its own.
+    A CUDA graph has its own workspace, as it may be replayed on any stream.
     """
     if programs == 1:
         return out, out
@@ -139,7 +139,7 @@ def _new_workspace(out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_up(stored: Tensor | Reduced | None) -> None:
-    """Launches the sum of a kernel's parts, where there are any that no program adds up."""
+    """Launches the sum of a kernel's partial sums, unless its last program adds them up."""
     if not isinstance(stored, tuple) or len(stored) > 2:
         return
     out, parts = stored
@@ -156,7 +156,7 @@ def _add_up(stored: Tensor | Reduced | None) -> None:
 def _count(
     target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int, classes: int
 ) -> Tensor:
-    """Launches the sum of the weights of the targets that count: a mean's denominator, float64."""
+    """Launches the sum of the weights of valid targets: the denominator of a mean, in float64."""
     n, count = target.numel(), target.new_empty((), dtype=torch.float64)
     programs = min(-(-n // (1 << 14)), 256)
     reduced = _parts_of(count, programs, n)
@@ -168,7 +168,7 @@ def _count(
 def _loss_of(
     input: Tensor, reduction: str, outputs: Outputs, programs: int
 ) -> tuple[Tensor | None, Tensor | Reduced | None]:
-    """Returns a tensor for the loss of (N, C, d1, ..., dk), and what the programs store it in."""
+    """Returns a tensor for the loss of (N, C, d1, ..., dk), and the tensors that programs store."""
     if not outputs.loss:
         return None, None
     loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
@@ -179,7 +179,7 @@ def _loss_of(
 
 
 def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Does nothing, as the host would wait for the GPU; the results of such a row are NaN."""
+    """Does nothing, as the host would have to wait for the GPU."""
 
 
 def cross_entropy(
@@ -206,7 +206,7 @@ def cross_entropy(
     outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
     n, accumulate = outer * inner, accumulate_dtype(input.dtype)
     smoothing, ignore_index = options.label_smoothing, options.ignore_index
-    weighted = not indices or (smoothing > 0 and weight is not None)  # each class differently
+    weighted = not indices or (smoothing > 0 and weight is not None)  # each class has a weight
     tensors, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
     choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
@@ -250,7 +250,7 @@ def cross_entropy(
         results: Any = (stored, grad) if whole_rows else (stored, grad, grad_target)
         kernel(programs, logits, target, weight, row_weight, divisor, *results, *numbers)
         _add_up(stored)
-        if loss is not None and grad_output is not None:  # by which only gradients are multiplied
+        if loss is not None and grad_output is not None:  # the kernel has multiplied the loss too
             loss /= grad_output
         return loss, (grad, grad_target)
 
@@ -264,7 +264,7 @@ def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
-    """Returns the sizes with one outer index, if all rows of each tensor are at one stride."""
+    """Returns the sizes with one outer index if each tensor has one stride for all rows."""
     outer, inner, classes = sizes
     if all(stride[0] == inner * stride[1] for stride in strides):
         return 1, outer * inner, classes
@@ -277,7 +277,7 @@ def _tiling(
 ) -> tuple[Choice, int, dict[str, int]]:
     """Returns the launch choice of a kernel of `rows.py`, its number of programs, and its unit."""
     outer, inner, classes = sizes
-    dim = 2 if strides[0][2] == 1 else 1  # the contiguous one
+    dim = 2 if strides[0][2] == 1 else 1  # the contiguous dimension
     choice = choose(itemsize, classes, inner, inner_contiguous=dim == 1, **options)
     others = [s for each in strides for i, s in enumerate(each) if i != dim or s != 1]
     unit = math.gcd(16, sizes[dim], *others)
@@ -286,7 +286,7 @@ def _tiling(
 
 
 def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
-    """Returns what the loss or the gradient of each of n rows is multiplied by."""
+    """Returns the factors of the losses or gradients of n rows, None for ones."""
     if grad_output is None:
         return token_weight
     each = grad_output.flatten().expand(n)
@@ -296,11 +296,11 @@ def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None)
 def _denominator(
     denominator: Tensor | float | None, n: int, may_count: bool, target: Tensor, *counted: Any
 ) -> Tensor | int:
-    """Returns what a mean of n rows divides by, as the kernels take it: see `read_rows`.
+    """Returns the denominator of a mean of n rows, as kernels take it: see `read_rows`.
 
     Args:
-        denominator: That of the call, None for the weight of the targets that count.
-        may_count: The kernel can count, as its row_weight is that of the tokens.
+        denominator: The call's, None for the weight of the valid targets.
+        may_count: The kernel can count, as its row_weight is the token_weight.
         target, counted: The arguments of ``_count``.
     """
     token_weight = counted[1]
@@ -552,8 +552,6 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 
 # ---- element by element --------------------------------------------------------------------------
 
-Operands = list[Tensor | None]
-
 
 def pointwise_loss(
     formula: Kernel | Program,
@@ -569,7 +567,7 @@ def pointwise_loss(
     choice = choose(order.element_size())
     programs, reduce = -(-n // choice.block), outputs.loss and reduction != "none"
     if reduce:
-        programs = min(max(programs, 1), MOST_PROGRAMS)  # of no elements, one stores the result
+        programs = min(max(programs, 1), MOST_PROGRAMS)  # without elements, one stores the sum
     accumulate = accumulate_dtype(order.dtype)
     needs_grad = outputs.gradients or (False,) * len(operands)
     views = _padded(operands, weight, grad_output)
@@ -579,7 +577,7 @@ def pointwise_loss(
     function = program.kernel("triton", formula_of)
     kernel = Launch(pointwise_loss_kernel, choice, FORMULA=function, REDUCE=reduce)
 
-    number = None if divisor == 1 else int(divisor)  # exact, where a float would be a float32
+    fixed_divisor = None if divisor == 1 else int(divisor)  # Triton rounds a float to float32
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         *operands, weight, denominator = tensors
@@ -607,7 +605,7 @@ def pointwise_loss(
             strides,
             *numbers,
             others,
-            number if denominator is None else denominator,
+            fixed_divisor if denominator is None else denominator,
         )
         _add_up(stored)
         if halves is not None and outputs.gradients:
@@ -618,7 +616,7 @@ def pointwise_loss(
 
 
 def _joined(halves: Gradients, dim: int) -> Tensor:
-    """Returns two tensors as one; torch.cat would take the dtype of autocast."""
+    """Returns both halves in one tensor; torch.cat would return the dtype of autocast."""
     first, second = halves
     assert first is not None
     assert second is not None
@@ -631,7 +629,7 @@ def _joined(halves: Gradients, dim: int) -> Tensor:
 def _padded(
     operands: Sequence[Tensor], weight: Tensor | None, grad_output: Tensor | None
 ) -> list[Any]:
-    """Returns the operands, of which there are at most four, in the kernel's order of arguments."""
+    """Returns up to four operands, weight and grad_output as the kernel orders its arguments."""
     x, t, third, fourth = (*operands, None, None, None)[:4]
     return [x, t, third, weight, grad_output, fourth]
 
@@ -646,22 +644,23 @@ def activation(
         for program in formula.programs
     )
 
-    def run(kernel: Launch, x: Tensor, grad_output: Tensor | None, output: Tensor) -> Tensor:
-        views: Operands = [x, grad_output]
-        copied, columns, strides = in_rows(output, views)
-        for i in copied:
-            view = views[i]
-            assert view is not None
-            views[i] = torch.empty_like(output).copy_(view)
-        kernel(programs, *views, output, n, columns, strides, *numbers)
-        return output
+    copies, columns, strides = in_rows(torch.empty_like(input, device="meta"), [input, None])
 
     def forward(input: Tensor) -> Tensor:
-        return run(forward_kernel, input, None, input if inplace else torch.empty_like(input))
+        output = input if inplace else torch.empty_like(input)
+        x = torch.empty_like(output).copy_(input) if copies else input
+        forward_kernel(programs, x, None, output, n, columns, strides, *numbers)
+        return output
 
     def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
         saved = dense(saved)
-        return run(backward_kernel, saved, grad_output, torch.empty_like(saved))
+        grad_input = torch.empty_like(saved)
+        copies, columns, strides = in_rows(grad_input, [saved, grad_output])
+        if copies:
+            grad_output = torch.empty_like(saved).copy_(grad_output)
+        tensors = saved, grad_output, grad_input
+        backward_kernel(programs, *tensors, n, columns, strides, *numbers)
+        return grad_input
 
     return forward, backward
 

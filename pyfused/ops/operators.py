@@ -93,7 +93,7 @@ MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
     name="multilabel_margin_loss",
     module="MultiLabelMarginLoss",
     check_arguments=checks.multilabel_margin_loss,
-    kernel=lambda backend: backend.multi_margin_loss,
+    kernel=lambda backend: backend.multilabel_margin_loss,
     operands=(INPUT, CLASSES._replace(labels=True)),
     fallback_reason=lambda input, *_: (
         "more classes than a program keeps on a GPU"
