@@ -101,7 +101,7 @@ def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtyp
     assert torch.equal(grad_output, before)
 
 
-@every_example
+@every_operator
 def test_backward_again_without_a_kept_graph_is_torchs_error(example: Example) -> None:
     value = example.call().ours().sum()
     value.backward()
@@ -109,7 +109,7 @@ def test_backward_again_without_a_kept_graph_is_torchs_error(example: Example) -
         value.backward()
 
 
-@every_example
+@every_operator
 def test_gradients_are_added_up_in_grad(example: Example) -> None:
     call = example.call()
     expected = gradients(call, of_torch, torch.tensor(1.0))
@@ -149,7 +149,7 @@ def test_no_gradient_is_wanted(example: Example, kernel_calls: KernelCalls) -> N
         close(value.clone(), expected)
 
 
-@every_example
+@every_operator
 def test_inference_tensors_among_the_arguments(example: Example) -> None:
     """torch may refuse to save one for backward; pyfused may, with its error, or gets it right."""
     call = example.call()
@@ -225,7 +225,7 @@ def test_an_argument_changed_in_place(example: Example, after: str) -> None:
             close(got, expected, msg=lambda told, name=name: f"{name}: {told}")
 
 
-@every_example
+@every_operator
 def test_a_result_changed_in_place(example: Example) -> None:
     """A loss is not what backward reads; an activation's may be, which raises."""
     call = example.call()
@@ -329,7 +329,7 @@ def test_hooks_for_saved_tensors_have_the_gradients_of_the_forward_pass(name: st
 # ---- hooks, checkpoints, anomalies ---------------------------------------------------------------
 
 
-@every_example
+@every_operator
 def test_hooks_see_and_change_the_gradients(example: Example) -> None:
     call = example.call()
     hidden = through(call, torch.ones(()))
@@ -531,7 +531,7 @@ def test_vmap(example: Example) -> None:
     assert_alike(compute)
 
 
-@every_example
+@every_operator
 def test_batched_gradients(example: Example) -> None:
     """is_grads_batched runs backward itself under vmap."""
     call, found = example.call(), []
