@@ -67,6 +67,7 @@ def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
 # ---- the gradient of the result ------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @every_example
 def test_one_number_for_all_results(example: Example) -> None:
     """expand() makes it a tensor without strides where the result has several elements."""
@@ -81,6 +82,7 @@ def test_one_number_for_all_results(example: Example) -> None:
                 assert torch.equal(*numbers)
 
 
+@pytest.mark.interpreted
 @every_example
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtype) -> None:
@@ -118,6 +120,7 @@ def test_gradients_are_added_up_in_grad(example: Example) -> None:
     close([x.grad for x in call.leaves.values()], [3 * gradient for gradient in expected])
 
 
+@pytest.mark.interpreted
 @every_example
 def test_each_gradient_alone(example: Example) -> None:
     """Where one argument requires grad, and one after the other through a kept graph."""
@@ -133,6 +136,7 @@ def test_each_gradient_alone(example: Example) -> None:
 # ---- no graph ------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @every_example
 def test_no_gradient_is_wanted(example: Example, kernel_calls: KernelCalls) -> None:
     call = example.call()
@@ -191,6 +195,7 @@ def test_nothing_is_kept_alive_once_the_graph_is_gone(example: Example) -> None:
 # ---- arguments are only read, and a change to them never gives a wrong number --------------------
 
 
+@pytest.mark.interpreted
 @every_example
 def test_arguments_are_not_changed(example: Example) -> None:
     call = example.call()
