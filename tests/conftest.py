@@ -33,7 +33,7 @@ backend = backend_of(torch.empty(0))  # the one under test
 SLOW = (
     *("test_compile_ahead", "test_distributed", "test_examples", "test_gpu_check", "test_hub"),
     *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
-    *("test_shard_sequences", "test_types", "test_vec"),
+    *("test_shard_sequences", "test_types", "test_vec", "test_vocab_parallel"),
 )
 
 
@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "thresholds: small inputs go to torch, as they do for users")
+    config.addinivalue_line("markers", "interpreted: of a family, on interpreted kernels too")
     config.addinivalue_line("markers", "cpu: what only the C++ kernels do, or torch on CPUs")
     config.addinivalue_line("markers", "large: minutes or gigabytes; run with --full")
     if interpreter.ON:
@@ -83,11 +84,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("slow") or config.getoption("full"):
-        return
-    slow = {item for item in items if item.path.stem in SLOW or item.get_closest_marker("slow")}
-    config.hook.pytest_deselected(items=[*slow])
-    items[:] = [item for item in items if item not in slow]
+    def is_left_out(item: pytest.Item) -> bool:
+        if interpreter.ON and not grid.FULL and item.path.name not in interpreter.WHOLE:
+            return not item.get_closest_marker("interpreted")
+        slow = item.path.stem in SLOW or item.get_closest_marker("slow")
+        return bool(slow) and not (config.getoption("slow") or grid.FULL)
+
+    left_out = {item for item in items if is_left_out(item)}
+    config.hook.pytest_deselected(items=[*left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,11 @@ from shared import SHARED
 from pyfused import backends
 
 ON = backends.FORCED == "triton"
+# The files of which every test runs interpreted; of the others in SHARED those that are marked so.
+WHOLE = (
+    *("test_contract.py", "test_fuzz.py", "test_totals.py"),
+    *("test_arithmetic.py", "test_backends.py", "test_formula.py", "test_gated.py"),
+)
 # The files that are about something else than every backend.
 OTHERS = sorted(
     path.name

@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel metrics distributed"
 KERNELS = """accuracy activation contract class_losses cross_entropy cross_entropy_options formula
     inplace log_probs margin metrics pointwise_loss softmax"""
-COMPILED = "compile compiled_operators"
+COMPILED = "compile"
 THREADS = "threads parallel processes recycle distributed training"
 
 MACHINES: tuple[tuple[dict[str, str], str], ...] = (

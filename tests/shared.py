@@ -15,6 +15,7 @@ SHARED = (
     "test_fuzz.py",
     "test_gated.py",
     "test_inplace.py",
+    "test_linear_cross_entropy.py",
     "test_log_probs.py",
     "test_metrics.py",
     "test_pointwise_loss.py",

@@ -70,6 +70,7 @@ def widest(op: Activation, x: Tensor) -> Tensor:
 # ---- values at the edges -------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @grid(op=ACTIVATIONS, dtype=FLOATS, repeats=[1, 3, 20], inplace=[False, False, True, True])
 def test_nan_infinities_and_signed_zeros(
     op: Activation, dtype: torch.dtype, repeats: int, inplace: bool
@@ -92,6 +93,7 @@ def test_nan_infinities_and_signed_zeros(
     close(bits(got), bits(expected), **tolerance)
 
 
+@pytest.mark.interpreted
 @grid(op=ACTIVATIONS, dtype=FLOATS)
 def test_gradient_at_the_edges(op: Activation, dtype: torch.dtype) -> None:
     """NaN and infinities from above, beside points where the derivative is zero or undefined."""

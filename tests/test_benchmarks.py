@@ -7,10 +7,10 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
+from conftest import KernelCalls
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -21,9 +21,7 @@ import run
 import sweep
 from cases import TORCH, TRAINING, Case, assert_correct, draw, step
 
-from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
-from pyfused.ops.elementwise import SIGMOID
 from pyfused.ops.operators import CROSS_ENTROPY
 
 
@@ -83,16 +81,15 @@ def test_a_seed_draws_the_same_calls_again(op: str) -> None:
 
 @pytest.mark.thresholds
 @pytest.mark.parametrize("how", [sweep.CALLED, sweep.PATCHED])
-def test_a_sweep_times_torch_beside_the_kernels(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    fused = mock.Mock(side_effect=lambda arguments: torch.empty_like(arguments[0]))
-    sweep.drawn_and_checked(Case("sigmoid", (1 << 22,)))
-    monkeypatch.setattr(SIGMOID, "plan", lambda *_: fused)
-    dispatch.forget_plans()
-    theirs, ours = sweep.both(Case("sigmoid", (1 << 22,)), cases.FORWARD, how)
+def test_a_sweep_times_torch_beside_the_kernels(how: str, kernel_calls: KernelCalls) -> None:
+    case = Case("sigmoid", (1 << 22,))
+    sweep.drawn_and_checked(case)
+    theirs, ours = sweep.both(case, cases.FORWARD, how)
+    kernel_calls.clear()
     theirs(1)
-    assert not fused.called
+    assert not kernel_calls
     ours(1)
-    assert fused.called
+    assert kernel_calls == {"sigmoid": 1}
 
 
 def test_the_smallest_calls_that_kernels_take_are_swept() -> None:

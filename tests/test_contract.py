@@ -17,6 +17,7 @@ import pytest
 import torch
 from catalogue import (
     EXAMPLES,
+    OF_FAMILIES,
     SOME,
     TRIED,
     Call,
@@ -132,6 +133,7 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(
     torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
 )
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("op", sizes.LINEAR)
 def test_a_compiled_head_takes_the_kernels(op: str, kernel_calls: KernelCalls) -> None:
@@ -200,7 +202,7 @@ def test_memory_beyond_a_view_is_neither_read_nor_written(example: Example) -> N
         assert int(around.isnan().sum()) == around.numel() - call.given[name].numel()
 
 
-@every_example
+@every_operator
 def test_results_have_memory_of_their_own(example: Example) -> None:
     call = example.call()
     results, gradients = forward(call, ours)
@@ -227,7 +229,7 @@ def test_a_replayed_call_has_the_bits_of_the_first(example: Example) -> None:
 
 
 @pytest.mark.cpu
-@grid(example=SOME.values(), shape=[(203, 700), (7003, 10)], dtype=FLOATS)
+@grid(example=OF_FAMILIES.values(), shape=[(203, 700), (7003, 10)], dtype=FLOATS)
 def test_the_same_bits_for_every_number_of_threads(
     example: Example,
     shape: tuple[int, int],

@@ -67,6 +67,7 @@ def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
 # ---- the gradient of the result ------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @every_example
 def test_one_number_for_all_results(example: Example) -> None:
     """expand() makes it a tensor without strides where the result has several elements."""
@@ -81,6 +82,7 @@ def test_one_number_for_all_results(example: Example) -> None:
                 assert torch.equal(*numbers)
 
 
+@pytest.mark.interpreted
 @every_example
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtype) -> None:
@@ -101,7 +103,7 @@ def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtyp
     assert torch.equal(grad_output, before)
 
 
-@every_example
+@every_operator
 def test_backward_again_without_a_kept_graph_is_torchs_error(example: Example) -> None:
     value = example.call().ours().sum()
     value.backward()
@@ -109,7 +111,7 @@ def test_backward_again_without_a_kept_graph_is_torchs_error(example: Example) -
         value.backward()
 
 
-@every_example
+@every_operator
 def test_gradients_are_added_up_in_grad(example: Example) -> None:
     call = example.call()
     expected = gradients(call, of_torch, torch.tensor(1.0))
@@ -118,6 +120,7 @@ def test_gradients_are_added_up_in_grad(example: Example) -> None:
     close([x.grad for x in call.leaves.values()], [3 * gradient for gradient in expected])
 
 
+@pytest.mark.interpreted
 @every_example
 def test_each_gradient_alone(example: Example) -> None:
     """Where one argument requires grad, and one after the other through a kept graph."""
@@ -133,6 +136,7 @@ def test_each_gradient_alone(example: Example) -> None:
 # ---- no graph ------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @every_example
 def test_no_gradient_is_wanted(example: Example, kernel_calls: KernelCalls) -> None:
     call = example.call()
@@ -149,7 +153,7 @@ def test_no_gradient_is_wanted(example: Example, kernel_calls: KernelCalls) -> N
         close(value.clone(), expected)
 
 
-@every_example
+@every_operator
 def test_inference_tensors_among_the_arguments(example: Example) -> None:
     """torch may refuse to save one for backward; pyfused may, with its error, or gets it right."""
     call = example.call()
@@ -191,6 +195,7 @@ def test_nothing_is_kept_alive_once_the_graph_is_gone(example: Example) -> None:
 # ---- arguments are only read, and a change to them never gives a wrong number --------------------
 
 
+@pytest.mark.interpreted
 @every_example
 def test_arguments_are_not_changed(example: Example) -> None:
     call = example.call()
@@ -225,7 +230,7 @@ def test_an_argument_changed_in_place(example: Example, after: str) -> None:
             close(got, expected, msg=lambda told, name=name: f"{name}: {told}")
 
 
-@every_example
+@every_operator
 def test_a_result_changed_in_place(example: Example) -> None:
     """A loss is not what backward reads; an activation's may be, which raises."""
     call = example.call()
@@ -329,7 +334,7 @@ def test_hooks_for_saved_tensors_have_the_gradients_of_the_forward_pass(name: st
 # ---- hooks, checkpoints, anomalies ---------------------------------------------------------------
 
 
-@every_example
+@every_operator
 def test_hooks_see_and_change_the_gradients(example: Example) -> None:
     call = example.call()
     hidden = through(call, torch.ones(()))
@@ -531,7 +536,7 @@ def test_vmap(example: Example) -> None:
     assert_alike(compute)
 
 
-@every_example
+@every_operator
 def test_batched_gradients(example: Example) -> None:
     """is_grads_batched runs backward itself under vmap."""
     call, found = example.call(), []

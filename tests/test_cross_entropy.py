@@ -95,6 +95,7 @@ def test_nothing_but_ignored_targets(
     assert torch.equal(got.gradients[0], torch.zeros(shape))
 
 
+@pytest.mark.interpreted
 @grid(
     bad=[NAN, INF, -INF],
     reduction=REDUCTIONS,
@@ -123,6 +124,7 @@ def test_an_ignored_row_stays_out_of_the_gradient_whatever_it_holds(
         torch.testing.assert_close(got.gradients[0][kept], without.gradients[0])
 
 
+@pytest.mark.interpreted
 @grid(classes=[45, 91, 131], dtype=[torch.bfloat16, torch.float32])
 def test_rows_that_begin_anywhere_in_memory_have_nothing_of_their_neighbours(
     classes: int, dtype: torch.dtype
@@ -159,6 +161,7 @@ SPECIAL_ROWS = {
 }
 
 
+@pytest.mark.interpreted
 @grid(row=SPECIAL_ROWS, dtype=FLOATS, reduction=REDUCTIONS)
 def test_special_values_come_out_as_torchs(row: str, dtype: torch.dtype, reduction: str) -> None:
     for padding in (0, 3, 12, 60):  # short of, across and beyond a vector
@@ -171,6 +174,7 @@ def test_special_values_come_out_as_torchs(row: str, dtype: torch.dtype, reducti
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, target[None], **options)
 
 
+@pytest.mark.interpreted
 @grid(
     classes=[5, 130] if interpreter.ON else [5, 130, 1025, 3000],
     order=["ascending", "descending", "peak"],
@@ -221,6 +225,7 @@ def test_a_large_gradient_in_new_and_in_used_memory(classes: int) -> None:
         torch.testing.assert_close(gradient, expected.gradients[0], rtol=1e-5, atol=0)
 
 
+@pytest.mark.interpreted
 @grid(row=SPECIAL_ROWS, reduction=REDUCTIONS, smoothing=[0.0, 0.1], target_kind=KINDS * 2)
 def test_special_values_with_smoothing_weights_and_probabilities(
     row: str, smoothing: float, target_kind: str, reduction: str
@@ -255,6 +260,7 @@ def test_unusual_probabilities_and_weights(value: float, reduction: str) -> None
             assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, weight, **options)
 
 
+@pytest.mark.interpreted
 @grid(shape=[(4, 0), (0,), (4, 0, 3)], reduction=REDUCTIONS, smoothing=[0.0, 0.1])
 def test_no_classes(shape: tuple[int, ...], smoothing: float, reduction: str) -> None:
     logits = torch.empty(shape, requires_grad=True)
@@ -281,6 +287,7 @@ def test_one_sample_without_a_batch(reduction: str) -> None:
     torch.testing.assert_close(value.view(()), got.value)
 
 
+@pytest.mark.interpreted
 @grid(ignored=[-100, 3, 255, 300], reduction=REDUCTIONS)
 def test_uint8_targets(ignored: int, reduction: str, kernel_calls: KernelCalls) -> None:
     logits = torch.randn(6, 200, requires_grad=True)

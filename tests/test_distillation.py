@@ -195,6 +195,7 @@ def test_weight_zero_hides_a_token(op: str, beta: float) -> None:
     assert getattr(fused, op)(**given(op), token_weight=torch.zeros(N)).isnan()
 
 
+@pytest.mark.interpreted
 @every_beta
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_infinite_logits(beta: float, temperature: float) -> None:

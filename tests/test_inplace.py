@@ -46,6 +46,7 @@ def target_for(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
     return target
 
 
+@pytest.mark.interpreted
 @grid(
     shape=SHAPES,
     dtype=FLOATS,
@@ -85,6 +86,7 @@ def test_both_gradients(shape: tuple[int, ...]) -> None:
     assert torch.equal(gradients[0][1], gradients[1][1])
 
 
+@pytest.mark.interpreted
 @grid(dtype=FLOATS, reduction=["none", "mean", "sum"], isa=ISAS)
 def test_logits_with_gaps_between_them(dtype: torch.dtype, reduction: str, isa: str) -> None:
     """What lies there belongs to others, whatever the loss is multiplied by."""

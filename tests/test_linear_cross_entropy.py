@@ -329,6 +329,7 @@ def test_class_index_out_of_range(rows: int | None) -> None:
         fused.linear_cross_entropy(given.input, given.head, given.target)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_blocks_of_rows_that_are_all_ignored(reduction: str) -> None:
     """The loss is 0, and its mean NaN, whatever the number of blocks."""
@@ -364,6 +365,7 @@ BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.interpreted
 @grid(kind=BLOCKS, label=[0, 63, 191], options=[{}, {"label_smoothing": 0.1, "weight": True}])
 def test_blocks_of_classes_are_those_of_a_row(
     kind: str, label: int, options: dict[str, Any], kernel_calls: KernelCalls

@@ -201,6 +201,7 @@ def test_more_dimensions(op: str) -> None:
 # ---- ignored, empty, special values --------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @every_operator
 def test_ignored_rows(op: str) -> None:
     """Whatever is in them, results and gradients are 0."""
@@ -228,6 +229,7 @@ def test_ignored_rows_take_no_product() -> None:
     assert not any(90 in sizes for sizes in found)
 
 
+@pytest.mark.interpreted
 @every_operator
 def test_nothing_counts(op: str) -> None:
     tensors = draw(op)
@@ -254,6 +256,7 @@ def test_log_probabilities_are_never_above_0(op: str) -> None:
     assert (found.entropy >= 0).all()
 
 
+@pytest.mark.interpreted
 @every_dtype
 def test_an_offset_of_all_logits_changes_roundings_alone(dtype: torch.dtype) -> None:
     logits = torch.randint(-8, 8, (6, 300)).to(dtype)
@@ -271,6 +274,7 @@ def test_an_offset_of_all_logits_changes_roundings_alone(dtype: torch.dtype) -> 
     torch.testing.assert_close(one, other, rtol=4 * eps, atol=max(eps, 1e-6))
 
 
+@pytest.mark.interpreted
 def test_infinite_logits(isa: str) -> None:
     """A class without probability has no part in entropy and gradients, and none that is NaN."""
     logits = torch.randn(4, 300)
@@ -289,6 +293,7 @@ def test_infinite_logits(isa: str) -> None:
     assert gradient.any()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
     """Of a row with +inf every result is NaN, and so is every gradient, as torch's."""
@@ -306,6 +311,7 @@ def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
     torch.testing.assert_close(gradient, expected, equal_nan=True)
 
 
+@pytest.mark.interpreted
 def test_nan_stays(isa: str) -> None:
     logits = torch.randn(3, 300)
     logits[1, 7] = math.nan
@@ -535,6 +541,7 @@ def test_bad_input(op: str, wrong: dict[str, Any], error: type[Exception], told:
         getattr(fused, op)(**draw(op) | wrong)
 
 
+@pytest.mark.interpreted
 @every_operator
 @pytest.mark.parametrize("label", [70, -1])
 def test_a_class_index_out_of_range(op: str, label: int) -> None:

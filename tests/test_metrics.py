@@ -88,6 +88,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool) -> tup
     return input, target
 
 
+@pytest.mark.interpreted
 @grid(
     shape=SHAPES,
     dtype=FLOATS,
@@ -136,6 +137,7 @@ def test_beside_every_option(shape: tuple[int, int]) -> None:
     assert_metrics(metrics, exact(input, target), torch.float32)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("strides", ["columns", "gaps"])
 def test_strided(strides: str) -> None:
     input = torch.randn(300, 6).t() if strides == "columns" else torch.randn(6, 600)[:, ::2]
@@ -163,6 +165,7 @@ SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.interpreted
 @grid(name=SPECIAL, classes=[6, 91, 400, 3000], isa=ISAS)
 def test_special_logits(name: str, classes: int, isa: str) -> None:
     """As torch's argmax and logsumexp have it: the first of several, a NaN before all."""
@@ -354,6 +357,7 @@ def test_compiled(linear: bool, kernel_calls: KernelCalls) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))
 
 
+@pytest.mark.interpreted
 def test_out_of_range() -> None:
     input, target = case((6, 5), torch.float32, False)
     target[2] = 9

@@ -170,6 +170,7 @@ def test_a_scalar_target_promotes_as_in_torch(
 # ---- values at the edges -------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @grid(loss=LOSSES, dtype=FLOATS, size=[6, 6 * 7, 6 * 50], reduction=REDUCTIONS)
 def test_special_values_come_out_as_torchs(
     loss: Loss, dtype: torch.dtype, size: int, reduction: str
@@ -200,6 +201,7 @@ def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
         assert_matches_torch(loss.ours, loss.reference, **given, reduction=reduction)
 
 
+@pytest.mark.interpreted
 @grid(dtype=FLOATS, reduction=REDUCTIONS)
 def test_variances_at_the_edges(
     dtype: torch.dtype, reduction: str, kernel_calls: KernelCalls

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,8 @@ SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((40, 3, 5), -3),
     ((4, 1, 6), 1),
 ]
+if interpreter.ON:
+    SHAPES = [(shape, dim) for shape, dim in SHAPES if math.prod(shape) < 2000]
 
 
 def both(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Tensor], ...]:
@@ -71,6 +75,7 @@ def assert_alike(ours: Callable[..., Tensor], of_torch: Callable[..., Tensor], x
         close(gradient, torchs_, equal_nan=True, rtol=4 * eps if half else 1.3e-6, atol=unit)
 
 
+@pytest.mark.interpreted
 @grid(name=NAMES, case=SHAPES, dtype=FLOATS, isa=ISAS)
 def test_as_accurate_as_torchs(
     name: str,
@@ -107,6 +112,7 @@ def test_as_accurate_as_torchs(
     assert kernel_calls == {name: 2, f"{name}_backward": 2}
 
 
+@pytest.mark.interpreted
 @grid(name=NAMES, dtype=FLOATS, classes=[20, 41, 300], isa=ISAS)
 def test_short_rows_apart(name: str, dtype: torch.dtype, classes: int, isa: str) -> None:
     """What lies between the rows is not read, and the last rows of a group are complete."""
@@ -116,6 +122,7 @@ def test_short_rows_apart(name: str, dtype: torch.dtype, classes: int, isa: str)
     assert_alike(ours, of_torch, wide[:, :classes].detach().requires_grad_())
 
 
+@pytest.mark.interpreted
 @grid(name=NAMES, dtype=FLOATS, classes=[5, 200], dim=[0, 0, 1, 1])
 def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: int) -> None:
     x = torch.randn(4, classes)
