@@ -428,10 +428,8 @@ def unpatch() -> None:
     """
     with _lock:
         if not _calls:
-            raise RuntimeError(
-                "unpatch: expected a call of patch() before"
-                + (", got 'with patch()', which ends with its block" if _blocks else ", got none")
-            )
+            inside = "; 'with patch()' ends with its block" if _blocks else ""
+            raise RuntimeError(f"unpatch() called without patch(){inside}")
         before = set(_calls)
         _calls.clear()
         try:
