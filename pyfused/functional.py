@@ -368,20 +368,19 @@ def linear_cross_entropy(
         label_smoothing: As in :func:`cross_entropy`.
         options: torch's ``LinearCrossEntropyOptions``, used by calls that fall back to torch's
             operator.
-        memory_budget: Bytes for the logits that exist at once, and for what they are computed from.
-            None takes up to 512 rows, but no more than a quarter of the rows or 16 MiB; for
-            bfloat16 on CPUs with AMX, whose products are faster than sums, all rows up to a 32nd of
-            the machine's memory. It changes the result only by rounding.
+        memory_budget: Bytes for the logits that exist at once and for the operands of their
+            product. None takes up to 512 rows, a quarter of the rows and 16 MiB; for bfloat16 on
+            CPUs with AMX, all rows up to a 32nd of the machine's memory. It changes the result only
+            by rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
-        filter_eps: Leaves classes out of a block's products for the gradients if the gradient of
-            each of their logits is below ``filter_eps`` times that of the loss (divided by what the
-            mean divides by). The error of the input's gradient is less than that times the sum of
-            ``linear_weight.abs()`` over the classes, and that of the weight's gradient less than
-            that times the sum of ``input.abs()`` over the rows: little for a model that is sure of
-            its predictions, much for one that is not, as small probabilities add up. Wijmans et al.
-            2024 (arXiv 2411.09009) take 2 ** -12, the precision of bfloat16. 0.0 leaves out
-            nothing. On GPUs each block synchronises to find these classes.
+        filter_eps: Skips classes in a block's gradient products if the gradients of all their
+            logits are below ``eps = filter_eps * grad_output``, divided by the mean's denominator
+            (Wijmans et al. 2024, arXiv 2411.09009, who take 2 ** -12, the precision of bfloat16).
+            The error is below ``eps * linear_weight.abs().sum(0)`` for the input's gradient and
+            below ``eps * input.abs().sum(0)`` for the weight's: small for confident predictions,
+            but otherwise small probabilities add up. 0.0 skips nothing. On GPUs each block
+            synchronises to find the classes.
         shard: As in :func:`cross_entropy`. Each process has ``linear_weight`` and ``linear_bias``
             of some classes, and the same ``input``, whose gradient is summed over the processes.
             ``filter_eps`` has no effect then.
@@ -523,12 +522,11 @@ def linear_log_probs(
         ignore_index, softcap, temperature, return_entropy, return_lse: As in :func:`log_probs`.
         memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
             Within it, logits of the first rows may be kept for the backward pass.
-        deterministic_rows: A library's matrix product may give a row other bits in a batch of
-            another size, or at another position in it. True computes the logits by products of 96
-            rows, padded with zeros, which takes memory for as many rows of logits whatever the
-            budget. The first call with a layer of some size tests whether such a product computes
-            all its rows alike; if not, rows are multiplied one at a time, which is slower. The bits
-            still depend on the number of threads.
+        deterministic_rows: True makes the bits of a row independent of the batch's size and of the
+            row's position, which a library's matrix product may not do. Logits are then products of
+            96 rows, padded with zeros, whatever the budget. The first call with a layer's size
+            tests whether such a product computes all rows alike; if not, rows are multiplied one at
+            a time, which is slower. The bits still depend on the number of threads.
         shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
@@ -574,10 +572,12 @@ def kl_div_with_logits(
       divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649). It is 0 at both ends, where KL(q ||
       p) and KL(p || q) replace it.
 
-    0 log 0 is 0. The loss is not multiplied by the square of the temperature, which would keep
-    gradients as large as at temperature 1. In torch's terms forward KL is
-    ``kl_div(log_softmax(logits / temperature, -1), log_softmax(teacher_logits / temperature, -1),
-    log_target=True, reduction="none").sum(-1)``.
+    0 log 0 is 0. The loss is not multiplied by the square of the temperature. With ``x = logits /
+    temperature`` and ``y = teacher_logits / temperature``, forward KL is, in torch's terms::
+
+        kl_div(
+            log_softmax(x, -1), log_softmax(y, -1), log_target=True, reduction="none"
+        ).sum(-1)
 
     Args:
         logits: The student's, of shape (C) or (N, C), or with ``dim`` of any shape.
@@ -811,7 +811,7 @@ def multilabel_margin_loss(
     """Returns the hinge loss of rows that have several target classes.
 
     The loss of a row is ``1 / C`` times the sum of ``max(0, 1 - input_t + input_c)`` over its
-    targets t and over the classes c that are not targets. It takes time for each of these pairs.
+    targets t and over the classes c that are not targets. The time grows with these pairs.
 
     Args:
         input: Scores, of shape (C) or (N, C).
@@ -839,7 +839,7 @@ def triplet_margin_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the loss of anchors not closer to a positive than to a negative by a margin.
+    """Returns the triplet loss: anchors should be closer to positives than to negatives.
 
     With ``d(x, y) = ||x - y + eps||_p``, the loss of a row is
     ``max(0, margin + d(anchor, positive) - d(anchor, negative))``.

@@ -173,14 +173,22 @@ legacy_reduction: Callable[..., str] = _required("torch.nn._reduction.legacy_get
 
 
 def tell_jit(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
-    """Makes torch.jit.script take a function for a built-in, which it knows by its identity."""
+    """Makes torch.jit.script, which knows built-ins by identity, take a function for one."""
     table = getattr(torch.jit, "_builtins", None)
     if table is not None:
         table._register_builtin(function, table._find_builtin(built_in))
 
 
+def trace_instead(function: Any, traced: Any) -> None:
+    """Makes torch.compile trace another function where one is called; None undoes that."""
+    if traced is None:
+        vars(function).pop("_torchdynamo_inline", None)
+    else:
+        function._torchdynamo_inline = traced
+
+
 def dynamo_table() -> Any:
-    """Returns what torch.compile learns, once and by name, of torch's functions, or None."""
+    """Returns the cached table by which torch.compile knows torch's functions, or None."""
     rules = sys.modules.get("torch._dynamo.trace_rules")
     return getattr(rules, "get_torch_obj_rule_map", None)
 

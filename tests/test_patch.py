@@ -821,11 +821,13 @@ def test_threads_that_train_at_once(kernel_calls: KernelCalls) -> None:
 
 
 def test_unpatch_without_patch() -> None:
-    with pytest.raises(RuntimeError, match=r"expected a call of patch\(\) before, got none"):
+    with pytest.raises(RuntimeError, match=r"^unpatch\(\) called without patch\(\)$"):
         pyfused.unpatch()
     with (
         pyfused.patch(),
-        pytest.raises(RuntimeError, match=r"got 'with patch.*ends with its block"),
+        pytest.raises(
+            RuntimeError, match=r"without patch\(\); 'with patch\(\)' ends with its block"
+        ),
     ):
         pyfused.unpatch()
 

@@ -1,4 +1,4 @@
-"""Makes the modules of a model pyfused's, and torch's again."""
+"""Replaces the modules of a model by pyfused's, and reverts them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Left(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """Names the modules that :func:`pyfused.convert` swaps, and those that it leaves.
+    """The changes of :func:`pyfused.convert`.
 
     Attributes:
-        swapped: The names of the modules that it swaps.
-        left: The modules that it leaves, with reasons.
+        swapped: The names of the modules that it replaces.
+        left: The modules that it leaves alone, with reasons.
     """
 
     swapped: tuple[str, ...]
@@ -52,30 +52,29 @@ class Conversion(NamedTuple):
 
 
 def convert(model: Model, *, head: str | None = None) -> Model:
-    """Makes every module of a model that pyfused has, too, pyfused's, in place.
+    """Replaces supported torch modules by pyfused's, in place.
 
-    The module objects stay the same ones and only change their class: hooks, buffers, device,
-    training flag and names are kept, and so is every reference to them. Subclasses are left alone.
+    Modules stay the same objects and only change their class: hooks, buffers, device, training
+    flag, names and references are kept. Subclasses are left alone.
 
-    Of transformers' language models whose head is a plain linear layer, head and loss become
-    :func:`pyfused.functional.linear_cross_entropy`: called with labels in training mode, their
-    output has the loss, and no logits. Which models these are is tried: the model's ``forward``
-    runs with a few random hidden states, with both ways to the loss, and a model is left as it is
-    where the loss or its gradient differ, or where the logits are read by something else.
+    In transformers' language models whose head is a plain linear layer, head and loss become
+    :func:`pyfused.functional.linear_cross_entropy`: called with labels in training mode, the output
+    has the loss and no logits. Each model is tried first: its ``forward`` computes the loss of a
+    few random hidden states in both ways. It is left alone if the loss or its gradient differs, or
+    if something else reads the logits.
 
-    Of the MLPs of transformers those that compute ``act(gate_proj(x)) * up_proj(x)`` get
+    In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
 
-    What is swapped and what is left, :func:`plan_conversion` says before; the logger ``pyfused``
-    has it at level INFO.
+    :func:`plan_conversion` previews the changes; the logger ``pyfused`` gets them at level INFO.
 
     Args:
-        model: Any module; its submodules are swapped, and itself where pyfused has it.
-        head: The name of the model's own :class:`torch.nn.Linear` that makes logits, where
-            ``model`` is any language model, of whichever library, whose ``forward`` calls it and
-            torch's cross-entropy. In training mode its logits are None where only the loss reads
-            them, and what else reads them gets them. Nothing is tried before the first loss, which
-            is compared with torch's: if they differ, the model gets its own ``forward`` back.
+        model: Any module; its submodules are replaced, and the module itself if it is supported.
+        head: The name of the :class:`torch.nn.Linear` of ``model`` that computes logits, if
+            ``model`` is a language model of any library whose ``forward`` calls it and torch's
+            cross-entropy. In training mode the logits in its output are None if only the loss reads
+            them; other code that reads them gets them. The first loss is compared with torch's: if
+            they differ, the model gets its own ``forward`` back.
 
     Returns:
         The same model.
@@ -103,16 +102,15 @@ def convert(model: Model, *, head: str | None = None) -> Model:
 
 
 def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
-    """Says what :func:`convert` would do to a model, and changes nothing.
+    """Previews the changes of :func:`convert` to a model.
 
     Args:
         model: Any module.
         head: As in :func:`convert`.
 
     Returns:
-        The names of the modules that would be swapped (``"."`` is the model itself), and those that
-        would be left although they are losses or activations of these kinds, or named so, with the
-        reasons.
+        The names of the modules that would be replaced (``"."`` is the model itself), and losses or
+        activations that would be left alone, with the reasons.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
@@ -133,13 +131,13 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
 
 
 def revert(model: Module) -> tuple[str, ...]:
-    """Makes the modules that :func:`convert` swapped torch's again, in place, and no others.
+    """Reverts the modules that :func:`convert` has replaced to torch's, in place.
 
     Args:
         model: The converted model, a copy of it, or one loaded from a file.
 
     Returns:
-        The names of the modules that are torch's again.
+        The names of the reverted modules.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
@@ -156,7 +154,7 @@ def revert(model: Module) -> tuple[str, ...]:
 
 
 def _modules(model: Any) -> list[tuple[str, Module]]:
-    """Every module under every name that it has."""
+    """Returns the modules, each under all of its names; raises if one cannot be converted."""
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     modules = [(name or ".", m) for name, m in model.named_modules(remove_duplicate=False)]
@@ -171,7 +169,7 @@ def _modules(model: Any) -> list[tuple[str, Module]]:
 
 
 def _wrapper(module: Module) -> str | None:
-    """Whoever wrapped the module has looked at its classes, and goes by what was there then."""
+    """Returns how a module is wrapped; wrappers rely on the classes that they have seen."""
     if torch_internals.is_compiled_module(module):
         return "compiled"
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -1,4 +1,4 @@
-"""Says which way a call would go, and why."""
+"""Reports which backend a call takes, and why."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ from pyfused.ops.operators import OPERATORS
 
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend a call of an operator takes, and why, without making the call.
+    """Returns which backend a call of an operator takes, and why, without making the call.
 
-    It is asked of the code that decides for the call itself, so the two agree: here and now, with
-    the modes that are active and the number of threads that is set. A fused call's gradient is
-    fused, too; under ``create_graph`` it is torch's, which only the backward pass can know.
+    The code that decides for the call answers, with the active modes and number of threads. It
+    cannot predict fallbacks that are decided during backward, such as those of ``create_graph``.
 
     Args:
-        op: The name of a function in :mod:`pyfused.functional`; or a function of that name,
-            torch's or pyfused's; or a module of :mod:`pyfused.nn`, or of ``torch.nn`` as
-            :func:`pyfused.convert` makes it pyfused's; or a formula of :func:`pyfused.loss` or
+        op: The name of a function in :mod:`pyfused.functional`; a function of that name, torch's or
+            pyfused's; a module of :mod:`pyfused.nn`, or one of ``torch.nn`` that
+            :func:`pyfused.convert` replaces; a formula of :func:`pyfused.loss` or
             :func:`pyfused.activation`, or its module.
         args, kwargs: The call's arguments.
 
     Raises:
         ValueError: There is no such operator.
         TypeError: The operator does not take these arguments.
-        Exception: What the call raises itself, where only its size or a dtype keeps it from a CPU
-            kernel.
+        Exception: The error of the call itself, if it takes a CPU kernel, or would but for its size
+            or a dtype.
     """
     if isinstance(op, FormulaModule):
         return explain(op.formula, *args, **op.named, **kwargs)
@@ -74,7 +73,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
 
 
 def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Returns what is said of a module's call: its ``forward`` runs with an ``F`` that explains."""
+    """Returns the explanation of a module's call: ``forward`` runs with an ``F`` that explains."""
     if type(module) in FUSED:
         module = copy.copy(module)
         module.__class__ = FUSED[type(module)]

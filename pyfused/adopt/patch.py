@@ -1,4 +1,4 @@
-"""Makes code that calls torch's functions take pyfused's."""
+"""Makes code that calls torch's functions call pyfused's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pyfused.dispatch.originals import TorchAlone, original, torch_alone
 from pyfused.dispatch.reasons import first_time
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
-from pyfused.torch_internals import dynamo_table, tell_jit
+from pyfused.torch_internals import dynamo_table, tell_jit, trace_instead
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,17 +38,17 @@ C_FUNCTIONS = (BuiltinFunctionType, MethodDescriptorType)
 
 
 class _Function:
-    """A Python function of torch.nn.functional, which stays: its code is another.
+    """A Python function of torch.nn.functional, which stays the same object with other code.
 
-    So names that were imported before are reached, and what is pickled names torch. The other code
-    has torch's parameters, file and line: inspect and torch.jit.script read what torch wrote.
+    So names that were imported before are reached, and pickles name torch. The other code has
+    torch's parameters, file and line: inspect and torch.jit.script read torch's source.
     """
 
     def __init__(self, op: Operator) -> None:
         self.path, self.name, self.op = f"torch.nn.functional.{op.name}", op.name, op
         self.function = getattr(F, op.name)
         self.traced, self.copy = getattr(functional, op.name), original(self.function)
-        # What stood there already when pyfused was imported may be someone's.
+        # Another library may have replaced it before pyfused was imported.
         is_torch = getattr(self.function, "__globals__", None) is vars(F)
         self.unpatched = self.function.__code__ if is_torch else None
 
@@ -62,12 +62,12 @@ class _Function:
         call = f"callee(({', '.join(given)},){', inplace' * inplace})"
         if self.op.definition is None:
             torch_functions = self.op.reference, self.op.reference_
-            shortest = self.op.aten, self.op.aten_
-        else:
+            aten = self.op.aten, self.op.aten_
+        else:  # pyfused's definition has more options than torch's function
             by_name = self.unpatched.co_kwonlyargcount > 0
             torch_function = _by_name(self.copy, given) if by_name else self.copy
-            torch_functions = shortest = torch_function, torch_function
-        return code_calling(_fused(self.op, torch_functions, shortest), call, self.unpatched)
+            torch_functions = aten = torch_function, torch_function
+        return code_calling(_fused(self.op, torch_functions, aten), call, self.unpatched)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -77,26 +77,21 @@ class _Function:
         return standing and self.function.__code__ is code
 
     def put(self, code: Any) -> None:
-        # The compiler puts torch's functions into graphs, and keeps what it made of these on disk,
-        # by the functions' names. With this attribute it reads another function instead, which may
-        # choose a custom operator. The copy with torch's own code must not have it, as it would
-        # point back to this function.
-        if self.op.name not in COMPILED and self.function.__name__ == self.name:
-            pass  # torch's in a graph, whatever the code
-        elif code is self.ours:
-            self.function._torchdynamo_inline = self.traced
-            vars(self.copy).pop("_torchdynamo_inline", None)
-        else:
-            vars(self.function).pop("_torchdynamo_inline", None)
-            self.copy._torchdynamo_inline = self.function  # type: ignore[attr-defined]
+        # The compiler puts torch's functions into graphs by name, whatever their code. Only a
+        # function that may become a custom operator is traced instead. The copy with torch's code
+        # must not be, as it would point back to this function.
+        if self.op.name in COMPILED or self.function.__name__ != self.name:
+            is_ours = code is self.ours
+            trace_instead(self.function, self.traced if is_ours else None)
+            trace_instead(self.copy, None if is_ours else self.function)
         self.function.__code__ = code
 
 
 class StandIn(functools.partial[Any]):
-    """What stands where torch has a built-in, and is equal to it.
+    """Replaces a built-in of torch, and is equal to it.
 
-    So both are found in a table that has either for a key, such as that of a subclass which defines
-    ``__torch_function__``. As a built-in it is no method of a class whose attribute it is.
+    So both are found in a table with either as a key, such as that of a subclass which defines
+    ``__torch_function__``. Like a built-in, it is no method of a class whose attribute it is.
     """
 
     __wrapped__: Any
@@ -110,7 +105,7 @@ class StandIn(functools.partial[Any]):
     def __hash__(self) -> int:
         return hash(self.__wrapped__)
 
-    def __reduce__(self) -> str:  # its name, as of a function
+    def __reduce__(self) -> str:  # pickled by name, like a function
         return self.__qualname__
 
 
@@ -122,7 +117,7 @@ class MethodStandIn(StandIn):
 
 
 class _BuiltIn:
-    """A built-in of torch or Tensor: it has no code, so the name holds another function."""
+    """A built-in of torch or Tensor: it has no code, so its name gets another function."""
 
     def __init__(self, owner: Any, op: Operator, inplace: bool) -> None:
         self.owner, self.name, self.op, self.inplace = owner, op.name + "_" * inplace, op, inplace
@@ -183,7 +178,7 @@ class _BuiltIn:
         return self.now() is function and (inherited or function is self.ours)
 
     def put(self, function: Any) -> None:
-        # Pickled by torch's address, as long as it is found there.
+        # A pickle names torch while this function is found there.
         here = function is self.ours
         owner = "torch" if self.owner is Tensor else self.owner.__name__
         self.ours.__module__ = owner if here else __name__
@@ -191,7 +186,7 @@ class _BuiltIn:
             self.path.removeprefix(f"{owner}.") if here else self.path.replace(".", "_")
         )
         if self.owner is Tensor and function is self.unpatched:
-            delattr(self.owner, self.name)  # inherited from its base, and so found there again
+            delattr(self.owner, self.name)  # the base class has it
         else:
             setattr(self.owner, self.name, function)
 
@@ -202,13 +197,13 @@ def _by_name(function: Callable[..., Any], names: list[str]) -> Callable[..., An
 
 
 def _fused(
-    op: Operator, torch_functions: tuple[Any, Any], shortest: tuple[Any, Any]
+    op: Operator, torch_functions: tuple[Any, Any], aten: tuple[Any, Any]
 ) -> Callable[..., Any]:
-    """Returns what calls our operator, or torch's function for a subclass or mode to see.
+    """Returns the function that a patched function of torch calls.
 
     Args:
-        torch_functions: torch's function, and the same as it overwrites the input.
-        shortest: The same where no subclass or mode is to see the call.
+        torch_functions: torch's function, and the one that overwrites the input.
+        aten: The same without torch's Python code, which subclasses and modes have to see.
     """
 
     def call(arguments: Arguments, *inplace: Any) -> Any:
@@ -216,7 +211,7 @@ def _fused(
             return torch_functions[0](*arguments, *inplace)
         overwrites = bool(inplace and inplace[0])  # torch takes any object's truth value
         if not is_dynamo_compiling() and (torch_alone.depth or dispatch.is_small(op, arguments)):
-            return shortest[overwrites](*arguments)
+            return aten[overwrites](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
         unbound = functools.partial(torch_functions[overwrites], *arguments)
         return _call(op, bound, overwrites, unbound)
@@ -264,7 +259,7 @@ def _call(
 
 
 def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
-    """Returns the arguments where one more function stands before what warns its caller."""
+    """Returns the arguments with the stack level of warnings for one more function."""
     if "_stacklevel" not in op.arguments:
         return arguments
     input, dim, stacklevel, dtype = arguments
@@ -272,9 +267,9 @@ def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
 
 
 def _shown(method: Any) -> Callable[..., Any]:
-    """Calls a method as torch does where a subclass or mode is to see it.
+    """Returns a function that shows a method to subclasses and modes as torch does.
 
-    torch's own looks up its name in Tensor, and would show what stands there.
+    torch's method looks up its name in Tensor, and would show the patched one.
     """
     name = f"torch.Tensor.{method.__name__}"
 
@@ -300,9 +295,9 @@ def _shown(method: Any) -> Callable[..., Any]:
 
 
 def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType) -> CodeType:
-    """Code that calls a function, and is torch's to whoever looks at its parameters and source.
+    """Returns code that calls a function, with the parameters and source lines of torch's function.
 
-    The globals of the function that is to have it are torch's: the callee is one of its constants.
+    As its globals are torch's, the callee is one of its constants.
 
     Args:
         call: The call of ``callee`` with the parameters of torch's function.
@@ -322,7 +317,7 @@ def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType
 
 
 def _built_ins(op: Operator) -> Iterator[_BuiltIn]:
-    """Yields the built-in functions of an operator that users call; a loss has none."""
+    """Yields the built-in functions of an operator that users call."""
     for owner in (F, torch, Tensor):
         for inplace in (False, True):
             if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):
@@ -339,11 +334,11 @@ _SITES: tuple[_Function | _BuiltIn, ...] = (
 )
 
 
-# ---- who wants the sites replaced ----------------------------------------------------------------
+# ---- when the sites are replaced -----------------------------------------------------------------
 
 _lock = threading.RLock()
-_calls: set[Patch] = set()  # by a call of patch(), until unpatch()
-_blocks = 0  # entered and not left, in all threads together
+_calls: set[Patch] = set()  # of patch() until unpatch()
+_blocks = 0  # ``with`` blocks that are entered and not left, in all threads
 _installed = False
 
 
@@ -376,24 +371,24 @@ def patch() -> Patch: ...
 @overload
 def patch(function: Function) -> Function: ...
 def patch(function: Any = None) -> Any:
-    """Makes calls of torch's losses and activations take pyfused's, where it has them.
+    """Makes torch's losses and activations call pyfused's.
 
-    Functions of :mod:`torch.nn.functional` stay the objects that they are, and run other code:
-    torch's own modules, losses deep in a library, and whoever imported them before, are reached.
-    Activations among the built-ins of :mod:`torch` and :class:`torch.Tensor`, such as
-    ``torch.relu``, ``torch.relu_`` and ``Tensor.relu``, have no code: their names hold another
-    function, and whoever looked before, as ``from torch import relu`` does, keeps torch's. Errors
-    are torch's own, and what is pickled names torch alone.
+    Functions of :mod:`torch.nn.functional` stay the same objects and get other code, so torch's
+    modules, losses deep in a library, and names that were imported before are affected. Activations
+    among the built-ins of :mod:`torch` and :class:`torch.Tensor`, such as ``torch.relu``,
+    ``torch.relu_`` and ``Tensor.relu``, have no code: their names get another function, and what
+    ``from torch import relu`` imported before stays torch's. Errors are torch's, and pickles name
+    torch only.
 
     - ``patch()`` lasts until :func:`unpatch`; a second call changes nothing.
     - ``with patch():`` lasts for the block. Blocks nest.
     - ``@patch`` and ``@patch()`` last for each call of the function.
 
-    What is replaced is replaced for all threads, until the last that wants it has ended.
+    All threads are affected, until the last call or block has ended.
 
     Raises:
-        RuntimeError: Someone else has replaced one of the names. Nothing has been changed.
-        TypeError: What is decorated is a coroutine or a generator, which leave and come back.
+        RuntimeError: Other code has replaced one of the names. Nothing has been changed.
+        TypeError: The decorated function is a coroutine or a generator.
     """
     if function is None:
         asked = Patch()
@@ -425,18 +420,16 @@ def patch(function: Any = None) -> Any:
 
 
 def unpatch() -> None:
-    """Ends what calls of :func:`patch` began: torch's names hold torch's own functions again.
+    """Ends all calls of :func:`patch`: torch's names have torch's functions again.
 
     Raises:
-        RuntimeError: There was no such call, or someone else has since replaced one of the names.
+        RuntimeError: There was no such call, or other code has since replaced one of the names.
             Nothing has been changed.
     """
     with _lock:
         if not _calls:
-            raise RuntimeError(
-                "unpatch: expected a call of patch() before"
-                + (", got 'with patch()', which ends with its block" if _blocks else ", got none")
-            )
+            inside = "; 'with patch()' ends with its block" if _blocks else ""
+            raise RuntimeError(f"unpatch() called without patch(){inside}")
         before = set(_calls)
         _calls.clear()
         try:
@@ -447,7 +440,7 @@ def unpatch() -> None:
 
 
 def _expect(asked: str, whose: str, function: Callable[[Any], Any]) -> None:
-    """Raises where a name holds another function than it should."""
+    """Raises if a name has an unexpected function."""
     for site in _SITES:
         if not site.has(function(site)):
             raise RuntimeError(
@@ -464,7 +457,7 @@ def _install() -> None:
     TorchAlone.needed = True
     table = dynamo_table()
     if table:
-        table()  # before the names are pyfused's
+        table()  # filled before the names are pyfused's
     try:
         for site in _SITES:
             if isinstance(site, _BuiltIn):
@@ -488,7 +481,7 @@ def _remove_unless_wanted() -> None:
     _installed = False
     table = dynamo_table()
     if table and not table().keys().isdisjoint(site.traced for site in _SITES):
-        table.cache_clear()  # learnt while the names were pyfused's
+        table.cache_clear()  # it was filled while the names were pyfused's
 
 
 def _describe(function: Any) -> str:

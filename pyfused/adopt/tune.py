@@ -1,4 +1,4 @@
-"""Measures from which sizes on the kernels are faster here: ``python -m pyfused tune``."""
+"""Measures the sizes from which kernels are faster than torch: ``python -m pyfused tune``."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated
 from pyfused.ops.softmax import Softmax
 
-SMALLEST, LARGEST = 10, 24  # powers of two: the elements that are tried
+SMALLEST, LARGEST = 10, 24  # exponents of 2: the numbers of elements that are tried
 _SECONDS = 0.03  # for the calls of one size
 _ROUNDS = 7
 _MANY = 1000  # classes
 _FEATURES = 128  # of an embedding
-_WIN = 0.95  # the share of torch's time that is a clear win
+_WIN = 0.95  # a kernel wins with less than this part of torch's time
 
 
 def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
-    """Returns a step of training with an operator, of random operands within their bounds.
+    """Returns a training step of an operator, with random operands within their bounds.
 
     Args:
-        second: The call is one that the second limit of the table is for.
+        second: Make a call that takes the second limit of the table.
     """
     classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
     embeddings = isinstance(op, EmbeddingLoss)
-    forward = second and isinstance(op, (Activation, Gated, NllLoss))  # calls without a gradient
+    forward = second and isinstance(op, (Activation, Gated, NllLoss))  # without a gradient
     few = second and not forward
     columns = _FEATURES if embeddings else (sizes.FEW if few else _MANY) if classes else 1
     shape = (max(1, elements // columns), columns) if classes or embeddings else (elements,)
@@ -108,10 +108,10 @@ def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
     """Measures the limits of operators on this machine, with as many threads as torch has.
 
     Args:
-        names: The operators; all whose limits depend on the size if there are none.
+        names: The operators; by default all whose limits depend on the size.
 
     Returns:
-        For each operator the two limits of ``pyfused.dispatch.sizes``, in elements.
+        The two limits of each operator in ``pyfused.dispatch.sizes``, in elements.
     """
     found = {}
     forced, sizes.FORCED = sizes.FORCED, "cpu"  # so that the kernels take calls of any size
@@ -129,7 +129,7 @@ def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
 
 
 def main(names: Sequence[str]) -> None:
-    """Measures, and keeps the result where later processes find it."""
+    """Measures limits and saves them for later processes."""
     found = tune(names)
     kept = sizes.tuned() | found
     file = sizes.tuned_file()

@@ -16,12 +16,12 @@ BY_SHARDS = "some classes a process"
 
 
 class Explanation(NamedTuple):
-    """The way of a call: in fields, and as ``str`` in words.
+    """The path of a call, as fields or as ``str``.
 
     Attributes:
         op: The operator's name in :mod:`pyfused.functional`.
-        backend: ``"torch"``, or whose kernels: ``"cpu"`` or ``"triton"``.
-        reason: Why it is torch's operator, or what the kernel makes of the arguments.
+        backend: ``"torch"``, ``"cpu"`` for C++ kernels, or ``"triton"``.
+        reason: Why torch's operator runs, or how the kernel goes through the arguments.
         isa: The instruction set of a CPU kernel.
         threads: The most threads that a CPU kernel uses.
     """

@@ -10,29 +10,31 @@ from typing import Any
 
 from torch import Tensor
 
+from pyfused.torch_internals import trace_instead
+
 
 @cache
 def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Returns a Python function over the code that it has now; a built-in has no other.
+    """Returns a copy of a Python function with its present code; a built-in is returned as it is.
 
-    Its globals are torch's, so that subclasses and modes see torch's function. So it may call other
-    functions that are patched, as ``selu`` calls ``torch.selu``: call it within `torch_alone`.
+    The globals are torch's, so that subclasses and modes see torch's function. It may therefore
+    call other patched functions, as ``selu`` calls ``torch.selu``: call it within `torch_alone`.
     """
     if not isinstance(function, FunctionType):
         return function
     copy = FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(copy, function)
-    # The compiler puts torch's functions into graphs, and would read the copy: warnings stop it.
-    copy._torchdynamo_inline = function  # type: ignore[attr-defined]
+    # The compiler puts torch's functions into graphs, but would trace the copy.
+    trace_instead(copy, function)
     return copy
 
 
 class TorchAlone(threading.local):
-    """Entered while torch's definition of an operator is computed.
+    """A context in which patched functions are torch's, for torch's definition of an operator.
 
-    Patched functions are torch's meanwhile: a definition that called one would come back to the
-    operator that it defines, or compute a part of it by another operator's kernel.
+    A definition that called a patched function would recurse into the operator that it defines, or
+    compute a part of it by another operator's kernel.
     """
 
     depth = 0
