@@ -43,7 +43,7 @@ def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
 def add_up(part, reduced):
     """Stores a program's part of a sum. The last program to arrive adds up the parts of all.
 
-    reduced: The sum, the parts, and a counter that is 0 before and after; without a counter no
+    reduced: The sum, the parts, and a counter that is 0 at the launch; without a counter no
         program adds up.
     """
     parts = reduced[1]
@@ -54,7 +54,6 @@ def add_up(part, reduced):
         # It releases the part and acquires those of the programs before.
         if tl.atomic_add(reduced[2], 1, sem="acq_rel") == programs - 1:
             tl.store(reduced[0], sum_of_parts(parts, 0, programs, 1024))
-            tl.store(reduced[2], 0)
 
 
 @triton.jit

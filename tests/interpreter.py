@@ -54,7 +54,7 @@ def use_small_tiles() -> None:
             return launch.Choice(64 // all_classes, all_classes, 32)
         return launch.Choice(1, 64, 32, whole_row=False)
 
-    launch.choose = choose
+    launch.choose = backend.choose = choose
     backend.MOST_PROGRAMS, backend.MOST_PARTS, backend.COUNTED_BY_PROGRAMS = 30, 8, 16
     backend.MOST_ARRIVALS = 20
 

@@ -77,6 +77,23 @@ def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.cpu
+def test_a_triton_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles its driver's module when it starts; a container may have no C compiler."""
+    runtime = pytest.importorskip("triton.runtime")
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(runtime, "driver", Driver())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    reason = backends._without_triton.__wrapped__(torch.device("cuda"))
+    assert reason == "Triton cannot start: Failed to find C compiler"
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize("version", [*versions.TORCH_OF_TRITON, "3.7.1+gitabcdef", "3.10.0"])
 def test_every_triton_since_the_oldest_is_supported(
     version: str, monkeypatch: pytest.MonkeyPatch

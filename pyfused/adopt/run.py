@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median_low
 from time import perf_counter
 from traceback import walk_tb
 from typing import Any, NamedTuple
@@ -146,7 +145,7 @@ class Report:
             times = [0.0, 0.0]
             for calls in compared:
                 for i, seconds in enumerate(zip(*calls.times, strict=True)):
-                    times[i] += calls.elements * median_low(seconds)
+                    times[i] += calls.elements * sorted(seconds)[(len(seconds) - 1) // 2]
             # Other sizes are taken to need as long per element.
             known = sum(calls.elements for calls in compared)
             scale = sum(calls.elements for calls in kinds) / max(known, 1)

@@ -103,4 +103,10 @@ def _without_triton(device: torch.device) -> str | None:
         return "no GPU is available"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton compiles for compute capability 8.0 and later"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # compiles a module in C, into Triton's cache folder
+    except Exception as error:  # no compiler, or a cache folder that cannot be written
+        return f"Triton cannot start: {error}"
     return None

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import triton_version
@@ -111,31 +110,20 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 # A sum, the partial sums of the programs, and often an arrival counter; see `add_up`.
 Reduced = tuple[Tensor, ...]
-# Partial sums and a counter for each stream, whose kernels run one after another.
-_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
 def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
     """Returns the sum of some elements as the programs that compute it take it.
 
-    A CUDA graph has its own workspace, as it may be replayed on any stream.
+    Partial sums and counter are new in each call, as ATen's reductions have it: kept ones would lie
+    in the memory pool of a CUDA graph, or be shared by graphs that run at the same time.
     """
     if programs == 1:
         return out, out
+    parts = out.new_empty(programs, dtype=torch.float64)
     if not 0 < programs <= (MOST_ARRIVALS if elements <= HOST_BOUND else 1):
-        return out, out.new_empty(programs, dtype=torch.float64)
-    if out.is_cuda and torch.cuda.is_current_stream_capturing():
-        return out, *_new_workspace(out)
-    stream = driver.active.get_current_stream(out.get_device()) if out.is_cuda else 0
-    key = out.device, stream
-    if key not in _workspaces:
-        _workspaces[key] = _new_workspace(out)
-    return out, *_workspaces[key]
-
-
-def _new_workspace(out: Tensor) -> tuple[Tensor, Tensor]:
-    parts = out.new_empty(MOST_ARRIVALS, dtype=torch.float64)
-    return parts, out.new_zeros(1, dtype=torch.int32)
+        return out, parts
+    return out, parts, out.new_zeros(1, dtype=torch.int32)
 
 
 def _add_up(stored: Tensor | Reduced | None) -> None:

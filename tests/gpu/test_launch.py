@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -175,6 +176,27 @@ def test_another_device_has_a_kernel_of_its_own(add: Launch, recorder: Driver) -
     assert compiled_by_triton(add, x, x, 1024)
     assert not compiled_by_triton(add, x, x, 1024)
     assert [arguments[3] for *_, arguments in recorder.launched] == [1100, 1101, 1101]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_launch_goes_to_the_device_of_the_tensor(
+    hooked: bool, add: Launch, recorder: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        with patch.object(recorder, "device", index):
+            yield
+
+    x = torch.zeros(1024)
+    on_gpu = Mock(wraps=x, get_device=lambda: 1001)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(add, "compiles", not hooked)
+    launched = Mock(side_effect=lambda *_: devices.append(recorder.device))
+    devices: list[int] = []
+    monkeypatch.setattr(add, "by_triton", launched)
+    monkeypatch.setattr(launch, "specialize", lambda *_: None)
+    add(8, on_gpu, x, 1024)
+    assert devices == [1001]
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
