@@ -19,7 +19,7 @@ from pyfused import checks
 from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
-from pyfused.types import TENSORS
+from pyfused.types import TENSORS, Options
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
 
@@ -117,6 +117,7 @@ class Operator(ABC):
         broadcast: Where the tensors stand that the input broadcasts with.
         counts_logits: The size of a call is that of a linear layer's output.
         strategy: How CPU kernels go through an input, in words.
+        options: The class of the options, which are then the last argument.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Operator(ABC):
     broadcast: tuple[int, ...] = field(init=False, default=())
     counts_logits: bool = field(init=False)
     strategy: ClassVar[str] = "element by element"
+    options: ClassVar[type[Options] | None] = None
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))

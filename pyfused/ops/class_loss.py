@@ -75,13 +75,15 @@ class ClassLoss(Operator):
         each None where the call has no such tensor.
 
         Args:
-            needs: Whether the input and the target need a gradient, where autograd does not know.
+            needs: Whether the input and the target need a gradient; None to ask autograd.
         """
         given = self.checked(arguments)
         input: Any = given.input
         target, options = given.target, given.options
         dtype, changes = self.arrangement(given)
-        needs = needs_grad((input, target)) if needs is None else needs
+        if needs is None:
+            needs = needs_grad((input, target))
+        needs += (False,) * (2 - len(needs))
         backend, result = backend_of(input), self.dtype_of(given, dtype)
         numbers, reduction = self.without_tensors(options), options.reduction
         in_forward = gradients_in_forward(reduction, dtype)
@@ -118,6 +120,11 @@ class ClassLoss(Operator):
 
     def compiled(self, arguments: Arguments) -> Any:
         return custom_operator(self.name)(*arguments)
+
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the result of the custom operator, which is reduced."""
+        empty: Tensor = arguments[0].new_empty(())
+        return empty
 
     def without_tensors(self, options: Any) -> Any:
         """Returns the options that a plan keeps."""
@@ -266,3 +273,8 @@ class MultilabelMarginLoss(MultiMarginLoss):
         operator = custom_operator(self.name)
         loss: Tensor = operator(input, target, None, None, options.reduction)
         return loss
+
+    def fake(self, arguments: Arguments) -> Tensor:
+        unreduced = self.read(arguments).options.reduction == "none"
+        empty: Tensor = arguments[0].new_empty(self.loss_shape(arguments) if unreduced else ())
+        return empty

@@ -44,6 +44,8 @@ _OF_TORCH = tuple(parameters_of(F.cross_entropy))
 class CrossEntropy(ClassLoss, ShardedOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
+    options = CrossEntropyOptions
+
     def __post_init__(self) -> None:
         super().__post_init__()
         reference = self.reference
@@ -151,6 +153,12 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         loss: Tensor = operator(*tensors, *given.options.values())
         dtype = self.dtype_of(given, tensors[0].dtype)
         return loss if loss.dtype is dtype else loss.to(dtype)
+
+    def fake(self, arguments: Arguments) -> Tensor:
+        input, *_, options = arguments
+        shape, dtype = loss_shape(input, options.reduction), accumulate_dtype(input.dtype)
+        empty: Tensor = input.new_empty(shape, dtype=dtype)
+        return empty
 
     def dtype_of(self, given: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
         loss_dtype: torch.dtype | None = given.options.loss_dtype

@@ -24,7 +24,7 @@ from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import StateOptions
 from pyfused.ops.row_state import results_of
 from pyfused.ops.shards import ShardedOperator, is_dtensor, plan_of_state
-from pyfused.types import RESULTS, ClassRange, LogProbsOptions, VocabShard
+from pyfused.types import RESULTS, STATE_FIELDS, ClassRange, LogProbsOptions, VocabShard
 
 
 class _Values(NamedTuple):
@@ -89,7 +89,19 @@ class LogProbsOperator(ShardedOperator):
             tensors[0] = checks.classes_at(1, "logits", tensors[0], by_name.get("dim"))
         return *tensors, options
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+    def plan(
+        self,
+        arguments: Arguments,
+        inplace: bool,  # noqa: ARG002
+        needs: tuple[bool, ...] | None = None,
+        results: int | None = None,
+    ) -> Plan:
+        """Checks a call, and returns the plan of its signature.
+
+        Args:
+            needs: Whether each tensor but the target needs a gradient; None to ask autograd.
+            results: As in `plan_of_state`; None for what the options ask for.
+        """
         self.check_arguments(*arguments)
         *tensors, _, options = arguments
         classes, ignore_index = self.classes(tensors), options.ignore_index
@@ -104,7 +116,7 @@ class LogProbsOperator(ShardedOperator):
             return *tensors, target, None
 
         tensors[:count] = in_autocast_dtype(tensors[0].device.type, *tensors[:count])
-        return self.state_plan(tensors, options, arrange=arrange)
+        return self.state_plan(tensors, options, arrange=arrange, needs=needs, results=results)
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *tensors, target, options = arguments
@@ -125,6 +137,11 @@ class LogProbsOperator(ShardedOperator):
         results = results_of(state, 1 if options.alone else len(RESULTS))
         return results.to(accumulate_dtype(tensors[0].dtype))
 
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the state that the custom operator returns."""
+        target: Tensor = arguments[-2]
+        return target.new_empty((STATE_FIELDS, *target.shape), dtype=torch.float64)
+
     def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
         count = int(self.counts_logits)  # autocast casts the input of a layer, but no logits
@@ -138,6 +155,8 @@ class LogProbsOperator(ShardedOperator):
         options: LogProbsOptions,
         classes: ClassRange | None = None,
         shard: VocabShard | None = None,
+        *,
+        results: int | None = None,
         **given: Any,
     ) -> Plan:
         of_state = StateOptions(
@@ -146,8 +165,9 @@ class LogProbsOperator(ShardedOperator):
             memory_budget=options.memory_budget,
             fixed_sizes=options.deterministic_rows,
         )
-        given.setdefault("results", 1 if options.alone else len(RESULTS))
-        return plan_of_state(self.name, tensors, of_state, shard, **given)
+        if results is None:
+            results = 1 if options.alone else len(RESULTS)
+        return plan_of_state(self.name, tensors, of_state, shard, results=results, **given)
 
     def classes(self, tensors: Sequence[Tensor]) -> int:
         return len(tensors[1]) if self.counts_logits else checks.classes_of(tensors[0])

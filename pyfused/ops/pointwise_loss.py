@@ -134,12 +134,14 @@ class TensorLoss(Operator):
         on values.
 
         Args:
-            needs: Whether each operand needs a gradient, where autograd does not know.
+            needs: Whether each of the first operands needs a gradient; None to ask autograd.
         """
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
-        needs = needs_grad(operands) if needs is None else needs
+        if needs is None:
+            needs = needs_grad(operands)
+        needs += (False,) * (len(operands) - len(needs))
         backend, numbers = backend_of(operands[0]), self.numbers(arguments)
         warning = None if self.warning is None else self.warning(arguments)
         shape = getattr(operands[0], "shape", None)
@@ -247,6 +249,11 @@ class TensorLoss(Operator):
 
     def compiled(self, arguments: Arguments) -> Any:
         return custom_operator(self.name)(*arguments)
+
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the result of the custom operator, which is reduced."""
+        empty: Tensor = arguments[0].new_empty(())
+        return empty
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the values of the scalars, which can be hashed."""

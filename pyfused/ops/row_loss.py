@@ -109,9 +109,20 @@ class RowLoss(Operator):
 
         return differentiate(definition, tensors[: self.student], needs, grad_output)
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+    def plan(
+        self,
+        arguments: Arguments,
+        inplace: bool,  # noqa: ARG002
+        needs: tuple[bool, ...] | None = None,
+    ) -> Plan:
+        """Checks a call, and returns the plan of its signature.
+
+        Args:
+            needs: Whether each of the student's tensors needs a gradient; None to ask autograd.
+        """
         numbers, count = without_tensors(self.check_call(arguments)), len(self.operands)
-        needs = needs_grad(arguments[: self.student])
+        if needs is None:
+            needs = needs_grad(arguments[: self.student])
         backend, device = backend_of(arguments[0]), arguments[0].device.type
 
         def arrange(arguments: Arguments) -> Sequence[Any]:
@@ -156,6 +167,20 @@ class RowLoss(Operator):
         with without_autocast(tensors[0].device.type):
             loss, *others = custom_operator(self.name)(*tensors, *options.values(), wanted)
         return self.finished((loss, others[-1]), arguments)
+
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the loss that the custom operator returns."""
+        tensors, reduction = arguments[: len(self.operands)], arguments[-1].reduction
+        shape = self.losses(tensors) if reduction == "none" else ()
+        empty: Tensor = tensors[0].new_empty(shape, dtype=self.loss_dtype(tensors))
+        return empty
+
+    def fake_state(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the state of the rows that it returns."""
+        tensors = arguments[: len(self.operands)]
+        shape = self.fields(arguments[-1]), *self.losses(tensors)
+        empty: Tensor = tensors[0].new_empty(shape, dtype=torch.float64)
+        return empty
 
     def compute(
         self,
