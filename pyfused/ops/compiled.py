@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.dispatch import call as dispatch
 from pyfused.dispatch.operator import Arguments
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.plan import Plan
+from pyfused.dispatch.signature import signature, with_specs
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.layout import is_dense
 from pyfused.ops import custom_operators
@@ -69,7 +71,7 @@ class CompiledOperator:
             self.differentiable, self.state = len(op.operands) - 1, 0
         elif isinstance(op, RowLoss):
             self.differentiable = op.student
-            self.state = -1 if op.fields(op.options()) else None
+            self.state = -1 if op.state_fields(op.options()) else None
 
     def register(self) -> None:
         values = ", ".join(_schema(self.op))
@@ -109,9 +111,24 @@ class CompiledOperator:
         return *values[:count], *[None] * (len(op.arguments) - count - 1), options
 
     def plan(self, arguments: Arguments, needs: Sequence[bool]) -> Plan:
-        if isinstance(self.op, LogProbsOperator):
-            return self.op.plan(arguments, False, tuple(needs), results=0)
-        plan: Plan = self.op.plan(arguments, False, tuple(needs))
+        """Returns the plan of the arguments' signature, kept with the plans of eager calls.
+
+        Args:
+            needs: Whether each of the first tensors needs a gradient.
+        """
+        key = signature(self.op, arguments, False)
+        if key is None:
+            return self._new_plan(arguments, needs)
+        key = *key, "compiled", *needs
+        plan: Plan | None = dispatch.find_plan(key)
+        if plan is None:
+            plan = self._new_plan(with_specs(arguments, key), needs)
+            dispatch.keep_plan(key, plan)
+        return plan
+
+    def _new_plan(self, arguments: Arguments, needs: Sequence[bool]) -> Plan:
+        results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
+        plan: Plan = self.op.plan(arguments, False, tuple(needs), **results)
         return plan
 
     def gradients(
