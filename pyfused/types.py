@@ -1,4 +1,4 @@
-"""What a call is made of: options, and tensors that belong together; every layer passes them on."""
+"""The options of calls, and groups of tensors; all layers of the package pass these on whole."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]  # one for each operand
-Kernels = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # and backward's
+Kernels = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # forward, backward
 Reduction = Literal["none", "mean", "sum"]
 ReductionOfKlDiv = Literal["none", "mean", "sum", "batchmean"]
 Approximate = Literal["none", "tanh"]
 MarginKind = Literal["cosface", "arcface"]
 Remainder = Literal["bucket", "ignore"]
 
-
-NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}  # of numbers; `checks` looks here
+# The metadata of numeric options, which `checks` reads.
+NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a plan may know of a tensor: its layout, and nothing of its values.
+    """Describes the layout of a tensor, but not its values, to a plan.
 
-    The attributes are those of a tensor, so that checks take either.
+    It has the attributes of a tensor, so that checks accept either.
 
     Attributes:
-        is_leaf_or_view: Known of an input that a call is to overwrite, None of any other tensor.
+        is_leaf_or_view: Whether the tensor is a leaf or a view. It is set for an input that the
+            call overwrites, and None otherwise.
     """
 
     dtype: torch.dtype
@@ -72,7 +73,7 @@ class TensorSpec:
         return replace(self, dtype=dtype)
 
     def empty(self) -> Tensor:
-        """Returns a tensor of this layout without memory."""
+        """Returns a meta tensor of this layout."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
@@ -82,7 +83,7 @@ TENSORS: Any = (Tensor, TensorSpec)
 @dataclass(eq=False)
 class Options:
     def values(self) -> tuple[Any, ...]:
-        """Returns the fields' values, in their order."""
+        """Returns the values of the fields, in order."""
         return tuple([getattr(self, name) for name in self.__dataclass_fields__])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -92,18 +93,18 @@ class Options:
 
 @dataclass(eq=False)
 class VocabOptions(Options):
-    """The options that all functions of a vocabulary have, built once from a call's keywords.
+    """The options that all functions over a vocabulary share, built once from a call's keywords.
 
-    The custom operators that torch.compile sees take the fields as their arguments. A function that
-    lacks one of these options leaves it at its default.
+    The fields are arguments of the custom operators. A function without one of these options leaves
+    it at its default.
 
     Attributes:
-        ignore_index: The target of rows that count for nothing.
-        reduction: Of the losses of all rows, or tokens.
-        token_weight: What each loss is multiplied by, None for ones.
-        denominator: What a mean divides by; None for the weight of the targets that count.
-        softcap: The logits are softcap * tanh(logits / softcap); None for no such bound.
-        temperature: What the logits are divided by after that.
+        ignore_index: The target of rows that are ignored.
+        reduction: The reduction over rows (tokens): "none", "mean" or "sum".
+        token_weight: The factor of each row's loss, None for ones.
+        denominator: The divisor of a mean, None for the total weight of the valid targets.
+        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no bound.
+        temperature: The divisor of the logits, after the softcap.
     """
 
     ignore_index: int = -100
@@ -120,12 +121,12 @@ class VocabOptions(Options):
 
 @dataclass(eq=False)
 class CrossEntropyOptions(VocabOptions):
-    """The arguments of cross-entropy beside its tensors.
+    """Options of cross-entropy.
 
     Attributes:
-        scale: What the logits are multiplied by, as a temperature divides them.
-        loss_dtype: That of the loss; None for torch's.
-        with_metrics: The call returns a tuple of the loss and the metrics of each target.
+        scale: The factor of the logits, after the softcap.
+        loss_dtype: The dtype of the loss, None for torch's.
+        with_metrics: Whether the call returns a tuple of the loss and the metrics of each target.
     """
 
     label_smoothing: float = 0.0
@@ -140,7 +141,7 @@ class CrossEntropyOptions(VocabOptions):
         return RowOptions(self.ignore_index, self.scale / self.temperature, self.softcap)
 
     def is_plain(self) -> bool:
-        """Returns whether torch's function of this name has all that is asked for."""
+        """Returns whether torch's function supports these options."""
         return (
             self.gamma == self.z_loss == 0
             and self.scale == self.temperature == 1
@@ -157,8 +158,8 @@ class HeadOptions(CrossEntropyOptions):
     """Options of cross-entropy of a linear layer's output.
 
     Attributes:
-        memory_budget: Bytes for the logits that exist at once; None for the default.
-        filter_eps: Below which gradients of logits are left out of products.
+        memory_budget: Bytes for the logits in memory at once, None for the default.
+        filter_eps: Gradients of logits below this are left out of matrix products.
     """
 
     memory_budget: int | None = None
@@ -170,9 +171,10 @@ class LogProbsOptions(VocabOptions):
     """Options of log-probabilities.
 
     Attributes:
-        alone: The result is the log-probabilities alone, without entropy and log-sum-exp.
-        memory_budget: Bytes for the logits that exist at once; None for the default.
-        deterministic_rows: Logits come from matrix products of one size.
+        alone: Whether only the log-probabilities are returned, without entropy and log-sum-exp.
+        memory_budget: Bytes for the logits in memory at once, None for the default.
+        deterministic_rows: Whether the bits of a row's results are independent of the batch, by
+            matrix products of one size.
     """
 
     reduction: str = "none"
@@ -186,9 +188,12 @@ class DivergenceOptions(VocabOptions):
     """Options of a student's divergence from a teacher.
 
     Attributes:
-        teacher_softcap: As the softcap, of the teacher's logits.
-        memory_budget: Bytes for the logits of both that exist at once; None for the default.
-        remainder: What is made of the probability outside of a teacher's top k.
+        beta: The weight of the teacher in the mixture of a generalised Jensen-Shannon divergence;
+            0 for KL(teacher || student), 1 for KL(student || teacher).
+        teacher_softcap: The softcap of the teacher's logits.
+        memory_budget: Bytes for the logits of both models in memory at once, None for the default.
+        remainder: How the probability outside of the teacher's top k is treated: "bucket" as one
+            class, "ignore" not at all.
     """
 
     beta: float = 0.0
@@ -198,16 +203,16 @@ class DivergenceOptions(VocabOptions):
 
     def __post_init__(self) -> None:
         if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
-            self.token_weight = self.token_weight.to(torch.float32)  # a mask
+            self.token_weight = self.token_weight.to(torch.float32)  # from a mask
 
 
 class RowOptions(NamedTuple):
-    """How a row of logits is read, and which targets count.
+    """Options of the kernels of row states.
 
     Attributes:
         ignore_index: The target of rows whose state and gradient are 0.
-        scale: What the logits are multiplied by.
-        softcap: The logits are softcap * tanh(logits / softcap) before that; None for no bound.
+        scale: The factor of the logits, after the softcap.
+        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no bound.
     """
 
     ignore_index: int = -100
@@ -215,19 +220,19 @@ class RowOptions(NamedTuple):
     softcap: float | None = None
 
 
-# The fields of the state of a row of logits, in float64; csrc/row_state.h says what they are. A
-# state has the first STATE_FIELDS, or METRICS_FIELDS, or all SMOOTHING_FIELDS.
+# The fields of the state of a row of logits, in float64; csrc/row_state.h defines them. A state has
+# the first STATE_FIELDS or METRICS_FIELDS of them, or all SMOOTHING_FIELDS.
 LOG_P, ENTROPY, LSE, PIVOT, SUM, WEIGHTED, TARGET_LOGIT, MAXIMUM, INDEX, SMOOTH = range(10)
 STATE_FIELDS, METRICS_FIELDS, SMOOTHING_FIELDS = MAXIMUM, SMOOTH, SMOOTH + 1
-# What has a gradient: the first three fields, and SMOOTH.
+# The differentiable fields, beside SMOOTH.
 RESULTS = (LOG_P, ENTROPY, LSE)
 
 
 class ClassRange(NamedTuple):
-    """The logits' classes among all classes.
+    """The range of classes that logits have, among all classes.
 
     Attributes:
-        first: The first of them.
+        first: The index of the first class.
         total: The number of all classes.
     """
 
@@ -236,27 +241,27 @@ class ClassRange(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """The classes that this process has, of those that a group of processes has together.
+    """The classes of this process, where a group of processes shards the vocabulary.
 
-    Processes may have different numbers of classes, or none. They exchange three numbers for each
-    row of logits, which are not gathered: the largest logit, the sum of exponentials, and the
-    target's logit; another with label smoothing; another for log-probabilities or metrics, and for
-    metrics each process sends two more to the others. The gradient of logits takes none.
+    Processes may have different numbers of classes, or none. Logits are not gathered. For each row,
+    the processes reduce three numbers: the largest logit, the sum of exponentials, and the target
+    logit; a fourth with label smoothing; and another for log-probabilities or metrics. For metrics,
+    two more numbers are gathered from each process. The gradient of logits needs no communication.
 
     Before that, each call gathers seven numbers from each process, which synchronises a GPU. All
     processes raise the same error if shards overlap, leave gaps or exceed the classes, or if the
-    targets, options or shapes differ. If one process refuses its own arguments, the others raise,
-    too. DTensors skip this exchange, as their placements are the same in every process.
+    targets, options or shapes differ. If the arguments of one process are invalid, the others raise
+    an error, too. DTensors skip this exchange, as their placements are the same in every process.
 
-    If anything requires grad in one process, the result requires grad in all of them, and all have
-    to call backward. With ``create_graph=True`` gradients are computed in torch's terms, from all
-    logits of a process in float64, and can be differentiated any number of times. Each of these
-    passes communicates, so that every process of the group takes part.
+    If a tensor requires grad in one process, the result requires grad in all processes, and all of
+    them have to call backward. With ``create_graph=True`` gradients are computed by torch's
+    operators, from all logits of a process in float64, and can be differentiated any number of
+    times. Each of these passes communicates, so every process of the group has to take part.
 
     Attributes:
-        first: The first of this process' classes among all.
-        classes: The number of all classes. None adds up those of the processes.
-        group: A process group of :mod:`torch.distributed`; None for all processes.
+        first: The index of this process' first class among all classes.
+        classes: The number of all classes, None for the sum over the processes.
+        group: A process group of :mod:`torch.distributed`, None for all processes.
     """
 
     first: int
@@ -265,7 +270,7 @@ class VocabShard(NamedTuple):
 
 
 class FusedOptions(TypedDict, total=False):
-    """The keywords beyond torch's of every kind of cross-entropy, as modules pass them on."""
+    """The keyword arguments that pyfused adds to every cross-entropy."""
 
     z_loss: float
     scale: float
@@ -277,7 +282,7 @@ class FusedOptions(TypedDict, total=False):
 
 
 class ModuleOptions(FusedOptions, total=False):
-    """Keyword arguments of a module, whose logits may be those of some classes."""
+    """The keyword arguments of a cross-entropy module, whose vocabulary may be sharded."""
 
     shard: VocabShard | None
 
@@ -301,7 +306,7 @@ class EmbeddingOptions(NamedTuple):
     """Options of losses of embeddings.
 
     Attributes:
-        euclidean: Distances are those of p = 2, and not of p = 1.
+        euclidean: Whether distances have p = 2 rather than p = 1.
     """
 
     margin: float
@@ -311,11 +316,12 @@ class EmbeddingOptions(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The outputs that a call of a loss kernel computes.
+    """The outputs that a loss kernel computes.
 
     Attributes:
-        gradients: Of each operand, or () for none.
-        inplace: Cross-entropy's first gradient takes the input's memory.
+        loss: Whether the loss is computed.
+        gradients: Whether the gradient of each operand is computed; () for none.
+        inplace: Whether the gradient of cross-entropy's input overwrites the input.
     """
 
     loss: bool = True
@@ -327,7 +333,7 @@ class Head(NamedTuple):
     """A linear layer, its input, and the targets of its logits.
 
     Attributes:
-        input: (..., D); the kernels take (N, D).
+        input: (..., D); kernels take (N, D).
         linear_weight: (C, D), or (C, d1, ..., dk, D).
         linear_bias: (C), or (C, d1, ..., dk), or None.
         target: int64 class indices (...) or (..., d1, ..., dk), or probabilities of the logits'
@@ -343,10 +349,11 @@ class Head(NamedTuple):
 
     @property
     def columns(self) -> int:
+        """The number of logits of a row: C * d1 * ... * dk."""
         return self.linear_weight[..., 0].numel()
 
     def as_rows(self, options: HeadOptions) -> tuple[Head, HeadOptions]:
-        """Returns inputs (..., D), and what goes with them, as rows (N, D)."""
+        """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""
         input, target, token_weight = self.input, self.target, options.token_weight
         if input.dim() == 2:
             return self, options
@@ -360,5 +367,5 @@ class Head(NamedTuple):
         return head, options
 
     def takes_blocks(self) -> bool:
-        """Returns whether the logits can be computed for some classes at a time."""
+        """Returns whether the logits can be computed by blocks of classes."""
         return self.linear_weight.dim() == 2 and not self.target.is_floating_point()

@@ -24,16 +24,16 @@ from pyfused.types import Gradients
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the dtype that torch computes a loss in: autocast widens the half precisions."""
-    halves = (torch.bfloat16, torch.float16)
-    return torch.float32 if dtype in halves and torch.is_autocast_enabled(device.type) else dtype
+    """Returns the dtype in which torch computes a loss: autocast widens half precision."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if is_half and torch.is_autocast_enabled(device.type) else dtype
 
 
 def in_autocast_dtype(device: str, *inputs: Tensor) -> list[Tensor]:
-    """Returns the inputs of linear layers as autocast casts them; it leaves float64 alone.
+    """Casts the inputs of linear layers as autocast does, which leaves float64 unchanged.
 
-    The layers stay as they are. Their loops cast them block by block, so that their gradients are
-    not rounded on the way.
+    Weights and biases are not cast: loops over blocks cast them block by block, so that their
+    gradients are accumulated without rounding.
     """
     if not torch.is_autocast_enabled(device):
         return [*inputs]
@@ -42,13 +42,16 @@ def in_autocast_dtype(device: str, *inputs: Tensor) -> list[Tensor]:
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Returns a context in which autocast casts nothing on a device."""
+    """Returns a context in which autocast is disabled on a device."""
     enabled = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def second_order(op: str, grad_output: Tensor) -> bool:
-    """Returns whether torch's definition computes a backward pass: differentiated, or in vmap."""
+    """Returns whether torch's definition computes a backward pass.
+
+    The kernels compute gradients of plain tensors that are not differentiated again.
+    """
     reason = (
         (torch.is_grad_enabled() and "create_graph")
         or (functorch_is_active() and "torch.func")
@@ -66,9 +69,9 @@ def second_order(op: str, grad_output: Tensor) -> bool:
 class Fused(torch.autograd.Function):
     """The autograd function of all operators, which runs the functions of a plan.
 
-    Gradients that the forward pass has computed are saved tensors from ``ctx.first_gradient`` on.
-    Backward scales them, in their memory unless the graph is retained: then another pass reads it,
-    maybe at the same time.
+    Gradients computed by the forward pass are saved after the plan's tensors, from index
+    ``ctx.first_gradient`` on. Backward scales them by grad_output: in place, or as copies if the
+    graph is retained, as another backward pass then reads them, perhaps concurrently.
     """
 
     @staticmethod
@@ -115,12 +118,12 @@ class Fused(torch.autograd.Function):
                     dtype = torch.float64 if gradient.dtype is torch.float64 else torch.float32
                     factor = grad_output if grad_output.dtype is dtype else grad_output.to(dtype)
                     plan.backend.scale_(gradient, factor)
-        missing = len(ctx.needs_input_grad) - 1 - len(gradients)
-        return None, *gradients, *(None,) * missing
+        constants = len(ctx.needs_input_grad) - 1 - len(gradients)
+        return None, *gradients, *(None,) * constants
 
 
 class _InGraph(torch.autograd.Function):
-    """A gradient that does not depend on the inputs, as a function of them: its slopes are 0."""
+    """Makes a constant gradient a differentiable function of the inputs, with derivatives of 0."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class _InGraph(torch.autograd.Function):
 
 
 def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
-    """Returns gradients of which each can be differentiated, constant ones too, as torch's can."""
+    """Makes every gradient differentiable, constant ones included, as torch's gradients are."""
     inputs = [x for x in saved if x is not None and x.requires_grad]
     return tuple(
         [
@@ -143,32 +146,28 @@ def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
     )
 
 
-# `Fused.apply` looks for functorch first, which takes 1.8 of 4.3 us; dispatch has left its calls to
-# torch.
+# `Fused.apply` checks for functorch first, which takes 1.8 of 4.3 us. Dispatch has already left
+# functorch's calls to torch.
 apply: Callable[..., Any] = super(torch.autograd.Function, Fused).apply
 
 
 def differentiate(
     definition: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
-    wanted: Sequence[bool],
+    needs: Sequence[bool],
     grad_output: Tensor,
 ) -> Gradients:
-    """Returns the gradients of torch's definition, which can be differentiated themselves.
+    """Returns the gradients of a definition in torch's operators, differentiable in grad mode.
 
-    They are None where they are not wanted.
+    The gradient of an input that needs none is None.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # One of them may be computed from another: of each its own part alone is asked.
-        parts = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        loss = definition(*parts)
-    found = iter(
-        torch.autograd.grad(
-            loss,
-            [part for part, want in zip(parts, wanted, strict=True) if want and part is not None],
-            grad_output,
-            create_graph=create_graph,
-        )
-    )
-    return tuple(next(found) if want else None for want in wanted)
+        # Views, because one input may be computed from another: the gradient of an input must not
+        # include the path through the other.
+        views = [x if x is None else x.view_as(x) for x in inputs]
+        loss = definition(*views)
+    differentiated = [x for x, need in zip(views, needs, strict=True) if need and x is not None]
+    gradients = torch.autograd.grad(loss, differentiated, grad_output, create_graph=create_graph)
+    remaining = iter(gradients)
+    return tuple(next(remaining) if need else None for need in needs)

@@ -92,8 +92,15 @@ class Plan(NamedTuple):
 
 
 MOST_PLANS = 4096
-_plans: dict[Any, Plan] = {}
+_plans: dict[Any, Any] = {}
+find_plan = _plans.get
 forget_plans = _plans.clear
+
+
+def keep_plan(key: Any, plan: Any) -> None:
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
 
 
 def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
@@ -103,12 +110,10 @@ def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
         return _plan_without_signature(op, arguments, inplace)
     if _checkpoints and left_in_checkpoint():
         return Plan("a torch dispatch or function mode in the checkpoint's forward pass", None)
-    plan = _plans.get(key)
+    plan: Plan | None = _plans.get(key)
     if plan is None:
         plan = _new_plan(op, with_specs(arguments, key), inplace)
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        keep_plan(key, plan)
     return plan
 
 

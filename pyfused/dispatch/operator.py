@@ -1,4 +1,7 @@
-"""What an operator declares, of whichever family; ``operators.py`` holds the declarations."""
+"""The base class of operators: what one declares, and what follows from the declaration.
+
+``pyfused/ops/operators.py`` holds the declarations.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,25 @@ from pyfused import checks
 from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
-from pyfused.types import TENSORS
+from pyfused.types import TENSORS, Options
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's built-in functions count them
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
-Arguments = tuple[Any, ...]  # of a call: all that torch's function takes, by position
+Arguments = tuple[Any, ...]  # all arguments of torch's function but `inplace`, by position
 
 
 class Operand(NamedTuple):
-    """A tensor among the arguments, or None where it is optional.
+    """A tensor argument.
 
     Attributes:
-        low, high: Between which its values have a meaning.
+        low, high: The bounds of valid values.
         differentiated: Whether the kernels compute its gradient.
-        optional: It may be None.
-        indices: It may hold class indices, or other integers.
-        labels: It holds several class indices for each row, which end at the first -1.
-        sign: Its values are -1 and 1.
-        number: It may be a float, which stands for a tensor full of it.
-        enforced: What torch raises for other values, on CPUs, None where it does not look.
+        optional: Whether it may be None.
+        indices: Whether it may hold class indices or other integers.
+        labels: Whether it holds several class indices for each row, which end at the first -1.
+        sign: Whether its values are -1 and 1.
+        number: Whether it may be a float, which stands for a tensor of this value.
+        enforced: The error that torch raises on CPUs for values out of bounds, None for no error.
     """
 
     name: str
@@ -53,16 +56,17 @@ class Operand(NamedTuple):
 
 
 class Scalar(NamedTuple):
-    """A number among the arguments, in its bounds; a tensor of one element may hold it.
+    """A number among the arguments, which a tensor of one element may hold.
 
     Attributes:
-        default: Of a function that torch does not have; where torch's has no default, a value to
-            try it with.
-        optional: None is as good as a number that is none.
-        positive: It is more than 0.
-        flag: It is no number, but as good as True or False, and each has a kernel.
-        words: It is no number, but one of these, and each has a kernel.
-        special: A number that has a kernel, which is the faster one.
+        default: The default of a function that torch lacks. If torch's function has no default, an
+            example value.
+        low, high: The bounds of valid values, which are included.
+        positive: Whether 0 is excluded.
+        optional: Whether it may be None, which kernels take as NaN.
+        flag: Whether it is a bool; each value has its own kernel.
+        words: The strings that it may be, if it is no number; each has its own kernel.
+        special: A value with a faster kernel of its own, None if there is none.
     """
 
     name: str
@@ -77,17 +81,17 @@ class Scalar(NamedTuple):
 
     @property
     def cases(self) -> tuple[Any, ...]:
-        """Returns the values that have a kernel, and None for a number."""
+        """Returns the values with a kernel of their own; None stands for all other numbers."""
         if self.flag or self.words:
             return self.words or (False, True)
         return (None,) if self.special is None else (None, self.special)
 
     def fits(self, value: Any) -> bool:
-        """Returns whether it is a number in the bounds, or one of the words."""
+        """Returns whether a value is a number within the bounds, or one of the words."""
         if self.words:
             return value in self.words
-        inside = isinstance(value, (int, float)) and self.low <= value <= self.high
-        return inside and not (self.positive and value <= 0)
+        in_bounds = isinstance(value, (int, float)) and self.low <= value <= self.high
+        return in_bounds and not (self.positive and value <= 0)
 
 
 TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
@@ -95,28 +99,30 @@ TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Operator(ABC):
-    """What is known of an operator. Whatever else has to know it asks here.
+    """Declares an operator.
 
     Attributes:
-        name: Ours, torch's and the kernel's.
-        module: The module's name, in ``torch.nn`` and in ``pyfused.nn``.
+        name: The name of pyfused's function, torch's function and the kernel.
+        module: The name of the module in ``torch.nn`` and ``pyfused.nn``.
         operands: The tensors, the input first.
-        scalars: The numbers, in the order in which the formula takes them.
-        fallback_reason: Why torch's operator takes a call, None where the kernel does.
-        definition: The operator in torch's terms, where torch has none of this name.
-        built_in: What has to be given to the functions of this name that torch has built in, by
-            position or name; empty where these are no functions for users.
+        scalars: The numbers, in the formula's order.
+        fallback_reason: Takes the arguments; returns why torch's operator has to compute the call,
+            None if a kernel can.
+        definition: The operator in torch's operators, if torch has no function of this name.
+        built_in: The arguments that torch's built-in functions of this name require; () if these
+            are not for users.
 
-        reference, reference_: torch's function, whatever pyfused.patch puts in its place, and as it
-            overwrites the input.
-        aten, aten_: The same on the shortest way, where no subclass or mode is to see the call.
-        arguments: The names of what the function takes, but for ``inplace``, in its order.
-        defaults: Of the arguments but for the input.
-        scalar_places: Where the scalars stand among the arguments, each beside its scalar.
-        others: The tensors but for the input, likewise.
-        broadcast: Where the tensors stand that the input broadcasts with.
-        counts_logits: The size of a call is that of a linear layer's output.
-        strategy: How CPU kernels go through an input, in words.
+        reference, reference_: torch's original function, also while it is patched, and its in-place
+            variant.
+        aten, aten_: The same with the least overhead, for calls that no subclass or mode observes.
+        arguments: The function's parameters but ``inplace``, in order.
+        defaults: The defaults of the parameters after the input.
+        scalar_places: The index of each scalar among the arguments, and the scalar.
+        others: The index of each tensor but the input among the arguments, and its operand.
+        broadcast: The indices of the tensors that broadcast with the input.
+        counts_logits: Whether the size of a call is the size of a linear layer's output.
+        strategy: Describes how CPU kernels traverse an input.
+        options: The class of the options, if these are the last argument.
     """
 
     name: str
@@ -138,6 +144,7 @@ class Operator(ABC):
     broadcast: tuple[int, ...] = field(init=False, default=())
     counts_logits: bool = field(init=False)
     strategy: ClassVar[str] = "element by element"
+    options: ClassVar[type[Options] | None] = None
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -153,12 +160,12 @@ class Operator(ABC):
         self._reduction = self.arguments.index("reduction") if reduces else None
         self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
-    def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
-        """Returns the arguments as `call` takes them, from torch's function or from pyfused's."""
-        return arguments + tuple([by_name[name] for name in self.arguments[len(arguments) :]])
+    def bind(self, *args: Any, **kwargs: Any) -> Arguments:
+        """Returns the arguments in the order in which `call` takes them."""
+        return args + tuple([kwargs[name] for name in self.arguments[len(args) :]])
 
     def kernel_of(self, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
-        """Returns the name of the kernel for values of the scalars, and its numbers."""
+        """Returns the name of the kernel for these values of the scalars, and its numbers."""
         name, numbers = self.name, list[Any]()
         for scalar, value in zip(self.scalars, values, strict=True):
             if scalar.flag:
@@ -173,102 +180,102 @@ class Operator(ABC):
 
     @property
     def required(self) -> dict[str, Any]:
-        """Returns a value to try of each scalar that callers have to give."""
-        places = self.scalar_places
-        return {s.name: s.default for place, s in places if self.defaults[place - 1] is ...}
+        """Returns an example value of each scalar without a default."""
+        scalars = self.scalar_places
+        return {s.name: s.default for index, s in scalars if self.defaults[index - 1] is ...}
 
     @property
     def family(self) -> str:
-        """Returns the row of the table of sizes for an operator that has none of its own."""
+        """Returns the row of the table of sizes for operators without a row of their own."""
         return type(self).__name__
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        """Returns whether the second limit of the table of sizes is for a call.
+        """Returns whether a call has to reach the second limit of the table of sizes.
 
         Args:
-            few: Up to so many classes there are few.
+            few: The largest number of classes that counts as few.
         """
         return self._reduction is not None and bool(arguments[self._reduction] == "none")
 
     def is_forward_alone(self, arguments: Arguments) -> bool:
-        """Returns whether no gradient follows a call."""
-        places = (0, *(place for place, operand in self.others if operand.differentiated))
+        """Returns whether a call needs no gradient."""
+        differentiated = (0, *(index for index, operand in self.others if operand.differentiated))
         return not torch.is_grad_enabled() or not any(
-            isinstance(arguments[place], TENSORS) and arguments[place].requires_grad
-            for place in places
+            isinstance(arguments[index], TENSORS) and arguments[index].requires_grad
+            for index in differentiated
         )
 
     def elements(self, arguments: Arguments) -> int:
-        """Returns how many elements a call computes: those of the logits, or of all operands."""
+        """Returns the number of elements of the logits, or of the broadcast operands."""
         if self.counts_logits and isinstance(arguments[1], Tensor):
             input, linear_weight = arguments[:2]
             rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
             return rows * classes if input.numel() else 0
-        return broadcast_numel([arguments[0], *[arguments[place] for place in self.broadcast]])
+        return broadcast_numel([arguments[0], *[arguments[index] for index in self.broadcast]])
 
     @abstractmethod
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
-        """Checks types, shapes and options, and returns what computes calls of this signature.
+        """Checks types, shapes and options, and returns the plan of this signature.
 
         Args:
-            arguments: Those of the call, with a TensorSpec in place of each tensor.
+            arguments: The arguments of the call, with a TensorSpec in place of each tensor.
         """
 
     def compiled(self, arguments: Arguments) -> Any:
-        """Returns the result within a program that is being compiled."""
+        """Returns the result of a call that is being compiled."""
         raise NotImplementedError
 
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
-        """Raises for arguments that are wrong, values included; torch's operator has raised."""
+        """Raises for invalid arguments, values included, after torch's operator has raised."""
 
     def check_scalars(self, arguments: Arguments) -> None:
-        for place, scalar in self.scalar_places:
-            if not (scalar.flag or scalar.words or (scalar.optional and arguments[place] is None)):
+        for index, scalar in self.scalar_places:
+            if not (scalar.flag or scalar.words or (scalar.optional and arguments[index] is None)):
                 name, _, low, high, positive, *_ = scalar
-                checks.scalar(name, arguments[place], low, high, positive)
+                checks.scalar(name, arguments[index], low, high, positive)
 
     def give_up(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
-        """Prepares an input whose memory a call is to take."""
+        """Prepares an input that a call is to overwrite."""
 
     def inplace_fallback_reason(self, input: Tensor) -> str | None:  # noqa: ARG002
-        """Returns why torch's operator is to overwrite the input, None where a kernel is."""
+        """Returns why torch's operator has to overwrite the input, None if a kernel can."""
         return None
 
     def local_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
-        """Returns this process' part of DTensors that the kernels take, None of other tensors."""
+        """Returns this process' shard of a call with DTensors, None if the kernels take none."""
         return None
 
     def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
-        """Returns how a CPU kernel goes through the arguments of a call, in words."""
+        """Describes how a CPU kernel traverses the arguments of a call."""
         return "some logits at a time" if self.counts_logits else self.strategy
 
 
 def parameters_of(function: Any) -> dict[str, Any]:
-    """Returns a Python function's parameters with their defaults, or `...`.
+    """Returns the parameters of a Python function with their defaults, `...` for no default.
 
-    A function that someone has wrapped has those of the function within, and one with a
-    ``__signature__`` those of that. `inspect.signature` would take 0.1 ms.
+    Wrappers are unwrapped. `inspect.signature` does the same, but takes 0.1 ms.
     """
     if signature := getattr(function, "__signature__", None):
-        given = signature.parameters.values()
-        return {p.name: ... if p.default is p.empty else p.default for p in given}
+        parameters = signature.parameters.values()
+        return {p.name: ... if p.default is p.empty else p.default for p in parameters}
     function = inspect.unwrap(function)
-    code, by_place = function.__code__, function.__defaults__ or ()
+    code, values = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[: code.co_argcount]
-    found = dict.fromkeys(names, ...) | dict(zip(reversed(names), reversed(by_place), strict=False))
+    defaults = dict.fromkeys(names, ...)
+    defaults |= dict(zip(reversed(names), reversed(values), strict=False))
     for name in code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]:
-        found[name] = (function.__kwdefaults__ or {}).get(name, ...)
-    return found
+        defaults[name] = (function.__kwdefaults__ or {}).get(name, ...)
+    return defaults
 
 
 def reduction_of(
     size_average: bool | None, reduce: bool | None, reduction: str, warn: bool = True
 ) -> str:
-    """Returns the reduction of a loss, where two deprecated arguments take precedence."""
+    """Returns the reduction of a loss, over which two deprecated arguments take precedence."""
     if size_average is None and reduce is None:
         return reduction
-    if not is_dynamo_compiling():  # which cannot trace torch's function, nor a warning
+    if not is_dynamo_compiling():  # Dynamo cannot trace torch's function, nor a warning
         return legacy_reduction(size_average, reduce, warn)
     if reduce is not None and not reduce:
         return "none"

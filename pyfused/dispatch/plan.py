@@ -1,7 +1,7 @@
-"""A plan runs the calls of one signature: what it checks and prepares is done once for all of them.
+"""A plan runs all calls of one signature; checks and preparations are done once, when it is made.
 
-An operator makes a plan from the signature of a call and passes it five functions. So there is one
-class of plans and one autograd function, and what differs between families is in these functions.
+An operator makes a plan from the signature of a call. All families share the class `Plan` and one
+autograd function, and differ in the functions that they pass to the plan.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pyfused.dispatch.autograd import apply
 from pyfused.layout import layouts
 from pyfused.types import Gradients, Outputs
 
-Arguments = tuple[Any, ...]  # of a call, by position
-Tensors = Sequence[Any]  # each a Tensor or None
-# Takes the tensors of a call and the loss's gradient; returns the loss and the gradients.
+Arguments = tuple[Any, ...]  # the positional arguments of a call
+Tensors = Sequence[Any]  # each is a Tensor or None
+# A prepared kernel: takes the tensors and grad_output, returns the loss and the gradients.
 Launch = Callable[..., tuple[Any, Gradients]]
-# What the forward pass returns: its output, what backward reads, and gradients it has computed.
+# The result of a forward pass: the output, the tensors to save, and the gradients, () if backward
+# computes them.
 Forward = tuple[Any, Tensors, Gradients]
 
 
@@ -33,14 +34,15 @@ class Plan:
     Attributes:
         name: The operator's name.
         needs: Whether each of the first tensors needs a gradient.
-        arrange: Returns the tensors that the other functions take, given the call's arguments.
-        forward: Returns the output, the tensors to save, and the gradients of the first tensors if
-            it has computed them, otherwise (). Of several outputs only the first has a gradient.
-        backward: Returns the gradients of the first tensors, given the saved ones and grad_output.
-        define: Returns the same from torch's definition, so that they can be differentiated.
-        finish: Returns the result, given the output and the call's arguments; None if that is the
-            output itself.
-        inplace: What takes the input's memory: "" for nothing, "output" or "gradient".
+        arrange: Converts the call's arguments to the tensors that the other functions take.
+        forward: Computes the output, the tensors to save, and the gradients of the first tensors,
+            or () to leave them to backward. If the output is a tuple, only its first item is
+            differentiable.
+        backward: Computes the gradients of the first tensors from the saved ones and grad_output.
+        define: Computes the same gradients from torch's definition, which is differentiable.
+        finish: Converts the output to the result of the call, given the arguments, too. None
+            returns the output itself.
+        inplace: Which tensor overwrites the input: "output", "gradient", or "" for none.
     """
 
     name: str
@@ -61,15 +63,15 @@ class Plan:
 
 def needs_grad(tensors: Tensors) -> tuple[bool, ...]:
     """Returns whether each tensor of a call needs a gradient."""
-    grad = torch.is_grad_enabled()
-    return tuple([grad and getattr(x, "requires_grad", False) for x in tensors])
+    enabled = torch.is_grad_enabled()
+    return tuple([enabled and getattr(x, "requires_grad", False) for x in tensors])
 
 
 def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
-    """Returns whether a loss's forward pass computes the gradients, to be scaled by backward.
+    """Returns whether the forward pass of a loss computes the gradients, which backward scales.
 
-    That is when the operands are in the cache. Not for float16: without grad_output, which
-    GradScaler makes large, its gradients underflow.
+    The operands are in the cache then. float16 is excluded, as its gradients underflow without the
+    factor of GradScaler in grad_output.
     """
     return reduction != "none" and dtype is not torch.float16
 
@@ -82,13 +84,13 @@ def loss_passes(
 ) -> tuple[Callable[[Tensors], Forward], Callable[[Tensors, Tensor], Gradients]]:
     """Returns the forward and the backward pass of a loss.
 
-    Kernels are prepared when they are first needed and kept: one for the forward pass, and one for
-    each layout of the tensors in backward, as hooks for saved tensors may change it.
+    Kernels are prepared at their first use and cached: one for the forward pass, and one for each
+    layout of the tensors in backward, as saved-tensor hooks may change layouts.
 
     Args:
-        prepare: Returns the kernel for tensors of these layouts, the outputs and grad_output.
-        in_forward: The forward pass computes the gradients.
-        inplace: The gradient of the input takes its memory.
+        prepare: Prepares the kernel for the layouts of tensors, the outputs and grad_output.
+        in_forward: Whether the forward pass computes the gradients.
+        inplace: Whether the gradient of the input overwrites the input.
     """
     launches: dict[Any, Launch] = {}
     in_forward = in_forward and True in needs

@@ -1,4 +1,4 @@
-"""Activations: their declaration, and what computes them."""
+"""Elementwise activations: y = f(x), with the gradient computed from x or from y."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from pyfused.types import Kernels
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Activation(Operator):
-    """A function of each element.
+    """An elementwise function of one tensor.
 
     Attributes:
-        formula: The function in torch's terms, of the input and the scalars.
-        gradient: The input's gradient, from the output's, what forward saves, and the scalars. None
-            for what torch's rules make of the formula of a saved input.
-        checks: Whether torch's Python function raises for scalars that its built-in one takes.
-        overwrites: Whether torch has it in place.
-        saves: What the gradient is computed from. The output is the better one where it will do:
-            then the input's memory can go, or be the output's.
+        formula: The function in torch's operators, of the input and the scalars.
+        gradient: The gradient of the input, given grad_output, the saved tensor and the scalars.
+            None derives it from the formula, if the input is saved.
+        checks: Whether torch's Python function raises for scalars that the built-in one accepts.
+        overwrites: Whether torch has an in-place variant.
+        saves: The tensor that the gradient is computed from, "input" or "output". Saving the output
+            lets the input's memory be freed, or be overwritten.
     """
 
     formula: Callable[..., Tensor]
@@ -50,24 +50,24 @@ class Activation(Operator):
         if self.definition is None and not self.checks:
             self.aten = _built_in(self.name, self.reference)
             self.aten_ = _built_in(f"{self.name}_", self.reference_)
-        if self.reference_ is self.reference:  # which knows no `inplace`
+        if self.reference_ is self.reference:  # it has no parameter `inplace`
             self.reference_ = self.aten_
         self.overwrites = self.aten_ is not self.reference
         if self.scalars and self.fallback_reason is None:
-            self.fallback_reason = self._unfit_scalar
+            self.fallback_reason = self._invalid_scalar
 
-    def _unfit_scalar(self, *arguments: Any) -> str | None:
-        for place, scalar in self.scalar_places:
-            if not scalar.fits(arguments[place]):
-                return f"{scalar.name} is {arguments[place]!r}"
+    def _invalid_scalar(self, *arguments: Any) -> str | None:
+        for index, scalar in self.scalar_places:
+            if not scalar.fits(arguments[index]):
+                return f"{scalar.name} is {arguments[index]!r}"
         return None
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        """Returns whether no gradient follows; one that oneDNN computes for torch has no tanh."""
+        """Returns whether no gradient is needed. oneDNN, which computes torch's, has no tanh."""
         return self.is_forward_alone(arguments) and "tanh" not in arguments[1:]
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
-        """Returns the gradient where no kernel is: torch's function has one of its input."""
+        """Returns the gradient in torch's operators."""
         if self.saves == "output":
             assert self.gradient is not None
             return self.gradient(grad_output, saved, *options)
@@ -78,10 +78,10 @@ class Activation(Operator):
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
         input, *options = arguments
-        name, numbers = self.kernel_of([arguments[place] for place, _ in self.scalar_places])
+        name, numbers = self.kernel_of([arguments[index] for index, _ in self.scalar_places])
         kernel = self.kernels[name]
         backend, parameters = backend_of(input), tuple(map(float, numbers))
-        return plan_of_activation(
+        return activation_plan(
             self,
             input,
             options,
@@ -91,7 +91,7 @@ class Activation(Operator):
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
-        """Returns the kernels by name: one for each choice of flags and words."""
+        """Returns the kernels by name, one for each combination of flags and words."""
         kernels = {}
         for values in product(*(scalar.cases for scalar in self.scalars)):
             name, _ = self.kernel_of(values)
@@ -100,7 +100,7 @@ class Activation(Operator):
         return kernels
 
     def _trace_kernel(self, kernel: Kernel) -> list[Method]:
-        """Traces the forward and the backward function of an element."""
+        """Traces the forward and the backward function of one element."""
 
         def forward(leaves: list[Tensor], numbers: list[Tensor], _: Tensor) -> list[Tensor | None]:
             return [self.formula(*leaves, *kernel.scalars(numbers))]
@@ -121,25 +121,25 @@ class Activation(Operator):
         checks.tensor("input", arguments[0])
 
     def inplace_fallback_reason(self, input: Any) -> str | None:
-        """torch has the errors for what must not be overwritten, and takes any strides.
+        """Returns the reason unless the gradient is computed from the output.
 
-        Unless a gradient follows, from the output, there is no new memory for a kernel to save,
-        either.
+        Otherwise a kernel allocates no less memory than torch's operator, which raises the errors
+        for tensors that must not be overwritten, and takes any strides.
         """
-        wants_grad = torch.is_grad_enabled() and input.requires_grad
-        keeps = self.saves == "output" and wants_grad and not input.is_leaf_or_view
-        if not keeps or not is_dense(input.empty()):
+        needs_grad = torch.is_grad_enabled() and input.requires_grad
+        saves_output = self.saves == "output" and needs_grad and not input.is_leaf_or_view
+        if not saves_output or not is_dense(input.empty()):
             return "overwriting saves no memory to a kernel"
         return None
 
 
 def _built_in(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns the function without the cost of Python's, where there is one."""
+    """Returns torch's built-in function, which has less overhead, or else the Python function."""
     function: Callable[..., Tensor] = getattr(torch, name, None) or built_in(name, reference)
     return function
 
 
-def plan_of_activation(
+def activation_plan(
     op: Any,
     input: Any,
     options: Sequence[Any],
@@ -147,12 +147,12 @@ def plan_of_activation(
     inplace: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Plan:
-    """Returns the plan of an activation or a softmax: backward reads the output or the input alone.
+    """Returns the plan of an activation or a softmax, which saves the output or the input.
 
     Args:
-        options: The arguments beside the input, which torch's gradient takes.
-        prepare: Returns the forward kernel and the backward kernel for an input of this layout.
-        dtype: What the input is converted to before, None if it stays as it is.
+        options: The arguments after the input that `gradient_in_torch` takes.
+        prepare: Prepares the forward and the backward kernel for the layout of an input.
+        dtype: The dtype that the input is converted to, None to leave it unchanged.
     """
     kernels: list[Kernels] = []
     saves_output = op.saves == "output"

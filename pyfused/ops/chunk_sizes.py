@@ -1,15 +1,16 @@
-"""How much of the logits exists at once: the policy of `chunked.py`, which has the loops.
+"""The sizes of blocks of logits, over which the loops of `heads.py` go.
 
-There are two ways through the matrix of logits. By rows, each with all of its classes, takes three
-matrix products: the logits, and the gradients of input and weight. By blocks of classes takes four,
-as the log-sum-exp of all classes has to be known before any gradient. Then no sum over rows is ever
-rounded to half precision, and memory can be as small as one likes.
+There are two loops. The one over rows, each with all classes, computes three matrix products: the
+logits, and the gradients of input and weight. The one over blocks of classes computes four, as the
+gradients need the log-sum-exp of all classes. It never rounds a sum over rows to half precision,
+and its memory can be arbitrarily small.
 
-By rows, the weight's gradient of each chunk is added to a sum in float32. That moves 20 bytes for
-each of its elements, where the product takes two operations a row. With AVX-512 it is a few percent
-of the products, from 256 rows on. With AMX the sums of 256 rows were seen to take twice as long as
-all products (700 GFLOP/s beside 2.7 GB/s, as such sums leave the cache). There all rows at a time
-are the fastest way, and a fourth product is cheaper than sums over less than 1500 rows.
+The loop over rows adds the weight's gradient of each chunk to a sum in float32. This moves 20 bytes
+per element, while the product takes two operations per element and row. With AVX-512 the sums take
+a few percent of the time of the products, from 256 rows on. With AMX the sums of 256 rows took
+twice as long as all products (700 GFLOP/s beside 2.7 GB/s, as such sums leave the cache). There it
+is fastest to compute all rows at once, and a fourth product is cheaper than sums over fewer than
+1500 rows.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ import torch
 from pyfused.backends import Backend, cpu
 from pyfused.types import Head, HeadOptions
 
-# Rows of logits at a time: of (1024, 512, 32000), with 64 the gradients take 1.6 times as long as
-# with 512, with 128 1.3, with 256 1.1 times.
-MOST_ROWS = 512
-LEAST_ROWS = 96  # fewer cost more than the fourth product of the way by blocks
-LEAST_ROWS_WITH_AMX = 1536  # of bfloat16
-SHARE_OF_MEMORY = 32  # up to a 32nd of the machine's memory, all rows at a time with AMX
-LEAST_BUDGET = 16 << 20  # bytes that are not worth saving
-TILE = 1024  # rows, and classes, of a block
+# For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
+# 1.3 times with 128, and 1.1 times with 256.
+MAX_ROWS = 512
+MIN_ROWS = 96  # with fewer, the fourth product of the loop over blocks is cheaper
+MIN_ROWS_AMX = 1536  # for bfloat16
+MEMORY_FRACTION = 32  # with AMX, all rows at once up to 1/32 of the machine's memory
+MIN_BUDGET = 16 << 20  # bytes
+TILE = 1024  # rows and classes of a block
 
 
 def product_dtype(head: Head, backend: Backend) -> torch.dtype:
-    """Returns the dtype in which matrices are multiplied."""
+    """Returns the dtype of the matrix products."""
     dtype = head.input.dtype
     if head.target.is_floating_point():
         dtype = torch.promote_types(dtype, head.target.dtype)
@@ -42,13 +43,13 @@ def product_dtype(head: Head, backend: Backend) -> torch.dtype:
 
 
 def has_slow_sums(dtype: torch.dtype, backend: Backend) -> bool:
-    """Returns whether sums of products in a dtype take longer than the products."""
+    """Returns whether adding products of a dtype takes longer than computing them."""
     return dtype is torch.bfloat16 and backend is cpu and cpu.HAS_AMX
 
 
 @functools.cache
-def memory_of_machine() -> int:
-    """Returns the bytes of the machine's memory, 0 where the system does not say."""
+def physical_memory() -> int:
+    """Returns the size of the machine's memory in bytes, 0 if it is unknown."""
     names = getattr(os, "sysconf_names", {})
     if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
         return 0
@@ -58,27 +59,27 @@ def memory_of_machine() -> int:
 def rows_in_budget(
     n: int, row: int, memory_budget: int | None, dtype: torch.dtype, backend: Backend
 ) -> int:
-    """Returns how many rows of ``row`` bytes fit; that may be more than n, or 0."""
+    """Returns the number of rows of ``row`` bytes that fit, which may exceed n or be 0."""
     if memory_budget is not None:
         return memory_budget // row
-    if has_slow_sums(dtype, backend) and n * row <= memory_of_machine() // SHARE_OF_MEMORY:
+    if has_slow_sums(dtype, backend) and n * row <= physical_memory() // MEMORY_FRACTION:
         return n
-    return min(max(n * row // 4, LEAST_BUDGET) // row, MOST_ROWS)
+    return min(max(n * row // 4, MIN_BUDGET) // row, MAX_ROWS)
 
 
 def rows_at_once(head: Head, options: HeadOptions, backend: Backend) -> int:
-    """Rows of logits that fit the budget; 0 where blocks of classes are the better way."""
+    """Returns the number of rows with all classes per block, 0 if blocks of classes are better."""
     n, dtype = len(head.input), product_dtype(head, backend)
     row = head.columns * dtype.itemsize * (1 if options.softcap is None else 3)
     rows = rows_in_budget(n, row, options.memory_budget, dtype, backend)
     if not head.takes_blocks():
         return max(1, min(n, rows))
-    least = LEAST_ROWS_WITH_AMX if has_slow_sums(dtype, backend) else LEAST_ROWS
-    return 0 if dtype is not head.input.dtype or rows < min(n, least) else min(n, rows)
+    min_rows = MIN_ROWS_AMX if has_slow_sums(dtype, backend) else MIN_ROWS
+    return 0 if dtype is not head.input.dtype or rows < min(n, min_rows) else min(n, rows)
 
 
-def tile_of(head: Head, options: HeadOptions, backend: Backend) -> int:
-    """Rows and classes of a block, whose logits and matrices fit the budget."""
+def tile_size(head: Head, options: HeadOptions, backend: Backend) -> int:
+    """Returns the number of rows and of classes of a square block that fits the budget."""
     tile, size, features = TILE, product_dtype(head, backend).itemsize, head.input.shape[1]
     if options.memory_budget is not None:
         while tile > 16 and size * tile * (tile + 3 * features) > options.memory_budget:
@@ -86,18 +87,19 @@ def tile_of(head: Head, options: HeadOptions, backend: Backend) -> int:
     return tile
 
 
-LEAST_ROWS_OF_TILE = 16  # of fewer, all classes at a time take as little memory
-# Rows of a product whose size is not to depend on the batch. A library takes rows in groups of 4,
-# 6, 8 or 16 and may add the features up in another order for the rows that remain.
+MIN_TILE_ROWS = 16  # with fewer, all classes of a row take as little memory
+# The rows of a product whose size does not depend on the batch. Libraries compute groups of 4, 6, 8
+# or 16 rows, and may sum over features in another order for the remaining rows.
 FIXED_ROWS = 96
 
 
-def chunk_of_states(
+def state_block_size(
     head: Head, memory_budget: int | None, fixed_sizes: bool, backend: Backend
 ) -> tuple[int, int]:
-    """Returns all columns of some rows, or TILE classes of them.
+    """Returns the rows and the columns of the blocks over which row states are computed.
 
-    Results do not depend on where the classes are cut, as TILE is a multiple of kChunk.
+    Results do not depend on the boundaries between blocks of classes, as TILE is a multiple of
+    kChunk.
     """
     n = len(head.input)
     rows = rows_at_once(head, HeadOptions(memory_budget=memory_budget), backend)
@@ -109,6 +111,6 @@ def chunk_of_states(
         return TILE, TILE
     itemsize = product_dtype(head, backend).itemsize
     rows = memory_budget // (itemsize * TILE) - 3 * head.input.shape[1]
-    if rows < LEAST_ROWS_OF_TILE:
+    if rows < MIN_TILE_ROWS:
         return max(1, min(n, memory_budget // (itemsize * head.columns))), head.columns
     return min(rows, TILE), TILE

@@ -1,4 +1,9 @@
-"""Losses of scores beside classes: their declaration, and what computes them."""
+"""Losses over classes: NLL, the margin losses, and the base class of cross-entropy.
+
+nll_loss:                -w_y x_y
+multi_margin_loss:       sum_{c != y} w_y max(0, margin - x_y + x_c)^p / C
+multilabel_margin_loss:  sum_{y in labels} sum_{c not in labels} max(0, 1 - x_y + x_c) / C
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ from pyfused.types import Gradients, MarginOptions, NllOptions, Outputs
 
 
 class ClassLossArguments(NamedTuple):
-    """The arguments of a call, as checked and as the kernels take them."""
+    """The arguments that checks and kernels take."""
 
     input: Tensor
     target: Tensor
@@ -38,11 +43,11 @@ class ClassLossArguments(NamedTuple):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ClassLoss(Operator):
-    """A loss of each row of scores beside a class index, or beside probabilities of the classes.
+    """A loss of rows of scores, given a class index or class probabilities for each row.
 
     Attributes:
-        check_arguments: Raises for types, shapes, dtypes and options that do not fit.
-        kernel: Returns a backend's function that prepares the loss.
+        check_arguments: Raises for invalid types, shapes, dtypes and options.
+        kernel: Returns a backend's function that prepares the kernel.
     """
 
     check_arguments: Callable[..., None]
@@ -53,44 +58,46 @@ class ClassLoss(Operator):
 
     @abstractmethod
     def read(self, arguments: Arguments) -> ClassLossArguments:
-        """Returns the arguments that kernels take, as they were given."""
+        """Parses the arguments of torch's function."""
 
     def tensors(self, arguments: Arguments) -> Tensors:
-        """Returns the tensors of a call, in the order of the plan's."""
+        """Returns the tensors of the plan, before `arranged`."""
         return *arguments[:3], None, None
 
     def checked(self, arguments: Arguments) -> ClassLossArguments:
-        """Raises for types, shapes, dtypes and options; class indices are checked by the kernel."""
-        given = self.read(arguments)
-        checks.reduction(given.options.reduction)
-        self.check_arguments(*given)
-        return given
+        """Raises for invalid types, shapes, dtypes and options. Kernels check class indices."""
+        parsed = self.read(arguments)
+        checks.reduction(parsed.options.reduction)
+        self.check_arguments(*parsed)
+        return parsed
 
     def plan(
         self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
     ) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
-        The plan's tensors are the input, the target, the weight, token_weight and the denominator,
-        each None where the call has no such tensor.
+        The plan's tensors are input, target, weight, token_weight and denominator, each a tensor or
+        None.
 
         Args:
-            needs: Whether the input and the target need a gradient, where autograd does not know.
+            needs: Whether the input and the target need a gradient; None to ask autograd.
         """
-        given = self.checked(arguments)
-        input: Any = given.input
-        target, options = given.target, given.options
-        dtype, changes = self.arrangement(given)
-        needs = needs_grad((input, target)) if needs is None else needs
-        backend, result = backend_of(input), self.dtype_of(given, dtype)
+        parsed = self.checked(arguments)
+        input: Any = parsed.input
+        target, options = parsed.target, parsed.options
+        dtype, converts = self.arrangement(parsed)
+        if needs is None:
+            needs = needs_grad((input, target))
+        needs += (False,) * (2 - len(needs))
+        backend, result_dtype = backend_of(input), self.result_dtype(parsed, dtype)
         numbers, reduction = self.without_tensors(options), options.reduction
         in_forward = gradients_in_forward(reduction, dtype)
-        if inplace and not is_dense(input.empty()):  # a gradient that cannot be scaled
+        if inplace and not is_dense(input.empty()):  # backward could not scale the gradient
             in_forward = False
 
         def arrange(arguments: Arguments) -> Tensors:
             tensors = self.tensors(arguments)
-            return (*self.arranged(tensors[:3]), *tensors[3:]) if changes else tensors
+            return (*self.arranged(tensors[:3]), *tensors[3:]) if converts else tensors
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> Launch:
             options = self.with_tensors(numbers, tensors)
@@ -100,7 +107,7 @@ class ClassLoss(Operator):
             input, target, weight, *_ = tensors
             options = self.with_tensors(numbers, tensors)
             arguments = ClassLossArguments(input, target, weight, options)
-            return gradients_of_definition(self, arguments, needs, grad_output)
+            return definition_gradients(self, arguments, needs, grad_output)
 
         forward, backward = loss_passes(prepare, needs, in_forward, inplace)
         kernel_dtype = accumulate_dtype(dtype)
@@ -112,64 +119,69 @@ class ClassLoss(Operator):
             forward=forward,
             backward=backward,
             define=define,
-            finish=None if kernel_dtype is result else lambda loss, _: loss.to(result),
+            finish=None if kernel_dtype is result_dtype else lambda loss, _: loss.to(result_dtype),
             inplace="gradient" if inplace else "",
         )
 
     def compiled(self, arguments: Arguments) -> Any:
         return custom_operator(self.name)(*arguments)
 
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the result of the custom operator, which is reduced."""
+        empty: Tensor = arguments[0].new_empty(())
+        return empty
+
     def without_tensors(self, options: Any) -> Any:
-        """Returns the options that a plan keeps."""
+        """Returns the options of a signature, with None in place of tensors."""
         return options
 
     def with_tensors(self, options: Any, tensors: Tensors) -> Any:  # noqa: ARG002
-        """Returns the options of a plan with the tensors of a call among them."""
+        """Returns the options with the tensors of a call."""
         return options
 
-    def dtype_of(self, given: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
-        """Returns the dtype of the loss of logits that the kernels take in a dtype."""
-        return autocast_dtype(dtype, given.input.device)
+    def result_dtype(self, parsed: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype of the result, given the dtype in which kernels take the input."""
+        return autocast_dtype(dtype, parsed.input.device)
 
-    def arrangement(self, given: ClassLossArguments) -> tuple[torch.dtype, bool]:
-        """Returns the dtype in which the kernels take the input, and whether tensors change."""
-        scalar = given.input.dim() == 1
-        return given.input.dtype, given.target.dtype is not torch.int64 or scalar
+    def arrangement(self, parsed: ClassLossArguments) -> tuple[torch.dtype, bool]:
+        """Returns the dtype in which kernels take the input, and whether `arranged` is needed."""
+        is_row = parsed.input.dim() == 1
+        return parsed.input.dtype, parsed.target.dtype is not torch.int64 or is_row
 
     def arranged(self, tensors: Tensors) -> Tensors:
-        """Returns the target as int64 indices in the shape of the losses, beside the others."""
+        """Converts the target to int64 indices of the loss's shape."""
         input, target, weight = tensors
         target = target if target.dtype is torch.int64 else target.to(torch.int64)
         return input, target.reshape(()) if input.dim() == 1 else target, weight
 
-    def define(self, given: ClassLossArguments) -> Tensor:
-        """Returns the loss as torch computes it."""
-        input, target, weight, options = given
+    def define(self, parsed: ClassLossArguments) -> Tensor:
+        """Returns the loss, computed by torch's operators."""
+        input, target, weight, options = parsed
         return self.reference(input, target, weight=weight, **options._asdict())
 
     def check(self, arguments: Arguments) -> None:
-        given = self.checked(arguments)
-        ignore_index = getattr(given.options, "ignore_index", None)
-        least = -1 if self.operands[1].labels else 0
-        checks.class_indices(checks.classes_of(given.input), given.target, ignore_index, least)
+        input, target, _, options = self.checked(arguments)
+        ignore_index = getattr(options, "ignore_index", None)
+        lowest = -1 if self.operands[1].labels else 0
+        checks.class_indices(checks.classes_of(input), target, ignore_index, lowest)
 
 
-def gradients_of_definition(
-    op: ClassLoss, given: ClassLossArguments, wanted: Sequence[bool], grad_output: Tensor
+def definition_gradients(
+    op: ClassLoss, parsed: ClassLossArguments, needs: Sequence[bool], grad_output: Tensor
 ) -> Gradients:
-    """Returns the gradients of torch's own operator, themselves differentiable."""
-    dtype, weight = grad_output.dtype, given.weight
+    """Returns the gradients of torch's operator, which are differentiable."""
+    dtype, weight = grad_output.dtype, parsed.weight
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
         input = input.to(dtype)
         target = target.to(dtype) if target.is_floating_point() else target
-        as_dtype = None if weight is None else weight.to(dtype)
-        return op.define(ClassLossArguments(input, target, as_dtype, given.options))
+        wide_weight = None if weight is None else weight.to(dtype)
+        return op.define(ClassLossArguments(input, target, wide_weight, parsed.options))
 
-    return differentiate(definition, given[:2], wanted, grad_output)
+    return differentiate(definition, parsed[:2], needs, grad_output)
 
 
-# ---- losses of class indices alone ---------------------------------------------------------------
+# ---- losses of class indices ---------------------------------------------------------------------
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -179,7 +191,7 @@ class NllLoss(ClassLoss):
     strategy = "one element of a row"
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        """Returns whether no gradient follows: a forward pass reads an element of each row."""
+        """Returns whether no gradient is needed: forward only reads one element of each row."""
         return self.is_forward_alone(arguments)
 
     def read(self, arguments: Arguments) -> ClassLossArguments:
@@ -190,12 +202,12 @@ class NllLoss(ClassLoss):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class MultiMarginLoss(ClassLoss):
-    """The margin loss of scores, rows of classes."""
+    """The multi-class margin loss of rows of scores."""
 
     strategy = "row by row"
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        """Returns whether there are few classes: shorter rows fill no vector of either width."""
+        """Returns whether rows are shorter than a vector of any width."""
         return super().takes_second_limit(arguments, 15)
 
     def read(self, arguments: Arguments) -> ClassLossArguments:
@@ -206,8 +218,8 @@ class MultiMarginLoss(ClassLoss):
     def tensors(self, arguments: Arguments) -> Tensors:
         return arguments[0], arguments[1], arguments[4], None, None
 
-    def arrangement(self, given: ClassLossArguments) -> tuple[torch.dtype, bool]:
-        return given.input.dtype, True
+    def arrangement(self, parsed: ClassLossArguments) -> tuple[torch.dtype, bool]:
+        return parsed.input.dtype, True
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors
@@ -227,14 +239,14 @@ class MultiMarginLoss(ClassLoss):
         return replace(plan, finish=finish)
 
     def loss_shape(self, arguments: Arguments) -> torch.Size:
-        """Returns the shape of the losses before they are reduced."""
+        """Returns the shape of the unreduced loss."""
         shape: torch.Size = arguments[1].shape
         return shape
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class MultilabelMarginLoss(MultiMarginLoss):
-    """The margin loss of rows with several targets, which end at the first -1."""
+    """The margin loss of rows with several labels, which end at the first -1."""
 
     def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, size_average, reduce, reduction = arguments
@@ -253,16 +265,21 @@ class MultilabelMarginLoss(MultiMarginLoss):
         shape: torch.Size = arguments[0].shape
         return shape[:-1]
 
-    def define(self, given: ClassLossArguments) -> Tensor:
-        return self.reference(given.input, given.target, reduction=given.options.reduction)
+    def define(self, parsed: ClassLossArguments) -> Tensor:
+        return self.reference(parsed.input, parsed.target, reduction=parsed.options.reduction)
 
     def compiled(self, arguments: Arguments) -> Tensor:
-        """Returns the loss in a compiled program, of any size and reduction.
+        """Returns the loss in a compiled program, for any size and reduction.
 
-        torch's own is wrong there: it counts what follows the end of a row of labels.
+        torch's decomposition is wrong: it includes the labels after the first -1.
         """
         input, target, _, options = self.checked(arguments)
         input = input.to(autocast_dtype(input.dtype, input.device))
         operator = custom_operator(self.name)
         loss: Tensor = operator(input, target, None, None, options.reduction)
         return loss
+
+    def fake(self, arguments: Arguments) -> Tensor:
+        unreduced = self.read(arguments).options.reduction == "none"
+        empty: Tensor = arguments[0].new_empty(self.loss_shape(arguments) if unreduced else ())
+        return empty

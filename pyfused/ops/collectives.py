@@ -1,4 +1,4 @@
-"""What processes with sharded classes exchange: what they call, and differentiable sums."""
+"""Communication between processes with vocabulary shards: checks of calls, differentiable sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def gathered(tensor: Tensor, group: Any) -> Tensor:
-    """Returns the tensors of all processes of a group, stacked in the order of their ranks."""
+    """Gathers the tensors of all processes of a group, stacked in the order of ranks."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group)
     return torch.stack(parts)
@@ -21,16 +21,17 @@ def gathered(tensor: Tensor, group: Any) -> Tensor:
 
 
 class Call(NamedTuple):
-    """What a process tells the others of its group before a call.
+    """Describes the call of one process, for the other processes of its group.
 
     Attributes:
-        is_valid: Whether it accepts its arguments. All other numbers are 0 if it does not.
-        first: The first of its classes.
-        size: How many classes it has.
-        total: The number of all classes, -1 where it does not know that.
-        needs: 0 without grad mode, 1 if nothing requires grad, 2 if the weight or the bias does, 3
-            if the input does.
-        common: A checksum of the function, its options, and the shapes of tensors without shards.
+        is_valid: Whether the arguments are valid. All other fields are 0 if they are not.
+        first: The index of the first class.
+        size: The number of classes.
+        total: The number of all classes, -1 if the process does not know it.
+        needs: 0 without grad mode, 1 if no tensor requires grad, 2 if the weight or the bias does,
+            3 if the input does.
+        common: A checksum of the function, the options, and the shapes of tensors that are not
+            sharded.
         targets: A checksum of the targets.
     """
 
@@ -43,8 +44,8 @@ class Call(NamedTuple):
     targets: int = 0
 
 
-def classes_of_all(calls: Sequence[Call]) -> int:
-    """Returns the number of all classes. If calls do not fit, each process raises the same."""
+def total_classes(calls: Sequence[Call]) -> int:
+    """Returns the number of all classes. All processes raise the same error if calls disagree."""
     invalid = [rank for rank, call in enumerate(calls) if not call.is_valid]
     if invalid:
         raise RuntimeError(
@@ -64,12 +65,12 @@ def classes_of_all(calls: Sequence[Call]) -> int:
     if len(totals) > 1:
         raise ValueError(f"shard: expected one number of all classes, got {totals}")
     total, ranges = totals[0], [(call.first, call.first + call.size) for call in calls]
-    parts = sorted((first, end) for first, end in ranges if end > first)
-    adjoin = [0, *[end for _, end in parts]] == [*[first for first, _ in parts], total]
-    if not adjoin or min(ranges)[0] < 0 or max(ranges)[1] > total:
-        found = ", ".join(f"[{first}, {end})" for first, end in ranges)
+    shards = sorted((first, end) for first, end in ranges if end > first)
+    adjacent = [0, *[end for _, end in shards]] == [*[first for first, _ in shards], total]
+    if not adjacent or min(ranges)[0] < 0 or max(ranges)[1] > total:
+        got = ", ".join(f"[{first}, {end})" for first, end in ranges)
         raise ValueError(
-            f"shard: expected each class of [0, {total}) in one process of the group, got {found}"
+            f"shard: expected each class of [0, {total}) in one process of the group, got {got}"
         )
     needs = {call.needs for call in calls}
     if 0 in needs and max(needs) > 1:
@@ -78,22 +79,22 @@ def classes_of_all(calls: Sequence[Call]) -> int:
 
 
 def all_need_gradients(calls: Sequence[Call]) -> bool:
-    """Returns whether each process has to take part in the backward pass of the others.
+    """Returns whether every process has to take part in the backward pass of the others.
 
-    Their gradients of the input are added up. With ``create_graph`` they exchange more.
+    The gradients of the input are summed over processes, and ``create_graph`` needs more sums.
     """
     needs = {call.needs for call in calls}
     return 3 in needs or needs == {1, 2}
 
 
-# ---- sums that autograd differentiates -----------------------------------------------------------
+# ---- differentiable sums -------------------------------------------------------------------------
 
 
 class Sum(torch.autograd.Function):
-    """The sum of what the processes have; the gradient of the sum is that of each summand.
+    """Sums a tensor over processes; each summand gets the gradient of the sum.
 
-    The functional collectives of torch differentiate the sum of all processes' losses, and so add
-    up the gradients in the backward pass. All processes have the same loss here, which counts once.
+    torch's functional collectives differentiate the sum of the losses of all processes, and so sum
+    the gradients in backward. All processes have the same loss here, which counts once.
     """
 
     @staticmethod
@@ -109,7 +110,7 @@ class Sum(torch.autograd.Function):
 
 
 class Copy(torch.autograd.Function):
-    """What all processes have, for different uses, whose gradients its gradient is the sum of."""
+    """Returns a tensor that all processes share; the gradients of its uses are summed over them."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:

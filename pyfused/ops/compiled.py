@@ -1,46 +1,40 @@
-"""The custom operators, which only a compiler sees: it cannot look into the kernels.
+"""The custom operators, which only a compiler sees, as it cannot trace into the kernels.
 
-Importing this module registers them, which takes longer than importing the rest of pyfused. So
-`custom_operator` imports it, when a compiler first asks for one.
+Importing this module registers them, which takes longer than importing the rest of pyfused, so
+`custom_operator` imports it when a compiler first asks for one.
 
-An operator's schema follows from its declaration, or from the fields of its options. Its gradients
-are an operator of their own, computed by the backward pass: a custom operator must not hand over
-what it saved.
+Each operator has two: ``name`` computes the result and ``name_backward`` the gradients, because a
+custom operator must not return what it saved. Both run the functions of the operator's plan. Their
+schema follows from the operator's declaration and from the fields of its options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfused.backends import backend_of, cross_entropy_once
-from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch import call as dispatch
+from pyfused.dispatch.operator import Arguments
 from pyfused.dispatch.originals import torch_alone
+from pyfused.dispatch.plan import Plan
+from pyfused.dispatch.signature import signature, with_specs
 from pyfused.dispatch.sizes import COMPILED
-from pyfused.layout import accumulate_dtype, empty_viewed, is_dense, loss_shape, viewed
+from pyfused.layout import is_dense
 from pyfused.ops import custom_operators
-from pyfused.ops.class_loss import ClassLoss, ClassLossArguments, gradients_of_definition
+from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
 from pyfused.ops.custom_operators import NAMESPACE, TORCH_OPS
 from pyfused.ops.log_probs import LogProbsOperator
-from pyfused.ops.operators import CROSS_ENTROPY, MULTILABEL_MARGIN_LOSS, OPERATORS
+from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.ops.row_loss import RowLoss
-from pyfused.types import (
-    STATE_FIELDS,
-    CrossEntropyOptions,
-    Gradients,
-    Options,
-    Outputs,
-)
+from pyfused.types import Gradients
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_SCHEMA = {  # of the types of fields
+_SCHEMA_TYPES = {  # of the fields of options
     "int": "int",
     "int | None": "int?",
     "float": "float",
@@ -54,369 +48,237 @@ _SCHEMA = {  # of the types of fields
 _NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?"}
 
 
-@dataclass(frozen=True)
 class CompiledOperator:
-    """What the custom operators of an operator are made of.
+    """The custom operators of an operator.
 
-    Their functions take the arguments in the order of the schema.
+    They take the values of the schema: the operator's arguments, with the fields of the options in
+    place of an options object. The tensors that may need gradients come first.
 
     Attributes:
-        schema: The arguments' schema; the tensors that may have gradients come first.
-        differentiable: How many these are.
-        value: The result.
-        gradients: The gradients, given arguments, which are wanted, and grad_output.
-        definition: The same in torch's terms, differentiable.
-        empty_value, empty_gradient: Tensors like the result, and like the gradient of a tensor.
-        adds_output: The output that they are computed from, beside the arguments, of which it is
-            then the last; None if there is none.
-        in_forward: Whether the operator takes which gradients are wanted, too, and ``value``
-            returns a list: the result, the gradients of its sum, and others, which have none.
-        empty_others: Tensors like those.
+        differentiable: The number of these tensors.
+        in_forward: Whether the forward operator takes ``needs``, too, and returns a tuple: the
+            result, the gradients of its sum, and the state of the rows if the operator has one.
+        state: The index of the state among the results, None if the operator has no state. The
+            backward operator takes the state as its last value before ``needs``.
     """
 
-    name: str
-    schema: Sequence[str]
-    differentiable: int
-    value: Callable[..., Any]
-    gradients: Callable[[Arguments, Sequence[bool], Tensor], Gradients]
-    definition: Callable[[Arguments, Sequence[bool], Tensor], Gradients]
-    empty_gradient: Callable[[Tensor], Tensor]
-    empty_value: Callable[[Arguments], Tensor]
-    adds_output: int | None = None
-    in_forward: bool = False
-    empty_others: Sequence[Callable[[Arguments], Tensor]] = ()
+    def __init__(self, op: Any) -> None:
+        self.op, self.name = op, op.name
+        self.differentiable = sum(operand.differentiated for operand in op.operands)
+        self.in_forward = isinstance(op, RowLoss)
+        self.state: int | None = None
+        if isinstance(op, LogProbsOperator):
+            self.differentiable, self.state = len(op.operands) - 1, 0
+        elif isinstance(op, RowLoss):
+            self.differentiable = op.student
+            self.state = -1 if op.state_fields(op.options()) else None
 
-    def empty_gradients(self, given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-        found = [
-            self.empty_gradient(tensor) if want and tensor is not None else None
-            for tensor, want in zip(given, wanted, strict=False)
-        ]
-        return _filled(tuple(found), given[0])
-
-    def define(self) -> None:
-        arguments, outputs = ", ".join(self.schema), ", ".join(["Tensor"] * self.differentiable)
-        wanted = f"bool[{self.differentiable}] wanted"
+    def register(self) -> None:
+        values = ", ".join(_schema(self.op))
+        needs = f"bool[{self.differentiable}] needs"
+        gradients = ", ".join(["Tensor"] * self.differentiable)
+        state = "" if self.state is None else ", Tensor state"
         backward = f"{self.name}_backward"
         if self.in_forward:
-            others = ", Tensor" * len(self.empty_others)
-            results = f"(Tensor, {outputs}{others})"
-            _LIBRARY.define(f"{self.name}({arguments}, {wanted}) -> {results}")
+            results = gradients if self.state is None else f"{gradients}, Tensor"
+            _LIBRARY.define(f"{self.name}({values}, {needs}) -> (Tensor, {results})")
         else:
-            _LIBRARY.define(f"{self.name}({arguments}) -> Tensor")
-        if self.adds_output is not None:
-            arguments += ", Tensor output"
-        _LIBRARY.define(f"{backward}(Tensor grad_output, {arguments}, {wanted}) -> ({outputs})")
-
-        def run(*given: Any) -> Any:
-            if not self.in_forward:
-                return custom_operators.compute(self.name, self.value, given)
-            value = partial(self.value, wanted=given[-1])
-            return tuple(custom_operators.compute(self.name, value, given[:-1]))
-
-        def run_backward(grad_output: Tensor, *given: Any) -> Any:
-            arguments = given[:-1], given[-1], grad_output
-            found = custom_operators.compute(self.name, self.gradients, *arguments)
-            return _packed(_filled(found, given[0]))
-
-        def fake(*given: Any) -> Any:
-            if not self.in_forward:
-                return self.empty_value(given)
-            arguments, wanted = given[:-1], given[-1]
-            others = [empty(arguments) for empty in self.empty_others]
-            gradients = self.empty_gradients(arguments, wanted)
-            return self.empty_value(arguments), *gradients, *others
-
-        def fake_backward(_: Tensor, *given: Any) -> Any:
-            return _packed(self.empty_gradients(given[:-1], given[-1]))
-
-        for name, kernel, meta in (
-            (self.name, run, fake),
-            (backward, run_backward, fake_backward),
+            _LIBRARY.define(f"{self.name}({values}) -> Tensor")
+        _LIBRARY.define(
+            f"{backward}(Tensor grad_output, {values}{state}, {needs}) -> ({gradients})"
+        )
+        for name, kernel, fake in (
+            (self.name, self.run, self.fake),
+            (backward, self.run_backward, self.fake_backward),
         ):
             for device in ("CPU", "CUDA"):
                 _LIBRARY.impl(name, kernel, device)
-            torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_LIBRARY)
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
         )
 
+    # ---- the operator's arguments and plan -------------------------------------------------------
+
+    def arguments(self, values: Sequence[Any]) -> Arguments:
+        """Returns the operator's arguments, given the values of the schema."""
+        op = self.op
+        if op.options is None:
+            return tuple(values)
+        count = len(op.operands)
+        options = op.options(*values[count:])
+        # torch's own options, which only linear_cross_entropy has, are None.
+        return *values[:count], *[None] * (len(op.arguments) - count - 1), options
+
+    def plan(self, arguments: Arguments, needs: Sequence[bool]) -> Plan:
+        """Returns the plan of the arguments' signature, kept with the plans of eager calls.
+
+        Args:
+            needs: Whether each of the first tensors needs a gradient.
+        """
+        key = signature(self.op, arguments, False)
+        if key is None:
+            return self._new_plan(arguments, needs)
+        key = *key, "compiled", *needs
+        plan: Plan | None = dispatch.find_plan(key)
+        if plan is None:
+            plan = self._new_plan(with_specs(arguments, key), needs)
+            dispatch.keep_plan(key, plan)
+        return plan
+
+    def _new_plan(self, arguments: Arguments, needs: Sequence[bool]) -> Plan:
+        results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
+        plan: Plan = self.op.plan(arguments, False, tuple(needs), **results)
+        return plan
+
+    def gradients(
+        self, values: Sequence[Any], needs: Sequence[bool], grad_output: Tensor, define: bool
+    ) -> Gradients:
+        """Returns the gradients, from the backward kernel or from torch's definition.
+
+        Args:
+            values: The values of the schema, followed by the state if the operator has one.
+            define: The gradients are torch's and can be differentiated.
+        """
+        state = None
+        if self.state is not None:
+            *values, state = values
+        arguments = self.arguments(values)
+        plan = self.plan(arguments, needs)
+        saved = plan.arrange(arguments)
+        if isinstance(self.op, RowLoss):
+            saved = *saved, state
+        elif isinstance(self.op, LogProbsOperator):
+            saved = *saved, state, None  # without logits of the forward pass
+        if isinstance(self.op, MultiMarginLoss) and grad_output.dim():
+            grad_output = grad_output.flatten()
+        return (plan.define if define else plan.backward)(saved, grad_output)
+
+    # ---- kernels, and the layouts of their results -----------------------------------------------
+
+    def run(self, *values: Any) -> Any:
+        return custom_operators.compute(self.name, self._run, values)
+
+    def _run(self, values: Sequence[Any]) -> Any:
+        needs: Sequence[bool] = (False,) * self.differentiable
+        if self.in_forward:
+            *values, needs = values
+        arguments = self.arguments(values)
+        plan = self.plan(arguments, needs)
+        output, saved, gradients = plan.forward(plan.arrange(arguments))
+        if not self.in_forward:
+            # The dtype of other results depends on autocast, so that the caller converts them.
+            finishes = self.op.options is None and plan.finish is not None
+            return plan.finish(output, arguments) if finishes else output  # type: ignore[misc]
+        loss, state = output
+        if any(needs) and not gradients:
+            gradients = plan.backward(saved, loss.new_ones(()))
+        results = [loss, *self.dense_gradients(gradients, values)]
+        if self.state is not None:
+            results.append(self.op.fake_state(arguments).zero_() if state is None else state)
+        return tuple(results)
+
+    def run_backward(self, grad_output: Tensor, *values: Any) -> Any:
+        return custom_operators.compute(self.name, self._run_backward, grad_output, values)
+
+    def _run_backward(self, grad_output: Tensor, values: Sequence[Any]) -> Any:
+        *values, needs = values
+        gradients = self.gradients(values, needs, grad_output, define=False)
+        return _packed(self.dense_gradients(gradients, values))
+
+    def fake(self, *values: Any) -> Any:
+        if not self.in_forward:
+            return self.op.fake(self.arguments(values))
+        arguments = self.arguments(values[:-1])
+        state = [] if self.state is None else [self.op.fake_state(arguments)]
+        return self.op.fake(arguments), *self.fake_gradients(values, values[-1]), *state
+
+    def fake_backward(self, _grad_output: Tensor, *values: Any) -> Any:
+        return _packed(self.fake_gradients(values, values[-1]))
+
+    def fake_gradients(self, values: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+        return [
+            values[0].new_empty(0) if tensor is None or not need else _empty_dense(tensor)
+            for tensor, need in zip(values, needs, strict=False)
+        ]
+
+    def dense_gradients(self, gradients: Gradients, values: Sequence[Any]) -> list[Tensor]:
+        """Returns gradients with the layouts of `fake_gradients`, and empty tensors for None."""
+        gradients = gradients or (None,) * self.differentiable
+        return [
+            values[0].new_empty(0) if gradient is None else _dense_like(gradient, tensor)
+            for gradient, tensor in zip(gradients, values[: self.differentiable], strict=False)
+        ]
+
+    # ---- autograd --------------------------------------------------------------------------------
+
     def save(self, ctx: Any, inputs: Arguments, output: Any) -> None:
-        given, outputs, gradients = inputs, (output,), ()
+        values, results, gradients = inputs, (output,), ()
         if self.in_forward:
             ctx.mark_non_differentiable(*output[1:])
-            given, outputs = inputs[:-1], output
+            values, results = inputs[:-1], output
             gradients = output[1 : self.differentiable + 1] if any(inputs[-1]) else ()
-        given = given if self.adds_output is None else (*given, outputs[self.adds_output])
-        tensors = [value if isinstance(value, Tensor) else None for value in given]
+        if self.state is not None:
+            values = *values, results[self.state]
+        tensors = [value if isinstance(value, Tensor) else None for value in values]
         ctx.save_for_backward(*tensors, *gradients)
-        pairs = zip(given, tensors, strict=True)
-        ctx.others = [value if tensor is None else None for value, tensor in pairs]
+        ctx.values = [None if isinstance(value, Tensor) else value for value in values]
+        ctx.inputs = len(inputs)
 
     def backward(self, ctx: Any, grad_output: Tensor, *_: Tensor) -> Gradients:
-        saved, count = ctx.saved_tensors, len(ctx.others)
-        pairs = zip(saved[:count], ctx.others, strict=True)
-        given = tuple(other if tensor is None else tensor for tensor, other in pairs)
-        wanted = ctx.needs_input_grad[: self.differentiable]
-        found: Any
+        saved, count = ctx.saved_tensors, len(ctx.values)
+        pairs = zip(saved[:count], ctx.values, strict=True)
+        values = [value if tensor is None else tensor for tensor, value in pairs]
+        needs = ctx.needs_input_grad[: self.differentiable]
+        gradients: Any
         if torch.is_grad_enabled():
             with torch_alone:
-                found = self.definition(given, wanted, grad_output)
+                gradients = self.gradients(values, needs, grad_output, define=True)
+            pairs = zip(gradients, values, strict=False)
+            gradients = [x if x is None else x.reshape(like.shape) for x, like in pairs]
         elif saved[count:]:
-            found = [gradient * grad_output for gradient in saved[count:]]
+            gradients = [gradient * grad_output for gradient in saved[count:]]
         else:
-            found = getattr(TORCH_OPS, f"{self.name}_backward")(grad_output, *given, wanted)
-            found = found if self.differentiable > 1 else (found,)
-        kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-        inputs = len(given) - (self.adds_output is not None) + self.in_forward
-        return *kept, *[None] * (inputs - len(kept))
-
-
-def _filled(gradients: Gradients, input: Tensor) -> list[Tensor]:
-    """Returns gradients with an empty tensor for None, which an operator cannot return."""
-    return [input.new_empty(0) if each is None else each for each in gradients]
+            gradients = getattr(TORCH_OPS, f"{self.name}_backward")(grad_output, *values, needs)
+            gradients = gradients if self.differentiable > 1 else (gradients,)
+        pairs = zip(gradients, needs, strict=False)
+        gradients = [gradient if need else None for gradient, need in pairs]
+        return *gradients, *[None] * (ctx.inputs - len(gradients))
 
 
 def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
     return gradients if len(gradients) > 1 else gradients[0]
 
 
-# ---- losses as they are declared -----------------------------------------------------------------
+def _empty_dense(tensor: Tensor) -> Tensor:
+    """Returns an empty tensor with the tensor's order of dimensions, or contiguous if not dense."""
+    preserve = torch.preserve_format if is_dense(tensor) else torch.contiguous_format
+    return torch.empty_like(tensor, memory_format=preserve)
 
 
-def _schema(op: Operator) -> list[str]:
+def _dense_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """Returns the gradient of a tensor with the strides that `_empty_dense` gives it."""
+    gradient = gradient.reshape(tensor.shape)
+    if gradient.stride() == tensor.stride():
+        return gradient
+    empty = _empty_dense(tensor)
+    return gradient if gradient.stride() == empty.stride() else empty.copy_(gradient)
+
+
+def _schema(op: Any) -> list[str]:
     types = {s.name: "bool" if s.flag else "float?" if s.optional else "float" for s in op.scalars}
     types |= {s.name: "str" for s in op.scalars if s.words}
     types |= {o.name: "Tensor?" if o.optional else "Tensor" for o in op.operands}
+    if op.options is not None:
+        operands = [f"{types[operand.name]} {operand.name}" for operand in op.operands]
+        options = [f"{_SCHEMA_TYPES[str(x.type)]} {x.name}" for x in fields(op.options)]
+        return operands + options
     for name, default in zip(op.arguments[1:], op.defaults, strict=True):
         types.setdefault(name, _NO_DEFAULT.get(name, type(default).__name__))
     return [f"{types[name]} {name.lstrip('_')}" for name in op.arguments]
 
 
-def _empty(like: Tensor) -> Tensor:
-    """Returns a dense tensor, in the order of ``like`` where that is dense."""
-    preserve = torch.preserve_format if is_dense(like) else torch.contiguous_format
-    return torch.empty_like(like, memory_format=preserve)
-
-
-def _of_loss(op: Any) -> CompiledOperator:
-    def value(given: Arguments) -> Tensor:
-        with torch.no_grad():
-            result: Tensor = op.plan(given, False)(given)
-        return result
-
-    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        found = _gradients_of_loss(op, given, wanted, grad_output)
-        pairs = zip(given, found, strict=False)
-        return tuple([None if each is None else _laid_out(each, like) for like, each in pairs])
-
-    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        def loss(*tensors: Tensor) -> Tensor:
-            result: Tensor = op.reference(*tensors, *given[len(wanted) :])
-            return result
-
-        return differentiate(loss, given[: len(wanted)], wanted, grad_output)
-
-    def empty_value(given: Arguments) -> Tensor:
-        empty: Tensor = given[0].new_empty(op.loss_shape(given) if _is_unreduced(op, given) else ())
-        return empty
-
-    return CompiledOperator(
-        op.name,
-        _schema(op),
-        differentiable=sum(operand.differentiated for operand in op.operands),
-        value=value,
-        gradients=gradients,
-        definition=definition,
-        empty_value=empty_value,
-        empty_gradient=_empty,
-    )
-
-
-def _is_unreduced(op: Any, given: Arguments) -> bool:
-    """Returns whether the result is the losses of rows; all but one operator are called reduced."""
-    return op is MULTILABEL_MARGIN_LOSS and op.read(given).options.reduction == "none"
-
-
-def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """Returns a gradient with the strides that the compiler has been told."""
-    if gradient.stride() == like.stride():
-        return gradient
-    empty = _empty(like)
-    return gradient if gradient.stride() == empty.stride() else empty.copy_(gradient)
-
-
-def _gradients_of_loss(
-    op: Any, given: Arguments, wanted: Sequence[bool], grad_output: Tensor
-) -> Gradients:
-    """Computes the gradients of tensors that dispatch has found to be alike."""
-    count = len(op._read(given)[0]) if isinstance(op, TensorLoss) else 2
-    plan = op.plan(given, False, (*wanted, *[False] * (count - len(wanted))))
-    if _is_unreduced(op, given):
-        grad_output = grad_output.reshape(-1)
-    gradients = plan.backward(plan.arrange(given), grad_output)
-    pairs = zip(gradients[: len(wanted)], given, strict=False)
-    return tuple([None if x is None else x.reshape(like.shape) for x, like in pairs])
-
-
 for _op in OPERATORS.values():
-    if (
-        isinstance(_op, (TensorLoss, ClassLoss))
-        and _op.name in COMPILED
-        and _op is not CROSS_ENTROPY
-    ):
-        _of_loss(_op).define()
-
-# ---- cross_entropy -------------------------------------------------------------------------------
-
-
-def _fields(options: type[Options]) -> list[str]:
-    return [f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(options)]
-
-
-def _read_logits(given: Arguments) -> ClassLossArguments:
-    input, target, weight, *options = given
-    return ClassLossArguments(input, target, weight, CrossEntropyOptions(*options))
-
-
-def _loss(given: Arguments) -> Tensor:
-    loss, _ = cross_entropy_once(backend_of(given[0]), *_read_logits(given), Outputs())
-    assert loss is not None
-    return loss
-
-
-def _gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-    outputs = Outputs(False, tuple(wanted))
-    return cross_entropy_once(backend_of(given[0]), *_read_logits(given), outputs, grad_output)[1]
-
-
-def _empty_loss(given: Arguments) -> Tensor:
-    input, *_, options = _read_logits(given)
-    shape = loss_shape(input, options.reduction)
-    return input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
-
-
-cross_entropy = CompiledOperator(
-    name="cross_entropy",
-    schema=["Tensor input", "Tensor target", "Tensor? weight", *_fields(CrossEntropyOptions)],
-    differentiable=2,
-    value=_loss,
-    gradients=_gradients,
-    definition=lambda given, wanted, grad_output: gradients_of_definition(
-        CROSS_ENTROPY, _read_logits(given), wanted, grad_output
-    ),
-    empty_value=_empty_loss,
-    empty_gradient=lambda tensor: empty_viewed(viewed(tensor)[0])[0],
-)
-cross_entropy.define()
-
-# ---- functions of a vocabulary -------------------------------------------------------------------
-
-
-def _of_operands(op: Any, **family: Any) -> CompiledOperator:
-    """Takes the operands as declared, and then the fields of the options."""
-    tensors = [f"{'Tensor?' if each.optional else 'Tensor'} {each.name}" for each in op.operands]
-    return CompiledOperator(
-        name=op.name,
-        schema=[*tensors, *_fields(op.options)],
-        empty_gradient=lambda like: torch.empty_like(like, memory_format=torch.contiguous_format),
-        **family,
-    )
-
-
-def _read(op: Any, given: Arguments) -> tuple[Arguments, Any, Arguments]:
-    """Returns the tensors, the options, and the state where it follows them."""
-    count = len(op.operands)
-    last = count + len(fields(op.options))
-    return given[:count], op.options(*given[count:last]), given[last:]
-
-
-def _of_row_loss(op: RowLoss) -> CompiledOperator:
-    def value(given: Arguments, wanted: Sequence[bool]) -> list[Tensor]:
-        tensors, options, _ = _read(op, given)
-        op.check_indices(tensors, options)
-        outputs = Outputs(True, tuple(wanted) if any(wanted) else ())
-        loss, found, state = op.compute(backend_of(tensors[0]), tensors, options, outputs)
-        assert loss is not None
-        if any(wanted) and not found:
-            found = gradients((*given, state), wanted, loss.new_ones(()))
-        results = [loss, *_filled(found or (None,) * op.student, given[0])]
-        if empty_others:
-            results.append(empty_state(given).zero_() if state is None else state)
-        return results
-
-    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        tensors, options, state = _read(op, given)
-        outputs = Outputs(False, tuple(wanted))
-        return op.compute(backend_of(tensors[0]), tensors, options, outputs, grad_output, *state)[1]
-
-    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        tensors, options, _ = _read(op, given)
-        return op.define(tensors, options, wanted, grad_output)
-
-    def empty_value(given: Arguments) -> Tensor:
-        tensors, options, _ = _read(op, given)
-        shape = op.losses(tensors) if options.reduction == "none" else ()
-        empty: Tensor = given[0].new_empty(shape, dtype=op.loss_dtype(tensors))
-        return empty
-
-    def empty_state(given: Arguments) -> Tensor:
-        tensors, options, _ = _read(op, given)
-        shape = op.fields(options), *op.losses(tensors)
-        empty: Tensor = given[0].new_empty(shape, dtype=torch.float64)
-        return empty
-
-    empty_others = [empty_state] * bool(op.fields(op.options()))
-    return _of_operands(
-        op,
-        differentiable=op.student,
-        value=value,
-        gradients=gradients,
-        definition=definition,
-        empty_value=empty_value,
-        in_forward=True,
-        adds_output=-1 if empty_others else None,
-        empty_others=empty_others,
-    )
-
-
-def _of_log_probs(op: LogProbsOperator) -> CompiledOperator:
-    differentiable = len(op.operands) - 1
-
-    def value(given: Arguments) -> Tensor:
-        tensors, options, _ = _read(op, given)
-        op.check((*tensors, options))
-        plan = op.state_plan(tensors[:-1], options, results=0, needs=())
-        state: Tensor = plan((*tensors, None))
-        return state
-
-    def gradients(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        tensors, options, (state,) = _read(op, given)
-        plan = op.state_plan(tensors[:-1], options, results=0, needs=tuple(wanted))
-        found = plan.backward((*tensors, None, state, None), grad_output)
-        return tuple(None if each is None else each.contiguous() for each in found)
-
-    def definition(given: Arguments, wanted: Sequence[bool], grad_output: Tensor) -> Gradients:
-        tensors, options, (state,) = _read(op, given)
-        plan = op.state_plan(tensors[:-1], options, results=0, needs=tuple(wanted))
-        return plan.define((*tensors, None, state), grad_output)
-
-    def empty_value(given: Arguments) -> Tensor:
-        target: Tensor = given[differentiable]
-        return target.new_empty((STATE_FIELDS, *target.shape), dtype=torch.float64)
-
-    return _of_operands(
-        op,
-        differentiable=differentiable,
-        value=value,
-        gradients=gradients,
-        definition=definition,
-        empty_value=empty_value,
-        adds_output=0,
-    )
-
-
-for _op in OPERATORS.values():
-    if isinstance(_op, LogProbsOperator):
-        _of_log_probs(_op).define()
-    elif isinstance(_op, RowLoss):
-        _of_row_loss(_op).define()
+    kinds = TensorLoss, ClassLoss, RowLoss, LogProbsOperator
+    if isinstance(_op, kinds) and _op.name in COMPILED:
+        CompiledOperator(_op).register()

@@ -1,4 +1,4 @@
-"""Losses that are another loss, and a little of torch's arithmetic on what it returns."""
+"""Losses composed of another loss and torch's operators on its result, such as RMSE from MSE."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyfused.ops.pointwise_loss import PointwiseLoss
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Composed(Operator):
-    """Autograd sees both parts.
+    """A loss computed from another loss. Autograd records the call of the latter and `finish`.
 
     Attributes:
-        of: The loss whose kernel does the work.
-        given: Its arguments, from those of this one.
-        finish: The result, from that loss and the arguments of this one.
+        of: The other loss, which has a kernel.
+        given: Returns the arguments of the other loss, given the arguments of this one.
+        finish: Returns the result, given the other loss and the arguments.
     """
 
     of: PointwiseLoss
@@ -35,9 +35,9 @@ class Composed(Operator):
         self.check_scalars(arguments)
 
         def run(arguments: Arguments) -> Tensor:
-            given = self.given(*arguments)
-            kernel = plan_of(self.of, given, inplace).run
-            loss = call(self.of, given) if kernel is None else kernel(given)
+            base_arguments = self.given(*arguments)
+            kernel = plan_of(self.of, base_arguments, inplace).run
+            loss = call(self.of, base_arguments) if kernel is None else kernel(base_arguments)
             return self.finish(loss, *arguments)
 
         return run

@@ -1,4 +1,4 @@
-"""Cross-entropy: what it has beyond other losses over classes."""
+"""Cross-entropy of logits, with the options that torch lacks; `row_state.py` has the equation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
 from pyfused.ops.class_loss import ClassLoss, ClassLossArguments
 from pyfused.ops.custom_operators import custom_operator
-from pyfused.ops.row_state import state_of_metrics
+from pyfused.ops.row_state import metrics_state
 from pyfused.ops.shards import ShardedOperator
 from pyfused.torch_internals import (
     built_in,
@@ -37,17 +37,19 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import TENSORS, ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
 
-_OF_TORCH = tuple(parameters_of(F.cross_entropy))
+_TORCH_PARAMETERS = tuple(parameters_of(F.cross_entropy))
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(ClassLoss, ShardedOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
+    options = CrossEntropyOptions
+
     def __post_init__(self) -> None:
         super().__post_init__()
         reference = self.reference
-        of_torch = built_in("cross_entropy_loss", reference)
+        built_in_loss = built_in("cross_entropy_loss", reference)
 
         def aten(
             input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
@@ -56,35 +58,39 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             if reduction is None or type(target) is not Tensor or not options.is_plain():
                 return reference(input, target, weight, options)
             is_index = target.dtype is torch.int64
-            if is_index and input.requires_grad and _ignores(input, target, options.ignore_index):
+            if (
+                is_index
+                and input.requires_grad
+                and _ignores_rows(input, target, options.ignore_index)
+            ):
                 run = plan_of(self, (input, target, weight, options), False).run
-                if run is not None:  # a kernel, which takes less time than other operators of torch
+                if run is not None:  # a kernel is faster than masking by torch's operators
                     return run((input, target, weight, options))
                 input = definitions.without_ignored(input, target, options.ignore_index)
             index, smoothing = options.ignore_index, options.label_smoothing
-            return of_torch(input, target, weight, reduction, index, smoothing)
+            return built_in_loss(input, target, weight, reduction, index, smoothing)
 
         self.aten = self.aten_ = aten
 
-    def bind(self, *arguments: Any, **by_name: Any) -> Arguments:
-        given = dict(zip(_OF_TORCH, arguments, strict=False)) | by_name
-        legacy = given.pop("size_average", None), given.pop("reduce", None)
-        reduction = reduction_of(*legacy, given.pop("reduction", "mean"))
-        tensors = given.pop("input"), given.pop("target"), given.pop("weight", None)
-        return *tensors, CrossEntropyOptions(reduction=reduction, **given)
+    def bind(self, *args: Any, **kwargs: Any) -> Arguments:
+        kwargs |= dict(zip(_TORCH_PARAMETERS, args, strict=False))
+        legacy = kwargs.pop("size_average", None), kwargs.pop("reduce", None)
+        reduction = reduction_of(*legacy, kwargs.pop("reduction", "mean"))
+        tensors = kwargs.pop("input"), kwargs.pop("target"), kwargs.pop("weight", None)
+        return *tensors, CrossEntropyOptions(reduction=reduction, **kwargs)
 
     def read(self, arguments: Arguments) -> ClassLossArguments:
         return ClassLossArguments(*arguments)
 
     def checked(self, arguments: Arguments) -> ClassLossArguments:
-        given = super().checked(arguments)
-        return given._replace(options=checks.normalized(given.options))
+        parsed = super().checked(arguments)
+        return parsed._replace(options=checks.normalized(parsed.options))
 
-    def define(self, given: ClassLossArguments) -> Tensor:
-        input, target, _, options = given
-        if options.is_plain():  # by torch's function; the definition of other options does it
+    def define(self, parsed: ClassLossArguments) -> Tensor:
+        input, target, weight, options = parsed
+        if options.is_plain():  # the definition of other options masks ignored rows itself
             input = definitions.without_ignored(input, target, options.ignore_index)
-        return self.reference(input, *given[1:])
+        return self.reference(input, target, weight, options)
 
     def plan(
         self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
@@ -92,17 +98,17 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         options = arguments[-1]
         if options.softcap is not None:
             self.checked(arguments)
-            return self._by_state
+            return self._softcap_loss
         plan = super().plan(arguments, inplace, needs)
         return self._with_metrics(plan, arguments) if options.with_metrics else plan
 
     def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:
-        """Returns the plan of the loss and the metrics: the state of rows is a second output."""
+        """Adds the metrics to a plan, which follow from the state of rows, a second output."""
         options = self.without_tensors(checks.normalized(arguments[-1]))
         dtype = accumulate_dtype(arguments[0].dtype)
 
         def forward(tensors: Tensors) -> Forward:
-            state = state_of_metrics(plan.backend, tensors[0], tensors[1], options)
+            state = metrics_state(plan.backend, tensors[0], tensors[1], options)
             loss, saved, gradients = plan.forward(tensors)
             return (loss, state), saved, gradients
 
@@ -131,36 +137,42 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         denominator = options.denominator if denominator is None else denominator
         return replace(options, token_weight=token_weight, denominator=denominator)
 
-    def of_classes(
+    def compute_shard(
         self, arguments: Arguments, classes: ClassRange, shard: VocabShard | None
     ) -> Any:
         input, target, weight, options = arguments
         return shards.cross_entropy((input, target), weight, options, classes, shard)
 
-    def _by_state(self, arguments: Arguments) -> Any:
-        """Returns the loss of capped logits, from the state of rows."""
+    def _softcap_loss(self, arguments: Arguments) -> Any:
+        """Returns the loss of capped logits, computed from the state of rows."""
         input, target, weight, *_ = self.tensors(arguments)
         options, classes = arguments[-1], checks.classes_of(input)
         target = target.reshape(loss_shape(input, "none")).to(torch.int64)
         backend_of(target).check_class_indices(target, classes, options.ignore_index)
-        return self.of_classes((input, target, weight, options), ClassRange(0, classes), None)
+        return self.compute_shard((input, target, weight, options), ClassRange(0, classes), None)
 
     def compiled(self, arguments: Arguments) -> Tensor:
-        given = self.checked(arguments)
-        operator, tensors = custom_operator(self.name), self.arranged(given[:3])
-        loss: Tensor = operator(*tensors, *given.options.values())
-        dtype = self.dtype_of(given, tensors[0].dtype)
+        parsed = self.checked(arguments)
+        operator, tensors = custom_operator(self.name), self.arranged(parsed[:3])
+        loss: Tensor = operator(*tensors, *parsed.options.values())
+        dtype = self.result_dtype(parsed, tensors[0].dtype)
         return loss if loss.dtype is dtype else loss.to(dtype)
 
-    def dtype_of(self, given: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
-        loss_dtype: torch.dtype | None = given.options.loss_dtype
-        return loss_dtype or super().dtype_of(given, dtype)
+    def fake(self, arguments: Arguments) -> Tensor:
+        input, *_, options = arguments
+        shape, dtype = loss_shape(input, options.reduction), accumulate_dtype(input.dtype)
+        empty: Tensor = input.new_empty(shape, dtype=dtype)
+        return empty
 
-    def arrangement(self, given: ClassLossArguments) -> tuple[torch.dtype, bool]:
-        if not given.target.is_floating_point():
-            return super().arrangement(given)
-        common = _common_dtype(*given[:3])
-        return common, not given.input.dtype is given.target.dtype is common
+    def result_dtype(self, parsed: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
+        loss_dtype: torch.dtype | None = parsed.options.loss_dtype
+        return loss_dtype or super().result_dtype(parsed, dtype)
+
+    def arrangement(self, parsed: ClassLossArguments) -> tuple[torch.dtype, bool]:
+        if not parsed.target.is_floating_point():
+            return super().arrangement(parsed)
+        common = _common_dtype(*parsed[:3])
+        return common, not parsed.input.dtype is parsed.target.dtype is common
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors
@@ -170,8 +182,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return input.to(common), target.to(common), weight
 
     def give_up(self, input: Tensor) -> None:
-        """Marks logits whose gradient may overwrite them as changed, for whoever saved them."""
-        compiling = is_dynamo_compiling()  # whose gradient has memory of its own
+        """Increments the version of logits that their gradient may overwrite."""
+        compiling = is_dynamo_compiling()  # a compiled gradient has its own memory
         if torch.is_grad_enabled() and input.requires_grad and not compiling:
             checks.overwritable(input)
             increment_version(input)
@@ -184,10 +196,10 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return "row by row" if rows else "several rows at a time"
 
 
-def _ignores(input: Tensor, target: Tensor, ignore_index: int) -> bool:
-    """Returns whether rows of a CPU call are ignored, of which torch's gradient may be NaN.
+def _ignores_rows(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+    """Returns whether rows of a CPU call are ignored, for which torch's gradient may be NaN.
 
-    Not where torch's own operators are asked for: in a program that is compiled, and under modes.
+    False in compiled programs and under modes, which expect torch's operators.
     """
     if is_dynamo_compiling() or is_functorch_wrapped(target) or not target.is_cpu:
         return False
@@ -210,7 +222,7 @@ def _common_dtype(*tensors: Any) -> torch.dtype:
 def cross_entropy_fallback_reason(
     input: Tensor, target: Tensor, _weight: Tensor | None, options: CrossEntropyOptions
 ) -> str | None:
-    """Returns why torch's operator is the one for these arguments."""
+    """Returns why torch's operator has to compute these arguments, None if a kernel can."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
     if options.with_metrics and is_compiled(input):

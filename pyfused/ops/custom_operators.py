@@ -1,4 +1,4 @@
-"""The custom operators that torch.compile sees: their namespace, and when they are registered."""
+"""Access to the custom operators that torch.compile sees, which are registered at first use."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 
 PACKAGE = __name__.partition(".")[0]
-# Where the custom operators of this copy of the package are registered. The package's name is in it
-# because a process may hold two copies, one of them loaded from the kernel hub under another name.
-# The version is in it because the compiler keeps programs on disk by the names of their operators.
+# The namespace contains the package's name, as a process may hold two copies of the package, one of
+# them loaded from the kernel hub under another name. It contains the version, as the compiler caches
+# programs on disk by the names of their operators.
 _VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
 NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)
 
 
 def custom_operator(name: str) -> Any:
-    """Returns the custom operator of a compiled call.
+    """Returns a custom operator.
 
     The first call registers all of them, which takes longer than importing the rest of pyfused.
     """
-    from pyfused.ops import compiled  # noqa: F401 Dynamo follows an import, but no import_module
+    from pyfused.ops import compiled  # noqa: F401 Dynamo traces no import_module
 
     return getattr(TORCH_OPS, name)
 
 
-def compute(op: str, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ARG001
-    """Returns the result of an operator's custom operator; run.py puts a counter here."""
+def compute(_: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Computes the result of a custom operator of this name; ``run`` replaces it to count calls."""
     return function(*arguments)

@@ -1,4 +1,4 @@
-"""Losses that torch does not have, in its terms: what is computed where no kernel does it."""
+"""Functions that torch lacks, in torch's operators, for calls that no kernel computes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cross_entropy(
 ) -> Any:
     if options.with_metrics:
         loss = cross_entropy(input, target, weight, replace(options, with_metrics=False))
-        return loss, metrics.of_logits(_shaped(input, options), target, options.ignore_index)
+        return loss, metrics.of_logits(_scaled(input, options), target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     reduction = options.reduction
     if options.is_plain():
@@ -43,38 +43,38 @@ def cross_entropy(
     dim, loss_dtype = 0 if input.dim() == 1 else 1, options.loss_dtype
     input = without_ignored(input, target, ignore_index)
     input = input if loss_dtype is None else input.to(loss_dtype)
-    input = _shaped(input, options)
+    input = _scaled(input, options)
     weight = weight if weight is None or loss_dtype is None else weight.to(loss_dtype)
     if options.gamma:
         log_probability = F.log_softmax(input, dim)
         focused = log_probability * (-log_probability.expm1()) ** options.gamma
-        each = F.nll_loss(focused, target, weight, None, ignore_index, None, "none")
+        loss = F.nll_loss(focused, target, weight, None, ignore_index, None, "none")
     else:
-        each = _cross_entropy(
+        loss = _cross_entropy(
             input, target, weight, None, ignore_index, None, "none", label_smoothing
         )
     if options.z_loss:
-        each = each + options.z_loss * input.logsumexp(dim).reshape(each.shape) ** 2
-    each = each if loss_dtype is None else each.to(loss_dtype)
-    counts = torch.ones_like(each)
+        loss = loss + options.z_loss * input.logsumexp(dim).reshape(loss.shape) ** 2
+    loss = loss if loss_dtype is None else loss.to(loss_dtype)
+    weights = torch.ones_like(loss)
     if not target.is_floating_point():
-        valid = target.reshape(each.shape) != ignore_index
+        valid = target.reshape(loss.shape) != ignore_index
         if weight is not None:
-            counts = weight[target.where(target != ignore_index, 0).long()].reshape(each.shape)
-        counts, each = counts.to(each.dtype).where(valid, 0), each.where(valid, 0)
+            weights = weight[target.where(target != ignore_index, 0).long()].reshape(loss.shape)
+        weights, loss = weights.to(loss.dtype).where(valid, 0), loss.where(valid, 0)
     if options.token_weight is not None:
-        token_weight = options.token_weight.to(each.dtype).reshape(each.shape)
-        each, counts = each * token_weight, counts * token_weight
+        token_weight = options.token_weight.to(loss.dtype).reshape(loss.shape)
+        loss, weights = loss * token_weight, weights * token_weight
     if reduction != "mean":
-        return each if reduction == "none" else each.sum()
+        return loss if reduction == "none" else loss.sum()
     denominator = options.denominator
     if isinstance(denominator, Tensor):
-        denominator = denominator.reshape(()).to(each.dtype)
-    return each.sum() / (counts.sum() if denominator is None else denominator)
+        denominator = denominator.reshape(()).to(loss.dtype)
+    return loss.sum() / (weights.sum() if denominator is None else denominator)
 
 
 def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Returns logits with zeros in rows that are ignored: NaN of these is in no gradient then."""
+    """Fills ignored rows of logits with 0, so that NaN in them does not reach gradients."""
     if target.is_floating_point():
         return input
     if target.dim() != input.dim() - 1:
@@ -82,8 +82,8 @@ def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return input.masked_fill((target == ignore_index).unsqueeze(min(input.dim() - 1, 1)), 0)
 
 
-def _shaped(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
-    """Returns the logits with their softcap, scale and temperature."""
+def _scaled(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
+    """Applies the softcap, scale and temperature to logits."""
     logits = logits if options.softcap is None else softcap(logits, options.softcap)
     scale = options.scale / options.temperature
     return logits if scale == 1 else logits * scale
@@ -113,11 +113,11 @@ def linear_cross_entropy(
         )
     head = Head(input, linear_weight, linear_bias, target, weight)
     checks.linear_cross_entropy(head, options)
-    return of_logits(head, options)
+    return head_cross_entropy(head, options)
 
 
-def of_logits(head: Head, options: HeadOptions) -> Any:
-    """Cross-entropy of a linear layer's output, from all of it."""
+def head_cross_entropy(head: Head, options: HeadOptions) -> Any:
+    """Returns the cross-entropy of a linear layer's output, computed from all logits."""
     leading = head.input.shape[:-1]
     if len(leading) > 1:
         head, options = head.as_rows(options)
@@ -127,13 +127,13 @@ def of_logits(head: Head, options: HeadOptions) -> Any:
         valid = valid if valid.dim() < max(input.dim(), 2) else valid.flatten(1).any(1)
         input = input.where(valid.unsqueeze(-1), 0)
     logits = without_ignored(head_logits(input, *head[1:3]), target, ignore_index)
-    found = cross_entropy(logits, target, head.weight, options)
+    result = cross_entropy(logits, target, head.weight, options)
     if len(leading) < 2:
-        return found
+        return result
     if not options.with_metrics:
-        return of_leading(found, leading)
-    loss, others = found
-    return of_leading(loss, leading), metrics.Metrics(*(of_leading(x, leading) for x in others))
+        return of_leading(result, leading)
+    loss, fields = result
+    return of_leading(loss, leading), metrics.Metrics(*(of_leading(x, leading) for x in fields))
 
 
 def head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -147,12 +147,12 @@ def log_probs(
     target: Tensor,
     options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
 ) -> Tensor:
-    """Returns the log-probability of each target, and stacked with it entropy and log-sum-exp."""
+    """Returns the log-probability of each target, stacked with entropy and log-sum-exp."""
     checks.log_probs(logits, target, options)
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
     shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
     valid = target != options.ignore_index
-    x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # else its NaN would be the gradient's
+    x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # NaN would reach gradients
     x = (x if options.softcap is None else softcap(x, options.softcap)) / options.temperature
     log_p = x.log_softmax(dim)
     at_target = log_p.gather(dim, target.where(valid, 0).unsqueeze(dim)).squeeze(dim)
@@ -161,7 +161,7 @@ def log_probs(
     p = log_p.exp()
     entropy = -(p * log_p.where(p != 0, 0)).sum(dim)
     results = torch.stack(
-        [found.where(valid, 0) for found in (at_target, entropy, x.logsumexp(dim))]
+        [result.where(valid, 0) for result in (at_target, entropy, x.logsumexp(dim))]
     )
     return results.reshape(3, *shape)
 
@@ -176,8 +176,8 @@ def linear_log_probs(
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
     rows, positions = input.reshape(-1, input.shape[-1]), linear_weight.shape[1:-1]
     logits = head_logits(rows, linear_weight, linear_bias)
-    of_rows = log_probs(logits, target.reshape(len(rows), *positions), options)
-    return of_rows.reshape(*of_rows.shape[: not options.alone], *target.shape)
+    results = log_probs(logits, target.reshape(len(rows), *positions), options)
+    return results.reshape(*results.shape[: not options.alone], *target.shape)
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
@@ -210,12 +210,12 @@ def sigmoid_focal_loss(
     checks.scalar("gamma", gamma, 0.0, math.inf, False)
     if weight is not None:
         checks.weight_that_broadcasts(inputs, weight)
-    counts = torch.ones_like(targets) if ignore_index is None else targets.ne(ignore_index)
-    targets = targets.where(counts.bool(), 0)
-    positive = inputs.sigmoid()
-    wrong = positive * (1 - targets) + (1 - positive) * targets
-    each = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none") * wrong**gamma
+    valid = torch.ones_like(targets) if ignore_index is None else targets.ne(ignore_index)
+    targets = targets.where(valid.bool(), 0)
+    p = inputs.sigmoid()
+    error = p * (1 - targets) + (1 - p) * targets
+    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none") * error**gamma
     if alpha >= 0:
-        each = each * (alpha * targets + (1 - alpha) * (1 - targets))
-    each = (each if weight is None else each * weight).where(counts.bool(), 0)
-    return each.sum() / counts.sum() if reduction == "mean" else reduced(each, reduction)
+        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
+    loss = (loss if weight is None else loss * weight).where(valid.bool(), 0)
+    return loss.sum() / valid.sum() if reduction == "mean" else reduced(loss, reduction)

@@ -1,9 +1,12 @@
-"""Divergences of a student's predictions from a teacher's: of logits, of heads, of a top k.
+"""Divergences of a student's predictions p from a teacher's q: of logits, of heads, of a top k.
 
-A definition is the divergence in torch's terms, from all logits. The kernels' part goes chunk by
-chunk of rows where the logits are a linear layer's: both models' logits of some rows are made, the
-student's are turned into their gradient in place, and that is multiplied into the gradients of the
-layer. Beside a teacher's top k, logits take the kernels of row states.
+    beta = 0:      KL(q || p) = sum_c q_c (log q_c - log p_c)
+    beta = 1:      KL(p || q)
+    0 < beta < 1:  beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
+
+The definitions compute all logits with torch's operators. The kernels of linear layers compute the
+logits of both models by blocks of rows, overwrite the student's with their gradient, and multiply
+it into the gradients of the layer. For a teacher's top k, the kernels of row states are used.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.heads import Block, Layer, capped, counted_rows, linear, loss_over_rows
-from pyfused.ops.row_loss import Results, RowLoss, tensors_of
-from pyfused.ops.row_state import denominator_of, state_of_logits
+from pyfused.ops.heads import Block, Layer, capped, linear, loss_over_rows, valid_rows
+from pyfused.ops.row_loss import Results, RowLoss, option_tensors
+from pyfused.ops.row_state import logits_state, loss_denominator
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -50,8 +53,8 @@ def kl_div_with_logits(
     options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
 ) -> Tensor:
     checks.kl_div_with_logits(logits, teacher_logits, options)
-    log_p = _log_softmax(_shown(logits, options), options, options.softcap)
-    log_q = _log_softmax(_shown(teacher_logits, options), options, options.teacher_softcap)
+    log_p = _log_softmax(_masked(logits, options), options, options.softcap)
+    log_q = _log_softmax(_masked(teacher_logits, options), options, options.teacher_softcap)
     return _reduced(divergence(log_p, log_q, options.beta), logits, options)
 
 
@@ -67,7 +70,7 @@ def linear_kl_div(
     student = input, linear_weight, linear_bias
     teacher = teacher_input, teacher_linear_weight, teacher_linear_bias
     checks.linear_kl_div(*student, *teacher, options)
-    logits = F.linear(_shown(input, options), *student[1:])
+    logits = F.linear(_masked(input, options), *student[1:])
     return kl_div_with_logits(logits, F.linear(*teacher), options)
 
 
@@ -82,19 +85,19 @@ def linear_topk_kl_div(
     layer, classes = (linear_weight, linear_bias), len(linear_weight)
     checks.linear_topk_kl_div(input, *layer, teacher_indices, teacher_log_probs, options)
     checks.topk_indices(teacher_indices.reshape(-1, teacher_indices.shape[-1]), classes)
-    log_q = _shown(teacher_log_probs, options, -math.log(classes))
+    log_q = _masked(teacher_log_probs, options, -math.log(classes))
     checks.topk_log_probs(log_q)
-    log_p = _log_softmax(F.linear(_shown(input, options), *layer), options, options.softcap)
+    log_p = _log_softmax(F.linear(_masked(input, options), *layer), options, options.softcap)
     rest = log_p.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
     log_q = log_q.to(log_p.dtype)
-    both = _with_rest(log_p.gather(-1, teacher_indices), rest, log_q, options, classes)
-    return _reduced(divergence(*both, options.beta), input, options)
+    pair = _with_rest(log_p.gather(-1, teacher_indices), rest, log_q, options, classes)
+    return _reduced(divergence(*pair, options.beta), input, options)
 
 
-def _shown(rows: Tensor, options: DivergenceOptions, other: float = 0.0) -> Tensor:
-    """Returns the rows, with other numbers where the weight is 0, as NaN times 0 is NaN."""
+def _masked(rows: Tensor, options: DivergenceOptions, value: float = 0.0) -> Tensor:
+    """Fills rows of weight 0 with a value, as NaN times 0 would be NaN."""
     weight = options.token_weight
-    return rows if weight is None else rows.where(weight.unsqueeze(-1) != 0, other)
+    return rows if weight is None else rows.where(weight.unsqueeze(-1) != 0, value)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -105,7 +108,7 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
         return _kl_div(log_q, log_p)
     if beta == 1:
         return _kl_div(log_p, log_q)
-    low = torch.finfo(log_p.dtype).min / 4  # of -inf alone the gradient would be NaN
+    low = torch.finfo(log_p.dtype).min / 4  # logaddexp(-inf, -inf) has a gradient of NaN
     log_p, log_q = log_p.clamp(min=low), log_q.clamp(min=low)
     log_m = _log_mixture(log_p, log_q, beta)
     return beta * _kl_div(log_q, log_m) + (1 - beta) * _kl_div(log_p, log_m)
@@ -117,21 +120,21 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
 
 
-def _slopes(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Returns the derivative of the divergence by log p; for beta > 0 less a multiple of p.
+def _gradient_by_log_p(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Returns the gradient of the divergence by log p, for beta > 0 up to a multiple of p.
 
-    That changes no derivative by logits: the p that log p is normalized to add up to 1.
+    The multiple has no effect on the gradient of the logits, as sum_c p_c is constant.
     """
     if beta == 0:
         return -log_q.exp()
-    p, share = log_p.exp(), 1 - beta if beta < 1 else 1.0
-    return share * (p * (log_p - _log_mixture(log_p, log_q, beta))).where(p != 0, 0)
+    p, factor = log_p.exp(), 1 - beta if beta < 1 else 1.0
+    return factor * (p * (log_p - _log_mixture(log_p, log_q, beta))).where(p != 0, 0)
 
 
 def _kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
-    counts = p != 0
-    return (p * (log_p.where(counts, 0) - log_q.where(counts, 0))).sum(-1)
+    mask = p != 0
+    return (p * (log_p.where(mask, 0) - log_q.where(mask, 0))).sum(-1)
 
 
 def _log_softmax(logits: Tensor, options: DivergenceOptions, cap: float | None) -> Tensor:
@@ -143,28 +146,29 @@ def _log_softmax(logits: Tensor, options: DivergenceOptions, cap: float | None) 
 def _with_rest(
     log_p: Tensor, rest: Tensor, log_q: Tensor, options: DivergenceOptions, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns both log-probabilities of the top k, and of the rest as one class.
+    """Appends the remaining classes, as one class, to the log-probabilities of the top k.
 
-    If k is all classes, that has none but a rounding error, which is infinitely far from 0.
+    If k is the number of classes, the remainder would be a rounding error, whose divergence from 0
+    is infinite, so it is left out.
 
     Args:
-        rest: The student's, of shape (..., 1).
+        rest: The student's log-probability of the remaining classes, of shape (..., 1).
     """
     if options.remainder == "ignore" or log_q.shape[-1] == classes:
         return log_p, log_q
-    left = (1 - log_q.double().exp().sum(-1, keepdim=True)).clamp(min=0)
-    return torch.cat((log_p, rest), -1), torch.cat((log_q, left.log().to(log_q.dtype)), -1)
+    q_rest = (1 - log_q.double().exp().sum(-1, keepdim=True)).clamp(min=0)
+    return torch.cat((log_p, rest), -1), torch.cat((log_q, q_rest.log().to(log_q.dtype)), -1)
 
 
-def _reduced(each: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
-    weight, each = options.token_weight, each.to(accumulate_dtype(input.dtype))
+def _reduced(loss: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
+    weight, loss = options.token_weight, loss.to(accumulate_dtype(input.dtype))
     if weight is not None:
-        each = (each * weight.to(each.dtype)).where(weight != 0, 0)
+        loss = (loss * weight.to(loss.dtype)).where(weight != 0, 0)
     if options.reduction == "none":
-        return each
-    counted = each.numel() if weight is None else weight.to(each.dtype).sum()
-    denominator = denominator_of(options, counted)
-    return each.sum() / torch.as_tensor(denominator, dtype=each.dtype, device=each.device)
+        return loss
+    total_weight = loss.numel() if weight is None else weight.to(loss.dtype).sum()
+    denominator = loss_denominator(options, total_weight)
+    return loss.sum() / torch.as_tensor(denominator, dtype=loss.dtype, device=loss.device)
 
 
 # ---- the operator --------------------------------------------------------------------------------
@@ -175,66 +179,69 @@ class Divergence(RowLoss):
     """The divergence of a student's predictions from a teacher's.
 
     Attributes:
-        kernels: The divergence of each row or their sum, and the gradients where they are wanted,
-            of operands of two dimensions. Takes what `compute_rows` takes but for the state.
+        kernels: Computes the divergence of each row, or their sum, and the gradients that are
+            needed, of two-dimensional operands. Takes the arguments of `compute_rows` except the
+            state.
     """
 
     kernels: Callable[..., tuple[Tensor | None, Gradients]]
     options = DivergenceOptions
     strategy = "row by row"
 
-    def bind(self, *_: Any, **by_name: Any) -> Arguments:
-        dim, has_gradient = by_name.pop("dim", None), by_name.pop("teacher_requires_grad", False)
-        tensors = [by_name.pop(operand.name, None) for operand in self.operands]
+    def bind(self, *_: Any, **kwargs: Any) -> Arguments:
+        dim, teacher_requires_grad = (
+            kwargs.pop("dim", None),
+            kwargs.pop("teacher_requires_grad", False),
+        )
+        tensors = [kwargs.pop(operand.name, None) for operand in self.operands]
         if self.student == 1:
-            named = zip(self.operands, tensors, strict=True)
-            tensors = [checks.classes_at(-1, operand.name, x, dim) for operand, x in named]
-        for index in range(self.student, 0 if has_gradient else len(tensors)):
-            if isinstance(tensors[index], Tensor) and tensors[index].requires_grad:
-                tensors[index] = tensors[index].detach()
-        return *tensors, DivergenceOptions(**by_name)
+            pairs = zip(self.operands, tensors, strict=True)
+            tensors = [checks.classes_at(-1, operand.name, x, dim) for operand, x in pairs]
+        for i in range(self.student, 0 if teacher_requires_grad else len(tensors)):
+            if isinstance(tensors[i], Tensor) and tensors[i].requires_grad:
+                tensors[i] = tensors[i].detach()
+        return *tensors, DivergenceOptions(**kwargs)
 
     def check(self, arguments: Arguments) -> None:
         for operand, value in zip(self.operands, arguments, strict=False):
             if value is not None or not operand.optional:
                 checks.tensor(operand.name, value)
-        self.check_call(arguments)
+        self.checked_options(arguments)
         if self.operands[-2].indices:
             indices = arguments[-3]
             checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
-            checks.topk_log_probs(_shown(arguments[-2], arguments[-1], -torch.inf))
+            checks.topk_log_probs(_masked(arguments[-2], arguments[-1], -torch.inf))
 
-    def check_call(self, arguments: Arguments) -> DivergenceOptions:
+    def checked_options(self, arguments: Arguments) -> DivergenceOptions:
         self.check_arguments(*arguments)
-        options = arguments[-1]
-        numbers = {"beta": float(options.beta), "temperature": float(options.temperature)}
-        numbered: DivergenceOptions = replace(options, **numbers)
-        return numbered
+        options: DivergenceOptions = arguments[-1]
+        beta, temperature = float(options.beta), float(options.temperature)
+        return replace(options, beta=beta, temperature=temperature)
 
-    def arranged(self, arguments: Arguments) -> tuple[Any, ...]:
+    def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         *tensors, options = arguments
-        token_weight, denominator = tensors_of(options)
+        token_weight, denominator = option_tensors(options)
         checks.values_of_options(token_weight, denominator)
         device = tensors[0].device.type
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
                 (tensors[i],) = in_autocast_dtype(device, tensors[i])
-            if i in self.with_rows:
+            if i in self.row_operands:
                 tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
         return *tensors, None if token_weight is None else token_weight.flatten(), denominator
 
-    def finished(self, results: Any, arguments: Arguments) -> Tensor:
+    def finish(self, results: Any, arguments: Arguments) -> Tensor:
         loss: Tensor = results[0]
         return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
-    def counted(
+    def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: DivergenceOptions
     ) -> tuple[Tensor | None, float | Tensor]:
         weight, n = options.token_weight, len(tensors[0])
         total = n if weight is None else weight.sum(dtype=torch.float64)
         if weight is None or self.student == 1:
             return None, total
-        return counted_rows(weight, 0, backend), total
+        return valid_rows(weight, 0, backend), total
 
     def compute_rows(
         self,
@@ -243,34 +250,34 @@ class Divergence(RowLoss):
         options: DivergenceOptions,
         outputs: Outputs,
         grad_output: Tensor | None,
-        state: Tensor | None,  # noqa: ARG002 there is none
+        state: Tensor | None,  # noqa: ARG002
     ) -> Results:
         loss, gradients = self.kernels(backend, tensors, options, outputs, grad_output)
         return loss, gradients if outputs.gradients else (), None
 
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
-    """Returns why torch's operators are the ones for these arguments."""
+    """Returns why torch's operators have to compute these arguments, None if a kernel can."""
     return options_fallback_reason(input, arguments[-1])
 
 
-# ---- what the kernels compute --------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
-def of_logits(
+def logits_kernels(
     backend: Backend,
     tensors: Sequence[Any],
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Returns the divergence of logits, and the gradient of the student's."""
+    """Computes the divergence of logits, and the gradient of the student's logits."""
     logits, teacher_logits = tensors
-    loss, gradient = _of_rows(backend, logits, teacher_logits, options, outputs, grad_output)
+    loss, gradient = _logits_loss(backend, logits, teacher_logits, options, outputs, grad_output)
     return loss, (gradient,)
 
 
-def _of_rows(
+def _logits_loss(
     backend: Backend,
     logits: Tensor,
     teacher_logits: Tensor,
@@ -278,8 +285,8 @@ def _of_rows(
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the divergence of rows of logits, and their gradient; capped ones are not rounded."""
-    student, uncapped = capped(backend, logits, options.softcap)
+    """Computes the divergence of rows of logits, and their gradient, in the accumulation dtype."""
+    student, cap_backward = capped(backend, logits, options.softcap)
     teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     if student is not logits:
@@ -287,51 +294,52 @@ def _of_rows(
     loss, (gradient,) = backend.kl_div_with_logits(
         student.to(dtype), teacher.to(dtype), options, outputs, grad_output
     )
-    return loss, None if gradient is None else uncapped(gradient.to(student.dtype))
+    return loss, None if gradient is None else cap_backward(gradient.to(student.dtype))
 
 
-def of_layers(
+def linear_kernels(
     backend: Backend,
     tensors: Sequence[Any],
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Returns the divergence of a student's head from a teacher's, and the student's gradients."""
+    """Computes the divergence of a student's head from a teacher's, and the student's gradients."""
     *_, input, weight, bias = tensors
     teacher_dtype = backend.product_dtype(input.dtype)
     weight, bias = weight.to(teacher_dtype), None if bias is None else bias.to(teacher_dtype)
 
-    def step(block: Block, *given: Any) -> tuple[Tensor | None, Tensor | None]:
+    def step(block: Block, *args: Any) -> tuple[Tensor | None, Tensor | None]:
         teacher_logits = backend.empty(block.logits.shape, teacher_dtype, block.logits)
         linear(input[block.rows].to(teacher_dtype), weight, bias, teacher_logits)
-        return _of_rows(backend, block.logits, teacher_logits, *given)
+        return _logits_loss(backend, block.logits, teacher_logits, *args)
 
-    more_bytes = teacher_dtype.itemsize * (1 if options.teacher_softcap is None else 3)
-    return _by_rows(backend, tensors, options, outputs, grad_output, step, more_bytes)
+    teacher_bytes = teacher_dtype.itemsize * (1 if options.teacher_softcap is None else 3)
+    return _by_rows(backend, tensors, options, outputs, grad_output, step, teacher_bytes)
 
 
-def of_topk(
+def topk_kernels(
     backend: Backend,
     tensors: Sequence[Any],
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Gradients]:
-    """Returns the divergence of a student's head from a teacher's top k, and the gradients."""
+    """Computes the divergence of a student's head from a teacher's top k, and the gradients."""
     _, weight, _, indices, log_probs = tensors
-    wrong = checks.topk_indices(indices, len(weight))[:, None]
-    checks.topk_log_probs(_shown(log_probs, options, -torch.inf))
-    if backend.ASYNCHRONOUS:  # an error would synchronise: the loss of such a row is NaN
-        log_probs, indices = log_probs.masked_fill(wrong, torch.nan), indices.masked_fill(wrong, 0)
+    invalid = checks.topk_indices(indices, len(weight))[:, None]
+    checks.topk_log_probs(_masked(log_probs, options, -torch.inf))
+    if backend.ASYNCHRONOUS:  # raising an error would synchronise, so the loss of the row is NaN
+        log_probs = log_probs.masked_fill(invalid, torch.nan)
+        indices = indices.masked_fill(invalid, 0)
 
     def step(
         block: Block, options: DivergenceOptions, outputs: Outputs, grad_output: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        logits, uncapped = capped(backend, block.logits, options.softcap)
+        logits, cap_backward = capped(backend, block.logits, options.softcap)
         teacher = indices[block.rows], log_probs[block.rows]
         loss, gradient = _topk(backend, logits, *teacher, options, outputs, grad_output)
-        return loss, None if gradient is None else uncapped(gradient)
+        return loss, None if gradient is None else cap_backward(gradient)
 
     return _by_rows(backend, tensors, options, outputs, grad_output, step)
 
@@ -343,27 +351,28 @@ def _by_rows(
     outputs: Outputs,
     grad_output: Tensor | None,
     step: Callable[..., tuple[Tensor | None, Tensor | None]],
-    more_bytes: int = 0,
+    teacher_bytes: int = 0,
 ) -> tuple[Tensor | None, Gradients]:
-    """Returns the divergence and the gradients, from the student's logits of some rows at a time.
+    """Computes the divergence and the gradients by blocks of rows.
 
     Args:
-        step: Takes a block, and the options, outputs and grad_output of its rows.
-        more_bytes: What ``step`` needs beside each of the student's logits.
+        step: Takes a block of the student's logits, and the options, outputs and grad_output of its
+            rows; returns the loss and the gradient of the logits.
+        teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
     """
     input, weight, bias, *_ = tensors
     n, dtype = len(input), backend.product_dtype(input.dtype)
-    of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
-    row = len(weight) * (dtype.itemsize + of_cap + more_bytes)
+    cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
+    row = len(weight) * (dtype.itemsize + cap_bytes + teacher_bytes)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
-    of_logits = Outputs(outputs.loss, (True,) if outputs.gradients else (), True)
+    block_outputs = Outputs(outputs.loss, (True,) if outputs.gradients else (), True)
 
-    def of_block(block: Block, token_weight: Any, grad_output: Any) -> Any:
-        return step(block, replace(options, token_weight=token_weight), of_logits, grad_output)
+    def block_step(block: Block, token_weight: Any, grad_output: Any) -> Any:
+        block_options = replace(options, token_weight=token_weight)
+        return step(block, block_options, block_outputs, grad_output)
 
-    layer, needed = Layer(_shown(input, options), weight, bias), outputs.gradients or (False,) * 3
-    given = backend, layer, dtype, rows, needed, options, grad_output
-    return loss_over_rows(*given, of_block)
+    layer, needs = Layer(_masked(input, options), weight, bias), outputs.gradients or (False,) * 3
+    return loss_over_rows(backend, layer, dtype, rows, needs, options, grad_output, block_step)
 
 
 def _topk(
@@ -375,43 +384,42 @@ def _topk(
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the divergence of k + 1 classes, the last of which stands for all others.
+    """Computes the divergence of k + 1 classes, the last of which is the sum of all others.
 
-    Of the gradient by their log-probabilities, g, and its sum s, the gradient by the logit of one
-    of the k is g_c - s p_c, and of any other (g_rest - s p_rest) exp(x_c - lse_rest).
+    With the gradient g of the k + 1 log-probabilities, and its sum s, the gradient of the logit x_c
+    is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
     n, classes = logits.shape
-    rows, among = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
+    rows, class_range = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:
-        logits -= logits.amax(1, keepdim=True)  # a smaller log-sum-exp is rounded to less
-    chosen = logits.gather(1, indices).double() * rows.scale
+        logits -= logits.amax(1, keepdim=True)  # to round the log-sum-exp less
+    topk_logits = logits.gather(1, indices).double() * rows.scale
     logits.scatter_(1, indices, -torch.inf)
-    state, _ = state_of_logits(backend, logits, rows, among)(logits, None)
+    state, _ = logits_state(backend, logits, rows, class_range)(logits, None)
     lse_rest = state[LSE]
-    lse = torch.logaddexp(chosen.logsumexp(1), lse_rest)[:, None]
+    lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
-    log_p, log_q = _with_rest(chosen - lse, log_p_rest, log_q.double(), options, classes)
-    each, weight = divergence(log_p, log_q, options.beta), options.token_weight
+    log_p, log_q = _with_rest(topk_logits - lse, log_p_rest, log_q.double(), options, classes)
+    loss, weight = divergence(log_p, log_q, options.beta), options.token_weight
     if weight is not None:
-        each = (each * weight).where(weight != 0, 0)
-    loss = each if options.reduction == "none" else each.sum()
+        loss = (loss * weight).where(weight != 0, 0)
+    factor = torch.ones_like(loss) if weight is None else weight
+    loss = loss if options.reduction == "none" else loss.sum()
     if not outputs.gradients:
         return loss, None
-    factor = torch.ones_like(each) if weight is None else weight
     if grad_output is not None:
         factor = (factor * grad_output).where(factor != 0, 0)
     p, k = log_p.exp(), indices.shape[1]
-    slopes = _slopes(log_p, log_q, options.beta) * factor[:, None]
-    slopes = slopes.where(factor[:, None] != 0, 0)
-    total = slopes.sum(1, keepdim=True)
-    of_rest = slopes[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
-    nothing = state[SUM] == 0  # by which no gradient is divided
-    for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):
-        state[field].masked_fill_(nothing, value)
+    gradient = _gradient_by_log_p(log_p, log_q, options.beta) * factor[:, None]
+    gradient = gradient.where(factor[:, None] != 0, 0)
+    total = gradient.sum(1, keepdim=True)
     grad_results = state.new_zeros(len(RESULTS), n)
-    grad_results[LSE] = of_rest
-    prepare = backend.row_gradients
-    prepare(logits, rows, among, len(RESULTS))(logits, None, None, state, grad_results, logits)
-    of_chosen = (slopes[:, :k] - total * p[:, :k]) * rows.scale
-    logits.scatter_(1, indices, of_chosen.to(logits.dtype))
+    grad_results[LSE] = gradient[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
+    no_rest = state[SUM] == 0
+    for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # against divisions by 0
+        state[field].masked_fill_(no_rest, value)
+    launch = backend.row_gradients(logits, rows, class_range, len(RESULTS))
+    launch(logits, None, None, state, grad_results, logits)
+    grad_topk = (gradient[:, :k] - total * p[:, :k]) * rows.scale
+    logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits

@@ -1,4 +1,4 @@
-"""Losses of embeddings, which compare rows of features: their declaration and kernels."""
+"""Losses of embeddings, which are computed from distances or cosines between rows of features."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def triplet_fallback_reason(
 ) -> str | None:
     if type(p) not in (int, float) or p not in (1, 2):
         return "p is neither 1 nor 2"
-    return _differ_in_features(anchor, positive, negative)
+    return _shape_reason(anchor, positive, negative)
 
 
 def cosine_fallback_reason(input1: Tensor, input2: Tensor, target: Tensor, *_: Any) -> str | None:
     if target.dim() != input1.dim() - 1 or target.dim() > 1:
         return "the target has a dimension more or less than rows of the inputs"
-    return _differ_in_features(input1, input2)
+    return _shape_reason(input1, input2)
 
 
-def _differ_in_features(first: Tensor, *others: Tensor) -> str | None:
-    """Returns why the kernels do not take such shapes: dimensions before the features broadcast."""
-    if first.dim() and all(x.dim() == first.dim() for x in others):
-        if all(x.shape[-1] == first.shape[-1] for x in others):
+def _shape_reason(first: Tensor, *inputs: Tensor) -> str | None:
+    """Returns why kernels do not support the shapes, whose dimensions but the last broadcast."""
+    if first.dim() and all(x.dim() == first.dim() for x in inputs):
+        if all(x.shape[-1] == first.shape[-1] for x in inputs):
             return None
         return "the inputs differ in the number of features"
     return "the inputs differ in the number of dimensions, or have none"
@@ -49,10 +49,7 @@ def _differ_in_features(first: Tensor, *others: Tensor) -> str | None:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class EmbeddingLoss(TensorLoss):
-    """A loss of each row of features of two or three tensors.
-
-    The last operand is a row, too, or a target of each row that is 1 or -1.
-    """
+    """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 
     strategy = "row by row"
 
@@ -86,18 +83,18 @@ class EmbeddingLoss(TensorLoss):
     def arranged(
         self, operands: Sequence[Any], weight: Tensor | None, dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Returns the inputs in one dtype, and as many rows of each operand."""
+        """Converts the operands to one dtype and broadcasts their rows."""
         dtypes = [dtype] * len(operands)
         if self.has_target:
             *inputs, target = operands
             dtypes[-1] = accumulate_dtype(dtype)
-            if target.dtype is torch.float64 is not dtypes[-1]:  # what is near 1 is not to become 1
+            if target.dtype is torch.float64 is not dtypes[-1]:  # must not round to 1
                 target = (target == 1).to(dtypes[-1]) - (target == -1).to(dtypes[-1])
             operands = *inputs, target.unsqueeze(-1)
         operands = [x if x.dtype is d else x.to(d) for x, d in zip(operands, dtypes, strict=True)]
         leading = [x.shape[:-1] for x in operands]
         if leading.count(leading[0]) < len(leading):
-            # torch.broadcast_shapes would import a compiler.
+            # Unlike torch.broadcast_shapes, this does not import torch's compiler.
             shape = torch.broadcast_tensors(*[x[..., :1] for x in operands])[0].shape[:-1]
             operands = [x.expand(*shape, -1) for x in operands]
         return operands, weight
@@ -110,11 +107,11 @@ class EmbeddingLoss(TensorLoss):
         reduction: str,
         outputs: Outputs,
         divisor: float,
-        grad_output: Tensor | None,  # noqa: ARG002 any layout will do
+        grad_output: Tensor | None,  # noqa: ARG002
     ) -> Launch:
-        named = dict(zip([scalar.name for scalar in self.scalars], numbers, strict=True))
-        euclidean = named.pop("p", 2.0) == 2.0
-        options = EmbeddingOptions(**named, euclidean=euclidean)
+        scalars = dict(zip([scalar.name for scalar in self.scalars], numbers, strict=True))
+        euclidean = scalars.pop("p", 2.0) == 2.0
+        options = EmbeddingOptions(**scalars, euclidean=euclidean)
         prepare: Callable[..., Launch] = backend.embedding_loss
         return prepare(self.name, tuple(tensors[:-2]), options, reduction, outputs, divisor)
 

@@ -1,11 +1,13 @@
-"""A linear layer's logits that never exist as a whole: one loop over blocks of them.
+"""Loops over blocks of a linear layer's logits, which are never in memory as a whole.
 
-    for block in blocks(layer):         # logits = input[rows] @ weight[classes].T + bias
-        gradient = step(block)          # of the loss by these logits
-        sums.add(block, gradient)       # gradient @ weight, gradient.T @ input, gradient.sum(0)
+    for block in blocks(layer):         # logits = input[rows] @ weight[classes].T + bias[classes]
+        grad_logits = step(block)
+        sums.add(block, grad_logits)    # grad_input[rows] += grad_logits @ weight[classes]
+                                        # grad_weight[classes] += grad_logits.T @ input[rows]
+                                        # grad_bias[classes] += grad_logits.sum(0)
 
-A step is the loss's own part: cross-entropy, a divergence, log-probabilities. ``chunk_sizes.py``
-decides how many rows and classes a block has.
+Each loss has its own step: cross-entropy, a divergence, or log-probabilities. ``chunk_sizes.py``
+chooses the numbers of rows and classes of a block.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 
 from pyfused.backends import Backend
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import FIXED_ROWS, chunk_of_states, product_dtype
+from pyfused.ops.chunk_sizes import FIXED_ROWS, product_dtype, state_block_size
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, RowOptions
 
@@ -28,7 +30,7 @@ from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, RowOptions
 
 
 class Layer(NamedTuple):
-    """Input (N, D), weight (C, D), and bias (C) or None."""
+    """A linear layer and its input: input (N, D), weight (C, D), and bias (C) or None."""
 
     input: Tensor
     weight: Tensor
@@ -36,7 +38,7 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The logits of some rows and classes, and the matrices that they are the product of."""
+    """The logits of some rows and classes, and the rows of input and weight that produce them."""
 
     logits: Tensor
     input: Tensor
@@ -55,43 +57,44 @@ def blocks(
     memory: Tensor | None = None,
     fixed_sizes: bool = False,
 ) -> Iterator[Block]:
-    """Yields the logits of all rows for some classes, then for the next ones, in the same memory.
+    """Yields blocks of logits, which share their memory: all rows for some classes, then the next.
 
     Args:
         dtype: The dtype of the products.
-        size: Rows and classes of a block.
-        backwards: The last rows come first.
-        memory: Holds the logits of the first block already, and takes those of the others.
-        fixed_sizes: The bits of a row's logits do not depend on the batch.
+        size: The numbers of rows and classes of a block.
+        backwards: Whether the blocks of rows come in reverse order.
+        memory: Holds the logits of the first block, and is overwritten by the next ones. None
+            allocates it.
+        fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
     input, weight, bias = layer
     n, all_classes = len(input), len(weight)
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
-    product, computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
+    product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
     if memory is None:
         memory = backend.empty((rows * classes,), dtype, input)
     for first in range(0, all_classes, classes):
-        of_classes = slice(first, min(first + classes, all_classes))
-        w = weight[of_classes].to(dtype)
-        b = None if bias is None else bias[of_classes].to(dtype)
+        class_slice = slice(first, min(first + classes, all_classes))
+        w = weight[class_slice].to(dtype)
+        b = None if bias is None else bias[class_slice].to(dtype)
         starts = range(0, n, rows)
         for start in reversed(starts) if backwards else starts:
-            of_rows = slice(start, min(start + rows, n))
-            x = input[of_rows].to(dtype)
+            row_slice = slice(start, min(start + rows, n))
+            x = input[row_slice].to(dtype)
             logits = memory[: len(x) * len(w)].view(len(x), len(w))
-            if not computed:
+            if not is_computed:
                 product(x, w, b, logits)
-            computed = False
-            yield Block(logits, x, w, of_rows, of_classes)
+            is_computed = False
+            yield Block(logits, x, w, row_slice, class_slice)
 
 
 class LayerGradients:
-    """The gradients of a layer, added up over blocks, of which rows come in order.
+    """Accumulates the gradients of a layer over blocks, whose rows come in ascending order.
 
     Args:
         dtype: The dtype of the products.
-        size: Rows and classes of a block.
-        needed: Whether the input, the weight and the bias need a gradient.
+        size: The numbers of rows and classes of a block.
+        needs: Whether the input, the weight and the bias need a gradient.
     """
 
     def __init__(
@@ -100,62 +103,62 @@ class LayerGradients:
         layer: Layer,
         dtype: torch.dtype,
         size: tuple[int, int],
-        needed: Sequence[bool],
+        needs: Sequence[bool],
     ) -> None:
-        self.backend, self.layer, self.sums = backend, layer, accumulate_dtype(dtype)
+        self.backend, self.layer, self.sum_dtype = backend, layer, accumulate_dtype(dtype)
         self.input: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         input, weight, bias = layer
         all_rows, all_classes = len(input) <= size[0], 0 < len(weight) <= size[1]
-        if needed[0]:
-            self.input = backend.empty(input.shape, dtype if all_classes else self.sums, input)
+        if needs[0]:
+            self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
             self.input = self.input if all_classes else self.input.zero_()
-        if needed[1]:
-            once = all_rows and weight.dtype is dtype
-            sums = weight.dtype if once or not all_classes else self.sums
-            self.weight = backend.empty(weight.shape, sums, input)
-        if needed[2] and bias is not None:
-            self.bias = bias.new_zeros(len(bias), dtype=self.sums)
+        if needs[1]:
+            one_product = all_rows and weight.dtype is dtype
+            sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
+            self.weight = backend.empty(weight.shape, sum_dtype, input)
+        if needs[2] and bias is not None:
+            self.bias = bias.new_zeros(len(bias), dtype=self.sum_dtype)
 
-    def add(self, block: Block, gradient: Tensor, kept: Tensor | None = None) -> None:
-        """Multiplies the gradient of a block's logits with its weight and its input.
+    def add(self, block: Block, grad_logits: Tensor, columns: Tensor | None = None) -> None:
+        """Adds the products of the gradient of a block's logits with its weight and its input.
 
         Args:
-            kept: The classes that count, None for all.
+            columns: The indices of the classes to include, None for all.
         """
         _, x, weight, rows, classes = block
         if self.bias is not None:
-            self.bias[classes] += gradient.sum(0, dtype=self.sums)
-        if kept is not None:
-            gradient, weight = gradient[:, kept], weight[kept]
+            self.bias[classes] += grad_logits.sum(0, dtype=self.sum_dtype)
+        if columns is not None:
+            grad_logits, weight = grad_logits[:, columns], weight[columns]
         if self.input is not None:
-            to = self.input[rows]
-            self.backend.add_product(to, gradient, weight, float(classes.start > 0))
+            out = self.input[rows]
+            self.backend.add_product(out, grad_logits, weight, float(classes.start > 0))
         if self.weight is None:
             return
-        to, first, last = self.weight[classes], rows.start == 0, rows.stop == len(self.layer.input)
+        out, first, last = self.weight[classes], rows.start == 0, rows.stop == len(self.layer.input)
         if first:
-            in_place = to.dtype is self.sums or (last and to.dtype is gradient.dtype)
-            self.part = to if in_place else self.backend.empty(to.shape, self.sums, x)
-        if kept is None:
-            self.backend.add_product(self.part, gradient.t(), x, float(not first))
+            in_place = out.dtype is self.sum_dtype or (last and out.dtype is grad_logits.dtype)
+            self.sum = out if in_place else self.backend.empty(out.shape, self.sum_dtype, x)
+        if columns is None:
+            self.backend.add_product(self.sum, grad_logits.t(), x, float(not first))
         else:
-            part = self.part.zero_() if first else self.part
-            part.index_add_(0, kept, torch.mm(gradient.t(), x).to(part.dtype))
-        if last and self.part.data_ptr() != to.data_ptr():
-            to.copy_(self.part)
+            total = self.sum.zero_() if first else self.sum
+            total.index_add_(0, columns, torch.mm(grad_logits.t(), x).to(total.dtype))
+        if last and self.sum.data_ptr() != out.data_ptr():
+            out.copy_(self.sum)
 
-    def in_dtypes_of(self, layer: Layer) -> Gradients:
-        """Returns the sums in the dtypes of the layer's tensors, after all blocks."""
+    def converted(self) -> Gradients:
+        """Returns the gradients in the dtypes of the layer's tensors, after all blocks."""
 
-        def converted(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+        def convert(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
             if total is None or tensor is None or total.dtype is tensor.dtype:
                 return total
             empty: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
             return empty.copy_(total)
 
-        return tuple(map(converted, (self.input, self.weight, self.bias), layer))
+        return tuple(map(convert, (self.input, self.weight, self.bias), self.layer))
 
 
 def over_blocks(
@@ -163,34 +166,34 @@ def over_blocks(
     layer: Layer,
     dtype: torch.dtype,
     size: tuple[int, int],
-    needed: Sequence[bool],
+    needs: Sequence[bool],
     step: Callable[[Block], Tensor | None],
     *,
     filter_below: Tensor | None = None,
     **options: Any,
 ) -> Gradients:
-    """Returns the gradients of a layer: the loop that all losses of its logits share.
+    """Runs the loop that all losses of a layer's logits share, and returns the layer's gradients.
 
     Args:
         dtype, size, options: As in `blocks`.
-        needed: Whether the input, the weight and the bias need a gradient.
-        step: Returns the gradient of a block's logits, which may take their memory, or None.
-        filter_below: The least gradient of a logit that products count, a number or one for each
-            row; None if they count all.
+        needs: Whether the input, the weight and the bias need a gradient.
+        step: Computes the gradient of a block's logits, which may overwrite them, or None.
+        filter_below: Columns of gradients that are all smaller are left out of the products. A
+            scalar, or one threshold for each row; None to include all columns.
     """
-    sums = LayerGradients(backend, layer, dtype, size, needed)
+    sums = LayerGradients(backend, layer, dtype, size, needs)
     for block in blocks(backend, layer, dtype, size, **options):
-        gradient = step(block)
-        if gradient is not None:
-            kept = None
+        grad_logits = step(block)
+        if grad_logits is not None:
+            columns = None
             if filter_below is not None:
-                least = filter_below[block.rows] if filter_below.dim() else filter_below
-                kept = classes_that_count(gradient, least)
-            sums.add(block, gradient, kept)
-    return sums.in_dtypes_of(layer)
+                threshold = filter_below[block.rows] if filter_below.dim() else filter_below
+                columns = large_columns(grad_logits, threshold)
+            sums.add(block, grad_logits, columns)
+    return sums.converted()
 
 
-# Returns the loss and the gradient of a block, given token_weight and grad_output of its rows.
+# Computes the loss and the gradient of a block, given token_weight and grad_output of its rows.
 LossStep = Callable[[Block, Any, Any], tuple[Tensor | None, Tensor | None]]
 
 
@@ -199,59 +202,62 @@ def loss_over_rows(
     layer: Layer,
     dtype: torch.dtype,
     rows: int,
-    needed: Sequence[bool],
+    needs: Sequence[bool],
     options: Any,
     grad_output: Tensor | None,
     step: LossStep,
-    **filtered: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor | None, Gradients]:
-    """Returns the loss and the layer's gradients, from all logits of some rows at a time.
+    """Returns the loss and the layer's gradients, by blocks of rows with all classes.
 
-    The loss is a sum in float64, or one for each row.
+    The loss is a sum in float64, or a tensor with the loss of each row.
 
     Args:
-        options: Its token_weight is that of all rows.
-        grad_output: One number, or one for each row if the reduction is "none".
+        options: The options, with token_weight for all rows.
+        grad_output: A scalar, or a tensor with one element per row if the reduction is "none".
     """
-    weight, each, losses = options.token_weight, options.reduction == "none", list[Tensor]()
+    weight, unreduced, losses = options.token_weight, options.reduction == "none", list[Tensor]()
 
-    def of_block(block: Block) -> Tensor | None:
-        of_rows = None if weight is None else weight[block.rows]
-        factor = grad_output[block.rows] if each and grad_output is not None else grad_output
-        loss, gradient = step(block, of_rows, factor)
+    def block_step(block: Block) -> Tensor | None:
+        token_weight = None if weight is None else weight[block.rows]
+        grad_loss = grad_output
+        if unreduced and grad_output is not None:
+            grad_loss = grad_output[block.rows]
+        loss, grad_logits = step(block, token_weight, grad_loss)
         if loss is not None:
             losses.append(loss)
-        return gradient
+        return grad_logits
 
     size = rows, len(layer.weight)
-    gradients = over_blocks(backend, layer, dtype, size, needed, of_block, **filtered)
+    gradients = over_blocks(backend, layer, dtype, size, needs, block_step, **kwargs)
     if not losses:
         return None, gradients
-    return torch.cat(losses) if each else torch.stack(losses).sum(dtype=torch.float64), gradients
+    loss = torch.cat(losses) if unreduced else torch.stack(losses).sum(dtype=torch.float64)
+    return loss, gradients
 
 
-# ---- rows that count -----------------------------------------------------------------------------
+# ---- valid rows ----------------------------------------------------------------------------------
 
 
-def counted_rows(target: Tensor, ignored: int, backend: Backend) -> Tensor | None:
+def valid_rows(target: Tensor, ignore_index: int, backend: Backend) -> Tensor | None:
     """Returns the indices of the rows with a target that is not ignored, None for all rows.
 
-    All rows count where finding that out would synchronise, and where none has a target.
+    It returns None, too, if reading the targets would synchronise, and if all rows are ignored.
     """
     if backend.ASYNCHRONOUS:
         return None
-    counts = target != ignored
-    rows = (counts.flatten(1).any(1) if counts.dim() > 1 else counts).nonzero().flatten()
+    valid = target != ignore_index
+    rows = (valid.flatten(1).any(1) if valid.dim() > 1 else valid).nonzero().flatten()
     return rows if 0 < len(rows) < len(target) else None
 
 
 def take_rows(values: Any, rows: Tensor | None, dim: int = 0) -> Any:
-    """Returns the values of these rows, all for None."""
+    """Returns the values of these rows, or of all rows for None."""
     return values if values is None or rows is None else values.index_select(dim, rows)
 
 
 def spread_rows(values: Any, rows: Tensor | None, total: int, dim: int = 0) -> Any:
-    """Returns the values of all rows, given those of some: the others are zeros."""
+    """Scatters the values of some rows to all rows, which are 0 otherwise."""
     if values is None or rows is None:
         return values
     shape = list(values.shape)
@@ -263,15 +269,15 @@ def spread_rows(values: Any, rows: Tensor | None, total: int, dim: int = 0) -> A
 
 
 class StateOptions(NamedTuple):
-    """How the state of the rows of logits, or of a layer's output, is computed.
+    """Options of the state of the rows of logits, or of a layer's output.
 
     Attributes:
-        rows: How the rows are read.
-        classes: The logits' classes among all.
-        fields: How many fields a state has.
-        size: Rows and classes of a block of the layer's logits; None for the default.
-        memory_budget: Bytes for the logits that exist at once; None for the default.
-        fixed_sizes: Logits come from matrix products of one size.
+        rows: The options of the kernels.
+        classes: The classes of these logits.
+        fields: The number of fields of a state.
+        size: The numbers of rows and classes of a block of a layer's logits, None for the default.
+        memory_budget: Bytes for the logits in memory at once, None for the default.
+        fixed_sizes: Whether the logits come from matrix products of one size.
     """
 
     rows: RowOptions
@@ -282,14 +288,14 @@ class StateOptions(NamedTuple):
     fixed_sizes: bool = False
 
 
-class _CountedPart(NamedTuple):
-    """The rows of a layer that are not ignored, and how their logits are computed.
+class _ValidRows(NamedTuple):
+    """The rows of a layer's input that are not ignored, and the sizes of blocks of their logits.
 
     Attributes:
-        layer: The classes at one of the positions d1, ..., dk are neighbours.
-        labels: The targets, flat.
-        indices: Which rows of the whole layer these are, None for all.
-        size: Rows and classes of a block.
+        layer: The layer, whose classes are contiguous for each position (d1, ..., dk).
+        labels: The targets, flattened.
+        indices: The indices of these rows in the input, None for all rows.
+        size: The numbers of rows and classes of a block.
         dtype: The dtype of the products.
         positions: The number of targets of a row, d1 * ... * dk.
     """
@@ -301,111 +307,113 @@ class _CountedPart(NamedTuple):
     dtype: torch.dtype
     positions: int
 
-    def of_block(self, block: Block, options: StateOptions) -> tuple[Tensor, slice, ClassRange]:
-        """Returns the logits of each target, which targets these are, and of which classes."""
+    def per_target(self, block: Block, options: StateOptions) -> tuple[Tensor, slice, ClassRange]:
+        """Returns a block's logits with a row per target, the targets' slice, and the classes."""
         targets = slice(block.rows.start * self.positions, block.rows.stop * self.positions)
         classes = options.classes._replace(first=options.classes.first + block.classes.start)
         return block.logits.view(len(block.input) * self.positions, -1), targets, classes
 
 
-def _counted_part(tensors: Sequence[Any], options: StateOptions, backend: Backend) -> _CountedPart:
+def _valid_rows(tensors: Sequence[Any], options: StateOptions, backend: Backend) -> _ValidRows:
     input, weight, bias, target = tensors
     input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
     target = target.reshape(len(input), -1)
-    rows = counted_rows(target, options.rows.ignore_index, backend)
+    rows = valid_rows(target, options.rows.ignore_index, backend)
     input, target = take_rows(input, rows), take_rows(target, rows)
     head = Head(input, weight, bias, target, None)
     bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
     layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias)
-    size = options.size or chunk_of_states(
+    size = options.size or state_block_size(
         head, options.memory_budget, options.fixed_sizes, backend
     )
     labels, positions = target.flatten().contiguous(), weight.shape[1:-1].numel()
-    return _CountedPart(layer, labels, rows, size, product_dtype(head, backend), positions)
+    return _ValidRows(layer, labels, rows, size, product_dtype(head, backend), positions)
 
 
-def state_of(
+def layer_state(
     backend: Backend,
     tensors: Sequence[Any],
     options: StateOptions,
     weight: Tensor | None = None,
-    keeps: bool = False,
+    return_logits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the state of each target, of shape (fields, *target.shape).
-
-    Returns also, if it ``keeps`` them, the logits of the first rows for the backward pass, where
-    they have all classes.
+    """Computes the state of each target, of shape (fields, *target.shape), in float64.
 
     Args:
-        tensors: Input, weight and bias of a layer, and the target.
-        weight: One factor for each of all classes, in the accumulation dtype, or None.
+        tensors: The input, weight and bias of a layer, and the target.
+        weight: The weights of all classes, in the accumulation dtype, or None.
+        return_logits: Whether the logits of the first block are returned, for the backward pass.
+            They are None if the block does not have all classes.
     """
-    target, rows, fields = tensors[-1], options.rows, options.fields
-    part, logits = _counted_part(tensors, options, backend), None
-    state = part.labels.new_empty((fields, len(part.labels)), dtype=torch.float64)
-    loop = backend, part.layer, part.dtype, part.size
+    target, row_options, fields = tensors[-1], options.rows, options.fields
+    valid, block_logits = _valid_rows(tensors, options, backend), None
+    state = valid.labels.new_empty((fields, len(valid.labels)), dtype=torch.float64)
+    loop = backend, valid.layer, valid.dtype, valid.size
     for block in blocks(*loop, backwards=True, fixed_sizes=options.fixed_sizes):
-        of_targets, targets, classes = part.of_block(block, options)
-        launch = backend.row_state(of_targets, rows, classes, fields, 0, block.classes.start > 0)
-        launch(of_targets, part.labels[targets], weight, state[:, targets])
-        logits = block.logits
-    n = target.numel() // max(part.positions, 1)
-    state = spread_rows(state.view(fields, -1, part.positions), part.indices, n, 1)
+        logits, targets, classes = valid.per_target(block, options)
+        launch = backend.row_state(logits, row_options, classes, fields, 0, block.classes.start > 0)
+        launch(logits, valid.labels[targets], weight, state[:, targets])
+        block_logits = block.logits
+    n = target.numel() // max(valid.positions, 1)
+    state = spread_rows(state.view(fields, -1, valid.positions), valid.indices, n, 1)
     state = state.view(fields, *target.shape)
-    if logits is None or not keeps or logits.shape[1] < len(part.layer.weight):
+    if not return_logits or block_logits is None:
         return state, None
-    return state, logits.view(-1)
+    has_all_classes = block_logits.shape[1] == len(valid.layer.weight)
+    return state, block_logits.view(-1) if has_all_classes else None
 
 
-def gradients_of(
+def layer_gradients(
     backend: Backend,
     tensors: Sequence[Any],
     options: StateOptions,
-    needed: Sequence[bool],
+    needs: Sequence[bool],
     state: Tensor,
     grad_results: Tensor,
-    kept: Tensor | None = None,
+    logits: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     filter_below: Tensor | None = None,
 ) -> Gradients:
-    """Returns the gradients of a layer's input, weight and bias.
+    """Computes the gradients of a layer's input, weight and bias.
 
     Args:
-        tensors, options, weight: As in `state_of`.
-        state: Of all classes.
-        grad_results: The gradients of the first of log-probability, entropy, log-sum-exp and the
-            weighted sum of the logits, of shape (1, 3 or 4, *target.shape), in float64.
-        kept: The logits that `state_of` has kept, whose memory is overwritten.
+        tensors, options, weight: As in `layer_state`.
+        state: The state over all classes.
+        grad_results: The gradients of log-probability, entropy, log-sum-exp and the weighted sum
+            of the logits, or of the first 1 or 3 of these, in float64. The target's shape follows.
+        logits: The logits that `layer_state` has returned; they are overwritten.
         filter_below: As in `over_blocks`.
     """
     input, linear_weight, *_ = tensors
     n = input.shape[:-1].numel()
-    part = _counted_part(tensors, options, backend)
+    valid = _valid_rows(tensors, options, backend)
     state, grad_results = (
-        take_rows(values.reshape(len(values), n, -1), part.indices, 1).flatten(1).contiguous()
+        take_rows(values.reshape(len(values), n, -1), valid.indices, 1).flatten(1).contiguous()
         for values in (state, grad_results)
     )
 
     def step(block: Block) -> Tensor:
-        logits, targets, classes = part.of_block(block, options)
+        logits, targets, classes = valid.per_target(block, options)
         launch = backend.row_gradients(logits, options.rows, classes, len(grad_results))
-        of_rows = weight, state[:, targets], grad_results[:, targets]
-        launch(logits, part.labels[targets], *of_rows, logits)
+        target_state, grad_state = state[:, targets], grad_results[:, targets]
+        launch(logits, valid.labels[targets], weight, target_state, grad_state, logits)
         return block.logits
 
-    of_input, of_weight, of_bias = over_blocks(
-        *(backend, part.layer, part.dtype, part.size, needed, step),
-        filter_below=take_rows(filter_below, part.indices),
-        memory=kept,
+    grad_input, grad_weight, grad_bias = over_blocks(
+        *(backend, valid.layer, valid.dtype, valid.size, needs, step),
+        filter_below=take_rows(filter_below, valid.indices),
+        memory=logits,
         fixed_sizes=options.fixed_sizes,
     )
+    if grad_input is not None:
+        grad_input = spread_rows(grad_input, valid.indices, n).view(input.shape)
     shape = *linear_weight.shape[1:-1], len(linear_weight)
-    return (
-        None if of_input is None else spread_rows(of_input, part.indices, n).view(input.shape),
-        None if of_weight is None else of_weight.view(*shape, -1).movedim(-2, 0),
-        None if of_bias is None else of_bias.view(shape).movedim(-1, 0),
-    )
+    if grad_weight is not None:
+        grad_weight = grad_weight.view(*shape, -1).movedim(-2, 0)
+    if grad_bias is not None:
+        grad_bias = grad_bias.view(shape).movedim(-1, 0)
+    return grad_input, grad_weight, grad_bias
 
 
 # ---- softcap -------------------------------------------------------------------------------------
@@ -414,12 +422,13 @@ def gradients_of(
 def capped(
     backend: Backend, logits: Tensor, softcap: float | None, rounds: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Returns softcap * tanh(logits / softcap), and a function of its gradient.
+    """Returns softcap * tanh(logits / softcap), and its backward function.
 
-    The function returns the gradient of the logits. Without a softcap nothing is changed.
+    The function takes the gradient of the result and returns that of the logits. Without a softcap
+    it returns the logits themselves and the identity.
 
     Args:
-        rounds: The values are in the logits' dtype, and not in that of the accumulation.
+        rounds: Whether the result has the logits' dtype rather than the accumulation dtype.
     """
     if softcap is None:
         return logits, lambda gradient: gradient
@@ -438,16 +447,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-FIXED_COLUMNS = 2048  # of a product whose size is not to depend on the batch
+FIXED_COLUMNS = 2048  # of a product whose size does not depend on the batch
 ALIGNMENT = 64  # bytes
 
 
 def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Computes the outputs of a row so that their bits depend on this row and the layer alone.
+    """Computes logits such that the bits of a row depend only on this row and the layer.
 
-    Every product has the same size, layout and alignment, whatever the batch: rows and features are
-    copied to one block, which has zeros, or rows of an earlier product, in the rest. Features fill
-    multiples of 16, so that all rows are aligned.
+    All products have the same size, layout and alignment for every batch. Rows are copied to a
+    block, whose other rows hold zeros or rows of an earlier product, and features are padded to
+    multiples of 16, which aligns all rows.
     """
     features, padding = x.shape[1], -x.shape[1] % 16
     for first in range(0, len(weight), FIXED_COLUMNS):
@@ -477,35 +486,36 @@ def _rows_of_product(
     bias: bool,
     *_settings: Any,
 ) -> int:
-    """FIXED_ROWS if a product computes each of so many rows alike, and otherwise 1.
+    """Returns FIXED_ROWS if a product of so many rows computes equal rows equally, and otherwise 1.
 
-    That is tried at the first use, with copies of one row, as no library promises it. A single row
-    is always computed alike, only slower.
+    No library guarantees this, so it is tested with copies of one row at the first use. Products of
+    single rows are always equal, but slower.
 
     Args:
-        _settings: What else the library's choice of an algorithm may depend on.
+        _settings: Settings on which the library's choice of an algorithm may depend.
     """
     random = functools.partial(
         torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype
     )
-    weight, of_bias = random(classes, features), random(classes) if bias else None
+    weight, bias_values = random(classes, features), random(classes) if bias else None
     product = weight.new_empty(FIXED_ROWS, classes)
-    for _ in range(8):  # another order of few features may give the same bits
-        linear(random(1, features).repeat(FIXED_ROWS, 1), weight, of_bias, product)
+    for _ in range(8):  # sums over few features may be equal in another order by chance
+        linear(random(1, features).repeat(FIXED_ROWS, 1), weight, bias_values, product)
         if not torch.equal(product, product[:1].expand_as(product)):
             return 1
     return FIXED_ROWS
 
 
-MOST_KEPT = 0.5  # of a block's classes; more are not worth their copies
+MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copying
 
 
-def classes_that_count(gradient: Tensor, least: Tensor) -> Tensor | None:
-    """Returns the columns of a block of gradients where any is at least as large as ``least``.
+def large_columns(gradient: Tensor, threshold: Tensor) -> Tensor | None:
+    """Returns the indices of the columns with an element of at least the threshold, or NaN.
 
-    Of several the largest counts. None stands for all columns: where too few would be left out.
+    The threshold is the maximum of the given ones. None stands for all columns, if too few would be
+    left out.
     """
-    bound = float(least.max())
+    bound = float(threshold.max())
     low, high = gradient.aminmax(dim=0)
-    kept = (~((high < bound) & (low > -bound))).nonzero().flatten()  # a NaN counts
-    return kept if len(kept) < MOST_KEPT * len(low) else None
+    columns = (~((high < bound) & (low > -bound))).nonzero().flatten()
+    return columns if len(columns) < MAX_LARGE * len(low) else None

@@ -1,7 +1,9 @@
-"""Log-probabilities of class indices, entropies and log-sum-exps, of logits or of a linear layer.
+"""Log-probabilities of targets, entropies and log-sum-exps, of logits or of a linear layer:
 
-The three are the first fields of the state of a row, one tensor, so that a call has one result and
-one gradient; ``functional.py`` takes it apart.
+    log_probability = x[target] - lse,  entropy = -sum_c p_c log p_c,  lse = log sum_c exp(x_c)
+
+These are the first fields of the state of a row. A call returns them as one tensor, with one
+gradient, which ``functional.py`` splits.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import StateOptions
-from pyfused.ops.row_state import results_of
-from pyfused.ops.shards import ShardedOperator, is_dtensor, plan_of_state
-from pyfused.types import RESULTS, ClassRange, LogProbsOptions, VocabShard
+from pyfused.ops.row_state import state_results
+from pyfused.ops.shards import ShardedOperator, is_dtensor, state_plan
+from pyfused.types import RESULTS, STATE_FIELDS, ClassRange, LogProbsOptions, VocabShard
 
 
 class _Values(NamedTuple):
@@ -34,26 +36,26 @@ class _Values(NamedTuple):
 
 
 class LogProbs(_Values):
-    """Results of each target: float32, or float64 of float64; 0 where the target is ignored.
+    """Results of each target: float32, or float64 for float64 inputs; 0 for ignored targets.
 
     Attributes:
-        log_probability: ``log p_target``, in nats; never above 0.
+        log_probability: ``log p_target``, in nats, at most 0.
         entropy: ``-sum_c p_c log p_c``.
         log_sum_exp: ``log sum_c exp(logit_c)``.
 
     Raises:
-        AttributeError: An attribute that was not asked for is read; as an item it is None.
+        AttributeError: An attribute is read that the call did not return; the item is None.
     """
 
     @property
     def entropy(self) -> Tensor:
-        return self._asked(1, "entropy: expected a call with return_entropy=True")
+        return self._returned(1, "entropy: expected a call with return_entropy=True")
 
     @property
     def log_sum_exp(self) -> Tensor:
-        return self._asked(2, "log_sum_exp: expected a call with return_lse=True")
+        return self._returned(2, "log_sum_exp: expected a call with return_lse=True")
 
-    def _asked(self, index: int, message: str) -> Tensor:
+    def _returned(self, index: int, message: str) -> Tensor:
         value: Tensor | None = self[index]
         if value is None:
             raise AttributeError(message)
@@ -61,8 +63,8 @@ class LogProbs(_Values):
 
 
 def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
-    """Returns results of a call for all three by name."""
-    # For unused results unbind's gradient makes plain zeros, which do not mix with DTensors.
+    """Splits the tensor of all three results."""
+    # The backward of unbind makes plain zeros for unused results, which do not mix with DTensors.
     if is_dtensor(values):
         log_p, entropy, lse = values[0], values[1], values[2]
     else:
@@ -81,36 +83,49 @@ class LogProbsOperator(ShardedOperator):
     options = LogProbsOptions
     strategy = "row by row"
 
-    def bind(self, *_: Any, **by_name: Any) -> Arguments:
-        names = LogProbsOptions.__dataclass_fields__.keys() & by_name.keys()
-        options = LogProbsOptions(**{name: by_name[name] for name in names})
-        tensors: list[Any] = [by_name.get(operand.name) for operand in self.operands]
+    def bind(self, *_: Any, **kwargs: Any) -> Arguments:
+        names = LogProbsOptions.__dataclass_fields__.keys() & kwargs.keys()
+        options = LogProbsOptions(**{name: kwargs[name] for name in names})
+        tensors: list[Any] = [kwargs.get(operand.name) for operand in self.operands]
         if not self.counts_logits:
-            tensors[0] = checks.classes_at(1, "logits", tensors[0], by_name.get("dim"))
+            tensors[0] = checks.classes_at(1, "logits", tensors[0], kwargs.get("dim"))
         return *tensors, options
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+    def plan(
+        self,
+        arguments: Arguments,
+        inplace: bool,  # noqa: ARG002
+        needs: tuple[bool, ...] | None = None,
+        results: int | None = None,
+    ) -> Plan:
+        """Checks a call, and returns the plan of its signature.
+
+        Args:
+            needs: Whether each tensor but the target needs a gradient; None to ask autograd.
+            results: As in `state_plan`; None for the results that the options select.
+        """
         self.check_arguments(*arguments)
         *tensors, _, options = arguments
         classes, ignore_index = self.classes(tensors), options.ignore_index
-        check, count = backend_of(tensors[0]).check_class_indices, int(self.counts_logits)
+        check = backend_of(tensors[0]).check_class_indices
 
         def arrange(arguments: Arguments) -> tuple[Any, ...]:
             *tensors, target, _ = arguments
-            if count:
+            if self.counts_logits:
                 tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
             check(target, classes, ignore_index)
             return *tensors, target, None
 
-        tensors[:count] = in_autocast_dtype(tensors[0].device.type, *tensors[:count])
-        return self.state_plan(tensors, options, arrange=arrange)
+        if self.counts_logits:
+            tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
+        return self.state_plan(tensors, options, arrange=arrange, needs=needs, results=results)
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *tensors, target, options = arguments
         if not self.counts_logits:
             return self._compiled(arguments)
-        device = tensors[0].device.type  # all are cast, as a custom operator checks dtypes
+        device = tensors[0].device.type  # all tensors are cast, as custom operators check dtypes
         input, weight, bias = tensors
         input, weight = in_autocast_dtype(device, input, weight)
         bias = None if bias is None else in_autocast_dtype(device, bias)[0]
@@ -122,13 +137,18 @@ class LogProbsOperator(ShardedOperator):
         *tensors, target, options = arguments
         operator = custom_operator(self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
-        results = results_of(state, 1 if options.alone else len(RESULTS))
+        results = state_results(state, 1 if options.alone else len(RESULTS))
         return results.to(accumulate_dtype(tensors[0].dtype))
 
-    def of_classes(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the state that the custom operator returns."""
+        target: Tensor = arguments[-2]
+        return target.new_empty((STATE_FIELDS, *target.shape), dtype=torch.float64)
+
+    def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
-        count = int(self.counts_logits)  # autocast casts the input of a layer, but no logits
-        tensors[:count] = in_autocast_dtype(tensors[0].device.type, *tensors[:count])
+        if self.counts_logits:  # autocast casts the input of a layer, but not logits
+            tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
         plan = self.state_plan(tensors, options, classes, shard)
         return plan((*tensors, target.to(torch.int64), None))
 
@@ -138,22 +158,25 @@ class LogProbsOperator(ShardedOperator):
         options: LogProbsOptions,
         classes: ClassRange | None = None,
         shard: VocabShard | None = None,
-        **given: Any,
+        *,
+        results: int | None = None,
+        **kwargs: Any,
     ) -> Plan:
-        of_state = StateOptions(
+        state_options = StateOptions(
             options.rows,
             classes or ClassRange(0, self.classes(tensors)),
             memory_budget=options.memory_budget,
             fixed_sizes=options.deterministic_rows,
         )
-        given.setdefault("results", 1 if options.alone else len(RESULTS))
-        return plan_of_state(self.name, tensors, of_state, shard, **given)
+        if results is None:
+            results = 1 if options.alone else len(RESULTS)
+        return state_plan(self.name, tensors, state_options, shard, results=results, **kwargs)
 
     def classes(self, tensors: Sequence[Tensor]) -> int:
         return len(tensors[1]) if self.counts_logits else checks.classes_of(tensors[0])
 
     def check(self, arguments: Arguments) -> None:
-        """Raises for bad input; class indices are read only where that does not synchronise."""
+        """Raises for invalid arguments; class indices are not read if that synchronises."""
         *tensors, target, options = arguments
         self.check_arguments(*arguments)
         if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):

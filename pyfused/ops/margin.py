@@ -1,6 +1,9 @@
-"""The margin of losses of cosines: it lowers the target's, so that classes stay apart.
+"""Additive margins for losses of cosines: the target's cosine is lowered, to separate classes.
 
-A function of the logits that is composed with any loss. A loss without it loses no time by it.
+A margin is a function of the logits, which composes with any loss over classes:
+
+    CosFace:  cos(angle) - margin
+    ArcFace:  cos(angle + margin)
 """
 
 from __future__ import annotations
@@ -15,18 +18,18 @@ from pyfused.layout import accumulate_dtype, logit_at
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> Tensor:
-    """Returns logits whose target is cos - m (CosFace), or cos(angle + m) (ArcFace)."""
+    """Returns the logits with the margin applied to the target logits."""
     checks.additive_margin(input, target, margin, kind)
     index, cosine, in_range = logit_at(input, target)
     cosine = cosine.to(accumulate_dtype(input.dtype))
-    lowered = cosine - margin if kind == "cosface" else _added_to_angle(cosine, margin)
+    lowered = cosine - margin if kind == "cosface" else _cos_of_sum(cosine, margin)
     lowered = lowered.where(in_range, cosine).to(input.dtype)
     dim = min(input.dim() - 1, 1)
     return input.scatter(dim, index, lowered.unsqueeze(dim))
 
 
-def _added_to_angle(cosine: Tensor, margin: float) -> Tensor:
-    """cos(angle + margin). At an angle of 0 the sine has no slope: the smallest one stands in."""
+def _cos_of_sum(cosine: Tensor, margin: float) -> Tensor:
+    """Returns cos(angle + margin). The sine is at least eps, as its derivative at 0 is infinite."""
     cosine = cosine.clamp(-1, 1)
     sine = (1 - cosine * cosine).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
     return cosine * math.cos(margin) - sine * math.sin(margin)

@@ -1,4 +1,4 @@
-"""Metrics of logits and targets, computed by the pass over the logits that computes the loss."""
+"""Metrics of logits and targets, which the kernels compute with the loss in one pass."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pyfused.types import ENTROPY, INDEX, LOG_P, LSE
 class Metrics(NamedTuple):
     """Metrics of each target, in the shape of class indices; none of them requires grad.
 
-    Numbers are float32, or float64 with logits of float64, and 0 where the target is ignored.
+    Numbers are float32, or float64 for float64 logits, and 0 where the target is ignored.
 
     Attributes:
         log_probability: ``input[target] - log_sum_exp``, in nats, without smoothing or weights;
-            with class probabilities their mean of it, ``sum_c target_c * log p_c``.
+            with class probabilities ``sum_c target_c * log p_c``.
         log_sum_exp: ``log sum_c exp(input_c)``.
-        prediction: The class with the largest logit, the first of several, int64; ``ignore_index``
+        prediction: The first class with the largest logit, int64; ``ignore_index`` where the target
+            is ignored.
+        correct: Whether the prediction is the target, or the target's most probable class; False
             where the target is ignored.
-        correct: Whether that is the target, or the most probable class of the target; False where
-            it is ignored.
-        entropy: Of the predicted distribution: ``-sum_c p_c * log p_c``, in nats.
+        entropy: ``-sum_c p_c * log p_c``, in nats.
     """
 
     log_probability: Tensor
@@ -35,14 +35,14 @@ class Metrics(NamedTuple):
 
 
 def of_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
-    """Returns the metrics that follow from the state of rows, of a target in any shape."""
+    """Returns the metrics that follow from the state of rows, for a target of any shape."""
     state = state.detach().reshape(len(state), -1)
-    found = state[LOG_P], state[LSE], state[ENTROPY], state[INDEX].long()
-    return _of_rows(*found, target, ignore_index, dtype)
+    rows = state[LOG_P], state[LSE], state[ENTROPY], state[INDEX].long()
+    return _metrics(*rows, target, ignore_index, dtype)
 
 
 def of_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
-    """Returns the metrics of logits as torch computes them."""
+    """Returns the metrics of logits, computed by torch's operators."""
     dim, dtype = min(input.dim() - 1, 1), accumulate_dtype(input.dtype)
     input, target = input.detach().to(dtype), target.detach()
     lse = input.logsumexp(dim)
@@ -53,11 +53,11 @@ def of_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
     else:
         target = target.long().reshape(lse.shape)
         log_p = logit_at(input, target)[1] - lse
-    found = log_p.flatten(), lse.flatten(), entropy.flatten(), input.argmax(dim).flatten()
-    return _of_rows(*found, target, ignore_index, dtype)
+    rows = log_p.flatten(), lse.flatten(), entropy.flatten(), input.argmax(dim).flatten()
+    return _metrics(*rows, target, ignore_index, dtype)
 
 
-def _of_rows(
+def _metrics(
     log_p: Tensor,
     lse: Tensor,
     entropy: Tensor,
@@ -73,7 +73,7 @@ def _of_rows(
     else:
         label, shape = target.flatten(), target.shape
         valid = label != ignore_index
-    log_p, lse, entropy = (each.where(valid, 0).to(dtype) for each in (log_p, lse, entropy))
+    log_p, lse, entropy = (x.where(valid, 0).to(dtype) for x in (log_p, lse, entropy))
     correct = (prediction == label) & valid
-    found = log_p, lse, prediction.where(valid, ignore_index), correct, entropy
-    return Metrics(*[each.reshape(shape) for each in found])
+    fields = log_p, lse, prediction.where(valid, ignore_index), correct, entropy
+    return Metrics(*[x.reshape(shape) for x in fields])

@@ -1,4 +1,4 @@
-"""The operators, each declared once. What is known of one, here or in tests, is asked of these."""
+"""The table of operators: the declarations of all but the elementwise ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyfused.ops.linear_cross_entropy import (
     linear_cross_entropy_fallback_reason,
 )
 from pyfused.ops.log_probs import LogProbsOperator
-from pyfused.ops.softmax import Softmax, not_along_one_dimension
+from pyfused.ops.softmax import Softmax, softmax_fallback_reason
 
 CLASSES = Operand("target", differentiated=False, indices=True)
 HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
@@ -76,7 +76,7 @@ NLL_LOSS = NllLoss(
 )
 
 
-def _neither_row_nor_rows(input: Tensor, *_: Any) -> str | None:
+def _row_fallback_reason(input: Tensor, *_: Any) -> str | None:
     return "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None
 
 
@@ -86,7 +86,7 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
     check_arguments=checks.multi_margin_loss,
     kernel=lambda backend: backend.multi_margin_loss,
     operands=(INPUT, CLASSES, WEIGHT),
-    fallback_reason=_neither_row_nor_rows,
+    fallback_reason=_row_fallback_reason,
 )
 
 MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
@@ -98,7 +98,7 @@ MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
     fallback_reason=lambda input, *_: (
         "more classes than a program keeps on a GPU"
         if input.is_cuda and input.shape[-1:].numel() > 1 << 16
-        else _neither_row_nor_rows(input)
+        else _row_fallback_reason(input)
     ),
 )
 
@@ -136,7 +136,7 @@ KL_DIV_WITH_LOGITS = Divergence(
     check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
-    kernels=distillation.of_logits,
+    kernels=distillation.logits_kernels,
     fallback_reason=distillation.fallback_reason,
     definition=distillation.kl_div_with_logits,
 )
@@ -152,7 +152,7 @@ LINEAR_KL_DIV = Divergence(
         Operand("teacher_linear_bias", differentiated=False, optional=True),
     ),
     student=3,
-    kernels=distillation.of_layers,
+    kernels=distillation.linear_kernels,
     fallback_reason=distillation.fallback_reason,
     definition=distillation.linear_kl_div,
 )
@@ -167,16 +167,16 @@ LINEAR_TOPK_KL_DIV = Divergence(
         Operand("teacher_log_probs", high=0.0, differentiated=False),
     ),
     student=3,
-    kernels=distillation.of_topk,
+    kernels=distillation.topk_kernels,
     fallback_reason=distillation.fallback_reason,
     definition=distillation.linear_topk_kl_div,
 )
 
 # ---- along one dimension -------------------------------------------------------------------------
 
-SOFTMAX = Softmax(name="softmax", module="Softmax", fallback_reason=not_along_one_dimension)
+SOFTMAX = Softmax(name="softmax", module="Softmax", fallback_reason=softmax_fallback_reason)
 LOG_SOFTMAX = Softmax(
-    name="log_softmax", module="LogSoftmax", fallback_reason=not_along_one_dimension
+    name="log_softmax", module="LogSoftmax", fallback_reason=softmax_fallback_reason
 )
 
 OPERATORS: dict[str, Operator] = {

@@ -1,4 +1,4 @@
-"""Pointwise losses: their declaration, and what computes them."""
+"""Pointwise losses, f(input, target, ...) of each element, and activations of several tensors."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ from pyfused.ops.custom_operators import PACKAGE, custom_operator
 from pyfused.torch_internals import built_in
 from pyfused.types import TENSORS, Gradients, Outputs
 
-_OF_PYTHON = ("size_average", "reduce", "weight")  # which those do not take
+# Parameters of torch's Python functions that the built-in ones lack.
+_PYTHON_PARAMETERS = ("size_average", "reduce", "weight")
 
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
 
 def reduced(each: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    """Returns the losses, their sum or their mean, which divides by the sum of the weights."""
+    """Reduces losses; a weighted mean divides by the sum of the weights."""
     if weight is not None:
         checks.tensor("weight", weight)
         checks.weight_that_broadcasts(each, weight)
@@ -78,22 +79,23 @@ def weight_or_elements(
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class TensorLoss(Operator):
-    """A loss of several tensors that broadcast, multiplied by ``weight``, and reduced.
+    """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:
-        shapes: Raises where shapes of the operands do not go together.
-        warns: Whether torch warns of an input and a target that broadcast. Beside that, and
-            weights, its function does no more than call the built-in one of its name.
-        warning: What torch warns of in a call with a reduction, None where of nothing.
-        nan_on_invalid: An operand out of its bounds makes the loss NaN, so no check comes before.
-        weight_shape: Raises where ``weight`` does not go with the input.
-        denominators: What the sum is divided by in each reduction but none and sum, from the
-            expanded operands, the weight and the scalars.
-        arrange: What torch makes of the operands before they broadcast.
-        variables: The operands that the loss of an element is computed from: all but the weight.
-        enforces: Whether torch raises for values of an operand.
-        reduces: Whether it is a loss, rather than an activation of several tensors.
-        asks_dtype: Whether the result of operands of one dtype may have another.
+        shapes: Raises for incompatible shapes of the operands.
+        warns: Whether torch warns if the target's shape differs from the input's. Apart from this
+            and weights, torch's Python function only calls the built-in one of its name.
+        warning: Returns the warning that torch issues for the arguments, or None.
+        nan_on_invalid: Whether operands out of bounds make the loss NaN, so that bounds need to be
+            checked only then.
+        weight_shape: Raises if the shape of ``weight`` is incompatible with the input.
+        denominators: For each reduction but none and sum, returns the divisor of the sum, given the
+            broadcast operands, the weight and the scalars.
+        arrange: Transforms the operands as torch does before broadcasting.
+        variables: The operands of the formula: all but the weight.
+        enforces: Whether torch raises errors for values out of bounds.
+        reduces: Whether the result is reduced: True for losses, False for activations.
+        asks_dtype: Whether the result may have another dtype than operands of equal dtypes.
     """
 
     shapes: Callable[..., None] = checks.broadcasting
@@ -111,16 +113,16 @@ class TensorLoss(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
-        place = self.arguments.index
-        places = [place(variable.name) for variable in self.variables]
+        index = self.arguments.index
+        indices = [index(variable.name) for variable in self.variables]
         self._values: Callable[[Arguments], Sequence[Any]] = itemgetter(
-            *places if len(places) > 1 else [slice(1)]
+            *indices if len(indices) > 1 else [slice(1)]
         )
         self.enforces = any(v.enforced is not None for v in self.variables)
-        self.broadcast = tuple(places[1:]) if self.arrange is None else ()
-        self._weight = place("weight") if self.weight_shape is not None else None
+        self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
+        self._weight = index("weight") if self.weight_shape is not None else None
         legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
-        self._legacy = itemgetter(*map(place, legacy)) if legacy else None
+        self._legacy = itemgetter(*map(index, legacy)) if legacy else None
 
     def plan(
         self,
@@ -130,35 +132,37 @@ class TensorLoss(Operator):
     ) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
-        The plan's tensors are the operands, the weight, and the divisor of the sum if that depends
-        on values.
+        The plan's tensors are the operands, the weight or None, and the divisor of the sum, None if
+        it does not depend on values.
 
         Args:
-            needs: Whether each operand needs a gradient, where autograd does not know.
+            needs: Whether each of the first operands needs a gradient; None to ask autograd.
         """
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
-        needs = needs_grad(operands) if needs is None else needs
+        if needs is None:
+            needs = needs_grad(operands)
+        needs += (False,) * (len(operands) - len(needs))
         backend, numbers = backend_of(operands[0]), self.numbers(arguments)
         warning = None if self.warning is None else self.warning(arguments)
         shape = getattr(operands[0], "shape", None)
-        fits = self.arrange is None and weight is None
+        is_arranged = self.arrange is None and weight is None
         for operand in operands:
-            fits = fits and isinstance(operand, TENSORS) and operand.shape == shape
-            fits = fits and operand.dtype is dtype
+            is_arranged = is_arranged and isinstance(operand, TENSORS) and operand.shape == shape
+            is_arranged = is_arranged and operand.dtype is dtype
         broadcasts = self.warns and operands[1].shape != shape
         denominator, divisor = self.denominators.get(reduction), 1.0
 
-        def divisor_of(operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
-            """Returns the divisor if it depends on values; else the first call keeps it."""
+        def compute_divisor(operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
+            """Returns the divisor if it depends on values, or else keeps it in the plan."""
             nonlocal denominator, divisor
             if denominator is None:
                 return None
-            found = denominator(operands, weight, numbers)
-            if isinstance(found, Tensor):
-                return found
-            denominator, divisor = None, found
+            value = denominator(operands, weight, numbers)
+            if isinstance(value, Tensor):
+                return value
+            denominator, divisor = None, value
             return None
 
         def arrange(arguments: Arguments) -> Sequence[Any]:
@@ -173,10 +177,10 @@ class TensorLoss(Operator):
                 _warn_of_broadcasting(operands)
             if warning is not None:
                 warnings.warn(warning, stacklevel=_stacklevel())
-            given = weight  # torch's mean divides by its sum before it broadcasts
-            if not fits:
+            unexpanded = weight  # torch's mean divides by its sum before broadcasting
+            if not is_arranged:
                 operands, weight = self.arranged(operands, weight, dtype)
-            tensor = None if denominator is None else divisor_of(operands, given)
+            tensor = None if denominator is None else compute_divisor(operands, unexpanded)
             return *operands, weight, tensor
 
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> Launch:
@@ -188,8 +192,8 @@ class TensorLoss(Operator):
             *operands, weight, tensor = tensors
 
             def definition(*operands: Tensor) -> Tensor:
-                each = self.of_each(operands, numbers)
-                loss = (each / (divisor if tensor is None else tensor)).to(each.dtype)
+                loss = self.of_each(operands, numbers)
+                loss = (loss / (divisor if tensor is None else tensor)).to(loss.dtype)
                 return loss if weight is None else loss * weight
 
             return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
@@ -199,28 +203,29 @@ class TensorLoss(Operator):
                 self._bounds(self._values(arguments))
             return loss if loss.dtype is result else loss.to(result)
 
-        forward, of_expanded = loss_passes(prepare, needs, gradients_in_forward(reduction, dtype))
-        in_result_dtype = dtype is accumulate_dtype(dtype) and dtype is result
+        in_forward = gradients_in_forward(reduction, dtype)
+        forward, expanded_backward = loss_passes(prepare, needs, in_forward)
+        is_result_dtype = dtype is accumulate_dtype(dtype) and dtype is result
         return Plan(
             name=self.name,
             backend=backend,
             needs=needs,
             arrange=arrange,
             forward=forward,
-            backward=lambda tensors, grad_output: of_expanded(
+            backward=lambda tensors, grad_output: expanded_backward(
                 tensors, self.expanded(grad_output, tensors)
             ),
             define=define,
-            finish=None if in_result_dtype and not self.nan_on_invalid else finish,
+            finish=None if is_result_dtype and not self.nan_on_invalid else finish,
         )
 
     def arranged(
         self, operands: Sequence[Any], weight: Tensor | None, dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Returns the operands in one shape and dtype, and the weight beside them."""
+        """Converts the operands and the weight to one shape and dtype."""
         if self.arrange is not None:
             operands = self.arrange(*operands)
-        # Cast first: the gradient of what broadcasts is then added up before it is rounded.
+        # Operands are cast before broadcasting, so that gradients are summed before rounding.
         operands = [x if x.dtype is dtype else x.to(dtype) for x in operands]
         if any(operand.shape != operands[0].shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)
@@ -239,36 +244,41 @@ class TensorLoss(Operator):
         divisor: float,
         grad_output: Tensor | None,
     ) -> Launch:
-        """Returns the kernel for tensors of these layouts."""
+        """Prepares the kernel for the layouts of these tensors."""
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        """Returns the gradient of each loss before these are reduced."""
+        """Expands grad_output to the shape of the unreduced loss."""
         return grad_output.expand_as(operands[0])
 
     def compiled(self, arguments: Arguments) -> Any:
         return custom_operator(self.name)(*arguments)
 
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the result of the custom operator, which is reduced."""
+        empty: Tensor = arguments[0].new_empty(())
+        return empty
+
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
-        """Returns the values of the scalars, which can be hashed."""
-        return tuple([_number(arguments[place], s) for place, s in self.scalar_places])
+        """Returns the hashable values of the scalars."""
+        return tuple([_number(arguments[index], s) for index, s in self.scalar_places])
 
     def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
-        """Returns the losses in torch's terms."""
-        given = zip(self.scalars, numbers, strict=True)
-        named = {s.name: bool(number) if s.flag else number for s, number in given}
+        """Computes the unreduced loss by torch's operator."""
+        pairs = zip(self.scalars, numbers, strict=True)
+        kwargs = {s.name: bool(number) if s.flag else number for s, number in pairs}
         for scalar in self.scalars:
-            if scalar.optional and named[scalar.name] != named[scalar.name]:
-                named[scalar.name] = None  # for which NaN stood
+            if scalar.optional and math.isnan(kwargs[scalar.name]):
+                kwargs[scalar.name] = None
         names = [variable.name for variable in self.variables]
         if self.reduces:
-            named["reduction"] = "none"
-        return self.reference(**dict(zip(names, operands, strict=False)), **named)
+            kwargs["reduction"] = "none"
+        return self.reference(**dict(zip(names, operands, strict=False)), **kwargs)
 
     def check(self, arguments: Arguments) -> None:
-        for place, operand in ((0, self.operands[0]), *self.others):
-            if arguments[place] is not None or not operand.optional:
+        for index, operand in ((0, self.operands[0]), *self.others):
+            if arguments[index] is not None or not operand.optional:
                 number = float if operand.number else None
-                checks.tensor(operand.name, arguments[place], number)
+                checks.tensor(operand.name, arguments[index], number)
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         self._bounds(operands)
@@ -296,7 +306,7 @@ class TensorLoss(Operator):
         weight: Tensor | None,
         reduction: str,
     ) -> None:
-        """Raises for options and shapes of tensors that do not fit."""
+        """Raises for invalid options and incompatible shapes."""
         if reduction not in self.denominators:
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
         self.check_scalars(arguments)
@@ -308,16 +318,16 @@ class TensorLoss(Operator):
     def _dtypes(
         self, arguments: Arguments, input: Tensor, reduction: str
     ) -> tuple[torch.dtype, torch.dtype]:
-        """Returns what the kernel computes the loss of, and what the loss is returned in."""
-        dtype, device, alike = input.dtype, input.device, True
-        for place, _ in self.others:
-            alike = alike and getattr(arguments[place], "dtype", dtype) is dtype
+        """Returns the dtype in which kernels take the operands, and the dtype of the result."""
+        dtype, device, is_equal = input.dtype, input.device, True
+        for index, _ in self.others:
+            is_equal = is_equal and getattr(arguments[index], "dtype", dtype) is dtype
         autocast = torch.is_autocast_enabled(device.type)
-        if alike and not autocast and not self.asks_dtype:
+        if is_equal and not autocast and not self.asks_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
-        given = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.others)]
-        tensors = [(name, value) for name, value in given if isinstance(value, TENSORS)]
+        values = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.others)]
+        tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
         result = result_dtype(self, kinds, device, to, reduction == "none")
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
@@ -325,14 +335,14 @@ class TensorLoss(Operator):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class PointwiseLoss(TensorLoss):
-    """A loss that is a formula of each element of the operands.
+    """A loss that applies a formula to each element of the operands.
 
-    Where the last operand is optional and given, the kernel is another one, named after both.
+    With an optional last operand, the kernel is another one, with the operand's name appended.
 
     Attributes:
-        formula: The loss of each element in torch's terms, from the operands and the scalars.
-        gradient: The loss's derivative by each operand, None for none, from the same arguments;
-            or None for what torch's rules make of the formula.
+        formula: The loss of an element in torch's operators, given the operands and the scalars.
+        gradient: The derivatives by each operand, None for no derivative, given the same arguments.
+            None derives them from the formula.
     """
 
     formula: Callable[..., Tensor]
@@ -347,7 +357,7 @@ class PointwiseLoss(TensorLoss):
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
-        """Returns the kernels by name: one for each choice of flags, words and last operand."""
+        """Returns the kernels by name, one for each flag, word and optional last operand."""
         kernels = {}
         required = sum(not variable.optional for variable in self.variables)
         for values in product(*(scalar.cases for scalar in self.scalars)):
@@ -364,7 +374,7 @@ class PointwiseLoss(TensorLoss):
         operands: int,
         outputs: Outputs,  # noqa: ARG002
     ) -> tuple[Kernel | Program, tuple[Any, ...]]:
-        """Returns the kernel and its numbers."""
+        """Returns the kernel for values of the scalars, and its numbers."""
         stem, numbers = self.kernel_of(numbers)
         return self.kernels[self._kernel_name(stem, operands)], numbers
 
@@ -373,7 +383,7 @@ class PointwiseLoss(TensorLoss):
         return f"{stem}_{last.name}" if last.optional else stem
 
     def _trace_kernel(self, operands: int, kernel: Kernel) -> list[Method]:
-        """Traces the loss of an element and its gradients."""
+        """Traces the loss of one element and its gradients."""
         variables = self.variables[:operands]
 
         def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
@@ -408,7 +418,7 @@ class PointwiseLoss(TensorLoss):
         return prepare(formula, layouts, numbers, reduction, outputs, divisor)
 
     def _definition(self) -> Callable[..., Tensor]:
-        """Returns the function that torch does not have: operands, scalars, reduction."""
+        """Returns a function of operands, scalars and reduction, which torch lacks."""
         names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
@@ -416,51 +426,47 @@ class PointwiseLoss(TensorLoss):
         defaults |= {"reduction": "mean"} if self.reduces else {}
         parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
 
-        signature = inspect.Signature(parameters)
-
-        def definition(*arguments: Any, **by_name: Any) -> Tensor:
-            given = defaults | dict(zip(self.arguments, arguments, strict=False)) | by_name
+        def definition(*args: Any, **kwargs: Any) -> Tensor:
+            kwargs = defaults | dict(zip(self.arguments, args, strict=False)) | kwargs
             for operand in self.operands:
-                checks.tensor(operand.name, given.get(operand.name))
-            self.check_scalars(tuple([given[name] for name in self.arguments]))
-            each = self.formula(*[given[name] for name in names])
-            return reduced(each, given.get("reduction", "none"))
+                checks.tensor(operand.name, kwargs.get(operand.name))
+            self.check_scalars(tuple([kwargs[name] for name in self.arguments]))
+            loss = self.formula(*[kwargs[name] for name in names])
+            return reduced(loss, kwargs.get("reduction", "none"))
 
-        definition.__signature__ = signature  # type: ignore[attr-defined]
+        definition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return definition
 
     def _built_in(self) -> Callable[..., Tensor]:
-        """torch's function without most of its cost, whose warning names the caller's line."""
+        """Returns a faster variant of torch's function, whose warning names the caller's line."""
         reference = self.reference
-        of_torch = built_in(self.name, reference)
-        of_python = [i for i, name in enumerate(self.arguments) if name in _OF_PYTHON]
-        scalars = [place for place, _ in self.scalar_places]
-        reduction_place = self.arguments.index("reduction")
+        built_in_loss = built_in(self.name, reference)
+        python_only = [i for i, name in enumerate(self.arguments) if name in _PYTHON_PARAMETERS]
+        scalars = [index for index, _ in self.scalar_places]
+        reduction_index = self.arguments.index("reduction")
 
         def aten(*arguments: Any) -> Tensor:
             input, target = arguments[:2]
-            reduction = REDUCTIONS.get(arguments[reduction_place])
+            reduction = REDUCTIONS.get(arguments[reduction_index])
             if reduction is None or type(target) not in (Tensor, Parameter):
                 return reference(*arguments)
-            for place in of_python:
-                if arguments[place] is not None:
+            for index in python_only:
+                if arguments[index] is not None:
                     return reference(*arguments)
             if input.shape != target.shape:
-                if is_dynamo_compiling():  # which cannot trace a warning
+                if is_dynamo_compiling():  # Dynamo cannot trace a warning
                     return reference(*arguments)
                 _warn_of_broadcasting((input, target))
                 input, target = torch.broadcast_tensors(input, target)
-            loss: Tensor = of_torch(input, target, reduction, *[arguments[i] for i in scalars])
+            numbers = [arguments[index] for index in scalars]
+            loss: Tensor = built_in_loss(input, target, reduction, *numbers)
             return loss
 
         return aten
 
 
 class Gated(PointwiseLoss):
-    """An activation of several tensors, such as one that another is a gate of.
-
-    It is computed as a loss is, and not reduced.
-    """
+    """An activation of several tensors, such as a gate, computed as an unreduced loss."""
 
     reduces = False
 
@@ -472,7 +478,7 @@ class Gated(PointwiseLoss):
 
 
 class Halves(Gated):
-    """An activation of the halves of one tensor along ``dim``, to which the formula applies."""
+    """An activation whose formula applies to the two halves of a tensor along ``dim``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -488,7 +494,7 @@ class Halves(Gated):
         inplace: bool,  # noqa: ARG002
         needs: tuple[bool, ...] | None = None,
     ) -> Plan:
-        """Returns the plan of a signature: to autograd the halves are one tensor."""
+        """Returns the plan of a signature. Autograd sees one tensor rather than the halves."""
         input, dim = arguments
         needs, dim = needs_grad((input,)) if needs is None else needs, dim % input.dim()
         backend: Backend = backend_of(input)
@@ -501,17 +507,17 @@ class Halves(Gated):
             )
             return launch
 
-        of_halves, gradients = loss_passes(prepare, needs * 2, False)
+        halves_forward, halves_backward = loss_passes(prepare, needs * 2, False)
 
         def forward(tensors: Sequence[Any]) -> Forward:
-            output, *_ = of_halves((*tensors[0].chunk(2, dim), None, None))
+            output, *_ = halves_forward((*tensors[0].chunk(2, dim), None, None))
             return output, tensors, ()
 
         def backward(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
             halves = tensors[0].contiguous().chunk(2, dim)
             if any(grad_output.stride()):
                 grad_output = grad_output.contiguous()
-            return gradients((*halves, None, None), grad_output)
+            return halves_backward((*halves, None, None), grad_output)
 
         def define(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
             definition = lambda input: self.reference(input, dim)  # noqa: E731
@@ -529,7 +535,7 @@ class Halves(Gated):
 
 
 def _number(value: Any, scalar: Scalar) -> Any:
-    """Returns a scalar as the kernels take it."""
+    """Converts the value of a scalar for kernels."""
     if scalar.words:
         return value
     if scalar.flag:
@@ -544,22 +550,22 @@ def result_dtype(
     op: TensorLoss,
     kinds: tuple[tuple[str, torch.dtype, int], ...],
     device: torch.device,
-    autocast: torch.dtype | None,  # noqa: ARG001 a key
-    each: bool,
+    autocast: torch.dtype | None,  # noqa: ARG001 part of the key
+    unreduced: bool,
 ) -> torch.dtype:
-    """Returns the dtype of torch's result for such tensors, asked of it with one element.
+    """Returns the dtype of torch's result, from a call of torch's operator with one element.
 
-    Its answer follows no rule: of a loss made of several operators autocast may widen some, and
-    an operand may be overwritten with what is of another dtype.
+    No rule predicts it: autocast may widen some of the operators that a loss consists of, and
+    torch may overwrite an operand in another dtype.
 
     Args:
-        kinds: For each tensor its name, its dtype, and its number of dimensions, 0 or 1.
+        kinds: The name, the dtype and the number of dimensions, 0 or 1, of each tensor.
     """
     ones: dict[str, Any] = {operand.name: 1.0 for operand in op.operands if operand.number}
     for name, dtype, dim in kinds:
         ones[name] = torch.ones([1] * dim, dtype=dtype, device=device)
     with torch.no_grad():
-        reduction = {"reduction": "none" if each else "sum"} if op.reduces else {}
+        reduction = {"reduction": "none" if unreduced else "sum"} if op.reduces else {}
         return op.reference(**ones, **reduction).dtype
 
 
@@ -575,7 +581,7 @@ def _warn_of_broadcasting(operands: Sequence[Tensor]) -> None:
 
 
 def _stacklevel() -> int:
-    """Whose line a warning of the caller names: the first outside pyfused and torch's modules."""
+    """Returns the stacklevel of the first frame outside pyfused's and torch's modules."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals["__name__"].startswith((f"{PACKAGE}.", "torch.")):
         frame, level = frame.f_back, level + 1

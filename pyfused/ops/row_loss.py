@@ -1,4 +1,4 @@
-"""Losses of rows that may count for nothing: linear cross-entropy and divergences."""
+"""Losses of rows, some of which may be ignored: linear cross-entropy and divergences."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_gra
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import spread_rows, take_rows
-from pyfused.ops.row_state import denominator_of
+from pyfused.ops.row_state import loss_denominator
 from pyfused.types import TENSORS, Gradients, Options, Outputs
 
-# The loss, None where it is not asked for; the gradients, or (); and the state of each row that
-# metrics or the backward pass need, None if none do.
+# The loss, or None; the gradients, or (); and the state of each row if the metrics or the backward
+# pass need it, or None.
 Results = tuple[Tensor | None, Gradients, Tensor | None]
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class RowLoss(Operator):
-    """A loss of rows, of which those that count for nothing are left out.
+    """A loss of rows. Kernels compute the rows that are not ignored.
 
-    Gradients of a scalar are computed by the forward pass, where all classes of a row are at hand.
-    Otherwise the backward pass recomputes the logits. So it does for float16, whose gradient would
+    The forward pass computes the gradients of a reduced loss if it has all classes of a row.
+    Otherwise the backward pass recomputes the logits, and for float16, too, as gradients would
     underflow without grad_output.
 
     Attributes:
-        student: How many of its tensors are differentiated: these come first.
-        check_arguments: Raises for types, shapes, dtypes and options that do not fit.
-        options: The class of its options, the fields of which the custom operator takes.
+        student: The number of differentiated tensors, which come first.
+        check_arguments: Raises for invalid types, shapes, dtypes and options.
     """
 
     student: int
@@ -46,26 +45,26 @@ class RowLoss(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [operand.name.removeprefix("teacher_") for operand in self.operands]
-        layers = "linear_weight", "linear_bias", "weight"
-        self.with_rows = [i for i, name in enumerate(names) if name not in layers]
+        weights = "linear_weight", "linear_bias", "weight"
+        self.row_operands = [i for i, name in enumerate(names) if name not in weights]
 
     @abstractmethod
-    def check_call(self, arguments: Arguments) -> Options:
-        """Raises for types, shapes and options that do not fit; returns the options to compute."""
+    def checked_options(self, arguments: Arguments) -> Options:
+        """Raises for invalid types, shapes and options; returns the options for the kernels."""
 
     @abstractmethod
-    def arranged(self, arguments: Arguments) -> tuple[Any, ...]:
+    def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the operands as rows, and token_weight and denominator if they are tensors."""
 
     @abstractmethod
-    def finished(self, results: Any, arguments: Arguments) -> Any:
-        """Returns the result of a call, given its loss and its state."""
+    def finish(self, results: Any, arguments: Arguments) -> Any:
+        """Returns the result of a call, given the loss and the state."""
 
     @abstractmethod
-    def counted(
+    def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: Any
     ) -> tuple[Tensor | None, float | Tensor]:
-        """Returns the rows that count, None for all, and the weight that a mean divides by."""
+        """Returns the indices of the valid rows, None for all, and a mean's default denominator."""
 
     @abstractmethod
     def compute_rows(
@@ -77,60 +76,73 @@ class RowLoss(Operator):
         grad_output: Tensor | None,
         state: Tensor | None,
     ) -> Results:
-        """Returns the results of rows that all count; the loss is their sum, or one for each."""
+        """Returns the results of valid rows; the loss is their sum, or has one element per row."""
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
-        """Returns the dtype that the loss is computed in."""
+        """Returns the dtype in which the loss is computed."""
         return accumulate_dtype(tensors[0].dtype)
 
-    def losses(self, tensors: Sequence[Any]) -> tuple[int, ...]:
-        """Returns the shape of the losses of rows."""
+    def loss_shape(self, tensors: Sequence[Any]) -> tuple[int, ...]:
+        """Returns the shape of the unreduced loss."""
         return tensors[0].shape[:-1]  # type: ignore[no-any-return]
 
-    def fields(self, options: Any) -> int:  # noqa: ARG002
-        """Returns how many fields the state has, 0 if there is none."""
+    def state_fields(self, options: Any) -> int:  # noqa: ARG002
+        """Returns the number of fields of the state, 0 without a state."""
         return 0
 
     def check_indices(self, tensors: Sequence[Any], options: Any) -> None:
-        """Raises for a class index out of range, where reading it does not wait for the device."""
+        """Raises for class indices out of range, unless reading them synchronises."""
 
-    def in_torch(self, tensors: Sequence[Any], options: Any) -> Tensor:
-        """Returns the loss as torch computes it."""
+    def definition_loss(self, tensors: Sequence[Any], options: Any) -> Tensor:
+        """Returns the loss, computed by torch's operators."""
         loss: Tensor = self.reference(*tensors, options)
         return loss
 
     def define(
         self, tensors: Sequence[Any], options: Any, needs: Sequence[bool], grad_output: Tensor
     ) -> Gradients:
-        """Returns the gradients from torch's definition, which can be differentiated."""
+        """Returns the gradients from torch's definition, which are differentiable."""
 
         def definition(*differentiated: Any) -> Tensor:
-            return self.in_torch((*differentiated, *tensors[self.student :]), options)
+            return self.definition_loss((*differentiated, *tensors[self.student :]), options)
 
         return differentiate(definition, tensors[: self.student], needs, grad_output)
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
-        numbers, count = without_tensors(self.check_call(arguments)), len(self.operands)
-        needs = needs_grad(arguments[: self.student])
+    def plan(
+        self,
+        arguments: Arguments,
+        inplace: bool,  # noqa: ARG002
+        needs: tuple[bool, ...] | None = None,
+    ) -> Plan:
+        """Checks a call, and returns the plan of its signature.
+
+        Args:
+            needs: Whether each of the student's tensors needs a gradient; None to ask autograd.
+        """
+        numbers, count = without_tensors(self.checked_options(arguments)), len(self.operands)
+        if needs is None:
+            needs = needs_grad(arguments[: self.student])
         backend, device = backend_of(arguments[0]), arguments[0].device.type
 
         def arrange(arguments: Arguments) -> Sequence[Any]:
             self.check_indices(arguments[:count], numbers)
-            return self.arranged(arguments)
+            return self.to_rows(arguments)
 
         def forward(tensors: Sequence[Any]) -> Forward:
             options = with_tensors(numbers, *tensors[count:])
-            now = True in needs and gradients_in_forward(options.reduction, tensors[0].dtype)
-            outputs = Outputs(True, needs if now else ())
+            dtype = tensors[0].dtype
+            in_forward = True in needs and gradients_in_forward(options.reduction, dtype)
+            outputs = Outputs(True, needs if in_forward else ())
             with without_autocast(device):
                 loss, gradients, state = self.compute(backend, tensors[:count], options, outputs)
             return (loss, state), (*tensors, state), gradients
 
         def backward(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-            *others, state = saved[count:]
-            options, outputs = with_tensors(numbers, *others), Outputs(False, needs)
-            given = backend, saved[:count], options, outputs, grad_output, state
-            return self.compute(*given)[1]
+            token_weight, denominator, state = saved[count:]
+            options = with_tensors(numbers, token_weight, denominator)
+            outputs = Outputs(False, needs)
+            tensors = saved[:count]
+            return self.compute(backend, tensors, options, outputs, grad_output, state)[1]
 
         def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
             options = with_tensors(numbers, *saved[count:-1])
@@ -144,18 +156,32 @@ class RowLoss(Operator):
             forward=forward,
             backward=backward,
             define=define,
-            finish=self.finished,
+            finish=self.finish,
         )
 
     def compiled(self, arguments: Arguments) -> Any:
-        options = self.check_call(arguments)
-        *tensors, token_weight, denominator = self.arranged(arguments)
+        options = self.checked_options(arguments)
+        *tensors, token_weight, denominator = self.to_rows(arguments)
         options = with_tensors(options, token_weight, denominator)
-        now = gradients_in_forward(options.reduction, tensors[0].dtype)
-        wanted = [now and need for need in needs_grad(tensors[: self.student])]
+        in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
+        needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
         with without_autocast(tensors[0].device.type):
-            loss, *others = custom_operator(self.name)(*tensors, *options.values(), wanted)
-        return self.finished((loss, others[-1]), arguments)
+            loss, *_, state = custom_operator(self.name)(*tensors, *options.values(), needs)
+        return self.finish((loss, state), arguments)
+
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the loss that the custom operator returns."""
+        tensors, reduction = arguments[: len(self.operands)], arguments[-1].reduction
+        shape = self.loss_shape(tensors) if reduction == "none" else ()
+        empty: Tensor = tensors[0].new_empty(shape, dtype=self.loss_dtype(tensors))
+        return empty
+
+    def fake_state(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the state that the custom operator returns."""
+        tensors = arguments[: len(self.operands)]
+        shape = self.state_fields(arguments[-1]), *self.loss_shape(tensors)
+        empty: Tensor = tensors[0].new_empty(shape, dtype=torch.float64)
+        return empty
 
     def compute(
         self,
@@ -166,17 +192,16 @@ class RowLoss(Operator):
         grad_output: Tensor | None = None,
         state: Tensor | None = None,
     ) -> Results:
-        """Returns the results of a call.
+        """Returns the loss, the gradients and the state.
 
         Args:
-            outputs: Whether the loss, and which of the tensors' gradients, are computed.
-            grad_output: The loss's gradient, of the loss's shape; None stands for ones.
-            state: What the forward pass has returned, for the gradients.
+            grad_output: The gradient of the loss, None for ones.
+            state: The state that the forward pass has returned, if gradients are computed from it.
         """
-        each, total = options.reduction == "none", len(tensors[0])
-        rows, weight = self.counted(backend, tensors, options)
-        denominator = denominator_of(options, weight)
-        if each:
+        unreduced, total = options.reduction == "none", len(tensors[0])
+        rows, total_weight = self.valid_rows(backend, tensors, options)
+        denominator = loss_denominator(options, total_weight)
+        if unreduced:
             grad_output = take_rows(grad_output, rows)
         elif outputs.gradients:
             if grad_output is None:
@@ -184,17 +209,18 @@ class RowLoss(Operator):
             grad_output = grad_output / denominator
         options = replace(
             options,
-            reduction="none" if each else "sum",
+            reduction="none" if unreduced else "sum",
             denominator=None,
             token_weight=take_rows(options.token_weight, rows),
         )
-        counted = [take_rows(x, rows) if i in self.with_rows else x for i, x in enumerate(tensors)]
+        indexed = enumerate(tensors)
+        valid = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
         state = take_rows(state, rows, 1)
         loss, gradients, state = self.compute_rows(
-            backend, counted, options, outputs, grad_output, state
+            backend, valid, options, outputs, grad_output, state
         )
         if loss is not None:
-            loss = spread_rows(loss, rows, total) if each else loss / denominator
+            loss = spread_rows(loss, rows, total) if unreduced else loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
         if gradients:
             gradients = spread_rows(gradients[0], rows, total), *gradients[1:]
@@ -202,19 +228,19 @@ class RowLoss(Operator):
 
 
 def without_tensors(options: Any) -> Any:
-    """Returns the options of a signature: those that are no tensors."""
+    """Returns the options with None in place of tensors."""
     return replace(options, **dict.fromkeys(options.tensors()))
 
 
 def with_tensors(options: Any, token_weight: Tensor | None, denominator: Tensor | None) -> Any:
-    """Returns the options of a call."""
+    """Returns the options with the tensors of a call."""
     if token_weight is None and denominator is None:
         return options
     denominator = options.denominator if denominator is None else denominator
     return replace(options, token_weight=token_weight, denominator=denominator)
 
 
-def tensors_of(options: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns token_weight and denominator, each None if it is no tensor."""
+def option_tensors(options: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Returns token_weight and denominator, None for a denominator that is no tensor."""
     denominator = options.denominator
     return options.token_weight, denominator if isinstance(denominator, TENSORS) else None

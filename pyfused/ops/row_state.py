@@ -1,7 +1,10 @@
-"""The state of rows of logits, and the loss and the metrics that follow from it.
+"""The state of rows of logits, from which losses and metrics follow.
 
-A state is a float64 tensor (fields, rows); ``types.py`` names the fields. A kernel computes it, and
-continues it with further classes; another kernel computes gradients from it.
+A state is a float64 tensor (fields, rows); ``types.py`` names the fields. One kernel computes a
+state, and continues it with further classes; another computes gradients from it. With class weights
+w, label smoothing s and target y, the loss of cross-entropy is
+
+    (1 - s) w_y (lse - x_y) + s / C sum_c w_c (lse - x_c) + z_loss lse^2
 """
 
 from __future__ import annotations
@@ -30,15 +33,15 @@ from pyfused.types import (
 )
 
 
-def fields_of(options: CrossEntropyOptions) -> int:
-    """Returns how many fields of a state the loss, and the metrics where wanted, need."""
+def state_fields(options: CrossEntropyOptions) -> int:
+    """Returns the number of fields that the loss, and the metrics if any, are computed from."""
     if options.label_smoothing:
         return SMOOTHING_FIELDS
     return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
 
 
-def state_of_nothing(fields: int, target: Tensor) -> Tensor:
-    """Returns the state of rows without any classes."""
+def empty_state(fields: int, target: Tensor) -> Tensor:
+    """Returns the state of rows without classes."""
     state = target.new_zeros((fields, *target.shape), dtype=torch.float64)
     state[[PIVOT, *[MAXIMUM] * (fields > MAXIMUM)]] = -torch.inf
     return state
@@ -53,7 +56,7 @@ def as_rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def state_of_logits(
+def logits_state(
     backend: Backend,
     logits: Tensor,
     options: RowOptions,
@@ -61,16 +64,16 @@ def state_of_logits(
     fields: int = STATE_FIELDS,
     results: int = 0,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Prepares the state of each row of logits (C), (N, C) or (N, C, d1, ..., dk).
+    """Prepares the kernel of the state of each row of logits (C), (N, C) or (N, C, d1, ..., dk).
 
     Returns:
-        A function of logits of this layout, the target or None, and the weight of the classes. It
-        returns the state, of shape (fields, *target.shape), and the first results of it in the
-        accumulation dtype, None of 0: of the target's shape if it is one.
+        A function of logits of this layout, the target or None, and the class weights. It returns
+        the state, of shape (fields, *target.shape), and its first ``results`` fields in the
+        accumulation dtype: None for 0, of the target's shape for 1.
     """
     rows, dtype = as_rows(logits), accumulate_dtype(logits.dtype)
     launch = backend.row_state(rows, options, classes, fields, results)
-    views, several = rows is not logits, (results,) * (results > 1)
+    views, leading = rows is not logits, (results,) * (results > 1)
 
     def run(
         logits: Tensor, target: Tensor | None, weight: Tensor | None = None
@@ -78,21 +81,21 @@ def state_of_logits(
         rows = as_rows(logits) if views else logits
         shape = rows.shape[:1] if target is None else target.shape
         state = rows.new_empty((fields, *shape), dtype=torch.float64)
-        found = rows.new_empty((*several, *shape), dtype=dtype) if results else None
-        launch(rows, None if target is None else target.contiguous(), weight, state, found)
-        return state, found
+        out = rows.new_empty((*leading, *shape), dtype=dtype) if results else None
+        launch(rows, None if target is None else target.contiguous(), weight, state, out)
+        return state, out
 
     return run
 
 
-def gradient_of_logits(
+def logits_gradient(
     backend: Backend, logits: Tensor, options: RowOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
-    """Prepares the gradient of such logits, given those of results of their state.
+    """Prepares the kernel of the gradient of logits, given the gradients of results of the state.
 
     Returns:
-        A function of logits of this layout, the target, the weight of the classes, the state, and
-        the gradients of the results, as ``state_of_logits`` returns these.
+        A function of logits of this layout, the target, the class weights, the state, and the
+        gradients of the results, which have the shape that ``logits_state`` returns.
     """
     rows = as_rows(logits)
     launch: Callable[..., Tensor] = backend.row_gradients(rows, options, classes, results)
@@ -103,25 +106,28 @@ def gradient_of_logits(
     def run(
         logits: Tensor, target: Tensor, weight: Tensor | None, state: Tensor, grad_results: Tensor
     ) -> Tensor:
-        target, state = target.contiguous(), state.contiguous()  # hooks may have changed these
+        target, state = (
+            target.contiguous(),
+            state.contiguous(),
+        )  # saved-tensor hooks may change them
         if not views:
             return launch(logits, target, weight, state, grad_results)
         rows, fields = as_rows(logits), grad_results.shape[: results > 1]
-        given = target, weight, state, grad_results.reshape(*fields, -1)
-        out = launch(rows, *given, rows if copies else None)
+        grad_rows = grad_results.reshape(*fields, -1)
+        out = launch(rows, target, weight, state, grad_rows, rows if copies else None)
         return out.view(moved).movedim(-1, dim)
 
     return run
 
 
-def state_of_metrics(
+def metrics_state(
     backend: Backend, logits: Tensor, target: Tensor, options: CrossEntropyOptions
 ) -> Tensor:
-    """Returns the state of each row, with ``sum_c target_c log p_c`` beside class probabilities."""
+    """Returns the state of each row; LOG_P of class probabilities is ``sum_c target_c log p_c``."""
     dim = min(logits.dim() - 1, 1)
     rows, indices = RowOptions(options.ignore_index, options.scale), not target.is_floating_point()
     classes = ClassRange(0, logits.shape[dim])
-    launch = state_of_logits(backend, logits, rows, classes, METRICS_FIELDS)
+    launch = logits_state(backend, logits, rows, classes, METRICS_FIELDS)
     state, _ = launch(logits, target if indices else None)
     if indices:
         return state
@@ -132,26 +138,26 @@ def state_of_metrics(
     return state
 
 
-def results_of(state: Tensor, count: int) -> Tensor:
-    """Returns the log-probabilities of a state, or with them entropies and log-sum-exps."""
+def state_results(state: Tensor, count: int) -> Tensor:
+    """Returns the log-probabilities of a state for 1, or the first ``count`` fields."""
     return state[LOG_P] if count == 1 else state[:count]
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------
 
 
-def loss_of_state(
+def state_loss(
     state: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: CrossEntropyOptions,
     classes: int,
 ) -> Tensor:
-    """Returns the loss of each row: ``sum_c q_c (lse - x_c) + z_loss lse^2``, in float64.
+    """Returns the cross-entropy of each row, in float64.
 
     Args:
-        state: Of all classes, the rows in the shape of the target; autograd may differentiate.
-        weight: One factor for each of all classes, in the accumulation dtype, or None.
+        state: The state over all classes, of shape (fields, *target.shape); may require grad.
+        weight: The weights of all classes, in the accumulation dtype, or None.
         classes: The number of all classes.
     """
     smoothing, one_hot = options.label_smoothing, _one_hot(target, weight, options)
@@ -166,7 +172,7 @@ def loss_of_state(
     return loss.where(target != options.ignore_index, 0)
 
 
-def gradients_of_loss(
+def state_loss_gradients(
     state: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -174,61 +180,55 @@ def gradients_of_loss(
     classes: int,
     grad_output: Tensor,
 ) -> Tensor:
-    """Returns the gradients of the state's results, as kernels take them.
-
-    Args:
-        grad_output: The gradient of each row's loss.
-    """
+    """Returns the gradients of the state's results, given the gradient of each row's loss."""
     if options.token_weight is not None:
         grad_output = grad_output * options.token_weight
     grad_output = grad_output.double().where(target != options.ignore_index, 0)
     smoothing, one_hot = options.label_smoothing, _one_hot(target, weight, options)
     gradients = state.new_zeros((4 if smoothing else 3, *target.shape))
     gradients[LOG_P] = -one_hot * grad_output
-    of_lse = 2 * options.z_loss * state[LSE] if options.z_loss else 0.0
+    grad_lse = 2 * options.z_loss * state[LSE] if options.z_loss else 0.0
     if smoothing:
-        of_lse = of_lse + smoothing / classes * _sum_of_weights(weight, classes)
+        grad_lse = grad_lse + smoothing / classes * _sum_of_weights(weight, classes)
         gradients[3] = -smoothing / classes * grad_output
-    gradients[LSE] = of_lse * grad_output
+    gradients[LSE] = grad_lse * grad_output
     return gradients
 
 
 def _one_hot(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor | float:
-    """Returns the part of a target's probability that smoothing leaves, times its class weight."""
-    rest = 1 - options.label_smoothing
-    return rest if weight is None else rest * _target_weight(target, weight, options)
+    """Returns the factor of the target's log-probability: (1 - smoothing) times the class weight."""
+    confidence = 1 - options.label_smoothing
+    return confidence if weight is None else confidence * _target_weight(target, weight, options)
 
 
 def _sum_of_weights(weight: Tensor | None, classes: int) -> Tensor | float:
     return float(classes) if weight is None else weight.double().sum()
 
 
-def weight_of_targets(
-    target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
-) -> Tensor:
-    """Returns the denominator of a mean: the weight of the targets that count, in float64."""
-    counted = (target != options.ignore_index).double()
+def total_weight(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor:
+    """Returns the default denominator of a mean: the total weight of valid targets, in float64."""
+    weights = (target != options.ignore_index).double()
     if weight is not None:
-        counted *= _target_weight(target, weight, options)
+        weights *= _target_weight(target, weight, options)
     if options.token_weight is not None:
-        counted *= options.token_weight
-    return counted.sum()
+        weights *= options.token_weight
+    return weights.sum()
 
 
-def denominator_of(options: VocabOptions, counted: float | Tensor) -> float | Tensor:
-    """Returns what the sum of the losses is divided by, given the weight of those that count."""
+def loss_denominator(options: VocabOptions, default: float | Tensor) -> float | Tensor:
+    """Returns the divisor of the sum of the losses, given the default denominator of a mean."""
     if options.reduction != "mean":
         return 1.0
-    given = counted if options.denominator is None else options.denominator
-    return given.reshape(()) if isinstance(given, Tensor) else given
+    denominator = default if options.denominator is None else options.denominator
+    return denominator.reshape(()) if isinstance(denominator, Tensor) else denominator
 
 
 def _target_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions) -> Tensor:
-    """Returns the class weight of each target in float64, any number for one that is ignored."""
+    """Returns the class weight of each target in float64; that of ignored targets is arbitrary."""
     label = target.where(target != options.ignore_index, 0).clamp(0, len(weight) - 1)
     return weight.double()[label]
 
 
-def accumulated(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Returns class weights as the kernels of logits of a dtype take them."""
+def kernel_weight(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Converts class weights for the kernels of logits of a dtype."""
     return None if weight is None else weight.detach().to(accumulate_dtype(dtype)).contiguous()

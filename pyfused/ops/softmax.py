@@ -1,4 +1,4 @@
-"""Softmax and its logarithm: their declaration."""
+"""Softmax and log-softmax: exp(x - lse) and x - lse along one dimension."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.plan import Plan
-from pyfused.ops.activation import plan_of_activation
+from pyfused.ops.activation import activation_plan
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Softmax(Operator):
-    """A function of all elements along one dimension."""
+    """Softmax or log-softmax along one dimension."""
 
     built_in: tuple[str, ...] = ("input", "dim")
     saves: ClassVar[str] = "output"
@@ -32,7 +32,7 @@ class Softmax(Operator):
 
         def aten(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
             if dim is None:
-                # Behind this function and `call`: who called `pyfused.functional`'s.
+                # Two frames more, this function's and that of `call`, lie before the caller's.
                 dim = F._get_softmax_dim(  # type: ignore[attr-defined]
                     self.name, input.dim(), stacklevel + 2
                 )
@@ -42,10 +42,10 @@ class Softmax(Operator):
         self.aten = self.aten_ = aten
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
-        """Returns whether rows are short; torch has vectors where positions are contiguous."""
+        """Returns whether rows are short. torch vectorises over rows if these are contiguous."""
         input, dim, *_ = arguments
-        of_input = type(dim) is int and -input.dim() <= dim < input.dim()
-        return of_input and input.shape[dim] <= few and input.stride(dim) == 1
+        valid = type(dim) is int and -input.dim() <= dim < input.dim()
+        return valid and input.shape[dim] <= few and input.stride(dim) == 1
 
     def gradient_in_torch(self, grad_output: Tensor, output: Tensor, dim: int, *_: Any) -> Tensor:
         gradient: Callable[..., Tensor] = getattr(torch, f"_{self.name}_backward_data")
@@ -56,7 +56,7 @@ class Softmax(Operator):
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
         dim, backend, kernel = dim % input.dim(), backend_of(input), self.name
-        return plan_of_activation(
+        return activation_plan(
             self,
             input,
             (dim,),
@@ -69,10 +69,10 @@ class Softmax(Operator):
         checks.dim(arguments[1], arguments[0])
 
 
-def not_along_one_dimension(
+def softmax_fallback_reason(
     input: Tensor, dim: int | None, _stacklevel: int, dtype: torch.dtype | None
 ) -> str | None:
-    """Returns why torch's operator is the one for these arguments."""
+    """Returns why torch's operator has to compute these arguments, None if a kernel can."""
     if type(dim) is not int:
         return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
     if not -input.dim() <= dim < input.dim():
