@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib import metadata, util
+from importlib import util
 
 import torch
 
@@ -17,19 +17,12 @@ from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, uns
 from pyfused.ops.operators import OPERATORS
 
 
-def installed(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def built() -> list[str]:
     return [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
 
 
-def is_torchs_runtime() -> bool:
-    """Returns whether torch's settings reach it: of two runtimes in a process each has its own."""
+def shares_threads() -> bool:
+    """Returns whether torch and the kernels use one OpenMP runtime, and so one thread pool."""
     count = torch.get_num_threads()
     torch.set_num_threads(count + 1)
     try:
@@ -43,8 +36,8 @@ def thread_runtime() -> str:
         return "none, there are no kernels"
     if not cpu.native.runtime_file:
         return "none is loaded, the kernels run on one thread"
-    whose = "torch's own pool" if is_torchs_runtime() else "a pool beside torch's"
-    return f"{cpu.native.runtime_file}, {whose}"
+    pool = "torch's own pool" if shares_threads() else "a pool beside torch's"
+    return f"{cpu.native.runtime_file}, {pool}"
 
 
 def triton() -> str:
@@ -93,21 +86,21 @@ def main() -> None:
     command = commands.add_parser(
         "run",
         help="run a program under pyfused.patch(), and count",
-        description="Run a program under pyfused.patch(), and say at its end what that gained.",
+        description="Run a program under pyfused.patch(), and report how much time it saved.",
     )
     command.add_argument(
         "--compare",
         action="store_true",
-        help="repeat more of the calls by torch's operators, for a better estimate",
+        help="re-run more calls with torch's operators, for a better estimate",
     )
     command.add_argument("-m", action="store_true", dest="module", help="program is a module")
     command.add_argument("program", help="a script, a folder or archive with __main__.py")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, help="what the program is given")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's arguments")
     tuning = commands.add_parser(
         "tune",
-        help="measure from which sizes on the kernels are faster on this machine",
-        description="Measure the sizes from which kernels take calls, and keep them for later "
-        "processes of this machine. It takes up to two minutes.",
+        help="measure the sizes from which kernels are faster on this machine",
+        description="Measure the sizes from which kernels are faster than torch, and save them for "
+        "later processes. It takes up to two minutes.",
     )
     tuning.add_argument("--op", nargs="+", default=[], choices=OPERATORS, metavar="OPERATOR")
     options = parser.parse_args()

@@ -157,7 +157,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     """``torch.nn.LinearCrossEntropyLoss`` over :func:`pyfused.functional.linear_cross_entropy`.
 
     Takes torch's arguments, ``memory_budget``, ``filter_eps`` and the function's other keywords.
-    The linear layer is the attribute ``linear``. For a model that has a head, call the function.
+    The linear layer is the attribute ``linear``. With the head of a model, call the function.
     """
 
     memory_budget: int | None = None
@@ -281,7 +281,7 @@ class LinearLogProbs(LogProbs):
 class KLDivWithLogitsLoss(_Loss):
     """:func:`pyfused.functional.kl_div_with_logits` as a module, called with the same tensors.
 
-    Takes that function's keywords but for ``token_weight``, which goes with a call.
+    Takes the function's keywords except ``token_weight``, which is an argument of the call.
     """
 
     _function: ClassVar[Callable[..., Tensor]] = staticmethod(F.kl_div_with_logits)

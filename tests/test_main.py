@@ -76,7 +76,3 @@ def test_the_report_names_the_triton_found_and_the_one_needed(
     monkeypatch.setattr(torch, "__version__", "2.13.0")
     assert main.report()["triton"] == reported
     assert ("GPUs: Triton kernels" in main.report()["kernels"]) == (found == reported)
-
-
-def test_a_package_that_is_absent_is_said_to_be() -> None:
-    assert main.installed("no-such-package") == "not installed"
