@@ -103,23 +103,6 @@ def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtyp
     assert torch.equal(grad_output, before)
 
 
-@every_operator
-def test_backward_again_without_a_kept_graph_is_torchs_error(example: Example) -> None:
-    value = example.call().ours().sum()
-    value.backward()
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        value.backward()
-
-
-@every_operator
-def test_gradients_are_added_up_in_grad(example: Example) -> None:
-    call = example.call()
-    expected = gradients(call, of_torch, torch.tensor(1.0))
-    for _ in range(3):
-        call.ours().sum().backward()
-    close([x.grad for x in call.leaves.values()], [3 * gradient for gradient in expected])
-
-
 @pytest.mark.interpreted
 @every_example
 def test_each_gradient_alone(example: Example) -> None:
@@ -332,17 +315,6 @@ def test_hooks_for_saved_tensors_have_the_gradients_of_the_forward_pass(name: st
 
 
 # ---- hooks, checkpoints, anomalies ---------------------------------------------------------------
-
-
-@every_operator
-def test_hooks_see_and_change_the_gradients(example: Example) -> None:
-    call = example.call()
-    hidden = through(call, torch.ones(()))
-    for x in hidden.values():
-        x.register_hook(lambda gradient: gradient * 3)
-    value = call.ours(**hidden)
-    got = torch.autograd.grad(value, [*call.leaves.values()], above(value))
-    close(got, tuple(3 * gradient for gradient in gradients(call, of_torch)))
 
 
 @every_example

@@ -186,31 +186,6 @@ def test_as_exact_as_reference(
     assert kernel_calls["cross_entropy"] > 0
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(8, 300), (8, 10)], ids=str)
-def test_loss_dtype(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """As exact as that of a copy of the logits in float32."""
-    input, target, _, _ = arguments(shape, dtype, False)
-    got = fused.cross_entropy(input * 10, target, loss_dtype=torch.float32, reduction="none")
-    expected = torch.nn.functional.cross_entropy((input * 10).float(), target, reduction="none")
-    assert got.dtype is torch.float32
-    torch.testing.assert_close(got, expected)
-    assert fused.cross_entropy(input, target).dtype is dtype
-    (gradient,) = torch.autograd.grad(got.sum(), input)
-    assert gradient.dtype is dtype
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_beside_inplace(inplace: bool) -> None:
-    input, target, _, token_weight = arguments((6, 5), torch.float32, False)
-    options: dict[str, Any] = {"z_loss": 0.1, "scale": 2.0, "token_weight": token_weight}
-    got = fused.cross_entropy(input * 1, target, inplace=inplace, **options)
-    expected = reference(input, target, **options)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, input), torch.autograd.grad(expected, input)
-    )
-
-
 def test_token_weight_of_nothing_and_of_what_is_ignored() -> None:
     input, target, _, _ = arguments((6, 5), torch.float32, False)
     token_weight = torch.zeros(6)
@@ -280,20 +255,3 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
     with pytest.raises(error, match=told):
         fused.cross_entropy(input, target, **wrong)
     assert torch.equal(input, before)
-
-
-@pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("names", ["all_mean", "all_sum", "temperature"])
-def test_compiled(names: str) -> None:
-    input, target, weight, token_weight = arguments((6, 5), torch.float32, False)
-    options = OPTIONS[names] | {"weight": weight, "token_weight": token_weight}
-
-    def loss(x: Tensor) -> Tensor:
-        return fused.cross_entropy(x, target, **options).sum()
-
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got, expected = evaluate(compiled, input), evaluate(loss, input)
-    torch.testing.assert_close(got.value, expected.value)
-    torch.testing.assert_close(got.gradients, expected.gradients)

@@ -164,21 +164,6 @@ def test_triplets_that_broadcast(shapes: tuple[Any, ...], kernel_calls: KernelCa
     assert kernel_calls["triplet_margin_loss"] == 3
 
 
-@grid(
-    shapes=[
-        ((4, 3), (1, 3), (4,)),
-        ((1, 3), (1, 3), (4,)),
-        ((4, 3), (4, 3), (1,)),
-        ((3,), (3,), ()),
-    ]
-)
-def test_pairs_that_broadcast(shapes: tuple[Any, ...], kernel_calls: KernelCalls) -> None:
-    first, second, target = (torch.randn(shape) for shape in shapes)
-    assert_torchs("cosine_embedding_loss", [first, second], target.sign())
-    assert_torchs("cosine_embedding_loss", [first, second], target.sign(), reduction="mean")
-    assert kernel_calls["cosine_embedding_loss"] == 3
-
-
 @grid(dtype=[torch.float64, torch.float32, torch.float16, torch.int64])
 def test_targets_are_compared_in_their_dtype(dtype: torch.dtype) -> None:
     first, second = torch.randn(2, 6, 5)

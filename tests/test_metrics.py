@@ -115,41 +115,6 @@ def test_of_cross_entropy(
     assert_same(*of_loss, *of_plain)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (3, 300), MANY], ids=str)
-def test_beside_every_option(shape: tuple[int, int]) -> None:
-    """They tell of the logits, whatever else the loss is told, in their memory too."""
-    input, target = case(shape, torch.float32, False)
-    expected = exact(input, target, scale=0.5)
-    token_weight, weight = torch.rand(shape[0]), torch.rand(shape[1])
-    options: dict[str, Any] = {"weight": weight, "token_weight": token_weight, "denominator": 3}
-    options |= {"z_loss": Z_LOSS, "scale": 0.5, "label_smoothing": 0.1}
-    _, metrics = fused.cross_entropy_with_metrics(input, target, **options)
-    assert_metrics(metrics, expected, torch.float32)
-    logits = 1 * input
-    _, metrics = fused.cross_entropy_with_metrics(
-        logits,
-        target,
-        gamma=2.0,
-        z_loss=Z_LOSS,
-        inplace=True,
-    )
-    assert not torch.equal(logits, input)
-    assert_metrics(metrics, exact(input, target), torch.float32)
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("strides", ["columns", "gaps"])
-def test_strided(strides: str) -> None:
-    input = torch.randn(300, 6).t() if strides == "columns" else torch.randn(6, 600)[:, ::2]
-    target = torch.randint(0, 300, (6,))
-    _, metrics = fused.cross_entropy_with_metrics(
-        input,
-        target,
-        z_loss=Z_LOSS,
-    )
-    assert_metrics(metrics, exact(input, target), torch.float32)
-
-
 SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
     "ties": lambda row: row.index_fill(0, torch.tensor([2, 5]), 50.0),
     "equal": lambda row: row * 0 + 3,
@@ -234,19 +199,6 @@ def test_of_linear_cross_entropy(
         assert_same(mine, best)
 
 
-def test_of_linear_cross_entropy_with_probabilities() -> None:
-    input, weight, bias, _ = linear_case(torch.float32)
-    target = torch.randn(12, 50).softmax(1)
-    given = input, weight, target
-    _, metrics = fused.linear_cross_entropy_with_metrics(
-        *given,
-        linear_bias=bias,
-    )
-    expected = exact(logits_of(input, weight, bias), target)
-    torch.testing.assert_close(metrics.log_probability, expected.log_probability.float())
-    assert metrics.correct.tolist() == expected.correct.tolist()
-
-
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_of_linear_cross_entropy_in_half_precision(
     multiplies: bool, monkeypatch: pytest.MonkeyPatch
@@ -308,23 +260,6 @@ def test_definition(probabilities: bool) -> None:
             assert forward_ad.unpack_dual(loss).tangent is not None
             assert all(forward_ad.unpack_dual(each).tangent is None for each in metrics)
         assert_metrics(metrics, exact(input, target), torch.float32)
-
-
-def test_definition_of_linear_cross_entropy() -> None:
-    input, weight, bias, target = linear_case(torch.float32)
-
-    def metrics(input: Tensor) -> tuple[Tensor, ...]:
-        loss, found = fused.linear_cross_entropy_with_metrics(
-            input,
-            weight,
-            target,
-            linear_bias=bias,
-        )
-        return loss, *found
-
-    mapped = torch.func.vmap(metrics)(input.detach()[None])
-    for mine, best in zip(mapped, metrics(input), strict=True):
-        torch.testing.assert_close(mine[0], best)
 
 
 @pytest.mark.cpu
