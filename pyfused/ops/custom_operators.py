@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 PACKAGE = __name__.partition(".")[0]
-# The namespace contains the package's name, as a process may hold two copies of the package, one of
-# them loaded from the kernel hub under another name. It contains the version, as the compiler caches
-# programs on disk by the names of their operators.
+# The namespace contains the package's name, as a process may hold two copies of the package, one
+# of them loaded from the kernel hub under another name. It contains the version, as the compiler
+# caches programs on disk by the names of their operators.
 _VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
 NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)
@@ -28,6 +28,6 @@ def custom_operator(name: str) -> Any:
     return getattr(TORCH_OPS, name)
 
 
-def compute(_: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def compute(op: str, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ARG001
     """Computes the result of a custom operator of this name; ``run`` replaces it to count calls."""
     return function(*arguments)
