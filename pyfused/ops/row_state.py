@@ -196,7 +196,7 @@ def state_loss_gradients(
 
 
 def _one_hot(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor | float:
-    """Returns the factor of the target's log-probability: (1 - smoothing) times the class weight."""
+    """Returns the factor of the target's log-probability: (1 - smoothing) times class weight."""
     confidence = 1 - options.label_smoothing
     return confidence if weight is None else confidence * _target_weight(target, weight, options)
 
