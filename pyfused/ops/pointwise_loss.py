@@ -53,18 +53,18 @@ _PYTHON_PARAMETERS = ("size_average", "reduce", "weight")
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
 
-def reduced(each: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
     """Reduces losses; a weighted mean divides by the sum of the weights."""
     if weight is not None:
         checks.tensor("weight", weight)
-        checks.weight_that_broadcasts(each, weight)
+        checks.weight_that_broadcasts(loss, weight)
     if reduction == "none":
-        return each if weight is None else each * weight
+        return loss if weight is None else loss * weight
     checks.reduction(reduction)
     if weight is None:
-        return each.mean() if reduction == "mean" else each.sum()
-    total = (each * weight).sum()
-    return total / weight.expand_as(each).sum() if reduction == "mean" else total
+        return loss.mean() if reduction == "mean" else loss.sum()
+    total = (loss * weight).sum()
+    return total / weight.expand_as(loss).sum() if reduction == "mean" else total
 
 
 def elements(operands: Sequence[Tensor], *_: Any) -> float:
