@@ -130,7 +130,7 @@ class FormulaOperator(PointwiseLoss):
         traced, values = self.traced(numbers)
         return traced.program(outputs), values
 
-    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         return self.function(*operands, **dict(zip(self.parameters, numbers, strict=True)))
 
     @property
@@ -443,7 +443,7 @@ def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> lis
 def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tensor]) -> Tensor:
     """Returns the function's value and gradients, in float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
-    value = op.of_each(leaves, numbers)
+    value = op.unreduced(leaves, numbers)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)

@@ -27,16 +27,16 @@ class Softmax(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        built_in = getattr(torch, self.name)
+        torch_function = getattr(torch, self.name)
 
-        def aten(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
+        def builtin(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
             if dim is None:
                 # Three frames more than in a call of torch's function: it warns the caller.
                 return self.reference(input, None, stacklevel + 3, dtype)
-            output: Tensor = built_in(input, dim, dtype=dtype)
+            output: Tensor = torch_function(input, dim, dtype=dtype)
             return output
 
-        self.aten = self.aten_ = aten
+        self.builtin = self.builtin_ = builtin
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         """Returns whether rows are short. torch vectorises over rows if these are contiguous."""
