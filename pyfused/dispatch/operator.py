@@ -114,7 +114,8 @@ class Operator(ABC):
 
         reference, reference_: torch's original function, also while it is patched, and its in-place
             variant.
-        builtin, builtin_: The same with the least overhead, for calls that no subclass or mode observes.
+        builtin, builtin_: The same with the least overhead, for calls that no subclass or mode
+            observes.
         arguments: The function's parameters but ``inplace``, in order.
         defaults: The defaults of the parameters after the input.
         indexed_scalars: The index of each scalar among the arguments, and the scalar.
