@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,6 @@ from cases import BF16, EMBEDDINGS, F32, MODES, POINTWISE, Arguments, Case, M, S
 from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
-from pyfused.__main__ import installed
 from pyfused.dispatch import call as dispatch
 
 ROUNDS, WARM_UP = 30, 3
@@ -53,6 +53,14 @@ CASES = (
     Case("cross_entropy", (1 << 20, 100), BF16),
     Case("nll_loss", (262_144, 1000)),
 )
+
+
+def installed(package: str) -> str:
+    """Returns the version of a package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def peers_of(case: Case) -> dict[str, Any]:
