@@ -276,9 +276,8 @@ def choosing(
         change: Returns what stands for a choice, given the number of classes.
     """
     from pyfused.backends import triton
-    from pyfused.kernels import launch
 
-    choose, made = launch.choose, []
+    choose, made = triton.choose, []
 
     def choose_other(itemsize: int, classes: int = 0, *args: Any, **kwargs: Any) -> Any:
         choice = change(choose(itemsize, classes, *args, **kwargs), classes)
@@ -286,7 +285,7 @@ def choosing(
         return choice
 
     with (
-        mock.patch.object(launch, "choose", choose_other),
+        mock.patch.object(triton, "choose", choose_other),
         mock.patch.object(dispatch, "_plans", plans),
         mock.patch.object(triton, "_tiling", triton._tiling.__wrapped__),  # keeps no choice
     ):
