@@ -230,8 +230,8 @@ def _call(
     """
     reason, failure = None, None
     try:
-        plan_of = dispatch.compiled_plan if is_dynamo_compiling() else dispatch.plan_of
-        reason, run = plan_of(op, arguments, inplace)
+        decide = dispatch.decide_compiled if is_dynamo_compiling() else dispatch.decide
+        reason, run = decide(op, arguments, inplace)
         if run is not None:
             output: Tensor = run(arguments)
             return output

@@ -26,7 +26,7 @@ from pyfused import torch_internals
 from pyfused.adopt.patch import patch
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import reasons
-from pyfused.dispatch.call import plan_of  # the original, which does not count
+from pyfused.dispatch.call import decide  # the original, which does not count
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.signature import PLAIN
@@ -82,13 +82,13 @@ class Report:
     # A mode could not count, because calls fall back to torch while a mode is active.
     def __enter__(self) -> Report:
         self._began = perf_counter()
-        self._uncounted = dispatch.plan_of, dispatch.is_small, custom_operators.compute
-        dispatch.plan_of, dispatch.is_small = self._plan_of, self._is_small
+        self._uncounted = dispatch.decide, dispatch.is_small, custom_operators.compute
+        dispatch.decide, dispatch.is_small = self._decide, self._is_small
         custom_operators.compute = self._compute
         return self
 
     def __exit__(self, *error: object) -> None:
-        dispatch.plan_of, dispatch.is_small, custom_operators.compute = self._uncounted
+        dispatch.decide, dispatch.is_small, custom_operators.compute = self._uncounted
         if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()  # include the time of launched kernels
         self._seconds += perf_counter() - self._began
@@ -104,7 +104,7 @@ class Report:
             self._compiled[op] += 1
         return self._uncounted[2](op, function, *arguments)
 
-    def _plan_of(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Plan:
+    def _decide(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Decision:
         plan = self._uncounted[0](op, arguments, inplace)
         if torch_internals.compiler_traces():
             return plan
@@ -247,7 +247,7 @@ def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
             for value in arguments
         )
         elements = _elements(op, arguments)
-    kernel = plan_of(op, arguments, False).run
+    kernel = decide(op, arguments, False).run
     assert kernel is not None
     with warnings.catch_warnings(), torch_alone:
         warnings.simplefilter("ignore")

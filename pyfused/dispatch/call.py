@@ -54,11 +54,11 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         inplace: Whether the result overwrites the input; for a loss, the input's gradient does.
     """
     if is_dynamo_compiling():
-        reason, run = compiled_plan(op, arguments, inplace)
+        reason, run = decide_compiled(op, arguments, inplace)
     elif is_small(op, arguments):
         reason, run = SMALL, None
     else:
-        reason, run = plan_of(op, arguments, inplace)
+        reason, run = decide(op, arguments, inplace)
     if inplace and (reason is None or reason is SMALL):
         op.prepare_inplace(arguments[0])
     if run is not None:
@@ -81,10 +81,10 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         raise
 
 
-# ---- plans ---------------------------------------------------------------------------------------
+# ---- decisions -----------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class Decision(NamedTuple):
     """How calls of one signature are executed: by ``run``, or by torch for ``reason``."""
 
     reason: str | None
@@ -103,44 +103,44 @@ def keep_plan(key: Any, plan: Any) -> None:
     _plans[key] = plan
 
 
-def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
-    """Returns the plan of a call of any size; plans are cached by signature."""
+def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
+    """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
     key = signature(op, arguments, inplace)
     if key is None:
-        return _plan_without_signature(op, arguments, inplace)
+        return _decide_without_signature(op, arguments, inplace)
     if _checkpoints and left_in_checkpoint():
-        return Plan("a torch dispatch or function mode in the checkpoint's forward pass", None)
-    plan: Plan | None = _plans.get(key)
-    if plan is None:
-        plan = _new_plan(op, with_specs(arguments, key), inplace)
-        keep_plan(key, plan)
-    return plan
+        return Decision("a torch dispatch or function mode in the checkpoint's forward pass", None)
+    decision: Decision | None = _plans.get(key)
+    if decision is None:
+        decision = _new_decision(op, with_specs(arguments, key), inplace)
+        keep_plan(key, decision)
+    return decision
 
 
-def _new_plan(op: Operator, specs: Arguments, inplace: bool) -> Plan:
+def _new_decision(op: Operator, specs: Arguments, inplace: bool) -> Decision:
     tensors = numbers_in_tensors(op, specs)
     if tensors and all(map(is_readable, tensors.values())):
-        return Plan(None, lambda given: call(op, with_python_numbers(op, given), inplace))
+        return Decision(None, lambda given: call(op, with_python_numbers(op, given), inplace))
     reason = _planned_reason(op, specs, inplace)
-    return Plan(reason, None if reason else op.plan(specs, inplace))
+    return Decision(reason, None if reason else op.plan(specs, inplace))
 
 
-def _plan_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
+def _decide_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     if is_traced(arguments[0]):
-        return compiled_plan(op, arguments, inplace)
+        return decide_compiled(op, arguments, inplace)
     reason = no_signature_reason(op, arguments)
     if reason is not None:
-        return Plan(reason, None)
+        return Decision(reason, None)
     if op.local_shard_of(arguments) is not None:
-        return Plan(None, op.run_on_dtensors)  # type: ignore[attr-defined]
+        return Decision(None, op.run_on_dtensors)  # type: ignore[attr-defined]
     numbers = with_python_numbers(op, arguments)
-    return Plan(None, lambda _: call(op, numbers, inplace))
+    return Decision(None, lambda _: call(op, numbers, inplace))
 
 
-def compiled_plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
-    """Returns the plan of a call in a program that is being compiled."""
+def decide_compiled(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
+    """Decides whether a custom operator runs a call in a program that is being compiled."""
     reason = fallback_reason(op, arguments, inplace)
-    return Plan(reason, None if reason else op.compiled)
+    return Decision(reason, None if reason else op.compiled)
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------
