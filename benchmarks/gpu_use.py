@@ -55,11 +55,14 @@ def times_of(op: str, elements: int, clock: Clock, device: str, rounds: int) -> 
     return interleaved(timers, rounds, max(1, min(50, (16 * M) // elements)))
 
 
+LEAST_GAIN = 0.95  # a smaller difference is noise
+
+
 def size_row(op: str, clock: Clock, device: str, rounds: int) -> list[str]:
     with mock.patch.object(sizes, "FORCED", "every size"):  # the kernels take small calls too
         found = [times_of(op, elements, clock, device, rounds) for elements in SIZES]
     gains = [median(theirs) / median(ours) for theirs, ours in found]
-    slower = [size for size, gain in zip(SIZES, gains, strict=True) if gain < 1]
+    slower = [size for size, gain in zip(SIZES, gains, strict=True) if gain < LEAST_GAIN]
     larger = [size for size in SIZES if size > max(slower, default=0)]
     host = [f"{1e3 * median(times):.0f}" for times in reversed(found[0])]
     faster_from = f"2^{larger[0].bit_length() - 1}" if larger else "never"

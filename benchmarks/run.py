@@ -122,7 +122,7 @@ def steps(out: Path) -> list[Step]:
     variants = (*run, "gpu-variants", out / "variants.md", "--seconds", str(USE_SECONDS))
     written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
     found = [
-        Step("build", (*pip, "--target", out / "site", ROOT), 150, needed=True),
+        Step("build", (*pip, "--upgrade", "--target", out / "site", ROOT), 150, needed=True),
         Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120),
         Step("sizes", used.pop("sizes"), USE_SECONDS + 30),
         Step("gpu-variants", variants, USE_SECONDS + 30),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map
 
 from pyfused import checks
 from pyfused.backends import cpu
@@ -24,7 +23,7 @@ from pyfused.formulas import trace
 from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError, compiled
 from pyfused.layout import broadcast_numel
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
-from pyfused.torch_internals import DispatchMode
+from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
 from pyfused.types import Outputs
 
 _LONG = 16  # instructions of a long formula, including those of its gradients
@@ -131,7 +130,7 @@ class FormulaOperator(PointwiseLoss):
         traced, values = self.traced(numbers)
         return traced.program(outputs), values
 
-    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         return self.function(*operands, **dict(zip(self.parameters, numbers, strict=True)))
 
     @property
@@ -444,7 +443,7 @@ def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> lis
 def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tensor]) -> Tensor:
     """Returns the function's value and gradients, in float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
-    value = op.of_each(leaves, numbers)
+    value = op.unreduced(leaves, numbers)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
@@ -462,7 +461,7 @@ class _Roundings(DispatchMode):
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        return result if op.is_view or op._schema.is_mutable else tree_map(self.rounded, result)
+        return result if op.is_view or is_mutable(op) else tree_map(self.rounded, result)
 
     def rounded(self, result: Any) -> Any:
         if not isinstance(result, Tensor) or not result.is_floating_point():

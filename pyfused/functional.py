@@ -253,7 +253,7 @@ def cross_entropy(
     )
     arguments = input, target, weight, options
     if shard is not None:
-        return operators.CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
+        return operators.CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.CROSS_ENTROPY, arguments, inplace)
 
 
@@ -292,7 +292,7 @@ def cross_entropy_with_metrics(
     )
     arguments = input, target, weight, given
     if shard is not None:
-        return operators.CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
+        return operators.CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.CROSS_ENTROPY, arguments, inplace)  # type: ignore[return-value]
 
 
@@ -404,7 +404,7 @@ def linear_cross_entropy(
     )
     arguments = input, linear_weight, linear_bias, target, weight, options, given
     if shard is not None:
-        return operators.LINEAR_CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
+        return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.LINEAR_CROSS_ENTROPY, arguments)
 
 
@@ -447,7 +447,7 @@ def linear_cross_entropy_with_metrics(
     )
     arguments = input, linear_weight, linear_bias, target, weight, None, given
     if shard is not None:
-        return operators.LINEAR_CROSS_ENTROPY.of_shard(arguments, shard)  # type: ignore[no-any-return]
+        return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.LINEAR_CROSS_ENTROPY, arguments)  # type: ignore[return-value]
 
 
@@ -499,7 +499,7 @@ def log_probs(
     )
     logits = checks.classes_at(1, "logits", logits, dim)
     op, arguments = operators.LOG_PROBS, (logits, target, options)
-    values = call(op, arguments) if shard is None else op.of_shard(arguments, shard)
+    values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
     if options.alone and not return_metrics:
         return LogProbs(values)
     return named(values, options, return_entropy, return_lse)
@@ -555,7 +555,7 @@ def linear_log_probs(
     )
     arguments = input, linear_weight, linear_bias, target, options
     op = operators.LINEAR_LOG_PROBS
-    values = call(op, arguments) if shard is None else op.of_shard(arguments, shard)
+    values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
     if options.alone and not return_metrics:
         return LogProbs(values)
     return named(values, options, return_entropy, return_lse)

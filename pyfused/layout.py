@@ -66,7 +66,7 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
     return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
 
 
-def of_leading(results: Tensor, leading: Sequence[int]) -> Tensor:
+def with_leading_dims(results: Tensor, leading: Sequence[int]) -> Tensor:
     """Returns results of rows with the leading dimensions of the input; a scalar stays a scalar."""
     if len(leading) == 1 or not results.dim():
         return results

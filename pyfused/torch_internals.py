@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map as tree_map  # there is no public module of it
 
 MISSING: str | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,9 @@ SLOW = (
     *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
     *("test_shard_sequences", "test_types", "test_vec", "test_vocab_parallel"),
 )
+
+# Files of which many tests compile; single tests elsewhere ask for the fixture `compiler`.
+COMPILES = "test_backends", "test_convert", "test_converted_heads", "test_formula", "test_patch"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,6 +111,8 @@ def fused_always() -> Iterator[None]:
 def fused(request: pytest.FixtureRequest) -> Iterator[None]:
     measured = request.node.get_closest_marker("thresholds")
     dispatch.forget_plans()
+    if request.path.stem in COMPILES and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     with contextlib.nullcontext() if measured else fused_always():
         yield
 

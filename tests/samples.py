@@ -405,11 +405,6 @@ def draw(
     return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
 
 
-def arguments(op: Activation, x: Tensor) -> tuple[Any, ...]:
-    """Returns the arguments of an activation: defaults, and values to try of what has none."""
-    return (x, *(dict(zip(op.arguments[1:], op.defaults, strict=True)) | op.required).values())
-
-
 def losses() -> list[Loss]:
     found = []
     for op in OPERATORS.values():

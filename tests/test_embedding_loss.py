@@ -167,7 +167,7 @@ def test_triplets_that_broadcast(shapes: tuple[Any, ...], kernel_calls: KernelCa
 @grid(dtype=[torch.float64, torch.float32, torch.float16, torch.int64])
 def test_targets_are_compared_in_their_dtype(dtype: torch.dtype) -> None:
     first, second = torch.randn(2, 6, 5)
-    target = torch.tensor([1, -1, 0, 1 + 1e-9, -1 - 1e-9, 3]).to(dtype)
+    target = torch.tensor([1, -1, 0, 1 + 1e-9, -1 - 1e-9, 3], dtype=torch.float64).to(dtype)
     assert_torchs("cosine_embedding_loss", [first, second], target)
     assert_torchs("cosine_embedding_loss", [first.double(), second.double()], target)
 

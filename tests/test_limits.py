@@ -14,13 +14,12 @@ import pytest
 import torch
 from compare import FLOATS
 from processes import python
-from samples import ACTIVATIONS, FIRST, arguments
+from samples import ACTIVATIONS, FIRST
 from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.dispatch.call import call
 
 pytestmark = [
     pytest.mark.cpu,
@@ -41,7 +40,7 @@ def formula(a: Tensor, b: Tensor) -> Tensor:
 def elementwise(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Callable[[], Tensor]]:
     x, other = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     for operator in ACTIVATIONS:
-        yield partial(call, operator, arguments(operator, x))
+        yield partial(getattr(fused, operator.name), x, **operator.required)
     for loss in FIRST:
         yield partial(loss.ours, **loss.draw(shape, dtype), **loss.parameters)
     yield partial(formula, x, other)

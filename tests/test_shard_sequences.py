@@ -261,7 +261,7 @@ class Process:
         else:
             raise AssertionError(f"no error of {kind}: {call}")
 
-    def of_dtensors(self) -> None:
+    def run_on_dtensors(self) -> None:
         """Of few classes, so that some processes have none, and with tensors that are frozen."""
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -361,7 +361,7 @@ def sequence(rank: int, seed: int, steps: int, folder: str, pipe: Any) -> None:
     process = Process(seed)
     kinds = [process.differentiated_together] * 6 + [process.refused] * 2
     kinds += [process.second_derivatives, process.data_parallel]
-    kinds += [process.of_dtensors, process.under_autocast]
+    kinds += [process.run_on_dtensors, process.under_autocast]
     warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
     with fused_always():
         for step in range(steps):

@@ -185,7 +185,7 @@ def rank_of(rank: int, folder: str, pipe: Any) -> None:
             found["derivatives", case] = derivatives_of(case, own, shard=VocabShard(own.start))
         found["modules"] = of_modules(own)
         found["not differentiable"] = not_differentiable(own)
-        found["dtensor"] = of_dtensors(sent)
+        found["dtensor"] = run_on_dtensors(sent)
         found["dtensors"] = [each for dtype in WIDE for each in of_every_operator(dtype)]
         found["others"] = of_other_placements()
         found["other options"] = of_other_options()
@@ -239,7 +239,7 @@ def not_differentiable(own: slice) -> list[Any]:
     ]
 
 
-def of_dtensors(sent: list[int]) -> list[Any]:
+def run_on_dtensors(sent: list[int]) -> list[Any]:
     """How a call goes, what it sends, and how far its results are from those of one process."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 

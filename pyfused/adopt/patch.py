@@ -62,7 +62,7 @@ class _Function:
         call = f"callee(({', '.join(given)},){', inplace' * inplace})"
         if self.op.definition is None:
             torch_functions = self.op.reference, self.op.reference_
-            aten = self.op.aten, self.op.aten_
+            aten = self.op.builtin, self.op.builtin_
         else:  # pyfused's definition has more options than torch's function
             by_name = self.unpatched.co_kwonlyargcount > 0
             torch_function = _by_name(self.copy, given) if by_name else self.copy

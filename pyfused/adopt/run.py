@@ -214,7 +214,7 @@ def time_of(seconds: float) -> str:
 
 def _elements(op: Operator, arguments: Arguments) -> int:
     """Returns the number of elements of the input, or of a linear layer's logits."""
-    return op.elements(arguments) if op.counts_logits else arguments[0].numel()
+    return op.elements(arguments) if op.is_linear else arguments[0].numel()
 
 
 def _rows(arguments: Arguments) -> int:
@@ -253,7 +253,7 @@ def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
         warnings.simplefilter("ignore")
         # The first time of a call includes new memory and the start of threads.
         ours = min(_seconds(kernel, arguments) for _ in range(2))
-        theirs = min(_seconds(lambda given: op.aten(*given), arguments) for _ in range(2))
+        theirs = min(_seconds(lambda given: op.builtin(*given), arguments) for _ in range(2))
     return ours / elements, theirs / elements
 
 

@@ -60,11 +60,11 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
     else:
         reason, run = plan_of(op, arguments, inplace)
     if inplace and (reason is None or reason is SMALL):
-        op.give_up(arguments[0])
+        op.prepare_inplace(arguments[0])
     if run is not None:
         output: Tensor = run(arguments)
         return output
-    function = op.aten_ if inplace else op.aten
+    function = op.builtin_ if inplace else op.builtin
     is_guarded = TorchAlone.needed and not (reason is SMALL and op.definition is None)
     if reason is not SMALL:
         report_fallback(op, arguments, str(reason))
@@ -131,8 +131,8 @@ def _plan_without_signature(op: Operator, arguments: Arguments, inplace: bool) -
     reason = no_signature_reason(op, arguments)
     if reason is not None:
         return Plan(reason, None)
-    if op.local_of(arguments) is not None:
-        return Plan(None, op.of_dtensors)  # type: ignore[attr-defined]
+    if op.local_shard_of(arguments) is not None:
+        return Plan(None, op.run_on_dtensors)  # type: ignore[attr-defined]
     numbers = with_python_numbers(op, arguments)
     return Plan(None, lambda _: call(op, numbers, inplace))
 
@@ -171,7 +171,7 @@ def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | 
     for name in numbers_in_tensors(op, arguments) if not compiling else ():
         return f"{name} is a tensor"
     reason = unsupported(op.operands[0], input, input)
-    for place, operand in op.others:
+    for place, operand in op.other_operands:
         tensor = arguments[place]
         if reason is None and not (tensor is None and operand.optional):
             if compiling and type(tensor) not in PLAIN and not is_traced(tensor):
@@ -242,7 +242,7 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
     # Other losses have custom operators for common calls only.
     by_name = dict(zip(op.arguments, arguments, strict=True))
     warning = getattr(op, "warning", None)
-    if op.is_forward_alone(arguments):
+    if op.needs_no_gradient(arguments):
         return "torch.compile: Inductor is as fast without a gradient"
     if by_name.get("reduction") == "none" or by_name.get("reduce") is not None:
         return "torch.compile: Inductor fuses what follows an unreduced loss"
@@ -250,10 +250,10 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
         return "torch.compile: a warning"
     if torch.is_autocast_enabled(input.device.type):
         return "torch.compile: autocast"
-    for place, scalar in op.scalar_places:
+    for place, scalar in op.indexed_scalars:
         if isinstance(arguments[place], Tensor):
             return f"torch.compile: {scalar.name} is a tensor"
-    for place, operand in op.others:
+    for place, operand in op.other_operands:
         tensor = arguments[place]
         if tensor is None or operand.indices:
             continue
@@ -291,7 +291,7 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
 
 def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
     """Raises pyfused's error for arguments that torch's operator has refused, if it has one."""
-    tensors = [(arguments[0], op.operands[0]), *((arguments[i], o) for i, o in op.others)]
+    tensors = [(arguments[0], op.operands[0]), *((arguments[i], o) for i, o in op.other_operands)]
     operands = [(o.name, t, o.indices) for t, o in tensors if isinstance(t, Tensor)]
     if not isinstance(error, NotImplementedError):  # that one is of a dtype, layout or device
         checks.devices(operands, error)

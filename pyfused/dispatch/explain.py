@@ -46,7 +46,7 @@ def path_of(op: Operator, arguments: Arguments, inplace: bool = False) -> Explan
     reason = fallback_reason(op, arguments, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
-    plain = op.local_of(arguments) is None
+    plain = op.local_shard_of(arguments) is None
     return by_kernel(op.name, arguments[0], op.strategy_of(arguments) if plain else BY_SHARDS)
 
 

@@ -114,13 +114,14 @@ class Operator(ABC):
 
         reference, reference_: torch's original function, also while it is patched, and its in-place
             variant.
-        aten, aten_: The same with the least overhead, for calls that no subclass or mode observes.
+        builtin, builtin_: The same with the least overhead, for calls that no subclass or mode
+            observes.
         arguments: The function's parameters but ``inplace``, in order.
         defaults: The defaults of the parameters after the input.
-        scalar_places: The index of each scalar among the arguments, and the scalar.
-        others: The index of each tensor but the input among the arguments, and its operand.
+        indexed_scalars: The index of each scalar among the arguments, and the scalar.
+        other_operands: The index of each tensor but the input among the arguments, and its operand.
         broadcast: The indices of the tensors that broadcast with the input.
-        counts_logits: Whether the size of a call is the size of a linear layer's output.
+        is_linear: Whether the size of a call is the size of a linear layer's output.
         strategy: Describes how CPU kernels traverse an input.
         options: The class of the options, if these are the last argument.
     """
@@ -135,30 +136,30 @@ class Operator(ABC):
 
     reference: Callable[..., Tensor] = field(init=False)
     reference_: Callable[..., Tensor] = field(init=False)
-    aten: Callable[..., Tensor] = field(init=False)
-    aten_: Callable[..., Tensor] = field(init=False)
+    builtin: Callable[..., Tensor] = field(init=False)
+    builtin_: Callable[..., Tensor] = field(init=False)
     arguments: tuple[str, ...] = field(init=False)
     defaults: Arguments = field(init=False)
-    scalar_places: tuple[tuple[int, Scalar], ...] = field(init=False)
-    others: tuple[tuple[int, Operand], ...] = field(init=False)
+    indexed_scalars: tuple[tuple[int, Scalar], ...] = field(init=False)
+    other_operands: tuple[tuple[int, Operand], ...] = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
-    counts_logits: bool = field(init=False)
+    is_linear: bool = field(init=False)
     strategy: ClassVar[str] = "element by element"
     options: ClassVar[type[Options] | None] = None
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
-        self.reference_ = self.aten = self.aten_ = self.reference
+        self.reference_ = self.builtin = self.builtin_ = self.reference
         names = parameters_of(self.reference)
         if "inplace" in names:
             self.reference_ = partial(self.reference, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
         self.defaults = tuple(names[name] for name in self.arguments[1:])
-        self.scalar_places = tuple((self.arguments.index(s.name), s) for s in self.scalars)
-        self.counts_logits = "linear_weight" in self.arguments
+        self.indexed_scalars = tuple((self.arguments.index(s.name), s) for s in self.scalars)
+        self.is_linear = "linear_weight" in self.arguments
         reduces = "reduction" in self.arguments
         self._reduction = self.arguments.index("reduction") if reduces else None
-        self.others = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
+        self.other_operands = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     def bind(self, *args: Any, **kwargs: Any) -> Arguments:
         """Returns the arguments in the order in which `call` takes them."""
@@ -181,7 +182,7 @@ class Operator(ABC):
     @property
     def required(self) -> dict[str, Any]:
         """Returns an example value of each scalar without a default."""
-        scalars = self.scalar_places
+        scalars = self.indexed_scalars
         return {s.name: s.default for index, s in scalars if self.defaults[index - 1] is ...}
 
     @property
@@ -197,9 +198,12 @@ class Operator(ABC):
         """
         return self._reduction is not None and bool(arguments[self._reduction] == "none")
 
-    def is_forward_alone(self, arguments: Arguments) -> bool:
+    def needs_no_gradient(self, arguments: Arguments) -> bool:
         """Returns whether a call needs no gradient."""
-        differentiated = (0, *(index for index, operand in self.others if operand.differentiated))
+        differentiated = (
+            0,
+            *(index for index, operand in self.other_operands if operand.differentiated),
+        )
         return not torch.is_grad_enabled() or not any(
             isinstance(arguments[index], TENSORS) and arguments[index].requires_grad
             for index in differentiated
@@ -207,7 +211,7 @@ class Operator(ABC):
 
     def elements(self, arguments: Arguments) -> int:
         """Returns the number of elements of the logits, or of the broadcast operands."""
-        if self.counts_logits and isinstance(arguments[1], Tensor):
+        if self.is_linear and isinstance(arguments[1], Tensor):
             input, linear_weight = arguments[:2]
             rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
             return rows * classes if input.numel() else 0
@@ -230,25 +234,25 @@ class Operator(ABC):
         """Raises for invalid arguments, values included, after torch's operator has raised."""
 
     def check_scalars(self, arguments: Arguments) -> None:
-        for index, scalar in self.scalar_places:
+        for index, scalar in self.indexed_scalars:
             if not (scalar.flag or scalar.words or (scalar.optional and arguments[index] is None)):
                 name, _, low, high, positive, *_ = scalar
                 checks.scalar(name, arguments[index], low, high, positive)
 
-    def give_up(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
+    def prepare_inplace(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
         """Prepares an input that a call is to overwrite."""
 
     def inplace_fallback_reason(self, input: Tensor) -> str | None:  # noqa: ARG002
         """Returns why torch's operator has to overwrite the input, None if a kernel can."""
         return None
 
-    def local_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
+    def local_shard_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
         """Returns this process' shard of a call with DTensors, None if the kernels take none."""
         return None
 
     def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
         """Describes how a CPU kernel traverses the arguments of a call."""
-        return "some logits at a time" if self.counts_logits else self.strategy
+        return "some logits at a time" if self.is_linear else self.strategy
 
 
 def parameters_of(function: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
     shard, or its numbers have to be converted first.
     """
     input = arguments[0]
-    sharded = type(input) not in PLAIN and op.local_of(arguments) is not None
+    sharded = type(input) not in PLAIN and op.local_shard_of(arguments) is not None
     if type(input) not in PLAIN and not sharded:
         return f"input is a {type(input).__name__}"
     reason = active_mode()

@@ -170,7 +170,7 @@ def is_small(op: Operator, arguments: Arguments, elements: int | None = None) ->
             other = arguments[op.broadcast[0]]
             if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
                 elements = op.elements(arguments)
-        elif op.counts_logits:
+        elif op.is_linear:
             elements = op.elements(arguments)
     if elements == 0 or FORCED is not None:
         return elements == 0

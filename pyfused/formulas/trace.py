@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from pyfused.formulas.program import EXPONENTS, Expressions, UntraceableError, is_moderate
-from pyfused.torch_internals import DispatchMode, decomposition_table
+from pyfused.torch_internals import DispatchMode, decomposition_table, tree_map
 
 # ---- operators of ATen: expressions --------------------------------------------------------------
 

@@ -46,25 +46,25 @@ class Activation(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.aten_ = self.reference_
+        self.builtin_ = self.reference_
         if self.definition is None and not self.checks:
-            self.aten = _built_in(self.name, self.reference)
-            self.aten_ = _built_in(f"{self.name}_", self.reference_)
+            self.builtin = _built_in(self.name, self.reference)
+            self.builtin_ = _built_in(f"{self.name}_", self.reference_)
         if self.reference_ is self.reference:  # it has no parameter `inplace`
-            self.reference_ = self.aten_
-        self.overwrites = self.aten_ is not self.reference
+            self.reference_ = self.builtin_
+        self.overwrites = self.builtin_ is not self.reference
         if self.scalars and self.fallback_reason is None:
             self.fallback_reason = self._invalid_scalar
 
     def _invalid_scalar(self, *arguments: Any) -> str | None:
-        for index, scalar in self.scalar_places:
+        for index, scalar in self.indexed_scalars:
             if not scalar.fits(arguments[index]):
                 return f"{scalar.name} is {arguments[index]!r}"
         return None
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient is needed. oneDNN, which computes torch's, has no tanh."""
-        return self.is_forward_alone(arguments) and "tanh" not in arguments[1:]
+        return self.needs_no_gradient(arguments) and "tanh" not in arguments[1:]
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
         """Returns the gradient in torch's operators."""
@@ -78,7 +78,7 @@ class Activation(Operator):
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
         input, *options = arguments
-        name, numbers = self.kernel_of([arguments[index] for index, _ in self.scalar_places])
+        name, numbers = self.kernel_of([arguments[index] for index, _ in self.indexed_scalars])
         kernel = self.kernels[name]
         backend, parameters = backend_of(input), tuple(map(float, numbers))
         return activation_plan(

@@ -192,7 +192,7 @@ class NllLoss(ClassLoss):
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient is needed: forward only reads one element of each row."""
-        return self.is_forward_alone(arguments)
+        return self.needs_no_gradient(arguments)
 
     def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, weight, size_average, ignore_index, reduce, reduction = arguments

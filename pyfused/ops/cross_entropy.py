@@ -51,7 +51,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         reference = self.reference
         built_in_loss = built_in("cross_entropy_loss", reference)
 
-        def aten(
+        def builtin(
             input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
         ) -> Any:
             reduction = REDUCTIONS.get(options.reduction)
@@ -70,7 +70,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             index, smoothing = options.ignore_index, options.label_smoothing
             return built_in_loss(input, target, weight, reduction, index, smoothing)
 
-        self.aten = self.aten_ = aten
+        self.builtin = self.builtin_ = builtin
 
     def bind(self, *args: Any, **kwargs: Any) -> Arguments:
         kwargs |= dict(zip(_TORCH_PARAMETERS, args, strict=False))
@@ -181,15 +181,15 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         common = _common_dtype(input, target, weight)
         return input.to(common), target.to(common), weight
 
-    def give_up(self, input: Tensor) -> None:
+    def prepare_inplace(self, input: Tensor) -> None:
         """Increments the version of logits that their gradient may overwrite."""
         compiling = is_dynamo_compiling()  # a compiled gradient has its own memory
         if torch.is_grad_enabled() and input.requires_grad and not compiling:
             checks.overwritable(input)
             increment_version(input)
 
-    def local_of(self, arguments: Arguments) -> Any:
-        return None if arguments[-1].gamma else super().local_of(arguments)
+    def local_shard_of(self, arguments: Arguments) -> Any:
+        return None if arguments[-1].gamma else super().local_shard_of(arguments)
 
     def strategy_of(self, arguments: Arguments) -> str:
         rows = backend_of(arguments[0]).supports_rows(arguments[0])

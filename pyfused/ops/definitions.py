@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.dispatch.originals import original
-from pyfused.layout import accumulate_dtype, loss_shape, of_leading
+from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.types import CrossEntropyOptions, Head, HeadOptions, LogProbsOptions
@@ -131,9 +131,11 @@ def head_cross_entropy(head: Head, options: HeadOptions) -> Any:
     if len(leading) < 2:
         return result
     if not options.with_metrics:
-        return of_leading(result, leading)
+        return with_leading_dims(result, leading)
     loss, fields = result
-    return of_leading(loss, leading), metrics.Metrics(*(of_leading(x, leading) for x in fields))
+    return with_leading_dims(loss, leading), metrics.Metrics(
+        *(with_leading_dims(x, leading) for x in fields)
+    )
 
 
 def head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

@@ -64,10 +64,10 @@ class EmbeddingLoss(TensorLoss):
         if not self.has_target:
             checks.bounded("margin", arguments[len(self.inputs)], positive=True)
 
-    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         if self.has_target:
             operands = *operands[:-1], operands[-1].squeeze(-1)
-        return super().of_each(operands, numbers)
+        return super().unreduced(operands, numbers)
 
     def _dtypes(
         self,

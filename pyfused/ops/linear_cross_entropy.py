@@ -17,7 +17,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of, cross_entropy_once
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments, parameters_of
-from pyfused.layout import accumulate_dtype, of_leading
+from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
 from pyfused.ops.cross_entropy import options_fallback_reason
@@ -80,13 +80,13 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def finish(self, results: Any, arguments: Arguments) -> Any:
         (loss, state), (head, options) = results, _head(arguments)
         leading, dtype = head.input.shape[:-1], _result_dtype(head, options)
-        loss_dtype, loss = loss.dtype, of_leading(loss, leading)
+        loss_dtype, loss = loss.dtype, with_leading_dims(loss, leading)
         loss = loss if loss_dtype is dtype else loss.to(dtype)
         if not options.with_metrics:
             return loss
         target = self.to_rows(arguments)[3]
         metrics = of_state(state, target, options.ignore_index, loss_dtype)
-        return loss, Metrics(*(of_leading(x, leading) for x in metrics))
+        return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
 
     def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         head, options = _head(arguments)

@@ -121,7 +121,7 @@ class LogProbsOperator(ShardedOperator):
         names = LogProbsOptions.__dataclass_fields__.keys() & kwargs.keys()
         options = LogProbsOptions(**{name: kwargs[name] for name in names})
         tensors: list[Any] = [kwargs.get(operand.name) for operand in self.operands]
-        if not self.counts_logits:
+        if not self.is_linear:
             tensors[0] = checks.classes_at(1, "logits", tensors[0], kwargs.get("dim"))
         return *tensors, options
 
@@ -145,19 +145,19 @@ class LogProbsOperator(ShardedOperator):
 
         def arrange(arguments: Arguments) -> tuple[Any, ...]:
             *tensors, target, _ = arguments
-            if self.counts_logits:
+            if self.is_linear:
                 tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
             check(target, classes, ignore_index)
             return *tensors, target, None
 
-        if self.counts_logits:
+        if self.is_linear:
             tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
         return self.state_plan(tensors, options, arrange=arrange, needs=needs, results=results)
 
     def compiled(self, arguments: Arguments) -> Any:
         *tensors, target, options = arguments
-        if not self.counts_logits:
+        if not self.is_linear:
             return self._compiled(arguments)
         device = tensors[0].device.type  # all tensors are cast, as custom operators check dtypes
         input, weight, bias = tensors
@@ -185,7 +185,7 @@ class LogProbsOperator(ShardedOperator):
 
     def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
-        if self.counts_logits:  # autocast casts the input of a layer, but not logits
+        if self.is_linear:  # autocast casts the input of a layer, but not logits
             tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
         plan = self.state_plan(tensors, options, classes, shard)
         return plan((*tensors, target.to(torch.int64), None))
@@ -219,7 +219,7 @@ class LogProbsOperator(ShardedOperator):
         return state_plan(self.name, tensors, state_options, shard, results=results, **kwargs)
 
     def classes(self, tensors: Sequence[Tensor]) -> int:
-        return len(tensors[1]) if self.counts_logits else checks.classes_of(tensors[0])
+        return len(tensors[1]) if self.is_linear else checks.classes_of(tensors[0])
 
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""
@@ -229,7 +229,7 @@ class LogProbsOperator(ShardedOperator):
             checks.class_indices(self.classes(tensors), target, options.ignore_index)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
-        if self.counts_logits:
+        if self.is_linear:
             self.check_arguments(*arguments, classes=classes)
         else:
             super().check_shapes(arguments, classes)

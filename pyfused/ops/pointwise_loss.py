@@ -53,18 +53,18 @@ _PYTHON_PARAMETERS = ("size_average", "reduce", "weight")
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
 
-def reduced(each: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
     """Reduces losses; a weighted mean divides by the sum of the weights."""
     if weight is not None:
         checks.tensor("weight", weight)
-        checks.weight_that_broadcasts(each, weight)
+        checks.weight_that_broadcasts(loss, weight)
     if reduction == "none":
-        return each if weight is None else each * weight
+        return loss if weight is None else loss * weight
     checks.reduction(reduction)
     if weight is None:
-        return each.mean() if reduction == "mean" else each.sum()
-    total = (each * weight).sum()
-    return total / weight.expand_as(each).sum() if reduction == "mean" else total
+        return loss.mean() if reduction == "mean" else loss.sum()
+    total = (loss * weight).sum()
+    return total / weight.expand_as(loss).sum() if reduction == "mean" else total
 
 
 def elements(operands: Sequence[Tensor], *_: Any) -> float:
@@ -192,7 +192,7 @@ class TensorLoss(Operator):
             *operands, weight, tensor = tensors
 
             def definition(*operands: Tensor) -> Tensor:
-                loss = self.of_each(operands, numbers)
+                loss = self.unreduced(operands, numbers)
                 loss = (loss / (divisor if tensor is None else tensor)).to(loss.dtype)
                 return loss if weight is None else loss * weight
 
@@ -260,9 +260,9 @@ class TensorLoss(Operator):
 
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the hashable values of the scalars."""
-        return tuple([_number(arguments[index], s) for index, s in self.scalar_places])
+        return tuple([_number(arguments[index], s) for index, s in self.indexed_scalars])
 
-    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
         pairs = zip(self.scalars, numbers, strict=True)
         kwargs = {s.name: bool(number) if s.flag else number for s, number in pairs}
@@ -275,7 +275,7 @@ class TensorLoss(Operator):
         return self.reference(**dict(zip(names, operands, strict=False)), **kwargs)
 
     def check(self, arguments: Arguments) -> None:
-        for index, operand in ((0, self.operands[0]), *self.others):
+        for index, operand in ((0, self.operands[0]), *self.other_operands):
             if arguments[index] is not None or not operand.optional:
                 number = float if operand.number else None
                 checks.tensor(operand.name, arguments[index], number)
@@ -320,13 +320,13 @@ class TensorLoss(Operator):
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
         dtype, device, is_equal = input.dtype, input.device, True
-        for index, _ in self.others:
+        for index, _ in self.other_operands:
             is_equal = is_equal and getattr(arguments[index], "dtype", dtype) is dtype
         autocast = torch.is_autocast_enabled(device.type)
         if is_equal and not autocast and not self.asks_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
-        values = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.others)]
+        values = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.other_operands)]
         tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
         result = result_dtype(self, kinds, device, to, reduction == "none")
@@ -353,7 +353,7 @@ class PointwiseLoss(TensorLoss):
             self.definition = self._definition()
         super().__post_init__()
         if self.warns:
-            self.aten = self._built_in()
+            self.builtin = self._built_in()
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -442,10 +442,10 @@ class PointwiseLoss(TensorLoss):
         reference = self.reference
         built_in_loss = built_in(self.name, reference)
         python_only = [i for i, name in enumerate(self.arguments) if name in _PYTHON_PARAMETERS]
-        scalars = [index for index, _ in self.scalar_places]
+        scalars = [index for index, _ in self.indexed_scalars]
         reduction_index = self.arguments.index("reduction")
 
-        def aten(*arguments: Any) -> Tensor:
+        def builtin(*arguments: Any) -> Tensor:
             input, target = arguments[:2]
             reduction = REDUCTIONS.get(arguments[reduction_index])
             if reduction is None or type(target) not in (Tensor, Parameter):
@@ -462,7 +462,7 @@ class PointwiseLoss(TensorLoss):
             loss: Tensor = built_in_loss(input, target, reduction, *numbers)
             return loss
 
-        return aten
+        return builtin
 
 
 class Gated(PointwiseLoss):
@@ -471,9 +471,9 @@ class Gated(PointwiseLoss):
     reduces = False
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        return self.is_forward_alone(arguments)
+        return self.needs_no_gradient(arguments)
 
-    def of_each(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         return self.formula(*operands, *numbers)
 
 

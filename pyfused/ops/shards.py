@@ -337,9 +337,9 @@ class ShardedOperator(Operator):
     def sharded(self) -> tuple[tuple[str, ...], int]:
         """The names of the tensors whose classes are sharded, and the dimension of the classes."""
         linear = ("linear_weight", "linear_bias"), 0
-        return linear if self.counts_logits else (self.arguments[:1], 1)
+        return linear if self.is_linear else (self.arguments[:1], 1)
 
-    def of_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
+    def run_on_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of arguments with this process' classes.
 
         The processes first exchange descriptions of their calls. Then either all of them raise an
@@ -429,14 +429,14 @@ class ShardedOperator(Operator):
         shape = *input.shape[:1], classes, *input.shape[2:]
         self.check_arguments(input.new_empty(()).expand(shape), *rest)
 
-    def of_dtensors(self, arguments: Arguments) -> Any:
+    def run_on_dtensors(self, arguments: Arguments) -> Any:
         """Returns the result of DTensors, whose classes are sharded over processes."""
-        local = self.local_of(arguments)
+        local = self.local_shard_of(arguments)
         kwargs = dict(zip(self.arguments, local.arguments, strict=True))
         self.check_local(kwargs, local.shard.classes)
         return local.replicate(self.compute_checked(local.arguments, local.shard))
 
-    def local_of(self, arguments: Arguments) -> Any:
+    def local_shard_of(self, arguments: Arguments) -> Any:
         """Returns this process' shard if one dimension of a mesh shards the classes, or None.
 
         The other tensors have to be plain tensors or replicated DTensors. The input of a layer has
@@ -446,7 +446,7 @@ class ShardedOperator(Operator):
         input = arguments[0]
         if type(input) is Tensor or not is_dtensor(input):  # checked first, as all calls come here
             return None
-        linear, (names, dim) = self.counts_logits, self.sharded
+        linear, (names, dim) = self.is_linear, self.sharded
         sharded = arguments[linear]
         if type(sharded) is not type(input) or sharded.dtype not in DTYPES:
             return None

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.plan import Plan
+from pyfused.layout import accumulate_dtype
 from pyfused.ops.activation import activation_plan
 
 
@@ -28,18 +27,16 @@ class Softmax(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        built_in = getattr(torch, self.name)
+        torch_function = getattr(torch, self.name)
 
-        def aten(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
+        def builtin(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
             if dim is None:
-                # Two frames more, this function's and that of `call`, lie before the caller's.
-                dim = F._get_softmax_dim(  # type: ignore[attr-defined]
-                    self.name, input.dim(), stacklevel + 2
-                )
-            output: Tensor = built_in(input, dim, dtype=dtype)
+                # Three frames more than in a call of torch's function: it warns the caller.
+                return self.reference(input, None, stacklevel + 3, dtype)
+            output: Tensor = torch_function(input, dim, dtype=dtype)
             return output
 
-        self.aten = self.aten_ = aten
+        self.builtin = self.builtin_ = builtin
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         """Returns whether rows are short. torch vectorises over rows if these are contiguous."""
@@ -48,8 +45,12 @@ class Softmax(Operator):
         return valid and input.shape[dim] <= few and input.stride(dim) == 1
 
     def gradient_in_torch(self, grad_output: Tensor, output: Tensor, dim: int, *_: Any) -> Tensor:
-        gradient: Callable[..., Tensor] = getattr(torch, f"_{self.name}_backward_data")
-        return gradient(grad_output, output, dim, output.dtype)
+        y, grad = (x.to(accumulate_dtype(output.dtype)) for x in (output, grad_output))
+        if self.name == "softmax":
+            grad_input = y * (grad - (grad * y).sum(dim, keepdim=True))
+        else:
+            grad_input = grad - y.exp() * grad.sum(dim, keepdim=True)
+        return grad_input.to(output.dtype)
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         input, dim, _, dtype = arguments
