@@ -68,7 +68,7 @@ gpu-compile: $(BUILD) $(TOOLS) $(TRITONS:%=.venv/triton-%) ## compile the GPU ke
 gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it is (OUT=folder)
 	@$(PYTHON) benchmarks/run.py gpu-check $(or $(OUT),$(error gpu-check needs OUT=folder))
 
-test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning, skorch and Liger
+test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, TRL, Lightning, skorch and Liger
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
 
 bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes; THREADS=16)
