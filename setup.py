@@ -14,43 +14,43 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Python was built with -g, which makes a module eight times larger. Whoever sets CXXFLAGS chooses.
+# Python's default flags contain -g, which makes modules eight times larger. CXXFLAGS overrides it.
 DEBUG = "-g" if "-g" in os.environ.get("CXXFLAGS", "").split() else "-g0"
 
-# Not -ffast-math: NaN, infinities and signed zeros come out as torch's.
+# Without -ffast-math, so that NaN, infinities and signed zeros match torch.
 COMMON = {
     "unix": f"-std=c++17 -O3 {DEBUG} -MMD -fvisibility=hidden "
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd",
     "msvc": "/std:c++17 /O2 /EHsc",
 }
 
-# GCC does not unroll loops, and Clang does unless it is told not to, which makes modules a quarter
-# larger. That pays for exponentials over classes in float64 (1.3 times as fast), but not elsewhere
-# (0.8 to 1.15 times), nor on the few processors that are left with the oldest module.
+# Clang, unlike GCC, unrolls loops by default, which makes modules a quarter larger. It speeds up
+# exponentials over classes in float64 by 1.3 times, but other kernels by only 0.8 to 1.15 times.
 ROLLED = "-fno-unroll-loops"
 UNROLLED = ("cross_entropy.cpp", "kl_div_with_logits.cpp", "row_state.cpp", "softmax.cpp")
 
-# Feature by feature: GCC before 11 and Clang before 12 do not know -march=x86-64-v3. These are the
-# features that `runs_here` in bindings.cpp asks the CPU for.
+# Features are listed, because GCC before 11 and Clang before 12 do not support -march=x86-64-v3.
+# `runs_here` in bindings.cpp checks the same features.
 V2 = "-msse4.2 -mpopcnt"
 V3 = f"{V2} -mavx2 -mfma -mf16c -mbmi -mbmi2"
 V4 = f"{V3} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512"
-V4 += " -Wno-uninitialized -Wno-maybe-uninitialized"  # of GCC's own AVX-512 headers
+V4 += " -Wno-uninitialized -Wno-maybe-uninitialized"  # caused by GCC's AVX-512 headers
 X86_64 = {
     "x86_64_v2": {"unix": f"{V2} {ROLLED}", "msvc": ""},
     "x86_64_v3": {"unix": V3, "msvc": "/arch:AVX2"},
     "x86_64_v4": {"unix": V4, "msvc": "/arch:AVX512"},
 }
 ELSEWHERE = {"generic": {"unix": "", "msvc": ""}}
-PLATFORM = sysconfig.get_platform()  # that of the wheel, which may be another than this machine's
+PLATFORM = sysconfig.get_platform()  # the wheel's platform, which may be cross-compiled
 ISAS = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
 
-# No kernels: all modules share what is compiled for the oldest instruction set.
+# Sources without kernels are compiled once, for the oldest instruction set, and linked into all
+# modules.
 SHARED = ("csrc/bindings.cpp", "csrc/parallel.cpp")
 
 
 def outdated(object_file: Path) -> bool:
-    """Whether it is missing, or older than a file that it was compiled from (-MMD lists them)."""
+    """Returns whether an object file is missing or older than a source or header listed by -MMD."""
     try:
         sources = object_file.with_suffix(".d").read_text().replace("\\\n", " ").split()[1:]
         compiled = object_file.stat().st_mtime
@@ -60,16 +60,16 @@ def outdated(object_file: Path) -> bool:
 
 
 class BuildKernels(build_ext):
-    """Compiles each source for each instruction set, in parallel, where it or a header changed."""
+    """Compiles changed sources in parallel, once for each instruction set."""
 
     def build_extensions(self) -> None:
         self.check_compiler()
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = f"{COMMON[kind]} {isa[kind]}".split()
-        if self.editable_mode:  # its own folder is removed after the build, with all object files
+        if self.editable_mode:  # setuptools removes its temporary folder, with all object files
             self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
-        # setuptools starts MSVC lazily, and not safely from two threads
+        # setuptools initialises MSVC lazily, which is not thread-safe.
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
         with ThreadPoolExecutor(jobs) as pool:
             first = self.extensions[0]
@@ -85,7 +85,7 @@ class BuildKernels(build_ext):
         super().build_extensions()  # links
 
     def check_compiler(self) -> None:
-        """Says in a sentence what is missing, before each call of a compiler fails."""
+        """Exits with a clear message if the compiler or Python's headers are missing."""
         compiler = (getattr(self.compiler, "compiler_so_cxx", None) or ["none"])[0]
         if self.compiler.compiler_type != "msvc" and shutil.which(compiler) is None:
             missing = f"a C++17 compiler: there is no {compiler}. CXX names another"
@@ -98,7 +98,10 @@ class BuildKernels(build_ext):
         )
 
     def compile_source(self, extension: Extension, source: str) -> str:
-        """Returns the object file, in a folder of its instruction set, compiler and flags."""
+        """Compiles a source if necessary; returns the object file.
+
+        Object files are in separate folders for each instruction set, compiler and set of flags.
+        """
         flags = list(extension.extra_compile_args)
         if Path(source).name not in UNROLLED and self.compiler.compiler_type == "unix":
             flags.append(ROLLED)

@@ -1,5 +1,5 @@
-"""Triton kernels for GPUs, installed as pyfused.kernels, and imported once a GPU tensor needs one.
+"""Triton kernels for GPUs, installed as pyfused.kernels and imported at their first use.
 
-A file for each family; `pyfused/backends/triton.py` launches the kernels, with the block sizes and
-warps that `launch.py` chooses. Formulas of elementwise operators are printed when one is first run.
+Each family has one file. `pyfused/backends/triton.py` launches the kernels, with the block sizes
+and warps that `launch.py` chooses. Elementwise formulas are generated at their first use.
 """

@@ -1,12 +1,12 @@
-"""Activations: one formula each, shared by all element types and layouts.
+"""Activations: one kernel, specialized by the formula, for all dtypes and layouts.
 
     forward     y = f(x)              reads x, writes y
-    backward    dx = f'(x) dy         reads dy and, as f saves it, x or y; writes dx
+    backward    dx = f'(x) dy         reads dy and the saved tensor, x or y; writes dx
 
-Shapes: all of one shape. Operands may be strided or broadcast, outputs are dense.
-Bytes: each operand is read once, each output written once.
+Shapes: all tensors have one shape. Operands may be strided or broadcast; outputs are dense.
+Bytes: each operand is read once, each output is written once.
 
-A formula is printed by `program.py`; that of backward takes dy and what f saves.
+`program.py` generates the formulas; a backward formula takes dy and the saved tensor.
 
 torch: F.relu(x), F.leaky_relu(x, slope), F.sigmoid(x), F.tanh(x), F.silu(x), F.gelu(x)
 """
@@ -33,7 +33,10 @@ def activation_kernel(
     FORMULA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = FORMULA(x) with parameters p, q and r, or FORMULA(grad_output, x); out may alias x."""
+    """Computes out = FORMULA(x), or FORMULA(grad_output, x), with parameters p, q and r.
+
+    out may alias x.
+    """
     exact: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     saved = read(x, 0, i, n, columns, strides)

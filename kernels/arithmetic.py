@@ -1,7 +1,7 @@
-"""Elementary functions that all kernels share, and strided reads.
+"""Elementary functions that the kernels share, and strided loads.
 
-Errors are in units of the last place (ULP) of float32; float64 takes Triton's own functions. Where
-a result is rounded to half precision, the last digits of float32 do not matter: EXACT is False.
+Errors are in units in the last place (ULP) of float32; float64 uses Triton's functions. EXACT is
+False if the result is rounded to half precision, for which a less accurate result suffices.
 
 torch: the functions of the same names, in float64 (tests/test_arithmetic.py compares the two)
 """
@@ -14,13 +14,13 @@ import triton.language as tl
 
 @triton.jit
 def exp_nonpositive(x, EXACT: tl.constexpr = True):
-    """exp(x) for x <= 89 to 2 ULP, where exp2 alone would be off by a factor of 1 + x 2**-24."""
+    """Returns exp(x) for x <= 89 to 2 ULP; exp2 alone has a relative error of x 2**-24."""
     if x.dtype == tl.float64:
         power = tl.exp(x)
     elif EXACT:
-        x = tl.where(x < -150.0, -150.0, x)  # exp(-150) is 0; NaN passes
+        x = tl.where(x < -150.0, -150.0, x)  # exp(-150) underflows to 0; keeps NaN
         high = x * 1.4426950408889634
-        # The rounding error of the product, and the digits of log2(e) beyond float32.
+        # Add the rounding error of the product, and the low part of log2(e).
         low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-08
         power = tl.exp2(high) * (1.0 + low * 0.6931471805599453)
     else:
@@ -30,15 +30,15 @@ def exp_nonpositive(x, EXACT: tl.constexpr = True):
 
 @triton.jit
 def exp(x):
-    """exp(x) to 2 ULP."""
+    """Returns exp(x) to 2 ULP."""
     if x.dtype != tl.float64:
-        x = tl.where(x > 89.0, 89.0, x)  # exp(89) is infinite
+        x = tl.where(x > 89.0, 89.0, x)  # exp(89) overflows to inf
     return exp_nonpositive(x)
 
 
 @triton.jit
 def reciprocal(x, EXACT: tl.constexpr = True):
-    """1 / x to 1 ULP for 2**-100 <= x <= 2**100, at half the cost of a division."""
+    """Returns 1 / x to 1 ULP for 2**-100 <= x <= 2**100, at half the cost of a division."""
     if x.dtype == tl.float64:
         y = 1.0 / x
     else:
@@ -51,7 +51,7 @@ def reciprocal(x, EXACT: tl.constexpr = True):
 
 @triton.jit
 def polynomial(x, coefficients: tl.constexpr):
-    """Returns a polynomial by Horner's rule; the coefficient of the highest power is first."""
+    """Evaluates a polynomial by Horner's rule; coefficients start with the highest power."""
     value = tl.full([], coefficients[0], x.dtype)
     for k in tl.static_range(1, len(coefficients)):
         value = value * x + coefficients[k]
@@ -60,7 +60,7 @@ def polynomial(x, coefficients: tl.constexpr):
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr = True):
-    """Returns an odd polynomial for |x| < 0.625, else 1 - 2 / (1 + exp(2 |x|)); to 2 ULP."""
+    """Returns tanh(x) to 2 ULP: an odd polynomial if |x| < 0.625, else 1 - 2 / (1 + exp(2 |x|))."""
     size = tl.abs(x)
     if x.dtype == tl.float64:
         y = -2.0 * size
@@ -77,22 +77,23 @@ def tanh(x, EXACT: tl.constexpr = True):
         e = exp_nonpositive(-2.0 * size, EXACT)
         large = 1.0 - 2.0 * e * reciprocal(1.0 + e, EXACT)
         size = tl.where(size < 0.625, size + size * z * small, large)
-    return tl.where(x == 0.0, x, tl.where(x < 0.0, -size, size))  # -0.0 stays -0.0
+    return tl.where(x == 0.0, x, tl.where(x < 0.0, -size, size))  # keeps -0.0
 
 
 @triton.jit
 def log(x):
-    """log(x) to 1 ULP, near 1 too, where a GPU's own is off by up to 2**-22.
+    """Returns log(x) to 1 ULP; near 1, the GPU's instruction has an error of up to 2**-22.
 
-    x = (1 + f) 2**k with 2/3 <= 1 + f < 4/3; infinite for 0, NaN below.
+    Decomposes x = (1 + f) 2**k with 2/3 <= 1 + f < 4/3. Returns -inf for 0, NaN for x < 0.
     """
     if x.dtype == tl.float64:
         log = tl.log(x)
     else:
-        subnormal = x < 1.1754943508222875e-38  # with fewer digits Triton would compare in float64
+        # A literal with fewer digits would make Triton compare in float64.
+        subnormal = x < 1.1754943508222875e-38
         u = tl.where(subnormal, x * 8388608.0, x)
         bits = u.to(tl.int32, bitcast=True)
-        k = (bits - 0x3F2AAAAB) & -0x800000  # k << 23, where a float32 has its exponent
+        k = (bits - 0x3F2AAAAB) & -0x800000  # k << 23, at the exponent bits
         f = (bits - k).to(tl.float32, bitcast=True) - 1.0
         k -= tl.where(subnormal, 23 << 23, 0)
         rest = polynomial(
@@ -107,7 +108,7 @@ def log(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) to 2 ULP, with a correction of the rounding of 1 + x."""
+    """Returns log(1 + x) to 2 ULP, corrected for the rounding of 1 + x."""
     u = 1.0 + x
     corrected = tl.where(u < float("inf"), log(u) + (x - (u - 1.0)) / u, log(u))
     return tl.where(u > 0.0, corrected, log(u))
@@ -115,7 +116,7 @@ def log1p(x):
 
 @triton.jit
 def softplus_nonpositive(x):
-    """log(1 + exp(x)) for x <= 0 to 2 ULP; cheaper than log1p, which takes negative numbers too."""
+    """Returns log(1 + exp(x)) for x <= 0 to 2 ULP; cheaper than log1p, as exp(x) is in [0, 1]."""
     y = exp_nonpositive(x)
     if x.dtype == tl.float64:
         log = log1p(y)
@@ -133,8 +134,8 @@ def softplus_nonpositive(x):
 def normal_cdf(x, EXACT: tl.constexpr):
     """Returns the cumulative distribution function of the standard normal distribution.
 
-    Unless EXACT by a polynomial that approximates log2 of the tail below -|x|: to a relative error
-    of 6e-6 near 0, where results are large, and 2e-4 at -13.
+    If not EXACT, approximates log2 of the tail below -|x| by a polynomial; the relative error is
+    6e-6 near 0, where results are large, and 2e-4 at -13.
     """
     if EXACT:
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
@@ -152,16 +153,16 @@ def normal_cdf(x, EXACT: tl.constexpr):
 
 @triton.jit
 def read(tensor, k: tl.constexpr, i, n, columns, strides):
-    """Reads elements i of operand k as float32 or float64; 0 from n on, None of None.
+    """Loads elements i of operand k as float32 or float64; 0 for i >= n; None if tensor is None.
 
-    It is dense if columns is None. Otherwise it is rows x columns with two strides, the k-th pair
-    of `strides`; a stride of 0 broadcasts.
+    The operand is dense if columns is None. Otherwise it is rows x columns; `strides` has a pair
+    of strides for each operand, which are 0 in broadcast dimensions.
     """
     value = None
     if tensor is not None:
         mask = i < n
         if columns is not None:
-            i = i.to(n.dtype)  # 64-bit division only for 2**31 elements and more
+            i = i.to(n.dtype)  # 64-bit division only from 2**31 elements on
             row, column = (i // columns).to(tl.int64), (i % columns).to(tl.int64)
             i = row * strides[2 * k] + column * strides[2 * k + 1]
         value = tl.load(tensor + i, mask=mask, other=0.0)

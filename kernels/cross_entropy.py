@@ -1,4 +1,4 @@
-"""Cross-entropy of logits x beside a class index t or class probabilities y, and its gradients.
+"""Cross-entropy of logits x with a class index t or class probabilities y, and its gradients.
 
     lse        = log sum_c exp(x_c)
     q_c        = (1 - smoothing) w_t [c = t] + smoothing / C w_c            class index
@@ -7,17 +7,17 @@
     dloss/dx_c = p_c (sum_k q_k + 2 z_loss lse) - q_c,                      p_c = exp(x_c - lse)
     dloss/dy_c = (1 - smoothing) w_c (lse - x_c)
 
-w are the class weights; x is SCALE times the logits, whose gradient is SCALE dloss/dx. With gamma
-(class index, no smoothing) the loss is w_t (1 - p_t)^gamma nll, nll = lse - x_t, and dloss/dx_c is
-w_t (p_c - [c = t]) times the derivative of that by nll.
-Loss and gradient of a row are multiplied by `row_weight` and divided by `denominator`.
+w are the class weights. x is SCALE times the logits, so their gradient is SCALE dloss/dx. With
+gamma (class index, no smoothing), the loss is w_t (1 - p_t)^gamma nll with nll = lse - x_t, and
+dloss/dx_c is w_t (p_c - [c = t]) times the derivative of (1 - p_t)^gamma nll by nll.
+The loss and the gradient of a row are multiplied by `row_weight` and divided by `denominator`.
 
-Shapes: as in `rows.py`; row outer_index * inner + inner_index has one target.
-Bytes: `row_kernel` reads logits once and writes the gradient once; `two_pass_kernel` reads logits
-twice, and probabilities three times, mostly from cache after the first.
+Shapes: see `rows.py`; row outer_index * inner + inner_index has one target.
+Bytes: `row_kernel` reads logits once and writes the gradient once. `two_pass_kernel` reads logits
+twice and probabilities three times, mostly from cache after the first time.
 
-A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero: an
-error would have to wait for the GPU.
+A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero,
+because raising an error would require a synchronisation with the GPU.
 
 torch: F.cross_entropy(x, t, w, ignore_index=..., label_smoothing=..., reduction=...)
 """
@@ -45,14 +45,14 @@ from .rows import (
     strided_rows,
 )
 
-# ---- what the kernels share ----------------------------------------------------------------------
+# ---- shared functions ----------------------------------------------------------------------------
 
 
 @triton.jit
 def focal(nll, GAMMA: tl.constexpr):
-    """(1 - p)^gamma, p = exp(-nll), and the derivative of (1 - p)^gamma nll by nll."""
+    """Returns (1 - p)^gamma with p = exp(-nll), and the derivative of (1 - p)^gamma nll by nll."""
     half = tanh(0.5 * tl.where(nll < 0.0, 0.0, nll))
-    miss = 2.0 * half / (1.0 + half)  # 1 - p, however close to 0
+    miss = 2.0 * half / (1.0 + half)  # 1 - p without cancellation
     power = exp_nonpositive(GAMMA * log(miss))
     ratio = tl.where(miss > 0.0, nll / miss, 1.0)
     return power, power * (1.0 + GAMMA * (1.0 - miss) * ratio)
@@ -60,7 +60,7 @@ def focal(nll, GAMMA: tl.constexpr):
 
 @triton.jit
 def index_terms(nll, lse, index_weight, z_loss, GAMMA: tl.constexpr):
-    """Returns the loss without smoothing, the gradient's q_t, and dloss/dlse without smoothing."""
+    """Returns the loss, q_t of the gradient, and dloss/dlse, all without smoothing."""
     loss = index_weight * nll
     if GAMMA > 0.0:
         power, derivative = focal(nll, GAMMA)
@@ -72,7 +72,7 @@ def index_terms(nll, lse, index_weight, z_loss, GAMMA: tl.constexpr):
 
 @triton.jit
 def squared_lse(lse, z_loss):
-    """z_loss lse^2 and its derivative by lse, 0 without z_loss even if lse is infinite."""
+    """Returns z_loss lse^2 and its derivative by lse; 0 if z_loss is 0, even for infinite lse."""
     weight = scalar(z_loss, lse.dtype)
     lse = tl.where(z_loss > 0.0, lse, 0.0)
     return weight * lse * lse, 2.0 * weight * lse
@@ -104,9 +104,10 @@ def row_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Computes the loss of class indices, of n contiguous rows of at most BLOCK classes.
+    """Computes the loss of class indices for n rows of at most BLOCK contiguous classes.
 
-    strides: of the rows of logits and of grad. DENSE: there is smoothing.
+    strides: the row strides of logits and of grad.
+    DENSE: whether there is label smoothing.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
@@ -144,7 +145,7 @@ def row_kernel(
             gradient -= (smooth_weight * scale)[:, None]
         is_target = c[None, :] == label.to(tl.int32)[:, None]
         gradient -= tl.where(is_target, (index_weight * scale)[:, None], 0.0)
-        tl.debug_barrier()  # in place, all threads have read the target's logit before it changes
+        tl.debug_barrier()  # inplace: threads read the target logit before it is overwritten
         to = contiguous_rows(grad, rows, strides[1], CLASS_UNIT)
         tl.store(pointers(to, c), gradient, mask=mask & in_bounds[:, None])
 
@@ -156,7 +157,7 @@ def row_kernel(
 def weights_of_classes(
     y_rows, weight, c, mask, classes, smoothing, A: tl.constexpr, INDICES: tl.constexpr
 ):
-    """Returns q_c without the term of [c = t]; 0 outside of the mask."""
+    """Returns q_c without the [c = t] term; 0 outside of the mask."""
     q = scalar(smoothing, A) / classes
     if not INDICES:
         y = tl.load(pointers(y_rows, c), mask=mask, other=0.0).to(A)
@@ -189,10 +190,11 @@ def two_pass_kernel(
     INNER_UNIT: tl.constexpr = 1,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Computes the loss of class indices or class probabilities, of any strides.
+    """Computes the loss of class indices or class probabilities, for any strides.
 
-    strides: outer, inner and class stride of logits and grad; of probabilities and their grad, too.
-    DENSE: q_c may differ from 0 for every class, by smoothing or as probabilities.
+    strides: the outer, inner and class strides of logits and grad, and of probabilities and their
+        gradient.
+    DENSE: whether q_c may be nonzero for every class, because of smoothing or probabilities.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
@@ -222,7 +224,7 @@ def two_pass_kernel(
         valid, invalid = in_bounds, rows < 0
         scale = row_scale(row_weight, denominator, rows, in_bounds, A)
         y_rows = strided_rows(target, outer, lanes, strides, 6, INNER_UNIT, CLASS_UNIT)
-    read = valid if ROWS == 1 else in_bounds  # a mask by row would take loads of many rows apart
+    read = valid if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     maximum, total = first_pass(x_rows, classes, read, A, EXACT, ROWS, BLOCK, SCALE)
     log_total = tl.log(total)
     if INDICES:
@@ -245,7 +247,7 @@ def two_pass_kernel(
         grad_scale = scale * SCALE
         factor = slope * grad_scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
-        tl.debug_barrier()  # in place, all threads have read what is about to change
+        tl.debug_barrier()  # inplace: all threads have read what is overwritten next
         for start in range(0, classes, BLOCK):
             c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
             at = pointers(x_rows, c)

@@ -1,16 +1,16 @@
-"""Losses of embeddings: rows of features of several tensors, reduced to a few sums for each row.
+"""Embedding losses: each row of features of two or three tensors is reduced to a few sums.
 
     triplet   loss = max(0, margin + |u| - |v|),  u = x - y + eps, v = x - z + eps, w = y - z + eps
-              with SWAP |v| is the smaller one of |v| and |w|; |u| is sum_i |u_i|, or with EUCLIDEAN
-              its square root of squares
+              with SWAP, |v| is replaced by min(|v|, |w|); |u| is the 2-norm with EUCLIDEAN, else
+              the 1-norm
               dloss/dx = u' - v', dloss/dy = -u', dloss/dz = v',    u'_i = u_i / |u| or sign u_i
-              where |w| is the smaller one, w' is subtracted from y and added to z, and not v'
-    cosine    loss = 1 - cos of a target of 1, max(0, cos - margin) of -1, and 0 of others
+              if |w| is the minimum, dloss/dx = u', dloss/dy = -u' - w', dloss/dz = w'
+    cosine    loss = 1 - cos for target 1, max(0, cos - margin) for target -1, 0 for others
               cos = x.y / sqrt(X Y),    X = x.x + 1e-12, Y = y.y + 1e-12
               dcos/dx = y / sqrt(X Y) - cos x / X,    dcos/dy = x / sqrt(X Y) - cos y / Y
 
-Shapes: each is (n, D), with features contiguous. Bytes: each input is read once, and for gradients
-a second time, mostly from cache; each gradient is written once.
+Shapes: (n, D) with contiguous features. Bytes: each input is read once, and a second time for
+gradients, mostly from cache; each gradient is written once.
 
 torch: F.triplet_margin_loss(x, y, z, margin=..., p=..., eps=..., swap=...)
        F.cosine_embedding_loss(x, y, target, margin=...)
@@ -35,7 +35,7 @@ from .rows import (
     store_rows,
 )
 
-EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 as a float, as torch has it
+EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 rounded to float32, as in torch
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def distance(sums, EUCLIDEAN: tl.constexpr):
 
 @triton.jit
 def factor(distance, slope, EUCLIDEAN: tl.constexpr):
-    """What the derivatives of a distance's terms are multiplied by."""
+    """Returns the factor of a distance's gradient: slope, divided by the 2-norm if EUCLIDEAN."""
     if EUCLIDEAN:
         slope = tl.where(distance == 0.0, 0.0, slope / distance)
     return slope[:, None]
@@ -59,7 +59,7 @@ def factor(distance, slope, EUCLIDEAN: tl.constexpr):
 
 @triton.jit
 def derivative(u, EUCLIDEAN: tl.constexpr):
-    return u if EUCLIDEAN else sign(u)  # of NaN 0, as in torch
+    return u if EUCLIDEAN else sign(u)  # 0 for NaN, as in torch
 
 
 @triton.jit(do_not_specialize=["denominator"])
@@ -175,7 +175,7 @@ def cosine_embedding_kernel(
         yy += b * b
     of_x = tl.sum(xx, 1) + EPS
     of_y = tl.sum(yy, 1) + EPS
-    norms = root(of_x) * root(of_y)  # the product of the sums may overflow
+    norms = root(of_x) * root(of_y)  # root(of_x * of_y) could overflow
     cosine = tl.sum(xy, 1) / norms
     excess = cosine - scalar(margin, A)
     if grad_x is not None or grad_y is not None:

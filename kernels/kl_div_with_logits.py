@@ -1,4 +1,4 @@
-"""The divergence of a student's predictions from a teacher's, given logits x and y; its gradient.
+"""The divergence between student logits x and teacher logits y, and its gradient.
 
     p = softmax(SCALE x), q = softmax(SCALE y), m = beta q + (1 - beta) p
     beta 0     loss = sum_c q_c s_c,                                 s_c = log q_c - log p_c
@@ -8,10 +8,10 @@
     otherwise  loss = sum_c beta q_c s_c + (1 - beta) p_c r_c,       r_c = log p_c - log m_c
                dloss/dx_c = (1 - beta) SCALE p_c (r_c - sum_k p_k r_k),   s_c = log q_c - log m_c
 
-0 log 0 is 0. Loss and gradient of a row are multiplied by its token weight.
+0 log 0 is 0. The loss and the gradient of a row are multiplied by its token weight.
 
-Shapes: (n, C), with classes contiguous. Bytes: x and y are read twice, the second time mostly from
-cache, and thrice for the gradient with beta > 0; the gradient is written once.
+Shapes: (n, C) with contiguous classes. Bytes: x and y are read twice, or three times for the
+gradient with beta > 0, mostly from cache after the first time; the gradient is written once.
 
 torch: F.kl_div(F.log_softmax(x, -1), F.log_softmax(y, -1), log_target=True) for beta 0
 """
@@ -41,14 +41,14 @@ FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def log_softmax(rows, c, mask, maximum, total, A: tl.constexpr, SCALE: tl.constexpr):
-    """Probabilities and their logarithms; 0 and -inf outside of the mask."""
+    """Returns probabilities and their logarithms; 0 and -inf outside of the mask."""
     x = load_scaled(pointers(rows, c), mask, -float("inf"), A, SCALE) - maximum[:, None]
     return exp_nonpositive(x) / total[:, None], x - log(total)[:, None]
 
 
 @triton.jit
 def ratios(log_p, log_q, beta, KIND: tl.constexpr):
-    """log q - log m and log p - log m, where m is the other of the two or their mixture."""
+    """Returns s and r: the log-ratios of q and p to each other, or to their mixture m."""
     s, r = log_q - log_p, log_p - log_q
     if KIND == MIXTURE:
         low = scalar(-1e30, log_p.dtype)  # -inf - -inf would be NaN
@@ -81,13 +81,16 @@ def kl_div_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """strides: of the rows of student, teacher and grad, which may be the student."""
+    """Computes the divergence of n rows and its gradient; grad may alias student.
+
+    strides: the row strides of student, teacher and grad.
+    """
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     weight = row_scale(token_weight, None, rows, in_bounds, A)
     counted = in_bounds & (weight != 0.0)
-    read = counted if ROWS == 1 else in_bounds  # a mask by row would take loads of many rows apart
+    read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], CLASS_UNIT)
     y_rows = contiguous_rows(teacher, rows, strides[1], CLASS_UNIT)
     x_max, x_total = first_pass(x_rows, classes, read, A, True, ROWS, BLOCK, SCALE)
@@ -100,7 +103,7 @@ def kl_div_kernel(
             scale *= tl.load(grad_output)
     of_teacher = tl.zeros([ROWS, BLOCK], A)
     of_student = tl.zeros([ROWS, BLOCK], A)
-    tl.debug_barrier()  # in place, the first pass is over
+    tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
         c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
         p, log_p = log_softmax(x_rows, c, mask & read[:, None], x_max, x_total, A, SCALE)

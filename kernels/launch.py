@@ -1,7 +1,7 @@
-"""Block sizes and warps of every kernel, from the number of classes and the size of an element.
+"""Chooses block sizes and warps from the number of classes and the element size; launches kernels.
 
-Measured on an H100 (80 GB HBM3), as far as times are given beside a choice. `make gpu-compile`
-shows that none of them spills, and `make gpu-check` times their neighbours on a GPU.
+Choices with a time beside them were measured on an H100 (80 GB HBM3). `make gpu-compile` checks
+that no kernel spills registers, and `make gpu-check` times neighbouring choices on a GPU.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from triton.runtime import JITFunction, driver
 
 try:
     from triton._C.libtriton import native_specialize_impl as specialize
-except ImportError:  # a release of Triton that is not known yet
+except ImportError:  # moved in an untested release of Triton
     specialize = None
 
 
-# An argument is not constant, and its value and its alignment count.
+# Arguments are not const; they are specialized by value and by alignment.
 SPECIALIZED = repeat(False), repeat(True), repeat(True)
 
 
 class Choice(NamedTuple):
-    """A program's tile of `rows` x `block` elements, and the threads that share it."""
+    """A program's tile of `rows` x `block` elements, and its number of threads."""
 
     rows: int
     block: int
     threads: int
-    whole_row: bool = True  # the tile holds all classes, so that they are read once
+    whole_row: bool = True  # the tile holds all classes, so they are read once
 
     def options(self) -> dict[str, Any]:
-        """Returns what Triton takes with every launch."""
+        """Returns Triton's launch options."""
         return {"num_warps": max(1, self.threads // warp_size()), "enable_fp_fusion": True}
 
 
@@ -51,31 +51,31 @@ def choose(
     """Returns the tile of a program.
 
     Args:
-        itemsize: Bytes of an element of the input.
-        classes: Number of classes; 0 for kernels that work element by element.
-        inner: Number of inner indices: see `rows.py`.
-        tensors: How many tiles a thread keeps in registers at a time.
-        most_threads: That hold a whole row in registers.
-        once: No element is needed twice, as there is no gradient.
-        inner_contiguous: Inner indices are contiguous in memory, (N, C, d1, ..., dk), not classes.
+        itemsize: Bytes per element of the input.
+        classes: Number of classes; 0 for elementwise kernels.
+        inner: Number of inner indices; see `rows.py`.
+        tensors: Number of tiles kept in registers at the same time.
+        most_threads: Maximum number of threads that keep a whole row in registers.
+        once: Whether each element is needed only once, because there is no gradient.
+        inner_contiguous: Whether inner indices are contiguous in memory instead of classes.
     """
-    vector = 16 // itemsize  # elements of the widest load
+    vector = 16 // itemsize  # vector width of a 16-byte load
     if not classes:
-        # Two such loads of each operand, so that the second is under way while the first is used.
+        # Two vector loads per operand and thread: the second overlaps with computing on the first.
         return Choice(1, 2 * vector * 128, 128)
-    # Elements of a thread: 32 hide the latency of memory and leave it registers to compute with.
-    # Registers of float64 are twice as wide, and its functions take more of them.
+    # Elements per thread: 32 hide memory latency and leave enough registers for the computation.
+    # float64 values need two registers each, and float64 functions need more temporaries.
     each = (32 if itemsize < 8 else 8) // tensors
     if inner_contiguous:
-        # A thread has as many rows as it can load at once, and so adds up their classes alone.
+        # Each thread has as many rows as one vector load, so class sums need no shuffles.
         threads = min(128, max(32, power_of_2(inner) // vector))
         rows = min(threads * vector, power_of_2(inner))
         block = min(power_of_2(classes), max(1, each // vector))
         return Choice(rows, block, threads, block >= classes)
     block = power_of_2(classes)
     if block <= 16 * each:
-        # Several rows, and half as many elements of a thread: of 10 float32 classes, 0.67 times
-        # the time, of 100 classes 0.64 times.
+        # Several rows per program, with half as many elements per thread: 0.67 times the time at
+        # 10 float32 classes, 0.64 times at 100.
         return Choice(16 * each // block, block, 32)
     if block <= most_threads * each:
         return Choice(1, block, max(32, block // each))
@@ -83,8 +83,8 @@ def choose(
         return Choice(1, 128 * each, 128, whole_row=False)  # 0.79 times the time of one block
     if itemsize == 2 and tensors == 1 and block <= 1024 * each:
         return Choice(1, block, 512)  # 0.81 times the time of two passes
-    # Longer rows are read twice. The fewer programs share L2, the more of their rows it keeps until
-    # the second time; larger blocks leave much of the last one empty where rows are not as long.
+    # Longer rows are read twice. With fewer resident programs, L2 keeps more of their rows until
+    # the second pass. Larger blocks would waste more of the last block in shorter rows.
     threads = 256 if classes <= 65_536 else 512
     return Choice(1, threads * each, threads, whole_row=False)
 
@@ -95,11 +95,12 @@ def power_of_2(n: int) -> int:
 
 
 class Launch:
-    """A kernel with the constants of its launches, which come last among its parameters.
+    """A kernel with fixed constexpr arguments, which are the last parameters of the kernel.
 
-    Triton binds, specializes and hashes the arguments of every launch, in some 15 Python calls. So
-    only the first launch of arguments that Triton specializes alike goes that way; later ones call
-    what it has compiled. Triton's way also stays for its interpreter, and where hooks are set.
+    Triton binds, specializes and hashes the arguments of every launch, in about 15 Python calls. So
+    only the first launch of each specialization uses Triton's launcher; later launches call the
+    compiled kernel directly. Under Triton's interpreter, or with launch hooks, all launches use
+    Triton's launcher.
     """
 
     def __init__(self, kernel: Any, choice: Choice, **constants: Any) -> None:
@@ -110,10 +111,10 @@ class Launch:
         if self.compiles:
             last = [parameter for parameter in kernel.params if parameter.is_constexpr]
             self.last = [constants.get(each.name, each.default) for each in last]
-        self.compiled: dict[Any, Any] = {}  # Triton unloads a kernel that nobody refers to
+        self.compiled: dict[Any, Any] = {}  # holds a reference, or Triton would unload the kernel
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        """Launches a grid of one dimension on the device of the first argument, a tensor."""
+        """Launches a one-dimensional grid on the device of the first argument, a tensor."""
         index = arguments[0].get_device()
         if index >= 0 and index != driver.active.get_current_device():
             with torch.cuda.device(index):
@@ -142,17 +143,17 @@ class Launch:
         return self.kernel[(programs,)](*arguments, **self.constants, **self.choice.options())
 
 
-# Returns the launch of the same constants again, for calls that prepare none of their own.
+# Returns a cached Launch, for calls without a plan.
 prepared = functools.lru_cache(maxsize=4096)(Launch)
 
 
 @functools.cache
 def backend() -> Any:
-    """Triton's compiler for the GPUs of this process, which says what it specializes."""
+    """Returns Triton's compiler backend, which decides how arguments are specialized."""
     return make_backend(driver.active.get_current_target())
 
 
 @functools.cache
 def warp_size() -> int:
-    """Threads of a warp: 32 on NVIDIA GPUs, 32 or 64 on AMD GPUs."""
+    """Returns the threads per warp: 32 on NVIDIA GPUs, 32 or 64 on AMD GPUs."""
     return 32 if knobs.runtime.interpret else int(driver.active.get_current_target().warp_size)

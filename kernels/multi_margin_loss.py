@@ -1,18 +1,18 @@
-"""The hinge of each class that comes within a margin of the target's, as in a multi-class SVM.
+"""Multi-class and multi-label hinge losses, and their gradients.
 
     z_c  = max(0, margin - x_t + x_c)
     loss = weight_t / C sum_{c != t} z_c^p,    p = 1 or 2
     dloss/dx_c = weight_t / C p z_c^(p - 1) [z_c > 0],    dloss/dx_t = -(the sum of these)
 
-With several targets t of a row, of which the first -1 is the end, each class c that is none of them
-is compared with each:
+With several targets t per row, terminated by -1, every class c that is not a target is compared
+with every target:
 
     z_tc = max(0, 1 - x_t + x_c)
     loss = 1 / C sum_t sum_{c not in targets} z_tc
     dloss/dx_c = 1 / C sum_t [z_tc > 0],    dloss/dx_t = -1 / C sum_c [z_tc > 0]
 
-Shapes: x is (n, C), contiguous, and so are several targets. Bytes: x and the targets are read once
-and the gradient written once.
+Shapes: x is (n, C), contiguous; targets are (n), or contiguous (n, C). Bytes: x and the targets are
+read once, the gradient is written once.
 
 A class index that is out of range gives a loss of NaN and a gradient of zero.
 
@@ -62,7 +62,7 @@ def multi_margin_kernel(
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
-    invalid = in_bounds & (valid == 0)  # no class index is ignored
+    invalid = in_bounds & (valid == 0)  # there is no ignore_index
     scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
     x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
     slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0, A)
@@ -74,13 +74,14 @@ def multi_margin_kernel(
         c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
         z = load_scaled(pointers(x_rows, c), mask & valid[:, None], -float("inf"), A)
         z += slack[:, None]
-        z = tl.where((z > 0.0) & (c[None, :] != label[:, None]), z, 0.0)  # NaN is 0, as in torch
+        z = tl.where((z > 0.0) & (c[None, :] != label[:, None]), z, 0.0)  # 0 for NaN, as in torch
         slope = z if SQUARED else tl.where(z > 0.0, 1.0, 0.0).to(A)
         losses += z * z if SQUARED else z
         slopes += slope
         store_rows(grad, rows, classes, c, mask, slope * factor[:, None], CLASS_UNIT)
     if grad is not None:
-        tl.debug_barrier()  # the row's gradient is stored, with 0 for the target
+        # The row's gradient is stored, with 0 at the target; overwrite that.
+        tl.debug_barrier()
         to = contiguous_rows(grad, rows, classes, CLASS_UNIT)
         tl.store(to[0] + label, -tl.sum(slopes, 1) * factor, mask=valid)
     if loss is not None:
@@ -103,7 +104,10 @@ def multilabel_margin_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """Keeps rows in registers: a target's gradient is a sum over all classes."""
+    """Computes the loss of several targets per row.
+
+    Rows are kept in registers, because the gradient of a target is a sum over all classes.
+    """
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
@@ -127,7 +131,7 @@ def multilabel_margin_kernel(
     for k in range(most):
         t = tl.load(targets[0] + k, mask=k < end, other=-1)
         slack = 1.0 - load_scaled(x_rows[0] + t, k < end, float("inf"), A)
-        above = z + slack[:, None] > 0.0  # not of NaN, as in torch
+        above = z + slack[:, None] > 0.0  # False for NaN, as in torch
         losses += tl.where(above, z + slack[:, None], 0.0)
         slope = tl.where(above, 1.0, 0.0).to(A)
         slopes += slope - tl.where(c[None, :] == t[:, None], tl.sum(slope, 1)[:, None], 0.0)

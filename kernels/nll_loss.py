@@ -1,10 +1,10 @@
-"""The negative log-likelihood of class indices t, of log-probabilities x.
+"""The negative log-likelihood of class indices t, given log-probabilities x.
 
     loss       = -weight_t x_t / denominator
     dloss/dx_c = -weight_t [c = t] row_weight / denominator
 
-Shapes: x is (outer, classes, inner) with any strides. Bytes: one element of a row is read; one
-element of the gradient, which is zero before, is written.
+Shapes: x is (outer, classes, inner) with any strides. Bytes: one element per row is read, and one
+element of the gradient is written, which has been filled with zeros.
 
 A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero.
 
@@ -37,7 +37,10 @@ def nll_kernel(
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """n = outer * inner rows; strides are those of outer index, inner index and class."""
+    """Computes the loss and the gradient of n = outer * inner rows.
+
+    x_strides, grad_strides: the outer, inner and class strides.
+    """
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_bounds = rows < n

@@ -1,15 +1,15 @@
-"""Losses that compare input and target element by element: one formula each.
+"""Pointwise losses: one kernel, specialized by the formula.
 
     loss   = reduce(w f(x, t)),       reduce: each element, or the sum / denominator
     grad_x = g w df/dx,               g = grad_output, / denominator
     grad_t = g w df/dt
 
-Shapes: all of one shape. Operands may be strided or broadcast, outputs are dense.
-Bytes: each operand and w are read once, each gradient that is wanted is written once.
+Shapes: all tensors have one shape. Operands may be strided or broadcast; outputs are dense.
+Bytes: each operand and w are read once, each needed gradient is written once.
 
-A formula maps four operands, the parameters, and scale = 1 / denominator to the loss and the
-gradient of each; the compiler drops what the kernel does not store. It multiplies by scale before
-anything that may overflow. `program.py` prints it.
+A formula maps four operands, the parameters and scale = 1 / denominator to the loss and the
+gradient of each operand; the compiler eliminates outputs that are not stored. It multiplies by
+scale before steps that may overflow. `program.py` generates it.
 
 torch: (w * F.mse_loss(x, t, reduction="none")).sum() / denominator
 """
@@ -48,10 +48,11 @@ def pointwise_loss_kernel(
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Outputs that are None are not wanted; with REDUCE `loss` is what `add_up` takes.
+    """Computes the loss and the gradients that are not None.
 
-    denominator: None for 1, an integer, or a pointer to a number that only the GPU knows.
-    parts: The parameters after p, q and r, as `program.py` reads them.
+    loss: a tensor of losses, or with REDUCE the tensors that `add_up` takes.
+    parts: the parameters after p, q and r, encoded by `parts_of`.
+    denominator: None for 1, an integer, or a pointer to a number on the GPU.
     """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     divisor = tl.full([], 1.0, tl.float64)

@@ -1,10 +1,10 @@
-"""Prints the program of a formula, pyfused's or a user's, as a Triton function:
+"""Generates a Triton function from the program of a formula, pyfused's or a user's:
 
     value, gradient of each operand = formula(four operands, numbers, parts, scale, EXACT)
 
-Literals, parameters and what follows from them alone are float64 until they meet an operand.
-`numbers` are the first three parameters, and `parts` are the others as `parts_of` encodes them.
-EXACT is False where the result is rounded to half precision.
+Expressions of literals and parameters alone are computed in float64. `numbers` are the first three
+parameters; `parts` are the others, encoded by `parts_of`. EXACT is False if the result is rounded
+to half precision.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from pyfused.formulas.program import Line, Program
 
 OPERANDS = ("x0", "x1", "x2", "x3")
-NUMBERS = 3  # parameters that are arguments of a launch themselves
+NUMBERS = 3  # parameters that are passed as kernel arguments of their own
 
 
 def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
-    """Returns four numbers for each parameter, which are arguments of the launch.
+    """Encodes each parameter as four floats, which are passed to the kernel as a tuple.
 
-    Triton passes a number in a tuple as float32, and compiles again for some integers. Each number
-    is 16 bits of a float64, which float32 represents exactly.
+    Triton passes floats in a tuple as float32, and specializes on some integers. Each part has 16
+    bits of a float64, which float32 represents exactly.
     """
     n = len(parameters)
     return tuple(map(float, struct.unpack(f"<{4 * n}H", struct.pack(f"<{n}d", *parameters))))
@@ -46,7 +46,7 @@ def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
 
 @triton.jit
 def parameter(parts, k: tl.constexpr):
-    """Returns parameter k, a float64 whose bits are in four of the parts, the lowest first."""
+    """Decodes parameter k, a float64, from its four parts, of which the lowest bits come first."""
     bits = tl.cast(parts[4 * k], tl.int64)
     for i in tl.static_range(1, 4):
         bits |= tl.cast(parts[4 * k + i], tl.int64) << (16 * i)
@@ -60,13 +60,13 @@ def sign(x):
 
 @triton.jit
 def root(x):
-    """Returns the square root, correctly rounded, as tl.sqrt is not in float32."""
+    """Returns the correctly rounded square root; tl.sqrt of float32 is approximate."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
 def expm1(x):
-    """Returns exp(x) - 1, near 0 by tanh(x / 2) = expm1(x) / (expm1(x) + 2), to 4 ULP."""
+    """Returns exp(x) - 1 to 4 ULP; near 0, from tanh(x / 2) = expm1(x) / (expm1(x) + 2)."""
     t = tanh(0.5 * x)
     return tl.where(tl.abs(x) < 0.5, 2.0 * t / (1.0 - t), exp(x) - 1.0)
 
@@ -78,22 +78,23 @@ def softplus(x):
 
 @triton.jit
 def power(x, y):
-    """Returns x**y through float64, as the error of exp(y log(x)) grows with the exponent."""
+    """Returns x**y, computed in float64, because the error of exp(y log(x)) grows with y log(x)."""
     base, exponent = x.to(tl.float64), y.to(tl.float64)
     size, half = tl.abs(base), 0.5 * exponent
     found = tl.where(size == 1.0, 1.0, tl.exp(exponent * tl.log(size)))  # inf * 0 is NaN
-    of_zero = tl.where(exponent < 0.0, float("inf"), 0.0 * exponent)  # NaN where that is NaN
+    of_zero = tl.where(exponent < 0.0, float("inf"), 0.0 * exponent)  # NaN if the exponent is NaN
     of_zero = tl.where(exponent > 0.0, 0.0, of_zero)
     found = tl.where(size == 0.0, of_zero, found)
-    of_whole = tl.where(tl.floor(half) != half, -1.0 * found, found)  # -x is 0 - x, so never -0.0
+    # Triton computes -x as 0 - x, which is never -0.0.
+    of_whole = tl.where(tl.floor(half) != half, -1.0 * found, found)
     of_part = tl.where(base == 0.0, found, tl.where(size < float("inf"), float("nan"), found))
     of_negative = tl.where(tl.floor(exponent) == exponent, of_whole, of_part)
-    negative = tl.where(base == 0.0, 1.0 / base, base) < 0.0  # -0.0 too
+    negative = tl.where(base == 0.0, 1.0 / base, base) < 0.0  # includes -0.0
     found = tl.where(negative, of_negative, found)
     return tl.where(exponent == 0.0, 1.0, found).to(x.dtype)
 
 
-# Each instruction as an expression of its arguments.
+# The Triton expression of each instruction.
 INSTRUCTIONS = {
     "copy": "{}",
     "neg": "-1.0 * {}",
@@ -137,7 +138,7 @@ INSTRUCTIONS = {
 
 
 def source_of(program: Program, name: str) -> str:
-    """Returns the text of a Triton function of this name."""
+    """Returns the source code of a program as a Triton function."""
     operands, constants = OPERANDS, [f"c{k}" for k in range(len(program.constants))]
     names = program.names(operands, constants)
     outputs = ["value", *(f"grad_{x}" for x in operands)]
@@ -172,7 +173,7 @@ def source_of(program: Program, name: str) -> str:
 
 
 def formula_of(program: Program) -> Any:
-    """Returns the Triton function; Triton reads its source from Python's line cache."""
+    """Compiles a program to a Triton function; Triton reads the source from Python's linecache."""
     name = "formula_" + "".join(c if c.isalnum() else "_" for c in program.name)
     source = source_of(program, name)
     file = f"<{program.name} {hash(source):x}>"

@@ -1,12 +1,12 @@
-"""Sums over a whole tensor, in float64 and in a fixed order, and a multiplication in place.
+"""Deterministic sums over a tensor in float64, and multiplication in place.
 
     sum      out = sum_i parts_i                                            reads 8 bytes a part
     count    out = sum_i [t_i counts] weight[t_i] token_weight_i            reads 8 bytes a target
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
-Each program stores one partial sum. The last program to arrive adds them up in the order of the
-programs, which never changes, so neither do the bits. In large calls `sum_kernel` does that, as the
-programs would wait for the counter.
+Each program stores one partial sum. The last program to arrive adds them up in the order of program
+ids, so results are bitwise reproducible. In large calls, `sum_kernel` adds them up instead, because
+of contention on the arrival counter.
 
 torch: parts.sum(), weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
@@ -21,7 +21,7 @@ from .rows import read_target, row_scale
 
 @triton.jit
 def sum_of_parts(parts, first, last, BLOCK: tl.constexpr):
-    """Returns the sum of parts[first:last]; L1 may hold what other programs have overwritten."""
+    """Returns the sum of parts[first:last], bypassing L1, which may hold stale values."""
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(first, last, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -32,7 +32,7 @@ def sum_of_parts(parts, first, last, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
-    """out[k] = the sum of the k-th of as many contiguous shares as there are programs."""
+    """Computes out[k], the sum of the k-th contiguous chunk of parts; one chunk per program."""
     share = tl.cdiv(n, tl.num_programs(0))
     first = tl.program_id(0).to(tl.int64) * share
     total = sum_of_parts(parts, first, tl.minimum(first + share, n), BLOCK)
@@ -41,24 +41,24 @@ def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_up(part, reduced):
-    """Stores a program's part of a sum. The last program to arrive adds up the parts of all.
+    """Stores a program's partial sum. The last program to arrive adds up all partial sums.
 
-    reduced: The sum, the parts, and a counter that is 0 at the launch; without a counter no
-        program adds up.
+    reduced: the sum, the partial sums, and an arrival counter that is 0 at launch. Without a
+        counter, the partial sums are not added up.
     """
     parts = reduced[1]
     tl.store(parts + tl.program_id(0), part)
     if len(reduced) > 2:
         programs = tl.num_programs(0)
         tl.debug_barrier()
-        # It releases the part and acquires those of the programs before.
+        # Releases this partial sum, and acquires the partial sums of earlier arrivals.
         if tl.atomic_add(reduced[2], 1, sem="acq_rel") == programs - 1:
             tl.store(reduced[0], sum_of_parts(parts, 0, programs, 1024))
 
 
 @triton.jit
 def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
-    """Stores the loss of each row, or the part of a sum that `add_up` takes."""
+    """Stores the loss of each row, or this program's partial sum by `add_up`."""
     value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
     if EACH:
         tl.store(loss + rows, value, mask=in_bounds)
@@ -68,7 +68,7 @@ def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.con
 
 @triton.jit
 def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
-    """Returns what targets i add to the denominator of a mean: 0 if ignored or invalid."""
+    """Returns the weights of targets i in the denominator of a mean; 0 if ignored or invalid."""
     _, valid, _, counted = read_target(target, weight, i, i < n, classes, ignore_index)
     counted = counted.to(tl.float64)
     if token_weight is not None:
@@ -89,10 +89,10 @@ def read_rows(
     ignore_index,
     A: tl.constexpr,
 ):
-    """Returns what `read_target` and `row_scale` give for rows of class indices.
+    """Returns the results of `read_target` and `row_scale` for rows of class indices.
 
-    The denominator may also be the class indices, whose weights each program then adds up itself:
-    of few that takes less time than the launch of another kernel.
+    The denominator may also be the class indices; each program then adds up their weights itself.
+    If there are few, this takes less time than another kernel launch.
     """
     label, valid, invalid, target_weight = read_target(
         target, weight, rows, in_bounds, classes, ignore_index
@@ -113,7 +113,10 @@ def read_rows(
 def count_kernel(
     target, weight, token_weight, counted, n, ignore_index, classes, BLOCK: tl.constexpr
 ):
-    """Computes the weight of all targets, the denominator of a mean; `add_up` takes `counted`."""
+    """Computes the denominator of a mean, the sum of the weights of all targets.
+
+    counted: the tensors that `add_up` takes.
+    """
     total = tl.zeros([BLOCK], tl.float64)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
@@ -124,7 +127,7 @@ def count_kernel(
 
 @triton.jit
 def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
-    """x *= factor, computed in float32, or in float64 for float64."""
+    """Computes x *= factor in float32, or in float64 if x is float64."""
     factor = tl.load(factor).to(tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK

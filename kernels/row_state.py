@@ -1,4 +1,4 @@
-"""The state of each row of logits z beside a class index t, and the gradient of what follows.
+"""The state of each row of logits z with a class index t, and gradients of results of the state.
 
     x_c      = SCALE z_c, or with a CAP  SCALE CAP tanh(z_c / CAP)
     lse      = log sum_c exp(x_c) = pivot + log(sum),       sum = sum_c exp(x_c - pivot)
@@ -8,13 +8,13 @@
     dz_c     = dx_c/dz_c (p_c (g_lse - g_log_p - g_entropy (log p_c + entropy))
                           + g_log_p [c = t] + g_smooth w_c),            p_c = exp(x_c - lse)
 
-w are the class weights, and the g are the gradients of the results of these names. Shapes: logits z
-are n rows of contiguous classes, which may be some of all classes. A state is float64, n of each
-field at a stride: log_p, entropy, lse, pivot, sum, weighted, x_t; with 9 fields the maximum and its
-index, too; with 10 smooth. Bytes: each kernel reads the logits once; the second writes the gradient
-once.
+w are the class weights; g_log_p, g_entropy, g_lse and g_smooth are the gradients of these results.
+Shapes: z has n rows of contiguous classes, which may be a range of all classes. A state is float64
+and has a row of n elements for each field: log_p, entropy, lse, pivot, sum, weighted, x_t; with 9
+fields also the maximum and its index; with 10 also smooth. Bytes: each kernel reads the logits
+once; the second writes the gradient once.
 
-torch: log_softmax(x, 1) and what follows from it
+torch: log_softmax(x, 1), and its entropy and logsumexp
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from .rows import (
 
 @triton.jit
 def read_label(target, rows, in_bounds, classes, first_class, vocabulary, ignore_index):
-    """Returns the target's index, and whether it is here, is valid, and is out of range.
+    """Returns the target's index, and masks: in this range of classes, valid, and out of range.
 
-    Without targets no row is ignored, and the target is none of the classes.
+    Without targets, no row is ignored, and no target is in this range of classes.
     """
     label, valid, invalid = rows.to(tl.int64) * 0 - 1, in_bounds, in_bounds & (rows < 0)
     if target is not None:
@@ -56,7 +56,7 @@ def read_label(target, rows, in_bounds, classes, first_class, vocabulary, ignore
 
 @triton.jit
 def load_logits(at, mask, A: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr):
-    """x and dx/dz; x is -inf outside of the mask."""
+    """Returns x and dx/dz; x is -inf outside of the mask."""
     slope = scalar(SCALE, A)
     if CAP > 0.0:
         t = tanh(tl.load(at, mask=mask, other=0.0, eviction_policy=DROP).to(A) / scalar(CAP, A))
@@ -69,7 +69,7 @@ def load_logits(at, mask, A: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexp
 
 @triton.jit
 def first_of(best, index, classes):
-    """Returns the largest logit of each row, NaN before all, and the first of its classes."""
+    """Returns the largest logit of each row, NaN if there is one, and its first class."""
     is_nan = best != best
     has_nan = tl.max(is_nan.to(tl.int32), 1) > 0
     largest = tl.max(tl.where(is_nan, -float("inf"), best), 1)
@@ -100,10 +100,11 @@ def row_state_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """CONTINUES: from the state, which is that of the classes before these.
+    """Computes the state of n rows.
 
-    results: copies of the first RESULTS fields of the state, which may be none.
-    strides: of the rows of logits, and from one field of a row to the next.
+    results: receives copies of the first RESULTS fields of the state.
+    strides: the row stride of logits, and the field stride of state.
+    CONTINUES: whether to continue from state, which holds the state of the preceding classes.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
@@ -114,7 +115,7 @@ def row_state_kernel(
     x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
     at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
-    total = tl.zeros([ROWS, BLOCK], A)  # by lane, so that lanes are added up once
+    total = tl.zeros([ROWS, BLOCK], A)  # per element of the tile, reduced after the loop
     weighted = tl.zeros([ROWS, BLOCK], A)
     smooth = tl.zeros([ROWS, BLOCK], A)
     best = tl.full([ROWS, BLOCK], -float("inf"), A)
@@ -155,7 +156,7 @@ def row_state_kernel(
     log_total = tl.log(total_of_row)
     log_p = target_logit - pivot_of_row - log_total
     entropy = log_total - weighted_of_row / total_of_row
-    # Rounding would take the logarithm of a probability above 0; a NaN stays.
+    # Rounding could make the log-probability positive; NaN is kept.
     log_p = tl.where(invalid, float("nan"), tl.where(log_p > 0.0, 0.0, log_p))
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     counted = valid | invalid
@@ -214,9 +215,11 @@ def row_gradients_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """grad_results: Of the first RESULTS of log_p, entropy, lse and smooth.
+    """Computes the gradient of n rows of logits.
 
-    strides: of the rows of logits and of grad; of the fields of state; of both of grad_results.
+    grad_results: the gradients of the first RESULTS of log_p, entropy, lse and smooth.
+    strides: the row strides of logits and grad, the field stride of state, and both strides of
+        grad_results.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
@@ -244,7 +247,7 @@ def row_gradients_kernel(
         c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
         x, slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         y = x - pivot[:, None]
-        y = tl.where(y < -1000.0, -1000.0, y)  # finite, as 0 * inf is NaN; one among a and b stays
+        y = tl.where(y < -1000.0, -1000.0, y)  # 0 * inf would be NaN; keeps NaN of a and b
         gradient = exp_nonpositive(y, EXACT) * (a + b * y)
         is_target = has_target[:, None] & (c[None, :] == label[:, None])
         gradient = tl.where(is_target, gradient + g_log_p.to(A)[:, None], gradient)

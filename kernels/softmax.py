@@ -1,11 +1,11 @@
-"""Softmax and its logarithm along the classes of each row, with their gradients.
+"""Softmax and log-softmax over the classes of each row, and their gradients.
 
     forward   softmax      y_c  = exp(x_c - lse),          lse = log sum_c exp(x_c)
               log_softmax  y_c  = x_c - lse
     backward  softmax      dx_c = y_c (dy_c - sum_k dy_k y_k)
               log_softmax  dx_c = dy_c - exp(y_c) sum_k dy_k
 
-Shapes: as in `rows.py`. Bytes: operands are read once if a tile holds all classes, else twice, the
+Shapes: see `rows.py`. Bytes: operands are read once if a tile holds all classes, else twice, the
 second time mostly from cache; the result is written once.
 
 torch: F.softmax(x, dim), F.log_softmax(x, dim)
@@ -51,7 +51,7 @@ def softmax_kernel(
     INNER_UNIT: tl.constexpr = 1,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """y = softmax(x); strides are those of outer index, inner index and class."""
+    """Computes y = softmax(x), or log_softmax(x); strides are outer, inner and class strides."""
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
     inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
@@ -96,7 +96,7 @@ def softmax_backward_kernel(
     INNER_UNIT: tl.constexpr = 1,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    """dx from dy and y, all with the same strides, of outer index, inner index and class."""
+    """Computes dx from dy and y, which share their outer, inner and class strides."""
     A: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = y.dtype.element_ty.primitive_bitwidth > 16
     inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)

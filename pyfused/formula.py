@@ -1,4 +1,4 @@
-"""Fused kernels for a user's own losses and activations, from one elementwise formula in Python."""
+"""Compiles a user's elementwise losses and activations, written in Python, to fused kernels."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
 from pyfused.types import Outputs
 
-_LONG = 16  # instructions of a long formula, including those of its gradients
-_MOST_VALUES = 1024  # values of parameters whose programs a formula keeps
-_MOST_TRACES = 32  # traces of a formula
-_CALL_OPTIONS = ("reduction", "weight")  # keywords of losses beside a formula's parameters
+_LONG = 16  # a formula is long from this many instructions on, including its gradients
+_MOST_VALUES = 1024  # combinations of parameter values whose programs a formula caches
+_MOST_TRACES = 32  # traces per formula
+_CALL_OPTIONS = ("reduction", "weight")  # keywords of losses, in addition to the parameters
 _PARAMETER_TYPES = (float, int, bool, str, type(None))
 _PLAIN = (Tensor, Parameter)
 
 
 @dataclass(eq=False)
 class Traced:
-    """A formula's programs for all parameters that lead to the same operations.
+    """Holds a formula's programs for all parameters that lead to the same operations.
 
     Attributes:
-        run: A run of the function with such parameters.
-        inputs: The values of the literals that are inputs of the programs, by their indices.
+        run: The run of the function that was traced.
+        inputs: The literals that are inputs of the programs: index to value.
         outputs: The expressions of the value and of the gradients.
-        difference: How the kernel's results differ from the function's, or None.
+        difference: The error that describes how the kernel's results differ from the function's,
+            or None.
     """
 
     name: str
@@ -57,10 +58,10 @@ class Traced:
         self.program(Outputs(True, (True,) * (len(self.outputs) - 1)))  # raises if it is too large
 
     def values(self, run: trace.Run) -> tuple[float, ...] | None:
-        """Returns the inputs for another run, or None if its operations or constants differ."""
+        """Returns the programs' inputs for another run, None if operations or constants differ."""
         pairs = enumerate(zip(self.run.literals, run.literals, strict=False))
         if run.structure != self.run.structure or any(
-            i not in self.inputs and repr(one) != repr(other) for i, (one, other) in pairs
+            i not in self.inputs and repr(traced) != repr(new) for i, (traced, new) in pairs
         ):
             return None
         return tuple([run.literals[i] for i in self.inputs])
@@ -71,9 +72,9 @@ class Traced:
 
 
 class FormulaOperator(PointwiseLoss):
-    """The operator of a user's formula; an activation is a loss that is not reduced."""
+    """The operator of a user's formula; an activation is a loss without reduction."""
 
-    asks_dtype = True  # a mask, as a float32 tensor, widens half precision
+    asks_dtype = True  # float32 masks promote half precision
     strategy = "a program of its formula, element by element"
 
     def __init__(
@@ -135,7 +136,7 @@ class FormulaOperator(PointwiseLoss):
 
     @property
     def family(self) -> str:
-        """Returns the row of the table of sizes, which depends on the number of instructions."""
+        """Returns the key into the table of sizes, which depends on the number of instructions."""
         return "LongFormula" if self.long else "Formula"
 
     def _check(
@@ -151,13 +152,14 @@ class FormulaOperator(PointwiseLoss):
             checks.weight_that_broadcasts(torch.empty(shape, device="meta"), weight)
 
     def traced(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]]:
-        """Returns the programs for some parameters, and their inputs.
+        """Returns the programs for the parameters, and the values of the programs' inputs.
 
         Raises:
-            UntraceableError: There is no program.
-            RuntimeError: Its results differ from the function's.
+            UntraceableError: The function cannot be compiled.
+            RuntimeError: The program's results differ from the function's.
         """
-        # The key is the text, as 2 and 2.0, 1 and True, 0.0 and -0.0 make different operations.
+        # Keyed by repr because 2 and 2.0, 1 and True, 0.0 and -0.0 compare equal but lead to
+        # different operations.
         traced = self._traced(repr(numbers), numbers)
         if isinstance(traced, Exception):
             raise type(traced)(str(traced))
@@ -182,11 +184,12 @@ class FormulaOperator(PointwiseLoss):
             inputs = {i: run.literals[i] for i in self.written.dependent(parameters, run)}
             try:
                 traced = derived(inputs)
-            except UntraceableError:  # an operator takes no tensor there: a trace for each value
+            except UntraceableError:
+                # An operator takes a number but no tensor, so each value needs its own trace.
                 traced = derived({})
             check(self, numbers, traced)
         except UntraceableError as error:
-            return UntraceableError(str(error))  # without its frames
+            return UntraceableError(str(error))  # cached, so without the traceback
         except RuntimeError as error:
             traced.difference = RuntimeError(str(error))
         self.traces.append(traced)
@@ -206,7 +209,7 @@ class FormulaOperator(PointwiseLoss):
 def _differentiated(
     function: Callable[..., Tensor], slopes: Callable[..., Any], operands: Sequence[str]
 ) -> Callable[..., Tensor]:
-    """Returns the function with the gradient written for it, which torch can differentiate."""
+    """Returns the function as a torch.autograd.Function that uses the user's gradient."""
 
     class Differentiated(torch.autograd.Function):
         generate_vmap_rule = True
@@ -226,7 +229,7 @@ def _differentiated(
             values = trace.slopes_of(slopes, ctx.saved_tensors, ctx.named)
             return None, *[None if slope is None else grad_output * slope for slope in values]
 
-    class WithTangents(Differentiated):  # torch.compile does not trace functions with a jvp
+    class WithTangents(Differentiated):  # separate, as torch.compile cannot trace jvp
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
             values = trace.slopes_of(slopes, ctx.saved_for_forward, ctx.named)
@@ -235,7 +238,7 @@ def _differentiated(
             return sum(parts[1:], parts[0]) if parts else None
 
     def differentiated(*tensors: Tensor, **named: Any) -> Tensor:
-        if len(tensors) < len(operands):  # some are passed by name
+        if len(tensors) < len(operands):  # some operands are passed by keyword
             named = inspect.signature(function).bind(*tensors, **named).arguments
             tensors = tuple([named.pop(name) for name in operands])
         kind = Differentiated if is_dynamo_compiling() else WithTangents
@@ -252,7 +255,7 @@ def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any)
 
 
 def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the names of the operands, and the parameters with their defaults."""
+    """Returns the names of a formula's operands, and its parameters with their defaults."""
     name, operands, parameters = function.__name__, [], {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in _CALL_OPTIONS:
@@ -274,14 +277,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Formula:
-    """An elementwise function whose forward and backward are fused; see :func:`pyfused.loss`.
+    """An elementwise function with fused forward and backward; see :func:`pyfused.loss`.
 
     Attributes:
-        written: The function as it was written.
-        function: The function with the gradient of :meth:`gradient`. It runs where no kernel does:
-            small tensors, double backward, forward mode, ``torch.func``, tensor subclasses,
-            ``torch.compile``, other devices.
-        op: The operator that calls are dispatched with.
+        written: The user's function.
+        function: The user's function with the gradient of :meth:`gradient`. It runs without
+            kernels: for small tensors, double backward, forward mode, ``torch.func``, tensor
+            subclasses, ``torch.compile`` and other devices.
+        op: The operator that dispatches calls.
     """
 
     __name__: str
@@ -299,16 +302,18 @@ class Formula:
         self._declare(op)
 
     def gradient(self, slopes: Function) -> Function:
-        """Replaces the gradient that follows from torch's rules: a decorator.
+        """Replaces the derivative that torch's rules give; use it as a decorator.
 
-        For a formula whose derivative is unstable or slow, or is to be another one.
+        Use it if that derivative is unstable or slow, or to define another one, such as a
+        straight-through gradient.
 
         Args:
             slopes: Takes the formula's arguments, and returns the derivative with respect to each
-                operand, a tensor of its shape made of elementwise operations, or None for 0.
+                operand: a tensor of the operand's shape, computed by elementwise operations, or
+                None for 0.
 
         Returns:
-            The function itself.
+            ``slopes``, unchanged.
 
         Raises:
             TypeError, RuntimeError: As :func:`pyfused.loss`.
@@ -320,10 +325,10 @@ class Formula:
         return slopes
 
     def _declare(self, op: FormulaOperator) -> None:
-        """Uses an operator from now on.
+        """Sets the operator, and compiles it for the default parameters.
 
         Raises:
-            TypeError, RuntimeError: With ``strict``, no kernel can compute the function.
+            TypeError, RuntimeError: ``strict`` is True, and no kernel can compute the function.
         """
         self.op, self.function = op, op.function
         try:
@@ -342,43 +347,45 @@ class Formula:
         ):
             if not self.op.loss:
                 return self.function(*operands, **named)
-            if "reduction" not in named and "weight" not in named:  # without what takes 0.2 us
+            if "reduction" not in named and "weight" not in named:  # saves 0.2 us
                 return self.function(*operands, **named).mean()
             reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
             return reduced(self.function(*operands, **named), reduction, weight)
         return self.dispatched(*operands, **named)
 
     def dispatched(self, *operands: Tensor, **named: Any) -> Tensor:
-        """Dispatches a call, whatever its size."""
+        """Dispatches a call of any size."""
         return dispatch.call(self.op, self.arguments(operands, named))
 
     def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
-        """Returns the operator's arguments from the arguments of a call.
+        """Converts the arguments of a call to the operator's positional arguments.
 
         Raises:
-            TypeError: The formula does not take these.
+            TypeError: The arguments do not match the formula's signature.
         """
         if len(operands) != len(self.op.variables) or not named.keys() <= self.keywords:
             try:
-                named = self.__signature__.bind(*operands, **named).arguments  # takes microseconds
+                named = self.__signature__.bind(*operands, **named).arguments  # slow: microseconds
             except TypeError as error:
                 raise TypeError(f"{self.__name__}: {error}") from None
             operands = tuple([named.pop(variable.name) for variable in self.op.variables])
         return (*operands, *(self.op.keywords | named).values())
 
     def module(self, **named: Any) -> FormulaModule:
-        """Returns a module with these parameters, and the ``reduction`` of a loss, not ``weight``.
+        """Returns a module that calls the formula with these parameters.
+
+        A loss also takes ``reduction``, but not ``weight``.
 
         Raises:
-            TypeError: The formula does not take these.
+            TypeError: The formula has no such parameter.
         """
         return FormulaModule(self, named)
 
     def explain(self, *operands: Any, **named: Any) -> Explanation | str:
-        """Returns the path that a call with these arguments takes: see :func:`pyfused.explain`.
+        """Explains how a call with these arguments is computed; see :func:`pyfused.explain`.
 
-        Without arguments it returns the text of the program for the defaults: its instructions for
-        each element, and the bytes that it reads and writes.
+        Without arguments, returns a listing of the program for the default parameters: its
+        instructions, and the bytes read and written per element.
         """
         if operands or named:
             return path_of(self.op, self.arguments(operands, named))
@@ -404,7 +411,7 @@ class Formula:
 
 
 class FormulaModule(torch.nn.Module):
-    """A module that calls a formula with some of its keywords; see :meth:`Formula.module`."""
+    """A module that calls a formula with fixed keyword arguments; see :meth:`Formula.module`."""
 
     def __init__(self, formula: Formula, named: dict[str, Any]) -> None:
         super().__init__()
@@ -423,11 +430,11 @@ class FormulaModule(torch.nn.Module):
         return ", ".join([self.formula.__name__, *keywords])
 
 
-# ---- the check of a definition -------------------------------------------------------------------
+# ---- comparison of kernels with the function -----------------------------------------------------
 
 
 def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
-    """Returns operands: random, large, small, zeros, literals, ties, infinities and NaN."""
+    """Returns test operands: random, large and small values, literals, ties, infinities and NaN."""
     generator, n = torch.Generator().manual_seed(0), 256
     special = [0.0, 0.5, 1.0, 2.0, float("inf"), *map(float, literals)]
     special += [-value for value in special]
@@ -441,7 +448,7 @@ def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> lis
 
 
 def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tensor]) -> Tensor:
-    """Returns the function's value and gradients, in float64."""
+    """Returns the function's value and gradients, converted to float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
     value = op.unreduced(leaves, numbers)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
@@ -453,7 +460,7 @@ def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tenso
 
 
 class _Roundings(DispatchMode):
-    """Rounds each result once more, at random, and subnormal results to 0, as kernels may."""
+    """Perturbs each result by a random rounding error, and flushes subnormal results to 0."""
 
     def __init__(self, dtype: torch.dtype, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -478,13 +485,13 @@ def check(
     kernels: Callable[..., Any] = cpu.pointwise_loss,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Compares the kernel for some parameters with the function.
+    """Compares the kernel's results with the function's.
 
-    The function's values nearby and with other roundings bound the error, which is large next to a
-    jump and where numbers cancel.
+    The tolerance at each point follows from the function's values at nearby points and with
+    perturbed roundings, so it is wide next to discontinuities and where terms cancel.
 
     Raises:
-        RuntimeError: They differ.
+        RuntimeError: The results differ.
     """
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
@@ -514,11 +521,12 @@ def check(
     right = (results >= low - slack) & (results <= high + slack)
     right |= (results == expected) | (undefined.any(0) & results.isnan())
     if traced.expressions.stabilized:
-        # The function is unstable where it differs in float32. Where it is NaN of operands that are
-        # not, the kernel may return a limit.
+        # The function is unstable where its float32 result is inaccurate; the kernel may be more
+        # accurate. Where the function returns NaN for operands that are not NaN, the kernel may
+        # return the limit.
         error = (_run(op, numbers, [x.float() for x in points]) - expected).abs()
-        of_numbers = [torch.where(x.isnan(), 0.5, x) for x in wide]
-        lost = expected.isnan() & _run(op, numbers, of_numbers).isnan()
+        without_nan = [torch.where(x.isnan(), 0.5, x) for x in wide]
+        lost = expected.isnan() & _run(op, numbers, without_nan).isnan()
         stable = results.isfinite() & ~((results - expected).abs() > 1e-6 * error)
         right |= ~results.isnan() & torch.where(expected.isnan(), lost, stable)
     if not right.all():
@@ -538,41 +546,44 @@ def check(
 
 
 def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) -> Any:
-    """Makes a fused loss from an elementwise formula: a decorator.
+    """Compiles an elementwise formula to a fused loss; use it as a decorator.
 
     Args:
-        function: Takes one to four tensors by position, which broadcast, and parameters with
-            defaults, numbers, flags or words; returns a tensor of one loss for each element, made
-            of torch's elementwise operations. It runs once to be traced, and where no kernel does.
-        strict: Raise where no kernel can run the function, or its results differ from the
-            function's; False: it runs unfused then.
+        function: Takes one to four positional tensors, which broadcast, and parameters with
+            defaults, which are numbers, bools or strings. Returns the loss of each element,
+            computed by torch's elementwise operations. The function is called for tracing, and
+            for calls that no kernel supports.
+        strict: Raise an error if the function cannot be compiled, or if the kernel's results
+            differ from the function's. If False, the function then runs unfused.
 
     Returns:
-        A function of the same operands, the parameters by keyword, and the keywords ``reduction``,
-        ``"none"``, ``"mean"`` or ``"sum"``, and ``weight``, a tensor that broadcasts with the loss
-        and divides a mean by its sum. Operands are float32, float64, bfloat16 or float16; the
-        result's shape and dtype are those of the function with torch's operators. ``.module(...)``
-        makes a :class:`torch.nn.Module` and ``.explain()`` prints the kernel's program.
+        A function that takes the operands, the parameters by keyword, and two more keywords:
+        ``reduction``, which is ``"none"``, ``"mean"`` or ``"sum"``, and ``weight``, a tensor that
+        broadcasts with the loss; a mean is divided by the sum of the weights. Operands may be
+        float32, float64, bfloat16 or float16. The result has the shape and dtype that torch's
+        operators return. ``.module(...)`` makes a :class:`torch.nn.Module`, and ``.explain()``
+        returns the kernel's program as text.
 
     Raises:
-        TypeError: The function's arguments are of another kind, or, with ``strict``, it does what
-            kernels cannot: control flow on values, reductions, random numbers, shapes.
-        RuntimeError: With ``strict``, the kernels' results differ from the function's, at random
-            and special values.
+        TypeError: The function's signature is not supported, or, with ``strict``, the function
+            uses control flow on values, reductions, random numbers or shapes.
+        RuntimeError: With ``strict``, the kernel's results differ from the function's at random
+            or special values.
     """
     return partial(loss, strict=strict) if function is None else Formula(function, True, strict)
 
 
 def activation(function: Callable[..., Tensor] | None = None, *, strict: bool = True) -> Any:
-    """Makes a fused activation from an elementwise formula: a decorator.
+    """Compiles an elementwise formula to a fused activation; use it as a decorator.
 
     Args:
-        function: Takes one to four tensors and parameters with defaults.
-        strict: As for :func:`loss`.
+        function: Takes one to four tensors, and parameters with defaults; see :func:`loss`.
+        strict: See :func:`loss`.
 
     Returns:
-        A function of the same arguments, which returns a tensor of the operands' broadcast shape
-        and of torch's dtype. It has the methods that :func:`loss` describes.
+        A function of the same arguments. The result has the operands' broadcast shape and the
+        dtype that torch's operators return. The function has the methods described in
+        :func:`loss`.
 
     Raises:
         TypeError, RuntimeError: As :func:`loss`.

@@ -1,4 +1,4 @@
-"""The layouts in which kernels of every backend read tensors: strides, or those of a copy."""
+"""Shapes, strides and layouts of the tensors that kernels read and write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Strides = tuple[int, int, int]  # of the outer and the inner index of a row, and of the class
+Strides = tuple[int, int, int]  # the strides of outer rows, of inner rows and of classes
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,17 +24,17 @@ def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | 
 
 
 def converts_in(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    """Returns whether ``contiguous_in`` copies one of the tensors."""
+    """Returns whether ``contiguous_in`` would copy any of the tensors."""
     return any(x is not None and not (x.dtype is dtype and x.is_contiguous()) for x in tensors)
 
 
 def layouts(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Returns the key of a prepared kernel: layouts, which hooks for saved tensors may change."""
+    """Returns the layouts of tensors, as the key of a prepared kernel."""
     return tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
 
 
 def broadcast_numel(operands: Sequence[Any]) -> int:
-    """Returns the number of elements that the operands broadcast to, except nested tensors."""
+    """Returns the number of elements of the operands' broadcast shape, ignoring nested tensors."""
     if len(operands) == 1:
         return int(operands[0].numel())
     shapes = [x.shape for x in operands if isinstance(x, Tensor) and not x.is_nested]
@@ -44,7 +44,7 @@ def broadcast_numel(operands: Sequence[Any]) -> int:
 
 
 def row_sizes(input: Tensor) -> tuple[int, int, int]:
-    """Returns the sizes of (N, C, d1, ..., dk): outer and inner rows, and classes."""
+    """Returns the sizes of (N, C, d1, ..., dk): outer rows, inner rows and classes."""
     if input.dim() == 2:
         return 1, *input.shape
     classes = input.shape[0 if input.dim() == 1 else 1]
@@ -53,7 +53,7 @@ def row_sizes(input: Tensor) -> tuple[int, int, int]:
 
 
 def feature_rows(tensor: Tensor) -> Tensor:
-    """Returns (..., D) as rows of contiguous features, copied where they are not."""
+    """Returns (..., D) as a matrix with contiguous features, copied if necessary."""
     if tensor.dim() != 2:
         tensor = tensor.reshape(-1, tensor.shape[-1])
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
@@ -67,16 +67,16 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
 
 
 def with_leading_dims(results: Tensor, leading: Sequence[int]) -> Tensor:
-    """Returns results of rows with the leading dimensions of the input; a scalar stays a scalar."""
+    """Reshapes the results of rows to the input's leading dimensions; scalars are unchanged."""
     if len(leading) == 1 or not results.dim():
         return results
     return results.reshape((*leading, *results.shape[1:]))
 
 
 def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for one class of each row an index for gather, the logit, and whether it is in range.
+    """Returns the gather index and logit of one class per row, and whether it is in range.
 
-    For a class out of range, index and logit are those of another class.
+    If the class is out of range, index and logit belong to an arbitrary class.
     """
     dim = min(logits.dim() - 1, 1)
     index, classes = index.long().reshape(loss_shape(logits, "none")), logits.shape[dim]
@@ -85,7 +85,7 @@ def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def strides_of(tensor: Tensor) -> Strides | None:
-    """Returns the strides of (N, C, d1, ..., dk), None if d1, ..., dk have no common stride."""
+    """Returns the strides of (N, C, d1, ..., dk); None if d1, ..., dk have no common stride."""
     stride = tensor.stride()
     if len(stride) == 1:
         return 0, 0, stride[0]
@@ -104,14 +104,14 @@ def strides_of(tensor: Tensor) -> Strides | None:
 
 
 def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strides]:
-    """Returns the tensor, or a copy if its strides do not fit, and its sizes and strides.
+    """Returns the tensor, or a copy if kernels cannot use its strides, and its sizes and strides.
 
-    The classes are along ``dim``; the dimensions before and after it are the outer and the inner
-    index of a row.
+    The classes are along ``dim``; the dimensions before it are outer rows, and the dimensions after
+    it are inner rows.
     """
     shape, length = tensor.shape, tensor.shape[dim]
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    if tensor.is_contiguous():  # the common case: a view takes longer than a small kernel
+    if tensor.is_contiguous():  # the common case; making a view takes longer than a small kernel
         strides: tuple[int, ...] = length * inner, inner, 1
     else:
         tensor = tensor.reshape(outer, length, inner)
@@ -122,7 +122,7 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
 
 
 def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
-    """Returns the tensor, or a contiguous copy if its strides do not fit, and its strides."""
+    """Returns the tensor, or a contiguous copy if kernels cannot use its strides, and strides."""
     strides = strides_of(tensor)
     if strides is None:
         tensor = tensor.contiguous()
@@ -134,7 +134,7 @@ def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
 def empty_viewed(
     like: Tensor, empty_like: Callable[..., Tensor] = torch.empty_like
 ) -> tuple[Tensor, Strides]:
-    """Returns a new tensor, with the layout of ``like`` if its strides fit, and its strides."""
+    """Returns a new tensor, in the layout of ``like`` if kernels can use it, and its strides."""
     empty = empty_like(like)
     strides = strides_of(empty)
     if strides is None:
@@ -143,13 +143,13 @@ def empty_viewed(
 
 
 class ClassLayout(NamedTuple):
-    """How kernels read tensors (N, C, d1, ..., dk) of one layout, and the layout of gradients.
+    """The layout in which kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
 
     Attributes:
-        copies: They read a contiguous copy, as no strides describe the tensor.
-        strides: Of the tensor or the copy.
-        grad: A gradient without memory.
-        grad_strides: Of the gradient.
+        copies: Whether kernels read a contiguous copy, because they cannot use the strides.
+        strides: The strides of the tensor or the copy.
+        grad: A meta tensor with the layout of the gradient.
+        grad_strides: The strides of the gradient.
     """
 
     copies: bool
@@ -159,18 +159,18 @@ class ClassLayout(NamedTuple):
 
 
 def class_layout(tensor: Tensor, inplace: bool = False) -> ClassLayout:
-    """Returns the layout of a tensor and of its gradient, which may take the tensor's memory."""
+    """Returns the layouts of a tensor and its gradient, which overwrites the tensor if inplace."""
     view, strides = viewed(tensor)
     grad, grad_strides = empty_viewed(view, partial(torch.empty_like, device="meta"))
     return ClassLayout(view is not tensor, strides, grad, strides if inplace else grad_strides)
 
 
 class SoftmaxLayout(NamedTuple):
-    """How kernels read inputs of one layout along a dimension, and the layout of the output.
+    """The layout in which kernels read an input along a dimension and write the output.
 
     Attributes:
-        copies: They read a contiguous copy.
-        output: An output without memory, contiguous.
+        copies: Whether kernels read a contiguous copy.
+        output: A contiguous meta tensor with the layout of the output.
     """
 
     copies: bool
@@ -188,9 +188,9 @@ def softmax_layout(input: Tensor, dim: int) -> SoftmaxLayout:
 
 
 def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:
-    """Returns the first dense operand and its index, or else a copy of the first and None.
+    """Returns the first dense operand and its index, or a copy of the first operand and None.
 
-    Operands are read, and outputs are written, in its order in memory.
+    Kernels read operands and write outputs in the memory order of this tensor.
     """
     for i, operand in enumerate(operands):
         if is_dense(operand):
@@ -214,17 +214,17 @@ def dense(tensor: Tensor) -> Tensor:
 def in_rows(
     order: Tensor, tensors: Sequence[Tensor | None]
 ) -> tuple[list[int], int | None, tuple[int, ...] | None]:
-    """Returns how a kernel reads tensors in the memory order of ``order``, which is dense.
+    """Describes tensors as rows x columns in the memory order of ``order``, which is dense.
 
     Returns:
-        The indices of the tensors to copy, which rows x columns cannot describe; the number of
-        columns; and two strides for each tensor, of rows and of columns. The last two are None if
-        all are dense.
+        The indices of the tensors that must be copied, because they have no such strides; the
+        number of columns; and two strides for each tensor, of rows and of columns. The last two are
+        None if all tensors are dense.
     """
     stride = order.stride()
     if all(tensor is None or tensor.stride() == stride for tensor in tensors):
         return [], None, None
-    groups: list[tuple[int, list[int]]] = []  # a size, and a stride for each tensor
+    groups: list[tuple[int, list[int]]] = []  # (size, stride of each tensor)
     for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
         size, strides = order.shape[dim], [(order if x is None else x).stride(dim) for x in tensors]
         if size == 1:

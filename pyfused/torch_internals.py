@@ -1,7 +1,7 @@
-"""Private attributes of torch, each with the reason why there is no public one.
+"""Wraps the private attributes of torch and Triton that pyfused uses.
 
-Whether a tensor or a mode is one that the kernels must not take is asked of torch. Where a version
-of torch lacks one of the answers, ``MISSING`` says so, and every call takes torch's operators.
+Some of them are required to detect tensors and modes that the kernels do not support. If a version
+of torch lacks one of these, ``MISSING`` names it, and all calls fall back to torch's operators.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map as tree_map  # there is no public module of it
+from torch.utils._pytree import tree_map as tree_map  # no public equivalent
 
 MISSING: str | None = None
 
 
 def _required(path: str) -> Any:
-    """Returns an attribute by its path, and notes the first that torch lacks."""
+    """Returns an attribute by its path; if torch lacks it, records the path in ``MISSING``."""
     global MISSING
     try:
         return pkgutil.resolve_name(path)
@@ -40,28 +40,27 @@ def _optional(owner: Any, name: str, otherwise: Any) -> Any:
 
 # ---- tensors -------------------------------------------------------------------------------------
 
-# A copy-on-write tensor is copied when its address is taken.
+# Reading data_ptr() of a copy-on-write tensor copies it.
 is_lazy_clone: Callable[[Tensor], bool] = _required("torch._C._is_cow_tensor")
-# Tensors that torch.func wraps, and of is_grads_batched, have no memory of their own.
+# Wrapped tensors of torch.func and of is_grads_batched have no storage.
 is_functorch_wrapped: Callable[[Tensor], bool] = _required(
     "torch._C._functorch.is_functorch_wrapped_tensor"
 )
 is_batched: Callable[[Tensor], bool] = _required("torch._C._functorch.is_legacy_batchedtensor")
 is_zero_tensor: Callable[[Tensor], bool] = _required("torch.Tensor._is_zerotensor")
 is_view: Callable[[Tensor], bool] = _required("torch.Tensor._is_view")
-# A context without __torch_function__ of subclasses, and a tensor without memory: torch's notes on
-# extending it name both.
+# These two are documented in torch's notes "Extending PyTorch".
 DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubclass")
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
 
 
 def version_of(tensor: Tensor) -> int:
-    """Returns how often a tensor has been changed in place."""
+    """Returns the version counter of a tensor, which in-place operations increment."""
     return tensor._version
 
 
 def is_mutable(operator: Any) -> bool:
-    """Returns whether an operator of ``__torch_dispatch__`` changes an argument."""
+    """Returns whether an operator passed to ``__torch_dispatch__`` mutates an argument."""
     return bool(operator._schema.is_mutable)
 
 
@@ -79,7 +78,7 @@ _required("torch.autograd.forward_ad._current_level")
 
 
 def active_mode() -> str | None:
-    """Returns which mode is to see torch's operators instead of a kernel, None of none."""
+    """Returns the active mode that requires torch's operators instead of a kernel, or None."""
     if MISSING:
         return f"this version of torch lacks {MISSING}"
     if _tracing_state() is not None:
@@ -96,18 +95,18 @@ def active_mode() -> str | None:
 
 
 def _has_function_mode() -> bool:
-    """Returns whether another function mode is active than that of a default device."""
+    """Returns whether a function mode is active, other than the mode of a default device."""
     return any(type(_function_mode_at(i)) is not _DefaultDevice for i in range(_function_modes()))
 
 
 def compiler_traces() -> bool:
-    """Returns whether this thread compiles, which torch 2.12 tells only within Dynamo."""
+    """Returns whether torch.compile is compiling in this thread, inside Dynamo or after it."""
     return is_dynamo_compiling() or (not MISSING and _TracingContext.try_get() is not None)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
 
-# Whether saved tensors are read again after this backward pass; else they may be overwritten.
+# Whether this backward pass retains the graph. If not, saved tensors may be overwritten.
 graph_is_retained: Callable[[], bool] = _optional(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
@@ -122,7 +121,7 @@ _profiler_is_on: Callable[[], bool] = _optional(
 
 
 def is_observed() -> bool:
-    """Returns whether a call that is made twice would be noticed, other than by its time."""
+    """Returns whether repeating a call would have visible effects, for example in a profile."""
     return (
         _graph_task() != -1  # a backward pass is running
         or saved_tensors_hooks(True) is not None
@@ -131,13 +130,13 @@ def is_observed() -> bool:
     )
 
 
-# Checkpoints whose forward pass has left a call to torch because of a mode. Their recomputation has
-# to save the same tensors, and runs without the mode.
+# Checkpoints in whose forward pass a call fell back to torch because of a mode. Recomputation runs
+# without the mode, but must save the same tensors, so it falls back, too.
 _checkpoints: set[weakref.ref[Any]] = set()
 
 
 def left_in_checkpoint() -> bool:
-    """Returns whether a call is recomputed that a mode has left to torch in the forward pass."""
+    """Returns whether calls fell back to torch in the forward pass of the current checkpoint."""
     if not _checkpoints:
         return False
     checkpoint = _checkpoint()
@@ -145,10 +144,10 @@ def left_in_checkpoint() -> bool:
 
 
 def _checkpoint() -> Any:
-    """Returns torch's record of the non-reentrant checkpoint around this call, None of none.
+    """Returns torch's frame of the current non-reentrant checkpoint, or None.
 
-    The hooks of a forward pass and of its recomputation have it; torch has no other way to it.
-    Without it, a mode around the forward pass alone is the error that torch raises.
+    It is only reachable through the closures of the checkpoint's saved-tensor hooks. If a version
+    of torch hides it, a mode that is active in the forward pass alone makes torch raise an error.
     """
     hooks = saved_tensors_hooks(True)
     pack = inspect.unwrap(hooks[0]) if hooks else None
@@ -164,24 +163,24 @@ def _checkpoint() -> Any:
 
 
 def built_in(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns torch's C++ function of a name, without the Python function around it."""
+    """Returns the C++ function of ``torch._C._nn`` with this name, without its Python wrapper."""
     function: Callable[..., Any] = getattr(torch._C._nn, name, otherwise)
     return function
 
 
-# The reduction that two deprecated arguments stand for, with torch's warning.
+# Converts size_average and reduce to a reduction, with torch's deprecation warning.
 legacy_reduction: Callable[..., str] = _required("torch.nn._reduction.legacy_get_string")
 
 
 def tell_jit(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
-    """Makes torch.jit.script, which knows built-ins by identity, take a function for one."""
+    """Registers a function with torch.jit.script as another name of a built-in."""
     table = getattr(torch.jit, "_builtins", None)
     if table is not None:
         table._register_builtin(function, table._find_builtin(built_in))
 
 
 def trace_instead(function: Any, traced: Any) -> None:
-    """Makes torch.compile trace another function where one is called; None undoes that."""
+    """Makes torch.compile trace ``traced`` in place of a function; None undoes it."""
     if traced is None:
         vars(function).pop("_torchdynamo_inline", None)
     else:
@@ -189,7 +188,7 @@ def trace_instead(function: Any, traced: Any) -> None:
 
 
 def dynamo_table() -> Any:
-    """Returns the cached table by which torch.compile knows torch's functions, or None."""
+    """Returns the cached function with torch.compile's table of torch's functions, or None."""
     rules = sys.modules.get("torch._dynamo.trace_rules")
     return getattr(rules, "get_torch_obj_rule_map", None)
 
@@ -200,7 +199,7 @@ def has_compiled_call(module: Any) -> bool:
 
 
 def is_compiled_module(module: Any) -> bool:
-    """Returns whether a module was compiled, in place or by torch.compile."""
+    """Returns whether a module was compiled by ``module.compile()`` or ``torch.compile``."""
     kind = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
     return has_compiled_call(module) or isinstance(module, kind)
 
@@ -211,7 +210,7 @@ _has_any_global_hook: Callable[[], bool] = _optional(
 
 
 def has_hooks(module: Any) -> bool:
-    """Returns whether a call of a module runs hooks."""
+    """Returns whether calling a module runs hooks."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -222,22 +221,22 @@ def has_hooks(module: Any) -> bool:
 
 
 def with_children(module: Any, children: dict[str, Any]) -> Any:
-    """Returns a shallow copy of a module with other children, which need not be modules."""
-    twin = copy.copy(module)
-    vars(twin)["_modules"] = module._modules | children
-    return twin
+    """Returns a shallow copy of a module with some children replaced, by any objects."""
+    copied = copy.copy(module)
+    vars(copied)["_modules"] = module._modules | children
+    return copied
 
 
 # ---- tracing of formulas -------------------------------------------------------------------------
 
-# Operators in terms of others. Without the table those that C++ composes are still decomposed.
+# If the table is missing, only CompositeImplicitAutograd operators are decomposed.
 decomposition_table: Mapping[Any, Callable[..., Any]] = _optional(
     torch._decomp, "decomposition_table", {}
 )
 
 
 class DispatchMode(TorchDispatchMode):
-    """A mode that torch enters without importing its compiler, which takes a second."""
+    """A dispatch mode whose entry does not import torch's compiler, which takes a second."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -246,7 +245,7 @@ class DispatchMode(TorchDispatchMode):
 
 # ---- processors ----------------------------------------------------------------------------------
 
-# Instructions that multiply bfloat16: without them products in float32 are faster.
+# Instructions for bfloat16 products; without them, float32 products are faster.
 has_amx: Callable[[], bool] = _optional(torch.cpu, "_is_amx_tile_supported", lambda: False)
 has_avx512_bf16: Callable[[], bool] = _optional(
     torch.cpu, "_is_avx512_bf16_supported", lambda: False

@@ -529,7 +529,7 @@ def test_every_operator_takes_dtensors(ranks: list[Any]) -> None:
     for rank in ranks:
         assert len(rank["dtensors"]) == 40
         for backend, strategy, as_leaves, kinds, pairs in rank["dtensors"]:
-            assert (backend, strategy) == ("cpu", "some classes a process")
+            assert (backend, strategy) == ("cpu", "some classes per process")
             assert as_leaves
             assert kinds == {True}
             for got, expected in pairs:
@@ -582,7 +582,7 @@ def test_modules_take_a_shard(ranks: list[Any]) -> None:
     for rank in ranks:
         *modules, said = rank["modules"]
         assert all(far < 1e-5 and shown for far, shown in modules)
-        assert said == "some classes a process"
+        assert said == "some classes per process"
 
 
 def test_processes_exchange_tensors_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,7 +606,7 @@ def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
     for rank in ranks:
         *shared, other = rank["dtensor"]
         for backend, strategy, numbers, far in shared:
-            assert (backend, strategy, numbers) == ("cpu", "some classes a process", 4)
+            assert (backend, strategy, numbers) == ("cpu", "some classes per process", 4)
             assert far < 1e-5
         assert other == "input is a DTensor"
 

@@ -1,4 +1,4 @@
-"""Tests the ARM64 wheel on x86-64: qemu-user runs Debian's Python and torch's wheel."""
+"""Tests the ARM64 wheel on x86-64, with Debian's Python and torch's wheel under qemu-user."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ FOLDER = BUILD / "aarch64"
 SYSTEM, SITE = FOLDER / "system", FOLDER / "site"
 DEBIAN, VERSION = "bookworm", "3.11"
 PYTHON = SYSTEM / "usr/bin/python-in-qemu"
-# One that the tests start, too: to Python it is the interpreter, which lies beside it.
+# Runs Python under qemu. argv[0] is the wrapper, so sys.executable is, too, and tests can start it.
 WRAPPER = f"""#!/bin/sh
 exec qemu-aarch64 -cpu neoverse-n1 -L {SYSTEM} -0 "$0" {SYSTEM}/usr/bin/python{VERSION} "$@"
 """
 TESTS = ("accuracy", "autograd", "errors", "threads", "processes")
-# Left out is what takes minutes each: accuracy over many classes, the same bits on all threads in
-# all but one dtype, and what starts a process, which imports torch. So are data loaders: qemu 7
-# crashes where a forked child starts a thread.
+# Excludes tests that take minutes: accuracy over many classes, bitwise equality for all thread
+# counts except in one dtype, and tests that start processes, which import torch. Also excludes data
+# loaders, because qemu 7 crashes if a forked child starts a thread.
 CHOSEN = (
     "(not accuracy or activations or few_classes or probabilities)"
     " and (not bitwise or (rows and mean and float32))"
     " and not data_loader and not instruction_set and not before_use"
 )
-# What torch reads of the CPU at import; qemu shows it that of this machine, which it crashes on.
+# Files that torch reads at import. qemu would show it the host's files, on which torch crashes.
 HARDWARE = {
     "proc/cpuinfo": "".join(
         f"processor: {i}\nFeatures: fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp\n"
@@ -64,7 +64,7 @@ def install(*packages: str | Path) -> None:
 def main() -> None:
     for command, package in {"qemu-aarch64": "qemu-user", "mmdebstrap": "mmdebstrap"}.items():
         if not shutil.which(command):
-            sys.exit(f"needed is {command}, of Debian's package {package}")
+            sys.exit(f"{command} not found; install Debian's package {package}")
     (wheel,) = (ROOT / "dist").glob(f"*-cp{VERSION.replace('.', '')}-*_aarch64.whl")
     if not SYSTEM.exists():
         unpack_system()

@@ -1,10 +1,11 @@
-"""Prints what follows from the declarations of elementwise operators: `make formulas`.
+"""Generates files from the declarations of elementwise operators: `make formulas`.
 
-    csrc/formulas.inc     the formulas as C++, which pointwise_loss.cpp and activation.cpp include
+    csrc/formulas.inc     the formulas in C++; pointwise_loss.cpp and activation.cpp include it
     README.md             the list of operators
-    docs/torch-objects.inv    torch's names that pages link to
+    docs/torch-objects.inv    the torch objects that pages link to
 
-These are committed, so that a build needs no torch; `test_completeness.py` prints them again.
+These files are committed, so builds need no torch. `test_completeness.py` checks that they are up
+to date.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from entries import GALLERY  # noqa: E402
 
 # ---- C++ -----------------------------------------------------------------------------------------
 
-# Each operation as an expression of its arguments, which get brackets if the template has no comma.
+# The C++ expression of each operation. Arguments are parenthesised if the template has no comma.
 CPP = {
     "add": "{} + {}",
     "sub": "{} - {}",
@@ -56,7 +57,7 @@ CPP = {
     "sigmoid": "sigmoid({},)",
     "softplus": "softplus({},)",
     "pow": "pow_of({}, {},)",
-    "minimum": "{1} < {0} ? {1} : {0}",  # NaN of the first operand passes
+    "minimum": "{1} < {0} ? {1} : {0}",  # propagates NaN of the first operand
     "maximum": "{1} > {0} ? {1} : {0}",
     "where": "{} ? {} : {}",
     "lt": "{} < {}",
@@ -66,7 +67,7 @@ CPP = {
 }
 PASSES_NAN = {"minimum": "!({1} >= {0}) ? {1} : {0}", "maximum": "!({1} <= {0}) ? {1} : {0}"}
 LOGIC = {"mul": "{} & {}", "maximum": "{} | {}", "minimum": "{} & {}"}  # operations on masks
-TWICE = ("sign", "minimum", "maximum")  # operations that read an argument twice
+TWICE = ("sign", "minimum", "maximum")  # operations whose expressions use an argument twice
 INPUTS = ("operand", "scale", "literal", "parameter")
 
 
@@ -79,7 +80,7 @@ def literal(value: float, kind: str = "A") -> str:
 
 
 def expression(template: str, arguments: Sequence[str]) -> str:
-    """Returns an expression without brackets around it."""
+    """Fills in a template; the result is not parenthesised."""
     if "," in template:
         return template.format(*arguments).replace(",)", ")")
     return template.format(*(a if is_atom(a) else f"({a})" for a in arguments))
@@ -95,7 +96,7 @@ def is_atom(text: str) -> bool:
 
 
 class Struct:
-    """A C++ struct of a kernel, whose members are its parameters and what follows from these."""
+    """The C++ struct of a kernel; its members are parameters and values computed from them."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.name, self.kernel = struct_name(kernel.name), kernel
@@ -103,7 +104,7 @@ class Struct:
         self.initial = [f"{name}(A(p[{k}]))" for k, name in enumerate(kernel.parameters)]
 
     def body(self, method: Method, output: int) -> str:
-        """Returns the statements of a function that returns an output."""
+        """Returns the body of the function that computes an output."""
         e, statements, names = method.expressions, list[str](), dict[int, str]()
         uses, todo = Counter([output]), {output}
         while todo:
@@ -123,7 +124,7 @@ class Struct:
             if self.is_leaf(e, index):
                 return self.member(e, index)
             if index not in names:
-                # Both values of a condition are computed before it, so that loops do not branch.
+                # Compute both values of a conditional first, so that the loop has no branches.
                 values = arguments[1:] if op == "where" else ()
                 operands = [named(a) if a in values else text(a) for a in arguments]
                 value = expression(self.template(e, index), operands)
@@ -149,7 +150,7 @@ class Struct:
 
     @staticmethod
     def is_mask(e: Expressions, index: int) -> bool:
-        """Returns whether an expression is a bool in C++."""
+        """Returns whether an expression has type bool in C++."""
         op, arguments = e.nodes[index]
         if op in LOGIC:
             return all(Struct.is_mask(e, a) for a in arguments)
@@ -157,7 +158,7 @@ class Struct:
 
     @staticmethod
     def is_negative(e: Expressions, index: int) -> bool:
-        """Returns whether an expression is a magnitude times a number below 0."""
+        """Returns whether an expression is abs(x) times a negative literal."""
         op, arguments = e.nodes[index]
         return (
             op == "mul" and e.nodes[arguments[0]][0] == "abs" and (e.value(arguments[1]) or 0) < 0
@@ -176,7 +177,7 @@ class Struct:
 
     @staticmethod
     def is_leaf(e: Expressions, index: int) -> bool:
-        """Returns whether an expression is an input, or a number that follows from parameters."""
+        """Returns whether an expression is an input, or a number computed from parameters alone."""
         op, arguments = e.nodes[index]
         if op in INPUTS:
             return True
@@ -185,14 +186,14 @@ class Struct:
 
     @staticmethod
     def is_known(e: Expressions, index: int) -> bool:
-        """Returns whether an expression follows from parameters and literals."""
+        """Returns whether an expression depends on parameters and literals alone."""
         op, arguments = e.nodes[index]
         if op in INPUTS:
             return op not in ("operand", "scale")
         return all(Struct.is_known(e, a) for a in arguments)
 
     def member(self, e: Expressions, index: int) -> str:
-        """Returns the member that has the value, which is computed in double from parameters."""
+        """Returns the name of the member for an expression; its value is computed in double."""
         key = self.key(e, index)
         if key not in self.members:
             self.members[key] = f"c{len(self.members) - len(self.kernel.parameters)}"
@@ -243,7 +244,7 @@ class Struct:
 
 
 def used(arguments: list[str], body: str) -> list[str]:
-    """Returns the arguments of a function, without the names that its body does not use."""
+    """Returns the declarations of a function's arguments, unnamed if its body does not use them."""
     words = set("".join(c if c.isalnum() or c == "_" else " " for c in body).split())
     return [a if a.split()[-1] in words else "A" for a in arguments]
 
@@ -270,7 +271,7 @@ def cpp() -> str:
 
 
 def readme() -> str:
-    """Returns README.md with every operator, in the groups of the gallery."""
+    """Returns README.md with the list of operators, grouped as in the gallery."""
     text = (ROOT / "README.md").read_text("utf-8")
     start = text.index("## Operators\n\n") + len("## Operators\n\n")
     groups = [
@@ -280,7 +281,7 @@ def readme() -> str:
     return text[:start] + textwrap.fill(" ".join(groups), 119) + text[text.index("\n\n", start) :]
 
 
-# Names other than operators that pages link to, with their kinds and pages.
+# Other torch objects that pages link to: the name, its kind and its page.
 LINKED = """
 torch mod torch
 torch.Tensor class tensors
@@ -295,7 +296,7 @@ torch.nn.modules.module.Module class generated/torch.nn.Module
 
 
 def inventory() -> str:
-    """Returns an inventory of Sphinx in its first format, which is plain text."""
+    """Returns a Sphinx inventory in format version 1, which is plain text."""
     rows = LINKED.split("\n")[1:-1]
     for op in OPERATORS.values():
         if op.name == "linear_cross_entropy" or hasattr(torch.nn.functional, op.name):
@@ -306,7 +307,7 @@ def inventory() -> str:
 
 
 def printed() -> dict[Path, str]:
-    """Returns the text of each file."""
+    """Returns the content of each generated file."""
     return {
         ROOT / "csrc" / "formulas.inc": cpp(),
         ROOT / "README.md": readme(),
@@ -315,7 +316,7 @@ def printed() -> dict[Path, str]:
 
 
 def is_changed(path: Path, text: str) -> bool:
-    """Returns whether to write a file: writing it anew would recompile what includes it."""
+    """Returns whether to write a file; rewriting it would recompile the files that include it."""
     return not path.exists() or path.read_text("utf-8") != text
 
 

@@ -1,10 +1,10 @@
-"""Write pyfused as a kernel of the hub that `kernels` and transformers load kernels from.
+"""Packages pyfused for the Hugging Face kernel hub, from which `kernels` and transformers load.
 
-    python tools/hub.py dist/hub      the folder that kernel-builder takes, and its build variants
+    python tools/hub.py dist/hub      writes the input folder of kernel-builder, and build variants
 
-tools/hub/ is the folder without the package. The package is copied to torch-ext/ with relative
-imports, as the hub imports each version under a name of its own, and without its commands. build/
-has what kernel-builder makes of that without Nix: a copy for each backend, with its metadata.
+tools/hub/ is the template. The package is copied to torch-ext/ without its commands, and with
+relative imports, because the hub imports each version under another name. build/ has the same
+content as kernel-builder's output: a copy for each backend, with metadata.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BYTECODE = shutil.ignore_patterns("__pycache__")
 
 
 def relative(source: str, depth: int) -> str:
-    """Returns the source of a module, `depth` folders below the package, with relative imports."""
+    """Makes the imports of a module relative; the module is `depth` folders below the package."""
     lines = source.split("\n")
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
 
 def build(folder: Path, package: Path) -> None:
     settings = re.findall(r"^([\w-]+) = (.+)$", (folder / "build.toml").read_text(), re.MULTILINE)
-    general = {key: json.loads(value) for key, value in settings}  # its TOML is JSON, line by line
+    general = {key: json.loads(value) for key, value in settings}  # each TOML value is valid JSON
     files = sorted(path for path in package.rglob("*") if path.is_file())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:7]
     for backend in general["backends"]:

@@ -1,10 +1,10 @@
-"""Builds and checks wheels for every platform on one Linux machine, without containers; tests one.
+"""Builds and checks the wheels of all platforms on one Linux machine, and tests a wheel.
 
-A wheel needs the headers of its Python, but not the interpreter, and the Clang of the package
-ziglang brings the headers and libraries of every platform along. Only bindings.cpp includes
-Python.h: the kernels are compiled once for each platform. The Pythons, the versions of platforms
-and the tests are those of [tool.cibuildwheel] in pyproject.toml, with which
-.github/workflows/wheels.yml builds natively.
+Wheels are cross-compiled with the Clang of the package ziglang, which includes the headers and
+libraries of every platform. A wheel needs the headers of its Python, but not the interpreter. Only
+bindings.cpp includes Python.h, so the kernels are compiled once for each platform. The versions of
+Python and of platforms, and the tests, are read from [tool.cibuildwheel] in pyproject.toml, which
+.github/workflows/wheels.yml uses, too.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ PYTHONS = SETTINGS["build"].replace("-*", "").split()
 PINS = ("--constraint", ROOT / "constraints.txt", "--constraint", ROOT / "constraints-dev.txt")
 MOST_BYTES = 3 << 20
 ZIG = f"{sys.executable} -m ziglang"
-IMAGE = SETTINGS["linux"]["manylinux-x86_64-image"]  # such as manylinux_2_28
+IMAGE = SETTINGS["linux"]["manylinux-x86_64-image"]  # for example manylinux_2_28
 GLIBC = IMAGE.removeprefix("manylinux_").replace("_", ".")
 MACOS = SETTINGS["macos"]["environment"]["MACOSX_DEPLOYMENT_TARGET"]
 
 
 class Platform(NamedTuple):
-    target: str  # of the compiler
-    host: str  # as sysconfig.get_platform() says there
-    suffix: str  # of a module; {} is 312 or 314t
-    modules: int  # one for each instruction set
-    links: str = ""  # how a module finds Python, whose headers are in {}
+    target: str  # the compiler's target
+    host: str  # the platform's sysconfig.get_platform()
+    suffix: str  # the suffix of a module; {} is for example 312 or 314t
+    modules: int  # the number of modules, one for each instruction set
+    links: str = ""  # linker flags; {} is the folder of Python's headers
 
 
-PLATFORMS = {  # by cibuildwheel's names
+PLATFORMS = {  # the keys are cibuildwheel's names
     "manylinux_x86_64": Platform(
         f"x86_64-linux-gnu.{GLIBC}", "linux-x86_64", ".cpython-{}-x86_64-linux-gnu.so", 3
     ),
@@ -81,7 +81,7 @@ def interpreters(version: str) -> list[str]:
 
 
 def installed_headers(version: str) -> tuple[Path, Path] | None:
-    """The folder with Python.h and the file pyconfig.h, of an interpreter on this machine."""
+    """Returns the include folder and pyconfig.h of an installed Python, None if there is none."""
     for interpreter in interpreters(version):
         command = [interpreter, "-c", PATHS]
         asked = subprocess.run(command, text=True, capture_output=True, check=False)
@@ -91,12 +91,12 @@ def installed_headers(version: str) -> tuple[Path, Path] | None:
     return None
 
 
-# The signature is checked; a list that a mirror has not renewed for weeks will do.
+# Signatures are checked, but outdated mirrors are accepted.
 UNPACK = ("mmdebstrap", "--quiet", "--variant=extract", "--aptopt=Acquire::Check-Valid-Until 0")
 
 
 def debian_headers(version: str) -> tuple[Path, Path] | None:
-    """The same of a package of Debian's, of which mmdebstrap unpacks the dependencies, too."""
+    """Returns the include folder and pyconfig.h from Debian's package, unpacked by mmdebstrap."""
     root = BUILD / "debian" / version
     if not root.exists() and shutil.which("mmdebstrap"):
         partial = root.with_name("partial")
@@ -110,20 +110,21 @@ def debian_headers(version: str) -> tuple[Path, Path] | None:
     return None
 
 
-# What Python's headers ask of the pyconfig.h of Windows, which no Linux has; and the names in them,
-# of which the library to link with there is made.
+# The macros that Python's headers need from the pyconfig.h of Windows, which Linux does not have.
 WINDOWS = (
     "MS_WINDOWS", "MS_WIN64", "NT_THREADS", "WITH_THREAD", "HAVE_DECLSPEC_DLL", "HAVE_WCHAR_H",
     "Py_ENABLE_SHARED", "SIZEOF_INT 4", "SIZEOF_LONG 4", "SIZEOF_LONG_LONG 8", "SIZEOF_SIZE_T 8",
     "SIZEOF_VOID_P 8", "SIZEOF_WCHAR_T 2",
 )  # fmt: skip
+# Matches exported names; the import library for Windows is generated from them.
 DECLARED = r"PyAPI_(?:FUNC|DATA)\(.*?\)\s*(\w+)"
 
 
 def headers(python: str) -> Path | None:
-    """A folder with the headers of cp312 or cp314t, or None where there are none.
+    """Returns a folder with the headers of a Python such as cp314t, None if they are missing.
 
-    Those of Linux serve macOS, and any CPU: what differs is asked by the sources of CPython alone.
+    The headers of Linux are used for macOS and all CPUs; only CPython's own sources depend on the
+    differences.
     """
     folder = BUILD / "headers" / python
     version = python.removesuffix("t").replace("cp3", "3.")
@@ -134,7 +135,7 @@ def headers(python: str) -> Path | None:
     shutil.copytree(found[0], folder)
     windows = "".join(f"#define {each}\n" for each in WINDOWS)
     config = f"#ifdef _WIN32\n{windows}#else\n{found[1].read_text('utf-8')}\n#endif\n"
-    if python.endswith("t"):  # in which alone the headers of a free-threaded Python differ
+    if python.endswith("t"):  # the only difference of free-threaded Python's headers
         config += "#undef Py_GIL_DISABLED\n#define Py_GIL_DISABLED 1\n"
     (folder / "pyconfig.h").write_text(config, "utf-8")
     texts = [file.read_text("utf-8") for file in folder.glob("**/*.h")]
@@ -153,7 +154,7 @@ def build(python: str, name: str, include: Path, dist: Path) -> Path:
     platform = PLATFORMS[name]
     objects, base = BUILD / name / "objects", BUILD / name / python
     shutil.rmtree(base, ignore_errors=True)
-    for stale in objects.glob("**/bindings.*"):  # of another Python
+    for stale in objects.glob("**/bindings.*"):  # compiled for another Python
         stale.unlink()
     compiler = f"{ZIG} c++ -target {platform.target}"
     linker = f"{compiler} -shared -s {platform.links.format(include)}"
@@ -164,7 +165,7 @@ def build(python: str, name: str, include: Path, dist: Path) -> Path:
         "build_ext", f"--build-temp={objects}", f"--include-dirs={include}",
         "bdist_wheel", f"--dist-dir={base}",
         CC=compiler, CXX=compiler, LDSHARED=linker, LDCXXSHARED=linker,
-        CFLAGS="", CXXFLAGS="-Werror=pass-failed",  # a loop that stays scalar is an error
+        CFLAGS="", CXXFLAGS="-Werror=pass-failed",  # fail if a loop is not vectorised
         _PYTHON_HOST_PLATFORM=platform.host, SETUPTOOLS_EXT_SUFFIX=suffix,
     )  # fmt: skip
     (wheel,) = base.glob("*.whl")
@@ -172,7 +173,7 @@ def build(python: str, name: str, include: Path, dist: Path) -> Path:
     tags = ("--python-tag", python.removesuffix("t"), "--abi-tag", python, "--platform-tag", tag)
     run(sys.executable, "-m", "wheel", "tags", "--remove", *tags, wheel)
     (wheel,) = base.glob("*.whl")
-    if name.startswith("manylinux"):  # asks for no later glibc, and for no library beside it
+    if name.startswith("manylinux"):  # needs no later glibc and no other library
         show = [BIN / "auditwheel", "show", wheel]
         told = subprocess.run(show, text=True, stdout=subprocess.PIPE, check=True).stdout
         told = " ".join(told.split())
@@ -192,7 +193,7 @@ def build(python: str, name: str, include: Path, dist: Path) -> Path:
 
 
 def build_all(pattern: str, dist: Path) -> None:
-    """Wheels of which cibuildwheel's name, such as cp311-manylinux_x86_64, fits the pattern."""
+    """Builds the wheels whose cibuildwheel name, such as cp311-manylinux_x86_64, matches."""
     dist.mkdir(parents=True, exist_ok=True)
     chosen = [
         (python, platform)
@@ -211,16 +212,16 @@ def build_all(pattern: str, dist: Path) -> None:
         made += dist.glob("*.tar.gz")
     run(sys.executable, "-m", "twine", "check", "--strict", *made)
     if missing := [python for python, include in includes.items() if not include]:
-        sys.exit(f"not built, as their headers are not here: {', '.join(missing)}")
+        sys.exit(f"not built, because Python's headers are missing: {', '.join(missing)}")
 
 
 # ---- tests ---------------------------------------------------------------------------------------
 
 
 def test(wheel: Path, interpreter: str, torch: str | None) -> None:
-    """Runs cibuildwheel's tests in a new environment of torch, the wheel and pytest.
+    """Runs cibuildwheel's tests in a new environment with torch, the wheel and pytest.
 
-    No compiler is on the path, and the tests come from the tree, but the package does not.
+    The tests are run from the working tree, with the installed package, and no compiler on PATH.
     """
     environment = BUILD / "test"
     shutil.rmtree(environment, ignore_errors=True)
@@ -240,12 +241,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="write wheels and the source distribution")
-    command.add_argument("--only", default="*", help="such as cp311-manylinux_* (default: all)")
+    command.add_argument("--only", default="*", help="for example cp311-manylinux_* (default: all)")
     command.add_argument("--dist", type=Path, default=ROOT / "dist")
     command = commands.add_parser("test", help="test a wheel in an environment without a compiler")
     command.add_argument("wheel", type=Path)
     command.add_argument("--python", default=sys.executable)
-    command.add_argument("--torch", help="such as torch==2.14.1 (default: that of the constraints)")
+    command.add_argument("--torch", help="for example torch==2.14.1 (default: the pinned version)")
     options = parser.parse_args()
     if options.command == "build":
         build_all(options.only, options.dist)

@@ -1,8 +1,7 @@
-"""The kernels, a module for each kind of device, and which of them a tensor takes.
+"""Chooses the backend for a tensor: C++ kernels on CPUs, Triton kernels on GPUs.
 
-CPU tensors take the C++ kernels and GPU tensors the Triton kernels. The environment variable
-``PYFUSED_BACKEND`` names one of them for all: ``cpu``, ``triton`` (on CPU tensors too, where
-``TRITON_INTERPRET=1``) or ``torch``, which is no kernel at all.
+The environment variable ``PYFUSED_BACKEND`` overrides the choice: ``cpu``, ``triton`` (also for CPU
+tensors if ``TRITON_INTERPRET=1``), or ``torch`` to use no kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pyfused.backends.protocol import LossResult
 from pyfused.backends.versions import unsupported_triton
 from pyfused.types import CrossEntropyOptions, Outputs, TensorSpec
 
-DTYPES = tuple(cpu.DTYPES)  # those of the kernels, on all devices
+DTYPES = tuple(cpu.DTYPES)  # the dtypes that the kernels of all devices support
 
 FORCED = os.environ.get("PYFUSED_BACKEND") or None
 if FORCED not in (None, "cpu", "triton", "torch"):
@@ -29,10 +28,10 @@ if FORCED == "cpu" and cpu.MISSING:
 
 
 def backend_of(input: Tensor | TensorSpec) -> Backend:
-    """Returns the kernels for a tensor that :func:`unsupported_device` gives no reason for."""
+    """Returns the backend for a tensor for which :func:`unsupported_device` returns None."""
     if input.is_cpu and FORCED != "triton":
         return cpu
-    from pyfused.backends import triton  # not before a GPU tensor asks for it
+    from pyfused.backends import triton  # imported at its first use
 
     return triton
 
@@ -46,7 +45,7 @@ def cross_entropy_once(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossResult:
-    """Prepares and launches the kernel once, for layouts that need not come again."""
+    """Prepares and launches the kernel for a single call."""
     launch = backend.cross_entropy(input, target, weight, options, outputs, grad_output)
     denominator = options.denominator if isinstance(options.denominator, Tensor) else None
     tensors = input, target, weight, options.token_weight, denominator
@@ -54,20 +53,20 @@ def cross_entropy_once(
 
 
 def takes_triton(input: Tensor | TensorSpec) -> bool:
-    """Returns whether the Triton kernels are the ones for a tensor of this device."""
+    """Returns whether Triton kernels are used for tensors of this device."""
     return not input.is_cpu or FORCED == "triton"
 
 
 def unsupported_device(
     name: str, tensor: Tensor | TensorSpec, input: Tensor | TensorSpec
 ) -> str | None:
-    """Returns why no kernel runs on the device of a tensor beside an input, None where one does.
+    """Returns why no kernel supports the tensor's device together with the input's, or None.
 
     Raises:
-        RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
+        RuntimeError: ``PYFUSED_BACKEND`` names a backend that does not support the device.
     """
     if FORCED is None and tensor.is_cpu and input.is_cpu:
-        return cpu.MISSING  # None, for most
+        return cpu.MISSING
     if FORCED == "torch":
         return "PYFUSED_BACKEND is torch"
     if tensor.device != input.device or not (tensor.is_cpu or tensor.is_cuda):
@@ -83,12 +82,12 @@ def unsupported_device(
 
 
 def without_triton(device: torch.device) -> str | None:
-    """Returns why the Triton kernels cannot run on a device, None where they can."""
+    """Returns why the Triton kernels cannot run on a device, None if they can."""
     return _without_triton(device)
 
 
-# As torch.compiler.assume_constant_result has it, which would import the compiler: Dynamo does not
-# trace what asks for Triton's version.
+# Does the same as torch.compiler.assume_constant_result, without importing the compiler. Dynamo
+# cannot trace the lookup of Triton's version.
 without_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -99,14 +98,14 @@ def _without_triton(device: torch.device) -> str | None:
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "that takes TRITON_INTERPRET=1"
-    if not torch.cuda.is_available():  # to fake tensors, whose programs run elsewhere
+    if not torch.cuda.is_available():  # fake CUDA tensors on a machine without a GPU
         return "no GPU is available"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton compiles for compute capability 8.0 and later"
     try:
         from triton.runtime import driver
 
-        driver.active.get_current_target()  # compiles a module in C, into Triton's cache folder
-    except Exception as error:  # no compiler, or a cache folder that cannot be written
+        driver.active.get_current_target()  # compiles a C module into Triton's cache folder
+    except Exception as error:  # no C compiler, or the cache folder is not writable
         return f"Triton cannot start: {error}"
     return None

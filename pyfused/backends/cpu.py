@@ -1,10 +1,8 @@
-"""The C++ kernels, which take addresses and strides of tensors.
+"""Prepares and calls the C++ kernels; ``protocol.py`` describes the functions.
 
-``protocol.py`` describes the functions of a backend.
-
-The extension is built once for each instruction set. The best one that this CPU runs is loaded at
-import; the environment variable ``PYFUSED_CPU_CAPABILITY`` names another. An installation with
-``PYFUSED_NO_EXTENSION=1`` has none, and calls on CPUs take torch's operators.
+The extension is built once for each instruction set. At import, the best one that this CPU supports
+is loaded; the environment variable ``PYFUSED_CPU_CAPABILITY`` selects another. If pyfused was
+installed with ``PYFUSED_NO_EXTENSION=1``, there is none, and calls on CPUs use torch's operators.
 """
 
 from __future__ import annotations
@@ -72,7 +70,7 @@ def load(isa: str) -> ModuleType:
     """Returns the extension module built for the instruction set ``isa``.
 
     Raises:
-        ImportError: It was not built, or does not load.
+        ImportError: The module was not built, or cannot be loaded.
     """
     name = "pyfused._cpu_" + isa.replace("-", "_")
     try:
@@ -99,9 +97,9 @@ def _choose() -> str:
 
 
 _FOLDERS = [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]
-MISSING: str | None = None  # why there are no kernels
+MISSING: str | None = None  # why the kernels are unavailable
 if any(file for folder in _FOLDERS for file in folder.glob("_cpu_*")):
-    # The module for the least instruction set says which of the others are safe to load.
+    # The module for the oldest instruction set checks which others this CPU supports.
     supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
     capability = _choose()
     native: Any = load(capability)
@@ -115,7 +113,7 @@ else:
             "on CPUs take torch's operators. Run 'pip install .' or 'make build' in %s.",
             _FOLDERS[0].parent,
         )
-RECYCLES = hasattr(native, "recycled")  # where the system has what it takes
+RECYCLES = hasattr(native, "recycled")  # Linux only
 
 if not (native.runtime_file or MISSING):
     logging.getLogger("pyfused").warning(
@@ -123,9 +121,10 @@ if not (native.runtime_file or MISSING):
     )
 
 
-# ---- tensors as the kernels take them ------------------------------------------------------------
+# ---- addresses and allocation --------------------------------------------------------------------
 
-# Tensors to allocate scalars like: torch.empty takes twice as long to read a shape and a dtype.
+# Scalars are allocated by empty_like, because torch.empty takes twice as long to parse a shape and
+# a dtype.
 _SCALARS = {
     dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
 }
@@ -138,13 +137,13 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _rows(tensor: Tensor | None) -> tuple[int, int]:
-    """Returns the address of rows and their stride."""
+    """Returns the address of a tensor and the stride of its rows."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-# From this many bytes on, outputs come from recycled memory. glibc keeps smaller blocks by itself,
-# and releasing their pages costs more than it saves: 0.7 to 1 times the speed at 2 to 31 MiB, 1.3
-# to 2 from here on.
+# Outputs of at least this many bytes use recycled memory. glibc caches smaller blocks itself, and
+# releasing their pages costs more than it saves: the speed was 0.7 to 1 times at 2 to 31 MiB, and
+# 1.3 to 2 times from 32 MiB on.
 RECYCLED_BYTES = 32 << 20
 
 
@@ -154,10 +153,10 @@ def empty(
     like: Tensor | None = None,  # noqa: ARG001
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    """``torch.empty`` or ``empty_strided``, in recycled memory where it is large.
+    """Allocates like ``torch.empty`` or ``empty_strided``, with recycled memory if it is large.
 
-    See ``pyfused.memory``. Where there is no such memory, torch allocates and raises. The device is
-    named, because torch's default may be another.
+    See ``pyfused.memory``. If the allocation fails, torch tries it, and raises its own error. The
+    device is passed explicitly, because torch's default device may be another.
     """
     size = math.prod(shape) * dtype.itemsize
     if size >= RECYCLED_BYTES and RECYCLES:
@@ -171,7 +170,7 @@ def empty(
 
 
 def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
-    """``torch.empty_like``, in recycled memory where it is large."""
+    """Allocates like ``torch.empty_like``, with recycled memory if it is large."""
     if like.nbytes < RECYCLED_BYTES:
         return torch.empty_like(like, memory_format=memory_format)
     layout = torch.empty_like(like, device="meta", memory_format=memory_format)
@@ -179,7 +178,7 @@ def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve
 
 
 def _allocator(layout: Tensor) -> Callable[[], Tensor]:
-    """Returns a function that allocates tensors of a layout."""
+    """Returns a function that allocates tensors with the layout of a tensor."""
     shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
     if layout.nbytes < RECYCLED_BYTES:
         return partial(torch.empty_strided, shape, strides, dtype=dtype, device="cpu")
@@ -202,7 +201,7 @@ def supports_rows(logits: Tensor) -> bool:
 
 # ---- matrix products -----------------------------------------------------------------------------
 
-# A CPU without instructions for half precision multiplies it 3 to 250 times slower than float32.
+# Without these instructions, half-precision products are 3 to 250 times slower than float32.
 HAS_AMX = bool(has_amx())
 MULTIPLIES_BFLOAT16 = HAS_AMX or bool(has_avx512_bf16())
 
@@ -213,8 +212,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-# Rows of a product in half precision that is added to float32: so many stay in cache, which takes
-# half as long as to write all and to read them again.
+# A half-precision product is added to a float32 tensor in blocks of this many rows. A block stays
+# in cache, which takes half the time of writing the whole product and reading it again.
 PRODUCT_ROWS = 2048
 
 
@@ -546,7 +545,7 @@ def row_gradients(
 def _logit_rows(
     logits: Tensor, options: RowOptions, classes: ClassRange
 ) -> tuple[int, tuple[int, ...], int, tuple[float, float]]:
-    """Returns the arguments that both kernels share: dtype, sizes, ignore_index and numbers."""
+    """Returns the arguments that both kernels share: dtype, sizes, ignore_index and factors."""
     sizes = *logits.shape, classes.first, logits.stride(0)
     numbers = options.scale, options.softcap or 0.0
     return DTYPES[logits.dtype], sizes, options.ignore_index, numbers
@@ -601,7 +600,7 @@ def pointwise_loss(
     operands, weight, grad_output = tensors
     dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
     order, index = dense_operand(operands)
-    whole = half = None  # layouts of a gradient of both halves, and of its first half
+    whole = half = None  # layouts of the gradient of both halves, and of its first half
     if halves is not None and outputs.gradients:
         whole = torch.empty(doubled(order.shape, halves), dtype=order.dtype, device="meta")
         half = whole.narrow(halves, 0, order.shape[halves])
@@ -622,7 +621,7 @@ def pointwise_loss(
         *operands, weight, denominator = tensors
         like = operands[index or 0]
         views: list[tuple[int, int, int]] = []
-        copies = []  # which have to live until the kernel has read them
+        copies = []  # keeps copies alive until the kernel has read them
         for tensor, step in zip((*operands, weight, grad_output), steps, strict=True):
             if tensor is None:
                 views.append(_NO_OPERAND)
@@ -667,20 +666,21 @@ def pointwise_loss(
 def _steps(
     tensors: Sequence[Tensor | None], order: Tensor, gradient: Tensor | None
 ) -> tuple[list[tuple[int, int] | None], int, int]:
-    """Returns how a kernel reads tensors in the order in memory of a dense one.
+    """Returns the strides with which a kernel reads tensors in the memory order of a dense one.
 
     Args:
-        gradient: A gradient that is not dense, None if all are.
+        order: The dense tensor.
+        gradient: A gradient that is not dense, None if all gradients are.
 
     Returns:
-        For each tensor its steps along columns and rows, None where it reads a copy; the number of
-        columns, 0 where there is one row; and the step of the gradient along rows.
+        For each tensor, its strides along columns and rows, or None if the kernel reads a copy; the
+        number of columns, 0 if there is one row; and the gradient's stride along rows.
     """
     readable = [None if x is None or x.dtype is not order.dtype else x for x in tensors]
     scalars = [x is not None and not any(x.stride()) for x in readable]
     rows = [None if scalar else x for x, scalar in zip(readable, scalars, strict=True)]
     copied, columns, strides = in_rows(order, [*rows, gradient])
-    if gradient is not None and strides is not None and strides[-1] != 1:  # of halves of one column
+    if gradient is not None and strides is not None and strides[-1] != 1:  # halves of one column
         columns, strides = 1, tuple([x for step in strides[1::2] for x in (step, 1)])
     steps: list[tuple[int, int] | None] = []
     for i, (tensor, scalar) in enumerate(zip(readable, scalars, strict=True)):
@@ -693,7 +693,7 @@ def _steps(
 
 
 def _allocator_like(layout: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns a function that allocates tensors like one of this layout."""
+    """Returns a function that allocates tensors like a tensor of this layout."""
     return torch.empty_like if layout.nbytes < RECYCLED_BYTES else empty_like
 
 

@@ -1,8 +1,8 @@
-"""The interface of a backend, which the modules ``cpu.py`` and ``triton.py`` implement.
+"""Declares the interface of a backend, which ``cpu.py`` and ``triton.py`` implement.
 
-Most functions prepare a kernel for tensors of some layouts and return a function that launches it,
-so that later calls of the same signature launch it at once. Preparation reads the layouts of
-tensors only, and what is prepared keeps none of them.
+Most functions prepare a kernel for the layouts of tensors and return a function that launches it.
+Later calls of the same signature only launch it. Preparation reads no values of tensors and keeps
+no references to them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pyfused.formulas.program import Program
 
 LossResult = tuple[Tensor | None, Gradients]
-# Takes the tensors of a call and grad_output, which is None by default and stands for ones.
+# Takes the tensors of a call and grad_output; grad_output=None, the default, means ones.
 LossKernel = Callable[..., LossResult]
 
 
@@ -39,25 +39,25 @@ class Backend(Protocol):
     """The functions of a backend. Tensors have a dtype of ``DTYPES`` unless stated otherwise.
 
     Attributes:
-        ASYNCHRONOUS: Whether reading a value of a tensor would wait for the device.
+        ASYNCHRONOUS: Whether reading a value of a tensor synchronises with the device.
     """
 
     ASYNCHRONOUS: bool
 
     def describe(self, input: Tensor, strategy: str) -> tuple[str, str, str | None, int | None]:
-        """Returns the backend's name, how it computes, its instruction set and its threads."""
+        """Returns the backend's name, its strategy, the instruction set and the thread count."""
 
     def supports_rows(self, logits: Tensor) -> bool:
-        """Returns whether ``cross_entropy`` computes whole rows of logits of this layout."""
+        """Returns whether ``cross_entropy`` computes logits of this layout row by row."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         """Returns an uninitialized tensor on the device of ``like``."""
 
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Returns the dtype in which matrices of a dtype are multiplied."""
+        """Returns the dtype to which matrices are converted before they are multiplied."""
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
-        """Writes ``beta * out + a @ b`` to ``out``, which may be float32 where a and b are not.
+        """Writes ``beta * out + a @ b`` to ``out``, which may be float32 if a and b are not.
 
         Args:
             beta: 0 or 1.
@@ -66,7 +66,7 @@ class Backend(Protocol):
     def check_class_indices(self, target: Tensor, classes: int, ignore_index: int) -> None:
         """Raises an IndexError for the first int64 class index out of range.
 
-        Does nothing where the backend is asynchronous: the results of such a row are NaN.
+        An asynchronous backend does nothing; the results of such a row are NaN.
         """
 
     def cross_entropy(
@@ -84,16 +84,16 @@ class Backend(Protocol):
             input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk).
             target: int64 class indices, or probabilities of the input's shape and dtype.
             weight: (C), or None.
-            options: Only the layouts of its tensors count.
-            grad_output: The gradient of the loss, of the loss's shape; None stands for ones. A
-                call without reduction asks for the loss, or for gradients with a grad_output.
+            options: Options; of its tensors, only the layouts are used.
+            grad_output: The gradient of the loss, of the loss's shape; None means ones. Without
+                reduction, a call computes either the loss, or gradients given a grad_output.
 
         Returns:
-            A function of tensors of these layouts (input, target, weight, token_weight and the
-            denominator, None where that is a number or not given) and of grad_output. It returns
-            the loss, in the accumulation dtype, and the gradients. For a class index out of range
-            it raises an IndexError before it computes anything, or, where the backend is
-            asynchronous, the loss of the row is NaN and its gradient 0.
+            A function that takes a tuple of tensors (input, target, weight, token_weight, and
+            denominator, which is None if it is a number or not given) and grad_output. It returns
+            the loss, in the accumulation dtype, and the gradients. For a class index out of range,
+            it raises an IndexError before it computes anything. On an asynchronous backend, the
+            loss of the row is NaN and its gradient 0 instead.
         """
 
     def nll_loss(
@@ -143,9 +143,9 @@ class Backend(Protocol):
         """Returns the divergence of each row of logits (N, C) from the teacher's, or their sum.
 
         Args:
-            teacher: Of the input's dtype and shape.
-            options: A mean is computed as a sum, which the caller divides.
-            grad_output: The gradient of the loss, of the loss's shape; None stands for ones.
+            teacher: Logits of the input's dtype and shape.
+            options: For a mean, the kernel returns the sum, which the caller divides.
+            grad_output: The gradient of the loss, of the loss's shape; None means ones.
 
         Returns:
             The loss, in the accumulation dtype, and the gradient of the input.
@@ -166,12 +166,12 @@ class Backend(Protocol):
             name: ``"triplet_margin_loss"`` or ``"cosine_embedding_loss"``.
             inputs: Three tensors (..., D) of one dtype; or two, and a target (..., 1) of the
                 accumulation dtype.
-            denominator: What the sum of the losses and the gradients are divided by.
+            denominator: The divisor of the sum of the losses, and of the gradients.
 
         Returns:
-            A function of tensors, which begin with the inputs, and of the gradient of the loss, one
-            for each row; None stands for ones. It returns the loss in the accumulation dtype, one
-            for each row or their sum, and the gradients of the inputs.
+            A function that takes tensors, of which the inputs come first, and the gradient of the
+            loss of each row; None means ones. It returns the loss of each row or their sum, in the
+            accumulation dtype, and the gradients of the inputs.
         """
 
     def row_state(
@@ -187,23 +187,22 @@ class Backend(Protocol):
 
         Args:
             logits: (N, C) with contiguous classes.
-            classes: Which of all classes the logits are of.
-            fields: How many fields a state has.
-            results: How many of its first fields are also written in the accumulation dtype.
-            continues: Continues from the state of the classes before these.
+            classes: The range of classes that the logits belong to.
+            fields: The number of fields of a state.
+            results: How many of the first fields are also written in the accumulation dtype.
+            continues: Whether to continue from the state of the preceding classes.
 
         Returns:
-            A function of
+            A function that takes
 
             - logits of this layout;
-            - target: contiguous int64 class indices among all classes, in range or
-              ``ignore_index``; None for targets that are none of these classes;
-            - weight: contiguous, a factor for each of all classes, in the accumulation dtype, or
-              None;
-            - state: (fields, ...), float64, each field contiguous, which it writes;
-            - out: (results, ...), contiguous, which it writes, of the classes up to these.
+            - target: contiguous int64 indices into all classes, in range or ``ignore_index``; None
+              if no target is in this range of classes;
+            - weight: contiguous weights of all classes, in the accumulation dtype, or None;
+            - state: (fields, ...), float64, each field contiguous; it is overwritten;
+            - out: (results, ...), contiguous; receives the results of all classes up to these.
 
-            For an index out of range the state has a NaN.
+            For an index out of range, the state contains NaN.
         """
 
     def row_gradients(
@@ -212,19 +211,19 @@ class Backend(Protocol):
         """Prepares the gradient of logits, which has their shape and dtype.
 
         Args:
-            logits, options, classes: As in ``row_state``.
-            results: How many results have a gradient: the first of log-probability, entropy,
-                log-sum-exp and the weighted sum of the logits; one, three or four.
+            logits, options, classes: See ``row_state``.
+            results: How many results have a gradient: 1, 3 or 4. They are the first of:
+                log-probability, entropy, log-sum-exp, and the weighted sum of the logits.
 
         Returns:
-            A function of logits, target and weight as in ``row_state``, and of
+            A function that takes logits, target and weight (see ``row_state``), and
 
-            - state: that of all classes;
+            - state: the state over all classes;
             - grad_results: the gradients of the results, (N) or (results, N), in the accumulation
-              dtype or float64, of any strides;
-            - out: contiguous memory for the gradient, or the logits; None for new memory.
+              dtype or float64, with any strides;
+            - out: a contiguous tensor for the gradient, possibly the logits; None to allocate one.
 
-            It returns the gradient, which is 0 for an index out of range.
+            It returns the gradient, which is 0 in rows whose index is out of range.
         """
 
     def pointwise_loss(
@@ -240,29 +239,29 @@ class Backend(Protocol):
         """Prepares a pointwise loss.
 
         Args:
-            formula: The kernel of a declared formula, or a user's program.
-            tensors: The operands, of one shape, strides of 0 included, and one dtype; the weight,
-                of their shape and dtype, or None; and the gradient of the loss, of their shape,
+            formula: The kernel of a declared formula, or the program of a user's formula.
+            tensors: The operands, of one shape and dtype, possibly with strides of 0; the weight,
+                of their shape and dtype, or None; and the gradient of the loss, of their shape, or
                 None for ones.
-            parameters: The numbers in the formula, at most three where it is declared.
-            divisor: What the sum of the losses and the gradients are divided by, where that is a
-                number.
-            halves: The dimension along which the gradients of both operands become one tensor.
+            parameters: The parameters of the formula; at most three for a declared formula.
+            divisor: The divisor of the sum of the losses, and of the gradients, if it is a number.
+            halves: The dimension along which the gradients of both operands are concatenated, or
+                None.
 
         Returns:
-            A function of tensors (the operands, the weight, and the divisor where it is a tensor,
-            else None) and of the gradient of the loss. It returns the loss, one for each element in
-            the input's dtype or one sum in the accumulation dtype, and the gradients of the
+            A function that takes tensors (the operands, the weight, and the divisor if it is a
+            tensor, else None) and the gradient of the loss. It returns the loss of each element in
+            the input's dtype, or the sum in the accumulation dtype, and the gradients of the
             operands.
         """
 
     def softmax(self, formula: str, input: Tensor, dim: int) -> Kernels:
-        """Prepares ``"softmax"`` or ``"log_softmax"`` along a dimension, counted from 0.
+        """Prepares ``"softmax"`` or ``"log_softmax"`` along a nonnegative dimension.
 
         Returns:
-            A function of the input, which returns the output; and a function of the output's
-            gradient and of the output, which returns the input's gradient. Both return contiguous
-            tensors.
+            Two functions: forward takes the input and returns the output; backward takes
+            grad_output and the output, and returns the gradient of the input. Both return
+            contiguous tensors.
         """
 
     def activation(
@@ -275,14 +274,14 @@ class Backend(Protocol):
         """Prepares an activation for inputs of this layout.
 
         Args:
-            parameters: The numbers in the formula, at most three.
-            inplace: The output takes the input's memory, which has to be dense.
+            parameters: The parameters of the formula, at most three.
+            inplace: Whether the output overwrites the input, which must be dense.
 
         Returns:
-            A function of the input, which returns the output in the input's layout; and a function
-            of the output's gradient and of what is saved (the output or the input), which returns
-            the input's gradient.
+            Two functions: forward takes the input and returns the output, in the input's layout;
+            backward takes grad_output and the saved tensor (the output or the input), and returns
+            the gradient of the input.
         """
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
-        """Multiplies a dense tensor in place by one element of the accumulation dtype."""
+        """Multiplies a dense tensor in place by a scalar tensor of the accumulation dtype."""

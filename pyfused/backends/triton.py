@@ -1,7 +1,7 @@
-"""The Triton kernels for GPU tensors, imported when the first tensor needs one.
+"""Prepares and launches the Triton kernels; imported when the first GPU tensor needs one.
 
-``protocol.py`` describes the functions of a backend. None of them waits for the GPU: no value of a
-tensor decides what is launched, so that calls can be captured in CUDA graphs.
+``protocol.py`` describes the functions. None of them synchronises with the GPU. Launches do not
+depend on values of tensors, so calls can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -64,19 +64,19 @@ if TYPE_CHECKING:
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
-# Up to this many elements a call waits for the host and not for the GPU, so it launches fewer
-# kernels: each program counts the class indices if these are few, and the last program to arrive
-# adds up the partial sums. In larger calls that would keep programs on the GPU for longer.
+# Calls of at most this many elements are bound by launch overhead, so they use fewer kernels: each
+# program counts the valid targets itself if there are few, and the last program to arrive adds up
+# the partial sums. In larger calls this would lengthen the kernel.
 HOST_BOUND = 1 << 24
-COUNTED_BY_PROGRAMS = 2048  # class indices that each program counts
-MOST_ARRIVALS = 1 << 14  # programs whose partial sums the last one adds up
-# The programs of a grid-stride loop with a sum: several waves on any GPU, and few partial sums.
+COUNTED_BY_PROGRAMS = 2048  # up to this many class indices, each program counts the valid targets
+MOST_ARRIVALS = 1 << 14  # up to this many programs, the last one adds up the partial sums
+# Programs of a grid-stride loop with a sum: several waves on any GPU, but few partial sums.
 MOST_PROGRAMS = 4096
-MOST_PARTS = 1 << 15  # partial sums that one program adds up; more are added up in two steps
-SCALE_PROGRAMS = 512  # most calls only read that the factor is 1
-# Threads with a whole row in registers; at 32,000 classes, 0.76 times the time of two passes.
+MOST_PARTS = 1 << 15  # partial sums that one program adds up; more take two steps
+SCALE_PROGRAMS = 512  # few, because in most calls the factor is 1 and programs exit at once
+# Threads that keep a whole row in registers: 0.76 times the time of two passes at 32,000 classes.
 SOFTMAX_THREADS = 1024
-SUMMANDS = Choice(1, 1024, 256)  # partial sums that a program loads at a time
+SUMMANDS = Choice(1, 1024, 256)  # the tile of partial sums that a program loads
 SUM, COUNT = Launch(sum_kernel, SUMMANDS), Launch(count_kernel, SUMMANDS)
 SCALE = {itemsize: Launch(scale_kernel, choose(itemsize)) for itemsize in (2, 4, 8)}
 
@@ -102,21 +102,21 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif out.is_cuda:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, out=out)
-    else:  # interpreted, without such an operator
+    else:  # CPU tensors under TRITON_INTERPRET=1, for which torch lacks addmm.dtype_out
         out.copy_(out * beta + torch.mm(a, b) if beta else torch.mm(a, b))
 
 
 # ---- sums ----------------------------------------------------------------------------------------
 
-# A sum, the partial sums of the programs, and often an arrival counter; see `add_up`.
+# A sum, the partial sums of the programs, and for some kernels an arrival counter; see `add_up`.
 Reduced = tuple[Tensor, ...]
 
 
 def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
-    """Returns the sum of some elements as the programs that compute it take it.
+    """Returns the tensors to which programs write a sum of elements.
 
-    Partial sums and counter are new in each call, as ATen's reductions have it: kept ones would lie
-    in the memory pool of a CUDA graph, or be shared by graphs that run at the same time.
+    Partial sums and the arrival counter are allocated in each call, as in ATen's reductions. Cached
+    ones could belong to the memory pool of a CUDA graph, or be shared by concurrent graphs.
     """
     if programs == 1:
         return out, out
@@ -127,7 +127,7 @@ def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
 
 
 def _add_up(stored: Tensor | Reduced | None) -> None:
-    """Launches the sum of a kernel's partial sums, unless its last program adds them up."""
+    """Launches the kernel that adds up partial sums, unless the last program has added them up."""
     if not isinstance(stored, tuple) or len(stored) > 2:
         return
     out, parts = stored
@@ -144,7 +144,7 @@ def _add_up(stored: Tensor | Reduced | None) -> None:
 def _count(
     target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int, classes: int
 ) -> Tensor:
-    """Launches the sum of the weights of valid targets: the denominator of a mean, in float64."""
+    """Returns the denominator of a mean, in float64: the sum of the weights of valid targets."""
     n, count = target.numel(), target.new_empty((), dtype=torch.float64)
     programs = min(-(-n // (1 << 14)), 256)
     reduced = _parts_of(count, programs, n)
@@ -156,7 +156,7 @@ def _count(
 def _loss_of(
     input: Tensor, reduction: str, outputs: Outputs, programs: int
 ) -> tuple[Tensor | None, Tensor | Reduced | None]:
-    """Returns a tensor for the loss of (N, C, d1, ..., dk), and the tensors that programs store."""
+    """Allocates the loss of (N, C, d1, ..., dk), and the tensors that programs write it to."""
     if not outputs.loss:
         return None, None
     loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
@@ -167,7 +167,7 @@ def _loss_of(
 
 
 def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Does nothing, as the host would have to wait for the GPU."""
+    """Does nothing, because reading the indices would synchronise with the GPU."""
 
 
 def cross_entropy(
@@ -194,7 +194,7 @@ def cross_entropy(
     outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
     n, accumulate = outer * inner, accumulate_dtype(input.dtype)
     smoothing, ignore_index = options.label_smoothing, options.ignore_index
-    weighted = not indices or (smoothing > 0 and weight is not None)  # each class has a weight
+    weighted = not indices or (smoothing > 0 and weight is not None)  # q is dense
     tensors, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
     choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
@@ -238,7 +238,7 @@ def cross_entropy(
         results: Any = (stored, grad) if whole_rows else (stored, grad, grad_target)
         kernel(programs, logits, target, weight, row_weight, divisor, *results, *numbers)
         _add_up(stored)
-        if loss is not None and grad_output is not None:  # the kernel has multiplied the loss too
+        if loss is not None and grad_output is not None:  # the kernel has scaled the loss, too
             loss /= grad_output
         return loss, (grad, grad_target)
 
@@ -246,13 +246,13 @@ def cross_entropy(
 
 
 def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """Returns a function that allocates tensors of a layout on a device."""
+    """Returns a function that allocates tensors with the layout of a tensor, on a device."""
     shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
-    """Returns the sizes with one outer index if each tensor has one stride for all rows."""
+    """Merges the outer and inner index if each tensor has one stride for all rows."""
     outer, inner, classes = sizes
     if all(stride[0] == inner * stride[1] for stride in strides):
         return 1, outer * inner, classes
@@ -263,7 +263,7 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
 def _tiling(
     sizes: Sizes, itemsize: int, *strides: Strides, **options: Any
 ) -> tuple[Choice, int, dict[str, int]]:
-    """Returns the launch choice of a kernel of `rows.py`, its number of programs, and its unit."""
+    """Returns the tile of a kernel of `rows.py`, its number of programs, and its unit strides."""
     outer, inner, classes = sizes
     dim = 2 if strides[0][2] == 1 else 1  # the contiguous dimension
     choice = choose(itemsize, classes, inner, inner_contiguous=dim == 1, **options)
@@ -274,7 +274,7 @@ def _tiling(
 
 
 def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
-    """Returns the factors of the losses or gradients of n rows, None for ones."""
+    """Returns the factor of each row's loss or gradient, None for ones."""
     if grad_output is None:
         return token_weight
     each = grad_output.flatten().expand(n)
@@ -284,11 +284,11 @@ def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None)
 def _denominator(
     denominator: Tensor | float | None, n: int, may_count: bool, target: Tensor, *counted: Any
 ) -> Tensor | int:
-    """Returns the denominator of a mean of n rows, as kernels take it: see `read_rows`.
+    """Returns the denominator of a mean of n rows, in the form that `read_rows` reads.
 
     Args:
-        denominator: The call's, None for the weight of the valid targets.
-        may_count: The kernel can count, as its row_weight is the token_weight.
+        denominator: The denominator passed to the call; None for the weight of the valid targets.
+        may_count: Whether the kernel can count, because its row_weight is the token_weight.
         target, counted: The arguments of ``_count``.
     """
     token_weight = counted[1]
@@ -474,7 +474,7 @@ def row_gradients(
 def _logit_rows(
     kernel: Any, logits: Tensor, options: RowOptions, classes: ClassRange, meta: dict[str, Any]
 ) -> tuple[Launch, int, tuple[int, ...]]:
-    """Returns a prepared kernel, the number of programs, and the last arguments of both kernels."""
+    """Returns the prepared kernel, its number of programs, and the arguments that both share."""
     sizes: Any = (1, *logits.shape)
     strides: Any = (0, *logits.stride())
     choice, programs, units = _tiling(sizes, logits.element_size(), strides, tensors=2)
@@ -555,7 +555,7 @@ def pointwise_loss(
     choice = choose(order.element_size())
     programs, reduce = -(-n // choice.block), outputs.loss and reduction != "none"
     if reduce:
-        programs = min(max(programs, 1), MOST_PROGRAMS)  # without elements, one stores the sum
+        programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
     accumulate = accumulate_dtype(order.dtype)
     needs_grad = outputs.gradients or (False,) * len(operands)
     views = _padded(operands, weight, grad_output)
@@ -565,7 +565,7 @@ def pointwise_loss(
     function = program.kernel("triton", formula_of)
     kernel = Launch(pointwise_loss_kernel, choice, FORMULA=function, REDUCE=reduce)
 
-    fixed_divisor = None if divisor == 1 else int(divisor)  # Triton rounds a float to float32
+    fixed_divisor = None if divisor == 1 else int(divisor)  # Triton passes floats as float32
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         *operands, weight, denominator = tensors
@@ -604,7 +604,7 @@ def pointwise_loss(
 
 
 def _joined(halves: Gradients, dim: int) -> Tensor:
-    """Returns both halves in one tensor; torch.cat would return the dtype of autocast."""
+    """Concatenates both halves; unlike torch.cat, without autocast."""
     first, second = halves
     assert first is not None
     assert second is not None
@@ -617,7 +617,7 @@ def _joined(halves: Gradients, dim: int) -> Tensor:
 def _padded(
     operands: Sequence[Tensor], weight: Tensor | None, grad_output: Tensor | None
 ) -> list[Any]:
-    """Returns up to four operands, weight and grad_output as the kernel orders its arguments."""
+    """Returns the operands, padded to four, the weight and grad_output, in the kernel's order."""
     x, t, third, fourth = (*operands, None, None, None)[:4]
     return [x, t, third, weight, grad_output, fourth]
 

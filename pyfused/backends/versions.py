@@ -1,11 +1,11 @@
-"""The releases of Triton that the GPU kernels are tested with, and the torch that pins each."""
+"""Lists the Triton releases that the GPU kernels are tested with, and the torch that pins each."""
 
 from __future__ import annotations
 
 import re
 from importlib import util
 
-# torch's GPU builds require exactly one Triton, so pip installs the one of its torch.
+# torch's GPU builds pin one Triton release, which pip installs with them.
 TORCH_OF_TRITON: dict[str, tuple[str, ...]] = {
     "3.6.0": ("2.11",),
     "3.7.1": ("2.12", "2.13"),
@@ -17,7 +17,7 @@ NEEDED = f"{OLDEST.removesuffix('.0')} or later"
 
 
 def triton_version() -> str | None:
-    """Returns the version of the Triton that would be imported, of whichever distribution."""
+    """Returns the version of the installed Triton, from any distribution, or None."""
     if util.find_spec("triton") is None:
         return None
     import triton
@@ -26,7 +26,7 @@ def triton_version() -> str | None:
 
 
 def unsupported_triton() -> str | None:
-    """Returns what is wrong with the Triton found, None where the kernels run with it."""
+    """Returns why the kernels do not support the installed Triton, None if they do."""
     found = triton_version()
     if found is not None and _release(found) >= _release(OLDEST):
         return None
@@ -34,11 +34,11 @@ def unsupported_triton() -> str | None:
 
 
 def pinned_triton(torch_version: str) -> str | None:
-    """Returns the Triton that a torch requires, None of a torch that is not in the table."""
+    """Returns the Triton version that a torch version pins, None if it is not in the table."""
     release = ".".join(map(str, _release(torch_version)))
     return next((triton for triton, torches in TORCH_OF_TRITON.items() if release in torches), None)
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Major and minor, of 3.7.1+gitabc too."""
+    """Returns (major, minor) of a version such as 3.7.1+gitabc."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -1,1 +1,1 @@
-"""Elementwise formulas: traced from torch code, differentiated, and compiled to small programs."""
+"""Traces elementwise formulas in torch code, differentiates them and compiles them to programs."""

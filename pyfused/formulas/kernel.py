@@ -1,8 +1,8 @@
-"""Kernels of declared formulas: a C++ function, printed ahead of time, or traced programs.
+"""Kernels of the formulas that pyfused declares: C++ generated ahead of time, or traced programs.
 
-A formula is traced as a user's is, and simplified by the same rules, but without the rewrites for
-stability: it is computed as it is written. ``make formulas`` prints C++ from the expressions ahead
-of time; Triton is printed from the programs when a GPU first runs them.
+Declared formulas are traced and simplified like users' formulas, but without the rewrites for
+numerical stability, so they are computed as written. ``make formulas`` generates C++ from the
+expressions. Triton code is generated from the programs at their first use on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyfused.formulas.trace import Function, expressions_of, isolated
 
 
 class Method(NamedTuple):
-    """A function of operands; the outputs of a loss are its value and its gradients."""
+    """A traced function of operands; the outputs of a loss are its value and its gradients."""
 
     operands: list[str]
     expressions: Expressions
@@ -26,12 +26,12 @@ class Method(NamedTuple):
 
 @dataclass(eq=False)
 class Kernel:
-    """The formula of an operator for one choice of its flags and words.
+    """The formula of an operator for one combination of its bool and string options.
 
     Attributes:
         name: The name of the C++ kernel.
-        case: The value of each scalar of the operator, None for a parameter of the kernel.
-        trace: Traces the formula: one method of a loss, forward and backward of an activation.
+        case: The value of each scalar of the operator; None if it is a parameter of the kernel.
+        trace: Traces the formula. A loss has one method; an activation has forward and backward.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Kernel:
 
     @cached_property
     def programs(self) -> list[Program]:
-        """Returns the program of each method, for all its outputs."""
+        """Returns a program for each method, which computes all its outputs."""
         return [
             compiled(self.name, e, outputs, [True] * len(outputs), len(self.parameters))
             for _, e, outputs in self.methods
         ]
 
     def scalars(self, parameters: Sequence[Any]) -> list[Any]:
-        """Returns the operator's scalars: the values of the case, and the parameters."""
+        """Returns the operator's scalars, with the parameters filled in."""
         remaining = iter(parameters)
         return [next(remaining) if value is None else value for value in self.case.values()]
 
     def expressions(self, function: Function, operands: int) -> tuple[Expressions, list[int]]:
-        """Returns the expressions of a function of operands, parameters and the scale."""
+        """Traces a function of operands, parameters and the scale; returns its expressions."""
         values = [0.5] * len(self.parameters)
         return isolated(expressions_of, function, operands, values, False)

@@ -1,8 +1,8 @@
-"""Programs: the simplified instructions that kernels run for a formula.
+"""Simplifies the expressions of a formula, and compiles them to programs that kernels run.
 
-An expression is an index into :class:`Expressions`, which holds the operation and the arguments of
-each expression once, and rewrites it by a table when it is made. Derivatives are rewritten as well,
-so that they are stable where the formula is.
+An expression is an index into :class:`Expressions`, which stores each distinct expression once and
+applies rewrite rules when an expression is added. Derivatives are rewritten too, so they are as
+stable as the formula.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 Node = tuple[str, tuple[Any, ...]]  # an operation and its arguments
 Pattern = tuple[Any, ...] | str | float
 
-OPERANDS, MOST_REGISTERS, MOST_CONSTANTS = 4, 64, 256  # as in csrc/program.h
-# The slots of a program, as program.h numbers them: operands, and then these.
+OPERANDS, MOST_REGISTERS, MOST_CONSTANTS = 4, 64, 256  # the limits in csrc/program.h
+# The slots of a program, numbered as in csrc/program.h; the first are the operands.
 VALUE, GRADIENTS, REGISTERS = OPERANDS, OPERANDS + 1, 2 * OPERANDS + 1
 CONSTANTS = REGISTERS + MOST_REGISTERS
 _SCALAR_LEAVES = ("scale", "parameter", "literal")
 _LEAVES = ("operand", *_SCALAR_LEAVES)
 _COMMUTATIVE = ("add", "mul", "eq")
 _COMPARISONS = ("lt", "le", "eq")
-_MAKES_MASK = (*_COMPARISONS, "logical_not")  # whose results are 0 or 1
-_KEEPS_MASK = ("mul", "minimum", "maximum", "where")  # whose results are, if their arguments are
+_MAKES_MASK = (*_COMPARISONS, "logical_not")  # the result is 0 or 1
+_KEEPS_MASK = ("mul", "minimum", "maximum", "where")  # the result is 0 or 1 if the arguments are
 _FOLDED: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -38,12 +38,12 @@ _FOLDED: dict[str, Callable[..., float]] = {
 
 
 class UntraceableError(TypeError):
-    """Says why no kernel can run a formula."""
+    """Raised if a formula cannot be compiled to a kernel."""
 
 
 # ---- rewrites ------------------------------------------------------------------------------------
-# Letters stand for expressions: s, t and u for scalars, which are the same for all elements, except
-# very large and very small literals; n for a literal; x for what is no scalar; others for any.
+# Letters match expressions: s, t and u match scalars (the same for all elements), except very large
+# and very small literals; n matches literals; x matches non-scalars; other letters match anything.
 
 SIMPLER = """
 neg(neg(a)) -> a
@@ -75,7 +75,7 @@ pow(a, -0.5) -> rsqrt(a)
 pow(a, -1) -> reciprocal(a)
 pow(a, -2) -> reciprocal(mul(a, a))
 """
-# The same functions without overflow and cancellation.
+# Avoid overflow and cancellation.
 STABLE = """
 log(add(exp(a), 1)) -> softplus(a)
 log1p(exp(a)) -> softplus(a)
@@ -92,7 +92,7 @@ mul(sigmoid(a), mul(c, div(b, sigmoid(a)))) -> mul(c, b)
 mul(div(b, sigmoid(a)), mul(sigmoid(a), sigmoid(a))) -> mul(b, sigmoid(a))
 mul(exp(a), mul(b, mul(c, sigmoid(neg(a))))) -> mul(b, mul(c, sigmoid(a)))
 """
-# The normal distribution: 1 + erf cancels in its lower tail.
+# The normal distribution: 1 + erf(x) cancels in the lower tail.
 NORMAL = """
 mul(add(erf(div(a, 1.4142135623730951)), 1), 0.5) -> ndtr(a)
 mul(add(erf(mul(a, 0.7071067811865476)), 1), 0.5) -> ndtr(a)
@@ -101,7 +101,7 @@ mul(exp(mul(mul(a, a), -0.5)), 0.3989422804014327) -> density(a)
 
 
 class Rule(NamedTuple):
-    """A pattern of expressions, what replaces it, and the table that has the rule."""
+    """A rewrite rule: the pattern, its replacement, and the table that it belongs to."""
 
     before: Any
     after: Pattern
@@ -120,10 +120,10 @@ def _rules(table: str) -> Iterator[Rule]:
         yield Rule(_pattern(before), _pattern(after), table)
 
 
-RULES: dict[str, list[Rule]] = {}  # by operation
+RULES: dict[str, list[Rule]] = {}  # the operation of the pattern to the rules
 for _rule in (*_rules(SIMPLER), *_rules(STABLE), *_rules(NORMAL)):
     RULES.setdefault(_rule.before[0], []).append(_rule)
-EXPONENTS = {rule.before[2] for rule in RULES["pow"]}  # that make a power another operation
+EXPONENTS = {rule.before[2] for rule in RULES["pow"]}  # exponents for which pow is rewritten
 
 
 def _letters(pattern: Pattern) -> set[str]:
@@ -133,28 +133,28 @@ def _letters(pattern: Pattern) -> set[str]:
 
 
 def is_moderate(value: float | None) -> bool:
-    """Returns whether products of two such literals are normal in float32; None is no literal."""
+    """Returns whether products of such literals are normal float32 numbers; True for None."""
     return not value or 2.0**-60 <= abs(value) <= 2.0**60
 
 
 def _exact_reciprocal(value: float | None) -> float | None:
-    """Returns the reciprocal of a power of two if it is a normal float32 number, else None."""
+    """Returns 1 / value if value is a power of two and the result normal in float32, else None."""
     if value and math.frexp(value)[0] in (0.5, -0.5) and 2.0**-126 <= abs(value) <= 2.0**126:
         return 1 / value
     return None
 
 
 class Expressions:
-    """Expressions, each once; ``self.add(a, b)`` and the like make one.
+    """A set of distinct expressions; methods such as ``self.add(a, b)`` add one.
 
     Args:
         stabilize: Apply the rewrites of ``STABLE``.
 
     Attributes:
         nodes: The operation and the arguments of each expression.
-        scalars: Whether each expression is the same for all elements.
-        masks: Whether each expression is 0 or 1.
-        stabilized: Whether a rewrite has changed where results are finite or accurate.
+        scalars: Whether each expression has the same value for all elements.
+        masks: Whether each expression is always 0 or 1.
+        stabilized: Whether a rewrite has made results finite or accurate that were not.
     """
 
     def __init__(self, stabilize: bool = True) -> None:
@@ -171,7 +171,7 @@ class Expressions:
         return self._index("literal", (float(value),))
 
     def input(self, kind: str, k: int) -> int:
-        """Returns an "operand", a "parameter" or the "scale" of the gradients."""
+        """Returns the k-th "operand" or "parameter", or the "scale" of the gradients."""
         return self._index(kind, (k,))
 
     def make(self, op: str, *arguments: int) -> int:
@@ -180,7 +180,7 @@ class Expressions:
             return self.literal(_FOLDED[op](*values))
         if op == "div" and (inverse := _exact_reciprocal(values[1])) is not None:
             return self.mul(arguments[0], self.literal(inverse))
-        if op in _COMMUTATIVE:  # scalars come last
+        if op in _COMMUTATIVE:  # a canonical order, with scalars last
             arguments = tuple(sorted(arguments, key=lambda a: (self.scalars[a], a)))
         index = self._index(op, arguments)
         for rule in RULES.get(op, ()):
@@ -192,11 +192,11 @@ class Expressions:
         return index
 
     def mask(self, index: int) -> int:
-        """1 where an expression is not 0, as NaN is not, and 0 elsewhere."""
+        """Returns 1 where an expression is nonzero or NaN, else 0."""
         return index if self.masks[index] else self.logical_not(self.eq(index, self.literal(0)))
 
     def scaled(self, index: int) -> int:
-        """Returns a gradient times the scale, which is infinite in the mean of nothing: 0 is 0."""
+        """Returns a gradient times the scale; 0 stays 0 if the scale is infinite (empty mean)."""
         op, arguments = self.nodes[index]
         if self.value(index) == 0:
             return index
@@ -205,12 +205,12 @@ class Expressions:
         return self.mul(index, self.input("scale", 0))
 
     def value(self, index: int) -> float | None:
-        """Returns the value of a literal, None of another expression."""
+        """Returns the value of a literal, None for other expressions."""
         op, arguments = self.nodes[index]
         return arguments[0] if op == "literal" else None
 
     def _index(self, op: str, arguments: tuple[Any, ...]) -> int:
-        key = (op, str(arguments[0])) if op == "literal" else (op, arguments)  # -0.0 is not 0.0
+        key = (op, str(arguments[0])) if op == "literal" else (op, arguments)  # keeps -0.0 and 0.0
         index = self._indices.setdefault(key, len(self.nodes))
         if index == len(self.nodes):
             self.nodes.append((op, arguments))
@@ -225,7 +225,7 @@ class Expressions:
     def _match(
         self, pattern: Pattern, index: int, letters: dict[str, int]
     ) -> Iterator[dict[str, int]]:
-        """Yields the meaning of the letters for each way in which an expression has a pattern."""
+        """Yields the letters' expressions for each way in which an expression matches a pattern."""
         op, arguments = self.nodes[index]
         if isinstance(pattern, float):
             if self.value(index) == pattern:
@@ -254,17 +254,18 @@ class Expressions:
 
 # ---- programs ------------------------------------------------------------------------------------
 
-Line = tuple[str, int, tuple[int, ...]]  # an instruction, the slot of its result, its arguments'
+Line = tuple[str, int, tuple[int, ...]]  # the instruction, the result's slot, the arguments' slots
 
 
 @dataclass(eq=False)
 class Program:
-    """Instructions on slots, as csrc/program.h has them.
+    """Instructions on slots; see csrc/program.h.
 
     Attributes:
         name: The name of the formula.
-        prologue: The instructions on scalars.
-        constants: Literals; the scale of the gradients and the parameters come first.
+        prologue: The instructions on scalars, which run once per call.
+        body: The instructions on elements.
+        constants: The scale of the gradients, the parameters and the literals, in this order.
         parameters: The number of parameters.
     """
 
@@ -276,21 +277,21 @@ class Program:
     _kernels: dict[Any, Any] = field(default_factory=dict)
 
     def kernel(self, key: Any, make: Callable[[Program], Any]) -> Any:
-        """Returns the kernel that a backend makes from the program, once for a key."""
+        """Returns the cached kernel for a key, which ``make`` builds from the program."""
         kernel = self._kernels.get(key)
         if kernel is None:
-            kernel = self._kernels.setdefault(key, make(self))  # another thread may have been first
+            kernel = self._kernels.setdefault(key, make(self))  # another thread may be first
         return kernel
 
     def names(self, operands: Sequence[str], constants: Sequence[str]) -> dict[int, str]:
-        """Returns a name for each slot."""
+        """Returns the name of each slot."""
         names = [*operands, *[""] * (OPERANDS - len(operands))]
         names += ["value", *(f"grad_{name}" for name in names)]
         names += [f"r{k}" for k in range(MOST_REGISTERS)]
         return dict(enumerate([*names, *constants]))
 
     def lines(self, operands: Sequence[str], parameters: Sequence[float]) -> list[str]:
-        """Returns the instructions in words, one for each line."""
+        """Returns the instructions as text, one per line."""
         literals = self.constants[1 + self.parameters :]
         constants = ["scale", *[f"{value:g}" for value in (*parameters, *literals)]]
         for k, (_, out, _arguments) in enumerate(self.prologue):
@@ -303,7 +304,7 @@ class Program:
 
 
 def _in_order(nodes: Mapping[int, Node], outputs: Sequence[int]) -> dict[int, Node]:
-    """Returns the nodes that the outputs are computed from, each after its arguments."""
+    """Returns the nodes that the outputs depend on, in topological order."""
     ordered: dict[int, Node] = {}
     todo = list(reversed(outputs))
     while todo:
@@ -318,9 +319,10 @@ def _in_order(nodes: Mapping[int, Node], outputs: Sequence[int]) -> dict[int, No
 
 
 def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
-    """Returns the instructions for the outputs: pairs are one; exp(-|a|) is computed once.
+    """Returns the instructions for the outputs, with pairs of operations fused.
 
-    ``sigmoid`` and ``softplus`` are two: one loop with both is not faster.
+    ``sigmoid`` and ``softplus`` of one argument share exp(-|a|), but stay two instructions, because
+    one loop that computes both is not faster.
     """
     one = e.literal(1.0)
     nodes = _in_order(dict(enumerate(e.nodes)), outputs)
@@ -329,7 +331,7 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
         if op not in _LEAVES:
             uses.update(arguments)
 
-    # For each power, the power with an exponent lower by 1, which is in its derivative.
+    # For each power, the base and the exponent minus 1, which appear in its derivative.
     powers = {k: (a[0], e.sub(a[1], one)) for k, (op, a) in nodes.items() if op == "pow"}
 
     def factors_of(index: int) -> tuple[int, ...]:
@@ -354,7 +356,7 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
                 return ("muladd" if op == "add" else "mulsub"), (*factors, b)
             if factors := factors_of(b):
                 return ("muladd" if op == "add" else "submul"), (*factors, a)
-        if op == "pow":  # the compiler vectorises no loop with conditions on a constant
+        if op == "pow":  # compilers do not vectorise loops that branch on a constant
             higher = [k for k, node in powers.items() if node == arguments and k != index]
             arguments = tuple([e.copy(a) if e.scalars[a] else a for a in arguments])
             return ("pow_less", (higher[0], *arguments)) if higher else (op, arguments)
@@ -367,14 +369,14 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
 def compiled(
     name: str, e: Expressions, outputs: Sequence[int], needed: Sequence[bool], parameters: int
 ) -> Program:
-    """Returns the program of some outputs of the value and the gradient of each operand.
+    """Compiles the needed outputs, of the value and the gradient of each operand, to a program.
 
-    Its instructions are some of those for all outputs, in the same order, and what is both written
-    and read again has a register in any case. So no program needs more registers or constants than
-    the one for all outputs, and if that can be compiled, so can those for fewer outputs.
+    The instructions are a subset of the instructions for all outputs, in the same order, and
+    outputs that other instructions read have a register. So if the program for all outputs fits
+    into the registers and constants, each program for fewer outputs fits, too.
 
     Raises:
-        UntraceableError: There are not enough registers or constants.
+        UntraceableError: The program needs too many registers or constants.
     """
     results = {VALUE + k: o for k, (o, n) in enumerate(zip(outputs, needed, strict=True)) if n}
     nodes = _fused(e, outputs)

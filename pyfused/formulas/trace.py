@@ -1,9 +1,10 @@
-"""From a Python function of tensors to expressions: its value, and its gradients by torch's rules.
+"""Traces a Python function of tensors to expressions of its value and its gradients.
 
-A function runs once on tensors that stand for its operands and parameters, and the ATen operators
-that it calls, and those of its derivatives, become expressions. To a user's function parameters are
-numbers, as Python may compute with them: a tensor replaces each number that depends on one when it
-is passed to torch, so that other parameters need no other trace.
+The function runs once on example tensors. The ATen operators that it and its backward pass call
+are recorded as expressions. A user's function receives parameters as Python numbers, because it
+may compute with them in Python. When a number that depends on a parameter is passed to torch, it
+is replaced by a tensor, which makes it an input of the program. Other values of the parameter then
+need no new trace.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from torch.overrides import TorchFunctionMode
 from pyfused.formulas.program import EXPONENTS, Expressions, UntraceableError, is_moderate
 from pyfused.torch_internals import DispatchMode, decomposition_table, tree_map
 
-# ---- operators of ATen: expressions --------------------------------------------------------------
+# ---- recording of ATen operators -----------------------------------------------------------------
 
 
 class Recorder(DispatchMode):
-    """Makes expressions of the ATen operators that it sees; an address identifies a tensor."""
+    """Records ATen operators as expressions; tensors are identified by their addresses."""
 
     def __init__(self, stabilize: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.e = Expressions(stabilize)
-        # By address; the tensors are kept so that their memory is not reused.
+        # Keyed by address. Holding the tensors keeps their addresses from being reused.
         self.expressions: dict[int, tuple[Tensor, int]] = {}
 
     def track(self, tensor: Tensor, expression: int) -> None:
         self.expressions[tensor.data_ptr()] = tensor, expression
 
     def read(self, argument: Any) -> Any:
-        """Returns the expression of a tensor or a number, and other arguments as they are."""
+        """Returns the expression of a tensor or a number; returns other arguments unchanged."""
         if isinstance(argument, Tensor):
             if (tracked := self.expressions.get(argument.data_ptr())) is not None:
                 return tracked[1]
@@ -51,7 +52,7 @@ class Recorder(DispatchMode):
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = op._schema.name.removeprefix("aten::")
-        name = name if name in ATEN else name.removesuffix("_")  # in place
+        name = name if name in ATEN else name.removesuffix("_")  # in-place operators
         if name in ATEN:
             result = op(*args, **kwargs)
             self.check_dtypes(name, args, result)
@@ -72,7 +73,7 @@ class Recorder(DispatchMode):
         return result
 
     def check_dtypes(self, name: str, args: Sequence[Any], result: Any) -> None:
-        """Raises for a change of dtype that a program, whose values have one dtype, cannot make."""
+        """Raises an error for changes of dtype, because all values of a program have one dtype."""
         sources = {a.dtype for a in args if isinstance(a, Tensor) and a.dim()}
         dtype = result.dtype if isinstance(result, Tensor) and result.dim() else torch.float64
         problem = ""
@@ -89,19 +90,19 @@ class Recorder(DispatchMode):
             raise UntraceableError(problem)
 
 
-# A function to record: of operands, parameters and the scale of the gradients.
+# Takes the operands, the parameters and the scale of the gradients.
 Function = Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None]]
 Result = TypeVar("Result")
 
-_SHAPE = (2, 3)  # of the operands that a function is traced with
+_SHAPE = (2, 3)  # shape of the example tensors
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 
 
 def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls a function in a new thread, and without anomaly detection.
+    """Calls a function in a new thread, with anomaly detection disabled.
 
-    A formula is traced and checked wherever it is defined or first called. Grad modes, other modes
-    and hooks of saved tensors belong to a thread, but anomaly detection belongs to the process.
+    A formula may be defined or first called under any grad mode, dispatch mode or saved-tensor
+    hooks. These are thread-local, but anomaly detection is global.
     """
     with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *arguments).result()
@@ -115,16 +116,19 @@ def _operands(count: int) -> list[Tensor]:
 def expressions_of(
     function: Function, operands: int, parameters: Sequence[float], stabilize: bool = True
 ) -> tuple[Expressions, list[int]]:
-    """Runs a function of so many operands and with these parameters, and records it.
+    """Traces a function.
+
+    Args:
+        operands: The number of operands.
 
     Returns:
-        Expressions, and the indices of the function's results; the result None is 0.
+        The expressions, and the indices of the results in them; None becomes the literal 0.
 
     Raises:
-        UntraceableError: The kernels lack an operator.
+        UntraceableError: The function uses an operator that kernels do not support.
     """
     recorder = Recorder(stabilize)
-    # Parameters have the operands' shape, because torch reads the number in a 0-d tensor.
+    # Parameters have the operands' shape, because torch reads the values of 0-d tensors.
     tensors = {
         "operand": _operands(operands),
         "parameter": [torch.full(_SHAPE, x, dtype=torch.float64, device="cpu") for x in parameters],
@@ -140,9 +144,9 @@ def expressions_of(
 
 
 class _Weighted(torch.autograd.Function):
-    """A number whose gradient with respect to the values is ``grad_output``.
+    """Returns a scalar whose gradient with respect to the values is ``grad_output``.
 
-    torch.autograd.grad with a tensor as grad_outputs imports sympy, which takes 0.4 s.
+    Passing grad_outputs to torch.autograd.grad would import sympy, which takes 0.4 s.
     """
 
     @staticmethod
@@ -170,15 +174,15 @@ def gradients_of(
 
 
 class Run(TorchFunctionMode):
-    """Runs a user's function, and the gradient written for it, and reads the numbers in it.
+    """Runs a user's function and gradient, and collects the numbers passed to torch.
 
     Args:
-        inputs: Tensors that replace some of the literals, by the literals' indices.
+        inputs: Tensors that replace literals: index of the literal to tensor.
 
     Attributes:
-        results: The value, and the slopes of the operands if a gradient was written.
+        results: The value, and the derivatives by the operands if the user has written a gradient.
         literals: The numbers passed to torch's functions, which may be inputs of a program.
-        structure: torch's functions and their arguments except for these numbers.
+        structure: The calls of torch's functions, with their arguments except the literals.
 
     Raises:
         UntraceableError: The function depends on values or shapes.
@@ -194,7 +198,7 @@ class Run(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.inputs, self.literals, self.structure = inputs, list[float](), list[list[Any]]()
-        # By address; the tensors are kept so that their memory is not reused.
+        # Keyed by address. Holding the tensors keeps their addresses from being reused.
         self.sources: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self.track(operands)
         try:
@@ -217,7 +221,7 @@ class Run(TorchFunctionMode):
             raise UntraceableError(message) from error
 
     def track(self, tensors: Sequence[Tensor]) -> None:
-        """Identifies the results of a call by the call's index, and their indices in it."""
+        """Identifies each result of a call by the index of the call and its own index."""
         for k, tensor in enumerate(tensors):
             self.sources[tensor.data_ptr()] = tensor, (len(self.structure), k)
 
@@ -243,15 +247,15 @@ class Run(TorchFunctionMode):
         return made
 
     def read(self, call: list[Any], argument: Any) -> Any:
-        """Adds an argument to the structure of its call, and returns it or the input for it.
+        """Adds an argument to the structure of a call; returns it, or the tensor that replaces it.
 
-        Some numbers are part of the structure, because rewrites depend on them: exponents that make
-        a power another operation, and very large and very small numbers.
+        Numbers that rewrites depend on are part of the structure: exponents for which pow is
+        rewritten, and very large and very small numbers.
         """
         if isinstance(argument, Tensor):
             if argument.data_ptr() not in self.sources:
                 raise UntraceableError("a tensor of its own; make it an operand")
-            if isinstance(argument.grad_fn, BackwardCFunction):  # may read a parameter unseen
+            if isinstance(argument.grad_fn, BackwardCFunction):  # may use a parameter untraced
                 raise UntraceableError(
                     "an autograd.Function; give the formula its gradient by @formula.gradient"
                 )
@@ -270,7 +274,7 @@ class Run(TorchFunctionMode):
 
 
 class Written(NamedTuple):
-    """A user's function, the gradient written for it, and its number of operands."""
+    """A user's function, its gradient, and its number of operands."""
 
     function: Callable[..., Any]
     gradient: Callable[..., Any] | None
@@ -280,9 +284,9 @@ class Written(NamedTuple):
         return Run(self.function, self.gradient, _operands(self.operands), parameters, {})
 
     def dependent(self, parameters: dict[str, Any], run: Run) -> list[int]:
-        """Returns the literals that depend on parameters, by their indices.
+        """Returns the indices of the literals that depend on parameters.
 
-        A parameter is left out if another value changes the structure, or raises.
+        Ignores a parameter if another value of it changes the structure or raises an error.
         """
         indices = set[int]()
         for name, value in parameters.items():
@@ -294,16 +298,16 @@ class Written(NamedTuple):
                 continue
             if other.structure == run.structure:
                 pairs = zip(run.literals, other.literals, strict=True)
-                indices |= {i for i, (one, another) in enumerate(pairs) if one != another}
+                indices |= {i for i, (old, new) in enumerate(pairs) if old != new}
         return sorted(indices)
 
     def derive(
         self, parameters: dict[str, Any], inputs: Mapping[int, float]
     ) -> tuple[Expressions, list[int]]:
-        """Returns expressions of the value and of each operand's gradient, as `expressions_of`.
+        """Traces the value and the gradient of each operand; see :func:`expressions_of`.
 
         Args:
-            inputs: The values of the literals that are inputs, by the literals' indices.
+            inputs: The literals that are inputs: index to value.
         """
 
         def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
@@ -327,10 +331,10 @@ class Written(NamedTuple):
 def slopes_of(
     gradient: Callable[..., Any], operands: Sequence[Any], parameters: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Returns the derivative by each operand from a user's gradient: a tensor, or None for 0.
+    """Calls a user's gradient; returns the derivative by each operand, a tensor or None for 0.
 
     Raises:
-        TypeError: It returns something else.
+        TypeError: The gradient returns something else.
     """
     result = gradient(*operands, **parameters)
     slopes = result if isinstance(result, (tuple, list)) else (result,)
