@@ -461,6 +461,7 @@ def log_probs(
     temperature: float = 1.0,
     return_entropy: bool = False,
     return_lse: bool = False,
+    return_metrics: bool = False,
     shard: VocabShard | None = None,
 ) -> LogProbs:
     """Returns each target's log-probability and, on request, its row's entropy and log-sum-exp.
@@ -481,18 +482,27 @@ def log_probs(
         softcap: Replaces the logits by ``softcap * tanh(logits / softcap)``; None for no bound.
         temperature: Divides the logits after that.
         return_entropy, return_lse: Whether to return the entropy, and the log-sum-exp.
+        return_metrics: Whether the result has the attributes ``is_top1`` and ``mean_logit``, which
+            have no gradient.
         shard: The classes of this process, as in :func:`cross_entropy`.
 
     Returns:
         A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float64 for
         float64 logits, otherwise float32.
     """
-    alone = not (return_entropy or return_lse)
-    options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature, alone=alone)
+    options = LogProbsOptions(
+        ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        alone=not (return_entropy or return_lse),
+        with_metrics=return_metrics,
+    )
     logits = checks.classes_at(1, "logits", logits, dim)
     op, arguments = operators.LOG_PROBS, (logits, target, options)
     values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
-    return LogProbs(values) if options.alone else named(values, return_entropy, return_lse)
+    if options.alone and not return_metrics:
+        return LogProbs(values)
+    return named(values, options, return_entropy, return_lse)
 
 
 def linear_log_probs(
@@ -506,6 +516,7 @@ def linear_log_probs(
     temperature: float = 1.0,
     return_entropy: bool = False,
     return_lse: bool = False,
+    return_metrics: bool = False,
     memory_budget: int | None = None,
     deterministic_rows: bool = False,
     shard: VocabShard | None = None,
@@ -519,7 +530,8 @@ def linear_log_probs(
         input, linear_weight: As in :func:`linear_cross_entropy`.
         target: Class indices, as in :func:`linear_cross_entropy`.
         linear_bias: The layer's bias, of shape (C) or (C, d1, ..., dk).
-        ignore_index, softcap, temperature, return_entropy, return_lse: As in :func:`log_probs`.
+        ignore_index, softcap, temperature: As in :func:`log_probs`.
+        return_entropy, return_lse, return_metrics: As in :func:`log_probs`.
         memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
             Within it, logits of the first rows may be kept for the backward pass.
         deterministic_rows: True makes the bits of a row independent of the batch's size and of the
@@ -537,13 +549,16 @@ def linear_log_probs(
         softcap=softcap,
         temperature=temperature,
         alone=not (return_entropy or return_lse),
+        with_metrics=return_metrics,
         memory_budget=memory_budget,
         deterministic_rows=deterministic_rows,
     )
     arguments = input, linear_weight, linear_bias, target, options
     op = operators.LINEAR_LOG_PROBS
     values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
-    return LogProbs(values) if options.alone else named(values, return_entropy, return_lse)
+    if options.alone and not return_metrics:
+        return LogProbs(values)
+    return named(values, options, return_entropy, return_lse)
 
 
 def kl_div_with_logits(

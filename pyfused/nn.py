@@ -233,6 +233,7 @@ class LogProbs(torch.nn.Module):
         temperature: float = 1.0,
         return_entropy: bool = False,
         return_lse: bool = False,
+        return_metrics: bool = False,
         shard: VocabShard | None = None,
     ) -> None:
         super().__init__()
@@ -243,6 +244,7 @@ class LogProbs(torch.nn.Module):
             "temperature": temperature,
             "return_entropy": return_entropy,
             "return_lse": return_lse,
+            "return_metrics": return_metrics,
             "shard": shard,
         }
 

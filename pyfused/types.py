@@ -169,6 +169,7 @@ class LogProbsOptions(VocabOptions):
 
     Attributes:
         alone: Whether only the log-probabilities are returned, without entropy and log-sum-exp.
+        with_metrics: Whether the call returns a tuple of these and the metrics of each target.
         memory_budget: Bytes for the logits in memory at once, None for the default.
         deterministic_rows: Whether the bits of a row's results are independent of the batch;
             requires matrix products of a fixed size.
@@ -176,6 +177,7 @@ class LogProbsOptions(VocabOptions):
 
     reduction: str = "none"
     alone: bool = False
+    with_metrics: bool = False
     memory_budget: int | None = None
     deterministic_rows: bool = False
 

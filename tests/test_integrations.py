@@ -1,7 +1,7 @@
 """transformers, Lightning and skorch: the same losses as without pyfused, step by step.
 
 TRL and Liger: the same results as the functions that the page on language models names for theirs.
-`make test-integrations` runs these; nothing is downloaded. It does not install TRL.
+`make test-integrations` runs these; nothing is downloaded.
 """
 
 from __future__ import annotations
