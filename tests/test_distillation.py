@@ -444,7 +444,7 @@ def test_bad_indices(row: list[int], error: type[Exception], told: str) -> None:
 def test_what_cannot_be_log_probabilities(wrong: Any, told: str) -> None:
     arguments = given("linear_topk_kl_div")
     arguments["teacher_log_probs"] = wrong(arguments["teacher_log_probs"])
-    told = f"teacher_log_probs: expected logarithms of probabilities that add up to at most 1, .*{told}"
+    told = f"teacher_log_probs: expected .* probabilities that add up to at most 1, .*{told}"
     with pytest.raises(ValueError, match=told):
         fused.linear_topk_kl_div(**arguments)
     with pytest.raises(ValueError, match=told):
