@@ -35,7 +35,8 @@ Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 def tensor(name: str, value: Any, also: type | None = None) -> None:
     if not isinstance(value, TENSORS) and not (also is not None and isinstance(value, also)):
         expected = "a Tensor" + (f" or a {also.__name__}" if also is not None else "")
-        hint = "; pass head.weight" if isinstance(value, torch.nn.Linear) else ""
+        is_layer = isinstance(value, torch.nn.Linear) and name.endswith("weight")
+        hint = "; pass head.weight" if is_layer else ""
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}{hint}")
 
 

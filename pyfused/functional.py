@@ -667,7 +667,7 @@ def linear_kl_div(
         teacher_requires_grad: As in :func:`kl_div_with_logits`. With True, if the teacher's tensors
             require grad, as a head's weight does by default, torch's operators compute all logits.
         memory_budget: Bytes for the logits of both models in memory at once, at least one row of
-            each. The default is that of :func:`linear_cross_entropy`.
+            each. The default is as in :func:`linear_cross_entropy`.
 
     Returns:
         As in :func:`kl_div_with_logits`.
@@ -886,7 +886,7 @@ def cosine_embedding_loss(
         input1: Embeddings, of shape (D) or (N, D).
         input2: Embeddings with the same number of dimensions; they broadcast.
         target: 1 or -1 for each row, of shape () or (N) and any dtype.
-        margin: The cosine below which dissimilar embeddings have no loss.
+        margin: The cosine below which pairs with target -1 have no loss.
     """
     return call(
         operators.COSINE_EMBEDDING_LOSS,

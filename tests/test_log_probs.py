@@ -215,7 +215,7 @@ def test_which_dimension_has_the_classes() -> None:
     """Language models' logits (B, T, C) need a dim; with it the results are those of rows."""
     tensors = draw("log_probs")
     logits, target = tensors["logits"].detach().view(3, 4, 70), tensors["target"].view(3, 4)
-    told = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 it has 4"
+    told = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 for 4 classes"
     with pytest.raises(ValueError, match=told):
         fused.log_probs(logits, target)
     expected = [x.view(3, 4) for x in all_three("log_probs", **tensors)]

@@ -204,7 +204,7 @@ class _Node:
             real = self.apply(self.parent.compute() if self.parent else self.family.inputs[0])
             if LOSS in self.family.uses:
                 vars(real).update(register_hook=_refuse, retain_grad=_refuse)
-            # torch swaps no tensor with a weak reference.
+            # torch cannot swap a tensor that has weak references.
             tensor, self.reference = self.reference(), lambda: None
             self.real = tensor if _becomes(tensor, real) else real
             self.version = version_of(self.real)

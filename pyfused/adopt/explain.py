@@ -1,4 +1,4 @@
-"""Reports which backend a call takes, and why."""
+"""Reports which backend a call is dispatched to, and why."""
 
 from __future__ import annotations
 

@@ -148,12 +148,12 @@ class _BuiltIn:
                 given = dict(zip(by_place, args, strict=False)) | kwargs
                 once = len(given) == len(args) + len(kwargs) and len(args) >= method
                 if not once or not required <= given.keys() <= known:
-                    return torch_function(*args, **kwargs)  # raises, or takes what pyfused does not
+                    return torch_function(*args, **kwargs)  # raises, or supports these arguments
                 given = defaults | given
                 arguments = tuple([given[name] for name in op.arguments])
             if has_torch_function(arguments):
                 if any(isinstance(value, Proxy) for value in arguments):
-                    # Passes over the graph compare its functions with torch's names by identity.
+                    # Graph passes compare functions with torch's attributes by identity.
                     return handle_torch_function(stand_in, arguments, *args, **kwargs)
                 return shown(*args, **kwargs)
             is_eager = not is_dynamo_compiling()
@@ -209,7 +209,7 @@ def _fused(
     def call(arguments: Arguments, *inplace: Any) -> Any:
         if has_torch_function(arguments):
             return torch_functions[0](*arguments, *inplace)
-        overwrites = bool(inplace and inplace[0])  # torch takes any object's truth value
+        overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
         if not is_dynamo_compiling() and (torch_alone.depth or dispatch.is_small(op, arguments)):
             return aten[overwrites](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
